@@ -1,0 +1,67 @@
+"""What can go wrong, as the caller sees it: one small hierarchy, each error knows its status, code and whether to retry.
+
+    TicketrailError
+    ├── InvalidInput        422  the request breaks a rule; `field` names the part
+    ├── Unauthenticated     401
+    ├── Forbidden           403
+    ├── NotFound            404
+    ├── Conflict            409  another change came first, or the present state forbids this one
+    ├── Unavailable         503  not done, nothing of it will appear; retry after `retry_after` seconds
+    └── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
+"""
+
+from typing import Any, ClassVar
+
+
+class TicketrailError(Exception):
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    retry_after: float | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.error_code = code or self.code
+        self.details = details
+
+
+class InvalidInput(TicketrailError):
+    status = 422
+    code = "invalid_input"
+
+    def __init__(self, message: str, *, field: str, code: str | None = None, **details: Any) -> None:
+        super().__init__(message, code=code, field=field, **details)
+
+
+class Unauthenticated(TicketrailError):
+    status = 401
+    code = "unauthenticated"
+
+
+class Forbidden(TicketrailError):
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(TicketrailError):
+    status = 404
+    code = "not_found"
+
+
+class Conflict(TicketrailError):
+    status = 409
+    code = "conflict"
+
+
+class Unavailable(TicketrailError):
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, code: str | None = None, **details: Any) -> None:
+        super().__init__(message, code=code, **details)
+        self.retry_after = retry_after
+
+
+class OutcomeUnknown(TicketrailError):
+    status = 504
+    code = "outcome_unknown"

@@ -1,0 +1,86 @@
+"""Every setting of every service: environment variables `TICKETRAIL_*`, or a `.env` file in the working directory.
+
+Nothing reads the environment at import time: a process calls `Settings()` once, in its entry point, and passes the
+result down. Durations end in `_seconds` or `_ms`, sizes in `_bytes`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TICKETRAIL_", env_file=".env", extra="ignore", frozen=True)
+
+    environment: Literal["development", "production"] = "development"
+    home: Path = Path(".local")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    instance: PositiveInt = Field(
+        1, description="number of this instance among its kind; names its journal and its own order number series"
+    )
+
+    # Backends. One URL per database role: `migrate` creates the roles with the passwords that stand here.
+    rabbitmq_url: str = "amqp://ticketrail:ticketrail@127.0.0.1:56720/"
+    rabbitmq_management_url: str = "http://ticketrail:ticketrail@127.0.0.1:56721"
+    redis_url: str = "redis://127.0.0.1:56379/0"
+    database_url: str = "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail"
+    database_writer_url: str = "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail"
+    database_api_url: str = "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail"
+    database_ops_url: str = "postgresql://ticketrail_ops:ticketrail@127.0.0.1:54320/ticketrail"
+
+    # Where the services listen.
+    host: str = "127.0.0.1"
+    orders_port: PositiveInt = 8001
+    sync_port: PositiveInt = 8002
+    notifier_port: PositiveInt = 8003
+    worker_port: PositiveInt = Field(8004, description="health of the sync worker")
+
+    # Who may call.
+    jwt_secret: str = Field("development-only-secret-change-me-please", min_length=32)
+    jwt_ttl_seconds: PositiveInt = 7 * 24 * 3600
+    sync_token: str = "development-only-sync-token"  # noqa: S105  (a default for development, refused in production)
+
+    # The commit (shared/rail).
+    publish_timeout_seconds: PositiveFloat = 1.5
+    publish_batch_changes: PositiveInt = 256
+    publishes_under_way: PositiveInt = 2
+    claim_stale_seconds: PositiveFloat = 2.0
+    reveal_seconds: PositiveFloat = 1.0
+    journal_max_bytes: PositiveInt = 1 << 30
+    number_gap: PositiveInt = Field(
+        100, description="order numbers skipped when the mirror was lost: those that may have been under way"
+    )
+
+    # Redis and PostgreSQL clients.
+    redis_timeout_seconds: PositiveFloat = 0.5
+    database_timeout_seconds: PositiveFloat = 5.0
+    database_pool_size: PositiveInt = 8
+
+    # Topology. Changing these names other queues; run `ticketrail migrate` afterwards.
+    retry_steps_ms: tuple[PositiveInt, ...] = (1_000, 10_000, 60_000, 300_000)
+    log_max_age: str = "7D"
+    log_max_bytes: PositiveInt = 20_000_000_000
+    log_segment_bytes: PositiveInt = 50_000_000
+
+    # The sync worker.
+    fence_interval_seconds: PositiveFloat = 5.0
+    lane_consumers: PositiveInt = 2
+    lane_prefetch: PositiveInt = 200
+    batch_changes: PositiveInt = 500
+    batch_wait_ms: PositiveFloat = 5.0
+    sink_away_seconds: PositiveFloat = Field(
+        300.0, description="how long a batch is held before the consumers let go of their queues"
+    )
+    mirror_window_days: PositiveInt = 3
+
+    # The notifier.
+    window_seconds: PositiveFloat = 600.0
+    window_changes: PositiveInt = 50_000
+    heartbeat_seconds: PositiveFloat = 15.0
+
+    @property
+    def journal_path(self) -> Path:
+        return self.home / "journal" / f"orders-{self.instance}.sqlite"
