@@ -1,13 +1,13 @@
-"""What can go wrong, as the caller sees it: one small hierarchy, each error knows its status, code and whether to retry.
+"""What can go wrong, as the caller sees it: one small hierarchy; each error knows its status, code and if a retry helps.
 
-    TicketrailError
-    ├── InvalidInput        422  the request breaks a rule; `field` names the part
-    ├── Unauthenticated     401
-    ├── Forbidden           403
-    ├── NotFound            404
-    ├── Conflict            409  another change came first, or the present state forbids this one
-    ├── Unavailable         503  not done, nothing of it will appear; retry after `retry_after` seconds
-    └── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
+TicketrailError
+├── InvalidInput        422  the request breaks a rule; `field` names the part
+├── Unauthenticated     401
+├── Forbidden           403
+├── NotFound            404
+├── Conflict            409  another change came first, or the present state forbids this one
+├── Unavailable         503  not done, nothing of it will appear; retry after `retry_after` seconds
+└── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
 """
 
 from typing import Any, ClassVar

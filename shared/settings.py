@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     publish_batch_changes: PositiveInt = 256
     publishes_under_way: PositiveInt = 2
     claim_stale_seconds: PositiveFloat = 2.0
+    claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
     reveal_seconds: PositiveFloat = 1.0
     journal_max_bytes: PositiveInt = 1 << 30
     number_gap: PositiveInt = Field(

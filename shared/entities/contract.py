@@ -1,0 +1,150 @@
+"""The event contract: what a change looks like on the wire, whoever made it.
+
+A change is a CloudEvents 1.0 event in JSON; it travels in a JSON batch (`application/cloudevents-batch+json`), an
+array even for one. It carries the whole state of its entity after the change, so that changes may be applied in any
+order and any number of times: the guard (`Standing`) decides which state stands.
+
+Decoding is tolerant (unknown attributes are ignored) but strict in types; what cannot be read raises `BrokenContract`
+with the reason that its dead letter will show.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+from uuid import UUID, uuid5
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+CONTENT_TYPE = "application/cloudevents-batch+json"
+MAX_BATCH = 256
+
+# Ids are lower-case canonical UUIDs as text: their text order is their byte order, so that Python, Lua and
+# PostgreSQL agree which of two change ids is the larger.
+Id = Annotated[str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+
+# PostgreSQL cannot store NUL in text: refused here, at the contract, so that no constraint has to.
+_NO_NUL = "^[^\\x00]*$"
+Label = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
+Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
+Time = Annotated[datetime, Meta(tz=True)]
+# Minor units of the restaurant's currency. The bounds keep every sum that we form far inside 64 bits.
+Amount = Annotated[int, Meta(ge=-(10**12), le=10**12)]
+Money = Annotated[int, Meta(ge=0, le=10**12)]
+
+
+class Lane(StrEnum):
+    """Which queue a change waits in, so that a bulk import never delays an order."""
+
+    CRITICAL = "critical"
+    NORMAL = "normal"
+    BACKGROUND = "background"
+
+    @property
+    def priority(self) -> int:
+        return _PRIORITY[self]
+
+
+_PRIORITY = {Lane.CRITICAL: 10, Lane.NORMAL: 5, Lane.BACKGROUND: 1}
+
+
+class BrokenContract(ValueError):
+    """A change that no retry can mend. `reason` is stable (it groups dead letters), the message says more."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Standing(Struct, frozen=True, order=True):
+    """The guard: of two states of one entity the one with the larger (version, change id) stands, in every store."""
+
+    version: int
+    change_id: str
+
+
+class ChangeData(Struct, frozen=True):
+    after: Raw
+    """The whole entity after the change."""
+    before: Raw = Raw(b"{}")
+    """The old values of the fields that changed; empty for a creation."""
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    id: Id
+    source: str
+    type: str
+    subject: str
+    time: Time
+    restaurantid: Id
+    priority: Annotated[int, Meta(ge=1, le=10)]
+    entityversion: Annotated[int, Meta(ge=1, lt=2**31)]
+    data: ChangeData
+    basechangeid: Id | None = None
+    traceparent: str | None = None
+    datacontenttype: str = "application/json"
+    specversion: str = "1.0"
+
+    @property
+    def entity(self) -> str:
+        return self.subject.partition("/")[0]
+
+    @property
+    def entity_id(self) -> str:
+        return self.subject.partition("/")[2]
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.entityversion, self.id)
+
+
+_encoder = msgspec.json.Encoder()
+_changes = msgspec.json.Decoder(Change)
+_raws = msgspec.json.Decoder(list[Raw])
+_builtins = msgspec.json.Decoder()
+
+
+def encode(value: Any) -> bytes:
+    return _encoder.encode(value)
+
+
+def encode_batch(changes: Iterable[bytes]) -> bytes:
+    """One message body out of changes that are encoded already."""
+    return b"[" + b",".join(changes) + b"]"
+
+
+def split_batch(body: bytes) -> list[bytes]:
+    """The encoded events of one message, each still undecoded, so that a poison one does not hold back the others."""
+    try:
+        return [bytes(raw) for raw in _raws.decode(body)]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BrokenContract("undecodable", f"not a CloudEvents batch: {error}") from error
+
+
+def decode_change(event: bytes) -> Change:
+    try:
+        return _changes.decode(event)
+    except msgspec.ValidationError as error:
+        raise BrokenContract("contract_broken", str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BrokenContract("undecodable", str(error)) from error
+
+
+def changed_fields(before: Struct | None, after: Struct) -> dict[str, Any]:
+    """The old values of the top-level fields in which two states differ."""
+    if before is None:
+        return {}
+    old: Mapping[str, Any] = msgspec.to_builtins(before)
+    new: Mapping[str, Any] = msgspec.to_builtins(after)
+    return {name: value for name, value in old.items() if new.get(name) != value}
+
+
+def change_id(entity_id: str, version: int, content: bytes) -> str:
+    """UUIDv5 of (entity id, version, content hash): who repeats a change repeats its id."""
+    return str(uuid5(UUID(entity_id), f"{version}:{hashlib.sha256(content).hexdigest()}"))
+
+
+def now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,126 @@
+"""What every entity declares about itself: lane, conflict strategy, tables, mirror index, numbering.
+
+The stores are generic: the PostgreSQL writer and the mirror writer read these declarations and know no entity.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from shared.entities.contract import BrokenContract, Change, Lane
+
+
+class OnConflict(StrEnum):
+    """Who wins when a terminal and the centre changed the same entity."""
+
+    TERMINAL_WINS = "terminal_wins"
+    CENTRAL_WINS = "central_wins"
+    MERGE = "merge"
+    MANUAL_MERGE = "manual_merge"
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    pg_type: str
+    value: Callable[[Any], Any] | None = None
+    """Takes the value out of the row's struct; by default the attribute of the same name."""
+
+    def of(self, row: Any) -> Any:
+        return getattr(row, self.name) if self.value is None else self.value(row)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The readers' table of an entity; keyed by (restaurant_id, id), with version and change_id as the guard."""
+
+    name: str
+    columns: Sequence[Column]
+
+
+@dataclass(frozen=True)
+class Children:
+    """Rows that belong to one state and are replaced with it; keyed by (restaurant_id, <parent>, position)."""
+
+    name: str
+    parent: str
+    columns: Sequence[Column]
+    rows: Callable[[Any], Sequence[Struct]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Rows keyed by their own id that are kept from every snapshot that arrives, superseded or forked too."""
+
+    name: str
+    parent: str
+    columns: Sequence[Column]
+    rows: Callable[[Any], Sequence[Struct]]
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """How an entity gets the number that people call it by. `business_day` is the series; a state without a number
+    carries the empty string, and its claim gives it one."""
+
+    business_day: Callable[[Any], str]
+    number: Callable[[Any], str]
+    with_number: Callable[[Any, str], Any]
+
+
+@dataclass(frozen=True)
+class Entity:
+    name: str
+    state: type[Struct]
+    events: frozenset[str]
+    lane: Lane
+    on_conflict: OnConflict
+    table: Table
+    live: Callable[[Any], bool]
+    """Whether a state belongs to the mirror's live window whatever its age (an open order, a dish on the menu)."""
+    score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
+    """Its place in the mirror's live index."""
+    children: Sequence[Children] = ()
+    facts: Sequence[Facts] = ()
+    numbering: Numbering | None = None
+
+    def type(self, event: str) -> str:
+        """`created` -> `ticketrail.order.created.v1`."""
+        if event not in self.events:
+            raise ValueError(f"{self.name} has no event {event!r}")
+        return f"ticketrail.{self.name}.{event}.v1"
+
+    def decode(self, change: Change) -> Any:
+        """The state after a change, checked: `BrokenContract` when it breaks the contract or names another tenant."""
+        try:
+            state = msgspec.json.decode(change.data.after, type=self.state)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BrokenContract("contract_broken", f"data.after: {error}") from error
+        if state.restaurant_id != change.restaurantid:  # type: ignore[attr-defined]
+            raise BrokenContract("wrong_tenant", "data.after.restaurant_id is not the restaurantid of the change")
+        if state.id != change.entity_id:  # type: ignore[attr-defined]
+            raise BrokenContract("contract_broken", "data.after.id is not the id in the subject")
+        for column in self.table.columns:
+            # Conversions to UTC overflow at the ends of the calendar: no order is placed there.
+            if column.pg_type == "timestamptz" and (at := column.of(state)) and not 1970 <= at.year < 2200:
+                raise BrokenContract("contract_broken", f"data.after.{column.name} is out of range")
+        return state
+
+
+def event_of(type_: str) -> tuple[str, str, str]:
+    """`ticketrail.order.created.v1` -> ("order", "created", "v1"); `BrokenContract` when it is none of ours."""
+    parts = type_.split(".")
+    if len(parts) != 4 or parts[0] != "ticketrail":
+        raise BrokenContract("unknown_type", f"type {type_!r} is none of ours")
+    return parts[1], parts[2], parts[3]
+
+
+def columns(*names_and_types: str) -> Iterable[Column]:
+    """Shorthand for columns that are attributes of the same name: `columns("name text", "price int8")`."""
+    for text in names_and_types:
+        name, _, pg_type = text.partition(" ")
+        yield Column(name, pg_type)

@@ -1,0 +1,178 @@
+"""An order: items and payments inside, one aggregate, one version.
+
+Money is integer minor units of the restaurant's currency, tax in basis points. `payments` are facts: each is kept from
+every snapshot that arrives, and what is paid is derived from them.
+"""
+
+from datetime import date
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time, encode
+from shared.entities.entity import Children, Column, Entity, Facts, Numbering, OnConflict, Table, columns
+
+
+class Status(StrEnum):
+    PENDING = "pending"
+    RECEIVED = "received"
+    PREPARING = "preparing"
+    READY = "ready"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+
+
+_NEXT = {
+    Status.PENDING: (Status.RECEIVED, Status.CANCELLED),
+    Status.RECEIVED: (Status.PREPARING, Status.CANCELLED),
+    Status.PREPARING: (Status.READY, Status.CANCELLED),
+    Status.READY: (Status.COMPLETED, Status.CANCELLED),
+    Status.COMPLETED: (),
+    Status.CANCELLED: (),
+}
+
+
+def allowed_next(status: Status) -> tuple[Status, ...]:
+    """pending → received → preparing → ready → completed; cancelled from any but completed."""
+    return _NEXT[status]
+
+
+def items_may_change(status: Status) -> bool:
+    """Once the kitchen has begun, the items stand."""
+    return status in (Status.PENDING, Status.RECEIVED)
+
+
+class PaymentStatus(StrEnum):
+    PENDING = "pending"
+    PARTIALLY_PAID = "partially_paid"
+    PAID = "paid"
+    REFUNDED = "refunded"
+
+
+Quantity = Annotated[int, Meta(ge=1, le=1_000)]
+
+
+class Customization(Struct, frozen=True):
+    name: Label
+    option: Label
+
+
+class OrderItem(Struct, frozen=True, kw_only=True):
+    menu_item_id: Id
+    name: Label
+    quantity: Quantity
+    unit_price: Money
+    line_total: Money
+    special_instructions: Text | None = None
+    customizations: tuple[Customization, ...] = ()
+
+
+class Payment(Struct, frozen=True, kw_only=True):
+    """Amount is negative for a refund."""
+
+    id: Id
+    amount: Amount
+    method: Label
+    created_at: Time
+    reference: Label | None = None
+
+
+class Order(Struct, frozen=True, kw_only=True):
+    id: Id
+    restaurant_id: Id
+    order_number: Annotated[str, Meta(max_length=40, pattern="^[^\\x00]*$")]
+    business_day: date
+    status: Status
+    items: Annotated[tuple[OrderItem, ...], Meta(max_length=1_000)]
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")]
+    subtotal: Money
+    tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)]
+    tax_amount: Money
+    tip_amount: Money
+    discount_amount: Money
+    deposit_used: Money
+    total: Money
+    created_at: Time
+    updated_at: Time
+    table_id: Id | None = None
+    customer_name: Label | None = None
+    customer_phone: Label | None = None
+    customer_session_id: Label | None = None
+    payment_method: Label | None = None
+    payment_status: PaymentStatus = PaymentStatus.PENDING
+    payments: tuple[Payment, ...] = ()
+    notes: Text | None = None
+    special_instructions: Text | None = None
+    placed_by: Label | None = None
+    """User id of the caller, or the session of a customer."""
+    request_hash: str | None = None
+    """SHA-256 of the request that placed it under an Idempotency-Key: who repeats the key must repeat the body."""
+    deleted_at: Time | None = None
+
+
+ENTITY = Entity(
+    name="order",
+    state=Order,
+    events=frozenset({"created", "updated", "status_changed", "deleted", "restored"}),
+    lane=Lane.CRITICAL,
+    on_conflict=OnConflict.TERMINAL_WINS,
+    live=lambda order: order.status not in (Status.COMPLETED, Status.CANCELLED) and order.deleted_at is None,
+    table=Table(
+        "orders",
+        (
+            *columns(
+                "order_number text",
+                "business_day date",
+                "status text",
+                "table_id uuid",
+                "customer_name text",
+                "customer_phone text",
+                "customer_session_id text",
+                "currency text",
+                "subtotal int8",
+                "tax_basis_points int4",
+                "tax_amount int8",
+                "tip_amount int8",
+                "discount_amount int8",
+                "deposit_used int8",
+                "total int8",
+                "payment_method text",
+                "payment_status text",
+                "notes text",
+                "special_instructions text",
+                "placed_by text",
+                "request_hash text",
+                "created_at timestamptz",
+                "updated_at timestamptz",
+                "deleted_at timestamptz",
+            ),
+        ),
+    ),
+    children=(
+        Children(
+            "order_items",
+            "order_id",
+            (
+                *columns("menu_item_id uuid", "name text", "quantity int4", "unit_price int8", "line_total int8"),
+                *columns("special_instructions text"),
+                Column("customizations", "jsonb", lambda item: encode(item.customizations).decode()),
+            ),
+            lambda order: order.items,
+        ),
+    ),
+    facts=(
+        Facts(
+            "payments",
+            "order_id",
+            tuple(columns("amount int8", "method text", "reference text", "created_at timestamptz")),
+            lambda order: order.payments,
+        ),
+    ),
+    numbering=Numbering(
+        business_day=lambda order: order.business_day.isoformat(),
+        number=lambda order: order.order_number,
+        with_number=lambda order, number: msgspec.structs.replace(order, order_number=number),
+    ),
+)

@@ -1,0 +1,22 @@
+"""All entities, a line each."""
+
+from typing import Any
+
+from shared.entities import menu_item, order, table
+from shared.entities.contract import BrokenContract, Change
+from shared.entities.entity import Entity, event_of
+
+ENTITIES: dict[str, Entity] = {entity.name: entity for entity in (order.ENTITY, menu_item.ENTITY, table.ENTITY)}
+
+
+def read(change: Change) -> tuple[Entity, Any]:
+    """The entity that a change belongs to and its state after it; `BrokenContract` with the reason when there is none."""
+    name, event, version = event_of(change.type)
+    entity = ENTITIES.get(name)
+    if entity is None or name != change.entity:
+        raise BrokenContract("unknown_type", f"type {change.type!r} with subject {change.subject!r}")
+    if version != "v1":
+        raise BrokenContract("unsupported_version", f"type {change.type!r} is newer than this service")
+    if event not in entity.events:
+        raise BrokenContract("unknown_type", f"{name} has no event {event!r}")
+    return entity, entity.decode(change)

@@ -1,0 +1,40 @@
+"""A table of the restaurant, by the label that is painted on it."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from shared.entities.contract import Id, Label, Lane, Time
+from shared.entities.entity import Entity, OnConflict, Table, columns
+
+
+class DiningTable(Struct, frozen=True, kw_only=True):
+    id: Id
+    restaurant_id: Id
+    label: Label
+    seats: Annotated[int, Meta(ge=1, le=1_000)]
+    created_at: Time
+    updated_at: Time
+    deleted_at: Time | None = None
+
+
+ENTITY = Entity(
+    name="table",
+    state=DiningTable,
+    events=frozenset({"created", "updated", "deleted", "restored"}),
+    lane=Lane.NORMAL,
+    on_conflict=OnConflict.TERMINAL_WINS,
+    live=lambda table: table.deleted_at is None,
+    table=Table(
+        "tables",
+        tuple(
+            columns(
+                "label text",
+                "seats int4",
+                "created_at timestamptz",
+                "updated_at timestamptz",
+                "deleted_at timestamptz",
+            )
+        ),
+    ),
+)

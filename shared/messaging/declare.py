@@ -1,0 +1,81 @@
+"""Declaring the topology (for `ticketrail migrate`) and checking that it is there (for every service's start)."""
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+
+from shared.entities.contract import Lane, change_id, now
+from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.messaging import topology
+from shared.messaging.topology import Queue
+from shared.settings import Settings
+
+
+class TopologyError(RuntimeError):
+    """The broker does not hold what this version needs; says which queue and what to do."""
+
+
+async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
+    """A plain connection. Robust ones hide losses that our loops must see."""
+    return await aio_pika.connect(url, timeout=timeout)
+
+
+async def _exists(connection: AbstractConnection, queue: str) -> bool:
+    """Asked on a channel of its own: the broker closes the channel of a question with the answer no."""
+    channel = await connection.channel()
+    try:
+        await channel.declare_queue(queue, passive=True)
+    except ChannelNotFoundEntity:
+        return False
+    await channel.close()
+    return True
+
+
+async def _declare(channel: AbstractChannel, queue: Queue) -> None:
+    try:
+        await channel.declare_queue(queue.name, durable=True, arguments=queue.arguments)
+    except ChannelPreconditionFailed as error:
+        raise TopologyError(
+            f"queue {queue.name!r} exists with other arguments ({error}): drain it and delete it, or keep its settings"
+        ) from error
+
+
+async def log_exists(connection: AbstractConnection) -> bool:
+    return await _exists(connection, topology.LOG)
+
+
+async def declare(connection: AbstractConnection, settings: Settings) -> None:
+    """Everything but the log; repeating it changes nothing."""
+    async with connection.channel() as channel:
+        exchange = await channel.declare_exchange(topology.CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
+        for queue in topology.queues(settings):
+            await _declare(channel, queue)
+            for lane in queue.bound_to:
+                await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
+
+
+async def declare_log(connection: AbstractConnection, settings: Settings, epoch: str, *, created: bool) -> None:
+    """The stream and, before anything can reach it through a binding, a first fence that says its epoch."""
+    queue = topology.log_queue(settings)
+    async with connection.channel() as channel:
+        await _declare(channel, queue)
+        if created:
+            genesis = Signal(id=change_id(epoch, 1, b"genesis"), type=FENCE, time=now(), epoch=epoch, source="migrate")
+            message = aio_pika.Message(encode_signal(genesis), message_id=genesis.id, delivery_mode=2)
+            await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
+        exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
+        for lane in Lane:
+            await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
+
+
+async def check(connection: AbstractConnection, settings: Settings) -> None:
+    """Refuse to run on a broker that lacks a queue. Bindings cannot be asked for: the fences prove those."""
+    channel = await connection.channel()
+    try:
+        await channel.declare_exchange(topology.CHANGES, passive=True)
+    except ChannelNotFoundEntity as error:
+        raise TopologyError(f"exchange {topology.CHANGES!r} is missing: run `ticketrail migrate`") from error
+    for queue in [*topology.queues(settings), topology.log_queue(settings)]:
+        if not await _exists(connection, queue.name):
+            raise TopologyError(f"queue {queue.name!r} is missing: run `ticketrail migrate`")
+    await channel.close()

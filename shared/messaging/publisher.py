@@ -1,0 +1,153 @@
+"""One bounded, confirmed publish after the other, over a connection that is renewed in the background.
+
+`publish` returns when the broker has confirmed: quorum queues have flushed it to a majority. It raises
+
+    NotSent   nothing left this process: there is no connection
+    InDoubt   bytes were sent, and a nack, a return, a timeout or a lost channel followed: the message may be there
+
+After an InDoubt the connection is given up and a new one is made, with jittered back-off: a frozen broker costs one
+timeout, not one for every message, because until the next connection stands everything else is NotSent at once.
+"""
+
+import asyncio
+import contextlib
+import random
+from uuid import uuid4
+
+import aio_pika
+import structlog
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika.exceptions import AMQPError, DeliveryError
+from aiormq.exceptions import AMQPException
+
+from shared.entities.contract import CONTENT_TYPE
+
+log = structlog.get_logger(__name__)
+
+# What connecting, publishing and closing raise when the broker is away or the link breaks.
+BROKEN_LINK = (OSError, TimeoutError, AMQPError, AMQPException, RuntimeError)
+
+
+class NotSent(Exception):
+    """There is no connection; nothing was sent."""
+
+
+class InDoubt(Exception):
+    """Sent, and not confirmed: perhaps it is there."""
+
+
+class Publisher:
+    def __init__(self, url: str, exchange: str, *, timeout: float) -> None:
+        self._url = url
+        self._exchange_name = exchange
+        self._timeout = timeout
+        self._connection: AbstractConnection | None = None
+        self._exchange: AbstractExchange | None = None
+        self._default: AbstractExchange | None = None
+        self._broken = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._exchange is not None
+
+    async def start(self, *, wait: float = 0.0) -> None:
+        """Begins to connect; waits up to `wait` seconds for the first connection and returns either way."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_connected(), name="publisher")
+        if wait:
+            with contextlib.suppress(TimeoutError):  # the caller goes on without: the journal is for that
+                await asyncio.wait_for(self._connected.wait(), wait)
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._drop()
+
+    async def wait_connected(self) -> None:
+        await self._connected.wait()
+
+    async def publish(self, routing_key: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
+        """To the exchange; persistent, mandatory, confirmed within the timeout."""
+        await self._publish(self._exchange, routing_key, body, headers)
+
+    async def publish_to_queue(self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
+        """To one queue alone, through the default exchange."""
+        await self._publish(self._default, queue, body, headers)
+
+    async def _publish(
+        self,
+        exchange: AbstractExchange | None,
+        routing_key: str,
+        body: bytes,
+        headers: dict[str, int | str] | None,
+    ) -> None:
+        if exchange is None:
+            raise NotSent("no connection to the broker")
+        message = aio_pika.Message(
+            body,
+            content_type=CONTENT_TYPE,
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+            message_id=uuid4().hex,  # returns are matched by it: unique for every publish
+            headers=dict(headers or {}),
+        )
+        try:
+            await exchange.publish(message, routing_key, mandatory=True, timeout=self._timeout)
+        except DeliveryError as error:
+            # A nack or a return: the link is fine, one of the queues is not. Others may have taken the message.
+            raise InDoubt(f"not confirmed: {type(error).__name__}") from error
+        except BROKEN_LINK as error:
+            if exchange in (self._exchange, self._default):
+                self._give_up()
+            raise InDoubt(f"no confirm: {type(error).__name__}: {error}") from error
+
+    def _give_up(self) -> None:
+        self._exchange = self._default = None
+        self._connected.clear()
+        self._broken.set()
+
+    async def _keep_connected(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self._connect()
+                attempt = 0
+                await self._broken.wait()
+                log.warning("publisher_lost_connection")
+            except BROKEN_LINK as error:
+                attempt += 1
+                log.warning("publisher_cannot_connect", error=str(error) or type(error).__name__, attempt=attempt)
+            await self._drop()
+            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+
+    async def _connect(self) -> None:
+        async with asyncio.timeout(5.0):
+            connection = await aio_pika.connect(self._url, timeout=5.0)
+            self._connection = connection
+            channel: AbstractChannel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+            exchange = await channel.get_exchange(self._exchange_name, ensure=False)
+        self._broken.clear()
+        connection.close_callbacks.add(lambda *_: self._lost(connection))
+        channel.close_callbacks.add(lambda *_: self._lost(connection))
+        self._exchange, self._default = exchange, channel.default_exchange
+        self._connected.set()
+
+    def _lost(self, connection: AbstractConnection) -> None:
+        if connection is self._connection:
+            self._give_up()
+
+    async def _drop(self) -> None:
+        """Close without waiting for a broker that may be frozen."""
+        connection, self._connection = self._connection, None
+        self._exchange = self._default = None
+        self._connected.clear()
+        if connection is not None:
+            try:
+                async with asyncio.timeout(1.0):
+                    await connection.close()
+            except BROKEN_LINK as error:
+                log.debug("publisher_close", error=str(error) or type(error).__name__)

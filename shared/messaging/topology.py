@@ -1,0 +1,88 @@
+"""Every exchange, queue and binding, as plain data. Only `ticketrail migrate` declares them; services check at start.
+
+    ticketrail.changes (direct) ── lane ──► sync.postgres.<lane>.v1 (quorum) ─┬─ attempts ─► .retry.<ms> ─ TTL ─► back to its lane
+                     │                                                        └─ poison, exhausted ─► sync.postgres.<lane>.dead.v1
+                     └── every lane ──► changes.log.v1 (stream)               sync.mirror.dead.v1
+
+Retries come back through the default exchange to their lane's queue alone: through `ticketrail.changes` the stream
+would get them twice. Dead-lettering is at least once, for which RabbitMQ wants the strategy, `reject-publish` and an
+exchange together: with one missing it silently is at most once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.entities.contract import Lane
+from shared.settings import Settings
+
+CHANGES = "ticketrail.changes"
+LOG = "changes.log.v1"
+MIRROR_DEAD = "sync.mirror.dead.v1"
+DELIVERY_LIMIT = 100
+ATTEMPT = "ticketrail-attempt"
+"""Header with the number of attempts so far. Ours: `x-death` is ignored on re-publish from RabbitMQ 4.0.1 on."""
+
+
+def lane_queue(lane: Lane) -> str:
+    return f"sync.postgres.{lane}.v1"
+
+
+def dead_queue(lane: Lane) -> str:
+    return f"sync.postgres.{lane}.dead.v1"
+
+
+def retry_queue(lane: Lane, delay_ms: int) -> str:
+    """The delay is part of the name: with other steps there are other queues, never a mismatch of arguments."""
+    return f"sync.postgres.{lane}.retry.{delay_ms}ms.v1"
+
+
+@dataclass(frozen=True)
+class Queue:
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    bound_to: tuple[Lane, ...] = ()
+
+
+def _quorum(**arguments: Any) -> dict[str, Any]:
+    return {"x-queue-type": "quorum", **{f"x-{name.replace('_', '-')}": value for name, value in arguments.items()}}
+
+
+def _dead_lettering(target: str) -> dict[str, Any]:
+    return {
+        "dead_letter_exchange": "",
+        "dead_letter_routing_key": target,
+        "dead_letter_strategy": "at-least-once",
+        "overflow": "reject-publish",
+    }
+
+
+def log_queue(settings: Settings) -> Queue:
+    return Queue(
+        LOG,
+        {
+            "x-queue-type": "stream",
+            "x-max-age": settings.log_max_age,
+            "x-max-length-bytes": settings.log_max_bytes,
+            "x-stream-max-segment-size-bytes": settings.log_segment_bytes,
+        },
+        tuple(Lane),
+    )
+
+
+def queues(settings: Settings) -> list[Queue]:
+    """All queues but the log, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
+    found = [Queue(MIRROR_DEAD, _quorum())]
+    for lane in Lane:
+        found.append(Queue(dead_queue(lane), _quorum()))
+        found.append(
+            Queue(
+                lane_queue(lane),
+                _quorum(delivery_limit=DELIVERY_LIMIT, **_dead_lettering(dead_queue(lane))),
+                (lane,),
+            )
+        )
+        found.extend(
+            Queue(retry_queue(lane, step), _quorum(message_ttl=step, **_dead_lettering(lane_queue(lane))))
+            for step in settings.retry_steps_ms
+        )
+    return found

@@ -1,0 +1,203 @@
+"""One connection to Redis that all callers of a process share: what waits at the same moment travels in one pipeline.
+
+A call raises
+
+    MirrorAway     nothing was sent: no connection, or the breaker is open
+    MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
+
+After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; then one
+call goes through as a probe. Nothing is retried here: what may be sent twice only the caller knows.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import structlog
+from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+log = structlog.get_logger(__name__)
+
+Argument = str | bytes | int | float
+_MAX_PIPELINE = 512
+_LONGEST_BREAK = 2.0
+
+
+class MirrorAway(Exception):
+    """Nothing was sent."""
+
+
+class MirrorInDoubt(Exception):
+    """Sent without an answer: perhaps executed."""
+
+
+class MirrorMisconfigured(RuntimeError):
+    """The server would lose what it holds."""
+
+
+class _Call:
+    __slots__ = ("command", "reply")
+
+    def __init__(self, command: tuple[Argument, ...], reply: "asyncio.Future[Any]") -> None:
+        self.command = command
+        self.reply = reply
+
+
+class MirrorConnection:
+    def __init__(self, url: str, *, timeout: float) -> None:
+        options: dict[str, Any] = dict(parse_url(url))
+        self._make = options.pop("connection_class", Connection)
+        assert self._make in (Connection, UnixDomainSocketConnection) or issubclass(self._make, Connection)
+        self._options = {
+            **options,
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        self._timeout = timeout
+        folder = resources.files("shared.mirror") / "scripts"
+        self._scripts = {
+            path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
+        }
+        self._shas: dict[str, str] = {}
+        self._connection: Any = None
+        self._waiting: list[_Call] = []
+        self._task: asyncio.Task[None] | None = None
+        self._failures = 0
+        self._closed_until = 0.0
+
+    @property
+    def available(self) -> bool:
+        """False while the breaker is open."""
+        return time.monotonic() >= self._closed_until
+
+    @property
+    def down(self) -> bool:
+        """True when several attempts in a row have failed: waiting a moment will not help."""
+        return self._failures >= 3
+
+    async def call(self, *command: Argument) -> Any:
+        """One command; the reply in bytes, lists and integers, or `redis.ResponseError` as the server said it."""
+        if not self.available:
+            raise MirrorAway("the mirror did not answer a moment ago")
+        call = _Call(command, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain(), name="mirror")
+        return await call.reply
+
+    async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """Runs `scripts/<name>.lua`."""
+        try:
+            return await self.call(f"\0{name}", len(keys), *keys, *arguments)
+        except NoScriptError:
+            # The server forgot its scripts (SCRIPT FLUSH): nothing was executed, so it may be sent again.
+            self._drop()
+            return await self.call(f"\0{name}", len(keys), *keys, *arguments)
+
+    async def check(self) -> None:
+        """Connects and refuses a server that evicts: raises MirrorMisconfigured or MirrorAway."""
+        await self.call("PING")
+
+    async def close(self) -> None:
+        """May be called twice. What still waits is MirrorAway."""
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._fail(self._take(), MirrorAway("closed"))
+        self._drop()
+
+    # -- one task at a time drains what waits ------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            try:
+                await self._connect()
+            except MirrorMisconfigured as error:
+                self._trip()
+                self._fail(self._take(), error)
+                return
+            except (RedisError, OSError, TimeoutError) as error:
+                self._trip()
+                log.warning("mirror_away", error=str(error) or type(error).__name__)
+                self._fail(self._take(), MirrorAway(str(error)))
+                return
+            calls = self._take(_MAX_PIPELINE)
+            try:
+                await self._round_trip(calls)
+                self._failures = 0
+            except (RedisError, OSError, TimeoutError) as error:
+                self._trip()
+                log.warning("mirror_lost", error=str(error) or type(error).__name__, calls=len(calls))
+                self._fail(calls, MirrorInDoubt(str(error)))
+                self._fail(self._take(), MirrorAway(str(error)))
+                return
+            except asyncio.CancelledError:
+                self._fail(calls, MirrorInDoubt("closed"))
+                raise
+
+    async def _round_trip(self, calls: list[_Call]) -> None:
+        commands = [self._command(call.command) for call in calls]
+        await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
+        for call in calls:
+            try:
+                reply = await self._connection.read_response(timeout=self._timeout)
+            except ResponseError as error:
+                if not call.reply.done():
+                    call.reply.set_exception(error)
+                continue
+            if not call.reply.done():
+                call.reply.set_result(reply)
+
+    def _command(self, command: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        name = command[0]
+        if isinstance(name, str) and name.startswith("\0"):
+            return ("EVALSHA", self._shas[name[1:]], *command[1:])
+        return command
+
+    async def _connect(self) -> None:
+        if self._connection is not None:
+            return
+        connection = self._make(**self._options)
+        try:
+            await connection.connect()
+            await connection.send_command("INFO", "memory")
+            memory = await connection.read_response(timeout=self._timeout)
+            if b"maxmemory_policy:noeviction" not in memory:
+                raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction: it would forget claims")
+            for name, text in self._scripts.items():
+                await connection.send_command("SCRIPT", "LOAD", text)
+                self._shas[name] = (await connection.read_response(timeout=self._timeout)).decode()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._connection = connection
+
+    def _take(self, most: int | None = None) -> list[_Call]:
+        taken, self._waiting = self._waiting[:most], self._waiting[len(self._waiting[:most]) :]
+        return taken
+
+    def _fail(self, calls: list[_Call], error: Exception) -> None:
+        for call in calls:
+            if not call.reply.done():
+                call.reply.set_exception(error)
+
+    def _trip(self) -> None:
+        self._failures += 1
+        pause = min(0.1 * 2**self._failures, _LONGEST_BREAK) * random.uniform(0.5, 1.0)  # noqa: S311  (jitter)
+        self._closed_until = time.monotonic() + pause
+        self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Without waiting: the server may be frozen. `nowait` closes the transport and returns.
+            self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))

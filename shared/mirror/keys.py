@@ -1,0 +1,55 @@
+"""Names of everything in the mirror. A tenant's keys carry the restaurant as hash tag; the rail's own do not.
+
+    {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms)
+    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), marked
+    {restaurant}:live:<entity>       zset   id by place in the index (creation time)
+    {restaurant}:pending:<entity>    zset   id by place in the index: not in PostgreSQL yet
+    {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
+    {restaurant}:number:<day>        int    last order number of a business day
+    {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is away
+    ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
+    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log
+    ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
+    ticketrail:restaurants           set    restaurant ids
+    ticketrail:fences                hash   lane -> time at which its last fence was noted in PostgreSQL (ISO 8601)
+
+Scripts touch both kinds, so the mirror is one primary with replicas, not a cluster.
+"""
+
+WARM = "ticketrail:warm"
+LOG = "ticketrail:log"
+CLAIMS = "ticketrail:claims"
+RESTAURANTS = "ticketrail:restaurants"
+FENCES = "ticketrail:fences"
+
+
+def doc(restaurant: str, entity: str, id_: str) -> str:
+    return f"{{{restaurant}}}:{entity}:{id_}"
+
+
+def claim(restaurant: str, entity: str, id_: str) -> str:
+    return f"{{{restaurant}}}:claim:{entity}:{id_}"
+
+
+def live(restaurant: str, entity: str) -> str:
+    return f"{{{restaurant}}}:live:{entity}"
+
+
+def pending(restaurant: str, entity: str) -> str:
+    return f"{{{restaurant}}}:pending:{entity}"
+
+
+def failed(restaurant: str, entity: str) -> str:
+    return f"{{{restaurant}}}:failed:{entity}"
+
+
+def number(restaurant: str, business_day: str) -> str:
+    return f"{{{restaurant}}}:number:{business_day}"
+
+
+def restaurant(restaurant_id: str) -> str:
+    return f"{{{restaurant_id}}}:restaurant"
+
+
+def member(restaurant: str, entity: str, id_: str) -> str:
+    return f"{restaurant}|{entity}|{id_}"

@@ -1,0 +1,301 @@
+"""The mirror as the rest of the house sees it: claims, states and what is known of their way, in Redis or Valkey.
+
+Every method raises `MirrorAway` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from shared.entities.contract import Change, Standing
+from shared.entities.entity import Entity
+from shared.mirror import keys
+from shared.mirror.connection import MirrorConnection
+
+
+class Document(Struct, frozen=True):
+    """A state in the mirror, undecoded, and what is known of its way to PostgreSQL."""
+
+    standing: Standing
+    state: bytes
+    pending: bool = False
+    failure: bytes = b""
+    """JSON: {"error", "attempts", "last_attempt"}; empty when nothing failed."""
+
+
+class Claimed(Struct, frozen=True):
+    number: str
+
+
+class Cold(Struct, frozen=True):
+    """Nobody has filled this mirror since its server started: no claims are taken on it."""
+
+
+class Busy(Struct, frozen=True):
+    """Another change of the entity is on its way."""
+
+
+class Stale(Struct, frozen=True):
+    """A change that its owner left behind, now marked: whoever is told must finish it."""
+
+    change_id: str
+    event: bytes
+    number: str
+
+
+class Stands(Struct, frozen=True):
+    """The base of the change is not what stands."""
+
+    standing: Standing
+    state: bytes
+
+
+ClaimReply = Claimed | Cold | Busy | Stale | Stands
+
+
+class Apply(Struct, frozen=True):
+    """One state for `apply`; `how` is reveal, stored or late (see scripts/apply.lua)."""
+
+    entity: Entity
+    state: Any
+    standing: Standing
+    encoded: bytes
+    accepted_at: datetime
+    how: str = "reveal"
+
+
+class LogState(Struct, frozen=True):
+    """How far the mirror writer has applied the log."""
+
+    epoch: str
+    offset: int
+
+
+class Mirror:
+    def __init__(self, url: str, *, timeout: float, stale_seconds: float) -> None:
+        self._redis = MirrorConnection(url, timeout=timeout)
+        self._stale_ms = int(stale_seconds * 1000)
+
+    @property
+    def available(self) -> bool:
+        return self._redis.available
+
+    @property
+    def down(self) -> bool:
+        return self._redis.down
+
+    async def check(self) -> None:
+        await self._redis.check()
+
+    async def close(self) -> None:
+        await self._redis.close()
+
+    # -- claims ------------------------------------------------------------------------------------------------
+
+    async def claim(
+        self, entity: Entity, change: Change, event: bytes, base: Standing | None, series: str | None, floor: int
+    ) -> ClaimReply:
+        """`series`: the business day when the change wants a number. Sending the same change again is harmless."""
+        restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
+        reply = await self._redis.script(
+            "claim",
+            [
+                keys.doc(restaurant, name, id_),
+                keys.claim(restaurant, name, id_),
+                keys.CLAIMS,
+                keys.WARM,
+                keys.number(restaurant, series or "-"),
+            ],
+            [
+                change.id,
+                change.entityversion,
+                base.version if base else 0,
+                base.change_id if base else "",
+                event,
+                1 if series else 0,
+                floor,
+                keys.member(restaurant, name, id_),
+                self._stale_ms,
+            ],
+        )
+        match reply[0]:
+            case b"claimed":
+                return Claimed((reply[1] or b"").decode())
+            case b"cold":
+                return Cold()
+            case b"busy":
+                return Busy()
+            case b"stale":
+                return Stale(reply[1].decode(), reply[2], reply[3].decode())
+            case _:
+                return Stands(Standing(int(reply[1]), reply[2].decode()), reply[3])
+
+    async def take_back(self, change: Change) -> bool:
+        """True: the claim is gone and nobody will record its change."""
+        restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
+        reply = await self._redis.script(
+            "take_back",
+            [keys.claim(restaurant, entity, id_), keys.CLAIMS],
+            [change.id, keys.member(restaurant, entity, id_)],
+        )
+        return bool(reply)
+
+    async def claims_left_behind(self, *, most: int = 100) -> list[str]:
+        """Members of the claims index that are old enough to be finished, the oldest first."""
+        seconds, micros = await self._redis.call("TIME")
+        before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
+        found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, most)
+        return [member.decode() for member in found]
+
+    async def mark(self, member: str) -> Stale | None:
+        """Takes a claim left behind, or None when it needs no finishing any more."""
+        restaurant, entity, id_ = member.split("|")
+        reply = await self._redis.script(
+            "mark",
+            [keys.doc(restaurant, entity, id_), keys.claim(restaurant, entity, id_), keys.CLAIMS],
+            [member, self._stale_ms],
+        )
+        return Stale(reply[0].decode(), reply[1], (reply[2] or b"").decode()) if reply else None
+
+    # -- states ------------------------------------------------------------------------------------------------
+
+    async def apply(
+        self, states: Sequence[Apply], *, at: LogState | None = None, note: LogState | None = None
+    ) -> list[int] | None:
+        """Writes what stands by the guard. With `at`, only on the mirror whose log state that is; with `note`, the log
+        state moves in the same step. Returns the places of late states whose doc is missing; None: wrong mirror."""
+        all_keys = [keys.LOG, keys.CLAIMS]
+        epoch = note.epoch if note else at.epoch if at else ""
+        arguments: list[str | bytes | int | float] = [epoch, at.offset if at else "", note.offset if note else ""]
+        for state in states:
+            restaurant, name, id_ = state.state.restaurant_id, state.entity.name, state.state.id
+            series, number = "-", ""
+            if numbering := state.entity.numbering:
+                series, number = numbering.business_day(state.state), numbering.number(state.state)
+            all_keys += [
+                keys.doc(restaurant, name, id_),
+                keys.claim(restaurant, name, id_),
+                keys.live(restaurant, name),
+                keys.pending(restaurant, name),
+                keys.number(restaurant, series),
+            ]
+            arguments += [
+                state.standing.version,
+                state.standing.change_id,
+                state.encoded,
+                state.entity.score(state.state),
+                int(state.accepted_at.timestamp() * 1000),
+                keys.member(restaurant, name, id_),
+                state.how,
+                number if number.isascii() and number.isdecimal() else "",
+            ]
+        reply = await self._redis.script("apply", all_keys, arguments)
+        return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
+
+    async def settle(
+        self, restaurant: str, entity: str, states: Sequence[tuple[str, Standing]], *, failure: bytes = b""
+    ) -> None:
+        """`states` are (entity id, standing): committed by PostgreSQL, or failed on the way there."""
+        all_keys: list[str] = []
+        arguments: list[str | bytes | int | float] = [failure]
+        for id_, standing in states:
+            all_keys += [
+                keys.doc(restaurant, entity, id_),
+                keys.pending(restaurant, entity),
+                keys.failed(restaurant, entity),
+            ]
+            arguments += [standing.version, standing.change_id]
+        await self._redis.script("settle", all_keys, arguments)
+
+    async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
+        """(warm, documents in the order of the ids). A document that a cold mirror lacks may exist all the same."""
+        reply = await self._redis.script(
+            "read",
+            [
+                keys.WARM,
+                keys.pending(restaurant, entity),
+                keys.failed(restaurant, entity),
+                *(keys.doc(restaurant, entity, id_) for id_ in ids),
+            ],
+            list(ids),
+        )
+        found: list[Document | None] = []
+        for i in range(1, len(reply), 5):
+            version, change, state, pending, failure = reply[i : i + 5]
+            found.append(
+                None
+                if version is None
+                else Document(Standing(int(version), change.decode()), state, bool(pending), failure)
+            )
+        return bool(reply[0]), found
+
+    async def pending_ids(self, restaurant: str, entity: str) -> list[str]:
+        """The newest first."""
+        found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
+        return [id_.decode() for id_ in found]
+
+    async def live_ids(self, restaurant: str, entity: str, *, most: float = float("inf"), count: int = -1) -> list[str]:
+        """The live window, from the place `most` down, the newest first."""
+        found = await self._redis.call(
+            "ZREVRANGEBYSCORE", keys.live(restaurant, entity), most, "-inf", "LIMIT", 0, count
+        )
+        return [id_.decode() for id_ in found]
+
+    async def trim(self, restaurant: str, entity: str, ids: Sequence[str]) -> None:
+        """Takes documents out of the live window. The caller knows that PostgreSQL has them."""
+        await self._redis.call("ZREM", keys.live(restaurant, entity), *ids)
+        await self._redis.call("DEL", *(keys.doc(restaurant, entity, id_) for id_ in ids))
+
+    async def counts(self, restaurant: str, entity: str) -> tuple[int, int]:
+        """(pending, failed)"""
+        pending = await self._redis.call("ZCARD", keys.pending(restaurant, entity))
+        failed = await self._redis.call("HLEN", keys.failed(restaurant, entity))
+        return int(pending), int(failed)
+
+    # -- restaurants -------------------------------------------------------------------------------------------
+
+    async def keep_restaurant(self, restaurant_id: str, encoded: bytes) -> None:
+        await self._redis.call("SET", keys.restaurant(restaurant_id), encoded)
+        await self._redis.call("SADD", keys.RESTAURANTS, restaurant_id)
+
+    async def restaurant(self, restaurant_id: str) -> bytes | None:
+        found: bytes | None = await self._redis.call("GET", keys.restaurant(restaurant_id))
+        return found
+
+    async def restaurant_ids(self) -> list[str]:
+        return [id_.decode() for id_ in await self._redis.call("SMEMBERS", keys.RESTAURANTS)]
+
+    # -- the writer's own state --------------------------------------------------------------------------------
+
+    async def log_state(self) -> LogState | None:
+        epoch, offset = await self._redis.call("HMGET", keys.LOG, "epoch", "offset")
+        return None if epoch is None else LogState(epoch.decode(), int(offset))
+
+    async def begin_log(self, state: LogState) -> None:
+        """The first step of a rebuild: from here on `apply` with `at` tells this mirror from the next."""
+        await self._redis.call("DEL", keys.WARM)
+        await self._redis.call("HSET", keys.LOG, "epoch", state.epoch, "offset", state.offset)
+
+    async def is_warm(self) -> bool:
+        warm, _ = await self.read("-", "-", [])
+        return warm
+
+    async def warm(self, at: LogState, series: Sequence[tuple[str, str]], gap: int) -> bool:
+        """`series` are (restaurant, business day). False: this is not the mirror that the caller filled."""
+        counters = [keys.number(restaurant, day) for restaurant, day in series]
+        return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
+
+    async def note_fences(self, fences: dict[str, datetime]) -> None:
+        """When PostgreSQL has noted the last fence of each lane."""
+        pairs = [part for lane, at in fences.items() for part in (lane, at.isoformat())]
+        await self._redis.call("HSET", keys.FENCES, *pairs)
+
+    async def fences(self) -> dict[str, datetime]:
+        reply = await self._redis.call("HGETALL", keys.FENCES)
+        return {
+            reply[i].decode(): msgspec.convert(reply[i + 1].decode(), datetime, strict=False)
+            for i in range(0, len(reply), 2)
+        }

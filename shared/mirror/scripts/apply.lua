@@ -1,0 +1,55 @@
+-- apply: states into the mirror, each under the guard (version, change id). Reveals after a commit, the mirror writer's
+-- batches and its rebuild all come this way, so that the guard stands in one place.
+-- KEYS  1 ticketrail:log  2 ticketrail:claims  then per state: doc, claim, live, pending, number counter
+-- ARGV  1 epoch  2 offset that the log state must have ('': any)  3 offset to note ('': none)
+--       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number
+--       how: 'reveal'  new to PostgreSQL as far as we know: pending
+--            'stored'  comes from PostgreSQL
+--            'late'    an old event: not written where the doc is missing, reported instead
+-- Replies {'rewind'} when the mirror is not the one that the caller filled, else
+--         {'applied', positions (from 1) of late states whose doc is missing...}
+if ARGV[2] ~= '' then
+  local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
+  if at[1] ~= ARGV[1] or at[2] ~= ARGV[2] then
+    return {'rewind'}
+  end
+end
+local reply = {'applied'}
+local count = (#ARGV - 3) / 8
+for i = 1, count do
+  local k, a = 2 + (i - 1) * 5, 3 + (i - 1) * 8
+  local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
+  local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c')
+  local standing = tonumber(doc[1])
+  local how = ARGV[a + 7]
+  if not standing and how == 'late' then
+    reply[#reply + 1] = i
+  else
+    if not standing or version > standing or (version == standing and change > doc[2]) then
+      redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
+      local id = string.match(KEYS[k + 1], '[^:]+$')
+      redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
+      if how == 'stored' then
+        redis.call('ZREM', KEYS[k + 4], id)
+      else
+        redis.call('ZADD', KEYS[k + 4], ARGV[a + 4], id)
+      end
+      standing = version
+    end
+    -- A claim whose version is taken is done with, whoever took it.
+    local claimed = redis.call('HGET', KEYS[k + 2], 'v')
+    if claimed and tonumber(claimed) <= standing then
+      redis.call('DEL', KEYS[k + 2])
+      redis.call('ZREM', KEYS[2], ARGV[a + 6])
+    end
+  end
+  -- A number that was seen is not given again.
+  local number = tonumber(ARGV[a + 8])
+  if number and number > tonumber(redis.call('GET', KEYS[k + 5]) or 0) then
+    redis.call('SET', KEYS[k + 5], number, 'EX', 691200)
+  end
+end
+if ARGV[3] ~= '' then
+  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'offset', ARGV[3])
+end
+return reply

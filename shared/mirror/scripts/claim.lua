@@ -1,0 +1,48 @@
+-- claim: one change takes the next version of its entity, or learns why it cannot.
+-- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
+-- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event  6 wants a number (0/1)
+--       7 floor of the number  8 claims member  9 stale after (ms)
+-- Replies
+--   {"claimed", number}                     ours (also when this very call was executed before)
+--   {"cold"}                                nobody has filled this mirror since it started
+--   {"busy"}                                another change is on its way
+--   {"stale", change id, event, number}     another change was left behind; now marked: finish it, then come again
+--   {"standing", version, change id, state} the base is not what stands (for a creation: it exists)
+if redis.call('GET', KEYS[4]) ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') then
+  return {'cold'}
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local doc = redis.call('HMGET', KEYS[1], 'v', 'c', 'd')
+local version = tonumber(doc[1]) or 0
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at')
+if claim[1] == ARGV[1] then
+  return {'claimed', claim[4]}
+end
+if claim[1] then
+  if tonumber(claim[2]) <= version then
+    -- Its version is taken by a state that stands: recorded by others, nothing to finish.
+    redis.call('DEL', KEYS[2])
+    redis.call('ZREM', KEYS[3], ARGV[8])
+  elseif now - tonumber(claim[5]) < tonumber(ARGV[9]) then
+    return {'busy'}
+  else
+    redis.call('HSET', KEYS[2], 'marked', 1)
+    return {'stale', claim[1], claim[3], claim[4]}
+  end
+end
+-- Without a doc (it left the live window) the base comes from PostgreSQL, and the caller is believed.
+if doc[1] and (version ~= tonumber(ARGV[3]) or doc[2] ~= ARGV[4]) then
+  return {'standing', doc[1], doc[2], doc[3]}
+end
+
+local number = ''
+if ARGV[6] == '1' then
+  number = math.max(tonumber(redis.call('GET', KEYS[5]) or 0), tonumber(ARGV[7])) + 1
+  redis.call('SET', KEYS[5], number, 'EX', 691200)
+  number = string.format('%04d', number)
+end
+redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now)
+redis.call('ZADD', KEYS[3], now, ARGV[8])
+return {'claimed', number}

@@ -1,0 +1,19 @@
+-- mark: take a claim that its owner left behind, to finish it.
+-- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 stale after (ms)
+-- Replies {} when there is nothing to finish, else {change id, event, number}.
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at')
+if not claim[1] then
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  return {}
+end
+if tonumber(claim[2]) <= (tonumber(redis.call('HGET', KEYS[1], 'v')) or 0) then
+  redis.call('DEL', KEYS[2])
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  return {}
+end
+local time = redis.call('TIME')
+if time[1] * 1000 + math.floor(time[2] / 1000) - tonumber(claim[5]) < tonumber(ARGV[2]) then
+  return {}
+end
+redis.call('HSET', KEYS[2], 'marked', 1)
+return {claim[1], claim[3], claim[4]}

@@ -1,0 +1,17 @@
+-- warm: the mirror writer has read the log to its end; from now on claims are taken on this mirror.
+-- KEYS  1 ticketrail:log  2 warm stamp  then number counters of the present business day of each restaurant
+-- ARGV  1 epoch  2 offset that the log state must have  3 gap: numbers that may have been under way when the last
+--       mirror was lost, skipped so that none is given twice (0: no mirror was lost)
+-- Replies 1, or 0 when the mirror is not the one that the caller filled.
+local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
+if at[1] ~= ARGV[1] or at[2] ~= ARGV[2] then
+  return 0
+end
+if tonumber(ARGV[3]) > 0 then
+  for i = 3, #KEYS do
+    redis.call('INCRBY', KEYS[i], ARGV[3])
+    redis.call('EXPIRE', KEYS[i], 691200)
+  end
+end
+redis.call('SET', KEYS[2], string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'))
+return 1

@@ -1,0 +1,71 @@
+"""Bringing a database to the present schema: plain SQL files, append-only, each in a transaction, in order of name.
+
+Runs under an advisory lock, so that two `ticketrail migrate` at once do the work once. A file that was applied and has
+changed since is refused: history is not rewritten.
+"""
+
+import hashlib
+from importlib import resources
+from urllib.parse import unquote, urlsplit
+
+import asyncpg
+
+from shared.settings import Settings
+
+_LOCK = 0x71636B74
+
+
+class MigrationError(RuntimeError):
+    pass
+
+
+def files() -> list[tuple[str, str]]:
+    folder = resources.files("shared.postgres") / "migrations"
+    found = [(path.name, path.read_text()) for path in folder.iterdir() if path.name.endswith(".sql")]
+    return sorted(found)
+
+
+async def _make_role(connection: "asyncpg.Connection[asyncpg.Record]", url: str) -> None:
+    """A login role with the name and the password that stand in the service's own URL."""
+    parts = urlsplit(url)
+    name, password = unquote(parts.username or ""), unquote(parts.password or "")
+    quoted = await connection.fetchval("select quote_literal($1)", password)
+    exists = await connection.fetchval("select true from pg_roles where rolname = $1", name)
+    verb = "alter" if exists else "create"
+    await connection.execute(f'{verb} role "{name}" login nosuperuser nobypassrls password {quoted}')
+    database = await connection.fetchval("select quote_ident(current_database())")
+    await connection.execute(f'grant connect on database {database} to "{name}"')
+
+
+async def migrate(settings: Settings) -> list[str]:
+    """Applies what is missing and returns the names of the files applied."""
+    connection = await asyncpg.connect(settings.database_url, timeout=settings.database_timeout_seconds)
+    try:
+        await connection.execute("select pg_advisory_lock($1)", _LOCK)
+        for url in (settings.database_writer_url, settings.database_api_url, settings.database_ops_url):
+            await _make_role(connection, url)
+        await connection.execute(
+            "create table if not exists migrations"
+            " (name text primary key, sha256 text not null, applied_at timestamptz not null default now())"
+        )
+        done = {row["name"]: row["sha256"] for row in await connection.fetch("select name, sha256 from migrations")}
+        applied = []
+        for name, sql in files():
+            digest = hashlib.sha256(sql.encode()).hexdigest()
+            if name in done:
+                if done[name] != digest:
+                    raise MigrationError(f"{name} was applied with another content: add a new file instead")
+                continue
+            async with connection.transaction():
+                await connection.execute(sql)
+                await connection.execute("insert into migrations (name, sha256) values ($1, $2)", name, digest)
+            applied.append(name)
+        return applied
+    finally:
+        await connection.close()
+
+
+async def present_epoch(connection: "asyncpg.Connection[asyncpg.Record]") -> str | None:
+    """Epoch of the present log, or None when there was never one."""
+    epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
+    return epoch

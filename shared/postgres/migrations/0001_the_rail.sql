@@ -1,0 +1,200 @@
+-- The first schema. Run by the owner; roles exist already (shared/postgres/migrate.py makes them).
+--   writer  the sync worker: trusted, sees every tenant
+--   api     what clients' requests run as: sees the tenant set for its transaction, and nothing without one
+--   ops     operators' tools: reads every tenant
+-- No foreign keys between entities and no unique labels: a dish may arrive after its order, and what the contract
+-- accepts no constraint refuses. Every key begins with restaurant_id, so that no upsert can touch another tenant's row.
+
+-- Identity: plain rows, no events.
+create table restaurants (
+    id uuid primary key,
+    slug text not null unique,
+    name text not null,
+    currency text not null default 'EUR',
+    time_zone text not null default 'UTC',
+    cutoff_hour int not null default 4,
+    tax_basis_points int not null default 500,
+    created_at timestamptz not null default now()
+);
+create table users (
+    id uuid primary key,
+    restaurant_id uuid references restaurants,
+    email text not null unique,
+    role text not null check (role in ('admin', 'staff', 'customer', 'operator')),
+    created_at timestamptz not null default now()
+);
+create table terminals (
+    id uuid primary key,
+    restaurant_id uuid not null references restaurants,
+    name text not null,
+    api_key_sha256 bytea not null,
+    created_at timestamptz not null default now()
+);
+
+-- What happened: append-only. `seq` and `xid` are for feeds, which page below the oldest running transaction.
+create table changes (
+    restaurant_id uuid not null,
+    change_id uuid not null,
+    entity text not null,
+    entity_id uuid not null,
+    version int not null,
+    base_change_id uuid,
+    type text not null,
+    source text not null,
+    lane text not null,
+    accepted_at timestamptz not null,
+    traceparent text,
+    data json not null,  -- json, not jsonb: what a newer producer adds is kept to the letter
+    written_at timestamptz not null default now(),
+    xid xid8 not null default pg_current_xact_id(),
+    seq bigint generated always as identity,
+    primary key (restaurant_id, change_id)
+);
+create index changes_by_version on changes (restaurant_id, entity, entity_id, version);
+create index changes_by_base on changes (restaurant_id, base_change_id) where base_change_id is not null;
+create index changes_by_seq on changes (xid, seq);
+
+-- A fork: two changes that claim the same version, or that were built on the same change. Both are kept in `changes`.
+create table conflicts (
+    restaurant_id uuid not null,
+    entity text not null,
+    entity_id uuid not null,
+    version int not null,
+    change_id uuid not null,
+    other_change_id uuid not null,
+    opened_at timestamptz not null default now(),
+    resolved_at timestamptz,
+    primary key (restaurant_id, change_id, other_change_id)
+);
+
+-- The last fence that this sink has seen, of every lane; `epoch` is the log's.
+create table fences (
+    lane text primary key,
+    fence_id uuid not null,
+    epoch text not null,
+    sent_at timestamptz not null,
+    noted_at timestamptz not null default now()
+);
+-- Every stream that ever was the log; the newest row is the present one.
+create table log_epochs (
+    id int generated always as identity primary key,
+    epoch text not null unique,
+    created_at timestamptz not null default now()
+);
+
+-- Tables for readers: the standing state of every entity.
+create table orders (
+    restaurant_id uuid not null,
+    id uuid not null,
+    version int not null,
+    change_id uuid not null,
+    order_number text not null,
+    business_day date not null,
+    status text not null,
+    table_id uuid,
+    customer_name text,
+    customer_phone text,
+    customer_session_id text,
+    currency text not null,
+    subtotal bigint not null,
+    tax_basis_points int not null,
+    tax_amount bigint not null,
+    tip_amount bigint not null,
+    discount_amount bigint not null,
+    deposit_used bigint not null,
+    total bigint not null,
+    payment_method text,
+    payment_status text not null,
+    notes text,
+    special_instructions text,
+    placed_by text,
+    request_hash text,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    deleted_at timestamptz,
+    primary key (restaurant_id, id)
+);
+create index orders_newest on orders (restaurant_id, created_at desc, id desc);
+
+create table order_items (
+    restaurant_id uuid not null,
+    order_id uuid not null,
+    position int not null,
+    menu_item_id uuid not null,
+    name text not null,
+    quantity int not null,
+    unit_price bigint not null,
+    line_total bigint not null,
+    special_instructions text,
+    customizations jsonb not null,
+    primary key (restaurant_id, order_id, position)
+);
+
+create table payments (
+    restaurant_id uuid not null,
+    id uuid not null,
+    order_id uuid not null,
+    amount bigint not null,
+    method text not null,
+    reference text,
+    created_at timestamptz not null,
+    primary key (restaurant_id, id)
+);
+create index payments_of_order on payments (restaurant_id, order_id);
+
+create table menu_items (
+    restaurant_id uuid not null,
+    id uuid not null,
+    version int not null,
+    change_id uuid not null,
+    name text not null,
+    price bigint not null,
+    category text not null,
+    description text,
+    is_available boolean not null,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    deleted_at timestamptz,
+    primary key (restaurant_id, id)
+);
+
+create table tables (
+    restaurant_id uuid not null,
+    id uuid not null,
+    version int not null,
+    change_id uuid not null,
+    label text not null,
+    seats int not null,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    deleted_at timestamptz,
+    primary key (restaurant_id, id)
+);
+
+-- Who may do what. The api role reads; what it writes goes through the rail.
+do $$
+declare
+    t text;
+begin
+    foreach t in array array['orders', 'order_items', 'payments', 'menu_items', 'tables', 'changes', 'conflicts'] loop
+        execute format('alter table %I enable row level security', t);
+        execute format('alter table %I force row level security', t);
+        execute format('create policy tenant on %I for select to ticketrail_api using '
+            '(restaurant_id = (select nullif(current_setting(''app.tenant'', true), '''')::uuid))', t);
+        execute format('create policy writer on %I for all to ticketrail_writer using (true) with check (true)', t);
+        execute format('create policy ops on %I for select to ticketrail_ops using (true)', t);
+        execute format('grant select on %I to ticketrail_api, ticketrail_ops', t);
+        execute format('grant select, insert, update, delete on %I to ticketrail_writer', t);
+    end loop;
+end $$;
+-- The log of changes is append-only for everybody.
+revoke update, delete on changes from ticketrail_writer;
+
+grant select, insert, update on fences to ticketrail_writer;
+grant select on fences, log_epochs to ticketrail_api, ticketrail_ops;
+grant select, insert on log_epochs to ticketrail_writer;
+-- What the services must know of a restaurant before they know the caller's tenant; who its people are they need not.
+grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;
+grant select, insert, update on users, terminals to ticketrail_writer;
+grant insert, update on restaurants to ticketrail_writer;
+grant select on users, terminals to ticketrail_ops;

@@ -1,0 +1,85 @@
+"""Connections to PostgreSQL, and what its errors mean to a caller that must decide between waiting and giving up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection = PoolConnectionProxy[asyncpg.Record]
+else:
+    Connection = object
+
+# The server is away, starting, stopping, failing over, full or frozen: nothing is wrong with what was asked.
+AWAY = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.OutOfMemoryError,
+    asyncpg.DiskFullError,
+    asyncpg.InternalClientError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+)
+
+
+class Postgres:
+    """A pool that is made lazily, so that a service starts while PostgreSQL is away.
+
+    Every wait is bounded by `timeout`: `acquire()` alone would wait for ever, and a server that vanished without a
+    close is noticed by nothing but a timeout.
+    """
+
+    def __init__(self, url: str, settings: Settings, *, size: int | None = None) -> None:
+        self._url = url
+        self._size = size or settings.database_pool_size
+        self._timeout = settings.database_timeout_seconds
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._opening = asyncio.Lock()
+
+    async def _ready(self) -> "asyncpg.Pool[asyncpg.Record]":
+        async with self._opening:
+            if self._pool is None:
+                # min_size 0: no connection is made here, the first caller makes it and has its errors.
+                self._pool = await asyncpg.create_pool(
+                    self._url,
+                    min_size=0,
+                    max_size=self._size,
+                    timeout=self._timeout,
+                    command_timeout=self._timeout,
+                    max_inactive_connection_lifetime=60,
+                    server_settings={"application_name": "ticketrail"},
+                )
+        return self._pool
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Raises one of `AWAY` when there is none to be had in time."""
+        pool = await self._ready()
+        async with pool.acquire(timeout=self._timeout) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def tenant(self, restaurant_id: str) -> AsyncIterator[Connection]:
+        """A transaction that sees one restaurant alone (row-level security of the api role)."""
+        async with self.connection() as connection, connection.transaction(readonly=True):
+            await connection.execute("select set_config('app.tenant', $1, true)", restaurant_id)
+            yield connection
+
+    async def close(self) -> None:
+        """May be called twice, and without ever having been used."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.terminate()

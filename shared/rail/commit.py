@@ -1,0 +1,260 @@
+"""Claim, record, reveal. The states and crash points are in the package's docstring."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import Raw, Struct
+
+from shared.entities import registry
+from shared.entities.contract import (
+    Change,
+    ChangeData,
+    Lane,
+    Standing,
+    change_id,
+    changed_fields,
+    decode_change,
+    encode,
+)
+from shared.entities.entity import Entity
+from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Stale, Stands
+from shared.rail.journal import Journal, JournalBroken
+from shared.rail.record import Durability, Recorder, Unrecorded
+
+log = structlog.get_logger(__name__)
+
+_PAUSE = 0.05
+
+
+class Draft(Struct, kw_only=True):
+    """A change that is wanted: the state after it and what it is built on (`base` None: a creation)."""
+
+    entity: Entity
+    event: str
+    state: Any
+    base: Standing | None
+    before: Struct | None
+    at: datetime
+    source: str
+    lane: Lane | None = None
+    traceparent: str | None = None
+    existing: Callable[[], Awaitable[tuple[Standing, Any] | None]] | None = None
+    """Looks for an earlier creation under the same id where no mirror can answer for it."""
+
+
+class Committed(Struct, frozen=True):
+    state: Any
+    standing: Standing
+    durability: Durability
+    visible: bool
+
+
+class Lost(TicketrailError):
+    """Another change came first. `standing` and `state` are what stands, or None while it is still on its way."""
+
+    status = 409
+    code = "version_conflict"
+
+    def __init__(self, standing: Standing | None = None, state: Any = None) -> None:
+        super().__init__("another change came first")
+        self.standing = standing
+        self.state = state
+
+
+class Rail:
+    def __init__(
+        self,
+        mirror: Mirror,
+        recorder: Recorder,
+        journal: Journal | None,
+        *,
+        claim_seconds: float,
+        reveal_seconds: float,
+    ) -> None:
+        self._mirror = mirror
+        self._recorder = recorder
+        self._journal = journal
+        self._claim_seconds = claim_seconds
+        self._reveal_seconds = reveal_seconds
+        self._highest: dict[tuple[str, str], int] = {}
+        self._later: set[asyncio.Task[Any]] = set()
+
+    async def commit(self, draft: Draft) -> Committed:
+        """Raises Lost, Unavailable (nothing happened) or OutcomeUnknown. A caller that goes away does not stop it."""
+        return await asyncio.shield(self._keep(asyncio.create_task(self._commit(draft), name="commit")))
+
+    async def finish(self, left: Stale) -> None:
+        """Records and reveals a change that its owner left behind, as the same change."""
+        change = decode_change(left.event)
+        entity, state = registry.read(change)
+        change, state = _numbered(entity, change, state, left.number)
+        try:
+            await self._recorder.record(lane_of(change), encode(change))
+        except Unrecorded as error:
+            raise Unavailable("an earlier change cannot be finished now", retry_after=2.0) from error
+        await self._reveal(entity, change, state)
+        log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)
+
+    async def drain(self) -> None:
+        """Waits for what is under way: for a graceful stop, after the last request."""
+        while self._later:
+            await asyncio.gather(*self._later, return_exceptions=True)
+        await self._recorder.drain()
+
+    # -- the three steps ---------------------------------------------------------------------------------------
+
+    async def _commit(self, draft: Draft) -> Committed:
+        change = _change(draft)
+        number, claimed = await self._claim(draft, change)
+        if claimed:
+            change, state = _numbered(draft.entity, change, draft.state, number)
+        else:
+            state = draft.entity.numbering.with_number(draft.state, number) if draft.entity.numbering else draft.state
+            draft.state = state
+            change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
+        durability = await self._record(change, claimed=claimed)
+        visible = await self._reveal(draft.entity, change, state)
+        return Committed(state, change.standing, durability, visible)
+
+    async def _claim(self, draft: Draft, change: Change) -> tuple[str, bool]:
+        """(number, claimed). Not claimed: a creation without a warm mirror, with a number of our own series."""
+        numbering = draft.entity.numbering
+        series = numbering.business_day(draft.state) if numbering and not numbering.number(draft.state) else None
+        floor = self._highest.get((change.restaurantid, series), 0) if series else 0
+        event = encode(change)
+        deadline = time.monotonic() + self._claim_seconds
+        in_doubt = False  # an earlier sending may have been executed
+        while True:
+            try:
+                reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, floor)
+            except MirrorInDoubt:
+                in_doubt = True
+            except MirrorAway as error:
+                if not in_doubt:
+                    return await self._unclaimed(draft, series, error)
+            else:
+                match reply:
+                    case Claimed(number):
+                        self._remember(change.restaurantid, series, number)
+                        return number, True
+                    case Stands(standing, encoded) if standing.change_id == change.id:
+                        return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
+                    case _ if in_doubt and draft.base is not None:
+                        raise OutcomeUnknown("the mirror did not answer in time; the change may appear")
+                    case Stale():
+                        await self.finish(reply)
+                    case Cold():
+                        return await self._unclaimed(draft, series, None)
+                    case Stands(standing, encoded):
+                        raise Lost(standing, msgspec.json.decode(encoded, type=draft.entity.state))
+                    case Busy():
+                        raise Lost
+                continue
+            if time.monotonic() > deadline:
+                if draft.base is not None:
+                    raise OutcomeUnknown("the mirror did not answer in time; the change may appear")
+                return await self._unclaimed(draft, series, None)
+            await asyncio.sleep(_PAUSE)
+
+    async def _unclaimed(self, draft: Draft, series: str | None, error: Exception | None) -> tuple[str, bool]:
+        if draft.base is not None:
+            raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
+        if draft.existing and (found := await draft.existing()):
+            raise Lost(*found)
+        if series is None:
+            return "", False
+        if self._journal is None:
+            raise Unavailable("no order number without the mirror or a journal") from error
+        try:
+            return await self._journal.next_number(draft.state.restaurant_id, series), False
+        except JournalBroken as broken:
+            raise Unavailable("no order number without the mirror or the journal") from broken
+
+    async def _record(self, change: Change, *, claimed: bool) -> Durability:
+        try:
+            return await self._recorder.record(lane_of(change), encode(change))
+        except Unrecorded as error:
+            if not error.sent and (not claimed or await self._take_back(change)):
+                raise Unavailable("neither the broker nor the journal takes changes now", retry_after=2.0) from error
+            raise OutcomeUnknown("the change was sent and not confirmed; it may appear") from error
+
+    async def _take_back(self, change: Change) -> bool:
+        try:
+            return await self._mirror.take_back(change)
+        except (MirrorAway, MirrorInDoubt) as error:
+            log.warning("take_back_failed", change_id=change.id, error=str(error))
+            return False
+
+    async def _reveal(self, entity: Entity, change: Change, state: Any) -> bool:
+        """Tried for a second; where it fails the mirror writer does it, from the log."""
+        revealed = Apply(entity, state, change.standing, bytes(change.data.after), change.time)
+        deadline = time.monotonic() + self._reveal_seconds
+        while True:
+            try:
+                await self._mirror.apply([revealed])
+                return True
+            except (MirrorAway, MirrorInDoubt) as error:
+                if self._mirror.down or time.monotonic() > deadline:
+                    log.warning("not_revealed", change_id=change.id, error=str(error) or type(error).__name__)
+                    return False
+            await asyncio.sleep(_PAUSE)
+
+    # -- small things ------------------------------------------------------------------------------------------
+
+    def _remember(self, restaurant: str, series: str | None, number: str) -> None:
+        """The highest number that this instance was given: a mirror that lost its counter does not give it again."""
+        if series:
+            if len(self._highest) > 10_000:  # business days gone by
+                self._highest.clear()
+            self._highest[restaurant, series] = max(int(number), self._highest.get((restaurant, series), 0))
+
+    def _keep(self, task: "asyncio.Task[Committed]") -> "asyncio.Task[Committed]":
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+        return task
+
+
+def lane_of(change: Change) -> Lane:
+    return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)
+
+
+def _change(draft: Draft) -> Change:
+    after = encode(draft.state)
+    before = encode(changed_fields(draft.before, draft.state))
+    version = draft.base.version + 1 if draft.base else 1
+    base = draft.base.change_id if draft.base else None
+    type_ = draft.entity.type(draft.event)
+    return Change(
+        id=change_id(draft.state.id, version, b"\0".join((type_.encode(), (base or "").encode(), before, after))),
+        source=draft.source,
+        type=type_,
+        subject=f"{draft.entity.name}/{draft.state.id}",
+        time=draft.at,
+        restaurantid=draft.state.restaurant_id,
+        priority=(draft.lane or draft.entity.lane).priority,
+        entityversion=version,
+        basechangeid=base,
+        traceparent=draft.traceparent,
+        data=ChangeData(after=Raw(after), before=Raw(before)),
+    )
+
+
+def _numbered(entity: Entity, change: Change, state: Any, number: str) -> tuple[Change, Any]:
+    """The same change with the number that its claim was given."""
+    if not number or entity.numbering is None:
+        return change, state
+    state = entity.numbering.with_number(state, number)
+    data = ChangeData(after=Raw(encode(state)), before=change.data.before)
+    return msgspec.structs.replace(change, data=data), state
+
+
+def _number_in(entity: Entity, encoded: bytes) -> str:
+    state = msgspec.json.decode(encoded, type=entity.state)
+    return entity.numbering.number(state) if entity.numbering else ""

@@ -1,0 +1,114 @@
+"""Record: a change becomes durable, in the broker or in the journal.
+
+Group commit: changes of a lane that wait at the same moment travel in one message, while at most a few publishes are
+under way; alone, a change goes at once. Only forward: when the publish of a message is in doubt, the same events go to
+the journal, and the answer is yes. Order does not matter, so the journal drains beside new changes.
+"""
+
+import asyncio
+from enum import StrEnum
+
+import structlog
+from msgspec import Struct
+
+from shared.entities.contract import MAX_BATCH, Lane, encode_batch
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.rail.journal import Journal, JournalBroken
+
+log = structlog.get_logger(__name__)
+
+# Far below the 16 MiB that RabbitMQ 4 takes by default; a single larger change travels alone.
+_MAX_BODY = 1 << 20
+
+
+class Durability(StrEnum):
+    BROKER = "broker"
+    JOURNAL = "journal"
+
+
+class Unrecorded(Exception):
+    """Neither the broker nor the journal took it. `sent`: the broker may have it all the same."""
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class _Waiting(Struct):
+    event: bytes
+    done: "asyncio.Future[Durability]"
+
+
+class Recorder:
+    def __init__(
+        self, publisher: Publisher, journal: Journal | None, *, under_way: int, batch_changes: int = MAX_BATCH
+    ) -> None:
+        self._publisher = publisher
+        self._journal = journal
+        self._most_under_way = under_way
+        self._batch_changes = min(batch_changes, MAX_BATCH)
+        self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
+        self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
+
+    async def record(self, lane: Lane, event: bytes) -> Durability:
+        """Returns when the change is durable; raises Unrecorded when nothing would take it."""
+        waiting = _Waiting(event, asyncio.get_running_loop().create_future())
+        self._waiting[lane].append(waiting)
+        self._pump(lane)
+        return await waiting.done
+
+    async def drain(self) -> None:
+        """Waits until nothing is under way: for a graceful stop, after the last request."""
+        while any(self._waiting.values()) or any(self._under_way.values()):
+            await asyncio.gather(*(task for tasks in self._under_way.values() for task in tasks))
+
+    def _pump(self, lane: Lane) -> None:
+        while self._waiting[lane] and len(self._under_way[lane]) < self._most_under_way:
+            task = asyncio.create_task(self._send(lane, self._take(lane)), name=f"record-{lane}")
+            self._under_way[lane].add(task)
+            task.add_done_callback(lambda task: self._sent(lane, task))
+
+    def _take(self, lane: Lane) -> list[_Waiting]:
+        waiting, size, count = self._waiting[lane], 0, 0
+        for change in waiting[: self._batch_changes]:
+            size += len(change.event)
+            if count and size > _MAX_BODY:
+                break
+            count += 1
+        self._waiting[lane] = waiting[count:]
+        return waiting[:count]
+
+    def _sent(self, lane: Lane, task: "asyncio.Task[None]") -> None:
+        self._under_way[lane].discard(task)
+        self._pump(lane)
+
+    async def _send(self, lane: Lane, changes: list[_Waiting]) -> None:
+        try:
+            durability = await self._make_durable(lane, [change.event for change in changes])
+        except BaseException as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
+            told = error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
+            for change in changes:
+                if not change.done.done():
+                    change.done.set_exception(told)
+            return
+        for change in changes:
+            if not change.done.done():
+                change.done.set_result(durability)
+
+    async def _make_durable(self, lane: Lane, events: list[bytes]) -> Durability:
+        reason: Exception
+        try:
+            await self._publisher.publish(lane.value, encode_batch(events))
+            return Durability.BROKER
+        except (NotSent, InDoubt) as error:
+            reason, sent = error, isinstance(error, InDoubt)
+        if sent:
+            log.warning("record_in_doubt", lane=lane, changes=len(events), error=str(reason))
+        if self._journal is None:
+            raise Unrecorded(str(reason), sent=sent) from reason
+        try:
+            await self._journal.append([(lane, event) for event in events])
+        except JournalBroken as error:
+            log.error("journal_failed", changes=len(events), error=str(error))
+            raise Unrecorded(str(error), sent=sent) from error
+        return Durability.JOURNAL
