@@ -1,4 +1,4 @@
-"""What can go wrong, as the caller sees it: one small hierarchy; each error knows its status, code and if a retry helps.
+"""What can go wrong, as the caller sees it: one small hierarchy, each knows its status, code and if a retry helps.
 
 TicketrailError
 ├── InvalidInput        422  the request breaks a rule; `field` names the part

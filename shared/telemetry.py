@@ -7,7 +7,7 @@ import sys
 from contextvars import ContextVar
 
 import structlog
-from structlog.types import EventDict, WrappedLogger
+from structlog.types import EventDict, Processor, WrappedLogger
 
 _TRACEPARENT = re.compile(r"^00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
@@ -40,7 +40,7 @@ def _add_trace(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 def configure_logging(service: str, level: str = "info") -> None:
     """Once per process, in its entry point. Libraries that use `logging` come out in the same form, from warning on."""
     number = getattr(logging, level.upper())
-    shared = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         _add_trace,
         structlog.stdlib.add_log_level,

@@ -10,7 +10,7 @@ ENTITIES: dict[str, Entity] = {entity.name: entity for entity in (order.ENTITY, 
 
 
 def read(change: Change) -> tuple[Entity, Any]:
-    """The entity that a change belongs to and its state after it; `BrokenContract` with the reason when there is none."""
+    """The entity that a change belongs to and its state after it; `BrokenContract` with the reason if there is none."""
     name, event, version = event_of(change.type)
     entity = ENTITIES.get(name)
     if entity is None or name != change.entity:

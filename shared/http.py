@@ -1,0 +1,214 @@
+"""What every HTTP service has in common: the gate (trace and token), the envelope, errors, health, and the server.
+
+{"success": true, "data": …}
+{"success": false, "error": {"message", "code", "details", "trace_id"}}
+"""
+
+import asyncio
+import json
+import re
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from litestar import MediaType, Request, Response, get
+from litestar.connection import ASGIConnection
+from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
+from litestar.middleware import AbstractAuthenticationMiddleware, AuthenticationResult
+from litestar.types import ASGIApp, ExceptionHandlersMap
+
+from shared import telemetry
+from shared.errors import InvalidInput, TicketrailError
+from shared.security import Identity, Tokens
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES = 1_000_000
+OPEN_PATHS = ["^/health/"]
+
+T = TypeVar("T")
+
+
+# -- in ----------------------------------------------------------------------------------------------------------
+
+
+def gate(tokens: Tokens) -> type[AbstractAuthenticationMiddleware]:
+    """Middleware that begins the trace and says who calls (`request.user`); raises Unauthenticated."""
+
+    class Gate(AbstractAuthenticationMiddleware):
+        def __init__(self, app: ASGIApp) -> None:
+            super().__init__(app, exclude=OPEN_PATHS)
+
+        async def authenticate_request(self, connection: ASGIConnection[Any, Any, Any, Any]) -> AuthenticationResult:
+            telemetry.begin_trace(connection.headers.get("traceparent"))
+            return AuthenticationResult(tokens.verify(connection.headers.get("authorization")), None)
+
+    return Gate
+
+
+_ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
+
+
+def read_body(body: bytes, type_: type[T]) -> T:
+    """Decodes a request body; raises InvalidInput with the path of the field that is wrong."""
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        path = found["path"] if (found := _ENDPOINT.search(message)) else ""
+        message = _ENDPOINT.sub("", message)
+        if named := _NAMED.search(message):
+            path = f"{path}.{named[1]}" if path else named[1]
+        if "matching regex '^[^\\\\x00]*$'" in message:
+            message = "NUL characters cannot be stored"
+        raise InvalidInput(message, field=path or "body") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        field = _unstorable_text(body)
+        if field is not None:
+            raise InvalidInput("text that is not valid Unicode", field=field) from error
+        raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
+
+
+def _unstorable_text(body: bytes) -> str | None:
+    """The path of the first text with a lone surrogate or bytes that are not UTF-8: the fast decoder names no field."""
+
+    def walk(value: Any, path: str) -> str | None:
+        if isinstance(value, str):
+            return path or "body" if any("\ud800" <= char <= "\udfff" for char in value) else None
+        inside: Sequence[tuple[str, Any]] = ()
+        if isinstance(value, dict):
+            inside = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+            inside = [(path or "body", key) for key in value] + list(inside)
+        elif isinstance(value, list):
+            inside = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        return next((found for name, item in inside if (found := walk(item, name))), None)
+
+    try:
+        return walk(json.loads(body.decode(errors="surrogateescape")), "")
+    except (ValueError, RecursionError):
+        return None
+
+
+# -- out ---------------------------------------------------------------------------------------------------------
+
+
+def success(data: Any, *, status: int = 200, headers: dict[str, str] | None = None, **meta: Any) -> Response[bytes]:
+    """`data` may be `msgspec.Raw`: what is encoded already is not encoded again."""
+    return Response(
+        msgspec.json.encode({"success": True, "data": data, **meta}),
+        status_code=status,
+        media_type=MediaType.JSON,
+        headers=headers or {},
+    )
+
+
+def failure(error: TicketrailError) -> Response[bytes]:
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    return _failure(error.status, error.message, error.error_code, error.details, headers)
+
+
+def _failure(
+    status: int, message: str, code: str, details: dict[str, Any] | None = None, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    error = {"message": message, "code": code, "details": details or {}, "trace_id": telemetry.trace_id()}
+    return Response(
+        msgspec.json.encode({"success": False, "error": error}),
+        status_code=status,
+        media_type=MediaType.JSON,
+        headers=headers or {},
+    )
+
+
+def _ours(_: Request[Any, Any, Any], error: TicketrailError) -> Response[bytes]:
+    return failure(error)
+
+
+def _litestars(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    codes = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    details: dict[str, Any] = {}
+    if error.status_code == 413:
+        details = {"field": "body", "max_bytes": MAX_BODY_BYTES}
+    elif isinstance(error.extra, list):
+        details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
+    return _failure(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details)
+
+
+def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    log.error("unexpected", path=request.url.path, method=request.method, exc_info=error)
+    return _failure(500, "something went wrong on our side", "internal")
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    TicketrailError: _ours,
+    HTTPException: _litestars,
+    Exception: _unexpected,
+}
+
+
+# -- health ------------------------------------------------------------------------------------------------------
+
+Readiness = Callable[[], Awaitable[tuple[bool, dict[str, Any]]]]
+
+
+def health(readiness: Readiness) -> list[HTTPRouteHandler]:
+    """`/health/live`: the process turns. `/health/ready`: it can do its work; 503 with what is missing when not."""
+
+    @get("/health/live", sync_to_thread=False)
+    def live() -> Response[bytes]:
+        return Response(b'{"status":"live"}', media_type=MediaType.JSON)
+
+    @get("/health/ready")
+    async def ready() -> Response[bytes]:
+        fit, details = await readiness()
+        body = {"status": "ready" if fit else "not_ready", **details}
+        return Response(msgspec.json.encode(body), status_code=200 if fit else 503, media_type=MediaType.JSON)
+
+    return [live, ready]
+
+
+# -- the server --------------------------------------------------------------------------------------------------
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set before the server acts on them: Granian waits for open responses, so
+    every stream must end on it, or the process never exits. Call it in the lifespan, inside the worker process."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+
+        def stop(signum: int, frame: Any, before: Any = before) -> None:
+            loop.call_soon_threadsafe(stopping.set)
+            if callable(before):
+                before(signum, frame)
+
+        signal.signal(number, stop)
+    return stopping
+
+
+def serve(target: str, *, host: str, port: int) -> None:
+    """Runs the ASGI factory `target` ("package.module:function") in one worker process until it is told to stop."""
+    from granian import Granian  # not at the top: tests of an app need no server
+    from granian.constants import Interfaces, Loops
+
+    Granian(
+        target,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGI,
+        factory=True,
+        loop=Loops.uvloop,
+        workers=1,
+        log_access=False,
+        workers_kill_timeout=8,
+        process_name="ticketrail",
+    ).serve()
+
+
+def identity_of(request: Request[Any, Any, Any]) -> Identity:
+    user: Identity = request.user
+    return user
