@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
     reveal_seconds: PositiveFloat = 1.0
     journal_max_bytes: PositiveInt = 1 << 30
+    settle_seconds: PositiveFloat = Field(
+        3.0, description="how long a mirror that was lost stays cold at least: twice the publish timeout"
+    )
     number_gap: PositiveInt = Field(
         100, description="order numbers skipped when the mirror was lost: those that may have been under way"
     )
@@ -76,6 +79,10 @@ class Settings(BaseSettings):
         300.0, description="how long a batch is held before the consumers let go of their queues"
     )
     mirror_window_days: PositiveInt = 3
+    reconcile_seconds: PositiveFloat = 2.0
+    pending_too_long_seconds: PositiveFloat = Field(
+        10.0, description="after so long the reconciler asks PostgreSQL whether it has what the mirror calls pending"
+    )
 
     # The notifier.
     window_seconds: PositiveFloat = 600.0

@@ -82,6 +82,8 @@ class Entity:
     table: Table
     live: Callable[[Any], bool]
     """Whether a state belongs to the mirror's live window whatever its age (an open order, a dish on the menu)."""
+    window_sql: str = ""
+    """The live window as a condition on the table `t`, with `$1` for where its days begin; empty: all of it."""
     score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
     """Its place in the mirror's live index."""
     children: Sequence[Children] = ()
@@ -93,6 +95,10 @@ class Entity:
         if event not in self.events:
             raise ValueError(f"{self.name} has no event {event!r}")
         return f"ticketrail.{self.name}.{event}.v1"
+
+    def decode_state(self, encoded: bytes) -> Any:
+        """Of one of our own stores."""
+        return msgspec.json.decode(encoded, type=self.state)
 
     def decode(self, change: Change) -> Any:
         """The state after a change, checked: `BrokenContract` when it breaks the contract or names another tenant."""

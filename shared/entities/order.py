@@ -119,6 +119,7 @@ ENTITY = Entity(
     lane=Lane.CRITICAL,
     on_conflict=OnConflict.TERMINAL_WINS,
     live=lambda order: order.status not in (Status.COMPLETED, Status.CANCELLED) and order.deleted_at is None,
+    window_sql="(t.updated_at >= $1 or (t.status not in ('completed', 'cancelled') and t.deleted_at is null))",
     table=Table(
         "orders",
         (

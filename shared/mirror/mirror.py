@@ -3,6 +3,7 @@
 Every method raises `MirrorAway` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
 """
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -237,6 +238,11 @@ class Mirror:
         found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
         return [id_.decode() for id_ in found]
 
+    async def accepted_at(self, restaurant: str, entity: str, ids: Sequence[str]) -> list[float | None]:
+        """When the present state of each was accepted, in seconds since the epoch."""
+        found = await asyncio.gather(*(self._redis.call("HGET", keys.doc(restaurant, entity, id_), "p") for id_ in ids))
+        return [None if at is None else int(at) / 1000 for at in found]
+
     async def live_ids(self, restaurant: str, entity: str, *, most: float = float("inf"), count: int = -1) -> list[str]:
         """The live window, from the place `most` down, the newest first."""
         found = await self._redis.call(
@@ -244,10 +250,19 @@ class Mirror:
         )
         return [id_.decode() for id_ in found]
 
-    async def trim(self, restaurant: str, entity: str, ids: Sequence[str]) -> None:
-        """Takes documents out of the live window. The caller knows that PostgreSQL has them."""
-        await self._redis.call("ZREM", keys.live(restaurant, entity), *ids)
-        await self._redis.call("DEL", *(keys.doc(restaurant, entity, id_) for id_ in ids))
+    async def trim(self, restaurant: str, entity: str, seen: dict[str, str]) -> int:
+        """Takes documents (id -> change id that it was seen with) out of the live window, unless they have changed or
+        are pending. Returns how many left."""
+        left = await self._redis.script(
+            "trim",
+            [
+                keys.live(restaurant, entity),
+                keys.pending(restaurant, entity),
+                *(keys.doc(restaurant, entity, id_) for id_ in seen),
+            ],
+            list(seen.values()),
+        )
+        return int(left)
 
     async def counts(self, restaurant: str, entity: str) -> tuple[int, int]:
         """(pending, failed)"""

@@ -55,6 +55,10 @@ class Journal:
         self.depth = 0
         self.bytes = 0
 
+    @property
+    def opened(self) -> bool:
+        return self._db is not None
+
     async def open(self) -> None:
         """Raises JournalBroken, also when another process has it."""
         await self._run(self._open)

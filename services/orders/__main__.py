@@ -1,0 +1,8 @@
+"""`python -m services.orders`"""
+
+from shared.http import serve
+from shared.settings import Settings
+
+if __name__ == "__main__":
+    settings = Settings()
+    serve("services.orders.app:create", host=settings.host, port=settings.orders_port)

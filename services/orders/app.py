@@ -1,0 +1,168 @@
+"""The orders service, wired: the one place that sees all its parts.
+
+Starts without any one backend. Stops in this order: the server takes no more requests, what is under way is committed,
+the drainer and the readers stop, connections close.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from litestar import Litestar
+from litestar.di import Provide
+from msgspec import Struct
+
+from services.orders.commands import Commands
+from services.orders.menu import Menus
+from services.orders.reads import Reads
+from services.orders.routes import ROUTES
+from shared.entities.contract import now
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health
+from shared.messaging import declare
+from shared.messaging.log import LogReader
+from shared.messaging.publisher import BROKEN_LINK, Publisher
+from shared.messaging.topology import CHANGES
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+from shared.rail.commit import Rail
+from shared.rail.drain import Drainer
+from shared.rail.journal import Journal
+from shared.rail.record import Recorder
+from shared.security import Tokens
+from shared.settings import Settings
+from shared.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+
+class Parts(Struct, frozen=True):
+    settings: Settings
+    postgres: Postgres
+    mirror: Mirror
+    publisher: Publisher
+    journal: Journal
+    drainer: Drainer
+    rail: Rail
+    menus: Menus
+    reads: Reads
+    commands: Commands
+
+
+def assemble(settings: Settings) -> Parts:
+    postgres = Postgres(settings.database_api_url, settings)
+    mirror = Mirror(
+        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+    )
+    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    journal = Journal(settings.journal_path, instance=settings.instance, max_bytes=settings.journal_max_bytes)
+    recorder = Recorder(
+        publisher, journal, under_way=settings.publishes_under_way, batch_changes=settings.publish_batch_changes
+    )
+    rail = Rail(
+        mirror,
+        recorder,
+        journal,
+        claim_seconds=settings.claim_seconds,
+        reveal_seconds=settings.reveal_seconds,
+    )
+    reads = Reads(postgres, mirror)
+    reader = LogReader(
+        settings.rabbitmq_url, name=f"orders-{settings.instance}", idle_seconds=settings.fence_interval_seconds * 3
+    )
+    menus = Menus(postgres, mirror, reader)
+    return Parts(
+        settings,
+        postgres,
+        mirror,
+        publisher,
+        journal,
+        Drainer(journal, publisher),
+        rail,
+        menus,
+        reads,
+        Commands(rail, reads, menus),
+    )
+
+
+async def start(parts: Parts) -> None:
+    await parts.journal.open()
+    try:
+        await parts.mirror.check()
+    except (MirrorAway, MirrorInDoubt) as error:
+        log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+    await _check_topology(parts.settings)
+    await parts.publisher.start(wait=3.0)
+    parts.drainer.start()
+    await parts.menus.start()
+    await parts.menus.load_all()
+
+
+async def _check_topology(settings: Settings) -> None:
+    try:
+        connection = await declare.connect(settings.rabbitmq_url)
+    except BROKEN_LINK as error:
+        log.warning("starting_without_broker", error=str(error) or type(error).__name__)
+        return
+    async with connection:
+        await declare.check(connection, settings)
+
+
+async def stop(parts: Parts) -> None:
+    await parts.rail.drain()
+    await parts.reads.drain()
+    await parts.drainer.stop()
+    await parts.menus.stop()
+    await parts.publisher.stop()
+    await parts.journal.close()
+    await parts.mirror.close()
+    await parts.postgres.close()
+
+
+async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
+    """Fit to take orders: a menu to price from, and the broker or the journal to keep them. Backends that are away are
+    named, not fatal: an order is accepted without any one of them."""
+    reader = parts.menus.reader
+    fenced = reader.fenced_at
+    age = None if fenced is None else round((now() - fenced).total_seconds(), 3)
+    stale = age is None or age > max(2.0, parts.settings.fence_interval_seconds * 3)
+    details = {
+        "menus": parts.menus.loaded,
+        "broker": parts.publisher.connected,
+        "mirror": parts.mirror.available,
+        "journal": {"open": parts.journal.opened, "depth": parts.journal.depth},
+        "fence_age_seconds": age,
+        "fences": "stale" if stale else "fresh",
+    }
+    return parts.menus.loaded and (parts.publisher.connected or parts.journal.opened), details
+
+
+def create(settings: Settings | None = None) -> Litestar:
+    settings = settings or Settings()
+    configure_logging("orders", settings.log_level)
+    parts = assemble(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await start(parts)
+        log.info("started", instance=settings.instance, port=settings.orders_port)
+        try:
+            yield
+        finally:
+            await stop(parts)
+            log.info("stopped")
+
+    return Litestar(
+        route_handlers=[*ROUTES, *health(lambda: readiness(parts))],
+        dependencies={
+            "commands": Provide(lambda: parts.commands, sync_to_thread=False),
+            "reads": Provide(lambda: parts.reads, sync_to_thread=False),
+        },
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+    )

@@ -1,0 +1,184 @@
+"""The menus, in memory: what orders are priced from.
+
+Loaded from PostgreSQL and the mirror, whichever answers (both, when both do: the guard decides dish by dish), and kept
+up to date from the log within a second of a change. While everything else is away the last known menu goes on serving.
+A restaurant that is not known yet is looked up when its first order comes.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from shared.entities import menu_item, registry
+from shared.entities.contract import BrokenContract, Lane, Standing, decode_change, now, split_batch
+from shared.entities.menu_item import MenuItem
+from shared.errors import NotFound, Unavailable
+from shared.messaging.log import Batch, LogReader
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.restaurants import Restaurant, every_restaurant, find_restaurant
+
+log = structlog.get_logger(__name__)
+
+# How far behind the load the reading of the log begins: what is on its way between the two stores is met again.
+_OVERLAP = timedelta(seconds=60)
+
+
+class MenuBook(Struct):
+    restaurant: Restaurant
+    standing: dict[str, Standing]
+    dishes: dict[str, MenuItem]
+
+    def put(self, standing: Standing, dish: MenuItem) -> None:
+        known = self.standing.get(dish.id)
+        if known is None or standing > known:
+            self.standing[dish.id] = standing
+            self.dishes[dish.id] = dish
+
+    @property
+    def menu(self) -> Mapping[str, MenuItem]:
+        return self.dishes
+
+
+class Menus:
+    def __init__(self, postgres: Postgres, mirror: Mirror, reader: LogReader) -> None:
+        self._postgres = postgres
+        self._mirror = mirror
+        self.reader = reader
+        self._books: dict[str, MenuBook] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+        # Dishes that the log brings while their restaurant is being loaded: neither store need have shown them.
+        self._meanwhile: dict[str, list[tuple[Standing, MenuItem]]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.loaded = False
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._follow(now() - _OVERLAP), name="menus")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def book(self, restaurant_id: str) -> MenuBook:
+        """Raises NotFound for a restaurant that does not exist, Unavailable when neither store can tell."""
+        book = self._books.get(restaurant_id)
+        if book is None:
+            async with self._loading.setdefault(restaurant_id, asyncio.Lock()):
+                book = self._books.get(restaurant_id)
+                if book is None:
+                    self._meanwhile[restaurant_id] = []
+                    try:
+                        book = await self._load(restaurant_id)
+                    finally:
+                        meanwhile = self._meanwhile.pop(restaurant_id)
+                    for standing, dish in meanwhile:
+                        book.put(standing, dish)
+                    self._books[restaurant_id] = book
+            self._loading.pop(restaurant_id, None)
+        return book
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    async def load_all(self) -> None:
+        """Every restaurant that one of the stores knows; returns when one of them has answered."""
+        pause = 0.1
+        while True:
+            ids = await self._known_restaurants()
+            if ids is not None:
+                break
+            log.warning("menus_wait", reason="neither PostgreSQL nor the mirror answers")
+            await asyncio.sleep(pause)
+            pause = min(2.0, pause * 2)
+        for restaurant_id in ids:
+            try:
+                await self.book(restaurant_id)
+            except (NotFound, Unavailable) as error:
+                log.warning("menu_not_loaded", restaurant_id=restaurant_id, error=str(error))
+        self.loaded = True
+        log.info("menus_loaded", restaurants=len(self._books))
+
+    async def _known_restaurants(self) -> list[str] | None:
+        try:
+            async with self._postgres.connection() as connection:
+                return [restaurant.id for restaurant in await every_restaurant(connection)]
+        except AWAY as error:
+            log.warning("menus_without_postgres", error=str(error) or type(error).__name__)
+        try:
+            return await self._mirror.restaurant_ids()
+        except (MirrorAway, MirrorInDoubt):
+            return None
+
+    async def _load(self, restaurant_id: str) -> MenuBook:
+        # The mirror first: what leaves it for PostgreSQL in between is met there.
+        mirrored, dishes, mirror_answered = await self._from_mirror(restaurant_id)
+        try:
+            async with self._postgres.tenant(restaurant_id) as connection:
+                restaurant = await find_restaurant(connection, restaurant_id)
+                stored = await states.every(connection, menu_item.ENTITY, restaurant_id)
+        except AWAY as error:
+            if not mirror_answered:
+                raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error
+            restaurant, stored = mirrored, []
+        if restaurant is None:
+            raise NotFound("no such restaurant")
+        book = MenuBook(restaurant, {}, {})
+        for found in stored:
+            book.put(found.standing, msgspec.json.decode(found.state, type=MenuItem))
+        for standing, dish in dishes:
+            book.put(standing, dish)
+        return book
+
+    async def _from_mirror(self, restaurant_id: str) -> tuple[Restaurant | None, list[tuple[Standing, MenuItem]], bool]:
+        try:
+            encoded = await self._mirror.restaurant(restaurant_id)
+            ids = await self._mirror.live_ids(restaurant_id, menu_item.ENTITY.name)
+            _, documents = await self._mirror.read(restaurant_id, menu_item.ENTITY.name, ids)
+        except (MirrorAway, MirrorInDoubt):
+            return None, [], False
+        restaurant = msgspec.json.decode(encoded, type=Restaurant) if encoded else None
+        dishes = [
+            (document.standing, msgspec.json.decode(document.state, type=MenuItem))
+            for document in documents
+            if document is not None
+        ]
+        return restaurant, dishes, True
+
+    # -- following the log -------------------------------------------------------------------------------------
+
+    async def _follow(self, since: datetime) -> None:
+        async for batch in self.reader.read(since):
+            self._apply(batch)
+
+    def _apply(self, batch: Batch) -> None:
+        for entry in batch.entries:
+            if entry.lane == Lane.CRITICAL:
+                continue  # orders: the bulk of the log, of no concern here and not even decoded
+            try:
+                events = split_batch(entry.body)
+            except BrokenContract as error:
+                log.warning("menus_skip", offset=entry.offset, error=str(error))
+                continue
+            for event in events:
+                self._apply_one(event, entry.offset)
+
+    def _apply_one(self, event: bytes, offset: int) -> None:
+        try:
+            change = decode_change(event)
+            if change.entity != menu_item.ENTITY.name:
+                return
+            if (book := self._books.get(change.restaurantid)) is not None:
+                book.put(change.standing, registry.read(change)[1])
+            elif (meanwhile := self._meanwhile.get(change.restaurantid)) is not None:
+                meanwhile.append((change.standing, registry.read(change)[1]))
+        except BrokenContract as error:
+            # The PostgreSQL writer dead-letters it; here it only must not stop the menu.
+            log.warning("menus_skip", offset=offset, reason=error.reason, error=str(error))

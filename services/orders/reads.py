@@ -1,0 +1,157 @@
+"""Reading orders: the mirror first, PostgreSQL behind it, and what is found there goes back to the mirror.
+
+By id: a warm mirror that has the order has the truth. A cold one may be behind, or ahead, of PostgreSQL: then both are
+asked and the guard decides.
+
+Lists: what is pending (acknowledged, not in PostgreSQL yet) is taken first, then the page from PostgreSQL without
+those, and the two are merged: an order that is committed in between is met at least once. Without PostgreSQL the list
+comes from the mirror's live window, and says so.
+"""
+
+import asyncio
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from services.orders.filters import Filters
+from shared.entities import order as orders
+from shared.entities.contract import Standing
+from shared.entities.order import Order
+from shared.errors import NotFound, Unavailable
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Apply, Document, Mirror
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.states import Stored
+
+log = structlog.get_logger(__name__)
+
+_ENTITY = orders.ENTITY
+_BLOCK = 200
+
+
+class Found(Struct, frozen=True):
+    standing: Standing
+    state: bytes
+    served_by: str
+    """mirror or postgres"""
+    document: Document | None = None
+
+    def order(self) -> Order:
+        return msgspec.json.decode(self.state, type=Order)
+
+
+class Page(Struct, frozen=True):
+    found: list[Found]
+    more: bool
+    complete: bool
+    """False: only what the mirror's live window holds, because PostgreSQL is away."""
+
+
+class Reads:
+    def __init__(self, postgres: Postgres, mirror: Mirror) -> None:
+        self._postgres = postgres
+        self._mirror = mirror
+        self._repairs: set[asyncio.Task[None]] = set()
+
+    async def one(self, restaurant: str, id_: str) -> Found:
+        """Raises NotFound, or Unavailable when no store that would have it answers."""
+        document, warm = await self._from_mirror(restaurant, id_)
+        if document is not None and warm:
+            return Found(document.standing, document.state, "mirror", document)
+        try:
+            stored = await self._from_postgres(restaurant, id_)
+        except AWAY as error:
+            if document is not None:
+                return Found(document.standing, document.state, "mirror", document)
+            raise Unavailable("the order cannot be read now", retry_after=2.0) from error
+        if stored is not None and (document is None or stored.standing >= document.standing):
+            if document is None:
+                self._repair_later(stored)
+            return Found(stored.standing, stored.state, "postgres")
+        if document is not None:
+            return Found(document.standing, document.state, "mirror", document)
+        raise NotFound("no such order")
+
+    async def page(self, restaurant: str, filters: Filters) -> Page:
+        """Raises Unavailable when neither store answers."""
+        try:
+            pending_ids = await self._mirror.pending_ids(restaurant, _ENTITY.name)
+            pending = await self._matching(restaurant, pending_ids, filters)
+        except (MirrorAway, MirrorInDoubt) as error:
+            log.info("list_without_mirror", error=str(error) or type(error).__name__)
+            pending_ids, pending = [], []
+        try:
+            async with self._postgres.tenant(restaurant) as connection:
+                stored = await states.page_of_orders(
+                    connection, _ENTITY, restaurant, {**filters.for_sql(), "without": pending_ids}, filters.limit + 1
+                )
+        except AWAY as error:
+            return await self._live_page(restaurant, filters, error)
+        found = pending + [Found(row.standing, row.state, "postgres") for row in stored]
+        return self._cut(found, filters, complete=True)
+
+    async def drain(self) -> None:
+        await asyncio.gather(*self._repairs, return_exceptions=True)
+
+    # -- the parts ---------------------------------------------------------------------------------------------
+
+    async def _from_mirror(self, restaurant: str, id_: str) -> tuple[Document | None, bool]:
+        try:
+            warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
+        except (MirrorAway, MirrorInDoubt):
+            return None, False
+        return document, warm
+
+    async def _from_postgres(self, restaurant: str, id_: str) -> Stored | None:
+        async with self._postgres.tenant(restaurant) as connection:
+            return await states.one(connection, _ENTITY, restaurant, id_)
+
+    async def _live_page(self, restaurant: str, filters: Filters, error: BaseException) -> Page:
+        try:
+            most = filters.before[0].timestamp() if filters.before else float("inf")
+            ids = await self._mirror.live_ids(restaurant, _ENTITY.name, most=most)
+            found = await self._matching(restaurant, ids, filters)
+        except (MirrorAway, MirrorInDoubt):
+            raise Unavailable("orders cannot be listed now", retry_after=2.0) from error
+        return self._cut(found, filters, complete=False)
+
+    async def _matching(self, restaurant: str, ids: list[str], filters: Filters) -> list[Found]:
+        """Of ids, the newest first, as many as the page needs."""
+        found: list[Found] = []
+        for start in range(0, len(ids), _BLOCK):
+            _, documents = await self._mirror.read(restaurant, _ENTITY.name, ids[start : start + _BLOCK])
+            found += [
+                Found(document.standing, document.state, "mirror", document)
+                for document in documents
+                if document is not None and filters.match(msgspec.json.decode(document.state, type=Order))
+            ]
+            if len(found) > filters.limit:
+                break
+        return found
+
+    def _cut(self, found: list[Found], filters: Filters, *, complete: bool) -> Page:
+        def newest(one: Found) -> tuple[float, str]:
+            order = one.order()
+            return order.created_at.timestamp(), order.id
+
+        found.sort(key=newest, reverse=True)
+        return Page(found[: filters.limit], len(found) > filters.limit, complete)
+
+    # -- repair ------------------------------------------------------------------------------------------------
+
+    def _repair_later(self, stored: Stored) -> None:
+        if self._mirror.available and len(self._repairs) < 100:
+            task = asyncio.create_task(self._repair(stored), name="mirror-repair")
+            self._repairs.add(task)
+            task.add_done_callback(self._repairs.discard)
+
+    async def _repair(self, stored: Stored) -> None:
+        order = msgspec.json.decode(stored.state, type=Order)
+        try:
+            await self._mirror.apply(
+                [Apply(_ENTITY, order, stored.standing, stored.state, stored.accepted_at, "stored")]
+            )
+        except (MirrorAway, MirrorInDoubt) as error:
+            log.info("repair_skipped", order_id=order.id, error=str(error) or type(error).__name__)

@@ -1,0 +1,31 @@
+"""How an order looks to a client: its state, and beside it its version and what is known of its way to PostgreSQL.
+
+{…the order…, "version": 3, "sync": {"state": "pending" | "synced" | "failed", …}}
+"""
+
+import re
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from shared.entities.contract import Standing
+from shared.mirror.mirror import Document
+
+# Internal to idempotency. Inside a JSON text its quotes would be escaped, so only the field itself matches.
+_REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
+
+PENDING: dict[str, Any] = {"state": "pending"}
+SYNCED: dict[str, Any] = {"state": "synced"}
+
+
+def sync_of(document: Document) -> dict[str, Any]:
+    if document.failure and document.pending:
+        return {"state": "failed", **msgspec.json.decode(document.failure)}
+    return PENDING if document.pending else SYNCED
+
+
+def order_view(state: bytes, standing: Standing, sync: dict[str, Any], **more: Any) -> Raw:
+    """`state` is encoded already, and stays so: only what is not part of it is appended."""
+    extra = msgspec.json.encode({"version": standing.version, "sync": sync, **more})
+    return Raw(_REQUEST_HASH.sub(b"", state, count=1)[:-1] + b"," + extra[1:])

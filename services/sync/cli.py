@@ -1,0 +1,160 @@
+"""`ticketrail`: what operators and scripts run. Each command connects, does its work and says what it did."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Coroutine
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import click
+import structlog
+
+from services.sync.menu_editing import edit_dish
+from services.sync.seed import Seeder
+from shared.entities.contract import encode
+from shared.errors import TicketrailError
+from shared.messaging import declare
+from shared.messaging.publisher import BROKEN_LINK, Publisher
+from shared.messaging.topology import CHANGES
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.migrate import MigrationError, migrate, present_epoch
+from shared.postgres.pool import AWAY, Postgres
+from shared.rail.commit import Rail
+from shared.rail.record import Recorder
+from shared.security import Identity, Role, Tokens
+from shared.settings import Settings
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Exit code 1 and one line for what an operator can do something about."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        return asyncio.run(work)
+    except (TicketrailError, MigrationError, declare.TopologyError) as error:
+        raise click.ClickException(str(error)) from error
+    except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
+        raise click.ClickException(f"a backend does not answer: {type(error).__name__}: {error}") from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Ticketrail: the order backbone of restaurants and points of sale."""
+
+
+@main.command("migrate")
+def migrate_command() -> None:
+    """Bring PostgreSQL and RabbitMQ to what this version needs. May be repeated."""
+    _run(_migrate(Settings()))
+
+
+async def _migrate(settings: Settings) -> None:
+    applied = await migrate(settings)
+    click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
+    async with await declare.connect(settings.rabbitmq_url) as broker:
+        await declare.declare(broker, settings)
+        created = not await declare.log_exists(broker)
+        database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
+        try:
+            epoch = await present_epoch(database)
+            if created or epoch is None:
+                # Noted before the stream is made: a fence may not carry an epoch that is over.
+                epoch = uuid4().hex[:12]
+                await database.execute("insert into log_epochs (epoch) values ($1)", epoch)
+        finally:
+            await database.close()
+        await declare.declare_log(broker, settings, epoch, created=created)
+    click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
+
+
+class _Session:
+    """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.postgres = Postgres(settings.database_writer_url, settings, size=2)
+        self.mirror = Mirror(
+            settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+        )
+        self.publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+        recorder = Recorder(self.publisher, None, under_way=settings.publishes_under_way)
+        self.rail = Rail(
+            self.mirror,
+            recorder,
+            None,
+            claim_seconds=settings.claim_seconds,
+            reveal_seconds=settings.reveal_seconds,
+        )
+
+    async def __aenter__(self) -> "_Session":
+        await self.publisher.start(wait=5.0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.rail.drain()
+        await self.publisher.stop()
+        await self.mirror.close()
+        await self.postgres.close()
+
+
+@main.command("seed")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def seed_command(as_json: bool) -> None:
+    """Make the demo restaurant: a menu, tables, a user for each role. May be repeated."""
+    settings = Settings()
+    seeded = _run(_seed(settings))
+    if as_json:
+        click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
+    else:
+        click.echo(f"{seeded['restaurant_slug']}: {seeded['created']} new of {len(seeded['menu_item_ids'])} dishes")
+        click.echo(f"and {len(seeded['table_ids'])} tables; restaurant id {seeded['restaurant_id']}")
+
+
+async def _seed(settings: Settings) -> dict[str, Any]:
+    tokens = Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds)
+    async with _Session(settings) as session:
+        seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
+        return await seeder.seed()
+
+
+@main.command("token")
+@click.option("--role", type=click.Choice([role.value for role in Role]), default="staff", show_default=True)
+@click.option("--restaurant", type=click.UUID, help="id of the restaurant; operators need none")
+@click.option("--user", type=click.UUID, help="id of the user; a new one by default")
+@click.option("--email", default="")
+@click.option("--session", help="session of a customer")
+def token_command(role: str, restaurant: UUID | None, user: UUID | None, email: str, session: str | None) -> None:
+    """Print a token that the services accept."""
+    settings = Settings()
+    identity = Identity(str(user or uuid4()), Role(role), str(restaurant or ""), email, session)
+    if identity.role is not Role.OPERATOR and restaurant is None:
+        raise click.UsageError("--restaurant is needed for this role")
+    if identity.role is Role.CUSTOMER and not session:
+        raise click.UsageError("--session is needed for a customer")
+    click.echo(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds).issue(identity))
+
+
+@main.command("dish")
+@click.argument("restaurant", type=click.UUID)
+@click.argument("dish", type=click.UUID)
+@click.option("--price", type=click.IntRange(0, 10**12), help="minor units")
+@click.option("--available/--unavailable", default=None, help="whether it can be ordered")
+def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: bool | None) -> None:
+    """Change a dish: its price, or whether it can be ordered now."""
+    if price is None and available is None:
+        raise click.UsageError("--price, --available or --unavailable")
+    changed = _run(_edit_dish(Settings(), str(restaurant), str(dish), price, available))
+    click.echo(encode(changed).decode())
+
+
+async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None) -> Any:
+    async with _Session(settings) as session:
+        return await edit_dish(
+            session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
+        )
+
+
+if __name__ == "__main__":
+    main()

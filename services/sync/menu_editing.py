@@ -1,0 +1,50 @@
+"""Changing a dish from the command line: read what stands, change it, commit it."""
+
+import msgspec
+
+from shared.entities import menu_item
+from shared.entities.contract import Standing, now
+from shared.entities.menu_item import MenuItem
+from shared.errors import NotFound
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import Postgres
+from shared.rail.commit import Draft, Rail
+
+_ENTITY = menu_item.ENTITY
+
+
+async def edit_dish(
+    postgres: Postgres,
+    mirror: Mirror,
+    rail: Rail,
+    restaurant: str,
+    dish_id: str,
+    *,
+    price: int | None = None,
+    available: bool | None = None,
+) -> MenuItem:
+    """Raises NotFound, Lost when another change came first, Unavailable while the mirror is cold."""
+    base, before = await _standing(postgres, mirror, restaurant, dish_id)
+    at = now()
+    after = msgspec.structs.replace(
+        before,
+        price=before.price if price is None else price,
+        is_available=before.is_available if available is None else available,
+        updated_at=at,
+    )
+    draft = Draft(entity=_ENTITY, event="updated", state=after, base=base, before=before, at=at, source="sync")
+    committed = await rail.commit(draft)
+    changed: MenuItem = committed.state
+    return changed
+
+
+async def _standing(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Standing, MenuItem]:
+    _, (document,) = await mirror.read(restaurant, _ENTITY.name, [dish_id])
+    if document is not None:
+        return document.standing, _ENTITY.decode_state(document.state)
+    async with postgres.connection() as connection:
+        stored = await states.one(connection, _ENTITY, restaurant, dish_id)
+    if stored is None:
+        raise NotFound("no such dish")
+    return stored.standing, _ENTITY.decode_state(stored.state)

@@ -1,0 +1,230 @@
+"""The mirror writer: brings every change of the log into the mirror, and decides when a mirror is warm.
+
+Guarantee: changes are applied in the order of the log, each at least once, under the guard. The offset lives in the
+mirror and moves in the same script as the data, so a mirror that was wiped or came back stale rewinds the writer: from
+the offset that it still has, or, without one, the live window from PostgreSQL and then the log since PostgreSQL's last
+fence less ten minutes.
+
+A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before `settle_seconds`
+have passed since it was found cold: changes that were claimed on the mirror that is lost are recorded by then, and
+have been read. A fresh system, where nothing can be under way, does not wait.
+
+What cannot be applied goes to `sync.mirror.dead`, and the writer goes on when that is confirmed. While Redis, RabbitMQ
+or (for a rebuild) PostgreSQL is away it waits with jittered back-off. It may be stopped at any time.
+"""
+
+import asyncio
+import random
+import time
+from datetime import timedelta
+
+import structlog
+from msgspec import Struct
+
+from services.sync.fences import FenceWatch
+from shared.entities import registry
+from shared.entities.contract import BrokenContract, decode_change, encode, encode_batch, now, split_batch
+from shared.entities.entity import Entity
+from shared.messaging.log import Batch, Entry, LogReader, Start
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.topology import MIRROR_DEAD
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.restaurants import every_restaurant
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_OVERLAP = timedelta(minutes=10)
+_NOWHERE = -1
+_LAST_FENCE = "select min(sent_at) from fences where lane <> ''"
+_EPOCH = "select epoch from log_epochs order by id desc limit 1"
+
+
+class _Rewind(Exception):
+    """The mirror is not the one that we filled, or the log is not the one that we read."""
+
+
+class _Begun(Struct):
+    state: LogState
+    start: Start
+    warm: bool
+    settled_at: float
+    """Monotonic: not warm before this moment."""
+    gap: int
+
+
+class MirrorWriter:
+    def __init__(
+        self, settings: Settings, postgres: Postgres, mirror: Mirror, publisher: Publisher, watch: FenceWatch
+    ) -> None:
+        self._settings = settings
+        self._postgres = postgres
+        self._mirror = mirror
+        self._publisher = publisher
+        self._watch = watch
+        self._task: asyncio.Task[None] | None = None
+        self.warm = False
+        self.reader: LogReader | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="mirror-writer")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                begun = await self._begin()
+                attempt = 0
+                await self._follow(begun)
+            except _Rewind as rewind:
+                log.warning("mirror_rewind", reason=str(rewind))
+            except (MirrorAway, MirrorInDoubt, *AWAY) as error:
+                attempt += 1
+                log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=attempt)
+            self.warm = False
+            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+
+    # -- where to begin ----------------------------------------------------------------------------------------
+
+    async def _begin(self) -> _Begun:
+        found_at = time.monotonic()
+        state = await self._mirror.log_state()
+        if state is not None and state.offset != _NOWHERE:
+            warm = await self._mirror.is_warm()
+            log.info("mirror_resumes", offset=state.offset, warm=warm)
+            return _Begun(state, state.offset, warm, found_at + self._settings.settle_seconds, 0)
+        return await self._rebuild(found_at)
+
+    async def _rebuild(self, found_at: float) -> _Begun:
+        async with self._postgres.connection() as connection:
+            epoch = await connection.fetchval(_EPOCH)
+            fenced_at = await connection.fetchval(_LAST_FENCE)
+            if epoch is None:
+                raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
+            state = LogState(epoch, _NOWHERE)
+            await self._mirror.begin_log(state)
+            for restaurant in await every_restaurant(connection):
+                await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+            loaded = 0
+            since = now() - timedelta(days=self._settings.mirror_window_days)
+            for entity in registry.ENTITIES.values():
+                async for block in states.live_window(connection, entity, since):
+                    loaded += len(block)
+                    await self._apply([_stored(entity, stored) for stored in block], state, None)
+        fresh = loaded == 0
+        log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
+        return _Begun(
+            state,
+            fenced_at - _OVERLAP if fenced_at else "first",
+            False,
+            found_at if fresh else found_at + self._settings.settle_seconds,
+            0 if fresh else self._settings.number_gap,
+        )
+
+    # -- following the log -------------------------------------------------------------------------------------
+
+    async def _follow(self, begun: _Begun) -> None:
+        state, self.warm = begun.state, begun.warm
+        if not self.warm:
+            # The mark that proves the end of the log must be younger than what was under way.
+            await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
+        self.reader = LogReader(
+            self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
+        )
+        fenced_at = None
+        async for batch in self.reader.read(begun.start, epoch=state.epoch):
+            if batch.epoch != state.epoch:
+                await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
+                raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
+            noted = LogState(state.epoch, batch.last_offset)
+            await self._apply(await self._readable(batch), state, noted)
+            state = noted
+            if batch.caught_up and not self.warm:
+                await self._stamp(state, begun.gap)
+            if batch.fenced_at != fenced_at and batch.fenced_at is not None:
+                fenced_at = batch.fenced_at
+                if self.warm and not await self._mirror.is_warm():
+                    raise _Rewind("the mirror has lost its stamp")
+                self._watch.note_log(fenced_at, now())
+
+    async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
+        late = await self._mirror.apply(wanted, at=at, note=note)
+        if late is None:
+            raise _Rewind("the mirror is not the one that was filled")
+        if late:
+            await self._mirror.apply(await self._from_postgres([wanted[place] for place in late]))
+
+    async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
+        """An old event for a doc that the mirror lacks must not bring an old state back: PostgreSQL has the present."""
+        found = []
+        async with self._postgres.connection() as connection:
+            for one in late:
+                stored = await states.one(connection, one.entity, one.state.restaurant_id, one.state.id)
+                if stored is not None and one.entity.live(one.entity.decode_state(stored.state)):
+                    found.append(_stored(one.entity, stored))
+        return found
+
+    async def _readable(self, batch: Batch) -> list[Apply]:
+        late_before = now() - _OVERLAP
+        found = []
+        for entry in batch.entries:
+            try:
+                events = split_batch(entry.body)
+            except BrokenContract as error:
+                await self._dead(entry, entry.body, error)
+                continue
+            for event in events:
+                try:
+                    change = decode_change(event)
+                    entity, state = registry.read(change)
+                except BrokenContract as error:
+                    await self._dead(entry, encode_batch([event]), error)
+                    continue
+                how = "late" if change.time < late_before else "reveal"
+                found.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
+        return found
+
+    async def _dead(self, entry: Entry, body: bytes, error: BrokenContract) -> None:
+        headers: dict[str, int | str] = {
+            "ticketrail-reason": error.reason,
+            "ticketrail-error": str(error)[:500],
+            "ticketrail-lane": entry.lane,
+            "ticketrail-log-offset": entry.offset,
+            "ticketrail-failed-at": now().isoformat(),
+        }
+        log.error("mirror_dead_letter", reason=error.reason, error=str(error), offset=entry.offset)
+        while True:
+            try:
+                return await self._publisher.publish_to_queue(MIRROR_DEAD, body, headers=headers)
+            except (NotSent, InDoubt) as away:
+                log.warning("mirror_dead_letter_waits", error=str(away))
+                await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)
+
+    async def _stamp(self, state: LogState, gap: int) -> None:
+        try:
+            async with self._postgres.connection() as connection:
+                restaurants = await every_restaurant(connection)
+        except AWAY:
+            if gap:
+                raise
+            restaurants = []  # only the gap needs them: a mirror that kept its counters is warm without PostgreSQL
+        series = [(one.id, one.business_day(now()).isoformat()) for one in restaurants]
+        if not await self._mirror.warm(state, series, gap):
+            raise _Rewind("the mirror is not the one that was filled")
+        self.warm = True
+        log.info("mirror_warm", offset=state.offset, gap=gap)
+
+
+def _stored(entity: Entity, stored: states.Stored) -> Apply:
+    return Apply(entity, entity.decode_state(stored.state), stored.standing, stored.state, stored.accepted_at, "stored")

@@ -1,0 +1,124 @@
+"""The reconciler: heals what nobody met. Every few seconds, over all tenants:
+
+- claims that their owner left behind are finished (recorded and revealed as the same change);
+- what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
+- what has left the live window leaves the mirror, once PostgreSQL has it.
+
+Everything it does is harmless when done twice or by two instances at once. While a backend is away it does what the
+others allow and tries again at the next round. It may be stopped at any time.
+"""
+
+import asyncio
+import time
+from datetime import timedelta
+
+import structlog
+
+from shared.entities import registry
+from shared.entities.contract import now
+from shared.entities.entity import Entity
+from shared.errors import TicketrailError
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.rail.commit import Rail
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_TRIM_EVERY = 60.0
+_BLOCK = 500
+
+
+class Reconciler:
+    def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
+        self._settings = settings
+        self._postgres = postgres
+        self._mirror = mirror
+        self._rail = rail
+        self._task: asyncio.Task[None] | None = None
+        self._trimmed_at = 0.0
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="reconciler")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            for work in (self.finish_claims, self.settle_pending, self._trim_sometimes):
+                try:
+                    await work()
+                except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
+                    log.warning("reconciler_waits", work=work.__name__, error=str(error) or type(error).__name__)
+            await asyncio.sleep(self._settings.reconcile_seconds)
+
+    async def finish_claims(self) -> int:
+        """Returns how many were finished."""
+        finished = 0
+        for member in await self._mirror.claims_left_behind():
+            left = await self._mirror.mark(member)
+            if left is not None:
+                await self._rail.finish(left)
+                finished += 1
+        return finished
+
+    async def settle_pending(self) -> int:
+        """Returns how many states were found in PostgreSQL although the mirror called them pending."""
+        settled = 0
+        before = now() - timedelta(seconds=self._settings.pending_too_long_seconds)
+        for restaurant in await self._mirror.restaurant_ids():
+            for entity in registry.ENTITIES.values():
+                ids = await self._mirror.pending_ids(restaurant, entity.name)
+                for start in range(0, len(ids), _BLOCK):
+                    settled += await self._settle(restaurant, entity, ids[start : start + _BLOCK], before.timestamp())
+        if settled:
+            log.info("reconciler_settled", states=settled)
+        return settled
+
+    async def _settle(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
+        accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
+        old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is None or at <= before]
+        if not old:
+            return 0
+        async with self._postgres.connection() as connection:
+            standing = await states.standings(connection, entity, restaurant, old)
+        if standing:
+            await self._mirror.settle(restaurant, entity.name, list(standing.items()))
+        return len(standing)
+
+    async def _trim_sometimes(self) -> None:
+        if time.monotonic() - self._trimmed_at >= _TRIM_EVERY:
+            self._trimmed_at = time.monotonic()
+            await self.trim()
+
+    async def trim(self) -> int:
+        """Returns how many documents left the mirror."""
+        before = now() - timedelta(days=self._settings.mirror_window_days)
+        trimmed = 0
+        for restaurant in await self._mirror.restaurant_ids():
+            for entity in registry.ENTITIES.values():
+                if not entity.window_sql:
+                    continue  # all of it stays
+                ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=_BLOCK)
+                _, documents = await self._mirror.read(restaurant, entity.name, ids)
+                old = {}
+                for id_, document in zip(ids, documents, strict=True):
+                    if document is None:
+                        old[id_] = ""
+                    elif not document.pending:
+                        state = entity.decode_state(document.state)
+                        if not entity.live(state) and state.updated_at < before:
+                            old[id_] = document.standing.change_id
+                if old:
+                    trimmed += await self._mirror.trim(restaurant, entity.name, old)
+        if trimmed:
+            log.info("mirror_trimmed", documents=trimmed)
+        return trimmed

@@ -1,0 +1,54 @@
+"""How far every entity of a tenant has come on its way to PostgreSQL: pending, synced, failed, conflict."""
+
+from typing import Any
+
+from shared.entities import registry
+from shared.entities.entity import Entity
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import AWAY, Connection, Postgres
+
+_CONFLICTS = (
+    "select entity, count(distinct entity_id) as open from conflicts"
+    " where restaurant_id = $1 and resolved_at is null group by entity"
+)
+
+
+async def _stored(connection: Connection, entity: Entity, restaurant: str) -> int:
+    count: int = await connection.fetchval(
+        f"select count(*) from {entity.table.name} where restaurant_id = $1",  # noqa: S608  (a name of ours)
+        restaurant,
+    )
+    return count
+
+
+async def sync_status(postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
+    """Counts per entity; null where the store that knows is away, which is then named in `unknown`."""
+    tables: dict[str, dict[str, int | None]] = {}
+    unknown = []
+    try:
+        async with postgres.tenant(restaurant) as connection:
+            stored = {name: await _stored(connection, one, restaurant) for name, one in registry.ENTITIES.items()}
+            conflicts = {row["entity"]: row["open"] for row in await connection.fetch(_CONFLICTS, restaurant)}
+    except AWAY:
+        unknown.append("postgres")
+        stored, conflicts = {}, {}
+    for name in registry.ENTITIES:
+        pending: int | None = None
+        failed: int | None = None
+        try:
+            pending, failed = await mirror.counts(restaurant, name)
+        except (MirrorAway, MirrorInDoubt):
+            if "mirror" not in unknown:
+                unknown.append("mirror")
+        tables[name] = {
+            "pending": pending,
+            "synced": stored.get(name),
+            "failed": failed,
+            "conflict": conflicts.get(name, 0) if stored else None,
+        }
+    totals = {
+        state: sum(count for table in tables.values() if (count := table[state]) is not None)
+        for state in ("pending", "synced", "failed", "conflict")
+    }
+    return {"tables": tables, "totals": totals, "unknown": unknown}

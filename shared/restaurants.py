@@ -1,0 +1,43 @@
+"""Restaurants: identity, plain rows in PostgreSQL, without events; a copy in the mirror keeps pricing going while
+PostgreSQL is away."""
+
+from datetime import date, datetime, timedelta
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from shared.postgres.pool import Connection
+
+_COLUMNS = "id::text, slug, name, currency, time_zone, cutoff_hour, tax_basis_points"
+_ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
+
+
+class Restaurant(Struct, frozen=True, kw_only=True):
+    id: str
+    slug: str
+    name: str
+    currency: str = "EUR"
+    time_zone: str = "UTC"
+    cutoff_hour: int = 4
+    tax_basis_points: int = 500
+
+    def business_day(self, at: datetime) -> date:
+        """The day that a moment belongs to for the till: before the cut-off hour it is still yesterday's."""
+        return (at.astimezone(ZoneInfo(self.time_zone)) - timedelta(hours=self.cutoff_hour)).date()
+
+
+def _restaurant(row: "asyncpg.Record") -> Restaurant:
+    return Restaurant(**dict(row))
+
+
+async def every_restaurant(connection: "Connection") -> list[Restaurant]:
+    return [_restaurant(row) for row in await connection.fetch(_ALL)]
+
+
+async def find_restaurant(connection: "Connection", restaurant_id: str) -> Restaurant | None:
+    row = await connection.fetchrow(f"{_ALL} where id = $1", restaurant_id)
+    return _restaurant(row) if row else None
