@@ -205,7 +205,6 @@ def serve(target: str, *, host: str, port: int) -> None:
         workers=1,
         log_access=False,
         workers_kill_timeout=8,
-        process_name="ticketrail",
     ).serve()
 
 

@@ -65,7 +65,7 @@ async def _migrate(settings: Settings) -> None:
                 await database.execute("insert into log_epochs (epoch) values ($1)", epoch)
         finally:
             await database.close()
-        await declare.declare_log(broker, settings, epoch, created=created)
+        await declare.declare_log(broker, settings, epoch)
     click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
 
 

@@ -1,10 +1,12 @@
 """Declaring the topology (for `ticketrail migrate`) and checking that it is there (for every service's start)."""
 
+from uuid import uuid4
+
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
-from shared.entities.contract import Lane, change_id, now
+from shared.entities.contract import Lane, now
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.topology import Queue
@@ -54,15 +56,14 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 
 
-async def declare_log(connection: AbstractConnection, settings: Settings, epoch: str, *, created: bool) -> None:
-    """The stream and, before anything can reach it through a binding, a first fence that says its epoch."""
+async def declare_log(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
+    """The stream and, before anything can reach a new one through a binding, a fence that says its epoch."""
     queue = topology.log_queue(settings)
     async with connection.channel() as channel:
         await _declare(channel, queue)
-        if created:
-            genesis = Signal(id=change_id(epoch, 1, b"genesis"), type=FENCE, time=now(), epoch=epoch, source="migrate")
-            message = aio_pika.Message(encode_signal(genesis), message_id=genesis.id, delivery_mode=2)
-            await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
+        fence = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, source="migrate")
+        message = aio_pika.Message(encode_signal(fence), message_id=fence.id, delivery_mode=2)
+        await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
         exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
         for lane in Lane:
             await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)

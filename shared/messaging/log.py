@@ -2,28 +2,34 @@
 
 Guarantee: entries come in order of their offset, each once within a process, through any number of lost connections; a
 reader that starts from a remembered offset gets the entry of that offset once more. When the stream was deleted and
-made again, the reader notices (its fences carry another epoch, or the remembered offset does not exist), begins at its
-first entry and hands out batches with the new `epoch`: what the caller built from the old log is void.
+made again (its first fence carries another epoch), or lost its end (the remembered offset does not exist), the reader
+begins at its first entry and says so once, by `Batch.restarted`: what the caller built from the old log is void.
 
 At every attach the reader puts a mark of its own into the log; the batch with that mark is `caught_up`: everything that
-stood in the log at the attach has been handed out.
+stood in the log at the attach has been handed out. After a silence it puts in another: one that does not come back
+means that the link is dead, and it attaches anew.
 
-While the broker is away the reader waits and tries again, with jittered back-off. At shutdown leave the loop.
+While the broker or the stream is away the reader waits and tries again, with jittered back-off. At shutdown leave the
+loop; with `contextlib.aclosing` the connection is closed at once.
 
 Traps that shaped it: one task per delivery loses the order, so the callback only enqueues; a queue iterator nacks when
-it is left, which a stream answers by closing the connection; offsets have holes, so `+1` is no check for a gap.
+it is left, which a stream answers by closing the connection; offsets have holes, so `+1` is no check for a gap; a
+stream that is deleted ends its consumers without closing their channel; a consumer may ask for an offset that does not
+exist and gets no error.
 """
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import uuid4
 
 import aio_pika
 import structlog
-from aio_pika.abc import AbstractIncomingMessage
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
+from aiormq.channel import Channel
 
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import FENCE, MARK, Signal, encode_signal, signal_in
@@ -34,6 +40,13 @@ log = structlog.get_logger(__name__)
 
 Start = int | datetime | str
 """An offset, a time, "first" or "next"."""
+
+# Seconds until a mark, which the broker has confirmed, must have come back; generous to a cold disk.
+_MARK_RETURNS = 5.0
+# A deleted stream ends its consumer without a word: looked at this often, in seconds.
+_LOOK = 0.5
+# Signals are small: longer bodies are not searched for one.
+_LONGEST_SIGNAL = 1_000
 
 
 @dataclass(frozen=True)
@@ -49,76 +62,154 @@ class Batch:
 
     entries: list[Entry]
     epoch: str | None
+    """None only when no fence has ever been in this log."""
     fenced_at: datetime | None
     """When the last fence that has been read was sent."""
     caught_up: bool
     last_offset: int
+    first_offset: int = 0
+    restarted: bool = False
+    """The first batch of a log that is not the one we read before: it begins at its first entry."""
 
 
-class _Reattach(Exception):
-    def __init__(self, start: Start) -> None:
-        self.start = start
+class _ForeignFence(Exception):
+    def __init__(self, epoch: str) -> None:
+        self.epoch = epoch
+
+
+class _NoSuchOffset(Exception):
+    """What we resume from is not there, or the broker is very slow."""
 
 
 class LogReader:
-    def __init__(self, url: str, *, name: str, idle_seconds: float, prefetch: int = 500) -> None:
-        """`idle_seconds`: without any entry for so long (fences come every few seconds) it attaches anew."""
+    def __init__(self, url: str, *, name: str, idle_seconds: float, prefetch: int = 1_000) -> None:
+        """`idle_seconds`: without any entry for so long (fences come every few seconds) it asks if the link lives."""
         self._url = url
         self._name = name
         self._idle = idle_seconds
         self._prefetch = prefetch
         self._last: int | None = None
-        self._past_epochs: set[str] = set()
+        self._strays: set[str] = set()
+        self._restarted = False
         self.epoch: str | None = None
         self.fenced_at: datetime | None = None
         self.connected = False
+        self.caught_up = False
+        """The caller has taken everything that stood in the log when this connection was made."""
 
-    async def read(self, start: Start, *, epoch: str | None = None) -> AsyncIterator[Batch]:
+    async def read(self, start: Start, *, epoch: str | None = None) -> AsyncGenerator[Batch, None]:
         """Batches from `start` on, without end. `epoch`: of the log that `start` belongs to, when it is an offset."""
-        self._last = None
-        self.epoch = epoch
+        self._last, self.epoch, self._restarted, self._strays = None, epoch, False, set()
         attempt = 0
+        missing = False
         while True:
             try:
-                async for batch in self._attached(start):
-                    attempt = 0
-                    yield batch
-                    start = batch.last_offset
-            except _Reattach as reattach:
-                start = reattach.start
-                log.info("log_reattach", reader=self._name, start=str(start))
-                continue
+                start, missing = await self._verify(start, missing=missing), False
+                async with aclosing(self._attached(start)) as batches:
+                    async for batch in batches:
+                        attempt = 0
+                        yield batch
+                        start = batch.last_offset
+                        self.caught_up = self.caught_up or batch.caught_up
+            except _ForeignFence as fence:
+                self._strays.add(fence.epoch)
+            except _NoSuchOffset:
+                missing = True
             except BROKEN_LINK as error:
                 attempt += 1
                 log.warning("log_away", reader=self._name, error=str(error) or type(error).__name__, attempt=attempt)
+                await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
             finally:
-                self.connected = False
-            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+                self.connected = self.caught_up = False
 
-    async def _attached(self, start: Start) -> AsyncIterator[Batch]:
+    # -- is it the log that we know? -----------------------------------------------------------------------------
+
+    async def _verify(self, start: Start, *, missing: bool) -> Start:
+        """Before every attach, because offsets of one log mean nothing in another: where to begin. The first fence
+        decides; a late one of an old epoch, from a worker that has not noticed yet, proves nothing."""
+        found = await self._first_epoch()
+        known, self.epoch = self.epoch, found or self.epoch
+        other = found is not None and known is not None and found != known
+        if not other and not (missing and isinstance(start, int) and await self._end() <= start):
+            return start
+        if known is not None:
+            self._strays.add(known)
+        self._strays.discard(self.epoch or "")
+        self._last, self._restarted = None, True
+        log.warning("log_restarted", reader=self._name, epoch=self.epoch, known=known, start=str(start))
+        return "first"
+
+    async def _first_epoch(self) -> str | None:
+        """`migrate` puts a fence at the very beginning; retention may have cut it off, the next is a little further."""
+        async with self._attach("first") as link:
+            while True:
+                for message in await link.next(_MARK_RETURNS):
+                    signal = _signal(message.body)
+                    if signal is not None and signal.type == FENCE and signal.epoch:
+                        return signal.epoch
+                    if signal is not None and signal.id == link.mark:
+                        return None
+                await message.ack(multiple=True)
+
+    async def _end(self) -> int:
+        async with self._attach("next") as link:
+            return _offset((await link.next(_MARK_RETURNS))[0])
+
+    # -- one connection ------------------------------------------------------------------------------------------
+
+    async def _attached(self, start: Start) -> AsyncGenerator[Batch, None]:
+        async with self._attach(start) as link:
+            self.connected = True
+            try:
+                messages = await link.next(_MARK_RETURNS)
+            except TimeoutError as error:
+                raise _NoSuchOffset from error
+            if isinstance(start, int) and _offset(messages[0]) < start:
+                raise _NoSuchOffset
+            while True:
+                yield self._sort_out(messages, link.mark)
+                # Not before the caller has taken them: a failing ack would lose the batch. It only moves the credit.
+                await messages[-1].ack(multiple=True)
+                try:
+                    messages = await link.next(self._idle)
+                except TimeoutError:
+                    await link.put_mark()
+                    messages = await link.next(_MARK_RETURNS)
+
+    def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> Batch:
+        entries: list[Entry] = []
+        caught_up = False
+        for message in messages:
+            signal = _signal(message.body)
+            if signal is None:
+                offset = _offset(message)
+                if self._last is None or offset > self._last:
+                    entries.append(Entry(offset, message.routing_key or "", message.body))
+            elif signal.type == FENCE:
+                self._note(signal)
+            else:
+                caught_up = caught_up or signal.id == mark
+        # Only now: an exception above means that none of these was handed out, and all are read again.
+        self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
+        restarted, self._restarted = self._restarted, False
+        return Batch(entries, self.epoch, self.fenced_at, caught_up, self._last, _offset(messages[0]), restarted)
+
+    def _note(self, fence: Signal) -> None:
+        if fence.epoch != self.epoch and fence.epoch not in self._strays:
+            if self.epoch is not None:
+                raise _ForeignFence(fence.epoch)
+            self.epoch = fence.epoch
+        if fence.epoch == self.epoch:
+            self.fenced_at = fence.time
+
+    @asynccontextmanager
+    async def _attach(self, start: Start) -> "AsyncIterator[_Link]":
         connection = await aio_pika.connect(self._url, timeout=5.0)
         try:
+            link = _Link(connection, self._name, self._prefetch)
             async with asyncio.timeout(10.0):
-                channel = await connection.channel()
-                await channel.set_qos(prefetch_count=self._prefetch)
-                stream = await channel.get_queue(LOG, ensure=False)
-                arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
-                connection.close_callbacks.add(lambda *_: arrived.put_nowait(None))
-                channel.close_callbacks.add(lambda *_: arrived.put_nowait(None))
-
-                async def arrive(message: AbstractIncomingMessage) -> None:
-                    arrived.put_nowait(message)
-
-                await stream.consume(arrive, arguments={"x-stream-offset": start})
-                mark = await self._mark(await connection.channel(publisher_confirms=True, on_return_raises=True))
-            self.connected = True
-            resumed = isinstance(start, int)
-            while True:
-                messages = await self._next(arrived, start, resumed=resumed)
-                resumed = False
-                batch = self._sort_out(messages, mark)
-                await messages[-1].ack(multiple=True)  # moves the credit; a stream forgets nothing
-                yield batch
+                await link.open(start)
+            yield link
         finally:
             try:
                 async with asyncio.timeout(1.0):
@@ -126,65 +217,85 @@ class LogReader:
             except BROKEN_LINK as error:
                 log.debug("log_close", reader=self._name, error=str(error) or type(error).__name__)
 
-    async def _mark(self, channel: aio_pika.abc.AbstractChannel) -> str:
+
+class _Link:
+    """One consumer on a connection of its own, and the way to put a mark."""
+
+    def __init__(self, connection: AbstractConnection, name: str, prefetch: int) -> None:
+        self._connection = connection
+        self._name = name
+        self._prefetch = prefetch
+        self._arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        self._marks: AbstractChannel
+        self.mark = ""
+        """The id of the first mark: what was before it stood in the log at the attach."""
+
+    async def open(self, start: Start) -> None:
+        channel = await self._connection.channel()
+        await channel.set_qos(prefetch_count=self._prefetch)
+        self._connection.close_callbacks.add(lambda *_: self._arrived.put_nowait(None))
+        channel.close_callbacks.add(lambda *_: self._arrived.put_nowait(None))
+
+        async def arrive(message: AbstractIncomingMessage) -> None:
+            self._arrived.put_nowait(message)
+
+        stream = await channel.get_queue(LOG, ensure=False)
+        self._tag = await stream.consume(arrive, arguments={"x-stream-offset": start})
+        underlay = await channel.get_underlay_channel()
+        assert isinstance(underlay, Channel)
+        self._consumers = underlay.consumers
+        # On a channel of its own: a returned mark must not take the consumer down.
+        self._marks = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        self.mark = await self.put_mark()
+
+    async def put_mark(self) -> str:
         mark = Signal(id=str(uuid4()), type=MARK, time=now(), source=self._name)
         message = aio_pika.Message(encode_signal(mark), message_id=mark.id, delivery_mode=2)
-        await channel.default_exchange.publish(message, LOG, mandatory=True, timeout=5.0)
+        await self._marks.default_exchange.publish(message, LOG, mandatory=True, timeout=_MARK_RETURNS)
         return mark.id
 
-    async def _next(
-        self, arrived: "asyncio.Queue[AbstractIncomingMessage | None]", start: Start, *, resumed: bool
-    ) -> list[AbstractIncomingMessage]:
-        """At least one message, and whatever else is there already."""
-        try:
-            # The entry that we resume from exists, unless this is another stream: our own mark lies behind it.
-            first = await asyncio.wait_for(arrived.get(), min(3.0, self._idle) if resumed else self._idle)
-        except TimeoutError as error:
-            raise _Reattach("first" if resumed else start if self._last is None else self._last) from error
-        messages = []
+    async def next(self, patience: float) -> list[AbstractIncomingMessage]:
+        """At least one message, and whatever else is there already, up to half the credit, so that the other half is
+        under way meanwhile. TimeoutError after `patience` seconds of silence, ConnectionError when it is over."""
+        first = await self._first(patience)
+        messages: list[AbstractIncomingMessage] = []
         while first is not None:
             messages.append(first)
-            if arrived.empty() or len(messages) >= self._prefetch:
+            if self._arrived.empty() or len(messages) * 2 >= self._prefetch:
                 return messages
-            first = arrived.get_nowait()
+            first = self._arrived.get_nowait()
+        self._arrived.put_nowait(None)  # the loss is told with the next call
         if messages:
-            arrived.put_nowait(None)  # the loss is told with the next call
             return messages
         raise ConnectionError("the broker closed the channel")
 
-    def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> Batch:
-        entries: list[Entry] = []
-        caught_up = False
-        last = self._last
-        for message in messages:
-            offset = message.headers["x-stream-offset"]
-            assert isinstance(offset, int)
-            signal = _signal(message.body)
-            if signal is not None and signal.type == FENCE:
-                self._note(signal)
-            if signal is not None:
-                caught_up = caught_up or signal.id == mark
-            elif self._last is None or offset > self._last:
-                entries.append(Entry(offset, message.routing_key or "", message.body))
-            last = offset if last is None else max(last, offset)
-        assert last is not None
-        self._last = last
-        return Batch(entries, self.epoch, self.fenced_at, caught_up, last)
+    async def _first(self, patience: float) -> AbstractIncomingMessage | None:
+        if not self._arrived.empty():
+            return self._arrived.get_nowait()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        while True:
+            left = deadline - loop.time()
+            try:
+                async with asyncio.timeout(min(_LOOK, left)):
+                    return await self._arrived.get()
+            except TimeoutError:
+                if self._tag not in self._consumers:
+                    raise ConnectionError("the stream was deleted") from None
+                if left <= _LOOK:
+                    raise
 
-    def _note(self, fence: Signal) -> None:
-        """A fence of another epoch: the stream is a new one. A late fence of an old one proves nothing."""
-        self.fenced_at = fence.time
-        if fence.epoch == self.epoch or fence.epoch in self._past_epochs:
-            return
-        if self.epoch is not None:
-            self._past_epochs.add(self.epoch)
-            self.epoch, self._last = fence.epoch, None
-            raise _Reattach("first")
-        self.epoch = fence.epoch
+
+def _offset(message: AbstractIncomingMessage) -> int:
+    offset = message.headers["x-stream-offset"]
+    assert isinstance(offset, int)
+    return offset
 
 
 def _signal(body: bytes) -> Signal | None:
     """The signal in a message, if it is one: signals travel alone."""
+    if len(body) > _LONGEST_SIGNAL:
+        return None
     try:
         return signal_in(body[1:-1])
     except BrokenContract as error:

@@ -30,9 +30,10 @@ async def _make_role(connection: "asyncpg.Connection[asyncpg.Record]", url: str)
     parts = urlsplit(url)
     name, password = unquote(parts.username or ""), unquote(parts.password or "")
     quoted = await connection.fetchval("select quote_literal($1)", password)
-    exists = await connection.fetchval("select true from pg_roles where rolname = $1", name)
-    verb = "alter" if exists else "create"
-    await connection.execute(f'{verb} role "{name}" login nosuperuser nobypassrls password {quoted}')
+    known = await connection.fetchrow("select rolsuper or rolbypassrls as above from pg_roles where rolname = $1", name)
+    if known and known["above"]:
+        raise MigrationError(f"role {name!r} is above row-level security: tenants would not be kept apart")
+    await connection.execute(f'{"alter" if known else "create"} role "{name}" login password {quoted}')
     database = await connection.fetchval("select quote_ident(current_database())")
     await connection.execute(f'grant connect on database {database} to "{name}"')
 

@@ -1,0 +1,85 @@
+"""The sync API, wired: what terminals and operators call."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from litestar import Litestar, Request, Response, get
+from litestar.di import Provide
+from msgspec import Struct
+
+from services.sync.status import sync_status
+from shared.entities.contract import now
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, identity_of, success
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import AWAY, Postgres
+from shared.security import Tokens
+from shared.settings import Settings
+from shared.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+_FENCES = "select lane, sent_at from fences"
+
+
+class Parts(Struct, frozen=True):
+    settings: Settings
+    postgres: Postgres
+    mirror: Mirror
+
+
+@get("/api/sync/status")
+async def status(request: Request[Any, Any, Any], parts: Parts) -> Response[bytes]:
+    return success(await sync_status(parts.postgres, parts.mirror, identity_of(request).tenant))
+
+
+async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
+    """Ready while one of the stores answers; the age of PostgreSQL's last fence says how far the sync is behind."""
+    details: dict[str, Any] = {}
+    try:
+        async with parts.postgres.connection() as connection:
+            fences = await connection.fetch(_FENCES)
+        ages = {row["lane"]: round((now() - row["sent_at"]).total_seconds(), 3) for row in fences}
+        limit = max(2.0, parts.settings.fence_interval_seconds * 3)
+        details["fence_age_seconds"] = ages
+        details["fences"] = "fresh" if ages and max(ages.values()) <= limit else "stale"
+        details["postgres"] = True
+    except AWAY as error:
+        details["postgres"] = False
+        details["postgres_error"] = str(error) or type(error).__name__
+    try:
+        details["mirror"] = "warm" if await parts.mirror.is_warm() else "cold"
+    except (MirrorAway, MirrorInDoubt):
+        details["mirror"] = "away"
+    return details["postgres"] or details["mirror"] != "away", details
+
+
+def create(settings: Settings | None = None) -> Litestar:
+    settings = settings or Settings()
+    configure_logging("sync-api", settings.log_level)
+    parts = Parts(
+        settings,
+        Postgres(settings.database_api_url, settings),
+        Mirror(settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        log.info("started", port=settings.sync_port)
+        yield
+        await parts.mirror.close()
+        await parts.postgres.close()
+        log.info("stopped")
+
+    return Litestar(
+        route_handlers=[status, *health(lambda: readiness(parts))],
+        dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+    )

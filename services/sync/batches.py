@@ -1,0 +1,75 @@
+"""What was taken from a lane, taken apart: changes to write, fences to note, and what cannot be read. Pure."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from services.sync.failures import Failure, classify
+from services.sync.retry import Failed, alone
+from shared.entities import registry
+from shared.entities.contract import BrokenContract, Change, Lane, decode_change, now, split_batch
+from shared.entities.signal import FENCE, Signal, signal_in
+from shared.postgres.changes import Written, data_of
+
+
+class Message(Protocol):
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def headers(self) -> Mapping[str, Any]: ...
+
+
+class Taken(Struct, frozen=True):
+    """One change, with what is needed to send it on alone."""
+
+    event: bytes
+    headers: Mapping[str, Any]
+    written: Written
+
+    def failed(self, failure: Failure) -> Failed:
+        return Failed(alone(self.event), self.headers, failure, now(), self.written.change)
+
+
+class Batch(Struct):
+    lane: Lane
+    changes: list[Taken]
+    fences: list[Signal]
+    failed: list[Failed]
+    """What cannot even be read; it does not hold back the rest of its message."""
+
+
+def how_many(body: bytes) -> int:
+    """A rough count of the changes in a message, without taking it apart: bounds a batch, decides nothing."""
+    return max(1, body.count(b'"entityversion"'))
+
+
+def sort_out(lane: Lane, messages: Iterable[Message]) -> Batch:
+    batch = Batch(lane, [], [], [])
+    for message in messages:
+        try:
+            events = split_batch(message.body)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it goes where failures go)
+            batch.failed.append(Failed(message.body, message.headers, classify(error), now()))
+            continue
+        for event in events:
+            change: Change | None = None
+            try:
+                if (signal := signal_in(event)) is not None:
+                    if signal.type == FENCE and signal.lane == lane:
+                        batch.fences.append(signal)
+                    continue
+                change = decode_change(event)
+                batch.changes.append(Taken(event, message.headers, _checked(lane, change)))
+            except Exception as error:  # noqa: BLE001  (the same)
+                batch.failed.append(Failed(alone(event), message.headers, classify(error), now(), change))
+    return batch
+
+
+def _checked(lane: Lane, change: Change) -> Written:
+    entity, state = registry.read(change)
+    try:
+        data_of(change)
+    except UnicodeDecodeError as error:
+        raise BrokenContract("undecodable", f"data: {error}") from error
+    return Written(lane, entity, change, state)

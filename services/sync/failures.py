@@ -1,0 +1,78 @@
+"""What a failure to write means for the change that met it. Pure: no waiting, no sending.
+
+    away       the sink does not take anything now: hold the batch, no attempt burnt
+    transient  this change may pass later: the retry ladder
+    poison     no retry can mend it: dead letter at once, untouched
+
+A frozen server and one slow statement look alike to a client that only waits. So the server is told to give up on a
+statement before the client does (`write_batch(patience=…)`): a QueryCanceledError is an answer, the server lives and the
+statement is slow; a TimeoutError of ours means that not even that answer came.
+
+What we do not know is our own bug: it goes up the ladder, and dies there with its name, never silently.
+"""
+
+from enum import StrEnum
+
+import asyncpg
+from msgspec import Struct
+
+from shared.entities.contract import BrokenContract
+from shared.postgres.pool import AWAY
+
+_LONGEST_ERROR = 500
+
+# SQLSTATE classes and codes, https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest match counts.
+_BY_SQLSTATE = {
+    "08": "away",  # connection
+    "22": "poison",  # data
+    "23": "poison",  # constraint
+    "25006": "away",  # read-only: a standby, or a primary that has just been demoted
+    "28": "away",  # who we are is not known (yet)
+    "3D": "away",  # no such database
+    "40": "transient",  # deadlock, serialization failure
+    "42501": "away",  # not permitted: `ticketrail migrate` has not run, no change is to blame
+    "42703": "away",  # no such column: the same
+    "42P01": "away",  # no such table: the same
+    "53": "away",  # out of disk, memory, connections
+    "55P03": "transient",  # lock not available in time
+    "57": "away",  # shutting down, starting, crashed
+    "57014": "transient",  # statement timeout
+    "58": "away",  # the server's own input and output
+}
+
+
+class Kind(StrEnum):
+    AWAY = "away"
+    TRANSIENT = "transient"
+    POISON = "poison"
+
+
+class Failure(Struct, frozen=True):
+    kind: Kind
+    reason: str
+    """Stable: dead letters are grouped by it."""
+    error: str
+    """For people; short."""
+    timed_out: bool = False
+    """The server gave up waiting, for a lock or for itself: if nothing else gets through either, it is the server."""
+
+
+def classify(error: Exception) -> Failure:
+    text = describe(error)
+    if isinstance(error, BrokenContract):
+        return Failure(Kind.POISON, error.reason, text)
+    if isinstance(error, asyncpg.PostgresError):
+        sqlstate = error.sqlstate or ""
+        for length in (5, 2):
+            if kind := _BY_SQLSTATE.get(sqlstate[:length]):
+                reason = {"away": "postgres_away", "transient": "transient", "poison": "refused_by_postgres"}[kind]
+                return Failure(Kind(kind), reason, text, timed_out=sqlstate in ("57014", "55P03"))
+    if isinstance(error, AWAY):
+        return Failure(Kind.AWAY, "postgres_away", text)
+    return Failure(Kind.TRANSIENT, "unexpected", text)
+
+
+def describe(error: Exception) -> str:
+    """Type and message, in a form that fits a header whatever it is made of."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text[:_LONGEST_ERROR].encode(errors="replace").decode().replace("\x00", "�")

@@ -1,0 +1,214 @@
+"""Fences: small messages that go through every lane and the log, so that silence can be told from loss.
+
+`FenceSource` sends one through every lane every few seconds; each goes into the log too. `FenceWatch` remembers which
+ones came out. Arrived and noted are two things: a fence that arrived in a consumer proves the binding of its lane, one
+that was noted (committed by PostgreSQL, applied by the mirror writer) says how far that sink is.
+
+Nothing here waits for PostgreSQL: while it is away the last known epoch of the log is sent, and nothing is sent before
+one is known. At shutdown nothing is owed.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import datetime
+from uuid import uuid4
+
+import structlog
+from msgspec import Struct
+
+from services.sync.failures import describe
+from shared.entities.contract import Lane, now
+from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.messaging import topology
+from shared.messaging.declare import TopologyError
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.postgres.migrate import present_epoch
+from shared.postgres.pool import Postgres
+
+log = structlog.get_logger(__name__)
+
+LOG = "log"
+"""Stands beside the lanes where ways are named."""
+WAYS = (*(lane.value for lane in Lane), LOG)
+
+_LEAST_READY = 2.0  # seconds
+
+
+class Way(Struct):
+    """What is known of one way: a lane, or the log. Ages count on the monotonic clock, times are the sender's."""
+
+    sent_at: datetime | None = None
+    """When we last had a fence confirmed that goes this way."""
+    sent: float = 0.0
+    arrived_at: datetime | None = None
+    """The time in the newest fence that came out at the other end."""
+    arrived: float = 0.0
+    active: float = 0.0
+    """When anything came out."""
+    noted_at: datetime | None = None
+    """The time in the newest fence that the sink has noted."""
+    noted: float = 0.0
+    lag: float = 0.0
+    """Seconds between the sending and the noting of that fence."""
+
+
+class FenceWatch:
+    def __init__(self, interval: float) -> None:
+        self._patience = max(3 * interval, _LEAST_READY)
+        self._ways = {name: Way() for name in WAYS}
+        self._idle: dict[str, Callable[[], bool]] = {}
+        self._news = asyncio.Event()
+
+    # -- what its neighbours tell it ---------------------------------------------------------------------------
+
+    def watch_lane(self, lane: Lane, idle: Callable[[], bool]) -> None:
+        """`idle`: true when its consumers are subscribed and hold nothing."""
+        self._idle[lane.value] = idle
+
+    def sent(self, lane: Lane, sent_at: datetime) -> None:
+        for name in (lane.value, LOG):
+            way = self._ways[name]
+            way.sent_at, way.sent = sent_at, time.monotonic()
+
+    def active(self, lane: Lane) -> None:
+        """Some message came out of the lane."""
+        self._ways[lane.value].active = time.monotonic()
+
+    def arrived(self, lane: Lane, sent_at: datetime) -> None:
+        self._arrived(self._ways[lane.value], sent_at)
+
+    def note(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
+        """PostgreSQL has committed it."""
+        self._note(self._ways[lane.value], sent_at, noted_at)
+
+    def note_log_end(self) -> None:
+        """The reader of the log has read to its end: from here on a missing fence means a missing binding."""
+        self._idle[LOG] = lambda: True
+        self._ways[LOG].active = time.monotonic()
+
+    def note_log(self, sent_at: datetime, noted_at: datetime) -> None:
+        """The mirror writer has applied the log up to it."""
+        self._note(self._ways[LOG], sent_at, noted_at)
+
+    # -- what it says ------------------------------------------------------------------------------------------
+
+    def unready(self) -> list[str]:
+        """The ways from which no fence came out for three intervals. Empty: ready."""
+        soonest = time.monotonic() - self._patience
+        return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived < soonest]
+
+    def ages(self) -> dict[str, float | None]:
+        """Seconds since each sink last noted a fence; None: it never has."""
+        at = time.monotonic()
+        return {name: None if way.noted_at is None else at - way.noted for name, way in self._ways.items()}
+
+    def lags(self) -> dict[str, float | None]:
+        """Seconds that the last fence took from its sending into each sink; None: none has."""
+        return {name: None if way.noted_at is None else way.lag for name, way in self._ways.items()}
+
+    async def prove(self, timeout: float) -> bool:
+        """Waits until a fence that was sent from now on has come out of every way. True: every binding is proved.
+
+        False: not all of them within `timeout` seconds, for which there is an innocent reason: a backlog before the
+        fence, PostgreSQL or the broker away. `unready` goes on watching. Raises TopologyError where there is none: the
+        fence was sent, its queue is empty and listened to, and the fence is not there.
+        """
+        began = now()
+        deadline = time.monotonic() + timeout
+        while missing := self._missing(began):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return self._judge(missing, began, timeout)
+            self._news.clear()
+            try:
+                async with asyncio.timeout(remaining):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+        return True
+
+    def _missing(self, began: datetime) -> list[str]:
+        return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived_at < began]
+
+    def _judge(self, missing: list[str], began: datetime, timeout: float) -> bool:
+        quiet = min(timeout / 2, 2.0)
+        for name in missing:
+            way, at = self._ways[name], time.monotonic()
+            sent = way.sent_at is not None and way.sent_at >= began
+            idle = self._idle.get(name, lambda: False)() and at - way.active > quiet and at - way.sent < timeout
+            if sent and idle:
+                queue = topology.LOG if name == LOG else topology.lane_queue(Lane(name))
+                keys = "its routing keys" if name == LOG else f"routing key {name!r}"
+                raise TopologyError(
+                    f"a fence was sent and did not come out of queue {queue!r}: its binding to exchange"
+                    f" {topology.CHANGES!r} with {keys} is missing. Run `ticketrail migrate`"
+                )
+        log.warning("bindings_not_proved_yet", missing=missing)
+        return False
+
+    def _arrived(self, way: Way, sent_at: datetime) -> None:
+        way.active = time.monotonic()
+        if way.arrived_at is None or sent_at > way.arrived_at:
+            way.arrived_at, way.arrived = sent_at, way.active
+            self._news.set()
+
+    def _note(self, way: Way, sent_at: datetime, noted_at: datetime) -> None:
+        self._arrived(way, sent_at)
+        if way.noted_at is None or sent_at > way.noted_at:
+            way.noted_at, way.noted = sent_at, time.monotonic()
+            way.lag = max(0.0, (noted_at - sent_at).total_seconds())
+
+
+class FenceSource:
+    def __init__(self, postgres: Postgres, publisher: Publisher, watch: FenceWatch, *, interval: float) -> None:
+        self._postgres = postgres
+        self._publisher = publisher
+        self._watch = watch
+        self._interval = interval
+        self._epoch: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="fences")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        looking: asyncio.Task[None] | None = None
+        while True:
+            # Beside the sending: a frozen PostgreSQL must not stop the fences.
+            if looking is None or looking.done():
+                looking = asyncio.create_task(self._look(), name="fences-look")
+            if self._epoch is None:
+                await looking
+            await asyncio.gather(*(self._send(lane) for lane in Lane))
+            await asyncio.sleep(self._interval)
+
+    async def _look(self) -> None:
+        """The epoch of the log; and the fences that other workers have noted, which prove our bindings too."""
+        try:
+            async with self._postgres.connection() as connection:
+                self._epoch = await present_epoch(connection) or self._epoch
+                for row in await connection.fetch("select lane, sent_at, noted_at from fences"):
+                    if row["lane"] in set(Lane):
+                        self._watch.note(Lane(row["lane"]), row["sent_at"], row["noted_at"])
+        except Exception as error:  # noqa: BLE001  (without it the last known epoch is sent)
+            log.debug("fences_without_postgres", error=describe(error))
+
+    async def _send(self, lane: Lane) -> None:
+        if self._epoch is None:
+            return
+        fence = Signal(id=str(uuid4()), type=FENCE, time=now(), lane=lane.value, epoch=self._epoch)
+        try:
+            await self._publisher.publish(lane.value, encode_signal(fence))
+        except (NotSent, InDoubt) as error:
+            log.debug("fence_not_sent", lane=lane, error=str(error))
+            return
+        self._watch.sent(lane, fence.time)

@@ -1,0 +1,159 @@
+"""The sync worker, wired: the PostgreSQL writer, the mirror writer, fences and the reconciler, with a health endpoint.
+
+Starts while PostgreSQL, Redis or RabbitMQ is away and waits for them; refuses to start on a broker that answers and
+lacks a queue or a binding. Stops in this order: consumers let go and finish what they have taken, then the rest.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import structlog
+from litestar import Litestar
+from msgspec import Struct
+
+from services.sync.fences import FenceSource, FenceWatch
+from services.sync.mirror_writer import MirrorWriter
+from services.sync.postgres_writer import PostgresWriter
+from services.sync.reconciler import Reconciler
+from shared.http import EXCEPTION_HANDLERS, health
+from shared.messaging import declare
+from shared.messaging.publisher import BROKEN_LINK, Publisher
+from shared.messaging.topology import CHANGES
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+from shared.rail.commit import Rail
+from shared.rail.record import Recorder
+from shared.settings import Settings
+from shared.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+_PROOF_SECONDS = 15.0
+
+
+class Parts(Struct, frozen=True):
+    settings: Settings
+    postgres: Postgres
+    mirror: Mirror
+    publisher: Publisher
+    rail: Rail
+    watch: FenceWatch
+    fences: FenceSource
+    postgres_writer: PostgresWriter
+    mirror_writer: MirrorWriter
+    reconciler: Reconciler
+
+
+def assemble(settings: Settings) -> Parts:
+    postgres = Postgres(settings.database_writer_url, settings)
+    mirror = Mirror(
+        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+    )
+    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    watch = FenceWatch(settings)
+    # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
+    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
+    rail = Rail(mirror, recorder, None, claim_seconds=settings.claim_seconds, reveal_seconds=settings.reveal_seconds)
+    return Parts(
+        settings,
+        postgres,
+        mirror,
+        publisher,
+        rail,
+        watch,
+        FenceSource(settings, postgres, publisher),
+        PostgresWriter(settings, postgres, mirror, publisher, watch),
+        MirrorWriter(settings, postgres, mirror, publisher, watch),
+        Reconciler(settings, postgres, mirror, rail),
+    )
+
+
+async def start(parts: Parts) -> None:
+    """Raises TopologyError when a queue or a binding is missing."""
+    try:
+        await parts.mirror.check()
+    except (MirrorAway, MirrorInDoubt) as error:
+        log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+    await _broker_with_topology(parts.settings)
+    await parts.publisher.start(wait=5.0)
+    await parts.postgres_writer.start()
+    parts.mirror_writer.start()
+    await parts.fences.start()
+    await parts.watch.prove(_PROOF_SECONDS)
+    parts.reconciler.start()
+
+
+async def _broker_with_topology(settings: Settings) -> None:
+    """Waits for the broker: without it there is nothing for this worker to do."""
+    while True:
+        try:
+            async with await declare.connect(settings.rabbitmq_url) as connection:
+                return await declare.check(connection, settings)
+        except BROKEN_LINK as error:
+            if isinstance(error, declare.TopologyError):
+                raise
+            log.warning("waiting_for_broker", error=str(error) or type(error).__name__)
+        await asyncio.sleep(1.0)
+
+
+async def stop(parts: Parts) -> None:
+    await parts.reconciler.stop()
+    await parts.fences.stop()
+    await parts.postgres_writer.stop()
+    await parts.mirror_writer.stop()
+    await parts.rail.drain()
+    await parts.publisher.stop()
+    await parts.mirror.close()
+    await parts.postgres.close()
+
+
+async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:
+    """Ready when a fence has come through every lane and the log of late. A sink that is away is named."""
+    fresh, fences = parts.watch.readiness()
+    proven = started.done() and not started.cancelled() and started.exception() is None
+    return proven and fresh, {
+        "fences": fences,
+        "postgres_writer": parts.postgres_writer.state(),
+        "mirror": "warm" if parts.mirror_writer.warm else "cold",
+    }
+
+
+def _refuse(task: "asyncio.Task[None]") -> None:
+    """A worker that must not run ends its process: whoever supervises it sees why in the log."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("refused_to_start", error=str(error), kind=type(error).__name__)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def create(settings: Settings | None = None) -> Litestar:
+    settings = settings or Settings()
+    configure_logging("sync-worker", settings.log_level)
+    parts = assemble(settings)
+    started: list[asyncio.Task[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        # In the background: health must answer while the worker waits for a backend.
+        task = asyncio.create_task(start(parts), name="start")
+        task.add_done_callback(_refuse)
+        started.append(task)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await stop(parts)
+            log.info("stopped")
+
+    return Litestar(
+        route_handlers=health(lambda: readiness(parts, started[0])),
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        openapi_config=None,
+        logging_config=None,
+    )

@@ -1,0 +1,150 @@
+"""A load of orders, placed and changed through the API, that remembers what it was told, and the checks that hold it
+against what the stores say afterwards."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import httpx
+
+from tests.system import System, eventually
+
+
+class Load:
+    """`placed`: id -> order number; `versions`: id -> highest version that was acknowledged; `journaled`: how many
+    replies said so; `unknown`: requests whose outcome nobody told (504, or no answer)."""
+
+    def __init__(self, system: System, *, clients: int = 6, changes: bool = True, pause: float = 0.02) -> None:
+        self._system = system
+        self._clients = clients
+        self._changes = changes
+        self._pause = pause
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+        self.placed: dict[str, str] = {}
+        self.versions: dict[str, int] = {}
+        self.journaled = 0
+        self.invisible = 0
+        self.refused: Counter[tuple[str, int]] = Counter()
+        self.unknown = 0
+        self.unexpected: list[str] = []
+
+    async def __aenter__(self) -> "Load":
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._clients)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+        assert not self.unexpected, self.unexpected[:3]
+
+    async def more(self, count: int, *, within: float = 30.0) -> None:
+        """Waits until so many more orders were acknowledged."""
+        goal = len(self.placed) + count
+
+        async def enough() -> int:
+            return len(self.placed)
+
+        await eventually(enough, within=within, what=f"{goal} orders", until=lambda seen: seen >= goal)
+
+    async def _work(self) -> None:
+        async with self._system.client() as client:
+            while not self._stop.is_set():
+                placed = await self._send(client, "POST", "/api/orders", self._system.order_body())
+                if placed is not None:
+                    self.placed[placed["id"]] = placed["order_number"]
+                    self.versions[placed["id"]] = 1
+                    if self._changes:
+                        await self._change(client, placed["id"])
+                await asyncio.sleep(self._pause)
+
+    async def _change(self, client: httpx.AsyncClient, id_: str) -> None:
+        for status in ("received", "preparing"):
+            changed = await self._send(client, "PUT", f"/api/orders/{id_}", {"status": status})
+            if changed is None:
+                return
+            self.versions[id_] = changed["version"]
+
+    async def _send(
+        self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        try:
+            reply = await client.request(method, path, json=body)
+        except httpx.HTTPError:
+            self.unknown += 1
+            return None
+        if reply.status_code in (200, 201):
+            data: dict[str, Any] = reply.json()["data"]
+            self.journaled += data["durability"] == "journal"
+            self.invisible += not data["visible"]
+            return data
+        if reply.status_code == 504:
+            self.unknown += 1
+        elif reply.status_code == 503:
+            assert "retry-after" in reply.headers
+            self.refused[method, 503] += 1
+        else:
+            self.unexpected.append(f"{method} {path}: {reply.status_code} {reply.text}")
+        return None
+
+    # -- afterwards --------------------------------------------------------------------------------------------
+
+    async def everything_arrives(self, *, within: float = 40.0) -> None:
+        """Every acknowledged change is in PostgreSQL; nothing that was refused is; nothing is there twice."""
+
+        async def missing() -> int:
+            stored = await self._system.stored_orders()
+            return sum(stored.get(id_, 0) < version for id_, version in self.versions.items())
+
+        await eventually(missing, within=within, what="every acknowledged change", until=lambda count: count == 0)
+        stored = await self._system.stored_orders()
+        extra = set(stored) - set(self.placed)
+        assert len(extra) <= self.unknown, f"{len(extra)} orders that nobody was told of"
+        async with self._system.database() as connection:
+            twice = await connection.fetch(
+                "select entity_id, version from changes where entity = 'order' group by 1, 2 having count(*) > 1"
+            )
+            conflicts = await connection.fetchval("select count(*) from conflicts")
+            numbers = await connection.fetch(
+                "select order_number, count(*) from orders group by business_day, 1 having count(*) > 1"
+            )
+        assert not twice, f"versions given twice: {twice}"
+        assert not numbers, f"numbers given twice: {numbers}"
+        assert conflicts == 0
+        assert len(set(self.placed.values())) == len(self.placed)
+
+    async def nothing_is_dead(self) -> None:
+        """And no attempt was burnt: no message ever went to a retry queue."""
+        import aio_pika
+
+        connection = await aio_pika.connect(self._system.rabbitmq_url)
+        async with connection:
+            channel = await connection.channel()
+            for lane in ("critical", "normal", "background"):
+                for queue in (
+                    f"sync.postgres.{lane}.dead.v1",
+                    *(f"sync.postgres.{lane}.retry.{step}ms.v1" for step in (50, 100, 200)),
+                ):
+                    declared = await channel.declare_queue(queue, passive=True)
+                    assert declared.declaration_result.message_count == 0, queue
+        log = (self._system.directory / "worker.log").read_text()
+        assert "change_retried" not in log
+        assert "dead_letter" not in log
+
+    async def the_list_is_right(self) -> None:
+        """Read your writes: what was acknowledged before the request is in the list."""
+        known = dict(self.versions)
+        async with self._system.client() as client:
+            found: dict[str, int] = {}
+            cursor = None
+            while True:
+                query = {"limit": "200", **({"cursor": cursor} if cursor else {})}
+                reply = await client.get("/api/orders", params=query)
+                assert reply.status_code == 200, reply.text
+                page = reply.json()
+                found |= {one["id"]: one["version"] for one in page["data"]}
+                cursor = page["pagination"]["next_cursor"]
+                if cursor is None:
+                    break
+        behind = {id_: version for id_, version in known.items() if found.get(id_, 0) < version}
+        assert not behind, f"{len(behind)} of {len(known)} acknowledged changes are not in the list"

@@ -1,0 +1,57 @@
+"""The servers as local processes on free ports, in a temporary folder that is removed at the end."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from deploy.local import packages, servers
+from deploy.local.ports import find_free
+from tests.servers import PostgreSQL, RabbitMQ, Redis, Servers
+
+
+class LocalProcess:
+    def __init__(self, server: servers.Server) -> None:
+        self.server = server
+        self.start = server.start
+        self.stop = server.stop
+        self.kill = server.kill
+        self.freeze = server.freeze
+        self.thaw = server.thaw
+
+    def discard(self) -> None:
+        # RabbitMQ takes seconds for an orderly end; PostgreSQL must have one, or its shared memory stays behind.
+        if isinstance(self.server, servers.PostgreSQL):
+            self.server.stop()
+        else:
+            self.server.kill()
+
+
+def prepare() -> Servers:
+    programs = packages.ensure()
+    folder = Path(tempfile.mkdtemp(prefix="ticketrail-test-"))
+    folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
+    logs = folder / "logs"
+    amqp, management, epmd, distribution, postgres_port, *redis_ports = find_free(16)
+    rabbitmq = servers.RabbitMQ(
+        folder / "rabbitmq",
+        logs / "rabbitmq.log",
+        programs,
+        port=amqp,
+        management_port=management,
+        epmd_port=epmd,
+        distribution_port=distribution,
+    )
+    postgres = servers.PostgreSQL(folder / "postgres", logs / "postgres.log", programs, port=postgres_port)
+
+    def redis() -> Redis:
+        port = redis_ports.pop() if redis_ports else find_free(1)[0]
+        server = servers.Redis(folder / f"redis-{port}", logs / f"redis-{port}.log", programs, port=port)
+        return Redis(LocalProcess(server), port)
+
+    return Servers(
+        RabbitMQ(LocalProcess(rabbitmq), amqp, management),
+        PostgreSQL(LocalProcess(postgres), postgres_port),
+        redis(),
+        another_redis=redis,
+        clean=lambda: shutil.rmtree(folder, ignore_errors=True),
+    )

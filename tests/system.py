@@ -1,0 +1,208 @@
+"""A whole Ticketrail for a test: a database, a vhost and a Redis of its own on the servers of the run, and real service
+processes, each of which can be started, stopped, killed and frozen alone."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import asyncpg
+import httpx
+
+from deploy.local.child import Child
+from deploy.local.ports import find_free
+from tests.servers import Redis, Servers
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVICES = {
+    "orders": ["services.orders"],
+    "worker": ["services.sync", "worker"],
+    "sync": ["services.sync", "api"],
+    "notifier": ["services.notifier"],
+}
+T = TypeVar("T")
+
+
+async def eventually(
+    look: Callable[[], Awaitable[T]], *, within: float = 15.0, what: str = "", until: Callable[[T], bool] = bool
+) -> T:
+    """Looks again and again until what is seen is as wanted; fails with what was seen last."""
+    deadline = time.monotonic() + within
+    while True:
+        seen: Any
+        try:
+            seen = await look()
+            if until(seen):
+                return seen
+        except (httpx.HTTPError, asyncpg.PostgresError, OSError) as error:
+            seen = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within} s: {what or look}; last seen: {seen!r}")
+        await asyncio.sleep(0.02)
+
+
+class System:
+    def __init__(self, servers: Servers, directory: Path, *, redis: Redis | None = None, **settings: object) -> None:
+        """`settings` are TICKETRAIL_* settings in lower case; `redis` one of its own, for tests that end it."""
+        self.servers = servers
+        self.directory = directory
+        self.redis = redis or servers.redis
+        self.name = f"t{uuid4().hex[:10]}"
+        ports = find_free(4)
+        self.ports = dict(zip(SERVICES, ports, strict=True))
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
+        self.rabbitmq_url = servers.rabbitmq.make_vhost(self.name)
+        servers.postgres.make_database(self.name)
+        chosen = {
+            "home": directory,
+            "orders_port": self.ports["orders"],
+            "worker_port": self.ports["worker"],
+            "sync_port": self.ports["sync"],
+            "notifier_port": self.ports["notifier"],
+            "rabbitmq_url": self.rabbitmq_url,
+            "rabbitmq_management_url": servers.rabbitmq.management_url,
+            "redis_url": self.redis.url,
+            "database_url": self.database_url("ticketrail_owner"),
+            "database_writer_url": self.database_url("ticketrail_writer"),
+            "database_api_url": self.database_url("ticketrail_api"),
+            "database_ops_url": self.database_url("ticketrail_ops"),
+            "jwt_secret": "a-secret-for-tests-that-is-long-enough",
+            "fence_interval_seconds": 0.3,
+            "retry_steps_ms": "[50,100,200]",
+            "settle_seconds": 1.0,
+            "log_segment_bytes": 1_000_000,
+            **settings,
+        }
+        self.env = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")},
+            **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in chosen.items()},
+        }
+        self.children: dict[str, Child] = {}
+        self.demo: dict[str, Any] = {}
+
+    def database_url(self, role: str) -> str:
+        return self.servers.postgres.url(role, self.name)
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def up(self, *names: str) -> None:
+        """Migrates, starts the services (all by default), waits until they are ready, seeds, waits until in sync."""
+        await self.cli("migrate")
+        for name in names or SERVICES:
+            self.start(name)
+        for name in names or SERVICES:
+            await self.ready(name)
+        self.demo = json.loads(await self.cli("seed", "--json"))
+        if "worker" in self.children and "orders" in self.children:
+            await eventually(self.warm, what="a warm mirror", until=lambda state: state == "warm")
+        if "orders" in self.children:
+            await eventually(self._can_price, what="the menu to be known to the orders service", within=20)
+
+    async def _can_price(self) -> bool:
+        """The menu arrives by events: an unknown quantity of a known dish says that it is there."""
+        async with self.client() as client:
+            answer = await client.post(
+                "/api/orders",
+                json={"items": [{"menu_item_id": self.dish(-1), "quantity": 1}], "discount_amount": 10**10},
+            )
+        return answer.json()["error"]["code"] == "discount_above_subtotal"
+
+    def start(self, name: str, *, alias: str | None = None, **settings: object) -> None:
+        """`alias` and `settings`: a second instance of a service."""
+        env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
+        self.children[alias or name] = Child.spawn(
+            [sys.executable, "-m", *SERVICES[name]],
+            log=self.directory / f"{alias or name}.log",
+            env=env,
+            cwd=ROOT,
+        )
+
+    async def ready(self, name: str, *, within: float = 30.0) -> None:
+        async def look() -> int:
+            async with httpx.AsyncClient() as client:
+                return (await client.get(f"{self.urls[name]}/health/ready")).status_code
+
+        try:
+            await eventually(look, within=within, what=f"{name} ready", until=lambda status: status == 200)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.children[name].tail(30)}") from None
+
+    async def warm(self) -> str:
+        async with httpx.AsyncClient() as client:
+            details = (await client.get(f"{self.urls['worker']}/health/ready")).json()
+        return str(details.get("mirror"))
+
+    def kill(self, name: str) -> None:
+        self.children.pop(name).kill()
+
+    async def stop(self, name: str, *, within: float = 12.0) -> bool:
+        """SIGTERM; True when it ended by itself in time."""
+        return await asyncio.to_thread(self.children.pop(name).terminate, within)
+
+    async def down(self) -> None:
+        await asyncio.gather(*(self.stop(name) for name in list(self.children)))
+        await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.name)
+        await asyncio.to_thread(self.servers.postgres.drop_database, self.name)
+
+    async def cli(self, *arguments: str, check: bool = True) -> str:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.sync.cli",
+            *arguments,
+            cwd=ROOT,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        assert not check or process.returncode == 0, err.decode()
+        return out.decode()
+
+    # -- use ---------------------------------------------------------------------------------------------------
+
+    def token(self, role: str = "staff") -> str:
+        return str(self.demo["tokens"][role])
+
+    def dish(self, place: int = 0) -> str:
+        return str(self.demo["menu_item_ids"][place])
+
+    @property
+    def restaurant(self) -> str:
+        return str(self.demo["restaurant_id"])
+
+    def client(self, role: str = "staff", *, service: str = "orders", token: str | None = None) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {token or self.token(role)}"}
+        return httpx.AsyncClient(base_url=self.urls[service], headers=headers, timeout=10.0)
+
+    def order_body(self, **fields: Any) -> dict[str, Any]:
+        return {"items": [{"menu_item_id": self.dish(), "quantity": 2}], **fields}
+
+    @asynccontextmanager
+    async def database(self, role: str = "ticketrail_writer") -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+        connection = await asyncpg.connect(self.database_url(role))
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def stored_orders(self) -> dict[str, int]:
+        """id -> version, as PostgreSQL has them."""
+        async with self.database() as connection:
+            return {row["id"]: row["version"] for row in await connection.fetch("select id::text, version from orders")}
+
+    def depths(self) -> dict[str, int]:
+        """Messages per queue, from the management API, which is seconds behind."""
+        from deploy.local.servers import management_call
+
+        queues: Any = management_call(
+            self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages"
+        )
+        return {queue["name"]: queue.get("messages", 0) for queue in queues}

@@ -1,0 +1,98 @@
+"""Status, business day, cursors and filters of orders: pure rules."""
+
+import itertools
+from datetime import UTC, date, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.orders.filters import Filters, cursor_after, read_cursor, read_filters
+from services.orders.views import order_view
+from shared.entities.contract import Standing, encode
+from shared.entities.order import Status, allowed_next, items_may_change
+from shared.errors import InvalidInput
+from shared.restaurants import Restaurant
+from tests.builders import RESTAURANT, order
+
+
+def test_an_order_goes_forward_step_by_step_and_is_cancelled_from_any_but_completed() -> None:
+    way = [Status.PENDING, Status.RECEIVED, Status.PREPARING, Status.READY, Status.COMPLETED]
+    for now, then in itertools.pairwise(way):
+        assert allowed_next(now) == (then, Status.CANCELLED)
+    assert allowed_next(Status.COMPLETED) == allowed_next(Status.CANCELLED) == ()
+
+
+def test_items_stand_once_the_kitchen_has_begun() -> None:
+    assert [status for status in Status if items_may_change(status)] == [Status.PENDING, Status.RECEIVED]
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (datetime(2026, 7, 2, 1, 59, tzinfo=UTC), date(2026, 7, 1)),  # 03:59 in Berlin
+        (datetime(2026, 7, 2, 2, 0, tzinfo=UTC), date(2026, 7, 2)),  # 04:00
+        (datetime(2026, 1, 2, 2, 59, tzinfo=UTC), date(2026, 1, 1)),  # winter time
+        (datetime(2026, 1, 2, 3, 0, tzinfo=UTC), date(2026, 1, 2)),
+    ],
+)
+def test_the_business_day_ends_at_the_cut_off_in_the_time_of_the_restaurant(at: datetime, expected: date) -> None:
+    berlin = Restaurant(id=RESTAURANT, slug="s", name="n", time_zone="Europe/Berlin")
+    assert berlin.business_day(at) == expected
+
+
+@given(
+    st.datetimes(
+        min_value=datetime(1971, 1, 1),
+        max_value=datetime(2199, 12, 30),
+        timezones=st.just(UTC),
+    ),
+    st.uuids(),
+)
+def test_a_cursor_names_the_order_that_it_was_made_from(at: datetime, id_: object) -> None:
+    assert read_cursor(cursor_after(order(created_at=at, id=str(id_)))) == (at, str(id_))
+
+
+@given(st.text())
+def test_a_garbage_cursor_is_refused_by_name(text: str) -> None:
+    try:
+        read_cursor(text)
+    except InvalidInput as error:
+        assert error.details["field"] == "cursor"
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ({"limit": "0"}, "limit"),
+        ({"limit": "201"}, "limit"),
+        ({"limit": "9" * 50}, "limit"),
+        ({"limit": "٣"}, "limit"),
+        ({"status": "eaten"}, "status"),
+        ({"created_from": "yesterday"}, "created_from"),
+        ({"created_to": "2026-01-01T00:00:00"}, "created_to"),
+        ({"table_id": "7"}, "table_id"),
+        ({"page": "2"}, "page"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_named(query: dict[str, str], field: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_filters(query, session=None)
+    assert refused.value.details["field"] == field
+
+
+def test_filters_match_what_the_list_asks_for() -> None:
+    mine = order(customer_session_id="s1", status=Status.READY)
+    assert Filters(session="s1", status=Status.READY).match(mine)
+    assert not Filters(session="s2").match(mine)
+    assert not Filters(status=Status.PENDING).match(mine)
+    assert not Filters(before=(mine.created_at, mine.id)).match(mine)
+    assert not Filters().match(order(deleted_at=mine.created_at))
+
+
+def test_the_view_hides_the_request_hash_and_nothing_else() -> None:
+    tricky = order(notes='","request_hash":"abc"', request_hash="ab" * 32)
+    view = bytes(order_view(encode(tricky), Standing(3, "c"), {"state": "pending"}))
+    assert b"ab" * 32 not in view
+    assert b'\\"request_hash\\":\\"abc' in view
+    assert view.endswith(b'"version":3,"sync":{"state":"pending"}}')

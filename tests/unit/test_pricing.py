@@ -1,0 +1,60 @@
+from uuid import UUID
+
+import pytest
+
+from services.orders.pricing import priced_items, tax, totals
+from services.orders.requests import RequestedCustomization, RequestedItem
+from shared.errors import InvalidInput
+from tests.builders import CREATED_AT, item, menu_item, new_id
+
+DISH = menu_item(name="Dosa", price=933)
+
+
+def wanted(**fields: object) -> RequestedItem:
+    return RequestedItem(**{"menu_item_id": UUID(DISH.id), "quantity": 3, **fields})  # type: ignore[arg-type]
+
+
+def test_names_and_prices_come_from_the_menu() -> None:
+    (priced,) = priced_items([wanted(customizations=[RequestedCustomization("size", "large")])], {DISH.id: DISH})
+    assert (priced.name, priced.unit_price, priced.line_total) == ("Dosa", 933, 2799)
+    assert priced.customizations[0].option == "large"
+
+
+@pytest.mark.parametrize(
+    ("dish", "code"),
+    [
+        (menu_item(is_available=False), "menu_item_unavailable"),
+        (menu_item(deleted_at=CREATED_AT), "unknown_menu_item"),
+        (None, "unknown_menu_item"),
+    ],
+)
+def test_a_dish_that_cannot_be_had_is_refused_by_its_place(dish: object, code: str) -> None:
+    other = RequestedItem(menu_item_id=UUID(dish.id if dish else new_id()), quantity=1)  # type: ignore[attr-defined]
+    menu = {DISH.id: DISH, **({dish.id: dish} if dish else {})}  # type: ignore[attr-defined]
+    with pytest.raises(InvalidInput) as refused:
+        priced_items([wanted(), other], menu)
+    assert refused.value.error_code == code
+    assert refused.value.details["field"] == "items[1].menu_item_id"
+
+
+@pytest.mark.parametrize(
+    ("subtotal", "basis_points", "expected"),
+    [(0, 500, 0), (10, 500, 1), (9, 500, 0), (30, 500, 2), (29, 500, 1), (1, 10_000, 1), (10_009, 500, 500)],
+)
+def test_tax_is_rounded_half_up(subtotal: int, basis_points: int, expected: int) -> None:
+    assert tax(subtotal, basis_points) == expected
+
+
+def test_total_is_subtotal_tax_and_tip_less_discount_and_deposit() -> None:
+    sums = totals([item(quantity=2, unit_price=1000)], basis_points=500, tip=150, discount=300, deposit=50)
+    assert (sums.subtotal, sums.tax_amount, sums.total) == (2000, 100, 1900)
+
+
+def test_total_never_falls_below_zero() -> None:
+    assert totals([item(unit_price=100)], basis_points=500, tip=0, discount=100, deposit=5000).total == 0
+
+
+def test_a_discount_above_the_subtotal_is_refused() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        totals([item(unit_price=100)], basis_points=500, tip=0, discount=101, deposit=0)
+    assert refused.value.details["field"] == "discount_amount"

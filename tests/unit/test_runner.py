@@ -1,0 +1,373 @@
+"""The local runner: ports, environment, supervision and what it leaves behind."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.local import demo, leftovers, run
+from deploy.local.child import Child
+from deploy.local.environment import ROOT, LocalSettings, service_environment
+from deploy.local.ports import HOST, PortTaken, find_free, is_free
+from deploy.local.supervisor import Program, Service, Supervisor
+
+ENV = {"PATH": os.environ["PATH"]}
+
+
+async def eventually(condition: Callable[[], object], within: float = 10.0) -> None:
+    async with asyncio.timeout(within):
+        while not condition():  # noqa: ASYNC110  (about other processes, which set no event of ours)
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody listens."""
+    with socket.create_server((HOST, 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., LocalSettings]:
+    """Settings from these environment variables and nothing else."""
+
+    def load(**environment: str) -> LocalSettings:
+        for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)  # no .env
+        return LocalSettings()
+
+    return load
+
+
+# Ports
+
+
+def test_a_taken_port_is_reported_with_its_number_and_its_setting(
+    taken: int, settings: Callable[..., LocalSettings]
+) -> None:
+    ports = settings(TICKETRAIL_NOTIFIER_PORT=str(taken)).ports
+    chosen = {"TICKETRAIL_NOTIFIER_PORT": ports["TICKETRAIL_NOTIFIER_PORT"]}
+    with pytest.raises(PortTaken, match=rf"port {taken} \(notifier\).*TICKETRAIL_NOTIFIER_PORT"):
+        run.require_ports(chosen)
+
+
+def test_two_settings_that_name_one_port_are_reported() -> None:
+    (port,) = find_free(1)
+    with pytest.raises(PortTaken, match=rf"port {port} .*SECOND"):
+        run.require_ports({"FIRST": (port, "one"), "SECOND": (port, "two")})
+
+
+def test_free_ports_are_different_free_and_below_those_of_outgoing_connections(taken: int) -> None:
+    ports = find_free(20)
+    assert len(set(ports)) == 20
+    assert all(is_free(port) for port in ports)
+    assert max(ports) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert not is_free(taken)
+
+
+# Environment
+
+
+def test_services_are_pointed_at_the_private_servers_whatever_the_environment_says(
+    settings: Callable[..., LocalSettings], tmp_path: Path
+) -> None:
+    inherited = {
+        "PATH": "/bin",
+        "TICKETRAIL_REDIS_URL": "redis://elsewhere:6379/0",
+        "TICKETRAIL_DATABASE_URL": "postgresql://elsewhere/x",
+        "TICKETRAIL_REDIS_PORT": "20001",
+        "TICKETRAIL_POSTGRES_PORT": "20002",
+        "TICKETRAIL_RABBITMQ_PORT": "20003",
+        "TICKETRAIL_RABBITMQ_MANAGEMENT_PORT": "20004",
+        "TICKETRAIL_WORKER_PORT": "20005",
+    }
+    env = service_environment(settings(**inherited), tmp_path, inherited)
+    assert env["PATH"] == "/bin"
+    assert env["TICKETRAIL_HOME"] == str(tmp_path)
+    assert env["TICKETRAIL_REDIS_URL"] == "redis://127.0.0.1:20001/0"
+    assert env["TICKETRAIL_DATABASE_URL"] == "postgresql://ticketrail_owner:ticketrail@127.0.0.1:20002/ticketrail"
+    for role in ("writer", "api", "ops"):
+        assert f"//ticketrail_{role}:ticketrail@127.0.0.1:20002/" in env[f"TICKETRAIL_DATABASE_{role.upper()}_URL"]
+    assert env["TICKETRAIL_RABBITMQ_URL"] == "amqp://ticketrail:ticketrail@127.0.0.1:20003/"
+    assert env["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"] == "http://ticketrail:ticketrail@127.0.0.1:20004"
+    assert env["TICKETRAIL_WORKER_PORT"] == "20005"
+
+
+def test_secrets_are_made_once_per_home_and_are_private(settings: Callable[..., LocalSettings], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    first = service_environment(settings(), tmp_path, {})
+    again = service_environment(settings(), tmp_path, {})
+    other = service_environment(settings(), tmp_path / "other", {})
+    for name in ("TICKETRAIL_JWT_SECRET", "TICKETRAIL_SYNC_TOKEN"):
+        assert len(first[name]) >= 32
+        assert first[name] == again[name] != other[name]
+    assert (tmp_path / "secret").stat().st_mode & 0o077 == 0
+
+
+def test_a_secret_that_was_set_is_kept(settings: Callable[..., LocalSettings], tmp_path: Path) -> None:
+    chosen = "chosen-by-somebody-and-long-enough-for-it"
+    assert service_environment(settings(TICKETRAIL_JWT_SECRET=chosen), tmp_path, {})["TICKETRAIL_JWT_SECRET"] == chosen
+    assert not (tmp_path / "secret").exists()
+
+
+# Supervision
+
+
+class Said(list[str]):
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+@pytest.fixture
+async def supervise(tmp_path: Path) -> AsyncIterator[Callable[..., Supervisor]]:
+    """A supervisor over Python snippets, by name; stopped at the end."""
+    made: list[Supervisor] = []
+
+    def make(said: Said, *, stop_within: float = 7.0, first_pause: float = 0.01, **snippets: str) -> Supervisor:
+        programs: list[Program] = [
+            Service(name, ["-c", code], env=ENV, cwd=tmp_path, log=tmp_path / f"{name}.log", stop_within=stop_within)
+            for name, code in snippets.items()
+        ]
+        made.append(Supervisor(programs, say=said, first_pause=first_pause))
+        return made[-1]
+
+    yield make
+    for supervisor in made:
+        await supervisor.stop()
+
+
+FOREVER = "import time\ntime.sleep(1000)"
+
+
+async def test_a_service_that_is_killed_is_started_again_and_said_in_one_line(
+    supervise: Callable[..., Supervisor],
+) -> None:
+    said = Said()
+    supervisor = supervise(said, orders=FOREVER, notifier=FOREVER)
+    await supervisor.start()
+    before = supervisor.pids
+    os.kill(before["orders"], signal.SIGKILL)
+    await eventually(lambda: supervisor.pids["orders"] != before["orders"])
+    assert said == ["orders ended (signal 9, SIGKILL); starting it again in 0.0 s"]
+    assert psutil.pid_exists(supervisor.pids["orders"])
+    assert supervisor.pids["notifier"] == before["notifier"]
+
+
+async def test_a_service_that_cannot_start_is_tried_with_pauses_that_double(
+    supervise: Callable[..., Supervisor],
+) -> None:
+    said = Said()
+    supervisor = supervise(said, first_pause=0.1, broken="raise SystemExit(3)")
+    await supervisor.start()
+    await eventually(lambda: len(said) == 4)
+    assert [line.rsplit(" ", 2)[1] for line in said] == ["0.1", "0.2", "0.4", "0.8"]
+    assert "exit code 3" in said[0]
+
+
+async def test_pauses_end_at_the_longest(tmp_path: Path) -> None:
+    said = Said()
+    broken = Service("broken", ["-c", "raise SystemExit(3)"], env=ENV, cwd=tmp_path, log=tmp_path / "log")
+    supervisor = Supervisor([broken], say=said, first_pause=0.1, longest_pause=0.2)
+    await supervisor.start()
+    await eventually(lambda: len(said) == 4)
+    await supervisor.stop()
+    assert [line.rsplit(" ", 2)[1] for line in said] == ["0.1", "0.2", "0.2", "0.2"]
+
+
+async def test_stop_ends_a_service_that_waits_for_its_restart_at_once(supervise: Callable[..., Supervisor]) -> None:
+    said = Said()
+    supervisor = supervise(said, first_pause=60.0, broken="raise SystemExit(3)")
+    await supervisor.start()
+    await eventually(lambda: said)
+    async with asyncio.timeout(5):
+        await supervisor.stop()
+
+
+async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    stubborn = textwrap.dedent("""
+        import pathlib, signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        pathlib.Path("worker").write_text(f"{worker.pid}.")
+        time.sleep(1000)
+    """)
+    supervisor = supervise(Said(), stop_within=0.5, stubborn=stubborn)
+    await supervisor.start()
+    worker = tmp_path / "worker"
+    await eventually(lambda: worker.exists() and worker.read_text().endswith("."))
+    pids = [supervisor.pids["stubborn"], int(worker.read_text()[:-1])]
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    await supervisor.stop()
+    await eventually(lambda: not any(_runs(pid) for pid in pids))
+
+
+async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    parent = textwrap.dedent("""
+        import pathlib, subprocess, sys, time
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        with pathlib.Path("workers").open("a") as file: print(worker.pid, file=file, flush=True)
+        time.sleep(1000)
+    """)
+    supervisor = supervise(Said(), parent=parent)
+    await supervisor.start()
+    workers = tmp_path / "workers"
+    await eventually(lambda: workers.exists() and workers.read_text().endswith("\n"))
+    first = int(workers.read_text())
+    os.kill(supervisor.pids["parent"], signal.SIGKILL)
+    await eventually(lambda: len(workers.read_text().splitlines()) == 2)
+    await eventually(lambda: not _runs(first))
+
+
+async def test_stop_without_start_and_twice_is_no_error(supervise: Callable[..., Supervisor]) -> None:
+    never = supervise(Said(), service=FOREVER)
+    await never.stop()
+    once = supervise(Said(), service=FOREVER)
+    await once.start()
+    await once.stop()
+    await once.stop()
+
+
+# Children
+
+
+def test_a_child_ends_when_its_runner_is_killed_even_if_a_passing_thread_started_it(tmp_path: Path) -> None:
+    runner = textwrap.dedent(f"""
+        import threading, time
+        from pathlib import Path
+        from deploy.local.child import Child
+        def start():
+            child = Child.spawn(["sleep", "1000"], log=Path({str(tmp_path / "log")!r}), env={ENV!r}, cwd=Path("/"))
+            print(child.pid, flush=True)
+        thread = threading.Thread(target=start)
+        thread.start(); thread.join()
+        time.sleep(1000)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", runner], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    try:
+        pid = int(process.stdout.readline())
+        # The thread that started it is gone by now; setpriv may still be on its way to become the program.
+        _until(lambda: psutil.Process(pid).name() == "sleep")
+        assert _runs(pid)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    _until(lambda: not _runs(pid))
+
+
+def test_a_frozen_child_stands_still_with_all_below_it_until_thawed(tmp_path: Path) -> None:
+    child = Child.spawn(["sh", "-c", "sleep 1000 & wait"], log=tmp_path / "log", env=ENV, cwd=tmp_path)
+    try:
+        _until(lambda: len(psutil.Process(child.pid).children()) == 1)
+        tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children()]
+        child.freeze()
+        _until(lambda: all(process.status() == psutil.STATUS_STOPPED for process in tree))
+        child.thaw()
+        _until(lambda: all(process.status() != psutil.STATUS_STOPPED for process in tree))
+        child.freeze()
+        assert child.terminate(within=5)  # a frozen one too ends by itself, not by the kill
+        assert not any(_runs(process.pid) for process in tree)
+    finally:
+        child.kill()
+
+
+def test_what_a_killed_run_left_behind_is_ended_and_a_reused_pid_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "run.pids"
+    ours = subprocess.Popen(["sleep", "1000"])
+    stranger = subprocess.Popen(["sleep", "1000"])
+    try:
+        leftovers.record(file, {"orders": ours.pid, "notifier": stranger.pid})
+        # The second pid now belongs to a process with another start time.
+        known = json.loads(file.read_text())
+        known["notifier"][1] -= 60
+        file.write_text(json.dumps(known))
+        said = Said()
+        leftovers.clear(file, said, within=0.1)
+        assert not _runs(ours.pid)
+        assert _runs(stranger.pid)
+        assert said == ["waiting for what an earlier run left behind: orders"]
+        assert not file.exists()
+    finally:
+        for process in (ours, stranger):
+            process.kill()
+            process.wait()
+
+
+# One run per home, and what it prints
+
+
+def test_a_second_run_on_the_same_home_gets_no_lock(tmp_path: Path) -> None:
+    held = run.lock(tmp_path)
+    assert held
+    assert run.lock(tmp_path) is None
+    held.close()
+    again = run.lock(tmp_path)
+    assert again
+    again.close()
+
+
+def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
+    shown = demo.Demo(
+        orders_url="http://127.0.0.1:1",
+        sync_url="http://127.0.0.1:2",
+        notifier_url="http://127.0.0.1:3",
+        restaurant_id="r",
+        restaurant_slug="demo",
+        tokens={"staff": "the-token"},
+        terminal={"id": "t", "api_key": "k"},
+        sync_token="s",
+        menu_item_ids=["dish-1"],
+        table_ids=["table-1"],
+        database_url="",
+        redis_url="",
+        rabbitmq_url="",
+        rabbitmq_management_url="",
+    )
+    place, read, follow = (line for _, line in shown.curl_lines("order-1"))
+    assert "http://127.0.0.1:1/api/orders " in place and "dish-1" in place and "table-1" in place
+    assert "http://127.0.0.1:1/api/orders/order-1" in read
+    assert follow.startswith("curl -sN http://127.0.0.1:3/api/v1/sync/events")
+    assert all("Authorization: Bearer the-token" in line for line in (place, read, follow))
+
+
+async def test_events_are_parsed_with_heartbeats_skipped() -> None:
+    async def lines() -> AsyncIterator[str]:
+        for line in ["event: connected", "data: {}", "", ": heartbeat", "", "id: 1", "data: a", "data: b", ""]:
+            yield line
+
+    assert [event async for event in demo._parsed(lines())] == [
+        {"event": "connected", "data": "{}"},
+        {"id": "1", "data": "a\nb"},
+    ]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _until(condition: Callable[[], object], within: float = 10.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "not within the deadline"
+        time.sleep(0.01)

@@ -1,0 +1,71 @@
+import time
+
+import jwt
+import pytest
+
+from shared.errors import Unauthenticated
+from shared.security import Identity, Role, Tokens
+from tests.builders import RESTAURANT
+
+SECRET = "a-secret-for-tests-that-is-long-enough"
+TOKENS = Tokens(SECRET, ttl_seconds=60)
+STAFF = Identity("u1", Role.STAFF, RESTAURANT, "a@b.example")
+
+
+def test_a_token_says_who_it_was_issued_to() -> None:
+    for identity in (STAFF, Identity("u2", Role.CUSTOMER, RESTAURANT, "", "s1"), Identity("u3", Role.OPERATOR)):
+        header = f"Bearer {TOKENS.issue(identity)}"
+        assert TOKENS.verify(header) == TOKENS.verify(header) == identity
+
+
+def claims(**changed: object) -> dict[str, object]:
+    found = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60, **changed}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        jwt.encode(claims(), None, algorithm="none"),
+        jwt.encode(claims(), "another-secret-that-is-long-enough-too", algorithm="HS256"),
+        jwt.encode(claims(), SECRET + SECRET, algorithm="HS512"),
+        jwt.encode(claims(exp=int(time.time()) - 1), SECRET, algorithm="HS256"),
+        jwt.encode(claims(exp=None), SECRET, algorithm="HS256"),
+        jwt.encode(claims(role="owner"), SECRET, algorithm="HS256"),
+        jwt.encode(claims(restaurantId=None), SECRET, algorithm="HS256"),
+        jwt.encode(claims(restaurantId="x"), SECRET, algorithm="HS256"),
+        jwt.encode(claims(role="customer"), SECRET, algorithm="HS256"),
+        "garbage",
+        "",
+    ],
+    ids=[
+        "none",
+        "key",
+        "algorithm",
+        "expired",
+        "no-exp",
+        "role",
+        "no-tenant",
+        "tenant",
+        "no-session",
+        "no-jwt",
+        "empty",
+    ],
+)
+def test_a_token_that_is_not_ours_is_refused(token: str) -> None:
+    with pytest.raises(Unauthenticated):
+        TOKENS.verify(f"Bearer {token}")
+
+
+def test_a_remembered_token_still_expires() -> None:
+    tokens = Tokens(SECRET, ttl_seconds=60)
+    expired = Tokens(SECRET, ttl_seconds=-5).issue(STAFF)
+    tokens._verified[expired] = (time.time() - 5, STAFF)  # as if it had been verified while it was good
+    with pytest.raises(Unauthenticated):
+        tokens.verify(f"Bearer {expired}")
+
+
+@pytest.mark.parametrize("header", [None, "", "Basic abc", "Bearer", "bearer "])
+def test_without_a_bearer_token_nobody_is_known(header: str | None) -> None:
+    with pytest.raises(Unauthenticated):
+        TOKENS.verify(header)
