@@ -114,6 +114,8 @@ def failure(error: TicketrailError) -> Response[bytes]:
 def _failure(
     status: int, message: str, code: str, details: dict[str, Any] | None = None, headers: dict[str, str] | None = None
 ) -> Response[bytes]:
+    if telemetry.trace_id() is None:  # refused before the gate: no such route, or method
+        telemetry.begin_trace(None)
     error = {"message": message, "code": code, "details": details or {}, "trace_id": telemetry.trace_id()}
     return Response(
         msgspec.json.encode({"success": False, "error": error}),

@@ -5,9 +5,9 @@ result down. Durations end in `_seconds` or `_ms`, sizes in `_bytes`.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -88,6 +88,14 @@ class Settings(BaseSettings):
     window_seconds: PositiveFloat = 600.0
     window_changes: PositiveInt = 50_000
     heartbeat_seconds: PositiveFloat = 15.0
+
+    @model_validator(mode="after")
+    def _no_public_secrets(self) -> Self:
+        if self.environment == "production":
+            for name in ("jwt_secret", "sync_token"):
+                if getattr(self, name) == type(self).model_fields[name].default:
+                    raise ValueError(f"TICKETRAIL_{name.upper()} must be set in production")
+        return self
 
     @property
     def journal_path(self) -> Path:

@@ -24,7 +24,7 @@ from shared import telemetry
 from shared.entities import order as orders
 from shared.entities.contract import Standing, encode, now
 from shared.entities.order import Order, Status, allowed_next, items_may_change
-from shared.errors import Conflict, Forbidden, InvalidInput, NotFound
+from shared.errors import Conflict, Forbidden, InvalidInput, NotFound, Unavailable
 from shared.rail.commit import Committed, Draft, Lost, Rail
 from shared.rail.record import Durability
 from shared.security import Identity, Role
@@ -96,9 +96,11 @@ class Commands:
             await _pause(2)
 
     async def _earlier(self, restaurant: str, id_: str) -> tuple[Standing, Order] | None:
+        """What the same key has placed before. Where no store can tell, the answer is no: creations go on, and under
+        the same id it stays one order."""
         try:
             found = await self._reads.one(restaurant, id_)
-        except NotFound:
+        except (NotFound, Unavailable):
             return None
         return found.standing, found.order()
 

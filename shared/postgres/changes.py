@@ -71,10 +71,11 @@ def _insert(table: str, keys: Sequence[tuple[str, str]], columns: Sequence[Colum
 def _statements(entity: Entity) -> _Statements:
     guard = (("version", "int4"), ("change_id", "uuid"))
     owner = (("restaurant_id", "uuid"), ("id", "uuid"))
-    replaced = ["version", "change_id", *(column.name for column in entity.table.columns)]
+    replaced = ("version", "change_id", *(column.name for column in entity.table.columns))
+    assignments = ", ".join(f"{name} = excluded.{name}" for name in replaced)
     return _Statements(
         upsert=_insert(entity.table.name, (*owner, *guard), entity.table.columns)
-        + f" on conflict (restaurant_id, id) do update set {', '.join(f'{name} = excluded.{name}' for name in replaced)}"
+        + f" on conflict (restaurant_id, id) do update set {assignments}"
         " where (excluded.version, excluded.change_id) > (t.version, t.change_id)"
         # xmax is 0 in a row that was inserted, not updated: it cannot have children yet.
         " returning t.restaurant_id::text, t.id::text, t.xmax = 0 as inserted",

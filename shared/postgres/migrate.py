@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg
 
+from shared.postgres.pool import Connection
 from shared.settings import Settings
 
 _LOCK = 0x71636B74
@@ -66,7 +67,7 @@ async def migrate(settings: Settings) -> list[str]:
         await connection.close()
 
 
-async def present_epoch(connection: "asyncpg.Connection[asyncpg.Record]") -> str | None:
+async def present_epoch(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> str | None:
     """Epoch of the present log, or None when there was never one."""
     epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
     return epoch
