@@ -192,16 +192,19 @@ def stop_event() -> asyncio.Event:
     return stopping
 
 
-def serve(target: str, *, host: str, port: int) -> None:
-    """Runs the ASGI factory `target` ("package.module:function") in one worker process until it is told to stop."""
+def serve(target: str, *, host: str, port: int, connections: int | None = None) -> None:
+    """Runs the ASGI factory `target` ("package.module:function") in one worker process until it is told to stop.
+    `connections`: how many may be open at once; Granian's 1,024 leave no way to /health when all of them stream."""
     from granian import Granian  # not at the top: tests of an app need no server
-    from granian.constants import Interfaces, Loops
+    from granian.constants import HTTPModes, Interfaces, Loops
 
     Granian(
         target,
         address=host,
         port=port,
         interface=Interfaces.ASGI,
+        http=HTTPModes.http1,  # to detect HTTP/2 costs 10 KB of buffers for every open connection
+        backpressure=connections,
         factory=True,
         loop=Loops.uvloop,
         workers=1,

@@ -87,6 +87,12 @@ class Settings(BaseSettings):
     # The notifier.
     window_seconds: PositiveFloat = 600.0
     window_changes: PositiveInt = 50_000
+    window_bytes: PositiveInt = 256 << 20
+    client_buffer_events: PositiveInt = Field(
+        1_000, description="what may wait for one client; one that leaves more lying is told to resync and let go"
+    )
+    client_buffer_bytes: PositiveInt = 1 << 20
+    client_connections: PositiveInt = Field(10_000, description="open connections at once; further ones wait")
     heartbeat_seconds: PositiveFloat = 15.0
 
     @model_validator(mode="after")

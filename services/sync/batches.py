@@ -8,9 +8,9 @@ from msgspec import Struct
 from services.sync.failures import Failure, classify
 from services.sync.retry import Failed, alone
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, Lane, decode_change, now, split_batch
+from shared.entities.contract import Change, Lane, decode_change, now, split_batch
 from shared.entities.signal import FENCE, Signal, signal_in
-from shared.postgres.changes import Written, data_of
+from shared.postgres.changes import Written
 
 
 class Message(Protocol):
@@ -60,16 +60,8 @@ def sort_out(lane: Lane, messages: Iterable[Message]) -> Batch:
                         batch.fences.append(signal)
                     continue
                 change = decode_change(event)
-                batch.changes.append(Taken(event, message.headers, _checked(lane, change)))
+                entity, state = registry.read(change)
+                batch.changes.append(Taken(event, message.headers, Written(lane, entity, change, state)))
             except Exception as error:  # noqa: BLE001  (the same)
                 batch.failed.append(Failed(alone(event), message.headers, classify(error), now(), change))
     return batch
-
-
-def _checked(lane: Lane, change: Change) -> Written:
-    entity, state = registry.read(change)
-    try:
-        data_of(change)
-    except UnicodeDecodeError as error:
-        raise BrokenContract("undecodable", f"data: {error}") from error
-    return Written(lane, entity, change, state)

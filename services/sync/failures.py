@@ -5,8 +5,8 @@
     poison     no retry can mend it: dead letter at once, untouched
 
 A frozen server and one slow statement look alike to a client that only waits. So the server is told to give up on a
-statement before the client does (`write_batch(patience=…)`): a QueryCanceledError is an answer, the server lives and the
-statement is slow; a TimeoutError of ours means that not even that answer came.
+statement before the client does (`write_batch(patience=…)`): a QueryCanceledError is an answer, so the server lives and
+the statement is slow; a TimeoutError of ours means that not even that answer came.
 
 What we do not know is our own bug: it goes up the ladder, and dies there with its name, never silently.
 """

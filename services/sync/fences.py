@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -25,6 +26,7 @@ from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.postgres.migrate import present_epoch
 from shared.postgres.pool import Postgres
+from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -54,8 +56,8 @@ class Way(Struct):
 
 
 class FenceWatch:
-    def __init__(self, interval: float) -> None:
-        self._patience = max(3 * interval, _LEAST_READY)
+    def __init__(self, settings: Settings) -> None:
+        self._patience = max(3 * settings.fence_interval_seconds, _LEAST_READY)
         self._ways = {name: Way() for name in WAYS}
         self._idle: dict[str, Callable[[], bool]] = {}
         self._news = asyncio.Event()
@@ -93,8 +95,13 @@ class FenceWatch:
 
     # -- what it says ------------------------------------------------------------------------------------------
 
-    def unready(self) -> list[str]:
-        """The ways from which no fence came out for three intervals. Empty: ready."""
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Ready when a fence came out of every way within three intervals; with what is known of each, in seconds."""
+        stale, ages, lags = self.stale(), self.ages(), self.lags()
+        return not stale, {"stale": stale, "age_seconds": ages, "lag_seconds": lags}
+
+    def stale(self) -> list[str]:
+        """The ways from which no fence came out for three intervals."""
         soonest = time.monotonic() - self._patience
         return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived < soonest]
 
@@ -110,9 +117,9 @@ class FenceWatch:
     async def prove(self, timeout: float) -> bool:
         """Waits until a fence that was sent from now on has come out of every way. True: every binding is proved.
 
-        False: not all of them within `timeout` seconds, for which there is an innocent reason: a backlog before the
-        fence, PostgreSQL or the broker away. `unready` goes on watching. Raises TopologyError where there is none: the
-        fence was sent, its queue is empty and listened to, and the fence is not there.
+        False: not all of them within `timeout` seconds, for which there may be an innocent reason: a backlog before
+        the fence, PostgreSQL or the broker away. `readiness` goes on watching. Raises TopologyError where there is
+        none: the fence was sent, its queue is empty and listened to, and the fence is not there.
         """
         began = now()
         deadline = time.monotonic() + timeout
@@ -161,15 +168,15 @@ class FenceWatch:
 
 
 class FenceSource:
-    def __init__(self, postgres: Postgres, publisher: Publisher, watch: FenceWatch, *, interval: float) -> None:
+    def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, watch: FenceWatch) -> None:
         self._postgres = postgres
         self._publisher = publisher
         self._watch = watch
-        self._interval = interval
+        self._interval = settings.fence_interval_seconds
         self._epoch: str | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="fences")
 
@@ -181,15 +188,19 @@ class FenceSource:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        looking: asyncio.Task[None] | None = None
-        while True:
-            # Beside the sending: a frozen PostgreSQL must not stop the fences.
-            if looking is None or looking.done():
-                looking = asyncio.create_task(self._look(), name="fences-look")
-            if self._epoch is None:
-                await looking
-            await asyncio.gather(*(self._send(lane) for lane in Lane))
-            await asyncio.sleep(self._interval)
+        looking = asyncio.create_task(self._look(), name="fences-look")
+        try:
+            while True:
+                if self._epoch is None:
+                    await asyncio.wait([looking])
+                await asyncio.gather(*(self._send(lane) for lane in Lane))
+                await asyncio.sleep(self._interval)
+                # Beside the sending: a frozen PostgreSQL must not stop the fences.
+                if looking.done():
+                    looking = asyncio.create_task(self._look(), name="fences-look")
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
     async def _look(self) -> None:
         """The epoch of the log; and the fences that other workers have noted, which prove our bindings too."""

@@ -150,8 +150,10 @@ class MirrorWriter:
             noted = LogState(state.epoch, batch.last_offset)
             await self._apply(await self._readable(batch), state, noted)
             state = noted
-            if batch.caught_up and not self.warm:
-                await self._stamp(state, begun.gap)
+            if batch.caught_up:
+                self._watch.note_log_end()
+                if not self.warm:
+                    await self._stamp(state, begun.gap)
             if batch.fenced_at != fenced_at and batch.fenced_at is not None:
                 fenced_at = batch.fenced_at
                 if self.warm and not await self._mirror.is_warm():

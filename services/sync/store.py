@@ -68,16 +68,17 @@ class Store:
             log.info("batch_taken_apart", lane=batch.lane, changes=len(batch.changes), error=failure.error)
             return await self._one_by_one(batch)
 
-    async def answers(self) -> bool:
-        """Whether PostgreSQL takes a question now."""
-        try:
-            async with self._postgres.connection() as connection:
-                await connection.fetchval("select 1 from changes limit 1")
-        except Exception as error:  # noqa: BLE001  (any of them means no)
-            log.debug("postgres_still_away", error=describe(error))
-            return False
-        self._served()
-        return True
+    async def wait_for_an_answer(self) -> None:
+        """Returns when PostgreSQL has answered a question; after a second at the earliest."""
+        while True:
+            await asyncio.sleep(random.uniform(1.0, 2.0))  # noqa: S311  (jitter)
+            try:
+                async with self._postgres.connection() as connection:
+                    await connection.fetchval("select 1 from changes limit 1")
+            except Exception as error:  # noqa: BLE001  (any of them means no)
+                log.debug("postgres_still_away", error=describe(error))
+            else:
+                return self._served()
 
     async def _commit(self, changes: Sequence[Taken], fences: Sequence[Signal] = ()) -> None:
         async with self._postgres.connection() as connection:

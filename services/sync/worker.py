@@ -66,7 +66,7 @@ def assemble(settings: Settings) -> Parts:
         publisher,
         rail,
         watch,
-        FenceSource(settings, postgres, publisher),
+        FenceSource(settings, postgres, publisher, watch),
         PostgresWriter(settings, postgres, mirror, publisher, watch),
         MirrorWriter(settings, postgres, mirror, publisher, watch),
         Reconciler(settings, postgres, mirror, rail),

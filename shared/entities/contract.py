@@ -9,6 +9,7 @@ with the reason that its dead letter will show.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -74,16 +75,16 @@ class ChangeData(Struct, frozen=True):
 
 class Change(Struct, frozen=True, kw_only=True):
     id: Id
-    source: str
-    type: str
-    subject: str
+    source: Label
+    type: Label
+    subject: Label
     time: Time
     restaurantid: Id
     priority: Annotated[int, Meta(ge=1, le=10)]
     entityversion: Annotated[int, Meta(ge=1, lt=2**31)]
     data: ChangeData
     basechangeid: Id | None = None
-    traceparent: str | None = None
+    traceparent: Label | None = None
     datacontenttype: str = "application/json"
     specversion: str = "1.0"
 
@@ -104,6 +105,7 @@ _encoder = msgspec.json.Encoder()
 _changes = msgspec.json.Decoder(Change)
 _raws = msgspec.json.Decoder(list[Raw])
 _builtins = msgspec.json.Decoder()
+_NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def encode(value: Any) -> bytes:
@@ -119,17 +121,32 @@ def split_batch(body: bytes) -> list[bytes]:
     """The encoded events of one message, each still undecoded, so that a poison one does not hold back the others."""
     try:
         return [bytes(raw) for raw in _raws.decode(body)]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BrokenContract("undecodable", f"not a CloudEvents batch: {error}") from error
 
 
 def decode_change(event: bytes) -> Change:
     try:
-        return _changes.decode(event)
+        event.decode()  # also those parts that no type looks at: they are kept to the letter
+        change = _changes.decode(event)
+        escaped = b"\\u" in event
+        if escaped:
+            _builtins.decode(event)  # half a surrogate pair is an error here
     except msgspec.ValidationError as error:
         raise BrokenContract("contract_broken", str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BrokenContract("undecodable", str(error)) from error
+    if escaped and _NUL_ESCAPE.search(event):
+        # PostgreSQL's json takes it, and cannot read a field out of it afterwards.
+        raise BrokenContract("contract_broken", "text with a NUL")
+    if not in_range(change.time):
+        raise BrokenContract("contract_broken", "time is out of range")
+    return change
+
+
+def in_range(at: datetime) -> bool:
+    """Conversions to UTC overflow at the ends of the calendar: nothing is ordered there."""
+    return 1970 <= at.year < 2200
 
 
 def changed_fields(before: Struct | None, after: Struct) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from shared.entities.contract import BrokenContract, Change, Lane
+from shared.entities.contract import BrokenContract, Change, Lane, in_range
 
 
 class OnConflict(StrEnum):
@@ -104,17 +104,26 @@ class Entity:
         """The state after a change, checked: `BrokenContract` when it breaks the contract or names another tenant."""
         try:
             state = msgspec.json.decode(change.data.after, type=self.state)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BrokenContract("contract_broken", f"data.after: {error}") from error
         if state.restaurant_id != change.restaurantid:  # type: ignore[attr-defined]
             raise BrokenContract("wrong_tenant", "data.after.restaurant_id is not the restaurantid of the change")
         if state.id != change.entity_id:  # type: ignore[attr-defined]
             raise BrokenContract("contract_broken", "data.after.id is not the id in the subject")
-        for column in self.table.columns:
-            # Conversions to UTC overflow at the ends of the calendar: no order is placed there.
-            if column.pg_type == "timestamptz" and (at := column.of(state)) and not 1970 <= at.year < 2200:
-                raise BrokenContract("contract_broken", f"data.after.{column.name} is out of range")
+        _check_times(self.table, [state])
+        for child in self.children:
+            _check_times(child, child.rows(state))
+        for fact in self.facts:
+            _check_times(fact, fact.rows(state))
         return state
+
+
+def _check_times(table: Table | Children | Facts, rows: Sequence[Any]) -> None:
+    for column in table.columns:
+        if column.pg_type == "timestamptz":
+            for row in rows:
+                if (at := column.of(row)) is not None and not in_range(at):
+                    raise BrokenContract("contract_broken", f"data.after: {table.name}.{column.name} is out of range")
 
 
 def event_of(type_: str) -> tuple[str, str, str]:

@@ -61,12 +61,12 @@ class MirrorConnection:
             "protocol": 2,
             "retry": Retry(NoBackoff(), 0),
         }
-        self._timeout = timeout
         folder = resources.files("shared.mirror") / "scripts"
         self._scripts = {
             path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
         }
         self._shas: dict[str, str] = {}
+        self._forgotten = False
         self._connection: Any = None
         self._waiting: list[_Call] = []
         self._task: asyncio.Task[None] | None = None
@@ -98,8 +98,9 @@ class MirrorConnection:
         try:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
         except NoScriptError:
-            # The server forgot its scripts (SCRIPT FLUSH): nothing was executed, so it may be sent again.
-            self._drop()
+            # The server forgot its scripts (SCRIPT FLUSH): nothing was executed, so it may be sent again. The task that
+            # drains makes the new connection: dropped here, the present one would be lost in the middle of a round trip.
+            self._forgotten = True
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
@@ -119,6 +120,8 @@ class MirrorConnection:
 
     async def _drain(self) -> None:
         while self._waiting:
+            if self._forgotten:
+                self._drop()
             try:
                 await self._connect()
             except MirrorMisconfigured as error:
@@ -149,7 +152,9 @@ class MirrorConnection:
         await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
         for call in calls:
             try:
-                reply = await self._connection.read_response(timeout=self._timeout)
+                # Without `timeout=`: with it redis-py answers a timeout with None and keeps the connection, and every
+                # later reply would go to the wrong caller. The socket's timeout raises and disconnects.
+                reply = await self._connection.read_response()
             except ResponseError as error:
                 if not call.reply.done():
                     call.reply.set_exception(error)
@@ -170,16 +175,16 @@ class MirrorConnection:
         try:
             await connection.connect()
             await connection.send_command("INFO", "memory")
-            memory = await connection.read_response(timeout=self._timeout)
+            memory = await connection.read_response()
             if b"maxmemory_policy:noeviction" not in memory:
                 raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction: it would forget claims")
             for name, text in self._scripts.items():
                 await connection.send_command("SCRIPT", "LOAD", text)
-                self._shas[name] = (await connection.read_response(timeout=self._timeout)).decode()
+                self._shas[name] = (await connection.read_response()).decode()
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._connection = connection
+        self._connection, self._forgotten = connection, False
 
     def _take(self, most: int | None = None) -> list[_Call]:
         taken, self._waiting = self._waiting[:most], self._waiting[len(self._waiting[:most]) :]

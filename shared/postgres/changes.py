@@ -156,7 +156,7 @@ where excluded.sent_at > t.sent_at
 
 
 def data_of(change: Change) -> str:
-    """Before and after as they came, to the letter. Raises UnicodeDecodeError where they are no text."""
+    """Before and after as they came, to the letter. `decode_change` has seen to it that they are text."""
     return f'{{"before":{bytes(change.data.before).decode()},"after":{bytes(change.data.after).decode()}}}'
 
 

@@ -14,7 +14,8 @@ from typing import Protocol
 from urllib.parse import quote
 
 from deploy.local import database
-from deploy.local.servers import PASSWORD, management_call
+from deploy.local.management import ask
+from deploy.local.servers import PASSWORD
 
 
 class Lifecycle(Protocol):
@@ -52,13 +53,13 @@ class RabbitMQ(Server):
 
     def make_vhost(self, name: str) -> str:
         """A vhost with nothing declared in it; returns its URL."""
-        management_call(self.management_url, "PUT", f"/api/vhosts/{quote(name, safe='')}", {})
+        ask(self.management_url, "PUT", f"/api/vhosts/{quote(name, safe='')}", {})
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        management_call(self.management_url, "PUT", f"/api/permissions/{quote(name, safe='')}/ticketrail", everything)
+        ask(self.management_url, "PUT", f"/api/permissions/{quote(name, safe='')}/ticketrail", everything)
         return self.vhost_url(name)
 
     def delete_vhost(self, name: str) -> None:
-        management_call(self.management_url, "DELETE", f"/api/vhosts/{quote(name, safe='')}", timeout=60)
+        ask(self.management_url, "DELETE", f"/api/vhosts/{quote(name, safe='')}", timeout=60)
 
 
 class PostgreSQL(Server):

@@ -12,8 +12,9 @@ from requests.exceptions import RequestException
 from testcontainers.core.container import DockerContainer
 
 from deploy.local import database
+from deploy.local.management import ask
 from deploy.local.ports import find_free
-from deploy.local.servers import PASSWORD, management_call
+from deploy.local.servers import PASSWORD
 from tests.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
 START_WITHIN = 90.0  # seconds; images are there already
@@ -117,7 +118,7 @@ def _rabbitmq(port: int, management_port: int) -> Container:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
             if connection.recv(1) != b"\x01":
                 return False
-        return management_call(management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None
+        return ask(management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None
 
     container = Container("rabbitmq:4-management", {5672: port, 15672: management_port}, answers)
     container.definition.with_env("RABBITMQ_DEFAULT_USER", "ticketrail").with_env("RABBITMQ_DEFAULT_PASS", PASSWORD)

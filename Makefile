@@ -1,0 +1,37 @@
+PYTHON := .venv/bin/python
+UV := $(or $(wildcard .venv/bin/uv),uv)
+SOURCES := services shared clients deploy tests
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format lock clean bootstrap
+
+help: ## list all targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# setpriv: a make that is killed takes the runner with it, and the runner stops what it started.
+run: bootstrap ## start the whole system under .local/ and send one order down the way; Ctrl-C stops it
+	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
+
+test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: bootstrap ## ruff, strict types, import rules
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports
+
+format: bootstrap ## let ruff format and fix what it can
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+lock: ## make requirements.lock anew from pyproject.toml (needs uv)
+	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--no-header --all-extras pyproject.toml -o requirements.lock
+
+clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs
+	@sh deploy/local/clean.sh
+
+bootstrap:
+	@sh deploy/local/bootstrap.sh

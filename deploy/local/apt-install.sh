@@ -1,0 +1,77 @@
+#!/bin/sh
+# Installs Debian or Ubuntu packages without letting any of them start a server of its own, now or at the next boot.
+#
+#   apt-install.sh PACKAGE...
+#
+# As root, or with a sudo that asks no password. Otherwise prints the packages and the command, and ends with 1.
+# Whatever happens half way, the machine's own policy-rc.d is back in place afterwards.
+set -eu
+
+if ! command -v apt-get >/dev/null 2>&1; then
+    echo "ticketrail: missing: $* (no apt-get here; install them by other means)" >&2
+    exit 1
+fi
+if [ "$(id -u)" -ne 0 ]; then
+    if command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
+        exec sudo -n sh "$0" "$@"
+    fi
+    echo "ticketrail: missing packages: $*" >&2
+    echo "ticketrail: as root, run: apt-get update && apt-get install -y --no-install-recommends $*" >&2
+    exit 1
+fi
+
+policy=/usr/sbin/policy-rc.d
+saved=$policy.before-ticketrail
+none=$policy.none-before-ticketrail
+cluster=/etc/postgresql-common/createcluster.d/90-ticketrail.conf
+
+restore() {
+    rm -f "$cluster"
+    if [ -e "$saved" ] || [ -L "$saved" ]; then mv -f "$saved" "$policy"; fi
+    if [ -e "$none" ]; then rm -f "$policy" "$none"; fi
+}
+restore # what a killed run left behind
+trap restore EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# The marker or the copy comes first: a kill between two of these lines must not lose what was there.
+if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$saved"; else : >"$none"; fi
+printf '#!/bin/sh\nexit 101\n' >"$policy"
+chmod 755 "$policy"
+mkdir -p "${cluster%/*}"
+echo 'create_main_cluster = false' >"$cluster"
+
+units=
+for package in "$@"; do
+    case $package in
+    # Erlang, which comes with RabbitMQ, has a unit of its own.
+    rabbitmq-server) units="$units rabbitmq-server $(command -v epmd >/dev/null 2>&1 || echo epmd.service epmd.socket)" ;;
+    redis-server) units="$units redis-server valkey-server" ;;
+    postgresql) units="$units postgresql" ;;
+    esac
+done
+
+echo "ticketrail: installing $*"
+export DEBIAN_FRONTEND=noninteractive
+# Lists that are already there may do when this fails.
+apt-get update -qq -o DPkg::Lock::Timeout=120 || echo "ticketrail: apt-get update failed, trying without" >&2
+chosen=
+for package in "$@"; do
+    # Which of Redis and Valkey a release carries differs; either will do.
+    if [ "$package" = redis-server ] && ! apt-cache show redis-server >/dev/null 2>&1; then package=valkey-server; fi
+    chosen="$chosen $package"
+done
+output=$(mktemp)
+# shellcheck disable=SC2086  # a list of package names
+if ! apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $chosen >"$output" 2>&1; then
+    tail -n 30 "$output" >&2
+    rm -f "$output"
+    exit 1
+fi
+rm -f "$output"
+
+# policy-rc.d holds for the installation alone; enabled units would start at the next boot.
+if command -v systemctl >/dev/null 2>&1; then
+    for unit in $units; do systemctl disable -q "$unit" 2>/dev/null || true; done
+fi

@@ -1,0 +1,76 @@
+#!/bin/sh
+# Makes .venv from requirements.lock. Idempotent, and nothing but two small checks when there is nothing to do.
+# A run that was killed half way is mended by the next one: what pip left unfinished is thrown away, not trusted.
+set -eu
+
+root=$(cd "$(dirname "$0")/../.." && pwd -P)
+cd "$root"
+venv=$root/.venv
+stamp=$venv/.ticketrail-lock
+unfinished=$venv/.ticketrail-unfinished
+# The root too: a virtual environment that was moved points to where it was.
+wanted="$(sha256sum <requirements.lock | cut -c1-64) $root"
+
+say() { echo "ticketrail: $*"; }
+
+up_to_date() {
+    [ -f "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$wanted" ] &&
+        [ -x "$venv/bin/ticketrail" ] && "$venv/bin/python" -S -c '' 2>/dev/null
+}
+
+# usable CODE: the first Python from 3.11 to 3.13 that can run CODE
+usable() {
+    for name in python3.13 python3.12 python3.11 python3; do
+        if "$name" -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13); $1" >/dev/null 2>&1; then
+            command -v "$name"
+            return
+        fi
+    done
+    return 1
+}
+
+find_python() {
+    python=$(usable 'import ensurepip, venv') && return
+    # Debian keeps ensurepip, without which there is no venv, in a package of its own.
+    if python=$(usable ''); then
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        if [ "$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$version" ]; then
+            sh deploy/local/apt-install.sh python3-venv
+        else
+            sh deploy/local/apt-install.sh "python$version-venv"
+        fi
+    else
+        sh deploy/local/apt-install.sh python3 python3-venv
+    fi
+    python=$(usable 'import ensurepip, venv') && return
+    echo "ticketrail: needs Python 3.11, 3.12 or 3.13 with venv" >&2
+    exit 1
+}
+
+up_to_date && exit 0
+
+# `make run` and `make test` at the same moment: one of them installs, the other waits and finds it done.
+exec 9<"$root"
+flock 9
+up_to_date && exit 0
+
+made_for=$(cut -d' ' -f2- "$stamp" 2>/dev/null || echo "$root")
+if [ -e "$unfinished" ] || [ "$made_for" != "$root" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    find_python
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv"
+fi
+
+say "installing the packages of requirements.lock"
+: >"$unfinished"
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
+
+for site in "$venv"/lib/python3.*/site-packages; do echo "$root" >"$site/ticketrail.pth"; done
+cat >"$venv/bin/ticketrail" <<SCRIPT
+#!/bin/sh
+exec "$venv/bin/python" -m services.sync.cli "\$@"
+SCRIPT
+chmod 755 "$venv/bin/ticketrail"
+echo "$wanted" >"$stamp"
+rm -f "$unfinished"
+say ".venv is ready"

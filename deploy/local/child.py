@@ -1,0 +1,159 @@
+"""A program that we started, with everything below it: one object to stop, kill, freeze and thaw them all.
+
+- Signals go to the processes of this tree alone, found by parent, never by name.
+- The program gets a session of its own, so that a Ctrl-C in the terminal reaches the runner and not the program.
+- When the process that started it dies, kill -9 included, the program gets `death_signal` from the kernel.
+- Stopping or killing one that has ended, or twice, is no error.
+"""
+
+import contextlib
+import functools
+import grp
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+
+
+@functools.cache
+def _spawner() -> ThreadPoolExecutor:
+    """The one thread that starts children. The kernel sends the death signal when the *thread* that started a child
+    ends: started from a passing thread, a server would be stopped as soon as that thread is done."""
+    return ThreadPoolExecutor(1, thread_name_prefix="spawner")
+
+
+class Child:
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self._process = process
+        self.log = log
+        self.pid = process.pid
+        self._group_gone = False
+
+    @classmethod
+    def spawn(
+        cls,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        env: Mapping[str, str],
+        cwd: Path,
+        user: str | None = None,
+        death_signal: signal.Signals = signal.SIGTERM,
+    ) -> "Child":
+        """Start a program with its output appended to `log`; as `user`, which only root may ask for."""
+        # setpriv becomes the program (same pid), and sets the death signal after the change of user, which clears it.
+        guard = ["setpriv", "--pdeathsig", death_signal.name.removeprefix("SIG")]
+        if user is not None:
+            guard += ["--reuid", user, "--regid", _group_of(user), "--init-groups"]
+        log.parent.mkdir(parents=True, exist_ok=True)
+
+        def start() -> "subprocess.Popen[bytes]":
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    [*guard, *map(str, command)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=dict(env),
+                    cwd=cwd,
+                    start_new_session=True,
+                )
+
+        return cls(_spawner().submit(start).result(), log)
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its return code, or None when it still runs after `timeout` seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def terminate(self, within: float, how: signal.Signals = signal.SIGTERM) -> bool:
+        """Ask the program to end, and kill whatever of its tree is left after `within` seconds. True: it ended by
+        itself."""
+        if self.returncode is not None:
+            self._kill_group()
+            return True
+        tree = self._tree()
+        self.thaw()  # a stopped process does not see the signal
+        self._process.send_signal(how)
+        ended = self.wait(within) is not None
+        if not ended:
+            self.kill()
+        # Helpers of a program that has ended are no longer found below it; they were listed while it ran.
+        for process in tree:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(tree, timeout=5)
+        self._kill_group()
+        return ended
+
+    def kill(self) -> None:
+        """SIGKILL for the whole tree, and wait until it is gone."""
+        tree = self.freeze()  # what stands still cannot start another process while we go through the list
+        for process in tree:
+            _signal(process, signal.SIGKILL)
+        self._process.wait(10)
+        psutil.wait_procs(tree, timeout=10)
+        self._kill_group()
+
+    def freeze(self) -> list[psutil.Process]:
+        frozen: list[psutil.Process] = []
+        while fresh := [process for process in self._tree() if process not in frozen]:
+            for process in fresh:
+                _signal(process, signal.SIGSTOP)
+            frozen += fresh
+        return frozen
+
+    def thaw(self) -> None:
+        for process in reversed(self._tree()):
+            _signal(process, signal.SIGCONT)
+
+    def tail(self, lines: int = 15) -> str:
+        return tail(self.log, lines)
+
+    def _kill_group(self) -> None:
+        """Workers whose program died before them: no longer below it, but still in its group. Once only: later the
+        number may belong to somebody else."""
+        if self._group_gone:
+            return
+        self._group_gone = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _tree(self) -> list[psutil.Process]:
+        """The program and all below it, parents before children; empty once it has ended."""
+        if self.returncode is not None:
+            return []
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16_384))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return ""
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)  # psutil checks the start time: a pid given to another process is left alone
+
+
+def _group_of(user: str) -> str:
+    return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name

@@ -1,0 +1,112 @@
+"""What PostgreSQL needs around it: a user it may run as, a place that user reaches, and our role and database.
+
+All of it is idempotent. Nothing here changes an instance that is not ours.
+"""
+
+import asyncio
+import hashlib
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+import psutil
+
+OUTSIDE = Path("/var/lib/ticketrail")  # not /var/tmp: systemd removes files there that were not touched for 30 days
+
+T = TypeVar("T")
+
+
+def user_to_run_as() -> str | None:
+    """None: ourselves. PostgreSQL refuses to run as root."""
+    if os.geteuid() != 0:
+        return None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return next(name for name in ("postgres", "nobody") if name in known)
+
+
+def make_reachable(directory: Path, user: str | None) -> None:
+    """Make `directory`, owned by `user`; a link to a directory elsewhere where that user could not reach it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    place = directory
+    if directory.is_symlink():
+        place = directory.readlink()
+    elif user and not directory.exists() and not _may_enter(directory.parent, user):
+        OUTSIDE.mkdir(mode=0o755, exist_ok=True)
+        place = OUTSIDE / hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+        # Data of an earlier instance in this directory, which somebody removed together with its link.
+        shutil.rmtree(place, ignore_errors=True)
+        directory.symlink_to(place)
+    place.mkdir(mode=0o700, exist_ok=True)
+    if user:
+        shutil.chown(place, user)
+
+
+def _may_enter(directory: Path, user: str) -> bool:
+    return subprocess.run(["test", "-x", str(directory)], user=user, extra_groups=[], check=False).returncode == 0
+
+
+def forget_foreign_lock(data: Path) -> None:
+    """After a kill the lock file stays. PostgreSQL sees through a pid that no longer runs, but not through one that
+    meanwhile belongs to another process of the same user, the machine's own PostgreSQL for instance."""
+    lock = data / "postmaster.pid"
+    try:
+        pid = int(lock.read_text().split("\n", 1)[0])
+        command = psutil.Process(pid).cmdline()
+    except (FileNotFoundError, ValueError, psutil.Error):
+        return
+    if str(data) not in command:
+        lock.unlink()
+
+
+def postgres_for(data: Path, newest: Path) -> Path:
+    """The program of the version that made `data`, as long as it is installed: a newer one cannot read it."""
+    version = (data / "PG_VERSION").read_text().strip()
+    own = Path("/usr/lib/postgresql") / version / "bin/postgres"
+    return own if own.exists() else newest
+
+
+def run_sql(url: str, *statements: str, timeout: float = 60.0) -> None:
+    """Each statement in a transaction of its own (CREATE DATABASE wants that). Raises OSError, asyncpg errors."""
+
+    async def execute() -> None:
+        connection = await asyncpg.connect(url, ssl=False, timeout=timeout)
+        try:
+            for statement in statements:
+                await connection.execute(statement, timeout=timeout)
+        finally:
+            await connection.close(timeout=5)
+
+    _in_own_loop(execute())
+
+
+def make_owner(url: str, password: str) -> bool:
+    """As superuser: the role that owns the database and may create the other roles, and the database. False while the
+    server starts or recovers."""
+
+    async def ensure() -> bool:
+        try:
+            connection = await asyncpg.connect(url, ssl=False, timeout=2)
+        except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError):
+            return False
+        try:
+            if not await connection.fetchval("select 1 from pg_roles where rolname = 'ticketrail_owner'"):
+                await connection.execute(f"create role ticketrail_owner login createrole password '{password}'")
+            if not await connection.fetchval("select 1 from pg_database where datname = 'ticketrail'"):
+                await connection.execute("create database ticketrail owner ticketrail_owner")
+        finally:
+            await connection.close(timeout=5)
+        return True
+
+    return _in_own_loop(ensure())
+
+
+def _in_own_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Callers may stand in a running event loop (a test), where asyncio.run is refused: so, in another thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()

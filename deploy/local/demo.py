@@ -1,0 +1,195 @@
+"""One order down the whole way: accepted, visible, pushed, stored; each hop with its milliseconds.
+
+`travel` raises DemoFailed when a hop does not happen within its deadline, so that a system that starts but does not
+work is not reported as working.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+import httpx
+
+WITHIN = 20.0  # seconds for each hop; on an idle machine each takes milliseconds
+
+
+class DemoFailed(Exception):
+    """An order did not come through; says at which hop."""
+
+
+@dataclass
+class Demo:
+    """What the seed made, and where to find it: the content of `.local/demo.json`."""
+
+    orders_url: str
+    sync_url: str
+    notifier_url: str
+    restaurant_id: str
+    restaurant_slug: str
+    tokens: dict[str, str]
+    terminal: dict[str, str]
+    sync_token: str
+    menu_item_ids: list[str]
+    table_ids: list[str]
+    database_url: str
+    redis_url: str
+    rabbitmq_url: str
+    rabbitmq_management_url: str
+    pids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        return {
+            "table_id": self.table_ids[0],
+            "customer_name": "Ada",
+            "items": [{"menu_item_id": self.menu_item_ids[0], "quantity": 2}],
+        }
+
+    def curl_lines(self, order_id: str) -> list[tuple[str, str]]:
+        """What each does, and the line."""
+        bearer = f"-H 'Authorization: Bearer {self.tokens['staff']}'"
+        body = json.dumps(self.order, separators=(",", ":"))
+        return [
+            (
+                "place an order",
+                f"curl -s {self.orders_url}/api/orders {bearer} -H 'Content-Type: application/json' -d '{body}'",
+            ),
+            ("read it", f"curl -s {self.orders_url}/api/orders/{order_id} {bearer}"),
+            ("follow the event stream", f"curl -sN {self.notifier_url}/api/v1/sync/events {bearer}"),
+        ]
+
+
+@dataclass(frozen=True)
+class Hop:
+    name: str
+    milliseconds: float
+    detail: str
+
+
+async def travel(demo: Demo, database_url: str) -> tuple[str, list[Hop]]:
+    """Place one order as staff and watch it arrive everywhere: its id, and the hops in the order they happened, in
+    milliseconds since it was sent."""
+    headers = {"Authorization": f"Bearer {demo.tokens['staff']}"}
+    timeout = httpx.Timeout(10.0, read=WITHIN)
+    async with (
+        httpx.AsyncClient(headers=headers, timeout=timeout) as client,
+        _events(client, demo.notifier_url) as events,
+    ):
+        async with _within("connected to the event stream"):
+            first = await anext(events)
+        if first.get("event") != "connected":
+            raise DemoFailed(f"the event stream began with {first}, not with `connected`")
+        # Connections are open before the clock starts: it measures the system, not the first handshake.
+        await client.get(f"{demo.orders_url}/health/live")
+        database = await asyncpg.connect(database_url, timeout=5)
+        try:
+            return await _watch(demo, client, events, database)
+        except httpx.HTTPError as error:
+            raise DemoFailed(f"{type(error).__name__} on the way: {error}") from error
+        finally:
+            await database.close(timeout=5)
+
+
+async def _watch(
+    demo: Demo,
+    client: httpx.AsyncClient,
+    events: AsyncIterator[dict[str, str]],
+    database: "asyncpg.Connection[asyncpg.Record]",
+) -> tuple[str, list[Hop]]:
+    began = time.perf_counter()
+
+    def hop(name: str, detail: str) -> Hop:
+        return Hop(name, (time.perf_counter() - began) * 1000, detail)
+
+    reply = await client.post(f"{demo.orders_url}/api/orders", json=demo.order)
+    accepted = hop("accepted", f"{reply.status_code}, order {_number(reply)}")
+    if reply.status_code != 201:
+        raise DemoFailed(f"POST /api/orders answered {reply.status_code}: {reply.text[:500]}")
+    order_id = str(reply.json()["data"]["id"])
+    url = f"{demo.orders_url}/api/orders/{order_id}"
+
+    async def readable() -> Hop:
+        answer = await client.get(url)
+        if answer.status_code != 200:
+            raise DemoFailed(f"GET /api/orders/{order_id} answered {answer.status_code} right after the 201")
+        return hop("readable", f"from the {answer.headers.get('x-served-by', '?')}")
+
+    async def pushed() -> Hop:
+        async for event in events:
+            if event.get("event") == "order_created" and order_id in event.get("data", ""):
+                return hop("pushed", "order_created on the event stream")
+        raise DemoFailed("the event stream ended")
+
+    async def stored() -> Hop:
+        query = "select version from orders where id = $1::uuid"
+        while (version := await database.fetchval(query, order_id)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)  # a row gives no signal
+        return hop("stored", f"in PostgreSQL, version {version}")
+
+    async def synced() -> Hop:
+        while (state := _sync_state(await client.get(url))) != "synced":  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        return hop("synced", f"sync state `{state}` on GET")
+
+    hops = [accepted]
+    watched = [asyncio.create_task(_bounded(work)) for work in (readable, pushed, stored, synced)]
+    try:
+        hops += await asyncio.gather(*watched)
+    finally:
+        for task in watched:
+            task.cancel()
+    return order_id, sorted(hops, key=lambda each: each.milliseconds)
+
+
+async def _bounded(work: Callable[[], Awaitable[Hop]]) -> Hop:
+    async with _within(work.__name__):
+        return await work()
+
+
+@asynccontextmanager
+async def _within(name: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(WITHIN):
+            yield
+    except TimeoutError:
+        raise DemoFailed(f"the order was not {name} within {WITHIN:.0f} s") from None
+
+
+@asynccontextmanager
+async def _events(client: httpx.AsyncClient, notifier_url: str) -> AsyncIterator[AsyncIterator[dict[str, str]]]:
+    """Server-sent events as dicts of their fields (`id`, `event`, `data`)."""
+    url = f"{notifier_url}/api/v1/sync/events"
+    async with client.stream("GET", url) as reply:
+        if reply.status_code != 200:
+            body = (await reply.aread()).decode(errors="replace")
+            raise DemoFailed(f"the event stream answered {reply.status_code}: {body[:500]}")
+        yield _parsed(reply.aiter_lines())
+
+
+async def _parsed(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+    event: dict[str, str] = {}
+    async for line in lines:
+        if line:
+            name, _, value = line.partition(":")
+            if name:  # a line that begins with a colon is a heartbeat
+                event[name] = event[name] + "\n" + value.lstrip(" ") if name in event else value.lstrip(" ")
+        elif event:
+            yield event
+            event = {}
+
+
+def _number(reply: httpx.Response) -> str:
+    data = reply.json().get("data") or {}
+    return str(data.get("order_number") or data.get("number") or data.get("id"))
+
+
+def _sync_state(reply: httpx.Response) -> str | None:
+    if reply.status_code != 200:
+        return None
+    sync = reply.json()["data"].get("sync")
+    return sync.get("state") if isinstance(sync, dict) else sync

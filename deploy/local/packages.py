@@ -1,0 +1,101 @@
+"""Finds the programs of RabbitMQ, PostgreSQL and Redis, and installs what is missing when it may.
+
+`ensure` returns only when every program is there, or raises `PackagesMissing`. It never starts, stops or configures a
+server that belongs to the machine (see apt-install.sh).
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTALL = Path(__file__).parent / "apt-install.sh"
+
+# Directories before PATH: Debian's /usr/sbin/rabbitmq-server is a wrapper that switches to the user `rabbitmq` by su,
+# which cannot write into our directories and hides the real process.
+RABBITMQ_DIRECTORIES = (Path("/usr/lib/rabbitmq/bin"), Path("/opt/rabbitmq/sbin"))
+POSTGRES_DIRECTORIES = Path("/usr/lib/postgresql")
+SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class PackagesMissing(Exception):
+    """Servers are missing and could not be installed; the message names the packages."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Where the servers' programs are."""
+
+    rabbitmq_server: Path
+    epmd: Path
+    postgres: Path
+    initdb: Path
+    redis_server: Path
+
+
+def ensure() -> Programs:
+    """Find all programs, installing the packages of those that are missing first (a minute on a bare machine)."""
+    missing = _missing()
+    if missing:
+        if subprocess.run(["sh", str(INSTALL), *missing], check=False, stdin=subprocess.DEVNULL).returncode != 0:
+            raise PackagesMissing(f"could not install: {' '.join(missing)}")
+        if still := _missing():
+            raise PackagesMissing(f"installed, but their programs were not found: {' '.join(still)}")
+    return Programs(
+        rabbitmq_server=_required(_rabbitmq("rabbitmq-server")),
+        epmd=_required(_epmd()),
+        postgres=_required(_postgres("postgres")),
+        initdb=_required(_postgres("initdb")),
+        redis_server=_required(_redis()),
+    )
+
+
+def _missing() -> list[str]:
+    found = {
+        "rabbitmq-server": _rabbitmq("rabbitmq-server") and _epmd(),
+        "postgresql": _postgres("postgres") and _postgres("initdb"),
+        "redis-server": _redis(),
+    }
+    return [package for package, program in found.items() if program is None]
+
+
+def _rabbitmq(name: str) -> Path | None:
+    return _first(directory / name for directory in RABBITMQ_DIRECTORIES) or _on_path(name)
+
+
+def _epmd() -> Path | None:
+    """The port mapper that Erlang nodes find each other by; packages put it on PATH or below the Erlang runtime."""
+    return _on_path("epmd") or _first(sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"), reverse=True))
+
+
+def _postgres(name: str) -> Path | None:
+    def version(path: Path) -> float:
+        try:
+            return float(path.parent.parent.name)
+        except ValueError:
+            return 0.0
+
+    installed = sorted(POSTGRES_DIRECTORIES.glob(f"*/bin/{name}"), key=version, reverse=True)
+    return _first(installed) or _on_path(name)
+
+
+def _redis() -> Path | None:
+    return _on_path("redis-server") or _on_path("valkey-server")
+
+
+def _first(candidates: Iterable[Path]) -> Path | None:
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def _on_path(name: str) -> Path | None:
+    # A user's PATH often lacks the sbin directories.
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SYSTEM_DIRECTORIES}")
+    return Path(found) if found else None
+
+
+def _required(path: Path | None) -> Path:
+    if path is None:  # removed between the check and now
+        raise PackagesMissing("a server's program has just disappeared")
+    return path

@@ -1,0 +1,50 @@
+"""Ports on 127.0.0.1: whether one is free, and which are.
+
+A port that is taken is an error that names the port and the setting that moves it; nothing here ever takes another
+port silently, because clients and printed URLs would then point at somebody else's server.
+"""
+
+import random
+import socket
+
+HOST = "127.0.0.1"
+
+# Below the range from which Linux takes local ports for outgoing connections (32768 and up): a server that is stopped
+# and started again finds its port still free.
+FIRST, LAST = 20_000, 32_000
+
+
+class PortTaken(Exception):
+    def __init__(self, port: int, setting: str | None, what: str) -> None:
+        mend = f"stop what listens there, or set {setting} to another port" if setting else "stop what listens there"
+        super().__init__(f"port {port} ({what}) is taken: {mend}")
+        self.port = port
+        self.setting = setting
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: connections that linger after a close (TIME_WAIT) do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def require_free(port: int, setting: str | None, what: str) -> None:
+    """Raises PortTaken."""
+    if not is_free(port):
+        raise PortTaken(port, setting, what)
+
+
+def find_free(count: int) -> list[int]:
+    """So many different ports that were free a moment ago, in random order: two test runs rarely meet."""
+    found: list[int] = []
+    for port in random.sample(range(FIRST, LAST), k=LAST - FIRST):
+        if is_free(port):
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise RuntimeError(f"fewer than {count} free ports between {FIRST} and {LAST}")

@@ -1,0 +1,305 @@
+"""`make run`: a whole system on this machine, in the foreground, until Ctrl-C or SIGTERM.
+
+- One run per home (`.local`, moved by TICKETRAIL_HOME). Earlier data is found again.
+- It ends with 0 after a Ctrl-C or SIGTERM, with 1 when something could not be started, and in both cases leaves nothing
+  running that it started: first the services, then the servers, within 15 s. Killed with -9, the kernel ends them.
+- A service or server that dies is started again, and `demo.json` then has its new pid.
+"""
+
+import asyncio
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from deploy.local import child, demo, leftovers
+from deploy.local.environment import ROOT, LocalSettings, service_environment
+from deploy.local.packages import PackagesMissing, Programs, ensure
+from deploy.local.ports import PortTaken, require_free
+from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
+from deploy.local.supervisor import Service, Supervisor
+
+READY_WITHIN = 60.0  # seconds
+GIVE_UP_AFTER = 3  # deaths of a service that was never ready
+
+
+class StartFailed(Exception):
+    """The system did not come up; the message says what to look at."""
+
+
+def say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:
+        # The terminal is gone. What runs must still be stopped in order.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (for the rest of the process)
+
+
+class System:
+    """The private servers and the services of one home."""
+
+    def __init__(self, settings: LocalSettings, home: Path, programs: Programs) -> None:
+        self.settings, self.home = settings, home
+        self.env = service_environment(settings, home, os.environ)
+        self.demo: demo.Demo | None = None
+        logs = home / "logs"
+        self.rabbitmq = RabbitMQ(
+            home / "rabbitmq",
+            logs / "rabbitmq.log",
+            programs,
+            port=settings.rabbitmq_port,
+            management_port=settings.rabbitmq_management_port,
+            epmd_port=settings.epmd_port,
+            distribution_port=settings.rabbitmq_dist_port,
+        )
+        self.postgres = PostgreSQL(home / "postgres", logs / "postgres.log", programs, port=settings.postgres_port)
+        self.redis = Redis(home / "redis", logs / "redis.log", programs, port=settings.redis_port)
+        self.servers = Supervisor(
+            [self.postgres, self.redis, self.rabbitmq], say=say, on_restart=self.note_pids, first_pause=1.0
+        )
+        commands = {
+            "orders": ["services.orders"],
+            "sync_worker": ["services.sync", "worker"],
+            "sync_api": ["services.sync", "api"],
+            "notifier": ["services.notifier"],
+        }
+        self.services = Supervisor(
+            [
+                Service(name, ["-m", *command], env=self.env, cwd=ROOT, log=logs / f"{name}.log")
+                for name, command in commands.items()
+            ],
+            say=say,
+            on_restart=self.note_pids,
+        )
+
+    @property
+    def urls(self) -> dict[str, str]:
+        ports = self.settings
+        return {
+            "orders": f"http://127.0.0.1:{ports.orders_port}",
+            "sync_api": f"http://127.0.0.1:{ports.sync_port}",
+            "notifier": f"http://127.0.0.1:{ports.notifier_port}",
+            "sync_worker": f"http://127.0.0.1:{ports.worker_port}",
+        }
+
+    def note_pids(self) -> None:
+        """Into demo.json, for people and scripts, and where the next run looks for what this one left behind."""
+        pids = self.services.pids | self.servers.pids
+        leftovers.record(self.home / "run.pids", pids)
+        if self.demo:
+            self.demo.pids = pids
+            write_private(self.home / "demo.json", json.dumps(dataclasses.asdict(self.demo), indent=2) + "\n")
+
+    async def start(self) -> None:
+        """Raises StartFailed, ServerFailed or PortTaken; whoever calls it calls `stop` then."""
+        with Step("PostgreSQL, Redis and RabbitMQ answer"):
+            await self.servers.start()
+            self.note_pids()
+        with Step("schema and topology are up to date"):
+            await self.cli("migrate")
+        with Step("orders, sync worker, sync API and notifier are ready"):
+            await self.services.start()
+            self.note_pids()
+            async with httpx.AsyncClient(timeout=2.0) as client:
+                await asyncio.gather(*(self.ready(client, service) for service in self.services.programs))
+        with Step("the demo restaurant is there"):
+            seeded: dict[str, Any] = json.loads(await self.cli("seed", "--json"))
+        known = {field.name for field in dataclasses.fields(demo.Demo)}
+        self.demo = demo.Demo(
+            **{"sync_token": self.env["TICKETRAIL_SYNC_TOKEN"]}
+            | {name: value for name, value in seeded.items() if name in known},
+            orders_url=self.urls["orders"],
+            sync_url=self.urls["sync_api"],
+            notifier_url=self.urls["notifier"],
+            database_url=self.env["TICKETRAIL_DATABASE_URL"],
+            redis_url=self.env["TICKETRAIL_REDIS_URL"],
+            rabbitmq_url=self.env["TICKETRAIL_RABBITMQ_URL"],
+            rabbitmq_management_url=self.env["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"],
+        )
+        self.note_pids()
+
+    async def stop(self) -> None:
+        """Services first: they settle what they hold, and for that they need the servers."""
+        for supervisor in (self.services, self.servers):
+            names = list(supervisor.pids)
+            await supervisor.stop()
+            if names:
+                say(f"stopped {', '.join(names)}")
+        (self.home / "run.pids").unlink(missing_ok=True)
+
+    async def ready(self, client: httpx.AsyncClient, service: Any) -> None:
+        deadline = time.monotonic() + READY_WITHIN
+        answer = "nothing"
+        while time.monotonic() < deadline and self.services.restarts[service.name] < GIVE_UP_AFTER:
+            try:
+                reply = await client.get(f"{self.urls[service.name]}/health/ready")
+                if reply.status_code == 200:
+                    return
+                answer = f"{reply.status_code}: {reply.text[:500]}"
+            except httpx.HTTPError as error:
+                answer = type(error).__name__
+            await asyncio.sleep(0.05)  # between two questions
+        raise StartFailed(
+            f"{service.name} is not ready (GET /health/ready: {answer}); {service.log} ends with:\n"
+            + child.tail(service.log)
+        )
+
+    async def cli(self, *arguments: str) -> str:
+        """`ticketrail …`: its standard output; what it says on standard error is shown."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.sync.cli",
+            *arguments,
+            cwd=ROOT,
+            env=self.env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            output, errors = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode != 0:
+            raise StartFailed(f"ticketrail {' '.join(arguments)} failed:\n{(output + errors).decode()[-4000:]}")
+        for line in errors.decode().splitlines():
+            say(f"    {line}")
+        return output.decode()
+
+
+class Step:
+    """One line when a step is done, with its seconds."""
+
+    def __init__(self, done: str) -> None:
+        self._done = done
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            say(f"  {time.monotonic() - self._began:5.1f} s  {self._done}")
+
+
+async def serve(settings: LocalSettings, home: Path, programs: Programs) -> int:
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, asked.set)
+    began = time.monotonic()
+    system = System(settings, home, programs)
+    start = asyncio.create_task(_start_and_show(system, began))
+    stop = asyncio.create_task(asked.wait())
+    try:
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            return 0
+        await start
+        await stop
+        return 0
+    except (StartFailed, ServerFailed, PortTaken, demo.DemoFailed) as error:
+        say(f"ticketrail: {error}")
+        return 1
+    except Exception as error:  # noqa: BLE001  (whatever it is: say it, stop everything, end with 1)
+        say(f"ticketrail: {type(error).__name__}: {error}")
+        return 1
+    finally:
+        say("stopping")
+        began = time.monotonic()
+        for task in (start, stop):
+            task.cancel()
+        await system.stop()
+        await asyncio.gather(start, stop, return_exceptions=True)
+        say(f"everything is stopped, after {time.monotonic() - began:.1f} s; the data stays in {home}")
+
+
+async def _start_and_show(system: System, began: float) -> None:
+    await system.start()
+    if system.demo is None:
+        raise AssertionError("started without a demo restaurant")
+    order_id, hops = await demo.travel(system.demo, system.env["TICKETRAIL_DATABASE_WRITER_URL"])
+    show(system, order_id, hops, time.monotonic() - began)
+
+
+def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float) -> None:
+    if system.demo is None:
+        return
+    say("\nOne order down the whole way, in milliseconds since it was sent:")
+    for hop in hops:
+        say(f"  {hop.milliseconds:8.1f} ms  {hop.name:<9} {hop.detail}")
+    say("\nURLs:")
+    for name, url in system.urls.items():
+        say(f"  {name:<12} {url}")
+    say(f"  {'management':<12} {system.env['TICKETRAIL_RABBITMQ_MANAGEMENT_URL']}")
+    say(f"  {'PostgreSQL':<12} {system.env['TICKETRAIL_DATABASE_URL']}")
+    say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
+    for what, line in system.demo.curl_lines(order_id):
+        say(f"\n# {what}\n{line}")
+    say(f"\nReady after {seconds:.1f} s. All of this, for scripts: {system.home / 'demo.json'}. Ctrl-C stops it.")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Whole or not at all, and for the owner's eyes: it holds tokens."""
+    aside = path.with_suffix(".new")
+    aside.unlink(missing_ok=True)
+    aside.touch(mode=0o600)
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def lock(home: Path) -> IO[str] | None:
+    """Held as long as the file is open; None when another run has it."""
+    file = (home / "run.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
+    """Raises PortTaken, also for two settings that name the same port."""
+    seen: dict[int, str] = {}
+    for setting, (port, what) in ports.items():
+        if port in seen:
+            raise PortTaken(port, setting, f"{what}, and {seen[port]}")
+        seen[port] = what
+        require_free(port, setting, what)
+
+
+def main() -> int:
+    settings = LocalSettings()
+    home = settings.home if settings.home.is_absolute() else ROOT / settings.home
+    home.mkdir(parents=True, exist_ok=True)
+    held = lock(home)
+    if held is None:
+        say(f"ticketrail: already running on {home}: stop that run first, or set TICKETRAIL_HOME to another directory")
+        return 1
+    try:
+        leftovers.clear(home / "run.pids", say)
+        require_ports(settings.ports)
+        programs = ensure()
+    except (PortTaken, PackagesMissing) as error:
+        say(f"ticketrail: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    with held:
+        return asyncio.run(serve(settings, home, programs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""Private instances of RabbitMQ, PostgreSQL and Redis: what `make run` and the tests start.
+
+- Each lives in one directory, listens on 127.0.0.1 alone, on the ports it was given, and touches no other instance.
+- `start` returns when the server really answers, or raises ServerFailed with the tail of its log and leaves nothing
+  running. A port that is taken raises PortTaken.
+- Data survives stop, kill and a new start, also by another process with the same directory.
+- `stop`, `kill`, `freeze` and `thaw` reach every process of that server and no other; on one that does not run they do
+  nothing. `stop` from another thread ends a `start` that is under way.
+"""
+
+import base64
+import os
+import shutil
+import signal
+import socket
+import time
+import urllib.error
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.local import database
+from deploy.local.child import Child
+from deploy.local.management import ask
+from deploy.local.packages import Programs
+from deploy.local.ports import HOST, require_free
+
+PASSWORD = "ticketrail"  # noqa: S105  (local instances on 127.0.0.1, the same for everyone)
+
+
+class ServerFailed(Exception):
+    """A server did not come up; the message ends with the tail of its log."""
+
+
+class Server(ABC):
+    name: str
+    stop_within = 6.0  # seconds for an orderly end, then it is killed
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, directory: Path, log: Path, ports: Mapping[str, int]) -> None:
+        """`ports`: by the name of the setting that moves each."""
+        self.directory = directory.absolute()
+        self.log = log.absolute()
+        self._ports = ports
+        self._children: list[Child] = []  # the last is the server itself
+
+    @property
+    def pid(self) -> int | None:
+        """The root of the server's processes."""
+        return self._children[-1].pid if self._children else None
+
+    @property
+    def running(self) -> bool:
+        return bool(self._children) and self._children[-1].returncode is None
+
+    def start(self, within: float = 60.0) -> None:
+        if self.running:
+            return
+        self.kill()  # helpers of an instance that died
+        for setting, port in self._ports.items():
+            require_free(port, setting, self.name)
+        try:
+            self._prepare()
+            self._launch()
+            self._wait_until_it_answers(time.monotonic() + within)
+        except BaseException:
+            self.kill()
+            raise
+
+    def wait(self) -> int | None:
+        """Until the server ends by itself or by another's hand; its return code, negative for a signal."""
+        return self._children[-1].wait() if self._children else None
+
+    def stop(self) -> None:
+        children, self._children = self._children, []
+        for child in reversed(children):
+            child.terminate(self.stop_within, self.stop_signal)
+
+    def kill(self) -> None:
+        children, self._children = self._children, []
+        for child in reversed(children):
+            child.kill()
+
+    def freeze(self) -> None:
+        for child in self._children:
+            child.freeze()
+
+    def thaw(self) -> None:
+        for child in self._children:
+            child.thaw()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make what must be on disk. Idempotent, and safe to kill at any point."""
+
+    @abstractmethod
+    def _launch(self) -> None:
+        """Put the started programs into `_children`, each as soon as it is started, the server last."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """One try, bounded to about a second. May raise OSError."""
+
+    def _wait_until_it_answers(self, deadline: float) -> None:
+        pause = 0.02
+        while True:
+            children = self._children
+            if not children:
+                raise ServerFailed(f"{self.name} was stopped while it started")
+            try:
+                if self._answers():
+                    return
+            except OSError:
+                pass
+            if children[-1].wait(pause) is not None:
+                raise ServerFailed(f"{self.name} ended while it started; {self.log} ends with:\n{children[-1].tail()}")
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"{self.name} does not answer; {self.log} ends with:\n{children[-1].tail()}")
+            pause = min(pause * 1.5, 0.2)
+
+
+class Redis(Server):
+    """Redis or Valkey, with an append-only file. `noeviction`: claims and pending state must never be evicted."""
+
+    name = "redis"
+
+    def __init__(self, directory: Path, log: Path, programs: Programs, *, port: int) -> None:
+        super().__init__(directory, log, {"TICKETRAIL_REDIS_PORT": port})
+        self._program = programs.redis_server
+        self.port = port
+        self.url = f"redis://{HOST}:{port}/0"
+
+    def _prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _launch(self) -> None:
+        options = {
+            "bind": HOST,
+            "port": str(self.port),
+            "dir": str(self.directory),
+            "daemonize": "no",
+            "maxmemory-policy": "noeviction",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",  # the append-only file is the copy; a second one by fork doubles memory at the worst moment
+        }
+        command = [str(self._program), *(part for name, value in options.items() for part in (f"--{name}", value))]
+        self._children = [Child.spawn(command, log=self.log, env=_environment(), cwd=self.directory)]
+
+    def _answers(self) -> bool:
+        # While it reads its file back it answers -LOADING.
+        with socket.create_connection((HOST, self.port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(5) == b"+PONG"
+
+
+class RabbitMQ(Server):
+    """One RabbitMQ node with the management plugin and a port mapper (epmd) of its own, 3.10 and newer."""
+
+    name = "rabbitmq"
+    stop_within = 7.5  # its orderly end takes 6 to 7 s on 3.10
+
+    def __init__(
+        self,
+        directory: Path,
+        log: Path,
+        programs: Programs,
+        *,
+        port: int,
+        management_port: int,
+        epmd_port: int,
+        distribution_port: int,
+    ) -> None:
+        super().__init__(
+            directory,
+            log,
+            {
+                "TICKETRAIL_RABBITMQ_PORT": port,
+                "TICKETRAIL_RABBITMQ_MANAGEMENT_PORT": management_port,
+                "TICKETRAIL_EPMD_PORT": epmd_port,
+                "TICKETRAIL_RABBITMQ_DIST_PORT": distribution_port,
+            },
+        )
+        self._programs = programs
+        self.port, self.management_port = port, management_port
+        self.epmd_port, self.distribution_port = epmd_port, distribution_port
+        self.url = f"amqp://ticketrail:{PASSWORD}@{HOST}:{port}/"
+        self.management_url = f"http://ticketrail:{PASSWORD}@{HOST}:{management_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the server, and for whoever calls rabbitmqctl on it."""
+        directory = self.directory
+        return _environment() | {
+            "HOME": str(directory),  # the cookie is in there
+            # The data directory is named after the node: with the port in it, moving the port would lose the data.
+            "RABBITMQ_NODENAME": self._node_name(),
+            "RABBITMQ_MNESIA_BASE": str(directory / "data"),
+            "RABBITMQ_LOG_BASE": str(directory / "log"),
+            "RABBITMQ_SCHEMA_DIR": str(directory / "schema"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(directory / "schema"),
+            "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+            # Not those of the machine, in /etc/rabbitmq.
+            "RABBITMQ_CONFIG_FILES": str(directory / "conf.d"),
+            "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
+            "RABBITMQ_DIST_PORT": str(self.distribution_port),
+            "ERL_EPMD_PORT": str(self.epmd_port),
+            "ERL_EPMD_ADDRESS": HOST,
+            # The node must not start a port mapper (ours runs already), nor listen for other nodes beyond this machine.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            # The start script then becomes the server instead of waiting for it: signals reach it directly.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+
+    def _prepare(self) -> None:
+        for name in ("data", "log", "schema", "conf.d"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        cookie = self.directory / ".erlang.cookie"
+        if not cookie.exists() or not cookie.stat().st_size:
+            _write(cookie, base64.b32encode(os.urandom(20)).decode())
+            cookie.chmod(0o400)
+        _write(self.directory / "rabbitmq-env.conf", "")
+        _write(self.directory / "advanced.config", "[].\n")
+        _write(self.directory / "enabled_plugins", "[rabbitmq_management].\n")
+        _write(
+            self.directory / "rabbitmq.conf",
+            f"""\
+listeners.tcp.local = {HOST}:{self.port}
+management.tcp.ip = {HOST}
+management.tcp.port = {self.management_port}
+default_user = ticketrail
+default_pass = {PASSWORD}
+disk_free_limit.absolute = 100MB
+vm_memory_high_watermark.absolute = 1GB
+log.console = true
+log.console.level = info
+log.file = false
+""",
+        )
+
+    def _launch(self) -> None:
+        env = self.environment
+        mapper = [str(self._programs.epmd), "-port", str(self.epmd_port), "-address", HOST]
+        self._children = [Child.spawn(mapper, log=self.log, env=env, cwd=self.directory)]
+        server = Child.spawn([self._programs.rabbitmq_server], log=self.log, env=env, cwd=self.directory)
+        self._children = [*self._children, server]
+
+    def _answers(self) -> bool:
+        with socket.create_connection((HOST, self.port), timeout=1) as connection:
+            connection.sendall(b"AMQP\x00\x00\x09\x01")
+            if connection.recv(1) != b"\x01":  # a method frame: connection.start
+                return False
+        try:
+            return ask(self.management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None
+        except urllib.error.HTTPError:
+            return False
+
+    def _node_name(self) -> str:
+        known = self.directory / "node"
+        if not known.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write(known, f"ticketrail-{self.port}@localhost")
+        return known.read_text().strip()
+
+
+class PostgreSQL(Server):
+    """One PostgreSQL with the role `ticketrail_owner` and its database `ticketrail`.
+
+    PostgreSQL refuses to run as root: started by root it runs as another user. Where that user cannot reach
+    `directory` (a checkout below /root), the data lies in /var/lib/ticketrail and `directory` is a link to it.
+    """
+
+    name = "postgres"
+    stop_signal = signal.SIGINT  # "fast": ends sessions instead of waiting for them
+
+    def __init__(self, directory: Path, log: Path, programs: Programs, *, port: int) -> None:
+        super().__init__(directory, log, {"TICKETRAIL_POSTGRES_PORT": port})
+        self._programs = programs
+        self.port = port
+        self.superuser_url = f"postgresql://postgres:{PASSWORD}@{HOST}:{port}/postgres"
+        self._user = database.user_to_run_as()
+
+    def url(self, role: str = "ticketrail_owner") -> str:
+        return f"postgresql://{role}:{PASSWORD}@{HOST}:{self.port}/ticketrail"
+
+    @property
+    def _data(self) -> Path:
+        return self.directory.resolve() / "data"
+
+    def _prepare(self) -> None:
+        database.make_reachable(self.directory, self._user)
+        if self._data.exists():
+            database.forget_foreign_lock(self._data)
+            return
+        # Made aside and renamed: a run that was killed half way leaves no directory that looks complete.
+        place = self.directory.resolve()
+        fresh, password = place / "data.new", place / "password"
+        shutil.rmtree(fresh, ignore_errors=True)
+        _write(password, PASSWORD + "\n")
+        if self._user:
+            shutil.chown(password, self._user)
+        command: list[str | Path] = [self._programs.initdb, "--pgdata", fresh, "--username", "postgres"]
+        command += ["--auth", "scram-sha-256", "--pwfile", password, "--encoding", "UTF8", "--locale", "C.UTF-8"]
+        maker = Child.spawn(command, log=self.log, env=_environment(), cwd=place, user=self._user)
+        self._children = [maker]
+        if maker.wait(60) != 0:
+            raise ServerFailed(f"initdb failed; {self.log} ends with:\n{maker.tail()}")
+        fresh.rename(self._data)
+        password.unlink()
+
+    def _launch(self) -> None:
+        options = {
+            "listen_addresses": HOST,
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            "timezone": "UTC",
+        }
+        command = [str(database.postgres_for(self._data, self._programs.postgres)), "-D", str(self._data)]
+        for name, value in options.items():
+            command += ["-c", f"{name}={value}"]
+        env, place = _environment(), self.directory.resolve()
+        server = Child.spawn(command, log=self.log, env=env, cwd=place, user=self._user, death_signal=self.stop_signal)
+        self._children = [server]
+
+    def _answers(self) -> bool:
+        return database.make_owner(self.superuser_url, PASSWORD)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would point a server or its tools at another instance."""
+    foreign = (
+        "RABBITMQ_",
+        "ERL_",
+        "ELIXIR_ERL",
+        "PG",
+        "REDIS",
+        "VALKEY",
+        "NOTIFY_SOCKET",
+        "LC_",
+        "LANG",
+        "TICKETRAIL_",
+    )
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {"LC_ALL": "C.UTF-8"}
+
+
+def _write(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)

@@ -1,0 +1,154 @@
+"""Keeps programs running: starts again what dies, and stops all of them when told to.
+
+- A program that dies is announced in one line and started again, at once the first time, then after pauses that double
+  up to 5 s, so that one which cannot start does not spin. One that has run for a while begins anew with short pauses.
+- `stop` returns when nothing that was started here runs any more; it may be called before `start`, and twice.
+"""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from deploy.local.child import Child
+
+T = TypeVar("T")
+
+
+class Program(Protocol):
+    """What can be supervised: a service, or one of the private servers. All calls block."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pid(self) -> int | None: ...
+    def start(self) -> None: ...
+    def wait(self) -> int | None:
+        """Until it ends; its return code, negative for a signal."""
+
+    def stop(self) -> None: ...
+
+
+class Service:
+    """One of our own processes: `python -m …`."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        program: str = sys.executable,
+        stop_within: float = 7.0,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._command = [program, *arguments]
+        self._env, self._cwd, self._stop_within = env, cwd, stop_within
+        self._child: Child | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
+    def start(self) -> None:
+        if self._child:
+            self._child.kill()  # workers that outlived their parent would keep its port
+        self._child = Child.spawn(self._command, log=self.log, env=self._env, cwd=self._cwd)
+
+    def wait(self) -> int | None:
+        return self._child.wait() if self._child else None
+
+    def stop(self) -> None:
+        if self._child:
+            self._child.terminate(self._stop_within)
+
+
+class Supervisor:
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        *,
+        say: Callable[[str], None],
+        on_restart: Callable[[], None] = lambda: None,
+        first_pause: float = 0.2,
+        longest_pause: float = 5.0,
+        settled_seconds: float = 30.0,
+    ) -> None:
+        self.programs = programs
+        self.restarts = {program.name: 0 for program in programs}
+        self._say, self._on_restart = say, on_restart
+        self._first_pause, self._longest_pause, self._settled_seconds = first_pause, longest_pause, settled_seconds
+        self._stopping = asyncio.Event()
+        self._watchers: list[asyncio.Task[None]] = []
+        # Two calls per program may block at once: its watcher's wait, and the stop that ends it.
+        self._threads = ThreadPoolExecutor(2 * len(programs), thread_name_prefix="supervisor")
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {program.name: program.pid for program in self.programs if program.pid is not None}
+
+    async def start(self) -> None:
+        """All at once; raises the first error after every start has ended one way or the other."""
+        results = await asyncio.gather(
+            *(self._blocking(program.start) for program in self.programs), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        self._watchers = [asyncio.create_task(self._watch(program)) for program in self.programs]
+
+    async def stop(self) -> None:
+        self._stopping.set()
+        await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
+        await asyncio.gather(*self._watchers)
+        # A restart that was under way when the first stop came.
+        await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
+
+    async def _watch(self, program: Program) -> None:
+        pause = self._first_pause
+        while True:
+            started = time.monotonic()
+            code = await self._blocking(program.wait)
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - started > self._settled_seconds:
+                pause = self._first_pause
+            reason = describe(code)
+            while True:
+                self._say(f"{program.name} ended ({reason}); starting it again in {pause:.1f} s")
+                if await self._stopped_within(pause):
+                    return
+                pause = min(pause * 2, self._longest_pause)
+                self.restarts[program.name] += 1
+                try:
+                    await self._blocking(program.start)
+                except Exception as error:  # noqa: BLE001  (whatever it is, the next try may succeed)
+                    if self._stopping.is_set():
+                        return
+                    reason = str(error).splitlines()[0]
+                else:
+                    break
+            self._on_restart()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _blocking(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def describe(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    return f"exit code {code}"

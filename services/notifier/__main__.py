@@ -1,0 +1,13 @@
+"""`python -m services.notifier`"""
+
+from shared.http import serve
+from shared.settings import Settings
+
+if __name__ == "__main__":
+    settings = Settings()
+    serve(
+        "services.notifier.app:create",
+        host=settings.host,
+        port=settings.notifier_port,
+        connections=settings.client_connections,
+    )

@@ -1,0 +1,104 @@
+"""The notifier, wired: the one place that sees all its parts.
+
+Starts while RabbitMQ is away and waits for it, not ready; refuses to start on a broker that answers and lacks the log.
+Stops in this order: every stream ends (the server waits for open responses), the follower lets go of the log.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from litestar import Litestar
+from litestar.di import Provide
+from msgspec import Struct
+
+from services.notifier.follower import Follower
+from services.notifier.hub import Hub
+from services.notifier.transports import TRANSPORTS
+from services.notifier.window import Window
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, stop_event
+from shared.messaging import declare
+from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.topology import LOG
+from shared.security import Tokens
+from shared.settings import Settings
+from shared.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+
+class Parts(Struct, frozen=True):
+    settings: Settings
+    hub: Hub
+    follower: Follower
+
+
+def assemble(settings: Settings) -> Parts:
+    window = Window(seconds=settings.window_seconds, changes=settings.window_changes, size=settings.window_bytes)
+    hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
+    return Parts(settings, hub, Follower(settings, hub))
+
+
+async def start(parts: Parts) -> None:
+    """Raises TopologyError when the broker answers and has no log."""
+    if await _log_is_missing(parts.settings):
+        raise declare.TopologyError(f"stream {LOG!r} is missing: run `ticketrail migrate`")
+    parts.follower.start()
+
+
+async def _log_is_missing(settings: Settings) -> bool:
+    try:
+        async with await declare.connect(settings.rabbitmq_url) as connection:
+            return not await declare.log_exists(connection)
+    except BROKEN_LINK as error:
+        log.warning("starting_without_broker", error=str(error) or type(error).__name__)
+        return False
+
+
+async def stop(parts: Parts) -> None:
+    parts.hub.close()
+    await parts.follower.stop()
+
+
+async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
+    return parts.follower.readiness()
+
+
+async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
+    await stopping.wait()
+    log.info("stopping", subscribers=len(hub))
+    hub.close()
+
+
+def create(settings: Settings | None = None) -> Litestar:
+    settings = settings or Settings()
+    configure_logging("notifier", settings.log_level)
+    parts = assemble(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        closing = asyncio.create_task(_close_on(stop_event(), parts.hub), name="close-on-stop")
+        try:
+            await start(parts)
+            log.info("started", instance=settings.instance, port=settings.notifier_port)
+            yield
+        finally:
+            closing.cancel()
+            await stop(parts)
+            log.info("stopped")
+
+    return Litestar(
+        route_handlers=[*TRANSPORTS, *health(lambda: readiness(parts))],
+        dependencies={
+            "hub": Provide(lambda: parts.hub, sync_to_thread=False),
+            "follower": Provide(lambda: parts.follower, sync_to_thread=False),
+        },
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+    )

@@ -1,0 +1,127 @@
+"""Which push event a change becomes. Pure: bytes in, one `PushEvent` or nothing out.
+
+| change                        | event          | for a subscriber of one order |
+|-------------------------------|----------------|-------------------------------|
+| order.created                 | order_created  |                               |
+| order.deleted                 | order_deleted  |                               |
+| order.status_changed          | stage_change   | order_stage_change            |
+| any other change of an order  | status_update  |                               |
+| any other entity              | none yet       |                               |
+
+`{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version"}`; the data of a stage
+change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of subscribers.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from services.notifier.cursor import Position
+from shared.entities import order
+from shared.entities.contract import Change, decode_change, encode
+from shared.entities.entity import event_of
+from shared.entities.registry import read
+
+
+class Kind(IntEnum):
+    """A bit for each kind, so that a filter is one `&` of plain integers."""
+
+    ORDER_CREATED = 1
+    ORDER_DELETED = 2
+    STAGE_CHANGE = 4
+    STATUS_UPDATE = 8
+    VALIDATED = 16
+
+
+EVERY_KIND = sum(Kind)
+
+# What a subscriber may ask for. A stage change has two names, one for each kind of subscriber: either asks for it.
+KINDS = {
+    "order_created": Kind.ORDER_CREATED,
+    "order_deleted": Kind.ORDER_DELETED,
+    "stage_change": Kind.STAGE_CHANGE,
+    "order_stage_change": Kind.STAGE_CHANGE,
+    "status_update": Kind.STATUS_UPDATE,
+    "validated": Kind.VALIDATED,
+}
+
+_OF_ORDER = {
+    "created": (Kind.ORDER_CREATED, "order_created"),
+    "deleted": (Kind.ORDER_DELETED, "order_deleted"),
+    "status_changed": (Kind.STAGE_CHANGE, "stage_change"),
+}
+_OTHERWISE = (Kind.STATUS_UPDATE, "status_update")
+
+# Internal to idempotency: no screen needs it, and a customer's could tell from it what else was asked.
+_INTERNAL = ("request_hash",)
+
+_fields = msgspec.json.Decoder(dict[str, Raw])
+
+
+class PushEvent(Struct, frozen=True):
+    position: Position
+    change_id: str
+    tenant: str
+    order_id: str
+    session_id: str | None
+    """The customer session that may see it."""
+    kind: Kind
+    _name: str
+    _rest: bytes
+    """The JSON from behind the event's name on, which the two names of a stage change share."""
+
+    def name(self, *, of_one_order: bool) -> str:
+        return "order_stage_change" if of_one_order and self.kind is Kind.STAGE_CHANGE else self._name
+
+    def payload(self, *, of_one_order: bool) -> bytes:
+        """JSON on one line."""
+        return b'{"eventType":"%b",%b' % (self.name(of_one_order=of_one_order).encode(), self._rest)
+
+    @property
+    def size(self) -> int:
+        return len(self._rest)
+
+
+def push_event(encoded: bytes, position: Position) -> PushEvent | None:
+    """None for a change that no screen hears of. Raises BrokenContract for what no store will take either."""
+    change = decode_change(encoded)
+    entity, state = read(change)
+    if entity is not order.ENTITY:
+        return None
+    kind, name = _OF_ORDER.get(event_of(change.type)[1], _OTHERWISE)
+    # Not the decoded state encoded again: fields that a newer service added are for the screen to use.
+    data: dict[str, Any] = dict(_fields.decode(change.data.after))
+    for field in _INTERNAL:
+        data.pop(field, None)
+    if kind is Kind.STAGE_CHANGE:
+        data["previousStage"] = _previous_stage(change)
+        data["newStage"] = state.status
+    return PushEvent(
+        position=position,
+        change_id=change.id,
+        tenant=change.restaurantid,
+        order_id=state.id,
+        session_id=state.customer_session_id,
+        kind=kind,
+        _name=name,
+        _rest=_rest(change, data),
+    )
+
+
+def _previous_stage(change: Change) -> Raw | None:
+    try:
+        return _fields.decode(change.data.before).get("status")
+    except msgspec.DecodeError:
+        return None  # the guard looks at `after` alone, and so does every store
+
+
+def _rest(change: Change, data: dict[str, Any]) -> bytes:
+    encoded = encode(
+        {"data": data, "orderID": change.entity_id, "timestamp": change.time, "version": change.entityversion}
+    )
+    if b"\n" in encoded or b"\r" in encoded:
+        # White space of whoever wrote the change (inside texts a line break is escaped): it would end an SSE field.
+        encoded = msgspec.json.format(encoded, indent=-1)
+    return encoded[1:]

@@ -1,0 +1,143 @@
+"""Follows the log and feeds the hub.
+
+Guarantee: every change in the log reaches the hub once, in the order of the log, those of the last `window_seconds`
+again after a start. An entry that cannot be read is skipped with an error in the log (the writer dead-letters it) and
+still counts for the cursor; it stops nothing. While the broker is away the hub goes on serving what it holds. After a
+loss of the log it begins the hub anew. At shutdown it just stops: it holds nothing that the log has not.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import aclosing
+from datetime import timedelta
+from typing import Any
+
+import structlog
+
+from services.notifier.cursor import Position
+from services.notifier.events import PushEvent, push_event
+from services.notifier.hub import Hub
+from shared.entities.contract import BrokenContract, now, split_batch
+from shared.messaging.log import Batch, Entry, LogReader
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+# Changes that are handed to the hub in one step. Between two steps the clients are written to: more would fill their
+# buffers with what they had no chance to read.
+_STEP = 256
+
+
+class Follower:
+    def __init__(self, settings: Settings, hub: Hub) -> None:
+        self._settings = settings
+        self._hub = hub
+        self._begun = False
+        self._reader = LogReader(
+            settings.rabbitmq_url,
+            name=f"notifier-{settings.instance}",
+            idle_seconds=settings.fence_interval_seconds * 3,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def caught_up(self) -> bool:
+        """The window is read back, and the log is being read now."""
+        return self._reader.caught_up and self._hub.window.epoch is not None
+
+    @property
+    def serving(self) -> bool:
+        """The window was read back once; since then the broker may have gone away."""
+        return self._begun and self._hub.window.epoch is not None
+
+    def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="follower"),
+            asyncio.create_task(self._beat(), name="heartbeats"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_end_process)
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Not ready while the window is being read back or the broker is away. Fences that stop coming say that the
+        sync worker is down: push works without it, so that is only reported."""
+        fenced_at = self._reader.fenced_at
+        age = None if fenced_at is None else (now() - fenced_at).total_seconds()
+        stale = age is None or age > max(2.0, self._settings.fence_interval_seconds * 3)
+        return self.caught_up and self._begun, {
+            "broker": self._reader.connected,
+            "caught_up": self.caught_up,
+            "epoch": self._hub.window.epoch,
+            "fences": "stale" if stale else "fresh",
+            "fence_age_seconds": None if age is None else round(age, 3),
+            "window": len(self._hub.window),
+            "subscribers": len(self._hub),
+        }
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+            self._hub.window.forget(time.monotonic())
+            self._hub.beat()
+
+    async def _follow(self) -> None:
+        since = now() - timedelta(seconds=self._settings.window_seconds)
+        async with aclosing(self._reader.read(since)) as batches:
+            first = True
+            async for batch in batches:
+                if first or batch.restarted or batch.epoch != self._hub.window.epoch:
+                    self._hub.begin(batch.epoch, batch.first_offset)
+                    first = False
+                await self._take(batch)
+                if batch.caught_up and not self._begun:
+                    log.info("caught_up", epoch=batch.epoch, window=len(self._hub.window))
+                    self._begun = True
+
+    async def _take(self, batch: Batch) -> None:
+        events: list[PushEvent] = []
+        upto = Position(batch.first_offset, 0)
+        changes = 0
+        for entry in batch.entries:
+            found, upto = _events_in(entry)
+            events += found
+            changes += upto.place + 1
+            if changes >= _STEP:
+                self._hub.publish(events, upto, time.monotonic())
+                events, changes = [], 0
+                await asyncio.sleep(0)
+        # The signals at the end of a batch move the cursor too.
+        self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
+
+
+def _end_process(task: asyncio.Task[None]) -> None:
+    """A hub that is no longer fed must not look alive: whoever supervises the process starts a new one."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("follower_died", task=task.get_name(), exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _events_in(entry: Entry) -> tuple[list[PushEvent], Position]:
+    """The push events of one message, and the position of its last change."""
+    events = []
+    index = 0
+    try:
+        for index, encoded in enumerate(split_batch(entry.body)):
+            try:
+                event = push_event(encoded, Position(entry.offset, index))
+            except BrokenContract as error:
+                log.error("not_pushed", offset=entry.offset, index=index, reason=error.reason, error=str(error))
+            else:
+                if event is not None:
+                    events.append(event)
+    except BrokenContract as error:
+        log.error("not_pushed", offset=entry.offset, reason=error.reason, error=str(error))
+    return events, Position(entry.offset, index)

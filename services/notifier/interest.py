@@ -1,0 +1,55 @@
+"""What a subscriber asked for and may see; decided once, before anything is encoded for it."""
+
+from uuid import UUID
+
+from msgspec import Struct
+
+from services.notifier.events import EVERY_KIND, KINDS, PushEvent
+from shared.errors import InvalidInput
+from shared.security import Identity, Role
+
+
+class Interest(Struct, frozen=True):
+    """Subscribers with an equal interest receive the same bytes."""
+
+    tenant: str
+    kinds: int = EVERY_KIND
+    order_id: str | None = None
+    session_id: str | None = None
+    """Set for customers: the orders of this session alone."""
+
+    def wants(self, event: PushEvent) -> bool:
+        """Of an event of the tenant; `Hub` keeps tenants apart before it asks."""
+        return (
+            bool(event.kind & self.kinds)
+            and (self.order_id is None or event.order_id == self.order_id)
+            and (self.session_id is None or event.session_id == self.session_id)
+        )
+
+
+def interest_of(identity: Identity, *, order_id: str | None, event_types: str | None) -> Interest:
+    """Raises Forbidden for who belongs to no restaurant, InvalidInput naming the parameter. An empty parameter is one
+    that was not given."""
+    return Interest(
+        tenant=identity.tenant,
+        kinds=_kinds(event_types) if event_types else EVERY_KIND,
+        order_id=_uuid(order_id) if order_id else None,
+        session_id=identity.session_id if identity.role is Role.CUSTOMER else None,
+    )
+
+
+def _kinds(event_types: str) -> int:
+    chosen = 0
+    for name in event_types.split(","):
+        kind = KINDS.get(name.strip())
+        if kind is None:
+            raise InvalidInput(f"unknown event type {name.strip()!r}", field="eventTypes", allowed=list(KINDS))
+        chosen |= kind
+    return chosen
+
+
+def _uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError as error:
+        raise InvalidInput("not a UUID", field="orderID") from error

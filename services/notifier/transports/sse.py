@@ -1,0 +1,135 @@
+"""Server-sent events: `GET /api/v1/sync/events`.
+
+`connected` comes first, heartbeats are comments, the id of an event is its cursor. Raw ASGI below Litestar's route: no
+generator, no task group and no timer per client, only one small task that waits for the client to leave. What waits for
+a client goes out in one write; while it does not read, its buffer fills and the hub lets it go.
+
+The stream ends when the client leaves, when the hub ends it, and at shutdown; after that the client's own reconnect
+(`Last-Event-ID`) goes on where it was, on any instance.
+"""
+
+import asyncio
+from typing import Any
+
+from litestar import Request, get
+from litestar.params import Parameter
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from services.notifier.cursor import Cursor, parse_cursor
+from services.notifier.events import PushEvent
+from services.notifier.follower import Follower
+from services.notifier.hub import Form, Hub, Subscriber
+from services.notifier.interest import Interest, interest_of
+from shared.entities.contract import encode
+from shared.errors import Unavailable
+from shared.http import identity_of
+
+# Seconds that a cursor ahead of this instance is waited for: another instance may have been quicker.
+_AHEAD = 2.0
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def _event(event: PushEvent, cursor: Cursor, of_one_order: bool) -> bytes:
+    name = event.name(of_one_order=of_one_order)
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (
+        str(cursor).encode(),
+        name.encode(),
+        event.payload(of_one_order=of_one_order),
+    )
+
+
+def _told(name: str, cursor: Cursor, **data: Any) -> bytes:
+    """The id makes it the client's `Last-Event-ID`: it can resume from here before any event has come."""
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (
+        str(cursor).encode(),
+        name.encode(),
+        encode({**data, "cursor": str(cursor)}),
+    )
+
+
+FORM = Form(
+    event=_event,
+    resync=lambda reason, cursor: _told("resync", cursor, reason=reason),
+    heartbeat=lambda cursor: b": heartbeat\nid: %b\n\n" % str(cursor).encode(),
+)
+
+
+@get("/api/v1/sync/events")
+async def events(
+    request: Request[Any, Any, Any],
+    hub: Hub,
+    follower: Follower,
+    order_id: str | None = Parameter(query="orderID", default=None),
+    event_types: str | None = Parameter(query="eventTypes", default=None),
+    last_event_id: str | None = Parameter(query="lastEventId", default=None),
+) -> ASGIApp:
+    interest = interest_of(identity_of(request), order_id=order_id, event_types=event_types)
+    cursor = _cursor(request.headers.get("last-event-id"), last_event_id)
+    if not follower.serving:
+        raise Unavailable("the event log is being read back", code="not_caught_up")
+    if cursor is not None and cursor.epoch == hub.window.epoch:
+        await hub.reached(cursor.position, within=_AHEAD)
+    return _Stream(hub, interest, cursor)
+
+
+def _cursor(header: str | None, query: str | None) -> Cursor | None:
+    """The header wins: a browser that reconnects repeats the query of its first request. Empty is not given."""
+    if header:
+        return parse_cursor(header, field="Last-Event-ID")
+    return parse_cursor(query, field="lastEventId") if query else None
+
+
+class _Stream:
+    __slots__ = ("_cursor", "_hub", "_interest")
+
+    def __init__(self, hub: Hub, interest: Interest, cursor: Cursor | None) -> None:
+        self._hub = hub
+        self._interest = interest
+        self._cursor = cursor
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        subscriber = self._hub.subscribe(self._interest, FORM, self._cursor)
+        cursor = self._cursor or self._hub.window.cursor
+        subscriber.task = asyncio.current_task()
+        leaving = asyncio.ensure_future(_leave(receive, self._hub, subscriber))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await _write(send, _told("connected", cursor, restaurantId=self._interest.tenant))
+            while (missed := self._hub.replay(subscriber)) is not None:
+                if missed:
+                    await _write(send, missed)
+            while not subscriber.idle or not subscriber.ended:
+                if chunk := subscriber.take():
+                    await _write(send, chunk)
+                else:
+                    await subscriber.wait()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not subscriber.ended:
+                raise
+            # We cut ourselves: the client has left, or had left its last bytes lying for too long.
+            if subscriber.task is not None:
+                subscriber.task.uncancel()
+        finally:
+            subscriber.task = None
+            self._hub.unsubscribe(subscriber)
+            leaving.cancel()
+
+
+async def _write(send: Send, chunk: bytes) -> None:
+    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def _leave(receive: Receive, hub: Hub, subscriber: Subscriber) -> None:
+    """Sending to a client that has left raises nothing: only this tells."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    hub.unsubscribe(subscriber)
+    subscriber.clear()
+    if subscriber.task is not None:
+        subscriber.task.cancel()

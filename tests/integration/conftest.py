@@ -1,0 +1,52 @@
+"""What the tests of the sync worker's parts share."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from services.sync.cli import _migrate
+from shared.settings import Settings
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.servers import Servers
+
+
+@pytest.fixture
+async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
+    made: list[tuple[Rig, str]] = []
+
+    async def make(**overrides: Any) -> Rig:
+        name = f"w{uuid4().hex[:10]}"
+        await asyncio.to_thread(servers.postgres.make_database, name)
+        chosen: dict[str, Any] = {
+            "rabbitmq_url": await asyncio.to_thread(servers.rabbitmq.make_vhost, name),
+            "redis_url": servers.redis.url,
+            "database_url": servers.postgres.url("ticketrail_owner", name),
+            "database_writer_url": servers.postgres.url("ticketrail_writer", name),
+            "database_api_url": servers.postgres.url("ticketrail_api", name),
+            "database_ops_url": servers.postgres.url("ticketrail_ops", name),
+            "database_timeout_seconds": 2.0,
+            "retry_steps_ms": (50, 100),
+            "fence_interval_seconds": 0.2,
+            "log_segment_bytes": 1_000_000,
+        }
+        rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))  # type: ignore[call-arg]
+        made.append((rig, name))
+        await _migrate(rig.settings)
+        await rig.up()
+        return rig
+
+    yield make
+    for rig, name in made:
+        await rig.down()
+        await asyncio.to_thread(servers.rabbitmq.delete_vhost, name)
+        await asyncio.to_thread(servers.postgres.drop_database, name)
+
+
+@pytest.fixture
+async def rig(make_rig: MakeRig) -> Rig:
+    rig: Rig = await make_rig()
+    await rig.writer.start()
+    return rig

@@ -1,0 +1,85 @@
+"""Fences on real servers: they prove the bindings, and a missing one refuses."""
+
+import asyncio
+
+import pytest
+
+from shared.entities.contract import Lane
+from shared.messaging import topology
+from shared.messaging.declare import TopologyError
+from tests.integration.writer_rig import Rig
+from tests.servers import Servers
+from tests.system import eventually
+
+
+async def test_a_fence_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
+    await rig.fences.start()
+
+    async def noted() -> set[str]:
+        return {row["lane"] for row in await rig.database.fetch("select lane from fences")}
+
+    await eventually(noted, what="fences noted", until=lambda seen: seen == {"critical", "normal", "background"})
+    epoch = await rig.database.fetchval("select epoch from log_epochs")
+    assert await rig.database.fetchval("select bool_and(epoch = $1) from fences", epoch)
+
+    async def lags() -> list[float | None]:
+        return [lag for way, lag in rig.watch.lags().items() if way != "log"]
+
+    await eventually(lags, what="lags", until=lambda seen: None not in seen)
+    assert rig.watch.stale() == ["log"]
+
+    async def told() -> set[str]:
+        return set(await rig.mirror.fences())
+
+    await eventually(told, what="the mirror told", until=lambda seen: seen >= {"critical", "normal", "background"})
+
+
+async def test_bindings_are_proved_by_fences_that_come_through(rig: Rig) -> None:
+    await rig.fences.start()
+
+    async def read_the_log() -> None:
+        while True:
+            for way in rig.watch._ways.values():
+                if way.sent_at is not None:
+                    rig.watch.note_log(way.sent_at, way.sent_at)
+            await asyncio.sleep(0.05)
+
+    reading = asyncio.create_task(read_the_log())
+    assert await rig.watch.prove(10.0)
+    assert rig.watch.readiness()[0]
+    reading.cancel()
+
+
+async def test_a_missing_binding_refuses_and_names_the_queue(rig: Rig) -> None:
+    async with rig.channel() as channel:
+        queue = await channel.get_queue(topology.lane_queue(Lane.NORMAL), ensure=False)
+        await queue.unbind(topology.CHANGES, Lane.NORMAL.value)
+    await rig.fences.start()
+    with pytest.raises(TopologyError, match=topology.lane_queue(Lane.NORMAL).replace(".", r"\.")):
+        await rig.watch.prove(3.0)
+    assert "normal" in rig.watch.stale()
+
+
+async def test_a_missing_binding_of_the_log_refuses_once_its_reader_is_at_the_end(rig: Rig) -> None:
+    await rig.fences.start()
+    assert not await rig.watch.prove(1.0)  # the reader may still be on its way
+    rig.watch.note_log_end()
+    with pytest.raises(TopologyError, match=topology.LOG.replace(".", r"\.")):
+        await rig.watch.prove(3.0)
+
+
+async def test_while_postgres_is_away_the_bindings_are_proved_all_the_same(rig: Rig, servers: Servers) -> None:
+    await rig.fences.start()
+
+    async def noted() -> bool:
+        return None not in [lag for way, lag in rig.watch.lags().items() if way != "log"]
+
+    await eventually(noted, what="an epoch known")
+    await rig.database.close()
+    rig.database = None
+    await asyncio.to_thread(servers.postgres.stop)
+    try:
+        assert not await rig.watch.prove(2.0)
+        assert rig.watch.stale() == ["log"]
+    finally:
+        await asyncio.to_thread(servers.postgres.start)

@@ -1,0 +1,321 @@
+"""The log reader against a real stream: in order, each once, whatever happens to the connection or to the stream."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from uuid import uuid4
+
+import aio_pika
+import pytest
+
+from shared.entities.contract import Lane, now
+from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.messaging import declare
+from shared.messaging.log import Batch, LogReader, Start
+from shared.messaging.topology import CHANGES, LOG
+from shared.settings import Settings
+from tests.servers import Servers
+from tests.system import eventually
+
+EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+SETTINGS = Settings(log_segment_bytes=1_000_000)
+
+
+class Broker:
+    """A vhost of one test, with the topology; what a worker and a publisher would do to it."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.name = f"log-{uuid4().hex[:8]}"
+        self.url = ""
+
+    async def make(self, *, with_log: bool = True) -> None:
+        self.url = await asyncio.to_thread(self.servers.rabbitmq.make_vhost, self.name)
+        async with await declare.connect(self.url) as connection:
+            await declare.declare(connection, SETTINGS)
+            if with_log:
+                await declare.declare_log(connection, SETTINGS, EPOCH)
+
+    async def publish(self, *bodies: bytes, lane: Lane = Lane.CRITICAL) -> None:
+        async with await declare.connect(self.url) as connection:
+            channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+            exchange = await channel.get_exchange(CHANGES, ensure=False)
+            for begin in range(0, len(bodies), 200):
+                await asyncio.gather(
+                    *(
+                        exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
+                        for body in bodies[begin : begin + 200]
+                    )
+                )
+
+    async def fence(self, epoch: str) -> None:
+        signal = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, lane="critical")
+        await self.publish(encode_signal(signal))
+
+    async def delete_log(self) -> None:
+        async with await declare.connect(self.url) as connection:
+            await (await connection.channel()).queue_delete(LOG)
+
+    async def make_log(self, epoch: str) -> None:
+        async with await declare.connect(self.url) as connection:
+            await declare.declare_log(connection, SETTINGS, epoch)
+
+
+@pytest.fixture
+async def broker(servers: Servers) -> AsyncIterator[Broker]:
+    broker = Broker(servers)
+    await broker.make()
+    yield broker
+    await asyncio.to_thread(servers.rabbitmq.delete_vhost, broker.name)
+
+
+class Read:
+    """What a reader has handed out so far."""
+
+    def __init__(self, reader: LogReader) -> None:
+        self.reader = reader
+        self.batches: list[Batch] = []
+        self._more = asyncio.Event()
+
+    async def run(self, start: Start, epoch: str | None) -> None:
+        async for batch in self.reader.read(start, epoch=epoch):
+            self.batches.append(batch)
+            self._more.set()
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [entry.body for batch in self.batches for entry in batch.entries]
+
+    @property
+    def offsets(self) -> list[int]:
+        return [entry.offset for batch in self.batches for entry in batch.entries]
+
+    async def is_cut_off(self) -> bool:
+        return not self.reader.connected
+
+    async def until(self, seen: Callable[[], bool], within: float = 20.0) -> None:
+        try:
+            async with asyncio.timeout(within):
+                while not seen():
+                    self._more.clear()
+                    await self._more.wait()
+        except TimeoutError:
+            raise AssertionError(f"not seen; last bodies {self.bodies[-5:]}, batches {self.batches[-3:]}") from None
+
+
+@asynccontextmanager
+async def reading(
+    url: str, start: Start = "first", *, epoch: str | None = None, idle: float = 5.0, prefetch: int = 1_000
+) -> AsyncIterator[Read]:
+    read = Read(LogReader(url, name="test", idle_seconds=idle, prefetch=prefetch))
+    task = asyncio.create_task(read.run(start, epoch))
+    try:
+        yield read
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def numbered(begin: int, end: int) -> list[bytes]:
+    return [b"[%d]" % number for number in range(begin, end)]
+
+
+async def test_entries_come_in_order_without_the_signals_between_them(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 300))
+    await broker.fence(EPOCH)
+    await broker.publish(*numbered(300, 600), lane=Lane.BACKGROUND)
+    async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 600)
+        assert read.bodies == numbered(0, 600)
+        assert read.offsets == sorted(set(read.offsets))
+        assert {batch.epoch for batch in read.batches} == {EPOCH}
+        lanes = [entry.lane for batch in read.batches for entry in batch.entries]
+        assert lanes == ["critical"] * 300 + ["background"] * 300
+        await broker.publish(*numbered(600, 610))
+        await read.until(lambda: len(read.bodies) == 610)
+
+
+async def test_caught_up_comes_with_or_after_the_last_entry_that_stood_in_the_log(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 2_000))
+    async with reading(broker.url, prefetch=50) as read:
+        await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
+        assert read.bodies == numbered(0, 2_000)
+        assert sum(batch.caught_up for batch in read.batches) == 1
+        await broker.publish(b"[2000]")
+        await read.until(lambda: read.bodies[-1] == b"[2000]")
+        assert read.reader.caught_up and read.reader.connected
+
+
+async def test_from_an_offset_that_entry_comes_once_more_and_then_what_follows(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 20))
+    async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 20)
+        offset = read.offsets[12]
+    async with reading(broker.url, offset, epoch=EPOCH) as read:
+        await read.until(lambda: read.bodies[-1:] == [b"[19]"])
+        assert read.bodies == numbered(12, 20)
+        assert not any(batch.restarted for batch in read.batches)
+
+
+async def test_from_a_time_nothing_younger_is_missing_and_the_epoch_is_known_at_once(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 5))
+    async with reading(broker.url, now() + timedelta(seconds=60)) as read:
+        await read.until(lambda: bool(read.batches))
+        # No fence is as young as that: the epoch comes from the first one in the log.
+        assert read.batches[0].epoch == EPOCH
+        await broker.publish(b"[5]")
+        await read.until(lambda: read.bodies[-1:] == [b"[5]"])
+    async with reading(broker.url, now() - timedelta(seconds=600)) as read:
+        await read.until(lambda: len(read.bodies) == 6)
+
+
+async def test_from_next_only_what_comes_later_is_read(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 5))
+    async with reading(broker.url, "next") as read:
+        await read.until(lambda: bool(read.batches))
+        await broker.publish(b"[5]")
+        await read.until(lambda: bool(read.bodies))
+        assert read.bodies == [b"[5]"]
+
+
+class Proxy:
+    """Between a reader and the broker, to cut the connection at any byte."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server
+
+    async def __aenter__(self) -> "Proxy":
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+
+    def url(self, behind: str) -> str:
+        return behind.replace(f":{self._port}/", f":{self._server.sockets[0].getsockname()[1]}/")
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+        self._writers -= {writer, back}
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+
+async def test_cut_connections_lose_nothing_and_repeat_nothing(broker: Broker) -> None:
+    total, cuts = 20_000, 12
+    async with Proxy(broker.servers.rabbitmq.port) as proxy, reading(proxy.url(broker.url), prefetch=100) as read:
+        publishing = asyncio.create_task(broker.publish(*numbered(0, total)))
+        for cut in range(1, cuts + 1):
+            await read.until(lambda cut=cut: len(read.bodies) >= cut * total // (cuts + 1))
+            proxy.cut()
+        await publishing
+        await read.until(lambda: len(read.bodies) >= total, within=60)
+        assert read.bodies == numbered(0, total)
+        assert not any(batch.restarted for batch in read.batches)
+        assert sum(batch.caught_up for batch in read.batches) >= 2, "no connection was really cut"
+
+
+async def test_a_stream_deleted_and_made_again_is_read_from_its_first_entry_and_says_so(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 50))
+    async with reading(broker.url, idle=60.0) as read:
+        await read.until(lambda: len(read.bodies) == 50)
+        old = len(read.batches)
+        await broker.delete_log()
+        await broker.make_log(OTHER_EPOCH)
+        await broker.publish(*numbered(100, 103))
+        await read.until(lambda: len(read.bodies) == 53)
+        new = read.batches[old:]
+        assert new[0].restarted and sum(batch.restarted for batch in new) == 1
+        assert {batch.epoch for batch in new} == {OTHER_EPOCH}
+        assert read.bodies[50:] == numbered(100, 103)
+
+
+async def test_a_longer_stream_under_the_same_name_is_not_taken_for_the_old_one(broker: Broker) -> None:
+    """The remembered offset exists in the new stream too: only the epoch tells them apart."""
+    await broker.publish(*numbered(0, 3))
+    async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 3)
+        offset = read.offsets[-1]
+    await broker.delete_log()
+    await broker.make_log(OTHER_EPOCH)
+    await broker.publish(*numbered(100, 150))
+    async with reading(broker.url, offset, epoch=EPOCH) as read:
+        await read.until(lambda: len(read.bodies) >= 50)
+        assert read.bodies == numbered(100, 150)
+        assert read.batches[0].restarted and read.batches[0].epoch == OTHER_EPOCH
+
+
+async def test_a_log_that_lost_its_end_is_read_from_its_first_entry(broker: Broker) -> None:
+    """The same epoch, but the remembered offset does not exist (any more)."""
+    await broker.publish(*numbered(0, 3))
+    async with reading(broker.url, 5_000, epoch=EPOCH) as read:
+        await read.until(lambda: len(read.bodies) == 3)
+        assert read.batches[0].restarted
+        await broker.publish(b"[3]")
+        await read.until(lambda: read.bodies[-1] == b"[3]")
+        assert read.bodies == numbered(0, 4)
+
+
+async def test_a_late_fence_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
+    async with reading(broker.url) as read:
+        await broker.publish(b"[0]")
+        await broker.fence(OTHER_EPOCH)
+        await broker.publish(b"[1]")
+        await broker.fence(OTHER_EPOCH)
+        await broker.publish(b"[2]")
+        await read.until(lambda: read.bodies[-1:] == [b"[2]"])
+        assert read.bodies == numbered(0, 3)
+        assert {batch.epoch for batch in read.batches} == {EPOCH}
+        assert not any(batch.restarted for batch in read.batches)
+
+
+async def test_an_idle_reader_asks_if_the_link_lives_and_stays_connected(broker: Broker) -> None:
+    async with reading(broker.url, idle=0.3) as read:
+        await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
+        await read.until(lambda: len(read.batches) >= 5)  # its own marks, three silences later
+        assert sum(batch.caught_up for batch in read.batches) == 1, "it attached anew"
+        await broker.publish(b"[0]")
+        await read.until(lambda: read.bodies == [b"[0]"])
+
+
+async def test_a_frozen_broker_is_noticed_and_nothing_is_lost_when_it_thaws(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 10))
+    async with reading(broker.url, idle=0.5) as read:
+        await read.until(lambda: len(read.bodies) == 10)
+        await asyncio.to_thread(broker.servers.rabbitmq.freeze)
+        try:
+            await eventually(read.is_cut_off, what="the frozen broker to be noticed")
+        finally:
+            await asyncio.to_thread(broker.servers.rabbitmq.thaw)
+        await broker.publish(*numbered(10, 20))
+        await read.until(lambda: len(read.bodies) >= 20, within=40)
+        assert read.bodies == numbered(0, 20)
+
+
+async def test_a_missing_stream_is_waited_for(servers: Servers) -> None:
+    broker = Broker(servers)
+    await broker.make(with_log=False)
+    async with reading(broker.url) as read:
+        assert await read.is_cut_off()
+        await broker.make_log(EPOCH)
+        await broker.publish(b"[0]")
+        await read.until(lambda: read.bodies == [b"[0]"])
+    await asyncio.to_thread(servers.rabbitmq.delete_vhost, broker.name)

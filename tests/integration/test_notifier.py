@@ -1,0 +1,651 @@
+"""The notifier as a process, on a real stream, over real HTTP."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aio_pika
+import httpx
+import pytest
+
+from deploy.local.child import Child
+from deploy.local.ports import find_free
+from shared.entities.contract import Change, Lane, now
+from shared.entities.order import Order, Status
+from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.messaging import declare
+from shared.messaging.topology import CHANGES, LOG
+from shared.security import Identity, Role, Tokens
+from shared.settings import Settings
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.servers import Servers
+from tests.system import ROOT, eventually
+
+SECRET = "a-secret-for-tests-that-is-long-enough"
+EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+TOPOLOGY = Settings(log_segment_bytes=1_000_000)
+TOKENS = Tokens(SECRET, ttl_seconds=3600)
+
+
+def token(role: Role = Role.STAFF, *, restaurant: str = RESTAURANT, session: str | None = None) -> str:
+    return TOKENS.issue(Identity(user_id="u-1", role=role, restaurant_id=restaurant, session_id=session))
+
+
+class Event:
+    def __init__(self, id_: str, name: str, data: dict[str, Any]) -> None:
+        self.id, self.name, self.data = id_, name, data
+
+    def __repr__(self) -> str:
+        return f"{self.name}@{self.id} {self.data.get('orderID', self.data)}"
+
+
+class Screen:
+    """A client of the stream, as a browser sees it."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.events: list[Event] = []
+        self.comments = 0
+        self.last_event_id = ""
+        self.ended = False
+        self._more = asyncio.Event()
+
+    async def listen(self) -> None:
+        fields: dict[str, str] = {}
+        try:
+            async for line in self.response.aiter_lines():
+                if line.startswith(":"):
+                    self.comments += 1
+                elif line:
+                    name, _, value = line.partition(": ")
+                    fields[name] = value
+                else:
+                    self.last_event_id = fields.get("id", self.last_event_id)
+                    if "data" in fields:
+                        event = Event(self.last_event_id, fields["event"], json.loads(fields["data"]))
+                        self.events.append(event)
+                    fields = {}
+                self._more.set()
+        except httpx.HTTPError as error:
+            self.events.append(Event("", "broken", {"error": repr(error)}))
+        self.ended = True
+        self._more.set()
+
+    async def until(self, seen: Callable[[], bool], within: float = 15.0) -> None:
+        try:
+            async with asyncio.timeout(within):
+                while not seen():
+                    self._more.clear()
+                    await self._more.wait()
+        except TimeoutError:
+            raise AssertionError(f"not seen; ended: {self.ended}; events: {self.events[-10:]}") from None
+
+    async def has(self, count: int) -> list[Event]:
+        """The first `count` events after `connected`."""
+        await self.until(lambda: len(self.events) > count)
+        return self.events[1 : count + 1]
+
+    @property
+    def names(self) -> list[str]:
+        return [event.name for event in self.events[1:]]
+
+
+class Rail:
+    """A vhost of one test with the topology, and notifiers on it."""
+
+    def __init__(self, servers: Servers, folder: Path) -> None:
+        self.servers = servers
+        self.folder = folder
+        self.name = f"notifier-{uuid4().hex[:8]}"
+        self.url = ""
+        self.notifiers: list[Notifier] = []
+
+    async def make(self, *, with_log: bool = True) -> None:
+        self.url = await asyncio.to_thread(self.servers.rabbitmq.make_vhost, self.name)
+        async with await declare.connect(self.url) as connection:
+            await declare.declare(connection, TOPOLOGY)
+            if with_log:
+                await declare.declare_log(connection, TOPOLOGY, EPOCH)
+
+    async def clean(self) -> None:
+        await asyncio.gather(*(asyncio.to_thread(notifier.child.kill) for notifier in self.notifiers))
+        await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.name)
+
+    async def send(self, *bodies: bytes, lane: Lane = Lane.CRITICAL) -> None:
+        async with await declare.connect(self.url) as connection:
+            channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+            exchange = await channel.get_exchange(CHANGES, ensure=False)
+            for body in bodies:
+                await exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
+
+    async def say(self, *changes: Change) -> None:
+        """Each in a message of its own."""
+        await self.send(*(message(change) for change in changes))
+
+    async def fence(self, epoch: str = EPOCH) -> None:
+        await self.send(encode_signal(Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, lane="critical")))
+
+    async def remake_log(self) -> None:
+        async with await declare.connect(self.url) as connection:
+            await (await connection.channel()).queue_delete(LOG)
+            await declare.declare_log(connection, TOPOLOGY, OTHER_EPOCH)
+
+    async def notifier(self, *, wait: bool = True, **settings: object) -> "Notifier":
+        notifier = Notifier(self, find_free(1)[0], settings)
+        self.notifiers.append(notifier)
+        if wait:
+            await notifier.ready()
+        return notifier
+
+
+class Notifier:
+    def __init__(self, rail: Rail, port: int, settings: dict[str, object]) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+        chosen = {
+            "rabbitmq_url": rail.url,
+            "notifier_port": port,
+            "jwt_secret": SECRET,
+            "fence_interval_seconds": 0.3,
+            **settings,
+        }
+        self.child = Child.spawn(
+            [sys.executable, "-m", "services.notifier"],
+            log=rail.folder / f"notifier-{port}.log",
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")},
+                **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in chosen.items()},
+            },
+            cwd=ROOT,
+        )
+
+    async def health(self) -> tuple[int, dict[str, Any]]:
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"{self.base}/health/ready", timeout=5)
+            return answer.status_code, answer.json()
+
+    async def ready(self) -> None:
+        try:
+            await eventually(self.health, within=30, what="ready", until=lambda health: health[0] == 200)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.child.tail(30)}") from None
+
+    async def subscribers(self) -> int:
+        return int((await self.health())[1]["subscribers"])
+
+    async def get(self, path: str = "/api/v1/sync/events", *, by: str | None = None, **more: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {by or token()}", **more.pop("headers", {})}
+        async with (
+            httpx.AsyncClient() as client,
+            client.stream("GET", self.base + path, headers=headers, timeout=5, **more) as response,
+        ):
+            if response.status_code != 200:
+                await response.aread()
+            return response
+
+    @asynccontextmanager
+    async def screen(self, *, by: str | None = None, after: str | None = None, **params: str) -> AsyncIterator[Screen]:
+        """A client that has been told `connected`. `after`: the `Last-Event-ID` that it sends."""
+        headers = {"Authorization": f"Bearer {by or token()}"}
+        if after is not None:
+            headers["Last-Event-ID"] = after
+        timeout = httpx.Timeout(5.0, read=60.0)
+        async with (
+            httpx.AsyncClient(timeout=timeout) as client,
+            client.stream("GET", f"{self.base}/api/v1/sync/events", params=params, headers=headers) as response,
+        ):
+            if response.status_code != 200:
+                raise AssertionError(f"{response.status_code}: {(await response.aread()).decode()}")
+            screen = Screen(response)
+            listening = asyncio.create_task(screen.listen())
+            try:
+                await screen.until(lambda: bool(screen.events))
+                yield screen
+            finally:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+
+
+@pytest.fixture
+async def rail(servers: Servers, tmp_path: Path) -> AsyncIterator[Rail]:
+    rail = Rail(servers, tmp_path)
+    await rail.make()
+    yield rail
+    await rail.clean()
+
+
+def moved(base: Change, state: Order, status: Status) -> tuple[Change, Order]:
+    after = Order(**{**{name: getattr(state, name) for name in state.__struct_fields__}, "status": status})
+    return change(after, event="status_changed", base=base, before=state), after
+
+
+async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen() as screen:
+        assert screen.response.headers["content-type"].startswith("text/event-stream")
+        assert screen.response.headers["cache-control"] == "no-cache"
+        assert screen.response.headers["x-accel-buffering"] == "no"
+        connected = screen.events[0]
+        assert connected.name == "connected"
+        assert connected.data["restaurantId"] == RESTAURANT
+        assert connected.data["cursor"] == connected.id
+        placed = [order(order_number=f"{number:04}") for number in range(60)]
+        created = [change(state) for state in placed]
+        await rail.send(message(*created[:50]), *(message(one) for one in created[50:]))
+        first, state = created[0], placed[0]
+        received, state = moved(first, state, Status.RECEIVED)
+        noted = change(state, base=received)
+        deleted = change(state, event="deleted", base=noted)
+        restored = change(state, event="restored", base=deleted)
+        await rail.say(received, noted, deleted, restored)
+        events = await screen.has(64)
+        assert [event.data["orderID"] for event in events[:60]] == [state.id for state in placed]
+        assert {event.name for event in events[:60]} == {"order_created"}
+        assert screen.names[60:] == ["stage_change", "status_update", "order_deleted", "status_update"]
+        assert [event.data["version"] for event in events[60:]] == [2, 3, 4, 5]
+        stage = events[60].data
+        assert (stage["data"]["previousStage"], stage["data"]["newStage"]) == ("pending", "received")
+        assert events[0].data["eventType"] == "order_created"
+        assert events[0].data["data"]["items"][0]["name"] == "Masala Dosa"
+        assert events[0].data["data"]["order_number"] == "0000"
+        assert events[0].data["timestamp"].startswith(f"{created[0].time:%Y-%m-%dT%H:%M:%S}")
+        assert "request_hash" not in events[0].data["data"]
+        assert len({event.id for event in screen.events}) == 65
+
+
+async def test_a_change_that_is_recorded_twice_is_pushed_once(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen() as screen:
+        one, other = change(order()), change(order())
+        await rail.say(one, one, other, one)
+        await rail.say(last := change(order()))
+        events = await screen.has(3)
+        assert [event.data["orderID"] for event in events] == [one.entity_id, other.entity_id, last.entity_id]
+
+
+async def test_a_tenant_sees_itself_alone_also_when_an_event_names_anothers_order(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    theirs = order(restaurant_id=OTHER_RESTAURANT)
+    async with (
+        notifier.screen() as screen,
+        notifier.screen(by=token(restaurant=OTHER_RESTAURANT)) as other,
+        notifier.screen(orderID=theirs.id) as curious,
+    ):
+        forged = change(theirs, restaurantid=RESTAURANT)
+        await rail.say(forged, change(theirs), mine := change(order()))
+        assert [event.data["orderID"] for event in await screen.has(1)] == [mine.entity_id]
+        assert [event.data["orderID"] for event in await other.has(1)] == [theirs.id]
+        await rail.say(change(order()), change(order(restaurant_id=OTHER_RESTAURANT)))
+        await asyncio.gather(screen.has(2), other.has(2))
+        assert len(screen.events) == 3 and len(other.events) == 3 and len(curious.events) == 1
+    async with notifier.screen(after=screen.events[0].id, orderID=theirs.id) as curious:
+        await rail.say(change(order(id=theirs.id)))
+        assert (await curious.has(1))[0].data["data"]["restaurant_id"] == RESTAURANT
+
+
+async def test_a_customer_sees_the_orders_of_its_session_alone_live_and_replayed(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    customer = token(Role.CUSTOMER, session="table-7")
+    own, others, staff = (order(customer_session_id=session) for session in ("table-7", "table-8", None))
+    async with notifier.screen(by=customer) as live, notifier.screen(by=customer, orderID=others.id) as curious:
+        await rail.say(change(others), change(staff), change(own))
+        assert [event.data["orderID"] for event in await live.has(1)] == [own.id]
+        start = live.events[0].id
+    async with notifier.screen(by=customer, after=start) as replayed:
+        await rail.say(change(last := order(customer_session_id="table-7")))
+        assert [event.data["orderID"] for event in await replayed.has(2)] == [own.id, last.id]
+    assert len(curious.events) == 1
+
+
+async def test_a_subscriber_of_one_order_hears_of_it_alone_and_by_the_other_name(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    wanted, other = order(), order()
+    async with notifier.screen(orderID=wanted.id.upper()) as one, notifier.screen() as every:
+        created, noise = change(wanted), change(other)
+        await rail.say(
+            noise, created, moved(noise, other, Status.RECEIVED)[0], moved(created, wanted, Status.RECEIVED)[0]
+        )
+        await every.has(4)
+        events = await one.has(2)
+        assert one.names == ["order_created", "order_stage_change"]
+        assert {event.data["orderID"] for event in events} == {wanted.id}
+        assert events[1].data["eventType"] == "order_stage_change"
+        assert every.names == ["order_created", "order_created", "stage_change", "stage_change"]
+        assert events[1].id == every.events[4].id
+    async with notifier.screen(orderID=wanted.id, lastEventId=one.events[0].id) as again:
+        await again.has(2)
+        assert again.names == one.names and [event.id for event in again.events[1:]] == [event.id for event in events]
+
+
+async def test_event_types_are_a_filter(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    state = order()
+    created = change(state)
+    received, state = moved(created, state, Status.RECEIVED)
+    noted = change(state, base=received)
+    async with (
+        notifier.screen(eventTypes="stage_change,order_deleted") as stages,
+        notifier.screen(eventTypes="order_created") as births,
+        notifier.screen(eventTypes="validated", orderID="") as nothing,
+    ):
+        await rail.say(created, received, noted, change(state, event="deleted", base=noted))
+        await stages.has(2)
+        await births.has(1)
+        assert stages.names == ["stage_change", "order_deleted"]
+        assert births.names == ["order_created"]
+        assert nothing.names == []
+    async with notifier.screen(eventTypes="status_update", after=stages.events[0].id) as replayed:
+        await replayed.has(1)
+        assert replayed.names == ["status_update"]
+
+
+async def test_a_cursor_holds_across_a_restart_and_on_a_second_instance(rail: Rail) -> None:
+    first = await rail.notifier()
+    changes = [change(order()) for _ in range(10)]
+    async with first.screen() as screen:
+        await rail.send(message(*changes[:4]), message(*changes[4:8]))
+        seen = await screen.has(8)
+    cursor = seen[2].id  # in the middle of a message
+    await asyncio.to_thread(first.child.terminate, 10)
+    second, third = await asyncio.gather(rail.notifier(), rail.notifier(instance=2))
+    for notifier in (second, third):
+        async with notifier.screen(lastEventId="garbage that the header overrides", after=cursor) as screen:
+            assert screen.events[0].data["cursor"] == cursor
+            events = await screen.has(5)
+            assert [event.data["orderID"] for event in events] == [change.entity_id for change in changes[3:8]]
+            assert [event.id for event in events] == [event.id for event in seen[3:]]
+    async with second.screen(after=cursor) as on_second, third.screen(after=seen[-1].id) as on_third:
+        await rail.say(*changes[8:])
+        assert [event.id for event in (await on_second.has(7))[5:]] == [event.id for event in await on_third.has(2)]
+        assert "resync" not in on_second.names + on_third.names
+
+
+async def test_the_cursor_of_connected_resumes_before_any_event_has_come(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    await rail.say(change(order()))
+    await eventually(notifier.health, until=lambda health: health[1]["window"] == 1)
+    async with notifier.screen() as screen:
+        cursor = screen.last_event_id
+    await rail.say(missed := change(order()))
+    async with notifier.screen(after=cursor) as screen:
+        assert [event.data["orderID"] for event in await screen.has(1)] == [missed.entity_id]
+
+
+async def test_replay_goes_over_into_live_without_a_gap_or_a_repetition(rail: Rail) -> None:
+    notifier = await rail.notifier(client_buffer_events=100_000, client_buffer_bytes=1 << 30)
+    await rail.say(change(order()))
+    async with notifier.screen() as screen:
+        start = screen.events[0].id
+    changes = [change(order(items=1)) for _ in range(3_000)]
+    saying = asyncio.create_task(rail.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
+
+    async def come_back() -> list[str]:
+        async with notifier.screen(after=start) as screen:
+            await screen.until(lambda: len(screen.events) > 3_000, within=30)
+            return [event.data["orderID"] for event in screen.events[1:]]
+
+    coming: list[asyncio.Task[list[str]]] = []
+    while not saying.done():
+        coming.append(asyncio.create_task(come_back()))
+        await asyncio.wait((saying,), timeout=0.05)
+    assert len(coming) > 5
+    for seen in await asyncio.gather(*coming):
+        assert seen[-3_000:] == [change.entity_id for change in changes]
+
+
+async def test_a_cursor_older_than_the_window_gets_a_resync_and_then_goes_on_live(rail: Rail) -> None:
+    notifier = await rail.notifier(window_changes=5)
+    async with notifier.screen() as screen:
+        await rail.say(*(change(order()) for _ in range(10)))
+        seen = await screen.has(10)
+    async with notifier.screen(after=seen[3].id) as late:
+        resync = (await late.has(1))[0]
+        assert resync.name == "resync"
+        assert resync.data == {"reason": "too_old", "cursor": resync.id}
+        await rail.say(fresh := change(order()))
+        assert (await late.has(2))[1].data["orderID"] == fresh.entity_id
+    async with notifier.screen(after=seen[5].id) as in_time:
+        await in_time.has(5)
+        assert "resync" not in in_time.names
+    async with notifier.screen(after=resync.id) as resumed:
+        assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
+
+
+async def test_a_cursor_beyond_the_log_gets_a_resync(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen(after=f"{EPOCH}-999999-0") as screen:
+        assert (await screen.has(1))[0].data["reason"] == "other_epoch"
+
+
+async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
+    first, second = await asyncio.gather(rail.notifier(), rail.notifier())
+    async with first.screen() as screen:
+        await rail.say(change(order()))
+        cursor = (await screen.has(1))[0].id
+        epoch, offset, _ = cursor.rsplit("-", 2)
+        ahead = f"{epoch}-{int(offset) + 1}-0"
+        coming = asyncio.create_task(connect(second, ahead))
+        await rail.say(change(order()))
+        late = (await screen.has(2))[1]
+    assert late.id == ahead
+    assert await coming == ["connected"]
+
+
+async def connect(notifier: Notifier, cursor: str) -> list[str]:
+    async with notifier.screen(after=cursor) as screen:
+        await screen.until(lambda: screen.comments > 0 or len(screen.events) > 1, within=1.0)
+        return [event.name for event in screen.events]
+
+
+@pytest.mark.parametrize(
+    ("params", "headers", "field"),
+    [
+        ({"lastEventId": "garbage"}, {}, "lastEventId"),
+        ({"lastEventId": f"{EPOCH}-1"}, {}, "lastEventId"),
+        ({"lastEventId": f"{EPOCH}-1-x"}, {}, "lastEventId"),
+        ({"lastEventId": f"{EPOCH}-{'9' * 30}-0"}, {}, "lastEventId"),
+        ({"lastEventId": f"{EPOCH}-1-0"}, {"Last-Event-ID": "-1--2"}, "Last-Event-ID"),
+        ({"orderID": "7"}, {}, "orderID"),
+        ({"eventTypes": "order_created,dessert"}, {}, "eventTypes"),
+    ],
+)
+async def test_a_parameter_that_is_garbage_is_named(
+    one_notifier: Notifier, params: dict[str, str], headers: dict[str, str], field: str
+) -> None:
+    answer = await one_notifier.get(params=params, headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["details"]["field"] == field
+
+
+async def test_without_a_token_or_a_restaurant_there_is_no_stream(one_notifier: Notifier) -> None:
+    assert (await one_notifier.get(headers={"Authorization": ""})).status_code == 401
+    assert (await one_notifier.get(by=token(Role.OPERATOR, restaurant=""))).status_code == 403
+    assert (await one_notifier.get("/api/v1/sync/nothing")).status_code == 404
+
+
+@pytest.fixture(scope="module")
+async def one_notifier(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Notifier]:
+    rail = Rail(servers, tmp_path_factory.mktemp("notifier"))
+    await rail.make()
+    yield await rail.notifier()
+    await rail.clean()
+
+
+async def test_a_log_made_anew_resyncs_who_is_connected_and_whoever_comes_with_an_old_cursor(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen() as screen:
+        await rail.say(change(order()), change(order()))
+        old = (await screen.has(2))[1]
+        await rail.remake_log()
+        await rail.say(fresh := change(order()))
+        resync, event = (await screen.has(4))[2:]
+        assert (resync.name, resync.data["reason"]) == ("resync", "other_epoch")
+        assert event.data["orderID"] == fresh.entity_id
+        assert event.id.startswith(OTHER_EPOCH)
+        for back in (notifier, await rail.notifier()):
+            async with back.screen(after=old.id) as late:
+                assert (await late.has(1))[0].data["reason"] == "other_epoch"
+            async with back.screen(after=resync.id) as resumed:
+                assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
+    assert (await notifier.health())[1]["epoch"] == OTHER_EPOCH
+
+
+async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen() as screen:
+        good = [change(order()) for _ in range(3)]
+        broken = change(order())
+        await rail.send(
+            b"\xff not even JSON",
+            b"{}",
+            message(good[0], b'{"type":"ticketrail.order.created.v1"}', good[1]),
+            message(change(order(), type="ticketrail.order.created.v9")),
+            message(change(order(), type="ticketrail.unicorn.seen.v1")),
+            message(Change(**{**{n: getattr(broken, n) for n in broken.__struct_fields__}, "subject": "order/7"})),
+            b"[]",
+            lane=Lane.CRITICAL,
+        )
+        await rail.send(message(change(menu_item())), lane=Lane.NORMAL)
+        await rail.say(good[2])
+        assert [event.data["orderID"] for event in await screen.has(3)] == [one.entity_id for one in good]
+        assert len(screen.events) == 4
+        assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
+
+
+async def test_a_slow_client_is_told_to_resync_and_let_go_while_others_go_on(rail: Rail) -> None:
+    notifier = await rail.notifier(client_buffer_events=50)
+    async with notifier.screen() as quick:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
+        request = f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n"
+        writer.write(request.encode())
+        await eventually(notifier.subscribers, until=lambda count: count == 2, what="both to be connected")
+        # It reads nothing: first the kernel's buffers take it, then its own.
+        heavy = [change(order(items=400)) for _ in range(150)]
+        sent = 0
+        while await notifier.subscribers() == 2:
+            await rail.say(*heavy)
+            sent += 1
+            heavy = [change(order(items=400)) for _ in range(150)]
+            assert sent < 10, "nobody was let go"
+        await quick.until(lambda: len(quick.events) > 150 * sent, within=60)
+        assert "resync" not in quick.names
+        received = b""
+        async with asyncio.timeout(20):
+            while data := await reader.read(1 << 20):
+                received = (received + data)[-100_000:]
+        writer.close()
+        # Its connection was cut after the farewell, or it was read to the end in time.
+        assert b"resync" in received or not received.endswith(b"0\r\n\r\n")
+
+
+async def test_a_slow_client_that_reads_again_in_time_is_told_why(rail: Rail) -> None:
+    notifier = await rail.notifier(client_buffer_events=5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
+    writer.write(f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n".encode())
+    await eventually(notifier.subscribers, until=lambda count: count == 1, what="it to be connected")
+    sent = 0
+    while await notifier.subscribers() == 1:
+        await rail.say(*(change(order(items=400)) for _ in range(20)))
+        sent += 20
+        assert sent < 1_000, "nobody was let go"
+    received = b""
+    async with asyncio.timeout(20):
+        while data := await reader.read(1 << 20):
+            received = (received + data)[-1_000:]
+    writer.close()
+    assert b'"reason":"slow"' in received
+    assert received.endswith(b"0\r\n\r\n"), "the stream ended in good order"
+
+
+async def test_a_client_that_leaves_is_forgotten(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen(), notifier.screen(orderID=str(uuid4())):
+        assert await notifier.subscribers() == 2
+    await eventually(notifier.subscribers, until=lambda count: count == 0)
+
+
+async def test_heartbeats_carry_a_cursor_that_stays_young(rail: Rail) -> None:
+    notifier = await rail.notifier(heartbeat_seconds=0.2, window_changes=2)
+    async with notifier.screen(eventTypes="order_deleted") as screen:
+        await rail.say(*(change(order()) for _ in range(5)))
+        await eventually(notifier.health, until=lambda health: health[1]["window"] == 2)
+        beats = screen.comments
+        await screen.until(lambda: screen.comments >= beats + 2)
+        assert screen.names == []
+        assert screen.last_event_id != screen.events[0].id
+    async with notifier.screen(eventTypes="order_deleted", after=screen.last_event_id) as back:
+        beats = back.comments
+        await back.until(lambda: back.comments > beats)
+        assert back.names == []
+
+
+async def test_sigterm_ends_open_streams_and_the_process_within_five_seconds(rail: Rail) -> None:
+    notifier = await rail.notifier()
+    async with notifier.screen() as one, notifier.screen(orderID=str(uuid4())) as other:
+        # One that does not read at all must not hold the process either.
+        _, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
+        writer.write(f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n".encode())
+        await eventually(notifier.subscribers, until=lambda count: count == 3)
+        await rail.say(*(change(order(items=400)) for _ in range(100)))
+        await one.has(100)
+        assert await asyncio.to_thread(notifier.child.terminate, 5.0), notifier.child.tail()
+        await one.until(lambda: one.ended)
+        await other.until(lambda: other.ended)
+        assert "broken" not in one.names + other.names
+        writer.close()
+    assert notifier.child.returncode == 0
+
+
+async def test_not_ready_and_no_stream_before_the_window_is_read_back(rail: Rail, servers: Servers) -> None:
+    await asyncio.to_thread(servers.rabbitmq.freeze)
+    try:
+        notifier = await rail.notifier(wait=False)
+        status, details = await eventually(notifier.health, within=20, what="an answer")
+        assert (status, details["caught_up"], details["broker"]) == (503, False, False)
+        answer = await notifier.get()
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert answer.json()["error"]["code"] == "not_caught_up"
+    finally:
+        await asyncio.to_thread(servers.rabbitmq.thaw)
+    await notifier.ready()
+
+
+async def test_a_start_on_a_long_log_is_ready_only_with_all_of_it(rail: Rail) -> None:
+    await rail.send(*(message(*(change(order(items=1)) for _ in range(250))) for _ in range(20)))
+    notifier = await rail.notifier(wait=False)
+    seen: list[tuple[int, int]] = []
+
+    async def look() -> int:
+        status, details = await notifier.health()
+        seen.append((status, details["window"]))
+        return status
+
+    await eventually(look, within=30, until=lambda status: status == 200)
+    assert {window for status, window in seen if status == 200} == {5_000}
+
+
+async def test_without_fences_it_pushes_all_the_same_and_says_that_they_are_stale(rail: Rail) -> None:
+    notifier = await rail.notifier(fence_interval_seconds=0.1)
+    status, details = await eventually(notifier.health, until=lambda health: health[1]["fences"] == "stale")
+    assert status == 200 and details["epoch"] == EPOCH
+    async with notifier.screen() as screen:
+        await rail.say(change(order()))
+        await screen.has(1)
+    await rail.fence()
+    _, details = await eventually(notifier.health, until=lambda health: health[1]["fences"] == "fresh")
+    assert details["fence_age_seconds"] < 2
+
+
+async def test_it_refuses_to_start_without_the_log_and_says_what_to_do(servers: Servers, tmp_path: Path) -> None:
+    rail = Rail(servers, tmp_path)
+    await rail.make(with_log=False)
+    notifier = await rail.notifier(wait=False)
+    assert await asyncio.to_thread(notifier.child.wait, 20) not in (None, 0)
+    assert "changes.log.v1" in notifier.child.tail(50) and "ticketrail migrate" in notifier.child.tail(50)
+    await rail.clean()

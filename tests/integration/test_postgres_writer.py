@@ -1,0 +1,391 @@
+"""The PostgreSQL writer on real servers: what is acknowledged is in the tables, on the ladder or dead."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from shared.entities.contract import Change, Lane, encode
+from shared.entities.order import ENTITY, Status
+from shared.messaging import topology
+from shared.mirror.mirror import Apply
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.servers import Servers
+from tests.system import eventually
+
+# -- what is written -----------------------------------------------------------------------------------------------
+
+
+async def test_a_change_reaches_its_table_its_items_and_the_log_of_changes(rig: Rig) -> None:
+    made = change(order(items=3, payments=(payment(amount=700),), customer_name="Ünal 🍜"), traceparent="00-ab-cd-01")
+    await rig.publish(made)
+    await rig.written(made)
+    row = await rig.database.fetchrow("select * from orders")
+    assert (str(row["id"]), row["version"], str(row["change_id"])) == (made.entity_id, 1, made.id)
+    assert row["customer_name"] == "Ünal 🍜"
+    assert [
+        line["position"] for line in await rig.database.fetch("select position from order_items order by position")
+    ] == [1, 2, 3]
+    assert await rig.database.fetchval("select amount from payments") == 700
+    kept = await rig.database.fetchrow("select *, data::text as text from changes")
+    assert kept["text"] == f'{{"before":{bytes(made.data.before).decode()},"after":{bytes(made.data.after).decode()}}}'
+    assert (kept["entity"], kept["lane"], kept["traceparent"]) == ("order", "critical", "00-ab-cd-01")
+    assert kept["accepted_at"] == made.time
+    await rig.drained()
+
+
+async def test_what_waited_before_the_start_is_written_to_the_last_message(make_rig: MakeRig) -> None:
+    """FastStream drops, unsettled, what is delivered before it marks its subscriber as running."""
+    rig = await make_rig(lane_prefetch=500)
+    made = [change(order(items=1)) for _ in range(400)]
+    await asyncio.gather(*(rig.publish(one) for one in made))
+    await rig.writer.start()
+    await rig.written(*made)
+    await rig.drained()
+
+
+async def test_the_same_message_twice_changes_nothing(rig: Rig) -> None:
+    made = change(order(items=2, payments=(payment(),)))
+    await rig.publish(made, made)
+    await rig.publish(made)
+    await rig.drained()
+    assert [await rig.count(table) for table in ("orders", "order_items", "payments", "changes", "conflicts")] == [
+        1, 2, 1, 1, 0,
+    ]  # fmt: skip
+
+
+async def test_versions_that_come_backwards_leave_the_newest(rig: Rig) -> None:
+    first = change(order(items=1))
+    second = change(order(id=first.entity_id, items=4, status=Status.RECEIVED), base=first)
+    third = change(order(id=first.entity_id, items=2, status=Status.PREPARING), base=second)
+    for one in (third, second, first):
+        await rig.publish(one)
+        await rig.written(one)
+    assert tuple(await rig.database.fetchrow("select version, status from orders")) == (3, "preparing")
+    assert await rig.count("order_items") == 2
+    assert await rig.count("conflicts") == 0
+
+
+async def test_two_versions_of_one_order_in_one_batch_leave_the_newer(rig: Rig) -> None:
+    first = change(order(items=5))
+    second = change(order(id=first.entity_id, items=2, notes="second"), base=first)
+    await rig.publish(second, first)
+    await rig.written(first, second)
+    assert tuple(await rig.database.fetchrow("select version, notes from orders")) == (2, "second")
+    assert await rig.count("order_items") == 2
+
+
+async def test_every_lane_is_read(rig: Rig) -> None:
+    critical, normal, background = change(order()), change(menu_item()), change(order())
+    await rig.publish(critical)
+    await rig.publish(normal, lane=Lane.NORMAL)
+    await rig.publish(background, lane=Lane.BACKGROUND)
+    await rig.written(critical, normal, background)
+    assert await rig.count("menu_items") == 1
+    lanes = await rig.database.fetch("select lane from changes order by lane")
+    assert [row["lane"] for row in lanes] == ["background", "critical", "normal"]
+
+
+async def test_an_event_that_names_another_tenants_order_touches_nothing_of_that_tenant(rig: Rig) -> None:
+    theirs = change(order(restaurant_id=OTHER_RESTAURANT, notes="theirs", payments=(payment(),)))
+    await rig.publish(theirs)
+    await rig.written(theirs)
+    state = order(id=theirs.entity_id, restaurant_id=RESTAURANT, notes="ours", items=1)
+    ours = change(state, entityversion=9, basechangeid=theirs.id)
+    await rig.publish(ours)
+    await rig.written(ours)
+    rows = await rig.database.fetch("select restaurant_id::text as restaurant, version, notes from orders")
+    assert {tuple(row) for row in rows} == {(OTHER_RESTAURANT, 1, "theirs"), (RESTAURANT, 9, "ours")}
+    items = await rig.database.fetch("select restaurant_id::text as r, count(*) as n from order_items group by 1")
+    assert {tuple(row) for row in items} == {(OTHER_RESTAURANT, 3), (RESTAURANT, 1)}
+    assert await rig.count("conflicts") == 0
+
+
+# -- poison --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_poison_change_does_not_hold_back_its_batch(rig: Rig) -> None:
+    made = [change(order(items=1)) for _ in range(200)]
+    poison = encode(made[100]).replace(b'"status":"pending"', b'"status":"hungry"')
+    await rig.publish(*made[:100], poison, *made[101:])
+    await rig.written(*made[:100], *made[101:])
+    [dead] = await rig.dead()
+    assert dead.body == b"[" + poison + b"]"
+    assert dead.headers["ticketrail-reason"] == "contract_broken"
+    assert "hungry" in dead.headers["ticketrail-error"]
+    assert dead.headers["ticketrail-change-id"] == made[100].id
+    assert dead.headers["ticketrail-restaurant"] == RESTAURANT
+    assert (dead.headers["ticketrail-lane"], dead.headers["ticketrail-attempt"]) == ("critical", 1)
+    await rig.drained()
+    assert await rig.count("changes") == 199
+
+
+def _wrong_tenant() -> bytes:
+    return encode(change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT))
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (_wrong_tenant(), "wrong_tenant"),
+        (encode(change(order(), type="ticketrail.order.created.v2")), "unsupported_version"),
+        (encode(change(order(), type="ticketrail.spaceship.created.v1")), "unknown_type"),
+        (encode(change(order(), type="com.example.thing")), "unknown_type"),
+        (encode(change(order())).replace(b'"before":{}', b'"before":"\xff"'), "undecodable"),
+        (encode(change(order())).replace(b'"before":{}', rb'"before":{"x":"\u0000"}'), "contract_broken"),
+    ],
+)
+async def test_poison_is_dead_lettered_untouched_with_its_reason(rig: Rig, event: bytes, reason: str) -> None:
+    await rig.publish(event)
+    [dead] = await rig.dead()
+    assert (dead.body, dead.headers["ticketrail-reason"]) == (b"[" + event + b"]", reason)
+    assert await rig.count("changes") == 0
+
+
+@pytest.mark.parametrize("body", [b"garbage \xff", b'{"not": "a batch"}', b"", b"[" * 50_000 + b"]" * 50_000])
+async def test_a_message_that_is_no_batch_is_dead_lettered_as_it_came(rig: Rig, body: bytes) -> None:
+    made = change(order())
+    await rig.publisher.publish(Lane.CRITICAL.value, body)
+    await rig.publish(made)
+    await rig.written(made)
+    [dead] = await rig.dead()
+    assert (dead.body, dead.headers["ticketrail-reason"]) == (body, "undecodable")
+
+
+async def test_what_postgres_refuses_is_poison_and_the_rest_of_the_batch_is_written(rig: Rig) -> None:
+    await rig.as_owner("alter table orders add check (notes is distinct from 'forbidden')")
+    made = [change(order(items=1)) for _ in range(20)]
+    refused = change(order(notes="forbidden"))
+    await rig.publish(*made[:10], refused, *made[10:])
+    await rig.written(*made)
+    [dead] = await rig.dead()
+    assert dead.headers["ticketrail-reason"] == "refused_by_postgres"
+    assert dead.headers["ticketrail-attempt"] == 1
+    assert dead.body == message(refused)
+
+
+# -- transient -----------------------------------------------------------------------------------------------------
+
+
+async def fail_transiently(rig: Rig, times: int) -> None:
+    """Writing an order with notes 'unlucky' fails so many times with a serialization failure. A sequence survives the
+    rollback, so it can count."""
+    await rig.as_owner(
+        f"""
+        create sequence failures;
+        grant usage, select on failures to ticketrail_writer;
+        create function fail() returns trigger language plpgsql as $$
+        begin
+            if new.notes = 'unlucky' and nextval('failures') <= {times} then
+                raise exception 'try again' using errcode = 'serialization_failure';
+            end if;
+            return new;
+        end $$;
+        create trigger fail before insert or update on orders for each row execute function fail();
+        """
+    )
+
+
+async def test_a_transient_failure_travels_alone_over_the_ladder_and_arrives(rig: Rig) -> None:
+    await fail_transiently(rig, 3)  # with its batch, alone, and once more from the first rung
+    made = [change(order(items=1)) for _ in range(10)]
+    unlucky = change(order(notes="unlucky"))
+    await rig.publish(*made, unlucky)
+    await rig.written(*made, unlucky)
+    await rig.drained()
+    assert await rig.database.fetchval("select last_value from failures") == 4
+    assert rig.writer.state()["failed"] == 2  # two attempts burnt, by one change
+    assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
+
+
+async def test_a_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) -> None:
+    await fail_transiently(rig, 1)
+    made = [change(order()), change(order(notes="unlucky"))]
+    await rig.publish(*made)
+    await rig.written(*made)
+    assert rig.writer.state()["failed"] == 0
+
+
+async def reveal(rig: Rig, made: Change) -> None:
+    """As the commit does: the mirror shows it as pending."""
+    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.standing, bytes(made.data.after), made.time)])
+
+
+async def test_an_exhausted_ladder_ends_in_the_dead_queue_and_the_reader_sees_why(rig: Rig) -> None:
+    await fail_transiently(rig, 100)
+    unlucky = change(order(notes="unlucky"))
+    await reveal(rig, unlucky)
+    await rig.publish(unlucky)
+    [dead] = await rig.dead()
+    assert dead.body == message(unlucky)
+    assert dead.headers["ticketrail-attempt"] == 3  # the first, and one from each rung
+    assert "try again" in dead.headers["ticketrail-error"]
+    assert dead.headers["ticketrail-first-failed-at"] < dead.headers["ticketrail-failed-at"]
+    # The queue's own stamp; a copied x-death could lose a message at its next expiry.
+    assert {name for name in dead.headers if name.startswith("x-")} <= {"x-delivery-count"}
+
+    async def failure() -> dict[str, Any]:
+        _, [found] = await rig.mirror.read(RESTAURANT, "order", [unlucky.entity_id])
+        return msgspec.json.decode(found.failure) if found and found.failure else {}
+
+    seen = await eventually(failure, what="failed in the mirror", until=lambda seen: seen.get("attempts") == 3)
+    assert "try again" in seen["error"]
+
+
+async def test_a_commit_settles_the_order_in_the_mirror(rig: Rig) -> None:
+    made = change(order())
+    await reveal(rig, made)
+    _, [before] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
+    assert before is not None and before.pending
+    await rig.publish(made)
+
+    async def synced() -> bool:
+        _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
+        return found is not None and not found.pending
+
+    await eventually(synced, what="synced in the mirror")
+
+
+async def test_one_change_behind_a_lock_goes_up_the_ladder_while_the_others_are_written(make_rig: MakeRig) -> None:
+    rig = await make_rig(database_timeout_seconds=1.0, retry_steps_ms=(300, 300, 300, 300, 300, 300, 300, 300))
+    await rig.writer.start()
+    first = change(order())
+    await rig.publish(first)
+    await rig.written(first)
+    locker = await asyncpg.connect(rig.settings.database_url)
+    holding = locker.transaction()
+    await holding.start()
+    await locker.execute("lock table menu_items in access exclusive mode")  # as another transaction would
+    stuck = change(menu_item())
+    others = [change(order(items=1)) for _ in range(5)]
+    await rig.publish(*others[:2], stuck, *others[2:])
+    await rig.written(*others)
+    await rig.failed(1)
+    await holding.rollback()
+    await locker.close()
+    await rig.written(stuck)
+    assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
+
+
+async def test_when_everything_times_out_the_batch_is_held_and_nothing_fails(make_rig: MakeRig) -> None:
+    rig = await make_rig(database_timeout_seconds=0.3)
+    await rig.writer.start()
+    locker = await asyncpg.connect(rig.settings.database_url)
+    async with locker.transaction():
+        await locker.execute("lock table orders in access exclusive mode")
+        made = [change(order(items=1)) for _ in range(20)]
+        await rig.publish(*made)
+
+        async def holding() -> Any:
+            return rig.writer.state()["holding_since"]
+
+        await eventually(holding, what="holding")
+    await locker.close()
+    await rig.written(*made)
+    await rig.drained()
+    assert rig.writer.state()["failed"] == 0
+
+
+# -- PostgreSQL away -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["stop", "kill", "freeze"])
+async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothing_dead(
+    make_rig: MakeRig, servers: Servers, way: str
+) -> None:
+    rig = await make_rig(database_timeout_seconds=1.0)
+    await rig.writer.start()
+    made: list[Change] = []
+    loading = True
+
+    async def load() -> None:
+        while loading:
+            several = [change(order(items=1)) for _ in range(5)]
+            await rig.publish(*several)
+            made.extend(several)
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(load())
+    await eventually(lambda: rig.count("changes"), what="some written")
+    await rig.database.close()
+
+    async def holding() -> Any:
+        return rig.writer.state()["holding_since"]
+
+    await asyncio.to_thread(getattr(servers.postgres, way))
+    try:
+        await eventually(holding, what="holding")
+        before = len(made)
+        await eventually(lambda: asyncio.sleep(0, len(made)), what="load goes on", until=lambda n: n > before + 200)
+    finally:
+        await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
+    loading = False
+    await task
+    rig.database = await asyncpg.connect(rig.settings.database_writer_url)
+    await rig.written(*made, within=30)
+    await rig.drained()
+    assert rig.writer.state()["failed"] == 0
+    assert rig.writer.state()["holding_since"] is None
+    assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
+
+
+async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_rig: MakeRig, servers: Servers) -> None:
+    rig = await make_rig(database_timeout_seconds=1.0, sink_away_seconds=0.5)
+    await rig.writer.start()
+    await rig.database.close()
+    rig.database = None
+    await asyncio.to_thread(servers.postgres.stop)
+    try:
+        made = [change(order(items=1)) for _ in range(10)]
+        await rig.publish(*made)
+        lane = topology.lane_queue(Lane.CRITICAL)
+        # Ready again in the queue, with no consumer that holds it.
+        await eventually(lambda: rig.depth(lane), what="back in the queue", within=30)
+
+        async def consumers() -> int:
+            return int(rig.writer.state()["consumers"]["critical"])
+
+        await eventually(consumers, what="unsubscribed", within=30, until=lambda n: n < 2)
+    finally:
+        await asyncio.to_thread(servers.postgres.start)
+    rig.database = await asyncpg.connect(rig.settings.database_writer_url)
+    await rig.written(*made, within=30)
+    await eventually(consumers, what="subscribed again", until=lambda n: n == 2)
+    assert rig.writer.state()["failed"] == 0
+
+
+# -- RabbitMQ away, start and stop ---------------------------------------------------------------------------------
+
+
+async def test_a_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers: Servers) -> None:
+    made = [change(order(items=1)) for _ in range(50)]
+    await rig.publish(*made[:25])
+    await rig.written(*made[:25])
+    await asyncio.to_thread(servers.rabbitmq.stop)
+    await asyncio.to_thread(servers.rabbitmq.start)
+    await asyncio.wait_for(rig.publisher.wait_connected(), 30)
+    await rig.publish(*made[25:])
+    await rig.written(*made, within=30)
+    await rig.drained()
+    await rig.publish(made[0])  # acknowledgements work on the new channel
+    await rig.drained()
+
+
+async def test_a_stop_finishes_what_was_taken(rig: Rig) -> None:
+    made = [change(order(items=1)) for _ in range(300)]
+    for start in range(0, 300, 10):
+        await rig.publish(*made[start : start + 10])
+    await rig.writer.stop()
+    written = await rig.count("changes")
+    left = await rig.depth(topology.lane_queue(Lane.CRITICAL))
+    assert written + left * 10 == 300
+    await rig.writer.stop()
+
+
+async def test_a_writer_that_was_never_started_can_be_stopped(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.writer.stop()
+    await rig.fences.stop()

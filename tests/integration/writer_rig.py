@@ -1,0 +1,115 @@
+"""A PostgreSQL writer in this process, with a database and a vhost of its own."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aio_pika
+import asyncpg
+from aio_pika.abc import AbstractIncomingMessage
+
+from services.sync.fences import FenceSource, FenceWatch
+from services.sync.postgres_writer import PostgresWriter
+from shared.entities.contract import Change, Lane
+from shared.messaging import topology
+from shared.messaging.publisher import Publisher
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
+from tests.builders import message
+from tests.system import eventually
+
+
+class Rig:
+    """A PostgreSQL writer with a database and a vhost of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.postgres = Postgres(settings.database_writer_url, settings)
+        self.mirror = Mirror(settings.redis_url, timeout=0.5, stale_seconds=2.0)
+        self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, timeout=5.0)
+        self.watch = FenceWatch(settings)
+        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
+        self.writer = PostgresWriter(settings, self.postgres, self.mirror, self.publisher, self.watch)
+        self.database: Any = None
+        """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
+
+    async def up(self) -> None:
+        self.database = await asyncpg.connect(self.settings.database_writer_url)
+        await self.publisher.start(wait=10)
+
+    async def down(self) -> None:
+        await self.fences.stop()
+        await self.writer.stop()
+        await self.publisher.stop()
+        await self.mirror.close()
+        await self.postgres.close()
+        if self.database is not None:
+            await self.database.close()
+
+    async def as_owner(self, sql: str) -> None:
+        owner = await asyncpg.connect(self.settings.database_url)
+        await owner.execute(sql)
+        await owner.close()
+
+    async def publish(self, *changes: Change | bytes, lane: Lane = Lane.CRITICAL) -> None:
+        await self.publisher.publish(lane.value, message(*changes))
+
+    async def count(self, table: str) -> int:
+        return int(await self.database.fetchval(f"select count(*) from {table}"))
+
+    async def written(self, *changes: Change, within: float = 20.0) -> None:
+        """Waits until all of them are in `changes`."""
+        ids = [one.id for one in changes]
+
+        async def look() -> int:
+            return int(
+                await self.database.fetchval("select count(*) from changes where change_id = any($1::uuid[])", ids)
+            )
+
+        await eventually(look, within=within, what="changes written", until=lambda found: found == len(set(ids)))
+
+    async def failed(self, count: int, *, within: float = 20.0) -> None:
+        async def look() -> int:
+            return int(self.writer.state()["failed"])
+
+        await eventually(look, within=within, what="changes failed", until=lambda found: found >= count)
+
+    async def drained(self, *, within: float = 20.0) -> None:
+        """Waits until no lane and no rung of the ladder holds anything."""
+        names = [queue.name for queue in topology.queues(self.settings) if "dead" not in queue.name]
+
+        async def look() -> dict[str, int]:
+            return {name: depth for name in names if (depth := await self.depth(name))}
+
+        await eventually(look, within=within, what="drained", until=lambda left: not left and not self.held())
+
+    def held(self) -> int:
+        return sum(self.writer.state()["held_messages"].values())
+
+    async def depth(self, queue: str) -> int:
+        async with self.channel() as channel:  # a new one: a robust or used one answers from its memory
+            return (await channel.declare_queue(queue, passive=True)).declaration_result.message_count or 0
+
+    async def dead(self, lane: Lane = Lane.CRITICAL, *, count: int = 1) -> list[AbstractIncomingMessage]:
+        """Takes what is in the dead queue, once it holds `count`."""
+        name = topology.dead_queue(lane)
+        await eventually(lambda: self.depth(name), within=20, what=f"{count} in {name}", until=lambda n: n >= count)
+        async with self.channel() as channel:
+            queue = await channel.get_queue(name)
+            found = [await queue.get(timeout=5) for _ in range(count)]
+            for one in found:
+                await one.ack()
+            return found
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[Any]:
+        connection = await aio_pika.connect(self.settings.rabbitmq_url, timeout=10)
+        try:
+            yield await connection.channel()
+        finally:
+            await connection.close()
+
+
+MakeRig = Callable[..., Any]
+"""Settings by name, where they differ from the usual ones of a test."""

@@ -1,0 +1,407 @@
+"""The world around the rail, as the model plays it: brokers that stay silent, mirrors that forget, owners that stall.
+
+Real: the commit, its recorder, journal and drainer, and every script on a real Redis. Ours: the broker (a list of
+messages), PostgreSQL (a guard and a set of changes) and the clock. Whatever the rail asks of the world waits on the
+`Stage` until a rule of the model says what happens to it, so that a crash or a stall can be put before and after every
+step, and any two steps can be interleaved.
+"""
+
+import asyncio
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+from msgspec import structs
+
+from shared.entities import registry
+from shared.entities.contract import Change, Standing, decode_change, split_batch
+from shared.entities.order import ENTITY as ORDER
+from shared.entities.order import Order
+from shared.errors import Unavailable
+from shared.mirror import keys
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Apply, Claimed, LogState, Mirror, Stale
+from shared.messaging.publisher import InDoubt, NotSent
+from shared.rail.commit import Draft, Rail
+from shared.rail.drain import Drainer
+from shared.rail.journal import Journal, JournalBroken
+from shared.rail.record import Recorder
+from tests import builders
+
+T = TypeVar("T")
+
+EPOCH = "model"
+NOWHERE = -1
+GAP = 50
+DAY = "2026-03-14"
+FORMER_SERVER = "0" * 40
+
+# What may happen to a step. The first is the good end; `late` ones arrive when a rule says so, or never.
+OUTCOMES = {
+    "claim": ("done", "done", "done", "done", "done, unheard", "done, unheard", "never", "late", "away"),
+    "apply": ("done", "done", "done", "done", "done, unheard", "never", "late", "away"),
+    "take back": ("done", "done", "done", "done, unheard", "never", "late", "away"),
+    "publish": ("done", "done", "done", "not sent", "not sent", "done, unheard", "late", "never"),
+    "append": ("done", "done", "done", "broken", "broken"),
+    "number": ("done", "done", "done", "broken"),
+    "remove": ("done", "done", "broken"),
+    "look": ("done", "done", "done", "nobody answers"),
+}
+
+
+class Clock:
+    """In place of `time` in shared.rail.commit: a silence takes 0.6 s, so that the second one ends all patience."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@dataclass
+class Step:
+    """Something that the rail has asked of the world; `do` makes it happen."""
+
+    kind: str
+    owner: "Instance"
+    do: Callable[[bool], Awaitable[Any]]
+    reply: "asyncio.Future[Any]"
+
+
+@dataclass
+class Attempt:
+    tag: str
+    draft: Draft
+    change_id: str
+    task: "asyncio.Task[Any]"
+    owner: "Instance"
+    crashed: bool = False
+    told: bool = False
+
+
+class InlineJournal(Journal):
+    """The journal without its thread, so that one turn of the loop is all it needs."""
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (sqlite3.Error, OSError) as error:
+            raise JournalBroken(str(error)) from error
+
+
+class GatedJournal:
+    def __init__(self, world: "World", owner: "Instance", journal: Journal) -> None:
+        self._ask = partial(world.ask, owner)
+        self._journal = journal
+        self.oldest = journal.oldest
+
+    @property
+    def depth(self) -> int:
+        return self._journal.depth
+
+    async def append(self, entries: Any) -> None:
+        await self._ask("append", lambda _: self._journal.append(entries))
+
+    async def remove(self, entries: Any) -> None:
+        await self._ask("remove", lambda _: self._journal.remove(entries))
+
+    async def next_number(self, restaurant: str, day: str) -> str:
+        return str(await self._ask("number", lambda _: self._journal.next_number(restaurant, day)))
+
+
+class GatedPublisher:
+    def __init__(self, world: "World", owner: "Instance") -> None:
+        self._world = world
+        self._owner = owner
+
+    async def publish(self, routing_key: str, body: bytes) -> None:
+        async def take(_: bool) -> None:
+            self._world.log.append(body)
+
+        await self._world.ask(self._owner, "publish", take)
+
+
+class GatedMirror:
+    down = False
+
+    def __init__(self, world: "World", owner: "Instance") -> None:
+        self._world = world
+        self._ask = partial(world.ask, owner)
+
+    async def claim(self, entity: Any, change: Change, *rest: Any) -> Any:
+        async def claim(patient: bool) -> Any:
+            reply = await self._world.mirror(patient).claim(entity, change, *rest)
+            if isinstance(reply, Claimed):
+                self._world.claimed_in[change.id].add(self._world.life)
+            self._world.seen[f"claim: {type(reply).__name__}"] += 1
+            return reply
+
+        try:
+            return await self._ask("claim", claim)
+        except MirrorInDoubt:
+            self._world.doubted.add(change.id)
+            raise
+
+    async def take_back(self, change: Change) -> Any:
+        return await self._ask("take back", lambda _: self._world.patient.take_back(change))
+
+    async def apply(self, states: Any) -> Any:
+        return await self._ask("apply", lambda _: self._world.patient.apply(states))
+
+
+class Instance:
+    """One process with a rail, its journal and its drainer."""
+
+    def __init__(self, world: "World", number: int, folder: Path) -> None:
+        self.number = number
+        self.dead = False
+        self.draining: asyncio.Task[Any] | None = None
+        self.journal = InlineJournal(folder / f"{number}.sqlite", instance=number, max_bytes=1 << 20)
+        world.run(self.journal.open())
+        journal: Any = GatedJournal(world, self, self.journal)
+        publisher: Any = GatedPublisher(world, self)
+        mirror: Any = GatedMirror(world, self)
+        recorder = Recorder(publisher, journal, under_way=1)
+        self.rail = Rail(mirror, recorder, journal, claim_seconds=1.0, reveal_seconds=1.0)
+        self.drainer = Drainer(journal, publisher)
+
+
+@dataclass
+class PostgresModel:
+    """Promise 5 in ten lines, written apart from the code that it checks."""
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    standing: dict[str, Change] = field(default_factory=dict)
+
+    def take(self, body: bytes) -> None:
+        for event in split_batch(body):
+            change = decode_change(event)
+            self.changes.setdefault(change.id, change)
+            known = self.standing.get(change.entity_id)
+            if known is None or (change.entityversion, change.id) > (known.entityversion, known.id):
+                self.standing[change.entity_id] = change
+
+
+@dataclass
+class Harness:
+    """What all examples of a run share: the loop, the connections, the clock, and what was reached."""
+
+    loop: asyncio.AbstractEventLoop
+    redis: redis.Redis
+    patient: Mirror
+    impatient: Mirror
+    folder: Path
+    clock: Clock
+    seen: Counter[str] = field(default_factory=Counter)
+    examples: int = 0
+
+
+class World:
+    def __init__(self, harness: Harness) -> None:
+        self.loop, self.redis, self.clock, self.seen = harness.loop, harness.redis, harness.clock, harness.seen
+        self.patient, self.impatient = harness.patient, harness.impatient
+        harness.examples += 1
+        self._folder = harness.folder / str(harness.examples)
+        self._folder.mkdir()
+        self.clock.now = 0.0
+        self.steps: list[Step] = []
+        self.log: list[bytes] = []
+        self.late_messages: list[bytes] = []
+        self.late_scripts: list[Callable[[], Awaitable[Any]]] = []
+        self.postgres = PostgresModel()
+        self.attempts: list[Attempt] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.life = 1
+        self.warm = False
+        self.claimed_in: dict[str, set[int]] = defaultdict(set)
+        self.doubted: set[str] = set()
+        self.in_log_when_warm: dict[int, set[str]] = {}
+        self.shown: dict[str, Standing] = {}
+        self.snapshot: list[tuple[bytes, int, bytes]] | None = None
+        self.redis.flushall()
+        self.instances = [Instance(self, number, self._folder) for number in (1, 2)]
+        self.run(self.follow(0))
+        self.run(self.stamp(gap=0))
+
+    def run(self, work: Awaitable[T]) -> T:
+        """Does it, and lets every task of the rail go on until it asks something of the world."""
+
+        async def settled() -> T:
+            result = await work
+            for _ in range(25):
+                await asyncio.sleep(0)
+            return result
+
+        return self.loop.run_until_complete(settled())
+
+    def mirror(self, patient: bool) -> Mirror:
+        """Impatient: for it a claim is left behind as soon as it stands."""
+        return self.patient if patient else self.impatient
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    async def ask(self, owner: Instance, kind: str, do: Callable[[bool], Awaitable[Any]]) -> Any:
+        if owner.dead:
+            raise asyncio.CancelledError
+        step = Step(kind, owner, do, self.loop.create_future())
+        self.steps.append(step)
+        return await step.reply
+
+    async def happen(self, step: Step, outcome: str, patient: bool) -> None:
+        self.steps.remove(step)
+        self.seen[f"{step.kind}: {outcome}"] += 1
+        if outcome in ("done", "done, unheard"):
+            try:
+                result = await step.do(patient)
+            except JournalBroken as error:
+                return step.reply.set_exception(error)
+            if outcome == "done":
+                return step.reply.set_result(result)
+        elif outcome == "late" and step.kind == "publish":
+            await step.do(patient)
+            self.late_messages.append(self.log.pop())
+        elif outcome == "late":
+            self.late_scripts.append(partial(step.do, patient))
+        self.clock.now += 0.6
+        if outcome == "broken":
+            error: Exception = JournalBroken("the model broke it")
+        elif outcome == "nobody answers":
+            error = Unavailable("neither store answers")
+        elif step.kind == "publish":
+            error = NotSent("no connection") if outcome == "not sent" else InDoubt("no confirm")
+        else:
+            error = MirrorAway("away") if outcome == "away" else MirrorInDoubt("no answer")
+        step.reply.set_exception(error)
+
+    def go_on(self, owner: Instance, task: "asyncio.Task[Any]") -> None:
+        """Everything goes well for one instance, until a task of it is done."""
+        while not task.done() and (mine := [step for step in self.steps if step.owner is owner]):
+            self.run(self.happen(mine[0], "done", True))
+
+    def start(self, owner: Instance, work: Any) -> "asyncio.Task[Any]":
+        task = self.loop.create_task(work)
+        self.tasks.append(task)
+        self.run(asyncio.sleep(0))
+        return task
+
+    def crash(self, owner: Instance) -> None:
+        """kill -9: what was asked and not done is never done; what is on disk stays."""
+        owner.dead = True
+        self.steps = [step for step in self.steps if step.owner is not owner]
+        for attempt in self.attempts:
+            if attempt.owner is owner and not attempt.task.done():
+                attempt.crashed = True
+        self.run(owner.journal.close())
+        self.instances[owner.number - 1] = Instance(self, owner.number, self._folder)
+        self.seen["crash"] += 1
+
+    # -- the mirror and its writer -----------------------------------------------------------------------------
+
+    def lose_mirror(self) -> None:
+        self.life += 1
+        self.warm = False
+        self.shown.clear()
+        self.late_scripts.clear()  # they were on their way to a server that is gone
+
+    def wipe(self) -> None:
+        self.redis.flushall()
+        self.lose_mirror()
+
+    def take_snapshot(self) -> None:
+        dumped = []
+        for key in self.redis.keys("*"):
+            dumped.append((key, max(self.redis.pttl(key), 0), self.redis.dump(key)))
+        self.snapshot = dumped
+
+    def roll_back(self) -> None:
+        """A failover to a replica that lagged: older data, whose stamps name the server that wrote them."""
+        self.redis.flushall()
+        for key, ttl, value in self.snapshot or ():
+            self.redis.restore(key, ttl, value)
+        if self.redis.exists(keys.WARM):
+            self.redis.set(keys.WARM, FORMER_SERVER)
+        for member in self.redis.zrange(keys.CLAIMS, 0, -1):
+            claim = keys.claim(*member.decode().split("|"))
+            if self.redis.hexists(claim, "server"):
+                self.redis.hset(claim, "server", FORMER_SERVER)
+        self.lose_mirror()
+
+    async def follow(self, count: int) -> None:
+        """The mirror writer: on from the offset in the mirror; on an empty one from PostgreSQL, then the whole log."""
+        state = await self.patient.log_state()
+        if state is None:
+            state = LogState(EPOCH, NOWHERE)
+            await self.patient.begin_log(state)
+            stored = [replace_how(one, "stored") for change in self.postgres.standing.values() for one in [apply(change)]]
+            await self.patient.apply(stored, at=state)
+        for offset in range(state.offset + 1, min(state.offset + 1 + count, len(self.log))):
+            noted = LogState(EPOCH, offset)
+            assert await self.patient.apply(applies(self.log[offset]), at=state, note=noted) is not None
+            state = noted
+
+    async def stamp(self, gap: int = GAP) -> None:
+        """The log is read to its end, then the mirror is warm."""
+        await self.follow(len(self.log))
+        state = await self.patient.log_state()
+        assert state is not None
+        assert await self.patient.warm(state, [(builders.RESTAURANT, DAY)], gap)
+        self.warm = True
+        self.in_log_when_warm[self.life] = set(self.recorded())
+
+    async def left_behind(self, nth: int) -> Stale | None:
+        members = sorted(await self.impatient.claims_left_behind())
+        return await self.impatient.mark(members[nth % len(members)]) if members else None
+
+    # -- what is true now --------------------------------------------------------------------------------------
+
+    def recorded(self) -> dict[str, Change]:
+        return {change.id: change for body in self.log for change in changes(body)}
+
+    async def journaled(self) -> set[str]:
+        entries = [entry for one in self.instances for entry in await one.journal.oldest(1_000)]
+        return {decode_change(entry.event).id for entry in entries}
+
+    async def documents(self, ids: list[str]) -> dict[str, tuple[Standing, Order]]:
+        _, found = await self.patient.read(builders.RESTAURANT, ORDER.name, ids)
+        pairs = zip(ids, found, strict=True)
+        return {id_: (one.standing, ORDER.decode_state(one.state)) for id_, one in pairs if one is not None}
+
+    async def present(self, id_: str) -> tuple[Standing, Order] | None:
+        """What a reader gets: the mirror, and PostgreSQL where that has nothing."""
+        found = (await self.documents([id_])).get(id_)
+        if found is None and (change := self.postgres.standing.get(id_)):
+            return change.standing, registry.read(change)[1]
+        return found
+
+    def close(self) -> None:
+        for one in self.instances:
+            one.dead = True
+        left = [task for task in asyncio.all_tasks(self.loop) if task.get_name() != "mirror"]
+        for task in left:
+            task.cancel()
+        self.run(asyncio.wait(left) if left else asyncio.sleep(0))
+        for one in self.instances:
+            self.run(one.journal.close())
+
+
+def changes(body: bytes) -> list[Change]:
+    return [decode_change(event) for event in split_batch(body)]
+
+
+def apply(change: Change) -> Apply:
+    entity, state = registry.read(change)
+    return Apply(entity, state, change.standing, bytes(change.data.after), change.time)
+
+
+def replace_how(one: Apply, how: str) -> Apply:
+    return structs.replace(one, how=how)
+
+
+def applies(body: bytes) -> list[Apply]:
+    return [apply(change) for change in changes(body)]

@@ -1,0 +1,89 @@
+"""Batches: what is taken apart, what stands among several, and which acknowledgements are true."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.sync.batches import sort_out
+from services.sync.failures import Kind
+from services.sync.intake import Tags
+from shared.entities.contract import Lane, encode, now
+from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.postgres.changes import highest
+from tests.builders import OTHER_RESTAURANT, change, message, new_id, order
+
+
+@dataclass
+class Sent:
+    body: bytes
+    headers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
+    made = [change(order()) for _ in range(3)]
+    odd = encode(made[1]).replace(b"{", b"{ ", 1)
+    batch = sort_out(Lane.NORMAL, [Sent(message(made[0], odd)), Sent(message(made[2]), {"a": 1})])
+    assert [one.event for one in batch.changes] == [encode(made[0]), odd, encode(made[2])]
+    assert [one.written.change.id for one in batch.changes] == [one.id for one in made]
+    assert {one.written.lane for one in batch.changes} == {Lane.NORMAL}
+    assert batch.changes[2].headers == {"a": 1}
+    assert not batch.failed
+
+
+def test_what_cannot_be_read_fails_alone() -> None:
+    good = change(order())
+    bad = encode(change(order(), restaurantid=OTHER_RESTAURANT))
+    batch = sort_out(Lane.CRITICAL, [Sent(message(good, bad, b"7")), Sent(b"no batch")])
+    assert [one.written.change for one in batch.changes] == [good]
+    assert [(one.body, one.failure.reason) for one in batch.failed] == [
+        (b"[" + bad + b"]", "wrong_tenant"),
+        (b"[7]", "contract_broken"),
+        (b"no batch", "undecodable"),
+    ]
+    assert {one.failure.kind for one in batch.failed} == {Kind.POISON}
+    assert batch.failed[0].change is not None  # readers can be told
+
+
+def test_a_fence_is_noted_by_its_own_lane_alone() -> None:
+    fences = [Signal(id=new_id(), type=FENCE, time=now(), lane=lane, epoch="e") for lane in ("critical", "normal")]
+    batch = sort_out(Lane.CRITICAL, [Sent(encode_signal(fence)) for fence in fences])
+    assert batch.fences == fences[:1]
+    assert not batch.failed and not batch.changes
+
+
+def test_of_each_entity_the_highest_standing_is_upserted_in_order_of_the_keys() -> None:
+    first = change(order())
+    second = change(order(id=first.entity_id), base=first)
+    fork = change(order(id=first.entity_id, notes="other"), base=first)
+    elsewhere = change(order(id=first.entity_id, restaurant_id=OTHER_RESTAURANT))
+    several = [second, change(order()), fork, elsewhere, first]
+    batch = sort_out(Lane.CRITICAL, [Sent(message(*several))])
+    top = highest(one.written for one in batch.changes)
+    assert [one.key for one in top] == sorted({(one.restaurantid, one.entity_id) for one in several})
+    winner = max(second, fork, key=lambda one: one.id)
+    assert winner in [one.change for one in top]
+    assert first not in [one.change for one in top]
+
+
+@given(count=st.integers(1, 60), seed=st.integers())
+def test_acknowledgements_cover_exactly_what_was_settled_whatever_the_order(count: int, seed: int) -> None:
+    chance = random.Random(seed)
+    order_of_arrival = list(range(1, count + 1))
+    chance.shuffle(order_of_arrival)
+    tags, outstanding, settled = Tags(), set(range(1, count + 1)), set[int]()
+    while order_of_arrival:
+        size = chance.randint(1, len(order_of_arrival))
+        batch, order_of_arrival = order_of_arrival[:size], order_of_arrival[size:]
+        multiple, single = tags.settle(batch)
+        settled |= set(batch)
+        if multiple is not None:
+            assert multiple in outstanding  # or the broker closes the channel
+            outstanding = {tag for tag in outstanding if tag > multiple}
+        for tag in single:
+            assert tag in outstanding
+            outstanding.discard(tag)
+        assert outstanding == set(range(1, count + 1)) - settled

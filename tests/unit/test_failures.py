@@ -1,0 +1,124 @@
+"""What a failure means, and where it sends a change."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from services.sync.failures import Failure, Kind, classify, describe
+from services.sync.retry import Failed, destination, for_the_mirror, headers_for
+from shared.entities.contract import BrokenContract, Lane
+from shared.messaging import topology
+from tests.builders import RESTAURANT, change, message, order
+
+STEPS = (1_000, 10_000)
+AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (ConnectionRefusedError("refused"), Kind.AWAY, "postgres_away"),
+        (TimeoutError(), Kind.AWAY, "postgres_away"),  # a command timeout: not even an error came back
+        (asyncpg.CannotConnectNowError("starting up"), Kind.AWAY, "postgres_away"),
+        (asyncpg.AdminShutdownError("going down"), Kind.AWAY, "postgres_away"),
+        (asyncpg.ConnectionDoesNotExistError("closed in the middle"), Kind.AWAY, "postgres_away"),
+        (asyncpg.InterfaceError("connection is closed"), Kind.AWAY, "postgres_away"),
+        (asyncpg.TooManyConnectionsError("full"), Kind.AWAY, "postgres_away"),
+        (asyncpg.DiskFullError("full"), Kind.AWAY, "postgres_away"),
+        (asyncpg.ReadOnlySQLTransactionError("standby"), Kind.AWAY, "postgres_away"),
+        (asyncpg.UndefinedTableError("not migrated"), Kind.AWAY, "postgres_away"),
+        (asyncpg.InvalidPasswordError("not made yet"), Kind.AWAY, "postgres_away"),
+        (asyncpg.DeadlockDetectedError("deadlock"), Kind.TRANSIENT, "transient"),
+        (asyncpg.SerializationError("try again"), Kind.TRANSIENT, "transient"),
+        (asyncpg.QueryCanceledError("statement timeout"), Kind.TRANSIENT, "transient"),
+        (asyncpg.LockNotAvailableError("lock timeout"), Kind.TRANSIENT, "transient"),
+        (BrokenContract("wrong_tenant", "not yours"), Kind.POISON, "wrong_tenant"),
+        (asyncpg.CheckViolationError("no"), Kind.POISON, "refused_by_postgres"),
+        (asyncpg.NumericValueOutOfRangeError("too large"), Kind.POISON, "refused_by_postgres"),
+        (asyncpg.CharacterNotInRepertoireError("NUL"), Kind.POISON, "refused_by_postgres"),
+        (asyncpg.DataError("invalid input for query argument $1"), Kind.POISON, "refused_by_postgres"),
+        (KeyError("a bug of ours"), Kind.TRANSIENT, "unexpected"),
+        (asyncpg.PostgresSyntaxError("a bug of ours"), Kind.TRANSIENT, "unexpected"),
+    ],
+)
+def test_each_failure_has_its_class(error: Exception, kind: Kind, reason: str) -> None:
+    failure = classify(error)
+    assert (failure.kind, failure.reason) == (kind, reason)
+    assert type(error).__name__ in failure.error
+
+
+def test_only_timeouts_of_the_server_may_mean_that_it_is_the_server() -> None:
+    timeouts = (asyncpg.QueryCanceledError("slow"), asyncpg.LockNotAvailableError("locked"))
+    assert all(classify(error).timed_out for error in timeouts)
+    assert not classify(asyncpg.DeadlockDetectedError("deadlock")).timed_out
+
+
+def test_an_error_fits_a_header_whatever_it_is_made_of() -> None:
+    text = describe(ValueError("\ud800 half a pair, a NUL \x00 and " + "x" * 10_000))
+    assert len(text.encode()) < 2_000
+    assert "\x00" not in text
+
+
+def failed(kind: Kind = Kind.TRANSIENT, **headers: Any) -> Failed:
+    made = change(order())
+    return Failed(message(made), headers, Failure(kind, "transient", "SerializationError: try again"), AT, made)
+
+
+@pytest.mark.parametrize(
+    ("headers", "queue"),
+    [
+        ({}, topology.retry_queue(Lane.NORMAL, 1_000)),
+        ({topology.ATTEMPT: 1}, topology.retry_queue(Lane.NORMAL, 10_000)),
+        ({topology.ATTEMPT: 2}, topology.dead_queue(Lane.NORMAL)),
+        ({topology.ATTEMPT: 99}, topology.dead_queue(Lane.NORMAL)),
+        ({topology.ATTEMPT: "garbage"}, topology.retry_queue(Lane.NORMAL, 1_000)),
+        ({topology.ATTEMPT: -7}, topology.retry_queue(Lane.NORMAL, 1_000)),
+    ],
+)
+def test_each_attempt_is_a_rung_and_after_the_last_comes_the_dead_queue(headers: dict[str, Any], queue: str) -> None:
+    assert destination(failed(**headers), Lane.NORMAL, STEPS) == queue
+
+
+def test_poison_takes_no_rung() -> None:
+    assert destination(failed(Kind.POISON), Lane.CRITICAL, STEPS) == topology.dead_queue(Lane.CRITICAL)
+
+
+def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
+    one = failed(**{"x-death": [{"count": 3}], "x-delivery-count": 2, topology.ATTEMPT: 1, "traceparent": "00-a-b-01"})
+    headers = headers_for(one, Lane.CRITICAL)
+    assert one.change is not None
+    assert headers == {
+        "traceparent": "00-a-b-01",
+        "ticketrail-attempt": 2,
+        "ticketrail-reason": "transient",
+        "ticketrail-error": "SerializationError: try again",
+        "ticketrail-lane": "critical",
+        "ticketrail-failed-at": AT.isoformat(),
+        "ticketrail-first-failed-at": AT.isoformat(),
+        "ticketrail-change-id": one.change.id,
+        "ticketrail-restaurant": RESTAURANT,
+        "ticketrail-subject": one.change.subject,
+    }
+
+
+def test_the_first_failure_is_remembered_over_the_attempts() -> None:
+    headers = headers_for(failed(**{"ticketrail-first-failed-at": "long ago"}), Lane.CRITICAL)
+    assert headers["ticketrail-first-failed-at"] == "long ago"
+
+
+def test_a_body_that_says_nothing_gets_headers_all_the_same() -> None:
+    for body in (b"", b"garbage", b"[{}, {}]", b'[{"id": 7, "restaurantid": null}]', b"[" * 50_000):
+        headers = headers_for(Failed(body, {}, Failure(Kind.POISON, "undecodable", "?"), AT), Lane.CRITICAL)
+        assert headers["ticketrail-reason"] == "undecodable"
+        assert "ticketrail-change-id" not in headers
+
+
+def test_readers_see_the_error_the_attempts_and_when() -> None:
+    assert msgspec.json.decode(for_the_mirror(failed(**{topology.ATTEMPT: 1}))) == {
+        "error": "SerializationError: try again",
+        "attempts": 2,
+        "last_attempt": "2026-03-14T12:30:00Z",
+    }
