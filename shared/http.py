@@ -192,9 +192,10 @@ def stop_event() -> asyncio.Event:
     return stopping
 
 
-def serve(target: str, *, host: str, port: int, connections: int | None = None) -> None:
+def serve(target: str, *, host: str, port: int, connections: int | None = None, kill_after: int = 8) -> None:
     """Runs the ASGI factory `target` ("package.module:function") in one worker process until it is told to stop.
-    `connections`: how many may be open at once; Granian's 1,024 leave no way to /health when all of them stream."""
+    `connections`: how many may be open at once; Granian's 1,024 leave no way to /health when all of them stream.
+    `kill_after`: seconds after which a worker that is told to stop is killed; a client that does not read holds it."""
     from granian import Granian  # not at the top: tests of an app need no server
     from granian.constants import HTTPModes, Interfaces, Loops
 
@@ -209,7 +210,7 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None) 
         loop=Loops.uvloop,
         workers=1,
         log_access=False,
-        workers_kill_timeout=8,
+        workers_kill_timeout=kill_after,
     ).serve()
 
 

@@ -289,4 +289,5 @@ class Hub:
 
 def _cut(subscriber: Subscriber) -> None:
     if subscriber.task is not None:
+        log.info("cut", restaurant_id=subscriber.audience.interest.tenant)
         subscriber.task.cancel()

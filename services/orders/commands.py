@@ -18,7 +18,7 @@ from msgspec import UNSET, Struct
 
 from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import priced_items, totals
-from services.orders.reads import Found, Reads
+from services.orders.reads import Reads
 from services.orders.requests import PlaceOrder, UpdateOrder
 from shared import telemetry
 from shared.entities import order as orders
@@ -151,7 +151,7 @@ class Commands:
     ) -> Done:
         tried = 0
         while True:
-            found: Found = await self._reads.one(who.tenant, id_)
+            found = await self._reads.base(who.tenant, id_)
             before = found.order()
             if before.deleted_at is not None and not deleted:
                 raise NotFound("the order is deleted", code="order_deleted")

@@ -74,6 +74,22 @@ class Reads:
             return Found(document.standing, document.state, "mirror", document)
         raise NotFound("no such order")
 
+    async def base(self, restaurant: str, id_: str) -> Found:
+        """What a change is built on; raises NotFound, or Unavailable: without a warm mirror nobody can say what stands,
+        not even that there is no such order."""
+        document, warm = await self._from_mirror(restaurant, id_)
+        if not warm:
+            raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
+        if document is not None:
+            return Found(document.standing, document.state, "mirror", document)
+        try:
+            stored = await self._from_postgres(restaurant, id_)
+        except AWAY as error:
+            raise Unavailable("the order cannot be read now", retry_after=2.0) from error
+        if stored is None:
+            raise NotFound("no such order")
+        return Found(stored.standing, stored.state, "postgres")
+
     async def page(self, restaurant: str, filters: Filters) -> Page:
         """Raises Unavailable when neither store answers."""
         try:

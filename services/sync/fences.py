@@ -30,15 +30,19 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-LOG = "log"
-"""Stands beside the lanes where ways are named."""
-WAYS = (*(lane.value for lane in Lane), LOG)
+
+def log_way(lane: Lane) -> str:
+    """The name of the way through a lane's routing key into the log."""
+    return f"log/{lane}"
+
+
+WAYS = (*(lane.value for lane in Lane), *(log_way(lane) for lane in Lane))
 
 _LEAST_READY = 2.0  # seconds
 
 
 class Way(Struct):
-    """What is known of one way: a lane, or the log. Ages count on the monotonic clock, times are the sender's."""
+    """What is known of one way: into a lane's queue, or into the log. Ages count on the monotonic clock, times are the sender's."""
 
     sent_at: datetime | None = None
     """When we last had a fence confirmed that goes this way."""
@@ -69,7 +73,7 @@ class FenceWatch:
         self._idle[lane.value] = idle
 
     def sent(self, lane: Lane, sent_at: datetime) -> None:
-        for name in (lane.value, LOG):
+        for name in (lane.value, log_way(lane)):
             way = self._ways[name]
             way.sent_at, way.sent = sent_at, time.monotonic()
 
@@ -86,12 +90,13 @@ class FenceWatch:
 
     def note_log_end(self) -> None:
         """The reader of the log has read to its end: from here on a missing fence means a missing binding."""
-        self._idle[LOG] = lambda: True
-        self._ways[LOG].active = time.monotonic()
+        for lane in Lane:
+            self._idle[log_way(lane)] = lambda: True
+            self._ways[log_way(lane)].active = time.monotonic()
 
-    def note_log(self, sent_at: datetime, noted_at: datetime) -> None:
+    def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
         """The mirror writer has applied the log up to it."""
-        self._note(self._ways[LOG], sent_at, noted_at)
+        self._note(self._ways[log_way(lane)], sent_at, noted_at)
 
     # -- what it says ------------------------------------------------------------------------------------------
 
@@ -145,19 +150,20 @@ class FenceWatch:
             sent = way.sent_at is not None and way.sent_at >= began
             idle = self._idle.get(name, lambda: False)() and at - way.active > quiet and at - way.sent < timeout
             if sent and idle:
-                queue = topology.LOG if name == LOG else topology.lane_queue(Lane(name))
-                keys = "its routing keys" if name == LOG else f"routing key {name!r}"
+                of_the_log, _, lane = name.rpartition("/")
+                queue = topology.LOG if of_the_log else topology.lane_queue(Lane(lane))
                 raise TopologyError(
                     f"a fence was sent and did not come out of queue {queue!r}: its binding to exchange"
-                    f" {topology.CHANGES!r} with {keys} is missing. Run `ticketrail migrate`"
+                    f" {topology.CHANGES!r} with routing key {lane!r} is missing. Run `ticketrail migrate`"
                 )
         log.warning("bindings_not_proved_yet", missing=missing)
         return False
 
     def _arrived(self, way: Way, sent_at: datetime) -> None:
-        way.active = time.monotonic()
+        # An old one says nothing of the present: the same row is read from PostgreSQL again and again.
         if way.arrived_at is None or sent_at > way.arrived_at:
-            way.arrived_at, way.arrived = sent_at, way.active
+            way.arrived_at, way.arrived = sent_at, time.monotonic()
+            way.active = way.arrived
             self._news.set()
 
     def _note(self, way: Way, sent_at: datetime, noted_at: datetime) -> None:

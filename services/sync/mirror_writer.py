@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from services.sync.fences import FenceWatch
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, decode_change, encode, encode_batch, now, split_batch
+from shared.entities.contract import BrokenContract, Lane, decode_change, encode, encode_batch, now, split_batch
 from shared.entities.entity import Entity
 from shared.messaging.log import Batch, Entry, LogReader, Start
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -142,7 +142,6 @@ class MirrorWriter:
         self.reader = LogReader(
             self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
         )
-        fenced_at = None
         async for batch in self.reader.read(begun.start, epoch=state.epoch):
             if batch.epoch != state.epoch:
                 await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
@@ -154,11 +153,12 @@ class MirrorWriter:
                 self._watch.note_log_end()
                 if not self.warm:
                     await self._stamp(state, begun.gap)
-            if batch.fenced_at != fenced_at and batch.fenced_at is not None:
-                fenced_at = batch.fenced_at
+            if batch.fences:
                 if self.warm and not await self._mirror.is_warm():
                     raise _Rewind("the mirror has lost its stamp")
-                self._watch.note_log(fenced_at, now())
+                for lane in Lane:
+                    if lane in batch.fences:
+                        self._watch.note_log(lane, batch.fences[lane], now())
 
     async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
         late = await self._mirror.apply(wanted, at=at, note=note)

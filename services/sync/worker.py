@@ -33,7 +33,7 @@ from shared.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
 
-_PROOF_SECONDS = 15.0
+_LEAST_PROOF = 5.0  # seconds
 
 
 class Parts(Struct, frozen=True):
@@ -84,7 +84,7 @@ async def start(parts: Parts) -> None:
     await parts.postgres_writer.start()
     parts.mirror_writer.start()
     await parts.fences.start()
-    await parts.watch.prove(_PROOF_SECONDS)
+    await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.fence_interval_seconds))
     parts.reconciler.start()
 
 

@@ -58,13 +58,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Batch:
-    """Signals are taken out; what they said is in `epoch`, `fenced_at` and `caught_up`."""
+    """Signals are taken out; what they said is in `epoch`, `fences` and `caught_up`."""
 
     entries: list[Entry]
     epoch: str | None
     """None only when no fence has ever been in this log."""
-    fenced_at: datetime | None
-    """When the last fence that has been read was sent."""
+    fences: dict[str, datetime]
+    """Lane -> when the fence was sent, of those in this batch."""
     caught_up: bool
     last_offset: int
     first_offset: int = 0
@@ -178,6 +178,7 @@ class LogReader:
 
     def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> Batch:
         entries: list[Entry] = []
+        fences: dict[str, datetime] = {}
         caught_up = False
         for message in messages:
             signal = _signal(message.body)
@@ -187,12 +188,13 @@ class LogReader:
                     entries.append(Entry(offset, message.routing_key or "", message.body))
             elif signal.type == FENCE:
                 self._note(signal)
+                fences[signal.lane] = signal.time
             else:
                 caught_up = caught_up or signal.id == mark
         # Only now: an exception above means that none of these was handed out, and all are read again.
         self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
         restarted, self._restarted = self._restarted, False
-        return Batch(entries, self.epoch, self.fenced_at, caught_up, self._last, _offset(messages[0]), restarted)
+        return Batch(entries, self.epoch, fences, caught_up, self._last, _offset(messages[0]), restarted)
 
     def _note(self, fence: Signal) -> None:
         if fence.epoch != self.epoch and fence.epoch not in self._strays:

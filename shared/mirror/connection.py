@@ -99,7 +99,7 @@ class MirrorConnection:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
         except NoScriptError:
             # The server forgot its scripts (SCRIPT FLUSH): nothing was executed, so it may be sent again. The task that
-            # drains makes the new connection: dropped here, the present one would be lost in the middle of a round trip.
+            # drains makes the new connection: dropped here, the present one would be lost amid a round trip.
             self._forgotten = True
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 

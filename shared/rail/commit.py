@@ -68,6 +68,13 @@ class Lost(TicketrailError):
         self.state = state
 
 
+class _Doubt(Struct):
+    """What a commit must remember until it answers."""
+
+    claim_sent: bool = False
+    """A claim was sent without an answer: it may have been executed, or be executed when a frozen server wakes."""
+
+
 class Rail:
     def __init__(
         self,
@@ -112,32 +119,40 @@ class Rail:
 
     async def _commit(self, draft: Draft) -> Committed:
         change = _change(draft)
-        number, claimed = await self._claim(draft, change)
-        if claimed:
-            change, state = _numbered(draft.entity, change, draft.state, number)
-        else:
-            state = draft.entity.numbering.with_number(draft.state, number) if draft.entity.numbering else draft.state
-            draft.state = state
-            change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
-        durability = await self._record(change, claimed=claimed)
+        doubt = _Doubt()
+        try:
+            number, claimed = await self._claim(draft, change, doubt)
+            if claimed:
+                change, state = _numbered(draft.entity, change, draft.state, number)
+            else:
+                numbering = draft.entity.numbering
+                state = numbering.with_number(draft.state, number) if numbering else draft.state
+                draft.state = state
+                change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
+            durability = await self._record(change, claimed=claimed)
+        except (Lost, Unavailable) as error:
+            # A creation that is told what stands is answered: its order exists. All else may still appear.
+            exists = draft.base is None and isinstance(error, Lost) and error.standing is not None
+            if doubt.claim_sent and not exists:
+                raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
+            raise
         visible = await self._reveal(draft.entity, change, state)
         return Committed(state, change.standing, durability, visible)
 
-    async def _claim(self, draft: Draft, change: Change) -> tuple[str, bool]:
+    async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:
         """(number, claimed). Not claimed: a creation without a warm mirror, with a number of our own series."""
         numbering = draft.entity.numbering
         series = numbering.business_day(draft.state) if numbering and not numbering.number(draft.state) else None
         floor = self._highest.get((change.restaurantid, series), 0) if series else 0
         event = encode(change)
         deadline = time.monotonic() + self._claim_seconds
-        in_doubt = False  # an earlier sending may have been executed
         while True:
             try:
                 reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, floor)
             except MirrorInDoubt:
-                in_doubt = True
+                doubt.claim_sent = True
             except MirrorAway as error:
-                if not in_doubt:
+                if not doubt.claim_sent:
                     return await self._unclaimed(draft, series, error)
             else:
                 match reply:
@@ -146,8 +161,6 @@ class Rail:
                         return number, True
                     case Stands(standing, encoded) if standing.change_id == change.id:
                         return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
-                    case _ if in_doubt and draft.base is not None:
-                        raise OutcomeUnknown("the mirror did not answer in time; the change may appear")
                     case Stale():
                         await self.finish(reply)
                     case Cold():

@@ -84,6 +84,13 @@ class Rig:
 
         await eventually(look, within=within, what="drained", until=lambda left: not left and not self.held())
 
+    async def all_acknowledged(self) -> None:
+        """Drains, then ends the writer: what it has not acknowledged is back in its queue."""
+        await self.drained()
+        await self.writer.stop()
+        left = {lane: await self.depth(topology.lane_queue(lane)) for lane in Lane}
+        assert not any(left.values()), f"not acknowledged: {left}"
+
     def held(self) -> int:
         return sum(self.writer.state()["held_messages"].values())
 

@@ -243,10 +243,11 @@ class RailMachine(RuleBasedStateMachine):
         return refused - {one.tag for one in self.world.attempts if not absent(one)}
 
     def may_exist(self, attempt: Attempt) -> bool:
-        """A creation told that its order exists: true also when its own doubtful claim was finished and built upon."""
+        """A creation told what stands under its id is answered with that, as a repeat is: the order exists. After a
+        doubtful claim it may be its own change, finished by somebody."""
         error = attempt.task.exception()
-        built_upon = isinstance(error, Lost) and error.standing is not None and error.standing.version > 1
-        return built_upon and attempt.draft.base is None and attempt.change_id in self.world.doubted
+        exists = isinstance(error, Lost) and error.standing is not None
+        return exists and attempt.draft.base is None and attempt.change_id in self.world.doubted
 
     def check_forks(self, recorded: dict[str, Change]) -> None:
         by_version: dict[tuple[str, int], list[Change]] = {}

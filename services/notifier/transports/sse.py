@@ -12,7 +12,6 @@ import asyncio
 from typing import Any
 
 from litestar import Request, get
-from litestar.params import Parameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from services.notifier.cursor import Cursor, parse_cursor
@@ -60,16 +59,11 @@ FORM = Form(
 
 
 @get("/api/v1/sync/events")
-async def events(
-    request: Request[Any, Any, Any],
-    hub: Hub,
-    follower: Follower,
-    order_id: str | None = Parameter(query="orderID", default=None),
-    event_types: str | None = Parameter(query="eventTypes", default=None),
-    last_event_id: str | None = Parameter(query="lastEventId", default=None),
-) -> ASGIApp:
-    interest = interest_of(identity_of(request), order_id=order_id, event_types=event_types)
-    cursor = _cursor(request.headers.get("last-event-id"), last_event_id)
+async def events(request: Request[Any, Any, Any], hub: Hub, follower: Follower) -> ASGIApp:
+    """Query: `orderID`, `eventTypes` (comma list), `lastEventId`."""
+    query = request.query_params
+    interest = interest_of(identity_of(request), order_id=query.get("orderID"), event_types=query.get("eventTypes"))
+    cursor = _cursor(request.headers.get("last-event-id"), query.get("lastEventId"))
     if not follower.serving:
         raise Unavailable("the event log is being read back", code="not_caught_up")
     if cursor is not None and cursor.epoch == hub.window.epoch:

@@ -8,7 +8,8 @@
 --   {"busy"}                                another change is on its way
 --   {"stale", change id, event, number}     another change was left behind; now marked: finish it, then come again
 --   {"standing", version, change id, state} the base is not what stands (for a creation: it exists)
-if redis.call('GET', KEYS[4]) ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') then
+local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+if redis.call('GET', KEYS[4]) ~= server then
   return {'cold'}
 end
 local time = redis.call('TIME')
@@ -16,7 +17,13 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local doc = redis.call('HMGET', KEYS[1], 'v', 'c', 'd')
 local version = tonumber(doc[1]) or 0
-local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at')
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
+if claim[1] and claim[6] ~= server then
+  -- Of a mirror that was lost. It may have been taken back since this copy was made: nobody may finish it.
+  redis.call('DEL', KEYS[2])
+  redis.call('ZREM', KEYS[3], ARGV[8])
+  claim = {}
+end
 if claim[1] == ARGV[1] then
   return {'claimed', claim[4]}
 end
@@ -43,6 +50,7 @@ if ARGV[6] == '1' then
   redis.call('SET', KEYS[5], number, 'EX', 691200)
   number = string.format('%04d', number)
 end
-redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now)
+redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now,
+  'server', server)
 redis.call('ZADD', KEYS[3], now, ARGV[8])
 return {'claimed', number}

@@ -1,12 +1,13 @@
 -- mark: take a claim that its owner left behind, to finish it.
 -- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 stale after (ms)
 -- Replies {} when there is nothing to finish, else {change id, event, number}.
-local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at')
-if not claim[1] then
-  redis.call('ZREM', KEYS[3], ARGV[1])
-  return {}
-end
-if tonumber(claim[2]) <= (tonumber(redis.call('HGET', KEYS[1], 'v')) or 0) then
+-- A claim of a mirror that was lost is not finished: it may have been taken back since this copy was made.
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
+if
+  not claim[1]
+  or claim[6] ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  or tonumber(claim[2]) <= (tonumber(redis.call('HGET', KEYS[1], 'v')) or 0)
+then
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[1])
   return {}

@@ -1,0 +1,129 @@
+"""The change that each frozen sample holds, with every field filled, and the writing of samples that are missing."""
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, structs
+
+from shared.entities.contract import Change, ChangeData, Raw, change_id, changed_fields, encode
+from shared.entities.entity import event_of
+from shared.entities.menu_item import MenuItem
+from shared.entities.order import Customization, Order, OrderItem, Payment, PaymentStatus, Status
+from shared.entities.registry import ENTITIES
+from shared.entities.table import DiningTable
+
+SAMPLES = Path(__file__).parent / "samples"
+
+RESTAURANT = "11111111-1111-4111-8111-111111111111"
+AT = datetime(2026, 3, 14, 12, 30, 0, 250_000, tzinfo=UTC)
+LATER = datetime(2026, 3, 14, 12, 45, tzinfo=UTC)
+
+
+def _id(n: int) -> str:
+    return f"{n:08d}-0000-4000-8000-000000000000"
+
+
+ORDER = Order(
+    id=_id(1),
+    restaurant_id=RESTAURANT,
+    order_number="0042",
+    business_day=date(2026, 3, 14),
+    status=Status.PENDING,
+    items=(
+        OrderItem(
+            menu_item_id=_id(2),
+            name="Masala Dosa",
+            quantity=2,
+            unit_price=900,
+            line_total=1_800,
+            special_instructions="extra crisp",
+            customizations=(Customization("chutney", "coconut"),),
+        ),
+        OrderItem(menu_item_id=_id(3), name="Crème brûlée", quantity=1, unit_price=650, line_total=650),
+    ),
+    currency="EUR",
+    subtotal=2_450,
+    tax_basis_points=500,
+    tax_amount=123,
+    tip_amount=200,
+    discount_amount=100,
+    deposit_used=50,
+    total=2_623,
+    created_at=AT,
+    updated_at=AT,
+    table_id=_id(4),
+    customer_name="Ada",
+    customer_phone="+49 30 1234",
+    customer_session_id="session-1",
+    payment_method="card",
+    payment_status=PaymentStatus.PARTIALLY_PAID,
+    payments=(
+        Payment(id=_id(5), amount=500, method="card", created_at=AT, reference="auth 77"),
+        Payment(id=_id(6), amount=-100, method="cash", created_at=LATER),
+    ),
+    notes="birthday",
+    special_instructions="no nuts",
+    placed_by="session-1",
+    request_hash="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+)
+MENU_ITEM = MenuItem(
+    id=_id(2),
+    restaurant_id=RESTAURANT,
+    name="Masala Dosa",
+    price=900,
+    category="Mains",
+    created_at=AT,
+    updated_at=AT,
+    description="Rice crêpe, spiced potatoes",
+)
+TABLE = DiningTable(id=_id(4), restaurant_id=RESTAURANT, label="Window 4", seats=4, created_at=AT, updated_at=AT)
+
+CREATED: dict[str, Struct] = {"order": ORDER, "menu_item": MENU_ITEM, "table": TABLE}
+# What an update of each entity changes; the other events change the same fields everywhere.
+UPDATED: dict[str, dict[str, Any]] = {
+    "order": {"notes": "birthday, 2 candles", "customer_phone": None},
+    "menu_item": {"price": 950, "is_available": False},
+    "table": {"seats": 6},
+}
+CHANGED: dict[str, dict[str, Any]] = {
+    "status_changed": {"status": Status.RECEIVED},
+    "deleted": {"deleted_at": LATER},
+    "restored": {"deleted_at": None},
+}
+
+
+def sample(type_: str) -> Change:
+    name, event, _ = event_of(type_)
+    entity, before, after = ENTITIES[name], None, CREATED[name]
+    version = 1
+    if event != "created":
+        before = structs.replace(after, deleted_at=LATER) if event == "restored" else after
+        after = structs.replace(before, **CHANGED.get(event) or UPDATED[name], updated_at=LATER)
+        version = 3
+    return Change(
+        id=change_id(after.id, version, encode(after)),  # type: ignore[attr-defined]
+        source="orders",
+        type=type_,
+        subject=f"{name}/{after.id}",  # type: ignore[attr-defined]
+        time=LATER if before else AT,
+        restaurantid=RESTAURANT,
+        priority=entity.lane.priority,
+        entityversion=version,
+        basechangeid=_id(9) if before else None,
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        data=ChangeData(after=Raw(encode(after)), before=Raw(encode(changed_fields(before, after)))),
+    )
+
+
+def main() -> None:
+    for entity in ENTITIES.values():
+        for event in entity.events:
+            path = SAMPLES / f"{entity.type(event)}.json"
+            if not path.exists():
+                path.write_bytes(encode(sample(entity.type(event))))
+                print(f"frozen: {path.name}")
+
+
+if __name__ == "__main__":
+    main()

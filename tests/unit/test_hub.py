@@ -1,0 +1,347 @@
+"""The hub and its window, without a network: every subscriber receives what it asked for, in order, once."""
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.notifier.cursor import Cursor, Position
+from services.notifier.events import Kind, PushEvent
+from services.notifier.hub import Form, Hub, Subscriber
+from services.notifier.interest import Interest
+from services.notifier.window import Window
+
+EPOCH = "e"
+FORM = Form(
+    event=lambda event, cursor, of_one_order: f"{'one ' if of_one_order else ''}{event.change_id} ".encode(),
+    resync=lambda reason, cursor: f"resync:{reason}:{cursor} ".encode(),
+    heartbeat=lambda cursor: f"beat:{cursor} ".encode(),
+)
+
+
+def event(offset: int, place: int = 0, **fields: object) -> PushEvent:
+    defaults: dict[str, object] = {
+        "change_id": f"c{offset}.{place}",
+        "tenant": "a",
+        "order_id": "o",
+        "session_id": None,
+        "kind": Kind.STATUS_UPDATE,
+        "_name": "status_update",
+        "_rest": b"x" * 100,
+    }
+    return PushEvent(position=Position(offset, place), **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def hub(
+    *, seconds: float = 600, changes: int = 1_000, size: int = 1 << 20, events: int = 100, buffer: int = 1 << 20
+) -> Hub:
+    made = Hub(Window(seconds=seconds, changes=changes, size=size), buffer_events=events, buffer_bytes=buffer)
+    made.begin(EPOCH, 0)
+    return made
+
+
+def publish(to: Hub, *events: PushEvent, at: float = 0.0) -> None:
+    to.publish(events, events[-1].position, at)
+
+
+def cursor(offset: int, place: int = 0, epoch: str = EPOCH) -> Cursor:
+    return Cursor(epoch, Position(offset, place))
+
+
+def taken(subscriber: Subscriber) -> list[str]:
+    return subscriber.take().decode().split()
+
+
+def replayed(from_: Hub, subscriber: Subscriber) -> list[str]:
+    found = []
+    while (chunk := from_.replay(subscriber)) is not None:
+        found += chunk.decode().split()
+    return found
+
+
+def test_a_subscriber_hears_of_its_tenant_alone() -> None:
+    rail = hub()
+    mine, theirs = (rail.subscribe(Interest(tenant), FORM, None) for tenant in "ab")
+    publish(rail, event(1), event(2, tenant="b"), event(3, tenant="c"), event(4))
+    assert (taken(mine), taken(theirs)) == (["c1.0", "c4.0"], ["c2.0"])
+
+
+def test_narrow_interests_get_only_what_they_name() -> None:
+    rail = hub()
+    one = rail.subscribe(Interest("a", order_id="o1"), FORM, None)
+    session = rail.subscribe(Interest("a", session_id="s1"), FORM, None)
+    both = rail.subscribe(Interest("a", order_id="o1", session_id="s1"), FORM, None)
+    kinds = rail.subscribe(Interest("a", kinds=Kind.ORDER_CREATED | Kind.ORDER_DELETED), FORM, None)
+    publish(
+        rail,
+        event(1, order_id="o1", session_id="s1"),
+        event(2, order_id="o1", session_id="s2"),
+        event(3, order_id="o2", session_id="s1", kind=Kind.ORDER_CREATED),
+        event(4, order_id="s1", session_id="o1", kind=Kind.ORDER_DELETED),
+    )
+    assert taken(one) == ["one", "c1.0", "one", "c2.0"]
+    assert taken(session) == ["c1.0", "c3.0"]
+    assert taken(both) == ["one", "c1.0"]
+    assert taken(kinds) == ["c3.0", "c4.0"]
+
+
+def test_subscribers_with_one_interest_share_the_bytes() -> None:
+    rail = hub()
+    some = [rail.subscribe(Interest("a"), FORM, None) for _ in range(3)]
+    publish(rail, event(1), event(2))
+    chunks = [subscriber.take() for subscriber in some]
+    assert chunks[0] == b"c1.0 c2.0 " and all(chunk is chunks[0] for chunk in chunks)
+
+
+def test_what_waits_is_taken_in_one_chunk() -> None:
+    rail = hub()
+    subscriber = rail.subscribe(Interest("a"), FORM, None)
+    for offset in range(1, 4):
+        publish(rail, event(offset))
+    assert subscriber.take() == b"c1.0 c2.0 c3.0 "
+    assert subscriber.take() == b""
+
+
+def test_a_change_seen_before_is_not_pushed_again_but_counts_for_the_cursor() -> None:
+    rail = hub()
+    subscriber = rail.subscribe(Interest("a"), FORM, None)
+    publish(rail, event(1))
+    publish(rail, event(2, change_id="c1.0"))
+    assert taken(subscriber) == ["c1.0"]
+    assert rail.window.cursor == cursor(2)
+
+
+def test_replay_begins_behind_the_cursor_in_the_middle_of_a_message() -> None:
+    rail = hub()
+    publish(rail, *(event(1, place) for place in range(4)), event(2))
+    subscriber = rail.subscribe(Interest("a"), FORM, cursor(1, 1))
+    assert replayed(rail, subscriber) == ["c1.2", "c1.3", "c2.0"]
+    publish(rail, event(3))
+    assert taken(subscriber) == ["c3.0"]
+
+
+def test_what_is_published_during_a_replay_comes_once_and_in_order() -> None:
+    rail = hub()
+    publish(rail, *(event(offset) for offset in range(1, 600)))
+    subscriber = rail.subscribe(Interest("a"), FORM, cursor(0))
+    found = []
+    offset = 600
+    while (chunk := rail.replay(subscriber)) is not None:
+        found += chunk.decode().split()
+        if offset < 605:
+            publish(rail, event(offset))
+            offset += 1
+    publish(rail, event(offset))
+    assert found + taken(subscriber) == [f"c{number}.0" for number in range(1, offset + 1)]
+
+
+@pytest.mark.parametrize(
+    ("given_", "reason"),
+    [
+        (cursor(2), "too_old"),
+        (cursor(0), "too_old"),
+        (cursor(5, epoch="old"), "other_epoch"),
+        (cursor(99), "other_epoch"),
+        (cursor(9, 1), "other_epoch"),
+    ],
+)
+def test_what_cannot_be_continued_gets_one_resync_and_goes_on_live(given_: Cursor, reason: str) -> None:
+    rail = hub(changes=5)
+    publish(rail, *(event(offset) for offset in range(1, 10)))
+    subscriber = rail.subscribe(Interest("a"), FORM, given_)
+    assert replayed(rail, subscriber) == [f"resync:{reason}:e-9-0"]
+    publish(rail, event(10))
+    assert taken(subscriber) == ["c10.0"]
+
+
+def test_the_last_position_that_left_the_window_can_still_be_continued_from() -> None:
+    rail = hub(changes=5)
+    publish(rail, *(event(offset) for offset in range(1, 10)))
+    assert replayed(rail, rail.subscribe(Interest("a"), FORM, cursor(4))) == [f"c{number}.0" for number in range(5, 10)]
+
+
+def test_a_replay_that_the_window_overtakes_gets_a_resync() -> None:
+    rail = hub(changes=400)
+    publish(rail, *(event(offset) for offset in range(1, 401)))
+    subscriber = rail.subscribe(Interest("a"), FORM, cursor(0))
+    assert rail.replay(subscriber)
+    publish(rail, *(event(offset) for offset in range(401, 801)))
+    assert replayed(rail, subscriber) == ["resync:too_old:e-800-0"]
+
+
+def test_the_window_forgets_by_age_and_by_bytes_too() -> None:
+    old = hub(seconds=10)
+    publish(old, event(1), at=0)
+    publish(old, event(2), at=5)
+    publish(old, event(3), at=12)
+    assert len(old.window) == 2 and old.window.floor == Position(1, 0)
+    old.window.forget(100)
+    assert len(old.window) == 0 and old.window.floor == Position(3, 0)
+    large = hub(size=250)
+    publish(large, event(1), event(2), event(3))
+    assert len(large.window) == 2 and large.window.holds_all_after(Position(1, 0))
+    publish(large, event(4, change_id="c1.0"))
+    assert large.window.after("a", Position(3, 0), 9), "what the window forgot may come again"
+
+
+def test_a_slow_subscriber_is_told_and_let_go_and_others_are_not() -> None:
+    async def scene() -> None:
+        rail = hub(events=3)
+        slow, quick = rail.subscribe(Interest("a"), FORM, None), rail.subscribe(Interest("a"), FORM, None)
+        for offset in range(1, 6):
+            publish(rail, event(offset))
+            assert taken(quick) == [f"c{offset}.0"]
+        assert taken(slow) == ["resync:slow:e-4-0"]
+        assert slow.ended and not quick.ended
+        assert len(rail) == 1
+
+    asyncio.run(scene())
+
+
+def test_a_large_batch_alone_makes_nobody_slow() -> None:
+    rail = hub(events=3)
+    subscriber = rail.subscribe(Interest("a"), FORM, None)
+    publish(rail, *(event(offset) for offset in range(1, 50)))
+    assert len(taken(subscriber)) == 49 and not subscriber.ended
+
+
+def test_bytes_make_slow_too() -> None:
+    async def scene() -> None:
+        rail = hub(buffer=8)
+        subscriber = rail.subscribe(Interest("a"), FORM, None)
+        publish(rail, event(1))
+        publish(rail, event(2))
+        assert taken(subscriber) == ["resync:slow:e-2-0"]
+
+    asyncio.run(scene())
+
+
+def test_another_log_resyncs_everybody_and_empties_the_window() -> None:
+    rail = hub()
+    live = rail.subscribe(Interest("a"), FORM, None)
+    publish(rail, *(event(offset) for offset in range(1, 600)))
+    replaying = rail.subscribe(Interest("a"), FORM, cursor(0))
+    assert rail.replay(replaying)
+    live.take()
+    rail.begin("new", 0)
+    assert taken(live) == ["resync:other_epoch:new-0-0"]
+    assert replayed(rail, replaying) == ["resync:other_epoch:new-0-0"]
+    publish(rail, event(1))
+    assert taken(live) == taken(replaying) == ["c1.0"]
+
+
+def test_a_heartbeat_goes_to_those_that_have_nothing_waiting_and_carries_the_cursor() -> None:
+    rail = hub()
+    idle, busy = rail.subscribe(Interest("b"), FORM, None), rail.subscribe(Interest("a"), FORM, None)
+    publish(rail, event(7))
+    rail.beat()
+    assert (taken(idle), taken(busy)) == (["beat:e-7-0"], ["c7.0"])
+
+
+def test_who_left_is_forgotten_with_all_that_was_kept_for_it() -> None:
+    rail = hub()
+    some = [rail.subscribe(Interest("a", order_id=id_), FORM, None) for id_ in ("o", "o", "p", None)]
+    for subscriber in [*some, *some]:
+        rail.unsubscribe(subscriber)
+    assert len(rail) == 0 and rail._tenants == {}
+
+
+def test_closing_ends_every_subscriber_and_those_that_come_later() -> None:
+    async def scene() -> None:
+        rail = hub()
+        publish(rail, event(1))
+        live, replaying = rail.subscribe(Interest("a"), FORM, None), rail.subscribe(Interest("a"), FORM, cursor(0))
+        waiting = asyncio.create_task(live.wait())
+        await asyncio.sleep(0)
+        rail.close()
+        rail.close()
+        await asyncio.wait_for(waiting, 1)
+        late = rail.subscribe(Interest("a"), FORM, None)
+        assert live.ended and replaying.ended and late.ended
+        assert rail.replay(replaying) is None
+        await asyncio.wait_for(late.wait(), 1)
+
+    asyncio.run(scene())
+
+
+def test_a_position_that_is_not_reached_yet_is_waited_for_and_not_for_ever() -> None:
+    async def scene() -> None:
+        rail = hub()
+        waiting = asyncio.create_task(rail.reached(Position(5, 1), within=10))
+        await asyncio.sleep(0)
+        publish(rail, event(5, 0))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        publish(rail, event(5, 1))
+        await asyncio.wait_for(waiting, 1)
+        await rail.reached(Position(5, 1), within=10)
+        await rail.reached(Position(6, 0), within=0.01)
+        publish(rail, event(6))
+
+    asyncio.run(scene())
+
+
+# -- any order of things that happen ---------------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.tuples(st.just("publish"), st.sampled_from("ab"), st.integers(1, 4))
+    | st.tuples(st.just("come"), st.sampled_from("ab"), st.integers(0, 40))
+    | st.tuples(st.sampled_from(["replay", "take", "leave_and_come_back"]), st.just(""), st.integers(0, 9)),
+    max_size=60,
+)
+
+
+class Client:
+    def __init__(self, rail: Hub, tenant: str, start: Position) -> None:
+        self.rail, self.tenant, self.start = rail, tenant, start
+        self.subscriber = rail.subscribe(Interest(tenant), FORM, Cursor(EPOCH, start))
+        self.got: list[str] = []
+
+    def replay(self) -> None:
+        if self.subscriber.position is not None:
+            self.got += (self.rail.replay(self.subscriber) or b"").decode().split()
+
+    def take(self) -> None:
+        if self.subscriber.position is None:
+            self.got += taken(self.subscriber)
+
+    def leave_and_come_back(self) -> None:
+        if self.subscriber.position is None:
+            self.take()
+            self.rail.unsubscribe(self.subscriber)
+            self.subscriber = self.rail.subscribe(Interest(self.tenant), FORM, self.rail.window.cursor)
+
+
+@settings(max_examples=300)
+@given(STEPS)
+def test_whatever_happens_each_receives_its_events_once_in_order_or_a_resync(
+    steps: Iterable[tuple[str, str, int]],
+) -> None:
+    rail = hub(changes=12, events=10_000)
+    log: list[PushEvent] = []
+    clients: list[Client] = []
+    offset = 0
+    for step, tenant, number in steps:
+        if step == "publish":
+            offset += 2  # a hole at every second offset
+            batch = [event(offset, place, tenant=tenant) for place in range(number)]
+            log += batch
+            publish(rail, *batch)
+        elif step == "come":
+            clients.append(Client(rail, tenant, log[number % len(log)].position if log else Position(0, 0)))
+        elif clients:
+            getattr(clients[number % len(clients)], step)()
+    for client in clients:
+        client.got += replayed(rail, client.subscriber) + taken(client.subscriber)
+        wanted = [one.change_id for one in log if one.tenant == client.tenant and one.position > client.start]
+        resyncs = [place for place, name in enumerate(client.got) if name.startswith("resync")]
+        if not resyncs:
+            assert client.got == wanted
+        else:
+            # Before it nothing is missing in between, behind it nothing up to now.
+            before, behind = client.got[: resyncs[0]], client.got[resyncs[-1] + 1 :]
+            assert before == wanted[: len(before)]
+            assert behind == wanted[len(wanted) - len(behind) :]
+            assert len(resyncs) == 1

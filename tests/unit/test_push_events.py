@@ -1,0 +1,184 @@
+"""From a change to what a screen receives."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import Raw, structs
+
+from services.notifier.cursor import Cursor, Position
+from services.notifier.events import EVERY_KIND, KINDS, Kind, PushEvent, push_event
+from services.notifier.interest import Interest, interest_of
+from services.notifier.transports.sse import FORM
+from shared.entities import order as order_module
+from shared.entities.contract import BrokenContract, Change, ChangeData, encode
+from shared.entities.order import Status
+from shared.errors import Forbidden, InvalidInput
+from shared.security import Identity, Role
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
+
+AT = Position(7, 2)
+
+
+def pushed(change: Change) -> PushEvent:
+    event = push_event(encode(change), AT)
+    assert event is not None
+    return event
+
+
+def payload(event: PushEvent, *, of_one_order: bool = False) -> dict[str, Any]:
+    return json.loads(event.payload(of_one_order=of_one_order))
+
+
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        ("created", "order_created"),
+        ("deleted", "order_deleted"),
+        ("status_changed", "stage_change"),
+        ("updated", "status_update"),
+        ("restored", "status_update"),
+    ],
+)
+def test_each_event_of_an_order_becomes_one_event_of_its_name(event: str, name: str) -> None:
+    made = pushed(change(order(), event=event))
+    assert made.name(of_one_order=False) == payload(made)["eventType"] == name
+
+
+def test_no_event_of_an_order_was_forgotten() -> None:
+    for event in order_module.ENTITY.events:
+        assert pushed(change(order(), event=event)).kind in Kind
+
+
+def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> None:
+    state = order(notes="no onions", customer_session_id="table-7")
+    made = change(state, entityversion=4)
+    event = pushed(made)
+    expected = json.loads(encode(state))
+    del expected["request_hash"]
+    assert payload(event) == {
+        "eventType": "order_created",
+        "data": expected,
+        "orderID": state.id,
+        "timestamp": json.loads(encode(made.time)),
+        "version": 4,
+    }
+    assert (event.tenant, event.order_id, event.session_id) == (RESTAURANT, state.id, "table-7")
+    assert (event.position, event.change_id) == (AT, made.id)
+
+
+def test_a_stage_change_says_from_where_to_where_under_the_name_that_fits_the_subscriber() -> None:
+    before = order(status=Status.RECEIVED)
+    after = structs.replace(before, status=Status.PREPARING)
+    event = pushed(change(after, event="status_changed", before=before, base=change(before)))
+    every, one = payload(event), payload(event, of_one_order=True)
+    assert (every["eventType"], one["eventType"]) == ("stage_change", "order_stage_change")
+    assert (every["data"]["previousStage"], every["data"]["newStage"]) == ("received", "preparing")
+    assert every["data"]["status"] == "preparing"
+    assert {**every, "eventType": ""} == {**one, "eventType": ""}
+
+
+@pytest.mark.parametrize("before", [b"{}", b"[]", b"7", b'{"notes":null}'])
+def test_a_stage_change_without_its_old_stage_is_pushed_all_the_same(before: bytes) -> None:
+    made = change(order(status=Status.READY), event="status_changed")
+    made = structs.replace(made, data=ChangeData(after=made.data.after, before=Raw(before)))
+    data = payload(pushed(made))["data"]
+    assert (data["previousStage"], data["newStage"]) == (None, "ready")
+
+
+def test_only_stage_changes_carry_stages() -> None:
+    assert "previousStage" not in payload(pushed(change(order())))["data"]
+
+
+def test_the_request_hash_stays_inside() -> None:
+    assert b"hash" not in pushed(change(order(request_hash="ab" * 32))).payload(of_one_order=False)
+
+
+def test_fields_that_a_newer_service_added_reach_the_screen() -> None:
+    made = change(order())
+    state = {**msgspec.json.decode(made.data.after), "spiciness": 3}
+    newer = structs.replace(made, data=ChangeData(after=Raw(encode(state))))
+    assert payload(pushed(newer))["data"]["spiciness"] == 3
+
+
+def test_an_event_is_one_line_whatever_white_space_its_writer_used() -> None:
+    made = change(order(notes="two\nlines\r\n\u2028"))
+    state = json.dumps(json.loads(bytes(made.data.after)), indent=2).replace("\n", "\r\n").encode()
+    spaced = structs.replace(made, data=ChangeData(after=Raw(state)))
+    event = pushed(spaced)
+    frame = FORM.event(event, Cursor("e", AT), False)
+    assert frame.count(b"\n") == 4 and b"\r" not in frame
+    assert frame.startswith(b"id: e-7-2\nevent: order_created\ndata: {") and frame.endswith(b"}\n\n")
+    assert payload(event)["data"]["notes"] == "two\nlines\r\n\u2028"
+
+
+def test_other_entities_are_not_pushed_yet() -> None:
+    assert push_event(encode(change(menu_item())), AT) is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"restaurantid": OTHER_RESTAURANT}, "wrong_tenant"),
+        ({"type": "ticketrail.order.created.v2"}, "unsupported_version"),
+        ({"type": "ticketrail.order.eaten.v1"}, "unknown_type"),
+        ({"subject": "order/00000000-0000-4000-8000-000000000000"}, "contract_broken"),
+    ],
+)
+def test_what_no_store_takes_is_not_pushed_either(broken: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BrokenContract) as refused:
+        push_event(encode(change(order(), **broken)), AT)
+    assert refused.value.reason == reason
+
+
+# -- interests -------------------------------------------------------------------------------------------------------
+
+STAFF = Identity(user_id="u", role=Role.STAFF, restaurant_id=RESTAURANT)
+CUSTOMER = Identity(user_id="c", role=Role.CUSTOMER, restaurant_id=RESTAURANT, session_id="table-7")
+
+
+def test_an_interest_without_parameters_is_everything_of_the_tenant() -> None:
+    assert interest_of(STAFF, order_id=None, event_types=None) == Interest(RESTAURANT)
+    assert interest_of(STAFF, order_id="", event_types="") == Interest(RESTAURANT)
+
+
+def test_a_customer_is_bound_to_its_session_and_others_are_not() -> None:
+    event = pushed(change(order(customer_session_id="table-7")))
+    other = pushed(change(order(customer_session_id="table-8")))
+    none = pushed(change(order()))
+    customer = interest_of(CUSTOMER, order_id=None, event_types=None)
+    assert [customer.wants(one) for one in (event, other, none)] == [True, False, False]
+    staff = interest_of(structs.replace(STAFF, session_id="table-7"), order_id=None, event_types=None)
+    assert all(staff.wants(one) for one in (event, other, none))
+
+
+def test_an_order_id_is_compared_in_its_canonical_form() -> None:
+    state = order()
+    interest = interest_of(STAFF, order_id=state.id.upper(), event_types=None)
+    assert interest.wants(pushed(change(state)))
+    assert not interest.wants(pushed(change(order())))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_event_type_may_be_asked_for_alone(name: str) -> None:
+    assert interest_of(STAFF, order_id=None, event_types=name).kinds == KINDS[name]
+
+
+def test_all_event_types_together_are_every_kind() -> None:
+    assert interest_of(STAFF, order_id=None, event_types=" , ".join(KINDS)).kinds == EVERY_KIND
+
+
+@pytest.mark.parametrize(
+    ("order_id", "event_types", "field"),
+    [("7", None, "orderID"), (None, "dessert", "eventTypes"), (None, "order_created,", "eventTypes")],
+)
+def test_what_cannot_be_asked_for_is_named(order_id: str | None, event_types: str | None, field: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        interest_of(STAFF, order_id=order_id, event_types=event_types)
+    assert refused.value.details["field"] == field
+
+
+def test_who_has_no_restaurant_has_no_stream() -> None:
+    with pytest.raises(Forbidden):
+        interest_of(Identity(user_id="o", role=Role.OPERATOR), order_id=None, event_types=None)
