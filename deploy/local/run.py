@@ -119,7 +119,7 @@ class System:
             orders_url=self.urls["orders"],
             sync_url=self.urls["sync_api"],
             notifier_url=self.urls["notifier"],
-            database_url=self.env["TICKETRAIL_DATABASE_URL"],
+            database_url=self.env["TICKETRAIL_DATABASE_WRITER_URL"],  # sees every tenant, which the owner does not
             redis_url=self.env["TICKETRAIL_REDIS_URL"],
             rabbitmq_url=self.env["TICKETRAIL_RABBITMQ_URL"],
             rabbitmq_management_url=self.env["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"],
@@ -243,7 +243,7 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     for name, url in system.urls.items():
         say(f"  {name:<12} {url}")
     say(f"  {'management':<12} {system.env['TICKETRAIL_RABBITMQ_MANAGEMENT_URL']}")
-    say(f"  {'PostgreSQL':<12} {system.env['TICKETRAIL_DATABASE_URL']}")
+    say(f"  {'PostgreSQL':<12} {system.demo.database_url}")
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
     for what, line in system.demo.curl_lines(order_id):
         say(f"\n# {what}\n{line}")

@@ -1,0 +1,177 @@
+"""The real thing: the processes that `make run` starts, on ports and in a home of their own, used as a person would."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from deploy.local.packages import ensure
+from deploy.local.ports import find_free
+from tests.system import ROOT, eventually
+
+pytestmark = pytest.mark.timeout(180)
+
+PORTS = (
+    "ORDERS_PORT",
+    "SYNC_PORT",
+    "NOTIFIER_PORT",
+    "WORKER_PORT",
+    "POSTGRES_PORT",
+    "RABBITMQ_PORT",
+    "RABBITMQ_MANAGEMENT_PORT",
+    "REDIS_PORT",
+    "EPMD_PORT",
+    "RABBITMQ_DIST_PORT",
+)
+
+
+class Run:
+    def __init__(self, home: Path, env: dict[str, str]) -> None:
+        self.home = home
+        self.output = home.parent / "output"
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.local.run"], cwd=ROOT, env=env, stdout=output, stderr=output
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def demo(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.home / "demo.json").read_text())
+        return found
+
+    async def ready(self, times: int) -> None:
+        async def look() -> bool:
+            assert self.process.poll() is None, self.text
+            return self.text.count("Ready after") == times
+
+        await eventually(look, within=90, what=f"ready for the {times}. time")
+
+    async def stop(self) -> float:
+        """Seconds until it has ended, with every process below it."""
+        tree = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(self.process.wait, 30)
+        took = loop.time() - began
+        left = [
+            one for one in tree[1:] if isinstance(one, psutil.Process) and one.is_running() and one.status() != "zombie"
+        ]
+        assert not left, left
+        return took
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    ensure()
+    ports = dict(zip(PORTS, find_free(len(PORTS)), strict=True))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")}
+    return (
+        clean
+        | {f"TICKETRAIL_{name}": str(port) for name, port in ports.items()}
+        | {"TICKETRAIL_HOME": str(tmp_path / "home")}
+    )
+
+
+@asynccontextmanager
+async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
+    """The event stream, as the third curl line follows it."""
+    events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    process = await asyncio.create_subprocess_exec(*curl_lines(run)[2], stdout=asyncio.subprocess.PIPE)
+
+    async def read() -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.startswith(b"data:"):
+                events.put_nowait(json.loads(line[5:]))
+
+    reading = asyncio.create_task(read())
+    try:
+        await asyncio.wait_for(events.get(), 10)  # connected
+        yield events
+    finally:
+        reading.cancel()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def curl_lines(run: Run) -> list[list[str]]:
+    return [shlex.split(line) for line in run.text.splitlines() if line.startswith("curl ")][-3:]
+
+
+async def curl(words: list[str]) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "home", env)
+    try:
+        await run.ready(1)
+        for hop in ("accepted", "pushed", "readable", "stored", "synced"):
+            assert re.search(rf"\d ms  {hop}", run.text), hop
+        place, read, _ = curl_lines(run)
+        async with following(run) as events:
+            placed = (await curl(place))["data"]
+            assert (await curl(read))["success"] is True
+            pushed = await asyncio.wait_for(events.get(), 5)
+            assert (pushed["eventType"], pushed["orderID"]) == ("order_created", placed["id"])
+
+            os.kill(run.demo["pids"]["orders"], signal.SIGKILL)
+
+            async def told() -> bool:
+                return bool(re.search(r"^orders ended .*starting it again", run.text, re.MULTILINE))
+
+            await eventually(told, what="the restart, in one line")
+
+            async def again() -> int:
+                async with httpx.AsyncClient() as client:
+                    return (await client.get(f"{run.demo['orders_url']}/health/ready")).status_code
+
+            await eventually(again, within=20, what="orders to be back", until=lambda status: status == 200)
+            assert await run.stop() < 15, "with an open event stream"
+
+        run = Run(tmp_path / "home", env)
+        await run.ready(2)
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {run.demo['tokens']['staff']}"}) as client:
+            found = await client.get(f"{run.demo['orders_url']}/api/orders/{placed['id']}")
+        assert found.json()["data"]["order_number"] == placed["order_number"]
+        assert await run.stop() < 15
+    finally:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(run.process.wait, 30)
+
+
+async def test_a_taken_port_is_named_with_its_setting(env: dict[str, str], tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = Run(tmp_path / "home", env | {"TICKETRAIL_ORDERS_PORT": str(port)})
+        assert await asyncio.to_thread(run.process.wait, 30) == 1
+    assert str(port) in run.text
+    assert "TICKETRAIL_ORDERS_PORT" in run.text

@@ -1,0 +1,163 @@
+"""A rail in this process, on a vhost of its own and a mirror made warm by hand; and what the rail put into the broker."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aio_pika
+from msgspec import structs
+
+from shared.entities.contract import Change, Lane, Standing, decode_change, encode, now, split_batch
+from shared.entities.order import ENTITY as ORDER
+from shared.entities.order import Order
+from shared.messaging import declare, topology
+from shared.messaging.publisher import Publisher
+from shared.mirror.mirror import LogState, Mirror
+from shared.rail import commit
+from shared.rail.commit import Committed, Draft, Rail
+from shared.rail.drain import Drainer
+from shared.rail.journal import Journal
+from shared.rail.record import Recorder
+from shared.settings import Settings
+from tests import builders
+from tests.servers import Redis, Servers
+from tests.system import eventually
+
+DAY = "2026-03-14"
+STALE = 0.15
+PUBLISH_TIMEOUT = 0.6
+LANE = topology.lane_queue(Lane.CRITICAL)
+
+
+class RailRig:
+    """One instance of a service with a rail. `peer` makes another on the same backends."""
+
+    def __init__(self, url: str, redis: Redis, folder: Path, *, instance: int = 1, journal: bool = True) -> None:
+        self.url, self.redis, self.folder = url, redis, folder
+        self.mirror = Mirror(redis.url, timeout=0.3, stale_seconds=STALE)
+        self.publisher = Publisher(url, topology.CHANGES, timeout=PUBLISH_TIMEOUT)
+        self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
+        self.recorder = Recorder(self.publisher, self.journal, under_way=2)
+        self.rail = Rail(self.mirror, self.recorder, self.journal, claim_seconds=0.5, reveal_seconds=0.5)
+        self.drainer = Drainer(self.journal, self.publisher) if self.journal else None
+        self.restaurant = builders.RESTAURANT
+
+    async def up(self, *, publisher: bool = True) -> None:
+        if self.journal:
+            await self.journal.open()
+        if publisher:
+            await self.publisher.start(wait=10)
+            assert self.publisher.connected
+
+    async def down(self) -> None:
+        if self.drainer:
+            await self.drainer.stop()
+        await self.rail.drain()
+        await self.publisher.stop()
+        await self.mirror.close()
+        if self.journal:
+            await self.journal.close()
+
+    async def warm(self, gap: int = 0) -> None:
+        """As the mirror writer does at the end of the log."""
+        state = LogState("test", -1)
+        await self.mirror.begin_log(state)
+        assert await self.mirror.warm(state, [(self.restaurant, DAY)], gap)
+
+    async def chill(self) -> None:
+        """As a mirror is that came back and has not been filled yet."""
+        await self.mirror.begin_log(LogState("test", -1))
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def creation(self, **fields: Any) -> Draft:
+        order = builders.order(items=1, order_number="", restaurant_id=self.restaurant, **fields)
+        return Draft(entity=ORDER, event="created", state=order, base=None, before=None, at=now(), source="orders")
+
+    def update(self, on: Committed, **fields: Any) -> Draft:
+        state = structs.replace(on.state, updated_at=on.state.updated_at + timedelta(seconds=1), **fields)
+        return Draft(
+            entity=ORDER,
+            event="updated",
+            state=state,
+            base=on.standing,
+            before=on.state,
+            at=now(),
+            source="orders",
+        )
+
+    async def claim(self, draft: Draft) -> tuple[Change, Any]:
+        """The first step alone: an owner that dies after it, or stalls."""
+        change = commit._change(draft)
+        numbered = draft.base is None
+        reply = await self.mirror.claim(ORDER, change, encode(change), draft.base, DAY if numbered else None, 0)
+        return change, reply
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    async def read(self, id_: str) -> tuple[Standing, Order] | None:
+        _, (found,) = await self.mirror.read(self.restaurant, ORDER.name, [id_])
+        return (found.standing, ORDER.decode_state(found.state)) if found else None
+
+    async def claims(self) -> int:
+        """How many claims stand in the index, old enough or not."""
+        return len(await self.mirror._redis.call("ZRANGE", "ticketrail:claims", 0, -1))
+
+    async def queued(self, *, queue: str = LANE, at_least: int = 0) -> list[list[Change]]:
+        """Takes the messages of a lane: at least so many, and all that are there."""
+        messages: list[list[Change]] = []
+
+        async def take() -> int:
+            connection = await aio_pika.connect(self.url, timeout=10)
+            async with connection:
+                declared = await (await connection.channel()).get_queue(queue, ensure=False)
+                while message := await declared.get(fail=False, timeout=10):
+                    messages.append([decode_change(event) for event in split_batch(message.body)])
+                    await message.ack()
+            return len(messages)
+
+        await eventually(take, within=20, what=f"{at_least} messages in {queue}", until=lambda n: n >= at_least)
+        return messages
+
+    async def journaled(self) -> list[Change]:
+        assert self.journal
+        return [decode_change(entry.event) for entry in await self.journal.oldest(10_000)]
+
+
+MakeRail = Callable[..., Any]
+
+
+@asynccontextmanager
+async def rails(servers: Servers, folder: Path) -> AsyncIterator[MakeRail]:
+    """Makes rigs that share one vhost and, unless told otherwise, the Redis of the run."""
+    name = f"rail-{uuid4().hex[:8]}"
+    url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
+    settings = Settings(_env_file=None, rabbitmq_url=url, log_segment_bytes=1_000_000)  # type: ignore[call-arg]
+    async with await declare.connect(url) as connection:
+        await declare.declare(connection, settings)
+        await declare.declare_log(connection, settings, "test")
+    made: list[RailRig] = []
+    restaurant = builders.new_id()
+
+    async def make(*, redis: Redis | None = None, up: bool = True, publisher: bool = True, **options: Any) -> RailRig:
+        rig = RailRig(url, redis or servers.redis, folder, instance=len(made) + 1, **options)
+        rig.restaurant = restaurant
+        made.append(rig)
+        if up:
+            await rig.up(publisher=publisher)
+        return rig
+
+    try:
+        yield make
+    finally:
+        for rig in made:
+            await rig.down()
+        await asyncio.to_thread(servers.rabbitmq.delete_vhost, name)
+
+
+def ids(messages: list[list[Change]]) -> list[str]:
+    return [change.id for message in messages for change in message]

@@ -1,0 +1,470 @@
+"""The commit on a real RabbitMQ and a real Redis: claims, owners that die, brokers that are silent or half full."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+
+from shared.entities.contract import Lane, encode
+from shared.entities.order import Order
+from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
+from shared.messaging import topology
+from shared.mirror.mirror import Apply, Busy, Claimed, Stale
+from shared.rail import commit
+from shared.rail.commit import Committed, Lost
+from shared.rail.journal import JournalBroken, JournalFull
+from shared.rail.record import Durability
+from shared.entities.order import ENTITY as ORDER
+from tests.integration.rail_rig import LANE, STALE, MakeRail, RailRig, ids, rails
+from tests.servers import Servers
+from tests.system import eventually
+
+
+@pytest.fixture
+async def make_rail(servers: Servers, tmp_path: Path) -> AsyncIterator[MakeRail]:
+    async with rails(servers, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+async def rig(make_rail: MakeRail) -> RailRig:
+    rig: RailRig = await make_rail()
+    await rig.warm()
+    return rig
+
+
+async def outcome(work: Any) -> Committed | TicketrailError:
+    try:
+        found: Committed = await work
+        return found
+    except TicketrailError as error:
+        return error
+
+
+def kinds(outcomes: list[Committed | TicketrailError]) -> Counter[str]:
+    return Counter(type(one).__name__ for one in outcomes)
+
+
+async def left_behind(rig: RailRig) -> list[str]:
+    """Waits until a claim is old enough to be finished by another."""
+    return await eventually(rig.mirror.claims_left_behind, what="a claim that is left behind")
+
+
+# -- the way of a change ---------------------------------------------------------------------------------------
+
+
+async def test_a_commit_is_confirmed_shown_and_leaves_no_claim(rig: RailRig) -> None:
+    done = await rig.rail.commit(rig.creation())
+    assert (done.durability, done.visible, done.standing.version) == (Durability.BROKER, True, 1)
+    assert await rig.read(done.state.id) == (done.standing, done.state)
+    (message,) = await rig.queued(at_least=1)
+    assert [change.id for change in message] == [done.standing.change_id]
+    assert bytes(message[0].data.after) == encode(done.state)
+    assert await rig.claims() == 0
+
+
+async def test_of_two_claimants_of_a_version_one_commits_and_one_is_lost(rig: RailRig, make_rail: MakeRail) -> None:
+    other = await make_rail()
+    created = await rig.rail.commit(rig.creation())
+    outcomes = await asyncio.gather(
+        outcome(rig.rail.commit(rig.update(created, notes="mine"))),
+        outcome(other.rail.commit(other.update(created, notes="yours"))),
+    )
+    assert kinds(outcomes) == {"Committed": 1, "Lost": 1}
+    (won,) = [one for one in outcomes if isinstance(one, Committed)]
+    assert await rig.read(created.state.id) == (won.standing, won.state)
+    assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.standing.change_id, won.standing.change_id])
+
+
+async def test_who_is_lost_learns_what_stands(rig: RailRig) -> None:
+    created = await rig.rail.commit(rig.creation())
+    won = await rig.rail.commit(rig.update(created, notes="first"))
+    with pytest.raises(Lost) as lost:
+        await rig.rail.commit(rig.update(created, notes="second"))
+    assert (lost.value.standing, lost.value.state) == (won.standing, won.state)
+
+
+async def test_numbers_are_unique_and_dense_under_200_concurrent_creations_which_travel_in_few_messages(
+    rig: RailRig, make_rail: MakeRail
+) -> None:
+    other = await make_rail()
+    both = [rig, other]
+    done = await asyncio.gather(*(both[n % 2].rail.commit(both[n % 2].creation()) for n in range(200)))
+    assert sorted(one.state.order_number for one in done) == [f"{n:04d}" for n in range(1, 201)]
+    assert all(one.durability is Durability.BROKER and one.visible for one in done)
+    messages = await rig.queued(at_least=1)
+    assert sorted(ids(messages)) == sorted(one.standing.change_id for one in done)
+    assert len(messages) <= 40
+
+
+# -- owners that die -------------------------------------------------------------------------------------------
+
+
+async def test_a_claim_of_an_owner_that_may_still_live_keeps_its_version(rig: RailRig) -> None:
+    created = await rig.rail.commit(rig.creation())
+    rig.mirror._stale_ms = 60_000
+    _, reply = await rig.claim(rig.update(created, notes="slow"))
+    assert isinstance(reply, Claimed)
+    with pytest.raises(Lost) as lost:
+        await rig.rail.commit(rig.update(created, notes="fast"))
+    assert lost.value.standing is None
+    assert (await rig.read(created.state.id)) == (created.standing, created.state)  # nobody sees a claim
+
+
+@pytest.mark.parametrize("died", ["before recording", "after recording", "before revealing, in the journal"])
+async def test_the_next_comer_finishes_what_an_owner_left_behind_and_takes_the_version_after(
+    rig: RailRig, make_rail: MakeRail, died: str
+) -> None:
+    owner = await make_rail()
+    created = await rig.rail.commit(rig.creation())
+    await rig.queued(at_least=1)
+    left, reply = await owner.claim(owner.update(created, notes="left behind"))
+    assert isinstance(reply, Claimed)
+    if died == "after recording":
+        assert await owner.recorder.record(Lane.CRITICAL, encode(left)) is Durability.BROKER
+    elif died == "before revealing, in the journal":
+        await owner.journal.append([(Lane.CRITICAL, encode(left))])
+    await left_behind(rig)
+
+    with pytest.raises(Lost) as lost:  # its base is no longer what stands
+        await rig.rail.commit(rig.update(created, notes="next"))
+    assert lost.value.standing == left.standing
+    stands, state = await rig.read(created.state.id) or pytest.fail("nothing stands")
+    assert (stands, state.notes) == (left.standing, "left behind")
+    next_one = await rig.rail.commit(rig.update(Committed(state, stands, Durability.BROKER, True), notes="next"))
+    assert next_one.standing.version == 3
+    if died == "before revealing, in the journal":
+        await owner.drainer.drain_some()
+    queued = await rig.queued(at_least=2 if died == "before recording" else 3)
+    assert set(ids(queued)) == {left.id, next_one.standing.change_id}
+    assert {change.entityversion for message in queued for change in message} == {2, 3}
+    assert await rig.claims() == 0
+
+
+async def test_a_creation_that_its_owner_left_behind_keeps_its_number_when_it_is_finished(rig: RailRig) -> None:
+    left, reply = await rig.claim(rig.creation())
+    assert reply == Claimed("0001")
+    (member,) = await left_behind(rig)
+    marked = await rig.mirror.mark(member)
+    assert isinstance(marked, Stale)
+    await rig.rail.finish(marked)
+    stands, order = await rig.read(left.entity_id) or pytest.fail("nothing stands")
+    assert (stands, order.order_number) == (left.standing, "0001")
+    (message,) = await rig.queued(at_least=1)
+    assert [bytes(change.data.after) for change in message] == [encode(order)]
+    assert (await rig.rail.commit(rig.creation())).state.order_number == "0002"
+
+
+async def test_an_owner_that_stalled_and_wakes_records_the_same_change_that_was_finished_for_it(
+    rig: RailRig, make_rail: MakeRail
+) -> None:
+    owner = await make_rail()
+    created = await rig.rail.commit(rig.creation())
+    waits = asyncio.Event()
+    publish = owner.publisher.publish
+
+    async def stalled(*message: Any) -> None:
+        await waits.wait()
+        await publish(*message)
+
+    owner.publisher.publish = stalled
+    slow = asyncio.create_task(owner.rail.commit(owner.update(created, notes="slow")))
+    await left_behind(rig)
+    assert kinds([await outcome(rig.rail.commit(rig.update(created, notes="next")))]) == {"Lost": 1}
+    waits.set()
+    done = await slow
+    assert (await rig.read(created.state.id)) == (done.standing, done.state)
+    found = ids(await rig.queued(at_least=3))
+    assert Counter(found) == {created.standing.change_id: 1, done.standing.change_id: 2}
+
+
+async def test_a_marked_claim_is_not_taken_back_so_that_nobody_says_absent_of_what_another_finishes(
+    rig: RailRig,
+) -> None:
+    change, _ = await rig.claim(rig.creation())
+    (member,) = await left_behind(rig)
+    assert await rig.mirror.mark(member) is not None
+    assert await rig.mirror.take_back(change) is False
+    other, _ = await rig.claim(rig.creation())
+    assert await rig.mirror.take_back(other) is True
+    assert await rig.mirror.take_back(other) is False
+
+
+async def test_a_claim_of_a_mirror_that_was_lost_is_dropped_and_not_finished(
+    servers: Servers, make_rail: MakeRail
+) -> None:
+    """It may have been taken back, and its 503 told, after the copy was made that this mirror came back with."""
+    redis = await asyncio.to_thread(servers.extra_redis)
+    rig = await make_rail(redis=redis)
+    await rig.warm()
+    created = await rig.rail.commit(rig.creation())
+    left, reply = await rig.claim(rig.update(created, notes="taken back"))
+    assert isinstance(reply, Claimed)
+    await asyncio.to_thread(redis.stop)
+    await asyncio.to_thread(redis.start)
+    await eventually(lambda: reachable(rig), what="the mirror again")
+    (member,) = await left_behind(rig)
+    assert await rig.mirror.mark(member) is None
+    assert await rig.claims() == 0
+    await rig.warm()
+    won = await rig.rail.commit(rig.update(created, notes="won"))
+    assert (won.standing.version, won.state.notes) == (2, "won")
+    await asyncio.to_thread(redis.discard)
+
+
+async def reachable(rig: RailRig) -> bool:
+    try:
+        await rig.mirror.check()
+        return True
+    except Exception:
+        return False
+
+
+# -- brokers ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_publish_frozen_longer_than_its_timeout_goes_to_the_journal_and_arrives_twice_as_one_change(
+    servers: Servers, rig: RailRig
+) -> None:
+    await asyncio.to_thread(servers.rabbitmq.freeze)
+    try:
+        done = await rig.rail.commit(rig.creation())
+        assert (done.durability, done.visible) == (Durability.JOURNAL, True)
+        assert await rig.read(done.state.id) == (done.standing, done.state)
+        assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
+        # Until a new connection stands nothing is sent: no second timeout is paid.
+        second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 0.5)
+        assert second.durability is Durability.JOURNAL
+    finally:
+        await asyncio.to_thread(servers.rabbitmq.thaw)
+    rig.drainer.start()
+    await eventually(lambda: empty(rig), within=30, what="the journal drained")
+    found: Counter[str] = Counter()
+
+    async def twice() -> int:
+        found.update(ids(await rig.queued()))
+        return found[done.standing.change_id]
+
+    await eventually(twice, within=20, what="the late publish and the drained one", until=lambda n: n >= 2)
+    assert found == {done.standing.change_id: 2, second.standing.change_id: 1}
+
+
+async def empty(rig: RailRig) -> bool:
+    return rig.journal.depth == 0
+
+
+async def test_a_nack_from_one_full_queue_while_the_others_took_the_message_goes_to_the_journal(rig: RailRig) -> None:
+    async with await aio_pika.connect(rig.url) as connection:
+        channel = await connection.channel()
+        arguments = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
+        full = await channel.declare_queue("full", durable=True, arguments=arguments)
+        await full.bind(await channel.get_exchange(topology.CHANGES), Lane.CRITICAL.value)
+
+        async def refused() -> bool:
+            return (await rig.rail.commit(rig.creation())).durability is Durability.JOURNAL
+
+        await eventually(refused, what="a nack")  # a quorum queue takes a few beyond its bound
+        before = len(ids(await rig.queued(at_least=1)))
+        done = await rig.rail.commit(rig.creation())
+        assert (done.durability, done.visible) == (Durability.JOURNAL, True)
+        assert rig.publisher.connected  # the link is fine
+        assert ids(await rig.queued(at_least=1)) == [done.standing.change_id] and before
+        await channel.queue_delete("full")
+    rig.drainer.start()
+    await eventually(lambda: empty(rig), what="the journal drained")
+    assert done.standing.change_id in ids(await rig.queued(at_least=1))
+
+
+async def test_a_change_that_no_queue_takes_goes_to_the_journal(rig: RailRig) -> None:
+    async with await aio_pika.connect(rig.url) as connection:
+        channel = await connection.channel()
+        exchange = await channel.get_exchange(topology.CHANGES)
+        for name in (LANE, topology.LOG):
+            await (await channel.get_queue(name, ensure=False)).unbind(exchange, Lane.CRITICAL.value)
+        done = await rig.rail.commit(rig.creation())
+        assert done.durability is Durability.JOURNAL
+        assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
+
+
+async def test_not_connected_and_the_journal_full_is_unavailable_and_the_claim_is_gone(make_rail: MakeRail) -> None:
+    rig = await make_rail(publisher=False)
+    await rig.warm()
+    rig.journal._max_bytes = 10
+    draft = rig.creation()
+    with pytest.raises(Unavailable) as refused:
+        await rig.rail.commit(draft)
+    assert isinstance(refused.value.__cause__.__cause__, JournalFull)
+    assert await rig.claims() == 0
+    assert await rig.read(draft.state.id) is None
+    await rig.publisher.start(wait=10)
+    done = await rig.rail.commit(draft)  # the same change may be tried again
+    assert ids(await rig.queued(at_least=1)) == [done.standing.change_id]
+
+
+async def test_not_connected_and_no_journal_is_unavailable_and_the_version_is_free(make_rail: MakeRail) -> None:
+    rig = await make_rail(journal=False)
+    await rig.warm()
+    created = await rig.rail.commit(rig.creation())
+    await rig.publisher.stop()
+    with pytest.raises(Unavailable):
+        await rig.rail.commit(rig.update(created, notes="refused"))
+    assert await rig.claims() == 0
+    await rig.publisher.start(wait=10)
+    done = await rig.rail.commit(rig.update(created, notes="taken"))
+    assert done.standing.version == 2
+    assert set(ids(await rig.queued(at_least=2))) == {created.standing.change_id, done.standing.change_id}
+
+
+async def test_sent_without_a_confirm_and_the_journal_broken_is_outcome_unknown_and_the_claim_stands(
+    rig: RailRig, servers: Servers
+) -> None:
+    async def broken(entries: Any) -> None:
+        raise JournalBroken("the disk is gone")
+
+    rig.journal.append = broken
+    await asyncio.to_thread(servers.rabbitmq.freeze)
+    try:
+        with pytest.raises(OutcomeUnknown):
+            await rig.rail.commit(rig.creation())
+    finally:
+        await asyncio.to_thread(servers.rabbitmq.thaw)
+    (member,) = await left_behind(rig)  # whoever meets it finishes it
+    left = await rig.mirror.mark(member)
+    assert left is not None
+    await eventually(lambda: connected(rig), within=20, what="a connection to the broker")
+    await rig.rail.finish(left)
+    assert set(ids(await rig.queued(at_least=2))) == {left.change_id}
+
+
+async def connected(rig: RailRig) -> bool:
+    return rig.publisher.connected
+
+
+# -- mirrors ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavailable_while_the_breaker_is_open(
+    rig: RailRig, servers: Servers
+) -> None:
+    created = await rig.rail.commit(rig.creation())
+    draft = rig.update(created, notes="doubtful")
+    await asyncio.to_thread(servers.redis.freeze)
+    try:
+        with pytest.raises(OutcomeUnknown):
+            await rig.rail.commit(draft)
+        assert not rig.mirror.available
+        with pytest.raises(Unavailable):
+            await rig.rail.commit(rig.update(created, notes="refused"))
+    finally:
+        await asyncio.to_thread(servers.redis.thaw)
+    # The script that was sent is executed when the server wakes: whoever meets its claim finishes it.
+    await eventually(lambda: reachable(rig), what="the mirror again")
+    (member,) = await left_behind(rig)
+    left = await rig.mirror.mark(member)
+    assert left is not None
+    assert left.change_id == commit._change(draft).id
+    await rig.rail.finish(left)
+    stands, order = await rig.read(created.state.id) or pytest.fail("nothing stands")
+    assert (stands.version, order.notes) == (2, "doubtful")
+
+
+async def test_a_creation_while_the_mirror_is_frozen_goes_on_with_a_number_of_its_own_series(
+    rig: RailRig, servers: Servers
+) -> None:
+    await asyncio.to_thread(servers.redis.freeze)
+    try:
+        done = await rig.rail.commit(rig.creation())
+        assert (done.state.order_number, done.durability, done.visible) == ("J1-0001", Durability.BROKER, False)
+    finally:
+        await asyncio.to_thread(servers.redis.thaw)
+    (message,) = await rig.queued(at_least=1)
+    assert [(change.id, ORDER.decode_state(bytes(change.data.after))) for change in message] == [
+        (done.standing.change_id, done.state)
+    ]
+    await eventually(lambda: reachable(rig), what="the mirror again")
+
+
+async def test_a_creation_whose_claim_may_stand_is_never_called_absent(rig: RailRig, servers: Servers) -> None:
+    """The frozen mirror has the claim in its socket; without broker, journal and number nothing else can be said."""
+
+    async def broken(*_: Any) -> Any:
+        raise JournalBroken("the disk is gone")
+
+    rig.journal.append = rig.journal.next_number = broken
+    await asyncio.to_thread(servers.redis.freeze)
+    try:
+        with pytest.raises(OutcomeUnknown):
+            await rig.rail.commit(rig.creation())
+    finally:
+        await asyncio.to_thread(servers.redis.thaw)
+    await eventually(lambda: reachable(rig), what="the mirror again")
+    assert len(await left_behind(rig)) == 1
+
+
+async def test_on_a_cold_mirror_creations_go_on_and_changes_wait(rig: RailRig) -> None:
+    created = await rig.rail.commit(rig.creation())
+    await rig.chill()
+    done = await rig.rail.commit(rig.creation())
+    again = await rig.rail.commit(rig.creation())
+    assert [done.state.order_number, again.state.order_number] == ["J1-0001", "J1-0002"]
+    assert done.visible and await rig.read(done.state.id) == (done.standing, done.state)
+    with pytest.raises(Unavailable):
+        await rig.rail.commit(rig.update(created, notes="refused"))
+    await rig.warm()
+    assert (await rig.rail.commit(rig.update(created, notes="taken"))).standing.version == 2
+
+
+async def test_a_creation_on_a_cold_mirror_that_was_made_before_is_found(rig: RailRig) -> None:
+    created = await rig.rail.commit(rig.creation())
+    await rig.chill()
+    draft = rig.creation(id=created.state.id)
+
+    async def existing() -> Any:
+        return await rig.read(created.state.id)
+
+    draft.existing = existing
+    with pytest.raises(Lost) as lost:
+        await rig.rail.commit(draft)
+    assert lost.value.standing == created.standing
+
+
+async def test_a_commit_goes_on_when_its_caller_goes_away(rig: RailRig) -> None:
+    draft = rig.creation()
+    caller = asyncio.create_task(rig.rail.commit(draft))
+    await asyncio.sleep(0)  # it has begun
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await rig.rail.drain()
+    assert [change.entity_id for (change,) in await rig.queued(at_least=1)] == [draft.state.id]
+    assert await rig.read(draft.state.id) is not None
+
+
+async def test_a_fork_that_a_lost_mirror_let_through_ends_the_same_in_whatever_order_it_arrives(rig: RailRig) -> None:
+    created = await rig.rail.commit(rig.creation())
+    drafts = [rig.update(created, notes=notes) for notes in ("one", "two")]
+    forked = [(commit._change(draft).standing, draft.state) for draft in drafts]
+    for order in (forked, forked[::-1], forked + forked):
+        for standing, state in order:
+            await rig.mirror.apply([applied(standing, state, drafts[0].at)])
+        stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
+        assert stands == max(standing for standing, _ in forked)
+
+
+def applied(standing: Any, state: Order, at: Any) -> Apply:
+    return Apply(ORDER, state, standing, encode(state), at)
+
+
+async def test_a_busy_version_is_free_again_once_its_claim_was_taken_back(rig: RailRig) -> None:
+    rig.mirror._stale_ms = 60_000
+    created = await rig.rail.commit(rig.creation())
+    taken, _ = await rig.claim(rig.update(created, notes="one"))
+    other = rig.update(created, notes="two")
+    assert isinstance((await rig.claim(other))[1], Busy)
+    await rig.mirror.take_back(taken)
+    assert isinstance((await rig.claim(other))[1], Claimed)
+    assert STALE < 1
