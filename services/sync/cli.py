@@ -16,6 +16,7 @@ from services.sync.seed import Seeder
 from shared.entities.contract import encode
 from shared.errors import TicketrailError
 from shared.messaging import declare
+from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
@@ -26,6 +27,8 @@ from shared.rail.commit import Rail
 from shared.rail.record import Recorder
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
+
+_NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -59,10 +62,15 @@ async def _migrate(settings: Settings) -> None:
         database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
         try:
             epoch = await present_epoch(database)
-            if created or epoch is None:
+            if not created and epoch is None:
+                # The database was made anew, the log was not: its readers know it by the epoch that it carries.
+                reader = LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0)
+                if epoch := await reader.first_epoch():
+                    await database.execute(_NOTE_EPOCH, epoch)
+            if epoch is None or created:
                 # Noted before the stream is made: a fence may not carry an epoch that is over.
                 epoch = uuid4().hex[:12]
-                await database.execute("insert into log_epochs (epoch) values ($1)", epoch)
+                await database.execute(_NOTE_EPOCH, epoch)
         finally:
             await database.close()
         await declare.declare_log(broker, settings, epoch)

@@ -42,11 +42,11 @@ _LEAST_READY = 2.0  # seconds
 
 
 class Way(Struct):
-    """What is known of one way: into a lane's queue, or into the log. Ages count on the monotonic clock, times are the sender's."""
+    """What is known of one way: into a lane's queue, or into the log. Ages count on the monotonic clock, times are the
+    sender's."""
 
-    sent_at: datetime | None = None
-    """When we last had a fence confirmed that goes this way."""
-    sent: float = 0.0
+    unanswered: float | None = None
+    """Since when fences that we sent this way have not come out."""
     arrived_at: datetime | None = None
     """The time in the newest fence that came out at the other end."""
     arrived: float = 0.0
@@ -72,10 +72,11 @@ class FenceWatch:
         """`idle`: true when its consumers are subscribed and hold nothing."""
         self._idle[lane.value] = idle
 
-    def sent(self, lane: Lane, sent_at: datetime) -> None:
+    def sent(self, lane: Lane) -> None:
+        """The broker has confirmed a fence."""
         for name in (lane.value, log_way(lane)):
             way = self._ways[name]
-            way.sent_at, way.sent = sent_at, time.monotonic()
+            way.unanswered = way.unanswered or time.monotonic()
 
     def active(self, lane: Lane) -> None:
         """Some message came out of the lane."""
@@ -127,11 +128,13 @@ class FenceWatch:
         none: the fence was sent, its queue is empty and listened to, and the fence is not there.
         """
         began = now()
+        for way in self._ways.values():
+            way.unanswered = None
         deadline = time.monotonic() + timeout
         while missing := self._missing(began):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                return self._judge(missing, began, timeout)
+                return self._judge(missing, timeout)
             self._news.clear()
             try:
                 async with asyncio.timeout(remaining):
@@ -143,13 +146,12 @@ class FenceWatch:
     def _missing(self, began: datetime) -> list[str]:
         return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived_at < began]
 
-    def _judge(self, missing: list[str], began: datetime, timeout: float) -> bool:
+    def _judge(self, missing: list[str], timeout: float) -> bool:
         quiet = min(timeout / 2, 2.0)
         for name in missing:
             way, at = self._ways[name], time.monotonic()
-            sent = way.sent_at is not None and way.sent_at >= began
-            idle = self._idle.get(name, lambda: False)() and at - way.active > quiet and at - way.sent < timeout
-            if sent and idle:
+            unanswered = way.unanswered is not None and at - way.unanswered > quiet
+            if unanswered and self._idle.get(name, lambda: False)() and at - way.active > quiet:
                 of_the_log, _, lane = name.rpartition("/")
                 queue = topology.LOG if of_the_log else topology.lane_queue(Lane(lane))
                 raise TopologyError(
@@ -163,7 +165,7 @@ class FenceWatch:
         # An old one says nothing of the present: the same row is read from PostgreSQL again and again.
         if way.arrived_at is None or sent_at > way.arrived_at:
             way.arrived_at, way.arrived = sent_at, time.monotonic()
-            way.active = way.arrived
+            way.active, way.unanswered = way.arrived, None
             self._news.set()
 
     def _note(self, way: Way, sent_at: datetime, noted_at: datetime) -> None:
@@ -228,4 +230,4 @@ class FenceSource:
         except (NotSent, InDoubt) as error:
             log.debug("fence_not_sent", lane=lane, error=str(error))
             return
-        self._watch.sent(lane, fence.time)
+        self._watch.sent(lane)

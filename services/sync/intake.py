@@ -5,9 +5,9 @@ lost connection is renewed by itself; what was taken over it can no longer be se
 `close` gives everything back that was not settled.
 
 Traps that shaped it: each delivery is a task of its own, so that the handler does nothing but enqueue, and "all up to
-this one" may be acknowledged only when all up to this one were written (`Tags`). FastStream drops deliveries, and leaves
-them unsettled for ever, that arrive before it marks its subscriber as running, which it does after subscribing. A
-second subscriber of a queue on the same broker object silently shares the first one's channel, so each has its own.
+this one" may be acknowledged only when all up to this one were written (`Tags`). FastStream drops deliveries, and
+leaves them unsettled for ever, that arrive before it marks its subscriber as running, which it does after subscribing.
+A second subscriber of a queue on the same broker object silently shares the first one's channel: each has its own.
 """
 
 import asyncio

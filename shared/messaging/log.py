@@ -127,7 +127,7 @@ class LogReader:
     async def _verify(self, start: Start, *, missing: bool) -> Start:
         """Before every attach, because offsets of one log mean nothing in another: where to begin. The first fence
         decides; a late one of an old epoch, from a worker that has not noticed yet, proves nothing."""
-        found = await self._first_epoch()
+        found = await self.first_epoch()
         known, self.epoch = self.epoch, found or self.epoch
         other = found is not None and known is not None and found != known
         if not other and not (missing and isinstance(start, int) and await self._end() <= start):
@@ -139,7 +139,7 @@ class LogReader:
         log.warning("log_restarted", reader=self._name, epoch=self.epoch, known=known, start=str(start))
         return "first"
 
-    async def _first_epoch(self) -> str | None:
+    async def first_epoch(self) -> str | None:
         """`migrate` puts a fence at the very beginning; retention may have cut it off, the next is a little further."""
         async with self._attach("first") as link:
             while True:

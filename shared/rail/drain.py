@@ -10,11 +10,14 @@ import structlog
 
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from shared.rail.journal import Journal, JournalBroken
+from shared.rail.journal import Journal, JournalBroken, JournalEntry
+from shared.rail.record import MAX_BODY
 
 log = structlog.get_logger(__name__)
 
-_PAUSE = 0.2  # between looks at an empty journal, and after a publish that was not confirmed
+_PAUSE = 0.2  # between looks at an empty journal
+# After publishes that were not confirmed: each repeat reaches the queues that are not full once more.
+_LONGEST_PAUSE = 5.0
 
 
 class Drainer:
@@ -35,23 +38,46 @@ class Drainer:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
+        pause = _PAUSE
         while True:
             await self._publisher.wait_connected()
             if self._journal.depth:
                 try:
                     await self.drain_some()
+                    pause = _PAUSE
                     continue
                 except (NotSent, InDoubt, JournalBroken) as error:
                     log.warning("journal_drain_waits", depth=self._journal.depth, error=str(error))
-            await asyncio.sleep(_PAUSE)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(pause)
 
     async def drain_some(self) -> int:
-        """One message for each lane among the oldest entries; returns how many entries left the journal."""
-        entries = await self._journal.oldest(MAX_BATCH)
+        """One message for each lane, of its oldest entries; returns how many entries left the journal. A lane that is
+        refused (its queue is full) does not hold back the others; the first error is raised when all were tried."""
+        drained, failed = 0, None
         for lane in Lane:
-            mine = [entry for entry in entries if entry.lane is lane]
-            if mine:
+            mine = _one_message(await self._journal.oldest(MAX_BATCH, lane))
+            if not mine:
+                continue
+            try:
                 await self._publisher.publish(lane.value, encode_batch(entry.event for entry in mine))
-                await self._journal.remove(mine)
-        log.info("journal_drained", changes=len(entries), left=self._journal.depth)
-        return len(entries)
+            except (NotSent, InDoubt) as error:
+                failed = failed or error
+                continue
+            await self._journal.remove(mine)
+            drained += len(mine)
+        log.info("journal_drained", changes=drained, left=self._journal.depth)
+        if failed:
+            raise failed
+        return drained
+
+
+def _one_message(entries: list[JournalEntry]) -> list[JournalEntry]:
+    """Those from the first on that fit into one body; the first alone when it is larger."""
+    size, count = 0, 0
+    for entry in entries:
+        size += len(entry.event)
+        if count and size > MAX_BODY:
+            break
+        count += 1
+    return entries[:count]

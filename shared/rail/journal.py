@@ -7,8 +7,9 @@ thread of its own, so that no flush blocks the event loop.
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -78,8 +79,9 @@ class Journal:
             self._flushing = asyncio.create_task(self._flush(), name="journal-flush")
         await done
 
-    async def oldest(self, count: int) -> list[JournalEntry]:
-        return await self._run(lambda: self._oldest(count))
+    async def oldest(self, count: int, lane: Lane | None = None) -> list[JournalEntry]:
+        """Of one lane, or of all."""
+        return await self._run(lambda: self._oldest(count, lane))
 
     async def remove(self, entries: Sequence[JournalEntry]) -> None:
         """Of entries that are recorded elsewhere now."""
@@ -149,26 +151,20 @@ class Journal:
         size = sum(len(event) for _, event in entries)
         if self.bytes + size > self._max_bytes:
             raise JournalFull(f"journal {self._path} holds {self.bytes} bytes, its bound is {self._max_bytes}")
-        db.execute("begin immediate")
-        try:
+        with _transaction(db):
             db.executemany("insert into entries (lane, event) values (?, ?)", entries)
-            db.execute("commit")
-        except sqlite3.Error:
-            if db.in_transaction:
-                db.execute("rollback")
-            raise
         self.depth += len(entries)
         self.bytes += size
 
-    def _oldest(self, count: int) -> list[JournalEntry]:
-        rows = self._opened().execute("select seq, lane, event from entries order by seq limit ?", (count,))
-        return [JournalEntry(seq, Lane(lane), event) for seq, lane, event in rows]
+    def _oldest(self, count: int, lane: Lane | None) -> list[JournalEntry]:
+        rows = self._opened().execute(
+            "select seq, lane, event from entries where lane = coalesce(?, lane) order by seq limit ?", (lane, count)
+        )
+        return [JournalEntry(seq, Lane(of), event) for seq, of, event in rows]
 
     def _remove(self, entries: Sequence[JournalEntry]) -> None:
-        db = self._opened()
-        db.execute("begin immediate")
-        db.executemany("delete from entries where seq = ?", [(entry.seq,) for entry in entries])
-        db.execute("commit")
+        with _transaction(self._opened()) as db:
+            db.executemany("delete from entries where seq = ?", [(entry.seq,) for entry in entries])
         self.depth -= len(entries)
         self.bytes -= sum(len(entry.event) for entry in entries)
 
@@ -182,3 +178,16 @@ class Journal:
             .fetchone()
         )
         return int(row[0])
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All or nothing, and on an error none is left open: the next one could not begin."""
+    db.execute("begin immediate")
+    try:
+        yield db
+        db.execute("commit")
+    except sqlite3.Error:
+        if db.in_transaction:
+            db.execute("rollback")
+        raise

@@ -18,7 +18,7 @@ from shared.rail.journal import Journal, JournalBroken
 log = structlog.get_logger(__name__)
 
 # Far below the 16 MiB that RabbitMQ 4 takes by default; a single larger change travels alone.
-_MAX_BODY = 1 << 20
+MAX_BODY = 1 << 20
 
 
 class Durability(StrEnum):
@@ -72,7 +72,7 @@ class Recorder:
         waiting, size, count = self._waiting[lane], 0, 0
         for change in waiting[: self._batch_changes]:
             size += len(change.event)
-            if count and size > _MAX_BODY:
+            if count and size > MAX_BODY:
                 break
             count += 1
         self._waiting[lane] = waiting[count:]

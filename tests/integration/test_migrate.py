@@ -1,0 +1,94 @@
+"""`ticketrail migrate`, on a database and a vhost of their own."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aio_pika
+import pytest
+
+from shared.messaging import declare, topology
+from shared.postgres import migrate
+from shared.settings import Settings
+from tests.servers import Servers
+from tests.system import System
+
+
+@pytest.fixture
+async def empty(servers: Servers, tmp_path: Path) -> AsyncIterator[System]:
+    system = System(servers, tmp_path)
+    yield system
+    await system.down()
+
+
+def settings_of(system: System) -> Settings:
+    given = {
+        key.removeprefix("TICKETRAIL_").lower(): value for key, value in system.env.items() if "TICKETRAIL_" in key
+    }
+    return Settings(**{**given, "retry_steps_ms": (50, 100, 200)})  # type: ignore[arg-type]
+
+
+async def test_it_may_be_repeated_and_run_twice_at_once(empty: System) -> None:
+    first = await asyncio.gather(empty.cli("migrate"), empty.cli("migrate"))
+    assert sum("0001_the_rail.sql" in said for said in first) == 1
+    assert "up to date" in await empty.cli("migrate")
+
+
+async def test_services_find_all_that_they_need(empty: System) -> None:
+    await empty.cli("migrate")
+    async with await declare.connect(empty.rabbitmq_url) as connection:
+        await declare.check(connection, settings_of(empty))
+
+
+async def test_a_missing_queue_is_named(empty: System) -> None:
+    await empty.cli("migrate")
+    async with await declare.connect(empty.rabbitmq_url) as connection:
+        channel = await connection.channel()
+        await channel.queue_delete(topology.MIRROR_DEAD)
+        with pytest.raises(declare.TopologyError, match=topology.MIRROR_DEAD):
+            await declare.check(connection, settings_of(empty))
+
+
+async def test_a_queue_with_other_arguments_is_named_and_kept(empty: System) -> None:
+    connection = await aio_pika.connect(empty.rabbitmq_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.declare_queue(topology.MIRROR_DEAD, durable=True)
+    with pytest.raises(AssertionError, match=topology.MIRROR_DEAD):
+        await empty.cli("migrate")
+
+
+async def test_a_new_log_gets_a_new_epoch_and_an_old_one_keeps_its_own(empty: System) -> None:
+    async def epoch() -> str:
+        return (await empty.cli("migrate")).rpartition("epoch ")[2].strip()
+
+    first = await epoch()
+    assert await epoch() == first
+    async with await declare.connect(empty.rabbitmq_url) as connection:
+        channel = await connection.channel()
+        await channel.queue_delete(topology.LOG)
+    assert await epoch() != first
+
+
+async def test_a_database_that_lost_the_epoch_learns_it_from_the_log(empty: System) -> None:
+    first = (await empty.cli("migrate")).rpartition("epoch ")[2]
+    async with empty.database("ticketrail_owner") as connection:
+        await connection.execute("delete from log_epochs")
+    assert (await empty.cli("migrate")).rpartition("epoch ")[2] == first
+
+
+async def test_a_migration_that_changed_after_it_was_applied_is_refused(
+    empty: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await migrate.migrate(settings_of(empty))
+    monkeypatch.setattr(migrate, "files", lambda: [("0001_the_rail.sql", "select 1")])
+    with pytest.raises(migrate.MigrationError, match=r"0001_the_rail\.sql"):
+        await migrate.migrate(settings_of(empty))
+
+
+async def test_a_role_above_row_level_security_is_refused(empty: System) -> None:
+    superuser = settings_of(empty).model_copy(
+        update={"database_api_url": "postgresql://postgres:x@127.0.0.1/ticketrail"}
+    )
+    with pytest.raises(migrate.MigrationError, match="row-level security"):
+        await migrate.migrate(superuser)
