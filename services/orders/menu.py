@@ -17,6 +17,7 @@ from shared.entities import menu_item, registry
 from shared.entities.contract import BrokenContract, Lane, Standing, decode_change, now, split_batch
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound, Unavailable
+from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, LogReader
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
@@ -59,7 +60,7 @@ class Menus:
         self.loaded = False
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._follow(now() - _OVERLAP), name="menus")
+        self._task = vital_task(self._follow(now() - _OVERLAP), name="menus")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

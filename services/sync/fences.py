@@ -21,6 +21,7 @@ from msgspec import Struct
 from services.sync.failures import describe
 from shared.entities.contract import Lane, now
 from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.lifecycle import vital_task
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -186,7 +187,7 @@ class FenceSource:
 
     async def start(self) -> None:
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="fences")
+            self._task = vital_task(self._run(), name="fences")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

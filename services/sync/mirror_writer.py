@@ -25,6 +25,7 @@ from services.sync.fences import FenceWatch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, decode_change, encode, encode_batch, now, split_batch
 from shared.entities.entity import Entity
+from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import MIRROR_DEAD
@@ -71,7 +72,7 @@ class MirrorWriter:
 
     def start(self) -> None:
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="mirror-writer")
+            self._task = vital_task(self._run(), name="mirror-writer")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

@@ -27,6 +27,7 @@ from services.sync.retry import Ladder
 from services.sync.settlement import Settled, Settlement
 from services.sync.store import SinkGone, Store
 from shared.entities.contract import Lane, now
+from shared.lifecycle import vital_task
 from shared.messaging.publisher import Publisher
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -119,7 +120,7 @@ class PostgresWriter:
         if not self._tasks:
             self._settlement.start()
             self._tasks = [
-                asyncio.create_task(batcher.run(), name=f"postgres-writer-{batcher.lane}") for batcher in self._batchers
+                vital_task(batcher.run(), name=f"postgres-writer-{batcher.lane}") for batcher in self._batchers
             ]
 
     async def stop(self) -> None:

@@ -18,6 +18,7 @@ from shared.entities import registry
 from shared.entities.contract import now
 from shared.entities.entity import Entity
 from shared.errors import TicketrailError
+from shared.lifecycle import vital_task
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
@@ -42,7 +43,7 @@ class Reconciler:
 
     def start(self) -> None:
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="reconciler")
+            self._task = vital_task(self._run(), name="reconciler")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

@@ -17,6 +17,7 @@ from services.sync.failures import describe
 from services.sync.retry import Failed, for_the_mirror
 from shared.entities import registry
 from shared.entities.contract import Lane, Standing
+from shared.lifecycle import vital_task
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
 from shared.postgres.changes import Written, highest
@@ -44,7 +45,7 @@ class Settlement:
 
     def start(self) -> None:
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="settlement")
+            self._task = vital_task(self._run(), name="settlement")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

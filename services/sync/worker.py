@@ -6,8 +6,6 @@ lacks a queue or a binding. Stops in this order: consumers let go and finish wha
 
 import asyncio
 import contextlib
-import os
-import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +18,7 @@ from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
 from services.sync.reconciler import Reconciler
 from shared.http import EXCEPTION_HANDLERS, health
+from shared.lifecycle import vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
@@ -123,13 +122,6 @@ async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, di
     }
 
 
-def _refuse(task: "asyncio.Task[None]") -> None:
-    """A worker that must not run ends its process: whoever supervises it sees why in the log."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("refused_to_start", error=str(error), kind=type(error).__name__)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def create(settings: Settings | None = None) -> Litestar:
     settings = settings or Settings()
     configure_logging("sync-worker", settings.log_level)
@@ -139,8 +131,7 @@ def create(settings: Settings | None = None) -> Litestar:
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         # In the background: health must answer while the worker waits for a backend.
-        task = asyncio.create_task(start(parts), name="start")
-        task.add_done_callback(_refuse)
+        task = vital_task(start(parts), name="start")
         started.append(task)
         try:
             yield

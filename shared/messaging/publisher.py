@@ -21,6 +21,7 @@ from aio_pika.exceptions import AMQPError, DeliveryError
 from aiormq.exceptions import AMQPException
 
 from shared.entities.contract import CONTENT_TYPE
+from shared.lifecycle import vital_task
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ class Publisher:
     async def start(self, *, wait: float = 0.0) -> None:
         """Begins to connect; waits up to `wait` seconds for the first connection and returns either way."""
         if self._task is None:
-            self._task = asyncio.create_task(self._keep_connected(), name="publisher")
+            self._task = vital_task(self._keep_connected(), name="publisher")
         if wait:
             with contextlib.suppress(TimeoutError):  # the caller goes on without: the journal is for that
                 await asyncio.wait_for(self._connected.wait(), wait)

@@ -2,7 +2,7 @@
 
 A call raises
 
-    MirrorAway     nothing was sent: no connection, or the breaker is open
+    MirrorAway     nothing was done: no connection, the breaker is open, or the server takes no writes
     MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
 
 After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; then one
@@ -20,7 +20,7 @@ import structlog
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class MirrorConnection:
             path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
         }
         self._shas: dict[str, str] = {}
-        self._forgotten = False
+        self._forgotten = False  # the next round trip needs a new connection
         self._connection: Any = None
         self._waiting: list[_Call] = []
         self._task: asyncio.Task[None] | None = None
@@ -156,8 +156,10 @@ class MirrorConnection:
                 # later reply would go to the wrong caller. The socket's timeout raises and disconnects.
                 reply = await self._connection.read_response()
             except ResponseError as error:
+                if isinstance(error, ReadOnlyError):
+                    self._forgotten = True  # a primary that became a replica: its address may lead to another now
                 if not call.reply.done():
-                    call.reply.set_exception(error)
+                    call.reply.set_exception(MirrorAway(str(error)) if _takes_no_writes(error) else error)
                 continue
             if not call.reply.done():
                 call.reply.set_result(reply)
@@ -206,3 +208,8 @@ class MirrorConnection:
         if connection is not None:
             # Without waiting: the server may be frozen. `nowait` closes the transport and returns.
             self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))
+
+
+def _takes_no_writes(error: ResponseError) -> bool:
+    """The server is full, a replica, or cannot persist: it refuses a script at its first write, nothing happened."""
+    return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(("MISCONF", "NOREPLICAS"))

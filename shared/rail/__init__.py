@@ -28,6 +28,9 @@ Rules that hold it together: a claim does not expire and nobody takes its versio
 stalled owner and its successor both record that version). A marked claim cannot be taken back. After the first byte
 was sent the way is only forward. Repeating any step is harmless: the change id says that it is the same change.
 
+A claim belongs to the life of its Redis server. One that comes back with a restart or a failover is dropped: since that
+copy was made it may have been taken back, and its 503 told. Its owner, if it lives, goes on without it.
+
 Without a warm mirror there are no claims: changes are refused for the while, creations go on with a number of this
 instance's own series ("J1-0007") and an id that covers it.
 """

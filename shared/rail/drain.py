@@ -9,6 +9,7 @@ import asyncio
 import structlog
 
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch
+from shared.lifecycle import vital_task
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
 from shared.rail.record import MAX_BODY
@@ -28,7 +29,7 @@ class Drainer:
 
     def start(self) -> None:
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="journal-drain")
+            self._task = vital_task(self._run(), name="journal-drain")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""

@@ -1,4 +1,4 @@
-"""A rail in this process, on a vhost of its own and a mirror made warm by hand; and what the rail put into the broker."""
+"""A rail in this process, on a vhost of its own and a mirror made warm by hand; and what it put into the broker."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +16,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order
 from shared.messaging import declare, topology
 from shared.messaging.publisher import Publisher
+from shared.mirror import keys
 from shared.mirror.mirror import LogState, Mirror
 from shared.rail import commit
 from shared.rail.commit import Committed, Draft, Rail
@@ -104,8 +105,9 @@ class RailRig:
         return (found.standing, ORDER.decode_state(found.state)) if found else None
 
     async def claims(self) -> int:
-        """How many claims stand in the index, old enough or not."""
-        return len(await self.mirror._redis.call("ZRANGE", "ticketrail:claims", 0, -1))
+        """How many claims of ours stand in the index, old enough or not."""
+        members = await self.mirror._redis.call("ZRANGE", keys.CLAIMS, 0, -1)
+        return sum(member.decode().startswith(self.restaurant) for member in members)
 
     async def queued(self, *, queue: str = LANE, at_least: int = 0) -> list[list[Change]]:
         """Takes the messages of a lane: at least so many, and all that are there."""

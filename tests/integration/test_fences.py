@@ -4,12 +4,16 @@ import asyncio
 
 import pytest
 
-from shared.entities.contract import Lane
+from services.sync.fences import log_way
+from shared.entities.contract import Lane, now
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from tests.integration.writer_rig import Rig
 from tests.servers import Servers
 from tests.system import eventually
+
+LANES = [lane.value for lane in Lane]
+LOG_WAYS = [log_way(lane) for lane in Lane]
 
 
 async def test_a_fence_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
@@ -18,20 +22,20 @@ async def test_a_fence_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
     async def noted() -> set[str]:
         return {row["lane"] for row in await rig.database.fetch("select lane from fences")}
 
-    await eventually(noted, what="fences noted", until=lambda seen: seen == {"critical", "normal", "background"})
+    await eventually(noted, what="fences noted", until=lambda seen: seen == set(LANES))
     epoch = await rig.database.fetchval("select epoch from log_epochs")
     assert await rig.database.fetchval("select bool_and(epoch = $1) from fences", epoch)
 
     async def lags() -> list[float | None]:
-        return [lag for way, lag in rig.watch.lags().items() if way != "log"]
+        return [rig.watch.lags()[lane] for lane in LANES]
 
     await eventually(lags, what="lags", until=lambda seen: None not in seen)
-    assert rig.watch.stale() == ["log"]
+    assert rig.watch.stale() == LOG_WAYS  # nobody reads the log here
 
     async def told() -> set[str]:
         return set(await rig.mirror.fences())
 
-    await eventually(told, what="the mirror told", until=lambda seen: seen >= {"critical", "normal", "background"})
+    await eventually(told, what="the mirror told", until=lambda seen: seen >= set(LANES))
 
 
 async def test_bindings_are_proved_by_fences_that_come_through(rig: Rig) -> None:
@@ -39,9 +43,8 @@ async def test_bindings_are_proved_by_fences_that_come_through(rig: Rig) -> None
 
     async def read_the_log() -> None:
         while True:
-            for way in rig.watch._ways.values():
-                if way.sent_at is not None:
-                    rig.watch.note_log(way.sent_at, way.sent_at)
+            for lane in Lane:
+                rig.watch.note_log(lane, now(), now())
             await asyncio.sleep(0.05)
 
     reading = asyncio.create_task(read_the_log())
@@ -72,7 +75,7 @@ async def test_while_postgres_is_away_the_bindings_are_proved_all_the_same(rig: 
     await rig.fences.start()
 
     async def noted() -> bool:
-        return None not in [lag for way, lag in rig.watch.lags().items() if way != "log"]
+        return None not in [rig.watch.lags()[lane] for lane in LANES]
 
     await eventually(noted, what="an epoch known")
     await rig.database.close()
@@ -80,6 +83,6 @@ async def test_while_postgres_is_away_the_bindings_are_proved_all_the_same(rig: 
     await asyncio.to_thread(servers.postgres.stop)
     try:
         assert not await rig.watch.prove(2.0)
-        assert rig.watch.stale() == ["log"]
+        assert rig.watch.stale() == LOG_WAYS
     finally:
         await asyncio.to_thread(servers.postgres.start)

@@ -1,217 +1,29 @@
 """The notifier as a process, on a real stream, over real HTTP."""
 
 import asyncio
-import json
-import os
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import aio_pika
-import httpx
 import pytest
 
-from deploy.local.child import Child
-from deploy.local.ports import find_free
-from shared.entities.contract import Change, Lane, now
-from shared.entities.order import Order, Status
-from shared.entities.signal import FENCE, Signal, encode_signal
-from shared.messaging import declare
-from shared.messaging.topology import CHANGES, LOG
-from shared.security import Identity, Role, Tokens
-from shared.settings import Settings
+from shared.entities.contract import Lane
+from shared.entities.order import Status
+from shared.security import Role
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.integration.notifier_rig import (
+    EPOCH,
+    OTHER_EPOCH,
+    Notifier,
+    Rail,
+    come_back,
+    deaf,
+    flood,
+    moved,
+    token,
+)
 from tests.servers import Servers
-from tests.system import ROOT, eventually
-
-SECRET = "a-secret-for-tests-that-is-long-enough"
-EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-TOPOLOGY = Settings(log_segment_bytes=1_000_000)
-TOKENS = Tokens(SECRET, ttl_seconds=3600)
-
-
-def token(role: Role = Role.STAFF, *, restaurant: str = RESTAURANT, session: str | None = None) -> str:
-    return TOKENS.issue(Identity(user_id="u-1", role=role, restaurant_id=restaurant, session_id=session))
-
-
-class Event:
-    def __init__(self, id_: str, name: str, data: dict[str, Any]) -> None:
-        self.id, self.name, self.data = id_, name, data
-
-    def __repr__(self) -> str:
-        return f"{self.name}@{self.id} {self.data.get('orderID', self.data)}"
-
-
-class Screen:
-    """A client of the stream, as a browser sees it."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self.response = response
-        self.events: list[Event] = []
-        self.comments = 0
-        self.last_event_id = ""
-        self.ended = False
-        self._more = asyncio.Event()
-
-    async def listen(self) -> None:
-        fields: dict[str, str] = {}
-        try:
-            async for line in self.response.aiter_lines():
-                if line.startswith(":"):
-                    self.comments += 1
-                elif line:
-                    name, _, value = line.partition(": ")
-                    fields[name] = value
-                else:
-                    self.last_event_id = fields.get("id", self.last_event_id)
-                    if "data" in fields:
-                        event = Event(self.last_event_id, fields["event"], json.loads(fields["data"]))
-                        self.events.append(event)
-                    fields = {}
-                self._more.set()
-        except httpx.HTTPError as error:
-            self.events.append(Event("", "broken", {"error": repr(error)}))
-        self.ended = True
-        self._more.set()
-
-    async def until(self, seen: Callable[[], bool], within: float = 15.0) -> None:
-        try:
-            async with asyncio.timeout(within):
-                while not seen():
-                    self._more.clear()
-                    await self._more.wait()
-        except TimeoutError:
-            raise AssertionError(f"not seen; ended: {self.ended}; events: {self.events[-10:]}") from None
-
-    async def has(self, count: int) -> list[Event]:
-        """The first `count` events after `connected`."""
-        await self.until(lambda: len(self.events) > count)
-        return self.events[1 : count + 1]
-
-    @property
-    def names(self) -> list[str]:
-        return [event.name for event in self.events[1:]]
-
-
-class Rail:
-    """A vhost of one test with the topology, and notifiers on it."""
-
-    def __init__(self, servers: Servers, folder: Path) -> None:
-        self.servers = servers
-        self.folder = folder
-        self.name = f"notifier-{uuid4().hex[:8]}"
-        self.url = ""
-        self.notifiers: list[Notifier] = []
-
-    async def make(self, *, with_log: bool = True) -> None:
-        self.url = await asyncio.to_thread(self.servers.rabbitmq.make_vhost, self.name)
-        async with await declare.connect(self.url) as connection:
-            await declare.declare(connection, TOPOLOGY)
-            if with_log:
-                await declare.declare_log(connection, TOPOLOGY, EPOCH)
-
-    async def clean(self) -> None:
-        await asyncio.gather(*(asyncio.to_thread(notifier.child.kill) for notifier in self.notifiers))
-        await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.name)
-
-    async def send(self, *bodies: bytes, lane: Lane = Lane.CRITICAL) -> None:
-        async with await declare.connect(self.url) as connection:
-            channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
-            exchange = await channel.get_exchange(CHANGES, ensure=False)
-            for body in bodies:
-                await exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
-
-    async def say(self, *changes: Change) -> None:
-        """Each in a message of its own."""
-        await self.send(*(message(change) for change in changes))
-
-    async def fence(self, epoch: str = EPOCH) -> None:
-        await self.send(encode_signal(Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, lane="critical")))
-
-    async def remake_log(self) -> None:
-        async with await declare.connect(self.url) as connection:
-            await (await connection.channel()).queue_delete(LOG)
-            await declare.declare_log(connection, TOPOLOGY, OTHER_EPOCH)
-
-    async def notifier(self, *, wait: bool = True, **settings: object) -> "Notifier":
-        notifier = Notifier(self, find_free(1)[0], settings)
-        self.notifiers.append(notifier)
-        if wait:
-            await notifier.ready()
-        return notifier
-
-
-class Notifier:
-    def __init__(self, rail: Rail, port: int, settings: dict[str, object]) -> None:
-        self.base = f"http://127.0.0.1:{port}"
-        chosen = {
-            "rabbitmq_url": rail.url,
-            "notifier_port": port,
-            "jwt_secret": SECRET,
-            "fence_interval_seconds": 0.3,
-            **settings,
-        }
-        self.child = Child.spawn(
-            [sys.executable, "-m", "services.notifier"],
-            log=rail.folder / f"notifier-{port}.log",
-            env={
-                **{key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")},
-                **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in chosen.items()},
-            },
-            cwd=ROOT,
-        )
-
-    async def health(self) -> tuple[int, dict[str, Any]]:
-        async with httpx.AsyncClient() as client:
-            answer = await client.get(f"{self.base}/health/ready", timeout=5)
-            return answer.status_code, answer.json()
-
-    async def ready(self) -> None:
-        try:
-            await eventually(self.health, within=30, what="ready", until=lambda health: health[0] == 200)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.child.tail(30)}") from None
-
-    async def subscribers(self) -> int:
-        return int((await self.health())[1]["subscribers"])
-
-    async def has_cut(self) -> bool:
-        return '"event": "cut"' in self.child.tail(5)
-
-    async def get(self, path: str = "/api/v1/sync/events", *, by: str | None = None, **more: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {by or token()}", **more.pop("headers", {})}
-        async with (
-            httpx.AsyncClient() as client,
-            client.stream("GET", self.base + path, headers=headers, timeout=5, **more) as response,
-        ):
-            if response.status_code != 200:
-                await response.aread()
-            return response
-
-    @asynccontextmanager
-    async def screen(self, *, by: str | None = None, after: str | None = None, **params: str) -> AsyncIterator[Screen]:
-        """A client that has been told `connected`. `after`: the `Last-Event-ID` that it sends."""
-        headers = {"Authorization": f"Bearer {by or token()}"}
-        if after is not None:
-            headers["Last-Event-ID"] = after
-        timeout = httpx.Timeout(5.0, read=60.0)
-        async with (
-            httpx.AsyncClient(timeout=timeout) as client,
-            client.stream("GET", f"{self.base}/api/v1/sync/events", params=params, headers=headers) as response,
-        ):
-            if response.status_code != 200:
-                raise AssertionError(f"{response.status_code}: {(await response.aread()).decode()}")
-            screen = Screen(response)
-            listening = asyncio.create_task(screen.listen())
-            try:
-                await screen.until(lambda: bool(screen.events))
-                yield screen
-            finally:
-                listening.cancel()
-                await asyncio.gather(listening, return_exceptions=True)
+from tests.system import eventually
 
 
 @pytest.fixture
@@ -220,11 +32,6 @@ async def rail(servers: Servers, tmp_path: Path) -> AsyncIterator[Rail]:
     await rail.make()
     yield rail
     await rail.clean()
-
-
-def moved(base: Change, state: Order, status: Status) -> tuple[Change, Order]:
-    after = Order(**{**{name: getattr(state, name) for name in state.__struct_fields__}, "status": status})
-    return change(after, event="status_changed", base=base, before=state), after
 
 
 async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Rail) -> None:
@@ -432,13 +239,6 @@ async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
     assert await coming == ["connected", last.entity_id]
 
 
-async def come_back(notifier: Notifier, cursor: str, count: int) -> list[str]:
-    """The order ids of the first `count` events after the cursor; other events by their name."""
-    async with notifier.screen(after=cursor) as screen:
-        await screen.until(lambda: len(screen.events) > count, within=60)
-        return [event.data.get("orderID", event.name) for event in screen.events]
-
-
 @pytest.mark.parametrize(
     ("params", "headers", "field"),
     [
@@ -496,14 +296,13 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> Non
     notifier = await rail.notifier()
     async with notifier.screen() as screen:
         good = [change(order()) for _ in range(3)]
-        broken = change(order())
         await rail.send(
             b"\xff not even JSON",
             b"{}",
             message(good[0], b'{"type":"ticketrail.order.created.v1"}', good[1]),
             message(change(order(), type="ticketrail.order.created.v9")),
             message(change(order(), type="ticketrail.unicorn.seen.v1")),
-            message(Change(**{**{n: getattr(broken, n) for n in broken.__struct_fields__}, "subject": "order/7"})),
+            message(change(order(), subject="order/7")),
             b"[]",
             lane=Lane.CRITICAL,
         )
@@ -512,28 +311,6 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> Non
         assert [event.data["orderID"] for event in await screen.has(3)] == [one.entity_id for one in good]
         assert len(screen.events) == 4
         assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
-
-
-@asynccontextmanager
-async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
-    """A client that reads nothing by itself: the kernel's buffers fill, then its own at the notifier."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
-    before = await notifier.subscribers()
-    writer.write(f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n".encode())
-    await eventually(notifier.subscribers, until=lambda count: count > before, what="it to be connected")
-    yield reader
-    writer.close()
-
-
-async def flood(rail: Rail, notifier: Notifier) -> int:
-    """Heavy orders until a subscriber is let go; says how many."""
-    before = await notifier.subscribers()
-    sent = 0
-    while await notifier.subscribers() == before:
-        await rail.say(*(change(order(items=400)) for _ in range(20)))
-        sent += 20
-        assert sent < 1_000, "nobody was let go"
-    return sent
 
 
 async def test_a_slow_client_is_told_to_resync_and_let_go_while_others_go_on(rail: Rail) -> None:

@@ -1,5 +1,6 @@
 """What the contract takes and what it refuses, with the reason that groups the dead letters."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -132,10 +133,8 @@ def test_a_poison_event_leaves_the_others_of_its_batch_readable() -> None:
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_a_broken_contract(body: bytes) -> None:
     for read in (decode_change, split_batch, lambda event: registry.read(decode_change(event))):
-        try:
+        with contextlib.suppress(BrokenContract):
             read(body)
-        except BrokenContract:
-            pass
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
@@ -149,7 +148,11 @@ def test_a_state_of_any_shape_raises_nothing_but_a_broken_contract(shape: Any) -
 def test_who_repeats_a_change_repeats_its_id_and_who_changes_anything_does_not() -> None:
     entity = builders.new_id()
     assert change_id(entity, 1, b"content") == change_id(entity, 1, b"content")
-    others = {change_id(entity, 2, b"content"), change_id(entity, 1, b"other"), change_id(builders.new_id(), 1, b"content")}
+    others = {
+        change_id(entity, 2, b"content"),
+        change_id(entity, 1, b"other"),
+        change_id(builders.new_id(), 1, b"content"),
+    }
     assert len(others | {change_id(entity, 1, b"content")}) == 4
 
 

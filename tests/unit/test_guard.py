@@ -22,7 +22,9 @@ def applied(arrivals: list[Standing]) -> Standing:
 def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Standing], random: object) -> None:
     again = arrivals + random.choices(arrivals, k=len(arrivals))  # type: ignore[attr-defined]
     random.shuffle(again)  # type: ignore[attr-defined]
-    assert applied(again) == applied(arrivals) == max(arrivals, key=lambda one: (one.version, UUID(one.change_id).bytes))
+    assert (
+        applied(again) == applied(arrivals) == max(arrivals, key=lambda one: (one.version, UUID(one.change_id).bytes))
+    )
 
 
 @given(standings, standings)

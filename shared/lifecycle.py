@@ -1,0 +1,25 @@
+"""Tasks without which a process must not look alive."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
+    """Runs a loop of the service in the background. One that breaks, for whatever reason it did not foresee, ends the
+    process in order (SIGTERM): whoever supervises it sees why in the log and starts a new one."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_end_process)
+    return task
+
+
+def _end_process(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("task_broke", task=task.get_name(), error=f"{type(error).__name__}: {error}", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)

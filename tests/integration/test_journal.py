@@ -1,0 +1,301 @@
+"""The journal: what it has acknowledged survives, it has one owner, it has a bound, and its numbers are given once."""
+
+import asyncio
+import signal
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.entities.contract import Lane, encode, split_batch
+from shared.messaging.publisher import InDoubt, NotSent
+from shared.rail.drain import Drainer
+from shared.rail.journal import Journal, JournalBroken, JournalFull
+from tests import builders
+from tests.system import ROOT, eventually
+
+APPENDER = """
+import asyncio, sys
+from pathlib import Path
+from shared.entities.contract import Lane
+from shared.rail.journal import Journal
+
+async def one(journal, n):
+    await journal.append([(Lane.CRITICAL, b"entry %d" % n)])
+    print(n, flush=True)
+
+async def main():
+    journal = Journal(Path(sys.argv[1]), instance=1, max_bytes=1 << 24)
+    await journal.open()
+    for start in range(0, 10**9, 10):
+        await asyncio.gather(*(one(journal, n) for n in range(start, start + 10)))
+        print("number", await journal.next_number("r", "d"), flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    made: list[Journal] = []
+
+    async def make(*, opened: bool = True, max_bytes: int = 1 << 20) -> Journal:
+        journal = Journal(tmp_path / "journal.sqlite", instance=1, max_bytes=max_bytes)
+        made.append(journal)
+        if opened:
+            await journal.open()
+        return journal
+
+    yield make
+    for journal in made:
+        await journal.close()
+
+
+async def append(journal: Journal, *events: bytes, lane: Lane = Lane.CRITICAL) -> None:
+    await journal.append([(lane, event) for event in events])
+
+
+async def contents(journal: Journal) -> list[bytes]:
+    return [entry.event for entry in await journal.oldest(1_000_000)]
+
+
+async def test_nothing_that_was_acknowledged_is_missing_after_a_kill_9(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", APPENDER, str(path), stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout is not None
+    said: list[str] = []
+    while len(said) < 200:
+        said.append((await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip())
+    process.send_signal(signal.SIGKILL)
+    said += (await process.stdout.read()).decode().split("\n")[:-1]
+    await process.wait()
+
+    journal = await make()
+    acknowledged = {f"entry {line}".encode() for line in said if line.isdecimal()}
+    assert len(acknowledged) > 150
+    assert acknowledged <= set(await contents(journal))
+    assert journal.depth == len(await contents(journal))
+    numbers = {line.removeprefix("number ") for line in said if line.startswith("number")}
+    assert len(numbers) > 15
+    assert await journal.next_number("r", "d") not in numbers
+
+
+async def test_a_second_process_is_refused_while_the_first_lives(make: Callable[..., Any], tmp_path: Path) -> None:
+    first = await make()
+    await append(first, b"one")
+    opener = (
+        "import asyncio, sys; from pathlib import Path; from shared.rail.journal import Journal, JournalBroken\n"
+        "try: asyncio.run(Journal(Path(sys.argv[1]), instance=1, max_bytes=1).open()); print('opened')\n"
+        "except JournalBroken as error: print('refused', error)"
+    )
+
+    async def open_elsewhere() -> str:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", opener, str(tmp_path / "journal.sqlite"), stdout=asyncio.subprocess.PIPE, cwd=ROOT
+        )
+        out, _ = await asyncio.wait_for(process.communicate(), 20)
+        return out.decode()
+
+    assert (await open_elsewhere()).startswith("refused")
+    await append(first, b"two")  # and the first goes on
+    await first.close()
+    assert await open_elsewhere() == "opened\n"
+
+
+async def test_a_full_journal_keeps_nothing_of_what_it_refuses_and_takes_again_when_drained(
+    make: Callable[..., Any],
+) -> None:
+    journal = await make(max_bytes=100)
+    await append(journal, b"x" * 90)
+    with pytest.raises(JournalFull):
+        await append(journal, b"small", b"y" * 20)
+    assert await contents(journal) == [b"x" * 90]
+    await append(journal, b"z" * 10)
+    await journal.remove(await journal.oldest(1))
+    assert (journal.depth, journal.bytes) == (1, 10)
+    await append(journal, b"y" * 90)
+    assert await contents(journal) == [b"z" * 10, b"y" * 90]
+
+
+async def test_depth_and_bytes_are_known_again_after_a_reopen(make: Callable[..., Any]) -> None:
+    journal = await make()
+    await append(journal, b"one", b"three")
+    await journal.close()
+    again = await make()
+    assert (again.depth, again.bytes) == (2, 8)
+    assert await contents(again) == [b"one", b"three"]
+
+
+async def test_numbers_never_repeat_across_reopens_and_count_each_day_and_restaurant_alone(
+    make: Callable[..., Any],
+) -> None:
+    given: list[str] = []
+    for _ in range(3):
+        journal = await make()
+        given += await asyncio.gather(*(journal.next_number("r", "monday") for _ in range(45)))
+        await journal.close()
+    assert len(set(given)) == len(given) == 135
+    assert given[:2] == ["J1-0001", "J1-0002"]
+    journal = await make()
+    assert await journal.next_number("r", "tuesday") == await journal.next_number("s", "monday") == "J1-0001"
+
+
+async def test_appends_that_wait_at_the_same_moment_share_a_commit(make: Callable[..., Any]) -> None:
+    journal = await make()
+    commits: list[int] = []
+    append_now = journal._append
+
+    def counted(entries: Any) -> None:
+        commits.append(len(entries))
+        append_now(entries)
+
+    journal._append = counted
+    await asyncio.gather(*(append(journal, b"%d" % n) for n in range(100)))
+    assert sum(commits) == 100
+    assert len(commits) <= 3
+
+
+async def test_a_journal_that_is_closed_or_was_never_opened_is_broken_and_closes_twice(
+    make: Callable[..., Any],
+) -> None:
+    journal = await make(opened=False)
+    with pytest.raises(JournalBroken):
+        await append(journal, b"x")
+    await journal.close()
+    await journal.open()
+    await journal.close()
+    await journal.close()
+    with pytest.raises(JournalBroken):
+        await journal.next_number("r", "d")
+
+
+@pytest.mark.parametrize("failing", ["insert", "delete", "commit"])
+async def test_after_an_error_of_the_disk_the_journal_takes_changes_again(
+    make: Callable[..., Any], failing: str
+) -> None:
+    journal = await make()
+    await append(journal, b"first")
+    real = journal._db
+
+    class Full:
+        """A connection whose disk is full at one statement."""
+
+        in_transaction = property(lambda self: real.in_transaction)
+
+        def execute(self, sql: str, *rest: Any) -> Any:
+            if sql.startswith(failing):
+                raise sqlite3.OperationalError("database or disk is full")
+            return real.execute(sql, *rest)
+
+        def executemany(self, sql: str, *rest: Any) -> Any:
+            if sql.startswith(failing):
+                raise sqlite3.OperationalError("database or disk is full")
+            return real.executemany(sql, *rest)
+
+    journal._db = Full()
+    with pytest.raises(JournalBroken):
+        if failing == "delete":
+            await journal.remove(await journal.oldest(1))
+        else:
+            await append(journal, b"refused")
+    if failing == "commit":
+        with pytest.raises(JournalBroken):
+            await journal.remove(await journal.oldest(1))
+    journal._db = real
+    await append(journal, b"second")
+    assert await contents(journal) == [b"first", b"second"]
+    assert journal.depth == 2
+
+
+# -- the drainer, against a publisher that we own --------------------------------------------------------------
+
+
+class Broker:
+    """Takes messages, or refuses those of a lane."""
+
+    def __init__(self, *refuses: Lane) -> None:
+        self.refuses = refuses
+        self.taken: list[tuple[str, list[bytes]]] = []
+        self.largest = 0
+
+    async def wait_connected(self) -> None:
+        return
+
+    async def publish(self, lane: str, body: bytes) -> None:
+        if Lane(lane) in self.refuses:
+            raise InDoubt("a nack")
+        self.largest = max(self.largest, len(body))
+        self.taken.append((lane, split_batch(body)))
+
+    def events(self) -> list[bytes]:
+        return [event for _, events in self.taken for event in events]
+
+
+def drainer_of(journal: Journal, broker: Any) -> Drainer:
+    return Drainer(journal, broker)
+
+
+async def test_an_entry_leaves_the_journal_only_after_its_confirm(make: Callable[..., Any]) -> None:
+    journal = await make()
+    event = encode(builders.change(builders.order(items=0)))
+    await append(journal, event)
+    with pytest.raises(InDoubt):
+        await drainer_of(journal, Broker(Lane.CRITICAL)).drain_some()
+    assert await contents(journal) == [event]
+
+    class Away:
+        async def publish(self, *_: Any) -> None:
+            raise NotSent("away")
+
+    with pytest.raises(NotSent):
+        await drainer_of(journal, Away()).drain_some()
+    assert await contents(journal) == [event]
+    broker = Broker()
+    await drainer_of(journal, broker).drain_some()
+    assert broker.events() == [event]
+    assert (await contents(journal), journal.depth, journal.bytes) == ([], 0, 0)
+
+
+async def test_large_changes_are_drained_in_messages_that_the_broker_takes(make: Callable[..., Any]) -> None:
+    """RabbitMQ 4 closes the channel of a message over 16 MiB: drained as one, this journal would be stuck for ever."""
+    journal = await make(max_bytes=1 << 26)
+    events = [b'"' + b"x" * 700_000 + b'"' for _ in range(30)]
+    await append(journal, *events)
+    broker, drainer = Broker(), None
+    drainer = drainer_of(journal, broker)
+    drainer.start()
+    await eventually(lambda: drained(journal), within=20, what="the journal drained")
+    await drainer.stop()
+    assert broker.events() == events
+    assert broker.largest <= 1 << 20
+
+
+async def drained(journal: Journal) -> bool:
+    return journal.depth == 0
+
+
+async def test_a_lane_whose_queue_refuses_does_not_hold_back_the_others(make: Callable[..., Any]) -> None:
+    journal = await make()
+    await append(journal, b'"order"', lane=Lane.CRITICAL)
+    await append(journal, b'"dish"', lane=Lane.NORMAL)
+    await append(journal, b'"history"', lane=Lane.BACKGROUND)
+    broker = Broker(Lane.CRITICAL)
+    with pytest.raises(InDoubt):
+        await drainer_of(journal, broker).drain_some()
+    assert broker.taken == [("normal", [b'"dish"']), ("background", [b'"history"'])]
+    assert await contents(journal) == [b'"order"']
+
+
+async def test_a_drainer_stops_without_a_start_and_twice(make: Callable[..., Any]) -> None:
+    drainer = drainer_of(await make(), Broker())
+    await drainer.stop()
+    drainer.start()
+    await drainer.stop()
+    await drainer.stop()

@@ -1,0 +1,314 @@
+"""The mirror's connection and scripts on a real Redis: silence, breakers, forgotten scripts, and the guard in Lua."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+from msgspec import structs
+from redis.exceptions import ResponseError
+
+from shared.entities.contract import Standing, encode, now
+from shared.entities.order import ENTITY as ORDER
+from shared.mirror import connection
+from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.mirror import Apply, Claimed, Cold, LogState, Mirror, Stands
+from tests import builders
+from tests.servers import Redis, Servers
+from tests.system import eventually
+
+DAY = "2026-03-14"
+TIMEOUT = 0.3
+
+
+@pytest.fixture(scope="module")
+def redis(servers: Servers) -> Redis:
+    """One for this module: its tests freeze it, stop it and make it forget."""
+    return servers.extra_redis()
+
+
+@pytest.fixture
+async def link(redis: Redis) -> AsyncIterator[MirrorConnection]:
+    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    yield link
+    await link.close()
+
+
+@pytest.fixture
+async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
+    mirror = Mirror(redis.url, timeout=5.0, stale_seconds=0.0)
+    yield mirror
+    await mirror.close()
+
+
+async def answers(link: MirrorConnection) -> bool:
+    try:
+        return bool(await link.call("PING"))
+    except (MirrorAway, MirrorInDoubt):
+        return False
+
+
+def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str = "reveal", **fields: Any) -> Apply:
+    """One state of an order, whose notes say which."""
+    notes = f"{version}/{change}"
+    order = builders.order(items=0, id=id_, restaurant_id=restaurant, notes=notes, **fields)
+    return Apply(ORDER, order, Standing(version, str(UUID(int=change))), encode(order), now(), how)
+
+
+# -- the connection --------------------------------------------------------------------------------------------
+
+
+async def test_calls_that_wait_at_the_same_moment_get_their_own_replies(link: MirrorConnection) -> None:
+    replies = await asyncio.gather(*(link.call("ECHO", f"{n}") for n in range(2_000)))
+    assert replies == [f"{n}".encode() for n in range(2_000)]
+
+
+async def test_an_error_of_the_server_reaches_its_own_caller_alone(link: MirrorConnection) -> None:
+    good, bad, also = await asyncio.gather(
+        link.call("ECHO", "a"), link.call("NO SUCH COMMAND"), link.call("ECHO", "b"), return_exceptions=True
+    )
+    assert (good, also) == (b"a", b"b")
+    assert isinstance(bad, ResponseError)
+
+
+async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_heals(
+    link: MirrorConnection, redis: Redis
+) -> None:
+    await link.call("SET", "k", "before")
+    await asyncio.to_thread(redis.freeze)
+    try:
+        sent = await asyncio.gather(link.call("INCR", "n"), link.call("GET", "k"), return_exceptions=True)
+        assert [type(one) for one in sent] == [MirrorInDoubt, MirrorInDoubt]
+        assert not link.available
+        with pytest.raises(MirrorAway):
+            await asyncio.wait_for(link.call("PING"), 0.1)
+
+        async def down() -> bool:
+            assert not await answers(link)  # probes fail too
+            return link.down
+
+        await eventually(down, what="several attempts in a row failed")
+    finally:
+        await asyncio.to_thread(redis.thaw)
+    await eventually(lambda: answers(link), what="a probe that heals")
+    assert link.available
+    assert not link.down
+    # Replies of what was in doubt went nowhere: the next caller gets its own.
+    assert await asyncio.gather(link.call("GET", "k"), link.call("ECHO", "mine")) == [b"before", b"mine"]
+
+
+async def test_a_server_that_is_gone_is_away_and_nothing_was_sent() -> None:
+    link = MirrorConnection("redis://127.0.0.1:1/0", timeout=TIMEOUT)
+    for _ in range(3):
+        with pytest.raises(MirrorAway):
+            await link.call("PING")
+    await link.close()
+    await link.close()
+
+
+async def test_scripts_that_the_server_forgot_are_loaded_again_for_everybody_who_waits(mirror: Mirror) -> None:
+    await mirror.check()
+    for _ in range(5):
+        await mirror._redis.call("SCRIPT", "FLUSH")
+        found = await asyncio.wait_for(
+            asyncio.gather(*(mirror.read("r", "order", [f"{n}" * 200]) for n in range(700))), 10
+        )
+        assert [documents for _, documents in found] == [[None]] * 700
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_server_that_evicts_is_refused(redis: Redis, link: MirrorConnection, policy: str) -> None:
+    await link.call("CONFIG", "SET", "maxmemory-policy", policy)
+    try:
+        with pytest.raises(MirrorMisconfigured):
+            other = MirrorConnection(redis.url, timeout=TIMEOUT)
+            try:
+                await other.check()
+            finally:
+                await other.close()
+    finally:
+        await link.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+async def test_a_server_that_is_full_says_that_nothing_happened_and_still_answers_readers(
+    mirror: Mirror, link: MirrorConnection
+) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await mirror.apply([state(1, id_=id_, restaurant=restaurant)])
+    await link.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        with pytest.raises(MirrorAway):
+            await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
+        assert await standing(mirror, restaurant, id_) == Standing(1, str(UUID(int=1)))
+    finally:
+        await link.call("CONFIG", "SET", "maxmemory", 0)
+    await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
+    assert await standing(mirror, restaurant, id_) == Standing(2, str(UUID(int=1)))
+
+
+async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_MAX_PIPELINE", 1)
+    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
+    await asyncio.sleep(0)
+    await link.close()
+    for one in await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5):
+        assert one == b"PONG" or isinstance(one, (MirrorAway, MirrorInDoubt))
+
+
+# -- scripts ---------------------------------------------------------------------------------------------------
+
+
+async def standing(mirror: Mirror, restaurant: str, id_: str) -> Standing | None:
+    _, (document,) = await mirror.read(restaurant, "order", [id_])
+    return document.standing if document else None
+
+
+arrivals = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4)), min_size=1, max_size=10)
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(arrivals=arrivals, more=st.lists(st.integers(0, 9), max_size=6), split=st.integers(1, 10))
+async def test_any_order_and_any_repetition_of_states_end_the_same_in_lua(
+    mirror: Mirror, arrivals: list[tuple[int, int]], more: list[int], split: int
+) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    arrivals = arrivals + [arrivals[n % len(arrivals)] for n in more]
+    states = [state(version, change, id_=id_, restaurant=restaurant) for version, change in arrivals]
+    for start in range(0, len(states), split):
+        await mirror.apply(states[start : start + split])  # several of one order in a batch too
+    version, change = max(arrivals)
+    _, (found,) = await mirror.read(restaurant, "order", [id_])
+    assert found is not None
+    assert found.standing == Standing(version, str(UUID(int=change)))
+    assert ORDER.decode_state(found.state).notes == f"{version}/{change}"
+    assert found.pending
+
+
+async def test_a_late_state_of_a_missing_document_is_reported_and_not_written(mirror: Mirror) -> None:
+    restaurant, there, missing = (builders.new_id() for _ in range(3))
+    await mirror.apply([state(1, id_=there, restaurant=restaurant)])
+    late = [state(2, id_=id_, restaurant=restaurant, how="late") for id_ in (missing, there)]
+    assert await mirror.apply(late) == [0]
+    assert await standing(mirror, restaurant, missing) is None
+    assert await standing(mirror, restaurant, there) == late[1].standing
+
+
+async def test_states_for_another_mirror_than_the_one_that_was_filled_are_refused(mirror: Mirror) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await mirror.begin_log(LogState("epoch", 7))
+    one = state(1, id_=id_, restaurant=restaurant)
+    assert await mirror.apply([one], at=LogState("epoch", 6), note=LogState("epoch", 8)) is None
+    assert await mirror.apply([one], at=LogState("other", 7), note=LogState("other", 8)) is None
+    assert await standing(mirror, restaurant, id_) is None
+    assert await mirror.apply([one], at=LogState("epoch", 7), note=LogState("epoch", 8)) == []
+    assert await mirror.log_state() == LogState("epoch", 8)
+
+
+async def test_what_postgres_committed_settles_what_stands_and_not_what_came_after(mirror: Mirror) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    first, second = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
+
+    async def pending() -> bool:
+        _, (document,) = await mirror.read(restaurant, "order", [id_])
+        assert document is not None
+        return document.pending
+
+    await mirror.apply([first, second])
+    await mirror.settle(restaurant, "order", [(id_, first.standing)], failure=b'{"error": "old"}')
+    await mirror.settle(restaurant, "order", [(id_, first.standing)])
+    assert await pending()
+    await mirror.settle(restaurant, "order", [(id_, second.standing)], failure=b'{"error": "x"}')
+    assert await mirror.counts(restaurant, "order") == (1, 1)
+    await mirror.settle(restaurant, "order", [(id_, second.standing)])
+    assert not await pending()
+    assert await mirror.counts(restaurant, "order") == (0, 0)
+
+
+async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
+    await mirror.begin_log(LogState("epoch", 0))
+    assert not await mirror.is_warm()
+    assert not await mirror.warm(LogState("epoch", 1), [], 0)  # not the mirror that was filled
+    assert await mirror.warm(LogState("epoch", 0), [(restaurant, DAY)], gap)
+    assert await mirror.is_warm()
+
+
+async def claimed(mirror: Mirror, restaurant: str, series: str | None = DAY, floor: int = 0) -> Any:
+    change = builders.change(builders.order(items=0, restaurant_id=restaurant, order_number=""))
+    return await mirror.claim(ORDER, change, encode(change), None, series, floor)
+
+
+async def test_claims_are_taken_on_a_warm_mirror_alone_and_a_restart_makes_it_cold(
+    mirror: Mirror, redis: Redis
+) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    assert await claimed(mirror, restaurant) == Claimed("0001")
+    await asyncio.to_thread(redis.stop)
+    await asyncio.to_thread(redis.start)
+    await eventually(lambda: answers(mirror._redis), what="the server again")
+    assert await claimed(mirror, restaurant) == Cold()
+    await warmed(mirror, restaurant, gap=100)
+    assert await claimed(mirror, restaurant) == Claimed("0102")
+
+
+async def test_a_number_that_was_seen_or_is_below_the_floor_is_not_given(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    seen = [
+        state(1, id_=builders.new_id(), restaurant=restaurant, order_number=number)
+        for number in ("0041", "J1-0900", "", "0007")
+    ]
+    await mirror.apply(seen)
+    assert await claimed(mirror, restaurant) == Claimed("0042")
+    assert await claimed(mirror, restaurant, floor=50) == Claimed("0051")
+    assert await claimed(mirror, restaurant, series=None) == Claimed("")
+
+
+async def test_a_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
+    """The contract takes any 40 digits; as a counter they would end order numbers, and the warming of every mirror."""
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    await mirror.apply([state(1, id_=builders.new_id(), restaurant=restaurant, order_number="9" * 40)])
+    assert await claimed(mirror, restaurant) == Claimed("0001")
+    await warmed(mirror, restaurant, gap=10)
+    assert await claimed(mirror, restaurant) == Claimed("0012")
+
+
+async def test_the_same_claim_sent_again_is_the_same_claim(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    change = builders.change(builders.order(items=0, restaurant_id=restaurant))
+    first = [await mirror.claim(ORDER, change, encode(change), None, DAY, 0) for _ in range(3)]
+    assert first == [Claimed("0001")] * 3
+    assert await claimed(mirror, restaurant) == Claimed("0002")
+
+
+async def test_a_claim_on_another_base_than_what_stands_learns_what_stands(mirror: Mirror) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await warmed(mirror, restaurant)
+    one = state(2, 5, id_=id_, restaurant=restaurant)
+    await mirror.apply([one])
+    for base in (None, Standing(1, one.standing.change_id), Standing(2, str(UUID(int=4)))):
+        order = structs.replace(one.state, updated_at=one.state.updated_at + timedelta(seconds=1))
+        change = builders.change(order, entityversion=(base.version if base else 0) + 1)
+        reply = await mirror.claim(ORDER, change, encode(change), base, None, 0)
+        assert reply == Stands(one.standing, one.encoded)
+
+
+async def test_trimming_leaves_what_changed_since_it_was_looked_at_and_what_is_pending(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    old, changed, waiting = (builders.new_id() for _ in range(3))
+    await mirror.apply([state(1, id_=id_, restaurant=restaurant, how="stored") for id_ in (old, changed)])
+    await mirror.apply([state(1, id_=waiting, restaurant=restaurant)])
+    seen = dict.fromkeys((old, changed, waiting), str(UUID(int=1)))
+    await mirror.apply([state(2, 2, id_=changed, restaurant=restaurant, how="stored")])
+    assert await mirror.trim(restaurant, "order", seen) == 1
+    assert await standing(mirror, restaurant, old) is None
+    assert await standing(mirror, restaurant, changed) is not None
+    assert await standing(mirror, restaurant, waiting) is not None
+    assert set(await mirror.live_ids(restaurant, "order")) == {changed, waiting}

@@ -1,0 +1,171 @@
+"""The publisher on a real RabbitMQ: confirmed means there, and a broker that is away or frozen costs one timeout."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from urllib.parse import quote
+from uuid import uuid4
+
+import aio_pika
+import pytest
+
+from deploy.local.management import ask
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from tests.servers import Servers
+from tests.system import eventually
+
+EXCHANGE, QUEUE = "exchange", "queue"
+TIMEOUT = 0.6
+
+
+@pytest.fixture
+async def vhost(servers: Servers) -> AsyncIterator[str]:
+    """With an exchange and a queue that is bound to it by the key `key`."""
+    name = f"publisher-{uuid4().hex[:8]}"
+    url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel()
+        exchange = await channel.declare_exchange(EXCHANGE, "direct", durable=True)
+        queue = await channel.declare_queue(QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+        await queue.bind(exchange, "key")
+    yield url
+    await asyncio.to_thread(servers.rabbitmq.delete_vhost, name)
+
+
+@pytest.fixture
+async def publisher(vhost: str) -> AsyncIterator[Publisher]:
+    publisher = Publisher(vhost, EXCHANGE, timeout=TIMEOUT)
+    await publisher.start(wait=10)
+    yield publisher
+    await publisher.stop()
+
+
+async def queued(url: str, *, at_least: int) -> list[bytes]:
+    bodies: list[bytes] = []
+
+    async def take() -> int:
+        async with await aio_pika.connect(url) as connection:
+            queue = await (await connection.channel()).get_queue(QUEUE, ensure=False)
+            while message := await queue.get(fail=False, timeout=5):
+                bodies.append(message.body)
+                await message.ack()
+        return len(bodies)
+
+    await eventually(take, what=f"{at_least} messages", until=lambda n: n >= at_least)
+    return bodies
+
+
+def close_connections(servers: Servers, url: str) -> int:
+    """Those to our vhost; returns how many."""
+    vhost, api = url.rsplit("/", 1)[1], servers.rabbitmq.management_url
+    found = ask(api, "GET", f"/api/vhosts/{vhost}/connections")
+    assert isinstance(found, list)
+    for one in found:
+        ask(api, "DELETE", f"/api/connections/{quote(one['name'], safe='')}")
+    return len(found)
+
+
+async def connected(publisher: Publisher) -> bool:
+    return publisher.connected
+
+
+async def test_what_is_confirmed_is_in_the_queue_persistent_and_with_a_message_id_of_its_own(
+    publisher: Publisher, vhost: str
+) -> None:
+    await publisher.publish("key", b"[1]", headers={"ticketrail-attempt": 2})
+    await publisher.publish_to_queue(QUEUE, b"[2]")
+    async with await aio_pika.connect(vhost) as connection:
+        queue = await (await connection.channel()).get_queue(QUEUE, ensure=False)
+        first, second = await queue.get(timeout=5), await queue.get(timeout=5)
+        assert (first.body, second.body) == (b"[1]", b"[2]")
+        assert first.delivery_mode == second.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
+        assert first.message_id != second.message_id
+        assert first.headers["ticketrail-attempt"] == 2
+        await first.ack()
+        await second.ack()
+
+
+async def test_a_message_that_no_queue_takes_is_in_doubt_and_the_connection_stays(
+    publisher: Publisher, vhost: str
+) -> None:
+    with pytest.raises(InDoubt):
+        await publisher.publish("nobody's key", b"[]")
+    assert publisher.connected
+    await publisher.publish("key", b"[]")
+    assert await queued(vhost, at_least=1) == [b"[]"]
+
+
+async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
+    publisher = Publisher(vhost, EXCHANGE, timeout=TIMEOUT)
+    with pytest.raises(NotSent):
+        await publisher.publish("key", b"[]")
+    await publisher.stop()
+    await publisher.start(wait=10)
+    await publisher.stop()
+    await publisher.stop()
+    with pytest.raises(NotSent):
+        await publisher.publish("key", b"[]")
+
+
+async def test_a_start_beside_a_broker_that_is_away_returns_when_its_wait_is_over(servers: Servers) -> None:
+    publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, timeout=TIMEOUT)
+    began = time.monotonic()
+    await publisher.start(wait=0.3)
+    assert time.monotonic() - began < 2
+    assert not publisher.connected
+    await publisher.stop()
+
+
+async def test_a_frozen_broker_costs_one_timeout_and_then_nothing_is_sent_at_once(
+    servers: Servers, publisher: Publisher, vhost: str
+) -> None:
+    await asyncio.to_thread(servers.rabbitmq.freeze)
+    try:
+        began = time.monotonic()
+        together = await asyncio.gather(
+            *(publisher.publish("key", b"[%d]" % n) for n in range(3)), return_exceptions=True
+        )
+        assert [type(one) for one in together] == [InDoubt] * 3
+        assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT * 3
+        for _ in range(20):
+            began = time.monotonic()
+            with pytest.raises(NotSent):
+                await publisher.publish("key", b"[never]")
+            assert time.monotonic() - began < 0.1
+    finally:
+        await asyncio.to_thread(servers.rabbitmq.thaw)
+    await eventually(lambda: connected(publisher), within=20, what="connected again")
+    await publisher.publish("key", b"[after]")
+    bodies = await queued(vhost, at_least=4)
+    assert set(bodies) <= {b"[0]", b"[1]", b"[2]", b"[after]"}  # what was in doubt did arrive
+
+
+async def test_a_lost_connection_is_noticed_without_a_publish_and_made_anew(
+    servers: Servers, publisher: Publisher, vhost: str
+) -> None:
+    connection = publisher._connection
+    assert connection is not None
+    # By the broker, and only when its list of connections has it: that takes seconds.
+    await eventually(
+        lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection closed"
+    )
+
+    async def renewed() -> bool:
+        return publisher.connected and publisher._connection is not connection
+
+    await eventually(renewed, within=20, what="another connection")
+    await publisher.publish("key", b"[]")
+    assert await queued(vhost, at_least=1) == [b"[]"]
+
+
+async def test_the_publisher_returns_after_the_broker_was_stopped_and_started(
+    servers: Servers, publisher: Publisher, vhost: str
+) -> None:
+    await publisher.publish("key", b"[before]")
+    await asyncio.to_thread(servers.rabbitmq.stop)
+    with pytest.raises((NotSent, InDoubt)):
+        await publisher.publish("key", b"[lost]")
+    await asyncio.to_thread(servers.rabbitmq.start)
+    await eventually(lambda: connected(publisher), within=30, what="connected again")
+    await publisher.publish("key", b"[after]")
+    assert await queued(vhost, at_least=2) == [b"[before]", b"[after]"]
