@@ -14,7 +14,7 @@ run: bootstrap ## start the whole system under .local/ and send one order down t
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
 
 test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: bootstrap ## ruff, strict types, import rules
 	$(PYTHON) -m ruff check .

@@ -4,8 +4,13 @@ A port that is taken is an error that names the port and the setting that moves 
 port silently, because clients and printed URLs would then point at somebody else's server.
 """
 
+import fcntl
+import os
 import random
 import socket
+import tempfile
+from pathlib import Path
+from typing import IO
 
 HOST = "127.0.0.1"
 
@@ -40,11 +45,29 @@ def require_free(port: int, setting: str | None, what: str) -> None:
 
 
 def find_free(count: int) -> list[int]:
-    """So many different ports that were free a moment ago, in random order: two test runs rarely meet."""
+    """So many different ports that are free, and that no other process of ours was given while it lives: a server
+    takes seconds until it binds, and test runs go side by side."""
     found: list[int] = []
-    for port in random.sample(range(FIRST, LAST), k=LAST - FIRST):
-        if is_free(port):
+    for port in random.SystemRandom().sample(range(FIRST, LAST), k=LAST - FIRST):
+        if is_free(port) and _reserve(port):
             found.append(port)
             if len(found) == count:
                 return found
     raise RuntimeError(f"fewer than {count} free ports between {FIRST} and {LAST}")
+
+
+_reserved: list[IO[str]] = []
+
+
+def _reserve(port: int) -> bool:
+    """A lock on a file named after the port; the kernel lets go of it when this process ends, however it ends."""
+    folder = Path(tempfile.gettempdir()) / f"ticketrail-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    file = (folder / str(port)).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    _reserved.append(file)
+    return True

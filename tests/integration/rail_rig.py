@@ -30,7 +30,7 @@ from tests.system import eventually
 
 DAY = "2026-03-14"
 STALE = 0.15
-PUBLISH_TIMEOUT = 0.6
+PUBLISH_TIMEOUT = 1.0
 LANE = topology.lane_queue(Lane.CRITICAL)
 
 
@@ -39,7 +39,7 @@ class RailRig:
 
     def __init__(self, url: str, redis: Redis, folder: Path, *, instance: int = 1, journal: bool = True) -> None:
         self.url, self.redis, self.folder = url, redis, folder
-        self.mirror = Mirror(redis.url, timeout=0.3, stale_seconds=STALE)
+        self.mirror = Mirror(redis.url, timeout=0.5, stale_seconds=STALE)
         self.publisher = Publisher(url, topology.CHANGES, timeout=PUBLISH_TIMEOUT)
         self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
         self.recorder = Recorder(self.publisher, self.journal, under_way=2)
