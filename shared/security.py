@@ -10,8 +10,10 @@ from typing import Any
 from uuid import UUID
 
 import jwt
+import msgspec
 from msgspec import Struct
 
+from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
 
 _ALGORITHM = "HS256"
@@ -97,8 +99,10 @@ def _identity(claims: dict[str, Any]) -> Identity:
             email=str(claims.get("email") or ""),
             session_id=str(claims["sessionId"]) if claims.get("sessionId") else None,
         )
+        for name in (identity.user_id, identity.session_id or "-"):
+            msgspec.convert(name, Label)  # they are kept with the orders that they place
     except (ValueError, AttributeError, TypeError) as error:
-        raise Unauthenticated("the token's role or restaurantId is not valid") from error
+        raise Unauthenticated("the token's role, userId, sessionId or restaurantId is not valid") from error
     if role is Role.CUSTOMER and not identity.session_id:
         raise Unauthenticated("a customer's token needs a sessionId")
     if role is not Role.OPERATOR and not identity.restaurant_id:

@@ -23,7 +23,7 @@ from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
@@ -90,6 +90,8 @@ async def start(parts: Parts) -> None:
     await parts.journal.open()
     try:
         await parts.mirror.check()
+    except MirrorMisconfigured:
+        raise
     except (MirrorAway, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
     await _check_topology(parts.settings)

@@ -5,6 +5,7 @@ where the caller named no version and the change is still legal.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import time
@@ -68,8 +69,9 @@ class Commands:
             order = _new_order(id_, book, wanted, at, session, who, request_hash)
         except InvalidInput:
             # The menu may have changed since this very request was accepted: then it is a repeat.
-            if key is not None and (earlier := await self._earlier(restaurant, id_)):
-                return _replay(*earlier, request_hash)
+            with contextlib.suppress(Unavailable):
+                if key is not None and (earlier := await self._earlier(restaurant, id_)):
+                    return _replay(*earlier, request_hash)
             raise
         draft = Draft(
             entity=orders.ENTITY,
@@ -87,6 +89,8 @@ class Commands:
             try:
                 return _done(await self._rail.commit(draft))
             except Lost as lost:
+                if lost.standing is not None and lost.state is None:
+                    raise Unavailable("the order was placed before and cannot be read now", retry_after=2.0) from lost
                 if lost.standing is not None:
                     return _replay(lost.standing, lost.state, request_hash)
                 if time.monotonic() > deadline:
@@ -96,11 +100,10 @@ class Commands:
             await _pause(2)
 
     async def _earlier(self, restaurant: str, id_: str) -> tuple[Standing, Order] | None:
-        """What the same key has placed before. Where no store can tell, the answer is no: creations go on, and under
-        the same id it stays one order."""
+        """What the same key has placed before; raises Unavailable where no store can tell."""
         try:
             found = await self._reads.one(restaurant, id_)
-        except (NotFound, Unavailable):
+        except NotFound:
             return None
         return found.standing, found.order()
 

@@ -7,6 +7,7 @@ A restaurant that is not known yet is looked up when its first order comes.
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import aclosing
 from datetime import datetime, timedelta
 
 import msgspec
@@ -120,13 +121,13 @@ class Menus:
 
     async def _load(self, restaurant_id: str) -> MenuBook:
         # The mirror first: what leaves it for PostgreSQL in between is met there.
-        mirrored, dishes, mirror_answered = await self._from_mirror(restaurant_id)
+        mirrored, dishes, warm = await self._from_mirror(restaurant_id)
         try:
             async with self._postgres.tenant(restaurant_id) as connection:
                 restaurant = await find_restaurant(connection, restaurant_id)
                 stored = await states.every(connection, menu_item.ENTITY, restaurant_id)
         except AWAY as error:
-            if not mirror_answered:
+            if not warm or mirrored is None:  # a cold mirror may hold half a menu, and nobody would look again
                 raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error
             restaurant, stored = mirrored, []
         if restaurant is None:
@@ -142,7 +143,7 @@ class Menus:
         try:
             encoded = await self._mirror.restaurant(restaurant_id)
             ids = await self._mirror.live_ids(restaurant_id, menu_item.ENTITY.name)
-            _, documents = await self._mirror.read(restaurant_id, menu_item.ENTITY.name, ids)
+            warm, documents = await self._mirror.read(restaurant_id, menu_item.ENTITY.name, ids)
         except (MirrorAway, MirrorInDoubt):
             return None, [], False
         restaurant = msgspec.json.decode(encoded, type=Restaurant) if encoded else None
@@ -151,13 +152,14 @@ class Menus:
             for document in documents
             if document is not None
         ]
-        return restaurant, dishes, True
+        return restaurant, dishes, warm
 
     # -- following the log -------------------------------------------------------------------------------------
 
     async def _follow(self, since: datetime) -> None:
-        async for batch in self.reader.read(since):
-            self._apply(batch)
+        async with aclosing(self.reader.read(since)) as batches:
+            async for batch in batches:
+                self._apply(batch)
 
     def _apply(self, batch: Batch) -> None:
         for entry in batch.entries:

@@ -22,7 +22,7 @@ from shared.errors import NotFound, Unavailable
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Document, Mirror
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import AWAY, Connection, Postgres
 from shared.postgres.states import Stored
 
 log = structlog.get_logger(__name__)
@@ -94,12 +94,14 @@ class Reads:
         """Raises Unavailable when neither store answers."""
         try:
             pending_ids = await self._mirror.pending_ids(restaurant, _ENTITY.name)
-            pending = await self._matching(restaurant, pending_ids, filters)
+            warm, pending = await self._matching(restaurant, pending_ids, filters)
         except (MirrorAway, MirrorInDoubt) as error:
             log.info("list_without_mirror", error=str(error) or type(error).__name__)
-            pending_ids, pending = [], []
+            pending_ids, warm, pending = [], True, []
         try:
             async with self._postgres.tenant(restaurant) as connection:
+                if not warm:
+                    pending_ids, pending = await self._newer_than_stored(connection, restaurant, pending_ids, filters)
                 stored = await states.page_of_orders(
                     connection, _ENTITY, restaurant, {**filters.for_sql(), "without": pending_ids}, filters.limit + 1
                 )
@@ -128,24 +130,44 @@ class Reads:
         try:
             most = filters.before[0].timestamp() if filters.before else float("inf")
             ids = await self._mirror.live_ids(restaurant, _ENTITY.name, most=most)
-            found = await self._matching(restaurant, ids, filters)
+            _, found = await self._matching(restaurant, ids, filters)
         except (MirrorAway, MirrorInDoubt):
             raise Unavailable("orders cannot be listed now", retry_after=2.0) from error
         return self._cut(found, filters, complete=False)
 
-    async def _matching(self, restaurant: str, ids: list[str], filters: Filters) -> list[Found]:
-        """Of ids, the newest first, as many as the page needs."""
+    async def _newer_than_stored(
+        self, connection: Connection, restaurant: str, ids: list[str], filters: Filters
+    ) -> tuple[list[str], list[Found]]:
+        """What a cold mirror calls pending may be older than what PostgreSQL has: only what is newer counts. Returns
+        the ids of that, and those of them that match."""
+        try:
+            _, documents = await self._mirror.read(restaurant, _ENTITY.name, ids)
+        except (MirrorAway, MirrorInDoubt):
+            return [], []
+        stored = await states.standings(connection, _ENTITY, restaurant, ids)
+        newer, matching = [], []
+        for id_, document in zip(ids, documents, strict=True):
+            if document is not None and (id_ not in stored or document.standing > stored[id_]):
+                newer.append(id_)
+                if filters.match(_ENTITY.decode_state(document.state)):
+                    matching.append(Found(document.standing, document.state, "mirror", document))
+        return newer, matching
+
+    async def _matching(self, restaurant: str, ids: list[str], filters: Filters) -> tuple[bool, list[Found]]:
+        """Of ids, the newest first, as many as the page needs; and whether the mirror was warm all the while."""
         found: list[Found] = []
+        all_warm = True
         for start in range(0, len(ids), _BLOCK):
-            _, documents = await self._mirror.read(restaurant, _ENTITY.name, ids[start : start + _BLOCK])
+            warm, documents = await self._mirror.read(restaurant, _ENTITY.name, ids[start : start + _BLOCK])
             found += [
                 Found(document.standing, document.state, "mirror", document)
                 for document in documents
                 if document is not None and filters.match(msgspec.json.decode(document.state, type=Order))
             ]
+            all_warm = all_warm and warm
             if len(found) > filters.limit:
                 break
-        return found
+        return all_warm, found
 
     def _cut(self, found: list[Found], filters: Filters, *, complete: bool) -> Page:
         def newest(one: Found) -> tuple[float, str]:

@@ -62,10 +62,13 @@ async def _migrate(settings: Settings) -> None:
         database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
         try:
             epoch = await present_epoch(database)
-            if not created and epoch is None:
-                # The database was made anew, the log was not: its readers know it by the epoch that it carries.
+            if not created:
+                # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
+                # from a backup, does not.
                 reader = LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0)
-                if epoch := await reader.first_epoch():
+                carried = await reader.first_epoch()
+                if carried is not None and carried != epoch:
+                    epoch = carried
                     await database.execute(_NOTE_EPOCH, epoch)
             if epoch is None or created:
                 # Noted before the stream is made: a fence may not carry an epoch that is over.

@@ -12,7 +12,6 @@ A second subscriber of a queue on the same broker object silently shares the fir
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 from services.sync.batches import how_many
 from services.sync.failures import describe
 from services.sync.fences import FenceWatch
+from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
 from shared.entities.signal import FENCE, signal_in
 from shared.messaging.publisher import BROKEN_LINK
@@ -129,7 +129,7 @@ class Intake:
                 attempt += 1
                 log.warning("lane_away", lane=self.lane, error=describe(error), attempt=attempt)
                 await self._stop(broker)
-            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+            await asyncio.sleep(backoff(attempt))
 
     async def take(self) -> list[Delivery]:
         """At least one message, then what comes until the batch is large enough or its wait is over. Empty: ended."""

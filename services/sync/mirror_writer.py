@@ -16,18 +16,21 @@ or (for a rebuild) PostgreSQL is away it waits with jittered back-off. It may be
 import asyncio
 import random
 import time
+from contextlib import aclosing
 from datetime import timedelta
 
+import msgspec
 import structlog
 from msgspec import Struct
 
 from services.sync.fences import FenceWatch
+from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, decode_change, encode, encode_batch, now, split_batch
 from shared.entities.entity import Entity
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
-from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import MIRROR_DEAD
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, LogState, Mirror
@@ -40,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 _OVERLAP = timedelta(minutes=10)
 _NOWHERE = -1
+_PIECE = 250  # changes in one script
 _LAST_FENCE = "select min(sent_at) from fences where lane <> ''"
 _EPOCH = "select epoch from log_epochs order by id desc limit 1"
 
@@ -54,7 +58,6 @@ class _Begun(Struct):
     warm: bool
     settled_at: float
     """Monotonic: not warm before this moment."""
-    gap: int
 
 
 class MirrorWriter:
@@ -67,8 +70,8 @@ class MirrorWriter:
         self._publisher = publisher
         self._watch = watch
         self._task: asyncio.Task[None] | None = None
+        self._attempt = 0
         self.warm = False
-        self.reader: LogReader | None = None
 
     def start(self) -> None:
         if self._task is None:
@@ -82,19 +85,16 @@ class MirrorWriter:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        attempt = 0
         while True:
             try:
-                begun = await self._begin()
-                attempt = 0
-                await self._follow(begun)
+                await self._follow(await self._begin())
             except _Rewind as rewind:
                 log.warning("mirror_rewind", reason=str(rewind))
-            except (MirrorAway, MirrorInDoubt, *AWAY) as error:
-                attempt += 1
-                log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=attempt)
+            except (MirrorAway, MirrorInDoubt, *AWAY, *BROKEN_LINK) as error:
+                log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
             self.warm = False
-            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+            self._attempt += 1
+            await asyncio.sleep(backoff(self._attempt))
 
     # -- where to begin ----------------------------------------------------------------------------------------
 
@@ -104,12 +104,14 @@ class MirrorWriter:
         if state is not None and state.offset != _NOWHERE:
             warm = await self._mirror.is_warm()
             log.info("mirror_resumes", offset=state.offset, warm=warm)
-            return _Begun(state, state.offset, warm, found_at + self._settings.settle_seconds, 0)
+            return _Begun(state, state.offset, warm, found_at + self._settings.settle_seconds)
         return await self._rebuild(found_at)
 
     async def _rebuild(self, found_at: float) -> _Begun:
+        # The epoch that the log itself carries: PostgreSQL's may be that of a backup.
+        epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
-            epoch = await connection.fetchval(_EPOCH)
+            epoch = epoch or await connection.fetchval(_EPOCH)
             fenced_at = await connection.fetchval(_LAST_FENCE)
             if epoch is None:
                 raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
@@ -123,14 +125,14 @@ class MirrorWriter:
                 async for block in states.live_window(connection, entity, since):
                     loaded += len(block)
                     await self._apply([_stored(entity, stored) for stored in block], state, None)
-        fresh = loaded == 0
         log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
-        return _Begun(
-            state,
-            fenced_at - _OVERLAP if fenced_at else "first",
-            False,
-            found_at if fresh else found_at + self._settings.settle_seconds,
-            0 if fresh else self._settings.number_gap,
+        # On a fresh system nothing can be under way.
+        settled_at = found_at + self._settings.settle_seconds if loaded else found_at
+        return _Begun(state, fenced_at - _OVERLAP if fenced_at else "first", False, settled_at)
+
+    def _reader(self) -> LogReader:
+        return LogReader(
+            self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
         )
 
     # -- following the log -------------------------------------------------------------------------------------
@@ -140,41 +142,58 @@ class MirrorWriter:
         if not self.warm:
             # The mark that proves the end of the log must be younger than what was under way.
             await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
-        self.reader = LogReader(
-            self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
-        )
-        async for batch in self.reader.read(begun.start, epoch=state.epoch):
-            if batch.epoch != state.epoch:
-                await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
-                raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
-            noted = LogState(state.epoch, batch.last_offset)
-            await self._apply(await self._readable(batch), state, noted)
-            state = noted
-            if batch.caught_up:
-                self._watch.note_log_end()
-                if not self.warm:
-                    await self._stamp(state, begun.gap)
-            if batch.fences:
-                if self.warm and not await self._mirror.is_warm():
-                    raise _Rewind("the mirror has lost its stamp")
-                for lane in Lane:
-                    if lane in batch.fences:
-                        self._watch.note_log(lane, batch.fences[lane], now())
+        async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
+            async for batch in batches:
+                if batch.epoch != state.epoch:
+                    await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
+                    raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
+                noted = LogState(state.epoch, batch.last_offset)
+                await self._apply(await self._readable(batch), state, noted)
+                state = noted
+                await self._tell(batch, state)
+
+    async def _tell(self, batch: Batch, state: LogState) -> None:
+        """What a batch that is applied says beside its changes."""
+        if batch.caught_up:
+            self._watch.note_log_end()
+            self._attempt = 0
+            if not self.warm:
+                await self._stamp(state)
+        if batch.fences:
+            if self.warm and not await self._mirror.is_warm():
+                raise _Rewind("the mirror has lost its stamp")
+            for lane in Lane:
+                if lane in batch.fences:
+                    self._watch.note_log(lane, batch.fences[lane], now())
 
     async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
-        late = await self._mirror.apply(wanted, at=at, note=note)
+        """In pieces: a script holds up everybody else's for as long as it runs. The offset moves with the last one, and
+        behind the repair of late ones: what stops half-way is done again from the offset before."""
+        pieces = [wanted[start : start + _PIECE] for start in range(0, len(wanted), _PIECE)] or [[]]
+        repairs = any(one.how == "late" for one in wanted)
+        for place, piece in enumerate(pieces, start=1):
+            last = place == len(pieces) and not repairs
+            late = self._mine(await self._mirror.apply(piece, at=at, note=note if last else None))
+            if late:
+                await self._mirror.apply(await self._from_postgres([piece[one] for one in late]))
+        if repairs and note is not None:
+            self._mine(await self._mirror.apply([], at=at, note=note))
+
+    def _mine(self, late: list[int] | None) -> list[int]:
         if late is None:
             raise _Rewind("the mirror is not the one that was filled")
-        if late:
-            await self._mirror.apply(await self._from_postgres([wanted[place] for place in late]))
+        return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
-        """An old event for a doc that the mirror lacks must not bring an old state back: PostgreSQL has the present."""
+        """An old event for a doc that the mirror lacks must not bring an old state back: PostgreSQL has the present,
+        unless it is behind itself."""
         found = []
         async with self._postgres.connection() as connection:
             for one in late:
                 stored = await states.one(connection, one.entity, one.state.restaurant_id, one.state.id)
-                if stored is not None and one.entity.live(one.entity.decode_state(stored.state)):
+                if stored is None or stored.standing < one.standing:
+                    found.append(msgspec.structs.replace(one, how="reveal"))
+                elif one.entity.live(one.entity.decode_state(stored.state)):
                     found.append(_stored(one.entity, stored))
         return found
 
@@ -214,15 +233,14 @@ class MirrorWriter:
                 log.warning("mirror_dead_letter_waits", error=str(away))
                 await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)
 
-    async def _stamp(self, state: LogState, gap: int) -> None:
-        try:
+    async def _stamp(self, state: LogState) -> None:
+        present = await self._mirror.log_state()
+        gap = self._settings.number_gap if present is not None and present.lost else 0
+        series: list[tuple[str, str]] = []
+        if gap:
             async with self._postgres.connection() as connection:
                 restaurants = await every_restaurant(connection)
-        except AWAY:
-            if gap:
-                raise
-            restaurants = []  # only the gap needs them: a mirror that kept its counters is warm without PostgreSQL
-        series = [(one.id, one.business_day(now()).isoformat()) for one in restaurants]
+            series = [(one.id, one.business_day(now()).isoformat()) for one in restaurants]
         if not await self._mirror.warm(state, series, gap):
             raise _Rewind("the mirror is not the one that was filled")
         self.warm = True

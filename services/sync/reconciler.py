@@ -2,7 +2,7 @@
 
 - claims that their owner left behind are finished (recorded and revealed as the same change);
 - what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
-- what has left the live window leaves the mirror, once PostgreSQL has it.
+- what has left the live window leaves the mirror, once PostgreSQL has it; restaurants that are new come to it.
 
 Everything it does is harmless when done twice or by two instances at once. While a backend is away it does what the
 others allow and tries again at the next round. It may be stopped at any time.
@@ -15,7 +15,7 @@ from datetime import timedelta
 import structlog
 
 from shared.entities import registry
-from shared.entities.contract import now
+from shared.entities.contract import BrokenContract, encode, now
 from shared.entities.entity import Entity
 from shared.errors import TicketrailError
 from shared.lifecycle import vital_task
@@ -24,6 +24,7 @@ from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 from shared.rail.commit import Rail
+from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -66,9 +67,15 @@ class Reconciler:
         finished = 0
         for member in await self._mirror.claims_left_behind():
             left = await self._mirror.mark(member)
-            if left is not None:
+            if left is None:
+                continue
+            try:
                 await self._rail.finish(left)
-                finished += 1
+            except BrokenContract as error:
+                # Of a newer version, or broken: it stays for one that can read it, and does not stop the others.
+                log.error("claim_not_finished", member=member, reason=error.reason, error=str(error))
+                continue
+            finished += 1
         return finished
 
     async def settle_pending(self) -> int:
@@ -98,7 +105,15 @@ class Reconciler:
     async def _trim_sometimes(self) -> None:
         if time.monotonic() - self._trimmed_at >= _TRIM_EVERY:
             self._trimmed_at = time.monotonic()
+            await self._keep_restaurants()
             await self.trim()
+
+    async def _keep_restaurants(self) -> None:
+        """A restaurant that is new becomes known to the mirror: what it is asked for while PostgreSQL is away."""
+        async with self._postgres.connection() as connection:
+            restaurants = await every_restaurant(connection)
+        for restaurant in restaurants:
+            await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
 
     async def trim(self) -> int:
         """Returns how many documents left the mirror."""

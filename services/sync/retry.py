@@ -8,7 +8,6 @@ copied `x-death` a message can be lost at its next expiry.
 """
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -18,6 +17,7 @@ import structlog
 from msgspec import Struct
 
 from services.sync.failures import Failure, Kind
+from shared.backoff import backoff
 from shared.entities.contract import Change, Lane, encode, encode_batch
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -110,7 +110,7 @@ class Ladder:
             except (NotSent, InDoubt) as error:
                 attempt += 1
                 log.warning("failed_change_not_sent", queue=queue, error=str(error), attempt=attempt)
-            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+            await asyncio.sleep(backoff(attempt))
 
 
 class _Glimpse(Struct):

@@ -18,7 +18,7 @@ from services.sync.retry import Failed, for_the_mirror
 from shared.entities import registry
 from shared.entities.contract import Lane, Standing
 from shared.lifecycle import vital_task
-from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.changes import Written, highest
 
@@ -74,7 +74,7 @@ class Settlement:
                 if self._away:
                     self._away = False
                     log.info("mirror_told_again")
-            except (MirrorAway, MirrorInDoubt, MirrorMisconfigured, RedisError) as error:
+            except (MirrorAway, MirrorInDoubt, RedisError) as error:
                 self._missed(describe(error))
             except Exception:
                 log.exception("mirror_not_told")

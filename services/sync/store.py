@@ -25,6 +25,7 @@ import structlog
 from services.sync.batches import Batch, Taken
 from services.sync.failures import Failure, Kind, classify, describe
 from services.sync.retry import Failed
+from shared.backoff import backoff
 from shared.entities.contract import now
 from shared.entities.signal import Signal
 from shared.postgres.changes import write_batch
@@ -134,7 +135,7 @@ class Store:
         elif time.monotonic() - self._hold_began > self._longest_hold:
             raise SinkGone(failure.error)
         self._holds += 1
-        await asyncio.sleep(min(0.1 * 2**self._holds, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+        await asyncio.sleep(backoff(self._holds))
 
     def _served(self) -> None:
         if self.holding_since is not None:

@@ -22,7 +22,7 @@ from shared.lifecycle import vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
@@ -76,6 +76,8 @@ async def start(parts: Parts) -> None:
     """Raises TopologyError when a queue or a binding is missing."""
     try:
         await parts.mirror.check()
+    except MirrorMisconfigured:
+        raise
     except (MirrorAway, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
     await _broker_with_topology(parts.settings)

@@ -19,7 +19,6 @@ exist and gets no error.
 """
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aiormq.channel import Channel
 
+from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import FENCE, MARK, Signal, encode_signal, signal_in
 from shared.messaging.publisher import BROKEN_LINK
@@ -118,7 +118,7 @@ class LogReader:
             except BROKEN_LINK as error:
                 attempt += 1
                 log.warning("log_away", reader=self._name, error=str(error) or type(error).__name__, attempt=attempt)
-                await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+                await asyncio.sleep(backoff(attempt))
             finally:
                 self.connected = self.caught_up = False
 

@@ -11,7 +11,6 @@ timeout, not one for every message, because until the next connection stands eve
 
 import asyncio
 import contextlib
-import random
 from uuid import uuid4
 
 import aio_pika
@@ -20,6 +19,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.exceptions import AMQPError, DeliveryError
 from aiormq.exceptions import AMQPException
 
+from shared.backoff import backoff
 from shared.entities.contract import CONTENT_TYPE
 from shared.lifecycle import vital_task
 
@@ -123,7 +123,7 @@ class Publisher:
                 attempt += 1
                 log.warning("publisher_cannot_connect", error=str(error) or type(error).__name__, attempt=attempt)
             await self._drop()
-            await asyncio.sleep(min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+            await asyncio.sleep(backoff(attempt))
 
     async def _connect(self) -> None:
         async with asyncio.timeout(5.0):

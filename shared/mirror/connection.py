@@ -5,12 +5,11 @@ A call raises
     MirrorAway     nothing was done: no connection, the breaker is open, or the server takes no writes
     MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
 
-After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; then one
-call goes through as a probe. Nothing is retried here: what may be sent twice only the caller knows.
+After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; what comes
+after it goes through as a probe. Nothing is retried here: what may be sent twice only the caller knows.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -20,13 +19,14 @@ import structlog
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+
+from shared.backoff import backoff
 
 log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE = 512
-_LONGEST_BREAK = 2.0
 
 
 class MirrorAway(Exception):
@@ -37,8 +37,8 @@ class MirrorInDoubt(Exception):
     """Sent without an answer: perhaps executed."""
 
 
-class MirrorMisconfigured(RuntimeError):
-    """The server would lose what it holds."""
+class MirrorMisconfigured(MirrorAway):
+    """The server would lose what it holds: it is not used. A service that starts beside it refuses."""
 
 
 class _Call:
@@ -124,20 +124,16 @@ class MirrorConnection:
                 self._drop()
             try:
                 await self._connect()
-            except MirrorMisconfigured as error:
-                self._trip()
-                self._fail(self._take(), error)
-                return
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
                 self._trip()
                 log.warning("mirror_away", error=str(error) or type(error).__name__)
-                self._fail(self._take(), MirrorAway(str(error)))
+                self._fail(self._take(), error if isinstance(error, MirrorAway) else MirrorAway(str(error)))
                 return
             calls = self._take(_MAX_PIPELINE)
             try:
                 await self._round_trip(calls)
                 self._failures = 0
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001  (uvloop has a RuntimeError of its own for a link that was reset)
                 self._trip()
                 log.warning("mirror_lost", error=str(error) or type(error).__name__, calls=len(calls))
                 self._fail(calls, MirrorInDoubt(str(error)))
@@ -199,8 +195,7 @@ class MirrorConnection:
 
     def _trip(self) -> None:
         self._failures += 1
-        pause = min(0.1 * 2**self._failures, _LONGEST_BREAK) * random.uniform(0.5, 1.0)  # noqa: S311  (jitter)
-        self._closed_until = time.monotonic() + pause
+        self._closed_until = time.monotonic() + backoff(self._failures)
         self._drop()
 
     def _drop(self) -> None:
@@ -210,6 +205,9 @@ class MirrorConnection:
             self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))
 
 
+_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY", "MASTERDOWN", "NOPERM", "NOAUTH")
+
+
 def _takes_no_writes(error: ResponseError) -> bool:
     """The server is full, a replica, or cannot persist: it refuses a script at its first write, nothing happened."""
-    return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(("MISCONF", "NOREPLICAS"))
+    return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(_REFUSALS)

@@ -8,7 +8,7 @@
     {restaurant}:number:<day>        int    last order number of a business day
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is away
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
-    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log
+    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log; lost
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
     ticketrail:restaurants           set    restaurant ids
     ticketrail:fences                hash   lane -> time at which its last fence was noted in PostgreSQL (ISO 8601)

@@ -48,10 +48,10 @@ class Stale(Struct, frozen=True):
 
 
 class Stands(Struct, frozen=True):
-    """The base of the change is not what stands."""
+    """The base of the change is not what stands. Without a state: it left the live window, PostgreSQL has it."""
 
     standing: Standing
-    state: bytes
+    state: bytes | None
 
 
 ClaimReply = Claimed | Cold | Busy | Stale | Stands
@@ -73,6 +73,8 @@ class LogState(Struct, frozen=True):
 
     epoch: str
     offset: int
+    lost: bool = False
+    """A mirror that had numbered orders was lost: some may be under way that nobody has read yet."""
 
 
 class Mirror:
@@ -166,9 +168,9 @@ class Mirror:
     async def apply(
         self, states: Sequence[Apply], *, at: LogState | None = None, note: LogState | None = None
     ) -> list[int] | None:
-        """Writes what stands by the guard. With `at`, only on the mirror whose log state that is; with `note`, the log
-        state moves in the same step. Returns the places of late states whose doc is missing; None: wrong mirror."""
-        all_keys = [keys.LOG, keys.CLAIMS]
+        """Writes what stands by the guard. With `at`, only on a mirror that has come so far; with `note`, its log state
+        moves in the same step. Returns the places of late states whose doc is missing; None: wrong mirror."""
+        all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
         epoch = note.epoch if note else at.epoch if at else ""
         arguments: list[str | bytes | int | float] = [epoch, at.offset if at else "", note.offset if note else ""]
         for state in states:
@@ -229,7 +231,7 @@ class Mirror:
             version, change, state, pending, failure = reply[i : i + 5]
             found.append(
                 None
-                if version is None
+                if version is None or state is None
                 else Document(Standing(int(version), change.decode()), state, bool(pending), failure)
             )
         return bool(reply[0]), found
@@ -287,20 +289,21 @@ class Mirror:
     # -- the writer's own state --------------------------------------------------------------------------------
 
     async def log_state(self) -> LogState | None:
-        epoch, offset = await self._redis.call("HMGET", keys.LOG, "epoch", "offset")
-        return None if epoch is None else LogState(epoch.decode(), int(offset))
+        epoch, offset, lost = await self._redis.call("HMGET", keys.LOG, "epoch", "offset", "lost")
+        return None if epoch is None else LogState(epoch.decode(), int(offset), lost is not None)
 
     async def begin_log(self, state: LogState) -> None:
-        """The first step of a rebuild: from here on `apply` with `at` tells this mirror from the next."""
-        await self._redis.call("DEL", keys.WARM)
-        await self._redis.call("HSET", keys.LOG, "epoch", state.epoch, "offset", state.offset)
+        """The first step of a rebuild: from here on `apply` with `at` tells this mirror from the next. Nothing happens
+        when it has begun already."""
+        await self._redis.script("begin", [keys.LOG, keys.WARM], [state.epoch, state.offset])
 
     async def is_warm(self) -> bool:
         warm, _ = await self.read("-", "-", [])
         return warm
 
     async def warm(self, at: LogState, series: Sequence[tuple[str, str]], gap: int) -> bool:
-        """`series` are (restaurant, business day). False: this is not the mirror that the caller filled."""
+        """`gap` numbers are skipped in each of `series`, (restaurant, business day). False: not the mirror that the
+        caller filled."""
         counters = [keys.number(restaurant, day) for restaurant, day in series]
         return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
 

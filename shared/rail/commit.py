@@ -1,6 +1,7 @@
 """Claim, record, reveal. The states and crash points are in the package's docstring."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -12,6 +13,7 @@ from msgspec import Raw, Struct
 
 from shared.entities import registry
 from shared.entities.contract import (
+    BrokenContract,
     Change,
     ChangeData,
     Lane,
@@ -22,7 +24,7 @@ from shared.entities.contract import (
     encode,
 )
 from shared.entities.entity import Entity
-from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
+from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Stale, Stands
 from shared.rail.journal import Journal, JournalBroken
@@ -46,7 +48,8 @@ class Draft(Struct, kw_only=True):
     lane: Lane | None = None
     traceparent: str | None = None
     existing: Callable[[], Awaitable[tuple[Standing, Any] | None]] | None = None
-    """Looks for an earlier creation under the same id where no mirror can answer for it."""
+    """Looks for an earlier creation under the same id where no mirror can answer for it; raises Unavailable where
+    nobody can."""
 
 
 class Committed(Struct, frozen=True):
@@ -57,7 +60,8 @@ class Committed(Struct, frozen=True):
 
 
 class Lost(TicketrailError):
-    """Another change came first. `standing` and `state` are what stands, or None while it is still on its way."""
+    """Another change came first. `standing` is None while that is still on its way; `state` also where only PostgreSQL
+    has it."""
 
     status = 409
     code = "version_conflict"
@@ -119,6 +123,11 @@ class Rail:
 
     async def _commit(self, draft: Draft) -> Committed:
         change = _change(draft)
+        try:
+            registry.read(change)
+        except BrokenContract as error:
+            # What we acknowledge every store must be able to read: constructing a state checks nothing.
+            raise InvalidInput(str(error), field="data", code="contract_broken") from error
         doubt = _Doubt()
         try:
             number, claimed = await self._claim(draft, change, doubt)
@@ -159,14 +168,18 @@ class Rail:
                     case Claimed(number):
                         self._remember(change.restaurantid, series, number)
                         return number, True
-                    case Stands(standing, encoded) if standing.change_id == change.id:
+                    case Stands(standing, bytes() as encoded) if standing.change_id == change.id:
                         return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
                     case Stale():
                         await self.finish(reply)
                     case Cold():
                         return await self._unclaimed(draft, series, None)
-                    case Stands(standing, encoded):
-                        raise Lost(standing, msgspec.json.decode(encoded, type=draft.entity.state))
+                    case Stands(standing, None):
+                        if draft.existing and (found := await draft.existing()):
+                            raise Lost(*found)
+                        raise Lost(standing)
+                    case Stands(standing, bytes() as encoded):
+                        raise Lost(standing, draft.entity.decode_state(encoded))
                     case Busy():
                         raise Lost
                 continue
@@ -179,8 +192,10 @@ class Rail:
     async def _unclaimed(self, draft: Draft, series: str | None, error: Exception | None) -> tuple[str, bool]:
         if draft.base is not None:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
-        if draft.existing and (found := await draft.existing()):
-            raise Lost(*found)
+        # Where no store can tell, creations go on: under the same id it stays one order.
+        with contextlib.suppress(Unavailable):
+            if draft.existing and (found := await draft.existing()):
+                raise Lost(*found)
         if series is None:
             return "", False
         if self._journal is None:
@@ -269,5 +284,5 @@ def _numbered(entity: Entity, change: Change, state: Any, number: str) -> tuple[
 
 
 def _number_in(entity: Entity, encoded: bytes) -> str:
-    state = msgspec.json.decode(encoded, type=entity.state)
+    state = entity.decode_state(encoded)
     return entity.numbering.number(state) if entity.numbering else ""

@@ -71,7 +71,7 @@ class RailRig:
 
     async def chill(self) -> None:
         """As a mirror is that came back and has not been filled yet."""
-        await self.mirror.begin_log(LogState("test", -1))
+        await self.mirror._redis.call("DEL", keys.WARM)
 
     # -- changes -----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import jwt
 import pytest
 
 from shared.security import Identity, Role, Tokens
+from tests.builders import RESTAURANT
 from tests.system import System, eventually
 
 
@@ -181,7 +182,7 @@ BAD_BODIES: list[tuple[dict[str, Any] | str, str]] = [
     ({"items": [{"menu_item_id": "$dish", "quantity": "2"}]}, "items[0].quantity"),
     ({"items": [{"menu_item_id": "$dish", "quantity": 1, "price": 1}]}, "items[0].price"),
     ({"items": [{"menu_item_id": "$dish", "quantity": 1}] * 1001}, "items"),
-    ({"items": [{"menu_item_id": str(uuid4()), "quantity": 1}]}, "items[0].menu_item_id"),
+    ({"items": [{"menu_item_id": RESTAURANT, "quantity": 1}]}, "items[0].menu_item_id"),
     ({"tip_amount": -1}, "tip_amount"),
     ({"tip_amount": 1.5}, "tip_amount"),
     ({"tip_amount": 10**30}, "tip_amount"),

@@ -133,11 +133,17 @@ class RailMachine(RuleBasedStateMachine):
                 self.world.run(self.world.happen(mine[-1], happens[mine[-1].kind], True))
             self.step(attempt.owner, outcomes, True)
 
-    @precondition(lambda self: any(one.told and absent(one) for one in self.world.attempts))
-    @rule(at=instances, nth=nths)
-    def repeats_what_was_refused(self, at: int, nth: int) -> None:
-        refused = [one for one in self.world.attempts if one.told and absent(one)]
-        self.commit(self.world.instances[at], refused[nth % len(refused)].draft)
+    def refused(self) -> list[Attempt]:
+        """Attempts that their own process, which alone has the draft, may make once more."""
+        last = {one.tag: one for one in self.world.attempts}
+        return [one for one in last.values() if one.told and absent(one) and not one.owner.dead]
+
+    @precondition(lambda self: self.refused())
+    @rule(nth=nths)
+    def repeats_what_was_refused(self, nth: int) -> None:
+        refused = self.refused()
+        again = refused[nth % len(refused)]
+        self.commit(again.owner, again.draft)
 
     # -- steps -------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ def test_a_garbage_cursor_is_refused_by_name(text: str) -> None:
         ({"limit": "0"}, "limit"),
         ({"limit": "201"}, "limit"),
         ({"limit": "9" * 50}, "limit"),
+        ({"limit": "000000001" + "9" * 30}, "limit"),
         ({"limit": "٣"}, "limit"),
         ({"status": "eaten"}, "status"),
         ({"created_from": "yesterday"}, "created_from"),

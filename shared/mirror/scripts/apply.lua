@@ -1,7 +1,7 @@
 -- apply: states into the mirror, each under the guard (version, change id). Reveals after a commit, the mirror writer's
 -- batches and its rebuild all come this way, so that the guard stands in one place.
--- KEYS  1 ticketrail:log  2 ticketrail:claims  then per state: doc, claim, live, pending, number counter
--- ARGV  1 epoch  2 offset that the log state must have ('': any)  3 offset to note ('': none)
+-- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
+-- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 offset to note ('': none)
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number
 --       how: 'reveal'  new to PostgreSQL as far as we know: pending
 --            'stored'  comes from PostgreSQL
@@ -10,22 +10,35 @@
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[2] ~= '' then
   local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-  if at[1] ~= ARGV[1] or at[2] ~= ARGV[2] then
+  -- Ahead of the caller is fine: another mirror writer was quicker, and to apply a change twice is harmless.
+  if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
     return {'rewind'}
   end
 end
+local cold = ARGV[2] ~= ''
+  and redis.call('GET', KEYS[3]) ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local reply = {'applied'}
 local count = (#ARGV - 3) / 8
 for i = 1, count do
-  local k, a = 2 + (i - 1) * 5, 3 + (i - 1) * 8
+  local k, a = 3 + (i - 1) * 5, 3 + (i - 1) * 8
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
-  local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c')
+  local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd')
   local standing = tonumber(doc[1])
   local how = ARGV[a + 7]
   if not standing and how == 'late' then
     reply[#reply + 1] = i
   else
-    if not standing or version > standing or (version == standing and change > doc[2]) then
+    -- Equal counts where the state is gone: it left the live window, and comes back.
+    if
+      not standing
+      or version > standing
+      or (version == standing and (change > doc[2] or (change == doc[2] and not doc[3])))
+    then
+      if cold and tonumber(ARGV[a + 8]) then
+        -- It was filled once and has not got this order: numbers were lost with it (see warm.lua).
+        redis.call('HSET', KEYS[1], 'lost', 1)
+      end
+      redis.call('PERSIST', KEYS[k + 1])
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
       local id = string.match(KEYS[k + 1], '[^:]+$')
       redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
@@ -49,7 +62,7 @@ for i = 1, count do
     redis.call('SET', KEYS[k + 5], number, 'EX', 691200)
   end
 end
-if ARGV[3] ~= '' then
+if ARGV[3] ~= '' and tonumber(ARGV[3]) > tonumber(redis.call('HGET', KEYS[1], 'offset') or -1) then
   redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'offset', ARGV[3])
 end
 return reply

@@ -1,4 +1,5 @@
--- trim: documents out of the live window, unless they changed since they were looked at.
+-- trim: documents out of the live window, unless they changed since they were looked at. Of a creation that carries an
+-- Idempotency-Key version and change id stay for a while, without the state: a repeat must not make it anew.
 -- KEYS  1 live  2 pending  then docs    ARGV  change ids that the docs were seen with
 -- Replies how many left.
 local left = 0
@@ -7,7 +8,13 @@ for i = 1, #ARGV do
   local id = string.match(key, '[^:]+$')
   local change = redis.call('HGET', key, 'c')
   if (not change or change == ARGV[i]) and not redis.call('ZSCORE', KEYS[2], id) then
-    redis.call('DEL', key)
+    local state = redis.call('HGET', key, 'd')
+    if state and string.find(state, '"request_hash":"', 1, true) then
+      redis.call('HDEL', key, 'd', 'p')
+      redis.call('EXPIRE', key, 2592000)
+    else
+      redis.call('DEL', key)
+    end
     redis.call('ZREM', KEYS[1], id)
     left = left + 1
   end

@@ -1,12 +1,13 @@
 -- warm: the mirror writer has read the log to its end; from now on claims are taken on this mirror.
 -- KEYS  1 ticketrail:log  2 warm stamp  then number counters of the present business day of each restaurant
--- ARGV  1 epoch  2 offset that the log state must have  3 gap: numbers that may have been under way when the last
+-- ARGV  1 epoch  2 offset that the log state must have reached  3 gap: numbers that may have been under way when the last
 --       mirror was lost, skipped so that none is given twice (0: no mirror was lost)
 -- Replies 1, or 0 when the mirror is not the one that the caller filled.
 local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-if at[1] ~= ARGV[1] or at[2] ~= ARGV[2] then
+if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
   return 0
 end
+redis.call('HDEL', KEYS[1], 'lost')
 if tonumber(ARGV[3]) > 0 then
   for i = 3, #KEYS do
     redis.call('INCRBY', KEYS[i], ARGV[3])

@@ -10,10 +10,11 @@ create table restaurants (
     id uuid primary key,
     slug text not null unique,
     name text not null,
-    currency text not null default 'EUR',
-    time_zone text not null default 'UTC',
-    cutoff_hour int not null default 4,
-    tax_basis_points int not null default 500,
+    -- What orders take over from here must fit the contract of orders.
+    currency text not null default 'EUR' check (currency ~ '^[A-Z]{3}$'),
+    time_zone text not null default 'UTC' check (now() at time zone time_zone is not null),
+    cutoff_hour int not null default 4 check (cutoff_hour between 0 and 23),
+    tax_basis_points int not null default 500 check (tax_basis_points between 0 and 10000),
     created_at timestamptz not null default now()
 );
 create table users (
