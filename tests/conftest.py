@@ -1,5 +1,6 @@
 """What every test may ask for: the servers of this run."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -21,10 +22,13 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 async def system(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """All services, for the tests that end nothing. Its Redis is the run's own."""
-    system = System(servers, tmp_path_factory.mktemp("system"))
+    """All services, for the tests that end nothing. With a Redis of its own: its mirror writer would take a mirror that
+    other tests fill by hand for one that is lost."""
+    own_redis = await asyncio.to_thread(servers.extra_redis)
+    system = System(servers, tmp_path_factory.mktemp("system"), redis=own_redis)
     try:
         await system.up()
         yield system
     finally:
         await system.down()
+        await asyncio.to_thread(own_redis.discard)

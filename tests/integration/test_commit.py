@@ -12,7 +12,7 @@ import pytest
 from shared.entities.contract import Lane, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order
-from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
+from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging import topology
 from shared.mirror.mirror import Apply, Busy, Claimed, Stale
 from shared.rail import commit
@@ -474,3 +474,13 @@ async def test_a_busy_version_is_free_again_once_its_claim_was_taken_back(rig: R
     await rig.mirror.take_back(taken)
     assert isinstance((await rig.claim(other))[1], Claimed)
     assert STALE < 1
+
+
+async def test_a_state_that_no_store_could_read_is_refused_before_it_is_claimed(rig: RailRig) -> None:
+    """Constructing a state checks nothing: what is acknowledged must be readable by everybody."""
+    await rig.warm()
+    draft = rig.creation(customer_name="x" * 201)
+    with pytest.raises(InvalidInput):
+        await rig.rail.commit(draft)
+    _, (document,) = await rig.mirror.read(rig.restaurant, "order", [draft.state.id])
+    assert document is None

@@ -202,11 +202,11 @@ async def test_states_for_another_mirror_than_the_one_that_was_filled_are_refuse
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.begin_log(LogState("epoch", 7))
     one = state(1, id_=id_, restaurant=restaurant)
-    assert await mirror.apply([one], at=LogState("epoch", 6), note=LogState("epoch", 8)) is None
+    assert await mirror.apply([one], at=LogState("epoch", 8), note=LogState("epoch", 9)) is None
     assert await mirror.apply([one], at=LogState("other", 7), note=LogState("other", 8)) is None
     assert await standing(mirror, restaurant, id_) is None
     assert await mirror.apply([one], at=LogState("epoch", 7), note=LogState("epoch", 8)) == []
-    assert await mirror.log_state() == LogState("epoch", 8)
+    assert await mirror.log_state() == LogState("epoch", 8, lost=True)
 
 
 async def test_what_postgres_committed_settles_what_stands_and_not_what_came_after(mirror: Mirror) -> None:
@@ -230,10 +230,11 @@ async def test_what_postgres_committed_settles_what_stands_and_not_what_came_aft
 
 
 async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
-    await mirror.begin_log(LogState("epoch", 0))
+    epoch = builders.new_id()
+    await mirror.begin_log(LogState(epoch, 0))
     assert not await mirror.is_warm()
-    assert not await mirror.warm(LogState("epoch", 1), [], 0)  # not the mirror that was filled
-    assert await mirror.warm(LogState("epoch", 0), [(restaurant, DAY)], gap)
+    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # not the mirror that was filled
+    assert await mirror.warm(LogState(epoch, 0), [(restaurant, DAY)], gap)
     assert await mirror.is_warm()
 
 
@@ -300,6 +301,45 @@ async def test_a_claim_on_another_base_than_what_stands_learns_what_stands(mirro
         assert reply == Stands(one.standing, one.encoded)
 
 
+async def test_the_log_state_moves_forward_only_so_that_two_writers_do_not_fight(mirror: Mirror) -> None:
+    epoch = builders.new_id()
+    await mirror.begin_log(LogState(epoch, 5))
+    assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 9)) == []
+    assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 7)) == []
+    assert await mirror.log_state() == LogState(epoch, 9)
+    await mirror.begin_log(LogState(epoch, -1))  # the other one found the same log: it does not begin again
+    assert await mirror.log_state() == LogState(epoch, 9)
+
+
+async def test_numbered_orders_that_the_log_brings_to_a_cold_mirror_say_that_numbers_were_lost(mirror: Mirror) -> None:
+    epoch, restaurant = builders.new_id(), builders.new_id()
+    await mirror.begin_log(LogState(epoch, 0))
+    one = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0001")
+    await mirror.apply([one], at=LogState(epoch, 0), note=LogState(epoch, 1))
+    found = await mirror.log_state()
+    assert found is not None and found.lost
+    assert await mirror.warm(LogState(epoch, 1), [(restaurant, DAY)], 10)
+    again = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0002")
+    await mirror.apply([again], at=LogState(epoch, 1), note=LogState(epoch, 2))
+    found = await mirror.log_state()
+    assert found is not None and not found.lost, "a warm mirror that is told of an order has lost nothing"
+
+
+async def test_a_keyed_creation_that_left_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32)
+    change = builders.change(placed)
+    stored = Apply(ORDER, placed, change.standing, bytes(change.data.after), change.time, "stored")
+    await mirror.apply([stored])
+    assert await mirror.trim(restaurant, "order", {placed.id: change.id}) == 1
+    assert await standing(mirror, restaurant, placed.id) is None
+    repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
+    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == Stands(change.standing, None)
+    await mirror.apply([stored])  # it is read, and comes back
+    assert await standing(mirror, restaurant, placed.id) == change.standing
+
+
 async def test_trimming_leaves_what_changed_since_it_was_looked_at_and_what_is_pending(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     old, changed, waiting = (builders.new_id() for _ in range(3))
@@ -312,3 +352,39 @@ async def test_trimming_leaves_what_changed_since_it_was_looked_at_and_what_is_p
     assert await standing(mirror, restaurant, changed) is not None
     assert await standing(mirror, restaurant, waiting) is not None
     assert set(await mirror.live_ids(restaurant, "order")) == {changed, waiting}
+
+
+def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() -> None:
+    """uvloop has an error of its own for a write to a transport that a reset has closed."""
+    import socket
+    import struct
+
+    import uvloop
+
+    async def reset_at_once() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sent = writer.get_extra_info("socket")
+            writer.write(b"+OK\r\n" * 8)  # whatever the client says first
+            await reader.read(1)
+            sent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        link = MirrorConnection(f"redis://127.0.0.1:{port}/0", timeout=0.5)
+        for _ in range(5):
+            with pytest.raises((MirrorAway, MirrorInDoubt)):
+                await asyncio.wait_for(link.call("PING"), 3.0)
+        await link.close()
+        server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(reset_at_once())
+
+
+async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
+    link = MirrorConnection("redis://127.0.0.1:9/0", timeout=0.2)
+    link._failures = 5_000
+    with pytest.raises(MirrorAway):
+        await asyncio.wait_for(link.call("PING"), 3.0)
+    await link.close()

@@ -9,6 +9,7 @@ import httpx
 import jwt
 import pytest
 
+from shared.mirror.mirror import Mirror
 from shared.security import Identity, Role, Tokens
 from tests.builders import RESTAURANT
 from tests.system import System, eventually
@@ -364,3 +365,51 @@ async def test_the_sync_status_counts_what_is_on_its_way(system: System) -> None
         found = await eventually(status, until=lambda seen: seen["totals"]["pending"] == 0, what="nothing pending")
         assert found["tables"]["order"]["synced"] >= 1
         assert found["totals"]["conflict"] == 0
+
+
+async def test_a_repeat_finds_its_order_when_that_has_left_the_mirror(system: System) -> None:
+    key = {"Idempotency-Key": str(uuid4())}
+    async with system.client() as client:
+        placed = await place(client, system.order_body(), **key)
+        url = f"/api/orders/{placed['id']}"
+
+        async def synced() -> bool:
+            return bool((await client.get(url)).json()["data"]["sync"]["state"] == "synced")
+
+        await eventually(synced, what="synced")
+        mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
+        _, (document,) = await mirror.read(system.restaurant, "order", [placed["id"]])
+        assert document is not None
+        assert await mirror.trim(system.restaurant, "order", {placed["id"]: document.standing.change_id}) == 1
+        await mirror.close()
+        again = await client.post("/api/orders", json=system.order_body(), headers=key)
+    assert again.headers["idempotency-replayed"] == "true"
+    assert again.json()["data"]["order_number"] == placed["order_number"]
+    assert again.json()["data"]["version"] == 1
+
+
+async def test_a_list_on_a_cold_mirror_does_not_go_back_behind_postgresql(system: System) -> None:
+    """A mirror that came back from a dump calls an old state pending that PostgreSQL has long passed."""
+    import redis.asyncio
+
+    async with system.client() as client, redis.asyncio.from_url(system.redis.url) as raw:
+        table = str(uuid4())
+        placed = await place(client, system.order_body(table_id=table))
+        name = f"{{{system.restaurant}}}:order:{placed['id']}"
+        old = await raw.hgetall(name)
+        await client.put(f"/api/orders/{placed['id']}", json={"notes": "new"})
+
+        async def stored() -> int:
+            return (await system.stored_orders()).get(placed["id"], 0)
+
+        await eventually(stored, what="version 2", until=lambda version: version == 2)
+        stamp = await raw.getdel("ticketrail:warm")
+        try:
+            await raw.hset(name, mapping=old)
+            await raw.zadd(f"{{{system.restaurant}}}:pending:order", {placed["id"]: 1.0})
+            page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
+        finally:
+            await raw.set("ticketrail:warm", stamp)
+            await raw.zrem(f"{{{system.restaurant}}}:pending:order", placed["id"])
+            await raw.delete(name)
+    assert [(one["version"], one["notes"]) for one in page] == [(2, "new")]

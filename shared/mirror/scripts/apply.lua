@@ -38,8 +38,9 @@ for i = 1, count do
         -- It was filled once and has not got this order: numbers were lost with it (see warm.lua).
         redis.call('HSET', KEYS[1], 'lost', 1)
       end
-      redis.call('PERSIST', KEYS[k + 1])
+      -- This first: a server that is full refuses a script at its first write only if that write could grow.
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
+      redis.call('PERSIST', KEYS[k + 1])
       local id = string.match(KEYS[k + 1], '[^:]+$')
       redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
       if how == 'stored' then
