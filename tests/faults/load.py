@@ -3,6 +3,7 @@ against what the stores say afterwards."""
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -14,7 +15,17 @@ class Load:
     """`placed`: id -> order number; `versions`: id -> highest version that was acknowledged; `journaled`: how many
     replies said so; `unknown`: requests whose outcome nobody told (504, or no answer)."""
 
-    def __init__(self, system: System, *, clients: int = 6, changes: bool = True, pause: float = 0.02) -> None:
+    def __init__(
+        self,
+        system: System,
+        *,
+        clients: int = 6,
+        changes: bool = True,
+        pause: float = 0.02,
+        instances: Sequence[str] = ("orders",),
+    ) -> None:
+        """`instances` of the orders service, which the clients call in turn."""
+        self._instances = instances
         self._system = system
         self._clients = clients
         self._changes = changes
@@ -30,7 +41,7 @@ class Load:
         self.unexpected: list[str] = []
 
     async def __aenter__(self) -> "Load":
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._clients)]
+        self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -47,8 +58,8 @@ class Load:
 
         await eventually(enough, within=within, what=f"{goal} orders", until=lambda seen: seen >= goal)
 
-    async def _work(self) -> None:
-        async with self._system.client() as client:
+    async def _work(self, number: int) -> None:
+        async with self._system.client(service=self._instances[number % len(self._instances)]) as client:
             while not self._stop.is_set():
                 placed = await self._send(client, "POST", "/api/orders", self._system.order_body())
                 if placed is not None:

@@ -1,10 +1,13 @@
 """Services killed under load, and services that must refuse to run."""
 
+import asyncio
+
 import aio_pika
 import httpx
 import pytest
 import redis.asyncio
 
+from deploy.local.ports import find_free
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.faults.load import Load
@@ -84,3 +87,25 @@ async def test_services_refuse_to_start_on_a_broker_without_their_queues(victim:
 
         await eventually(ended, within=30, what=f"{name} refused", until=lambda code: code is not None)
         assert "ticketrail migrate" in victim.children[name].tail(40)
+
+
+async def test_two_of_each_service_work_side_by_side(victim: System) -> None:
+    ports = dict(zip(("orders_port", "worker_port", "notifier_port"), find_free(3), strict=True))
+    for name, port in zip(("orders", "worker", "notifier"), ports.values(), strict=True):
+        victim.urls[f"second-{name}"] = f"http://127.0.0.1:{port}"
+        victim.start(name, alias=f"second-{name}", instance=2, **ports)
+        await victim.ready(f"second-{name}")
+    async with Load(victim, instances=("orders", "second-orders")) as load:
+        await load.more(40)
+        await asyncio.to_thread(victim.redis.kill)
+        await load.more(20)
+        await asyncio.to_thread(victim.redis.start)
+        await eventually(victim.warm, what="warm again", within=20, until=lambda state: state == "warm")
+        await load.more(20)
+        for name in ("worker", "second-worker"):
+            await victim.ready(name)
+    await load.everything_arrives()
+    await load.the_list_is_right()
+    for name in ("worker", "second-worker"):
+        rewinds = (victim.directory / f"{name}.log").read_text().count("mirror_rewind")
+        assert rewinds < 10, f"{name} rewound {rewinds} times: the two fight over the mirror"
