@@ -1,5 +1,6 @@
 """The routes of the orders API. A handler parses, calls and replies."""
 
+import contextlib
 import re
 from typing import Any
 from uuid import UUID
@@ -12,7 +13,7 @@ from services.orders.reads import Found, Reads
 from services.orders.requests import PlaceOrder, UpdateOrder
 from services.orders.views import PENDING, SYNCED, order_view, sync_of
 from shared.entities.contract import encode
-from shared.errors import InvalidInput, NotFound
+from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import identity_of, read_body, success
 from shared.security import Role
 
@@ -22,12 +23,18 @@ _KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 
 
 @post("/api/orders")
-async def place_order(request: Call, commands: Commands) -> Response[bytes]:
+async def place_order(request: Call, commands: Commands, reads: Reads) -> Response[bytes]:
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.match(key):
         raise InvalidInput("1 to 200 visible ASCII characters", field="Idempotency-Key")
     wanted = read_body(await request.body(), PlaceOrder)
-    return _reply(await commands.place(identity_of(request), wanted, key), status=201)
+    who = identity_of(request)
+    done = await commands.place(who, wanted, key)
+    sync = PENDING
+    if done.replayed:
+        with contextlib.suppress(Unavailable):  # it was found a moment ago; how far it has come need not be known
+            sync = _sync(await reads.one(who.tenant, done.order.id))
+    return _reply(done, status=201, sync=sync)
 
 
 @get("/api/orders")
@@ -80,14 +87,14 @@ async def restore_order(request: Call, commands: Commands, order_id: str) -> Res
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order]
 
 
-def _reply(done: Done, *, status: int = 200) -> Response[bytes]:
+def _reply(done: Done, *, status: int = 200, sync: dict[str, Any] = PENDING) -> Response[bytes]:
     headers = {"ETag": f'"{done.standing.version}"'}
     more: dict[str, Any] = {"visible": done.visible}
     if done.replayed:
         headers["Idempotency-Replayed"] = "true"
     if done.durability is not None:
         more["durability"] = done.durability
-    return success(order_view(encode(done.order), done.standing, PENDING, **more), status=status, headers=headers)
+    return success(order_view(encode(done.order), done.standing, sync, **more), status=status, headers=headers)
 
 
 def _sync(found: Found) -> dict[str, Any]:

@@ -96,6 +96,10 @@ class FenceWatch:
             self._idle[log_way(lane)] = lambda: True
             self._ways[log_way(lane)].active = time.monotonic()
 
+    def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
+        """The mirror writer has read it: it proves the binding, also while the mirror is away."""
+        self._arrived(self._ways[log_way(lane)], sent_at)
+
     def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
         """The mirror writer has applied the log up to it."""
         self._note(self._ways[log_way(lane)], sent_at, noted_at)

@@ -144,6 +144,9 @@ class MirrorWriter:
             await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
         async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
             async for batch in batches:
+                for lane in Lane:
+                    if lane in batch.fences:
+                        self._watch.arrived_in_log(lane, batch.fences[lane])
                 if batch.epoch != state.epoch:
                     await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
                     raise _Rewind(f"the log was made anew: epoch {batch.epoch}")

@@ -2,6 +2,7 @@
 
 - claims that their owner left behind are finished (recorded and revealed as the same change);
 - what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
+- versions without their predecessor are reported when they are older than ten minutes;
 - what has left the live window leaves the mirror, once PostgreSQL has it; restaurants that are new come to it.
 
 Everything it does is harmless when done twice or by two instances at once. While a backend is away it does what the
@@ -31,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 _TRIM_EVERY = 60.0
 _BLOCK = 500
+_GAP_MINUTES = 10
 
 
 class Reconciler:
@@ -106,6 +108,7 @@ class Reconciler:
         if time.monotonic() - self._trimmed_at >= _TRIM_EVERY:
             self._trimmed_at = time.monotonic()
             await self._keep_restaurants()
+            await self.report_gaps()
             await self.trim()
 
     async def _keep_restaurants(self) -> None:
@@ -114,6 +117,14 @@ class Reconciler:
             restaurants = await every_restaurant(connection)
         for restaurant in restaurants:
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+
+    async def report_gaps(self) -> int:
+        """A jump in versions is legal, and closes by itself; one that is older than ten minutes is told."""
+        async with self._postgres.connection() as connection:
+            found = await states.gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
+        for gap in found:
+            log.error("version_gap", **gap)
+        return len(found)
 
     async def trim(self) -> int:
         """Returns how many documents left the mirror."""

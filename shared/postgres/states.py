@@ -73,6 +73,25 @@ async def standings(connection: Connection, entity: Entity, restaurant: str, ids
     return {row["id"]: Standing(row["version"], row["change_id"]) for row in rows}
 
 
+_GAPS = """
+select c.restaurant_id::text, c.entity, c.entity_id::text, c.version
+from changes c
+where c.accepted_at between now() - make_interval(mins => $2) and now() - make_interval(mins => $1)
+  and c.version > 1
+  and not exists (
+    select from changes p
+    where p.restaurant_id = c.restaurant_id and p.entity = c.entity and p.entity_id = c.entity_id
+      and p.version = c.version - 1
+  )
+limit 100
+"""
+
+
+async def gaps(connection: Connection, *, older_minutes: int, younger_minutes: int) -> list[dict[str, Any]]:
+    """Changes of that age whose version has no predecessor: it is still under way after all that time, or lost."""
+    return [dict(row) for row in await connection.fetch(_GAPS, older_minutes, younger_minutes)]
+
+
 async def page_of_orders(
     connection: Connection, entity: Entity, restaurant: str, filters: dict[str, Any], limit: int
 ) -> list[Stored]:

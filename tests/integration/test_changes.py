@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode
+from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
 from shared.entities.order import Customization, Order, PaymentStatus, Status
 from shared.entities.table import DiningTable
+from shared.postgres import states
 from shared.postgres.changes import Outcome, Written, write_batch
 from shared.postgres.migrate import migrate
 from shared.settings import Settings
@@ -387,3 +388,15 @@ async def test_what_the_contract_accepts_postgres_accepts_and_gives_back(
 def _json(value: Any, *, ascii_only: bool) -> bytes:
     """With escapes, as other producers write it, or without."""
     return json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+
+
+async def test_a_version_without_its_predecessor_is_a_gap_once_it_is_ten_minutes_old(database: Database) -> None:
+    first = change(order())
+    second = change(order(id=first.entity_id, notes="2"), base=first)
+    third = change(order(id=first.entity_id, notes="3"), base=second, time=now() - timedelta(minutes=20))
+    young = change(order(), entityversion=2, time=now() - timedelta(minutes=5))
+    await write(database, first, third, young)
+    found = await states.gaps(database, older_minutes=10, younger_minutes=70)
+    assert [(gap["entity_id"], gap["version"]) for gap in found] == [(first.entity_id, 3)]
+    await write(database, second)
+    assert await states.gaps(database, older_minutes=10, younger_minutes=70) == []

@@ -54,6 +54,8 @@ create table changes (
 create index changes_by_version on changes (restaurant_id, entity, entity_id, version);
 create index changes_by_base on changes (restaurant_id, base_change_id) where base_change_id is not null;
 create index changes_by_seq on changes (xid, seq);
+-- Of a few pages for millions of rows: what looks for gaps reads the last hour alone.
+create index changes_by_time on changes using brin (accepted_at);
 
 -- A fork: two changes that claim the same version, or that were built on the same change. Both are kept in `changes`.
 create table conflicts (
