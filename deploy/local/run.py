@@ -141,7 +141,8 @@ class System:
         while time.monotonic() < deadline and self.services.restarts[service.name] < GIVE_UP_AFTER:
             try:
                 reply = await client.get(f"{self.urls[service.name]}/health/ready")
-                if reply.status_code == 200:
+                # The worker also fills the mirror: until that is warm an order has a number of another series.
+                if reply.status_code == 200 and reply.json().get("mirror") != "cold":
                     return
                 answer = f"{reply.status_code}: {reply.text[:500]}"
             except httpx.HTTPError as error:
