@@ -26,7 +26,8 @@ from shared.lifecycle import vital_task
 log = structlog.get_logger(__name__)
 
 # What connecting, publishing and closing raise when the broker is away or the link breaks.
-BROKEN_LINK = (OSError, TimeoutError, AMQPError, AMQPException, RuntimeError)
+# StopAsyncIteration: a peer that accepts and hangs up without a word, such as a proxy before a broker that starts.
+BROKEN_LINK = (OSError, TimeoutError, EOFError, AMQPError, AMQPException, RuntimeError, StopAsyncIteration)
 
 
 class NotSent(Exception):
@@ -119,7 +120,7 @@ class Publisher:
                 attempt = 0
                 await self._broken.wait()
                 log.warning("publisher_lost_connection")
-            except BROKEN_LINK as error:
+            except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client, the next try may work)
                 attempt += 1
                 log.warning("publisher_cannot_connect", error=str(error) or type(error).__name__, attempt=attempt)
             await self._drop()

@@ -107,7 +107,13 @@ class Load:
             stored = await self._system.stored_orders()
             return sum(stored.get(id_, 0) < version for id_, version in self.versions.items())
 
-        await eventually(missing, within=within, what="every acknowledged change", until=lambda count: count == 0)
+        try:
+            await eventually(missing, within=within, what="every acknowledged change", until=lambda count: count == 0)
+        except AssertionError as error:
+            async with httpx.AsyncClient() as client:
+                worker = (await client.get(f"{self._system.urls['worker']}/health/ready")).text
+            depths = await asyncio.to_thread(self._system.depths)
+            raise AssertionError(f"{error}\nqueues: {depths}\nworker: {worker}") from None
         stored = await self._system.stored_orders()
         extra = set(stored) - set(self.placed)
         assert len(extra) <= self.unknown, f"{len(extra)} orders that nobody was told of"

@@ -34,7 +34,8 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
         }
         rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))  # type: ignore[call-arg]
         made.append((rig, name))
-        await _migrate(rig.settings)
+        # With time to connect: some tests give the worker very little.
+        await _migrate(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))
         await rig.up()
         return rig
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -11,6 +12,7 @@ import pytest
 
 from deploy.local.management import ask
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.topology import CHANGES
 from tests.servers import Servers
 from tests.system import eventually
 
@@ -169,3 +171,25 @@ async def test_the_publisher_returns_after_the_broker_was_stopped_and_started(
     await eventually(lambda: connected(publisher), within=30, what="connected again")
     await publisher.publish("key", b"[after]")
     assert await queued(vhost, at_least=2) == [b"[before]", b"[after]"]
+
+
+async def test_whatever_the_client_makes_of_a_broken_handshake_the_publisher_tries_again(
+    monkeypatch: pytest.MonkeyPatch, servers: Servers
+) -> None:
+    """A proxy before a broker that is still starting hangs up in the middle: seen as StopAsyncIteration."""
+    errors: list[Exception] = [StopAsyncIteration(), ValueError("half a frame")]
+    connect = aio_pika.connect
+
+    async def broken(*args: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await connect(*args, **options)
+
+    monkeypatch.setattr(aio_pika, "connect", broken)
+    publisher = Publisher(servers.rabbitmq.url, CHANGES, timeout=1.0)
+    await publisher.start()
+    try:
+        await asyncio.wait_for(publisher.wait_connected(), 10)
+    finally:
+        await publisher.stop()
+    assert not errors
