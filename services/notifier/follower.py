@@ -7,8 +7,6 @@ loss of the log it begins the hub anew. At shutdown it just stops: it holds noth
 """
 
 import asyncio
-import os
-import signal
 import time
 from contextlib import aclosing
 from datetime import timedelta
@@ -20,6 +18,7 @@ from services.notifier.cursor import Position
 from services.notifier.events import PushEvent, push_event
 from services.notifier.hub import Hub
 from shared.entities.contract import BrokenContract, now, split_batch
+from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader
 from shared.settings import Settings
 
@@ -53,12 +52,8 @@ class Follower:
         return self._begun and self._hub.window.epoch is not None
 
     def start(self) -> None:
-        self._tasks = [
-            asyncio.create_task(self._follow(), name="follower"),
-            asyncio.create_task(self._beat(), name="heartbeats"),
-        ]
-        for task in self._tasks:
-            task.add_done_callback(_end_process)
+        # A hub that is no longer fed must not look alive.
+        self._tasks = [vital_task(self._follow(), name="follower"), vital_task(self._beat(), name="heartbeats")]
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""
@@ -116,13 +111,6 @@ class Follower:
                 await asyncio.sleep(0)
         # The signals at the end of a batch move the cursor too.
         self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
-
-
-def _end_process(task: asyncio.Task[None]) -> None:
-    """A hub that is no longer fed must not look alive: whoever supervises the process starts a new one."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("follower_died", task=task.get_name(), exc_info=error)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _events_in(entry: Entry) -> tuple[list[PushEvent], Position]:

@@ -298,6 +298,7 @@ class Client:
         self.rail, self.tenant, self.start = rail, tenant, start
         self.subscriber = rail.subscribe(Interest(tenant), FORM, Cursor(EPOCH, start))
         self.got: list[str] = []
+        self.visits = 1
 
     def replay(self) -> None:
         if self.subscriber.position is not None:
@@ -312,6 +313,7 @@ class Client:
             self.take()
             self.rail.unsubscribe(self.subscriber)
             self.subscriber = self.rail.subscribe(Interest(self.tenant), FORM, self.rail.window.cursor)
+            self.visits += 1
 
 
 @settings(max_examples=300)
@@ -344,4 +346,5 @@ def test_whatever_happens_each_receives_its_events_once_in_order_or_a_resync(
             before, behind = client.got[: resyncs[0]], client.got[resyncs[-1] + 1 :]
             assert before == wanted[: len(before)]
             assert behind == wanted[len(wanted) - len(behind) :]
-            assert len(resyncs) == 1
+            # The window may overtake each of its visits before that is replayed, and tells each but once.
+            assert len(resyncs) <= client.visits
