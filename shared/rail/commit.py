@@ -98,7 +98,8 @@ class Rail:
         self._later: set[asyncio.Task[Any]] = set()
 
     async def commit(self, draft: Draft) -> Committed:
-        """Raises Lost, Unavailable (nothing happened) or OutcomeUnknown. A caller that goes away does not stop it."""
+        """Raises InvalidInput (no store could read the state), Lost, Unavailable (nothing happened) or OutcomeUnknown.
+        A caller that goes away does not stop it."""
         return await asyncio.shield(self._keep(asyncio.create_task(self._commit(draft), name="commit")))
 
     async def finish(self, left: Stale) -> None:
