@@ -26,9 +26,13 @@ format: bootstrap ## let ruff format and fix what it can
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-lock: ## make requirements.lock anew from pyproject.toml (needs uv)
-	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-		--no-header --all-extras pyproject.toml -o requirements.lock
+COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	--no-header pyproject.toml
+
+lock: ## make the locks anew from pyproject.toml (needs uv): all for development, what an image needs, what the plots need
+	$(COMPILE) --extra dev -o requirements.lock
+	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
+	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
 
 clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs
 	@sh deploy/local/clean.sh
