@@ -14,20 +14,20 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 from litestar import MediaType, Request, Response, get
-from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.middleware import AbstractAuthenticationMiddleware, AuthenticationResult
-from litestar.types import ASGIApp, ExceptionHandlersMap
+from litestar.types import ASGIApp, ExceptionHandlersMap, Message, Receive, Scope, Send
+from opentelemetry.trace import SpanKind
 
-from shared import telemetry
+from shared import tracing
 from shared.errors import InvalidInput, TicketrailError
 from shared.security import Identity, Tokens
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
-OPEN_PATHS = ["^/health/"]
+OPEN_PATHS = ("/health/",)
 
 T = TypeVar("T")
 
@@ -35,18 +35,64 @@ T = TypeVar("T")
 # -- in ----------------------------------------------------------------------------------------------------------
 
 
-def gate(tokens: Tokens) -> type[AbstractAuthenticationMiddleware]:
-    """Middleware that begins the trace and says who calls (`request.user`); raises Unauthenticated."""
+class Gate:
+    """ASGI middleware: begins the trace, says who calls (`request.user`; raises Unauthenticated), and ends the trace
+    with the first byte of the answer, so that the span of an event stream says how long its client waited for it."""
 
-    class Gate(AbstractAuthenticationMiddleware):
-        def __init__(self, app: ASGIApp) -> None:
-            super().__init__(app, exclude=OPEN_PATHS)
+    def __init__(self, app: ASGIApp, tokens: Tokens, tracer: Tracer) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._tracer = tracer
 
-        async def authenticate_request(self, connection: ASGIConnection[Any, Any, Any, Any]) -> AuthenticationResult:
-            telemetry.begin_trace(connection.headers.get("traceparent"))
-            return AuthenticationResult(tokens.verify(connection.headers.get("authorization")), None)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(OPEN_PATHS):
+            return await self._app(scope, receive, send)
+        authorization = traceparent = None
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                authorization = value.decode("latin-1")
+            elif name == b"traceparent":
+                traceparent = value.decode("latin-1")
+        trace = self._tracer.begin(traceparent)
+        status = 0
+        ended = False
 
-    return Gate
+        def end() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                self._end(trace, scope, status)
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif not ended:
+                end()
+            await send(message)
+
+        try:
+            scope["user"], scope["auth"] = self._tokens.verify(authorization), None
+            await self._app(scope, receive, watched if trace.kept else send)
+        except Exception as error:
+            status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
+            raise
+        finally:
+            end()
+        return None
+
+    def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
+        if not trace.kept:
+            return
+        method, route = str(scope.get("method", "")), str(scope.get("path_template", ""))
+        attributes = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+        error = f"status {status}" if status >= 500 else None
+        self._tracer.end(trace, f"{method} {route}", kind=SpanKind.SERVER, attributes=attributes, error=error)
+
+
+def gate(tokens: Tokens, tracer: Tracer) -> Callable[[ASGIApp], ASGIApp]:
+    """The middleware, for Litestar's list."""
+    return lambda app: Gate(app, tokens, tracer)
 
 
 _ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
@@ -114,9 +160,7 @@ def failure(error: TicketrailError) -> Response[bytes]:
 def _failure(
     status: int, message: str, code: str, details: dict[str, Any] | None = None, headers: dict[str, str] | None = None
 ) -> Response[bytes]:
-    if telemetry.trace_id() is None:  # refused before the gate: no such route, or method
-        telemetry.begin_trace(None)
-    error = {"message": message, "code": code, "details": details or {}, "trace_id": telemetry.trace_id()}
+    error = {"message": message, "code": code, "details": details or {}, "trace_id": tracing.begun().trace_id}
     return Response(
         msgspec.json.encode({"success": False, "error": error}),
         status_code=status,

@@ -84,6 +84,21 @@ class Settings(BaseSettings):
         10.0, description="after so long the reconciler asks PostgreSQL whether it has what the mirror calls pending"
     )
 
+    # Traces (shared/tracing.py).
+    trace_sample: float = Field(
+        0.1, ge=0, le=1, description="share of traces that are kept; failed and slow ones are kept beside them; 0: off"
+    )
+    trace_slow_ms: PositiveFloat = Field(1_000.0, description="from when on a request, or a change's way, is slow")
+    trace_slow_per_second: PositiveInt = Field(
+        20, description="slow ones that a process keeps in a second at most: in a backlog everything is slow"
+    )
+    trace_file_bytes: PositiveInt = 20_000_000
+    trace_files: PositiveInt = Field(4, description="older files kept beside the one that is written")
+    otlp_endpoint: str = Field(
+        "", description="OTLP over HTTP, such as http://collector:4318; empty: files in <home>/traces"
+    )
+    trace_query_url: str = Field("", description="Jaeger's query API, for `ticketrail trace`; empty: the files")
+
     # The notifier.
     window_seconds: PositiveFloat = 600.0
     window_changes: PositiveInt = 50_000
@@ -102,6 +117,10 @@ class Settings(BaseSettings):
                 if getattr(self, name) == type(self).model_fields[name].default:
                     raise ValueError(f"TICKETRAIL_{name.upper()} must be set in production")
         return self
+
+    @property
+    def traces_path(self) -> Path:
+        return self.home / "traces"
 
     @property
     def journal_path(self) -> Path:

@@ -1,39 +1,17 @@
-"""Logs as JSON lines on standard output, and the trace that a piece of work belongs to (W3C `traceparent`)."""
+"""Logs as JSON lines on standard output, each with the id of the trace that it belongs to (shared/tracing.py)."""
 
 import logging
-import re
-import secrets
 import sys
-from contextvars import ContextVar
 
 import structlog
 from structlog.types import EventDict, Processor, WrappedLogger
 
-_TRACEPARENT = re.compile(r"^00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
-_current: ContextVar[str | None] = ContextVar("traceparent", default=None)
-
-
-def begin_trace(traceparent: str | None) -> str:
-    """Continues the caller's trace, or begins one; returns our own traceparent, with a span id of ours."""
-    found = _TRACEPARENT.match(traceparent or "")
-    trace = found[1] if found and found[1] != "0" * 32 else secrets.token_hex(16)
-    ours = f"00-{trace}-{secrets.token_hex(8)}-01"
-    _current.set(ours)
-    return ours
-
-
-def traceparent() -> str | None:
-    return _current.get()
-
-
-def trace_id() -> str | None:
-    current = _current.get()
-    return current[3:35] if current else None
+from shared import tracing
 
 
 def _add_trace(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    if trace := trace_id():
-        event.setdefault("trace_id", trace)
+    if (trace := tracing.current()) is not None:
+        event.setdefault("trace_id", trace.trace_id)
     return event
 
 

@@ -6,6 +6,7 @@ work is not reported as working.
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -106,7 +107,9 @@ async def _watch(
     def hop(name: str, detail: str) -> Hop:
         return Hop(name, (time.perf_counter() - began) * 1000, detail)
 
-    reply = await client.post(f"{demo.orders_url}/api/orders", json=demo.order)
+    # Sampled by its caller: this order's trace is kept whatever the service's own share is.
+    traced = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
+    reply = await client.post(f"{demo.orders_url}/api/orders", json=demo.order, headers=traced)
     accepted = hop("accepted", f"{reply.status_code}, order {_number(reply)}")
     if reply.status_code != 201:
         raise DemoFailed(f"POST /api/orders answered {reply.status_code}: {reply.text[:500]}")

@@ -248,7 +248,22 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
     for what, line in system.demo.curl_lines(order_id):
         say(f"\n# {what}\n{line}")
+    say(
+        f"\n# see what happened to it, and what waited where\n{_elsewhere(system)}.venv/bin/ticketrail trace {order_id}"
+    )
     say(f"\nReady after {seconds:.1f} s. All of this, for scripts: {system.home / 'demo.json'}. Ctrl-C stops it.")
+
+
+def _elsewhere(system: System) -> str:
+    """What a command must be told of a system that is not where the defaults say."""
+    defaults = type(system.settings).model_fields
+    names = {"TICKETRAIL_HOME": "home", "TICKETRAIL_DATABASE_WRITER_URL": "database_writer_url"}
+    told = {
+        name: system.env[name]
+        for name, field in names.items()
+        if system.env[name] not in (str(defaults[field].default), str(ROOT / str(defaults[field].default)))
+    }
+    return "".join(f"{name}='{value}' " for name, value in told.items())
 
 
 def write_private(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from shared.messaging.topology import LOG
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -33,12 +34,14 @@ class Parts(Struct, frozen=True):
     settings: Settings
     hub: Hub
     follower: Follower
+    tracer: Tracer
 
 
 def assemble(settings: Settings) -> Parts:
     window = Window(seconds=settings.window_seconds, changes=settings.window_changes, size=settings.window_bytes)
     hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
-    return Parts(settings, hub, Follower(settings, hub))
+    tracer = Tracer("notifier", settings)
+    return Parts(settings, hub, Follower(settings, hub, tracer), tracer)
 
 
 async def start(parts: Parts) -> None:
@@ -60,6 +63,7 @@ async def _log_is_missing(settings: Settings) -> bool:
 async def stop(parts: Parts) -> None:
     parts.hub.close()
     await parts.follower.stop()
+    parts.tracer.close()
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -95,7 +99,7 @@ def create(settings: Settings | None = None) -> Litestar:
             "hub": Provide(lambda: parts.hub, sync_to_thread=False),
             "follower": Provide(lambda: parts.follower, sync_to_thread=False),
         },
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

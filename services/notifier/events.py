@@ -8,8 +8,8 @@
 | any other change of an order  | status_update  |                               |
 | any other entity              | none yet       |                               |
 
-`{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version"}`; the data of a stage
-change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of subscribers.
+`{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version", "traceId"}`; the data of a
+stage change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of subscribers.
 """
 
 from enum import IntEnum
@@ -23,6 +23,7 @@ from shared.entities import order
 from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import event_of
 from shared.entities.registry import read
+from shared.tracing import trace_id_of
 
 
 class Kind(IntEnum):
@@ -68,6 +69,7 @@ class PushEvent(Struct, frozen=True):
     session_id: str | None
     """The customer session that may see it."""
     kind: Kind
+    traceparent: str | None
     _name: str
     _rest: bytes
     """The JSON from behind the event's name on, which the two names of a stage change share."""
@@ -105,6 +107,7 @@ def push_event(encoded: bytes, position: Position) -> PushEvent | None:
         order_id=state.id,
         session_id=state.customer_session_id,
         kind=kind,
+        traceparent=change.traceparent,
         _name=name,
         _rest=_rest(change, data),
     )
@@ -119,7 +122,13 @@ def _previous_stage(change: Change) -> Raw | None:
 
 def _rest(change: Change, data: dict[str, Any]) -> bytes:
     encoded = encode(
-        {"data": data, "orderID": change.entity_id, "timestamp": change.time, "version": change.entityversion}
+        {
+            "data": data,
+            "orderID": change.entity_id,
+            "timestamp": change.time,
+            "version": change.entityversion,
+            "traceId": trace_id_of(change.traceparent),
+        }
     )
     if b"\n" in encoded or b"\r" in encoded:
         # White space of whoever wrote the change (inside texts a line break is escaped): it would end an SSE field.

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
+from opentelemetry.trace import SpanKind
 
 from services.notifier.cursor import Position
 from services.notifier.events import PushEvent, push_event
@@ -20,9 +21,18 @@ from services.notifier.hub import Hub
 from shared.entities.contract import BrokenContract, now, split_batch
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader
+from shared.messaging.topology import LOG
 from shared.settings import Settings
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
+
+_FROM_LOG = {
+    "messaging.system": "rabbitmq",
+    "messaging.operation.type": "process",
+    "messaging.operation.name": "push",
+    "messaging.destination.name": LOG,
+}
 
 # Changes that are handed to the hub in one step. Between two steps the clients are written to: more would fill their
 # buffers with what they had no chance to read.
@@ -30,10 +40,11 @@ _STEP = 256
 
 
 class Follower:
-    def __init__(self, settings: Settings, hub: Hub) -> None:
+    def __init__(self, settings: Settings, hub: Hub, tracer: Tracer) -> None:
         self._settings = settings
         self._hub = hub
         self._begun = False
+        self._tracer = tracer
         self._reader = LogReader(
             settings.rabbitmq_url,
             name=f"notifier-{settings.instance}",
@@ -98,6 +109,7 @@ class Follower:
                     self._begun = True
 
     async def _take(self, batch: Batch) -> None:
+        began = time.time_ns()
         events: list[PushEvent] = []
         upto = Position(batch.first_offset, 0)
         changes = 0
@@ -107,10 +119,32 @@ class Follower:
             changes += upto.place + 1
             if changes >= _STEP:
                 self._hub.publish(events, upto, time.monotonic())
+                self._trace(events, began)
                 events, changes = [], 0
                 await asyncio.sleep(0)
         # The signals at the end of a batch move the cursor too.
         self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
+        self._trace(events, began)
+
+    def _trace(self, events: list[PushEvent], began: int) -> None:
+        """Once in the life of an event here: what is read back at a start was pushed before."""
+        if not self._begun:
+            return
+        ended = time.time_ns()
+        for event in events:
+            if self._tracer.wanted(event.traceparent):
+                self._tracer.add(
+                    event.traceparent,
+                    f"push {event.name(of_one_order=False)}",
+                    began,
+                    ended,
+                    kind=SpanKind.CONSUMER,
+                    attributes={
+                        **_FROM_LOG,
+                        "ticketrail.change_id": event.change_id,
+                        "ticketrail.push.subscribers": self._hub.listeners(event),
+                    },
+                )
 
 
 def _events_in(entry: Entry) -> tuple[list[PushEvent], Position]:

@@ -239,6 +239,16 @@ class Hub:
         for subscriber in slow:
             self._let_go_slow(subscriber)
 
+    def listeners(self, event: PushEvent) -> int:
+        """How many live subscribers hear of it; for traces, of a few events."""
+        rooms = self._tenants.get(event.tenant, {})
+        return sum(
+            len(audience.live)
+            for room in ("", f"order:{event.order_id}", f"session:{event.session_id}")
+            for audience in rooms.get(room, {}).values()
+            if audience.interest.wants(event)
+        )
+
     def _spread(self, audience: Audience, chunk: bytes, events: int) -> list[Subscriber]:
         most_events, most_bytes = self._buffer_events, self._buffer_bytes
         slow = []

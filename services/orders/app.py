@@ -33,6 +33,7 @@ from shared.rail.record import Recorder
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -48,9 +49,11 @@ class Parts(Struct, frozen=True):
     menus: Menus
     reads: Reads
     commands: Commands
+    tracer: Tracer
 
 
 def assemble(settings: Settings) -> Parts:
+    tracer = Tracer("orders", settings)
     postgres = Postgres(settings.database_api_url, settings)
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
@@ -66,6 +69,7 @@ def assemble(settings: Settings) -> Parts:
         journal,
         claim_seconds=settings.claim_seconds,
         reveal_seconds=settings.reveal_seconds,
+        tracer=tracer,
     )
     reads = Reads(postgres, mirror)
     reader = LogReader(
@@ -78,11 +82,12 @@ def assemble(settings: Settings) -> Parts:
         mirror,
         publisher,
         journal,
-        Drainer(journal, publisher),
+        Drainer(journal, publisher, tracer),
         rail,
         menus,
         reads,
         Commands(rail, reads, menus),
+        tracer,
     )
 
 
@@ -120,6 +125,7 @@ async def stop(parts: Parts) -> None:
     await parts.journal.close()
     await parts.mirror.close()
     await parts.postgres.close()
+    parts.tracer.close()
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -161,7 +167,7 @@ def create(settings: Settings | None = None) -> Litestar:
             "commands": Provide(lambda: parts.commands, sync_to_thread=False),
             "reads": Provide(lambda: parts.reads, sync_to_thread=False),
         },
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

@@ -21,7 +21,6 @@ from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import priced_items, totals
 from services.orders.reads import Reads
 from services.orders.requests import PlaceOrder, UpdateOrder
-from shared import telemetry
 from shared.entities import order as orders
 from shared.entities.contract import Standing, encode, now
 from shared.entities.order import Order, Status, allowed_next, items_may_change
@@ -81,7 +80,6 @@ class Commands:
             before=None,
             at=at,
             source="orders",
-            traceparent=telemetry.traceparent(),
             existing=None if key is None else lambda: self._earlier(restaurant, id_),
         )
         deadline = time.monotonic() + _TWIN_SECONDS
@@ -170,7 +168,6 @@ class Commands:
                 before=before,
                 at=at,
                 source="orders",
-                traceparent=telemetry.traceparent(),
             )
             try:
                 return _done(await self._rail.commit(draft))

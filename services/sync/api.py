@@ -18,6 +18,7 @@ from shared.postgres.pool import AWAY, Postgres
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +29,7 @@ class Parts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
     mirror: Mirror
+    tracer: Tracer
 
 
 @get("/api/sync/status")
@@ -63,6 +65,7 @@ def create(settings: Settings | None = None) -> Litestar:
         settings,
         Postgres(settings.database_api_url, settings),
         Mirror(settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds),
+        Tracer("sync-api", settings),
     )
 
     @asynccontextmanager
@@ -71,12 +74,13 @@ def create(settings: Settings | None = None) -> Litestar:
         yield
         await parts.mirror.close()
         await parts.postgres.close()
+        parts.tracer.close()
         log.info("stopped")
 
     return Litestar(
         route_handlers=[status, *health(lambda: readiness(parts))],
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds))],
+        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

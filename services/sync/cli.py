@@ -10,9 +10,12 @@ from uuid import UUID, uuid4
 import asyncpg
 import click
 import structlog
+from rich.console import Console
 
+from services.sync import waterfall
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
+from services.sync.trace_search import find_traces
 from shared.entities.contract import encode
 from shared.errors import TicketrailError
 from shared.messaging import declare
@@ -165,6 +168,23 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
         return await edit_dish(
             session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
         )
+
+
+@main.command("trace")
+@click.argument("order_id", type=click.UUID)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def trace_command(order_id: UUID, as_json: bool) -> None:
+    """Show what happened to an order: the trace of each of its changes, and what waited where."""
+    found = _run(find_traces(Settings(), str(order_id)))
+    if not found.changes and not found.spans:
+        for text in found.missing:
+            click.echo(text, err=True)
+        raise click.ClickException("no change and no trace of this order is known")
+    if as_json:
+        click.echo(encode(waterfall.as_json(str(order_id), found)).decode())
+    else:
+        console = Console()
+        console.print(waterfall.render(str(order_id), found, console.width))
 
 
 if __name__ == "__main__":

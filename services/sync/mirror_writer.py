@@ -22,26 +22,29 @@ from datetime import timedelta
 import msgspec
 import structlog
 from msgspec import Struct
+from opentelemetry.trace import SpanKind
 
 from services.sync.fences import FenceWatch
 from shared.backoff import backoff
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Lane, decode_change, encode, encode_batch, now, split_batch
+from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, encode_batch, now, split_batch
 from shared.entities.entity import Entity
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
-from shared.messaging.topology import MIRROR_DEAD
+from shared.messaging.topology import LOG, MIRROR_DEAD
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, LogState, Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 _OVERLAP = timedelta(minutes=10)
+_ON_MIRROR = {"db.system.name": "redis", "db.operation.name": "EVALSHA", "messaging.destination.name": LOG}
 _NOWHERE = -1
 _PIECE = 250  # changes in one script
 _LAST_FENCE = "select min(sent_at) from fences where lane <> ''"
@@ -62,8 +65,16 @@ class _Begun(Struct):
 
 class MirrorWriter:
     def __init__(
-        self, settings: Settings, postgres: Postgres, mirror: Mirror, publisher: Publisher, watch: FenceWatch
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        publisher: Publisher,
+        watch: FenceWatch,
+        tracer: Tracer,
     ) -> None:
+        self._tracer = tracer
+        self._traced: list[Change] = []
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
@@ -151,9 +162,24 @@ class MirrorWriter:
                     await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
                     raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
                 noted = LogState(state.epoch, batch.last_offset)
+                began = time.time_ns()
                 await self._apply(await self._readable(batch), state, noted)
+                self._trace(began)
                 state = noted
                 await self._tell(batch, state)
+
+    def _trace(self, began: int) -> None:
+        ended = time.time_ns()
+        traced, self._traced = self._traced, []
+        for change in traced:
+            self._tracer.add(
+                change.traceparent,
+                f"mirror {change.entity}",
+                began,
+                ended,
+                kind=SpanKind.CLIENT,
+                attributes={**_ON_MIRROR, "ticketrail.change_id": change.id},
+            )
 
     async def _tell(self, batch: Batch, state: LogState) -> None:
         """What a batch that is applied says beside its changes."""
@@ -216,6 +242,8 @@ class MirrorWriter:
                 except BrokenContract as error:
                     await self._dead(entry, encode_batch([event]), error)
                     continue
+                if self._tracer.wanted(change.traceparent):
+                    self._traced.append(change)
                 how = "late" if change.time < late_before else "reveal"
                 found.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
         return found

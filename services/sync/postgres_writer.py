@@ -15,11 +15,13 @@ because PostgreSQL is away for instance, goes back to its queue.
 """
 
 import asyncio
+import time
 from datetime import datetime
 from typing import Any
 
 import structlog
 
+from services.sync.batch_spans import trace_batch
 from services.sync.batches import sort_out
 from services.sync.fences import FenceWatch
 from services.sync.intake import Delivery, Intake
@@ -32,6 +34,7 @@ from shared.messaging.publisher import Publisher
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -49,8 +52,10 @@ class Batcher:
         publisher: Publisher,
         watch: FenceWatch,
         settlement: Settlement,
+        tracer: Tracer,
     ) -> None:
         self.lane = lane
+        self._tracer = tracer
         self.intake = Intake(settings, lane, watch)
         self.store = Store(postgres, settings)
         self._ladder = Ladder(publisher, settings.retry_steps_ms)
@@ -79,8 +84,10 @@ class Batcher:
             await self.intake.open()
 
     async def _handle(self, taken: list[Delivery]) -> None:
+        began = time.time_ns()
         batch = sort_out(self.lane, taken)
         refused = await self.store.write(batch)
+        ended = time.time_ns()
         failed = [*batch.failed, *refused]
         if failed:
 
@@ -91,7 +98,9 @@ class Batcher:
         await self.intake.settle(taken)
 
         lost = {one.change.id for one in refused if one.change}
-        committed = [one.written for one in batch.changes if one.written.change.id not in lost]
+        through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes
+        committed = [one.written for one in through]
+        trace_batch(self._tracer, batch, through, failed, began, ended)
         self.written += len(committed)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()
@@ -103,11 +112,17 @@ class Batcher:
 
 class PostgresWriter:
     def __init__(
-        self, settings: Settings, postgres: Postgres, mirror: Mirror, publisher: Publisher, watch: FenceWatch
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        publisher: Publisher,
+        watch: FenceWatch,
+        tracer: Tracer,
     ) -> None:
         self._settlement = Settlement(mirror)
         self._batchers = [
-            Batcher(settings, lane, postgres, publisher, watch, self._settlement)
+            Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer)
             for lane in Lane
             for _ in range(settings.lane_consumers)
         ]

@@ -21,6 +21,7 @@ from shared.backoff import backoff
 from shared.entities.contract import Change, Lane, encode, encode_batch
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.tracing import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +101,10 @@ class Ladder:
         queue = destination(failed, lane, self._steps_ms)
         headers = headers_for(failed, lane)
         log.warning(
-            "change_failed", queue=queue, **{name.replace("ticketrail-", ""): headers[name] for name in headers}
+            "change_failed",
+            queue=queue,
+            **({"trace_id": trace} if failed.change and (trace := trace_id_of(failed.change.traceparent)) else {}),
+            **{name.replace("ticketrail-", ""): headers[name] for name in headers},
         )
         attempt = 0
         while ours():

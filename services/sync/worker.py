@@ -29,6 +29,7 @@ from shared.rail.commit import Rail
 from shared.rail.record import Recorder
 from shared.settings import Settings
 from shared.telemetry import configure_logging
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +47,11 @@ class Parts(Struct, frozen=True):
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
     reconciler: Reconciler
+    tracer: Tracer
 
 
 def assemble(settings: Settings) -> Parts:
+    tracer = Tracer("sync-worker", settings)
     postgres = Postgres(settings.database_writer_url, settings)
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
@@ -57,7 +60,14 @@ def assemble(settings: Settings) -> Parts:
     watch = FenceWatch(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
     recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
-    rail = Rail(mirror, recorder, None, claim_seconds=settings.claim_seconds, reveal_seconds=settings.reveal_seconds)
+    rail = Rail(
+        mirror,
+        recorder,
+        None,
+        claim_seconds=settings.claim_seconds,
+        reveal_seconds=settings.reveal_seconds,
+        tracer=tracer,
+    )
     return Parts(
         settings,
         postgres,
@@ -66,9 +76,10 @@ def assemble(settings: Settings) -> Parts:
         rail,
         watch,
         FenceSource(settings, postgres, publisher, watch),
-        PostgresWriter(settings, postgres, mirror, publisher, watch),
-        MirrorWriter(settings, postgres, mirror, publisher, watch),
+        PostgresWriter(settings, postgres, mirror, publisher, watch, tracer),
+        MirrorWriter(settings, postgres, mirror, publisher, watch, tracer),
         Reconciler(settings, postgres, mirror, rail),
+        tracer,
     )
 
 
@@ -111,6 +122,7 @@ async def stop(parts: Parts) -> None:
     await parts.publisher.stop()
     await parts.mirror.close()
     await parts.postgres.close()
+    parts.tracer.close()
 
 
 async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:

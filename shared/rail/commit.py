@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 import structlog
 from msgspec import Raw, Struct
+from opentelemetry.trace import SpanKind
 
+from shared import tracing
 from shared.entities import registry
 from shared.entities.contract import (
     BrokenContract,
@@ -29,10 +31,12 @@ from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Stale, Stands
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.record import Durability, Recorder, Unrecorded
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 _PAUSE = 0.05
+_ON_MIRROR = {"db.system.name": "redis", "db.operation.name": "EVALSHA"}
 
 
 class Draft(Struct, kw_only=True):
@@ -47,6 +51,7 @@ class Draft(Struct, kw_only=True):
     source: str
     lane: Lane | None = None
     traceparent: str | None = None
+    """Context of the span that makes it durable; by default one below the current trace's."""
     existing: Callable[[], Awaitable[tuple[Standing, Any] | None]] | None = None
     """Looks for an earlier creation under the same id where no mirror can answer for it; raises Unavailable where
     nobody can."""
@@ -88,12 +93,15 @@ class Rail:
         *,
         claim_seconds: float,
         reveal_seconds: float,
+        tracer: Tracer | None = None,
     ) -> None:
+        """`tracer`: for changes of other traces that are finished here."""
         self._mirror = mirror
         self._recorder = recorder
         self._journal = journal
         self._claim_seconds = claim_seconds
         self._reveal_seconds = reveal_seconds
+        self._tracer = tracer
         self._highest: dict[tuple[str, str], int] = {}
         self._later: set[asyncio.Task[Any]] = set()
 
@@ -107,11 +115,15 @@ class Rail:
         change = decode_change(left.event)
         entity, state = registry.read(change)
         change, state = _numbered(entity, change, state, left.number)
+        began = time.time_ns()
         try:
-            await self._recorder.record(lane_of(change), encode(change))
+            await self._recorder.record(lane_of(change), encode(change), change.traceparent)
         except Unrecorded as error:
             raise Unavailable("an earlier change cannot be finished now", retry_after=2.0) from error
         await self._reveal(entity, change, state)
+        if self._tracer is not None:  # whatever the sampling: its own request has told nobody how it ended
+            found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
+            self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
         log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)
 
     async def drain(self) -> None:
@@ -123,7 +135,13 @@ class Rail:
     # -- the three steps ---------------------------------------------------------------------------------------
 
     async def _commit(self, draft: Draft) -> Committed:
+        trace = tracing.current()
+        if draft.traceparent is None and trace is not None:
+            draft.traceparent = trace.context_of(tracing.new_span_id())
         change = _change(draft)
+        if trace is not None:
+            trace.attributes[f"ticketrail.{draft.entity.name}_id"] = draft.state.id
+            trace.attributes["ticketrail.change_id"] = change.id
         try:
             registry.read(change)
         except BrokenContract as error:
@@ -131,7 +149,8 @@ class Rail:
             raise InvalidInput(str(error), field="data", code="contract_broken") from error
         doubt = _Doubt()
         try:
-            number, claimed = await self._claim(draft, change, doubt)
+            with tracing.span("claim", kind=SpanKind.CLIENT, attributes=_ON_MIRROR):
+                number, claimed = await self._claim(draft, change, doubt)
             if claimed:
                 change, state = _numbered(draft.entity, change, draft.state, number)
             else:
@@ -146,7 +165,8 @@ class Rail:
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
             raise
-        visible = await self._reveal(draft.entity, change, state)
+        with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_ON_MIRROR):
+            visible = await self._reveal(draft.entity, change, state)
         return Committed(state, change.standing, durability, visible)
 
     async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:
@@ -208,7 +228,7 @@ class Rail:
 
     async def _record(self, change: Change, *, claimed: bool) -> Durability:
         try:
-            return await self._recorder.record(lane_of(change), encode(change))
+            return await self._recorder.record(lane_of(change), encode(change), change.traceparent)
         except Unrecorded as error:
             if not error.sent and (not claimed or await self._take_back(change)):
                 raise Unavailable("neither the broker nor the journal takes changes now", retry_after=2.0) from error

@@ -5,14 +5,18 @@ harmless. While the broker is away it waits for the connection. It may be stoppe
 """
 
 import asyncio
+import time
 
 import structlog
+from opentelemetry.trace import SpanKind
 
-from shared.entities.contract import MAX_BATCH, Lane, encode_batch
+from shared.entities.contract import MAX_BATCH, Lane, encode_batch, traceparent_in
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.topology import CHANGES
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
-from shared.rail.record import MAX_BODY
+from shared.rail.record import MAX_BODY, sending
+from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -22,9 +26,10 @@ _LONGEST_PAUSE = 5.0
 
 
 class Drainer:
-    def __init__(self, journal: Journal, publisher: Publisher) -> None:
+    def __init__(self, journal: Journal, publisher: Publisher, tracer: Tracer | None = None) -> None:
         self._journal = journal
         self._publisher = publisher
+        self._tracer = tracer
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -60,17 +65,31 @@ class Drainer:
             mine = _one_message(await self._journal.oldest(MAX_BATCH, lane))
             if not mine:
                 continue
+            began = time.time_ns()
             try:
                 await self._publisher.publish(lane.value, encode_batch(entry.event for entry in mine))
             except (NotSent, InDoubt) as error:
                 failed = failed or error
                 continue
+            self._trace(lane, mine, began)
             await self._journal.remove(mine)
             drained += len(mine)
         log.info("journal_drained", changes=drained, left=self._journal.depth)
         if failed:
             raise failed
         return drained
+
+    def _trace(self, lane: Lane, drained: list[JournalEntry], began: int) -> None:
+        if self._tracer is None or not self._tracer.on:
+            return
+        ended = time.time_ns()
+        attributes = {**sending(lane, len(drained)), "ticketrail.from_journal": True}
+        for entry in drained:
+            context = traceparent_in(entry.event)
+            if self._tracer.wanted(context):
+                self._tracer.add(
+                    context, f"send {CHANGES}", began, ended, kind=SpanKind.PRODUCER, attributes=attributes
+                )
 
 
 def _one_message(entries: list[JournalEntry]) -> list[JournalEntry]:

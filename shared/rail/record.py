@@ -6,13 +6,18 @@ the journal, and the answer is yes. Order does not matter, so the journal drains
 """
 
 import asyncio
+import time
 from enum import StrEnum
+from typing import Any
 
 import structlog
 from msgspec import Struct
+from opentelemetry.trace import SpanKind
 
+from shared import tracing
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.topology import CHANGES
 from shared.rail.journal import Journal, JournalBroken
 
 log = structlog.get_logger(__name__)
@@ -37,6 +42,10 @@ class Unrecorded(Exception):
 class _Waiting(Struct):
     event: bytes
     done: "asyncio.Future[Durability]"
+    traceparent: str | None
+    trace: tracing.Trace | None
+    began: int
+    """Nanoseconds since the epoch: how long a change waited for its message shows in its trace."""
 
 
 class Recorder:
@@ -50,9 +59,13 @@ class Recorder:
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
         self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
 
-    async def record(self, lane: Lane, event: bytes) -> Durability:
-        """Returns when the change is durable; raises Unrecorded when nothing would take it."""
-        waiting = _Waiting(event, asyncio.get_running_loop().create_future())
+    async def record(self, lane: Lane, event: bytes, traceparent: str | None = None) -> Durability:
+        """Returns when the change is durable; raises Unrecorded when nothing would take it. `traceparent` is the one in
+        the event: what happens is noted in the current trace, if that is the change's own."""
+        trace = tracing.current()
+        if trace is not None and trace.trace_id != tracing.trace_id_of(traceparent):
+            trace = None
+        waiting = _Waiting(event, asyncio.get_running_loop().create_future(), traceparent, trace, time.time_ns())
         self._waiting[lane].append(waiting)
         self._pump(lane)
         return await waiting.done
@@ -84,7 +97,7 @@ class Recorder:
 
     async def _send(self, lane: Lane, changes: list[_Waiting]) -> None:
         try:
-            durability = await self._make_durable(lane, [change.event for change in changes])
+            durability = await self._make_durable(lane, changes)
         except BaseException as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
             told = error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
             for change in changes:
@@ -95,20 +108,65 @@ class Recorder:
             if not change.done.done():
                 change.done.set_result(durability)
 
-    async def _make_durable(self, lane: Lane, events: list[bytes]) -> Durability:
+    async def _make_durable(self, lane: Lane, changes: list[_Waiting]) -> Durability:
         reason: Exception
+        began = time.time_ns()
+        events = [change.event for change in changes]
         try:
             await self._publisher.publish(lane.value, encode_batch(events))
-            return Durability.BROKER
         except (NotSent, InDoubt) as error:
             reason, sent = error, isinstance(error, InDoubt)
+        else:
+            _note(changes, f"send {CHANGES}", began, sending(lane, len(changes)))
+            return Durability.BROKER
         if sent:
             log.warning("record_in_doubt", lane=lane, changes=len(events), error=str(reason))
+            _note(changes, f"send {CHANGES}", began, sending(lane, len(changes)), error=str(reason))
+        began = time.time_ns()
         if self._journal is None:
             raise Unrecorded(str(reason), sent=sent) from reason
         try:
             await self._journal.append([(lane, event) for event in events])
         except JournalBroken as error:
             log.error("journal_failed", changes=len(events), error=str(error))
+            _note(changes, "journal", began, {}, error=str(error))
             raise Unrecorded(str(error), sent=sent) from error
+        _note(changes, "journal", began, {"ticketrail.batch.changes": len(changes)})
         return Durability.JOURNAL
+
+
+def sending(lane: Lane, changes: int) -> dict[str, Any]:
+    """Attributes of a span that publishes (OpenTelemetry's messaging conventions)."""
+    return {
+        "messaging.system": "rabbitmq",
+        "messaging.operation.type": "send",
+        "messaging.operation.name": "publish",
+        "messaging.destination.name": CHANGES,
+        "messaging.rabbitmq.destination.routing_key": lane.value,
+        "messaging.batch.message_count": changes,
+    }
+
+
+def _note(
+    changes: list[_Waiting], name: str, began: int, attributes: dict[str, Any], *, error: str | None = None
+) -> None:
+    """In each change's own trace: `record` from when it began to wait, and in it what was done with its message. What
+    made a change durable is the span whose id travels with it."""
+    ended = time.time_ns()
+    for change in changes:
+        trace = change.trace
+        if trace is None or not trace.kept:
+            continue
+        record = tracing.new_span_id()
+        own = None if error else tracing.span_id_of(change.traceparent)
+        trace.note("record", change.began, ended, error=error, span_id=record)
+        trace.note(
+            name,
+            began,
+            ended,
+            kind=SpanKind.PRODUCER,
+            attributes=attributes,
+            error=error,
+            span_id=own,
+            parent=record,
+        )

@@ -16,6 +16,7 @@ from shared.messaging.publisher import Publisher
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
+from shared.tracing import Tracer
 from tests.builders import message
 from tests.system import eventually
 
@@ -29,7 +30,8 @@ class Rig:
         self.mirror = Mirror(settings.redis_url, timeout=0.5, stale_seconds=2.0)
         self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, timeout=5.0)
         self.watch = FenceWatch(settings)
-        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
+        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch, self.tracer)
+        self.tracer = Tracer("test", settings)
         self.writer = PostgresWriter(settings, self.postgres, self.mirror, self.publisher, self.watch)
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""

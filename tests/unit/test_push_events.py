@@ -53,7 +53,7 @@ def test_no_event_of_an_order_was_forgotten() -> None:
 
 def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> None:
     state = order(notes="no onions", customer_session_id="table-7")
-    made = change(state, entityversion=4)
+    made = change(state, entityversion=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     event = pushed(made)
     expected = json.loads(encode(state))
     del expected["request_hash"]
@@ -63,6 +63,7 @@ def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> Non
         "orderID": state.id,
         "timestamp": json.loads(encode(made.time)),
         "version": 4,
+        "traceId": "0af7651916cd43dd8448eb211c80319c",
     }
     assert (event.tenant, event.order_id, event.session_id) == (RESTAURANT, state.id, "table-7")
     assert (event.position, event.change_id) == (AT, made.id)

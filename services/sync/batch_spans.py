@@ -1,0 +1,77 @@
+"""What the writer tells of a batch in traces: a span for the batch, linked to every change of it that is traced, and
+one in each of those changes' own traces. One that failed is always told."""
+
+from collections.abc import Sequence
+
+from opentelemetry.trace import SpanKind
+
+from services.sync.batches import Batch, Taken
+from services.sync.retry import Failed
+from shared.messaging import topology
+from shared.tracing import Tracer
+
+_POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "write_batch"}
+
+
+def trace_batch(
+    tracer: Tracer, batch: Batch, written: Sequence[Taken], failed: Sequence[Failed], began: int, ended: int
+) -> None:
+    """`began`, `ended`: from when its messages were taken to the commit, in nanoseconds since the epoch."""
+    if not tracer.on:
+        return
+    traced = [
+        one.written.change
+        for one in written
+        if tracer.wanted(
+            one.written.change.traceparent, slow_ns=ended - int(one.written.change.time.timestamp() * 1_000_000_000)
+        )
+    ]
+    broken = [one for one in failed if one.change is not None and one.change.traceparent]
+    if not traced and not broken:
+        return
+    queue = topology.lane_queue(batch.lane)
+    links = [change.traceparent for change in traced] + [one.change.traceparent for one in broken if one.change]
+    own = tracer.add(
+        None,
+        f"process {queue}",
+        began,
+        ended,
+        kind=SpanKind.CONSUMER,
+        attributes={
+            "messaging.system": "rabbitmq",
+            "messaging.operation.type": "process",
+            "messaging.operation.name": "process",
+            "messaging.destination.name": queue,
+            "messaging.batch.message_count": len(batch.changes),
+            "ticketrail.batch.failed": len(failed),
+        },
+        links=links,
+        error=f"{len(failed)} of its changes failed" if failed else None,
+    )
+    for change in traced:
+        tracer.add(
+            change.traceparent,
+            f"write {change.entity}",
+            began,
+            ended,
+            kind=SpanKind.CLIENT,
+            attributes={
+                **_POSTGRES,
+                "messaging.destination.name": queue,
+                "ticketrail.change_id": change.id,
+                "ticketrail.batch.changes": len(batch.changes),
+            },
+            links=(own,),
+        )
+    for one in broken:
+        assert one.change is not None
+        tracer.add(
+            one.change.traceparent,
+            f"write {one.change.entity}",
+            began,
+            ended,
+            kind=SpanKind.CLIENT,
+            attributes={**_POSTGRES, "ticketrail.change_id": one.change.id, "ticketrail.attempt": one.attempt},
+            error=f"{one.failure.reason}: {one.failure.error}",
+            links=(own,),
+        )
