@@ -4,7 +4,7 @@ SOURCES := services shared clients deploy tests
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format lock clean bootstrap
+.PHONY: help run test lint format lock secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lock: ## make the locks anew from pyproject.toml (needs uv): all for development
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
+
+secrets: ## make strong secrets for docker-compose.yml in .env; those that are set stay
+	@sh deploy/secrets.sh
 
 clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs
 	@sh deploy/local/clean.sh

@@ -8,7 +8,8 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,6 +29,10 @@ log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
 OPEN_PATHS = ("/health/",)
+
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
+_JSON = (b"content-type", b"application/json")
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -84,10 +89,21 @@ class Gate:
     def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
         if not trace.kept:
             return
-        method, route = str(scope.get("method", "")), str(scope.get("path_template", ""))
-        attributes = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
-        error = f"status {status}" if status >= 500 else None
-        self._tracer.end(trace, f"{method} {route}", kind=SpanKind.SERVER, attributes=attributes, error=error)
+        asked = str(scope.get("method", ""))
+        method = asked if asked in _METHODS else "_OTHER"  # anybody may invent one: names of spans are few
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "url.path": scope["path"],
+            "url.scheme": str(scope.get("scheme", "http")),
+        }
+        name = asked if asked in _METHODS else "HTTP"
+        if route := scope.get("path_template"):
+            attributes["http.route"] = route
+            name = f"{name} {route}"
+        if status:  # none: the caller went away before it was answered
+            attributes["http.response.status_code"] = status
+        error = str(status) if status >= 500 else None
+        self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
 
 
 def gate(tokens: Tokens, tracer: Tracer) -> Callable[[ASGIApp], ASGIApp]:
@@ -142,14 +158,28 @@ def _unstorable_text(body: bytes) -> str | None:
 # -- out ---------------------------------------------------------------------------------------------------------
 
 
-def success(data: Any, *, status: int = 200, headers: dict[str, str] | None = None, **meta: Any) -> Response[bytes]:
+class Reply:
+    """An answer that is whole: an ASGI application that sends it. Litestar's own response looks for cookies, encoders
+    and hooks that we have none of, at a fifth of what an order costs."""
+
+    __slots__ = ("_body", "_headers", "_status")
+
+    def __init__(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = _NO_HEADERS) -> None:
+        self._body = body
+        self._status = status
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name.lower().encode(), value.encode()) for name, value in self._headers.items()]
+        if self._status != 304:
+            headers += (_JSON, (b"content-length", b"%d" % len(self._body)))
+        await send({"type": "http.response.start", "status": self._status, "headers": headers})
+        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+
+
+def success(data: Any, *, status: int = 200, headers: Mapping[str, str] = _NO_HEADERS, **meta: Any) -> Reply:
     """`data` may be `msgspec.Raw`: what is encoded already is not encoded again."""
-    return Response(
-        msgspec.json.encode({"success": True, "data": data, **meta}),
-        status_code=status,
-        media_type=MediaType.JSON,
-        headers=headers or {},
-    )
+    return Reply(msgspec.json.encode({"success": True, "data": data, **meta}), status=status, headers=headers)
 
 
 def failure(error: TicketrailError) -> Response[bytes]:

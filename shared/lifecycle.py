@@ -1,6 +1,7 @@
-"""Tasks without which a process must not look alive."""
+"""What holds a process together: the tasks without which it must not look alive, and its memory."""
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Coroutine
@@ -9,6 +10,15 @@ from typing import Any
 import structlog
 
 log = structlog.get_logger(__name__)
+
+
+def settle_memory() -> None:
+    """Once, when everything that lives as long as the process has been made: the cycle collector leaves that alone
+    from now on, and runs more rarely. Requests leave next to no cycles behind; looking for them took a seventh of the
+    time of an order."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":

@@ -10,6 +10,18 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.weak_secrets import password_in, weakness
+
+_URLS_WITH_PASSWORDS = (
+    "rabbitmq_url",
+    "rabbitmq_management_url",
+    "redis_url",
+    "database_url",
+    "database_writer_url",
+    "database_api_url",
+    "database_ops_url",
+)
+
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TICKETRAIL_", env_file=".env", extra="ignore", frozen=True)
@@ -18,8 +30,10 @@ class Settings(BaseSettings):
     home: Path = Path(".local")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    instance: PositiveInt = Field(
-        1, description="number of this instance among its kind; names its journal and its own order number series"
+    instance: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="number of this instance among its kind; names its journal and its own order number series. "
+        "`auto`: the lowest that is free in this home (shared/rail/instance.py), for replicas that share one",
     )
 
     # Backends. One URL per database role: `migrate` creates the roles with the passwords that stand here.
@@ -37,6 +51,11 @@ class Settings(BaseSettings):
     sync_port: PositiveInt = 8002
     notifier_port: PositiveInt = 8003
     worker_port: PositiveInt = Field(8004, description="health of the sync worker")
+    trusted_proxies: str = Field(
+        "",
+        description="addresses or networks, with commas between, whose X-Forwarded-For is believed "
+        "(shared/client_address.py); empty: nobody's",
+    )
 
     # Who may call.
     jwt_secret: str = Field("development-only-secret-change-me-please", min_length=32)
@@ -46,11 +65,16 @@ class Settings(BaseSettings):
     # The commit (shared/rail).
     publish_timeout_seconds: PositiveFloat = 1.5
     publish_batch_changes: PositiveInt = 256
-    publishes_under_way: PositiveInt = 2
+    publishes_under_way: PositiveInt = Field(
+        1, description="per lane; fewer make larger messages, which cost less: 2 cost a fifth of the throughput"
+    )
     claim_stale_seconds: PositiveFloat = 2.0
     claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
     reveal_seconds: PositiveFloat = 1.0
     journal_max_bytes: PositiveInt = 1 << 30
+    orphans_seconds: PositiveFloat = Field(
+        5.0, description="how often journals are looked for whose own instance is not there (shared/rail/orphans.py)"
+    )
     settle_seconds: PositiveFloat = Field(
         3.0, description="how long a mirror that was lost stays cold at least: twice the publish timeout"
     )
@@ -111,17 +135,36 @@ class Settings(BaseSettings):
     heartbeat_seconds: PositiveFloat = 15.0
 
     @model_validator(mode="after")
-    def _no_public_secrets(self) -> Self:
+    def _no_weak_secrets(self) -> Self:
+        """In production. A URL that is set to nothing is none of this service's: it has no secret to be weak."""
         if self.environment == "production":
             for name in ("jwt_secret", "sync_token"):
-                if getattr(self, name) == type(self).model_fields[name].default:
-                    raise ValueError(f"TICKETRAIL_{name.upper()} must be set in production")
+                if wrong := weakness(getattr(self, name)):
+                    raise ValueError(f"TICKETRAIL_{name.upper()} {wrong}")
+            for name in _URLS_WITH_PASSWORDS:
+                if (url := getattr(self, name)) and (wrong := weakness(password_in(url))):
+                    raise ValueError(f"the password in TICKETRAIL_{name.upper()} {wrong}")
         return self
+
+    def numbered(self, instance: int) -> Self:
+        """The same for the instance that this process has become: where `auto` stood, its number."""
+        return self.model_copy(update={"instance": instance})
+
+    @property
+    def instance_number(self) -> int:
+        """Raises ValueError while it is still to be found (`auto`)."""
+        if self.instance == "auto":
+            raise ValueError("TICKETRAIL_INSTANCE=auto, and no number was leased yet")
+        return self.instance
 
     @property
     def traces_path(self) -> Path:
         return self.home / "traces"
 
     @property
+    def journal_folder(self) -> Path:
+        return self.home / "journal"
+
+    @property
     def journal_path(self) -> Path:
-        return self.home / "journal" / f"orders-{self.instance}.sqlite"
+        return self.journal_folder / f"orders-{self.instance_number}.sqlite"

@@ -7,9 +7,10 @@ Times are nanoseconds since the epoch; `links` are [trace id, span id]. Each pro
 (`<service>-<instance>.jsonl`, older ones `.1`, `.2`, …); readers may read at any time, a line is written whole.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import structlog
@@ -50,8 +51,8 @@ class FileExporter(SpanExporter):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size + len(lines) > self._max_bytes:
                 self._rotate()
-            with self._path.open("ab") as file:
-                file.write(lines)
+            with self._path.open("ab+") as file:
+                file.write(b"\n" + lines if _cut_short(file) else lines)
         except OSError as error:
             if not self._failed:
                 log.error("traces_not_written", path=str(self._path), error=str(error))
@@ -80,6 +81,14 @@ class FileExporter(SpanExporter):
         return self._path.with_name(f"{self._path.name}.{number}")
 
 
+def _cut_short(file: IO[bytes]) -> bool:
+    """Its last line has no end: a kill, or a disk that was full. What follows must not be lost with it."""
+    if not file.tell():
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
 def _row(span: ReadableSpan) -> SpanRow:
     context, parent = span.context, span.parent
     assert context is not None
@@ -96,8 +105,14 @@ def _row(span: ReadableSpan) -> SpanRow:
         end_ns=span.end_time,
         attributes=dict(span.attributes or {}),
         links=[(f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}") for link in span.links],
-        error=(span.status.description or "error") if span.status.status_code is StatusCode.ERROR else None,
+        error=_error(span),
     )
+
+
+def _error(span: ReadableSpan) -> str | None:
+    if span.status.status_code is not StatusCode.ERROR:
+        return None
+    return span.status.description or str((span.attributes or {}).get("error.type", "error"))
 
 
 def read_spans(folder: Path, wanted: Sequence[bytes]) -> Iterator[SpanRow]:

@@ -9,7 +9,7 @@ matters, sample everything and let the collector decide on whole traces (docs/tr
     orders    POST /api/orders ─ claim ─ record ─ send ticketrail.changes ─ reveal
     worker                                              ├─ write order   (linked to the batch's own span)
                                                         └─ mirror order
-    notifier                                            └─ push order.created
+    notifier                                            └─ push order_created
 
 A change carries the context of its `send` span (W3C `traceparent`), whoever sends it: the request, a drainer, or who
 finishes a claim that was left behind. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
@@ -31,7 +31,9 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from shared.settings import Settings
 from shared.trace_files import FileExporter
 
-_TRACEPARENT = re.compile(r"^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$")
+# Ids of zeros alone are none (W3C Trace Context).
+_TRACEPARENT = re.compile(r"^00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})\Z")
+_ERROR_TYPE = re.compile(r"([\w.]+)(?:: |\Z)")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _ERROR = StatusCode.ERROR
 _NOTHING: Mapping[str, Any] = {}
@@ -78,8 +80,8 @@ class Trace:
         span_id: str | None = None,
         parent: str | None = None,
     ) -> None:
-        """A span below `parent`, or below this work's own; times in nanoseconds since the epoch. `span_id`: one that
-        others know already."""
+        """A span below `parent`, or below this work's own; times in nanoseconds since the epoch. `error`: "type: text",
+        or the type alone. `span_id`: one that others know already."""
         if self.kept:
             self.noted.append((name, kind, began, ended, attributes, error, span_id, parent))
 
@@ -141,7 +143,7 @@ class Tracer:
         self._slow_ns = int(settings.trace_slow_ms * 1_000_000)
         self._slow_left = self._slow_per_second = settings.trace_slow_per_second
         self._second = 0
-        self._resource = Resource(
+        self._resource = Resource.create(
             {"service.name": f"ticketrail-{service}", "service.instance.id": f"{service}-{settings.instance}"}
         )
         self._processor: BatchSpanProcessor | None = None
@@ -158,7 +160,7 @@ class Tracer:
     def begin(self, traceparent: str | None) -> Trace:
         """Continues the caller's trace, or begins one, and makes it the current one of this task."""
         found = _TRACEPARENT.match(traceparent) if traceparent else None
-        if found and found[1] != "0" * 32:
+        if found:
             sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
             trace = Trace(found[1], found[2], sampled=sampled, kept=self.on)
         else:
@@ -276,6 +278,11 @@ class Tracer:
     ) -> None:
         if self._processor is None:
             return
+        status = Status()
+        if error is not None:
+            type_ = found[1] if (found := _ERROR_TYPE.match(error)) else "_OTHER"
+            attributes = {**attributes, "error.type": type_}
+            status = Status(_ERROR, error[:500] if error != type_ else None)
         self._processor.on_end(
             ReadableSpan(
                 name,
@@ -285,7 +292,7 @@ class Tracer:
                 attributes=attributes,
                 links=[Link(context) for link in links if (context := _linked(link))],
                 kind=kind,
-                status=Status(_ERROR, error[:500]) if error is not None else Status(),
+                status=status,
                 start_time=began,
                 end_time=ended,
             )

@@ -19,9 +19,11 @@ from services.notifier.hub import Hub
 from services.notifier.transports import TRANSPORTS
 from services.notifier.window import Window
 from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, stop_event
+from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import LOG
+from shared.rail.instance import number_of_traces
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
@@ -79,6 +81,7 @@ async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
 def create(settings: Settings | None = None) -> Litestar:
     settings = settings or Settings()
     configure_logging("notifier", settings.log_level)
+    settings, lease = number_of_traces(settings, "notifier")
     parts = assemble(settings)
 
     @asynccontextmanager
@@ -86,11 +89,13 @@ def create(settings: Settings | None = None) -> Litestar:
         closing = asyncio.create_task(_close_on(stop_event(), parts.hub), name="close-on-stop")
         try:
             await start(parts)
+            settle_memory()
             log.info("started", instance=settings.instance, port=settings.notifier_port)
             yield
         finally:
             closing.cancel()
             await stop(parts)
+            lease.release()
             log.info("stopped")
 
     return Litestar(

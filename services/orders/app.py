@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 from litestar import Litestar
-from litestar.di import Provide
+from litestar.datastructures import State
 from msgspec import Struct
 
 from services.orders.commands import Commands
@@ -19,6 +19,7 @@ from services.orders.reads import Reads
 from services.orders.routes import ROUTES
 from shared.entities.contract import now
 from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health
+from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
@@ -28,7 +29,9 @@ from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
+from shared.rail.instance import Lease
 from shared.rail.journal import Journal
+from shared.rail.orphans import Orphans
 from shared.rail.record import Recorder
 from shared.security import Tokens
 from shared.settings import Settings
@@ -45,6 +48,7 @@ class Parts(Struct, frozen=True):
     publisher: Publisher
     journal: Journal
     drainer: Drainer
+    orphans: Orphans
     rail: Rail
     menus: Menus
     reads: Reads
@@ -59,7 +63,7 @@ def assemble(settings: Settings) -> Parts:
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )
     publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
-    journal = Journal(settings.journal_path, instance=settings.instance, max_bytes=settings.journal_max_bytes)
+    journal = Journal(settings.journal_path, instance=settings.instance_number, max_bytes=settings.journal_max_bytes)
     recorder = Recorder(
         publisher, journal, under_way=settings.publishes_under_way, batch_changes=settings.publish_batch_changes
     )
@@ -83,6 +87,14 @@ def assemble(settings: Settings) -> Parts:
         publisher,
         journal,
         Drainer(journal, publisher, tracer),
+        Orphans(
+            settings.journal_folder,
+            publisher,
+            tracer,
+            own=settings.instance_number,
+            max_bytes=settings.journal_max_bytes,
+            every=settings.orphans_seconds,
+        ),
         rail,
         menus,
         reads,
@@ -102,6 +114,7 @@ async def start(parts: Parts) -> None:
     await _check_topology(parts.settings)
     await parts.publisher.start(wait=3.0)
     parts.drainer.start()
+    parts.orphans.start()
     await parts.menus.start()
     await parts.menus.load_all()
 
@@ -119,6 +132,7 @@ async def _check_topology(settings: Settings) -> None:
 async def stop(parts: Parts) -> None:
     await parts.rail.drain()
     await parts.reads.drain()
+    await parts.orphans.stop()
     await parts.drainer.stop()
     await parts.menus.stop()
     await parts.publisher.stop()
@@ -149,24 +163,26 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
 def create(settings: Settings | None = None) -> Litestar:
     settings = settings or Settings()
     configure_logging("orders", settings.log_level)
+    # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
+    lease = Lease.take(settings.journal_folder, "orders", settings.instance)
+    settings = settings.numbered(lease.number)
     parts = assemble(settings)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         await start(parts)
+        settle_memory()
         log.info("started", instance=settings.instance, port=settings.orders_port)
         try:
             yield
         finally:
             await stop(parts)
+            lease.release()
             log.info("stopped")
 
     return Litestar(
         route_handlers=[*ROUTES, *health(lambda: readiness(parts))],
-        dependencies={
-            "commands": Provide(lambda: parts.commands, sync_to_thread=False),
-            "reads": Provide(lambda: parts.reads, sync_to_thread=False),
-        },
+        state=State({"commands": parts.commands, "reads": parts.reads}),
         middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],

@@ -5,7 +5,8 @@ import re
 from typing import Any
 from uuid import UUID
 
-from litestar import Request, Response, delete, get, post, put
+from litestar import Request, delete, get, post, put
+from litestar.types import ASGIApp
 
 from services.orders.commands import Commands, Done
 from services.orders.filters import cursor_after, read_filters
@@ -14,7 +15,7 @@ from services.orders.requests import PlaceOrder, UpdateOrder
 from services.orders.views import PENDING, SYNCED, order_view, sync_of
 from shared.entities.contract import encode
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.http import identity_of, read_body, success
+from shared.http import Reply, identity_of, read_body, success
 from shared.security import Role
 
 Call = Request[Any, Any, Any]
@@ -23,25 +24,25 @@ _KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 
 
 @post("/api/orders")
-async def place_order(request: Call, commands: Commands, reads: Reads) -> Response[bytes]:
+async def place_order(request: Call) -> ASGIApp:
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.match(key):
         raise InvalidInput("1 to 200 visible ASCII characters", field="Idempotency-Key")
     wanted = read_body(await request.body(), PlaceOrder)
     who = identity_of(request)
-    done = await commands.place(who, wanted, key)
+    done = await _commands(request).place(who, wanted, key)
     sync = PENDING
     if done.replayed:
         with contextlib.suppress(Unavailable):  # it was found a moment ago; how far it has come need not be known
-            sync = _sync(await reads.one(who.tenant, done.order.id))
+            sync = _sync(await _reads(request).one(who.tenant, done.order.id))
     return _reply(done, status=201, sync=sync)
 
 
 @get("/api/orders")
-async def list_orders(request: Call, reads: Reads) -> Response[bytes]:
+async def list_orders(request: Call) -> ASGIApp:
     who = identity_of(request)
     filters = read_filters(dict(request.query_params), session=who.session_id if who.role is Role.CUSTOMER else None)
-    page = await reads.page(who.tenant, filters)
+    page = await _reads(request).page(who.tenant, filters)
     return success(
         [order_view(one.state, one.standing, sync_of(one.document) if one.document else SYNCED) for one in page.found],
         headers={"X-Served-By": "postgres" if page.complete else "mirror"},
@@ -54,9 +55,9 @@ async def list_orders(request: Call, reads: Reads) -> Response[bytes]:
 
 
 @get("/api/orders/{order_id:str}")
-async def get_order(request: Call, reads: Reads, order_id: str) -> Response[bytes]:
+async def get_order(request: Call, order_id: str) -> ASGIApp:
     who = identity_of(request)
-    found = await reads.one(who.tenant, _id(order_id))
+    found = await _reads(request).one(who.tenant, _id(order_id))
     order = found.order()
     if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
         raise NotFound("no such order")
@@ -64,30 +65,41 @@ async def get_order(request: Call, reads: Reads, order_id: str) -> Response[byte
         raise NotFound("the order is deleted", code="order_deleted")
     headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
     if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(b"", status_code=304, headers=headers)
+        return Reply(b"", status=304, headers=headers)
     return success(order_view(found.state, found.standing, _sync(found)), headers=headers)
 
 
 @put("/api/orders/{order_id:str}")
-async def update_order(request: Call, commands: Commands, order_id: str) -> Response[bytes]:
+async def update_order(request: Call, order_id: str) -> ASGIApp:
     wanted = read_body(await request.body(), UpdateOrder)
-    return _reply(await commands.update(identity_of(request), _id(order_id), wanted, _version(request)))
+    return _reply(await _commands(request).update(identity_of(request), _id(order_id), wanted, _version(request)))
 
 
 @delete("/api/orders/{order_id:str}", status_code=200)
-async def delete_order(request: Call, commands: Commands, order_id: str) -> Response[bytes]:
-    return _reply(await commands.delete(identity_of(request), _id(order_id), _version(request)))
+async def delete_order(request: Call, order_id: str) -> ASGIApp:
+    return _reply(await _commands(request).delete(identity_of(request), _id(order_id), _version(request)))
 
 
 @post("/api/orders/{order_id:str}/restore", status_code=200)
-async def restore_order(request: Call, commands: Commands, order_id: str) -> Response[bytes]:
-    return _reply(await commands.restore(identity_of(request), _id(order_id), _version(request)))
+async def restore_order(request: Call, order_id: str) -> ASGIApp:
+    return _reply(await _commands(request).restore(identity_of(request), _id(order_id), _version(request)))
 
 
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order]
 
 
-def _reply(done: Done, *, status: int = 200, sync: dict[str, Any] = PENDING) -> Response[bytes]:
+# From the application's state: Litestar's dependency injection opens a task group for every request.
+def _commands(request: Call) -> Commands:
+    commands: Commands = request.app.state["commands"]
+    return commands
+
+
+def _reads(request: Call) -> Reads:
+    reads: Reads = request.app.state["reads"]
+    return reads
+
+
+def _reply(done: Done, *, status: int = 200, sync: dict[str, Any] = PENDING) -> ASGIApp:
     headers = {"ETag": f'"{done.standing.version}"'}
     more: dict[str, Any] = {"visible": done.visible}
     if done.replayed:

@@ -5,8 +5,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from litestar import Litestar, Request, Response, get
+from litestar import Litestar, Request, get
 from litestar.di import Provide
+from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.sync.status import sync_status
@@ -15,6 +16,7 @@ from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, identi
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import AWAY, Postgres
+from shared.rail.instance import number_of_traces
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
@@ -33,7 +35,7 @@ class Parts(Struct, frozen=True):
 
 
 @get("/api/sync/status")
-async def status(request: Request[Any, Any, Any], parts: Parts) -> Response[bytes]:
+async def status(request: Request[Any, Any, Any], parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.postgres, parts.mirror, identity_of(request).tenant))
 
 
@@ -61,6 +63,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
 def create(settings: Settings | None = None) -> Litestar:
     settings = settings or Settings()
     configure_logging("sync-api", settings.log_level)
+    settings, lease = number_of_traces(settings, "sync-api")
     parts = Parts(
         settings,
         Postgres(settings.database_api_url, settings),
@@ -75,6 +78,7 @@ def create(settings: Settings | None = None) -> Litestar:
         await parts.mirror.close()
         await parts.postgres.close()
         parts.tracer.close()
+        lease.release()
         log.info("stopped")
 
     return Litestar(

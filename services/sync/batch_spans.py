@@ -7,16 +7,29 @@ from opentelemetry.trace import SpanKind
 
 from services.sync.batches import Batch, Taken
 from services.sync.retry import Failed
+from shared.entities.contract import Change
 from shared.messaging import topology
 from shared.tracing import Tracer
 
-_POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "write_batch"}
+# Several statements of one transaction.
+_POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "BATCH"}
+
+
+def _names(change: Change) -> dict[str, str]:
+    """By the order's id its traces are found, also those of a change that never gets into PostgreSQL."""
+    return {"ticketrail.change_id": change.id, f"ticketrail.{change.entity}_id": change.entity_id}
 
 
 def trace_batch(
-    tracer: Tracer, batch: Batch, written: Sequence[Taken], failed: Sequence[Failed], began: int, ended: int
+    tracer: Tracer,
+    batch: Batch,
+    messages: int,
+    written: Sequence[Taken],
+    failed: Sequence[Failed],
+    began: int,
+    ended: int,
 ) -> None:
-    """`began`, `ended`: from when its messages were taken to the commit, in nanoseconds since the epoch."""
+    """`began`, `ended`: from when its `messages` were taken to the commit, in nanoseconds since the epoch."""
     if not tracer.on:
         return
     traced = [
@@ -42,11 +55,12 @@ def trace_batch(
             "messaging.operation.type": "process",
             "messaging.operation.name": "process",
             "messaging.destination.name": queue,
-            "messaging.batch.message_count": len(batch.changes),
+            "messaging.batch.message_count": messages,
+            "ticketrail.batch.changes": len(batch.changes),
             "ticketrail.batch.failed": len(failed),
         },
         links=links,
-        error=f"{len(failed)} of its changes failed" if failed else None,
+        error=f"changes_failed: {len(failed)} of {len(written) + len(failed)}" if failed else None,
     )
     for change in traced:
         tracer.add(
@@ -57,8 +71,8 @@ def trace_batch(
             kind=SpanKind.CLIENT,
             attributes={
                 **_POSTGRES,
+                **_names(change),
                 "messaging.destination.name": queue,
-                "ticketrail.change_id": change.id,
                 "ticketrail.batch.changes": len(batch.changes),
             },
             links=(own,),
@@ -71,7 +85,12 @@ def trace_batch(
             began,
             ended,
             kind=SpanKind.CLIENT,
-            attributes={**_POSTGRES, "ticketrail.change_id": one.change.id, "ticketrail.attempt": one.attempt},
+            attributes={
+                **_POSTGRES,
+                **_names(one.change),
+                "messaging.destination.name": queue,
+                "ticketrail.attempt": one.attempt,
+            },
             error=f"{one.failure.reason}: {one.failure.error}",
             links=(own,),
         )

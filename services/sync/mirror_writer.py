@@ -44,7 +44,12 @@ from shared.tracing import Tracer
 log = structlog.get_logger(__name__)
 
 _OVERLAP = timedelta(minutes=10)
-_ON_MIRROR = {"db.system.name": "redis", "db.operation.name": "EVALSHA", "messaging.destination.name": LOG}
+_ON_MIRROR = {
+    "db.system.name": "redis",
+    "db.operation.name": "EVALSHA",
+    "db.stored_procedure.name": "apply",
+    "messaging.destination.name": LOG,
+}
 _NOWHERE = -1
 _PIECE = 250  # changes in one script
 _LAST_FENCE = "select min(sent_at) from fences where lane <> ''"

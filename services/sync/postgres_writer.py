@@ -100,7 +100,7 @@ class Batcher:
         lost = {one.change.id for one in refused if one.change}
         through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes
         committed = [one.written for one in through]
-        trace_batch(self._tracer, batch, through, failed, began, ended)
+        trace_batch(self._tracer, batch, len(taken), through, failed, began, ended)
         self.written += len(committed)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()

@@ -84,7 +84,8 @@ async def find_traces(settings: Settings, order_id: str) -> Found:
 def _from_files(settings: Settings, ids: Sequence[str], order_id: str) -> list[SpanRow]:
     # First whose request names the order: a change that PostgreSQL has not got yet is found by that alone.
     named = read_spans(settings.traces_path, [order_id.encode()])
-    every = list(dict.fromkeys([*ids, *(span.trace_id for span in named)]))
+    own = (span.trace_id for span in named if span.attributes.get("ticketrail.order_id") == order_id)
+    every = list(dict.fromkeys([*ids, *own]))
     return list(read_spans(settings.traces_path, [id_.encode() for id_ in every])) if every else []
 
 
@@ -150,5 +151,5 @@ def _rows(traces: Iterable[dict[str, Any]]) -> Iterable[SpanRow]:
                     for one in references
                     if one["refType"] == "FOLLOWS_FROM"
                 ],
-                error=str(tags.get("otel.status_description") or "error") if failed else None,
+                error=str(tags.get("otel.status_description") or tags.get("error.type") or "error") if failed else None,
             )

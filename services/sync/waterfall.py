@@ -66,8 +66,8 @@ def _service(span: SpanRow) -> str:
 def _note(span: SpanRow) -> str:
     said = []
     attributes = span.attributes
-    if "messaging.batch.message_count" in attributes and span.kind == "producer":
-        said.append(f"{attributes['messaging.batch.message_count']} in its message")
+    if "ticketrail.message.changes" in attributes:
+        said.append(f"{attributes['ticketrail.message.changes']} in its message")
     if "ticketrail.batch.changes" in attributes:
         said.append(f"{attributes['ticketrail.batch.changes']} in its batch")
     if "ticketrail.attempt" in attributes:
@@ -170,6 +170,6 @@ def _table(lines: Sequence[Line], width: int) -> Table:
                 " " * min(left, bar - 1) + ("░" if line.waits else "█") * min(long, bar - min(left, bar - 1)),
                 style=style,
             ),
-            Text(line.error, style="red") if line.error else line.note,
+            Text(", ".join(filter(None, (line.error, line.note))), style="red" if line.error else ""),
         )
     return table

@@ -18,7 +18,7 @@ from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
 from services.sync.reconciler import Reconciler
 from shared.http import EXCEPTION_HANDLERS, health
-from shared.lifecycle import vital_task
+from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
@@ -26,6 +26,7 @@ from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigu
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
+from shared.rail.instance import number_of_traces
 from shared.rail.record import Recorder
 from shared.settings import Settings
 from shared.telemetry import configure_logging
@@ -98,6 +99,7 @@ async def start(parts: Parts) -> None:
     await parts.fences.start()
     await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.fence_interval_seconds))
     parts.reconciler.start()
+    settle_memory()
 
 
 async def _broker_with_topology(settings: Settings) -> None:
@@ -139,6 +141,7 @@ async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, di
 def create(settings: Settings | None = None) -> Litestar:
     settings = settings or Settings()
     configure_logging("sync-worker", settings.log_level)
+    settings, lease = number_of_traces(settings, "sync-worker")
     parts = assemble(settings)
     started: list[asyncio.Task[None]] = []
 
@@ -153,6 +156,7 @@ def create(settings: Settings | None = None) -> Litestar:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await stop(parts)
+            lease.release()
             log.info("stopped")
 
     return Litestar(

@@ -6,6 +6,7 @@ The stores are generic: the PostgreSQL writer and the mirror writer read these d
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -35,30 +36,36 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
-    """The readers' table of an entity; keyed by (restaurant_id, id), with version and change_id as the guard."""
+class _Rows:
+    """What tables and the rows that belong to them have in common."""
 
     name: str
     columns: Sequence[Column]
+
+    @cached_property
+    def times(self) -> Sequence[Column]:
+        """Those that hold a moment: looked at in every change."""
+        return tuple(column for column in self.columns if column.pg_type == "timestamptz")
 
 
 @dataclass(frozen=True)
-class Children:
+class Table(_Rows):
+    """The readers' table of an entity; keyed by (restaurant_id, id), with version and change_id as the guard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Children(_Rows):
     """Rows that belong to one state and are replaced with it; keyed by (restaurant_id, <parent>, position)."""
 
-    name: str
     parent: str
-    columns: Sequence[Column]
     rows: Callable[[Any], Sequence[Struct]]
 
 
-@dataclass(frozen=True)
-class Facts:
+@dataclass(frozen=True, kw_only=True)
+class Facts(_Rows):
     """Rows keyed by their own id that are kept from every snapshot that arrives, superseded or forked too."""
 
-    name: str
     parent: str
-    columns: Sequence[Column]
     rows: Callable[[Any], Sequence[Struct]]
 
 
@@ -110,20 +117,18 @@ class Entity:
             raise BrokenContract("wrong_tenant", "data.after.restaurant_id is not the restaurantid of the change")
         if state.id != change.entity_id:  # type: ignore[attr-defined]
             raise BrokenContract("contract_broken", "data.after.id is not the id in the subject")
-        _check_times(self.table, [state])
-        for child in self.children:
-            _check_times(child, child.rows(state))
-        for fact in self.facts:
-            _check_times(fact, fact.rows(state))
+        for column in self.table.times:
+            _check_time(self.table.name, column, state)
+        for part in (*self.children, *self.facts):
+            for column in part.times:
+                for row in part.rows(state):  # type: ignore[attr-defined]
+                    _check_time(part.name, column, row)
         return state
 
 
-def _check_times(table: Table | Children | Facts, rows: Sequence[Any]) -> None:
-    for column in table.columns:
-        if column.pg_type == "timestamptz":
-            for row in rows:
-                if (at := column.of(row)) is not None and not in_range(at):
-                    raise BrokenContract("contract_broken", f"data.after: {table.name}.{column.name} is out of range")
+def _check_time(table: str, column: Column, row: Any) -> None:
+    if (at := column.of(row)) is not None and not in_range(at):
+        raise BrokenContract("contract_broken", f"data.after: {table}.{column.name} is out of range")
 
 
 def event_of(type_: str) -> tuple[str, str, str]:

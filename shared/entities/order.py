@@ -153,22 +153,22 @@ ENTITY = Entity(
     ),
     children=(
         Children(
-            "order_items",
-            "order_id",
-            (
+            name="order_items",
+            parent="order_id",
+            columns=(
                 *columns("menu_item_id uuid", "name text", "quantity int4", "unit_price int8", "line_total int8"),
                 *columns("special_instructions text"),
                 Column("customizations", "jsonb", lambda item: encode(item.customizations).decode()),
             ),
-            lambda order: order.items,
+            rows=lambda order: order.items,
         ),
     ),
     facts=(
         Facts(
-            "payments",
-            "order_id",
-            tuple(columns("amount int8", "method text", "reference text", "created_at timestamptz")),
-            lambda order: order.payments,
+            name="payments",
+            parent="order_id",
+            columns=tuple(columns("amount int8", "method text", "reference text", "created_at timestamptz")),
+            rows=lambda order: order.payments,
         ),
     ),
     numbering=Numbering(

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 import structlog
+from hiredis import pack_command
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -144,8 +145,9 @@ class MirrorConnection:
                 raise
 
     async def _round_trip(self, calls: list[_Call]) -> None:
-        commands = [self._command(call.command) for call in calls]
-        await self._connection.send_packed_command(self._connection.pack_commands(commands), check_health=False)
+        # hiredis packs: redis-py's own packing, in Python, took a tenth of what an order costs.
+        packed = b"".join([pack_command(self._command(call.command)) for call in calls])
+        await self._connection.send_packed_command(packed, check_health=False)
         for call in calls:
             try:
                 # Without `timeout=`: with it redis-py answers a timeout with None and keeps the connection, and every
@@ -160,7 +162,7 @@ class MirrorConnection:
             if not call.reply.done():
                 call.reply.set_result(reply)
 
-    def _command(self, command: tuple[Argument, ...]) -> tuple[Argument, ...]:
+    def _command(self, command: tuple[Argument, ...]) -> Any:
         name = command[0]
         if isinstance(name, str) and name.startswith("\0"):
             return ("EVALSHA", self._shas[name[1:]], *command[1:])

@@ -12,7 +12,8 @@ States of a change, and what a crash in each leaves behind:
 | claimed   | claim         | -                 | after 2 s whoever meets it, or the reconciler, records and       | old           |
 |           |               |                   | reveals the same event: it happens late, once                    |               |
 | sent      | claim         | perhaps           | the same: recorded twice is recorded once (same change id)       | old           |
-| journaled | claim         | journal           | the same; and the instance drains its journal when it returns    | old           |
+| journaled | claim         | journal           | the same; and the journal is drained: by its instance when it    | old           |
+|           |               |                   | returns, or by another that lives beside it (orphans.py)         |               |
 | recorded  | claim         | yes               | the same; or the mirror writer meets it in the log               | old           |
 | revealed  | state         | yes               | done; the reply was lost, a repeat with its key finds it         | new           |
 

@@ -36,7 +36,8 @@ from shared.tracing import Tracer
 log = structlog.get_logger(__name__)
 
 _PAUSE = 0.05
-_ON_MIRROR = {"db.system.name": "redis", "db.operation.name": "EVALSHA"}
+_CLAIM = {"db.system.name": "redis", "db.operation.name": "EVALSHA", "db.stored_procedure.name": "claim"}
+_REVEAL = {**_CLAIM, "db.stored_procedure.name": "apply"}
 
 
 class Draft(Struct, kw_only=True):
@@ -149,7 +150,7 @@ class Rail:
             raise InvalidInput(str(error), field="data", code="contract_broken") from error
         doubt = _Doubt()
         try:
-            with tracing.span("claim", kind=SpanKind.CLIENT, attributes=_ON_MIRROR):
+            with tracing.span("claim", kind=SpanKind.CLIENT, attributes=_CLAIM):
                 number, claimed = await self._claim(draft, change, doubt)
             if claimed:
                 change, state = _numbered(draft.entity, change, draft.state, number)
@@ -165,7 +166,7 @@ class Rail:
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
             raise
-        with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_ON_MIRROR):
+        with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
             visible = await self._reveal(draft.entity, change, state)
         return Committed(state, change.standing, durability, visible)
 

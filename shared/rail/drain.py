@@ -13,9 +13,8 @@ from opentelemetry.trace import SpanKind
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch, traceparent_in
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from shared.messaging.topology import CHANGES
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
-from shared.rail.record import MAX_BODY, sending
+from shared.rail.record import MAX_BODY, sending, sends
 from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
@@ -87,8 +86,15 @@ class Drainer:
         for entry in drained:
             context = traceparent_in(entry.event)
             if self._tracer.wanted(context):
+                # What travels with the change is the context of the span that journaled it.
                 self._tracer.add(
-                    context, f"send {CHANGES}", began, ended, kind=SpanKind.PRODUCER, attributes=attributes
+                    context,
+                    sends(lane),
+                    began,
+                    ended,
+                    kind=SpanKind.CLIENT,
+                    attributes=attributes,
+                    links=(context,),
                 )
 
 

@@ -117,11 +117,11 @@ class Recorder:
         except (NotSent, InDoubt) as error:
             reason, sent = error, isinstance(error, InDoubt)
         else:
-            _note(changes, f"send {CHANGES}", began, sending(lane, len(changes)))
+            _note(changes, sends(lane), began, sending(lane, len(changes)))
             return Durability.BROKER
         if sent:
             log.warning("record_in_doubt", lane=lane, changes=len(events), error=str(reason))
-            _note(changes, f"send {CHANGES}", began, sending(lane, len(changes)), error=str(reason))
+            _note(changes, sends(lane), began, sending(lane, len(changes)), error=f"{type(reason).__name__}: {reason}")
         began = time.time_ns()
         if self._journal is None:
             raise Unrecorded(str(reason), sent=sent) from reason
@@ -129,21 +129,26 @@ class Recorder:
             await self._journal.append([(lane, event) for event in events])
         except JournalBroken as error:
             log.error("journal_failed", changes=len(events), error=str(error))
-            _note(changes, "journal", began, {}, error=str(error))
+            _note(changes, "journal", began, {}, error=f"{type(error).__name__}: {error}")
             raise Unrecorded(str(error), sent=sent) from error
-        _note(changes, "journal", began, {"ticketrail.batch.changes": len(changes)})
+        _note(changes, "journal", began, {"ticketrail.message.changes": len(changes)})
         return Durability.JOURNAL
 
 
+def sends(lane: Lane) -> str:
+    """Name of a span that publishes."""
+    return f"send {CHANGES}:{lane.value}"
+
+
 def sending(lane: Lane, changes: int) -> dict[str, Any]:
-    """Attributes of a span that publishes (OpenTelemetry's messaging conventions)."""
+    """Attributes of a span that publishes one message with so many changes (OpenTelemetry's messaging conventions)."""
     return {
         "messaging.system": "rabbitmq",
         "messaging.operation.type": "send",
-        "messaging.operation.name": "publish",
-        "messaging.destination.name": CHANGES,
+        "messaging.operation.name": "send",
+        "messaging.destination.name": f"{CHANGES}:{lane.value}",
         "messaging.rabbitmq.destination.routing_key": lane.value,
-        "messaging.batch.message_count": changes,
+        "ticketrail.message.changes": changes,
     }
 
 

@@ -30,9 +30,9 @@ class Rig:
         self.mirror = Mirror(settings.redis_url, timeout=0.5, stale_seconds=2.0)
         self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, timeout=5.0)
         self.watch = FenceWatch(settings)
-        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch, self.tracer)
+        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
-        self.writer = PostgresWriter(settings, self.postgres, self.mirror, self.publisher, self.watch)
+        self.writer = PostgresWriter(settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer)
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
 

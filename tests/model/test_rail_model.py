@@ -335,7 +335,10 @@ class RailMachine(RuleBasedStateMachine):
                 world.run(script())
         if not world.warm:
             world.run(world.stamp())
+        rounds = 0
         while world.run(world.impatient.claims_left_behind()):
+            rounds += 1
+            assert rounds < 100, "a claim that was left behind cannot be finished"
             if (left := world.run(world.left_behind(0))) is not None:  # else it needed no finishing, and is gone
                 world.go_on(world.instances[0], world.start(world.instances[0], finished(world.instances[0], left)))
         assert not world.redis.keys("*claim*"), "law 5: a claim is left that nobody finishes"
