@@ -1,0 +1,25 @@
+"""Node peers: their packages, by the lock beside them, into `node_modules` (never committed)."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from benchmarks.load import Missing
+
+
+def prepared(folder: Path) -> str:
+    """The path of Node, with the packages of `folder` installed; raises Missing."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        raise Missing("no Node")
+    if not (folder / "node_modules").exists():
+        done = subprocess.run(  # noqa: S603
+            [npm, "ci", "--omit=dev", "--no-audit", "--no-fund"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise Missing(f"npm ci failed: {done.stderr.strip()[-200:]}")
+    return node

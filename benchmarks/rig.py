@@ -1,0 +1,341 @@
+"""Private servers, 50 restaurants and the services for a benchmark, in a folder that is removed at the end.
+
+The services run as in `make run`: the same settings, 10 % of the traces kept. Peers get a database of their own on the
+same PostgreSQL server, and the restaurants as a JSON file.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import NAMESPACE_URL, uuid5
+
+import asyncpg
+import msgspec
+import psutil
+from msgspec import Struct
+
+from deploy.local import packages, servers
+from deploy.local.child import Child
+from deploy.local.management import ask
+from deploy.local.ports import find_free
+from shared.entities import menu_item
+from shared.entities.contract import Change, ChangeData, Lane, change_id, encode, now
+from shared.entities.menu_item import MenuItem
+from shared.messaging.topology import lane_queue
+from shared.postgres.changes import Written, write_batch
+from shared.security import Identity, Role, Tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRET = "a-secret-for-benchmarks-that-is-long-enough"  # noqa: S105  (servers on 127.0.0.1 that live for minutes)
+SERVICES = {
+    "orders": ("services.orders",),
+    "worker": ("services.sync", "worker"),
+    "sync": ("services.sync", "api"),
+    "notifier": ("services.notifier",),
+}
+_RESTAURANTS = 50
+_DISHES = 12
+T = TypeVar("T")
+
+
+class Seeded(Struct, frozen=True):
+    id: str
+    token: str
+    menu_item_ids: list[str]
+    table_id: str
+
+
+class Running:
+    """A program under load."""
+
+    def __init__(self, child: Child, url: str) -> None:
+        self.child = child
+        self.url = url
+        self.pid = child.pid
+
+    def stop(self) -> None:
+        self.child.terminate(15)
+
+    def kill(self) -> None:
+        self.child.kill()
+
+    def freeze(self) -> None:
+        for process in _tree(self.pid):
+            process.suspend()
+
+    def thaw(self) -> None:
+        for process in _tree(self.pid):
+            process.resume()
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ticketrail-bench-"))
+        self.folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
+        programs = packages.ensure()
+        amqp, management, epmd, distribution, postgres, redis = find_free(6)
+        logs = self.folder / "logs"
+        self.rabbitmq = servers.RabbitMQ(
+            self.folder / "rabbitmq",
+            logs / "rabbitmq.log",
+            programs,
+            port=amqp,
+            management_port=management,
+            epmd_port=epmd,
+            distribution_port=distribution,
+        )
+        self.postgres = servers.PostgreSQL(self.folder / "postgres", logs / "postgres.log", programs, port=postgres)
+        self.redis = servers.Redis(self.folder / "redis", logs / "redis.log", programs, port=redis)
+        self.rabbitmq_url = f"amqp://ticketrail:{servers.PASSWORD}@127.0.0.1:{amqp}/"
+        self.management_url = f"http://ticketrail:{servers.PASSWORD}@127.0.0.1:{management}"
+        self.redis_url = self.redis.url
+        self.restaurants: list[Seeded] = []
+        self.restaurants_file = self.folder / "restaurants.json"
+        self._running: list[Running] = []
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for server in (self.postgres, self.redis, self.rabbitmq):
+            server.start()
+        self.cli("migrate")
+        run(self._seed())
+
+    def stop(self) -> None:
+        for one in self._running:
+            if one.child.returncode is None:
+                one.kill()
+        self.rabbitmq.kill()
+        self.redis.kill()
+        self.postgres.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def database_url(self, role: str, name: str = "ticketrail") -> str:
+        return f"postgresql://ticketrail_{role}:{servers.PASSWORD}@127.0.0.1:{self.postgres.port}/{name}"
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        """Of a service; `settings` as in shared/settings.py."""
+        chosen: dict[str, object] = {
+            "home": self.folder / "home",
+            "rabbitmq_url": self.rabbitmq_url,
+            "rabbitmq_management_url": self.management_url,
+            "redis_url": self.redis_url,
+            "database_url": self.database_url("owner"),
+            "database_writer_url": self.database_url("writer"),
+            "database_api_url": self.database_url("api"),
+            "database_ops_url": self.database_url("ops"),
+            "jwt_secret": SECRET,
+            "fence_interval_seconds": 1.0,
+            **settings,
+        }
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},
+            **{f"TICKETRAIL_{name.upper()}": str(value) for name, value in chosen.items()},
+        }
+
+    def cli(self, *arguments: str) -> None:
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "services.sync.cli", *arguments],
+            check=True,
+            env=self.environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def service(self, name: str, **settings: object) -> Running:
+        """Starts it and waits until it is ready. Each has a port, and each orders service an instance, of its own."""
+        (port,) = find_free(1)
+        key = "worker_port" if name == "worker" else f"{name}_port"
+        chosen = {key: port, "instance": 1 + sum(one.child.log.name.startswith(name) for one in self._running)}
+        return self.program(
+            [sys.executable, "-m", *SERVICES[name]], self.environment(**{**chosen, **settings}), port, name=name
+        )
+
+    def program(
+        self,
+        command: Sequence[str | Path],
+        env: Mapping[str, str],
+        port: int,
+        *,
+        name: str,
+        ready: str = "/health/ready",
+        cwd: Path = ROOT,
+    ) -> Running:
+        log = self.folder / "logs" / f"{name}-{len(self._running)}.log"
+        running = Running(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
+        self._running.append(running)
+        deadline = time.monotonic() + 60
+        while not _answers(running.url + ready):
+            if running.child.returncode is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not get ready:\n{running.child.tail(30)}")
+            time.sleep(0.1)
+        return running
+
+    def warm(self, worker: Running) -> None:
+        """Waits until claims are taken on the mirror."""
+        self.until(lambda: b'"mirror":"warm"' in _body(f"{worker.url}/health/ready"), "a warm mirror")
+
+    def until(self, look: Any, what: str, within: float = 120.0) -> None:
+        deadline = time.monotonic() + within
+        while not look():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not within {within:.0f} s: {what}")
+            time.sleep(0.1)
+
+    @contextlib.contextmanager
+    def rail(self, **settings: object) -> Iterator[tuple[Running, Running]]:
+        """(orders, worker): the rail with a warm mirror and all menus known; ends both."""
+        worker = self.service("worker")
+        orders = self.service("orders", **settings)
+        try:
+            self.warm(worker)
+            yield orders, worker
+        finally:
+            for one in (orders, worker):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.thaw()
+                one.stop()
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def make_database(self, name: str) -> str:
+        """A database for a peer; returns its URL, as the owner of everything in it."""
+        run(_execute(self.postgres.superuser_url, f"create database {name} owner ticketrail_owner"))
+        return self.database_url("owner", name)
+
+    def depth(self, lane: Lane = Lane.CRITICAL) -> int:
+        """Messages in the queue of a lane, as the management API says: seconds behind."""
+        found: Any = ask(self.management_url, "GET", f"/api/queues/%2F/{lane_queue(lane)}?columns=messages")
+        return int(found.get("messages", 0))
+
+    def purge(self) -> None:
+        """Empties the lanes: what a burst has left would cost the next one memory and disk."""
+        for lane in Lane:
+            ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
+
+    def count_orders(self) -> int:
+        return int(run(_fetchval(self.database_url("writer"), "select count(*) from orders")))
+
+    async def _seed(self) -> None:
+        tokens = Tokens(SECRET, ttl_seconds=24 * 3600)
+        described = []
+        connection = await asyncpg.connect(self.database_url("writer"))
+        try:
+            for number in range(_RESTAURANTS):
+                id_ = _id("restaurant", number)
+                await connection.execute(
+                    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
+                    " values ($1, $2, $3, 'EUR', 'Europe/Berlin', 4, 700)",
+                    id_,
+                    f"bench-{number}",
+                    f"Restaurant {number}",
+                )
+                dishes = [(_id("dish", number, place), f"Dish {place}", 500 + 75 * place) for place in range(_DISHES)]
+                async with connection.transaction():
+                    await write_batch(connection, [_dish(id_, *dish) for dish in dishes], patience=5.0)
+                token = tokens.issue(Identity(_id("user", number), Role.STAFF, id_, "bench@example.org"))
+                seeded = Seeded(id_, token, [dish for dish, _, _ in dishes], _id("table", number))
+                self.restaurants.append(seeded)
+                described.append({"id": id_, "dishes": [list(dish) for dish in dishes]})
+        finally:
+            await connection.close()
+        self.restaurants_file.write_text(json.dumps({"restaurants": described, "secret": SECRET}))
+
+
+def _dish(restaurant: str, id_: str, name: str, price: int) -> Written:
+    """The change that a menu's import would have made."""
+    at = now()
+    state = MenuItem(
+        id=id_, restaurant_id=restaurant, name=name, price=price, category="Mains", created_at=at, updated_at=at
+    )
+    after = encode(state)
+    change = Change(
+        id=change_id(id_, 1, after),
+        source="import",
+        type=menu_item.ENTITY.type("created"),
+        subject=f"menu_item/{id_}",
+        time=at,
+        restaurantid=restaurant,
+        priority=menu_item.ENTITY.lane.priority,
+        entityversion=1,
+        data=ChangeData(after=msgspec.Raw(after)),
+    )
+    return Written(Lane.NORMAL, menu_item.ENTITY, change, state)
+
+
+def run(work: Awaitable[T]) -> T:
+    async def whole() -> T:
+        return await work
+
+    return asyncio.run(whole())
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """Of a process and its children, user and system, so far."""
+    total = 0.0
+    for process in _tree(pid or 0):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _id(*names: object) -> str:
+    return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-bench", *names)))))
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _body(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310
+            return bytes(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.read()
+    except OSError:
+        return b""
+
+
+def execute(url: str, statement: str) -> None:
+    run(_execute(url, statement))
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def _fetchval(url: str, query: str) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
