@@ -16,6 +16,10 @@ run: bootstrap ## start the whole system under .local/ and send one order down t
 test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
+bench: bootstrap ## measure against peers, 12 minutes on a quiet machine; ARGS="accept push" chooses
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
+	$(PYTHON) -m benchmarks $(ARGS)
+
 lint: bootstrap ## ruff, strict types, import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -62,7 +62,7 @@ def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Resu
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
-        said = subprocess.run(  # noqa: S603
+        said = subprocess.run(
             [
                 program,
                 "-t1",
@@ -84,8 +84,8 @@ def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Resu
     return Result(
         int(_found(r"(\d+) requests in", said)),
         float(_found(r"Requests/sec:\s+([\d.]+)", said)),
-        _milliseconds(_found(r"50%\s+(\S+)", said)),
-        _milliseconds(_found(r"99%\s+(\S+)", said)),
+        _milliseconds(_found(r"(?m)^\s+50%\s+(\S+)", said)),
+        _milliseconds(_found(r"(?m)^\s+99%\s+(\S+)", said)),
     )
 
 

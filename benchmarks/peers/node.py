@@ -13,7 +13,7 @@ def prepared(folder: Path) -> str:
     if node is None or npm is None:
         raise Missing("no Node")
     if not (folder / "node_modules").exists():
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [npm, "ci", "--omit=dev", "--no-audit", "--no-fund"],
             cwd=folder,
             capture_output=True,

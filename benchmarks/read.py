@@ -1,0 +1,57 @@
+"""How fast is an order read by its id, from the mirror and from PostgreSQL?
+
+Closed loop, 64 connections. From PostgreSQL: an orders service whose mirror does not answer, so that every read goes
+there. Against a bare Litestar route that returns the same bytes (peers/bare.py).
+"""
+
+import os
+import sys
+import urllib.request
+
+from benchmarks.load import gets, order_body, wrk
+from benchmarks.question import Plan, Row, compared, interleave
+from benchmarks.rig import Rig
+from deploy.local.ports import find_free
+
+QUESTION = "read"
+
+
+def run(rig: Rig, plan: Plan) -> list[Row]:
+    with rig.rail() as (orders, _):
+        one = rig.restaurants[0]
+        headers = {"Authorization": f"Bearer {one.token}"}
+        placed = urllib.request.Request(f"{orders.url}/api/orders", data=order_body(one), headers=headers)  # noqa: S310
+        with urllib.request.urlopen(placed) as reply:  # noqa: S310
+            body = reply.read()
+        id_ = body[body.index(b'"id":"') + 6 :][:36].decode()
+        path = f"/api/orders/{id_}"
+        nowhere, port = find_free(2)
+        without_mirror = rig.service("orders", redis_url=f"redis://127.0.0.1:{nowhere}/0")
+
+        def read(url: str) -> bytes:
+            request = urllib.request.Request(url + path, headers=headers)  # noqa: S310
+            with urllib.request.urlopen(request) as reply:  # noqa: S310
+                return bytes(reply.read())
+
+        rig.until(lambda: b'"synced"' in read(orders.url), "the order in PostgreSQL")
+        kept = rig.folder / "body.json"
+        kept.write_bytes(read(orders.url))
+        env = {**os.environ, "BENCH_BODY": str(kept), "BENCH_PORT": str(port)}
+        bare = rig.program([sys.executable, "-m", "benchmarks.peers.bare"], env, port, name="bare")
+        script = gets(path, one.token)
+        found = interleave(
+            plan.rounds,
+            {
+                running.url: lambda running=running: wrk(running.url, script, seconds=plan.seconds).per_second  # type: ignore[misc]
+                for running in (orders, without_mirror, bare)
+            },
+        )
+        for running in (without_mirror, bare):
+            running.stop()
+    peer = "bare Litestar route"
+    return [
+        compared(QUESTION, "from the mirror", "throughput", "reads/s", found[orders.url], peer, found[bare.url],
+                 at_least=0.6),
+        compared(QUESTION, "from PostgreSQL", "throughput", "reads/s", found[without_mirror.url], peer,
+                 found[bare.url]),
+    ]  # fmt: skip

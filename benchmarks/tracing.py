@@ -1,0 +1,38 @@
+"""What do traces cost? Two orders services side by side, one with the default sampling (10 %, to files), one with
+tracing off, asked in turn; the sync worker is stopped."""
+
+from benchmarks.load import posts, wrk
+from benchmarks.question import Plan, Row, compared, interleave
+from benchmarks.rig import Rig, Running
+
+QUESTION = "tracing"
+
+
+def run(rig: Rig, plan: Plan) -> list[Row]:
+    script = posts(rig.restaurants)
+    with rig.rail() as (on, worker):
+        off = rig.service("orders", trace_sample=0)
+        for one in (on, off):
+            wrk(one.url, script, seconds=1)
+        worker.freeze()
+
+        def measure(one: Running) -> float:
+            found = wrk(one.url, script, seconds=plan.seconds).per_second
+            rig.purge()
+            return found
+
+        found = interleave(plan.rounds, {"on": lambda: measure(on), "off": lambda: measure(off)})
+        worker.thaw()
+        off.stop()
+    return [
+        compared(
+            QUESTION,
+            "default sampling",
+            "throughput",
+            "orders/s",
+            found["on"],
+            "tracing off",
+            found["off"],
+            at_least=0.9,
+        )
+    ]
