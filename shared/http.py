@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,13 +23,14 @@ from opentelemetry.trace import SpanKind
 
 from shared import tracing
 from shared.errors import InvalidInput, TicketrailError
+from shared.metrics import HttpMetrics, Metrics
 from shared.security import Identity, Tokens
 from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
-OPEN_PATHS = ("/health/",)
+OPEN_PATHS = ("/health/", "/metrics")
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 _JSON = (b"content-type", b"application/json")
@@ -44,10 +46,11 @@ class Gate:
     """ASGI middleware: begins the trace, says who calls (`request.user`; raises Unauthenticated), and ends the trace
     with the first byte of the answer, so that the span of an event stream says how long its client waited for it."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens, tracer: Tracer) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> None:
         self._app = app
         self._tokens = tokens
         self._tracer = tracer
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(OPEN_PATHS):
@@ -78,19 +81,22 @@ class Gate:
 
         try:
             scope["user"], scope["auth"] = self._tokens.verify(authorization), None
-            await self._app(scope, receive, watched if trace.kept else send)
+            await self._app(scope, receive, watched)
         except Exception as error:
             status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
+            self._metrics.refused(str(getattr(error, "error_code", None) or f"http_{status}"))
             raise
         finally:
             end()
         return None
 
     def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
-        if not trace.kept:
-            return
         asked = str(scope.get("method", ""))
         method = asked if asked in _METHODS else "_OTHER"  # anybody may invent one: names of spans are few
+        template = str(scope.get("path_template", ""))
+        self._metrics.answered(f"{method} {template}", status, (time.time_ns() - trace.started) / 1e9)
+        if not trace.kept:
+            return
         attributes: dict[str, Any] = {
             "http.request.method": method,
             "url.path": scope["path"],
@@ -106,9 +112,9 @@ class Gate:
         self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
 
 
-def gate(tokens: Tokens, tracer: Tracer) -> Callable[[ASGIApp], ASGIApp]:
+def gate(tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> Callable[[ASGIApp], ASGIApp]:
     """The middleware, for Litestar's list."""
-    return lambda app: Gate(app, tokens, tracer)
+    return lambda app: Gate(app, tokens, tracer, metrics)
 
 
 _ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
@@ -244,6 +250,16 @@ def health(readiness: Readiness) -> list[HTTPRouteHandler]:
         return Response(msgspec.json.encode(body), status_code=200 if fit else 503, media_type=MediaType.JSON)
 
     return [live, ready]
+
+
+def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
+    """`/metrics`, for Prometheus: no token, so keep it away from the outside."""
+
+    @get("/metrics", sync_to_thread=False)
+    def scrape() -> Response[bytes]:
+        return Response(metrics.text(), headers={"Content-Type": metrics.content_type})
+
+    return scrape
 
 
 # -- the server --------------------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ class Settings(BaseSettings):
         "(shared/client_address.py); empty: nobody's",
     )
 
+    status_urls: dict[str, str] = Field(
+        {}, description="for `ticketrail status` where services do not share a host: JSON, by orders, sync-worker, …"
+    )
+
     # Who may call.
     jwt_secret: str = Field("development-only-secret-change-me-please", min_length=32)
     jwt_ttl_seconds: PositiveInt = 7 * 24 * 3600

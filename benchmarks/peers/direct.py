@@ -27,6 +27,7 @@ from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, Status
 from shared.http import EXCEPTION_HANDLERS, Reply, gate, identity_of, read_body, success
 from shared.lifecycle import settle_memory
+from shared.metrics import HttpMetrics, Metrics
 from shared.restaurants import Restaurant
 from shared.security import Tokens
 from shared.settings import Settings
@@ -162,7 +163,7 @@ def create() -> Litestar:
     return Litestar(
         route_handlers=[place, ready],
         state=state,
-        middleware=[gate(Tokens(described["secret"], ttl_seconds=3600), tracer)],
+        middleware=[gate(Tokens(described["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         openapi_config=None,

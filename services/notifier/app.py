@@ -18,11 +18,12 @@ from services.notifier.follower import Follower
 from services.notifier.hub import Hub
 from services.notifier.transports import TRANSPORTS
 from services.notifier.window import Window
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, stop_event
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, metrics_route, stop_event
 from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import LOG
+from shared.metrics import HttpMetrics, Metrics, PushMetrics
 from shared.rail.instance import number_of_traces
 from shared.security import Tokens
 from shared.settings import Settings
@@ -37,13 +38,21 @@ class Parts(Struct, frozen=True):
     hub: Hub
     follower: Follower
     tracer: Tracer
+    metrics: Metrics
 
 
 def assemble(settings: Settings) -> Parts:
     window = Window(seconds=settings.window_seconds, changes=settings.window_changes, size=settings.window_bytes)
     hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
     tracer = Tracer("notifier", settings)
-    return Parts(settings, hub, Follower(settings, hub, tracer), tracer)
+    metrics = Metrics()
+    parts = Parts(settings, hub, Follower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
+    metrics.watch("ticketrail_subscribers", "Open event streams", lambda: len(hub))
+    metrics.watch("ticketrail_window_changes", "Changes that can be replayed", lambda: len(hub.window))
+    metrics.watch("ticketrail_slow_subscribers", "Let go because they did not read, since the start", lambda: hub.slow)
+    metrics.watch("ticketrail_caught_up", "1 while the log is read to its end", lambda: parts.follower.caught_up)
+    metrics.watch("ticketrail_fence_age_seconds", "Since the last fence was sent", lambda: parts.follower.fence_age)
+    return parts
 
 
 async def start(parts: Parts) -> None:
@@ -99,12 +108,18 @@ def create(settings: Settings | None = None) -> Litestar:
             log.info("stopped")
 
     return Litestar(
-        route_handlers=[*TRANSPORTS, *health(lambda: readiness(parts))],
+        route_handlers=[*TRANSPORTS, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
         dependencies={
             "hub": Provide(lambda: parts.hub, sync_to_thread=False),
             "follower": Provide(lambda: parts.follower, sync_to_thread=False),
         },
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
+        middleware=[
+            gate(
+                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                parts.tracer,
+                HttpMetrics(parts.metrics),
+            )
+        ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

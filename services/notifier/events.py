@@ -70,6 +70,8 @@ class PushEvent(Struct, frozen=True):
     """The customer session that may see it."""
     kind: Kind
     traceparent: str | None
+    accepted_at: float
+    """Seconds since the epoch."""
     _name: str
     _rest: bytes
     """The JSON from behind the event's name on, which the two names of a stage change share."""
@@ -108,6 +110,7 @@ def push_event(encoded: bytes, position: Position) -> PushEvent | None:
         session_id=state.customer_session_id,
         kind=kind,
         traceparent=change.traceparent,
+        accepted_at=change.time.timestamp(),
         _name=name,
         _rest=_rest(change, data),
     )

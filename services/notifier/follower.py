@@ -22,6 +22,7 @@ from shared.entities.contract import BrokenContract, now, split_batch
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader
 from shared.messaging.topology import LOG
+from shared.metrics import PushMetrics
 from shared.settings import Settings
 from shared.tracing import Tracer
 
@@ -40,7 +41,8 @@ _STEP = 256
 
 
 class Follower:
-    def __init__(self, settings: Settings, hub: Hub, tracer: Tracer) -> None:
+    def __init__(self, settings: Settings, hub: Hub, tracer: Tracer, metrics: PushMetrics) -> None:
+        self._metrics = metrics
         self._settings = settings
         self._hub = hub
         self._begun = False
@@ -72,6 +74,12 @@ class Follower:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def fence_age(self) -> float:
+        """Seconds since the last fence was sent; NaN when none was seen."""
+        fenced_at = self._reader.fenced_at
+        return float("nan") if fenced_at is None else (now() - fenced_at).total_seconds()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Not ready while the window is being read back or the broker is away. Fences that stop coming say that the
@@ -131,7 +139,9 @@ class Follower:
         if not self._begun:
             return
         ended = time.time_ns()
+        self._metrics.events.inc(len(events))
         for event in events:
+            self._metrics.lag.observe(max(0.0, ended / 1e9 - event.accepted_at))
             if self._tracer.wanted(event.traceparent):
                 self._tracer.add(
                     event.traceparent,

@@ -143,6 +143,8 @@ class Hub:
         self._subscribers: set[Subscriber] = set()
         self._ahead: list[tuple[Position, asyncio.Future[None]]] = []
         self._closed = False
+        self.slow = 0
+        """Subscribers let go because they did not read, since the start."""
 
     def __len__(self) -> int:
         return len(self._subscribers)
@@ -261,6 +263,7 @@ class Hub:
         return slow
 
     def _let_go_slow(self, subscriber: Subscriber) -> None:
+        self.slow += 1
         subscriber.clear()
         subscriber.put(subscriber.audience.form.resync("slow", self.window.cursor), 1)
         log.info("slow_subscriber", restaurant_id=subscriber.audience.interest.tenant)

@@ -18,12 +18,13 @@ from services.orders.menu import Menus
 from services.orders.reads import Reads
 from services.orders.routes import ROUTES
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, metrics_route
 from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
+from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -54,10 +55,13 @@ class Parts(Struct, frozen=True):
     reads: Reads
     commands: Commands
     tracer: Tracer
+    metrics: Metrics
 
 
 def assemble(settings: Settings) -> Parts:
     tracer = Tracer("orders", settings)
+    metrics = Metrics()
+    rail_metrics = RailMetrics(metrics)
     postgres = Postgres(settings.database_api_url, settings)
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
@@ -65,7 +69,11 @@ def assemble(settings: Settings) -> Parts:
     publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
     journal = Journal(settings.journal_path, instance=settings.instance_number, max_bytes=settings.journal_max_bytes)
     recorder = Recorder(
-        publisher, journal, under_way=settings.publishes_under_way, batch_changes=settings.publish_batch_changes
+        publisher,
+        journal,
+        under_way=settings.publishes_under_way,
+        batch_changes=settings.publish_batch_changes,
+        metrics=rail_metrics,
     )
     rail = Rail(
         mirror,
@@ -74,8 +82,9 @@ def assemble(settings: Settings) -> Parts:
         claim_seconds=settings.claim_seconds,
         reveal_seconds=settings.reveal_seconds,
         tracer=tracer,
+        metrics=rail_metrics,
     )
-    reads = Reads(postgres, mirror)
+    reads = Reads(postgres, mirror, ReadMetrics(metrics))
     reader = LogReader(
         settings.rabbitmq_url, name=f"orders-{settings.instance}", idle_seconds=settings.fence_interval_seconds * 3
     )
@@ -100,7 +109,23 @@ def assemble(settings: Settings) -> Parts:
         reads,
         Commands(rail, reads, menus),
         tracer,
+        metrics,
     )
+
+
+def _watch(parts: Parts) -> None:
+    watch = parts.metrics.watch
+    watch("ticketrail_journal_entries", "Changes that wait in the journal", lambda: parts.journal.depth)
+    watch("ticketrail_journal_bytes", "Their size", lambda: parts.journal.bytes)
+    watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
+    watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
+    watch("ticketrail_fence_age_seconds", "Since the last fence in the log was sent", lambda: _fence_age(parts))
+    watch_pool(parts.metrics, parts.postgres)
+
+
+def _fence_age(parts: Parts) -> float:
+    fenced = parts.menus.reader.fenced_at
+    return float("nan") if fenced is None else (now() - fenced).total_seconds()
 
 
 async def start(parts: Parts) -> None:
@@ -167,6 +192,7 @@ def create(settings: Settings | None = None) -> Litestar:
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)
     settings = settings.numbered(lease.number)
     parts = assemble(settings)
+    _watch(parts)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -181,9 +207,15 @@ def create(settings: Settings | None = None) -> Litestar:
             log.info("stopped")
 
     return Litestar(
-        route_handlers=[*ROUTES, *health(lambda: readiness(parts))],
+        route_handlers=[*ROUTES, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
         state=State({"commands": parts.commands, "reads": parts.reads}),
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
+        middleware=[
+            gate(
+                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                parts.tracer,
+                HttpMetrics(parts.metrics),
+            )
+        ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

@@ -19,6 +19,7 @@ from shared.entities import order as orders
 from shared.entities.contract import Standing
 from shared.entities.order import Order
 from shared.errors import NotFound, Unavailable
+from shared.metrics import ReadMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Document, Mirror
 from shared.postgres import states
@@ -50,7 +51,8 @@ class Page(Struct, frozen=True):
 
 
 class Reads:
-    def __init__(self, postgres: Postgres, mirror: Mirror) -> None:
+    def __init__(self, postgres: Postgres, mirror: Mirror, metrics: ReadMetrics) -> None:
+        self._metrics = metrics
         self._postgres = postgres
         self._mirror = mirror
         self._repairs: set[asyncio.Task[None]] = set()
@@ -59,7 +61,9 @@ class Reads:
         """Raises NotFound, or Unavailable when no store that would have it answers."""
         document, warm = await self._from_mirror(restaurant, id_)
         if document is not None and warm:
+            self._metrics.mirror.inc("hit")
             return Found(document.standing, document.state, "mirror", document)
+        self._metrics.mirror.inc("miss" if warm else "away")
         try:
             stored = await self._from_postgres(restaurant, id_)
         except AWAY as error:
@@ -181,6 +185,7 @@ class Reads:
 
     def _repair_later(self, stored: Stored) -> None:
         if self._mirror.available and len(self._repairs) < 100:
+            self._metrics.mirror.inc("repair")
             task = asyncio.create_task(self._repair(stored), name="mirror-repair")
             self._repairs.add(task)
             task.add_done_callback(self._repairs.discard)

@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from services.sync.status import sync_status
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, identity_of, success
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, identity_of, metrics_route, success
+from shared.metrics import HttpMetrics, Metrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import AWAY, Postgres
@@ -32,6 +33,7 @@ class Parts(Struct, frozen=True):
     postgres: Postgres
     mirror: Mirror
     tracer: Tracer
+    metrics: Metrics
 
 
 @get("/api/sync/status")
@@ -69,7 +71,12 @@ def create(settings: Settings | None = None) -> Litestar:
         Postgres(settings.database_api_url, settings),
         Mirror(settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds),
         Tracer("sync-api", settings),
+        Metrics(),
     )
+    parts.metrics.watch(
+        "ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available
+    )
+    watch_pool(parts.metrics, parts.postgres)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -82,9 +89,15 @@ def create(settings: Settings | None = None) -> Litestar:
         log.info("stopped")
 
     return Litestar(
-        route_handlers=[status, *health(lambda: readiness(parts))],
+        route_handlers=[status, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
-        middleware=[gate(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds), parts.tracer)],
+        middleware=[
+            gate(
+                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                parts.tracer,
+                HttpMetrics(parts.metrics),
+            )
+        ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,

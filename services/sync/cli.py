@@ -1,8 +1,10 @@
 """`ticketrail`: what operators and scripts run. Each command connects, does its work and says what it did."""
 
 import asyncio
+import contextlib
 import json
 import sys
+import time
 from collections.abc import Coroutine
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,8 +13,9 @@ import asyncpg
 import click
 import structlog
 from rich.console import Console
+from rich.live import Live
 
-from services.sync import waterfall
+from services.sync import status_screen, waterfall
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
 from services.sync.trace_search import find_traces
@@ -168,6 +171,30 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
         return await edit_dish(
             session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
         )
+
+
+@main.command("status")
+@click.option("--watch", is_flag=True, help="draw it again until Ctrl-C")
+@click.option("--interval", type=click.FloatRange(0.2, 60), default=2.0, show_default=True, help="seconds")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def status_command(watch: bool, interval: float, as_json: bool) -> None:
+    """Show what every service says of itself now: rates, lags, depths, retries, connections."""
+    urls = status_screen.urls_of(Settings())
+    before = status_screen.look(urls)
+    if not watch:
+        time.sleep(min(interval, 1.0))
+        found = status_screen.facts(before, status_screen.look(urls))
+        if as_json:
+            click.echo(encode(found).decode())
+        else:
+            Console().print(status_screen.screen(found))
+        return
+    with Live(status_screen.screen({}), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(interval)
+            after = status_screen.look(urls)
+            live.update(status_screen.screen(status_screen.facts(before, after)), refresh=True)
+            before = after
 
 
 @main.command("trace")

@@ -33,6 +33,7 @@ from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
+from shared.metrics import WriterMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, LogState, Mirror
 from shared.postgres import states
@@ -77,8 +78,10 @@ class MirrorWriter:
         publisher: Publisher,
         watch: FenceWatch,
         tracer: Tracer,
+        metrics: WriterMetrics,
     ) -> None:
         self._tracer = tracer
+        self._metrics = metrics
         self._traced: list[Change] = []
         self._settings = settings
         self._postgres = postgres
@@ -168,7 +171,11 @@ class MirrorWriter:
                     raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
                 noted = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
-                await self._apply(await self._readable(batch), state, noted)
+                wanted = await self._readable(batch)
+                await self._apply(wanted, state, noted)
+                for one in wanted:
+                    if one.how == "reveal":  # what is read back, older, would say nothing
+                        self._metrics.mirror_lag.observe(max(0.0, time.time() - one.accepted_at.timestamp()))
                 self._trace(began)
                 state = noted
                 await self._tell(batch, state)

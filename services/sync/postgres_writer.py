@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from services.sync.batch_spans import trace_batch
-from services.sync.batches import sort_out
+from services.sync.batches import Batch, sort_out
 from services.sync.fences import FenceWatch
 from services.sync.intake import Delivery, Intake
 from services.sync.retry import Ladder
@@ -31,6 +31,7 @@ from services.sync.store import SinkGone, Store
 from shared.entities.contract import Lane, now
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import Publisher
+from shared.metrics import WriterMetrics
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
@@ -53,12 +54,14 @@ class Batcher:
         watch: FenceWatch,
         settlement: Settlement,
         tracer: Tracer,
+        metrics: WriterMetrics,
     ) -> None:
         self.lane = lane
+        self._metrics = metrics
         self._tracer = tracer
         self.intake = Intake(settings, lane, watch)
         self.store = Store(postgres, settings)
-        self._ladder = Ladder(publisher, settings.retry_steps_ms)
+        self._ladder = Ladder(publisher, settings.retry_steps_ms, metrics)
         self._watch = watch
         self._settlement = settlement
         self.written = 0
@@ -100,6 +103,7 @@ class Batcher:
         lost = {one.change.id for one in refused if one.change}
         through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes
         committed = [one.written for one in through]
+        self._measure(batch, ended, (ended - began) / 1e9)
         trace_batch(self._tracer, batch, len(taken), through, failed, began, ended)
         self.written += len(committed)
         self.failed += len(failed)
@@ -108,6 +112,14 @@ class Batcher:
         if fenced_at is not None:
             self._watch.note(self.lane, fenced_at, self.last_commit_at)
         self._settlement.tell(Settled(committed, failed, {self.lane: fenced_at} if fenced_at else {}))
+
+    def _measure(self, batch: Batch, ended: int, seconds: float) -> None:
+        if not batch.changes:
+            return
+        self._metrics.batch.observe(len(batch.changes))
+        self._metrics.write_seconds.observe(seconds)
+        for one in batch.changes:
+            self._metrics.lag.observe(max(0.0, ended / 1e9 - one.written.change.time.timestamp()))
 
 
 class PostgresWriter:
@@ -119,10 +131,11 @@ class PostgresWriter:
         publisher: Publisher,
         watch: FenceWatch,
         tracer: Tracer,
+        metrics: WriterMetrics,
     ) -> None:
         self._settlement = Settlement(mirror)
         self._batchers = [
-            Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer)
+            Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer, metrics)
             for lane in Lane
             for _ in range(settings.lane_consumers)
         ]
@@ -151,6 +164,15 @@ class PostgresWriter:
             if isinstance(result, Exception):
                 log.error("postgres_writer_broke", error=repr(result))
         await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._settlement.stop())
+
+    @property
+    def held(self) -> int:
+        """Messages that were delivered and are not settled."""
+        return sum(batcher.intake.held for batcher in self._batchers)
+
+    @property
+    def holding(self) -> bool:
+        return any(batcher.store.holding_since is not None for batcher in self._batchers)
 
     def state(self) -> dict[str, Any]:
         """For health: `holding_since` is set while PostgreSQL is away."""

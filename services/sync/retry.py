@@ -21,6 +21,7 @@ from shared.backoff import backoff
 from shared.entities.contract import Change, Lane, encode, encode_batch
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.metrics import WriterMetrics
 from shared.tracing import trace_id_of
 
 log = structlog.get_logger(__name__)
@@ -92,7 +93,8 @@ def for_the_mirror(failed: Failed) -> bytes:
 
 
 class Ladder:
-    def __init__(self, publisher: Publisher, steps_ms: tuple[int, ...]) -> None:
+    def __init__(self, publisher: Publisher, steps_ms: tuple[int, ...], metrics: WriterMetrics) -> None:
+        self._metrics = metrics
         self._publisher = publisher
         self._steps_ms = steps_ms
 
@@ -110,6 +112,10 @@ class Ladder:
         while ours():
             try:
                 await self._publisher.publish_to_queue(queue, failed.body, headers=headers)
+                if queue == topology.dead_queue(lane):
+                    self._metrics.dead.inc(failed.failure.reason)
+                else:
+                    self._metrics.retries.inc(str(failed.attempt))
                 return
             except (NotSent, InDoubt) as error:
                 attempt += 1

@@ -13,15 +13,16 @@ import structlog
 from litestar import Litestar
 from msgspec import Struct
 
-from services.sync.fences import FenceSource, FenceWatch
+from services.sync.fences import WAYS, FenceSource, FenceWatch
 from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
 from services.sync.reconciler import Reconciler
-from shared.http import EXCEPTION_HANDLERS, health
+from shared.http import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES
+from shared.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -49,10 +50,13 @@ class Parts(Struct, frozen=True):
     mirror_writer: MirrorWriter
     reconciler: Reconciler
     tracer: Tracer
+    metrics: Metrics
 
 
 def assemble(settings: Settings) -> Parts:
     tracer = Tracer("sync-worker", settings)
+    metrics = Metrics()
+    rail_metrics, writer_metrics = RailMetrics(metrics), WriterMetrics(metrics)
     postgres = Postgres(settings.database_writer_url, settings)
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
@@ -60,7 +64,7 @@ def assemble(settings: Settings) -> Parts:
     publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
     watch = FenceWatch(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
-    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
+    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way, metrics=rail_metrics)
     rail = Rail(
         mirror,
         recorder,
@@ -68,6 +72,7 @@ def assemble(settings: Settings) -> Parts:
         claim_seconds=settings.claim_seconds,
         reveal_seconds=settings.reveal_seconds,
         tracer=tracer,
+        metrics=rail_metrics,
     )
     return Parts(
         settings,
@@ -77,11 +82,42 @@ def assemble(settings: Settings) -> Parts:
         rail,
         watch,
         FenceSource(settings, postgres, publisher, watch),
-        PostgresWriter(settings, postgres, mirror, publisher, watch, tracer),
-        MirrorWriter(settings, postgres, mirror, publisher, watch, tracer),
+        PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
+        MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
         Reconciler(settings, postgres, mirror, rail),
         tracer,
+        metrics,
     )
+
+
+def _watch(parts: Parts) -> None:
+    def seconds(found: dict[str, float | None], way: str) -> float:
+        known = found[way]
+        return float("nan") if known is None else known
+
+    watch, fences = parts.metrics.watch, parts.watch
+    parts.metrics.watch_each(
+        "ticketrail_fence_age_seconds",
+        "Since each sink noted a fence of this way",
+        "way",
+        {way: lambda way=way: seconds(fences.ages(), way) for way in WAYS},  # type: ignore[misc]
+    )
+    parts.metrics.watch_each(
+        "ticketrail_fence_lag_seconds",
+        "What the last fence of this way took from its sending into its sink",
+        "way",
+        {way: lambda way=way: seconds(fences.lags(), way) for way in WAYS},  # type: ignore[misc]
+    )
+    watch(
+        "ticketrail_held_messages", "Messages taken from the lanes and not settled", lambda: parts.postgres_writer.held
+    )
+    watch(
+        "ticketrail_holding", "1 while PostgreSQL is away and batches are held", lambda: parts.postgres_writer.holding
+    )
+    watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
+    watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
+    watch("ticketrail_mirror_warm", "1 while claims are taken on the mirror", lambda: parts.mirror_writer.warm)
+    watch_pool(parts.metrics, parts.postgres)
 
 
 async def start(parts: Parts) -> None:
@@ -143,6 +179,7 @@ def create(settings: Settings | None = None) -> Litestar:
     configure_logging("sync-worker", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-worker")
     parts = assemble(settings)
+    _watch(parts)
     started: list[asyncio.Task[None]] = []
 
     @contextlib.asynccontextmanager
@@ -160,7 +197,7 @@ def create(settings: Settings | None = None) -> Litestar:
             log.info("stopped")
 
     return Litestar(
-        route_handlers=health(lambda: readiness(parts, started[0])),
+        route_handlers=[*health(lambda: readiness(parts, started[0])), metrics_route(parts.metrics)],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         openapi_config=None,

@@ -78,6 +78,14 @@ class Postgres:
             await connection.execute("select set_config('app.tenant', $1, true)", restaurant_id)
             yield connection
 
+    @property
+    def connections(self) -> tuple[int, int, int]:
+        """(in use, idle, at most)"""
+        if self._pool is None:
+            return 0, 0, self._size
+        idle = self._pool.get_idle_size()
+        return self._pool.get_size() - idle, idle, self._size
+
     async def close(self) -> None:
         """May be called twice, and without ever having been used."""
         pool, self._pool = self._pool, None

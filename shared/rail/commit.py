@@ -27,6 +27,7 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
+from shared.metrics import RailMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Stale, Stands
 from shared.rail.journal import Journal, JournalBroken
@@ -95,6 +96,7 @@ class Rail:
         claim_seconds: float,
         reveal_seconds: float,
         tracer: Tracer | None = None,
+        metrics: RailMetrics | None = None,
     ) -> None:
         """`tracer`: for changes of other traces that are finished here."""
         self._mirror = mirror
@@ -103,6 +105,7 @@ class Rail:
         self._claim_seconds = claim_seconds
         self._reveal_seconds = reveal_seconds
         self._tracer = tracer
+        self._metrics = metrics
         self._highest: dict[tuple[str, str], int] = {}
         self._later: set[asyncio.Task[Any]] = set()
 
@@ -122,6 +125,8 @@ class Rail:
         except Unrecorded as error:
             raise Unavailable("an earlier change cannot be finished now", retry_after=2.0) from error
         await self._reveal(entity, change, state)
+        if self._metrics is not None:
+            self._metrics.claims_finished.inc()
         if self._tracer is not None:  # whatever the sampling: its own request has told nobody how it ended
             found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
             self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
@@ -161,6 +166,8 @@ class Rail:
                 change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
             durability = await self._record(change, claimed=claimed)
         except (Lost, Unavailable) as error:
+            if self._metrics is not None and isinstance(error, Lost):
+                self._metrics.claims_lost.inc()
             # A creation that is told what stands is answered: its order exists. All else may still appear.
             exists = draft.base is None and isinstance(error, Lost) and error.standing is not None
             if doubt.claim_sent and not exists:
@@ -168,6 +175,8 @@ class Rail:
             raise
         with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
             visible = await self._reveal(draft.entity, change, state)
+        if self._metrics is not None:
+            self._metrics.accepted.inc(change.type)
         return Committed(state, change.standing, durability, visible)
 
     async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:

@@ -18,6 +18,7 @@ from shared import tracing
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
+from shared.metrics import RailMetrics
 from shared.rail.journal import Journal, JournalBroken
 
 log = structlog.get_logger(__name__)
@@ -50,8 +51,15 @@ class _Waiting(Struct):
 
 class Recorder:
     def __init__(
-        self, publisher: Publisher, journal: Journal | None, *, under_way: int, batch_changes: int = MAX_BATCH
+        self,
+        publisher: Publisher,
+        journal: Journal | None,
+        *,
+        under_way: int,
+        batch_changes: int = MAX_BATCH,
+        metrics: RailMetrics | None = None,
     ) -> None:
+        self._metrics = metrics
         self._publisher = publisher
         self._journal = journal
         self._most_under_way = under_way
@@ -98,6 +106,9 @@ class Recorder:
     async def _send(self, lane: Lane, changes: list[_Waiting]) -> None:
         try:
             durability = await self._make_durable(lane, changes)
+            if self._metrics is not None:
+                self._metrics.per_message.observe(len(changes))
+                self._metrics.durable.inc(durability.value, len(changes))
         except BaseException as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
             told = error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
             for change in changes:

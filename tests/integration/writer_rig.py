@@ -13,6 +13,7 @@ from services.sync.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
+from shared.metrics import Metrics, WriterMetrics
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
@@ -32,7 +33,9 @@ class Rig:
         self.watch = FenceWatch(settings)
         self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
-        self.writer = PostgresWriter(settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer)
+        self.writer = PostgresWriter(
+            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
+        )
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
 

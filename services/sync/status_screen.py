@@ -1,0 +1,227 @@
+"""`ticketrail status`: what the services' metrics and health say right now, on one screen.
+
+Rates and percentiles are of the interval between two scrapes. A service that does not answer is shown as away.
+"""
+
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from msgspec import Struct
+from prometheus_client.parser import text_string_to_metric_families
+from rich.table import Table
+from rich.text import Text
+
+from shared.settings import Settings
+
+_TIMEOUT = 2.0
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class Seen(Struct):
+    """One service at one moment; no samples when it was away."""
+
+    url: str
+    at: float
+    state: str
+    """ready, not ready, or away"""
+    health: dict[str, Any]
+    samples: Samples
+
+    def value(self, name: str, **labels: str) -> float:
+        """NaN when it is not there."""
+        return self.samples.get((name, tuple(sorted(labels.items()))), math.nan)
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of all series of a name that carry these labels."""
+        wanted = set(labels.items())
+        return sum(value for (found, has), value in self.samples.items() if found == name and wanted <= set(has))
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for (series, has), value in self.samples.items():
+            if series == name and (key := dict(has).get(label)) is not None:
+                found[key] = found.get(key, 0.0) + value
+        return found
+
+
+def urls_of(settings: Settings) -> dict[str, str]:
+    """Where each service listens; with a `status_urls` setting those, for containers."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  (compared, not bound)
+    own = {
+        "orders": f"http://{host}:{settings.orders_port}",
+        "sync-worker": f"http://{host}:{settings.worker_port}",
+        "sync-api": f"http://{host}:{settings.sync_port}",
+        "notifier": f"http://{host}:{settings.notifier_port}",
+    }
+    return settings.status_urls or own
+
+
+def look(urls: dict[str, str]) -> dict[str, Seen]:
+    with ThreadPoolExecutor(len(urls)) as threads:
+        return dict(zip(urls, threads.map(_look_at, urls.values()), strict=True))
+
+
+def _look_at(url: str) -> Seen:
+    try:
+        health, state = json.loads(_get(f"{url}/health/ready")), "ready"
+    except urllib.error.HTTPError as error:
+        health, state = _object(error.read()), "not ready"
+    except (OSError, ValueError):
+        return Seen(url, time.monotonic(), "away", {}, {})
+    try:
+        text = _get(f"{url}/metrics").decode()
+    except OSError:
+        return Seen(url, time.monotonic(), "away", health, {})
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    return Seen(url, time.monotonic(), state, health, samples)
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:  # noqa: S310  (URLs from the operator's settings)
+        return bytes(reply.read())
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# -- what is said ------------------------------------------------------------------------------------------------
+
+
+def percentile(before: Seen, after: Seen, name: str, share: float) -> float:
+    """Upper bound, in seconds, of the bucket in which this share of the interval's observations ends; NaN for none."""
+    grown = {
+        float(bound): after.by(f"{name}_bucket", "le")[bound] - before.by(f"{name}_bucket", "le").get(bound, 0.0)
+        for bound in after.by(f"{name}_bucket", "le")
+    }
+    every = max(grown.values(), default=0.0)
+    if every <= 0:
+        return math.nan
+    return min(bound for bound, count in grown.items() if count >= share * every)
+
+
+def facts(before: dict[str, Seen], after: dict[str, Seen]) -> dict[str, dict[str, Any]]:
+    """By service: what the screen shows, and `--json` prints. Seconds, counts, shares from 0 to 1; None: not known."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, seen in after.items():
+        found[name] = {"state": seen.state, "url": seen.url}
+        if seen.samples and before[name].samples:
+            said = {key: read(before[name], seen) for key, read in _FACTS[name].items()}
+            found[name] |= {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in said.items()
+            }
+    return found
+
+
+def _rate(name: str) -> Callable[[Seen, Seen], float]:
+    return lambda before, after: (after.total(name) - before.total(name)) / max(after.at - before.at, 1e-6)
+
+
+def _mean(name: str) -> Callable[[Seen, Seen], float]:
+    def mean(before: Seen, after: Seen) -> float:
+        count = after.total(f"{name}_count") - before.total(f"{name}_count")
+        return (after.total(f"{name}_sum") - before.total(f"{name}_sum")) / count if count else math.nan
+
+    return mean
+
+
+def _now(name: str, **labels: str) -> Callable[[Seen, Seen], float]:
+    return lambda _, after: after.value(name, **labels)
+
+
+def _split(name: str, label: str) -> Callable[[Seen, Seen], dict[str, float]]:
+    return lambda _, after: after.by(name, label)
+
+
+def _p(name: str, share: float) -> Callable[[Seen, Seen], float]:
+    return lambda before, after: percentile(before, after, name, share)
+
+
+def _hits(_: Seen, after: Seen) -> float:
+    found = after.by("ticketrail_mirror_reads_total", "result")
+    reads = sum(found.get(result, 0.0) for result in ("hit", "miss", "away"))
+    return found.get("hit", 0.0) / reads if reads else math.nan
+
+
+_POOL = {"PostgreSQL connections": _split("ticketrail_postgres_connections", "state")}
+_FACTS: dict[str, dict[str, Callable[[Seen, Seen], Any]]] = {
+    "orders": {
+        "accepted per second": _rate("ticketrail_accepted_total"),
+        "accepted": _split("ticketrail_accepted_total", "event"),
+        "refused": _split("ticketrail_refused_total", "code"),
+        "answer p50 seconds": _p("ticketrail_http_answer_seconds", 0.5),
+        "answer p99 seconds": _p("ticketrail_http_answer_seconds", 0.99),
+        "changes per message": _mean("ticketrail_message_changes"),
+        "durable": _split("ticketrail_durable_total", "where"),
+        "claims lost": _now("ticketrail_claims_lost_total"),
+        "claims finished": _now("ticketrail_claims_finished_total"),
+        "journal entries": _now("ticketrail_journal_entries"),
+        "mirror hit share": _hits,
+        "mirror repairs": lambda _, after: after.by("ticketrail_mirror_reads_total", "result").get("repair", 0.0),
+        "broker connected": _now("ticketrail_broker_connected"),
+        "mirror available": _now("ticketrail_mirror_available"),
+        **_POOL,
+    },
+    "sync-worker": {
+        "fence lag seconds": _split("ticketrail_fence_lag_seconds", "way"),
+        "PostgreSQL lag p99 seconds": _p("ticketrail_postgres_lag_seconds", 0.99),
+        "mirror lag p99 seconds": _p("ticketrail_mirror_lag_seconds", 0.99),
+        "changes per second": lambda before, after: (
+            (after.total("ticketrail_batch_changes_sum") - before.total("ticketrail_batch_changes_sum"))
+            / max(after.at - before.at, 1e-6)
+        ),
+        "changes per batch": _mean("ticketrail_batch_changes"),
+        "held messages": _now("ticketrail_held_messages"),
+        "retries by attempt": _split("ticketrail_retries_total", "attempt"),
+        "dead": _split("ticketrail_dead_total", "reason"),
+        "claims finished": _now("ticketrail_claims_finished_total"),
+        "mirror warm": _now("ticketrail_mirror_warm"),
+        **_POOL,
+    },
+    "sync-api": {"mirror available": _now("ticketrail_mirror_available"), **_POOL},
+    "notifier": {
+        "subscribers": _now("ticketrail_subscribers"),
+        "events per second": _rate("ticketrail_push_events_total"),
+        "push lag p99 seconds": _p("ticketrail_push_lag_seconds", 0.99),
+        "window changes": _now("ticketrail_window_changes"),
+        "slow subscribers": _now("ticketrail_slow_subscribers"),
+        "caught up": _now("ticketrail_caught_up"),
+    },
+}
+
+
+def screen(found: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Ticketrail", title_justify="left", show_lines=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("service", "what", "now"):
+        table.add_column(column, style="bold" if column == "service" else "")
+    styles = {"ready": "green", "not ready": "yellow", "away": "red"}
+    for name, said in found.items():
+        table.add_row(name, Text(said["state"], style=styles[said["state"]]), said["url"])
+        for what, value in said.items():
+            if what not in ("state", "url"):
+                table.add_row("", what, _text(value))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(part)}" for key, part in value.items()) or "none"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"

@@ -1,0 +1,104 @@
+"""Orphans: journals in this instance's folder whose own instance is not there, such as after a scale-down.
+
+What lies in them was acknowledged, so it may not wait for an instance of that number to come back: whoever lives beside
+them takes the lease of the number, drains the journal into the broker and lets go again. An entry leaves a journal only
+after its confirm. While the broker is away nothing is held: the number is free for its instance. May be stopped at any
+time; numbers of orders are never given from an orphan.
+"""
+
+import asyncio
+import re
+from pathlib import Path
+
+import structlog
+
+from shared.lifecycle import vital_task
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.rail.drain import Drainer
+from shared.rail.instance import Lease, NumberTaken
+from shared.rail.journal import Journal, JournalBroken
+from shared.tracing import Tracer
+
+log = structlog.get_logger(__name__)
+
+_JOURNAL = re.compile(r"orders-(\d+)\.sqlite")
+
+
+class Orphans:
+    def __init__(
+        self, folder: Path, publisher: Publisher, tracer: Tracer | None, *, own: int, max_bytes: int, every: float
+    ) -> None:
+        """`own`: the number of this instance. `every`: seconds between looks."""
+        self._folder = folder
+        self._publisher = publisher
+        self._tracer = tracer
+        self._own = own
+        self._max_bytes = max_bytes
+        self._every = every
+        self._empty: dict[int, int] = {}  # what an empty one looked like: it is not opened again before it changes
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = vital_task(self._run(), name="orphans")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._publisher.wait_connected()
+            try:
+                await self.drain()
+            except (NotSent, InDoubt, JournalBroken, NumberTaken, OSError) as error:
+                log.warning("orphans_wait", error=str(error) or type(error).__name__)
+            await asyncio.sleep(self._every)
+
+    async def drain(self) -> int:
+        """Looks at each journal once; returns how many entries left them. Raises NotSent or InDoubt when the broker
+        does not take them, JournalBroken when one cannot be read: the others were tried before it is raised."""
+        drained, failed = 0, None
+        for number, path in sorted(await asyncio.to_thread(self._others)):
+            if self._empty.get(number) == await asyncio.to_thread(_changed, path):
+                continue
+            lease = Lease.attempt(self._folder, "orders", number)
+            if lease is None:  # its instance lives
+                self._empty.pop(number, None)
+                continue
+            with lease:
+                try:
+                    drained += await self._drain_one(number, path)
+                    self._empty[number] = await asyncio.to_thread(_changed, path)
+                except (NotSent, InDoubt, JournalBroken) as error:
+                    failed = failed or error
+        if failed:
+            raise failed
+        return drained
+
+    def _others(self) -> list[tuple[int, Path]]:
+        found = ((_JOURNAL.fullmatch(path.name), path) for path in self._folder.iterdir())
+        return [(int(match[1]), path) for match, path in found if match and int(match[1]) != self._own]
+
+    async def _drain_one(self, number: int, path: Path) -> int:
+        journal = Journal(path, instance=number, max_bytes=self._max_bytes)
+        await journal.open()
+        try:
+            found = journal.depth
+            drainer = Drainer(journal, self._publisher, self._tracer)
+            while journal.depth:
+                await drainer.drain_some()
+        finally:
+            await journal.close()
+        if found:
+            log.info("orphan_drained", journal=str(path), changes=found)
+        return found
+
+
+def _changed(path: Path) -> int:
+    """When it was written last, in nanoseconds; what is in its write-ahead log counts."""
+    files = (path, path.with_name(f"{path.name}-wal"))
+    return max(file.stat().st_mtime_ns for file in files if file.exists())

@@ -1,0 +1,125 @@
+"""Journals whose instance is gone: what lies in them is recorded, once, by whoever lives beside them."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.entities.contract import Lane, encode, split_batch
+from shared.messaging.publisher import NotSent
+from shared.rail.instance import Lease
+from shared.rail.journal import Journal, JournalBroken
+from shared.rail.orphans import Orphans
+from tests import builders
+from tests.system import eventually
+
+
+class Broker:
+    """Takes messages, or is away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.events: list[bytes] = []
+
+    async def wait_connected(self) -> None:
+        return
+
+    async def publish(self, _: str, body: bytes) -> None:
+        if self.away:
+            raise NotSent("away")
+        self.events += split_batch(body)
+
+
+def orphans_of(folder: Path, broker: Any, *, own: int = 1) -> Orphans:
+    return Orphans(folder, broker, None, own=own, max_bytes=1 << 20, every=0.05)
+
+
+@pytest.fixture
+def leave(tmp_path: Path) -> Callable[..., Awaitable[list[bytes]]]:
+    async def leave(number: int, count: int) -> list[bytes]:
+        """An instance of this number came, journaled so many changes and went."""
+        events = [encode(builders.change(builders.order(items=0))) for _ in range(count)]
+        journal = Journal(tmp_path / f"orders-{number}.sqlite", instance=number, max_bytes=1 << 20)
+        await journal.open()
+        if events:
+            await journal.append([(Lane.CRITICAL, event) for event in events])
+        await journal.close()
+        return events
+
+    return leave
+
+
+async def depth(folder: Path, number: int) -> int:
+    journal = Journal(folder / f"orders-{number}.sqlite", instance=number, max_bytes=1 << 20)
+    await journal.open()
+    await journal.close()
+    return journal.depth
+
+
+async def test_what_an_instance_that_is_gone_left_behind_is_recorded_and_its_number_is_free_again(
+    tmp_path: Path, leave: Any
+) -> None:
+    left = await leave(2, 3) + await leave(5, 400)
+    broker = Broker()
+    orphans = orphans_of(tmp_path, broker)
+    assert await orphans.drain() == 403
+    assert sorted(broker.events) == sorted(left)
+    assert await orphans.drain() == 0
+    assert await depth(tmp_path, 2) == await depth(tmp_path, 5) == 0
+    with Lease.take(tmp_path, "orders", 5, within=0.0):
+        pass
+
+
+async def test_the_journals_of_those_that_live_are_left_alone(tmp_path: Path, leave: Any) -> None:
+    await leave(1, 2)
+    await leave(2, 2)
+    broker = Broker()
+    with Lease.take(tmp_path, "orders", 2):
+        assert await orphans_of(tmp_path, broker).drain() == 0
+    assert not broker.events
+    # The first one's own is for its own drainer.
+    assert await orphans_of(tmp_path, broker).drain() == 2
+    assert await depth(tmp_path, 1) == 2
+
+
+async def test_a_journal_that_was_empty_is_looked_at_again_when_it_was_written(tmp_path: Path, leave: Any) -> None:
+    await leave(2, 0)
+    broker = Broker()
+    orphans = orphans_of(tmp_path, broker)
+    assert await orphans.drain() == 0
+    left = await leave(2, 4)
+    assert await orphans.drain() == 4
+    assert broker.events == left
+
+
+async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tmp_path: Path, leave: Any) -> None:
+    left = await leave(2, 3)
+    broker = Broker()
+    broker.away = True
+    orphans = orphans_of(tmp_path, broker)
+    with pytest.raises(NotSent):
+        await orphans.drain()
+    with Lease.take(tmp_path, "orders", 2, within=0.0):
+        pass
+    orphans.start()
+    try:
+        broker.away = False
+        await eventually(lambda: _result(len(broker.events)), within=10, what="the orphan", until=lambda n: n == 3)
+    finally:
+        await orphans.stop()
+        await orphans.stop()
+    assert broker.events == left
+
+
+async def test_one_that_cannot_be_read_does_not_hold_back_the_others(tmp_path: Path, leave: Any) -> None:
+    (tmp_path / "orders-2.sqlite").write_bytes(b"not a database" * 100)
+    left = await leave(3, 2)
+    broker = Broker()
+    with pytest.raises(JournalBroken):
+        await orphans_of(tmp_path, broker).drain()
+    assert broker.events == left
+
+
+async def _result(value: int) -> int:
+    return value

@@ -1,0 +1,242 @@
+"""What `docker-compose.yml` and the gateway promise, read from the files: no engine is needed."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.http import MAX_BODY_BYTES
+from shared.settings import Settings
+from shared.weak_secrets import weakness
+from tests.system import ROOT
+
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
+OURS = ("orders", "sync-worker", "sync-api", "notifier")
+# They end, or are run by hand; and one whose image cannot ask itself how it is.
+WITHOUT_HEALTH = {"migrate", "ticketrail", "collector"}
+EXAMPLE = (ROOT / "deploy/compose.env.example").read_text()
+SECRETS = re.findall(r"^(TICKETRAIL_\w+)=$", EXAMPLE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", list(SERVICES))
+def test_every_container_is_bounded_and_may_do_nothing_that_it_need_not(name: str) -> None:
+    service = SERVICES[name]
+    assert {"cpus", "mem_limit", "pids_limit"} <= set(service)
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service.get("privileged") is None
+    assert service["logging"]["options"]["max-size"]
+    assert ("healthcheck" in service) == (name not in WITHOUT_HEALTH)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_service_waits_for_the_migration_and_runs_as_nobody(name: str) -> None:
+    service = SERVICES[name]
+    assert service["depends_on"] == {"migrate": {"condition": "service_completed_successfully"}}
+    assert service["user"] == "10001:10001"
+    assert service["init"] is True
+    assert service["command"] == [name]
+    port = {"orders": "orders", "sync-worker": "worker", "sync-api": "sync", "notifier": "notifier"}[name]
+    assert service["healthcheck"]["test"][-1] == str(Settings.model_fields[f"{port}_port"].default)
+    assert "ports" not in service, "clients come through the gateway"
+
+
+def test_only_the_gateway_is_reached_from_outside_and_desks_from_this_machine_alone() -> None:
+    for name, service in SERVICES.items():
+        for port in service.get("ports", []):
+            assert name == "gateway" or port.startswith("127.0.0.1:"), name
+    assert "inside" not in SERVICES["gateway"]["networks"]
+
+
+def _settings_of(service: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in service.get("environment", {}).items() if name.startswith("TICKETRAIL_")}
+
+
+def test_every_setting_that_is_given_exists() -> None:
+    known = {f"TICKETRAIL_{name.upper()}" for name in Settings.model_fields}
+    for name in (*OURS, "migrate", "ticketrail"):
+        assert set(_settings_of(SERVICES[name])) <= known, name
+
+
+def test_no_secret_stands_in_the_file_and_none_has_a_default() -> None:
+    given = re.findall(r"\$\{(TICKETRAIL_\w*(?:PASSWORD|SECRET|TOKEN))([^}]*)\}", COMPOSE)
+    assert {name for name, _ in given} == set(SECRETS)
+    for name in SECRETS:
+        first = next(rest for found, rest in given if found == name)
+        assert first.startswith(":?"), f"{name} is not refused when it is missing"
+        assert not any(rest.startswith(":-") for found, rest in given if found == name)
+    for url in re.findall(r"\w+://[^/\s:]*:([^@\s]+)@", COMPOSE):
+        assert url.startswith("${"), url
+
+
+def test_a_service_holds_the_password_of_its_own_database_role_alone() -> None:
+    roles = {
+        name: {
+            url
+            for url, value in _settings_of(SERVICES[name]).items()
+            if url.startswith("TICKETRAIL_DATABASE") and value
+        }
+        for name in OURS
+    }
+    assert roles == {
+        "orders": {"TICKETRAIL_DATABASE_API_URL"},
+        "sync-worker": {"TICKETRAIL_DATABASE_WRITER_URL"},
+        "sync-api": {"TICKETRAIL_DATABASE_API_URL", "TICKETRAIL_DATABASE_OPS_URL"},
+        "notifier": set(),
+    }
+
+
+def test_what_must_last_is_on_volumes() -> None:
+    declared = yaml.safe_load(COMPOSE)["volumes"]
+    mounted = {
+        volume.split(":")[0]: name for name, service in SERVICES.items() for volume in service.get("volumes", [])
+    }
+    assert set(declared) == {name for name in mounted if not name.startswith(".")}
+    assert "journal:/var/lib/ticketrail/journal" in SERVICES["orders"]["volumes"]
+    for name in OURS:
+        assert "traces:/var/lib/ticketrail/traces" in SERVICES[name]["volumes"]
+    for volume in mounted:
+        if volume.startswith("./"):
+            assert (ROOT / volume).exists(), volume
+
+
+def test_replicas_lease_their_numbers() -> None:
+    for name in OURS:
+        assert SERVICES[name]["environment"]["TICKETRAIL_INSTANCE"] == "auto"
+        assert "container_name" not in SERVICES[name]
+
+
+# The gateway
+
+GATEWAY = (ROOT / "deploy/gateway/nginx.conf").read_text()
+
+
+def _locations() -> Iterator[tuple[str, str]]:
+    yield from re.findall(r"^        location (\S+(?: \S+)?) \{(.*?)^        \}", GATEWAY, re.MULTILINE | re.DOTALL)
+
+
+def test_the_gateway_takes_bodies_as_large_as_the_services_do() -> None:
+    assert f"client_max_body_size {MAX_BODY_BYTES};" in GATEWAY
+    assert f'"max_bytes":{MAX_BODY_BYTES}' in GATEWAY
+
+
+def test_the_gateway_overwrites_who_the_client_says_it_is() -> None:
+    assert "proxy_set_header X-Forwarded-For $remote_addr;" in GATEWAY
+    assert "$proxy_add_x_forwarded_for" not in GATEWAY
+    # A header set in a location would drop all of them.
+    assert not [name for name, body in _locations() if "proxy_set_header" in body]
+
+
+def test_changes_are_passed_on_once_and_every_passing_location_tells_its_failures() -> None:
+    locations = dict(_locations())
+    for name, body in locations.items():
+        if "error_page 418" in body:  # its own error pages hide the server's
+            assert "error_page 413 @too_large" in body, name
+            assert "error_page 502 504 = @failed" in body, name
+            assert "if ($repeatable = 0)" in body
+        if name.endswith("_change"):
+            assert "proxy_next_upstream off;" in body, name
+    assert "non_idempotent" not in GATEWAY
+
+
+def test_event_streams_are_not_buffered() -> None:
+    heartbeat = Settings.model_fields["heartbeat_seconds"].default
+    for name, body in _locations():
+        if "$notifier" in body and not name.startswith("@"):
+            assert "proxy_buffering off;" in body, name
+            found = re.search(r"proxy_read_timeout (\d+)s;", body)
+            assert found, name
+            assert int(found[1]) > 3 * heartbeat
+
+
+def test_metrics_have_no_way_out() -> None:
+    assert not [name for name, _ in _locations() if "metrics" in name]
+    assert dict(_locations())["/"].strip() == "return 404;"
+
+
+# Secrets
+
+
+def _make(file: Path) -> dict[str, str]:
+    subprocess.run(["sh", str(ROOT / "deploy/secrets.sh"), str(file)], check=True, capture_output=True)
+    lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_made_secrets_are_strong_different_and_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    made = _make(tmp_path / "env")
+    assert set(made) == set(SECRETS)
+    assert len(set(made.values())) == len(made)
+    assert not [name for name, value in made.items() if weakness(value)]
+    assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), "they stand in URLs"
+    assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
+
+
+def test_secrets_that_are_set_stay(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_JWT_SECRET=mine\nTICKETRAIL_SYNC_TOKEN=\n")
+    first = _make(file)
+    assert first["TICKETRAIL_JWT_SECRET"] == "mine"
+    assert first["TICKETRAIL_PORT"] == "9000"
+    assert len(first["TICKETRAIL_SYNC_TOKEN"]) == 43
+    assert _make(file) == first
+
+
+# Observation
+
+OBSERVE = ROOT / "deploy/observe"
+
+
+def test_prometheus_finds_every_replica_of_every_service_on_its_port() -> None:
+    jobs = yaml.safe_load((OBSERVE / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    found = {job["job_name"]: job["dns_sd_configs"][0] for job in jobs if "dns_sd_configs" in job}
+    for name in OURS:
+        assert found[name]["names"] == [name]
+        assert found[name]["type"] == "A"
+        assert str(found[name]["port"]) == SERVICES[name]["healthcheck"]["test"][-1]
+
+
+def test_the_collector_keeps_what_failed_and_what_was_slow() -> None:
+    collector = yaml.safe_load((OBSERVE / "collector.yaml").read_text())
+    policies = {policy["type"]: policy for policy in collector["processors"]["tail_sampling"]["policies"]}
+    assert policies["status_code"]["status_code"]["status_codes"] == ["ERROR"]
+    assert policies["latency"]["latency"]["threshold_ms"] == Settings.model_fields["trace_slow_ms"].default
+    assert 0 < policies["probabilistic"]["probabilistic"]["sampling_percentage"] < 100
+    for pipeline in collector["service"]["pipelines"].values():
+        for part in ("receivers", "processors", "exporters"):
+            assert set(pipeline[part]) <= set(collector[part]), part
+        assert pipeline["processors"][0] == "memory_limiter"
+
+
+def test_grafana_knows_its_sources_by_the_names_that_dashboards_use() -> None:
+    sources = yaml.safe_load((OBSERVE / "grafana/provisioning/datasources/datasources.yaml").read_text())
+    assert [source["uid"] for source in sources["datasources"]] == ["prometheus", "jaeger"]
+
+
+# The image
+
+
+def test_the_image_knows_every_command_and_pulls_no_syntax() -> None:
+    dockerfile = (ROOT / "deploy/image/Dockerfile").read_text()
+    entry = (ROOT / "deploy/image/entry.sh").read_text()
+    assert "# syntax" not in dockerfile
+    assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
+    assert "--require-hashes" in dockerfile
+    for name in (*OURS, "migrate", "ticketrail"):
+        assert re.search(rf"^{name}\) exec ", entry, re.MULTILINE), name
+    unknown = subprocess.run(["sh", str(ROOT / "deploy/image/entry.sh"), "toaster"], capture_output=True, text=True)
+    assert unknown.returncode == 64
+    assert "toaster" in unknown.stderr
+
+
+def test_health_tells_a_service_that_does_not_answer() -> None:
+    health = ["python3", str(ROOT / "deploy/image/health.py"), "9"]
+    told = subprocess.run(health, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "Error" in told.stdout
