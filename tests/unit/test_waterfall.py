@@ -160,6 +160,7 @@ def test_as_json_has_the_same_and_each_span_once() -> None:
     (elsewhere,) = made["elsewhere"]
     assert (elsewhere["trace_id"], len(elsewhere["spans"])) == (TRACE, 7)
     assert made["missing"] == ["x"]
+    assert as_json(ORDER, Found([change()], WHOLE, []))["elsewhere"] == []
 
 
 # -- from Jaeger -------------------------------------------------------------------------------------------------

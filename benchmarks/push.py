@@ -1,0 +1,263 @@
+"""How fast do 200 events reach 1,000 connections of one process, and what does an idle connection cost?
+
+One restaurant, 1,000 subscribers, 200 created orders of three items, sent as a load records them (25 a message); from
+the first byte of an event at any client to the last at all of them. The client is the same for every peer: one thread
+that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (websocket, one room, the same JSON), and nginx with
+nchan (C, event stream) where it is installed.
+"""
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import resource
+import selectors
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aio_pika
+import psutil
+
+from benchmarks.drain import events
+from benchmarks.load import Missing, here
+from benchmarks.peers.node import prepared
+from benchmarks.question import Plan, Row, compared, interleave, not_run
+from benchmarks.rig import Rig, Running
+from benchmarks.rig import run as run_async
+from deploy.local.ports import find_free
+from shared.entities.contract import CONTENT_TYPE, encode_batch, split_batch
+from shared.messaging.topology import CHANGES
+
+QUESTION = "push"
+_CONNECTIONS = 1_000
+_EVENTS = 200
+_PER_MESSAGE = 25
+_NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
+
+
+def run(rig: Rig, plan: Plan) -> list[Row]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16_384), hard))
+    notifier = rig.service("notifier", client_buffer_events=5_000, client_buffer_bytes=16 << 20)
+    cases: dict[str, Callable[[], float]] = {"rail": lambda: _ours(rig, notifier)}
+    missing: dict[str, str] = {}
+    peers: list[Running] = []
+    payload = encode_batch(events(rig.restaurants[:1], _EVENTS))
+    try:
+        peers.append(socketio := _socketio(rig))
+        cases["socketio"] = lambda: _crowd(socketio, _join_socketio, lambda: _post(socketio, "/publish", payload))
+    except Missing as error:
+        missing["socketio"] = str(error)
+    try:
+        peers.append(nchan := _nchan(rig))
+        cases["nchan"] = lambda: _crowd(nchan, _join_stream("/sub", ""), lambda: _post_each(nchan, "/pub", payload))
+    except Missing as error:
+        missing["nchan"] = str(error)
+    memory = [_memory(rig, notifier)]
+    found = interleave(plan.rounds, cases)
+    notifier.stop()
+    for peer in peers:
+        peer.stop()
+    rows = [compared(QUESTION, "an idle connection", "memory", "KB", memory, at_most=20.0)]
+    for name, label, bound in (("socketio", "Socket.IO on Node", 1.5), ("nchan", "nginx with nchan", 0.5)):
+        if name in found:
+            rows.append(
+                compared(QUESTION, "200 events to 1,000", "throughput", "deliveries/s", found["rail"], label,
+                         found[name], at_least=bound)
+            )  # fmt: skip
+        else:
+            rows.append(not_run(QUESTION, "200 events to 1,000", label, missing[name], f"≥ {bound:g}×"))
+    return rows
+
+
+# -- the crowd ---------------------------------------------------------------------------------------------------
+
+Join = Callable[[socket.socket], bytes]
+"""Connects one socket and returns the mark that every event carries."""
+
+
+def _crowd(server: Running, join: Join, publish: Callable[[], None]) -> float:
+    """Deliveries a second."""
+    selector = selectors.DefaultSelector()
+    links = []
+    mark = b""
+    buffer = bytearray(1 << 20)
+    for _ in range(_CONNECTIONS):
+        link = _connect(server)
+        mark = join(link)
+        link.setblocking(False)
+        selector.register(link, selectors.EVENT_READ, [b""])
+        links.append(link)
+    time.sleep(0.5)  # what the server says at the beginning
+    thread = threading.Thread(target=publish)
+    first = last = 0.0
+    wanted = _CONNECTIONS * _EVENTS
+    seen = 0
+    thread.start()
+    deadline = time.monotonic() + 60
+    while seen < wanted:
+        for key, _ in selector.select(1.0):
+            try:
+                size = key.fileobj.recv_into(buffer)  # type: ignore[union-attr]
+            except BlockingIOError:
+                continue
+            if not size:
+                raise RuntimeError("a connection ended")
+            around = len(mark) - 1
+            # Whole marks in place, without a copy; one that was cut in two at the seam.
+            count = buffer.count(mark, 0, size) + (key.data[0] + buffer[: min(around, size)]).count(mark)
+            key.data[0] = (key.data[0] + bytes(buffer[max(0, size - around) : size]))[-around:]
+            if count:
+                last = time.monotonic()
+                first = first or last
+                seen += count
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{seen} of {wanted} deliveries within 60 s")
+    thread.join()
+    for link in links:
+        link.close()
+    selector.close()
+    return wanted / max(last - first, 1e-6)
+
+
+def _connect(server: Running) -> socket.socket:
+    address = urlsplit(server.url)
+    return socket.create_connection((address.hostname, address.port), timeout=10)
+
+
+def _join_stream(path: str, token: str) -> Join:
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n"
+        + (f"Authorization: Bearer {token}\r\n" if token else "")
+        + "\r\n"
+    ).encode()
+
+    def join(link: socket.socket) -> bytes:
+        link.sendall(head)
+        _read_until(link, b"\r\n\r\n")
+        return b'"customer_name":"Ada"'
+
+    return join
+
+
+def _join_socketio(link: socket.socket) -> bytes:
+    key = base64.b64encode(os.urandom(16)).decode()
+    link.sendall(
+        f"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
+        f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+    )
+    _read_until(link, b'"sid"')
+    link.sendall(bytes((0x81, 0x82, 0, 0, 0, 0)) + b"40")  # into the default namespace; masked with zeros
+    _read_until(link, b"40{")
+    return b'"customer_name":"Ada"'
+
+
+def _read_until(link: socket.socket, mark: bytes) -> None:
+    got = b""
+    while mark not in got:
+        piece = link.recv(65_536)
+        if not piece:
+            raise RuntimeError(f"hung up after {got!r}")
+        got += piece
+
+
+# -- ours --------------------------------------------------------------------------------------------------------
+
+
+def _ours(rig: Rig, notifier: Running) -> float:
+    made = events(rig.restaurants[:1], _EVENTS)
+
+    async def publish() -> None:
+        async with await aio_pika.connect(rig.rabbitmq_url) as connection:
+            exchange = await (await connection.channel()).get_exchange(CHANGES, ensure=False)
+            for start in range(0, _EVENTS, _PER_MESSAGE):
+                body = encode_batch(made[start : start + _PER_MESSAGE])
+                await exchange.publish(aio_pika.Message(body, content_type=CONTENT_TYPE), "critical")
+
+    join = _join_stream("/api/v1/sync/events", rig.restaurants[0].token)
+    return _crowd(notifier, join, lambda: run_async(publish()))
+
+
+def _memory(rig: Rig, notifier: Running) -> float:
+    """Kilobytes that the server's processes grow by for each of 1,000 idle streams."""
+
+    def used() -> int:
+        total = 0
+        for process in (root := psutil.Process(notifier.pid), *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().uss
+        return total
+
+    join = _join_stream("/api/v1/sync/events", rig.restaurants[0].token)
+
+    def crowd() -> list[socket.socket]:
+        links = [_connect(notifier) for _ in range(_CONNECTIONS)]
+        for link in links:
+            join(link)
+        return links
+
+    first = [_connect(notifier) for _ in range(50)]  # what the first ones make once and for all
+    for link in first:
+        join(link)
+    before = used()
+    links = crowd()
+    time.sleep(1.0)
+    grown = (used() - before) / _CONNECTIONS / 1024
+    for link in (*links, *first):
+        link.close()
+    return grown
+
+
+# -- peers -------------------------------------------------------------------------------------------------------
+
+
+def _socketio(rig: Rig) -> Running:
+    folder = here("socketio")
+    node = prepared(folder)
+    (port,) = find_free(1)
+    env = {**os.environ, "BENCH_PORT": str(port), "NODE_ENV": "production"}
+    return rig.program([node, "server.js"], env, port, name="socketio", cwd=folder)
+
+
+def _nchan(rig: Rig) -> Running:
+    nginx = shutil.which("nginx")
+    if nginx is None or not _NCHAN.exists():
+        raise Missing("no nginx with nchan (apt-get install nginx libnginx-mod-nchan)")
+    (port,) = find_free(1)
+    folder = rig.folder / "nchan"
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)  # nginx's worker runs as another user when we are root
+    config = folder / "nginx.conf"
+    template = here("nchan.conf.template").read_text()
+    config.write_text(template.format(module=_NCHAN, port=port, folder=folder))
+    command = [nginx, "-p", str(folder), "-c", str(config), "-e", str(folder / "error.log")]
+    return rig.program(command, dict(os.environ), port, name="nchan")
+
+
+def _post(server: Running, path: str, body: bytes) -> None:
+    address = urlsplit(server.url)
+    link = http.client.HTTPConnection(str(address.hostname), address.port)
+    link.request("POST", path, body, {"Content-Type": "application/json"})
+    reply = link.getresponse()
+    if reply.status >= 300:
+        raise RuntimeError(f"{path}: {reply.status} {reply.read()!r}")
+    link.close()
+
+
+def _post_each(server: Running, path: str, body: bytes) -> None:
+    address = urlsplit(server.url)
+    link = http.client.HTTPConnection(str(address.hostname), address.port)
+    for event in split_batch(body):
+        after = json.dumps(json.loads(event)["data"]["after"], separators=(",", ":"))
+        link.request("POST", path, f'{{"eventType":"order_created","data":{after}}}'.encode())
+        reply = link.getresponse()
+        reply.read()
+        if reply.status >= 300:
+            raise RuntimeError(f"{path}: {reply.status}")
+    link.close()
