@@ -69,12 +69,12 @@ class PushEvent(Struct, frozen=True):
     session_id: str | None
     """The customer session that may see it."""
     kind: Kind
-    traceparent: str | None
-    accepted_at: float
-    """Seconds since the epoch."""
     _name: str
     _rest: bytes
     """The JSON from behind the event's name on, which the two names of a stage change share."""
+    traceparent: str | None = None
+    accepted_at: float = 0.0
+    """Seconds since the epoch."""
 
     def name(self, *, of_one_order: bool) -> str:
         return "order_stage_change" if of_one_order and self.kind is Kind.STAGE_CHANGE else self._name
