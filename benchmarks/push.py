@@ -2,8 +2,8 @@
 
 One restaurant, 1,000 subscribers, 200 created orders of three items, sent as a load records them (25 a message); from
 the first byte of an event at any client to the last at all of them. The client is the same for every peer: one thread
-that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (websocket, one room, the same JSON), and nginx with
-nchan (C, event stream) where it is installed.
+that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (websocket, one room, the same JSON), and nginx
+with nchan (C, event stream) where it is installed.
 """
 
 import base64

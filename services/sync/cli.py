@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import click
 import structlog
+from aiormq.exceptions import ConnectionResourceError
 from rich.console import Console
 from rich.live import Live
 
@@ -35,6 +36,8 @@ from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
 
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
+
+_LOG_WITHIN = 10.0  # seconds
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -72,7 +75,7 @@ async def _migrate(settings: Settings) -> None:
                 # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
                 # from a backup, does not.
                 reader = LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0)
-                carried = await reader.first_epoch()
+                carried = await _carried_by(reader)
                 if carried is not None and carried != epoch:
                     epoch = carried
                     await database.execute(_NOTE_EPOCH, epoch)
@@ -84,6 +87,19 @@ async def _migrate(settings: Settings) -> None:
             await database.close()
         await declare.declare_log(broker, settings, epoch)
     click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
+
+
+async def _carried_by(reader: LogReader) -> str | None:
+    """The epoch in the log. Another `migrate` may be making the log at this moment: then it is declared, and the broker
+    says "stream not found" for a while."""
+    deadline = time.monotonic() + _LOG_WITHIN
+    while True:
+        try:
+            return await reader.first_epoch()
+        except ConnectionResourceError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.2)
 
 
 class _Session:

@@ -1,0 +1,99 @@
+"""What `/metrics` and `ticketrail status` say of a real system."""
+
+import json
+import re
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from shared.metrics import Metrics
+from tests.system import ROOT, System, eventually
+
+Samples = dict[str, float]
+_PAGE = (ROOT / "docs" / "metrics.md").read_text()
+
+
+async def scraped(system: System, name: str) -> Samples:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"{system.urls[name]}/metrics")
+    assert answer.status_code == 200
+    return {
+        sample.name + "".join(f"|{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+async def test_orders_that_are_accepted_and_refused_are_counted(system: System) -> None:
+    before = await scraped(system, "orders")
+    async with system.client() as client:
+        for _ in range(3):
+            assert (await client.post("/api/orders", json=system.order_body())).status_code == 201
+        refused = await client.post("/api/orders", json=system.order_body(discount_amount=10**10))
+        assert refused.status_code == 422
+    after = await scraped(system, "orders")
+
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    assert grown("ticketrail_accepted_total|event=ticketrail.order.created.v1") == 3
+    assert grown("ticketrail_refused_total|code=discount_above_subtotal") == 1
+    assert grown("ticketrail_http_answers_total|route=POST /api/orders|status=201") == 3
+    assert grown("ticketrail_http_answer_seconds_count|route=POST /api/orders") == 4
+    assert grown("ticketrail_durable_total|where=broker") == 3
+    assert after["ticketrail_journal_entries"] == 0
+    assert after["ticketrail_broker_connected"] == 1
+
+
+async def test_the_way_of_a_change_is_measured_to_every_sink(system: System) -> None:
+    before = {name: await scraped(system, name) for name in ("worker", "notifier")}
+    async with system.client() as client:
+        assert (await client.post("/api/orders", json=system.order_body())).status_code == 201
+
+    async def grown() -> list[float]:
+        after = {name: await scraped(system, name) for name in ("worker", "notifier")}
+        wanted = (
+            ("worker", "ticketrail_postgres_lag_seconds_count"),
+            ("worker", "ticketrail_mirror_lag_seconds_count"),
+            ("worker", "ticketrail_batch_changes_sum"),
+            ("notifier", "ticketrail_push_lag_seconds_count"),
+        )
+        return [after[service][name] - before[service][name] for service, name in wanted]
+
+    await eventually(grown, what="one change at every sink", until=lambda counts: min(counts) >= 1)
+
+
+async def test_status_shows_every_service_and_names_the_one_that_is_away(system: System) -> None:
+    said = json.loads(await system.cli("status", "--json"))
+    assert {name: one["state"] for name, one in said.items()} == dict.fromkeys(
+        ("orders", "sync-worker", "sync-api", "notifier"), "ready"
+    )
+    assert said["orders"]["broker connected"] == 1
+    assert said["sync-worker"]["mirror warm"] == 1
+    there = dict(system.env)
+    try:
+        system.env["TICKETRAIL_NOTIFIER_PORT"] = "1"
+        away = json.loads(await system.cli("status", "--json"))
+    finally:
+        system.env = there
+    assert away["notifier"]["state"] == "away"
+    assert away["orders"]["state"] == "ready"
+
+
+async def test_every_metric_is_documented_and_every_documented_one_exists(system: System) -> None:
+    async with httpx.AsyncClient() as client:
+        texts = [(await client.get(f"{url}/metrics")).text for url in system.urls.values()]
+    told = {name for text in texts for name in re.findall(r"^# TYPE (ticketrail_\w+) (?!gauge.*_created)", text, re.M)}
+    told = {name.removesuffix("_total") for name in told if not name.endswith("_created")}
+    written = {name.removesuffix("_total") for name in re.findall(r"`(ticketrail_\w+)`", _PAGE)}
+    assert told == written
+
+
+def test_labels_beyond_the_bound_are_counted_together() -> None:
+    metrics = Metrics()
+    counted = metrics.counter_by("ticketrail_test", "For this test", "code")
+    for number in range(100):
+        counted.inc(f"code-{number}")
+    text = metrics.text().decode()
+    assert text.count('ticketrail_test_total{code="code-') == 64
+    assert 'ticketrail_test_total{code="other"} 36.0' in text
