@@ -154,13 +154,17 @@ class Rig:
             stdout=subprocess.DEVNULL,
         )
 
-    def service(self, name: str, **settings: object) -> Running:
+    def service(self, name: str, *, wait: bool = True, **settings: object) -> Running:
         """Starts it and waits until it is ready. Each has a port, and each orders service an instance, of its own."""
         (port,) = find_free(1)
         key = "worker_port" if name == "worker" else f"{name}_port"
         chosen = {key: port, "instance": 1 + sum(one.child.log.name.startswith(name) for one in self._running)}
         return self.program(
-            [sys.executable, "-m", *SERVICES[name]], self.environment(**{**chosen, **settings}), port, name=name
+            [sys.executable, "-m", *SERVICES[name]],
+            self.environment(**{**chosen, **settings}),
+            port,
+            name=name,
+            ready="/health/ready" if wait else "",
         )
 
     def program(
@@ -177,7 +181,7 @@ class Rig:
         running = Running(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
         self._running.append(running)
         deadline = time.monotonic() + 60
-        while not _answers(running.url + ready):
+        while ready and not _answers(running.url + ready):
             if running.child.returncode is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{name} does not get ready:\n{running.child.tail(30)}")
             time.sleep(0.1)

@@ -12,13 +12,14 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
-def settle_memory() -> None:
+def settle_memory(*, rarely: bool = True) -> None:
     """Once, when everything that lives as long as the process has been made: the cycle collector leaves that alone
     from now on, and runs more rarely. Requests leave next to no cycles behind; looking for them took a seventh of the
-    time of an order."""
+    time of an order. `rarely` False: where thousands of connections come and go, what each leaves counts for more."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    if rarely:
+        gc.set_threshold(50_000, 20, 50)
 
 
 def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":

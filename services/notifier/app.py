@@ -98,7 +98,7 @@ def create(settings: Settings | None = None) -> Litestar:
         closing = asyncio.create_task(_close_on(stop_event(), parts.hub), name="close-on-stop")
         try:
             await start(parts)
-            settle_memory()
+            settle_memory(rarely=False)
             log.info("started", instance=settings.instance, port=settings.notifier_port)
             yield
         finally:
