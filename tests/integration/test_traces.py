@@ -257,7 +257,8 @@ async def test_an_order_that_nobody_knows_is_an_error(traced: System) -> None:
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
     await spans_of(traced, caller.trace, "GET /api/orders/{order_id}")
-    assert await traced.cli("trace", unknown, check=False) == ""
+    with pytest.raises(AssertionError, match="no change and no trace of this order"):  # it ended with 1, and said so
+        await traced.cli("trace", unknown)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------
