@@ -30,6 +30,8 @@ from shared.tracing import Tracer
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
+_METRICS = "ticketrail.metrics"
+"""Where the gate leaves them in the scope for those that answer errors."""
 OPEN_PATHS = ("/health/", "/metrics")
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
@@ -55,6 +57,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(OPEN_PATHS):
             return await self._app(scope, receive, send)
+        scope[_METRICS] = self._metrics  # type: ignore[literal-required]
         authorization = traceparent = None
         for name, value in scope["headers"]:
             if name == b"authorization":
@@ -84,7 +87,6 @@ class Gate:
             await self._app(scope, receive, watched)
         except Exception as error:
             status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
-            self._metrics.refused(str(getattr(error, "error_code", None) or f"http_{status}"))
             raise
         finally:
             end()
@@ -205,22 +207,31 @@ def _failure(
     )
 
 
-def _ours(_: Request[Any, Any, Any], error: TicketrailError) -> Response[bytes]:
+def _ours(request: Request[Any, Any, Any], error: TicketrailError) -> Response[bytes]:
+    _count(request, error.error_code)
     return failure(error)
 
 
-def _litestars(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+def _count(request: Request[Any, Any, Any], code: str) -> None:
+    metrics = request.scope.get(_METRICS)
+    if isinstance(metrics, HttpMetrics):  # what never reached the gate, such as an unknown path, is not counted
+        metrics.refused(code)
+
+
+def _litestars(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     codes = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
     details: dict[str, Any] = {}
     if error.status_code == 413:
         details = {"field": "body", "max_bytes": MAX_BODY_BYTES}
     elif isinstance(error.extra, list):
         details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
+    _count(request, codes.get(error.status_code, "http_error"))
     return _failure(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details)
 
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     log.error("unexpected", path=request.url.path, method=request.method, exc_info=error)
+    _count(request, "internal")
     return _failure(500, "something went wrong on our side", "internal")
 
 
