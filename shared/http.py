@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ import msgspec
 import structlog
 from litestar import MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, ExceptionHandlersMap, Message, Receive, Scope, Send
 from opentelemetry.trace import SpanKind
@@ -37,6 +39,9 @@ OPEN_PATHS = ("/health/", "/metrics")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 _JSON = (b"content-type", b"application/json")
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+_SWALLOWED_BYTES = 16_000_000
+_SWALLOWED_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -59,11 +64,14 @@ class Gate:
             return await self._app(scope, receive, send)
         scope[_METRICS] = self._metrics  # type: ignore[literal-required]
         authorization = traceparent = None
+        too_large = False
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value.decode("latin-1")
             elif name == b"traceparent":
                 traceparent = value.decode("latin-1")
+            elif name == b"content-length" and value.isdigit() and int(value) > MAX_BODY_BYTES:
+                too_large = True
         trace = self._tracer.begin(traceparent)
         status = 0
         ended = False
@@ -84,6 +92,9 @@ class Gate:
 
         try:
             scope["user"], scope["auth"] = self._tokens.verify(authorization), None
+            if too_large:
+                await _swallow(receive)
+                raise RequestEntityTooLarge
             await self._app(scope, receive, watched)
         except Exception as error:
             status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
@@ -112,6 +123,19 @@ class Gate:
             attributes["http.response.status_code"] = status
         error = str(status) if status >= 500 else None
         self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
+
+
+async def _swallow(receive: Receive) -> None:
+    """Reads what a client announced too much of, within bounds: a connection that is closed while it still sends is
+    reset, and it would never see the answer."""
+    left = _SWALLOWED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SWALLOWED_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                left -= len(message["body"])
 
 
 def gate(tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> Callable[[ASGIApp], ASGIApp]:

@@ -12,7 +12,6 @@ from uuid import UUID, uuid4
 import asyncpg
 import click
 import structlog
-from aiormq.exceptions import ConnectionResourceError
 from rich.console import Console
 from rich.live import Live
 
@@ -91,12 +90,12 @@ async def _migrate(settings: Settings) -> None:
 
 async def _carried_by(reader: LogReader) -> str | None:
     """The epoch in the log. Another `migrate` may be making the log at this moment: then it is declared, and the broker
-    says "stream not found" for a while."""
+    answers "stream not found" or an internal error for a while."""
     deadline = time.monotonic() + _LOG_WITHIN
     while True:
         try:
             return await reader.first_epoch()
-        except ConnectionResourceError:
+        except BROKEN_LINK:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.2)
