@@ -23,7 +23,7 @@ from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.messaging.topology import CHANGES
+from shared.messaging.topology import CHANGES, REFERENCE_LOG
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
@@ -86,7 +86,10 @@ def assemble(settings: Settings) -> Parts:
     )
     reads = Reads(postgres, mirror, ReadMetrics(metrics))
     reader = LogReader(
-        settings.rabbitmq_url, name=f"orders-{settings.instance}", idle_seconds=settings.fence_interval_seconds * 3
+        settings.rabbitmq_url,
+        name=f"orders-{settings.instance}",
+        idle_seconds=settings.fence_interval_seconds * 3,
+        stream=REFERENCE_LOG,
     )
     menus = Menus(postgres, mirror, reader)
     return Parts(

@@ -1,7 +1,7 @@
 """The menus, in memory: what orders are priced from.
 
 Loaded from PostgreSQL and the mirror, whichever answers (both, when both do: the guard decides dish by dish), and kept
-up to date from the log within a second of a change. While everything else is away the last known menu goes on serving.
+up to date from the reference log within a second of a change. While everything else is away the last known menu goes on serving.
 A restaurant that is not known yet is looked up when its first order comes.
 """
 
@@ -15,7 +15,7 @@ import structlog
 from msgspec import Struct
 
 from shared.entities import menu_item, registry
-from shared.entities.contract import BrokenContract, Lane, Standing, decode_change, now, split_batch
+from shared.entities.contract import BrokenContract, Standing, decode_change, now, split_batch
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound, Unavailable
 from shared.lifecycle import vital_task
@@ -163,8 +163,6 @@ class Menus:
 
     def _apply(self, batch: Batch) -> None:
         for entry in batch.entries:
-            if entry.lane == Lane.CRITICAL:
-                continue  # orders: the bulk of the log, of no concern here and not even decoded
             try:
                 events = split_batch(entry.body)
             except BrokenContract as error:

@@ -36,6 +36,7 @@ from shared.settings import Settings
 
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
+_LOCK = 0x71636B75  # beside the one of the schema
 _LOG_WITHIN = 10.0  # seconds
 
 
@@ -66,9 +67,11 @@ async def _migrate(settings: Settings) -> None:
     click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
     async with await declare.connect(settings.rabbitmq_url) as broker:
         await declare.declare(broker, settings)
-        created = not await declare.log_exists(broker)
         database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
         try:
+            # Until the connection is closed: of two at once, the second finds the log that the first has made.
+            await database.execute("select pg_advisory_lock($1)", _LOCK)
+            created = not await declare.log_exists(broker)
             epoch = await present_epoch(database)
             if not created:
                 # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
@@ -82,15 +85,15 @@ async def _migrate(settings: Settings) -> None:
                 # Noted before the stream is made: a fence may not carry an epoch that is over.
                 epoch = uuid4().hex[:12]
                 await database.execute(_NOTE_EPOCH, epoch)
+            await declare.declare_logs(broker, settings, epoch)
         finally:
             await database.close()
-        await declare.declare_log(broker, settings, epoch)
     click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
 
 
 async def _carried_by(reader: LogReader) -> str | None:
-    """The epoch in the log. Another `migrate` may be making the log at this moment: then it is declared, and the broker
-    answers "stream not found" or an internal error for a while."""
+    """The epoch in the log. One that was declared a moment ago is not there at once: the broker answers "stream not
+    found" or an internal error for a while."""
     deadline = time.monotonic() + _LOG_WITHIN
     while True:
         try:

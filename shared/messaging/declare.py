@@ -47,7 +47,7 @@ async def log_exists(connection: AbstractConnection) -> bool:
 
 
 async def declare(connection: AbstractConnection, settings: Settings) -> None:
-    """Everything but the log; repeating it changes nothing."""
+    """Everything but the logs; repeating it changes nothing."""
     async with connection.channel() as channel:
         exchange = await channel.declare_exchange(topology.CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
         for queue in topology.queues(settings):
@@ -56,17 +56,21 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 
 
-async def declare_log(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
-    """The stream and, before anything can reach a new one through a binding, a fence that says its epoch."""
-    queue = topology.log_queue(settings)
+async def declare_logs(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
+    """The streams and, before anything can reach a new one through a binding, a fence in each that says its epoch.
+    Without the log all of them are made anew: they share its epoch."""
+    anew = not await log_exists(connection)
     async with connection.channel() as channel:
-        await _declare(channel, queue)
-        fence = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, source="migrate")
-        message = aio_pika.Message(encode_signal(fence), message_id=fence.id, delivery_mode=2)
-        await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
         exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
-        for lane in Lane:
-            await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
+        for queue in topology.logs(settings):
+            if anew:
+                await channel.queue_delete(queue.name)
+            await _declare(channel, queue)
+            fence = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, source="migrate")
+            message = aio_pika.Message(encode_signal(fence), message_id=fence.id, delivery_mode=2)
+            await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
+            for lane in queue.bound_to:
+                await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 
 
 async def check(connection: AbstractConnection, settings: Settings) -> None:
@@ -76,7 +80,7 @@ async def check(connection: AbstractConnection, settings: Settings) -> None:
         await channel.declare_exchange(topology.CHANGES, passive=True)
     except ChannelNotFoundEntity as error:
         raise TopologyError(f"exchange {topology.CHANGES!r} is missing: run `ticketrail migrate`") from error
-    for queue in [*topology.queues(settings), topology.log_queue(settings)]:
+    for queue in [*topology.queues(settings), *topology.logs(settings)]:
         if not await _exists(connection, queue.name):
             raise TopologyError(f"queue {queue.name!r} is missing: run `ticketrail migrate`")
     await channel.close()

@@ -1,4 +1,4 @@
-"""Reading the log (the stream `changes.log.v1`) in order, for as long as the caller wants.
+"""Reading a log (the stream `changes.log.v1`, or the smaller one without orders) in order, for as long as the caller wants.
 
 Guarantee: entries come in order of their offset, each once within a process, through any number of lost connections; a
 reader that starts from a remembered offset gets the entry of that offset once more. When the stream was deleted and
@@ -82,10 +82,13 @@ class _NoSuchOffset(Exception):
 
 
 class LogReader:
-    def __init__(self, url: str, *, name: str, idle_seconds: float, prefetch: int = 1_000) -> None:
+    def __init__(
+        self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000
+    ) -> None:
         """`idle_seconds`: without any entry for so long (fences come every few seconds) it asks if the link lives."""
         self._url = url
         self._name = name
+        self._stream = stream
         self._idle = idle_seconds
         self._prefetch = prefetch
         self._last: int | None = None
@@ -208,7 +211,7 @@ class LogReader:
     async def _attach(self, start: Start) -> "AsyncIterator[_Link]":
         connection = await aio_pika.connect(self._url, timeout=5.0)
         try:
-            link = _Link(connection, self._name, self._prefetch)
+            link = _Link(connection, self._stream, self._name, self._prefetch)
             async with asyncio.timeout(10.0):
                 await link.open(start)
             yield link
@@ -223,8 +226,9 @@ class LogReader:
 class _Link:
     """One consumer on a connection of its own, and the way to put a mark."""
 
-    def __init__(self, connection: AbstractConnection, name: str, prefetch: int) -> None:
+    def __init__(self, connection: AbstractConnection, stream: str, name: str, prefetch: int) -> None:
         self._connection = connection
+        self._stream = stream
         self._name = name
         self._prefetch = prefetch
         self._arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
@@ -241,7 +245,7 @@ class _Link:
         async def arrive(message: AbstractIncomingMessage) -> None:
             self._arrived.put_nowait(message)
 
-        stream = await channel.get_queue(LOG, ensure=False)
+        stream = await channel.get_queue(self._stream, ensure=False)
         self._tag = await stream.consume(arrive, arguments={"x-stream-offset": start})
         underlay = await channel.get_underlay_channel()
         assert isinstance(underlay, Channel)
@@ -253,7 +257,7 @@ class _Link:
     async def put_mark(self) -> str:
         mark = Signal(id=str(uuid4()), type=MARK, time=now(), source=self._name)
         message = aio_pika.Message(encode_signal(mark), message_id=mark.id, delivery_mode=2)
-        await self._marks.default_exchange.publish(message, LOG, mandatory=True, timeout=_MARK_RETURNS)
+        await self._marks.default_exchange.publish(message, self._stream, mandatory=True, timeout=_MARK_RETURNS)
         return mark.id
 
     async def next(self, patience: float) -> list[AbstractIncomingMessage]:

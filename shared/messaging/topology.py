@@ -2,11 +2,15 @@
 
     ticketrail.changes (direct) ── lane ──► sync.postgres.<lane>.v1 (quorum) ─┬─ attempts ─► .retry.<ms> ─ TTL ─► back to its lane
                      │                                                        └─ poison, exhausted ─► sync.postgres.<lane>.dead.v1
-                     └── every lane ──► changes.log.v1 (stream)               sync.mirror.dead.v1
+                     ├── every lane ──► changes.log.v1 (stream)               sync.mirror.dead.v1
+                     └── all but critical ──► changes.reference.log.v1 (stream)
 
 Retries come back through the default exchange to their lane's queue alone: through `ticketrail.changes` the stream
 would get them twice. Dead-lettering is at least once, for which RabbitMQ wants the strategy, `reject-publish` and an
 exchange together: with one missing it silently is at most once.
+
+The reference log is the log without orders and payments: who only wants menus, tables or customers does not read the
+bulk of all changes for them.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from shared.settings import Settings
 
 CHANGES = "ticketrail.changes"
 LOG = "changes.log.v1"
+REFERENCE_LOG = "changes.reference.log.v1"
 MIRROR_DEAD = "sync.mirror.dead.v1"
 DELIVERY_LIMIT = 100
 ATTEMPT = "ticketrail-attempt"
@@ -56,21 +61,19 @@ def _dead_lettering(target: str) -> dict[str, Any]:
     }
 
 
-def log_queue(settings: Settings) -> Queue:
-    return Queue(
-        LOG,
-        {
-            "x-queue-type": "stream",
-            "x-max-age": settings.log_max_age,
-            "x-max-length-bytes": settings.log_max_bytes,
-            "x-stream-max-segment-size-bytes": settings.log_segment_bytes,
-        },
-        tuple(Lane),
-    )
+def logs(settings: Settings) -> list[Queue]:
+    """The streams, the log itself last: where it stands the others do."""
+    arguments = {
+        "x-queue-type": "stream",
+        "x-max-age": settings.log_max_age,
+        "x-max-length-bytes": settings.log_max_bytes,
+        "x-stream-max-segment-size-bytes": settings.log_segment_bytes,
+    }
+    return [Queue(REFERENCE_LOG, arguments, (Lane.NORMAL, Lane.BACKGROUND)), Queue(LOG, arguments, tuple(Lane))]
 
 
 def queues(settings: Settings) -> list[Queue]:
-    """All queues but the log, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
+    """All queues but the logs, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
     found = [Queue(MIRROR_DEAD, _quorum())]
     for lane in Lane:
         found.append(Queue(dead_queue(lane), _quorum()))

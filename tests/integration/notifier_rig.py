@@ -111,7 +111,7 @@ class Rail:
         async with await declare.connect(self.url) as connection:
             await declare.declare(connection, TOPOLOGY)
             if with_log:
-                await declare.declare_log(connection, TOPOLOGY, EPOCH)
+                await declare.declare_logs(connection, TOPOLOGY, EPOCH)
 
     async def clean(self) -> None:
         await asyncio.gather(*(asyncio.to_thread(notifier.child.kill) for notifier in self.notifiers))
@@ -134,7 +134,7 @@ class Rail:
     async def remake_log(self) -> None:
         async with await declare.connect(self.url) as connection:
             await (await connection.channel()).queue_delete(LOG)
-            await declare.declare_log(connection, TOPOLOGY, OTHER_EPOCH)
+            await declare.declare_logs(connection, TOPOLOGY, OTHER_EPOCH)
 
     async def notifier(self, *, wait: bool = True, **settings: object) -> "Notifier":
         notifier = Notifier(self, find_free(1)[0], settings)

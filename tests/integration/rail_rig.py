@@ -141,7 +141,7 @@ async def rails(servers: Servers, folder: Path) -> AsyncIterator[MakeRail]:
     settings = Settings(_env_file=None, rabbitmq_url=url, log_segment_bytes=1_000_000)  # type: ignore[call-arg]
     async with await declare.connect(url) as connection:
         await declare.declare(connection, settings)
-        await declare.declare_log(connection, settings, "test")
+        await declare.declare_logs(connection, settings, "test")
     made: list[RailRig] = []
     restaurant = builders.new_id()
 

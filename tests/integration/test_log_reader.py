@@ -35,7 +35,7 @@ class Broker:
         async with await declare.connect(self.url) as connection:
             await declare.declare(connection, SETTINGS)
             if with_log:
-                await declare.declare_log(connection, SETTINGS, EPOCH)
+                await declare.declare_logs(connection, SETTINGS, EPOCH)
 
     async def publish(self, *bodies: bytes, lane: Lane = Lane.CRITICAL, to_log_alone: bool = False) -> None:
         async with await declare.connect(self.url) as connection:
@@ -60,7 +60,7 @@ class Broker:
 
     async def make_log(self, epoch: str) -> None:
         async with await declare.connect(self.url) as connection:
-            await declare.declare_log(connection, SETTINGS, epoch)
+            await declare.declare_logs(connection, SETTINGS, epoch)
 
 
 @pytest.fixture

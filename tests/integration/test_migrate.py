@@ -8,6 +8,7 @@ import aio_pika
 import pytest
 
 from shared.messaging import declare, topology
+from shared.messaging.log import LogReader
 from shared.postgres import migrate
 from shared.settings import Settings
 from tests.servers import Servers
@@ -67,7 +68,11 @@ async def test_a_new_log_gets_a_new_epoch_and_an_old_one_keeps_its_own(empty: Sy
     async with await declare.connect(empty.rabbitmq_url) as connection:
         channel = await connection.channel()
         await channel.queue_delete(topology.LOG)
-    assert await epoch() != first
+    second = await epoch()
+    assert second != first
+    for stream in (topology.LOG, topology.REFERENCE_LOG):
+        reader = LogReader(empty.rabbitmq_url, name="test", idle_seconds=5.0, stream=stream)
+        assert await reader.first_epoch() == second, stream
 
 
 async def test_a_database_that_lost_the_epoch_learns_it_from_the_log(empty: System) -> None:
