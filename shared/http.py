@@ -143,6 +143,39 @@ def gate(tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> Callable[[ASGI
     return lambda app: Gate(app, tokens, tracer, metrics)
 
 
+class Call(Request[Identity, Any, Any]):
+    """A request whose body and single headers are read as they came: Litestar's own streams the one and builds a
+    multidict of the others, together a tenth of what an order costs. Hand it to the application as `request_class`."""
+
+    def header(self, name: bytes) -> str | None:
+        """`name` in lower case; of several the first."""
+        for found, value in self.scope["headers"]:
+            if found == name:
+                return value.decode("latin-1")
+        return None
+
+    @property
+    def identity(self) -> Identity:
+        """Who calls, as the gate found it."""
+        found: Identity = self.scope["user"]
+        return found
+
+    async def whole_body(self) -> bytes:
+        """Once. Raises RequestEntityTooLarge."""
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] != "http.request":
+                raise InvalidInput("the client left before its request was whole", field="body")
+            pieces.append(message["body"])
+            size += len(message["body"])
+            if size > MAX_BODY_BYTES:
+                raise RequestEntityTooLarge
+            if not message.get("more_body"):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 _ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
@@ -337,8 +370,3 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
         log_access=False,
         workers_kill_timeout=kill_after,
     ).serve()
-
-
-def identity_of(request: Request[Any, Any, Any]) -> Identity:
-    user: Identity = request.user
-    return user

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
-from litestar import Litestar, Request, get, post
+from litestar import Litestar, get, post
 from litestar.datastructures import State
 from litestar.types import ASGIApp
 
@@ -25,7 +25,7 @@ from services.orders.views import PENDING, order_view
 from shared.entities.contract import Standing, encode, now
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, Status
-from shared.http import EXCEPTION_HANDLERS, Reply, gate, identity_of, read_body, success
+from shared.http import EXCEPTION_HANDLERS, Call, Reply, gate, read_body, success
 from shared.lifecycle import settle_memory
 from shared.metrics import HttpMetrics, Metrics
 from shared.restaurants import Restaurant
@@ -65,9 +65,9 @@ _LOG = "insert into sync_log (restaurant_id, order_id, version, state) values ($
 
 
 @post("/api/orders")
-async def place(request: Request[Any, Any, Any]) -> ASGIApp:
-    who = identity_of(request)
-    wanted = read_body(await request.body(), PlaceOrder)
+async def place(request: Call) -> ASGIApp:
+    who = request.identity
+    wanted = read_body(await request.whole_body(), PlaceOrder)
     book: MenuBook = request.app.state["books"][who.tenant]
     restaurant, at = book.restaurant, now()
     items = priced_items(wanted.items, book.menu)
@@ -133,7 +133,7 @@ async def place(request: Request[Any, Any, Any]) -> ASGIApp:
             order.discount_amount,
             order.deposit_used,
             order.total,
-            request.headers.get("idempotency-key"),
+            request.header(b"idempotency-key"),
             order.placed_by,
             order.created_at,
             order.updated_at,
@@ -165,6 +165,7 @@ def create() -> Litestar:
         state=state,
         middleware=[gate(Tokens(described["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
         exception_handlers=EXCEPTION_HANDLERS,
+        request_class=Call,
         lifespan=[lifespan],
         openapi_config=None,
         logging_config=None,

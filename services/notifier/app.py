@@ -18,7 +18,7 @@ from services.notifier.follower import Follower
 from services.notifier.hub import Hub
 from services.notifier.transports import TRANSPORTS
 from services.notifier.window import Window
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, metrics_route, stop_event
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route, stop_event
 from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
@@ -121,6 +121,7 @@ def create(settings: Settings | None = None) -> Litestar:
             )
         ],
         exception_handlers=EXCEPTION_HANDLERS,
+        request_class=Call,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,

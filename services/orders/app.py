@@ -18,7 +18,7 @@ from services.orders.menu import Menus
 from services.orders.reads import Reads
 from services.orders.routes import ROUTES
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, metrics_route
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route
 from shared.lifecycle import settle_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
@@ -220,6 +220,7 @@ def create(settings: Settings | None = None) -> Litestar:
             )
         ],
         exception_handlers=EXCEPTION_HANDLERS,
+        request_class=Call,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,

@@ -5,7 +5,7 @@ import re
 from typing import Any
 from uuid import UUID
 
-from litestar import Request, delete, get, post, put
+from litestar import delete, get, post, put
 from litestar.types import ASGIApp
 
 from services.orders.commands import Commands, Done
@@ -15,21 +15,20 @@ from services.orders.requests import PlaceOrder, UpdateOrder
 from services.orders.views import PENDING, SYNCED, order_view, sync_of
 from shared.entities.contract import encode
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.http import Reply, identity_of, read_body, success
+from shared.http import Call, Reply, read_body, success
 from shared.security import Role
 
-Call = Request[Any, Any, Any]
 _ETAG = re.compile(r'^(?:W/)?"?([1-9][0-9]{0,8})"?$')
 _KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 
 
 @post("/api/orders")
 async def place_order(request: Call) -> ASGIApp:
-    key = request.headers.get("idempotency-key")
+    key = request.header(b"idempotency-key")
     if key is not None and not _KEY.match(key):
         raise InvalidInput("1 to 200 visible ASCII characters", field="Idempotency-Key")
-    wanted = read_body(await request.body(), PlaceOrder)
-    who = identity_of(request)
+    wanted = read_body(await request.whole_body(), PlaceOrder)
+    who = request.identity
     done = await _commands(request).place(who, wanted, key)
     sync = PENDING
     if done.replayed:
@@ -40,7 +39,7 @@ async def place_order(request: Call) -> ASGIApp:
 
 @get("/api/orders")
 async def list_orders(request: Call) -> ASGIApp:
-    who = identity_of(request)
+    who = request.identity
     filters = read_filters(dict(request.query_params), session=who.session_id if who.role is Role.CUSTOMER else None)
     page = await _reads(request).page(who.tenant, filters)
     return success(
@@ -56,7 +55,7 @@ async def list_orders(request: Call) -> ASGIApp:
 
 @get("/api/orders/{order_id:str}")
 async def get_order(request: Call, order_id: str) -> ASGIApp:
-    who = identity_of(request)
+    who = request.identity
     found = await _reads(request).one(who.tenant, _id(order_id))
     order = found.order()
     if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
@@ -64,25 +63,25 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
     if order.deleted_at is not None:
         raise NotFound("the order is deleted", code="order_deleted")
     headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
-    if request.headers.get("if-none-match") == headers["ETag"]:
+    if request.header(b"if-none-match") == headers["ETag"]:
         return Reply(b"", status=304, headers=headers)
     return success(order_view(found.state, found.standing, _sync(found)), headers=headers)
 
 
 @put("/api/orders/{order_id:str}")
 async def update_order(request: Call, order_id: str) -> ASGIApp:
-    wanted = read_body(await request.body(), UpdateOrder)
-    return _reply(await _commands(request).update(identity_of(request), _id(order_id), wanted, _version(request)))
+    wanted = read_body(await request.whole_body(), UpdateOrder)
+    return _reply(await _commands(request).update(request.identity, _id(order_id), wanted, _version(request)))
 
 
 @delete("/api/orders/{order_id:str}", status_code=200)
 async def delete_order(request: Call, order_id: str) -> ASGIApp:
-    return _reply(await _commands(request).delete(identity_of(request), _id(order_id), _version(request)))
+    return _reply(await _commands(request).delete(request.identity, _id(order_id), _version(request)))
 
 
 @post("/api/orders/{order_id:str}/restore", status_code=200)
 async def restore_order(request: Call, order_id: str) -> ASGIApp:
-    return _reply(await _commands(request).restore(identity_of(request), _id(order_id), _version(request)))
+    return _reply(await _commands(request).restore(request.identity, _id(order_id), _version(request)))
 
 
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order]
@@ -122,7 +121,7 @@ def _id(text: str) -> str:
 
 def _version(request: Call) -> int | None:
     """Of `If-Match`; without it, or with `*`, the present one."""
-    text = request.headers.get("if-match")
+    text = request.header(b"if-match")
     if text is None or text.strip() == "*":
         return None
     found = _ETAG.match(text.strip())

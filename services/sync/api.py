@@ -5,14 +5,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from litestar import Litestar, Request, get
+from litestar import Litestar, get
 from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.sync.status import sync_status
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, gate, health, identity_of, metrics_route, success
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route, success
 from shared.metrics import HttpMetrics, Metrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
@@ -37,8 +37,8 @@ class Parts(Struct, frozen=True):
 
 
 @get("/api/sync/status")
-async def status(request: Request[Any, Any, Any], parts: Parts) -> ASGIApp:
-    return success(await sync_status(parts.postgres, parts.mirror, identity_of(request).tenant))
+async def status(request: Call, parts: Parts) -> ASGIApp:
+    return success(await sync_status(parts.postgres, parts.mirror, request.identity.tenant))
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -99,6 +99,7 @@ def create(settings: Settings | None = None) -> Litestar:
             )
         ],
         exception_handlers=EXCEPTION_HANDLERS,
+        request_class=Call,
         lifespan=[lifespan],
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,

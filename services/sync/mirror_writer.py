@@ -9,6 +9,10 @@ A mirror becomes warm (claims are taken on it) when the log has been read to its
 have passed since it was found cold: changes that were claimed on the mirror that is lost are recorded by then, and
 have been read. A fresh system, where nothing can be under way, does not wait.
 
+A warm mirror is asked first which changes it lacks: most were revealed by the request that made them, and what the
+mirror has, at that version or above, is neither read nor sent. The answer holds for that mirror alone: where another
+has come in its place meanwhile, the writer rewinds.
+
 What cannot be applied goes to `sync.mirror.dead`, and the writer goes on when that is confirmed. While Redis, RabbitMQ
 or (for a rebuild) PostgreSQL is away it waits with jittered back-off. It may be stopped at any time.
 """
@@ -27,7 +31,17 @@ from opentelemetry.trace import SpanKind
 from services.sync.fences import FenceWatch
 from shared.backoff import backoff
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, encode_batch, now, split_batch
+from shared.entities.contract import (
+    BrokenContract,
+    Lane,
+    Outline,
+    decode_change,
+    encode,
+    encode_batch,
+    now,
+    outline,
+    split_batch,
+)
 from shared.entities.entity import Entity
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
@@ -69,6 +83,14 @@ class _Begun(Struct):
     """Monotonic: not warm before this moment."""
 
 
+class _Logged(Struct):
+    """One change of the log, as far as it has been read."""
+
+    entry: Entry
+    event: bytes
+    outline: Outline | None
+
+
 class MirrorWriter:
     def __init__(
         self,
@@ -82,7 +104,6 @@ class MirrorWriter:
     ) -> None:
         self._tracer = tracer
         self._metrics = metrics
-        self._traced: list[Change] = []
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
@@ -171,27 +192,28 @@ class MirrorWriter:
                     raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
                 noted = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
-                wanted = await self._readable(batch)
-                await self._apply(wanted, state, noted)
-                for one in wanted:
-                    if one.how == "reveal":  # what is read back, older, would say nothing
-                        self._metrics.mirror_lag.observe(max(0.0, time.time() - one.accepted_at.timestamp()))
-                self._trace(began)
+                found = await self._split(batch)
+                await self._apply(await self._readable(await self._missing(found)), state, noted)
+                self._tell_of([one.outline for one in found if one.outline is not None], began)
                 state = noted
                 await self._tell(batch, state)
 
-    def _trace(self, began: int) -> None:
+    def _tell_of(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
-        traced, self._traced = self._traced, []
-        for change in traced:
-            self._tracer.add(
-                change.traceparent,
-                f"mirror {change.entity}",
-                began,
-                ended,
-                kind=SpanKind.CLIENT,
-                attributes={**_ON_MIRROR, "ticketrail.change_id": change.id},
-            )
+        oldest = ended / 1e9 - _OVERLAP.total_seconds()
+        for one in outlines:
+            accepted = one.time.timestamp()
+            if accepted > oldest:  # what is read back would say nothing
+                self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
+            if self._tracer.wanted(one.traceparent):
+                self._tracer.add(
+                    one.traceparent,
+                    f"mirror {one.subject.partition('/')[0]}",
+                    began,
+                    ended,
+                    kind=SpanKind.CLIENT,
+                    attributes={**_ON_MIRROR, "ticketrail.change_id": one.id},
+                )
 
     async def _tell(self, batch: Batch, state: LogState) -> None:
         """What a batch that is applied says beside its changes."""
@@ -214,11 +236,11 @@ class MirrorWriter:
         repairs = any(one.how == "late" for one in wanted)
         for place, piece in enumerate(pieces, start=1):
             last = place == len(pieces) and not repairs
-            late = self._mine(await self._mirror.apply(piece, at=at, note=note if last else None))
+            late = self._mine(await self._mirror.apply(piece, at=at, note=note if last else None, only_warm=self.warm))
             if late:
                 await self._mirror.apply(await self._from_postgres([piece[one] for one in late]))
         if repairs and note is not None:
-            self._mine(await self._mirror.apply([], at=at, note=note))
+            self._mine(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
 
     def _mine(self, late: list[int] | None) -> list[int]:
         if late is None:
@@ -238,27 +260,40 @@ class MirrorWriter:
                     found.append(_stored(one.entity, stored))
         return found
 
-    async def _readable(self, batch: Batch) -> list[Apply]:
-        late_before = now() - _OVERLAP
+    async def _split(self, batch: Batch) -> list[_Logged]:
         found = []
         for entry in batch.entries:
             try:
-                events = split_batch(entry.body)
+                found += [_Logged(entry, event, outline(event)) for event in split_batch(entry.body)]
             except BrokenContract as error:
                 await self._dead(entry, entry.body, error)
-                continue
-            for event in events:
-                try:
-                    change = decode_change(event)
-                    entity, state = registry.read(change)
-                except BrokenContract as error:
-                    await self._dead(entry, encode_batch([event]), error)
-                    continue
-                if self._tracer.wanted(change.traceparent):
-                    self._traced.append(change)
-                how = "late" if change.time < late_before else "reveal"
-                found.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
         return found
+
+    async def _missing(self, found: list[_Logged]) -> list[_Logged]:
+        """Those that the mirror lacks, and those that cannot be read: a warm mirror has most of them from the request
+        that made them, and what it has need not be read nor sent."""
+        if not self.warm:
+            return found
+        known = [(place, one.outline) for place, one in enumerate(found) if one.outline is not None]
+        has = {place for place, _ in known}
+        for start in range(0, len(known), _PIECE):
+            piece = known[start : start + _PIECE]
+            has -= {piece[one][0] for one in await self._mirror.lacks([outline for _, outline in piece])}
+        return [one for place, one in enumerate(found) if place not in has]
+
+    async def _readable(self, found: list[_Logged]) -> list[Apply]:
+        late_before = now() - _OVERLAP
+        readable = []
+        for one in found:
+            try:
+                change = decode_change(one.event)
+                entity, state = registry.read(change)
+            except BrokenContract as error:
+                await self._dead(one.entry, encode_batch([one.event]), error)
+                continue
+            how = "late" if change.time < late_before else "reveal"
+            readable.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
+        return readable
 
     async def _dead(self, entry: Entry, body: bytes, error: BrokenContract) -> None:
         headers: dict[str, int | str] = {

@@ -100,8 +100,20 @@ class Change(Struct, frozen=True, kw_only=True):
         return Standing(self.entityversion, self.id)
 
 
+class Outline(Struct, frozen=True):
+    """Enough of a change to ask whether a store has it already: read quickly, and not checked."""
+
+    id: str
+    subject: str
+    time: datetime
+    restaurantid: str
+    entityversion: int
+    traceparent: str | None = None
+
+
 _encoder = msgspec.json.Encoder()
 _changes = msgspec.json.Decoder(Change)
+_outlines = msgspec.json.Decoder(Outline)
 _raws = msgspec.json.Decoder(list[Raw])
 _builtins = msgspec.json.Decoder()
 _TRACEPARENT = re.compile(rb'"traceparent":"([0-9a-f-]{55})"')
@@ -142,6 +154,14 @@ def decode_change(event: bytes) -> Change:
     if not in_range(change.time):
         raise BrokenContract("contract_broken", "time is out of range")
     return change
+
+
+def outline(event: bytes) -> Outline | None:
+    """None for what cannot be read; `decode_change` says why."""
+    try:
+        return _outlines.decode(event)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def in_range(at: datetime) -> bool:

@@ -6,7 +6,7 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
-from shared.entities.contract import Lane, now
+from shared.entities.contract import now
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.topology import Queue

@@ -1,4 +1,4 @@
-"""Reading a log (the stream `changes.log.v1`, or the smaller one without orders) in order, for as long as the caller wants.
+"""Reading a log (the stream `changes.log.v1`, or the one without orders) in order, for as long as the caller wants.
 
 Guarantee: entries come in order of their offset, each once within a process, through any number of lost connections; a
 reader that starts from a remembered offset gets the entry of that offset once more. When the stream was deleted and
@@ -82,9 +82,7 @@ class _NoSuchOffset(Exception):
 
 
 class LogReader:
-    def __init__(
-        self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000
-    ) -> None:
+    def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
         """`idle_seconds`: without any entry for so long (fences come every few seconds) it asks if the link lives."""
         self._url = url
         self._name = name

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from shared.entities.contract import Change, Standing
+from shared.entities.contract import Change, Outline, Standing
 from shared.entities.entity import Entity
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
@@ -166,13 +166,24 @@ class Mirror:
     # -- states ------------------------------------------------------------------------------------------------
 
     async def apply(
-        self, states: Sequence[Apply], *, at: LogState | None = None, note: LogState | None = None
+        self,
+        states: Sequence[Apply],
+        *,
+        at: LogState | None = None,
+        note: LogState | None = None,
+        only_warm: bool = False,
     ) -> list[int] | None:
         """Writes what stands by the guard. With `at`, only on a mirror that has come so far; with `note`, its log state
-        moves in the same step. Returns the places of late states whose doc is missing; None: wrong mirror."""
+        moves in the same step; `only_warm`: `lacks` was asked, and what it said holds for no other mirror. Returns the
+        places of late states whose doc is missing; None: wrong mirror."""
         all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
         epoch = note.epoch if note else at.epoch if at else ""
-        arguments: list[str | bytes | int | float] = [epoch, at.offset if at else "", note.offset if note else ""]
+        arguments: list[str | bytes | int | float] = [
+            epoch,
+            at.offset if at else "",
+            note.offset if note else "",
+            int(only_warm),
+        ]
         for state in states:
             restaurant, name, id_ = state.state.restaurant_id, state.entity.name, state.state.id
             series, number = "-", ""
@@ -198,6 +209,16 @@ class Mirror:
             ]
         reply = await self._redis.script("apply", all_keys, arguments)
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
+
+    async def lacks(self, changes: Sequence[Outline]) -> list[int]:
+        """Places of those for which `apply` would do anything."""
+        all_keys: list[str] = []
+        arguments: list[str | bytes | int | float] = []
+        for one in changes:
+            restaurant, (name, _, id_) = one.restaurantid, one.subject.partition("/")
+            all_keys += [keys.doc(restaurant, name, id_), keys.claim(restaurant, name, id_)]
+            arguments += [one.entityversion, one.id]
+        return [place - 1 for place in await self._redis.script("lacks", all_keys, arguments)]
 
     async def settle(
         self, restaurant: str, entity: str, states: Sequence[tuple[str, Standing]], *, failure: bytes = b""

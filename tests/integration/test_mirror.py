@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from msgspec import structs
 from redis.exceptions import ResponseError
 
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Outline, Standing, encode, now, outline
 from shared.entities.order import ENTITY as ORDER
-from shared.mirror import connection
+from shared.mirror import connection, keys
 from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Apply, Claimed, Cold, LogState, Mirror, Stands
 from tests import builders
@@ -187,6 +187,59 @@ async def test_any_order_and_any_repetition_of_states_end_the_same_in_lua(
     assert found.standing == Standing(version, str(UUID(int=change)))
     assert ORDER.decode_state(found.state).notes == f"{version}/{change}"
     assert found.pending
+
+
+def _outline(one: Apply) -> Outline:
+    found = outline(encode(builders.change(one.state, entityversion=one.standing.version)))
+    assert found is not None
+    return structs.replace(found, id=one.standing.change_id)
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(arrivals=arrivals, next_one=st.tuples(st.integers(1, 12), st.integers(1, 4)))
+async def test_the_mirror_lacks_exactly_what_would_change_it(
+    mirror: Mirror, arrivals: list[tuple[int, int]], next_one: tuple[int, int]
+) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await mirror.apply([state(*one, id_=id_, restaurant=restaurant) for one in arrivals])
+    other = state(1, id_=builders.new_id(), restaurant=restaurant)
+    wanted = [state(*next_one, id_=id_, restaurant=restaurant), other]
+    places = [1] if next_one <= max(arrivals) else [0, 1]
+    assert await mirror.lacks([_outline(one) for one in wanted]) == places
+    await mirror.apply(wanted)
+    assert await mirror.lacks([_outline(one) for one in wanted]) == []
+
+
+async def test_a_state_that_left_the_window_or_whose_claim_was_left_standing_is_lacking(mirror: Mirror) -> None:
+    restaurant, series = builders.new_id(), DAY
+    await warmed(mirror, restaurant)
+    placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32, order_number="")
+    change = builders.change(placed)
+    assert isinstance(await mirror.claim(ORDER, change, encode(change), None, series, 0), Claimed)
+    found = outline(encode(change))
+    assert found is not None
+    assert await mirror.lacks([found]) == [0]
+    reveal = Apply(ORDER, placed, change.standing, bytes(change.data.after), change.time, "stored")
+    await mirror.apply([reveal])
+    assert await mirror.lacks([found]) == []
+    await mirror.trim(restaurant, "order", {placed.id: change.id})
+    assert await mirror.lacks([found]) == [0], "only its version is remembered"
+    await mirror.apply([reveal])
+    await mirror._redis.call("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
+    assert await mirror.lacks([found]) == [0], "a claim whose version is taken is cleared by apply"
+
+
+async def test_what_one_mirror_lacks_is_not_applied_to_another_that_is_cold(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    at = await mirror.log_state()
+    assert at is not None
+    one = state(1, id_=builders.new_id(), restaurant=restaurant)
+    note = LogState(at.epoch, at.offset + 1)
+    await mirror._redis.call("DEL", keys.WARM)  # as a replica that was promoted: it has the log state and no stamp
+    assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
+    assert await mirror.log_state() == at
+    assert await mirror.apply([one], at=at, note=note) == []
 
 
 async def test_a_late_state_of_a_missing_document_is_reported_and_not_written(mirror: Mirror) -> None:

@@ -11,7 +11,7 @@ The stream ends when the client leaves, when the hub ends it, and at shutdown; a
 import asyncio
 from typing import Any
 
-from litestar import Request, get
+from litestar import get
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from services.notifier.cursor import Cursor, parse_cursor
@@ -21,7 +21,7 @@ from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
 from shared.entities.contract import encode
 from shared.errors import Unavailable
-from shared.http import identity_of
+from shared.http import Call
 
 # Seconds that a cursor ahead of this instance is waited for: another instance may have been quicker.
 _AHEAD = 2.0
@@ -59,11 +59,11 @@ FORM = Form(
 
 
 @get("/api/v1/sync/events")
-async def events(request: Request[Any, Any, Any], hub: Hub, follower: Follower) -> ASGIApp:
+async def events(request: Call, hub: Hub, follower: Follower) -> ASGIApp:
     """Query: `orderID`, `eventTypes` (comma list), `lastEventId`."""
     query = request.query_params
-    interest = interest_of(identity_of(request), order_id=query.get("orderID"), event_types=query.get("eventTypes"))
-    cursor = _cursor(request.headers.get("last-event-id"), query.get("lastEventId"))
+    interest = interest_of(request.identity, order_id=query.get("orderID"), event_types=query.get("eventTypes"))
+    cursor = _cursor(request.header(b"last-event-id"), query.get("lastEventId"))
     if not follower.serving:
         raise Unavailable("the event log is being read back", code="not_caught_up")
     if cursor is not None and cursor.epoch == hub.window.epoch:

@@ -2,6 +2,7 @@
 -- batches and its rebuild all come this way, so that the guard stands in one place.
 -- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
 -- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 offset to note ('': none)
+--       4 only where warm (0/1): the caller has asked this mirror what it lacks, and left out the rest
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number
 --       how: 'reveal'  new to PostgreSQL as far as we know: pending
 --            'stored'  comes from PostgreSQL
@@ -17,10 +18,13 @@ if ARGV[2] ~= '' then
 end
 local cold = ARGV[2] ~= ''
   and redis.call('GET', KEYS[3]) ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+if cold and ARGV[4] == '1' then
+  return {'rewind'}
+end
 local reply = {'applied'}
-local count = (#ARGV - 3) / 8
+local count = (#ARGV - 4) / 8
 for i = 1, count do
-  local k, a = 3 + (i - 1) * 5, 3 + (i - 1) * 8
+  local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 8
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd')
   local standing = tonumber(doc[1])
