@@ -304,11 +304,6 @@ def trace_id_of(traceparent: str | None) -> str | None:
     return found[1] if found else None
 
 
-def span_id_of(traceparent: str | None) -> str | None:
-    found = _TRACEPARENT.match(traceparent) if traceparent else None
-    return found[2] if found else None
-
-
 def _context(trace_id: str, span_id: str) -> SpanContext:
     return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=_SAMPLED)
 

@@ -127,8 +127,9 @@ class MirrorConnection:
             if self._forgotten:
                 self._drop()
             try:
-                async with asyncio.timeout(3 * self._timeout):
-                    await self._connect()
+                if self._connection is None:
+                    async with asyncio.timeout(3 * self._timeout):
+                        await self._connect()
             except Exception as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
                 self._trip()
                 log.warning("mirror_away", error=str(error) or type(error).__name__)
@@ -175,8 +176,6 @@ class MirrorConnection:
         return command
 
     async def _connect(self) -> None:
-        if self._connection is not None:
-            return
         connection = self._make(**self._options)
         try:
             await connection.connect()

@@ -71,7 +71,7 @@ class Recorder:
         """Returns when the change is durable; raises Unrecorded when nothing would take it. `traceparent` is the one in
         the event: what happens is noted in the current trace, if that is the change's own."""
         trace = tracing.current()
-        if trace is not None and trace.trace_id != tracing.trace_id_of(traceparent):
+        if trace is not None and (traceparent is None or traceparent[3:35] != trace.trace_id):
             trace = None
         waiting = _Waiting(event, asyncio.get_running_loop().create_future(), traceparent, trace, time.time_ns())
         self._waiting[lane].append(waiting)
@@ -174,7 +174,7 @@ def _note(
         if trace is None or not trace.kept:
             continue
         record = tracing.new_span_id()
-        own = None if error else tracing.span_id_of(change.traceparent)
+        own = None if error or change.traceparent is None else change.traceparent[36:52]
         trace.note("record", change.began, ended, error=error, span_id=record)
         trace.note(
             name,

@@ -180,7 +180,7 @@ def test_a_context_that_cannot_be_read_begins_a_trace_of_its_own(make: MakeTrace
     assert (trace.parent, trace.sampled) == (None, False)
     assert trace.trace_id != TRACE
     assert tracing.trace_id_of(trace.traceparent) == trace.trace_id
-    assert tracing.trace_id_of(context) is tracing.span_id_of(context) is None
+    assert tracing.trace_id_of(context) is None
 
 
 @pytest.mark.parametrize("context", UNREADABLE[1:])
@@ -196,7 +196,7 @@ def test_without_a_context_every_trace_has_ids_of_its_own(make: MakeTracer) -> N
     tracer = make()
     begun = [tracer.begin(None) for _ in range(100)]
     assert len({trace.trace_id for trace in begun}) == len({trace.span_id for trace in begun}) == 100
-    assert all(tracing.span_id_of(trace.traceparent) == trace.span_id for trace in begun)
+    assert all(trace.traceparent[36:52] == trace.span_id for trace in begun)
 
 
 def test_what_is_refused_before_a_trace_has_begun_gets_an_id_that_stays() -> None:
