@@ -147,6 +147,8 @@ class Call(Request[Identity, Any, Any]):
     """A request whose body and single headers are read as they came: Litestar's own streams the one and builds a
     multidict of the others, together a tenth of what an order costs. Hand it to the application as `request_class`."""
 
+    __slots__ = ()
+
     def header(self, name: bytes) -> str | None:
         """`name` in lower case; of several the first."""
         for found, value in self.scope["headers"]:

@@ -67,12 +67,13 @@ class Metrics:
 def watch_pool(metrics: Metrics, postgres: Postgres) -> None:
     metrics.watch_each(
         "ticketrail_postgres_connections",
-        "Connections of the pool: in use, idle, at most",
+        "Connections of the pool: in use, idle, at most; and callers that wait for one",
         "state",
         {
             "in_use": lambda: postgres.connections[0],
             "idle": lambda: postgres.connections[1],
             "most": lambda: postgres.connections[2],
+            "waiting": lambda: postgres.waiting,
         },
     )
 

@@ -7,7 +7,7 @@ result down. Durations end in `_seconds` or `_ms`, sizes in `_bytes`.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.weak_secrets import password_in, weakness
@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     publishes_under_way: PositiveInt = Field(
         1, description="per lane; fewer make larger messages, which cost less: 2 cost a fifth of the throughput"
     )
+    publishes_apart_ms: NonNegativeFloat = Field(
+        4.0, description="per lane, from the beginning of one publish to the next; alone, a change goes at once"
+    )
     claim_stale_seconds: PositiveFloat = 2.0
     claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
     reveal_seconds: PositiveFloat = 1.0
@@ -102,7 +105,9 @@ class Settings(BaseSettings):
     lane_consumers: PositiveInt = 2
     lane_prefetch: PositiveInt = 200
     batch_changes: PositiveInt = 500
-    batch_wait_ms: PositiveFloat = 5.0
+    batch_wait_ms: PositiveFloat = Field(
+        20.0, description="from the first change of a batch until it is written; what it costs is lag of the database"
+    )
     sink_away_seconds: PositiveFloat = Field(
         300.0, description="how long a batch is held before the consumers let go of their queues"
     )

@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import IO
 
@@ -38,10 +39,20 @@ def is_free(port: int) -> bool:
     return True
 
 
-def require_free(port: int, setting: str | None, what: str) -> None:
-    """Raises PortTaken."""
-    if not is_free(port):
-        raise PortTaken(port, setting, what)
+def require_free(port: int, setting: str | None, what: str, *, within: float = 10.0) -> None:
+    """Raises PortTaken: at once when somebody listens there. Where nobody does it is an outgoing connection's local
+    port, which chance gave to it: that one is waited for, `within` so many seconds."""
+    deadline = time.monotonic() + within
+    while not is_free(port):
+        if _listens(port) or time.monotonic() > deadline:
+            raise PortTaken(port, setting, what)
+        time.sleep(0.1)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def find_free(count: int) -> list[int]:

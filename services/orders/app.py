@@ -72,6 +72,7 @@ def assemble(settings: Settings) -> Parts:
         publisher,
         journal,
         under_way=settings.publishes_under_way,
+        apart_ms=settings.publishes_apart_ms,
         batch_changes=settings.publish_batch_changes,
         metrics=rail_metrics,
     )

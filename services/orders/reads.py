@@ -32,6 +32,16 @@ _ENTITY = orders.ENTITY
 _BLOCK = 200
 
 
+class Seen(Struct, frozen=True):
+    """Of an order, what decides who may see it: the rest of what a store holds need not be read to be sent."""
+
+    customer_session_id: str | None = None
+    deleted_at: str | None = None
+
+
+_seen = msgspec.json.Decoder(Seen)
+
+
 class Found(Struct, frozen=True):
     standing: Standing
     state: bytes
@@ -41,6 +51,9 @@ class Found(Struct, frozen=True):
 
     def order(self) -> Order:
         return msgspec.json.decode(self.state, type=Order)
+
+    def seen(self) -> Seen:
+        return _seen.decode(self.state)
 
 
 class Page(Struct, frozen=True):

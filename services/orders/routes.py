@@ -57,7 +57,7 @@ async def list_orders(request: Call) -> ASGIApp:
 async def get_order(request: Call, order_id: str) -> ASGIApp:
     who = request.identity
     found = await _reads(request).one(who.tenant, _id(order_id))
-    order = found.order()
+    order = found.seen()
     if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
         raise NotFound("no such order")
     if order.deleted_at is not None:

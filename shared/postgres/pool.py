@@ -48,6 +48,8 @@ class Postgres:
         self._timeout = settings.database_timeout_seconds
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._opening = asyncio.Lock()
+        self.waiting = 0
+        """Callers that wait for a connection now."""
 
     async def _ready(self) -> "asyncpg.Pool[asyncpg.Record]":
         async with self._opening:
@@ -68,8 +70,15 @@ class Postgres:
     async def connection(self) -> AsyncIterator[Connection]:
         """Raises one of `AWAY` when there is none to be had in time."""
         pool = await self._ready()
-        async with pool.acquire(timeout=self._timeout) as connection:
+        self.waiting += 1
+        try:
+            connection = await pool.acquire(timeout=self._timeout)
+        finally:
+            self.waiting -= 1
+        try:
             yield connection
+        finally:
+            await pool.release(connection)
 
     @asynccontextmanager
     async def tenant(self, restaurant_id: str) -> AsyncIterator[Connection]:

@@ -1,8 +1,9 @@
 """Record: a change becomes durable, in the broker or in the journal.
 
 Group commit: changes of a lane that wait at the same moment travel in one message, while at most a few publishes are
-under way; alone, a change goes at once. Only forward: when the publish of a message is in doubt, the same events go to
-the journal, and the answer is yes. Order does not matter, so the journal drains beside new changes.
+under way, and publishes begin at least a few milliseconds apart; alone, a change goes at once. Only forward: when the
+publish of a message is in doubt, the same events go to the journal, and the answer is yes. Order does not matter, so
+the journal drains beside new changes.
 """
 
 import asyncio
@@ -56,6 +57,7 @@ class Recorder:
         journal: Journal | None,
         *,
         under_way: int,
+        apart_ms: float = 0.0,
         batch_changes: int = MAX_BATCH,
         metrics: RailMetrics | None = None,
     ) -> None:
@@ -63,6 +65,10 @@ class Recorder:
         self._publisher = publisher
         self._journal = journal
         self._most_under_way = under_way
+        self._apart = apart_ms / 1000
+        self._next_at = dict.fromkeys(Lane, 0.0)
+        self._timers: dict[Lane, asyncio.TimerHandle] = {}
+        self._draining = False
         self._batch_changes = min(batch_changes, MAX_BATCH)
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
         self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
@@ -80,14 +86,29 @@ class Recorder:
 
     async def drain(self) -> None:
         """Waits until nothing is under way: for a graceful stop, after the last request."""
+        self._draining = True
+        for lane in Lane:
+            self._pump(lane)
         while any(self._waiting.values()) or any(self._under_way.values()):
             await asyncio.gather(*(task for tasks in self._under_way.values() for task in tasks))
 
     def _pump(self, lane: Lane) -> None:
         while self._waiting[lane] and len(self._under_way[lane]) < self._most_under_way:
+            if self._apart and not self._draining:
+                loop = asyncio.get_running_loop()
+                now = loop.time()
+                if now < self._next_at[lane]:
+                    if lane not in self._timers:
+                        self._timers[lane] = loop.call_at(self._next_at[lane], self._due, lane)
+                    return
+                self._next_at[lane] = now + self._apart
             task = asyncio.create_task(self._send(lane, self._take(lane)), name=f"record-{lane}")
             self._under_way[lane].add(task)
             task.add_done_callback(lambda task: self._sent(lane, task))
+
+    def _due(self, lane: Lane) -> None:
+        del self._timers[lane]
+        self._pump(lane)
 
     def _take(self, lane: Lane) -> list[_Waiting]:
         waiting, size, count = self._waiting[lane], 0, 0

@@ -1,12 +1,16 @@
 """What `/metrics` and `ticketrail status` say of a real system."""
 
+import asyncio
 import json
 import re
+from uuid import uuid4
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.metrics import Metrics
+from shared.metrics import Metrics, watch_pool
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
 from tests.system import ROOT, System, eventually
 
 Samples = dict[str, float]
@@ -61,6 +65,54 @@ async def test_the_way_of_a_change_is_measured_to_every_sink(system: System) -> 
         return [after[service][name] - before[service][name] for service, name in wanted]
 
     await eventually(grown, what="one change at every sink", until=lambda counts: min(counts) >= 1)
+
+
+async def test_reads_tell_whether_the_mirror_had_the_order(system: System) -> None:
+    async with system.client() as client:
+        id_ = (await client.post("/api/orders", json=system.order_body())).json()["data"]["id"]
+        before = await scraped(system, "orders")
+        assert (await client.get(f"/api/orders/{id_}")).status_code == 200
+        assert (await client.get(f"/api/orders/{uuid4()}")).status_code == 404
+    after = await scraped(system, "orders")
+    for result in ("hit", "miss"):
+        name = f"ticketrail_mirror_reads_total|result={result}"
+        assert after[name] - before.get(name, 0.0) == 1, result
+
+
+async def test_changes_that_lose_the_race_for_a_version_are_counted(system: System) -> None:
+    before = await scraped(system, "orders")
+    async with system.client() as client:
+        id_ = (await client.post("/api/orders", json=system.order_body())).json()["data"]["id"]
+
+        async def race() -> float:
+            await asyncio.gather(*(client.put(f"/api/orders/{id_}", json={"notes": str(n)}) for n in range(10)))
+            after = await scraped(system, "orders")
+            return after["ticketrail_claims_lost_total"] - before["ticketrail_claims_lost_total"]
+
+        assert await eventually(race, what="a claim that is lost") >= 1
+
+
+async def test_callers_that_wait_for_a_connection_are_seen(system: System) -> None:
+    postgres = Postgres(system.database_url("ticketrail_api"), Settings(), size=1)
+    metrics = Metrics()
+    watch_pool(metrics, postgres)
+
+    async def seen(state: str) -> bool:
+        return f'ticketrail_postgres_connections{{state="{state}"}} 1.0' in metrics.text().decode()
+
+    async def also() -> None:
+        async with postgres.connection():
+            pass
+
+    try:
+        async with postgres.connection():
+            assert await seen("in_use") and not await seen("waiting")
+            second = asyncio.create_task(also())
+            await eventually(lambda: seen("waiting"), what="the second caller waits")
+        await second
+        assert await seen("idle") and not await seen("waiting")
+    finally:
+        await postgres.close()
 
 
 async def test_status_shows_every_service_and_names_the_one_that_is_away(system: System) -> None:

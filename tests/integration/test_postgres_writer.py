@@ -142,6 +142,7 @@ async def test_poison_is_dead_lettered_untouched_with_its_reason(rig: Rig, event
     await rig.publish(event)
     [dead] = await rig.dead()
     assert (dead.body, dead.headers["ticketrail-reason"]) == (b"[" + event + b"]", reason)
+    assert rig.counted(f'ticketrail_dead_total{{reason="{reason}"}}') == 1
     assert await rig.count("changes") == 0
 
 
@@ -200,6 +201,9 @@ async def test_a_transient_failure_travels_alone_over_the_ladder_and_arrives(rig
     await rig.all_acknowledged()
     assert await rig.database.fetchval("select last_value from failures") == 4
     assert rig.writer.state()["failed"] == 2  # two attempts burnt, by one change
+    assert [rig.counted(f'ticketrail_retries_total{{attempt="{attempt}"}}') for attempt in (1, 2, 3)] == [1, 1, 0]
+    assert rig.counted("ticketrail_batch_changes_sum") >= 11
+    assert rig.counted("ticketrail_postgres_lag_seconds_count") >= 11
     assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
 
 

@@ -33,8 +33,9 @@ class Rig:
         self.watch = FenceWatch(settings)
         self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
+        self.metrics = Metrics()
         self.writer = PostgresWriter(
-            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
+            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(self.metrics)
         )
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
@@ -95,6 +96,11 @@ class Rig:
         await self.writer.stop()
         left = {lane: await self.depth(topology.lane_queue(lane)) for lane in Lane}
         assert not any(left.values()), f"not acknowledged: {left}"
+
+    def counted(self, metric: str) -> float:
+        """A sample by its name and labels, as it stands in /metrics; 0 when it is not there."""
+        lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(f"{metric} ")]
+        return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
     def held(self) -> int:
         return sum(self.writer.state()["held_messages"].values())

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from deploy.local import demo, leftovers, run
 from deploy.local.child import Child
 from deploy.local.environment import ROOT, LocalSettings, service_environment
-from deploy.local.ports import HOST, PortTaken, find_free, is_free
+from deploy.local.ports import HOST, PortTaken, find_free, is_free, require_free
 from deploy.local.supervisor import Program, Service, Supervisor
 
 ENV = {"PATH": os.environ["PATH"]}
@@ -62,6 +63,22 @@ def test_a_taken_port_is_reported_with_its_number_and_its_setting(
     chosen = {"TICKETRAIL_NOTIFIER_PORT": ports["TICKETRAIL_NOTIFIER_PORT"]}
     with pytest.raises(PortTaken, match=rf"port {taken} \(notifier\).*TICKETRAIL_NOTIFIER_PORT"):
         run.require_ports(chosen)
+
+
+def test_a_port_that_an_outgoing_connection_has_by_chance_is_waited_for(taken: int) -> None:
+    (port,) = find_free(1)
+    with socket.create_server((HOST, 0)) as server:
+        client = socket.socket()
+        client.bind((HOST, port))
+        client.connect(server.getsockname())
+        peer, _ = server.accept()
+        assert not is_free(port)
+        with pytest.raises(PortTaken):
+            require_free(port, None, "x", within=0.2)
+        timer = threading.Timer(0.3, lambda: (peer.close(), client.close()))
+        timer.start()
+        require_free(port, None, "x")
+        timer.join()
 
 
 def test_two_settings_that_name_one_port_are_reported() -> None:

@@ -1,0 +1,52 @@
+"""When the recorder publishes: alone at once, otherwise together and not too often. The publisher only takes notes."""
+
+import asyncio
+from typing import cast
+
+from shared.entities.contract import Lane, split_batch
+from shared.messaging.publisher import Publisher
+from shared.rail.record import Durability, Recorder
+
+LANE = Lane.CRITICAL
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.messages: list[list[bytes]] = []
+
+    async def publish(self, routing_key: str, body: bytes) -> None:
+        self.messages.append(split_batch(body))
+
+
+def recorder(notes: Notes, apart_ms: float) -> Recorder:
+    return Recorder(cast(Publisher, notes), None, under_way=1, apart_ms=apart_ms)
+
+
+async def test_alone_a_change_goes_at_once_and_those_that_follow_closely_go_together() -> None:
+    notes = Notes()
+    made = recorder(notes, apart_ms=50)
+    assert await made.record(LANE, b"1") is Durability.BROKER
+    await asyncio.gather(made.record(LANE, b"2"), made.record(LANE, b"3"))
+    assert notes.messages == [[b"1"], [b"2", b"3"]]
+
+
+async def test_lanes_do_not_wait_for_one_another() -> None:
+    notes = Notes()
+    made = recorder(notes, apart_ms=60_000)
+    async with asyncio.timeout(5):
+        for lane in Lane:
+            await made.record(lane, b"1")
+    assert len(notes.messages) == 3
+
+
+async def test_a_stop_does_not_wait_for_the_next_publish() -> None:
+    notes = Notes()
+    made = recorder(notes, apart_ms=60_000)
+    await made.record(LANE, b"1")
+    waiting = asyncio.create_task(made.record(LANE, b"2"))
+    await asyncio.sleep(0)
+    assert len(notes.messages) == 1
+    async with asyncio.timeout(5):
+        await made.drain()
+        assert await waiting is Durability.BROKER
+    assert notes.messages == [[b"1"], [b"2"]]
