@@ -104,6 +104,11 @@ async def _carried_by(reader: LogReader) -> str | None:
             await asyncio.sleep(0.2)
 
 
+def _console() -> Console:
+    """Wide enough for a waterfall where the output is a pipe or a container's, which have no width."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 class _Session:
     """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
 
@@ -205,7 +210,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
         if as_json:
             click.echo(encode(found).decode())
         else:
-            Console().print(status_screen.screen(found))
+            _console().print(status_screen.screen(found))
         return
     with Live(status_screen.screen({}), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -228,7 +233,7 @@ def trace_command(order_id: UUID, as_json: bool) -> None:
     if as_json:
         click.echo(encode(waterfall.as_json(str(order_id), found)).decode())
     else:
-        console = Console()
+        console = _console()
         console.print(waterfall.render(str(order_id), found, console.width))
 
 
