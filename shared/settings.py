@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         1, description="per lane; fewer make larger messages, which cost less: 2 cost a fifth of the throughput"
     )
     publishes_apart_ms: NonNegativeFloat = Field(
-        4.0, description="per lane, from the beginning of one publish to the next; alone, a change goes at once"
+        5.0, description="per lane, from the beginning of one publish to the next; alone, a change goes at once"
     )
     claim_stale_seconds: PositiveFloat = 2.0
     claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
