@@ -46,6 +46,7 @@ def main() -> None:
     try:
         rig.start()
         for name in chosen.questions or QUESTIONS:
+            rig.rest()
             asked = time.monotonic()
             try:
                 found = importlib.import_module(f"benchmarks.{name}").run(rig, plan)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from msgspec import Struct
+from redis import Redis
 
 from benchmarks.load import Missing, Result, here, posts, wrk
 from benchmarks.peers.node import prepared
@@ -185,8 +186,6 @@ class _Screen:
 
 def _mirrored(rig: Rig) -> int:
     """Orders in the live windows of the mirror."""
-    from redis import Redis
-
     with Redis.from_url(rig.redis_url) as redis:
         return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)  # type: ignore[arg-type]
 

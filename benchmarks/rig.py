@@ -25,6 +25,7 @@ import asyncpg
 import msgspec
 import psutil
 from msgspec import Struct
+from redis import Redis
 
 from deploy.local import packages, servers
 from deploy.local.child import Child
@@ -34,6 +35,7 @@ from shared.entities import menu_item
 from shared.entities.contract import Change, ChangeData, Lane, change_id, encode, now
 from shared.entities.menu_item import MenuItem
 from shared.messaging.topology import lane_queue
+from shared.mirror import keys
 from shared.postgres.changes import Written, write_batch
 from shared.security import Identity, Role, Tokens
 
@@ -231,9 +233,19 @@ class Rig:
         return run(ask_the_queue())
 
     def purge(self) -> None:
-        """Empties the lanes: what a burst has left would cost the next one memory and disk."""
+        """Empties the lanes: what a burst has left would cost the next one memory and disk. Nothing of it is on its way
+        any more, and no reconciler is to look for it for the rest of the run."""
         for lane in Lane:
             ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
+        with Redis.from_url(self.redis_url) as redis:
+            redis.delete(*(keys.pending(one.id, "order") for one in self.restaurants))
+
+    def rest(self, within: float = 6.0) -> None:
+        """Until the servers have done what the last question has left them (checkpoints, segments, files that are
+        written anew): the next one shares the machine with that."""
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline and psutil.cpu_percent(interval=0.5) > 8:
+            pass
 
     def count_orders(self) -> int:
         return int(run(_fetchval(self.database_url("writer"), "select count(*) from orders")))

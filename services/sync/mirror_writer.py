@@ -93,6 +93,7 @@ class _Logged(Struct):
     entry: Entry
     event: bytes
     outline: Outline | None
+    """None when it cannot be read."""
 
 
 class MirrorWriter:
@@ -296,6 +297,7 @@ class MirrorWriter:
                 entity, state = registry.read(change)
             except BrokenContract as error:
                 await self._dead(one.entry, encode_batch([one.event]), error)
+                one.outline = None
                 continue
             how = "late" if change.time < late_before else "reveal"
             readable.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))

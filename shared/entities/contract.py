@@ -30,6 +30,7 @@ _NO_NUL = "^[^\\x00]*$"
 Label = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
 Time = Annotated[datetime, Meta(tz=True)]
+Version = Annotated[int, Meta(ge=1, lt=2**31)]
 # Minor units of the restaurant's currency. The bounds keep every sum that we form far inside 64 bits.
 Amount = Annotated[int, Meta(ge=-(10**12), le=10**12)]
 Money = Annotated[int, Meta(ge=0, le=10**12)]
@@ -80,7 +81,7 @@ class Change(Struct, frozen=True, kw_only=True):
     time: Time
     restaurantid: Id
     priority: Annotated[int, Meta(ge=1, le=10)]
-    entityversion: Annotated[int, Meta(ge=1, lt=2**31)]
+    entityversion: Version
     data: ChangeData
     basechangeid: Id | None = None
     traceparent: Label | None = None
@@ -101,13 +102,13 @@ class Change(Struct, frozen=True, kw_only=True):
 
 
 class Outline(Struct, frozen=True):
-    """Enough of a change to ask whether a store has it already: read quickly, and not checked."""
+    """Enough of a change to ask whether a store has it already. Its texts are not checked, the rest is not read."""
 
     id: str
     subject: str
-    time: datetime
+    time: Time
     restaurantid: str
-    entityversion: int
+    entityversion: Version
     traceparent: str | None = None
 
 

@@ -1,0 +1,159 @@
+"""The mirror writer on real servers: what the log holds comes into the mirror, what it has already is left alone."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from services.sync.mirror_writer import MirrorWriter
+from shared.entities.contract import Change, Outline, encode
+from shared.entities.order import ENTITY
+from shared.messaging import topology
+from shared.metrics import Metrics, WriterMetrics
+from shared.mirror import keys
+from shared.mirror.mirror import Apply, Document
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.servers import Redis, Servers
+from tests.system import eventually
+
+
+@pytest.fixture(scope="module")
+def redis(servers: Servers) -> Redis:
+    """Of this module: the log state in it is that of one log."""
+    return servers.extra_redis()
+
+
+class MirrorRig:
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.mirror = rig.mirror
+        self.writer = MirrorWriter(
+            rig.settings, rig.postgres, rig.mirror, rig.publisher, rig.watch, rig.tracer, WriterMetrics(Metrics())
+        )
+
+    async def warm(self) -> None:
+        async def look() -> bool:
+            return self.writer.warm
+
+        await eventually(look, within=20, what="a warm mirror")
+
+    async def document(self, made: Change) -> Document | None:
+        _, [found] = await self.mirror.read(made.restaurantid, made.entity, [made.entity_id])
+        return found
+
+    async def shown(self, made: Change) -> None:
+        await eventually(
+            lambda: self.document(made),
+            within=20,
+            what="the change in the mirror",
+            until=lambda found: found is not None and found.standing == made.standing,
+        )
+
+    async def reveal(self, made: Change) -> None:
+        """As the commit does."""
+        state = ENTITY.decode(made)
+        await self.mirror.apply([Apply(ENTITY, state, made.standing, bytes(made.data.after), made.time)])
+
+    def watch_applied(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Change ids of the states that are sent to the mirror from now on."""
+        sent: list[str] = []
+        apply = self.mirror.apply
+
+        async def noted(states: Sequence[Apply], **more: Any) -> list[int] | None:
+            sent.extend(one.standing.change_id for one in states)
+            return await apply(states, **more)
+
+        monkeypatch.setattr(self.mirror, "apply", noted)
+        return sent
+
+
+@pytest.fixture
+async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
+    rig = await make_rig(redis_url=redis.url, settle_seconds=0.2)
+    await rig.mirror._redis.call("FLUSHALL")
+    made = MirrorRig(rig)
+    made.writer.start()
+    await made.warm()
+    yield made
+    await made.writer.stop()
+
+
+async def test_a_change_that_nobody_revealed_comes_from_the_log(mirrored: MirrorRig) -> None:
+    made = change(order(items=2))
+    await mirrored.rig.publish(made)
+    await mirrored.shown(made)
+
+
+async def test_what_its_request_has_revealed_is_not_sent_again(
+    mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revealed, newer, lacking = (change(order(items=1)) for _ in range(3))
+    older = newer
+    newer = change(order(items=1, id=older.entity_id), base=older)
+    for one in (revealed, newer):
+        await mirrored.reveal(one)
+    sent = mirrored.watch_applied(monkeypatch)
+    await mirrored.rig.publish(revealed, older, newer, lacking)
+    await mirrored.shown(lacking)
+    assert sent == [lacking.id]
+    found = await mirrored.document(older)
+    assert found is not None and found.standing == newer.standing
+
+
+async def test_another_mirror_in_its_place_gets_what_the_first_one_had(
+    mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that is promoted between question and answer: it has the log state, and not yet the last reveals."""
+    made = change(order(items=1))
+    await mirrored.reveal(made)
+    lacks = mirrored.mirror.lacks
+    failed_over = False
+
+    async def lost_meanwhile(changes: Sequence[Outline]) -> list[int]:
+        nonlocal failed_over
+        answer = await lacks(changes)
+        if not failed_over and any(one.id == made.id for one in changes):
+            failed_over = True
+            assert answer == []
+            await mirrored.mirror._redis.call("DEL", keys.WARM, keys.doc(RESTAURANT, "order", made.entity_id))
+        return answer
+
+    monkeypatch.setattr(mirrored.mirror, "lacks", lost_meanwhile)
+    await mirrored.rig.publish(made)
+
+    async def gone() -> bool:
+        return failed_over
+
+    await eventually(gone, within=20, what="the other mirror")
+    await mirrored.shown(made)
+
+
+_GOOD = encode(change(order(items=1)))
+_POISON = {
+    "garbage": (b"garbage \xff", "undecodable"),
+    "wrong tenant": (
+        message(change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)),
+        "wrong_tenant",
+    ),
+    "newer version": (message(change(order(), type="ticketrail.order.created.v2")), "unsupported_version"),
+    "first year": (b"[" + _GOOD.replace(b'"time":"2', b'"time":"0') + b"]", "contract_broken"),
+    "no time zone": (b'[{"id":"x","subject":"order/x","time":"2026-01-01T00:00:00"}]', "contract_broken"),
+    "version 0": (b"[" + _GOOD.replace(b'"entityversion":1', b'"entityversion":0') + b"]", "contract_broken"),
+}
+
+
+@pytest.mark.parametrize("name", _POISON)
+async def test_what_cannot_be_read_is_dead_lettered_and_the_writer_goes_on(mirrored: MirrorRig, name: str) -> None:
+    body, reason = _POISON[name]
+    rig = mirrored.rig
+    await rig.publisher.publish("critical", body)
+    after = change(order(items=1))
+    await rig.publish(after)
+    await mirrored.shown(after)
+    await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="a dead letter", until=lambda depth: depth == 1)
+    async with rig.channel() as channel:
+        dead = await (await channel.get_queue(topology.MIRROR_DEAD)).get(timeout=5)
+        await dead.ack()
+    assert dead.headers["ticketrail-reason"] == reason
+    assert dead.body == body
