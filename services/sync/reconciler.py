@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 _TRIM_EVERY = 60.0
 _BLOCK = 500
 _GAP_MINUTES = 10
+_REST = 9
 
 
 class Reconciler:
@@ -43,6 +44,7 @@ class Reconciler:
         self._rail = rail
         self._task: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
+        self._settle_again_at = 0.0
 
     def start(self) -> None:
         if self._task is None:
@@ -57,7 +59,7 @@ class Reconciler:
 
     async def _run(self) -> None:
         while True:
-            for work in (self.finish_claims, self.settle_pending, self._trim_sometimes):
+            for work in (self.finish_claims, self._settle_sometimes, self._trim_sometimes):
                 try:
                     await work()
                 except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
@@ -79,6 +81,18 @@ class Reconciler:
                 continue
             finished += 1
         return finished
+
+    async def _settle_sometimes(self) -> None:
+        """For a tenth of the time at most: while PostgreSQL is behind by tens of thousands, to look for each of them again
+        and again would slow down what brings them there."""
+        began = time.monotonic()
+        if began < self._settle_again_at:
+            return
+        try:
+            await self.settle_pending()
+        finally:
+            ended = time.monotonic()
+            self._settle_again_at = ended + _REST * (ended - began)
 
     async def settle_pending(self) -> int:
         """Returns how many states were found in PostgreSQL although the mirror called them pending."""
