@@ -83,8 +83,8 @@ class Reconciler:
         return finished
 
     async def _settle_sometimes(self) -> None:
-        """For a tenth of the time at most: while PostgreSQL is behind by tens of thousands, to look for each of them again
-        and again would slow down what brings them there."""
+        """For a tenth of the time at most: while PostgreSQL is behind by tens of thousands, looking for each of them
+        again and again would slow down what brings them there."""
         began = time.monotonic()
         if began < self._settle_again_at:
             return
