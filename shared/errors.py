@@ -6,6 +6,7 @@ TicketrailError
 ├── Forbidden           403
 ├── NotFound            404
 ├── Conflict            409  another change came first, or the present state forbids this one
+├── TooManyRequests     429  a limit was reached; retry after `retry_after` seconds
 ├── Unavailable         503  not done, nothing of it will appear; retry after `retry_after` seconds
 └── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
 """
@@ -51,6 +52,15 @@ class NotFound(TicketrailError):
 class Conflict(TicketrailError):
     status = 409
     code = "conflict"
+
+
+class TooManyRequests(TicketrailError):
+    status = 429
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after: float, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.retry_after = retry_after
 
 
 class Unavailable(TicketrailError):

@@ -1,15 +1,14 @@
-"""What every HTTP service has in common: the gate (trace and token), the envelope, errors, health, and the server.
+"""What every HTTP service has in common: bodies, the envelope, errors, health, and the server. The gate (gate.py)
+stands before it.
 
 {"success": true, "data": …}
 {"success": false, "error": {"message", "code", "details", "trace_id"}}
 """
 
 import asyncio
-import contextlib
 import json
 import re
 import signal
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -20,127 +19,27 @@ from litestar import MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp, ExceptionHandlersMap, Message, Receive, Scope, Send
-from opentelemetry.trace import SpanKind
+from litestar.types import ExceptionHandlersMap, Receive, Scope, Send
 
 from shared import tracing
 from shared.errors import InvalidInput, TicketrailError
 from shared.metrics import HttpMetrics, Metrics
-from shared.security import Identity, Tokens
-from shared.tracing import Tracer
+from shared.security import Identity
 
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
-_METRICS = "ticketrail.metrics"
+METRICS = "ticketrail.metrics"
 """Where the gate leaves them in the scope for those that answer errors."""
-OPEN_PATHS = ("/health/", "/metrics")
+OPEN_PATHS = ("/health/", "/metrics", "/api-docs")
 
-_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 _JSON = (b"content-type", b"application/json")
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
-_SWALLOWED_BYTES = 16_000_000
-_SWALLOWED_SECONDS = 2.0
 
 T = TypeVar("T")
 
 
 # -- in ----------------------------------------------------------------------------------------------------------
-
-
-class Gate:
-    """ASGI middleware: begins the trace, says who calls (`request.user`; raises Unauthenticated), and ends the trace
-    with the first byte of the answer, so that the span of an event stream says how long its client waited for it."""
-
-    def __init__(self, app: ASGIApp, tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> None:
-        self._app = app
-        self._tokens = tokens
-        self._tracer = tracer
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].startswith(OPEN_PATHS):
-            return await self._app(scope, receive, send)
-        scope[_METRICS] = self._metrics  # type: ignore[literal-required]
-        authorization = traceparent = None
-        too_large = False
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                authorization = value.decode("latin-1")
-            elif name == b"traceparent":
-                traceparent = value.decode("latin-1")
-            elif name == b"content-length" and value.isdigit() and int(value) > MAX_BODY_BYTES:
-                too_large = True
-        trace = self._tracer.begin(traceparent)
-        status = 0
-        ended = False
-
-        def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self._end(trace, scope, status)
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif not ended:
-                end()
-            await send(message)
-
-        try:
-            scope["user"], scope["auth"] = self._tokens.verify(authorization), None
-            if too_large:
-                await _swallow(receive)
-                raise RequestEntityTooLarge
-            await self._app(scope, receive, watched)
-        except Exception as error:
-            status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
-            raise
-        finally:
-            end()
-        return None
-
-    def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
-        asked = str(scope.get("method", ""))
-        method = asked if asked in _METHODS else "_OTHER"  # anybody may invent one: names of spans are few
-        template = str(scope.get("path_template", ""))
-        self._metrics.answered(f"{method} {template}", status, (time.time_ns() - trace.started) / 1e9)
-        if not trace.kept:
-            return
-        attributes: dict[str, Any] = {
-            "http.request.method": method,
-            "url.path": scope["path"],
-            "url.scheme": str(scope.get("scheme", "http")),
-        }
-        name = asked if asked in _METHODS else "HTTP"
-        if route := scope.get("path_template"):
-            attributes["http.route"] = route
-            name = f"{name} {route}"
-        if status:  # none: the caller went away before it was answered
-            attributes["http.response.status_code"] = status
-        error = str(status) if status >= 500 else None
-        self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
-
-
-async def _swallow(receive: Receive) -> None:
-    """Reads what a client announced too much of, within bounds: a connection that is closed while it still sends is
-    reset, and it would never see the answer."""
-    left = _SWALLOWED_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_SWALLOWED_SECONDS):
-            while left > 0:
-                message = await receive()
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
-                left -= len(message["body"])
-
-
-def gate(tokens: Tokens, tracer: Tracer, metrics: HttpMetrics) -> Callable[[ASGIApp], ASGIApp]:
-    """The middleware, for Litestar's list."""
-    return lambda app: Gate(app, tokens, tracer, metrics)
 
 
 class Call(Request[Identity, Any, Any]):
@@ -272,7 +171,7 @@ def _ours(request: Request[Any, Any, Any], error: TicketrailError) -> Response[b
 
 
 def _count(request: Request[Any, Any, Any], code: str) -> None:
-    metrics = request.scope.get(_METRICS)
+    metrics = request.scope.get(METRICS)
     if isinstance(metrics, HttpMetrics):  # what never reached the gate, such as an unknown path, is not counted
         metrics.refused(code)
 

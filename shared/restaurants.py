@@ -2,18 +2,26 @@
 PostgreSQL is away."""
 
 from datetime import date, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 from zoneinfo import ZoneInfo
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
 if TYPE_CHECKING:
     import asyncpg
 
     from shared.postgres.pool import Connection
 
-_COLUMNS = "id::text, slug, name, currency, time_zone, cutoff_hour, tax_basis_points"
+_COLUMNS = "id::text, slug, name, currency, time_zone, cutoff_hour, tax_basis_points, email, settings::text as settings"
 _ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
+
+
+class RestaurantSettings(Struct, frozen=True):
+    country: Annotated[str, Meta(pattern="^[A-Z]{2}$")] | None = None
+    """ISO 3166: what phone numbers without a country code belong to."""
+    minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
+    """What a customer pays for one loyalty point."""
 
 
 class Restaurant(Struct, frozen=True, kw_only=True):
@@ -24,6 +32,8 @@ class Restaurant(Struct, frozen=True, kw_only=True):
     time_zone: str = "UTC"
     cutoff_hour: int = 4
     tax_basis_points: int = 500
+    email: str | None = None
+    settings: RestaurantSettings = RestaurantSettings()
 
     def business_day(self, at: datetime) -> date:
         """The day that a moment belongs to for the till: before the cut-off hour it is still yesterday's."""
@@ -31,7 +41,7 @@ class Restaurant(Struct, frozen=True, kw_only=True):
 
 
 def _restaurant(row: "asyncpg.Record") -> Restaurant:
-    return Restaurant(**dict(row))
+    return Restaurant(**{**row, "settings": msgspec.json.decode(row["settings"], type=RestaurantSettings)})
 
 
 async def every_restaurant(connection: "Connection") -> list[Restaurant]:
@@ -40,4 +50,9 @@ async def every_restaurant(connection: "Connection") -> list[Restaurant]:
 
 async def find_restaurant(connection: "Connection", restaurant_id: str) -> Restaurant | None:
     row = await connection.fetchrow(f"{_ALL} where id = $1", restaurant_id)
+    return _restaurant(row) if row else None
+
+
+async def restaurant_called(connection: "Connection", slug: str) -> Restaurant | None:
+    row = await connection.fetchrow(f"{_ALL} where slug = $1", slug)
     return _restaurant(row) if row else None

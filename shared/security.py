@@ -4,19 +4,23 @@ Claims: userId, restaurantId, email, role in {admin, staff, customer, operator};
 Operators may have no restaurant.
 """
 
+import hashlib
 import time
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 from uuid import UUID
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
 from msgspec import Struct
 
 from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
+from shared.settings import Settings
 
-_ALGORITHM = "HS256"
 _REMEMBERED = 4096
 
 
@@ -42,29 +46,91 @@ class Identity(Struct, frozen=True):
         return self.restaurant_id
 
 
+class BadKey(ValueError):
+    """A setting holds no key that can be used."""
+
+
+class Key(Struct, frozen=True):
+    """`id` is derived from the key itself, so that every service calls it the same without being told."""
+
+    id: str
+    algorithm: str
+    verifying: Any
+    signing: Any = None
+    """None where tokens are only verified."""
+
+
+def secret_key(secret: str) -> Key:
+    return Key(hashlib.sha256(b"kid:" + secret.encode()).hexdigest()[:16], "HS256", secret, secret)
+
+
+def key_pair(algorithm: str, text: str) -> Key:
+    """Of a PEM, private or public, or of the path of a file that holds it. Raises BadKey."""
+    try:
+        pem = text.encode() if "-----BEGIN" in text else Path(text).read_bytes()
+        signing = None
+        if b"PRIVATE KEY" in pem:
+            signing = serialization.load_pem_private_key(pem, password=None)
+        public = signing.public_key() if signing else serialization.load_pem_public_key(pem)
+        jwt.get_algorithm_by_name(algorithm).prepare_key(public)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
+        raise BadKey(f"no key for {algorithm}: {error}") from error
+    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return Key(hashlib.sha256(der).hexdigest()[:16], algorithm, public, signing)
+
+
+def _any_key(text: str) -> Key:
+    """Whatever it is: the key before may have been of another kind."""
+    if "-----BEGIN" not in text and not Path(text).is_file():
+        return secret_key(text)
+    try:
+        return key_pair("EdDSA", text)
+    except BadKey:
+        return key_pair("RS256", text)
+
+
 class Tokens:
     """Issues and verifies. A token that was verified is remembered until it expires: a signature costs more than an
-    order's price."""
+    order's price.
 
-    def __init__(self, secret: str, *, ttl_seconds: int) -> None:
-        self._secret = secret
+    Two keys may be known at once, so that one can be replaced without signing anybody out: the first signs, both
+    verify, and the token's `kid` says which. A token without one is tried with the first."""
+
+    def __init__(self, secret: str | Key, *, ttl_seconds: int, previous: Key | None = None) -> None:
+        self._key = secret_key(secret) if isinstance(secret, str) else secret
+        self._keys = {key.id: key for key in (previous, self._key) if key is not None}
         self._ttl = ttl_seconds
         self._verified: dict[str, tuple[float, Identity]] = {}
 
-    def issue(self, identity: Identity) -> str:
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Raises BadKey."""
+        algorithm, before = settings.jwt_algorithm, settings.jwt_previous_key
+        if algorithm == "HS256":
+            key = secret_key(settings.jwt_secret)
+        elif text := settings.jwt_private_key or settings.jwt_public_key:
+            key = key_pair(algorithm, text)
+        else:
+            raise BadKey(f"TICKETRAIL_JWT_PRIVATE_KEY or TICKETRAIL_JWT_PUBLIC_KEY is needed for {algorithm}")
+        return cls(key, ttl_seconds=settings.jwt_ttl_seconds, previous=_any_key(before) if before else None)
+
+    def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
+        """Raises BadKey where only the public key is known."""
+        if self._key.signing is None:
+            raise BadKey("this service has no private key: it only verifies")
         now = int(time.time())
         claims: dict[str, Any] = {
             "userId": identity.user_id,
             "role": identity.role.value,
             "email": identity.email,
             "iat": now,
-            "exp": now + self._ttl,
+            "exp": now + (ttl_seconds or self._ttl),
         }
         if identity.restaurant_id:
             claims["restaurantId"] = identity.restaurant_id
         if identity.session_id:
             claims["sessionId"] = identity.session_id
-        return jwt.encode(claims, self._secret, algorithm=_ALGORITHM)
+        return jwt.encode(claims, self._key.signing, self._key.algorithm, headers={"kid": self._key.id})
 
     def verify(self, authorization: str | None) -> Identity:
         """Of an `Authorization` header; raises Unauthenticated."""
@@ -76,7 +142,13 @@ class Tokens:
             return known[1]
         try:
             # The algorithm is ours to say, not the token's: `none` and others are refused here.
-            claims = jwt.decode(token, self._secret, algorithms=[_ALGORITHM], options={"require": ["exp", "userId"]})
+            kid = jwt.get_unverified_header(token).get("kid", self._key.id)
+            key = self._keys.get(str(kid))
+            if key is None:
+                raise Unauthenticated("the token was signed with a key that is not known here")
+            claims = jwt.decode(
+                token, key.verifying, algorithms=[key.algorithm], options={"require": ["exp", "userId"]}
+            )
         except jwt.ExpiredSignatureError as error:
             raise Unauthenticated("the token has expired", code="token_expired") from error
         except jwt.InvalidTokenError as error:

@@ -57,13 +57,33 @@ class Settings(BaseSettings):
         "(shared/client_address.py); empty: nobody's",
     )
 
+    cors_origins: str = Field("", description="with commas between, or *; empty: no other origin's pages may call")
+    # Token buckets (shared/limits.py); 0 a second: no limit.
+    restaurant_per_second: NonNegativeFloat = 5_000.0
+    restaurant_burst: PositiveInt = 10_000
+    address_per_second: NonNegativeFloat = 5_000.0
+    address_burst: PositiveInt = 10_000
+
     status_urls: dict[str, str] = Field(
         {}, description="for `ticketrail status` where services do not share a host: JSON, by orders, sync-worker, …"
     )
 
-    # Who may call.
-    jwt_secret: str = Field("development-only-secret-change-me-please", min_length=32)
+    # Who may call (shared/security.py).
+    jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
+    jwt_secret: str = Field("development-only-secret-change-me-please", description="for HS256: 32 bytes at least")
+    jwt_private_key: str = Field(
+        "", description="PEM, or the path of a file with it: for RS256 and EdDSA, where signed"
+    )
+    jwt_public_key: str = Field("", description="the same, where tokens are only verified")
+    jwt_previous_key: str = Field(
+        "", description="secret or public key that signed before: its tokens are good until they expire"
+    )
     jwt_ttl_seconds: PositiveInt = 7 * 24 * 3600
+    access_ttl_seconds: PositiveInt = Field(1_800, description="of the token that a sign-in gives")
+    refresh_ttl_seconds: PositiveInt = 30 * 24 * 3600
+    table_session_seconds: PositiveInt = Field(4 * 3600, description="how long a guest's token is good")
+    tries_per_account: PositiveInt = Field(10, description="sign-ins in five minutes, of one account")
+    tries_per_address: PositiveInt = Field(60, description="sign-ins in five minutes, from one address")
     sync_token: str = "development-only-sync-token"  # noqa: S105  (a default for development, refused in production)
 
     # The commit (shared/rail).
@@ -146,8 +166,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _no_weak_secrets(self) -> Self:
         """In production. A URL that is set to nothing is none of this service's: it has no secret to be weak."""
+        if self.environment != "development" and len(self.jwt_secret.encode()) < 32 and self.jwt_algorithm == "HS256":
+            raise ValueError("TICKETRAIL_JWT_SECRET is shorter than 32 bytes")
         if self.environment == "production":
-            for name in ("jwt_secret", "sync_token"):
+            for name in ("jwt_secret", "sync_token") if self.jwt_algorithm == "HS256" else ("sync_token",):
                 if wrong := weakness(getattr(self, name)):
                     raise ValueError(f"TICKETRAIL_{name.upper()} {wrong}")
             for name in _URLS_WITH_PASSWORDS:

@@ -21,11 +21,12 @@ from litestar.types import ASGIApp
 from services.orders.menu import MenuBook
 from services.orders.pricing import priced_items, totals
 from services.orders.requests import PlaceOrder
-from services.orders.views import PENDING, order_view
+from services.orders.views import PENDING, state_view
 from shared.entities.contract import Standing, encode, now
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, Status
-from shared.http import EXCEPTION_HANDLERS, Call, Reply, gate, read_body, success
+from shared.gate import gate
+from shared.http import EXCEPTION_HANDLERS, Call, Reply, read_body, success
 from shared.lifecycle import settle_memory
 from shared.metrics import HttpMetrics, Metrics
 from shared.restaurants import Restaurant
@@ -139,7 +140,7 @@ async def place(request: Call) -> ASGIApp:
             order.updated_at,
         )
     state = encode(order).replace(b'"order_number":""', b'"order_number":"%b"' % numbered.encode(), 1)
-    return success(order_view(state, Standing(1, order.id), PENDING), status=201, headers={"ETag": '"1"'})
+    return success(state_view(state, Standing(1, order.id), PENDING), status=201, headers={"ETag": '"1"'})
 
 
 @get("/health/ready")

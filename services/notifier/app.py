@@ -18,12 +18,15 @@ from services.notifier.follower import Follower
 from services.notifier.hub import Hub
 from services.notifier.transports import TRANSPORTS
 from services.notifier.window import Window
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route, stop_event
+from shared.gate import Outer, cors, gate
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, stop_event
 from shared.lifecycle import settle_memory
+from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import LOG
 from shared.metrics import HttpMetrics, Metrics, PushMetrics
+from shared.openapi import pages
 from shared.rail.instance import number_of_traces
 from shared.security import Tokens
 from shared.settings import Settings
@@ -87,7 +90,7 @@ async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
     hub.close()
 
 
-def create(settings: Settings | None = None) -> Litestar:
+def create(settings: Settings | None = None) -> Outer:
     settings = settings or Settings()
     configure_logging("notifier", settings.log_level)
     settings, lease = number_of_traces(settings, "notifier")
@@ -107,19 +110,28 @@ def create(settings: Settings | None = None) -> Litestar:
             lease.release()
             log.info("stopped")
 
-    return Litestar(
-        route_handlers=[*TRANSPORTS, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
+    app = Litestar(
+        route_handlers=[
+            *TRANSPORTS,
+            *health(lambda: readiness(parts)),
+            metrics_route(parts.metrics),
+            *pages("Ticketrail: notifier", "What terminals and browsers listen to.", TRANSPORTS),
+        ],
         dependencies={
             "hub": Provide(lambda: parts.hub, sync_to_thread=False),
             "follower": Provide(lambda: parts.follower, sync_to_thread=False),
         },
         middleware=[
             gate(
-                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                Tokens.of(settings),
                 parts.tracer,
                 HttpMetrics(parts.metrics),
+                # Of its own: it reads the log and needs no mirror.
+                Limits(None, settings),
+                proxies=settings.trusted_proxies,
             )
         ],
+        cors_config=cors(settings),
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[lifespan],
@@ -127,3 +139,4 @@ def create(settings: Settings | None = None) -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
+    return Outer(app)

@@ -13,13 +13,20 @@ from litestar import Litestar
 from litestar.datastructures import State
 from msgspec import Struct
 
+from services.orders.accounts import Accounts
+from services.orders.changes import Changes
 from services.orders.commands import Commands
+from services.orders.insight import Insight
 from services.orders.menu import Menus
 from services.orders.reads import Reads
 from services.orders.routes import ROUTES
+from services.orders.shop import Shop
+from services.orders.sign_in import SignIn
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route
+from shared.gate import Outer, cors, gate
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route
 from shared.lifecycle import settle_memory
+from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
@@ -27,6 +34,7 @@ from shared.messaging.topology import CHANGES, REFERENCE_LOG
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
+from shared.openapi import pages
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
@@ -53,7 +61,8 @@ class Parts(Struct, frozen=True):
     rail: Rail
     menus: Menus
     reads: Reads
-    commands: Commands
+    shop: Shop
+    tokens: Tokens
     tracer: Tracer
     metrics: Metrics
 
@@ -93,6 +102,18 @@ def assemble(settings: Settings) -> Parts:
         stream=REFERENCE_LOG,
     )
     menus = Menus(postgres, mirror, reader)
+    changes, accounts, tokens = Changes(rail, reads), Accounts(postgres), Tokens.of(settings)
+    shop = Shop(
+        postgres,
+        mirror,
+        menus,
+        reads,
+        changes,
+        Commands(changes, menus),
+        Insight(reads, postgres, mirror),
+        accounts,
+        SignIn(accounts, reads, tokens, mirror, settings),
+    )
     return Parts(
         settings,
         postgres,
@@ -111,7 +132,8 @@ def assemble(settings: Settings) -> Parts:
         rail,
         menus,
         reads,
-        Commands(rail, reads, menus),
+        shop,
+        tokens,
         tracer,
         metrics,
     )
@@ -189,7 +211,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
     return parts.menus.loaded and (parts.publisher.connected or parts.journal.opened), details
 
 
-def create(settings: Settings | None = None) -> Litestar:
+def create(settings: Settings | None = None) -> Outer:
     settings = settings or Settings()
     configure_logging("orders", settings.log_level)
     # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
@@ -210,16 +232,24 @@ def create(settings: Settings | None = None) -> Litestar:
             lease.release()
             log.info("stopped")
 
-    return Litestar(
-        route_handlers=[*ROUTES, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
-        state=State({"commands": parts.commands, "reads": parts.reads}),
+    app = Litestar(
+        route_handlers=[
+            *ROUTES,
+            *health(lambda: readiness(parts)),
+            metrics_route(parts.metrics),
+            *pages("Ticketrail: orders", "What client apps call.", ROUTES),
+        ],
+        state=State({"shop": parts.shop}),
         middleware=[
             gate(
-                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                parts.tokens,
                 parts.tracer,
                 HttpMetrics(parts.metrics),
+                Limits(parts.mirror, settings),
+                proxies=settings.trusted_proxies,
             )
         ],
+        cors_config=cors(settings),
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[lifespan],
@@ -227,3 +257,4 @@ def create(settings: Settings | None = None) -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
+    return Outer(app)

@@ -1,205 +1,159 @@
-"""What clients ask to happen to an order: place, update, delete, restore.
+"""What clients ask to happen to an order: place, update, delete, pay. Each builds the state that is wanted, from the
+rules; `changes.py` commits it."""
 
-Each builds the state that is wanted, from the rules, and commits it. A lost claim is tried again on what stands then,
-where the caller named no version and the change is still legal.
-"""
-
-import asyncio
-import contextlib
 import hashlib
-import random
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from uuid import UUID, uuid4
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 
+from services.orders.changes import Changes, Done, actor_of, id_for
 from services.orders.menu import MenuBook, Menus
-from services.orders.pricing import priced_items, totals
-from services.orders.reads import Reads
-from services.orders.requests import PlaceOrder, UpdateOrder
+from services.orders.pricing import holds, priced_items, totals
+from services.orders.requests import PlaceOrder, RecordPayment, UpdateOrder
 from shared.entities import order as orders
-from shared.entities.contract import Standing, encode, now
-from shared.entities.order import Order, Status, allowed_next, items_may_change
-from shared.errors import Conflict, Forbidden, InvalidInput, NotFound, Unavailable
-from shared.rail.commit import Committed, Draft, Lost, Rail
-from shared.rail.record import Durability
+from shared.entities.contract import encode
+from shared.entities.menu_item import MenuItem
+from shared.entities.order import (
+    Order,
+    Payment,
+    Status,
+    allowed_next,
+    items_may_change,
+    payment_status,
+)
+from shared.errors import Conflict, Forbidden, InvalidInput
+from shared.rail.commit import OutOfStock
 from shared.security import Identity, Role
 
-_NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
-_TRIES_AGAIN = 3
-# How long a repeat waits for its twin: longer than a claim takes to be called stale, so that it can finish it.
-_TWIN_SECONDS = 4.0
-
-
-class Done(Struct, frozen=True):
-    order: Order
-    standing: Standing
-    durability: Durability | None
-    """None for a replay."""
-    visible: bool = True
-    replayed: bool = False
+_ENTITY = orders.ENTITY
+_MOST_PAYMENTS = 1_000
 
 
 class Commands:
-    def __init__(self, rail: Rail, reads: Reads, menus: Menus) -> None:
-        self._rail = rail
-        self._reads = reads
+    def __init__(self, changes: Changes, menus: Menus) -> None:
+        self._changes = changes
         self._menus = menus
 
-    # -- place -------------------------------------------------------------------------------------------------
-
     async def place(self, who: Identity, wanted: PlaceOrder, key: str | None) -> Done:
-        """Raises InvalidInput, Forbidden, Unavailable, OutcomeUnknown."""
-        if who.role is Role.OPERATOR:
-            raise Forbidden("operators place no orders")
-        restaurant = who.tenant
+        """Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
         session = _session(who, wanted)
-        id_, request_hash = str(uuid4()), None
-        if key is not None:
-            id_ = str(uuid5(_NAMESPACE, f"{restaurant}|{who.user_id}|{who.session_id or ''}|POST /api/orders|{key}"))
-            request_hash = hashlib.sha256(encode(wanted)).hexdigest()
-        book = await self._menus.book(restaurant)
-        at = now()
+        id_ = id_for(who, "POST /api/orders", key)
+        request_hash = None if key is None else hashlib.sha256(encode(wanted)).hexdigest()
+        book = await self._menus.book(who.tenant)
         try:
-            order = _new_order(id_, book, wanted, at, session, who, request_hash)
-        except InvalidInput:
-            # The menu may have changed since this very request was accepted: then it is a repeat.
-            with contextlib.suppress(Unavailable):
-                if key is not None and (earlier := await self._earlier(restaurant, id_)):
-                    return _replay(*earlier, request_hash)
-            raise
-        draft = Draft(
-            entity=orders.ENTITY,
-            event="created",
-            state=order,
-            base=None,
-            before=None,
-            at=at,
-            source="orders",
-            existing=None if key is None else lambda: self._earlier(restaurant, id_),
-        )
-        deadline = time.monotonic() + _TWIN_SECONDS
-        while True:
-            try:
-                return _done(await self._rail.commit(draft))
-            except Lost as lost:
-                if lost.standing is not None and lost.state is None:
-                    raise Unavailable("the order was placed before and cannot be read now", retry_after=2.0) from lost
-                if lost.standing is not None:
-                    return _replay(lost.standing, lost.state, request_hash)
-                if time.monotonic() > deadline:
-                    raise Conflict(
-                        "the same request is under way", code="in_progress", field="Idempotency-Key"
-                    ) from lost
-            await _pause(2)
-
-    async def _earlier(self, restaurant: str, id_: str) -> tuple[Standing, Order] | None:
-        """What the same key has placed before; raises Unavailable where no store can tell."""
-        try:
-            found = await self._reads.one(restaurant, id_)
-        except NotFound:
-            return None
-        return found.standing, found.order()
-
-    # -- change ------------------------------------------------------------------------------------------------
+            return await self._changes.create(
+                who,
+                _ENTITY,
+                id_,
+                key,
+                lambda at: _new_order(id_, book, wanted, at, session, who, request_hash),
+                same=lambda order: order.request_hash == request_hash,
+            )
+        except OutOfStock as error:
+            raise _out_of_stock(error, wanted, book) from error
 
     async def update(self, who: Identity, id_: str, wanted: UpdateOrder, version: int | None) -> Done:
         """Raises NotFound, Conflict (with what is allowed, or the version that stands), InvalidInput, Unavailable."""
-        if who.role not in (Role.ADMIN, Role.STAFF):
-            raise Forbidden("only staff and admins change orders")
         book = await self._menus.book(who.tenant)
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             changed = _updated(order, wanted, book, at)
             return ("status_changed" if changed.status is not order.status else "updated"), changed
 
-        return await self._change(who, id_, version, change)
+        try:
+            return await self._changes.change(who, _ENTITY, id_, version, change)
+        except OutOfStock as error:
+            raise _out_of_stock(error, wanted, book) from error
 
     async def delete(self, who: Identity, id_: str, version: int | None) -> Done:
-        if who.role not in (Role.ADMIN, Role.STAFF):
-            raise Forbidden("only staff and admins delete orders")
-
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.status is Status.COMPLETED:
                 raise Conflict("a completed order is not deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
 
-        return await self._change(who, id_, version, change)
+        return await self._changes.change(who, _ENTITY, id_, version, change)
 
     async def restore(self, who: Identity, id_: str, version: int | None) -> Done:
-        if who.role not in (Role.ADMIN, Role.STAFF):
-            raise Forbidden("only staff and admins restore orders")
+        try:
+            return await self._changes.restore(who, _ENTITY, id_, version)
+        except OutOfStock as error:
+            raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
+
+    async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Done, Payment]:
+        """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""
+        if wanted.amount == 0:
+            raise InvalidInput("a payment of nothing", field="amount", code="invalid_input")
+        payment_id = str(wanted.id or uuid4())
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
-            if order.deleted_at is None:
-                raise Conflict("the order is not deleted", code="not_deleted")
-            return "restored", msgspec.structs.replace(order, deleted_at=None, updated_at=at)
-
-        return await self._change(who, id_, version, change, deleted=True)
-
-    async def _change(
-        self,
-        who: Identity,
-        id_: str,
-        version: int | None,
-        change: Callable[[Order, datetime], tuple[str, Order]],
-        *,
-        deleted: bool = False,
-    ) -> Done:
-        tried = 0
-        while True:
-            found = await self._reads.base(who.tenant, id_)
-            before = found.order()
-            if before.deleted_at is not None and not deleted:
-                raise NotFound("the order is deleted", code="order_deleted")
-            if version is not None and version != found.standing.version:
-                raise _conflict(found.standing)
-            at = max(now(), before.updated_at)
-            event, after = change(before, at)
-            draft = Draft(
-                entity=orders.ENTITY,
-                event=event,
-                state=after,
-                base=found.standing,
-                before=before,
-                at=at,
-                source="orders",
+            earlier = next((one for one in order.payments if one.id == payment_id), None)
+            if earlier is not None:
+                if (earlier.amount, earlier.method, earlier.reference) != (
+                    wanted.amount,
+                    wanted.method,
+                    wanted.reference,
+                ):
+                    raise Conflict("this id was used for another payment", code="payment_id_reused", field="id")
+                return "payment_recorded", order
+            _check_payment(order, wanted)
+            made = Payment(
+                id=payment_id, amount=wanted.amount, method=wanted.method, created_at=at, reference=wanted.reference
             )
-            try:
-                return _done(await self._rail.commit(draft))
-            except Lost as lost:
-                if version is not None or tried == _TRIES_AGAIN:
-                    raise _conflict(lost.standing) from lost
-            tried += 1
-            await _pause(tried)
+            payments = (*order.payments, made)
+            return "payment_recorded", msgspec.structs.replace(
+                order, payments=payments, payment_status=payment_status(payments, order.total), updated_at=at
+            )
+
+        done = await self._changes.change(who, _ENTITY, id_, None, change, adds=True)
+        return done, next(one for one in done.state.payments if one.id == payment_id)
 
 
-async def _pause(times: int) -> None:
-    """Jittered, about as long as a commit takes, so that those who lost do not meet again."""
-    await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
-
-
-def _done(committed: Committed) -> Done:
-    return Done(committed.state, committed.standing, committed.durability, committed.visible)
-
-
-def _replay(standing: Standing, order: Order, request_hash: str | None) -> Done:
-    if order.request_hash != request_hash:
-        raise InvalidInput(
-            "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
+def _check_payment(order: Order, wanted: RecordPayment) -> None:
+    paid = sum(one.amount for one in order.payments)
+    if wanted.amount < 0 and -wanted.amount > paid:
+        raise Conflict(
+            f"{-wanted.amount} is more than the {paid} that was paid",
+            code="refund_above_paid",
+            field="amount",
+            paid=paid,
         )
-    return Done(order, standing, None, replayed=True)
+    if wanted.amount > 0 and order.status is Status.CANCELLED:
+        raise Conflict("a cancelled order is not paid", code="order_cancelled", field="amount")
+    if len(order.payments) >= _MOST_PAYMENTS or paid + wanted.amount > 10**12:
+        raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
 
 
-def _conflict(standing: Standing | None) -> Conflict:
-    details: dict[str, Any] = {"field": "If-Match"}
-    if standing is not None:
-        details["version"] = standing.version
-    return Conflict("another change came first", code="version_conflict", **details)
+def _out_of_stock(error: OutOfStock, wanted: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
+    """What is left of each, and which of the wanted items needs it."""
+    items = wanted.items if wanted.items is not UNSET else []
+    short = {id_ for id_, _ in error.left}
+    place = next((place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)), 0)
+    return Conflict(
+        "there is not enough left",
+        code="out_of_stock",
+        field=f"items[{place}].quantity",
+        items=[
+            {**one, "menu_item_ids": sorted(_dishes_of(one["inventory_item_id"], book.menu, items))}
+            for one in _left(error)
+        ],
+    )
+
+
+def _left(error: OutOfStock) -> list[dict[str, Any]]:
+    return [{"inventory_item_id": id_, "available": left} for id_, left in error.left]
+
+
+def _needs(dish_id: UUID, menu: Mapping[str, MenuItem]) -> set[str]:
+    dish = menu.get(str(dish_id))
+    return {one.inventory_item_id for one in dish.consumes} if dish is not None else set()
+
+
+def _dishes_of(inventory_item: str, menu: Mapping[str, MenuItem], items: Any) -> set[str]:
+    return {str(item.menu_item_id) for item in items if inventory_item in _needs(item.menu_item_id, menu)}
 
 
 def _session(who: Identity, wanted: PlaceOrder) -> str | None:
@@ -207,9 +161,9 @@ def _session(who: Identity, wanted: PlaceOrder) -> str | None:
         return wanted.customer_session_id
     if wanted.customer_session_id not in (None, who.session_id):
         raise Forbidden("a customer orders for its own session", field="customer_session_id")
-    for field in ("discount_amount", "deposit_used"):
+    for field in ("discount_amount", "deposit_used", "customer_id"):
         if getattr(wanted, field):
-            raise Forbidden("only staff and admins reduce what is to be paid", field=field)
+            raise Forbidden("only staff and admins say this", field=field)
     return who.session_id
 
 
@@ -249,20 +203,22 @@ def _new_order(
         created_at=at,
         updated_at=at,
         table_id=str(wanted.table_id) if wanted.table_id else None,
+        customer_id=str(wanted.customer_id) if wanted.customer_id else None,
         customer_name=wanted.customer_name,
         customer_phone=wanted.customer_phone,
         customer_session_id=session,
         payment_method=wanted.payment_method,
         notes=wanted.notes,
         special_instructions=wanted.special_instructions,
-        placed_by=who.session_id or who.user_id,
+        placed_by=actor_of(who),
         request_hash=request_hash,
+        holds=holds(items, book.menu),
     )
 
 
 def _updated(order: Order, wanted: UpdateOrder, book: MenuBook, at: datetime) -> Order:
     fields: dict[str, Any] = {
-        name: str(value) if name == "table_id" and value is not None else value
+        name: str(value) if isinstance(value, UUID) else value
         for name in wanted.__struct_fields__
         if (value := getattr(wanted, name)) is not UNSET
     }
@@ -280,6 +236,7 @@ def _updated(order: Order, wanted: UpdateOrder, book: MenuBook, at: datetime) ->
         if not items_may_change(order.status):
             raise Conflict(f"the items of an order that is {order.status} stand", code="items_are_fixed", field="items")
         fields["items"] = priced_items(wanted.items, book.menu)
+        fields["holds"] = holds(fields["items"], book.menu, order.holds)
     changed = msgspec.structs.replace(order, **fields, updated_at=at)
     sums = totals(
         changed.items,
@@ -288,4 +245,10 @@ def _updated(order: Order, wanted: UpdateOrder, book: MenuBook, at: datetime) ->
         discount=changed.discount_amount,
         deposit=changed.deposit_used,
     )
-    return msgspec.structs.replace(changed, subtotal=sums.subtotal, tax_amount=sums.tax_amount, total=sums.total)
+    return msgspec.structs.replace(
+        changed,
+        subtotal=sums.subtotal,
+        tax_amount=sums.tax_amount,
+        total=sums.total,
+        payment_status=payment_status(changed.payments, sums.total),
+    )

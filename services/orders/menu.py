@@ -89,6 +89,11 @@ class Menus:
             self._loading.pop(restaurant_id, None)
         return book
 
+    def put(self, standing: Standing, dish: MenuItem) -> None:
+        """What was committed here: its own instance need not wait for the log."""
+        if (book := self._books.get(dish.restaurant_id)) is not None:
+            book.put(standing, dish)
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     async def load_all(self) -> None:

@@ -1,12 +1,14 @@
-"""What an order costs. Pure: prices and names come from the menu that is passed in, never from the client."""
+"""What an order costs and what it takes from the stock. Pure: prices and choices come from the menu that is passed in,
+never from the client."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from services.orders.requests import RequestedItem
+from services.orders.requests import RequestedCustomization, RequestedItem
 from shared.entities.menu_item import MenuItem
-from shared.entities.order import OrderItem
+from shared.entities.order import Customization, OrderItem, StockHold
 from shared.errors import InvalidInput
 
 
@@ -24,7 +26,7 @@ def tax(subtotal: int, basis_points: int) -> int:
 
 
 def priced_items(requested: Sequence[RequestedItem], menu: Mapping[str, MenuItem]) -> tuple[OrderItem, ...]:
-    """Raises InvalidInput that names the item which is unknown or not to be had."""
+    """Raises InvalidInput that names the item, or the choice, which is unknown or not to be had."""
     items = []
     for place, item in enumerate(requested):
         dish = menu.get(str(item.menu_item_id))
@@ -33,18 +35,68 @@ def priced_items(requested: Sequence[RequestedItem], menu: Mapping[str, MenuItem
             raise InvalidInput("no such dish on the menu", field=field, code="unknown_menu_item")
         if not dish.is_available:
             raise InvalidInput(f"{dish.name} is not available now", field=field, code="menu_item_unavailable")
+        chosen = _chosen(item.customizations, dish, f"items[{place}].customizations")
+        price = dish.price + sum(choice.price for choice in chosen)
         items.append(
             OrderItem(
                 menu_item_id=dish.id,
                 name=dish.name,
                 quantity=item.quantity,
-                unit_price=dish.price,
-                line_total=dish.price * item.quantity,
+                unit_price=price,
+                line_total=price * item.quantity,
                 special_instructions=item.special_instructions,
-                customizations=tuple(chosen.kept() for chosen in item.customizations),
+                customizations=chosen,
             )
         )
     return tuple(items)
+
+
+def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: str) -> tuple[Customization, ...]:
+    if not requested and not dish.customizations:
+        return ()
+    groups = {group.name: {option.name: option for option in group.options} for group in dish.customizations}
+    chosen = []
+    for place, one in enumerate(requested):
+        options = groups.get(one.name)
+        if options is None:
+            raise InvalidInput(
+                f"{dish.name} has no choice of {one.name!r}",
+                field=f"{field}[{place}].name",
+                code="unknown_customization",
+            )
+        option = options.get(one.option)
+        if option is None or not option.is_available:
+            raise InvalidInput(
+                f"{one.name} of {dish.name} cannot be {one.option!r}",
+                field=f"{field}[{place}].option",
+                code="unknown_customization" if option is None else "option_unavailable",
+            )
+        chosen.append(Customization(one.name, one.option, option.price))
+    counted = Counter(one.name for one in chosen)
+    for group in dish.customizations:
+        if not group.min_choices <= counted[group.name] <= group.max_choices:
+            raise InvalidInput(
+                f"of {group.name} {group.min_choices} to {group.max_choices} are to be chosen,"
+                f" not {counted[group.name]}",
+                field=field,
+                code="customization_count",
+                group=group.name,
+                min_choices=group.min_choices,
+                max_choices=group.max_choices,
+            )
+    return tuple(chosen)
+
+
+def holds(
+    items: Sequence[OrderItem], menu: Mapping[str, MenuItem], before: Sequence[StockHold] = ()
+) -> tuple[StockHold, ...]:
+    """What the items take from the stock, by inventory item. What was held `before` and is not needed stays, as 0."""
+    taken: Counter[str] = Counter({hold.inventory_item_id: 0 for hold in before})
+    for item in items:
+        dish = menu.get(item.menu_item_id)
+        for one in dish.consumes if dish is not None else ():
+            taken[one.inventory_item_id] += one.quantity * item.quantity
+    return tuple(StockHold(id_, taken[id_]) for id_ in sorted(taken))
 
 
 def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount: int, deposit: int) -> Totals:

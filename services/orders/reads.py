@@ -1,23 +1,23 @@
-"""Reading orders: the mirror first, PostgreSQL behind it, and what is found there goes back to the mirror.
+"""Reading entities: the mirror first, PostgreSQL behind it, and what is found there goes back to the mirror.
 
-By id: a warm mirror that has the order has the truth. A cold one may be behind, or ahead, of PostgreSQL: then both are
+By id: a warm mirror that has the entity has the truth. A cold one may be behind, or ahead, of PostgreSQL: then both are
 asked and the guard decides.
 
 Lists: what is pending (acknowledged, not in PostgreSQL yet) is taken first, then the page from PostgreSQL without
-those, and the two are merged: an order that is committed in between is met at least once. Without PostgreSQL the list
+those, and the two are merged: what is committed in between is met at least once. Without PostgreSQL the list
 comes from the mirror's live window, and says so.
 """
 
 import asyncio
+from typing import Any
 
 import msgspec
 import structlog
 from msgspec import Struct
 
-from services.orders.filters import Filters
-from shared.entities import order as orders
 from shared.entities.contract import Standing
-from shared.entities.order import Order
+from shared.entities.entity import Entity
+from shared.entities.selection import Selection
 from shared.errors import NotFound, Unavailable
 from shared.metrics import ReadMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
@@ -28,12 +28,11 @@ from shared.postgres.states import Stored
 
 log = structlog.get_logger(__name__)
 
-_ENTITY = orders.ENTITY
 _BLOCK = 200
 
 
 class Seen(Struct, frozen=True):
-    """Of an order, what decides who may see it: the rest of what a store holds need not be read to be sent."""
+    """What decides who may see a state: the rest of what a store holds need not be read to be sent."""
 
     customer_session_id: str | None = None
     deleted_at: str | None = None
@@ -43,14 +42,15 @@ _seen = msgspec.json.Decoder(Seen)
 
 
 class Found(Struct, frozen=True):
+    entity: Entity
     standing: Standing
     state: bytes
     served_by: str
     """mirror or postgres"""
     document: Document | None = None
 
-    def order(self) -> Order:
-        return msgspec.json.decode(self.state, type=Order)
+    def decoded(self) -> Any:
+        return self.entity.decode_state(self.state)
 
     def seen(self) -> Seen:
         return _seen.decode(self.state)
@@ -70,144 +70,146 @@ class Reads:
         self._mirror = mirror
         self._repairs: set[asyncio.Task[None]] = set()
 
-    async def one(self, restaurant: str, id_: str) -> Found:
+    async def one(self, entity: Entity, restaurant: str, id_: str) -> Found:
         """Raises NotFound, or Unavailable when no store that would have it answers."""
-        document, warm = await self._from_mirror(restaurant, id_)
+        document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
-            return Found(document.standing, document.state, "mirror", document)
+            return Found(entity, document.standing, document.state, "mirror", document)
         self._metrics.mirror.inc("miss" if warm else "away")
         try:
-            stored = await self._from_postgres(restaurant, id_)
+            stored = await self._from_postgres(entity, restaurant, id_)
         except AWAY as error:
             if document is not None:
-                return Found(document.standing, document.state, "mirror", document)
-            raise Unavailable("the order cannot be read now", retry_after=2.0) from error
+                return Found(entity, document.standing, document.state, "mirror", document)
+            raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
         if stored is not None and (document is None or stored.standing >= document.standing):
             if document is None:
-                self._repair_later(stored)
-            return Found(stored.standing, stored.state, "postgres")
+                self._repair_later(entity, stored)
+            return Found(entity, stored.standing, stored.state, "postgres")
         if document is not None:
-            return Found(document.standing, document.state, "mirror", document)
-        raise NotFound("no such order")
+            return Found(entity, document.standing, document.state, "mirror", document)
+        raise NotFound(f"no such {entity.name}")
 
-    async def base(self, restaurant: str, id_: str) -> Found:
+    async def base(self, entity: Entity, restaurant: str, id_: str) -> Found:
         """What a change is built on; raises NotFound, or Unavailable: without a warm mirror nobody can say what stands,
-        not even that there is no such order."""
-        document, warm = await self._from_mirror(restaurant, id_)
+        not even that there is no such thing."""
+        document, warm = await self._from_mirror(entity, restaurant, id_)
         if not warm:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
         if document is not None:
-            return Found(document.standing, document.state, "mirror", document)
+            return Found(entity, document.standing, document.state, "mirror", document)
         try:
-            stored = await self._from_postgres(restaurant, id_)
+            stored = await self._from_postgres(entity, restaurant, id_)
         except AWAY as error:
-            raise Unavailable("the order cannot be read now", retry_after=2.0) from error
+            raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
         if stored is None:
-            raise NotFound("no such order")
-        return Found(stored.standing, stored.state, "postgres")
+            raise NotFound(f"no such {entity.name}")
+        return Found(entity, stored.standing, stored.state, "postgres")
 
-    async def page(self, restaurant: str, filters: Filters) -> Page:
+    async def page(self, entity: Entity, restaurant: str, selection: Selection) -> Page:
         """Raises Unavailable when neither store answers."""
         try:
-            pending_ids = await self._mirror.pending_ids(restaurant, _ENTITY.name)
-            warm, pending = await self._matching(restaurant, pending_ids, filters)
+            pending_ids = await self._mirror.pending_ids(restaurant, entity.name)
+            warm, pending = await self._matching(entity, restaurant, pending_ids, selection)
         except (MirrorAway, MirrorInDoubt) as error:
             log.info("list_without_mirror", error=str(error) or type(error).__name__)
             pending_ids, warm, pending = [], True, []
         try:
             async with self._postgres.tenant(restaurant) as connection:
                 if not warm:
-                    pending_ids, pending = await self._newer_than_stored(connection, restaurant, pending_ids, filters)
-                stored = await states.page_of_orders(
-                    connection, _ENTITY, restaurant, {**filters.for_sql(), "without": pending_ids}, filters.limit + 1
-                )
+                    pending_ids, pending = await self._newer_than_stored(
+                        entity, connection, restaurant, pending_ids, selection
+                    )
+                stored = await states.page(connection, entity, restaurant, selection, without=pending_ids)
         except AWAY as error:
-            return await self._live_page(restaurant, filters, error)
-        found = pending + [Found(row.standing, row.state, "postgres") for row in stored]
-        return self._cut(found, filters, complete=True)
+            return await self._live_page(entity, restaurant, selection, error)
+        found = pending + [Found(entity, row.standing, row.state, "postgres") for row in stored]
+        return self._cut(found, selection, complete=True)
 
     async def drain(self) -> None:
         await asyncio.gather(*self._repairs, return_exceptions=True)
 
     # -- the parts ---------------------------------------------------------------------------------------------
 
-    async def _from_mirror(self, restaurant: str, id_: str) -> tuple[Document | None, bool]:
+    async def _from_mirror(self, entity: Entity, restaurant: str, id_: str) -> tuple[Document | None, bool]:
         try:
-            warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
+            warm, (document,) = await self._mirror.read(restaurant, entity.name, [id_])
         except (MirrorAway, MirrorInDoubt):
             return None, False
         return document, warm
 
-    async def _from_postgres(self, restaurant: str, id_: str) -> Stored | None:
+    async def _from_postgres(self, entity: Entity, restaurant: str, id_: str) -> Stored | None:
         async with self._postgres.tenant(restaurant) as connection:
-            return await states.one(connection, _ENTITY, restaurant, id_)
+            return await states.one(connection, entity, restaurant, id_)
 
-    async def _live_page(self, restaurant: str, filters: Filters, error: BaseException) -> Page:
+    async def _live_page(self, entity: Entity, restaurant: str, selection: Selection, error: BaseException) -> Page:
         try:
-            most = filters.before[0].timestamp() if filters.before else float("inf")
-            ids = await self._mirror.live_ids(restaurant, _ENTITY.name, most=most)
-            _, found = await self._matching(restaurant, ids, filters)
+            most = selection.before[0].timestamp() if selection.before else float("inf")
+            ids = await self._mirror.live_ids(restaurant, entity.name, most=most)
+            _, found = await self._matching(entity, restaurant, ids, selection)
         except (MirrorAway, MirrorInDoubt):
-            raise Unavailable("orders cannot be listed now", retry_after=2.0) from error
-        return self._cut(found, filters, complete=False)
+            raise Unavailable("the list cannot be made now", retry_after=2.0) from error
+        return self._cut(found, selection, complete=False)
 
     async def _newer_than_stored(
-        self, connection: Connection, restaurant: str, ids: list[str], filters: Filters
+        self, entity: Entity, connection: Connection, restaurant: str, ids: list[str], selection: Selection
     ) -> tuple[list[str], list[Found]]:
         """What a cold mirror calls pending may be older than what PostgreSQL has: only what is newer counts. Returns
         the ids of that, and those of them that match."""
         try:
-            _, documents = await self._mirror.read(restaurant, _ENTITY.name, ids)
+            _, documents = await self._mirror.read(restaurant, entity.name, ids)
         except (MirrorAway, MirrorInDoubt):
             return [], []
-        stored = await states.standings(connection, _ENTITY, restaurant, ids)
+        stored = await states.standings(connection, entity, restaurant, ids)
         newer, matching = [], []
         for id_, document in zip(ids, documents, strict=True):
             if document is not None and (id_ not in stored or document.standing > stored[id_]):
                 newer.append(id_)
-                if filters.match(_ENTITY.decode_state(document.state)):
-                    matching.append(Found(document.standing, document.state, "mirror", document))
+                if selection.match(entity.decode_state(document.state)):
+                    matching.append(Found(entity, document.standing, document.state, "mirror", document))
         return newer, matching
 
-    async def _matching(self, restaurant: str, ids: list[str], filters: Filters) -> tuple[bool, list[Found]]:
+    async def _matching(
+        self, entity: Entity, restaurant: str, ids: list[str], selection: Selection
+    ) -> tuple[bool, list[Found]]:
         """Of ids, the newest first, as many as the page needs; and whether the mirror was warm all the while."""
         found: list[Found] = []
         all_warm = True
         for start in range(0, len(ids), _BLOCK):
-            warm, documents = await self._mirror.read(restaurant, _ENTITY.name, ids[start : start + _BLOCK])
+            warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK])
             found += [
-                Found(document.standing, document.state, "mirror", document)
+                Found(entity, document.standing, document.state, "mirror", document)
                 for document in documents
-                if document is not None and filters.match(msgspec.json.decode(document.state, type=Order))
+                if document is not None and selection.match(entity.decode_state(document.state))
             ]
             all_warm = all_warm and warm
-            if len(found) > filters.limit:
+            if len(found) > selection.limit:
                 break
         return all_warm, found
 
-    def _cut(self, found: list[Found], filters: Filters, *, complete: bool) -> Page:
+    def _cut(self, found: list[Found], selection: Selection, *, complete: bool) -> Page:
         def newest(one: Found) -> tuple[float, str]:
-            order = one.order()
-            return order.created_at.timestamp(), order.id
+            state = one.decoded()
+            return state.created_at.timestamp(), state.id
 
         found.sort(key=newest, reverse=True)
-        return Page(found[: filters.limit], len(found) > filters.limit, complete)
+        return Page(found[: selection.limit], len(found) > selection.limit, complete)
 
     # -- repair ------------------------------------------------------------------------------------------------
 
-    def _repair_later(self, stored: Stored) -> None:
+    def _repair_later(self, entity: Entity, stored: Stored) -> None:
         if self._mirror.available and len(self._repairs) < 100:
             self._metrics.mirror.inc("repair")
-            task = asyncio.create_task(self._repair(stored), name="mirror-repair")
+            task = asyncio.create_task(self._repair(entity, stored), name="mirror-repair")
             self._repairs.add(task)
             task.add_done_callback(self._repairs.discard)
 
-    async def _repair(self, stored: Stored) -> None:
-        order = msgspec.json.decode(stored.state, type=Order)
+    async def _repair(self, entity: Entity, stored: Stored) -> None:
+        state = entity.decode_state(stored.state)
         try:
             await self._mirror.apply(
-                [Apply(_ENTITY, order, stored.standing, stored.state, stored.accepted_at, "stored")]
+                [Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")]
             )
         except (MirrorAway, MirrorInDoubt) as error:
-            log.info("repair_skipped", order_id=order.id, error=str(error) or type(error).__name__)
+            log.info("repair_skipped", subject=f"{entity.name}/{state.id}", error=str(error) or type(error).__name__)

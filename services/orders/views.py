@@ -1,6 +1,6 @@
-"""How an order looks to a client: its state, and beside it its version and what is known of its way to PostgreSQL.
+"""How an entity looks to a client: its state, and beside it its version and what is known of its way to PostgreSQL.
 
-{…the order…, "version": 3, "sync": {"state": "pending" | "synced" | "failed", …}}
+{…the state…, "version": 3, "sync": {"state": "pending" | "synced" | "failed", …}}
 """
 
 import re
@@ -25,7 +25,12 @@ def sync_of(document: Document) -> dict[str, Any]:
     return PENDING if document.pending else SYNCED
 
 
-def order_view(state: bytes, standing: Standing, sync: dict[str, Any], **more: Any) -> Raw:
-    """`state` is encoded already, and stays so: only what is not part of it is appended."""
-    extra = msgspec.json.encode({"version": standing.version, "sync": sync, **more})
-    return Raw(_REQUEST_HASH.sub(b"", state, count=1)[:-1] + b"," + extra[1:])
+def state_view(
+    state: bytes, standing: Standing, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
+) -> Raw:
+    """`state` is encoded already, and stays so: what is not part of it is appended. `chosen`: these fields alone."""
+    extra = {"version": standing.version, "sync": sync, **more}
+    if chosen is not None:
+        found = {**msgspec.json.decode(state), **extra}
+        return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in chosen}))
+    return Raw(_REQUEST_HASH.sub(b"", state, count=1)[:-1] + b"," + msgspec.json.encode(extra)[1:])

@@ -5,17 +5,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from litestar import Litestar, get
+from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.sync.status import sync_status
+from shared.api import endpoint
 from shared.entities.contract import now
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, gate, health, metrics_route, success
+from shared.gate import Outer, cors, gate
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, success
+from shared.limits import Limits
 from shared.metrics import HttpMetrics, Metrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
+from shared.openapi import pages
 from shared.postgres.pool import AWAY, Postgres
 from shared.rail.instance import number_of_traces
 from shared.security import Tokens
@@ -36,9 +40,19 @@ class Parts(Struct, frozen=True):
     metrics: Metrics
 
 
-@get("/api/sync/status")
+@endpoint(
+    "GET",
+    "/api/sync/status",
+    action="sync.read",
+    tag="Sync",
+    summary="How far every entity has come on its way to PostgreSQL",
+    answer=dict[str, Any],
+)
 async def status(request: Call, parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.postgres, parts.mirror, request.identity.tenant))
+
+
+ROUTES = [status]
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -62,7 +76,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
     return details["postgres"] or details["mirror"] != "away", details
 
 
-def create(settings: Settings | None = None) -> Litestar:
+def create(settings: Settings | None = None) -> Outer:
     settings = settings or Settings()
     configure_logging("sync-api", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-api")
@@ -88,16 +102,24 @@ def create(settings: Settings | None = None) -> Litestar:
         lease.release()
         log.info("stopped")
 
-    return Litestar(
-        route_handlers=[status, *health(lambda: readiness(parts)), metrics_route(parts.metrics)],
+    app = Litestar(
+        route_handlers=[
+            *ROUTES,
+            *health(lambda: readiness(parts)),
+            metrics_route(parts.metrics),
+            *pages("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES),
+        ],
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
         middleware=[
             gate(
-                Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds),
+                Tokens.of(settings),
                 parts.tracer,
                 HttpMetrics(parts.metrics),
+                Limits(parts.mirror, settings),
+                proxies=settings.trusted_proxies,
             )
         ],
+        cors_config=cors(settings),
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[lifespan],
@@ -105,3 +127,4 @@ def create(settings: Settings | None = None) -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
+    return Outer(app)

@@ -153,7 +153,7 @@ def seed_command(as_json: bool) -> None:
 
 
 async def _seed(settings: Settings) -> dict[str, Any]:
-    tokens = Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds)
+    tokens = Tokens.of(settings)
     async with _Session(settings) as session:
         seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
         return await seeder.seed()
@@ -173,7 +173,7 @@ def token_command(role: str, restaurant: UUID | None, user: UUID | None, email: 
         raise click.UsageError("--restaurant is needed for this role")
     if identity.role is Role.CUSTOMER and not session:
         raise click.UsageError("--session is needed for a customer")
-    click.echo(Tokens(settings.jwt_secret, ttl_seconds=settings.jwt_ttl_seconds).issue(identity))
+    click.echo(Tokens.of(settings).issue(identity))
 
 
 @main.command("dish")

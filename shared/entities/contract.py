@@ -85,6 +85,8 @@ class Change(Struct, frozen=True, kw_only=True):
     data: ChangeData
     basechangeid: Id | None = None
     traceparent: Label | None = None
+    actor: Label | None = None
+    """Who asked for it: a user's id, or the session of a customer."""
     datacontenttype: str = "application/json"
     specversion: str = "1.0"
 

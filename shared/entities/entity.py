@@ -63,7 +63,8 @@ class Children(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(_Rows):
-    """Rows keyed by their own id that are kept from every snapshot that arrives, superseded or forked too."""
+    """Rows keyed by their parent and an id of their own, kept from every snapshot that arrives, superseded or forked
+    too."""
 
     parent: str
     rows: Callable[[Any], Sequence[Struct]]
@@ -96,6 +97,10 @@ class Entity:
     children: Sequence[Children] = ()
     facts: Sequence[Facts] = ()
     numbering: Numbering | None = None
+    holds: Callable[[Any], Sequence[tuple[str, int]]] | None = None
+    """What a state holds of the stock: (inventory item, quantity; 0: given back). Counts from its creation on."""
+    stock: Callable[[Any], tuple[int, int] | None] | None = None
+    """Of an inventory item: (quantity, when it was counted in ms); None when nothing is counted any more."""
 
     def type(self, event: str) -> str:
         """`created` -> `ticketrail.order.created.v1`."""

@@ -1,9 +1,38 @@
-"""A dish on the menu: what it is called, what it costs, whether it can be ordered now."""
+"""A dish on the menu: what it is called, what it costs, how it can be customized, what it takes from the stock."""
 
-from msgspec import Struct
+from typing import Annotated
 
-from shared.entities.contract import Id, Label, Lane, Money, Text, Time
-from shared.entities.entity import Entity, OnConflict, Table, columns
+from msgspec import Meta, Struct
+
+from shared.entities.contract import Id, Label, Lane, Money, Text, Time, encode
+from shared.entities.entity import Column, Entity, OnConflict, Table, columns
+
+Url = Annotated[str, Meta(max_length=2_000, pattern=r"^https?://[^\s\x00]+$")]
+Choices = Annotated[int, Meta(ge=0, le=100)]
+Units = Annotated[int, Meta(ge=1, le=10**6)]
+
+
+class Option(Struct, frozen=True):
+    name: Label
+    price: Money = 0
+    """On top of the dish's own, for one piece."""
+    is_available: bool = True
+
+
+class CustomizationGroup(Struct, frozen=True):
+    """`min_choices` 1: one must be chosen; `max_choices`: how many may be."""
+
+    name: Label
+    options: Annotated[tuple[Option, ...], Meta(min_length=1, max_length=100)]
+    min_choices: Choices = 0
+    max_choices: Choices = 1
+
+
+class Consumption(Struct, frozen=True):
+    """What one piece takes from the stock, in the unit of the inventory item."""
+
+    inventory_item_id: Id
+    quantity: Units
 
 
 class MenuItem(Struct, frozen=True, kw_only=True):
@@ -17,6 +46,10 @@ class MenuItem(Struct, frozen=True, kw_only=True):
     description: Text | None = None
     is_available: bool = True
     deleted_at: Time | None = None
+    brand: Label | None = None
+    image_url: Url | None = None
+    customizations: Annotated[tuple[CustomizationGroup, ...], Meta(max_length=50)] = ()
+    consumes: Annotated[tuple[Consumption, ...], Meta(max_length=50)] = ()
 
 
 ENTITY = Entity(
@@ -28,17 +61,21 @@ ENTITY = Entity(
     live=lambda item: item.deleted_at is None,
     table=Table(
         "menu_items",
-        tuple(
-            columns(
+        (
+            *columns(
                 "name text",
                 "price int8",
                 "category text",
                 "description text",
                 "is_available bool",
+                "brand text",
+                "image_url text",
                 "created_at timestamptz",
                 "updated_at timestamptz",
                 "deleted_at timestamptz",
-            )
+            ),
+            Column("customizations", "jsonb", lambda item: encode(item.customizations).decode()),
+            Column("consumes", "jsonb", lambda item: encode(item.consumes).decode()),
         ),
     ),
 )

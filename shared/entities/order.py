@@ -55,8 +55,11 @@ Quantity = Annotated[int, Meta(ge=1, le=1_000)]
 
 
 class Customization(Struct, frozen=True):
+    """`name` is that of the group; `price` is part of the item's unit price."""
+
     name: Label
     option: Label
+    price: Money = 0
 
 
 class OrderItem(Struct, frozen=True, kw_only=True):
@@ -67,6 +70,13 @@ class OrderItem(Struct, frozen=True, kw_only=True):
     line_total: Money
     special_instructions: Text | None = None
     customizations: tuple[Customization, ...] = ()
+
+
+class StockHold(Struct, frozen=True):
+    """What an order takes from the stock; 0 for what it took before its items changed."""
+
+    inventory_item_id: Id
+    quantity: Money
 
 
 class Payment(Struct, frozen=True, kw_only=True):
@@ -110,12 +120,32 @@ class Order(Struct, frozen=True, kw_only=True):
     request_hash: str | None = None
     """SHA-256 of the request that placed it under an Idempotency-Key: who repeats the key must repeat the body."""
     deleted_at: Time | None = None
+    customer_id: Id | None = None
+    external_id: Label | None = None
+    """What another system calls it; its id is made from this."""
+    holds: tuple[StockHold, ...] = ()
+
+
+def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
+    """Derived, never set: refunded when payments were made and all of them given back."""
+    paid = sum(payment.amount for payment in payments)
+    if not payments:
+        return PaymentStatus.PENDING
+    if paid <= 0 and any(payment.amount < 0 for payment in payments):
+        return PaymentStatus.REFUNDED
+    return PaymentStatus.PAID if paid >= total else PaymentStatus.PARTIALLY_PAID
+
+
+def _held(order: Order) -> list[tuple[str, int]]:
+    """A cancelled or deleted order gives back what it held."""
+    gone = order.status is Status.CANCELLED or order.deleted_at is not None
+    return [(hold.inventory_item_id, 0 if gone else hold.quantity) for hold in order.holds]
 
 
 ENTITY = Entity(
     name="order",
     state=Order,
-    events=frozenset({"created", "updated", "status_changed", "deleted", "restored"}),
+    events=frozenset({"created", "updated", "status_changed", "payment_recorded", "deleted", "restored"}),
     lane=Lane.CRITICAL,
     on_conflict=OnConflict.TERMINAL_WINS,
     live=lambda order: order.status not in (Status.COMPLETED, Status.CANCELLED) and order.deleted_at is None,
@@ -145,6 +175,8 @@ ENTITY = Entity(
                 "special_instructions text",
                 "placed_by text",
                 "request_hash text",
+                "customer_id uuid",
+                "external_id text",
                 "created_at timestamptz",
                 "updated_at timestamptz",
                 "deleted_at timestamptz",
@@ -162,6 +194,12 @@ ENTITY = Entity(
             ),
             rows=lambda order: order.items,
         ),
+        Children(
+            name="order_holds",
+            parent="order_id",
+            columns=tuple(columns("inventory_item_id uuid", "quantity int8")),
+            rows=lambda order: order.holds,
+        ),
     ),
     facts=(
         Facts(
@@ -171,6 +209,7 @@ ENTITY = Entity(
             rows=lambda order: order.payments,
         ),
     ),
+    holds=_held,
     numbering=Numbering(
         business_day=lambda order: order.business_day.isoformat(),
         number=lambda order: order.order_number,

@@ -2,11 +2,24 @@
 
 from typing import Any
 
-from shared.entities import menu_item, order, table
+from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, order, table
 from shared.entities.contract import BrokenContract, Change
 from shared.entities.entity import Entity, event_of
 
-ENTITIES: dict[str, Entity] = {entity.name: entity for entity in (order.ENTITY, menu_item.ENTITY, table.ENTITY)}
+ENTITIES: dict[str, Entity] = {
+    entity.name: entity
+    for entity in (
+        order.ENTITY,
+        menu_item.ENTITY,
+        table.ENTITY,
+        category.ENTITY,
+        brand.ENTITY,
+        bay.ENTITY,
+        job.ENTITY,
+        customer.ENTITY,
+        inventory_item.ENTITY,
+    )
+}
 
 
 def read(change: Change) -> tuple[Entity, Any]:

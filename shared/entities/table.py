@@ -1,5 +1,6 @@
 """A table of the restaurant, by the label that is painted on it."""
 
+from enum import StrEnum
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -7,14 +8,23 @@ from msgspec import Meta, Struct
 from shared.entities.contract import Id, Label, Lane, Time
 from shared.entities.entity import Entity, OnConflict, Table, columns
 
+Seats = Annotated[int, Meta(ge=1, le=1_000)]
+
+
+class TableState(StrEnum):
+    FREE = "free"
+    OCCUPIED = "occupied"
+    RESERVED = "reserved"
+
 
 class DiningTable(Struct, frozen=True, kw_only=True):
     id: Id
     restaurant_id: Id
     label: Label
-    seats: Annotated[int, Meta(ge=1, le=1_000)]
+    seats: Seats
     created_at: Time
     updated_at: Time
+    state: TableState = TableState.FREE
     deleted_at: Time | None = None
 
 
@@ -31,6 +41,7 @@ ENTITY = Entity(
             columns(
                 "label text",
                 "seats int4",
+                "state text",
                 "created_at timestamptz",
                 "updated_at timestamptz",
                 "deleted_at timestamptz",

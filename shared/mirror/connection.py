@@ -65,8 +65,12 @@ class MirrorConnection:
             "retry": Retry(NoBackoff(), 0),
         }
         folder = resources.files("shared.mirror") / "scripts"
-        self._scripts = {
+        texts = {
             path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
+        }
+        shared = texts.pop("stock")
+        self._scripts = {
+            name: f"{shared}\n{text}" if text.startswith("-- with stock.lua") else text for name, text in texts.items()
         }
         self._timeout = timeout
         self._shas: dict[str, str] = {}

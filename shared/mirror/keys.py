@@ -5,12 +5,14 @@
     {restaurant}:live:<entity>       zset   id by place in the index (creation time)
     {restaurant}:pending:<entity>    zset   id by place in the index: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
+    {restaurant}:stock:<item>        hash   count, since, sum; order id -> what it holds (scripts/stock.lua)
     {restaurant}:number:<day>        int    last order number of a business day
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is away
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
     ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log; lost
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
     ticketrail:restaurants           set    restaurant ids
+    ticketrail:bucket:<whose>        hash   t tokens, at (ms): for limits on requests
     ticketrail:fences                hash   lane -> time at which its last fence was noted in PostgreSQL (ISO 8601)
 
 Scripts touch both kinds, so the mirror is one primary with replicas, not a cluster.
@@ -45,6 +47,14 @@ def failed(restaurant: str, entity: str) -> str:
 
 def number(restaurant: str, business_day: str) -> str:
     return f"{{{restaurant}}}:number:{business_day}"
+
+
+def stock(restaurant: str, inventory_item: str) -> str:
+    return f"{{{restaurant}}}:stock:{inventory_item}"
+
+
+def bucket(whose: str) -> str:
+    return f"ticketrail:bucket:{whose}"
 
 
 def restaurant(restaurant_id: str) -> str:

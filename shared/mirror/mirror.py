@@ -54,7 +54,13 @@ class Stands(Struct, frozen=True):
     state: bytes | None
 
 
-ClaimReply = Claimed | Cold | Busy | Stale | Stands
+class Short(Struct, frozen=True):
+    """The stock has less than the change wants to hold: (inventory item, what is left)."""
+
+    left: tuple[tuple[str, int], ...]
+
+
+ClaimReply = Claimed | Cold | Busy | Stale | Stands | Short
 
 
 class Apply(Struct, frozen=True):
@@ -99,9 +105,17 @@ class Mirror:
     # -- claims ------------------------------------------------------------------------------------------------
 
     async def claim(
-        self, entity: Entity, change: Change, event: bytes, base: Standing | None, series: str | None, floor: int
+        self,
+        entity: Entity,
+        change: Change,
+        event: bytes,
+        base: Standing | None,
+        series: str | None,
+        floor: int,
+        stock: str = "",
     ) -> ClaimReply:
-        """`series`: the business day when the change wants a number. Sending the same change again is harmless."""
+        """`series`: the business day when the change wants a number; `stock`: `stock_text` of the state. Sending the
+        same change again is harmless."""
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
         reply = await self._redis.script(
             "claim",
@@ -122,9 +136,12 @@ class Mirror:
                 floor,
                 keys.member(restaurant, name, id_),
                 self._stale_ms,
+                stock,
             ],
         )
         match reply[0]:
+            case b"short":
+                return Short(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
             case b"claimed":
                 return Claimed((reply[1] or b"").decode())
             case b"cold":
@@ -141,7 +158,7 @@ class Mirror:
         restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
         reply = await self._redis.script(
             "take_back",
-            [keys.claim(restaurant, entity, id_), keys.CLAIMS],
+            [keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.doc(restaurant, entity, id_)],
             [change.id, keys.member(restaurant, entity, id_)],
         )
         return bool(reply)
@@ -206,6 +223,7 @@ class Mirror:
                 state.how,
                 # Of those that we gave: a longer one, from elsewhere, is beyond what Lua and Redis count exactly.
                 number if number.isascii() and number.isdecimal() and len(number) < 10 else "",
+                stock_text(state.entity, state.state),
             ]
         reply = await self._redis.script("apply", all_keys, arguments)
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
@@ -294,6 +312,25 @@ class Mirror:
         failed = await self._redis.call("HLEN", keys.failed(restaurant, entity))
         return int(pending), int(failed)
 
+    # -- stock and limits --------------------------------------------------------------------------------------
+
+    async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
+        """(count, what orders hold of it) of each inventory item; None: the mirror does not count it."""
+        found = await asyncio.gather(
+            *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
+        )
+        return [None if count is None else (int(count), int(held or 0)) for count, held in found]
+
+    async def hold(self, orders: Sequence[tuple[str, str, str]]) -> None:
+        """(restaurant, order, `hold_text`) of orders that are not in the live window."""
+        docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
+        await self._redis.script("hold", docs, [text for _, _, text in orders])
+
+    async def take_tokens(self, whose: str, capacity: int, rate: float, wanted: int) -> tuple[int, int, float]:
+        """Out of the bucket `whose`, at least one and at most `wanted`: (taken, left, seconds until there is one)."""
+        taken, left, wait = await self._redis.script("bucket", [keys.bucket(whose)], [capacity, rate, wanted, 1])
+        return int(taken), int(left), int(wait) / 1000
+
     # -- restaurants -------------------------------------------------------------------------------------------
 
     async def keep_restaurant(self, restaurant_id: str, encoded: bytes) -> None:
@@ -339,3 +376,20 @@ class Mirror:
             reply[i].decode(): msgspec.convert(reply[i + 1].decode(), datetime, strict=False)
             for i in range(0, len(reply), 2)
         }
+
+
+def hold_text(placed: datetime, holds: Sequence[tuple[str, int]]) -> str:
+    """For scripts/stock.lua."""
+    if not holds:
+        return ""
+    return f"h{int(placed.timestamp() * 1000)}|" + ",".join(f"{item}={quantity}" for item, quantity in holds)
+
+
+def stock_text(entity: Entity, state: Any) -> str:
+    """What a state holds of the stock, or is of it; empty for most."""
+    if entity.holds is not None:
+        return hold_text(state.created_at, entity.holds(state))
+    if entity.stock is None:
+        return ""
+    counted = entity.stock(state)
+    return "s" if counted is None else f"s{counted[0]}|{counted[1]}"

@@ -113,6 +113,7 @@ _CHANGES: Sequence[tuple[str, str, Callable[[Written], Any]]] = (
     ("lane", "text", lambda one: one.lane.value),
     ("accepted_at", "timestamptz", lambda one: one.change.time),
     ("traceparent", "text", lambda one: one.change.traceparent),
+    ("actor", "text", lambda one: one.change.actor),
     ("data", "json", lambda one: data_of(one.change)),
 )
 _INSERT_CHANGES = (
@@ -222,9 +223,11 @@ async def _write_entities(connection: Connection, entity: Entity, written: Seque
                 *_arrays(child.columns, [row for _, _, row in lines]),
             )
     for fact, insert in zip(entity.facts, statements.insert_facts, strict=True):
-        found = {(one.key[0], row.id): (one.key[1], row) for one in written for row in fact.rows(one.state)}  # type: ignore[attr-defined]
+        found = {(*one.key, row.id): row for one in written for row in fact.rows(one.state)}  # type: ignore[attr-defined]
         if found:
-            facts = [(restaurant, id_, *found[restaurant, id_]) for restaurant, id_ in sorted(found)]
+            facts = [
+                (restaurant, id_, parent, found[restaurant, parent, id_]) for restaurant, parent, id_ in sorted(found)
+            ]
             await connection.execute(
                 insert,
                 [restaurant for restaurant, _, _, _ in facts],

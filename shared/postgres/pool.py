@@ -81,9 +81,9 @@ class Postgres:
             await pool.release(connection)
 
     @asynccontextmanager
-    async def tenant(self, restaurant_id: str) -> AsyncIterator[Connection]:
+    async def tenant(self, restaurant_id: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
         """A transaction that sees one restaurant alone (row-level security of the api role)."""
-        async with self.connection() as connection, connection.transaction(readonly=True):
+        async with self.connection() as connection, connection.transaction(readonly=readonly):
             await connection.execute("select set_config('app.tenant', $1, true)", restaurant_id)
             yield connection
 

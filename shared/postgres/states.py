@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from shared.entities.contract import Standing
 from shared.entities.entity import Entity
+from shared.entities.selection import Selection
 from shared.postgres.pool import Connection
 
 if TYPE_CHECKING:
@@ -92,35 +93,69 @@ async def gaps(connection: Connection, *, older_minutes: int, younger_minutes: i
     return [dict(row) for row in await connection.fetch(_GAPS, older_minutes, younger_minutes)]
 
 
-async def page_of_orders(
-    connection: Connection, entity: Entity, restaurant: str, filters: dict[str, Any], limit: int
+async def page(
+    connection: Connection, entity: Entity, restaurant: str, selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Stored]:
-    """The newest first. Filters: status, table_id, session, created_from, created_to, before (created_at, id), without
-    (ids that the caller has from elsewhere)."""
-    wheres, arguments = ["t.restaurant_id = $1", "t.deleted_at is null"], [restaurant]
+    """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere."""
+    wheres, arguments = ["t.restaurant_id = $1"], [restaurant]
 
     def where(condition: str, *values: Any) -> None:
         arguments.extend(values)
         places = [f"${len(arguments) - len(values) + i + 1}" for i in range(len(values))]
         wheres.append(condition.format(*places))
 
-    if (status := filters.get("status")) is not None:
-        where("t.status = {0}", status)
-    if (table := filters.get("table_id")) is not None:
-        where("t.table_id = {0}::uuid", table)
-    if (session := filters.get("session")) is not None:
-        where("t.customer_session_id = {0}", session)
-    if (start := filters.get("created_from")) is not None:
-        where("t.created_at >= {0}", start)
-    if (end := filters.get("created_to")) is not None:
-        where("t.created_at <= {0}", end)
-    if (before := filters.get("before")) is not None:
-        where("(t.created_at, t.id) < ({0}, {1}::uuid)", *before)
-    if without := filters.get("without"):
+    if not selection.include_deleted:
+        wheres.append("t.deleted_at is null")
+    for column, value in selection.equal.items():
+        where(f"t.{column} = {{0}}", value)
+    for column, values in selection.among.items():
+        where(f"t.{column} = any({{0}})", list(values))
+    if selection.created_from is not None:
+        where("t.created_at >= {0}", selection.created_from)
+    if selection.created_to is not None:
+        where("t.created_at <= {0}", selection.created_to)
+    if selection.before is not None:
+        where("(t.created_at, t.id) < ({0}, {1}::uuid)", *selection.before)
+    if without:
         where("t.id <> all({0}::uuid[])", list(without))
     rows = await connection.fetch(
         f"select {_STATE} from {_FROM.format(table=entity.table.name)} where {' and '.join(wheres)}"  # noqa: S608
-        f" order by t.created_at desc, t.id desc limit {int(limit)}",
+        f" order by t.created_at desc, t.id desc limit {int(selection.limit) + 1}",
         *arguments,
     )
     return [_stored(row) for row in rows]
+
+
+_HOLDS = """
+select h.restaurant_id::text, h.order_id::text, o.created_at, h.inventory_item_id::text, h.quantity
+from order_holds h
+join inventory_items i on i.restaurant_id = h.restaurant_id and i.id = h.inventory_item_id and i.deleted_at is null
+join orders o on o.restaurant_id = h.restaurant_id and o.id = h.order_id
+where o.created_at >= i.counted_at and o.status <> 'cancelled' and o.deleted_at is null and h.quantity > 0
+order by h.restaurant_id, h.order_id
+"""
+
+
+async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, datetime, str, int]]]:
+    """What orders hold of the stock since it was counted, over all tenants, in blocks: (restaurant, order, placed at,
+    inventory item, quantity)."""
+    async with connection.transaction(readonly=True):
+        cursor = await connection.cursor(_HOLDS)
+        while rows := await cursor.fetch(500):
+            yield [tuple(row) for row in rows]
+
+
+_HELD = """
+select h.inventory_item_id::text, sum(h.quantity)::int8
+from order_holds h
+join inventory_items i on i.restaurant_id = h.restaurant_id and i.id = h.inventory_item_id
+join orders o on o.restaurant_id = h.restaurant_id and o.id = h.order_id
+where h.restaurant_id = $1 and h.inventory_item_id = any($2::uuid[])
+    and o.created_at >= i.counted_at and o.status <> 'cancelled' and o.deleted_at is null
+group by 1
+"""
+
+
+async def held(connection: Connection, restaurant: str, items: Sequence[str]) -> dict[str, int]:
+    """What orders hold of each inventory item, as far as PostgreSQL knows; without those of which nothing is held."""
+    return {row[0]: row[1] for row in await connection.fetch(_HELD, restaurant, list(items))}

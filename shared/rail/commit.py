@@ -29,7 +29,7 @@ from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.metrics import RailMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
-from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Stale, Stands
+from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Short, Stale, Stands, stock_text
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.record import Durability, Recorder, Unrecorded
 from shared.tracing import Tracer
@@ -52,6 +52,8 @@ class Draft(Struct, kw_only=True):
     at: datetime
     source: str
     lane: Lane | None = None
+    actor: str | None = None
+    """Who asked for it."""
     traceparent: str | None = None
     """Context of the span that makes it durable; by default one below the current trace's."""
     existing: Callable[[], Awaitable[tuple[Standing, Any] | None]] | None = None
@@ -77,6 +79,17 @@ class Lost(TicketrailError):
         super().__init__("another change came first")
         self.standing = standing
         self.state = state
+
+
+class OutOfStock(TicketrailError):
+    """`left`: (inventory item, what is left of it)."""
+
+    status = 409
+    code = "out_of_stock"
+
+    def __init__(self, left: tuple[tuple[str, int], ...]) -> None:
+        super().__init__("there is not enough left")
+        self.left = left
 
 
 class _Doubt(Struct):
@@ -110,7 +123,8 @@ class Rail:
         self._later: set[asyncio.Task[Any]] = set()
 
     async def commit(self, draft: Draft) -> Committed:
-        """Raises InvalidInput (no store could read the state), Lost, Unavailable (nothing happened) or OutcomeUnknown.
+        """Raises InvalidInput (no store could read the state), Lost, OutOfStock, Unavailable (nothing happened) or
+        OutcomeUnknown.
         A caller that goes away does not stop it."""
         return await asyncio.shield(self._keep(asyncio.create_task(self._commit(draft), name="commit")))
 
@@ -165,7 +179,7 @@ class Rail:
                 draft.state = state
                 change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
             durability = await self._record(change, claimed=claimed)
-        except (Lost, Unavailable) as error:
+        except (Lost, OutOfStock, Unavailable) as error:
             if self._metrics is not None and isinstance(error, Lost):
                 self._metrics.claims_lost.inc()
             # A creation that is told what stands is answered: its order exists. All else may still appear.
@@ -184,11 +198,11 @@ class Rail:
         numbering = draft.entity.numbering
         series = numbering.business_day(draft.state) if numbering and not numbering.number(draft.state) else None
         floor = self._highest.get((change.restaurantid, series), 0) if series else 0
-        event = encode(change)
+        event, stock = encode(change), stock_text(draft.entity, draft.state)
         deadline = time.monotonic() + self._claim_seconds
         while True:
             try:
-                reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, floor)
+                reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, floor, stock)
             except MirrorInDoubt:
                 doubt.claim_sent = True
             except MirrorAway as error:
@@ -213,6 +227,8 @@ class Rail:
                         raise Lost(standing, draft.entity.decode_state(encoded))
                     case Busy():
                         raise Lost
+                    case Short(left):
+                        raise OutOfStock(left)
                 continue
             if time.monotonic() > deadline:
                 if draft.base is not None:
@@ -301,6 +317,7 @@ def _change(draft: Draft) -> Change:
         entityversion=version,
         basechangeid=base,
         traceparent=draft.traceparent,
+        actor=draft.actor,
         data=ChangeData(after=Raw(after), before=Raw(before)),
     )
 

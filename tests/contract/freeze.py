@@ -6,12 +6,18 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from shared.entities.bay import Bay
+from shared.entities.brand import Brand
+from shared.entities.category import Category
 from shared.entities.contract import Change, ChangeData, Raw, change_id, changed_fields, encode
+from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.entity import event_of
-from shared.entities.menu_item import MenuItem
-from shared.entities.order import Customization, Order, OrderItem, Payment, PaymentStatus, Status
+from shared.entities.inventory_item import InventoryItem, StockMove
+from shared.entities.job import Job, Stage
+from shared.entities.menu_item import Consumption, CustomizationGroup, MenuItem, Option
+from shared.entities.order import Customization, Order, OrderItem, Payment, PaymentStatus, Status, StockHold
 from shared.entities.registry import ENTITIES
-from shared.entities.table import DiningTable
+from shared.entities.table import DiningTable, TableState
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -79,23 +85,115 @@ MENU_ITEM = MenuItem(
 )
 TABLE = DiningTable(id=_id(4), restaurant_id=RESTAURANT, label="Window 4", seats=4, created_at=AT, updated_at=AT)
 
-CREATED: dict[str, Struct] = {"order": ORDER, "menu_item": MENU_ITEM, "table": TABLE}
+_COMMON: dict[str, Any] = {"restaurant_id": RESTAURANT, "created_at": AT, "updated_at": AT}
+CATEGORY = Category(
+    id=_id(10), name="Mains", description="Big ones", image_url="https://e.com/m.jpg", position=2, **_COMMON
+)
+BRAND = Brand(id=_id(11), name="House", description="Ours", image_url="https://e.com/h.jpg", position=1, **_COMMON)
+BAY = Bay(id=_id(12), name="Grill", kind="kitchen", **_COMMON)
+JOB = Job(
+    id=_id(13),
+    bay_id=_id(12),
+    title="Two dosas",
+    place=1_773_491_400_250_000,
+    order_id=_id(1),
+    scheduled_at=LATER,
+    expected_minutes=12,
+    notes="crisp",
+    assigned_to="Kim",
+    **_COMMON,
+)
+CUSTOMER = Customer(
+    id=_id(14),
+    name="Ada",
+    phone="+4930123456",
+    email="ada@example.com",
+    notes="by the window",
+    loyalty_moves=(LoyaltyMove(id=_id(15), points=-50, created_at=AT, reason="free coffee"),),
+    **_COMMON,
+)
+INVENTORY_ITEM = InventoryItem(
+    id=_id(7),
+    name="Batter",
+    quantity=40,
+    counted_at=AT,
+    unit="ladle",
+    low_at=10,
+    moves=(StockMove(id=_id(16), quantity=24, created_at=AT, reason="delivery"),),
+    **_COMMON,
+)
+
+CREATED: dict[str, Struct] = {
+    "order": ORDER,
+    "menu_item": MENU_ITEM,
+    "table": TABLE,
+    "category": CATEGORY,
+    "brand": BRAND,
+    "bay": BAY,
+    "job": JOB,
+    "customer": CUSTOMER,
+    "inventory_item": INVENTORY_ITEM,
+}
+# What has been added to an entity since its first samples, each revision upon the one before. A field that is added
+# has a default, so that the older samples stay readable.
+ADDED: dict[str, list[dict[str, Any]]] = {
+    "order": [
+        {
+            "items": (
+                structs.replace(ORDER.items[0], customizations=(Customization("chutney", "coconut", 50),)),
+                ORDER.items[1],
+            ),
+            "customer_id": _id(14),
+            "external_id": "pos-77",
+            "holds": (StockHold(_id(7), 4),),
+        }
+    ],
+    "menu_item": [
+        {
+            "brand": "House",
+            "image_url": "https://example.com/dosa.jpg",
+            "customizations": (CustomizationGroup("chutney", (Option("coconut", 50), Option("mint", 0, False)), 1, 2),),
+            "consumes": (Consumption(_id(7), 2),),
+        }
+    ],
+    "table": [{"state": TableState.RESERVED}],
+}
 # What an update of each entity changes; the other events change the same fields everywhere.
 UPDATED: dict[str, dict[str, Any]] = {
     "order": {"notes": "birthday, 2 candles", "customer_phone": None},
     "menu_item": {"price": 950, "is_available": False},
     "table": {"seats": 6},
+    "category": {"position": 3},
+    "brand": {"name": "House & Garden"},
+    "bay": {"is_open": False},
+    "job": {"notes": None},
+    "customer": {"name": "Ada L."},
+    "inventory_item": {"quantity": 64},
 }
 CHANGED: dict[str, dict[str, Any]] = {
     "status_changed": {"status": Status.RECEIVED},
+    "stage_changed": {"stage": Stage.IN_PROGRESS, "started_at": LATER},
+    "payment_recorded": {
+        "payments": (*ORDER.payments, Payment(id=_id(17), amount=2_223, method="card", created_at=LATER))
+    },
     "deleted": {"deleted_at": LATER},
     "restored": {"deleted_at": None},
 }
 
 
-def sample(type_: str) -> Change:
+def revisions(name: str) -> int:
+    return 1 + len(ADDED.get(name, ()))
+
+
+def path_of(type_: str, revision: int) -> Path:
+    return SAMPLES / (f"{type_}.json" if revision == 1 else f"{type_}.{revision}.json")
+
+
+def sample(type_: str, revision: int) -> Change:
     name, event, _ = event_of(type_)
     entity, before, after = ENTITIES[name], None, CREATED[name]
+    for added in ADDED.get(name, [])[: revision - 1]:
+        after = structs.replace(after, **added)
     version = 1
     if event != "created":
         before = structs.replace(after, deleted_at=LATER) if event == "restored" else after
@@ -112,6 +210,7 @@ def sample(type_: str) -> Change:
         entityversion=version,
         basechangeid=_id(9) if before else None,
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        actor=_id(18) if revision == revisions(name) else None,
         data=ChangeData(after=Raw(encode(after)), before=Raw(encode(changed_fields(before, after)))),
     )
 
@@ -119,9 +218,10 @@ def sample(type_: str) -> Change:
 def main() -> None:
     for entity in ENTITIES.values():
         for event in entity.events:
-            path = SAMPLES / f"{entity.type(event)}.json"
+            type_, last = entity.type(event), revisions(entity.name)
+            path = path_of(type_, last)
             if not path.exists():
-                path.write_bytes(encode(sample(entity.type(event))))
+                path.write_bytes(encode(sample(type_, last)))
                 print(f"frozen: {path.name}")
 
 

@@ -2,15 +2,19 @@
 
 import itertools
 from datetime import UTC, date, datetime
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.orders.filters import Filters, cursor_after, read_cursor, read_filters
-from services.orders.views import order_view
+from services.orders.lists import cursor_after, read_cursor
+from services.orders.requests import OrdersQuery
+from services.orders.views import state_view
+from shared.api import read_query
 from shared.entities.contract import Standing, encode
 from shared.entities.order import Status, allowed_next, items_may_change
+from shared.entities.selection import Selection
 from shared.errors import InvalidInput
 from shared.restaurants import Restaurant
 from tests.builders import RESTAURANT, order
@@ -50,7 +54,7 @@ def test_the_business_day_ends_at_the_cut_off_in_the_time_of_the_restaurant(at: 
     st.uuids(),
 )
 def test_a_cursor_names_the_order_that_it_was_made_from(at: datetime, id_: object) -> None:
-    assert read_cursor(cursor_after(order(created_at=at, id=str(id_)))) == (at, str(id_))
+    assert read_cursor(cursor_after(at, str(id_))) == (at, str(id_))
 
 
 @given(st.text())
@@ -78,22 +82,23 @@ def test_a_garbage_cursor_is_refused_by_name(text: str) -> None:
 )
 def test_a_parameter_that_is_wrong_is_named(query: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        read_filters(query, session=None)
+        read_query(SimpleNamespace(query_params=query), OrdersQuery)
     assert refused.value.details["field"] == field
 
 
 def test_filters_match_what_the_list_asks_for() -> None:
     mine = order(customer_session_id="s1", status=Status.READY)
-    assert Filters(session="s1", status=Status.READY).match(mine)
-    assert not Filters(session="s2").match(mine)
-    assert not Filters(status=Status.PENDING).match(mine)
-    assert not Filters(before=(mine.created_at, mine.id)).match(mine)
-    assert not Filters().match(order(deleted_at=mine.created_at))
+    assert Selection(equal={"customer_session_id": "s1", "status": Status.READY}).match(mine)
+    assert not Selection(equal={"customer_session_id": "s2"}).match(mine)
+    assert not Selection(among={"status": ("pending", "received")}).match(mine)
+    assert not Selection(before=(mine.created_at, mine.id)).match(mine)
+    assert not Selection().match(order(deleted_at=mine.created_at))
+    assert Selection(include_deleted=True).match(order(deleted_at=mine.created_at))
 
 
 def test_the_view_hides_the_request_hash_and_nothing_else() -> None:
     tricky = order(notes='","request_hash":"abc"', request_hash="ab" * 32)
-    view = bytes(order_view(encode(tricky), Standing(3, "c"), {"state": "pending"}))
+    view = bytes(state_view(encode(tricky), Standing(3, "c"), {"state": "pending"}))
     assert b"ab" * 32 not in view
     assert b'\\"request_hash\\":\\"abc' in view
     assert view.endswith(b'"version":3,"sync":{"state":"pending"}}')

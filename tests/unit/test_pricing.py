@@ -1,9 +1,12 @@
 from uuid import UUID
 
+import msgspec
 import pytest
 
-from services.orders.pricing import priced_items, tax, totals
+from services.orders.pricing import holds, priced_items, tax, totals
 from services.orders.requests import RequestedCustomization, RequestedItem
+from shared.entities.menu_item import Consumption, CustomizationGroup, Option
+from shared.entities.order import StockHold
 from shared.errors import InvalidInput
 from tests.builders import CREATED_AT, item, menu_item, new_id
 
@@ -15,9 +18,49 @@ def wanted(**fields: object) -> RequestedItem:
 
 
 def test_names_and_prices_come_from_the_menu() -> None:
-    (priced,) = priced_items([wanted(customizations=[RequestedCustomization("size", "large")])], {DISH.id: DISH})
+    (priced,) = priced_items([wanted()], {DISH.id: DISH})
     assert (priced.name, priced.unit_price, priced.line_total) == ("Dosa", 933, 2799)
-    assert priced.customizations[0].option == "large"
+
+
+SIZED = msgspec.structs.replace(
+    DISH,
+    customizations=(
+        CustomizationGroup("size", (Option("regular"), Option("large", 250), Option("giant", 900, False)), 1, 1),
+        CustomizationGroup("extras", (Option("egg", 120), Option("cheese", 80)), 0, 2),
+    ),
+)
+
+
+def test_choices_are_priced_by_the_server() -> None:
+    chosen = [RequestedCustomization("size", "large"), RequestedCustomization("extras", "egg")]
+    (priced,) = priced_items([wanted(customizations=chosen)], {DISH.id: SIZED})
+    assert (priced.unit_price, priced.line_total) == (933 + 250 + 120, 3 * (933 + 250 + 120))
+    assert [(one.option, one.price) for one in priced.customizations] == [("large", 250), ("egg", 120)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code", "field"),
+    [
+        ([], "customization_count", "items[0].customizations"),
+        ([("size", "large"), ("size", "regular")], "customization_count", "items[0].customizations"),
+        ([("size", "huge")], "unknown_customization", "items[0].customizations[0].option"),
+        ([("size", "giant")], "option_unavailable", "items[0].customizations[0].option"),
+        ([("size", "large"), ("sauce", "hot")], "unknown_customization", "items[0].customizations[1].name"),
+        ([("size", "large"), *[("extras", "egg")] * 3], "customization_count", "items[0].customizations"),
+    ],
+)
+def test_a_choice_that_the_dish_does_not_offer_is_named(chosen: list[tuple[str, str]], code: str, field: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        priced_items([wanted(customizations=[RequestedCustomization(*one) for one in chosen])], {DISH.id: SIZED})
+    assert (refused.value.error_code, refused.value.details["field"]) == (code, field)
+
+
+def test_an_order_holds_what_its_dishes_consume_and_remembers_what_it_gave_back() -> None:
+    flour, eggs = sorted((new_id(), new_id()))
+    dish = msgspec.structs.replace(DISH, consumes=(Consumption(flour, 2), Consumption(eggs, 1)))
+    items = priced_items([wanted(quantity=3)], {DISH.id: dish})
+    assert holds(items, {DISH.id: dish}) == (StockHold(flour, 6), StockHold(eggs, 3))
+    assert holds((), {}, holds(items, {DISH.id: dish})) == (StockHold(flour, 0), StockHold(eggs, 0))
 
 
 @pytest.mark.parametrize(

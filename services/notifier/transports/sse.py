@@ -11,14 +11,15 @@ The stream ends when the client leaves, when the hub ends it, and at shutdown; a
 import asyncio
 from typing import Any
 
-from litestar import get
 from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import Struct, field
 
 from services.notifier.cursor import Cursor, parse_cursor
 from services.notifier.events import PushEvent
 from services.notifier.follower import Follower
 from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
+from shared.api import endpoint
 from shared.entities.contract import encode
 from shared.errors import Unavailable
 from shared.http import Call
@@ -58,7 +59,26 @@ FORM = Form(
 )
 
 
-@get("/api/v1/sync/events")
+class EventsQuery(Struct):
+    """Documents what may be asked; `interest_of` reads it."""
+
+    order_id: str | None = field(default=None, name="orderID")
+    event_types: str | None = field(default=None, name="eventTypes")
+    last_event_id: str | None = field(default=None, name="lastEventId")
+
+
+@endpoint(
+    "GET",
+    "/api/v1/sync/events",
+    action="events.follow",
+    tag="Events",
+    summary="Follow what happens, as server-sent events",
+    description="`connected` comes first, then an event for every change. `resync`: too much was missed, read anew.",
+    query=EventsQuery,
+    media_type="text/event-stream",
+    headers=("Last-Event-ID",),
+    errors=(422,),
+)
 async def events(request: Call, hub: Hub, follower: Follower) -> ASGIApp:
     """Query: `orderID`, `eventTypes` (comma list), `lastEventId`."""
     query = request.query_params

@@ -1,9 +1,11 @@
+-- with stock.lua
 -- apply: states into the mirror, each under the guard (version, change id). Reveals after a commit, the mirror writer's
 -- batches and its rebuild all come this way, so that the guard stands in one place.
 -- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
 -- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 offset to note ('': none)
 --       4 only where warm (0/1): the caller has asked this mirror what it lacks, and left out the rest
---       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number
+--       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
+--       what it holds of the stock, or is of it (see stock.lua)
 --       how: 'reveal'  new to PostgreSQL as far as we know: pending
 --            'stored'  comes from PostgreSQL
 --            'late'    an old event: not written where the doc is missing, reported instead
@@ -22,9 +24,9 @@ if cold and ARGV[4] == '1' then
   return {'rewind'}
 end
 local reply = {'applied'}
-local count = (#ARGV - 4) / 8
+local count = (#ARGV - 4) / 9
 for i = 1, count do
-  local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 8
+  local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd')
   local standing = tonumber(doc[1])
@@ -53,12 +55,19 @@ for i = 1, count do
         redis.call('ZADD', KEYS[k + 4], ARGV[a + 4], id)
       end
       standing = version
+      doc[2] = change
     end
     -- A claim whose version is taken is done with, whoever took it.
-    local claimed = redis.call('HGET', KEYS[k + 2], 'v')
-    if claimed and tonumber(claimed) <= standing then
+    local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'c', 'h')
+    if claimed[1] and tonumber(claimed[1]) <= standing then
+      if claimed[2] ~= doc[2] then
+        give_back(KEYS[k + 1], claimed[3])
+      end
       redis.call('DEL', KEYS[k + 2])
       redis.call('ZREM', KEYS[2], ARGV[a + 6])
+    end
+    if ARGV[a + 9] ~= '' and version == standing and change == doc[2] then
+      keep(KEYS[k + 1], ARGV[a + 9])
     end
   end
   -- A number that was seen is not given again.

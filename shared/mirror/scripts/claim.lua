@@ -1,13 +1,15 @@
+-- with stock.lua
 -- claim: one change takes the next version of its entity, or learns why it cannot.
 -- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
 -- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event  6 wants a number (0/1)
---       7 floor of the number  8 claims member  9 stale after (ms)
+--       7 floor of the number  8 claims member  9 stale after (ms)  10 what it wants to hold of the stock (see stock.lua)
 -- Replies
 --   {"claimed", number}                     ours (also when this very call was executed before)
 --   {"cold"}                                nobody has filled this mirror since it started
 --   {"busy"}                                another change is on its way
 --   {"stale", change id, event, number}     another change was left behind; now marked: finish it, then come again
 --   {"standing", version, change id, state} the base is not what stands (for a creation: it exists)
+--   {"short", item, left, item, left...}    the stock has less than it wants
 local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 if redis.call('GET', KEYS[4]) ~= server then
   return {'cold'}
@@ -20,6 +22,7 @@ local version = tonumber(doc[1]) or 0
 local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
 if claim[1] and claim[6] ~= server then
   -- Of a mirror that was lost. It may have been taken back since this copy was made: nobody may finish it.
+  give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[8])
   claim = {}
@@ -44,6 +47,10 @@ if doc[1] and (version ~= tonumber(ARGV[3]) or doc[2] ~= ARGV[4]) then
   return {'standing', doc[1], doc[2], doc[3]}
 end
 
+local short = shortage(KEYS[1], ARGV[10])
+if #short > 1 then
+  return short
+end
 local number = ''
 if ARGV[6] == '1' then
   number = math.max(tonumber(redis.call('GET', KEYS[5]) or 0), tonumber(ARGV[7])) + 1
@@ -51,6 +58,6 @@ if ARGV[6] == '1' then
   number = string.format('%04d', number)
 end
 redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now,
-  'server', server)
+  'server', server, 'h', reserve(KEYS[1], ARGV[10]))
 redis.call('ZADD', KEYS[3], now, ARGV[8])
 return {'claimed', number}

@@ -1,3 +1,4 @@
+-- with stock.lua
 -- mark: take a claim that its owner left behind, to finish it.
 -- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 stale after (ms)
 -- Replies {} when there is nothing to finish, else {change id, event, number}.
@@ -8,6 +9,9 @@ if
   or claim[6] ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   or tonumber(claim[2]) <= (tonumber(redis.call('HGET', KEYS[1], 'v')) or 0)
 then
+  if claim[1] and claim[6] ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') then
+    give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
+  end
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[1])
   return {}

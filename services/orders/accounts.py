@@ -1,0 +1,203 @@
+"""Who may sign in: users and restaurants in PostgreSQL, as plain rows; the only module that touches them for the API.
+
+Runs as the api role: it sees the users of the tenant that is set. What must be known before that (whom an email
+belongs to, whose a refresh token is), functions of the database tell, one row at a time.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from msgspec import Struct
+
+from shared.entities.contract import encode
+from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
+from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.restaurants import Restaurant, find_restaurant, restaurant_called
+
+_FIELDS = "id::text, restaurant_id::text, email, name, role, is_active, created_at, updated_at, deleted_at"
+_INSERT_RESTAURANT = (
+    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points, email, settings)"
+    " values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb)"
+)
+_INSERT_USER = (  # noqa: S608  (constants)
+    "insert into users (id, restaurant_id, email, name, role, password_hash) values ($1, $2, $3, $4, $5, $6) returning "
+    + _FIELDS
+)
+_CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
+
+
+class User(Struct, frozen=True, kw_only=True):
+    id: str
+    email: str
+    name: str
+    role: str
+    restaurant_id: str | None = None
+    is_active: bool = True
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    deleted_at: datetime | None = None
+
+
+class Rotated(Struct, frozen=True):
+    outcome: str
+    """rotated, reused or invalid"""
+    user: User | None
+
+
+class Accounts:
+    def __init__(self, postgres: Postgres) -> None:
+        self._postgres = postgres
+
+    @asynccontextmanager
+    async def _anyone(self) -> AsyncIterator[Connection]:
+        try:
+            async with self._postgres.connection() as connection:
+                yield connection
+        except AWAY as error:
+            raise Unavailable("sign-in waits for the database", retry_after=2.0) from error
+
+    @asynccontextmanager
+    async def _of(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
+        try:
+            async with self._postgres.tenant(restaurant, readonly=readonly) as connection:
+                yield connection
+        except AWAY as error:
+            raise Unavailable("users wait for the database", retry_after=2.0) from error
+        except asyncpg.UniqueViolationError as error:
+            field = "slug" if "slug" in (error.constraint_name or "") else "email"
+            raise Conflict(f"this {field} is taken", code=f"{field}_taken", field=field) from error
+
+    # -- before the tenant is known ----------------------------------------------------------------------------
+
+    async def by_email(self, email: str) -> tuple[User, str | None] | None:
+        """(user, password hash)"""
+        async with self._anyone() as connection:
+            row = await connection.fetchrow("select * from sign_in_user($1)", email)
+        return None if row is None else (_user(row), row["password_hash"])
+
+    async def restaurant_called(self, slug: str) -> Restaurant | None:
+        async with self._anyone() as connection:
+            return await restaurant_called(connection, slug)
+
+    async def begin_session(self, token_sha256: bytes, user: str, ttl_seconds: int) -> None:
+        async with self._anyone() as connection:
+            await connection.execute(
+                "select begin_session($1, $2, $3)", token_sha256, user, timedelta(seconds=ttl_seconds)
+            )
+
+    async def rotate_session(self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int) -> Rotated:
+        async with self._anyone() as connection:
+            row = await connection.fetchrow(
+                "select * from rotate_session($1, $2, $3)", old_sha256, new_sha256, timedelta(seconds=ttl_seconds)
+            )
+            assert row is not None
+        return Rotated(row["outcome"], _user(row) if row["outcome"] == "rotated" else None)
+
+    async def end_session(self, token_sha256: bytes) -> None:
+        async with self._anyone() as connection:
+            await connection.execute("select end_session($1)", token_sha256)
+
+    # -- restaurants -------------------------------------------------------------------------------------------
+
+    async def register(self, restaurant: Restaurant, email: str, name: str, password_hash: str) -> User:
+        """The restaurant and its first admin, or nothing. Raises Conflict when the slug or the email is taken."""
+        try:
+            async with self._of(restaurant.id, readonly=False) as connection:
+                await connection.execute(
+                    _INSERT_RESTAURANT,
+                    restaurant.id,
+                    restaurant.slug,
+                    restaurant.name,
+                    restaurant.currency,
+                    restaurant.time_zone,
+                    restaurant.cutoff_hour,
+                    restaurant.tax_basis_points,
+                    restaurant.email,
+                    encode(restaurant.settings).decode(),
+                )
+                row = await connection.fetchrow(
+                    _INSERT_USER, str(uuid4()), restaurant.id, email, name, "admin", password_hash
+                )
+        except asyncpg.InvalidParameterValueError as error:
+            raise InvalidInput("a time zone that the database does not know", field="time_zone") from error
+        return _user(row)
+
+    async def restaurant(self, restaurant_id: str) -> Restaurant | None:
+        async with self._anyone() as connection:
+            return await find_restaurant(connection, restaurant_id)
+
+    # -- users of a restaurant ---------------------------------------------------------------------------------
+
+    async def users(
+        self, restaurant: str, *, limit: int, before: tuple[datetime, str] | None, role: str | None, deleted: bool
+    ) -> list[User]:
+        """The newest first."""
+        at, id_ = before or (None, None)
+        async with self._of(restaurant) as connection:
+            rows = await connection.fetch(
+                f"select {_FIELDS} from users where ($1::timestamptz is null or (created_at, id) < ($1, $2::uuid))"  # noqa: S608
+                " and ($3::text is null or role = $3) and (deleted_at is null or $4)"
+                " order by created_at desc, id desc limit $5",
+                at,
+                id_,
+                role,
+                deleted,
+                limit,
+            )
+        return [_user(row) for row in rows]
+
+    async def user(self, restaurant: str, id_: str, *, deleted: bool = False) -> User:
+        """Raises NotFound."""
+        async with self._of(restaurant) as connection:
+            return await _one(connection, id_, deleted=deleted)
+
+    async def add(self, restaurant: str, email: str, name: str, role: str, password_hash: str) -> User:
+        """Raises Conflict when the email is taken."""
+        async with self._of(restaurant, readonly=False) as connection:
+            row = await connection.fetchrow(_INSERT_USER, str(uuid4()), restaurant, email, name, role, password_hash)
+        return _user(row)
+
+    async def change(self, restaurant: str, id_: str, fields: dict[str, Any], *, deleted: bool = False) -> User:
+        """Raises NotFound, and Conflict when the email is taken or nobody would be left to administer. Who may not go
+        on as before is signed out everywhere."""
+        assert set(fields) <= set(_CHANGEABLE)
+        async with self._of(restaurant, readonly=False) as connection:
+            # One at a time: two admins who remove one another would leave nobody.
+            await connection.execute("select pg_advisory_xact_lock(hashtextextended($1, 0))", restaurant)
+            before = await _one(connection, id_, deleted=deleted)
+            names = list(fields)
+            assignments = ", ".join(f"{name} = ${place}" for place, name in enumerate(names, start=2))
+            row = await connection.fetchrow(
+                f"update users set {assignments + ', ' if names else ''}updated_at = now() where id = $1"  # noqa: S608
+                f" returning {_FIELDS}",
+                id_,
+                *fields.values(),
+            )
+            after = _user(row)
+            admins = await connection.fetchval(
+                "select count(*) from users where role = 'admin' and is_active and deleted_at is null"
+            )
+            if not admins:
+                raise Conflict("a restaurant needs an admin", code="last_admin")
+            if before.role != after.role or "password_hash" in fields or not after.is_active or after.deleted_at:
+                await connection.execute("select end_sessions_of($1)", id_)
+        return after
+
+
+async def _one(connection: Connection, id_: str, *, deleted: bool) -> User:
+    row = await connection.fetchrow(
+        f"select {_FIELDS} from users where id = $1 and (deleted_at is null or $2)",  # noqa: S608
+        id_,
+        deleted,
+    )
+    if row is None:
+        raise NotFound("no such user")
+    return _user(row)
+
+
+def _user(row: Any) -> User:
+    return User(**{name: row[name] for name in User.__struct_fields__ if name in row.keys()})  # noqa: SIM118

@@ -1,0 +1,203 @@
+"""Creating and changing entities, whatever they are: build the state that is wanted, commit it, answer for it.
+
+A lost claim is tried again on what stands then, where the caller named no version and the change is still legal. A
+repeat with the same Idempotency-Key has the same id, and finds what the first one has made.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+from uuid import NAMESPACE_URL, uuid4, uuid5
+
+import msgspec
+from msgspec import Struct
+
+from services.orders.reads import Reads
+from shared.entities.contract import Standing, now
+from shared.entities.entity import Entity
+from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
+from shared.rail.commit import Committed, Draft, Lost, Rail
+from shared.rail.record import Durability
+from shared.security import Identity
+
+_NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
+_TRIES_AGAIN = 3
+# Changes that add to what is there, such as payments, go on longer: each of many at once must count.
+_TRIES_OF_FACTS = 30
+# How long a repeat waits for its twin: longer than a claim takes to be called stale, so that it can finish it.
+_TWIN_SECONDS = 4.0
+
+Change = Callable[[Any, datetime], tuple[str, Any]]
+"""(the state that stands, the moment) -> (event, the state after it). The state itself: nothing is to be changed."""
+
+
+class Done(Struct, frozen=True):
+    entity: Entity
+    state: Any
+    standing: Standing
+    durability: Durability | None
+    """None for a replay."""
+    visible: bool = True
+    replayed: bool = False
+
+
+def id_for(who: Identity, route: str, key: str | None) -> str:
+    """Of what is to be created: the same for the same key of the same caller."""
+    if key is None:
+        return str(uuid4())
+    return str(uuid5(_NAMESPACE, f"{who.tenant}|{who.user_id}|{who.session_id or ''}|{route}|{key}"))
+
+
+def actor_of(who: Identity) -> str:
+    return who.session_id or who.user_id
+
+
+class Changes:
+    def __init__(self, rail: Rail, reads: Reads) -> None:
+        self._rail = rail
+        self._reads = reads
+
+    # -- create ------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        who: Identity,
+        entity: Entity,
+        id_: str,
+        key: str | None,
+        build: Callable[[datetime], Any],
+        *,
+        same: Callable[[Any], bool] = lambda _: True,
+    ) -> Done:
+        """`same`: whether what stands under the key was asked for in the same words. Raises what `build` and the rail
+        raise, and InvalidInput for a key that was used for something else."""
+        at = now()
+        try:
+            state = build(at)
+        except InvalidInput:
+            # What it was checked against may have changed since this very request was accepted: then it is a repeat.
+            with contextlib.suppress(Unavailable):
+                if key is not None and (earlier := await self._earlier(entity, who.tenant, id_)):
+                    return _replay(entity, *earlier, same)
+            raise
+        draft = Draft(
+            entity=entity,
+            event="created",
+            state=state,
+            base=None,
+            before=None,
+            at=at,
+            source="orders",
+            actor=actor_of(who),
+            existing=None if key is None else lambda: self._earlier(entity, who.tenant, id_),
+        )
+        deadline = time.monotonic() + _TWIN_SECONDS
+        while True:
+            try:
+                return _done(entity, await self._rail.commit(draft))
+            except Lost as lost:
+                if lost.standing is not None and lost.state is None:
+                    raise Unavailable("it was made before and cannot be read now", retry_after=2.0) from lost
+                if lost.standing is not None:
+                    return _replay(entity, lost.standing, lost.state, same)
+                if time.monotonic() > deadline:
+                    raise Conflict(
+                        "the same request is under way", code="in_progress", field="Idempotency-Key"
+                    ) from lost
+            await _pause(2)
+
+    async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Standing, Any] | None:
+        """What the same key has made before; raises Unavailable where no store can tell."""
+        try:
+            found = await self._reads.one(entity, restaurant, id_)
+        except NotFound:
+            return None
+        return found.standing, found.decoded()
+
+    # -- change ------------------------------------------------------------------------------------------------
+
+    async def change(
+        self,
+        who: Identity,
+        entity: Entity,
+        id_: str,
+        version: int | None,
+        change: Change,
+        *,
+        deleted: bool = False,
+        adds: bool = False,
+    ) -> Done:
+        """Raises NotFound, Conflict (with the version that stands), Unavailable, and what `change` raises.
+
+        `deleted`: also one that is deleted. `adds`: what others do at the same time does not forbid it."""
+        tried = 0
+        while True:
+            found = await self._reads.base(entity, who.tenant, id_)
+            before = found.decoded()
+            if before.deleted_at is not None and not deleted:
+                raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
+            if version is not None and version != found.standing.version:
+                raise _conflict(found.standing)
+            at = max(now(), before.updated_at)
+            event, after = change(before, at)
+            if after is before:
+                return Done(entity, before, found.standing, None, replayed=True)
+            draft = Draft(
+                entity=entity,
+                event=event,
+                state=after,
+                base=found.standing,
+                before=before,
+                at=at,
+                source="orders",
+                actor=actor_of(who),
+            )
+            try:
+                return _done(entity, await self._rail.commit(draft))
+            except Lost as lost:
+                if version is not None or tried == (_TRIES_OF_FACTS if adds else _TRIES_AGAIN):
+                    raise _conflict(lost.standing) from lost
+            tried += 1
+            await _pause(min(tried, 5))
+
+    async def delete(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Done:
+        def change(state: Any, at: datetime) -> tuple[str, Any]:
+            return "deleted", msgspec.structs.replace(state, deleted_at=at, updated_at=at)
+
+        return await self.change(who, entity, id_, version, change)
+
+    async def restore(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Done:
+        def change(state: Any, at: datetime) -> tuple[str, Any]:
+            if state.deleted_at is None:
+                raise Conflict(f"the {entity.name} is not deleted", code="not_deleted")
+            return "restored", msgspec.structs.replace(state, deleted_at=None, updated_at=at)
+
+        return await self.change(who, entity, id_, version, change, deleted=True)
+
+
+async def _pause(times: int) -> None:
+    """Jittered, about as long as a commit takes, so that those who lost do not meet again."""
+    await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
+
+
+def _done(entity: Entity, committed: Committed) -> Done:
+    return Done(entity, committed.state, committed.standing, committed.durability, committed.visible)
+
+
+def _replay(entity: Entity, standing: Standing, state: Any, same: Callable[[Any], bool]) -> Done:
+    if not same(state):
+        raise InvalidInput(
+            "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
+        )
+    return Done(entity, state, standing, None, replayed=True)
+
+
+def _conflict(standing: Standing | None) -> Conflict:
+    details: dict[str, Any] = {"field": "If-Match"}
+    if standing is not None:
+        details["version"] = standing.version
+    return Conflict("another change came first", code="version_conflict", **details)

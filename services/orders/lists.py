@@ -1,0 +1,97 @@
+"""What a list is asked for, and its cursor: an opaque text that names the last entity of the page before."""
+
+import base64
+import binascii
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from services.orders.reads import Page
+from services.orders.views import SYNCED, state_view, sync_of
+from shared.api import ListQuery
+from shared.entities.contract import in_range
+from shared.entities.entity import Entity
+from shared.entities.selection import Selection
+from shared.errors import Forbidden, InvalidInput
+from shared.http import Reply, success
+from shared.permissions import allowed
+from shared.security import Identity
+
+_BESIDE = ("version", "sync")
+_OF_EVERY_LIST = frozenset(ListQuery.__struct_fields__)
+
+
+def selection(query: ListQuery, who: Identity, **equal: Any) -> Selection:
+    """The parameters that are no `ListQuery`'s are columns that must be equal. Raises Forbidden, InvalidInput."""
+    if query.include_deleted and not allowed("deleted.read", who.role):
+        raise Forbidden("only admins see what is deleted", field="include_deleted")
+    for name in query.__struct_fields__:
+        if name not in _OF_EVERY_LIST and (value := getattr(query, name)) is not None:
+            equal[name] = str(value) if isinstance(value, UUID) else value
+    return Selection(
+        equal=equal,
+        created_from=query.created_from,
+        created_to=query.created_to,
+        before=read_cursor(query.cursor) if query.cursor is not None else None,
+        limit=query.limit,
+        include_deleted=query.include_deleted,
+    )
+
+
+def list_reply(entity: Entity, page: Page, query: ListQuery, more: list[dict[str, Any]] | None = None) -> Reply:
+    """`more`: further fields of each, in the order of the page."""
+    chosen = _chosen(entity, query.fields, list(more[0]) if more else [])
+    rows = [
+        state_view(
+            one.state,
+            one.standing,
+            sync_of(one.document) if one.document else SYNCED,
+            chosen=chosen,
+            **(more[place] if more else {}),
+        )
+        for place, one in enumerate(page.found)
+    ]
+    return success(
+        rows,
+        headers={"X-Served-By": "postgres" if page.complete else "mirror"},
+        pagination=pagination(query.limit, page.found[-1].decoded() if page.more else None),
+        complete=page.complete,
+    )
+
+
+def pagination(limit: int, last: Any | None) -> dict[str, Any]:
+    """`last`: of a page that is not the last one."""
+    return {"limit": limit, "next_cursor": None if last is None else cursor_after(last.created_at, last.id)}
+
+
+def _chosen(entity: Entity, fields: str | None, more: list[str]) -> frozenset[str] | None:
+    if fields is None:
+        return None
+    known = {*entity.state.__struct_fields__, *_BESIDE, *more} - {"request_hash"}
+    wanted = {name.strip() for name in fields.split(",") if name.strip()}
+    for name in sorted(wanted - known):
+        raise InvalidInput(f"no field {name!r}; there are {', '.join(sorted(known))}", field="fields")
+    return frozenset({"id", *wanted})
+
+
+def cursor_after(at: datetime, id_: str) -> str:
+    return base64.urlsafe_b64encode(f"{at.isoformat()} {id_}".encode()).decode().rstrip("=")
+
+
+def read_cursor(text: str) -> tuple[datetime, str]:
+    """Raises InvalidInput."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
+        at, _, id_ = raw.partition(" ")
+        return _aware(at), str(UUID(id_))
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise InvalidInput("not a cursor that this API has given", field="cursor", code="invalid_cursor") from error
+
+
+def _aware(text: str) -> datetime:
+    at = msgspec.convert(text, datetime, strict=False)
+    if at.tzinfo is None or not in_range(at):
+        raise ValueError("a time with its zone, between 1970 and 2200")
+    return at

@@ -1,0 +1,339 @@
+"""What differs between the entities that are created, changed, listed and deleted in the same way: a declaration each,
+read by `routes/entities.py`. Their rules are here, and pure but for what they must look up first (`prepare`)."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import phonenumbers
+from msgspec import Struct, field
+
+from services.orders import requests
+from services.orders.insight import Insight
+from shared.api import ListQuery
+from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, table
+from shared.entities.entity import Entity
+from shared.entities.job import Job, Stage
+from shared.errors import Conflict, InvalidInput, NotFound
+from shared.restaurants import Restaurant
+
+Fields = dict[str, Any]
+
+
+class Context(Struct, frozen=True):
+    restaurant: Restaurant
+    at: datetime
+    prepared: Any = None
+
+
+def _as_wanted(fields: Fields, _: Context) -> Fields:
+    return fields
+
+
+def _changed_as_wanted(state: Any, fields: Fields, _: Context) -> tuple[str, Fields]:
+    return "updated", fields
+
+
+async def _nothing(insight: Insight, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
+    return None
+
+
+async def _no_more(insight: Insight, restaurant: Restaurant, states: list[Any]) -> list[Fields]:
+    return [{} for _ in states]
+
+
+class Resource(Struct, frozen=True, kw_only=True):
+    entity: Entity
+    path: str
+    tag: str
+    noun: str
+    actions: tuple[str, str]
+    """To read, and to change."""
+    create: Any
+    update: Any
+    query: Any = ListQuery
+    example: Fields = field(default_factory=dict)
+    prepare: Callable[[Insight, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
+    """Looks up what the rules need; raises InvalidInput."""
+    made: Callable[[Fields, Context], Fields] = _as_wanted
+    """The fields of a new one. Raises InvalidInput."""
+    changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_wanted
+    """(event, fields that change). Raises InvalidInput, Conflict."""
+    more: Callable[[Insight, Restaurant, list[Any]], Awaitable[list[Fields]]] = _no_more
+    """What is shown beside each state and is not part of it."""
+    more_types: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id_name(self) -> str:
+        return f"{self.entity.name}_id"
+
+    def new(self, id_: str, fields: Fields, context: Context) -> Any:
+        made = self.made(fields, context)
+        at, restaurant = context.at, context.restaurant.id
+        plain = {"id": id_, "restaurant_id": restaurant, "created_at": at, "updated_at": at, **made}
+        return _checked(self.entity, plain)
+
+    def after(self, state: Any, fields: Fields, context: Context) -> tuple[str, Any]:
+        event, changed = self.changed(state, fields, context)
+        if all(getattr(state, name) == value for name, value in changed.items()):
+            return event, state
+        plain = {**msgspec.structs.asdict(state), **changed, "updated_at": context.at}
+        return event, _checked(self.entity, plain)
+
+
+def _checked(entity: Entity, fields: Fields) -> Any:
+    return msgspec.convert(msgspec.to_builtins(fields), entity.state)
+
+
+# -- the menu ----------------------------------------------------------------------------------------------------
+
+
+def _check_dish(fields: Fields) -> Fields:
+    groups = fields.get("customizations") or ()
+    seen: set[str] = set()
+    for place, group in enumerate(groups):
+        where = f"customizations[{place}]"
+        if group.name in seen:
+            raise InvalidInput(f"two groups are called {group.name!r}", field=f"{where}.name")
+        seen.add(group.name)
+        if group.min_choices > group.max_choices:
+            raise InvalidInput("more choices needed than allowed", field=f"{where}.min_choices")
+        names = [option.name for option in group.options]
+        if len(set(names)) < len(names):
+            raise InvalidInput("two options have the same name", field=f"{where}.options")
+    needed = [str(one.inventory_item_id) for one in fields.get("consumes") or ()]
+    if len(set(needed)) < len(needed):
+        raise InvalidInput("one inventory item twice", field="consumes")
+    return fields
+
+
+async def _know_stock(insight: Insight, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
+    for place, one in enumerate(fields.get("consumes") or ()):
+        await insight.must_exist(
+            inventory_item.ENTITY, restaurant.id, str(one.inventory_item_id), f"consumes[{place}].inventory_item_id"
+        )
+
+
+# -- tables, bays and jobs ---------------------------------------------------------------------------------------
+
+
+class _Queue(Struct, frozen=True):
+    bay_open: bool
+    queued: list[Job]
+    """Without the job itself, the next one first."""
+
+
+async def _know_bay(insight: Insight, restaurant: Restaurant, fields: Fields, state: Job | None) -> _Queue:
+    wanted = fields.get("bay_id")
+    bay_id = str(wanted) if wanted is not None else state.bay_id if state is not None else ""
+    try:
+        found = await insight.standing(bay.ENTITY, restaurant.id, bay_id)
+    except NotFound as error:
+        if wanted is not None:
+            raise InvalidInput("no such bay", field="bay_id", code="unknown_bay") from error
+        found = None
+    if wanted is not None and found is not None and found.deleted_at is not None:
+        raise InvalidInput("no such bay", field="bay_id", code="unknown_bay")
+    if fields.get("order_id") is not None:
+        await insight.must_exist(insight.ORDER, restaurant.id, str(fields["order_id"]), "order_id")
+    queued: list[Job] = []
+    if "position" in fields:
+        queued = [one for one in await insight.queue(restaurant.id, bay_id) if state is None or one.id != state.id]
+    return _Queue(found is None or found.is_open, queued)
+
+
+def _micros(at: datetime) -> int:
+    return int(at.timestamp() * 1_000_000)
+
+
+def _new_job(fields: Fields, context: Context) -> Fields:
+    return {**fields, "place": _micros(fields.get("scheduled_at") or context.at)}
+
+
+def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fields]:
+    found: Fields = dict(fields)
+    position = found.pop("position", None)
+    event = "updated"
+    stage = found.get("stage", state.stage)
+    if stage is not state.stage:
+        event = "stage_changed"
+        allowed = job.allowed_next(state.stage)
+        if stage not in allowed:
+            raise Conflict(
+                f"a job that is {state.stage} cannot become {stage}",
+                code="illegal_stage",
+                field="stage",
+                stage=state.stage,
+                allowed=list(allowed),
+            )
+        if stage is Stage.IN_PROGRESS:
+            if not context.prepared.bay_open:
+                raise Conflict("the bay is closed", code="bay_closed", field="stage")
+            found["started_at"] = context.at
+        elif stage is Stage.QUEUED:
+            found["started_at"] = None
+        else:
+            found["finished_at"] = context.at
+    if position is not None:
+        if stage is not Stage.QUEUED:
+            raise Conflict(f"a job that is {stage} has no place in the queue", code="not_queued", field="position")
+        found["place"] = _place(context.prepared.queued, position, context.at)
+    elif found.get("scheduled_at") not in (None, state.scheduled_at):
+        found["place"] = _micros(found["scheduled_at"])
+    return event, found
+
+
+def _place(queued: list[Job], position: int, at: datetime) -> int:
+    """Between the two that it is to stand between; far enough beyond the ends that others fit in later."""
+    if not queued:
+        return _micros(at)
+    gap = 1_000_000
+    if position <= 1:
+        return queued[0].place - gap
+    if position > len(queued):
+        return queued[-1].place + gap
+    return (queued[position - 2].place + queued[position - 1].place) // 2
+
+
+# -- customers and stock -----------------------------------------------------------------------------------------
+
+
+def _customer(fields: Fields, context: Context) -> Fields:
+    if fields.get("phone") is not None:
+        return {**fields, "phone": e164(fields["phone"], context.restaurant.settings.country)}
+    return fields
+
+
+def e164(text: str, country: str | None) -> str:
+    """Raises InvalidInput."""
+    try:
+        found = phonenumbers.parse(text, country)
+    except phonenumbers.NumberParseException as error:
+        raise InvalidInput(f"not a phone number: {error}", field="phone", code="invalid_phone") from error
+    if not phonenumbers.is_possible_number(found):
+        raise InvalidInput("not a possible phone number", field="phone", code="invalid_phone")
+    return phonenumbers.format_number(found, phonenumbers.PhoneNumberFormat.E164)
+
+
+def _counted(fields: Fields, context: Context) -> Fields:
+    return {**fields, "counted_at": context.at} if "quantity" in fields else fields
+
+
+RESOURCES = (
+    Resource(
+        entity=category.ENTITY,
+        path="/api/menu/categories",
+        tag="Menu",
+        noun="category",
+        actions=("menu.read", "menu.change"),
+        create=requests.CreateHeading,
+        update=requests.UpdateHeading,
+        example={"name": "Mains", "position": 2},
+    ),
+    Resource(
+        entity=brand.ENTITY,
+        path="/api/menu/brands",
+        tag="Menu",
+        noun="brand",
+        actions=("menu.read", "menu.change"),
+        create=requests.CreateHeading,
+        update=requests.UpdateHeading,
+        example={"name": "Fritz"},
+    ),
+    Resource(
+        entity=menu_item.ENTITY,
+        path="/api/menu",
+        tag="Menu",
+        noun="dish",
+        actions=("menu.read", "menu.change"),
+        create=requests.CreateMenuItem,
+        update=requests.UpdateMenuItem,
+        query=requests.MenuQuery,
+        example={
+            "name": "Margherita",
+            "price": 980,
+            "category": "Mains",
+            "customizations": [
+                {
+                    "name": "size",
+                    "min_choices": 1,
+                    "max_choices": 1,
+                    "options": [{"name": "regular"}, {"name": "large", "price": 250}],
+                }
+            ],
+        },
+        prepare=_know_stock,
+        made=lambda fields, _: _check_dish(fields),
+        changed=lambda _, fields, __: ("updated", _check_dish(fields)),
+    ),
+    Resource(
+        entity=table.ENTITY,
+        path="/api/tables",
+        tag="Tables",
+        noun="table",
+        actions=("tables.read", "tables.change"),
+        create=requests.CreateTable,
+        update=requests.UpdateTable,
+        query=requests.TablesQuery,
+        example={"label": "Window 4", "seats": 4},
+        more=lambda insight, restaurant, states: insight.orders_at(restaurant.id, states),
+        more_types={"current_orders": list[dict[str, Any]]},
+    ),
+    Resource(
+        entity=bay.ENTITY,
+        path="/api/bays",
+        tag="Bays and jobs",
+        noun="bay",
+        actions=("work.read", "work.change"),
+        create=requests.CreateBay,
+        update=requests.UpdateBay,
+        query=requests.BaysQuery,
+        example={"name": "Grill", "kind": "kitchen"},
+    ),
+    Resource(
+        entity=job.ENTITY,
+        path="/api/jobs",
+        tag="Bays and jobs",
+        noun="job",
+        actions=("work.read", "work.change"),
+        create=requests.CreateJob,
+        update=requests.UpdateJob,
+        query=requests.JobsQuery,
+        example={"bay_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e", "title": "Wash and dry", "expected_minutes": 20},
+        prepare=_know_bay,
+        made=_new_job,
+        changed=_changed_job,
+        more=lambda insight, restaurant, states: insight.positions(restaurant.id, states),
+        more_types={"position": int | None},
+    ),
+    Resource(
+        entity=customer.ENTITY,
+        path="/api/customers",
+        tag="Customers",
+        noun="customer",
+        actions=("customers.read", "customers.change"),
+        create=requests.CreateCustomer,
+        update=requests.UpdateCustomer,
+        query=requests.CustomersQuery,
+        example={"name": "Ada", "phone": "+4930123456"},
+        made=_customer,
+        changed=lambda _, fields, context: ("updated", _customer(fields, context)),
+        more=lambda insight, restaurant, states: insight.totals(restaurant, states),
+        more_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
+    ),
+    Resource(
+        entity=inventory_item.ENTITY,
+        path="/api/inventory",
+        tag="Inventory",
+        noun="inventory item",
+        actions=("inventory.read", "inventory.change"),
+        create=requests.CreateInventoryItem,
+        update=requests.UpdateInventoryItem,
+        example={"name": "Pizza dough", "quantity": 40, "unit": "piece", "low_at": 10},
+        made=_counted,
+        changed=lambda _, fields, context: ("updated", _counted(fields, context)),
+        more=lambda insight, restaurant, states: insight.available(restaurant.id, states),
+        more_types={"available": int | None, "held": int | None},
+    ),
+)

@@ -1,0 +1,91 @@
+"""/api/audit: who changed what, and when, out of the log of changes."""
+
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from litestar.types import ASGIApp
+from msgspec import Meta, Struct
+
+from services.orders.lists import cursor_after, read_cursor
+from services.orders.requests import Request
+from services.orders.shop import shop_of
+from shared.api import endpoint, read_query
+from shared.entities.contract import Label
+from shared.errors import Unavailable
+from shared.http import Call, success
+from shared.postgres import audit
+from shared.postgres.pool import AWAY
+
+
+class AuditQuery(Request, rename={"from_": "from"}):
+    from_: datetime | None = None
+    to: datetime | None = None
+    entity: Label | None = None
+    entity_id: UUID | None = None
+    actor: Label | None = None
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=200)] | None = None
+
+
+class Audited(Struct, frozen=True):
+    change_id: str
+    entity: str
+    entity_id: str
+    version: int
+    type: str
+    source: str
+    accepted_at: datetime
+    actor: str | None
+    changed: dict[str, Any]
+    """Field -> {"before", "after"}; empty for a creation."""
+
+
+@endpoint(
+    "GET",
+    "/api/audit",
+    action="audit.read",
+    tag="Audit",
+    summary="Who changed what, the newest first",
+    query=AuditQuery,
+    answer=Audited,
+    many=True,
+)
+async def list_audit(request: Call) -> ASGIApp:
+    query = read_query(request, AuditQuery)
+    tenant = request.identity.tenant
+    at, id_ = read_cursor(query.cursor) if query.cursor else (None, None)
+    try:
+        async with shop_of(request).postgres.tenant(tenant) as connection:
+            rows = await audit.changes(
+                connection,
+                tenant,
+                start=query.from_,
+                end=query.to,
+                entity=query.entity,
+                entity_id=str(query.entity_id) if query.entity_id else None,
+                actor=query.actor,
+                before=(at, id_) if at is not None and id_ is not None else None,
+                limit=query.limit + 1,
+            )
+    except AWAY as error:
+        raise Unavailable("the audit waits for the database", retry_after=2.0) from error
+    page = [_audited(row) for row in rows[: query.limit]]
+    last = page[-1] if len(rows) > query.limit else None
+    cursor = cursor_after(last.accepted_at, last.change_id) if last is not None else None
+    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+
+
+def _audited(row: dict[str, Any]) -> Audited:
+    data = msgspec.json.decode(row.pop("data"))
+    before, after = data["before"], data["after"]
+    changed = {
+        name: {"before": old, "after": after.get(name)}
+        for name, old in before.items()
+        if name not in ("updated_at", "request_hash")
+    }
+    return Audited(**row, changed=changed)
+
+
+ROUTES = [list_audit]

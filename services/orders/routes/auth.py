@@ -1,0 +1,194 @@
+"""/api/auth: registering a restaurant, signing in and out, tokens for guests at a table."""
+
+import contextlib
+from typing import Annotated, Any
+from uuid import UUID, uuid4
+
+from litestar.types import ASGIApp
+from msgspec import Meta, Struct
+
+from services.orders.requests import Request
+from services.orders.shop import shop_of
+from services.orders.sign_in import Session, TableSession
+from shared.api import endpoint
+from shared.entities.contract import Label, encode
+from shared.http import Call, read_body, success
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.permissions import PUBLIC
+from shared.restaurants import Restaurant, RestaurantSettings
+
+_TAG = "Sign-in"
+Email = Annotated[str, Meta(max_length=254, pattern=r"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+$")]
+Password = Annotated[str, Meta(min_length=10, max_length=200)]
+Slug = Annotated[str, Meta(pattern="^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$")]
+Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+
+
+class RegisterRestaurant(Request):
+    """`tax_basis_points`: 500 is 5 %. Before `cutoff_hour` it is still yesterday's business day."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
+    slug: Slug
+    email: Email
+    password: Password
+    admin_name: Label = ""
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "EUR"
+    time_zone: Label = "UTC"
+    cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
+    tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
+    settings: RestaurantSettings = RestaurantSettings()
+
+
+class Login(Request):
+    email: Annotated[str, Meta(max_length=254, pattern=r"^[^\x00]*$")]
+    password: Annotated[str, Meta(max_length=200)]
+
+
+class Refresh(Request):
+    refresh_token: Token
+
+
+class OpenTableSession(Request):
+    slug: Slug
+    table_id: UUID
+
+
+class Registered(Struct, frozen=True):
+    restaurant: Restaurant
+    session: Session
+
+
+class Me(Struct, frozen=True):
+    user_id: str
+    role: str
+    email: str
+    restaurant: Restaurant | None
+    customer_session_id: str | None = None
+
+
+class LoggedOut(Struct, frozen=True):
+    logged_out: bool = True
+
+
+@endpoint(
+    "POST",
+    "/api/auth/register-restaurant",
+    action=PUBLIC,
+    tag=_TAG,
+    summary="Register a restaurant and its first admin",
+    body=RegisterRestaurant,
+    answer=Registered,
+    status=201,
+    errors=(409,),
+    example={
+        "name": "Trattoria Ada",
+        "slug": "trattoria-ada",
+        "email": "ada@trattoria.example",
+        "password": "a long one that nobody guesses",
+        "currency": "EUR",
+        "time_zone": "Europe/Berlin",
+        "tax_basis_points": 1900,
+        "settings": {"country": "DE"},
+    },
+)
+async def register_restaurant(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), RegisterRestaurant)
+    shop = shop_of(request)
+    restaurant = Restaurant(
+        id=str(uuid4()),
+        slug=wanted.slug,
+        name=wanted.name,
+        currency=wanted.currency,
+        time_zone=wanted.time_zone,
+        cutoff_hour=wanted.cutoff_hour,
+        tax_basis_points=wanted.tax_basis_points,
+        email=wanted.email,
+        settings=wanted.settings,
+    )
+    session = await shop.sign_in.register(
+        restaurant, wanted.email, wanted.admin_name, wanted.password, _address(request)
+    )
+    with contextlib.suppress(MirrorAway, MirrorInDoubt):  # the reconciler brings it there
+        await shop.mirror.keep_restaurant(restaurant.id, encode(restaurant))
+    return success(Registered(restaurant, session), status=201)
+
+
+@endpoint(
+    "POST",
+    "/api/auth/login",
+    action=PUBLIC,
+    tag=_TAG,
+    summary="Sign in",
+    description="An unknown email and a wrong password get the same answer.",
+    body=Login,
+    answer=Session,
+    errors=(401,),
+    example={"email": "ada@trattoria.example", "password": "a long one that nobody guesses"},
+)
+async def login(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), Login)
+    return success(await shop_of(request).sign_in.login(wanted.email, wanted.password, _address(request)))
+
+
+@endpoint(
+    "POST",
+    "/api/auth/refresh",
+    action=PUBLIC,
+    tag=_TAG,
+    summary="Get a new token for a refresh token, which is used up by it",
+    description="One that comes a second time ends its whole session.",
+    body=Refresh,
+    answer=Session,
+    errors=(401,),
+)
+async def refresh(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), Refresh)
+    return success(await shop_of(request).sign_in.refresh(wanted.refresh_token))
+
+
+@endpoint(
+    "POST",
+    "/api/auth/logout",
+    action=PUBLIC,
+    tag=_TAG,
+    summary="End a session",
+    body=Refresh,
+    answer=LoggedOut,
+)
+async def logout(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), Refresh)
+    await shop_of(request).sign_in.logout(wanted.refresh_token)
+    return success(LoggedOut())
+
+
+@endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Who this token belongs to", answer=Me)
+async def me(request: Call) -> ASGIApp:
+    who, shop = request.identity, shop_of(request)
+    restaurant = (await shop.menus.book(who.restaurant_id)).restaurant if who.restaurant_id else None
+    return success(Me(who.user_id, who.role, who.email, restaurant, who.session_id))
+
+
+@endpoint(
+    "POST",
+    "/api/auth/table-session",
+    action=PUBLIC,
+    tag=_TAG,
+    summary="A token for a guest who scanned the code of a table",
+    body=OpenTableSession,
+    answer=TableSession,
+    status=201,
+    errors=(404,),
+    example={"slug": "trattoria-ada", "table_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e"},
+)
+async def table_session(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), OpenTableSession)
+    opened = await shop_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), _address(request))
+    return success(opened, status=201)
+
+
+def _address(request: Call) -> str:
+    found: Any = request.scope.get("client_address")
+    return str(found or "")
+
+
+ROUTES = [register_restaurant, login, refresh, logout, me, table_session]

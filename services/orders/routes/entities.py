@@ -1,0 +1,141 @@
+"""Create, list, read, change, delete and restore: the same six routes for every entity of `resources.py`."""
+
+from typing import Any
+from uuid import UUID
+
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
+from msgspec import UNSET
+
+from services.orders.changes import Done, id_for
+from services.orders.lists import list_reply, selection
+from services.orders.resources import RESOURCES, Context, Resource
+from services.orders.routes.orders import idempotency_key, version_in
+from services.orders.shop import Shop, done_reply, found_reply, shop_of
+from shared.api import View, endpoint, path_id, read_query
+from shared.entities import menu_item
+from shared.errors import NotFound
+from shared.http import Call, Reply, read_body
+
+
+def fields_of(wanted: Any) -> dict[str, Any]:
+    """What was sent; ids as text."""
+    found = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+    return {
+        name: str(value) if isinstance(value, UUID) else value for name, value in found.items() if value is not UNSET
+    }
+
+
+def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
+    entity, noun = resource.entity, resource.noun
+    one = f"{resource.path}/{{{resource.id_name}:str}}"
+    read, change = resource.actions
+    view = View(entity, resource.more_types)
+    a_noun = f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
+    common: dict[str, Any] = {"tag": resource.tag, "answer": view}
+    of_one: dict[str, Any] = {**common, "action": change, "errors": (404,), "headers": ("If-Match",)}
+
+    @endpoint(
+        "POST",
+        resource.path,
+        **common,
+        action=change,
+        summary=f"Add {a_noun}",
+        body=resource.create,
+        status=201,
+        errors=(404,),
+        headers=("Idempotency-Key",),
+        example=resource.example,
+    )
+    async def create(request: Call) -> ASGIApp:
+        key = idempotency_key(request)
+        fields = fields_of(read_body(await request.whole_body(), resource.create))
+        who, shop = request.identity, shop_of(request)
+        restaurant = (await shop.menus.book(who.tenant)).restaurant
+        prepared = await resource.prepare(shop.insight, restaurant, fields, None)
+        id_ = id_for(who, f"POST {resource.path}", key)
+        done = await shop.changes.create(
+            who, entity, id_, key, lambda at: resource.new(id_, fields, Context(restaurant, at, prepared))
+        )
+        return await _done(shop, done, status=201)
+
+    @endpoint("GET", resource.path, **common, action=read, summary=f"List: {noun}", query=resource.query, many=True)
+    async def list_all(request: Call) -> ASGIApp:
+        who, shop = request.identity, shop_of(request)
+        query = read_query(request, resource.query)
+        page = await shop.reads.page(entity, who.tenant, selection(query, who))
+        restaurant = (await shop.menus.book(who.tenant)).restaurant
+        more = await resource.more(shop.insight, restaurant, [found.decoded() for found in page.found])
+        return list_reply(entity, page, query, more)
+
+    @endpoint(
+        "GET",
+        one,
+        **common,
+        action=read,
+        summary=f"Read {a_noun}",
+        errors=(404,),
+        headers=("If-None-Match",),
+        not_modified=True,
+    )
+    async def read_one(request: Call) -> ASGIApp:
+        who, shop = request.identity, shop_of(request)
+        found = await shop.reads.one(entity, who.tenant, _id(request, resource))
+        state = found.decoded()
+        if state.deleted_at is not None:
+            raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
+        # What is derived changes without a new version: only what has nothing of it can be known already.
+        known = None if resource.more_types else request.header(b"if-none-match")
+        return found_reply(found, known, **await _more(shop, resource, state))
+
+    @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
+    async def update(request: Call) -> ASGIApp:
+        fields = fields_of(read_body(await request.whole_body(), resource.update))
+        who, shop = request.identity, shop_of(request)
+        id_, version = _id(request, resource), version_in(request)
+        restaurant = (await shop.menus.book(who.tenant)).restaurant
+        before = (await shop.reads.one(entity, who.tenant, id_)).decoded()
+        prepared = await resource.prepare(shop.insight, restaurant, fields, before)
+        done = await shop.changes.change(
+            who,
+            entity,
+            id_,
+            version,
+            lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
+        )
+        return await _done(shop, done)
+
+    @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
+    async def delete(request: Call) -> ASGIApp:
+        id_, version = _id(request, resource), version_in(request)
+        return await _done(
+            shop_of(request), await shop_of(request).changes.delete(request.identity, entity, id_, version)
+        )
+
+    @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
+    async def restore(request: Call) -> ASGIApp:
+        id_, version = _id(request, resource), version_in(request)
+        return await _done(
+            shop_of(request), await shop_of(request).changes.restore(request.identity, entity, id_, version)
+        )
+
+    async def _done(shop: Shop, done: Done, *, status: int = 200) -> Reply:
+        if entity is menu_item.ENTITY:
+            shop.menus.put(done.standing, done.state)
+        return done_reply(done, status=status, **await _more(shop, resource, done.state))
+
+    return [create, list_all, read_one, update, delete, restore]
+
+
+async def _more(shop: Shop, resource: Resource, state: Any) -> dict[str, Any]:
+    if not resource.more_types:
+        return {}
+    restaurant = (await shop.menus.book(state.restaurant_id)).restaurant
+    return (await resource.more(shop.insight, restaurant, [state]))[0]
+
+
+def _id(request: Call, resource: Resource) -> str:
+    return path_id(request.path_params[resource.id_name], resource.id_name)
+
+
+ROUTES = [route for resource in RESOURCES for route in routes_of(resource)]

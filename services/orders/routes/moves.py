@@ -1,0 +1,176 @@
+"""What is more than a change of one entity: moves of stock and loyalty, availability in bulk, the queue of a bay."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from litestar.types import ASGIApp
+from msgspec import Struct
+
+from services.orders.changes import Done
+from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
+from services.orders.shop import Shop, done_reply, shop_of
+from shared.api import View, endpoint, path_id
+from shared.entities import bay, customer, inventory_item, menu_item
+from shared.entities.customer import Customer, LoyaltyMove
+from shared.entities.inventory_item import InventoryItem, StockMove
+from shared.entities.job import Job
+from shared.errors import Conflict, InvalidInput, TicketrailError
+from shared.http import Call, read_body, success
+from shared.security import Identity
+
+# Of each, so many stay in the state, to know a move that is repeated; all of them stay in PostgreSQL.
+_KEPT_MOVES = 200
+
+
+class Availability(Struct, frozen=True):
+    id: str
+    outcome: str
+    """changed, unchanged, or the code of the error"""
+    version: int | None = None
+
+
+@endpoint(
+    "POST",
+    "/api/menu/availability",
+    action="menu.availability",
+    tag="Menu",
+    summary="Say of many dishes at once whether they can be ordered",
+    body=SetAvailability,
+    answer=list[Availability],
+    errors=(404, 409, 504),
+    status=200,
+    example={"menu_item_ids": ["7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"], "is_available": False},
+)
+async def set_availability(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), SetAvailability)
+    who, shop = request.identity, shop_of(request)
+    book = await shop.menus.book(who.tenant)
+    ids = list(dict.fromkeys(str(id_) for id_ in wanted.menu_item_ids))
+    for place, id_ in enumerate(ids):
+        if id_ not in book.menu or book.menu[id_].deleted_at is not None:
+            raise InvalidInput("no such dish", field=f"menu_item_ids[{place}]", code="unknown_menu_item")
+    found = await asyncio.gather(*(_set_one(shop, who, id_, wanted.is_available) for id_ in ids))
+    return success(found)
+
+
+async def _set_one(shop: Shop, who: Identity, id_: str, available: bool) -> Availability:
+    def change(dish: menu_item.MenuItem, at: datetime) -> tuple[str, menu_item.MenuItem]:
+        if dish.is_available is available:
+            return "updated", dish
+        return "updated", msgspec.structs.replace(dish, is_available=available, updated_at=at)
+
+    try:
+        done = await shop.changes.change(who, menu_item.ENTITY, id_, None, change)
+    except TicketrailError as error:
+        return Availability(id_, error.error_code)
+    shop.menus.put(done.standing, done.state)
+    return Availability(id_, "unchanged" if done.replayed else "changed", done.standing.version)
+
+
+@endpoint(
+    "POST",
+    "/api/inventory/{inventory_item_id:str}/moves",
+    action="inventory.change",
+    tag="Inventory",
+    summary="Record a delivery, or what was lost",
+    body=MoveStock,
+    answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None}),
+    errors=(404,),
+    example={"quantity": 24, "reason": "delivery 4711"},
+)
+async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), MoveStock)
+    id_ = path_id(inventory_item_id, "inventory_item_id")
+
+    def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
+        if item.quantity + move.quantity < 0:
+            raise Conflict(
+                f"only {item.quantity} are there", code="below_zero", field="quantity", quantity=item.quantity
+            )
+        moves = (*item.moves, move)[-_KEPT_MOVES:]
+        return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
+
+    done = await _move(request, inventory_item.ENTITY, id_, wanted, "moves", StockMove, "quantity", apply)
+    shop = shop_of(request)
+    return done_reply(done, **(await shop.insight.available(done.state.restaurant_id, [done.state]))[0])
+
+
+@endpoint(
+    "POST",
+    "/api/customers/{customer_id:str}/loyalty",
+    action="customers.change",
+    tag="Customers",
+    summary="Give loyalty points, or redeem them",
+    body=MoveLoyalty,
+    answer=View(customer.ENTITY, {"loyalty_points": int | None, "total_spent": int | None, "visits": int | None}),
+    errors=(404,),
+    example={"points": -50, "reason": "free coffee"},
+)
+async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), MoveLoyalty)
+    id_ = path_id(customer_id, "customer_id")
+
+    def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
+        moves = (*one.loyalty_moves, move)[-_KEPT_MOVES:]
+        return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
+
+    done = await _move(request, customer.ENTITY, id_, wanted, "loyalty_moves", LoyaltyMove, "points", apply)
+    shop = shop_of(request)
+    restaurant = (await shop.menus.book(done.state.restaurant_id)).restaurant
+    return done_reply(done, **(await shop.insight.totals(restaurant, [done.state]))[0])
+
+
+async def _move(
+    request: Call,
+    entity: Any,
+    id_: str,
+    wanted: Any,
+    kept_in: str,
+    type_: Any,
+    amount: str,
+    apply: Callable[[Any, Any, datetime], Any],
+) -> Done:
+    """Two at once both count; one that is repeated counts once."""
+    value = getattr(wanted, amount)
+    if value == 0:
+        raise InvalidInput("a move of nothing", field=amount)
+    move_id = str(wanted.id or uuid4())
+
+    def change(state: Any, at: datetime) -> tuple[str, Any]:
+        earlier = next((one for one in getattr(state, kept_in) if one.id == move_id), None)
+        if earlier is None:
+            move = type_(id=move_id, created_at=at, reason=wanted.reason, **{amount: value})
+            return "updated", apply(state, move, at)
+        if (getattr(earlier, amount), earlier.reason) != (value, wanted.reason):
+            raise Conflict("this id was used for another move", code="move_id_reused", field="id")
+        return "updated", state
+
+    return await shop_of(request).changes.change(request.identity, entity, id_, None, change, adds=True)
+
+
+class QueuedJob(Struct, frozen=True):
+    position: int
+    job: Job
+
+
+@endpoint(
+    "GET",
+    "/api/bays/{bay_id:str}/queue",
+    action="work.read",
+    tag="Bays and jobs",
+    summary="The queue of a bay, the next one first",
+    answer=list[QueuedJob],
+    errors=(404,),
+)
+async def bay_queue(request: Call, bay_id: str) -> ASGIApp:
+    id_, shop, tenant = path_id(bay_id, "bay_id"), shop_of(request), request.identity.tenant
+    await shop.insight.standing(bay.ENTITY, tenant, id_)
+    queue = await shop.insight.queue(tenant, id_)
+    return success([QueuedJob(place, one) for place, one in enumerate(queue, start=1)])
+
+
+ROUTES = [set_availability, move_stock, move_loyalty, bay_queue]

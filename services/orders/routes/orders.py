@@ -1,0 +1,169 @@
+"""/api/orders"""
+
+import contextlib
+import re
+from typing import Any
+
+from litestar.types import ASGIApp
+
+from services.orders.lists import list_reply, selection
+from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
+from services.orders.shop import done_reply, found_reply, shop_of
+from services.orders.views import SYNCED, sync_of
+from shared.api import View, endpoint, path_id, read_query
+from shared.entities import order as orders
+from shared.errors import InvalidInput, NotFound, Unavailable
+from shared.http import Call, read_body
+from shared.security import Role
+
+_TAG = "Orders"
+_ENTITY = orders.ENTITY
+_VIEW = View(_ENTITY)
+_ETAG = re.compile(r'^(?:W/)?"?([1-9][0-9]{0,8})"?$')
+_KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
+_ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
+
+
+def idempotency_key(request: Call) -> str | None:
+    """Raises InvalidInput."""
+    key = request.header(b"idempotency-key")
+    if key is not None and not _KEY.match(key):
+        raise InvalidInput("1 to 200 visible ASCII characters", field="Idempotency-Key")
+    return key
+
+
+def version_in(request: Call) -> int | None:
+    """Of `If-Match`; without it, or with `*`, the present one. Raises InvalidInput."""
+    text = request.header(b"if-match")
+    if text is None or text.strip() == "*":
+        return None
+    found = _ETAG.match(text.strip())
+    if found is None:
+        raise InvalidInput('a version, such as "3"', field="If-Match")
+    return int(found[1])
+
+
+@endpoint(
+    "POST",
+    "/api/orders",
+    action="orders.place",
+    tag=_TAG,
+    summary="Place an order",
+    description="Priced by the server. A customer orders for its own session.",
+    body=PlaceOrder,
+    answer=_VIEW,
+    status=201,
+    errors=(404,),
+    headers=("Idempotency-Key",),
+    example={
+        "items": [
+            {"menu_item_id": _ID, "quantity": 2, "customizations": [{"name": "size", "option": "large"}]},
+        ],
+        "table_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e",
+        "tip_amount": 200,
+        "notes": "birthday",
+    },
+)
+async def place_order(request: Call) -> ASGIApp:
+    key = idempotency_key(request)
+    wanted = read_body(await request.whole_body(), PlaceOrder)
+    who, shop = request.identity, shop_of(request)
+    done = await shop.commands.place(who, wanted, key)
+    more: dict[str, Any] = {}
+    if done.replayed:
+        with contextlib.suppress(Unavailable):  # it was found a moment ago; how far it has come need not be known
+            found = await shop.reads.one(_ENTITY, who.tenant, done.state.id)
+            more["sync"] = sync_of(found.document) if found.document is not None else SYNCED
+    return done_reply(done, status=201, **more)
+
+
+@endpoint(
+    "GET",
+    "/api/orders",
+    action="orders.read",
+    tag=_TAG,
+    summary="List orders, the newest first",
+    query=OrdersQuery,
+    answer=_VIEW,
+    many=True,
+)
+async def list_orders(request: Call) -> ASGIApp:
+    who = request.identity
+    query = read_query(request, OrdersQuery)
+    own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
+    page = await shop_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own))
+    return list_reply(_ENTITY, page, query)
+
+
+@endpoint(
+    "GET",
+    "/api/orders/{order_id:str}",
+    action="orders.read",
+    tag=_TAG,
+    summary="Read an order",
+    answer=_VIEW,
+    errors=(404,),
+    headers=("If-None-Match",),
+    not_modified=True,
+)
+async def get_order(request: Call, order_id: str) -> ASGIApp:
+    who = request.identity
+    found = await shop_of(request).reads.one(_ENTITY, who.tenant, path_id(order_id, "order_id"))
+    order = found.seen()
+    if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
+        raise NotFound("no such order")
+    if order.deleted_at is not None:
+        raise NotFound("the order is deleted", code="order_deleted")
+    return found_reply(found, request.header(b"if-none-match"))
+
+
+@endpoint(
+    "PUT",
+    "/api/orders/{order_id:str}",
+    action="orders.change",
+    tag=_TAG,
+    summary="Change an order, or move it on",
+    description="pending → received → preparing → ready → completed; cancelled from any but completed.",
+    body=UpdateOrder,
+    answer=_VIEW,
+    errors=(404,),
+    headers=("If-Match",),
+    example={"status": "received"},
+)
+async def update_order(request: Call, order_id: str) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), UpdateOrder)
+    id_, version = path_id(order_id, "order_id"), version_in(request)
+    return done_reply(await shop_of(request).commands.update(request.identity, id_, wanted, version))
+
+
+@endpoint(
+    "DELETE",
+    "/api/orders/{order_id:str}",
+    action="orders.change",
+    tag=_TAG,
+    summary="Delete an order; it can be restored",
+    answer=_VIEW,
+    errors=(404,),
+    headers=("If-Match",),
+)
+async def delete_order(request: Call, order_id: str) -> ASGIApp:
+    id_, version = path_id(order_id, "order_id"), version_in(request)
+    return done_reply(await shop_of(request).commands.delete(request.identity, id_, version))
+
+
+@endpoint(
+    "POST",
+    "/api/orders/{order_id:str}/restore",
+    action="orders.change",
+    tag=_TAG,
+    summary="Restore an order that was deleted",
+    answer=_VIEW,
+    errors=(404,),
+    headers=("If-Match",),
+)
+async def restore_order(request: Call, order_id: str) -> ASGIApp:
+    id_, version = path_id(order_id, "order_id"), version_in(request)
+    return done_reply(await shop_of(request).commands.restore(request.identity, id_, version))
+
+
+ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order]

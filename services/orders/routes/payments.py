@@ -1,0 +1,169 @@
+"""/api/orders/{id}/payments, /api/payments and /api/orders/summary: what was paid, and what days came to."""
+
+from datetime import date, datetime, timedelta
+from typing import Any
+
+from litestar.types import ASGIApp
+from msgspec import Struct
+
+from services.orders.lists import cursor_after, read_cursor
+from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
+from services.orders.shop import done_reply, shop_of
+from shared.api import View, endpoint, path_id, read_query
+from shared.entities import order as orders
+from shared.entities.contract import now
+from shared.entities.order import Payment
+from shared.errors import InvalidInput, Unavailable
+from shared.http import Call, read_body, success
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.postgres import money
+from shared.postgres.pool import AWAY
+
+_MOST_DAYS = 400
+
+
+class ListedPayment(Struct, frozen=True):
+    id: str
+    order_id: str
+    amount: int
+    method: str
+    created_at: datetime
+    reference: str | None = None
+
+
+class Day(Struct, frozen=True):
+    """Money in minor units. Deleted orders are left out; cancelled ones are counted, their money is not."""
+
+    business_day: date
+    orders: int
+    cancelled: int
+    subtotal: int
+    tax_amount: int
+    tip_amount: int
+    discount_amount: int
+    total: int
+    paid_orders: int
+
+
+class Summary(Struct, frozen=True):
+    days: list[Day]
+    orders: int
+    total: int
+    currency: str
+
+
+@endpoint(
+    "POST",
+    "/api/orders/{order_id:str}/payments",
+    action="payments.record",
+    tag="Payments",
+    summary="Record a payment, or a refund (a negative amount)",
+    description="The same `id` is the same payment, however often it is sent. A refund is never more than was paid.",
+    body=RecordPayment,
+    answer=View(orders.ENTITY, {"payment": Payment}),
+    status=201,
+    errors=(404,),
+    example={"id": "0b9df4a0-93b2-4c55-9a5e-5f1a6c1d9a11", "amount": 1500, "method": "card", "reference": "auth 77"},
+)
+async def record_payment(request: Call, order_id: str) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), RecordPayment)
+    done, payment = await shop_of(request).commands.pay(request.identity, path_id(order_id, "order_id"), wanted)
+    return done_reply(done, status=201, payment=payment)
+
+
+@endpoint(
+    "GET",
+    "/api/payments",
+    action="payments.read",
+    tag="Payments",
+    summary="List payments, the newest first",
+    query=PaymentsQuery,
+    answer=ListedPayment,
+    many=True,
+)
+async def list_payments(request: Call) -> ASGIApp:
+    query = read_query(request, PaymentsQuery)
+    shop, tenant = shop_of(request), request.identity.tenant
+    wanted = money.PaymentsWanted(
+        start=query.from_,
+        end=query.to,
+        method=query.method,
+        order_id=str(query.order_id) if query.order_id else None,
+        before=read_cursor(query.cursor) if query.cursor else None,
+        limit=query.limit,
+    )
+    # Pending first, as in every list: what is committed in between is met at least once.
+    found = {(one.order_id, one.id): one for one in await _pending(shop, tenant) if wanted.match(one)}
+    complete = True
+    try:
+        async with shop.postgres.tenant(tenant) as connection:
+            for row in await money.payments(connection, tenant, wanted):
+                found.setdefault((row["order_id"], row["id"]), ListedPayment(**row))
+    except AWAY as error:
+        if not shop.mirror.available:
+            raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
+        complete = False
+    newest = sorted(found.values(), key=lambda one: (one.created_at, one.id), reverse=True)
+    page, more = newest[: query.limit], len(newest) > query.limit
+    cursor = cursor_after(page[-1].created_at, page[-1].id) if more else None
+    return success(page, pagination={"limit": query.limit, "next_cursor": cursor}, complete=complete)
+
+
+async def _pending(shop: Any, tenant: str) -> list[ListedPayment]:
+    """Of orders that PostgreSQL has not got yet."""
+    try:
+        ids = await shop.mirror.pending_ids(tenant, orders.ENTITY.name)
+        _, documents = await shop.mirror.read(tenant, orders.ENTITY.name, ids[:1_000])
+    except (MirrorAway, MirrorInDoubt):
+        return []
+    found = []
+    for document in documents:
+        if document is not None:
+            order = orders.ENTITY.decode_state(document.state)
+            found += [
+                ListedPayment(one.id, order.id, one.amount, one.method, one.created_at, one.reference)
+                for one in order.payments
+            ]
+    return found
+
+
+@endpoint(
+    "GET",
+    "/api/orders/summary",
+    action="orders.summary",
+    tag="Orders",
+    summary="Totals by business day",
+    description="As PostgreSQL has them: behind by the sync lag. Without dates the last thirty days.",
+    query=DaysQuery,
+    answer=Summary,
+)
+async def summary(request: Call) -> ASGIApp:
+    query = read_query(request, DaysQuery)
+    shop, tenant = shop_of(request), request.identity.tenant
+    restaurant = (await shop.menus.book(tenant)).restaurant
+    today = restaurant.business_day(now())
+    end = _day(query.to, "to") or today
+    start = _day(query.from_, "from") or end - timedelta(days=29)
+    if not 0 <= (end - start).days < _MOST_DAYS:
+        raise InvalidInput(f"1 to {_MOST_DAYS} days, not {(end - start).days + 1}", field="from")
+    try:
+        async with shop.postgres.tenant(tenant) as connection:
+            days = [Day(**row) for row in await money.days(connection, tenant, start, end)]
+    except AWAY as error:
+        raise Unavailable("sums wait for the database", retry_after=2.0) from error
+    return success(Summary(days, sum(day.orders for day in days), sum(day.total for day in days), restaurant.currency))
+
+
+def _day(text: str | None, field: str) -> date | None:
+    if text is None:
+        return None
+    try:
+        found = date.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidInput("a day, such as 2026-03-14", field=field) from error
+    if not 1970 <= found.year < 2200:
+        raise InvalidInput("a day between 1970 and 2200", field=field)
+    return found
+
+
+ROUTES = [summary, record_payment, list_payments]

@@ -1,0 +1,157 @@
+"""/api/users: who works here. For admins, of their own restaurant."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from litestar.types import ASGIApp
+from msgspec import UNSET, Meta, UnsetType
+
+from services.orders.accounts import User
+from services.orders.lists import pagination, read_cursor
+from services.orders.requests import Request
+from services.orders.routes.auth import Email, Password
+from services.orders.shop import shop_of
+from shared.api import endpoint, path_id, read_query
+from shared.entities.contract import Label, now
+from shared.http import Call, read_body, success
+
+_TAG = "Users"
+
+
+class UserRole(StrEnum):
+    ADMIN = "admin"
+    STAFF = "staff"
+    CUSTOMER = "customer"
+
+
+class CreateUser(Request):
+    email: Email
+    password: Password
+    role: UserRole
+    name: Label = ""
+
+
+class UpdateUser(Request):
+    """A new role or password, or `is_active` false, ends all sessions of the user."""
+
+    email: Email | UnsetType = UNSET
+    password: Password | UnsetType = UNSET
+    role: UserRole | UnsetType = UNSET
+    name: Label | UnsetType = UNSET
+    is_active: bool | UnsetType = UNSET
+
+
+class UsersQuery(Request):
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=200)] | None = None
+    role: UserRole | None = None
+    include_deleted: bool = False
+
+
+@endpoint(
+    "POST",
+    "/api/users",
+    action="users.manage",
+    tag=_TAG,
+    summary="Add a user",
+    body=CreateUser,
+    answer=User,
+    status=201,
+    errors=(409,),
+    example={"email": "kim@trattoria.example", "password": "another long one", "role": "staff", "name": "Kim"},
+)
+async def create_user(request: Call) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), CreateUser)
+    shop = shop_of(request)
+    hashed = await shop.sign_in.hash(wanted.password)
+    user = await shop.accounts.add(request.identity.tenant, wanted.email, wanted.name, wanted.role, hashed)
+    return success(user, status=201)
+
+
+@endpoint(
+    "GET",
+    "/api/users",
+    action="users.manage",
+    tag=_TAG,
+    summary="List users, the newest first",
+    query=UsersQuery,
+    answer=User,
+    many=True,
+)
+async def list_users(request: Call) -> ASGIApp:
+    query = read_query(request, UsersQuery)
+    found = await shop_of(request).accounts.users(
+        request.identity.tenant,
+        limit=query.limit + 1,
+        before=read_cursor(query.cursor) if query.cursor else None,
+        role=query.role,
+        deleted=query.include_deleted,
+    )
+    page = found[: query.limit]
+    return success(page, pagination=pagination(query.limit, page[-1] if len(found) > query.limit else None))
+
+
+@endpoint(
+    "GET",
+    "/api/users/{user_id:str}",
+    action="users.manage",
+    tag=_TAG,
+    summary="Read a user",
+    answer=User,
+    errors=(404,),
+)
+async def get_user(request: Call, user_id: str) -> ASGIApp:
+    return success(await shop_of(request).accounts.user(request.identity.tenant, path_id(user_id, "user_id")))
+
+
+@endpoint(
+    "PUT",
+    "/api/users/{user_id:str}",
+    action="users.manage",
+    tag=_TAG,
+    summary="Change a user",
+    body=UpdateUser,
+    answer=User,
+    errors=(404, 409),
+    example={"role": "admin"},
+)
+async def update_user(request: Call, user_id: str) -> ASGIApp:
+    wanted = read_body(await request.whole_body(), UpdateUser)
+    shop, id_ = shop_of(request), path_id(user_id, "user_id")
+    names = ("email", "role", "name", "is_active")
+    fields = {name: value for name in names if (value := getattr(wanted, name)) is not UNSET}
+    if wanted.password is not UNSET:
+        fields["password_hash"] = await shop.sign_in.hash(wanted.password)
+    return success(await shop.accounts.change(request.identity.tenant, id_, fields))
+
+
+@endpoint(
+    "DELETE",
+    "/api/users/{user_id:str}",
+    action="users.manage",
+    tag=_TAG,
+    summary="Delete a user, who can be restored",
+    answer=User,
+    errors=(404, 409),
+)
+async def delete_user(request: Call, user_id: str) -> ASGIApp:
+    id_ = path_id(user_id, "user_id")
+    return success(await shop_of(request).accounts.change(request.identity.tenant, id_, {"deleted_at": now()}))
+
+
+@endpoint(
+    "POST",
+    "/api/users/{user_id:str}/restore",
+    action="users.manage",
+    tag=_TAG,
+    summary="Restore a user",
+    answer=User,
+    errors=(404, 409),
+)
+async def restore_user(request: Call, user_id: str) -> ASGIApp:
+    id_ = path_id(user_id, "user_id")
+    changed = await shop_of(request).accounts.change(request.identity.tenant, id_, {"deleted_at": None}, deleted=True)
+    return success(changed)
+
+
+ROUTES = [create_user, list_users, get_user, update_user, delete_user, restore_user]

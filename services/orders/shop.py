@@ -1,0 +1,57 @@
+"""What the routes work with: everything that a request may need, in one place."""
+
+from typing import Any
+
+from msgspec import Struct
+
+from services.orders.accounts import Accounts
+from services.orders.changes import Changes, Done
+from services.orders.commands import Commands
+from services.orders.insight import Insight
+from services.orders.menu import Menus
+from services.orders.reads import Found, Reads
+from services.orders.sign_in import SignIn
+from services.orders.views import PENDING, SYNCED, state_view, sync_of
+from shared.entities.contract import encode
+from shared.http import Call, Reply, success
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+
+
+class Shop(Struct, frozen=True):
+    postgres: Postgres
+    mirror: Mirror
+    menus: Menus
+    reads: Reads
+    changes: Changes
+    commands: Commands
+    insight: Insight
+    accounts: Accounts
+    sign_in: SignIn
+
+
+def shop_of(request: Call) -> Shop:
+    """From the application's state: Litestar's dependency injection opens a task group for every request."""
+    shop: Shop = request.app.state["shop"]
+    return shop
+
+
+def done_reply(done: Done, *, status: int = 200, **more: Any) -> Reply:
+    headers = {"ETag": f'"{done.standing.version}"'}
+    sync = more.pop("sync", PENDING)
+    more["visible"] = done.visible
+    if done.replayed:
+        headers["Idempotency-Replayed"] = "true"
+    if done.durability is not None:
+        more["durability"] = done.durability
+    view = state_view(encode(done.state), done.standing, sync, **more)
+    return success(view, status=status, headers=headers)
+
+
+def found_reply(found: Found, known: str | None, **more: Any) -> Reply:
+    """`known`: the If-None-Match of the request."""
+    headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
+    if known == headers["ETag"]:
+        return Reply(b"", status=304, headers=headers)
+    sync = sync_of(found.document) if found.document is not None else SYNCED
+    return success(state_view(found.state, found.standing, sync, **more), headers=headers)

@@ -1,0 +1,141 @@
+"""Signing in: passwords, sessions with rotating refresh tokens, and tokens for guests at a table.
+
+An unknown email and a wrong password get the same answer after the same work, so that nobody learns who has an account.
+Tries are limited for each account and each address. A refresh token is used once; one that comes a second time was
+stolen, from us or from its owner, and ends the whole session.
+"""
+
+import asyncio
+import hashlib
+import math
+import secrets
+from uuid import uuid4
+from zoneinfo import ZoneInfo, available_timezones
+
+from argon2 import PasswordHasher
+from argon2.exceptions import Argon2Error, InvalidHashError
+from msgspec import Struct
+
+from services.orders.accounts import Accounts, User
+from services.orders.reads import Reads
+from shared.entities import table
+from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
+from shared.limits import Rate, TokenBucket
+from shared.mirror.mirror import Mirror
+from shared.restaurants import Restaurant
+from shared.security import Identity, Role, Tokens
+from shared.settings import Settings
+
+_WINDOW = 300.0
+_AT_ONCE = 2
+
+
+class Session(Struct, frozen=True):
+    access_token: str
+    refresh_token: str
+    expires_in: int
+    """Seconds."""
+    user: User
+    token_type: str = "Bearer"  # noqa: S105
+
+
+class TableSession(Struct, frozen=True):
+    access_token: str
+    expires_in: int
+    customer_session_id: str
+    restaurant_id: str
+    table_id: str
+    token_type: str = "Bearer"  # noqa: S105
+
+
+class SignIn:
+    def __init__(self, accounts: Accounts, reads: Reads, tokens: Tokens, mirror: Mirror, settings: Settings) -> None:
+        self._accounts = accounts
+        self._reads = reads
+        self._tokens = tokens
+        self._settings = settings
+        # 19 MiB and a core for some 20 ms each: OWASP's choice for argon2id.
+        self._hasher = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
+        self._nobody = self._hasher.hash(secrets.token_urlsafe(16))
+        self._hashing = asyncio.Semaphore(_AT_ONCE)
+        of_account, of_address = settings.tries_per_account, settings.tries_per_address
+        self._by_account = TokenBucket(mirror, "tries", Rate(of_account, of_account / _WINDOW))
+        self._by_address = TokenBucket(mirror, "tries-from", Rate(of_address, of_address / _WINDOW))
+
+    async def hash(self, password: str) -> str:
+        async with self._hashing:
+            return await asyncio.to_thread(self._hasher.hash, password)
+
+    async def register(self, restaurant: Restaurant, email: str, name: str, password: str, address: str) -> Session:
+        """Raises Conflict, InvalidInput, TooManyRequests."""
+        await self._count(self._by_address, address)
+        if restaurant.time_zone not in available_timezones():
+            raise InvalidInput("not a time zone, such as Europe/Berlin", field="time_zone")
+        ZoneInfo(restaurant.time_zone)
+        user = await self._accounts.register(restaurant, email, name, await self.hash(password))
+        return await self._begin(user)
+
+    async def login(self, email: str, password: str, address: str) -> Session:
+        """Raises Unauthenticated, TooManyRequests."""
+        await self._count(self._by_address, address)
+        await self._count(self._by_account, hashlib.sha256(email.lower().encode()).hexdigest()[:32])
+        found = await self._accounts.by_email(email)
+        known = found[1] if found is not None and found[1] else None
+        fits = await self._fits(known or self._nobody, password)
+        if found is None or known is None or not fits:
+            raise Unauthenticated("email or password is wrong", code="wrong_credentials")
+        return await self._begin(found[0])
+
+    async def refresh(self, token: str) -> Session:
+        """Raises Unauthenticated; of a token that was used before the session is over."""
+        new = secrets.token_urlsafe(32)
+        rotated = await self._accounts.rotate_session(_digest(token), _digest(new), self._settings.refresh_ttl_seconds)
+        if rotated.user is None:
+            code = "refresh_token_reused" if rotated.outcome == "reused" else "refresh_token_invalid"
+            raise Unauthenticated("this refresh token is not good any more: sign in again", code=code)
+        return self._session(rotated.user, new)
+
+    async def logout(self, token: str) -> None:
+        await self._accounts.end_session(_digest(token))
+
+    async def at_table(self, slug: str, table_id: str, address: str) -> TableSession:
+        """Raises NotFound."""
+        await self._count(self._by_address, f"table:{address}")
+        restaurant = await self._accounts.restaurant_called(slug)
+        if restaurant is None:
+            raise NotFound("no such restaurant", field="slug")
+        found = await self._reads.one(table.ENTITY, restaurant.id, table_id)
+        if found.seen().deleted_at is not None:
+            raise NotFound("no such table", field="table_id")
+        session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.table_session_seconds
+        who = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
+        return TableSession(self._tokens.issue(who, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    async def _fits(self, known: str, password: str) -> bool:
+        async with self._hashing:
+            try:
+                return await asyncio.to_thread(self._hasher.verify, known, password)
+            except (Argon2Error, InvalidHashError):
+                return False
+
+    async def _count(self, bucket: TokenBucket, whose: str) -> None:
+        wait, _ = await bucket.take(whose)
+        if wait:
+            raise TooManyRequests("too many tries: wait a while", retry_after=math.ceil(wait))
+
+    async def _begin(self, user: User) -> Session:
+        token = secrets.token_urlsafe(32)
+        await self._accounts.begin_session(_digest(token), user.id, self._settings.refresh_ttl_seconds)
+        return self._session(user, token)
+
+    def _session(self, user: User, refresh_token: str) -> Session:
+        role, ttl = Role(user.role), self._settings.access_ttl_seconds
+        session = user.id if role is Role.CUSTOMER else None
+        who = Identity(user.id, role, user.restaurant_id or "", user.email, session)
+        return Session(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

@@ -1,0 +1,73 @@
+"""What is in the store room: available = quantity − what orders that were accepted since the count hold."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from shared.entities.contract import Id, Label, Lane, Time
+from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
+
+Quantity = Annotated[int, Meta(ge=-(10**12), le=10**12)]
+Count = Annotated[int, Meta(ge=0, le=10**12)]
+
+
+class StockMove(Struct, frozen=True, kw_only=True):
+    """A delivery (positive), or what was lost, in the item's unit."""
+
+    id: Id
+    quantity: Quantity
+    created_at: Time
+    reason: Label | None = None
+
+
+class InventoryItem(Struct, frozen=True, kw_only=True):
+    id: Id
+    restaurant_id: Id
+    name: Label
+    quantity: Quantity
+    """What was counted at `counted_at`, and every move since."""
+    counted_at: Time
+    created_at: Time
+    updated_at: Time
+    unit: Label = "piece"
+    low_at: Count | None = None
+    """At or below this it is to be ordered anew."""
+    moves: tuple[StockMove, ...] = ()
+    """The latest; the table `stock_moves` has every one."""
+    deleted_at: Time | None = None
+
+
+ENTITY = Entity(
+    name="inventory_item",
+    state=InventoryItem,
+    events=frozenset({"created", "updated", "deleted", "restored"}),
+    lane=Lane.NORMAL,
+    on_conflict=OnConflict.CENTRAL_WINS,
+    live=lambda item: item.deleted_at is None,
+    stock=lambda item: (
+        None if item.deleted_at is not None else (item.quantity, int(item.counted_at.timestamp() * 1000))
+    ),
+    table=Table(
+        "inventory_items",
+        tuple(
+            columns(
+                "name text",
+                "quantity int8",
+                "unit text",
+                "low_at int8",
+                "counted_at timestamptz",
+                "created_at timestamptz",
+                "updated_at timestamptz",
+                "deleted_at timestamptz",
+            )
+        ),
+    ),
+    facts=(
+        Facts(
+            name="stock_moves",
+            parent="inventory_item_id",
+            columns=tuple(columns("quantity int8", "reason text", "created_at timestamptz")),
+            rows=lambda item: item.moves,
+        ),
+    ),
+)

@@ -1,0 +1,30 @@
+"""Which entities a list wants: pure, so that both stores answer the same."""
+
+from datetime import datetime
+from typing import Any
+
+from msgspec import Struct, field
+
+
+class Selection(Struct, frozen=True, kw_only=True):
+    """The newest first, by (created_at, id)."""
+
+    equal: dict[str, Any] = field(default_factory=dict)
+    """Column, which is a field of the state too -> value."""
+    among: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    created_from: datetime | None = None
+    created_to: datetime | None = None
+    before: tuple[datetime, str] | None = None
+    """The place of the last one of the page before."""
+    limit: int = 50
+    include_deleted: bool = False
+
+    def match(self, state: Any) -> bool:
+        return (
+            (self.include_deleted or state.deleted_at is None)
+            and all(getattr(state, name) == value for name, value in self.equal.items())
+            and all(getattr(state, name) in values for name, values in self.among.items())
+            and (self.created_from is None or state.created_at >= self.created_from)
+            and (self.created_to is None or state.created_at <= self.created_to)
+            and (self.before is None or (state.created_at, state.id) < self.before)
+        )

@@ -1,0 +1,122 @@
+"""How much may be asked: a token bucket for each restaurant and each address, shared by all instances of all services.
+
+A process takes tokens out of the mirror's bucket (atomic, scripts/bucket.lua) a hundredth of the bucket at a time and
+spends them itself: a round trip for every request would cost more than the request is worth. What it has not spent
+after a second it forgets: a twentieth of what the bucket gains in that time at most. While the mirror is away each
+process goes on with a bucket of its own.
+"""
+
+import math
+import time
+
+from msgspec import Struct
+
+from shared.errors import TooManyRequests
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.settings import Settings
+
+_KEPT = 10_000
+_SHARE = 100
+_SLICE = 20
+_FRESH_SECONDS = 1.0
+
+
+class Rate(Struct, frozen=True):
+    capacity: int
+    per_second: float
+
+
+class _Bucket(Struct):
+    tokens: float
+    at: float
+    left: int = 0
+    """In the shared bucket when it was asked last."""
+
+
+class TokenBucket:
+    """Of one kind of caller, such as `address`."""
+
+    def __init__(self, mirror: Mirror | None, kind: str, rate: Rate) -> None:
+        self._mirror = mirror
+        self._kind = kind
+        self.rate = rate
+        self._share = max(1, min(rate.capacity // _SHARE, int(rate.per_second / _SLICE)))
+        self._taken: dict[str, _Bucket] = {}
+        self._local: dict[str, _Bucket] = {}
+
+    async def take(self, whose: str) -> tuple[float, int]:
+        """(seconds to wait, 0 when one was taken; how many are left)."""
+        now = time.monotonic()
+        taken = self._taken.get(whose)
+        if taken is not None and taken.tokens >= 1 and now - taken.at < _FRESH_SECONDS:
+            taken.tokens -= 1
+            return 0.0, taken.left + int(taken.tokens)
+        if self._mirror is not None and self._mirror.available:
+            try:
+                found, left, wait = await self._mirror.take_tokens(
+                    f"{self._kind}:{whose}", self.rate.capacity, self.rate.per_second, self._share
+                )
+            except (MirrorAway, MirrorInDoubt):
+                pass  # the local one takes over, as the docstring says
+            else:
+                if found:
+                    _keep(self._taken, whose, _Bucket(found - 1, now, left))
+                    return 0.0, left + found - 1
+                return max(wait, 0.001), 0
+        return self._take_locally(whose, now)
+
+    def _take_locally(self, whose: str, now: float) -> tuple[float, int]:
+        bucket = self._local.get(whose)
+        if bucket is None:
+            bucket = _Bucket(float(self.rate.capacity), now)
+            _keep(self._local, whose, bucket)
+        bucket.tokens = min(self.rate.capacity, bucket.tokens + (now - bucket.at) * self.rate.per_second)
+        bucket.at = now
+        if bucket.tokens < 1:
+            return (1 - bucket.tokens) / self.rate.per_second, 0
+        bucket.tokens -= 1
+        return 0.0, int(bucket.tokens)
+
+
+def _keep(buckets: dict[str, _Bucket], whose: str, bucket: _Bucket) -> None:
+    if len(buckets) >= _KEPT:
+        buckets.clear()
+    buckets[whose] = bucket
+
+
+class Limits:
+    def __init__(self, mirror: Mirror | None, settings: Settings) -> None:
+        """A rate of 0 is no limit."""
+        self._address = _bucket(mirror, "address", settings.address_burst, settings.address_per_second)
+        self._restaurant = _bucket(mirror, "restaurant", settings.restaurant_burst, settings.restaurant_per_second)
+
+    async def of_address(self, address: str, answer: list[tuple[bytes, bytes]]) -> None:
+        """Raises TooManyRequests; adds headers to `answer`."""
+        if self._address is not None and address:
+            await _spend(self._address, address, answer, "address")
+
+    async def of_restaurant(self, restaurant: str, answer: list[tuple[bytes, bytes]]) -> None:
+        if self._restaurant is not None:
+            await _spend(self._restaurant, restaurant, answer, "restaurant")
+
+
+def _bucket(mirror: Mirror | None, kind: str, burst: int, per_second: float) -> TokenBucket | None:
+    return TokenBucket(mirror, kind, Rate(burst, per_second)) if per_second else None
+
+
+async def _spend(bucket: TokenBucket, whose: str, answer: list[tuple[bytes, bytes]], kind: str) -> None:
+    wait, left = await bucket.take(whose)
+    rate = bucket.rate
+    # The tighter of the two limits is told: the restaurant's, asked second, only where less is left of it.
+    told = next((int(value) for name, value in answer if name == b"ratelimit-remaining"), None)
+    if told is None or left < told:
+        answer[:] = [pair for pair in answer if not pair[0].startswith(b"ratelimit-")]
+        full = math.ceil((rate.capacity - left) / rate.per_second)
+        answer += (
+            (b"ratelimit-limit", b"%d" % rate.capacity),
+            (b"ratelimit-remaining", b"%d" % left),
+            (b"ratelimit-reset", b"%d" % full),
+        )
+    if wait:
+        raise TooManyRequests(f"too many requests of this {kind}", retry_after=math.ceil(wait), limit=rate.capacity)

@@ -1,0 +1,22 @@
+-- bucket: takes tokens out of a bucket that fills steadily; atomic for all instances of all services.
+-- KEYS  1 bucket: hash t tokens, at (ms)    ARGV  1 capacity  2 tokens a second  3 how many are wanted  4 how many are needed
+-- Replies {taken, left (whole tokens), ms until as many as are needed are there}: as many as are wanted, or what is there
+-- where that is enough for what is needed, or none.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local capacity, rate = tonumber(ARGV[1]), tonumber(ARGV[2])
+local found = redis.call('HMGET', KEYS[1], 't', 'at')
+local tokens = capacity
+if found[1] then
+  tokens = math.min(capacity, tonumber(found[1]) + math.max(0, now - tonumber(found[2])) * rate / 1000)
+end
+local taken, wait = 0, 0
+if tokens >= tonumber(ARGV[4]) then
+  taken = math.max(tonumber(ARGV[4]), math.min(tonumber(ARGV[3]), math.floor(tokens)))
+  tokens = tokens - taken
+else
+  wait = math.ceil((tonumber(ARGV[4]) - tokens) * 1000 / rate)
+end
+redis.call('HSET', KEYS[1], 't', string.format('%.3f', tokens), 'at', now)
+redis.call('PEXPIRE', KEYS[1], math.ceil(capacity * 1000 / rate) + 1000)
+return {taken, math.floor(tokens), wait}
