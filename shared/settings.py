@@ -133,6 +133,11 @@ class Settings(BaseSettings):
     )
     mirror_window_days: PositiveInt = 3
     reconcile_seconds: PositiveFloat = 2.0
+    heal_seconds: PositiveFloat = Field(
+        300.0,
+        description="how often, and after how long, what is pending is looked for behind lanes that are empty",
+    )
+    cleanup_seconds: PositiveFloat = Field(3_600.0, description="how often what is over is taken away")
     pending_too_long_seconds: PositiveFloat = Field(
         10.0, description="after so long the reconciler asks PostgreSQL whether it has what the mirror calls pending"
     )

@@ -23,9 +23,9 @@ _INSERT_RESTAURANT = (
     "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points, email, settings)"
     " values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb)"
 )
-_INSERT_USER = (  # noqa: S608  (constants)
-    "insert into users (id, restaurant_id, email, name, role, password_hash) values ($1, $2, $3, $4, $5, $6) returning "
-    + _FIELDS
+_INSERT_USER = (
+    "insert into users (id, restaurant_id, email, name, role, password_hash)"  # noqa: S608  (constants)
+    " values ($1, $2, $3, $4, $5, $6) returning " + _FIELDS
 )
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
 

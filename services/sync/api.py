@@ -1,5 +1,7 @@
 """The sync API, wired: what terminals and operators call."""
 
+import hashlib
+import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,18 +12,26 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
+from services.sync.external import ExternalOrder
 from services.sync.status import sync_status
+from services.sync.upserts import Upserts
 from shared.api import endpoint
 from shared.entities.contract import now
+from shared.errors import Unauthenticated
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, success
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, read_body, success
 from shared.limits import Limits
-from shared.metrics import HttpMetrics, Metrics, watch_pool
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import CHANGES
+from shared.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.openapi import pages
+from shared.permissions import PUBLIC
 from shared.postgres.pool import AWAY, Postgres
+from shared.rail.commit import Rail
 from shared.rail.instance import number_of_traces
+from shared.rail.record import Recorder
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
@@ -36,8 +46,49 @@ class Parts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
     mirror: Mirror
+    publisher: Publisher
+    rail: Rail
+    upserts: Upserts
     tracer: Tracer
     metrics: Metrics
+
+
+class Synced(Struct, frozen=True):
+    outcome: str
+    """created, updated or unchanged"""
+    id: str
+    order_number: str
+    version: int
+
+
+@endpoint(
+    "POST",
+    "/api/sync/order",
+    action=PUBLIC,
+    tag="Sync",
+    summary="Bring in an order of another system",
+    description="By `x-sync-token`. Once, however often it is sent: known by its external_id (or convex_id).",
+    body=ExternalOrder,
+    answer=Synced,
+    errors=(401, 404, 409, 504),
+    headers=("x-sync-token",),
+    example={
+        "restaurant_id": "11111111-1111-4111-8111-111111111111",
+        "external_id": "pos-4711",
+        "status": "completed",
+        "items": [{"name": "Margherita", "quantity": 2, "unit_price": 980}],
+        "payments": [{"id": "card-1", "amount": 2097, "method": "card"}],
+    },
+)
+async def sync_order(request: Call, parts: Parts) -> ASGIApp:
+    given = (request.header(b"x-sync-token") or "").encode("latin-1")
+    # Of equal length whatever was sent: neither the time nor the length says how much of it is right.
+    expected = hashlib.sha256(parts.settings.sync_token.encode()).digest()
+    if not hmac.compare_digest(hashlib.sha256(given).digest(), expected):
+        raise Unauthenticated("x-sync-token is missing or wrong", field="x-sync-token")
+    wanted = read_body(await request.whole_body(), ExternalOrder)
+    done = await parts.upserts.upsert(wanted)
+    return success(Synced(done.outcome, done.order.id, done.order.order_number, done.standing.version))
 
 
 @endpoint(
@@ -52,7 +103,7 @@ async def status(request: Call, parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.postgres, parts.mirror, request.identity.tenant))
 
 
-ROUTES = [status]
+ROUTES = [status, sync_order]
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -76,17 +127,34 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
     return details["postgres"] or details["mirror"] != "away", details
 
 
+def assemble(settings: Settings) -> Parts:
+    tracer = Tracer("sync-api", settings)
+    metrics = Metrics()
+    postgres = Postgres(settings.database_api_url, settings)
+    mirror = Mirror(
+        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+    )
+    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    # Without a journal: what cannot be recorded now is refused, and the other system sends it again.
+    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
+    rail = Rail(
+        mirror,
+        recorder,
+        None,
+        claim_seconds=settings.claim_seconds,
+        reveal_seconds=settings.reveal_seconds,
+        tracer=tracer,
+        metrics=RailMetrics(metrics),
+    )
+    upserts = Upserts(postgres, mirror, rail, source="sync")
+    return Parts(settings, postgres, mirror, publisher, rail, upserts, tracer, metrics)
+
+
 def create(settings: Settings | None = None) -> Outer:
     settings = settings or Settings()
     configure_logging("sync-api", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-api")
-    parts = Parts(
-        settings,
-        Postgres(settings.database_api_url, settings),
-        Mirror(settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds),
-        Tracer("sync-api", settings),
-        Metrics(),
-    )
+    parts = assemble(settings)
     parts.metrics.watch(
         "ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available
     )
@@ -94,8 +162,11 @@ def create(settings: Settings | None = None) -> Outer:
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await parts.publisher.start(wait=3.0)
         log.info("started", port=settings.sync_port)
         yield
+        await parts.rail.drain()
+        await parts.publisher.stop()
         await parts.mirror.close()
         await parts.postgres.close()
         parts.tracer.close()

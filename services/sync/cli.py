@@ -5,32 +5,26 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Coroutine
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import click
-import structlog
 from rich.console import Console
 from rich.live import Live
 
 from services.sync import status_screen, waterfall
+from services.sync.cli_data import COMMANDS
+from services.sync.cli_session import Session, run
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
 from services.sync.trace_search import find_traces
+from shared import asyncapi
 from shared.entities.contract import encode
-from shared.errors import TicketrailError
 from shared.messaging import declare
 from shared.messaging.log import LogReader
-from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.messaging.topology import CHANGES
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
-from shared.mirror.mirror import Mirror
-from shared.postgres.migrate import MigrationError, migrate, present_epoch
-from shared.postgres.pool import AWAY, Postgres
-from shared.rail.commit import Rail
-from shared.rail.record import Recorder
+from shared.messaging.publisher import BROKEN_LINK
+from shared.postgres.migrate import migrate, present_epoch
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
 
@@ -38,17 +32,6 @@ _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do
 
 _LOCK = 0x71636B75  # beside the one of the schema
 _LOG_WITHIN = 10.0  # seconds
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Exit code 1 and one line for what an operator can do something about."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    try:
-        return asyncio.run(work)
-    except (TicketrailError, MigrationError, declare.TopologyError) as error:
-        raise click.ClickException(str(error)) from error
-    except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
-        raise click.ClickException(f"a backend does not answer: {type(error).__name__}: {error}") from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +42,7 @@ def main() -> None:
 @main.command("migrate")
 def migrate_command() -> None:
     """Bring PostgreSQL and RabbitMQ to what this version needs. May be repeated."""
-    _run(_migrate(Settings()))
+    run(_migrate(Settings()))
 
 
 async def _migrate(settings: Settings) -> None:
@@ -109,42 +92,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-class _Session:
-    """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.postgres = Postgres(settings.database_writer_url, settings, size=2)
-        self.mirror = Mirror(
-            settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
-        )
-        self.publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
-        recorder = Recorder(self.publisher, None, under_way=settings.publishes_under_way)
-        self.rail = Rail(
-            self.mirror,
-            recorder,
-            None,
-            claim_seconds=settings.claim_seconds,
-            reveal_seconds=settings.reveal_seconds,
-        )
-
-    async def __aenter__(self) -> "_Session":
-        await self.publisher.start(wait=5.0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.rail.drain()
-        await self.publisher.stop()
-        await self.mirror.close()
-        await self.postgres.close()
-
-
 @main.command("seed")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def seed_command(as_json: bool) -> None:
     """Make the demo restaurant: a menu, tables, a user for each role. May be repeated."""
     settings = Settings()
-    seeded = _run(_seed(settings))
+    seeded = run(_seed(settings))
     if as_json:
         click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
     else:
@@ -154,7 +107,7 @@ def seed_command(as_json: bool) -> None:
 
 async def _seed(settings: Settings) -> dict[str, Any]:
     tokens = Tokens.of(settings)
-    async with _Session(settings) as session:
+    async with Session(settings) as session:
         seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
         return await seeder.seed()
 
@@ -185,12 +138,12 @@ def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: boo
     """Change a dish: its price, or whether it can be ordered now."""
     if price is None and available is None:
         raise click.UsageError("--price, --available or --unavailable")
-    changed = _run(_edit_dish(Settings(), str(restaurant), str(dish), price, available))
+    changed = run(_edit_dish(Settings(), str(restaurant), str(dish), price, available))
     click.echo(encode(changed).decode())
 
 
 async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None) -> Any:
-    async with _Session(settings) as session:
+    async with Session(settings) as session:
         return await edit_dish(
             session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
         )
@@ -225,7 +178,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def trace_command(order_id: UUID, as_json: bool) -> None:
     """Show what happened to an order: the trace of each of its changes, and what waited where."""
-    found = _run(find_traces(Settings(), str(order_id)))
+    found = run(find_traces(Settings(), str(order_id)))
     if not found.changes and not found.spans:
         for text in found.missing:
             click.echo(text, err=True)
@@ -235,6 +188,16 @@ def trace_command(order_id: UUID, as_json: bool) -> None:
     else:
         console = _console()
         console.print(waterfall.render(str(order_id), found, console.width))
+
+
+@main.command("asyncapi")
+def asyncapi_command() -> None:
+    """Print the AsyncAPI document of all events and queues."""
+    click.echo(json.dumps(asyncapi.document(Settings()), indent=2, ensure_ascii=False))
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 - claims that their owner left behind are finished (recorded and revealed as the same change);
 - what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
+- what is pending for more than five minutes although every lane has been emptied since is recorded anew, as a change of
+  its own: the message that carried it is lost (a queue was purged, a journal will not come back);
 - versions without their predecessor are reported when they are older than ten minutes;
 - what has left the live window leaves the mirror, once PostgreSQL has it; restaurants that are new come to it.
 
@@ -10,8 +12,9 @@ others allow and tries again at the next round. It may be stopped at any time.
 """
 
 import asyncio
+import contextlib
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import structlog
 
@@ -24,7 +27,7 @@ from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
-from shared.rail.commit import Rail
+from shared.rail.commit import Draft, Lost, Rail
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
@@ -34,6 +37,8 @@ _TRIM_EVERY = 60.0
 _BLOCK = 500
 _GAP_MINUTES = 10
 _REST = 9
+_MOST_BLOCKS = 20
+_LANES_EMPTIED = "select min(sent_at) from fences where lane = any(array['critical', 'normal', 'background'])"
 
 
 class Reconciler:
@@ -45,6 +50,7 @@ class Reconciler:
         self._task: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
         self._settle_again_at = 0.0
+        self._healed_at = time.monotonic()
 
     def start(self) -> None:
         if self._task is None:
@@ -59,7 +65,7 @@ class Reconciler:
 
     async def _run(self) -> None:
         while True:
-            for work in (self.finish_claims, self._settle_sometimes, self._trim_sometimes):
+            for work in (self.finish_claims, self._settle_sometimes, self._heal_sometimes, self._trim_sometimes):
                 try:
                     await work()
                 except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
@@ -118,6 +124,57 @@ class Reconciler:
             await self._mirror.settle(restaurant, entity.name, list(standing.items()))
         return len(standing)
 
+    async def _heal_sometimes(self) -> None:
+        if time.monotonic() - self._healed_at >= self._settings.heal_seconds:
+            self._healed_at = time.monotonic()
+            await self.heal_pending()
+
+    async def heal_pending(self) -> int:
+        """Returns how many states were recorded anew. What has failed is left to the operators."""
+        async with self._postgres.connection() as connection:
+            emptied = await connection.fetchval(_LANES_EMPTIED)
+        if emptied is None:
+            return 0
+        before = min(emptied, now()) - timedelta(seconds=self._settings.heal_seconds)
+        healed = 0
+        for restaurant in await self._mirror.restaurant_ids():
+            for entity in registry.ENTITIES.values():
+                ids = await self._mirror.pending_ids(restaurant, entity.name)
+                for start in range(0, len(ids), _BLOCK):
+                    healed += await self._heal(restaurant, entity, ids[start : start + _BLOCK], before.timestamp())
+        return healed
+
+    async def _heal(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
+        accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
+        old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is not None and at <= before]
+        if not old:
+            return 0
+        async with self._postgres.connection() as connection:
+            standing = await states.standings(connection, entity, restaurant, old)
+        _, documents = await self._mirror.read(restaurant, entity.name, old)
+        healed = 0
+        for id_, document in zip(old, documents, strict=True):
+            if document is None or not document.pending or document.failure:
+                continue
+            if id_ in standing and standing[id_] >= document.standing:
+                continue
+            state = entity.decode_state(document.state)
+            draft = Draft(
+                entity=entity,
+                event="updated",
+                state=state,
+                base=document.standing,
+                before=state,
+                at=now(),
+                source="sync",
+                actor="reconciler",
+            )
+            with contextlib.suppress(Lost):  # somebody has changed it meanwhile: that change carries the whole state
+                await self._rail.commit(draft)
+                healed += 1
+                log.error("recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant)
+        return healed
+
     async def _trim_sometimes(self) -> None:
         if time.monotonic() - self._trimmed_at >= _TRIM_EVERY:
             self._trimmed_at = time.monotonic()
@@ -148,18 +205,25 @@ class Reconciler:
             for entity in registry.ENTITIES.values():
                 if not entity.window_sql:
                     continue  # all of it stays
-                ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=_BLOCK)
-                _, documents = await self._mirror.read(restaurant, entity.name, ids)
-                old = {}
-                for id_, document in zip(ids, documents, strict=True):
-                    if document is None:
-                        old[id_] = ""
-                    elif not document.pending:
-                        state = entity.decode_state(document.state)
-                        if not entity.live(state) and state.updated_at < before:
-                            old[id_] = document.standing.change_id
-                if old:
-                    trimmed += await self._mirror.trim(restaurant, entity.name, old)
+                # More than one block after an import alone.
+                for _ in range(_MOST_BLOCKS):
+                    left = await self._trim_block(restaurant, entity, before)
+                    trimmed += left
+                    if left < _BLOCK // 2:
+                        break
         if trimmed:
             log.info("mirror_trimmed", documents=trimmed)
         return trimmed
+
+    async def _trim_block(self, restaurant: str, entity: Entity, before: datetime) -> int:
+        ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=_BLOCK)
+        _, documents = await self._mirror.read(restaurant, entity.name, ids)
+        old = {}
+        for id_, document in zip(ids, documents, strict=True):
+            if document is None:
+                old[id_] = ""
+            elif not document.pending:
+                state = entity.decode_state(document.state)
+                if not entity.live(state) and state.updated_at < before:
+                    old[id_] = document.standing.change_id
+        return await self._mirror.trim(restaurant, entity.name, old) if old else 0

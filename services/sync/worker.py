@@ -13,6 +13,7 @@ import structlog
 from litestar import Litestar
 from msgspec import Struct
 
+from services.sync.cleanup import Cleanup
 from services.sync.fences import WAYS, FenceSource, FenceWatch
 from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
@@ -49,6 +50,7 @@ class Parts(Struct, frozen=True):
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
     reconciler: Reconciler
+    cleanup: Cleanup
     tracer: Tracer
     metrics: Metrics
 
@@ -85,6 +87,7 @@ def assemble(settings: Settings) -> Parts:
         PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
         MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
         Reconciler(settings, postgres, mirror, rail),
+        Cleanup(settings, postgres),
         tracer,
         metrics,
     )
@@ -135,6 +138,7 @@ async def start(parts: Parts) -> None:
     await parts.fences.start()
     await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.fence_interval_seconds))
     parts.reconciler.start()
+    parts.cleanup.start()
     settle_memory()
 
 
@@ -152,6 +156,7 @@ async def _broker_with_topology(settings: Settings) -> None:
 
 
 async def stop(parts: Parts) -> None:
+    await parts.cleanup.stop()
     await parts.reconciler.stop()
     await parts.fences.stop()
     await parts.postgres_writer.stop()

@@ -1,0 +1,132 @@
+"""`ticketrail import`, `full-sync` and `cleanup`: commands that move data in bulk."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from services.sync.cleanup import Cleanup
+from services.sync.cli_session import Session, run
+from services.sync.full_sync import Difference, FullSync
+from services.sync.importing import Importer, Refused, Report
+from services.sync.rows import count, source_of
+from services.sync.upserts import Upserts
+from shared.entities.contract import encode
+from shared.settings import Settings
+
+_SHOWN = 50
+
+
+@click.command("import")
+@click.argument("source")
+@click.option("--restaurant", type=click.UUID, help="for rows that name no restaurant_id")
+@click.option("--query", help="of a postgres:// source; a column for each field, items as JSON")
+@click.option("--refused", type=click.Path(dir_okay=False), help="write refused rows there, a JSON object a line")
+@click.option("--again", is_flag=True, help="from the beginning, also when it was done before")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def import_command(
+    source: str, restaurant: Any, query: str | None, refused: str | None, again: bool, as_json: bool
+) -> None:
+    """Bring existing orders in: FILE.jsonl, FILE.csv or postgres://…
+
+    Through the background lane, so that new orders are not delayed. What is interrupted goes on where it stopped. Exit
+    code 1 when rows were refused."""
+    report, why = run(_import(Settings(), source, str(restaurant) if restaurant else None, query, again, as_json))
+    if refused:
+        Path(refused).write_bytes(b"".join(encode(one) + b"\n" for one in why))
+    if as_json:
+        click.echo(encode({**_plain(report), "refusals": why}).decode())
+    else:
+        for one in why[:_SHOWN]:
+            click.echo(f"line {one.line}: {one.reason}")
+        if len(why) > _SHOWN:
+            click.echo(f"… and {len(why) - _SHOWN} more; --refused FILE has all of them")
+        click.echo(
+            f"{report.created} created, {report.updated} updated, {report.unchanged} unchanged,"
+            f" {report.refused} refused, {report.skipped} done by an earlier run"
+        )
+    if report.refused:
+        sys.exit(1)
+
+
+def _plain(report: Report) -> dict[str, int]:
+    return {name: getattr(report, name) for name in report.__struct_fields__}
+
+
+async def _import(
+    settings: Settings, name: str, restaurant: str | None, query: str | None, again: bool, quiet: bool
+) -> tuple[Report, list[Refused]]:
+    source, why = source_of(name, query), list[Refused]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    async with Session(settings) as session:
+        importer = Importer(session.postgres, Upserts(session.postgres, session.mirror, session.rail, source="import"))
+        with Progress(*columns, console=console, disable=quiet) as bar:
+            task = bar.add_task(source.shown, total=count(source))
+            report = await importer.run(
+                source,
+                restaurant,
+                again=again,
+                refused=why.append,
+                progress=lambda report: bar.update(task, completed=report.read),
+            )
+            bar.update(task, total=report.read, completed=report.read)
+    return report, why
+
+
+@click.command("full-sync")
+@click.option("--verify", is_flag=True, help="only compare; exit code 1 when something differs")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def full_sync_command(verify: bool, as_json: bool) -> None:
+    """Compare the mirror with PostgreSQL, print what differs, and mend it."""
+    differences: list[Difference] = []
+    found = run(_full_sync(Settings(), mend=not verify, tell=differences.append))
+    if as_json:
+        click.echo(
+            encode(
+                {
+                    "compared": found.compared,
+                    "pending": found.pending,
+                    "mended": found.mended,
+                    "differences": differences,
+                }
+            ).decode()
+        )
+    else:
+        for one in differences[:_SHOWN]:
+            click.echo(f"{one.what:8}  {one.entity} {one.id}  restaurant {one.restaurant_id}")
+        if len(differences) > _SHOWN:
+            click.echo(f"… and {len(differences) - _SHOWN} more; --json has all of them")
+        click.echo(
+            f"{found.compared} compared: {len(differences)} differ"
+            + (f" ({', '.join(f'{n} {what}' for what, n in sorted(found.differences.items()))})" if differences else "")
+            + f", {found.pending} pending, {found.mended} mended"
+        )
+    if verify and differences:
+        sys.exit(1)
+
+
+async def _full_sync(settings: Settings, *, mend: bool, tell: Any) -> Any:
+    async with Session(settings) as session:
+        return await FullSync(settings, session.postgres, session.mirror).run(mend=mend, tell=tell)
+
+
+@click.command("cleanup")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def cleanup_command(as_json: bool) -> None:
+    """Take away what is over: tokens and sessions, claims left behind, finished imports, old traces."""
+    removed = run(_cleanup(Settings()))
+    click.echo(json.dumps(removed) if as_json else ", ".join(f"{n} {what}" for what, n in removed.items()))
+
+
+async def _cleanup(settings: Settings) -> dict[str, int]:
+    async with Session(settings) as session:
+        removed = await Cleanup(settings, session.postgres).clean()
+        return {**removed, "claims": await session.finish_claims()}
+
+
+COMMANDS = (import_command, full_sync_command, cleanup_command)
