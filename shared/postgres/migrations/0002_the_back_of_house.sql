@@ -195,7 +195,9 @@ create policy tenant on users for all to ticketrail_api
 create policy writer on users for all to ticketrail_writer using (true) with check (true);
 create policy ops on users for select to ticketrail_ops using (true);
 create policy owner on users for all to current_user using (true) with check (true);
-grant select, insert, update on users to ticketrail_api;
+-- Not the hashes of the passwords: sign_in_user tells one to who knows its email.
+grant select (id, restaurant_id, email, name, role, is_active, created_at, updated_at, deleted_at), insert, update
+    on users to ticketrail_api;
 grant insert on restaurants to ticketrail_api;
 grant select, delete on refresh_tokens to ticketrail_writer;
 
