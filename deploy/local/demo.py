@@ -33,6 +33,9 @@ class Demo:
     restaurant_id: str
     restaurant_slug: str
     tokens: dict[str, str]
+    emails: dict[str, str]
+    password: str
+    """Of all the demo's users."""
     terminal: dict[str, str]
     sync_token: str
     menu_item_ids: list[str]

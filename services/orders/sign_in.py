@@ -12,8 +12,6 @@ import secrets
 from uuid import uuid4
 from zoneinfo import ZoneInfo, available_timezones
 
-from argon2 import PasswordHasher
-from argon2.exceptions import Argon2Error, InvalidHashError
 from msgspec import Struct
 
 from services.orders.accounts import Accounts, User
@@ -22,6 +20,7 @@ from shared.entities import table
 from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
 from shared.limits import Rate, TokenBucket
 from shared.mirror.mirror import Mirror
+from shared.passwords import fits, hash_password
 from shared.restaurants import Restaurant
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
@@ -54,9 +53,7 @@ class SignIn:
         self._reads = reads
         self._tokens = tokens
         self._settings = settings
-        # 19 MiB and a core for some 20 ms each: OWASP's choice for argon2id.
-        self._hasher = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
-        self._nobody = self._hasher.hash(secrets.token_urlsafe(16))
+        self._nobody = hash_password(secrets.token_urlsafe(16))
         self._hashing = asyncio.Semaphore(_AT_ONCE)
         of_account, of_address = settings.tries_per_account, settings.tries_per_address
         self._by_account = TokenBucket(mirror, "tries", Rate(of_account, of_account / _WINDOW))
@@ -64,7 +61,7 @@ class SignIn:
 
     async def hash(self, password: str) -> str:
         async with self._hashing:
-            return await asyncio.to_thread(self._hasher.hash, password)
+            return await asyncio.to_thread(hash_password, password)
 
     async def register(self, restaurant: Restaurant, email: str, name: str, password: str, address: str) -> Session:
         """Raises Conflict, InvalidInput, TooManyRequests."""
@@ -115,10 +112,7 @@ class SignIn:
 
     async def _fits(self, known: str, password: str) -> bool:
         async with self._hashing:
-            try:
-                return await asyncio.to_thread(self._hasher.verify, known, password)
-            except (Argon2Error, InvalidHashError):
-                return False
+            return await asyncio.to_thread(fits, known, password)
 
     async def _count(self, bucket: TokenBucket, whose: str) -> None:
         wait, _ = await bucket.take(whose)

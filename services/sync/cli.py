@@ -13,8 +13,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from services.sync import status_screen, waterfall
-from services.sync.cli_data import COMMANDS
+from services.sync import cli_data, cli_users, status_screen, waterfall
 from services.sync.cli_session import Session, run
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
@@ -196,7 +195,7 @@ def asyncapi_command() -> None:
     click.echo(json.dumps(asyncapi.document(Settings()), indent=2, ensure_ascii=False))
 
 
-for command in COMMANDS:
+for command in (*cli_data.COMMANDS, *cli_users.COMMANDS):
     main.add_command(command)
 
 

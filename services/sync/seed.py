@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
+from services.sync.people import add_user
 from shared.entities import menu_item, table
 from shared.entities.contract import Standing, encode, now
 from shared.entities.entity import Entity
@@ -64,11 +65,14 @@ _INSERT_RESTAURANT = (
     "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
     " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing"
 )
-_INSERT_USER = "insert into users (id, restaurant_id, email, role) values ($1, $2, $3, $4) on conflict (id) do nothing"
 _INSERT_TERMINAL = (
     "insert into terminals (id, restaurant_id, name, api_key_sha256) values ($1, $2, $3, $4)"
     " on conflict (id) do update set api_key_sha256 = excluded.api_key_sha256"
 )
+
+
+def _made_of(secret: str, what: str, length: int) -> str:
+    return "demo-" + hashlib.sha256(f"{secret}/{what}".encode()).hexdigest()[:length]
 
 
 def _id(*names: str) -> str:
@@ -77,12 +81,14 @@ def _id(*names: str) -> str:
 
 class Seeder:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres` as the writer role; `secret` makes the demo terminal's key, the same at every seeding."""
+        """`postgres` as the writer role; `secret` makes the demo terminal's key and the password of the demo's users,
+        the same at every seeding."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
         self._tokens = tokens
-        self._api_key = "demo-" + hashlib.sha256(f"{secret}/demo-terminal".encode()).hexdigest()[:40]
+        self._api_key = _made_of(secret, "demo-terminal", 40)
+        self._password = _made_of(secret, "demo-password", 20)
 
     async def seed(self) -> dict[str, Any]:
         """What a script needs to use the demo: ids and tokens."""
@@ -123,6 +129,8 @@ class Seeder:
             "restaurant_id": restaurant.id,
             "restaurant_slug": restaurant.slug,
             "tokens": {role.value: self._tokens.issue(self._identity_of(role)) for role in Role},
+            "emails": {role.value: email for role, email in _USERS.items()},
+            "password": self._password,
             "terminal": {"id": terminal, "api_key": self._api_key},
             "menu_item_ids": [dish.id for dish in dishes],
             "table_ids": [one.id for one in tables],
@@ -142,7 +150,15 @@ class Seeder:
             )
             for role, email in _USERS.items():
                 tenant = None if role is Role.OPERATOR else restaurant.id
-                await connection.execute(_INSERT_USER, _id("user", role), tenant, email, role.value)
+                await add_user(
+                    connection,
+                    email=email,
+                    role=role,
+                    password=self._password,
+                    restaurant=tenant,
+                    name=f"Demo {role}",
+                    id_=_id("user", role),
+                )
             key = hashlib.sha256(self._api_key.encode()).digest()
             await connection.execute(_INSERT_TERMINAL, terminal, restaurant.id, "Demo terminal", key)
 

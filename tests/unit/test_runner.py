@@ -352,6 +352,8 @@ def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
         restaurant_id="r",
         restaurant_slug="demo",
         tokens={"staff": "the-token"},
+        emails={},
+        password="p",
         terminal={"id": "t", "api_key": "k"},
         sync_token="s",
         menu_item_ids=["dish-1"],
