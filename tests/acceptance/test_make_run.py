@@ -123,6 +123,25 @@ async def curl(words: list[str]) -> dict[str, Any]:
     return found
 
 
+async def readme_calls(run: Run) -> str:
+    """What the README's ten calls print here."""
+    block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    for there, here in (
+        (".local/demo.json", str(run.home / "demo.json")),
+        (".venv/bin/python", sys.executable),
+        ("http://127.0.0.1:8001", run.demo["orders_url"]),
+        ("http://127.0.0.1:8003", run.demo["notifier_url"]),
+        ("curl -sN", "timeout 2 curl -sN"),
+    ):
+        assert there in block, there
+        block = block.replace(there, here)
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", block, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    return out.decode()
+
+
 async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
     env: dict[str, str], tmp_path: Path
 ) -> None:
@@ -157,6 +176,13 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {run.demo['tokens']['staff']}"}) as client:
             found = await client.get(f"{run.demo['orders_url']}/api/orders/{placed['id']}")
         assert found.json()["data"]["order_number"] == placed["order_number"]
+
+        printed = await readme_calls(run)
+        answers = [json.loads(line) for line in printed.splitlines() if line.startswith('{"success"')]
+        assert [answer["success"] for answer in answers] == [True] * 8, printed
+        _, read_back, moved, paid, *_ = (answer["data"] for answer in answers)
+        assert (read_back["status"], moved["status"], paid["payment_status"]) == ("pending", "received", "paid")
+        assert "event: connected" in printed
         assert await run.stop() < 15
     finally:
         if run.process.poll() is None:
