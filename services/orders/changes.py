@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 from uuid import NAMESPACE_URL, uuid4, uuid5
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Struct
@@ -26,8 +27,9 @@ from shared.security import Identity
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
 _TRIES_AGAIN = 3
-# Changes that add to what is there, such as payments, go on longer: each of many at once must count.
-_TRIES_OF_FACTS = 30
+# Changes that add to what is there, such as payments, go on longer: each of many at once must count, also while the
+# broker does not answer and the one before waits for the journal.
+_FACT_SECONDS = 4.0
 # How long a repeat waits for its twin: longer than a claim takes to be called stale, so that it can finish it.
 _TWIN_SECONDS = 4.0
 
@@ -60,6 +62,7 @@ class Changes:
     def __init__(self, rail: Rail, reads: Reads) -> None:
         self._rail = rail
         self._reads = reads
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # -- create ------------------------------------------------------------------------------------------------
 
@@ -134,7 +137,24 @@ class Changes:
         """Raises NotFound, Conflict (with the version that stands), Unavailable, and what `change` raises.
 
         `deleted`: also one that is deleted. `adds`: what others do at the same time does not forbid it."""
-        tried = 0
+        if not adds:
+            return await self._change(who, entity, id_, version, change, deleted=deleted)
+        # Those of this instance take turns: in a race each claim that is lost costs as much as one that is won.
+        async with self._turns.setdefault(id_, asyncio.Lock()):
+            return await self._change(who, entity, id_, version, change, deleted=deleted, adds=True)
+
+    async def _change(
+        self,
+        who: Identity,
+        entity: Entity,
+        id_: str,
+        version: int | None,
+        change: Change,
+        *,
+        deleted: bool,
+        adds: bool = False,
+    ) -> Done:
+        tried, deadline = 0, time.monotonic() + _FACT_SECONDS
         while True:
             found = await self._reads.base(entity, who.tenant, id_)
             before = found.decoded()
@@ -159,7 +179,8 @@ class Changes:
             try:
                 return _done(entity, await self._rail.commit(draft))
             except Lost as lost:
-                if version is not None or tried == (_TRIES_OF_FACTS if adds else _TRIES_AGAIN):
+                given_up = time.monotonic() > deadline if adds else tried == _TRIES_AGAIN
+                if version is not None or given_up:
                     raise _conflict(lost.standing) from lost
             tried += 1
             await _pause(min(tried, 5))

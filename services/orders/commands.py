@@ -78,8 +78,15 @@ class Commands:
         return await self._changes.change(who, _ENTITY, id_, version, change)
 
     async def restore(self, who: Identity, id_: str, version: int | None) -> Done:
+        def change(order: Order, at: datetime) -> tuple[str, Order]:
+            if order.deleted_at is None:
+                raise Conflict("the order is not deleted", code="not_deleted")
+            # What it gave back it takes anew: the stock may have been counted meanwhile.
+            holds = tuple(msgspec.structs.replace(hold, held_at=at) for hold in order.holds)
+            return "restored", msgspec.structs.replace(order, deleted_at=None, updated_at=at, holds=holds)
+
         try:
-            return await self._changes.restore(who, _ENTITY, id_, version)
+            return await self._changes.change(who, _ENTITY, id_, version, change, deleted=True)
         except OutOfStock as error:
             raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
 
@@ -131,9 +138,11 @@ def _out_of_stock(error: OutOfStock, wanted: PlaceOrder | UpdateOrder, book: Men
     """What is left of each, and which of the wanted items needs it."""
     items = wanted.items if wanted.items is not UNSET else []
     short = {id_ for id_, _ in error.left}
-    place = next((place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)), 0)
+    places = [place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)]
+    names = dict.fromkeys(book.menu[str(items[place].menu_item_id)].name for place in places)
+    place = places[0] if places else 0
     return Conflict(
-        "there is not enough left",
+        f"there is not enough left for {', '.join(names)}" if names else "there is not enough left",
         code="out_of_stock",
         field=f"items[{place}].quantity",
         items=[
@@ -208,6 +217,7 @@ def _new_order(
         customer_phone=wanted.customer_phone,
         customer_session_id=session,
         payment_method=wanted.payment_method,
+        payment_status=payment_status((), sums.total),
         notes=wanted.notes,
         special_instructions=wanted.special_instructions,
         placed_by=actor_of(who),
@@ -236,7 +246,7 @@ def _updated(order: Order, wanted: UpdateOrder, book: MenuBook, at: datetime) ->
         if not items_may_change(order.status):
             raise Conflict(f"the items of an order that is {order.status} stand", code="items_are_fixed", field="items")
         fields["items"] = priced_items(wanted.items, book.menu)
-        fields["holds"] = holds(fields["items"], book.menu, order.holds)
+        fields["holds"] = holds(fields["items"], book.menu, order.holds, at)
     changed = msgspec.structs.replace(order, **fields, updated_at=at)
     sums = totals(
         changed.items,

@@ -1,43 +1,65 @@
 """What is derived at the moment of asking: a customer's totals, what is left of the stock, places in a queue,
 the orders at a table. Nothing of it is stored, so nothing of it can drift."""
 
-from typing import Any, ClassVar
+import contextlib
+from datetime import datetime
+from typing import Any, ClassVar, TypeVar
+
+from msgspec import Struct
 
 from services.orders.reads import Reads
 from shared.entities import job, order
 from shared.entities.customer import Customer
-from shared.entities.entity import Entity
+from shared.entities.entity import Entity, Facts
 from shared.entities.inventory_item import InventoryItem
 from shared.entities.job import Job, Stage
 from shared.entities.order import Status
 from shared.entities.selection import Selection
 from shared.entities.table import DiningTable
-from shared.errors import InvalidInput, NotFound
+from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 from shared.restaurants import Restaurant
+from shared.security import Identity, Role
+
+T = TypeVar("T")
 
 _OPEN = tuple(status.value for status in Status if status not in (Status.COMPLETED, Status.CANCELLED))
 _MOST = 1_000
 
-# An order counts once it was paid in full, with what was not given back.
+# An order counts once it was paid in full, with what was not given back; one that costs nothing unless it is cancelled.
 _TOTALS = """
 select customer_id::text, sum(net)::int8 as spent, count(*) as visits
 from (
-    select o.customer_id, o.id, sum(p.amount) as net
-    from orders o join payments p on p.restaurant_id = o.restaurant_id and p.order_id = o.id
+    select o.customer_id, o.id, coalesce(sum(p.amount), 0) as net
+    from orders o left join payments p on p.restaurant_id = o.restaurant_id and p.order_id = o.id
     where o.restaurant_id = $1 and o.customer_id = any($2::uuid[]) and o.deleted_at is null
-    group by o.customer_id, o.id, o.total
-    having sum(p.amount) filter (where p.amount > 0) >= o.total and sum(p.amount) > 0
+    group by o.customer_id, o.id, o.total, o.status
+    having coalesce(sum(p.amount) filter (where p.amount > 0), 0) >= o.total
+        and (sum(p.amount) > 0 or (count(p.id) = 0 and o.status <> 'cancelled'))
 ) paid
 group by customer_id
 """
+# Without those that the caller knows: PostgreSQL may not have the latest yet.
 _POINTS = """
-select customer_id::text, sum(points)::int8 as points from loyalty_moves
-where restaurant_id = $1 and customer_id = any($2::uuid[]) group by 1
+select m.customer_id::text, sum(m.points)::int8 as points
+from loyalty_moves m
+where m.restaurant_id = $1 and m.customer_id = any($2::uuid[]) and not exists (
+    select from unnest($3::uuid[], $4::uuid[]) as known (customer_id, id)
+    where known.customer_id = m.customer_id and known.id = m.id
+)
+group by 1
 """
+
+
+class OrderAtTable(Struct, frozen=True):
+    id: str
+    order_number: str
+    status: Status
+    total: int
+    created_at: datetime
 
 
 class Insight:
@@ -61,22 +83,30 @@ class Insight:
         if found.deleted_at is not None:
             raise InvalidInput(f"the {entity.name} is deleted", field=field, code=f"unknown_{entity.name}")
 
-    async def orders_at(self, restaurant: str, tables: list[DiningTable]) -> list[dict[str, Any]]:
+    async def orders_at(self, restaurant: str, who: Identity, tables: list[DiningTable]) -> list[dict[str, Any]]:
+        """The open ones, the newest first; a customer is shown those of its own session alone."""
         ids = tuple(one.id for one in tables)
-        wanted = Selection(among={"table_id": ids, "status": _OPEN}, limit=_MOST)
+        own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
+        wanted = Selection(equal=own, among={"table_id": ids, "status": _OPEN}, limit=_MOST)
         page = await self._reads.page(order.ENTITY, restaurant, wanted) if ids else None
-        found: dict[str | None, list[dict[str, Any]]] = {}
+        found: dict[str | None, list[OrderAtTable]] = {}
         for one in page.found if page is not None else ():
             state = one.decoded()
-            brief = {name: getattr(state, name) for name in ("id", "order_number", "status", "total", "created_at")}
+            brief = OrderAtTable(state.id, state.order_number, state.status, state.total, state.created_at)
             found.setdefault(state.table_id, []).append(brief)
         return [{"current_orders": found.get(id_, [])} for id_ in ids]
 
     async def queue(self, restaurant: str, bay_id: str) -> list[Job]:
         """The next one first."""
-        wanted = Selection(equal={"bay_id": bay_id, "stage": Stage.QUEUED}, limit=_MOST)
-        page = await self._reads.page(job.ENTITY, restaurant, wanted)
-        return sorted((one.decoded() for one in page.found), key=lambda one: (one.place, one.created_at, one.id))
+        found: list[Job] = []
+        before = None
+        while True:
+            wanted = Selection(equal={"bay_id": bay_id, "stage": Stage.QUEUED}, before=before, limit=_MOST)
+            page = await self._reads.page(job.ENTITY, restaurant, wanted)
+            found += [one.decoded() for one in page.found]
+            if not page.more:
+                return sorted(found, key=lambda one: (one.place, one.created_at, one.id))
+            before = (found[-1].created_at, found[-1].id)
 
     async def positions(self, restaurant: str, jobs: list[Job]) -> list[dict[str, Any]]:
         queues = {
@@ -86,36 +116,52 @@ class Insight:
         return [{"position": queues.get(one.bay_id, {}).get(one.id)} for one in jobs]
 
     async def totals(self, restaurant: Restaurant, customers: list[Customer]) -> list[dict[str, Any]]:
-        """As far as PostgreSQL knows; null while it is away."""
+        """Of payments as far as PostgreSQL knows, of moves with those that it does not know yet; null while it is
+        away."""
         ids = [one.id for one in customers]
+        here = [(one.id, move.id) for one in customers for move in one.loyalty_moves]
+        known = [customer for customer, _ in here], [move for _, move in here]
         try:
             async with self._postgres.tenant(restaurant.id) as connection:
                 paid = {row["customer_id"]: row for row in await connection.fetch(_TOTALS, restaurant.id, ids)}
-                moved = {
-                    row["customer_id"]: row["points"] for row in await connection.fetch(_POINTS, restaurant.id, ids)
-                }
+                rows = await connection.fetch(_POINTS, restaurant.id, ids, *known)
         except AWAY:
             return [{"loyalty_points": None, "total_spent": None, "visits": None} for _ in ids]
+        moved = {row["customer_id"]: row["points"] for row in rows}
         found = []
-        for id_ in ids:
-            spent, visits = (paid[id_]["spent"], paid[id_]["visits"]) if id_ in paid else (0, 0)
-            points = spent // restaurant.settings.minor_units_per_point + moved.get(id_, 0)
+        for one in customers:
+            spent, visits = (paid[one.id]["spent"], paid[one.id]["visits"]) if one.id in paid else (0, 0)
+            points = spent // restaurant.settings.minor_units_per_point + moved.get(one.id, 0)
+            points += sum(move.points for move in one.loyalty_moves)
             found.append({"loyalty_points": points, "total_spent": spent, "visits": visits})
         return found
 
-    async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
-        """From the mirror, which refuses what would go below; without it from PostgreSQL, behind by the sync lag."""
-        ids = [one.id for one in items]
+    async def move(self, facts: Facts, type_: type[T], restaurant: str, parent: str, id_: str) -> T | None:
+        """One that may have left the state that it moved. Raises Unavailable."""
+        names = ", ".join(column.name for column in facts.columns)
+        sql = f"select id::text, {names} from {facts.name} where restaurant_id = $1 and {facts.parent} = $2 and id = $3"  # noqa: S608
         try:
-            held = [None if one is None else one[1] for one in await self._mirror.stock(restaurant, ids)]
-        except (MirrorAway, MirrorInDoubt):
-            try:
+            async with self._postgres.tenant(restaurant) as connection:
+                row = await connection.fetchrow(sql, restaurant, parent, id_)
+        except AWAY as error:
+            raise Unavailable("nobody can say now whether this id was used", retry_after=2.0) from error
+        return None if row is None else type_(**row)
+
+    async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
+        """From the mirror, which refuses what would go below; where it cannot say from PostgreSQL, behind by the sync
+        lag. `low`: it is to be ordered anew."""
+        stock: dict[str, tuple[int, int] | None] = dict.fromkeys(one.id for one in items)
+        with contextlib.suppress(MirrorAway, MirrorInDoubt):
+            stock = dict(zip(stock, await self._mirror.stock(restaurant, list(stock)), strict=True))
+        if unknown := [one for one in items if stock[one.id] is None]:
+            with contextlib.suppress(*AWAY):
                 async with self._postgres.tenant(restaurant) as connection:
-                    known = await states.held(connection, restaurant, ids)
-                held = [known.get(id_, 0) for id_ in ids]
-            except AWAY:
-                held = [None for _ in ids]
-        return [
-            {"held": taken, "available": None if taken is None else one.quantity - taken}
-            for one, taken in zip(items, held, strict=True)
-        ]
+                    held = await states.held(connection, restaurant, [one.id for one in unknown])
+                stock |= {one.id: (one.quantity, held.get(one.id, 0)) for one in unknown}
+        found = []
+        for one in items:
+            counted, taken = stock[one.id] or (None, None)
+            left = None if counted is None or taken is None else counted - taken
+            low = None if left is None else one.low_at is not None and left <= one.low_at
+            found.append({"available": left, "held": taken, "low": low})
+        return found

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -40,9 +41,16 @@ def selection(query: ListQuery, who: Identity, **equal: Any) -> Selection:
     )
 
 
-def list_reply(entity: Entity, page: Page, query: ListQuery, more: list[dict[str, Any]] | None = None) -> Reply:
-    """`more`: further fields of each, in the order of the page."""
-    chosen = _chosen(entity, query.fields, list(more[0]) if more else [])
+def list_reply(
+    entity: Entity,
+    page: Page,
+    query: ListQuery,
+    more: list[dict[str, Any]] | None = None,
+    *,
+    names: Iterable[str] = (),
+) -> Reply:
+    """`more`: further fields of each, in the order of the page; `names`: what they are called."""
+    chosen = _chosen(entity, query.fields, names)
     rows = [
         state_view(
             one.state,
@@ -66,7 +74,7 @@ def pagination(limit: int, last: Any | None) -> dict[str, Any]:
     return {"limit": limit, "next_cursor": None if last is None else cursor_after(last.created_at, last.id)}
 
 
-def _chosen(entity: Entity, fields: str | None, more: list[str]) -> frozenset[str] | None:
+def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozenset[str] | None:
     if fields is None:
         return None
     known = {*entity.state.__struct_fields__, *_BESIDE, *more} - {"request_hash"}

@@ -3,7 +3,9 @@ never from the client."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
+import msgspec
 from msgspec import Struct
 
 from services.orders.requests import RequestedCustomization, RequestedItem
@@ -88,15 +90,25 @@ def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: 
 
 
 def holds(
-    items: Sequence[OrderItem], menu: Mapping[str, MenuItem], before: Sequence[StockHold] = ()
+    items: Sequence[OrderItem],
+    menu: Mapping[str, MenuItem],
+    before: Sequence[StockHold] = (),
+    at: datetime | None = None,
 ) -> tuple[StockHold, ...]:
-    """What the items take from the stock, by inventory item. What was held `before` and is not needed stays, as 0."""
-    taken: Counter[str] = Counter({hold.inventory_item_id: 0 for hold in before})
+    """What the items take from the stock. Of what was held `before` as much stays as is still needed; what is needed
+    beyond that is held since `at`."""
+    needed: Counter[str] = Counter()
     for item in items:
         dish = menu.get(item.menu_item_id)
         for one in dish.consumes if dish is not None else ():
-            taken[one.inventory_item_id] += one.quantity * item.quantity
-    return tuple(StockHold(id_, taken[id_]) for id_ in sorted(taken))
+            needed[one.inventory_item_id] += one.quantity * item.quantity
+    found = []
+    for hold in before:
+        if kept := min(hold.quantity, needed[hold.inventory_item_id]):
+            needed[hold.inventory_item_id] -= kept
+            found.append(msgspec.structs.replace(hold, quantity=kept))
+    found += [StockHold(id_, needed[id_], at) for id_ in sorted(needed) if needed[id_]]
+    return tuple(found)
 
 
 def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount: int, deposit: int) -> Totals:

@@ -1,6 +1,6 @@
 """What clients send. Unknown fields are refused; money is integer minor units; what is absent in a change stays."""
 
-from datetime import datetime
+from datetime import date
 from typing import Annotated
 from uuid import UUID
 
@@ -79,8 +79,8 @@ class OrdersQuery(ListQuery, kw_only=True):
 class DaysQuery(Request, rename={"from_": "from"}):
     """Business days; without them the last thirty."""
 
-    from_: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="business day")] | None = None
-    to: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="business day")] | None = None
+    from_: date | None = None
+    to: date | None = None
 
 
 class RecordPayment(Request):
@@ -93,8 +93,8 @@ class RecordPayment(Request):
 
 
 class PaymentsQuery(Request, rename={"from_": "from"}):
-    from_: datetime | None = None
-    to: datetime | None = None
+    from_: Time | None = None
+    to: Time | None = None
     method: Label | None = None
     order_id: UUID | None = None
     limit: Annotated[int, Meta(ge=1, le=200)] = 50

@@ -10,13 +10,15 @@ import phonenumbers
 from msgspec import Struct, field
 
 from services.orders import requests
-from services.orders.insight import Insight
+from services.orders.insight import Insight, OrderAtTable
 from shared.api import ListQuery
 from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, table
+from shared.entities.contract import in_range
 from shared.entities.entity import Entity
 from shared.entities.job import Job, Stage
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.restaurants import Restaurant
+from shared.security import Identity
 
 Fields = dict[str, Any]
 
@@ -39,7 +41,7 @@ async def _nothing(insight: Insight, restaurant: Restaurant, fields: Fields, sta
     return None
 
 
-async def _no_more(insight: Insight, restaurant: Restaurant, states: list[Any]) -> list[Fields]:
+async def _no_more(insight: Insight, restaurant: Restaurant, who: Identity, states: list[Any]) -> list[Fields]:
     return [{} for _ in states]
 
 
@@ -54,14 +56,16 @@ class Resource(Struct, frozen=True, kw_only=True):
     update: Any
     query: Any = ListQuery
     example: Fields = field(default_factory=dict)
+    asked: Callable[[Any, Restaurant], Any] = lambda query, _: query
+    """The query in the words of the states. Raises InvalidInput."""
     prepare: Callable[[Insight, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
     """Looks up what the rules need; raises InvalidInput."""
     made: Callable[[Fields, Context], Fields] = _as_wanted
     """The fields of a new one. Raises InvalidInput."""
     changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_wanted
     """(event, fields that change). Raises InvalidInput, Conflict."""
-    more: Callable[[Insight, Restaurant, list[Any]], Awaitable[list[Fields]]] = _no_more
-    """What is shown beside each state and is not part of it."""
+    more: Callable[[Insight, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
+    """What the caller is shown beside each state and is not part of it."""
     more_types: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,10 +80,9 @@ class Resource(Struct, frozen=True, kw_only=True):
 
     def after(self, state: Any, fields: Fields, context: Context) -> tuple[str, Any]:
         event, changed = self.changed(state, fields, context)
-        if all(getattr(state, name) == value for name, value in changed.items()):
-            return event, state
-        plain = {**msgspec.structs.asdict(state), **changed, "updated_at": context.at}
-        return event, _checked(self.entity, plain)
+        # Compared as a state: what was sent is equal in content, not in type.
+        after = _checked(self.entity, {**msgspec.structs.asdict(state), **changed})
+        return event, state if after == state else msgspec.structs.replace(after, updated_at=context.at)
 
 
 def _checked(entity: Entity, fields: Fields) -> Any:
@@ -140,19 +143,21 @@ async def _know_bay(insight: Insight, restaurant: Restaurant, fields: Fields, st
     queued: list[Job] = []
     if "position" in fields:
         queued = [one for one in await insight.queue(restaurant.id, bay_id) if state is None or one.id != state.id]
-    return _Queue(found is None or found.is_open, queued)
+    return _Queue(found is None or (found.is_open and found.deleted_at is None), queued)
 
 
-def _micros(at: datetime) -> int:
-    return int(at.timestamp() * 1_000_000)
+def _in_time(fields: Fields) -> Fields:
+    if (at := fields.get("scheduled_at")) and not in_range(at):
+        raise InvalidInput("a time between 1970 and 2200", field="scheduled_at")
+    return fields
 
 
 def _new_job(fields: Fields, context: Context) -> Fields:
-    return {**fields, "place": _micros(fields.get("scheduled_at") or context.at)}
+    return {**_in_time(fields), "place": job.place_at(fields.get("scheduled_at") or context.at, context.at)}
 
 
 def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fields]:
-    found: Fields = dict(fields)
+    found: Fields = dict(_in_time(fields))
     position = found.pop("position", None)
     event = "updated"
     stage = found.get("stage", state.stage)
@@ -178,22 +183,22 @@ def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fie
     if position is not None:
         if stage is not Stage.QUEUED:
             raise Conflict(f"a job that is {stage} has no place in the queue", code="not_queued", field="position")
-        found["place"] = _place(context.prepared.queued, position, context.at)
+        found["place"] = _place(context.prepared.queued, position, state)
     elif found.get("scheduled_at") not in (None, state.scheduled_at):
-        found["place"] = _micros(found["scheduled_at"])
+        found["place"] = job.place_at(found["scheduled_at"], state.created_at)
     return event, found
 
 
-def _place(queued: list[Job], position: int, at: datetime) -> int:
-    """Between the two that it is to stand between; far enough beyond the ends that others fit in later."""
-    if not queued:
-        return _micros(at)
-    gap = 1_000_000
-    if position <= 1:
-        return queued[0].place - gap
-    if position > len(queued):
-        return queued[-1].place + gap
-    return (queued[position - 2].place + queued[position - 1].place) // 2
+def _place(queued: list[Job], position: int, state: Job) -> str:
+    """`queued`: the others."""
+    before = queued[: position - 1][-1:]
+    after = queued[position - 1 :][:1]
+    if before and after:
+        return job.place_between(before[0].place, after[0].place, share=state.id)
+    if before or after:
+        beside, seconds = (before[0], 1) if before else (after[0], -1)
+        return job.place_beside(beside.place, seconds, state.created_at)
+    return state.place
 
 
 # -- customers and stock -----------------------------------------------------------------------------------------
@@ -205,15 +210,32 @@ def _customer(fields: Fields, context: Context) -> Fields:
     return fields
 
 
+_E164_LENGTH = 16  # with the plus
+
+
 def e164(text: str, country: str | None) -> str:
     """Raises InvalidInput."""
     try:
         found = phonenumbers.parse(text, country)
     except phonenumbers.NumberParseException as error:
-        raise InvalidInput(f"not a phone number: {error}", field="phone", code="invalid_phone") from error
-    if not phonenumbers.is_possible_number(found):
+        message = f"not a phone number: {error}"
+        if error.error_type == phonenumbers.NumberParseException.INVALID_COUNTRY_CODE:
+            message = "a phone number with + and its country code is needed"
+        raise InvalidInput(message, field="phone", code="invalid_phone") from error
+    number = phonenumbers.format_number(found, phonenumbers.PhoneNumberFormat.E164)
+    # A number that can be dialled within its own town alone is possible as well, and leads elsewhere from abroad.
+    possible = phonenumbers.is_possible_number_with_reason(found) == phonenumbers.ValidationResult.IS_POSSIBLE
+    if not possible or len(number) > _E164_LENGTH:
         raise InvalidInput("not a possible phone number", field="phone", code="invalid_phone")
-    return phonenumbers.format_number(found, phonenumbers.PhoneNumberFormat.E164)
+    return number
+
+
+def _asked_customers(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
+    if query.phone is None:
+        return query
+    # In a query a plus that is not escaped means a space.
+    text = f"+{query.phone[1:]}" if query.phone.startswith(" ") else query.phone
+    return msgspec.structs.replace(query, phone=e164(text, restaurant.settings.country))
 
 
 def _counted(fields: Fields, context: Context) -> Fields:
@@ -277,8 +299,8 @@ RESOURCES = (
         update=requests.UpdateTable,
         query=requests.TablesQuery,
         example={"label": "Window 4", "seats": 4},
-        more=lambda insight, restaurant, states: insight.orders_at(restaurant.id, states),
-        more_types={"current_orders": list[dict[str, Any]]},
+        more=lambda insight, restaurant, who, states: insight.orders_at(restaurant.id, who, states),
+        more_types={"current_orders": list[OrderAtTable]},
     ),
     Resource(
         entity=bay.ENTITY,
@@ -304,7 +326,7 @@ RESOURCES = (
         prepare=_know_bay,
         made=_new_job,
         changed=_changed_job,
-        more=lambda insight, restaurant, states: insight.positions(restaurant.id, states),
+        more=lambda insight, restaurant, _, states: insight.positions(restaurant.id, states),
         more_types={"position": int | None},
     ),
     Resource(
@@ -316,10 +338,11 @@ RESOURCES = (
         create=requests.CreateCustomer,
         update=requests.UpdateCustomer,
         query=requests.CustomersQuery,
+        asked=_asked_customers,
         example={"name": "Ada", "phone": "+4930123456"},
         made=_customer,
         changed=lambda _, fields, context: ("updated", _customer(fields, context)),
-        more=lambda insight, restaurant, states: insight.totals(restaurant, states),
+        more=lambda insight, restaurant, _, states: insight.totals(restaurant, states),
         more_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
     ),
     Resource(
@@ -333,7 +356,7 @@ RESOURCES = (
         example={"name": "Pizza dough", "quantity": 40, "unit": "piece", "low_at": 10},
         made=_counted,
         changed=lambda _, fields, context: ("updated", _counted(fields, context)),
-        more=lambda insight, restaurant, states: insight.available(restaurant.id, states),
-        more_types={"available": int | None, "held": int | None},
+        more=lambda insight, restaurant, _, states: insight.available(restaurant.id, states),
+        more_types={"available": int | None, "held": int | None, "low": bool | None},
     ),
 )

@@ -49,7 +49,7 @@ from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
 from shared.metrics import WriterMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
-from shared.mirror.mirror import Apply, LogState, Mirror, hold_text
+from shared.mirror.mirror import Apply, LogState, Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 from shared.restaurants import every_restaurant
@@ -171,9 +171,7 @@ class MirrorWriter:
                     loaded += len(block)
                     await self._apply([_stored(entity, stored) for stored in block], state, None)
             async for rows in states.holds(connection):
-                await self._mirror.hold(
-                    [(restaurant, order, hold_text(at, [(item, held)])) for restaurant, order, at, item, held in rows]
-                )
+                await self._mirror.hold(rows)
         log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
         # On a fresh system nothing can be under way.
         settled_at = found_at + self._settings.settle_seconds if loaded else found_at

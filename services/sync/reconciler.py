@@ -2,8 +2,10 @@
 
 - claims that their owner left behind are finished (recorded and revealed as the same change);
 - what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
-- what is pending for more than five minutes although every lane has been emptied since is recorded anew, as a change of
-  its own: the message that carried it is lost (a queue was purged, a journal will not come back);
+- what is pending for more than five minutes although every lane was empty for as long is recorded anew, as a change of
+  its own: the message that carried it is lost (a queue was purged, a journal will not come back). While lanes are
+  behind, or a journal drains after RabbitMQ was away, nothing is taken for lost;
+- what was paid in a state that a fork superseded is brought back into its order (forked_payments.py);
 - versions without their predecessor are reported when they are older than ten minutes;
 - what has left the live window leaves the mirror, once PostgreSQL has it; restaurants that are new come to it.
 
@@ -12,22 +14,22 @@ others allow and tries again at the next round. It may be stopped at any time.
 """
 
 import asyncio
-import contextlib
 import time
 from datetime import datetime, timedelta
 
 import structlog
 
+from services.sync.forked_payments import ForkedPayments
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, encode, now
+from shared.entities.contract import BrokenContract, Lane, encode, now
 from shared.entities.entity import Entity
-from shared.errors import TicketrailError
+from shared.errors import InvalidInput, TicketrailError
 from shared.lifecycle import vital_task
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
-from shared.rail.commit import Draft, Lost, Rail
+from shared.rail.commit import Draft, Lost, OutOfStock, Rail
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
@@ -38,7 +40,8 @@ _BLOCK = 500
 _GAP_MINUTES = 10
 _REST = 9
 _MOST_BLOCKS = 20
-_LANES_EMPTIED = "select min(sent_at) from fences where lane = any(array['critical', 'normal', 'background'])"
+_LEAST_BEHIND = 2.0
+_LANES_EMPTIED = "select min(sent_at) from fences where lane = any($1) having count(*) = cardinality($1)"
 
 
 class Reconciler:
@@ -47,10 +50,12 @@ class Reconciler:
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
+        self._forked_payments = ForkedPayments(postgres, mirror, rail)
         self._task: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
         self._settle_again_at = 0.0
         self._healed_at = time.monotonic()
+        self._empty_since: float | None = None
 
     def start(self) -> None:
         if self._task is None:
@@ -65,7 +70,13 @@ class Reconciler:
 
     async def _run(self) -> None:
         while True:
-            for work in (self.finish_claims, self._settle_sometimes, self._heal_sometimes, self._trim_sometimes):
+            for work in (
+                self.finish_claims,
+                self._settle_sometimes,
+                self._forked_payments.bring_back,
+                self._heal_sometimes,
+                self._trim_sometimes,
+            ):
                 try:
                     await work()
                 except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
@@ -125,14 +136,36 @@ class Reconciler:
         return len(standing)
 
     async def _heal_sometimes(self) -> None:
-        if time.monotonic() - self._healed_at >= self._settings.heal_seconds:
-            self._healed_at = time.monotonic()
+        """Asks at every round whether fences come through every lane, so that it knows since when they do."""
+        try:
+            emptied = await self._lanes_emptied()
+        except AWAY:
+            self._empty_since = None
+            raise
+        began = time.monotonic()
+        if emptied is None or (now() - emptied).total_seconds() > self._behind:
+            self._empty_since = None
+            return
+        if self._empty_since is None:
+            self._empty_since = began
+        if began - max(self._empty_since, self._healed_at) >= self._settings.heal_seconds:
+            self._healed_at = began
             await self.heal_pending()
+
+    @property
+    def _behind(self) -> float:
+        """Seconds: how old the last fence of a lane that is empty may be."""
+        return max(_LEAST_BEHIND, 3 * self._settings.fence_interval_seconds) + self._settings.reconcile_seconds
+
+    async def _lanes_emptied(self) -> datetime | None:
+        """What was sent before this has left its lane; None while nothing is known of one of them."""
+        async with self._postgres.connection() as connection:
+            found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
+        return found
 
     async def heal_pending(self) -> int:
         """Returns how many states were recorded anew. What has failed is left to the operators."""
-        async with self._postgres.connection() as connection:
-            emptied = await connection.fetchval(_LANES_EMPTIED)
+        emptied = await self._lanes_emptied()
         if emptied is None:
             return 0
         before = min(emptied, now()) - timedelta(seconds=self._settings.heal_seconds)
@@ -169,10 +202,16 @@ class Reconciler:
                 source="sync",
                 actor="reconciler",
             )
-            with contextlib.suppress(Lost):  # somebody has changed it meanwhile: that change carries the whole state
+            try:
                 await self._rail.commit(draft)
-                healed += 1
-                log.error("recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant)
+            except Lost:
+                continue  # somebody has changed it meanwhile: that change carries the whole state
+            except (InvalidInput, OutOfStock) as error:
+                # It would be refused every time: it does not stop the others.
+                log.error("not_recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
+                continue
+            healed += 1
+            log.error("recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant)
         return healed
 
     async def _trim_sometimes(self) -> None:
@@ -205,18 +244,22 @@ class Reconciler:
             for entity in registry.ENTITIES.values():
                 if not entity.window_sql:
                     continue  # all of it stays
+                stays = 0
                 # More than one block after an import alone.
                 for _ in range(_MOST_BLOCKS):
-                    left = await self._trim_block(restaurant, entity, before)
+                    looked, left = await self._trim_block(restaurant, entity, before, stays)
                     trimmed += left
-                    if left < _BLOCK // 2:
+                    stays += looked - left
+                    if looked < _BLOCK:
                         break
         if trimmed:
             log.info("mirror_trimmed", documents=trimmed)
         return trimmed
 
-    async def _trim_block(self, restaurant: str, entity: Entity, before: datetime) -> int:
-        ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=_BLOCK)
+    async def _trim_block(self, restaurant: str, entity: Entity, before: datetime, stays: int) -> tuple[int, int]:
+        """(how many were looked at, how many of them left); `stays`: so many of the newest were looked at before."""
+        ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=stays + _BLOCK)
+        ids = ids[stays:]
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         old = {}
         for id_, document in zip(ids, documents, strict=True):
@@ -226,4 +269,4 @@ class Reconciler:
                 state = entity.decode_state(document.state)
                 if not entity.live(state) and state.updated_at < before:
                     old[id_] = document.standing.change_id
-        return await self._mirror.trim(restaurant, entity.name, old) if old else 0
+        return len(ids), await self._mirror.trim(restaurant, entity.name, old) if old else 0

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, field
 
 CONTENT_TYPE = "application/cloudevents-batch+json"
 MAX_BATCH = 256
@@ -32,8 +32,8 @@ Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
 Time = Annotated[datetime, Meta(tz=True)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
 # Minor units of the restaurant's currency. The bounds keep every sum that we form far inside 64 bits.
-Amount = Annotated[int, Meta(ge=-(10**12), le=10**12)]
-Money = Annotated[int, Meta(ge=0, le=10**12)]
+Amount = Annotated[int, Meta(ge=-(10**12), le=10**12, examples=[1960])]
+Money = Annotated[int, Meta(ge=0, le=10**12, examples=[1960])]
 
 
 class Lane(StrEnum):
@@ -69,7 +69,7 @@ class Standing(Struct, frozen=True, order=True):
 class ChangeData(Struct, frozen=True):
     after: Raw
     """The whole entity after the change."""
-    before: Raw = Raw(b"{}")
+    before: Raw = field(default_factory=lambda: Raw(b"{}"))  # as a plain default no schema could be made of it
     """The old values of the fields that changed; empty for a creation."""
 
 

@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from shared.entities.contract import Id, Label, Lane, Text, Time
 from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
 
-Phone = Annotated[str, Meta(pattern=r"^\+[1-9][0-9]{3,14}$")]
+Phone = Annotated[str, Meta(pattern=r"^\+[1-9][0-9]{3,14}$", examples=["+4930123456"])]
 """E.164."""
 Points = Annotated[int, Meta(ge=-(10**9), le=10**9)]
 

@@ -5,6 +5,7 @@ The stores are generic: the PostgreSQL writer and the mirror writer read these d
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,11 @@ import msgspec
 from msgspec import Struct
 
 from shared.entities.contract import BrokenContract, Change, Lane, in_range
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+Hold = tuple[str, int, datetime]
+"""(inventory item, quantity, since when): nothing, where that was counted later."""
 
 
 class OnConflict(StrEnum):
@@ -97,10 +103,10 @@ class Entity:
     children: Sequence[Children] = ()
     facts: Sequence[Facts] = ()
     numbering: Numbering | None = None
-    holds: Callable[[Any], Sequence[tuple[str, int]]] | None = None
-    """What a state holds of the stock: (inventory item, quantity; 0: given back). Counts from its creation on."""
-    stock: Callable[[Any], tuple[int, int] | None] | None = None
-    """Of an inventory item: (quantity, when it was counted in ms); None when nothing is counted any more."""
+    holds: Callable[[Any], Sequence[Hold]] | None = None
+    """What a state takes of the stock."""
+    stock: Callable[[Any], tuple[int, datetime] | None] | None = None
+    """Of an inventory item: (quantity, when it was counted); None when nothing is counted any more."""
 
     def type(self, event: str) -> str:
         """`created` -> `ticketrail.order.created.v1`."""
@@ -129,6 +135,11 @@ class Entity:
                 for row in part.rows(state):  # type: ignore[attr-defined]
                     _check_time(part.name, column, row)
         return state
+
+
+def micros(at: datetime) -> int:
+    """Since the epoch, to the last one: both stores must agree which of two moments was first."""
+    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def _check_time(table: str, column: Column, row: Any) -> None:

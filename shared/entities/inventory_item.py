@@ -44,9 +44,7 @@ ENTITY = Entity(
     lane=Lane.NORMAL,
     on_conflict=OnConflict.CENTRAL_WINS,
     live=lambda item: item.deleted_at is None,
-    stock=lambda item: (
-        None if item.deleted_at is not None else (item.quantity, int(item.counted_at.timestamp() * 1000))
-    ),
+    stock=lambda item: None if item.deleted_at is not None else (item.quantity, item.counted_at),
     table=Table(
         "inventory_items",
         tuple(

@@ -1,5 +1,6 @@
 """A job: a piece of work in the queue of a bay, perhaps for an order."""
 
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
@@ -29,6 +30,45 @@ def allowed_next(stage: Stage) -> tuple[Stage, ...]:
     return _NEXT[stage]
 
 
+# Places are decimal fractions, without the zeros at their end: digits of the moment that the job is for, then of that
+# which it was made at, so that jobs for one moment stand in the order in which they came. Between two of them there is
+# always another: a number of fixed size would be used up by a score of moves into the same gap.
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DIGITS = 16
+_LONGEST = 400
+_LEAST_GAP = 10**6
+
+
+def place_at(at: datetime, created: datetime) -> str:
+    return _fraction(_micros(at), created)
+
+
+def place_beside(place: str, seconds: int, created: datetime) -> str:
+    """So far behind `place`, or before it (negative), that others fit in between later."""
+    return _fraction(int(place[:_DIGITS].ljust(_DIGITS, "0")) + seconds * 1_000_000, created)
+
+
+def place_between(low: str, high: str, *, share: str) -> str:
+    """`share`: a UUID; two that are put into one gap at the same moment come to stand apart. Where two have the same
+    place, or the gap is used up after hundreds of moves into it: `low`."""
+    for digits in range(_DIGITS, _LONGEST + 1):
+        first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
+        if last - first >= _LEAST_GAP:
+            step = (last - first) // 4
+            middle = first + step + 2 * step * int(share[:8], 16) // 2**32
+            return f"{middle:0{digits}d}".rstrip("0")
+    return low
+
+
+def _micros(at: datetime) -> int:
+    return (at - _EPOCH) // timedelta(microseconds=1)
+
+
+def _fraction(micros: int, created: datetime) -> str:
+    most = 10**_DIGITS - 1
+    return f"{min(max(micros, 0), most):0{_DIGITS}d}{_micros(created):0{_DIGITS}d}".rstrip("0")
+
+
 Minutes = Annotated[int, Meta(ge=0, le=100_000)]
 
 
@@ -40,8 +80,8 @@ class Job(Struct, frozen=True, kw_only=True):
     created_at: Time
     updated_at: Time
     stage: Stage = Stage.QUEUED
-    place: Annotated[int, Meta(ge=-(2**53), le=2**53)] = 0
-    """Where it stands in its queue: the smallest comes first. Microseconds since the epoch, or between two of them."""
+    place: Annotated[str, Meta(max_length=_LONGEST, pattern="^[0-9]*$", examples=["1773491400250000"])] = ""
+    """Where it stands in its queue: the smallest text comes first."""
     order_id: Id | None = None
     scheduled_at: Time | None = None
     expected_minutes: Minutes | None = None
@@ -68,7 +108,7 @@ ENTITY = Entity(
                 "order_id uuid",
                 "title text",
                 "stage text",
-                "place int8",
+                "place text",
                 "scheduled_at timestamptz",
                 "expected_minutes int4",
                 "notes text",

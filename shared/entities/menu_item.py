@@ -7,7 +7,10 @@ from msgspec import Meta, Struct
 from shared.entities.contract import Id, Label, Lane, Money, Text, Time, encode
 from shared.entities.entity import Column, Entity, OnConflict, Table, columns
 
-Url = Annotated[str, Meta(max_length=2_000, pattern=r"^https?://[^\s\x00]+$")]
+# Of Python's `$` alone a line break could follow.
+Url = Annotated[
+    str, Meta(max_length=2_000, pattern=r"^https?://[^\s\x00]+$(?!\n)", examples=["https://trattoria.example/dish.jpg"])
+]
 Choices = Annotated[int, Meta(ge=0, le=100)]
 Units = Annotated[int, Meta(ge=1, le=10**6)]
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time, encode
-from shared.entities.entity import Children, Column, Entity, Facts, Numbering, OnConflict, Table, columns
+from shared.entities.entity import Children, Column, Entity, Facts, Hold, Numbering, OnConflict, Table, columns
 
 
 class Status(StrEnum):
@@ -72,11 +72,14 @@ class OrderItem(Struct, frozen=True, kw_only=True):
     customizations: tuple[Customization, ...] = ()
 
 
-class StockHold(Struct, frozen=True):
-    """What an order takes from the stock; 0 for what it took before its items changed."""
+class StockHold(Struct, frozen=True, omit_defaults=True):
+    """What an order takes from the stock. What it takes more when its items change is a hold of its own: the stock may
+    have been counted in between."""
 
     inventory_item_id: Id
     quantity: Money
+    held_at: Time | None = None
+    """None: when the order was placed."""
 
 
 class Payment(Struct, frozen=True, kw_only=True):
@@ -96,7 +99,7 @@ class Order(Struct, frozen=True, kw_only=True):
     business_day: date
     status: Status
     items: Annotated[tuple[OrderItem, ...], Meta(max_length=1_000)]
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")]
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$", examples=["EUR"])]
     subtotal: Money
     tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)]
     tax_amount: Money
@@ -127,19 +130,27 @@ class Order(Struct, frozen=True, kw_only=True):
 
 
 def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
-    """Derived, never set: refunded when payments were made and all of them given back."""
+    """Derived, never set: refunded when payments were made and all of them given back. Where nothing is to be paid, a
+    deposit covers it or it costs nothing, it is paid."""
     paid = sum(payment.amount for payment in payments)
     if not payments:
-        return PaymentStatus.PENDING
+        return PaymentStatus.PENDING if total else PaymentStatus.PAID
     if paid <= 0 and any(payment.amount < 0 for payment in payments):
         return PaymentStatus.REFUNDED
     return PaymentStatus.PAID if paid >= total else PaymentStatus.PARTIALLY_PAID
 
 
-def _held(order: Order) -> list[tuple[str, int]]:
+def _held(order: Order) -> list[Hold]:
     """A cancelled or deleted order gives back what it held."""
     gone = order.status is Status.CANCELLED or order.deleted_at is not None
-    return [(hold.inventory_item_id, 0 if gone else hold.quantity) for hold in order.holds]
+    return [
+        (hold.inventory_item_id, 0 if gone else hold.quantity, hold.held_at or order.created_at) for hold in order.holds
+    ]
+
+
+def _hold_rows(order: Order) -> list[StockHold]:
+    """With the moment since when each counts: the index of the stock's holds ends with it."""
+    return [msgspec.structs.replace(hold, held_at=hold.held_at or order.created_at) for hold in order.holds]
 
 
 ENTITY = Entity(
@@ -197,8 +208,8 @@ ENTITY = Entity(
         Children(
             name="order_holds",
             parent="order_id",
-            columns=tuple(columns("inventory_item_id uuid", "quantity int8")),
-            rows=lambda order: order.holds,
+            columns=tuple(columns("inventory_item_id uuid", "quantity int8", "held_at timestamptz")),
+            rows=_hold_rows,
         ),
     ),
     facts=(

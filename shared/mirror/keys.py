@@ -1,11 +1,11 @@
 """Names of everything in the mirror. A tenant's keys carry the restaurant as hash tag; the rail's own do not.
 
-    {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms)
-    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked
+    {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
+    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, h reserved items
     {restaurant}:live:<entity>       zset   id by place in the index (creation time)
     {restaurant}:pending:<entity>    zset   id by place in the index: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
-    {restaurant}:stock:<item>        hash   count, since, sum; order id -> what it holds (scripts/stock.lua)
+    {restaurant}:stock:<item>        hash   count, since, sum; order id -> what it takes (scripts/stock.lua)
     {restaurant}:number:<day>        int    last order number of a business day
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is away
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled

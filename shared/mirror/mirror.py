@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.entities.contract import Change, Outline, Standing
-from shared.entities.entity import Entity
+from shared.entities.entity import Entity, Hold, micros
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
 
@@ -315,16 +315,16 @@ class Mirror:
     # -- stock and limits --------------------------------------------------------------------------------------
 
     async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """(count, what orders hold of it) of each inventory item; None: the mirror does not count it."""
-        found = await asyncio.gather(
-            *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
+        """(count, what orders hold of it) of each inventory item; None: the mirror does not count it, or is cold."""
+        warm, *found = await asyncio.gather(
+            self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
         )
-        return [None if count is None else (int(count), int(held or 0)) for count, held in found]
+        return [None if count is None or not warm else (int(count), int(held or 0)) for count, held in found]
 
-    async def hold(self, orders: Sequence[tuple[str, str, str]]) -> None:
-        """(restaurant, order, `hold_text`) of orders that are not in the live window."""
+    async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
+        """(restaurant, order, what it takes) of orders; those in the live window are passed over."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
-        await self._redis.script("hold", docs, [text for _, _, text in orders])
+        await self._redis.script("hold", docs, [_hold_text(holds) for _, _, holds in orders])
 
     async def take_tokens(self, whose: str, capacity: int, rate: float, wanted: int) -> tuple[int, int, float]:
         """Out of the bucket `whose`, at least one and at most `wanted`: (taken, left, seconds until there is one)."""
@@ -378,18 +378,15 @@ class Mirror:
         }
 
 
-def hold_text(placed: datetime, holds: Sequence[tuple[str, int]]) -> str:
-    """For scripts/stock.lua."""
-    if not holds:
-        return ""
-    return f"h{int(placed.timestamp() * 1000)}|" + ",".join(f"{item}={quantity}" for item, quantity in holds)
+def _hold_text(holds: Sequence[Hold]) -> str:
+    return "h" + ",".join([f"{item}={quantity}@{micros(at)}" for item, quantity, at in holds]) if holds else ""
 
 
 def stock_text(entity: Entity, state: Any) -> str:
-    """What a state holds of the stock, or is of it; empty for most."""
+    """What a state takes of the stock, or is of it, for scripts/stock.lua; empty for most."""
     if entity.holds is not None:
-        return hold_text(state.created_at, entity.holds(state))
+        return _hold_text(entity.holds(state))
     if entity.stock is None:
         return ""
     counted = entity.stock(state)
-    return "s" if counted is None else f"s{counted[0]}|{counted[1]}"
+    return "s" if counted is None else f"s{counted[0]}|{micros(counted[1])}"

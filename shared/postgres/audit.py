@@ -3,7 +3,12 @@
 from datetime import datetime
 from typing import Any
 
+from shared.entities import order, registry
+from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
+
+_BULK = order.ENTITY.name
+"""Nearly all changes are of orders: of the others there is an index of their own (changes_newest_of)."""
 
 
 async def changes(
@@ -19,28 +24,21 @@ async def changes(
     limit: int,
 ) -> list[dict[str, Any]]:
     """The newest first. `before`: (accepted_at, change id) of the last one of the page before."""
-    wheres, arguments = ["restaurant_id = $1"], [restaurant]
-
-    def where(condition: str, value: Any) -> None:
-        arguments.append(value)
-        wheres.append(condition.format(f"${len(arguments)}"))
-
-    if start is not None:
-        where("accepted_at >= {}", start)
-    if end is not None:
-        where("accepted_at <= {}", end)
+    where = Conditions(restaurant)
     if entity is not None:
-        where("entity = {}", entity)
+        where.add("t.entity = {}", entity)
+        if entity != _BULK:
+            where.add(f"t.entity <> '{_BULK}'")
+    elif entity_id is not None:
+        where.add("t.entity = any({})", list(registry.ENTITIES))  # what the index begins with
     if entity_id is not None:
-        where("entity_id = {}", entity_id)
+        where.add("t.entity_id = {}", entity_id)
     if actor is not None:
-        where("actor = {}", actor)
-    if before is not None:
-        arguments.extend(before)  # type: ignore[arg-type]
-        wheres.append(f"(accepted_at, change_id) < (${len(arguments) - 1}, ${len(arguments)}::uuid)")
+        where.add("t.actor = {}", actor)
+    where.between("t.accepted_at, t.change_id", start, end, before)
     rows = await connection.fetch(
-        "select change_id::text, entity, entity_id::text, version, type, source, accepted_at, actor, data::text"  # noqa: S608
-        f" from changes where {' and '.join(wheres)} order by accepted_at desc, change_id desc limit {int(limit)}",
-        *arguments,
+        "select t.change_id::text, t.entity, t.entity_id::text, t.version, t.type, t.source, t.accepted_at, t.actor,"  # noqa: S608
+        f" t.data::text from changes t where {where} order by t.accepted_at desc, t.change_id desc limit {int(limit)}",
+        *where.values,
     )
     return [dict(row) for row in rows]

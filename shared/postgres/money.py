@@ -5,20 +5,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
-_PAYMENTS = """
-select id::text, order_id::text, amount, method, created_at, reference
-from payments t
-where t.restaurant_id = $1
-    and ($2::timestamptz is null or t.created_at >= $2)
-    and ($3::timestamptz is null or t.created_at <= $3)
-    and ($4::text is null or t.method = $4)
-    and ($5::uuid is null or t.order_id = $5)
-    and ($6::timestamptz is null or (t.created_at, t.id) < ($6, $7::uuid))
-order by t.created_at desc, t.id desc
-limit $8
-"""
 _DAYS = """
 select business_day,
     count(*)::int8 as orders,
@@ -34,6 +23,22 @@ where restaurant_id = $1 and business_day between $2 and $3 and deleted_at is nu
 group by business_day
 order by business_day
 """
+
+
+# Of the orders that were forked since: what the standing state does not carry.
+_LEFT_OUT = """
+select p.restaurant_id::text, p.order_id::text, p.id::text, p.amount, p.method, p.created_at, p.reference
+from (select distinct restaurant_id, entity_id from conflicts where entity = 'order' and opened_at >= $1) forked
+join payments p on p.restaurant_id = forked.restaurant_id and p.order_id = forked.entity_id
+where not exists (
+    select from orders o join changes c on c.restaurant_id = o.restaurant_id and c.change_id = o.change_id,
+        json_array_elements(c.data->'after'->'payments') carried
+    where o.restaurant_id = p.restaurant_id and o.id = p.order_id and carried->>'id' = p.id::text
+)
+order by 1, 2, p.created_at, p.id
+limit $2
+"""
+MOST_LEFT_OUT = 1_000
 
 
 class PaymentsWanted(Struct, frozen=True, kw_only=True):
@@ -57,11 +62,24 @@ class PaymentsWanted(Struct, frozen=True, kw_only=True):
 
 async def payments(connection: Connection, restaurant: str, wanted: PaymentsWanted) -> list[dict[str, Any]]:
     """One more than the limit, the newest first."""
-    at, id_ = wanted.before or (None, None)
+    where = Conditions(restaurant)
+    if wanted.method is not None:
+        where.add("t.method = {}", wanted.method)
+    if wanted.order_id is not None:
+        where.add("t.order_id = {}", wanted.order_id)
+    where.between("t.created_at, t.id", wanted.start, wanted.end, wanted.before)
     rows = await connection.fetch(
-        _PAYMENTS, restaurant, wanted.start, wanted.end, wanted.method, wanted.order_id, at, id_, wanted.limit + 1
+        "select t.id::text, t.order_id::text, t.amount, t.method, t.created_at, t.reference"  # noqa: S608
+        f" from payments t where {where} order by t.created_at desc, t.id desc limit {int(wanted.limit) + 1}",
+        *where.values,
     )
     return [dict(row) for row in rows]
+
+
+async def left_out(connection: Connection, since: datetime) -> list[dict[str, Any]]:
+    """Payments, over all tenants, of orders that were forked `since`: those that the order as it stands has not got, so
+    many at most."""
+    return [dict(row) for row in await connection.fetch(_LEFT_OUT, since, MOST_LEFT_OUT)]
 
 
 async def days(connection: Connection, restaurant: str, start: date, end: date) -> list[dict[str, Any]]:

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from shared.entities.contract import Standing
-from shared.entities.entity import Entity
+from shared.entities.entity import Entity, Hold
 from shared.entities.selection import Selection
+from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
 if TYPE_CHECKING:
     import asyncpg
 
 _STATE = "t.version, t.change_id::text, (c.data->'after')::text as state, c.accepted_at"
-_FROM = "{table} t join changes c on c.restaurant_id = t.restaurant_id and c.change_id = t.change_id"
+# Looked up row by row, behind the limit of a page. In a plain join the planner takes restaurant and change for
+# independent of one another, expects a hundredth of the rows that there are, and reads all of a restaurant's orders, or
+# all of the log, to find a few.
+_LATERAL = (
+    "cross join lateral (select data, accepted_at from changes"
+    " where restaurant_id = t.restaurant_id and change_id = t.change_id offset 0) c"
+)
+_FROM = f"{{table}} t {_LATERAL}"
 
 
 class Stored(Struct, frozen=True):
@@ -97,62 +105,58 @@ async def page(
     connection: Connection, entity: Entity, restaurant: str, selection: Selection, *, without: Sequence[str] = ()
 ) -> list[Stored]:
     """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere."""
-    wheres, arguments = ["t.restaurant_id = $1"], [restaurant]
-
-    def where(condition: str, *values: Any) -> None:
-        arguments.extend(values)
-        places = [f"${len(arguments) - len(values) + i + 1}" for i in range(len(values))]
-        wheres.append(condition.format(*places))
-
+    where = Conditions(restaurant)
     if not selection.include_deleted:
-        wheres.append("t.deleted_at is null")
+        where.add("t.deleted_at is null")
     for column, value in selection.equal.items():
-        where(f"t.{column} = {{0}}", value)
+        where.add(f"t.{column} = {{}}", value)
     for column, values in selection.among.items():
-        where(f"t.{column} = any({{0}})", list(values))
-    if selection.created_from is not None:
-        where("t.created_at >= {0}", selection.created_from)
-    if selection.created_to is not None:
-        where("t.created_at <= {0}", selection.created_to)
-    if selection.before is not None:
-        where("(t.created_at, t.id) < ({0}, {1}::uuid)", *selection.before)
+        where.add(f"t.{column} = any({{}})", list(values))
+    where.between("t.created_at, t.id", selection.created_from, selection.created_to, selection.before)
     if without:
-        where("t.id <> all({0}::uuid[])", list(without))
-    rows = await connection.fetch(
-        f"select {_STATE} from {_FROM.format(table=entity.table.name)} where {' and '.join(wheres)}"  # noqa: S608
-        f" order by t.created_at desc, t.id desc limit {int(selection.limit) + 1}",
-        *arguments,
+        where.add("t.id <> all({}::uuid[])", list(without))
+    newest = "order by t.created_at desc, t.id desc"
+    wanted = (
+        "select t.restaurant_id, t.id, t.version, t.change_id, t.created_at"  # noqa: S608
+        f" from {entity.table.name} t where {where} {newest} limit {int(selection.limit) + 1}"
     )
+    rows = await connection.fetch(f"select {_STATE} from ({wanted}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
     return [_stored(row) for row in rows]
 
 
-_HOLDS = """
-select h.restaurant_id::text, h.order_id::text, o.created_at, h.inventory_item_id::text, h.quantity
-from order_holds h
-join inventory_items i on i.restaurant_id = h.restaurant_id and i.id = h.inventory_item_id and i.deleted_at is null
-join orders o on o.restaurant_id = h.restaurant_id and o.id = h.order_id
-where o.created_at >= i.counted_at and o.status <> 'cancelled' and o.deleted_at is null and h.quantity > 0
-order by h.restaurant_id, h.order_id
+# Of items that are deleted too: they may be restored, with the count that they had.
+# In this order: what was held before the last count is not looked at.
+_HELD_SINCE = """
+from inventory_items i
+cross join lateral (
+    select order_id, quantity, held_at from order_holds
+    where restaurant_id = i.restaurant_id and inventory_item_id = i.id and held_at >= i.counted_at offset 0
+) h
+cross join lateral (
+    select from orders
+    where restaurant_id = i.restaurant_id and id = h.order_id and status <> 'cancelled' and deleted_at is null offset 0
+) o
+"""
+_HOLDS = f"""
+select i.restaurant_id::text, h.order_id::text, array_agg(i.id::text), array_agg(h.quantity), array_agg(h.held_at)
+{_HELD_SINCE}
+group by i.restaurant_id, h.order_id
 """
 
 
-async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, datetime, str, int]]]:
-    """What orders hold of the stock since it was counted, over all tenants, in blocks: (restaurant, order, placed at,
-    inventory item, quantity)."""
+async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, list[Hold]]]]:
+    """What orders hold of the stock since it was counted, over all tenants, in blocks: (restaurant, order, holds)."""
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(_HOLDS)
         while rows := await cursor.fetch(500):
-            yield [tuple(row) for row in rows]
+            yield [(row[0], row[1], list(zip(row[2], row[3], row[4], strict=True))) for row in rows]
 
 
-_HELD = """
-select h.inventory_item_id::text, sum(h.quantity)::int8
-from order_holds h
-join inventory_items i on i.restaurant_id = h.restaurant_id and i.id = h.inventory_item_id
-join orders o on o.restaurant_id = h.restaurant_id and o.id = h.order_id
-where h.restaurant_id = $1 and h.inventory_item_id = any($2::uuid[])
-    and o.created_at >= i.counted_at and o.status <> 'cancelled' and o.deleted_at is null
-group by 1
+_HELD = f"""
+select i.id::text, sum(h.quantity)::int8
+{_HELD_SINCE}
+where i.restaurant_id = $1 and i.id = any($2::uuid[])
+group by i.id
 """
 
 

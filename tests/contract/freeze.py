@@ -95,7 +95,7 @@ JOB = Job(
     id=_id(13),
     bay_id=_id(12),
     title="Two dosas",
-    place=1_773_491_400_250_000,
+    place="1773492300000000177349140025",
     order_id=_id(1),
     scheduled_at=LATER,
     expected_minutes=12,
@@ -145,7 +145,7 @@ ADDED: dict[str, list[dict[str, Any]]] = {
             ),
             "customer_id": _id(14),
             "external_id": "pos-77",
-            "holds": (StockHold(_id(7), 4),),
+            "holds": (StockHold(_id(7), 4), StockHold(_id(7), 2, LATER)),
         }
     ],
     "menu_item": [

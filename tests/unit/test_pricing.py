@@ -1,3 +1,5 @@
+from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -55,12 +57,27 @@ def test_a_choice_that_the_dish_does_not_offer_is_named(chosen: list[tuple[str, 
     assert (refused.value.error_code, refused.value.details["field"]) == (code, field)
 
 
-def test_an_order_holds_what_its_dishes_consume_and_remembers_what_it_gave_back() -> None:
+def test_an_order_holds_what_its_dishes_consume() -> None:
     flour, eggs = sorted((new_id(), new_id()))
     dish = msgspec.structs.replace(DISH, consumes=(Consumption(flour, 2), Consumption(eggs, 1)))
     items = priced_items([wanted(quantity=3)], {DISH.id: dish})
     assert holds(items, {DISH.id: dish}) == (StockHold(flour, 6), StockHold(eggs, 3))
-    assert holds((), {}, holds(items, {DISH.id: dish})) == (StockHold(flour, 0), StockHold(eggs, 0))
+    assert holds((), {}, holds(items, {DISH.id: dish})) == ()
+
+
+def test_what_an_order_takes_more_is_held_since_then_and_what_it_takes_less_goes_last_in_first_out() -> None:
+    flour, at, later = new_id(), CREATED_AT, CREATED_AT + timedelta(minutes=5)
+    menu = {DISH.id: msgspec.structs.replace(DISH, consumes=(Consumption(flour, 2),))}
+
+    def taking(quantity: int) -> Any:
+        return priced_items([wanted(quantity=quantity)], menu)
+
+    placed = holds(taking(1), menu)
+    more = holds(taking(3), menu, placed, at)
+    assert more == (StockHold(flour, 2), StockHold(flour, 4, at))
+    assert holds(taking(3), menu, more, later) == more
+    assert holds(taking(2), menu, more, later) == (StockHold(flour, 2), StockHold(flour, 2, at))
+    assert holds(taking(4), menu, more, later) == (*more, StockHold(flour, 2, later))
 
 
 @pytest.mark.parametrize(

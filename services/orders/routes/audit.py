@@ -12,7 +12,7 @@ from services.orders.lists import cursor_after, read_cursor
 from services.orders.requests import Request
 from services.orders.shop import shop_of
 from shared.api import endpoint, read_query
-from shared.entities.contract import Label
+from shared.entities.contract import Label, Time
 from shared.errors import Unavailable
 from shared.http import Call, success
 from shared.postgres import audit
@@ -20,8 +20,8 @@ from shared.postgres.pool import AWAY
 
 
 class AuditQuery(Request, rename={"from_": "from"}):
-    from_: datetime | None = None
-    to: datetime | None = None
+    from_: Time | None = None
+    to: Time | None = None
     entity: Label | None = None
     entity_id: UUID | None = None
     actor: Label | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from uuid import UUID, uuid4
 
 from litestar.types import ASGIApp
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from services.orders.requests import Request
 from services.orders.shop import shop_of
@@ -16,12 +16,19 @@ from shared.http import Call, read_body, success
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.permissions import PUBLIC
 from shared.restaurants import Restaurant, RestaurantSettings
+from shared.security import Role
 
 _TAG = "Sign-in"
-Email = Annotated[str, Meta(max_length=254, pattern=r"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+$")]
+# `$` alone stands before a last newline too: "ada@x.example\n" would be another account than "ada@x.example".
+_END = r"$(?!\n)"
+Email = Annotated[str, Meta(max_length=254, pattern=rf"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+{_END}")]
 Password = Annotated[str, Meta(min_length=10, max_length=200)]
-Slug = Annotated[str, Meta(pattern="^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$")]
-Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+Slug = Annotated[str, Meta(pattern=rf"^[a-z0-9](?:[a-z0-9-]{{0,48}}[a-z0-9])?{_END}")]
+Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=rf"^[\x21-\x7e]+{_END}")]
+
+
+class WantedSettings(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
+    pass
 
 
 class RegisterRestaurant(Request):
@@ -32,11 +39,11 @@ class RegisterRestaurant(Request):
     email: Email
     password: Password
     admin_name: Label = ""
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "EUR"
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$", max_length=3)] = "EUR"
     time_zone: Label = "UTC"
     cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
     tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
-    settings: RestaurantSettings = RestaurantSettings()
+    settings: WantedSettings = WantedSettings()
 
 
 class Login(Request):
@@ -79,7 +86,7 @@ class LoggedOut(Struct, frozen=True):
     body=RegisterRestaurant,
     answer=Registered,
     status=201,
-    errors=(409,),
+    errors=(409, 504),
     example={
         "name": "Trattoria Ada",
         "slug": "trattoria-ada",
@@ -106,7 +113,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
         settings=wanted.settings,
     )
     session = await shop.sign_in.register(
-        restaurant, wanted.email, wanted.admin_name, wanted.password, _address(request)
+        restaurant, wanted.email, wanted.admin_name, wanted.password, address_of(request)
     )
     with contextlib.suppress(MirrorAway, MirrorInDoubt):  # the reconciler brings it there
         await shop.mirror.keep_restaurant(restaurant.id, encode(restaurant))
@@ -127,7 +134,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
 )
 async def login(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Login)
-    return success(await shop_of(request).sign_in.login(wanted.email, wanted.password, _address(request)))
+    return success(await shop_of(request).sign_in.login(wanted.email, wanted.password, address_of(request)))
 
 
 @endpoint(
@@ -140,6 +147,7 @@ async def login(request: Call) -> ASGIApp:
     body=Refresh,
     answer=Session,
     errors=(401,),
+    example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
 )
 async def refresh(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Refresh)
@@ -154,6 +162,7 @@ async def refresh(request: Call) -> ASGIApp:
     summary="End a session",
     body=Refresh,
     answer=LoggedOut,
+    example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
 )
 async def logout(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Refresh)
@@ -165,6 +174,8 @@ async def logout(request: Call) -> ASGIApp:
 async def me(request: Call) -> ASGIApp:
     who, shop = request.identity, shop_of(request)
     restaurant = (await shop.menus.book(who.restaurant_id)).restaurant if who.restaurant_id else None
+    if restaurant is not None and who.role is Role.CUSTOMER:
+        restaurant = structs.replace(restaurant, email=None)  # what its admin signs in with is no guest's to know
     return success(Me(who.user_id, who.role, who.email, restaurant, who.session_id))
 
 
@@ -182,11 +193,11 @@ async def me(request: Call) -> ASGIApp:
 )
 async def table_session(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), OpenTableSession)
-    opened = await shop_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), _address(request))
+    opened = await shop_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), address_of(request))
     return success(opened, status=201)
 
 
-def _address(request: Call) -> str:
+def address_of(request: Call) -> str:
     found: Any = request.scope.get("client_address")
     return str(found or "")
 

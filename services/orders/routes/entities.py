@@ -1,5 +1,6 @@
 """Create, list, read, change, delete and restore: the same six routes for every entity of `resources.py`."""
 
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from shared.api import View, endpoint, path_id, read_query
 from shared.entities import menu_item
 from shared.errors import NotFound
 from shared.http import Call, Reply, read_body
+from shared.security import Identity
 
 
 def fields_of(wanted: Any) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     read, change = resource.actions
     view = View(entity, resource.more_types)
     a_noun = f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
+    nouns = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("sh") else f"{noun}s"
     common: dict[str, Any] = {"tag": resource.tag, "answer": view}
     of_one: dict[str, Any] = {**common, "action": change, "errors": (404,), "headers": ("If-Match",)}
 
@@ -54,19 +57,24 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         restaurant = (await shop.menus.book(who.tenant)).restaurant
         prepared = await resource.prepare(shop.insight, restaurant, fields, None)
         id_ = id_for(who, f"POST {resource.path}", key)
-        done = await shop.changes.create(
-            who, entity, id_, key, lambda at: resource.new(id_, fields, Context(restaurant, at, prepared))
-        )
-        return await _done(shop, done, status=201)
 
-    @endpoint("GET", resource.path, **common, action=read, summary=f"List: {noun}", query=resource.query, many=True)
+        def made(at: datetime) -> Any:
+            return resource.new(id_, fields, Context(restaurant, at, prepared))
+
+        # What was changed since says no more what it was made of.
+        done = await shop.changes.create(
+            who, entity, id_, key, made, same=lambda one: one.updated_at > one.created_at or one == made(one.created_at)
+        )
+        return await _done(request, done, status=201)
+
+    @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)
     async def list_all(request: Call) -> ASGIApp:
         who, shop = request.identity, shop_of(request)
-        query = read_query(request, resource.query)
-        page = await shop.reads.page(entity, who.tenant, selection(query, who))
         restaurant = (await shop.menus.book(who.tenant)).restaurant
-        more = await resource.more(shop.insight, restaurant, [found.decoded() for found in page.found])
-        return list_reply(entity, page, query, more)
+        query = resource.asked(read_query(request, resource.query), restaurant)
+        page = await shop.reads.page(entity, who.tenant, selection(query, who))
+        more = await resource.more(shop.insight, restaurant, who, [found.decoded() for found in page.found])
+        return list_reply(entity, page, query, more, names=resource.more_types)
 
     @endpoint(
         "GET",
@@ -86,7 +94,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
         # What is derived changes without a new version: only what has nothing of it can be known already.
         known = None if resource.more_types else request.header(b"if-none-match")
-        return found_reply(found, known, **await _more(shop, resource, state))
+        return found_reply(found, known, **await _more(shop, resource, who, state))
 
     @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
     async def update(request: Call) -> ASGIApp:
@@ -103,35 +111,32 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             version,
             lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
         )
-        return await _done(shop, done)
+        return await _done(request, done)
 
     @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
     async def delete(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(
-            shop_of(request), await shop_of(request).changes.delete(request.identity, entity, id_, version)
-        )
+        return await _done(request, await shop_of(request).changes.delete(request.identity, entity, id_, version))
 
     @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
     async def restore(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(
-            shop_of(request), await shop_of(request).changes.restore(request.identity, entity, id_, version)
-        )
+        return await _done(request, await shop_of(request).changes.restore(request.identity, entity, id_, version))
 
-    async def _done(shop: Shop, done: Done, *, status: int = 200) -> Reply:
+    async def _done(request: Call, done: Done, *, status: int = 200) -> Reply:
+        shop = shop_of(request)
         if entity is menu_item.ENTITY:
             shop.menus.put(done.standing, done.state)
-        return done_reply(done, status=status, **await _more(shop, resource, done.state))
+        return done_reply(done, status=status, **await _more(shop, resource, request.identity, done.state))
 
     return [create, list_all, read_one, update, delete, restore]
 
 
-async def _more(shop: Shop, resource: Resource, state: Any) -> dict[str, Any]:
+async def _more(shop: Shop, resource: Resource, who: Identity, state: Any) -> dict[str, Any]:
     if not resource.more_types:
         return {}
     restaurant = (await shop.menus.book(state.restaurant_id)).restaurant
-    return (await resource.more(shop.insight, restaurant, [state]))[0]
+    return (await resource.more(shop.insight, restaurant, who, [state]))[0]
 
 
 def _id(request: Call, resource: Resource) -> str:

@@ -18,7 +18,7 @@ from shared.entities import bay, customer, inventory_item, menu_item
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.inventory_item import InventoryItem, StockMove
 from shared.entities.job import Job
-from shared.errors import Conflict, InvalidInput, TicketrailError
+from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
 from shared.http import Call, read_body, success
 from shared.security import Identity
 
@@ -78,7 +78,7 @@ async def _set_one(shop: Shop, who: Identity, id_: str, available: bool) -> Avai
     tag="Inventory",
     summary="Record a delivery, or what was lost",
     body=MoveStock,
-    answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None}),
+    answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None, "low": bool | None}),
     errors=(404,),
     example={"quantity": 24, "reason": "delivery 4711"},
 )
@@ -112,15 +112,31 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
 )
 async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), MoveLoyalty)
-    id_ = path_id(customer_id, "customer_id")
+    id_, shop, tenant = path_id(customer_id, "customer_id"), shop_of(request), request.identity.tenant
+    restaurant = (await shop.menus.book(tenant)).restaurant
+    points, counted = 0, frozenset[str]()
+    if wanted.points < 0:
+        before = await shop.insight.standing(customer.ENTITY, tenant, id_)
+        counted = frozenset(move.id for move in before.loyalty_moves)
+        found = (await shop.insight.totals(restaurant, [before]))[0]["loyalty_points"]
+        if found is None and str(wanted.id) not in counted:
+            raise Unavailable("points are redeemed when the database can be asked", retry_after=2.0)
+        points = found or 0
 
     def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
+        # Of two who redeem at once, the second sees here what the first one took.
+        left = points + sum(other.points for other in one.loyalty_moves if other.id not in counted)
+        if move.points < 0 and left + move.points < 0:
+            raise Conflict(
+                f"only {max(0, left)} points are there",
+                code="not_enough_points",
+                field="points",
+                loyalty_points=left,
+            )
         moves = (*one.loyalty_moves, move)[-_KEPT_MOVES:]
         return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
 
     done = await _move(request, customer.ENTITY, id_, wanted, "loyalty_moves", LoyaltyMove, "points", apply)
-    shop = shop_of(request)
-    restaurant = (await shop.menus.book(done.state.restaurant_id)).restaurant
     return done_reply(done, **(await shop.insight.totals(restaurant, [done.state]))[0])
 
 
@@ -138,10 +154,15 @@ async def _move(
     value = getattr(wanted, amount)
     if value == 0:
         raise InvalidInput("a move of nothing", field=amount)
-    move_id = str(wanted.id or uuid4())
+    shop, tenant, move_id = shop_of(request), request.identity.tenant, str(wanted.id or uuid4())
+    old = None
+    if wanted.id is not None:
+        before = await shop.insight.standing(entity, tenant, id_)
+        if len(getattr(before, kept_in)) >= _KEPT_MOVES:
+            old = await shop.insight.move(entity.facts[0], type_, tenant, id_, move_id)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
-        earlier = next((one for one in getattr(state, kept_in) if one.id == move_id), None)
+        earlier = next((one for one in getattr(state, kept_in) if one.id == move_id), old)
         if earlier is None:
             move = type_(id=move_id, created_at=at, reason=wanted.reason, **{amount: value})
             return "updated", apply(state, move, at)
@@ -149,7 +170,7 @@ async def _move(
             raise Conflict("this id was used for another move", code="move_id_reused", field="id")
         return "updated", state
 
-    return await shop_of(request).changes.change(request.identity, entity, id_, None, change, adds=True)
+    return await shop.changes.change(request.identity, entity, id_, None, change, adds=True)
 
 
 class QueuedJob(Struct, frozen=True):

@@ -1,14 +1,13 @@
 """/api/orders/{id}/payments, /api/payments and /api/orders/summary: what was paid, and what days came to."""
 
 from datetime import date, datetime, timedelta
-from typing import Any
 
 from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.orders.lists import cursor_after, read_cursor
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
-from services.orders.shop import done_reply, shop_of
+from services.orders.shop import Shop, done_reply, shop_of
 from shared.api import View, endpoint, path_id, read_query
 from shared.entities import order as orders
 from shared.entities.contract import now
@@ -20,6 +19,7 @@ from shared.postgres import money
 from shared.postgres.pool import AWAY
 
 _MOST_DAYS = 400
+_BLOCK = 200
 
 
 class ListedPayment(Struct, frozen=True):
@@ -93,37 +93,39 @@ async def list_payments(request: Call) -> ASGIApp:
         limit=query.limit,
     )
     # Pending first, as in every list: what is committed in between is met at least once.
-    found = {(one.order_id, one.id): one for one in await _pending(shop, tenant) if wanted.match(one)}
+    try:
+        seen = await _of_orders(shop, tenant, await shop.mirror.pending_ids(tenant, orders.ENTITY.name))
+    except (MirrorAway, MirrorInDoubt):
+        seen = []
     complete = True
     try:
         async with shop.postgres.tenant(tenant) as connection:
-            for row in await money.payments(connection, tenant, wanted):
-                found.setdefault((row["order_id"], row["id"]), ListedPayment(**row))
+            seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, wanted)]
     except AWAY as error:
-        if not shop.mirror.available:
+        try:
+            seen = await _of_orders(shop, tenant, await shop.mirror.live_ids(tenant, orders.ENTITY.name))
+        except (MirrorAway, MirrorInDoubt):
             raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
         complete = False
+    found = {(one.order_id, one.id): one for one in seen if wanted.match(one)}
     newest = sorted(found.values(), key=lambda one: (one.created_at, one.id), reverse=True)
     page, more = newest[: query.limit], len(newest) > query.limit
     cursor = cursor_after(page[-1].created_at, page[-1].id) if more else None
     return success(page, pagination={"limit": query.limit, "next_cursor": cursor}, complete=complete)
 
 
-async def _pending(shop: Any, tenant: str) -> list[ListedPayment]:
-    """Of orders that PostgreSQL has not got yet."""
-    try:
-        ids = await shop.mirror.pending_ids(tenant, orders.ENTITY.name)
-        _, documents = await shop.mirror.read(tenant, orders.ENTITY.name, ids[:1_000])
-    except (MirrorAway, MirrorInDoubt):
-        return []
+async def _of_orders(shop: Shop, tenant: str, ids: list[str]) -> list[ListedPayment]:
+    """As the mirror has them. Raises MirrorAway, MirrorInDoubt."""
     found = []
-    for document in documents:
-        if document is not None:
-            order = orders.ENTITY.decode_state(document.state)
-            found += [
-                ListedPayment(one.id, order.id, one.amount, one.method, one.created_at, one.reference)
-                for one in order.payments
-            ]
+    for start in range(0, len(ids), _BLOCK):
+        _, documents = await shop.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK])
+        for document in documents:
+            if document is not None:
+                order = orders.ENTITY.decode_state(document.state)
+                found += [
+                    ListedPayment(one.id, order.id, one.amount, one.method, one.created_at, one.reference)
+                    for one in order.payments
+                ]
     return found
 
 
@@ -142,8 +144,11 @@ async def summary(request: Call) -> ASGIApp:
     shop, tenant = shop_of(request), request.identity.tenant
     restaurant = (await shop.menus.book(tenant)).restaurant
     today = restaurant.business_day(now())
-    end = _day(query.to, "to") or today
-    start = _day(query.from_, "from") or end - timedelta(days=29)
+    for field, day in (("from", query.from_), ("to", query.to)):
+        if day is not None and not 1970 <= day.year < 2200:
+            raise InvalidInput("a day between 1970 and 2200", field=field)
+    end = query.to or today
+    start = query.from_ or end - timedelta(days=29)
     if not 0 <= (end - start).days < _MOST_DAYS:
         raise InvalidInput(f"1 to {_MOST_DAYS} days, not {(end - start).days + 1}", field="from")
     try:
@@ -152,18 +157,6 @@ async def summary(request: Call) -> ASGIApp:
     except AWAY as error:
         raise Unavailable("sums wait for the database", retry_after=2.0) from error
     return success(Summary(days, sum(day.orders for day in days), sum(day.total for day in days), restaurant.currency))
-
-
-def _day(text: str | None, field: str) -> date | None:
-    if text is None:
-        return None
-    try:
-        found = date.fromisoformat(text)
-    except ValueError as error:
-        raise InvalidInput("a day, such as 2026-03-14", field=field) from error
-    if not 1970 <= found.year < 2200:
-        raise InvalidInput("a day between 1970 and 2200", field=field)
-    return found
 
 
 ROUTES = [summary, record_payment, list_payments]

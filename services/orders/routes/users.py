@@ -9,10 +9,11 @@ from msgspec import UNSET, Meta, UnsetType
 from services.orders.accounts import User
 from services.orders.lists import pagination, read_cursor
 from services.orders.requests import Request
-from services.orders.routes.auth import Email, Password
+from services.orders.routes.auth import Email, Password, address_of
 from services.orders.shop import shop_of
 from shared.api import endpoint, path_id, read_query
 from shared.entities.contract import Label, now
+from shared.errors import Unauthenticated
 from shared.http import Call, read_body, success
 
 _TAG = "Users"
@@ -57,14 +58,16 @@ class UsersQuery(Request):
     body=CreateUser,
     answer=User,
     status=201,
-    errors=(409,),
+    errors=(409, 504),
     example={"email": "kim@trattoria.example", "password": "another long one", "role": "staff", "name": "Kim"},
 )
 async def create_user(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), CreateUser)
     shop = shop_of(request)
+    tenant = await _tenant(request)
+    await shop.sign_in.count_user(address_of(request))
     hashed = await shop.sign_in.hash(wanted.password)
-    user = await shop.accounts.add(request.identity.tenant, wanted.email, wanted.name, wanted.role, hashed)
+    user = await shop.accounts.add(tenant, wanted.email, wanted.name, wanted.role, hashed)
     return success(user, status=201)
 
 
@@ -81,7 +84,7 @@ async def create_user(request: Call) -> ASGIApp:
 async def list_users(request: Call) -> ASGIApp:
     query = read_query(request, UsersQuery)
     found = await shop_of(request).accounts.users(
-        request.identity.tenant,
+        await _tenant(request),
         limit=query.limit + 1,
         before=read_cursor(query.cursor) if query.cursor else None,
         role=query.role,
@@ -101,7 +104,7 @@ async def list_users(request: Call) -> ASGIApp:
     errors=(404,),
 )
 async def get_user(request: Call, user_id: str) -> ASGIApp:
-    return success(await shop_of(request).accounts.user(request.identity.tenant, path_id(user_id, "user_id")))
+    return success(await shop_of(request).accounts.user(await _tenant(request), path_id(user_id, "user_id")))
 
 
 @endpoint(
@@ -112,17 +115,19 @@ async def get_user(request: Call, user_id: str) -> ASGIApp:
     summary="Change a user",
     body=UpdateUser,
     answer=User,
-    errors=(404, 409),
+    errors=(404, 409, 504),
     example={"role": "admin"},
 )
 async def update_user(request: Call, user_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), UpdateUser)
-    shop, id_ = shop_of(request), path_id(user_id, "user_id")
+    shop, id_, tenant = shop_of(request), path_id(user_id, "user_id"), await _tenant(request)
+    if wanted.email is not UNSET or wanted.password is not UNSET:
+        await shop.sign_in.count_user(address_of(request))
     names = ("email", "role", "name", "is_active")
     fields = {name: value for name in names if (value := getattr(wanted, name)) is not UNSET}
     if wanted.password is not UNSET:
         fields["password_hash"] = await shop.sign_in.hash(wanted.password)
-    return success(await shop.accounts.change(request.identity.tenant, id_, fields))
+    return success(await shop.accounts.change(tenant, id_, fields))
 
 
 @endpoint(
@@ -132,11 +137,11 @@ async def update_user(request: Call, user_id: str) -> ASGIApp:
     tag=_TAG,
     summary="Delete a user, who can be restored",
     answer=User,
-    errors=(404, 409),
+    errors=(404, 409, 504),
 )
 async def delete_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    return success(await shop_of(request).accounts.change(request.identity.tenant, id_, {"deleted_at": now()}))
+    return success(await shop_of(request).accounts.change(await _tenant(request), id_, {"deleted_at": now()}))
 
 
 @endpoint(
@@ -146,12 +151,19 @@ async def delete_user(request: Call, user_id: str) -> ASGIApp:
     tag=_TAG,
     summary="Restore a user",
     answer=User,
-    errors=(404, 409),
+    errors=(404, 409, 504),
 )
 async def restore_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    changed = await shop_of(request).accounts.change(request.identity.tenant, id_, {"deleted_at": None}, deleted=True)
-    return success(changed)
+    return success(await shop_of(request).accounts.restore(await _tenant(request), id_))
+
+
+async def _tenant(request: Call) -> str:
+    """Raises Unauthenticated for one who was an admin when its token was made: it would make itself another."""
+    who = request.identity
+    if not await shop_of(request).accounts.may_administer(who.tenant, who.user_id):
+        raise Unauthenticated("this user is no admin any more: sign in again", code="not_admin_any_more")
+    return who.tenant
 
 
 ROUTES = [create_user, list_users, get_user, update_user, delete_user, restore_user]

@@ -28,7 +28,7 @@ local count = (#ARGV - 4) / 9
 for i = 1, count do
   local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
-  local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd')
+  local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
   local standing = tonumber(doc[1])
   local how = ARGV[a + 7]
   if not standing and how == 'late' then
@@ -57,17 +57,16 @@ for i = 1, count do
       standing = version
       doc[2] = change
     end
+    if version == standing and change == doc[2] and (ARGV[a + 9] ~= '' or doc[4]) then
+      keep(KEYS[k + 1], ARGV[a + 9], doc[4])
+      redis.call('HSET', KEYS[k + 1], 'h', ARGV[a + 9])
+    end
     -- A claim whose version is taken is done with, whoever took it.
-    local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'c', 'h')
+    local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h')
     if claimed[1] and tonumber(claimed[1]) <= standing then
-      if claimed[2] ~= doc[2] then
-        give_back(KEYS[k + 1], claimed[3])
-      end
+      give_back(KEYS[k + 1], claimed[2])
       redis.call('DEL', KEYS[k + 2])
       redis.call('ZREM', KEYS[2], ARGV[a + 6])
-    end
-    if ARGV[a + 9] ~= '' and version == standing and change == doc[2] then
-      keep(KEYS[k + 1], ARGV[a + 9])
     end
   end
   -- A number that was seen is not given again.

@@ -33,6 +33,7 @@ end
 if claim[1] then
   if tonumber(claim[2]) <= version then
     -- Its version is taken by a state that stands: recorded by others, nothing to finish.
+    give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
     redis.call('DEL', KEYS[2])
     redis.call('ZREM', KEYS[3], ARGV[8])
   elseif now - tonumber(claim[5]) < tonumber(ARGV[9]) then
@@ -47,9 +48,12 @@ if doc[1] and (version ~= tonumber(ARGV[3]) or doc[2] ~= ARGV[4]) then
   return {'standing', doc[1], doc[2], doc[3]}
 end
 
-local short = shortage(KEYS[1], ARGV[10])
-if #short > 1 then
-  return short
+local short, reserved = nil, ''
+if ARGV[10] ~= '' then
+  short, reserved = reserve(KEYS[1], ARGV[10])
+  if short then
+    return short
+  end
 end
 local number = ''
 if ARGV[6] == '1' then
@@ -58,6 +62,6 @@ if ARGV[6] == '1' then
   number = string.format('%04d', number)
 end
 redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now,
-  'server', server, 'h', reserve(KEYS[1], ARGV[10]))
+  'server', server, 'h', reserved)
 redis.call('ZADD', KEYS[3], now, ARGV[8])
 return {'claimed', number}

@@ -9,9 +9,7 @@ if
   or claim[6] ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   or tonumber(claim[2]) <= (tonumber(redis.call('HGET', KEYS[1], 'v')) or 0)
 then
-  if claim[1] and claim[6] ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') then
-    give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
-  end
+  give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[1])
   return {}

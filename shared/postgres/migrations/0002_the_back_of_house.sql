@@ -2,9 +2,19 @@
 
 -- Entities.
 alter table orders add customer_id uuid, add external_id text;
-create index orders_of_customer on orders (restaurant_id, customer_id) where customer_id is not null;
+create index orders_of_customer on orders (restaurant_id, customer_id, created_at desc, id desc)
+    where customer_id is not null;
+create index orders_of_session on orders (restaurant_id, customer_session_id, created_at desc, id desc)
+    where customer_session_id is not null;
 create index orders_at_table on orders (restaurant_id, table_id, created_at desc, id desc) where table_id is not null;
-create index orders_by_status on orders (restaurant_id, status, created_at desc, id desc);
+create index orders_by_status on orders (restaurant_id, status, created_at desc, id desc) where deleted_at is null;
+-- What the mirror is filled with when it was lost: what has changed in the last days, and what is open.
+create index orders_by_update on orders (updated_at);
+create index orders_open on orders (restaurant_id)
+    where status not in ('completed', 'cancelled') and deleted_at is null;
+-- Who sits at a table, or is a customer, is in one restaurant: else the planner expects the two hundredth part of them.
+create statistics orders_at_table_statistics (dependencies) on restaurant_id, table_id from orders;
+create statistics orders_of_customer_statistics (dependencies) on restaurant_id, customer_id from orders;
 -- Days are summed up from the index alone.
 create index orders_by_day on orders (restaurant_id, business_day)
     include (status, total, subtotal, tax_amount, tip_amount, discount_amount, payment_status) where deleted_at is null;
@@ -12,6 +22,8 @@ create index orders_by_day on orders (restaurant_id, business_day)
 -- The id of a payment is the client's: it is unique within its order.
 alter table payments drop constraint payments_pkey, add primary key (restaurant_id, order_id, id);
 drop index payments_of_order;
+-- What a fork left out is looked for.
+create index conflicts_by_time on conflicts (opened_at);
 create index payments_newest on payments (restaurant_id, created_at desc, id desc);
 
 create table order_holds (
@@ -20,9 +32,10 @@ create table order_holds (
     position int not null,
     inventory_item_id uuid not null,
     quantity bigint not null,
+    held_at timestamptz not null,
     primary key (restaurant_id, order_id, position)
 );
-create index order_holds_of_item on order_holds (restaurant_id, inventory_item_id);
+create index order_holds_of_item on order_holds (restaurant_id, inventory_item_id, held_at);
 
 alter table menu_items
     add brand text,
@@ -69,7 +82,7 @@ create table jobs (
     order_id uuid,
     title text not null,
     stage text not null,
-    place bigint not null,
+    place text not null,
     scheduled_at timestamptz,
     expected_minutes int,
     notes text,
@@ -136,6 +149,10 @@ create table stock_moves (
 -- Who changed what: read by time, or by entity (changes_by_version).
 alter table changes add actor text;
 create index changes_newest on changes (restaurant_id, accepted_at desc, change_id desc);
+create index changes_newest_of on changes (restaurant_id, entity, accepted_at desc, change_id desc)
+    where entity <> 'order';
+create index changes_of_actor on changes (restaurant_id, actor, accepted_at desc, change_id desc)
+    where actor is not null;
 
 do $$
 declare
@@ -201,58 +218,76 @@ grant select (id, restaurant_id, email, name, role, is_active, created_at, updat
 grant insert on restaurants to ticketrail_api;
 grant select, delete on refresh_tokens to ticketrail_writer;
 
+-- pg_temp comes last: else a temporary table of the caller would stand before ours.
 create function sign_in_user(wanted_email text)
 returns table (id text, restaurant_id text, email text, name text, role text, password_hash text)
-language sql stable security definer set search_path = public as $$
+language sql stable security definer set search_path = public, pg_temp as $$
     select u.id::text, u.restaurant_id::text, u.email, u.name, u.role, u.password_hash
     from users u
     where lower(u.email) = lower(wanted_email) and u.deleted_at is null and u.is_active
 $$;
 
-create function begin_session(token bytea, of_user uuid, ttl interval) returns void
-language sql security definer set search_path = public as $$
+-- Whatever begins, goes on or ends a session locks its user first: who changes a password, shuts somebody out or meets a
+-- stolen token also ends what is being made at that moment.
+
+-- `known`: the hash that the password fitted. False when it is another by now, or the user is shut out.
+create function begin_session(token bytea, of_user uuid, known text, ttl interval) returns boolean
+language plpgsql security definer set search_path = public, pg_temp as $$
+begin
+    perform from users u
+        where u.id = of_user and u.password_hash = known and u.is_active and u.deleted_at is null
+        for no key update;
+    if not found then
+        return false;
+    end if;
     insert into refresh_tokens (token_sha256, family, user_id, expires_at)
-    values (token, gen_random_uuid(), of_user, now() + ttl)
-$$;
+    values (token, gen_random_uuid(), of_user, now() + ttl);
+    return true;
+end $$;
 
 -- Rotates a refresh token. `outcome`: rotated, reused (the whole family is revoked by this) or invalid.
 create function rotate_session(old bytea, new bytea, ttl interval)
 returns table (outcome text, id text, restaurant_id text, email text, name text, role text)
-language plpgsql security definer set search_path = public as $$
+language plpgsql security definer set search_path = public, pg_temp as $$
 declare
-    found refresh_tokens;
+    known refresh_tokens;
 begin
-    select * into found from refresh_tokens r where r.token_sha256 = old for update;
-    if not found.user_id is null and found.used_at is not null then
-        update refresh_tokens r set revoked_at = coalesce(r.revoked_at, now()) where r.family = found.family;
+    perform from users u where u.id = (select r.user_id from refresh_tokens r where r.token_sha256 = old)
+        for no key update;
+    select * into known from refresh_tokens r where r.token_sha256 = old;
+    if known.used_at is not null then
+        update refresh_tokens r set revoked_at = coalesce(r.revoked_at, now()) where r.family = known.family;
         return query select 'reused', null::text, null::text, null::text, null::text, null::text;
-    elsif found.user_id is null or found.revoked_at is not null or found.expires_at <= now()
-        or not exists (select from users u where u.id = found.user_id and u.is_active and u.deleted_at is null) then
+    elsif known.user_id is null or known.revoked_at is not null or known.expires_at <= now()
+        or not exists (select from users u where u.id = known.user_id and u.is_active and u.deleted_at is null) then
         return query select 'invalid', null::text, null::text, null::text, null::text, null::text;
     else
         update refresh_tokens r set used_at = now() where r.token_sha256 = old;
         insert into refresh_tokens (token_sha256, family, user_id, expires_at)
-        values (new, found.family, found.user_id, now() + ttl);
+        values (new, known.family, known.user_id, now() + ttl);
         return query select 'rotated', u.id::text, u.restaurant_id::text, u.email, u.name, u.role
-            from users u where u.id = found.user_id;
+            from users u where u.id = known.user_id;
     end if;
 end $$;
 
 create function end_session(token bytea) returns void
-language sql security definer set search_path = public as $$
+language plpgsql security definer set search_path = public, pg_temp as $$
+begin
+    perform from users u where u.id = (select r.user_id from refresh_tokens r where r.token_sha256 = token)
+        for no key update;
     update refresh_tokens set revoked_at = coalesce(revoked_at, now())
-    where family = (select family from refresh_tokens where token_sha256 = token)
-$$;
+    where family = (select family from refresh_tokens where token_sha256 = token);
+end $$;
 
--- All of a user's: its password was changed, or it was shut out.
+-- All of a user's: its password was changed, or it was shut out, in the same transaction before.
 create function end_sessions_of(of_user uuid) returns void
-language sql security definer set search_path = public as $$
+language sql security definer set search_path = public, pg_temp as $$
     update refresh_tokens set revoked_at = now() where user_id = of_user and revoked_at is null
 $$;
 
-revoke execute on function sign_in_user(text), begin_session(bytea, uuid, interval),
+revoke execute on function sign_in_user(text), begin_session(bytea, uuid, text, interval),
     rotate_session(bytea, bytea, interval), end_session(bytea), end_sessions_of(uuid) from public;
-grant execute on function sign_in_user(text), begin_session(bytea, uuid, interval),
+grant execute on function sign_in_user(text), begin_session(bytea, uuid, text, interval),
     rotate_session(bytea, bytea, interval), end_session(bytea), end_sessions_of(uuid) to ticketrail_api;
 
 -- How far an import has come, by the digest of its source: what was interrupted goes on from there.
@@ -262,9 +297,17 @@ create table imports (
     restaurant_id uuid not null,
     done bigint not null default 0,
     refused bigint not null default 0,
+    -- Of the rows that are done: those of a database may be others at the next run.
+    passed_sha256 text not null default '',
     finished_at timestamptz,
     started_at timestamptz not null default now(),
     updated_at timestamptz not null default now()
 );
-grant select, insert, update, delete on imports to ticketrail_writer;
-grant select on imports to ticketrail_ops;
+create table import_refusals (
+    source_sha256 text not null references imports on delete cascade,
+    line bigint not null,
+    reason text not null,
+    primary key (source_sha256, line)
+);
+grant select, insert, update, delete on imports, import_refusals to ticketrail_writer;
+grant select on imports, import_refusals to ticketrail_ops;

@@ -1,0 +1,81 @@
+"""A restaurant of its own on the running system, and calls that say what they expect."""
+
+from typing import Any
+from uuid import uuid4
+
+import httpx
+from msgspec import Struct
+
+from shared.entities.contract import Change, Lane
+from shared.messaging import topology
+from shared.messaging.publisher import Publisher
+from shared.security import Identity, Role, Tokens
+from tests.builders import message
+from tests.system import System
+
+
+class Shop(Struct, frozen=True):
+    system: System
+    restaurant: str
+    slug: str
+    admin: str
+    """User id."""
+    token: str
+    """The admin's, as registering gave it."""
+    staff: str
+    """User id."""
+
+    def client(self, role: Role = Role.STAFF, *, session: str | None = None) -> httpx.AsyncClient:
+        if role is Role.ADMIN:
+            return self.system.client(token=self.token)
+        return self.system.client(token=self.token_of(role, session=session))
+
+    def token_of(self, role: Role, *, session: str | None = None) -> str:
+        user = self.staff if role is Role.STAFF else str(uuid4())
+        tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
+        return tokens.issue(Identity(user, role, self.restaurant, "", session))
+
+    async def dish(self, **fields: Any) -> dict[str, Any]:
+        async with self.client(Role.ADMIN) as admin:
+            body = {"name": "Dosa", "price": 1_000, "category": "Mains", **fields}
+            return made(await admin.post("/api/menu", json=body))
+
+    async def publish(self, *changes: Change, lane: Lane = Lane.CRITICAL) -> None:
+        """As another instance would have recorded them."""
+        publisher = Publisher(self.system.rabbitmq_url, topology.CHANGES, timeout=5.0)
+        await publisher.start(wait=10)
+        try:
+            await publisher.publish(lane.value, message(*changes))
+        finally:
+            await publisher.stop()
+
+
+async def open_shop(system: System, **fields: Any) -> Shop:
+    slug = f"shop-{uuid4().hex[:12]}"
+    body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good", **fields}
+    async with httpx.AsyncClient(base_url=system.urls["orders"], timeout=10.0) as client:
+        data = made(await client.post("/api/auth/register-restaurant", json=body))
+    session = data["session"]
+    return Shop(
+        system, data["restaurant"]["id"], slug, session["user"]["id"], session["access_token"], staff=str(uuid4())
+    )
+
+
+def made(reply: httpx.Response) -> Any:
+    return expect(reply, 201)
+
+
+def expect(reply: httpx.Response, status: int = 200) -> Any:
+    """`data` of an answer that was expected."""
+    assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
+    return reply.json()["data"] if status < 400 else reply.json()["error"]
+
+
+def refused(reply: httpx.Response, status: int, code: str, field: str | None = None) -> dict[str, Any]:
+    """`details` of a refusal, which must name its code and the field."""
+    error = expect(reply, status)
+    assert error["code"] == code, error
+    if field is not None:
+        assert error["details"]["field"] == field, error
+    details: dict[str, Any] = error["details"]
+    return details

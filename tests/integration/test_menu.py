@@ -1,0 +1,313 @@
+"""The menu over HTTP: dishes, categories, brands, what they cost and whether they can be had."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from deploy.local.ports import find_free
+from shared.security import Role
+from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
+from tests.system import System, eventually
+
+SIZE = {
+    "name": "size",
+    "min_choices": 1,
+    "max_choices": 1,
+    "options": [
+        {"name": "regular"},
+        {"name": "large", "price": 250},
+        {"name": "giant", "price": 900, "is_available": False},
+    ],
+}
+EXTRAS = {
+    "name": "extras",
+    "max_choices": 2,
+    "options": [{"name": "egg", "price": 120}, {"name": "cheese", "price": 80}],
+}
+
+
+@pytest.fixture(scope="module")
+async def shop(system: System) -> Shop:
+    return await open_shop(system)
+
+
+def body(*dishes: str, **item: Any) -> dict[str, Any]:
+    return {"items": [{"menu_item_id": dish, "quantity": 1, **item} for dish in dishes]}
+
+
+def chosen(*options: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "option": option} for name, option in options]
+
+
+async def test_a_dish_keeps_everything_that_was_said_of_it(shop: Shop) -> None:
+    fields = {
+        "name": "Pizza",
+        "price": 980,
+        "category": f"Mains {uuid4()}",
+        "description": "with basil",
+        "brand": f"House {uuid4()}",
+        "is_available": False,
+        "image_url": "https://example.com/pizza.jpg",
+    }
+    groups = [SIZE, EXTRAS]
+    dish = await shop.dish(**fields, customizations=groups)
+    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+        seen = expect(await guest.get(f"/api/menu/{dish['id']}"))
+        assert {name: seen[name] for name in fields} == fields
+        size, extras = seen["customizations"]
+        assert [(one["name"], one["price"], one["is_available"]) for one in size["options"]] == [
+            ("regular", 0, True),
+            ("large", 250, True),
+            ("giant", 900, False),
+        ]
+        assert (extras["min_choices"], extras["max_choices"]) == (0, 2)
+        for query in ({"category": fields["category"]}, {"brand": fields["brand"]}):
+            assert [one["id"] for one in expect(await guest.get("/api/menu", params=query))] == [dish["id"]]
+            nothing = await guest.get("/api/menu", params={**query, "is_available": "true"})
+            assert expect(nothing) == []
+
+    async def stored() -> Any:
+        async with shop.system.database() as connection:
+            return await connection.fetchrow("select * from menu_items where id = $1", dish["id"])
+
+    row = await eventually(stored, what="the dish in PostgreSQL")
+    assert {name: row[name] for name in fields} == fields
+
+
+async def test_headings_of_the_menu_are_kept_apart(shop: Shop) -> None:
+    async with shop.client(Role.ADMIN) as admin:
+        category = made(await admin.post("/api/menu/categories", json={"name": "Soups", "position": 3}))
+        brand = made(await admin.post("/api/menu/brands", json={"name": "Fritz", "description": "from Hamburg"}))
+        assert [one["id"] for one in expect(await admin.get("/api/menu/categories"))] == [category["id"]]
+        assert [one["id"] for one in expect(await admin.get("/api/menu/brands"))] == [brand["id"]]
+        assert category["position"] == 3
+        refused(await admin.get(f"/api/menu/brands/{category['id']}"), 404, "not_found")
+
+
+async def test_only_an_admin_changes_the_menu(shop: Shop) -> None:
+    dish = await shop.dish()
+    for client in (shop.client(Role.STAFF), shop.client(Role.CUSTOMER, session="guest")):
+        async with client as caller:
+            for reply in (
+                await caller.post("/api/menu", json={"name": "x", "price": 1, "category": "x"}),
+                await caller.put(f"/api/menu/{dish['id']}", json={"price": 1}),
+                await caller.delete(f"/api/menu/{dish['id']}"),
+                await caller.post("/api/menu/categories", json={"name": "x"}),
+                await caller.post("/api/menu/brands", json={"name": "x"}),
+            ):
+                refused(reply, 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"price": -1}, "price"),
+        ({"price": 9.5}, "price"),
+        ({"image_url": "javascript:alert(1)"}, "image_url"),
+        ({"name": "a\0b"}, "name"),
+        ({"colour": "red"}, "colour"),
+        ({"customizations": [SIZE, EXTRAS, SIZE]}, "customizations[2].name"),
+        ({"customizations": [{**SIZE, "min_choices": 2}]}, "customizations[0].min_choices"),
+        ({"customizations": [{**SIZE, "options": []}]}, "customizations[0].options"),
+        ({"customizations": [{**SIZE, "options": [{"name": "a"}, {"name": "a"}]}]}, "customizations[0].options"),
+        ({"customizations": [{**SIZE, "options": [{"name": "a", "price": -5}]}]}, "customizations[0].options[0].price"),
+        ({"consumes": [{"inventory_item_id": str(uuid4()), "quantity": 1}]}, "consumes[0].inventory_item_id"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_a_dish_that_makes_no_sense_is_refused_by_the_field(
+    shop: Shop, fields: dict[str, Any], field: str
+) -> None:
+    dish = await shop.dish()
+    async with shop.client(Role.ADMIN) as admin:
+        for reply in (
+            await admin.post("/api/menu", json={"name": "x", "price": 1, "category": "x", **fields}),
+            await admin.put(f"/api/menu/{dish['id']}", json=fields),
+        ):
+            assert expect(reply, 422)["details"]["field"] == field
+
+
+async def test_prices_of_orders_that_were_placed_never_change(shop: Shop) -> None:
+    dish = await shop.dish(name="Thali", price=1_000, customizations=[SIZE])
+    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+        placed = made(
+            await staff.post("/api/orders", json=body(dish["id"], customizations=chosen(("size", "large")), quantity=2))
+        )
+        assert (placed["items"][0]["unit_price"], placed["subtotal"]) == (1_250, 2_500)
+        dearer = {**SIZE, "options": [{"name": "large", "price": 999}]}
+        change = {"name": "Royal thali", "price": 2_000, "customizations": [dearer]}
+        expect(await admin.put(f"/api/menu/{dish['id']}", json=change))
+        expect(await admin.delete(f"/api/menu/{dish['id']}"))
+        url = f"/api/orders/{placed['id']}"
+        assert expect(await staff.get(url))["items"] == placed["items"]
+        changed = expect(await staff.put(url, json={"tip_amount": 100, "status": "received"}))
+        assert changed["items"] == placed["items"]
+        assert changed["total"] == placed["total"] + 100
+
+        async def stored() -> Any:
+            async with shop.system.database() as connection:
+                return await connection.fetchrow(
+                    "select o.version, o.subtotal, i.name, i.unit_price, i.line_total"
+                    " from orders o join order_items i on i.order_id = o.id where o.id = $1",
+                    placed["id"],
+                )
+
+        row = await eventually(stored, what="version 2", until=lambda found: found and found["version"] == 2)
+    assert tuple(row) == (2, 2_500, "Thali", 1_250, 2_500)
+
+
+async def test_a_new_price_counts_from_the_next_order_on(shop: Shop) -> None:
+    dish = await shop.dish(price=1_000)
+    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+        for price in (1_100, 1_200, 1_300):
+            expect(await admin.put(f"/api/menu/{dish['id']}", json={"price": price}))
+            assert made(await staff.post("/api/orders", json=body(dish["id"])))["items"][0]["unit_price"] == price
+
+
+async def test_a_dish_that_is_deleted_is_not_sold_until_it_is_restored(shop: Shop) -> None:
+    dish = await shop.dish()
+    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+        expect(await admin.delete(f"/api/menu/{dish['id']}"))
+        refused(
+            await staff.post("/api/orders", json=body(dish["id"])), 422, "unknown_menu_item", "items[0].menu_item_id"
+        )
+        expect(await admin.post(f"/api/menu/{dish['id']}/restore"))
+        made(await staff.post("/api/orders", json=body(dish["id"])))
+
+
+async def test_choices_are_priced_by_the_server(shop: Shop) -> None:
+    dish = await shop.dish(price=1_000, customizations=[SIZE, EXTRAS])
+    options = chosen(("size", "large"), ("extras", "egg"), ("extras", "cheese"))
+    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+        (item,) = made(await guest.post("/api/orders", json=body(dish["id"], customizations=options, quantity=3)))[
+            "items"
+        ]
+        assert (item["unit_price"], item["line_total"]) == (1_450, 4_350)
+        assert [one["price"] for one in item["customizations"]] == [250, 120, 80]
+        # Twice the same is twice as much, where two may be chosen.
+        twice = chosen(("size", "regular"), ("extras", "egg"), ("extras", "egg"))
+        (item,) = made(await guest.post("/api/orders", json=body(dish["id"], customizations=twice)))["items"]
+        assert item["unit_price"] == 1_240
+        for price in ({"price": 1}, {"unit_price": 1}):
+            wanted = [{**options[0], **price}]
+            reply = await guest.post("/api/orders", json=body(dish["id"], customizations=wanted))
+            assert expect(reply, 422)["details"]["field"] == f"items[0].customizations[0].{next(iter(price))}"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "field"),
+    [
+        ((), "customization_count", ""),
+        ((("extras", "egg"),), "customization_count", ""),
+        ((("size", "large"), ("size", "regular")), "customization_count", ""),
+        ((("size", "large"), ("size", "large")), "customization_count", ""),
+        ((("size", "large"), *[("extras", "egg")] * 3), "customization_count", ""),
+        ((("size", "huge"),), "unknown_customization", "[0].option"),
+        ((("size", "giant"),), "option_unavailable", "[0].option"),
+        ((("size", "large"), ("sauce", "hot")), "unknown_customization", "[1].name"),
+        ((("size", "egg"),), "unknown_customization", "[0].option"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+async def test_a_choice_that_the_dish_does_not_offer_is_refused(
+    shop: Shop, options: tuple[tuple[str, str], ...], code: str, field: str
+) -> None:
+    plain, dish = await shop.dish(), await shop.dish(customizations=[SIZE, EXTRAS])
+    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+        items = [*body(plain["id"])["items"], *body(dish["id"], customizations=chosen(*options))["items"]]
+        reply = await guest.post("/api/orders", json={"items": items})
+        refused(reply, 422, code, f"items[1].customizations{field}")
+        reply = await guest.post("/api/orders", json=body(plain["id"], customizations=chosen(("size", "large"))))
+        refused(reply, 422, "unknown_customization", "items[0].customizations[0].name")
+
+
+async def test_choices_are_checked_when_the_items_of_an_order_change(shop: Shop) -> None:
+    dish = await shop.dish(price=1_000, customizations=[SIZE])
+    async with shop.client() as staff:
+        placed = made(await staff.post("/api/orders", json=body(dish["id"], customizations=chosen(("size", "large")))))
+        url = f"/api/orders/{placed['id']}"
+        refused(await staff.put(url, json=body(dish["id"])), 422, "customization_count", "items[0].customizations")
+        changed = expect(await staff.put(url, json=body(dish["id"], customizations=chosen(("size", "regular")))))
+    assert (changed["version"], changed["subtotal"]) == (2, 1_000)
+
+
+async def set_availability(client: httpx.AsyncClient, dishes: list[str], available: bool) -> dict[str, str]:
+    wanted = {"menu_item_ids": dishes, "is_available": available}
+    found = expect(await client.post("/api/menu/availability", json=wanted))
+    return {one["id"]: one["outcome"] for one in found}
+
+
+async def test_many_dishes_are_taken_off_in_one_call_and_cannot_be_ordered_from_then_on(shop: Shop) -> None:
+    dishes = [(await shop.dish())["id"] for _ in range(12)]
+    gone, left = dishes[:11], dishes[11]
+    async with shop.client() as staff, shop.client(Role.CUSTOMER, session="guest") as guest:
+        placed = made(await guest.post("/api/orders", json=body(*dishes)))
+        assert await set_availability(staff, [*gone, gone[0]], False) == dict.fromkeys(gone, "changed")
+        for place, dish in enumerate(gone):
+            reply = await guest.post("/api/orders", json=body(left, dish))
+            refused(reply, 422, "menu_item_unavailable", "items[1].menu_item_id")
+            shown = expect(await guest.get(f"/api/menu/{dish}"))
+            assert (shown["is_available"], shown["price"]) == (False, 1_000), place
+        made(await guest.post("/api/orders", json=body(left)))
+        assert expect(await guest.get(f"/api/orders/{placed['id']}"))["items"] == placed["items"]
+        assert await set_availability(staff, gone, False) == dict.fromkeys(gone, "unchanged")
+        assert set((await set_availability(staff, dishes, True)).values()) == {"changed", "unchanged"}
+        made(await guest.post("/api/orders", json=body(*dishes)))
+        refused(await guest.post("/api/menu/availability", json={}), 403, "forbidden")
+
+
+@pytest.fixture
+async def without_broker(system: System) -> AsyncIterator[str]:
+    """URL of a second instance of the orders service, to which RabbitMQ does not answer: it hears no log."""
+    port, nobody = find_free(2)
+    system.urls["mute"] = f"http://127.0.0.1:{port}"
+    system.start("orders", alias="mute", instance=3, orders_port=port, rabbitmq_url=f"amqp://x:x@127.0.0.1:{nobody}/")
+    try:
+        await system.ready("mute")
+        yield system.urls["mute"]
+    finally:
+        await system.stop("mute")
+        del system.urls["mute"]
+
+
+async def test_an_instance_prices_by_what_it_has_changed_itself_without_waiting_for_the_log(
+    shop: Shop, without_broker: str
+) -> None:
+    headers = {"Authorization": f"Bearer {shop.token}"}
+    async with httpx.AsyncClient(base_url=without_broker, headers=headers, timeout=10.0) as admin:
+        dish = {"name": "Dosa", "price": 1_000, "category": "Mains"}
+        dishes = [made(await admin.post("/api/menu", json=dish))["id"] for _ in range(3)]
+        assert made(await admin.post("/api/orders", json=body(*dishes)))["durability"] == "journal"
+        assert await set_availability(admin, dishes[:2], False) == dict.fromkeys(dishes[:2], "changed")
+        for place in range(2):
+            reply = await admin.post("/api/orders", json=body(dishes[2], dishes[place]))
+            refused(reply, 422, "menu_item_unavailable", "items[1].menu_item_id")
+        expect(await admin.put(f"/api/menu/{dishes[2]}", json={"price": 1_234}))
+        assert made(await admin.post("/api/orders", json=body(dishes[2])))["subtotal"] == 1_234
+
+
+async def test_one_unknown_dish_leaves_all_as_they_are(shop: Shop) -> None:
+    dish, deleted = (await shop.dish())["id"], (await shop.dish())["id"]
+    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+        expect(await admin.delete(f"/api/menu/{deleted}"))
+        for wrong in (str(uuid4()), deleted):
+            wanted = {"menu_item_ids": [dish, wrong], "is_available": False}
+            reply = await staff.post("/api/menu/availability", json=wanted)
+            refused(reply, 422, "unknown_menu_item", "menu_item_ids[1]")
+        assert expect(await staff.get(f"/api/menu/{dish}"))["version"] == 1
+
+
+async def test_a_dish_that_is_taken_off_while_its_price_changes_keeps_both(shop: Shop) -> None:
+    dish = (await shop.dish())["id"]
+    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+        await asyncio.gather(
+            set_availability(staff, [dish], False),
+            admin.put(f"/api/menu/{dish}", json={"price": 1_500}),
+            admin.put(f"/api/menu/{dish}", json={"description": "hot"}),
+        )
+        seen = expect(await staff.get(f"/api/menu/{dish}"))
+    assert (seen["is_available"], seen["price"], seen["description"], seen["version"]) == (False, 1_500, "hot", 4)

@@ -1,0 +1,415 @@
+"""Payments: facts inside orders, from which what is paid is derived."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import msgspec
+import pytest
+
+from deploy.local.ports import find_free
+from services.orders.changes import Changes
+from services.orders.commands import Commands
+from services.orders.reads import Found
+from services.orders.requests import RecordPayment
+from shared.entities.contract import Standing, encode, now
+from shared.entities.order import ENTITY, Order, Payment, payment_status
+from shared.rail.commit import Committed, Draft, Lost
+from shared.security import Identity, Role
+from tests import builders
+from tests.builders import new_id, payment
+from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
+from tests.system import System, eventually
+
+
+@pytest.fixture(scope="module")
+async def shop(system: System) -> Shop:
+    """No tax: an order costs what its items cost."""
+    return await open_shop(system, tax_basis_points=0)
+
+
+async def place(shop: Shop, client: httpx.AsyncClient, price: int = 1_000, **fields: Any) -> str:
+    """An order that costs `price`; returns its path."""
+    dish = (await shop.dish(price=price))["id"]
+    body = {"items": [{"menu_item_id": dish, "quantity": 1}], **fields}
+    return f"/api/orders/{made(await client.post('/api/orders', json=body))['id']}"
+
+
+async def pay(client: httpx.AsyncClient, order: str, amount: int, **fields: Any) -> dict[str, Any]:
+    found: dict[str, Any] = made(
+        await client.post(f"{order}/payments", json={"amount": amount, "method": "card", **fields})
+    )
+    return found
+
+
+async def state(client: httpx.AsyncClient, order: str) -> tuple[str, list[int]]:
+    found = expect(await client.get(order))
+    return found["payment_status"], [one["amount"] for one in found["payments"]]
+
+
+async def stored_payments(shop: Shop, order: str) -> list[int]:
+    async with shop.system.database() as connection:
+        rows = await connection.fetch(
+            "select amount from payments where order_id = $1 order by created_at, id", order.rpartition("/")[2]
+        )
+    return [row["amount"] for row in rows]
+
+
+async def test_what_is_paid_says_the_payment_status(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        assert await state(staff, order) == ("pending", [])
+        first = await pay(staff, order, 400, method="cash", reference="till 2")
+        assert first["payment_status"] == "partially_paid"
+        assert first["payment"] == first["payments"][0]
+        assert {name: first["payment"][name] for name in ("amount", "method", "reference")} == {
+            "amount": 400,
+            "method": "cash",
+            "reference": "till 2",
+        }
+        expected = [400]
+        for amount, status in (
+            (599, "partially_paid"),
+            (1, "paid"),
+            (500, "paid"),  # more than it costs
+            (-500, "paid"),
+            (-1, "partially_paid"),
+            (-999, "refunded"),
+            (1_000, "paid"),
+            (-1_000, "refunded"),
+        ):
+            expected.append(amount)
+            assert (await pay(staff, order, amount))["payment_status"] == status
+            assert await state(staff, order) == (status, expected)
+
+        await eventually(
+            lambda: stored_payments(shop, order), what="all in PostgreSQL", until=lambda found: found == expected
+        )
+        async with shop.system.database() as connection:
+            stored = await connection.fetchval("select payment_status from orders where id = $1", first["id"])
+        assert stored == "refunded"
+
+
+async def test_the_status_follows_what_the_order_comes_to(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        await pay(staff, order, 1_000)
+        assert expect(await staff.put(order, json={"tip_amount": 1}))["payment_status"] == "partially_paid"
+        dearer, cheaper = (await shop.dish(price=1_500))["id"], (await shop.dish(price=600))["id"]
+        for dish, status in ((dearer, "partially_paid"), (cheaper, "paid")):
+            changed = expect(await staff.put(order, json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
+            assert changed["payment_status"] == status
+        assert await state(staff, order) == ("paid", [1_000])
+
+
+async def test_where_nothing_is_to_be_paid_it_is_paid(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000, deposit_used=1_000)
+        assert expect(await staff.get(order))["total"] == 0
+        assert await state(staff, order) == ("paid", [])
+        assert expect(await staff.put(order, json={"tip_amount": 50}))["payment_status"] == "pending"
+        assert (await pay(staff, order, 50))["payment_status"] == "paid"
+        for_free = await place(shop, staff, 0)
+        assert await state(staff, for_free) == ("paid", [])
+
+
+@pytest.mark.parametrize(
+    ("amounts", "total", "status"),
+    [
+        ((), 100, "pending"),
+        ((), 0, "paid"),
+        ((99,), 100, "partially_paid"),
+        ((100,), 100, "paid"),
+        ((101,), 100, "paid"),
+        ((1,), 0, "paid"),
+        ((100, -1), 100, "partially_paid"),
+        ((100, -100), 100, "refunded"),
+        ((100, -100), 0, "refunded"),
+        ((100, -100, 40), 100, "partially_paid"),
+        ((100, -60, -60), 100, "refunded"),  # two refunds that a fork let through
+    ],
+)
+def test_the_payment_status_is_derived(amounts: Sequence[int], total: int, status: str) -> None:
+    assert payment_status(tuple(payment(amount=amount) for amount in amounts), total) == status
+
+
+async def test_a_payment_that_is_sent_again_counts_once(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order, other = await place(shop, staff, 1_000), await place(shop, staff, 1_000)
+        wanted = {"id": new_id(), "amount": 300, "method": "card", "reference": "auth 7"}
+        replies = await asyncio.gather(*(staff.post(f"{order}/payments", json=wanted) for _ in range(10)))
+        assert {made(reply)["payment"]["id"] for reply in replies} == {wanted["id"]}
+        assert sum("idempotency-replayed" in reply.headers for reply in replies) == 9
+        again = made(await staff.post(f"{order}/payments", json={**wanted, "id": wanted["id"].upper()}))
+        assert again["version"] == 2
+        assert await state(staff, order) == ("partially_paid", [300])
+        for other_fields in ({"amount": 301}, {"amount": -300}, {"method": "cash"}, {"reference": None}):
+            reply = await staff.post(f"{order}/payments", json={**wanted, **other_fields})
+            refused(reply, 409, "payment_id_reused", "id")
+        assert await state(staff, order) == ("partially_paid", [300])
+        # Its id is the client's: known within the order alone.
+        await pay(staff, other, 1_000, id=wanted["id"])
+        assert await state(staff, other) == ("paid", [1_000])
+
+
+@pytest.fixture
+async def second(system: System) -> AsyncIterator[str]:
+    """URL of a second instance of the orders service."""
+    (port,) = find_free(1)
+    system.urls["second"] = f"http://127.0.0.1:{port}"
+    system.start("orders", alias="second", instance=4, orders_port=port)
+    try:
+        await system.ready("second")
+        yield system.urls["second"]
+    finally:
+        await system.stop("second")
+        del system.urls["second"]
+
+
+async def test_payments_at_the_same_moment_all_count(shop: Shop, second: str) -> None:
+    """At one instance and at two, and beside other changes."""
+    async with shop.client() as staff, shop.system.client(service="second", token=shop.token) as other:
+        order = await place(shop, staff, 20_000)
+        amounts = [1_000 + n for n in range(20)]
+        paid = asyncio.gather(*(pay((staff, other)[n % 2], order, amount) for n, amount in enumerate(amounts)))
+        noted = asyncio.gather(*(staff.put(order, json={"notes": f"n{n}"}) for n in range(2)))
+        replies, changes = await paid, await noted
+        assert len({one["version"] for one in replies}) == 20
+        assert {reply.status_code for reply in changes} <= {200, 409}
+        status, found = await state(staff, order)
+        assert (status, sorted(found)) == ("paid", amounts)
+
+        async def stored() -> list[int]:
+            return sorted(await stored_payments(shop, order))
+
+        await eventually(stored, what="all payments in PostgreSQL", until=lambda seen: seen == amounts)
+
+
+async def test_a_payment_that_loses_its_claim_is_tried_on_what_stands_then() -> None:
+    """Others of the order go on and on: after ten of them, on top of all of them."""
+    others: list[Payment] = []
+
+    class Reads:
+        async def base(self, entity: Any, restaurant: str, id_: str) -> Found:
+            return Found(ENTITY, Standing(len(others) + 1, new_id()), encode(builders.order(payments=others)), "mirror")
+
+    class Rail:
+        async def commit(self, draft: Draft) -> Committed:
+            if len(others) < 10:
+                others.append(payment())
+                raise Lost
+            return Committed(draft.state, Standing(len(others) + 2, new_id()), "broker", True)
+
+    commands = Commands(Changes(Rail(), Reads()), None)  # type: ignore[arg-type]
+    who = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
+    done, made = await commands.pay(who, new_id(), RecordPayment(amount=7, method="cash"))
+    assert done.state.payments == (*others, made)
+    assert len(done.state.payments) == 11
+
+
+async def test_a_refund_is_never_more_than_what_was_paid(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        reply = await staff.post(f"{order}/payments", json={"amount": -1, "method": "card"})
+        assert refused(reply, 409, "refund_above_paid", "amount")["paid"] == 0
+        await pay(staff, order, 700)
+        await pay(staff, order, -200)
+        reply = await staff.post(f"{order}/payments", json={"amount": -501, "method": "card"})
+        assert refused(reply, 409, "refund_above_paid", "amount")["paid"] == 500
+        # A repeat of one that was made is the same one, though it would be too much now.
+        refund = {"id": new_id(), "amount": -500, "method": "card"}
+        for _ in range(2):
+            made(await staff.post(f"{order}/payments", json=refund))
+        assert await state(staff, order) == ("refunded", [700, -200, -500])
+
+
+async def test_refunds_that_race_give_back_no_more_than_was_paid(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        await pay(staff, order, 1_000)
+        replies = await asyncio.gather(
+            *(staff.post(f"{order}/payments", json={"amount": -300, "method": "card"}) for _ in range(8))
+        )
+        assert sorted(reply.status_code for reply in replies) == [201] * 3 + [409] * 5
+        assert {expect(reply, 409)["code"] for reply in replies if reply.status_code == 409} == {"refund_above_paid"}
+        assert await state(staff, order) == ("partially_paid", [1_000, -300, -300, -300])
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"amount": 0}, "amount"),
+        ({"amount": 1.5}, "amount"),
+        ({"amount": 10**13}, "amount"),
+        ({"amount": "100"}, "amount"),
+        ({"method": None}, "method"),
+        ({"id": "7"}, "id"),
+        ({"reference": "a\0b"}, "reference"),
+        ({"currency": "USD"}, "currency"),
+    ],
+    ids=str,
+)
+async def test_a_payment_that_makes_no_sense_is_refused(shop: Shop, fields: dict[str, Any], field: str) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        reply = await staff.post(f"{order}/payments", json={"amount": 100, "method": "card", **fields})
+        refused(reply, 422, "invalid_input", field)
+        assert await state(staff, order) == ("pending", [])
+
+
+async def test_a_cancelled_order_is_given_back_and_not_paid(shop: Shop) -> None:
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        await pay(staff, order, 1_000)
+        expect(await staff.put(order, json={"status": "cancelled"}))
+        reply = await staff.post(f"{order}/payments", json={"amount": 1, "method": "card"})
+        refused(reply, 409, "order_cancelled", "amount")
+        assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"
+
+
+async def test_nobody_pays_what_is_not_there(shop: Shop) -> None:
+    wanted = {"amount": 100, "method": "card"}
+    stranger = await open_shop(shop.system)
+    async with shop.client() as staff, stranger.client(Role.ADMIN) as them:
+        order = await place(shop, staff, 1_000)
+        refused(await them.post(f"{order}/payments", json=wanted), 404, "not_found")
+        assert expect(await them.get("/api/payments")) == []
+        refused(await staff.post(f"/api/orders/{uuid4()}/payments", json=wanted), 404, "not_found")
+        expect(await staff.delete(order))
+        refused(await staff.post(f"{order}/payments", json=wanted), 404, "order_deleted")
+    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+        refused(await guest.post(f"{order}/payments", json=wanted), 403, "forbidden")
+        refused(await guest.get("/api/payments"), 403, "forbidden")
+
+
+# -- the list ----------------------------------------------------------------------------------------------------
+
+
+async def pages(client: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]:
+    """All of them, page by page."""
+    found: list[dict[str, Any]] = []
+    cursor = None
+    while True:
+        reply = await client.get("/api/payments", params={**query, **({"cursor": cursor} if cursor else {})})
+        found += expect(reply)
+        cursor = reply.json()["pagination"]["next_cursor"]
+        if cursor is None:
+            return found
+
+
+async def test_the_list_has_every_payment_once_also_those_on_their_way(system: System) -> None:
+    shop = await open_shop(system)
+    async with shop.client() as staff:
+        paid: list[tuple[str, str]] = []
+        orders = [await place(shop, staff, 5_000) for _ in range(2)]
+        for n in range(12):
+            order = orders[n % 2]
+            made_now = await pay(staff, order, 100 + n)
+            paid.insert(0, (order.rpartition("/")[2], made_now["payment"]["id"]))
+            listed = await pages(staff, limit=5)
+            assert [(one["order_id"], one["id"]) for one in listed] == paid
+        async with shop.system.database() as connection:
+            await eventually(
+                lambda: connection.fetchval(
+                    "select count(*) from payments where restaurant_id = $1::uuid", shop.restaurant
+                ),
+                what="all payments in PostgreSQL",
+                until=lambda count: count == 12,
+            )
+        assert [(one["order_id"], one["id"]) for one in await pages(staff, limit=5)] == paid
+        # What comes in between does not push others onto the next page.
+        first = await staff.get("/api/payments", params={"limit": 5})
+        await pay(staff, orders[0], 1)
+        second = await staff.get(
+            "/api/payments", params={"limit": 7, "cursor": first.json()["pagination"]["next_cursor"]}
+        )
+        assert [(one["order_id"], one["id"]) for one in expect(first) + expect(second)] == paid
+
+
+async def test_the_list_is_chosen_by_time_method_and_order(system: System) -> None:
+    shop = await open_shop(system)
+    async with shop.client() as staff:
+        one, other = await place(shop, staff, 5_000), await place(shop, staff, 5_000)
+        for order, amount, method in ((one, 1, "cash"), (other, 2, "card"), (one, 3, "card"), (other, -2, "card")):
+            await pay(staff, order, amount, method=method)
+        listed = await pages(staff)
+        assert [one["amount"] for one in listed] == [-2, 3, 2, 1]
+        oldest, _, third, newest = (one["created_at"] for one in reversed(listed))
+
+        async def amounts(**query: str) -> list[int]:
+            return [one["amount"] for one in await pages(staff, limit=1, **query)]
+
+        for _ in range(2):  # while some are pending, and when none is
+            assert await amounts(method="cash") == [1]
+            assert await amounts(order_id=one.rpartition("/")[2]) == [3, 1]
+            assert await amounts(**{"from": third}) == [-2, 3]
+            assert await amounts(to=third) == [3, 2, 1]
+            assert await amounts(**{"from": oldest, "to": oldest}) == [1]
+            assert await amounts(**{"from": newest, "method": "cash"}) == []
+
+            async def stored() -> int:
+                return len(await stored_payments(shop, one)) + len(await stored_payments(shop, other))
+
+            await eventually(stored, what="all payments in PostgreSQL", until=lambda count: count == 4)
+        for name in ("from", "to"):
+            for wrong in ("yesterday", "2026-03-14T12:30:00"):
+                refused(await staff.get("/api/payments", params={name: wrong}), 422, "invalid_input", name)
+        refused(await staff.get("/api/payments", params={"cursor": "x"}), 422, "invalid_cursor", "cursor")
+
+
+# -- forks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["00000000", "ffffffff"], ids=["it is superseded", "it stands"])
+async def test_what_was_paid_in_both_states_of_a_fork_counts(shop: Shop, prefix: str) -> None:
+    """A lost mirror let two terminals claim one version: each recorded a payment, and one of the two states stands."""
+    async with shop.client() as staff:
+        order = await place(shop, staff, 1_000)
+        await pay(staff, order, 400)
+        id_ = order.rpartition("/")[2]
+
+        async def stored(version: int) -> Any:
+            async with shop.system.database() as connection:
+                return await connection.fetchrow(
+                    "select base_change_id::text as base, data->'after' as after from changes"
+                    " where entity_id = $1 and version = $2",
+                    id_,
+                    version,
+                )
+
+        row = await eventually(lambda: stored(2), what="the payment in PostgreSQL")
+        ours = msgspec.json.decode(row["after"], type=Order)
+        before = msgspec.structs.replace(ours, payments=(), payment_status="pending")
+        at = now()
+        theirs = Payment(id=new_id(), amount=600, method="cash", created_at=at)
+        fork = msgspec.structs.replace(ours, payments=(theirs,), updated_at=at)
+        base = builders.change(before, id=row["base"], entityversion=1)
+        # Of one version the larger change id stands.
+        id_of_change = prefix + new_id()[8:]
+        await shop.publish(
+            builders.change(fork, event="payment_recorded", base=base, before=before, id=id_of_change, time=at)
+        )
+
+        async def seen() -> tuple[str, list[int]]:
+            status, amounts = await state(staff, order)
+            return status, sorted(amounts)
+
+        await eventually(seen, what="both payments", until=lambda found: found == ("paid", [400, 600]))
+
+        async def row_of_order() -> Any:
+            async with shop.system.database() as connection:
+                return await connection.fetchrow("select version, payment_status from orders where id = $1", id_)
+
+        await eventually(row_of_order, what="paid in PostgreSQL", until=lambda found: tuple(found) == (3, "paid"))
+        assert sorted(await stored_payments(shop, order)) == [400, 600]
+        listed = expect(await staff.get("/api/payments", params={"order_id": id_}))
+        assert sorted(one["amount"] for one in listed) == [400, 600]
+        async with shop.system.database() as connection:
+            conflicts = await connection.fetch("select resolved_at from conflicts where entity_id = $1", id_)
+        assert [one["resolved_at"] for one in conflicts] == [None]
+        # All of it can be given back, and no more.
+        reply = await staff.post(f"{order}/payments", json={"amount": -1_001, "method": "card"})
+        refused(reply, 409, "refund_above_paid", "amount")
+        assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"
