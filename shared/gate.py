@@ -4,8 +4,6 @@
 headers that browsers heed.
 """
 
-import asyncio
-import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from shared import tracing
 from shared.api import Operation
 from shared.client_address import TrustedProxies
 from shared.errors import Forbidden
-from shared.http import MAX_BODY_BYTES, METRICS, OPEN_PATHS
+from shared.http import MAX_BODY_BYTES, METRICS, OPEN_PATHS, swallow
 from shared.limits import Limits
 from shared.metrics import HttpMetrics
 from shared.permissions import ACTIONS, PUBLIC
@@ -29,12 +27,10 @@ from shared.settings import Settings
 from shared.tracing import Tracer
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
-_SWALLOWED_BYTES = 16_000_000
-_SWALLOWED_SECONDS = 2.0
 
 _ANSWER = "ticketrail.answer"
 """Where the gate leaves headers in the scope for `outer`."""
-_REQUEST_ID = re.compile(rb"^[\x21-\x7e]{1,128}$")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _CSP = b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _HEADERS = [
     (b"strict-transport-security", b"max-age=63072000; includeSubDomains"),
@@ -55,7 +51,7 @@ class Outer:
             await self.app(scope, receive, send)
             return
         asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = asked if _REQUEST_ID.match(asked) else b""
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else b""
         answer: list[tuple[bytes, bytes]] = []
         scope[_ANSWER] = answer
 
@@ -65,7 +61,10 @@ class Outer:
                 if not any(name == b"content-security-policy" for name, _ in message["headers"]):
                     headers.append((b"content-security-policy", _CSP))
                 trace_id = next((value for name, value in answer if name == b"x-trace-id"), b"")
-                headers.append((b"x-request-id", request_id or trace_id or tracing.begun().trace_id.encode()))
+                if not trace_id:  # no gate has seen it: no such path, or one that is open to all
+                    trace_id = tracing.begun().trace_id.encode()
+                    headers.append((b"x-trace-id", trace_id))
+                headers.append((b"x-request-id", request_id or trace_id))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -92,14 +91,17 @@ class Gate:
             return await self._app(scope, receive, send)
         scope[METRICS] = self._metrics  # type: ignore[literal-required]
         authorization = traceparent = None
-        too_large = False
+        sends = too_large = False
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value.decode("latin-1")
             elif name == b"traceparent":
                 traceparent = value.decode("latin-1")
-            elif name == b"content-length" and value.isdigit() and int(value) > MAX_BODY_BYTES:
-                too_large = True
+            elif name == b"content-length":
+                sends = value != b"0"
+                too_large = value.isdigit() and int(value) > MAX_BODY_BYTES
+            elif name == b"transfer-encoding":
+                sends = True
         trace = self._tracer.begin(traceparent)
         answer: list[tuple[bytes, bytes]] = scope.get(_ANSWER, [])  # type: ignore[assignment]
         answer.append((b"x-trace-id", trace.trace_id.encode()))
@@ -121,10 +123,14 @@ class Gate:
             await send(message)
 
         try:
-            await self._admit(scope, authorization, answer)
-            if too_large:
-                await _swallow(receive)
-                raise RequestEntityTooLarge
+            try:
+                await self._admit(scope, authorization, answer)
+                if too_large:
+                    raise RequestEntityTooLarge
+            except Exception:
+                if sends:
+                    await swallow(receive)
+                raise
             await self._app(scope, receive, watched)
         except Exception as error:
             status = getattr(error, "status", 0) or getattr(error, "status_code", 500)
@@ -172,19 +178,6 @@ class Gate:
         self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
 
 
-async def _swallow(receive: Receive) -> None:
-    """Reads what a client announced too much of, within bounds: a connection that is closed while it still sends is
-    reset, and it would never see the answer."""
-    left = _SWALLOWED_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_SWALLOWED_SECONDS):
-            while left > 0:
-                message = await receive()
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
-                left -= len(message["body"])
-
-
 def cors(settings: Settings) -> CORSConfig | None:
     """None: pages of other origins may not call."""
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
@@ -192,13 +185,25 @@ def cors(settings: Settings) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=origins,
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-Id"],
+        allow_headers=[
+            "Authorization",
+            "Content-Type",
+            "Idempotency-Key",
+            "If-Match",
+            "If-None-Match",
+            "Last-Event-ID",
+            "Traceparent",
+            "X-Request-Id",
+        ],
         expose_headers=[
             "ETag",
             "Idempotency-Replayed",
+            "RateLimit-Limit",
             "RateLimit-Remaining",
+            "RateLimit-Reset",
             "Retry-After",
             "X-Request-Id",
+            "X-Served-By",
             "X-Trace-Id",
         ],
         max_age=600,

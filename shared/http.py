@@ -6,6 +6,7 @@ stands before it.
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 import structlog
-from litestar import MediaType, Request, Response, get
+from litestar import MediaType, Request, Response, get, route
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.handlers import HTTPRouteHandler
@@ -29,6 +31,8 @@ from shared.security import Identity
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 1_000_000
+_SWALLOWED_BYTES = 16_000_000
+_SWALLOWED_SECONDS = 2.0
 METRICS = "ticketrail.metrics"
 """Where the gate leaves them in the scope for those that answer errors."""
 OPEN_PATHS = ("/health/", "/metrics", "/api-docs")
@@ -72,9 +76,24 @@ class Call(Request[Identity, Any, Any]):
             pieces.append(message["body"])
             size += len(message["body"])
             if size > MAX_BODY_BYTES:
+                if message.get("more_body"):
+                    await swallow(self.receive)
                 raise RequestEntityTooLarge
             if not message.get("more_body"):
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def swallow(receive: Receive) -> None:
+    """Reads the rest of a body that nobody wants, within bounds: a connection that is closed while its client still
+    sends is reset, and the client would never see the answer."""
+    left = _SWALLOWED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SWALLOWED_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                left -= len(message["body"])
 
 
 _ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
@@ -94,6 +113,8 @@ def read_body(body: bytes, type_: type[T]) -> T:
         if "matching regex '^[^\\\\x00]*$'" in message:
             message = "NUL characters cannot be stored"
         raise InvalidInput(message, field=path or "body") from error
+    except RecursionError as error:
+        raise InvalidInput("nested too deep", field="body", code="malformed_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         field = _unstorable_text(body)
         if field is not None:
@@ -184,13 +205,33 @@ def _litestars(request: Request[Any, Any, Any], error: HTTPException) -> Respons
     elif isinstance(error.extra, list):
         details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
     _count(request, codes.get(error.status_code, "http_error"))
-    return _failure(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details)
+    # 405 brings `Allow` with it.
+    headers = dict(error.headers or {})
+    return _failure(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details, headers)
 
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     log.error("unexpected", path=request.url.path, method=request.method, exc_info=error)
     _count(request, "internal")
     return _failure(500, "something went wrong on our side", "internal")
+
+
+def options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """`OPTIONS` of every path, to be handed over before `handlers`: of a path with several Litestar's own names the
+    methods of one alone."""
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
+    return [_options(path, ", ".join(sorted(found))) for path, found in methods.items()]
+
+
+def _options(path: str, allowed: str) -> HTTPRouteHandler:
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, sync_to_thread=False)
+    def answer() -> Response[None]:
+        return Response(None, status_code=204, headers={"Allow": allowed})
+
+    return answer
 
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {

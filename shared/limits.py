@@ -2,12 +2,16 @@
 
 A process takes tokens out of the mirror's bucket (atomic, scripts/bucket.lua) a hundredth of the bucket at a time and
 spends them itself: a round trip for every request would cost more than the request is worth. What it has not spent
-after a second it forgets: a twentieth of what the bucket gains in that time at most. While the mirror is away each
-process goes on with a bucket of its own.
+after a second it forgets: a twentieth of what the bucket gains in that time at most. One that is empty is not asked
+before it can have a token again. While the mirror is away each process goes on with a bucket of its own.
 """
 
+import asyncio
 import math
 import time
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+from weakref import WeakValueDictionary
 
 from msgspec import Struct
 
@@ -32,6 +36,7 @@ class _Bucket(Struct):
     at: float
     left: int = 0
     """In the shared bucket when it was asked last."""
+    empty_until: float = 0.0
 
 
 class TokenBucket:
@@ -44,27 +49,47 @@ class TokenBucket:
         self._share = max(1, min(rate.capacity // _SHARE, int(rate.per_second / _SLICE)))
         self._taken: dict[str, _Bucket] = {}
         self._local: dict[str, _Bucket] = {}
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(self, whose: str) -> tuple[float, int]:
         """(seconds to wait, 0 when one was taken; how many are left)."""
-        now = time.monotonic()
+        if (spent := self._spend_taken(whose)) is not None:
+            return spent
+        if self._mirror is not None and self._mirror.available:
+            # One asks at a time: each of many that found nothing would take a share, and all but one be forgotten.
+            lock = self._asking.setdefault(whose, asyncio.Lock())
+            async with lock:
+                try:
+                    if (spent := self._spend_taken(whose)) is not None:
+                        return spent
+                    if self._mirror.available:
+                        return await self._ask(self._mirror, whose)
+                except (MirrorAway, MirrorInDoubt):
+                    pass  # the local one takes over, as the docstring says
+        return self._take_locally(whose, time.monotonic())
+
+    def _spend_taken(self, whose: str) -> tuple[float, int] | None:
+        """None: the mirror must be asked."""
         taken = self._taken.get(whose)
-        if taken is not None and taken.tokens >= 1 and now - taken.at < _FRESH_SECONDS:
+        if taken is None:
+            return None
+        now = time.monotonic()
+        if taken.tokens >= 1 and now - taken.at < _FRESH_SECONDS:
             taken.tokens -= 1
             return 0.0, taken.left + int(taken.tokens)
-        if self._mirror is not None and self._mirror.available:
-            try:
-                found, left, wait = await self._mirror.take_tokens(
-                    f"{self._kind}:{whose}", self.rate.capacity, self.rate.per_second, self._share
-                )
-            except (MirrorAway, MirrorInDoubt):
-                pass  # the local one takes over, as the docstring says
-            else:
-                if found:
-                    _keep(self._taken, whose, _Bucket(found - 1, now, left))
-                    return 0.0, left + found - 1
-                return max(wait, 0.001), 0
-        return self._take_locally(whose, now)
+        return (taken.empty_until - now, 0) if now < taken.empty_until else None
+
+    async def _ask(self, mirror: Mirror, whose: str) -> tuple[float, int]:
+        found, left, wait = await mirror.take_tokens(
+            f"{self._kind}:{whose}", self.rate.capacity, self.rate.per_second, self._share
+        )
+        now = time.monotonic()
+        if not found:
+            wait = max(wait, 0.001)
+            _keep(self._taken, whose, _Bucket(0, now, empty_until=now + wait))
+            return wait, 0
+        _keep(self._taken, whose, _Bucket(found - 1, now, left))
+        return 0.0, left + found - 1
 
     def _take_locally(self, whose: str, now: float) -> tuple[float, int]:
         bucket = self._local.get(whose)
@@ -85,6 +110,18 @@ def _keep(buckets: dict[str, _Bucket], whose: str, bucket: _Bucket) -> None:
     buckets[whose] = bucket
 
 
+@lru_cache(10_000)
+def counted_as(address: str) -> str:
+    """What a client cannot change at will: of IPv6 the network, of which everybody has 2^64 addresses."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(found, IPv6Address):
+        return address
+    return str(found.ipv4_mapped or IPv6Address(int(found) >> 64 << 64))
+
+
 class Limits:
     def __init__(self, mirror: Mirror | None, settings: Settings) -> None:
         """A rate of 0 is no limit."""
@@ -94,7 +131,7 @@ class Limits:
     async def of_address(self, address: str, answer: list[tuple[bytes, bytes]]) -> None:
         """Raises TooManyRequests; adds headers to `answer`."""
         if self._address is not None and address:
-            await _spend(self._address, address, answer, "address")
+            await _spend(self._address, counted_as(address), answer, "address")
 
     async def of_restaurant(self, restaurant: str, answer: list[tuple[bytes, bytes]]) -> None:
         if self._restaurant is not None:

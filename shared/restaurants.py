@@ -18,7 +18,7 @@ _ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
 
 
 class RestaurantSettings(Struct, frozen=True):
-    country: Annotated[str, Meta(pattern="^[A-Z]{2}$")] | None = None
+    country: Annotated[str, Meta(pattern="^[A-Z]{2}$", max_length=2, examples=["DE"])] | None = None
     """ISO 3166: what phone numbers without a country code belong to."""
     minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
     """What a customer pays for one loyalty point."""

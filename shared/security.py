@@ -15,12 +15,16 @@ import jwt
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from msgspec import Struct
 
 from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
 from shared.settings import Settings
+from shared.weak_secrets import weakness
 
+LEAST_SECRET_BYTES = 32
+LEAST_RSA_BITS = 2048
 _REMEMBERED = 4096
 
 
@@ -75,18 +79,29 @@ def key_pair(algorithm: str, text: str) -> Key:
         jwt.get_algorithm_by_name(algorithm).prepare_key(public)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
         raise BadKey(f"no key for {algorithm}: {error}") from error
+    if isinstance(public, RSAPublicKey) and public.key_size < LEAST_RSA_BITS:
+        raise BadKey(f"an RSA key of {public.key_size} bits: {LEAST_RSA_BITS} at least")
     der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return Key(hashlib.sha256(der).hexdigest()[:16], algorithm, public, signing)
 
 
 def _any_key(text: str) -> Key:
-    """Whatever it is: the key before may have been of another kind."""
-    if "-----BEGIN" not in text and not Path(text).is_file():
+    """Whatever it is: the key before may have been of another kind. Raises BadKey."""
+    if "-----BEGIN" not in text and not _is_file(text):
+        if text.endswith((".pem", ".key", ".pub")):  # taken for a secret, the path would be one that can be guessed
+            raise BadKey("TICKETRAIL_JWT_PREVIOUS_KEY is the path of a file that is not there")
         return secret_key(text)
     try:
         return key_pair("EdDSA", text)
     except BadKey:
         return key_pair("RS256", text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a path
+        return False
 
 
 class Tokens:
@@ -112,11 +127,22 @@ class Tokens:
             key = key_pair(algorithm, text)
         else:
             raise BadKey(f"TICKETRAIL_JWT_PRIVATE_KEY or TICKETRAIL_JWT_PUBLIC_KEY is needed for {algorithm}")
-        return cls(key, ttl_seconds=settings.jwt_ttl_seconds, previous=_any_key(before) if before else None)
+        previous = _any_key(before) if before else None
+        if settings.environment != "development" and previous is not None and previous.algorithm == "HS256":
+            if len(before.encode()) < LEAST_SECRET_BYTES:
+                raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {LEAST_SECRET_BYTES} bytes")
+            if wrong := weakness(before):
+                raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY {wrong}")
+        return cls(key, ttl_seconds=settings.jwt_ttl_seconds, previous=previous)
+
+    @property
+    def signs(self) -> bool:
+        """False where only the public key is known."""
+        return self._key.signing is not None
 
     def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
         """Raises BadKey where only the public key is known."""
-        if self._key.signing is None:
+        if not self.signs:
             raise BadKey("this service has no private key: it only verifies")
         now = int(time.time())
         claims: dict[str, Any] = {

@@ -17,6 +17,7 @@ import asyncpg
 import httpx
 
 from deploy.local.child import Child
+from deploy.local.management import ask
 from deploy.local.ports import find_free
 from tests.servers import Redis, Servers
 
@@ -74,6 +75,7 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
+            "tries_per_address": 100_000,  # all tests come from one
             "fence_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "settle_seconds": 1.0,
@@ -200,9 +202,5 @@ class System:
 
     def depths(self) -> dict[str, int]:
         """Messages per queue, from the management API, which is seconds behind."""
-        from deploy.local.servers import management_call
-
-        queues: Any = management_call(
-            self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages"
-        )
+        queues: Any = ask(self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages")
         return {queue["name"]: queue.get("messages", 0) for queue in queues}

@@ -14,7 +14,7 @@ import asyncpg
 from msgspec import Struct
 
 from shared.entities.contract import encode
-from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
+from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import AWAY, Connection, Postgres
 from shared.restaurants import Restaurant, find_restaurant, restaurant_called
 
@@ -27,7 +27,14 @@ _INSERT_USER = (
     "insert into users (id, restaurant_id, email, name, role, password_hash)"  # noqa: S608  (constants)
     " values ($1, $2, $3, $4, $5, $6) returning " + _FIELDS
 )
+_BEGIN_SESSION = "select begin_session($1, $2, $3, $4)"
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
+
+
+def plain_email(email: str) -> str:
+    """As it is kept, counted and looked for: in lower case, by Python alone. PostgreSQL's `lower` makes one account of
+    more spellings than Python's (İ is i to it), and each spelling would have tries of its own."""
+    return email.lower()
 
 
 class User(Struct, frozen=True, kw_only=True):
@@ -62,32 +69,40 @@ class Accounts:
 
     @asynccontextmanager
     async def _of(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
+        committing = False
         try:
             async with self._postgres.tenant(restaurant, readonly=readonly) as connection:
                 yield connection
+                committing = not readonly
         except AWAY as error:
+            if committing:  # sent, and no answer: 503 would say that nothing happened
+                raise OutcomeUnknown("the database did not say whether it was done") from error
             raise Unavailable("users wait for the database", retry_after=2.0) from error
         except asyncpg.UniqueViolationError as error:
             field = "slug" if "slug" in (error.constraint_name or "") else "email"
             raise Conflict(f"this {field} is taken", code=f"{field}_taken", field=field) from error
+        except asyncpg.ForeignKeyViolationError as error:
+            raise NotFound("no such restaurant") from error
 
     # -- before the tenant is known ----------------------------------------------------------------------------
 
     async def by_email(self, email: str) -> tuple[User, str | None] | None:
         """(user, password hash)"""
         async with self._anyone() as connection:
-            row = await connection.fetchrow("select * from sign_in_user($1)", email)
+            row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
 
     async def restaurant_called(self, slug: str) -> Restaurant | None:
         async with self._anyone() as connection:
             return await restaurant_called(connection, slug)
 
-    async def begin_session(self, token_sha256: bytes, user: str, ttl_seconds: int) -> None:
+    async def begin_session(self, token_sha256: bytes, user: str, known: str, ttl_seconds: int) -> bool:
+        """False when `known`, the hash that the password fitted, is not the user's any more, or it is shut out."""
         async with self._anyone() as connection:
-            await connection.execute(
-                "select begin_session($1, $2, $3)", token_sha256, user, timedelta(seconds=ttl_seconds)
+            begun: bool = await connection.fetchval(
+                _BEGIN_SESSION, token_sha256, user, known, timedelta(seconds=ttl_seconds)
             )
+        return begun
 
     async def rotate_session(self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int) -> Rotated:
         async with self._anyone() as connection:
@@ -103,8 +118,11 @@ class Accounts:
 
     # -- restaurants -------------------------------------------------------------------------------------------
 
-    async def register(self, restaurant: Restaurant, email: str, name: str, password_hash: str) -> User:
-        """The restaurant and its first admin, or nothing. Raises Conflict when the slug or the email is taken."""
+    async def register(
+        self, restaurant: Restaurant, email: str, name: str, password_hash: str, token_sha256: bytes, ttl_seconds: int
+    ) -> User:
+        """The restaurant, its first admin and a session, or nothing. Raises Conflict when the slug or the email is
+        taken."""
         try:
             async with self._of(restaurant.id, readonly=False) as connection:
                 await connection.execute(
@@ -120,17 +138,30 @@ class Accounts:
                     encode(restaurant.settings).decode(),
                 )
                 row = await connection.fetchrow(
-                    _INSERT_USER, str(uuid4()), restaurant.id, email, name, "admin", password_hash
+                    _INSERT_USER, str(uuid4()), restaurant.id, plain_email(email), name, "admin", password_hash
+                )
+                user = _user(row)
+                await connection.execute(
+                    _BEGIN_SESSION, token_sha256, user.id, password_hash, timedelta(seconds=ttl_seconds)
                 )
         except asyncpg.InvalidParameterValueError as error:
             raise InvalidInput("a time zone that the database does not know", field="time_zone") from error
-        return _user(row)
+        return user
 
     async def restaurant(self, restaurant_id: str) -> Restaurant | None:
         async with self._anyone() as connection:
             return await find_restaurant(connection, restaurant_id)
 
     # -- users of a restaurant ---------------------------------------------------------------------------------
+
+    async def may_administer(self, restaurant: str, user_id: str) -> bool:
+        """False for a user that is no admin any more, or is shut out: a token lives longer than that. Whom the tokens'
+        key alone speaks for is no user, and may."""
+        async with self._of(restaurant) as connection:
+            known: bool | None = await connection.fetchval(
+                "select role = 'admin' and is_active and deleted_at is null from users where id::text = $1", user_id
+            )
+        return known is not False
 
     async def users(
         self, restaurant: str, *, limit: int, before: tuple[datetime, str] | None, role: str | None, deleted: bool
@@ -158,8 +189,16 @@ class Accounts:
     async def add(self, restaurant: str, email: str, name: str, role: str, password_hash: str) -> User:
         """Raises Conflict when the email is taken."""
         async with self._of(restaurant, readonly=False) as connection:
-            row = await connection.fetchrow(_INSERT_USER, str(uuid4()), restaurant, email, name, role, password_hash)
+            row = await connection.fetchrow(
+                _INSERT_USER, str(uuid4()), restaurant, plain_email(email), name, role, password_hash
+            )
         return _user(row)
+
+    async def restore(self, restaurant: str, id_: str) -> User:
+        """Raises NotFound, and Conflict when it is not deleted or its email is taken meanwhile."""
+        if (await self.user(restaurant, id_, deleted=True)).deleted_at is None:
+            raise Conflict("the user is not deleted", code="not_deleted")
+        return await self.change(restaurant, id_, {"deleted_at": None}, deleted=True)
 
     async def change(self, restaurant: str, id_: str, fields: dict[str, Any], *, deleted: bool = False) -> User:
         """Raises NotFound, and Conflict when the email is taken or nobody would be left to administer. Who may not go
@@ -169,6 +208,8 @@ class Accounts:
             # One at a time: two admins who remove one another would leave nobody.
             await connection.execute("select pg_advisory_xact_lock(hashtextextended($1, 0))", restaurant)
             before = await _one(connection, id_, deleted=deleted)
+            if "email" in fields:
+                fields = {**fields, "email": plain_email(fields["email"])}
             names = list(fields)
             assignments = ", ".join(f"{name} = ${place}" for place, name in enumerate(names, start=2))
             row = await connection.fetchrow(

@@ -9,20 +9,21 @@ import asyncio
 import hashlib
 import math
 import secrets
+from functools import cache
 from uuid import uuid4
-from zoneinfo import ZoneInfo, available_timezones
+from zoneinfo import available_timezones
 
 from msgspec import Struct
 
-from services.orders.accounts import Accounts, User
+from services.orders.accounts import Accounts, User, plain_email
 from services.orders.reads import Reads
 from shared.entities import table
 from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
-from shared.limits import Rate, TokenBucket
+from shared.limits import Rate, TokenBucket, counted_as
 from shared.mirror.mirror import Mirror
 from shared.passwords import fits, hash_password
 from shared.restaurants import Restaurant
-from shared.security import Identity, Role, Tokens
+from shared.security import BadKey, Identity, Role, Tokens
 from shared.settings import Settings
 
 _WINDOW = 300.0
@@ -49,6 +50,9 @@ class TableSession(Struct, frozen=True):
 
 class SignIn:
     def __init__(self, accounts: Accounts, reads: Reads, tokens: Tokens, mirror: Mirror, settings: Settings) -> None:
+        """Raises BadKey where tokens can only be verified."""
+        if not tokens.signs:
+            raise BadKey("TICKETRAIL_JWT_PRIVATE_KEY is needed where people sign in")
         self._accounts = accounts
         self._reads = reads
         self._tokens = tokens
@@ -65,23 +69,32 @@ class SignIn:
 
     async def register(self, restaurant: Restaurant, email: str, name: str, password: str, address: str) -> Session:
         """Raises Conflict, InvalidInput, TooManyRequests."""
-        await self._count(self._by_address, address)
-        if restaurant.time_zone not in available_timezones():
+        await self._count(self._by_address, counted_as(address))
+        if restaurant.time_zone not in await asyncio.to_thread(_time_zones):
             raise InvalidInput("not a time zone, such as Europe/Berlin", field="time_zone")
-        ZoneInfo(restaurant.time_zone)
-        user = await self._accounts.register(restaurant, email, name, await self.hash(password))
-        return await self._begin(user)
+        hashed, token, ttl = await self.hash(password), secrets.token_urlsafe(32), self._settings.refresh_ttl_seconds
+        user = await self._accounts.register(restaurant, email, name, hashed, _digest(token), ttl)
+        return self._session(user, token)
+
+    async def count_user(self, address: str) -> None:
+        """Before somebody is made or renamed, or gets a password: hashes cost, and an email that is taken is told.
+        Raises TooManyRequests."""
+        await self._count(self._by_address, f"users:{counted_as(address)}")
 
     async def login(self, email: str, password: str, address: str) -> Session:
         """Raises Unauthenticated, TooManyRequests."""
-        await self._count(self._by_address, address)
-        await self._count(self._by_account, hashlib.sha256(email.lower().encode()).hexdigest()[:32])
+        await self._count(self._by_address, counted_as(address))
+        await self._count(self._by_account, hashlib.sha256(plain_email(email).encode()).hexdigest()[:32])
         found = await self._accounts.by_email(email)
         known = found[1] if found is not None and found[1] else None
         fits = await self._fits(known or self._nobody, password)
         if found is None or known is None or not fits:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
-        return await self._begin(found[0])
+        token, ttl = secrets.token_urlsafe(32), self._settings.refresh_ttl_seconds
+        if not await self._accounts.begin_session(_digest(token), found[0].id, known, ttl):
+            # Its password was changed, or it was shut out, since it was looked up.
+            raise Unauthenticated("email or password is wrong", code="wrong_credentials")
+        return self._session(found[0], token)
 
     async def refresh(self, token: str) -> Session:
         """Raises Unauthenticated; of a token that was used before the session is over."""
@@ -97,13 +110,13 @@ class SignIn:
 
     async def at_table(self, slug: str, table_id: str, address: str) -> TableSession:
         """Raises NotFound."""
-        await self._count(self._by_address, f"table:{address}")
+        await self._count(self._by_address, f"table:{counted_as(address)}")
         restaurant = await self._accounts.restaurant_called(slug)
         if restaurant is None:
             raise NotFound("no such restaurant", field="slug")
         found = await self._reads.one(table.ENTITY, restaurant.id, table_id)
         if found.seen().deleted_at is not None:
-            raise NotFound("no such table", field="table_id")
+            raise NotFound("no such table")
         session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.table_session_seconds
         who = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
         return TableSession(self._tokens.issue(who, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
@@ -119,16 +132,17 @@ class SignIn:
         if wait:
             raise TooManyRequests("too many tries: wait a while", retry_after=math.ceil(wait))
 
-    async def _begin(self, user: User) -> Session:
-        token = secrets.token_urlsafe(32)
-        await self._accounts.begin_session(_digest(token), user.id, self._settings.refresh_ttl_seconds)
-        return self._session(user, token)
-
     def _session(self, user: User, refresh_token: str) -> Session:
         role, ttl = Role(user.role), self._settings.access_ttl_seconds
         session = user.id if role is Role.CUSTOMER else None
         who = Identity(user.id, role, user.restaurant_id or "", user.email, session)
         return Session(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)
+
+
+@cache
+def _time_zones() -> frozenset[str]:
+    """Reads hundreds of files: call it in a thread."""
+    return frozenset(available_timezones())
 
 
 def _digest(token: str) -> bytes:

@@ -1,0 +1,608 @@
+"""What stands before every handler: limits, body sizes, other origins, the headers that browsers heed, and the ids that
+come in and go out. On the running system, and on a second orders instance with small limits and a trusted proxy."""
+
+import asyncio
+import itertools
+import re
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from litestar import Litestar, get
+from msgspec import Struct
+
+from deploy.local.ports import find_free
+from shared.errors import InvalidInput
+from shared.gate import Outer, cors
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, read_body
+from shared.limits import Rate, TokenBucket, counted_as
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.security import Role
+from shared.settings import Settings
+from tests.integration.shop_rig import Shop, made
+from tests.servers import Servers
+from tests.system import ROOT, System, eventually
+
+BURST, ADDRESS_BURST = 6, 12
+ORIGIN = "https://app.example"
+NEVER = 0.000_001  # tokens a second: within a test none comes back
+_addresses = (f"203.0.{number // 250}.{number % 250 + 1}" for number in itertools.count())
+
+
+@pytest.fixture
+async def mirrors(servers: Servers) -> AsyncIterator[list[Mirror]]:
+    """Two clients of one server."""
+    found = [Mirror(servers.redis.url, timeout=5.0, stale_seconds=2.0) for _ in range(2)]
+    yield found
+    for mirror in found:
+        await mirror.close()
+
+
+def new_name() -> str:
+    return uuid4().hex
+
+
+# -- the bucket --------------------------------------------------------------------------------------------------
+
+
+async def test_two_clients_who_ask_at_once_get_what_is_there_and_no_more(mirrors: list[Mirror]) -> None:
+    name = new_name()
+    replies = await asyncio.gather(*(mirrors[n % 2].take_tokens(name, 100, NEVER, 7) for n in range(40)))
+    assert sum(taken for taken, _, _ in replies) == 100
+    # The last one got what was left of a share; after it there was nothing.
+    assert sorted(taken for taken, _, _ in replies) == [0] * 25 + [2] + [7] * 14
+    assert all(wait > 0 for taken, _, wait in replies if not taken)
+
+
+async def test_two_processes_who_ask_at_once_get_what_is_there_and_no_more(servers: Servers) -> None:
+    code = f"""
+import asyncio
+from shared.limits import Rate, TokenBucket
+from shared.mirror.mirror import Mirror
+async def main():
+    mirror = Mirror({servers.redis.url!r}, timeout=5.0, stale_seconds=2.0)
+    bucket = TokenBucket(mirror, "test", Rate(200, {NEVER}))
+    waits = [(await bucket.take({new_name()!r}))[0] for _ in range(200)]
+    print(waits.count(0.0))
+asyncio.run(main())
+"""
+    started = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+        for _ in range(3)
+    ]
+    got = [int((await process.communicate())[0]) for process in started]
+    assert sum(got) == 200, got
+
+
+async def test_a_bucket_fills_steadily_and_says_when_there_is_one(mirrors: list[Mirror]) -> None:
+    bucket, name = TokenBucket(mirrors[0], "test", Rate(2, 20.0)), new_name()
+    assert [await bucket.take(name) for _ in range(2)] == [(0.0, 1), (0.0, 0)]
+    wait, left = await bucket.take(name)
+    assert 0 < wait <= 0.05
+    assert left == 0
+
+    async def again() -> bool:
+        return (await bucket.take(name))[0] == 0.0
+
+    await eventually(again, what="one that has come back")
+
+
+async def counted(bucket: TokenBucket, monkeypatch: pytest.MonkeyPatch, mirror: Mirror) -> list[int]:
+    """What each call of the shared bucket has taken."""
+    taken: list[int] = []
+    really_take = mirror.take_tokens
+
+    async def take(*arguments: Any) -> tuple[int, int, float]:
+        found = await really_take(*arguments)
+        taken.append(found[0])
+        return found
+
+    monkeypatch.setattr(mirror, "take_tokens", take)
+    return taken
+
+
+async def test_many_who_find_a_share_spent_take_one_new_share(
+    mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would take one of its own, forget all but the last, and the limit would come too early."""
+    bucket, name = TokenBucket(mirrors[0], "test", Rate(10_000, 5_000.0)), new_name()
+    taken = await counted(bucket, monkeypatch, mirrors[0])
+    waits = await asyncio.gather(*(bucket.take(name) for _ in range(1_000)))
+    assert {wait for wait, _ in waits} == {0.0}
+    assert sum(taken) == 1_000
+    assert len(taken) == 10
+
+
+async def test_a_bucket_that_is_empty_is_not_asked_again_before_it_has_one(
+    mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, name = TokenBucket(mirrors[0], "test", Rate(1, 0.01)), new_name()
+    taken = await counted(bucket, monkeypatch, mirrors[0])
+    waits = [(await bucket.take(name))[0] for _ in range(50)]
+    assert waits[0] == 0.0
+    assert all(wait > 0 for wait in waits[1:])
+    assert taken == [1, 0]
+
+
+async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers: Servers) -> None:
+    redis = await asyncio.to_thread(servers.extra_redis)
+    mirror = Mirror(redis.url, timeout=0.5, stale_seconds=2.0)
+    name, rate = new_name(), Rate(5, NEVER)
+    one, other = TokenBucket(mirror, "test", rate), TokenBucket(mirror, "test", rate)
+
+    async def taken(bucket: TokenBucket) -> int:
+        return [(await bucket.take(name))[0] for _ in range(10)].count(0.0)
+
+    try:
+        assert await taken(one) == 5
+        assert await taken(other) == 0
+        await asyncio.to_thread(redis.stop)
+
+        async def away() -> bool:
+            try:
+                await mirror.take_tokens(new_name(), 1, 1.0, 1)
+            except (MirrorAway, MirrorInDoubt):
+                return True
+            return False
+
+        await eventually(away, what="Redis away")
+        fresh = [TokenBucket(mirror, "test", rate) for _ in range(2)]
+        assert [await taken(bucket) for bucket in fresh] == [5, 5]
+        await asyncio.to_thread(redis.start)
+
+        async def back() -> bool:
+            return not await away()
+
+        await eventually(back, what="Redis back")
+        # Empty, or filled anew where the server forgot: one bucket for both again.
+        assert await taken(one) + await taken(other) in (0, 5)
+    finally:
+        await mirror.close()
+        await asyncio.to_thread(redis.discard)
+
+
+@pytest.mark.parametrize(
+    ("address", "whose"),
+    [
+        ("198.51.100.7", "198.51.100.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+        ("2001:DB8:1:2::", "2001:db8:1:2::"),
+        ("::ffff:198.51.100.7", "198.51.100.7"),
+        ("fe80::1%eth0", "fe80::"),
+        ("", ""),
+        ("a-unix-socket", "a-unix-socket"),
+    ],
+)
+def test_of_ipv6_a_network_is_counted(address: str, whose: str) -> None:
+    assert counted_as(address) == whose
+
+
+# -- limits of requests ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+async def limited(system: System) -> AsyncIterator[str]:
+    """An orders instance with small limits that serves pages of other origins."""
+    name, port = "limited", find_free(1)[0]
+    system.urls[name] = f"http://127.0.0.1:{port}"
+    system.start(
+        "orders",
+        alias=name,
+        instance="auto",
+        orders_port=port,
+        trusted_proxies="127.0.0.1",
+        restaurant_burst=BURST,
+        restaurant_per_second=0.1,
+        address_burst=ADDRESS_BURST,
+        address_per_second=0.1,
+        cors_origins=f"{ORIGIN}, https://other.example",
+    )
+    try:
+        await system.ready(name)
+        yield system.urls[name]
+    finally:
+        await system.stop(name)
+
+
+@pytest.fixture
+async def shop(system: System, limited: str) -> Shop:
+    return await new_shop(system, limited)
+
+
+async def new_shop(system: System, limited: str) -> Shop:
+    """Registered from an address of its own: not even registering is without a limit."""
+    slug = f"shop-{uuid4().hex[:12]}"
+    body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good"}
+    async with httpx.AsyncClient(base_url=limited, headers=headers_of(), timeout=10.0) as client:
+        data = made(await client.post("/api/auth/register-restaurant", json=body))
+    session = data["session"]
+    admin, token = session["user"]["id"], session["access_token"]
+    return Shop(system, data["restaurant"]["id"], slug, admin, token, staff=str(uuid4()))
+
+
+def headers_of(token: str | None = None, *, address: str | None = None) -> dict[str, str]:
+    found = {"X-Forwarded-For": address or next(_addresses)}
+    return found if token is None else {**found, "Authorization": f"Bearer {token}"}
+
+
+async def test_requests_of_a_restaurant_are_limited_wherever_they_come_from(
+    limited: str, shop: Shop, system: System
+) -> None:
+    tokens = [shop.token, shop.token_of(Role.STAFF), shop.token_of(Role.CUSTOMER, session="s1")]
+    async with httpx.AsyncClient(base_url=limited) as client:
+        for place in range(BURST):
+            reply = await client.get("/api/menu", headers=headers_of(tokens[place % 3]))
+            assert reply.status_code == 200
+            assert reply.headers["ratelimit-limit"] == str(BURST)
+            assert reply.headers["ratelimit-remaining"] == str(BURST - 1 - place)
+            assert int(reply.headers["ratelimit-reset"]) == (place + 1) * 10
+        reply = await client.get("/api/menu", headers=headers_of(shop.token))
+        assert reply.status_code == 429
+        assert reply.json()["error"]["code"] == "rate_limited"
+        assert 1 <= int(reply.headers["retry-after"]) <= 10
+        assert (reply.headers["ratelimit-limit"], reply.headers["ratelimit-remaining"]) == (str(BURST), "0")
+        # Others go on, and who has no token is not counted as the restaurant.
+        other = await new_shop(system, limited)
+        assert (await client.get("/api/menu", headers=headers_of(other.token))).status_code == 200
+        assert (await client.get("/api/menu", headers=headers_of("garbage"))).status_code == 401
+
+
+async def test_requests_from_an_address_are_limited_whoever_asks(limited: str, shop: Shop) -> None:
+    address = next(_addresses)
+    async with httpx.AsyncClient(base_url=limited) as client:
+        for place in range(ADDRESS_BURST):
+            # What the client itself writes before it changes nothing.
+            headers = headers_of(address=f"{next(_addresses)}, {address}")
+            reply = await client.get("/api/menu", headers=headers)
+            assert reply.status_code == 401
+            assert reply.headers["ratelimit-remaining"] == str(ADDRESS_BURST - 1 - place)
+        for token in (None, shop.token):
+            reply = await client.get("/api/menu", headers=headers_of(token, address=address))
+            assert reply.status_code == 429
+            assert 1 <= int(reply.headers["retry-after"]) <= 10
+        assert (await client.get("/api/menu", headers=headers_of(shop.token))).status_code == 200
+        # Who watches is not counted.
+        for _ in range(ADDRESS_BURST + 1):
+            reply = await client.get("/health/live", headers=headers_of(address=address))
+            assert reply.status_code == 200
+
+
+async def test_a_service_without_redis_still_limits(system: System, shop: Shop) -> None:
+    name, (port, nothing) = "alone", find_free(2)
+    system.urls[name] = f"http://127.0.0.1:{port}"
+    system.start(
+        "sync",
+        alias=name,
+        instance="auto",
+        sync_port=port,
+        redis_url=f"redis://127.0.0.1:{nothing}/0",
+        restaurant_burst=BURST,
+        restaurant_per_second=0.01,
+    )
+    try:
+        await system.ready(name)
+        async with httpx.AsyncClient(base_url=system.urls[name], headers=headers_of(shop.token)) as client:
+            replies = [await client.get("/api/sync/status") for _ in range(BURST + 2)]
+    finally:
+        await system.stop(name)
+    assert [reply.status_code for reply in replies] == [200] * BURST + [429] * 2
+    left = [int(reply.headers["ratelimit-remaining"]) for reply in replies]
+    assert left == [*reversed(range(BURST)), 0, 0]
+
+
+# -- pages of other origins --------------------------------------------------------------------------------------
+
+
+async def preflight(url: str, origin: str) -> httpx.Response:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "PUT",
+        "Access-Control-Request-Headers": "authorization, content-type, if-match, idempotency-key",
+    }
+    async with httpx.AsyncClient(base_url=url) as client:
+        return await client.options(f"/api/orders/{uuid4()}", headers={**headers_of(), **asked})
+
+
+async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Shop) -> None:
+    for origin in (ORIGIN, "https://other.example"):
+        reply = await preflight(limited, origin)
+        assert reply.status_code == 204
+        assert reply.headers["access-control-allow-origin"] == origin
+        allowed = reply.headers["access-control-allow-headers"].lower()
+        assert {"authorization", "idempotency-key", "if-match", "last-event-id"} <= set(re.split(", *", allowed))
+        assert "access-control-allow-credentials" not in reply.headers
+    async with httpx.AsyncClient(base_url=limited) as client:
+        # Errors too: a page that may not read them cannot tell its user what was wrong.
+        for path, token, status in (
+            ("/api/menu", shop.token, 200),
+            ("/api/menu", None, 401),
+            ("/api/menu?limit=x", shop.token, 422),
+            (f"/api/menu/{uuid4()}", shop.token, 404),
+            ("/no/such/path", None, 404),
+        ):
+            reply = await client.get(path, headers={**headers_of(token), "Origin": ORIGIN})
+            assert reply.status_code == status
+            assert reply.headers["access-control-allow-origin"] == ORIGIN, path
+            exposed = set(re.split(", *", reply.headers["access-control-expose-headers"].lower()))
+            assert {"etag", "retry-after", "ratelimit-remaining", "x-request-id", "x-trace-id"} <= exposed
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "https://app.example.evil.example", "null", "http://app.example"]
+)
+async def test_pages_of_other_origins_may_not(limited: str, shop: Shop, origin: str) -> None:
+    assert "access-control-allow-origin" not in (await preflight(limited, origin)).headers
+    async with httpx.AsyncClient(base_url=limited) as client:
+        reply = await client.get("/api/menu", headers={**headers_of(shop.token), "Origin": origin})
+        assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
+async def test_where_none_is_set_no_page_of_another_origin_may_call(system: System, service: str) -> None:
+    reply = await preflight(system.urls[service], ORIGIN)
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_a_star_lets_every_page_call() -> None:
+    found = cors(Settings(_env_file=None, cors_origins="*"))  # type: ignore[call-arg]
+    assert found is not None
+    assert found.is_allow_all_origins
+    assert not found.allow_credentials
+
+
+# -- headers of every answer -------------------------------------------------------------------------------------
+
+SAFE = {
+    "strict-transport-security": re.compile(r"max-age=\d{8}; includeSubDomains"),
+    "x-content-type-options": re.compile("nosniff"),
+    "x-frame-options": re.compile("DENY"),
+    "referrer-policy": re.compile("no-referrer"),
+    "content-security-policy": re.compile("default-src 'none'; .*frame-ancestors 'none'.*"),
+    "x-request-id": re.compile("[!-~]{1,128}"),
+    "x-trace-id": re.compile("[0-9a-f]{32}"),
+}
+
+
+def check(reply: httpx.Response) -> None:
+    for name, wanted in SAFE.items():
+        found = reply.headers.get_list(name)
+        assert len(found) == 1, (reply.request.url, reply.status_code, name, found)
+        assert wanted.fullmatch(found[0]), (name, found)
+
+
+@pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
+async def test_every_kind_of_answer_has_the_headers_that_browsers_heed(system: System, service: str) -> None:
+    async with system.client(service=service) as client:
+        for method, path, status in (
+            ("GET", "/health/live", 200),
+            ("GET", "/health/ready", 200),
+            ("GET", "/metrics", 200),
+            ("GET", "/api-docs", 200),
+            ("GET", "/api-docs/openapi.json", 200),
+            ("GET", "/api-docs/files/start.js", 200),
+            ("GET", "/api-docs/files/swagger-ui.css", 200),
+            ("GET", "/api-docs/files/../../settings.py", 404),
+            ("GET", "/api-docs/files/nothing.js", 404),
+            ("GET", "/no/such/path", 404),
+            ("GET", "/", 404),
+            ("PATCH", "/health/live", 405),
+        ):
+            reply = await client.request(method, path)
+            assert reply.status_code == status, path
+            check(reply)
+        check(await client.options("/no/such/path", headers={"Origin": ORIGIN}))
+        check(await client.get("/health/live", headers={"Host": "a b"}))
+
+
+async def test_so_have_answers_of_the_orders_api(system: System, shop: Shop) -> None:
+    dish = await shop.dish()
+    async with shop.client(Role.ADMIN) as client:
+        path = f"/api/menu/{dish['id']}"
+        replies = {
+            201: await client.post("/api/menu", json={"name": "Dosa", "price": 1, "category": "Mains"}),
+            200: await client.get(path),
+            304: await client.get(path, headers={"If-None-Match": '"1"'}),
+            401: await client.get(path, headers={"Authorization": ""}),
+            403: await client.get(path, headers={"Authorization": f"Bearer {system.token('operator')}"}),
+            404: await client.get(f"/api/menu/{uuid4()}"),
+            405: await client.patch(path),
+            409: await client.put(path, json={"price": 2}, headers={"If-Match": '"7"'}),
+            413: await client.post("/api/menu", content=b"x" * (MAX_BODY_BYTES + 1)),
+            422: await client.put(path, json={"price": -1}),
+        }
+    for status, reply in replies.items():
+        assert reply.status_code == status, reply.text
+        check(reply)
+        if status not in (304, 405):
+            assert "ratelimit-limit" in reply.headers, status
+        if status >= 400:
+            assert reply.json()["error"]["trace_id"] == reply.headers["x-trace-id"]
+
+
+async def test_so_has_a_stream(system: System) -> None:
+    async with system.client(service="notifier") as client, client.stream("GET", "/api/v1/sync/events") as reply:
+        assert reply.status_code == 200
+        check(reply)
+
+
+async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> None:
+    @get("/broken", sync_to_thread=False)
+    def broken() -> None:
+        raise RuntimeError("postgresql://ticketrail:secret@db/")
+
+    app: Any = Outer(
+        Litestar([broken], exception_handlers=EXCEPTION_HANDLERS, openapi_config=None, logging_config=None)
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        reply = await client.get("/broken")
+    assert reply.status_code == 500
+    check(reply)
+    assert reply.json()["error"]["code"] == "internal"
+    assert "secret" not in reply.text
+    assert "RuntimeError" not in reply.text
+
+
+@pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
+async def test_the_page_of_the_api_runs_by_its_policy_and_loads_nothing_from_elsewhere(
+    system: System, service: str
+) -> None:
+    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+        page = await client.get("/api-docs")
+        assert page.headers["content-type"].startswith("text/html")
+        policy = dict(
+            part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";") if part.strip()
+        )
+        assert policy["script-src"] == policy["connect-src"] == "'self'"
+        loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert len(loaded) == 4
+        assert all(path.startswith("/api-docs/files/") for path in loaded)
+        # No script within the page: the policy would not run it.
+        assert not re.search(r"<script(?![^>]* src=)", page.text)
+        assert " on" not in re.sub(r">[^<]*<", "><", page.text)
+        for path in loaded:
+            assert (await client.get(path)).status_code == 200
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------
+
+
+async def in_chunks(size: int) -> AsyncIterator[bytes]:
+    for _ in range(size // 50_000):
+        yield b" " * 50_000
+    yield b" " * (size % 50_000)
+
+
+@pytest.mark.parametrize(("service", "path"), [("orders", "/api/orders"), ("sync", "/api/sync/order")])
+@pytest.mark.parametrize("chunked", [False, True], ids=["announced", "in-chunks"])
+async def test_a_body_of_more_than_a_megabyte_is_refused(
+    system: System, service: str, path: str, chunked: bool
+) -> None:
+    def body(size: int) -> Any:
+        return in_chunks(size) if chunked else b" " * size
+
+    token = {"x-sync-token": Settings(_env_file=None).sync_token}  # type: ignore[call-arg]
+    async with system.client(service=service) as client:
+        for size, status in (
+            (MAX_BODY_BYTES, 422),  # blanks are no JSON
+            (MAX_BODY_BYTES + 1, 413),
+            (12 * MAX_BODY_BYTES, 413),
+        ):
+            reply = await client.post(path, content=body(size), headers=token)
+            assert reply.status_code == status, reply.text
+            assert reply.json()["error"]["details"]["field"] == "body"
+            check(reply)
+
+
+def test_a_body_that_is_nested_without_end_is_refused() -> None:
+    class Tolerant(Struct):
+        name: str = ""
+
+    for deep in (b"[" * 200_000, b'{"x":' * 100_000):
+        with pytest.raises(InvalidInput) as refused:
+            read_body(b'{"x":' + deep, Tolerant)
+        assert refused.value.details["field"] == "body"
+
+
+async def test_a_body_that_nobody_reads_is_measured_too(system: System) -> None:
+    async with system.client() as client:
+        reply = await client.request("DELETE", f"/api/orders/{uuid4()}", content=b" " * (MAX_BODY_BYTES + 1))
+        assert reply.status_code == 413
+        # And the service goes on.
+        assert (await client.get("/api/orders?limit=1")).status_code == 200
+
+
+async def test_who_is_refused_before_the_body_was_read_is_told_so(system: System) -> None:
+    async with system.client(token="garbage") as client:
+        for size in (MAX_BODY_BYTES, 3 * MAX_BODY_BYTES):
+            for body in (b" " * size, in_chunks(size)):
+                assert (await client.post("/api/orders", content=body)).status_code == 401
+
+
+# -- ids in and out ----------------------------------------------------------------------------------------------
+
+
+async def raw(url: str, *lines: bytes, path: bytes = b"/health/live") -> bytes:
+    """The head of the answer to a request that no client library would send."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"\r\n".join([b"GET " + path + b" HTTP/1.1", b"Host: x", b"Connection: close", *lines, b"", b""]))
+    await writer.drain()
+    answer = await asyncio.wait_for(reader.read(), timeout=10)
+    writer.close()
+    return answer.partition(b"\r\n\r\n")[0]
+
+
+def header_in(head: bytes, name: bytes) -> list[bytes]:
+    lines = [line.partition(b":") for line in head.split(b"\r\n")[1:]]
+    return [value.strip() for found, _, value in lines if found.lower() == name]
+
+
+PATHS: list[tuple[str, int]] = [("/api/orders?limit=1", 200), ("/api/orders?limit=x", 422), ("/no/such/path", 404)]
+
+
+@pytest.mark.parametrize("asked", ["order-4711", "a" * 128, "{!~}", str(uuid4())])
+async def test_a_request_id_comes_back(system: System, asked: str) -> None:
+    async with system.client() as client:
+        for path, status in [*PATHS, ("/health/live", 200)]:
+            reply = await client.get(path, headers={"X-Request-Id": asked})
+            assert reply.status_code == status
+            assert reply.headers.get_list("x-request-id") == [asked]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [b"", b"a b", b"a\tb", b"a" * 129, "ü".encode(), b"\xff\xfe", b"<script>\x01"],
+    ids=lambda value: repr(value)[:12],
+)
+async def test_a_request_id_that_could_mean_something_else_does_not_come_back(system: System, asked: bytes) -> None:
+    head = await raw(system.urls["orders"], b"X-Request-Id: " + asked)
+    if b" 400 " in head.split(b"\r\n")[0]:
+        return  # the server itself takes no such header
+    assert header_in(head, b"x-request-id") == header_in(head, b"x-trace-id")
+    assert not asked or asked not in head
+
+
+@pytest.mark.parametrize("line_end", [b"\r\n ", b"\r\n\t", b"\r", b"\n", b"\r\n\r\n", b"%0d%0a", b"\\r\\n", b"\0"])
+async def test_no_header_is_smuggled_in_by_a_request_id(system: System, line_end: bytes) -> None:
+    head = await raw(system.urls["orders"], b"X-Request-Id: x" + line_end + b"Set-Cookie: a=b")
+    assert header_in(head, b"set-cookie") == []
+    assert len(header_in(head, b"x-request-id")) <= 1
+
+
+async def test_of_several_request_ids_one_comes_back(system: System) -> None:
+    head = await raw(system.urls["orders"], b"X-Request-Id: first", b"X-Request-Id: second")
+    assert header_in(head, b"x-request-id") == [b"first"]
+
+
+async def test_a_trace_that_comes_in_goes_on(system: System) -> None:
+    async with system.client() as client:
+        for path, status in PATHS[:2]:
+            trace_id = secrets.token_hex(16)
+            traceparent = f"00-{trace_id}-{secrets.token_hex(8)}-00"
+            reply = await client.get(path, headers={"traceparent": traceparent})
+            assert reply.status_code == status
+            assert reply.headers["x-trace-id"] == trace_id
+            assert reply.headers["x-request-id"] == trace_id
+        # Without a right one each request has a trace of its own.
+        seen = set()
+        for bad in (None, "", "garbage", f"00-{'0' * 32}-{'1' * 16}-01", f"00-{'g' * 32}-{'1' * 16}-01", "a" * 9_000):
+            reply = await client.get("/api/orders?limit=1", headers={} if bad is None else {"traceparent": bad})
+            assert reply.status_code == 200
+            seen.add(reply.headers["x-trace-id"])
+        assert len(seen) == 6
+
+
+async def test_an_error_names_the_trace_of_its_answer(system: System) -> None:
+    async with system.client() as client:
+        for path, status in PATHS[1:]:
+            reply = await client.get(path)
+            assert reply.status_code == status
+            assert reply.json()["error"]["trace_id"] == reply.headers["x-trace-id"]
+        # On one connection too each has its own.
+        ids = {(await client.get("/no/such/path")).headers["x-trace-id"] for _ in range(3)}
+        assert len(ids) == 3

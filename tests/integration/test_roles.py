@@ -1,0 +1,435 @@
+"""Who may call what: every route of every service, walked with every role, without a token, as a guest at a table and
+from another restaurant. What is expected is derived from `shared/permissions.py`; a route without an action fails."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import jwt
+import pytest
+from litestar import Litestar
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from services.notifier import app as notifier
+from services.notifier.transports import TRANSPORTS
+from services.orders import app as orders
+from services.orders.routes import ROUTES as ORDERS
+from services.sync import api as sync
+from shared.api import Operation, endpoint
+from shared.http import OPEN_PATHS
+from shared.openapi import operations
+from shared.permissions import ACTIONS, PUBLIC, allowed
+from shared.security import Identity, Role, Tokens
+from shared.settings import Settings
+from tests.integration.shop_rig import Shop, expect, made, open_shop
+from tests.system import System, eventually
+
+HANDLERS: dict[str, list[HTTPRouteHandler]] = {"orders": ORDERS, "sync": sync.ROUTES, "notifier": TRANSPORTS}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+# Without a token. One more of them is decided on here, not by accident.
+OPEN_TO_ALL = {
+    ("orders", "POST", "/api/auth/register-restaurant"),
+    ("orders", "POST", "/api/auth/login"),
+    ("orders", "POST", "/api/auth/refresh"),
+    ("orders", "POST", "/api/auth/logout"),
+    ("orders", "POST", "/api/auth/table-session"),
+    ("sync", "POST", "/api/sync/order"),  # by a secret of its own
+}
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+_AT_ONCE = 8
+
+
+class Route(Struct, frozen=True):
+    service: str
+    method: str
+    path: str
+    operation: Operation
+
+    @property
+    def name(self) -> str:
+        return f"{self.service} {self.method} {self.path}"
+
+    @property
+    def of_one(self) -> bool:
+        return "{" in self.path
+
+
+ROUTES = [
+    Route(service, method, path, operation)
+    for service, handlers in HANDLERS.items()
+    for method, path, operation in operations(handlers)
+]
+# Readers before writers: what is created on the way is no surprise to them.
+ROUTES.sort(key=lambda route: (["GET", "POST", "PUT", "DELETE"].index(route.method), route.path))
+GUARDED = [route for route in ROUTES if route.operation.action != PUBLIC]
+
+
+class Ours(Struct, frozen=True):
+    """A restaurant with one of everything."""
+
+    shop: Shop
+    ids: dict[str, str]
+    """Parameter of a path -> id."""
+    shown: str
+    """Stands in all that guests may see: the menu, the tables."""
+    hidden: str
+    """Stands in all else."""
+
+    def path(self, route: Route) -> str:
+        """A parameter that nothing of ours belongs to is a KeyError: give it something to find."""
+        return _PARAMETER.sub(lambda found: self.ids[found[1]], route.path)
+
+    def body(self, route: Route) -> dict[str, Any] | None:
+        """One that is right: what refuses it is not its form."""
+        if route.operation.body is None:
+            return None
+        wanted = {
+            "/api/orders": {"items": [{"menu_item_id": self.ids["menu_item_id"], "quantity": 1}]},
+            "/api/menu/availability": {"menu_item_ids": [self.ids["menu_item_id"]], "is_available": True},
+            "/api/jobs": {"bay_id": self.ids["bay_id"], "title": "Wash"},
+            "/api/jobs/{job_id:str}": {"title": "Wash again"},
+            "/api/users": {"email": f"{uuid4().hex}@x.example", "password": "long enough to be good", "role": "staff"},
+            "/api/users/{user_id:str}": {"name": "Somebody else"},
+            "/api/auth/refresh": {"refresh_token": "none"},
+            "/api/auth/logout": {"refresh_token": "none"},
+        }.get(route.path)
+        found: dict[str, Any] = wanted or route.operation.example
+        return found
+
+    def leaks(self, text: str, *, path: str, guest: bool = False) -> list[str]:
+        """What of ours stands in an answer; what the caller has named itself may be said again."""
+        public = ("menu_item_id", "category_id", "brand_id", "table_id") if guest else ()
+        secret = [id_ for name, id_ in self.ids.items() if name not in public and id_ not in path]
+        secret += [self.hidden] if guest else [self.hidden, self.shown, self.shop.restaurant, self.shop.slug]
+        return [one for one in secret if one in text]
+
+
+@pytest.fixture(scope="module")
+async def ours(system: System) -> Ours:
+    shop = await open_shop(system, name=f"shown-{uuid4().hex}")
+    shown, hidden = f"shown-{uuid4().hex}", f"hidden-{uuid4().hex}"
+    async with shop.client(Role.ADMIN) as admin:
+
+        async def one(path: str, **body: Any) -> str:
+            return str(made(await admin.post(path, json=body))["id"])
+
+        ids = {
+            "category_id": await one("/api/menu/categories", name=shown),
+            "brand_id": await one("/api/menu/brands", name=shown),
+            "menu_item_id": await one("/api/menu", name=shown, price=900, category=shown),
+            "table_id": await one("/api/tables", label=shown, seats=2),
+            "bay_id": await one("/api/bays", name=hidden),
+            "customer_id": await one("/api/customers", name=hidden, phone="+4930123456"),
+            "inventory_item_id": await one("/api/inventory", name=hidden, quantity=7, unit="piece"),
+        }
+        ids["user_id"] = await one(
+            "/api/users", email=f"{hidden}@x.example", password="long enough to be good", role="staff", name=hidden
+        )
+        ids["order_id"] = await one(
+            "/api/orders",
+            items=[{"menu_item_id": ids["menu_item_id"], "quantity": 2}],
+            table_id=ids["table_id"],
+            customer_id=ids["customer_id"],
+            customer_name=hidden,
+        )
+        ids["job_id"] = await one("/api/jobs", bay_id=ids["bay_id"], order_id=ids["order_id"], title=hidden)
+        made(await admin.post(f"/api/orders/{ids['order_id']}/payments", json={"amount": 100, "method": hidden}))
+    async with shop.system.client(token=shop.token, service="sync") as watcher:
+
+        async def pending() -> int:
+            return int(expect(await watcher.get("/api/sync/status"))["totals"]["pending"])
+
+        # In both stores, so that each is seen to keep it to itself.
+        await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
+    return Ours(shop, ids, shown, hidden)
+
+
+class Answer(Struct, frozen=True):
+    route: Route
+    path: str
+    status: int
+    text: str
+
+    @property
+    def told(self) -> str:
+        return f"{self.route.name}: {self.status} {self.text[:300]}"
+
+
+async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, ordered: bool = True) -> list[Answer]:
+    """In their order, or, like those that only read, at once; of an event stream no more than its beginning is read."""
+    headers = {} if authorization is None else {"Authorization": authorization}
+    async with httpx.AsyncClient(headers=headers, timeout=20.0) as client:
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def call(route: Route) -> Answer:
+            path = ours.path(route)
+            async with (
+                gate,
+                client.stream(
+                    route.method, f"{ours.shop.system.urls[route.service]}{path}", json=ours.body(route)
+                ) as reply,
+            ):
+                if reply.headers.get("content-type", "").startswith("text/event-stream"):
+                    text = await anext(reply.aiter_text())
+                else:
+                    text = (await reply.aread()).decode()
+            return Answer(route, path, reply.status_code, text)
+
+        in_turn = [route for route in routes if ordered and route.method != "GET"]
+        answers = await asyncio.gather(*(call(route) for route in routes if not ordered or route.method == "GET"))
+        return [*answers, *[await call(route) for route in in_turn]]
+
+
+def bearer(ours: Ours, role: Role, *, restaurant: str | None = None, session: str | None = None) -> str:
+    tokens = Tokens(ours.shop.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
+    tenant = "" if role is Role.OPERATOR else restaurant or ours.shop.restaurant
+    session = session or f"s-{uuid4()}" if role is Role.CUSTOMER else None
+    return f"Bearer {tokens.issue(Identity(str(uuid4()), role, tenant, '', session))}"
+
+
+def every(answers: list[Answer], right: Callable[[Answer], bool]) -> None:
+    assert answers
+    wrong = [answer.told for answer in answers if not right(answer)]
+    assert not wrong, "\n".join(wrong)
+
+
+# -- nothing is forgotten ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("service", [orders, sync, notifier], ids=lambda module: module.__name__)
+def test_every_route_has_an_action(service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "configure_logging", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    app = service.create(Settings(_env_file=None, home=tmp_path, trace_sample=0)).app  # type: ignore[call-arg]
+    assert isinstance(app, Litestar)
+    declared = {(method, path) for method, path, _ in operations([one for found in HANDLERS.values() for one in found])}
+    found = [(handler, route.path) for route in app.routes for handler in getattr(route, "route_handlers", ())]
+    assert len(found) > 5
+    for handler, path in found:
+        if path.startswith(OPEN_PATHS) or handler.http_methods == {"OPTIONS"}:
+            continue
+        operation = handler.opt.get("operation")
+        assert operation is not None, f"{path} is not declared by `endpoint`"
+        assert operation.action in ACTIONS
+        # Walked below, too.
+        assert {(method, one) for method in handler.http_methods for one in handler.paths} <= declared
+
+
+def test_an_action_that_nobody_has_decided_on_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"orders\.burn"):
+        endpoint("POST", "/api/burn", action="orders.burn", summary="x", tag="x")
+
+
+def test_what_is_open_to_all_was_decided_on() -> None:
+    assert {(one.service, one.method, one.path) for one in ROUTES if one.operation.action == PUBLIC} == OPEN_TO_ALL
+    assert ACTIONS[PUBLIC] == frozenset(Role)
+
+
+def test_every_action_but_those_within_a_handler_belongs_to_a_route() -> None:
+    assert set(ACTIONS) - {route.operation.action for route in ROUTES} == {"deleted.read"}
+
+
+@pytest.mark.parametrize("service", HANDLERS)
+async def test_the_document_names_every_route_and_who_may_call_it(system: System, service: str) -> None:
+    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+        document = (await client.get("/api-docs/openapi.json")).json()
+    described = {
+        (method.upper(), path): one for path, item in document["paths"].items() for method, one in item.items()
+    }
+    walked = {
+        (one.method, _PARAMETER.sub(r"{\1}", one.path)): one.operation for one in ROUTES if one.service == service
+    }
+    assert set(described) == set(walked)
+    for key, operation in walked.items():
+        guarded = operation.action != PUBLIC
+        assert ("security" in described[key]) == (guarded or key == ("POST", "/api/sync/order")), key
+        if guarded:
+            assert {"401", "403"} <= set(described[key]["responses"]), key
+            roles = ", ".join(sorted(role for role in Role if allowed(operation.action, role)))
+            assert f"For: {roles}." in described[key]["description"], key
+
+
+# -- who calls ---------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_token_of_ours_no_route_says_anything(ours: Ours) -> None:
+    claims = {"userId": "u", "restaurantId": ours.shop.restaurant, "role": "admin", "exp": int(time.time()) + 600}
+    expired = Tokens(ours.shop.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-5)
+    strangers = [
+        None,
+        "",
+        "Bearer garbage",
+        f"Bearer {jwt.encode(claims, None, algorithm='none')}",
+        f"Bearer {jwt.encode(claims, 'another-secret-that-is-long-enough-too', algorithm='HS256')}",
+        f"Bearer {expired.issue(Identity('u', Role.ADMIN, ours.shop.restaurant))}",
+        f"Basic {ours.shop.token}",
+        ours.shop.token,
+    ]
+    for stranger in strangers:
+        answers = await walk(ours, GUARDED, stranger, ordered=False)
+        every(answers, lambda answer: answer.status == 401 and not ours.leaks(answer.text, path=answer.path))
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_a_role_does_what_it_may_and_nothing_else(ours: Ours, role: Role) -> None:
+    """In a restaurant of its own that has the same: what it may do it does there."""
+    theirs = await open_shop(ours.shop.system)
+    async with theirs.client(Role.ADMIN) as admin:
+        dish = await theirs.dish()
+        bay = made(await admin.post("/api/bays", json={"name": "Grill"}))
+    there = Ours(theirs, {**ours.ids, "menu_item_id": dish["id"], "bay_id": bay["id"]}, "", "")
+    token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(there, role)
+    answers = await walk(there, GUARDED, token)
+
+    def right(answer: Answer) -> bool:
+        if not allowed(answer.route.operation.action, role):
+            return answer.status == 403 and '"code":"forbidden"' in answer.text
+        return answer.status not in (401, 403) and answer.status < 500
+
+    every(answers, right)
+    may = [answer for answer in answers if allowed(answer.route.operation.action, role)]
+    # Most of what it may do was done, not refused for another reason.
+    done = [answer for answer in may if answer.status < 300]
+    assert len(done) >= sum(not answer.route.of_one for answer in may), [answer.told for answer in may]
+
+
+@pytest.mark.parametrize("role", [Role.ADMIN, Role.STAFF, Role.CUSTOMER])
+async def test_another_restaurant_is_shown_nothing_and_changes_nothing(ours: Ours, role: Role) -> None:
+    theirs = await open_shop(ours.shop.system)
+    before = await _all_of(ours)
+    token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(ours, role, restaurant=theirs.restaurant)
+    answers = await walk(ours, ROUTES, token)
+
+    def right(answer: Answer) -> bool:
+        if ours.leaks(answer.text, path=answer.path):
+            return False
+        if not allowed(answer.route.operation.action, role):
+            return answer.status == 403
+        return answer.status == 404 if answer.route.of_one else answer.status < 500
+
+    every(answers, right)
+    for answer in answers:
+        if answer.route.method == "GET" and answer.route.operation.many and answer.status == 200:
+            rows = json.loads(answer.text)["data"]
+            # Alone with its first admin.
+            assert rows == [] or answer.route.path == "/api/users", answer.told
+    assert await _all_of(ours) == before
+
+
+async def _all_of(ours: Ours) -> dict[str, tuple[int, str]]:
+    """Everything of ours as its admin reads it; how far it has come on its way is not part of it."""
+    readers = [route for route in GUARDED if route.method == "GET" and route.service == "orders"]
+    answers = await walk(ours, readers, f"Bearer {ours.shop.token}")
+    every(answers, lambda answer: answer.status == 200)
+    return {answer.path: (answer.status, re.sub(r'"sync":\{[^}]*\}', "", answer.text)) for answer in answers}
+
+
+async def test_what_another_restaurant_names_in_a_request_is_not_there(ours: Ours) -> None:
+    theirs = await open_shop(ours.shop.system)
+    ids = ours.ids
+    dish = await theirs.dish()
+    async with theirs.client(Role.ADMIN) as admin:
+        bay = made(await admin.post("/api/bays", json={"name": "Grill"}))["id"]
+        consumes = [{"inventory_item_id": ids["inventory_item_id"], "quantity": 1}]
+        for path, body, field in (
+            ("/api/orders", {"items": [{"menu_item_id": ids["menu_item_id"], "quantity": 1}]}, "items[0].menu_item_id"),
+            (
+                "/api/menu/availability",
+                {"menu_item_ids": [ids["menu_item_id"]], "is_available": False},
+                "menu_item_ids[0]",
+            ),
+            (
+                "/api/menu",
+                {"name": "x", "price": 1, "category": "x", "consumes": consumes},
+                "consumes[0].inventory_item_id",
+            ),
+            ("/api/jobs", {"bay_id": ids["bay_id"], "title": "x"}, "bay_id"),
+            ("/api/jobs", {"bay_id": bay, "order_id": ids["order_id"], "title": "x"}, "order_id"),
+        ):
+            reply = await admin.post(path, json=body)
+            assert expect(reply, 422)["details"]["field"] == field
+            assert not ours.leaks(reply.text, path=json.dumps(body))
+        for query in (
+            f"/api/orders?table_id={ids['table_id']}",
+            f"/api/orders?customer_id={ids['customer_id']}&include_deleted=true",
+            f"/api/jobs?bay_id={ids['bay_id']}",
+            f"/api/jobs?order_id={ids['order_id']}",
+            f"/api/payments?order_id={ids['order_id']}",
+            f"/api/audit?entity_id={ids['order_id']}",
+            f"/api/customers?phone={'%2B'}4930123456",
+            f"/api/menu?category={ours.shown}",
+        ):
+            assert expect(await admin.get(query)) == [], query
+        # An order may name a table that is not there: it is theirs, and ours has no order more.
+        body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], "table_id": ids["table_id"]}
+        placed = made(await admin.post("/api/orders", json=body))["id"]
+    async with ours.shop.client() as staff:
+        there = expect(await staff.get(f"/api/tables/{ids['table_id']}"))["current_orders"]
+    assert [one["id"] for one in there] == [ids["order_id"]]
+    assert placed != ids["order_id"]
+
+
+async def test_a_guest_sees_the_menu_and_the_tables_and_of_others_nothing(ours: Ours) -> None:
+    async with httpx.AsyncClient(base_url=ours.shop.system.urls["orders"]) as client:
+        body = {"slug": ours.shop.slug, "table_id": ours.ids["table_id"]}
+        opened = made(await client.post("/api/auth/table-session", json=body))
+    answers = await walk(ours, GUARDED, f"Bearer {opened['access_token']}")
+
+    def right(answer: Answer) -> bool:
+        if ours.leaks(answer.text, path=answer.path, guest=True):
+            return False
+        if not allowed(answer.route.operation.action, Role.CUSTOMER):
+            return answer.status == 403
+        return answer.status == 404 if "order_id" in answer.route.path else answer.status < 300
+
+    every(answers, right)
+    assert sum(ours.shown in answer.text for answer in answers) >= 6
+    # What is deleted is for admins.
+    async with ours.shop.system.client(token=opened["access_token"]) as guest:
+        for path in ("/api/menu", "/api/orders", "/api/tables", "/api/menu/categories"):
+            assert (await guest.get(f"{path}?include_deleted=true")).status_code == 403
+
+
+async def test_staff_do_not_see_what_is_deleted(ours: Ours) -> None:
+    readers = [
+        one for one in ROUTES if one.operation.many and "include_deleted" in one.operation.query.__struct_fields__
+    ]
+    assert len(readers) >= 10
+    async with ours.shop.client() as staff, ours.shop.client(Role.ADMIN) as admin:
+        for route in readers:
+            assert (await staff.get(f"{route.path}?include_deleted=true")).status_code == 403, route.name
+            assert (await admin.get(f"{route.path}?include_deleted=true")).status_code == 200, route.name
+
+
+async def test_a_token_of_a_restaurant_that_is_not_there_finds_nothing(ours: Ours) -> None:
+    answers = await walk(ours, GUARDED, bearer(ours, Role.ADMIN, restaurant=str(uuid4())))
+    every(
+        answers,
+        lambda answer: (
+            answer.status < 500
+            and not ours.leaks(answer.text, path=answer.path)
+            and (not answer.route.of_one or answer.status == 404)
+        ),
+    )
+
+
+async def test_no_other_method_answers(ours: Ours) -> None:
+    known: dict[tuple[str, str], set[str]] = {}
+    for route in ROUTES:
+        known.setdefault((route.service, route.path), set()).add(route.method)
+    others = [
+        Route(service, method, path, Operation(action=PUBLIC, summary="", tag=""))
+        for (service, path), methods in known.items()
+        for method in METHODS
+        if method not in methods
+    ]
+    for token in (None, f"Bearer {ours.shop.token}"):
+        every(await walk(ours, others, token, ordered=False), lambda answer: answer.status == 405)

@@ -1,0 +1,721 @@
+"""Signing in, users and guests at a table, over HTTP, on an instance with few tries and a proxy that it trusts: each
+caller has an address of its own."""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+from msgspec import Struct
+
+from deploy.local.ports import find_free
+from services.orders import sign_in as signing_in
+from services.orders.accounts import Accounts
+from services.orders.sign_in import SignIn
+from shared.errors import Unauthenticated
+from shared.mirror.mirror import Mirror
+from shared.passwords import hash_password
+from shared.postgres.pool import Postgres
+from shared.security import Identity, Role, Tokens
+from shared.settings import Settings
+from tests.system import System, eventually
+
+PASSWORD = "long enough to be good"
+PER_ACCOUNT, PER_ADDRESS, TABLE_SECONDS = 5, 8, 900
+_addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
+
+
+class Place(Struct, frozen=True):
+    """A restaurant with its first admin."""
+
+    system: System
+    url: str
+    id: str
+    slug: str
+    email: str
+    session: dict[str, Any]
+
+    @property
+    def admin_id(self) -> str:
+        return str(self.session["user"]["id"])
+
+    def client(self, token: str | None = None) -> httpx.AsyncClient:
+        """The admin's, or of another token."""
+        return client(self.url, token or self.session["access_token"])
+
+    async def user(self, role: str = "staff", **fields: str) -> dict[str, Any]:
+        body = {"email": new_email(), "password": PASSWORD, "role": role, **fields}
+        async with self.client() as admin:
+            return dict(told(await admin.post("/api/users", json=body), 201))
+
+
+def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
+    headers = {"X-Forwarded-For": address or next(_addresses)}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=10.0)
+
+
+def told(reply: httpx.Response, status: int = 200) -> Any:
+    assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
+    return reply.json()["data" if status < 400 else "error"]
+
+
+def new_email() -> str:
+    return f"u{uuid4().hex[:12]}@people.example"
+
+
+@pytest.fixture(scope="module")
+async def url(system: System) -> AsyncIterator[str]:
+    name, port = "guarded", find_free(1)[0]
+    system.urls[name] = f"http://127.0.0.1:{port}"
+    system.start(
+        "orders",
+        alias=name,
+        instance="auto",
+        orders_port=port,
+        trusted_proxies="127.0.0.1",
+        tries_per_account=PER_ACCOUNT,
+        tries_per_address=PER_ADDRESS,
+        table_session_seconds=TABLE_SECONDS,
+    )
+    try:
+        await system.ready(name)
+        yield system.urls[name]
+    finally:
+        await system.stop(name)
+
+
+def wanted(**fields: Any) -> dict[str, Any]:
+    slug = f"place-{uuid4().hex[:12]}"
+    return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
+
+
+async def register(system: System, url: str, **fields: Any) -> Place:
+    body = wanted(**fields)
+    async with client(url) as anybody:
+        made = told(await anybody.post("/api/auth/register-restaurant", json=body), 201)
+    return Place(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
+
+
+@pytest.fixture(scope="module")
+async def place(system: System, url: str) -> Place:
+    return await register(system, url)
+
+
+async def sign_in(url: str, email: str, password: str = PASSWORD, *, address: str | None = None) -> httpx.Response:
+    async with client(url, address=address) as anybody:
+        return await anybody.post("/api/auth/login", json={"email": email, "password": password})
+
+
+async def refresh(url: str, token: str) -> httpx.Response:
+    async with client(url) as anybody:
+        return await anybody.post("/api/auth/refresh", json={"refresh_token": token})
+
+
+# -- registering -------------------------------------------------------------------------------------------------
+
+
+async def test_who_registers_a_restaurant_is_its_admin(system: System, url: str) -> None:
+    place = await register(
+        system, url, currency="CHF", time_zone="Europe/Zurich", tax_basis_points=810, settings={"country": "CH"}
+    )
+    async with place.client() as admin:
+        me = told(await admin.get("/api/auth/me"))
+    assert (me["user_id"], me["role"], me["email"]) == (place.admin_id, "admin", place.email)
+    restaurant = me["restaurant"]
+    assert (restaurant["id"], restaurant["slug"], restaurant["currency"]) == (place.id, place.slug, "CHF")
+    assert (restaurant["tax_basis_points"], restaurant["settings"]["country"]) == (810, "CH")
+    async with system.database("ticketrail_owner") as connection:
+        known = await connection.fetchval("select password_hash from users where id = $1", place.admin_id)
+    assert known.startswith("$argon2id$")
+    assert "password" not in json.dumps(place.session["user"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"slug": "Not A Slug"}, "slug"),
+        ({"slug": "slug\n"}, "slug"),
+        ({"slug": "s" * 51}, "slug"),
+        ({"email": "nobody"}, "email"),
+        ({"email": "ada@x.example\n"}, "email"),
+        ({"email": "a\0b@x.example"}, "email"),
+        ({"email": f"{'a' * 250}@x.example"}, "email"),
+        ({"password": "too short"}, "password"),
+        ({"password": "x" * 201}, "password"),
+        ({"currency": "euro"}, "currency"),
+        ({"currency": "EUR\n"}, "currency"),
+        ({"time_zone": "Mars/Olympus"}, "time_zone"),
+        ({"time_zone": "../etc/passwd"}, "time_zone"),
+        ({"tax_basis_points": 10_001}, "tax_basis_points"),
+        ({"cutoff_hour": 24}, "cutoff_hour"),
+        ({"settings": {"country": "DE\n"}}, "settings.country"),
+        ({"settings": {"colour": "red"}}, "settings.colour"),
+        ({"role": "operator"}, "role"),
+        ({"id": str(uuid4())}, "id"),
+    ],
+    ids=str,
+)
+async def test_a_registration_that_is_wrong_is_refused_by_the_name_of_the_field(
+    url: str, fields: dict[str, Any], field: str
+) -> None:
+    async with client(url) as anybody:
+        error = told(await anybody.post("/api/auth/register-restaurant", json=wanted(**fields)), 422)
+    assert error["details"]["field"] == field
+
+
+async def test_a_slug_and_an_email_are_taken_once(system: System, url: str, place: Place) -> None:
+    async with client(url) as anybody:
+        for fields, code in (
+            ({"slug": place.slug}, "slug_taken"),
+            ({"email": place.email}, "email_taken"),
+            ({"email": place.email.upper()}, "email_taken"),
+        ):
+            body = wanted(**fields)
+            error = told(await anybody.post("/api/auth/register-restaurant", json=body), 409)
+            assert error["code"] == code
+            # Nothing of it is left: the slug is free still.
+            if code == "email_taken":
+                assert (await register(system, url, slug=body["slug"])).slug == body["slug"]
+        body = wanted()
+        replies = await asyncio.gather(
+            *(anybody.post("/api/auth/register-restaurant", json={**body, "slug": f"{body['slug']}-{n}"}) for n in "ab")
+        )
+    assert sorted(reply.status_code for reply in replies) == [201, 409]
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_email_is_one_account_however_it_is_spelled(url: str, place: Place) -> None:
+    name = uuid4().hex[:8]
+    user = await place.user(email=f"Ada.{name}@People.EXAMPLE")
+    for spelled in (f"ada.{name}@people.example", f"ADA.{name.upper()}@PEOPLE.example"):
+        session = told(await sign_in(url, spelled))
+        assert session["user"]["id"] == user["id"]
+    claims = jwt.decode(session["access_token"], options={"verify_signature": False})
+    assert (claims["role"], claims["restaurantId"]) == ("staff", place.id)
+    assert claims["exp"] - claims["iat"] == session["expires_in"]
+
+
+async def test_a_refresh_token_is_used_once(url: str, place: Place) -> None:
+    first = told(await sign_in(url, (await place.user())["email"]))
+    second = told(await refresh(url, first["refresh_token"]))
+    assert second["refresh_token"] != first["refresh_token"]
+    async with place.client(second["access_token"]) as staff:
+        assert told(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
+    third = told(await refresh(url, second["refresh_token"]))
+    # The first one comes again: somebody has stolen it, or its owner was robbed. Nobody goes on.
+    for token, code in (
+        (first["refresh_token"], "refresh_token_reused"),
+        (third["refresh_token"], "refresh_token_invalid"),
+        (second["refresh_token"], "refresh_token_reused"),
+    ):
+        assert told(await refresh(url, token), 401)["code"] == code
+
+
+async def test_of_two_who_bring_the_same_refresh_token_at_once_one_goes_on_and_the_session_ends(
+    url: str, place: Place
+) -> None:
+    user = await place.user()
+    for _ in range(3):
+        token = told(await sign_in(url, user["email"]))["refresh_token"]
+        replies = await asyncio.gather(*(refresh(url, token) for _ in range(4)))
+        assert sorted(reply.status_code for reply in replies) == [200, 401, 401, 401]
+        winner = next(reply for reply in replies if reply.status_code == 200).json()["data"]
+        assert (await refresh(url, winner["refresh_token"])).status_code == 401
+
+
+async def test_another_session_of_the_user_is_not_ended_by_the_reuse_of_a_token(url: str, place: Place) -> None:
+    user = await place.user()
+    robbed, other = [told(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
+    told(await refresh(url, robbed))
+    told(await refresh(url, robbed), 401)
+    told(await refresh(url, other))
+
+
+async def test_logging_out_ends_the_session_and_says_nothing_about_tokens(url: str, place: Place) -> None:
+    first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    second = told(await refresh(url, first))["refresh_token"]
+    async with client(url) as anybody:
+        # By an old token of it too; an unknown one and a second time get the same answer.
+        for token in (first, first, "no-such-token"):
+            assert told(await anybody.post("/api/auth/logout", json={"refresh_token": token})) == {"logged_out": True}
+    assert told(await refresh(url, second), 401)["code"] == "refresh_token_invalid"
+
+
+@pytest.mark.parametrize("token", ["unknown", "", "x" * 201, "a\0b", "line\n"])
+async def test_a_refresh_token_that_is_none_is_refused(url: str, token: str) -> None:
+    assert (await refresh(url, token)).status_code in (401, 422)
+
+
+async def test_a_refresh_token_expires(system: System, url: str, place: Place) -> None:
+    token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    async with system.database("ticketrail_owner") as connection:
+        await connection.execute("update refresh_tokens set expires_at = now() where token_sha256 = $1", digest(token))
+    assert told(await refresh(url, token), 401)["code"] == "refresh_token_invalid"
+
+
+def digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+async def test_the_database_holds_no_token_that_opens_anything(system: System, url: str, place: Place) -> None:
+    token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    async with system.database("ticketrail_owner") as connection:
+        rows = await connection.fetch("select t::text as row from refresh_tokens t")
+    assert any(digest(token).hex() in row["row"] for row in rows)
+    assert not any(token in row["row"] for row in rows)
+
+
+# -- who guesses -------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_email_and_a_wrong_password_get_the_same_answer(
+    system: System, url: str, place: Place
+) -> None:
+    known, shut_out, gone = [await place.user() for _ in range(3)]
+    async with place.client() as admin:
+        told(await admin.put(f"/api/users/{shut_out['id']}", json={"is_active": False}))
+        told(await admin.delete(f"/api/users/{gone['id']}"))
+    without = new_email()
+    async with system.database("ticketrail_owner") as connection:
+        await connection.execute(
+            "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), $1, $2, 'staff')",
+            place.id,
+            without,
+        )
+    answers = []
+    for email, password in (
+        (known["email"], "a wrong one that is long"),
+        (new_email(), PASSWORD),
+        (shut_out["email"], PASSWORD),
+        (gone["email"], PASSWORD),
+        (without, PASSWORD),
+        (known["email"] + "\n", PASSWORD),
+        ("no email at all", ""),
+    ):
+        reply = await sign_in(url, email, password)
+        assert reply.status_code == 401, email
+        error = reply.json()["error"]
+        assert error.pop("trace_id")
+        answers.append((error, sorted(reply.headers)))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == {"message": "email or password is wrong", "code": "wrong_credentials", "details": {}}
+
+
+async def test_whether_an_email_is_known_costs_the_same_work(
+    system: System, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One verification of a hash of the same cost, whoever asks."""
+    verified: list[tuple[str, str]] = []
+    really_fits = signing_in.fits
+
+    def counted(known: str, password: str) -> bool:
+        verified.append((known.rpartition("$")[0].rpartition("$")[0], password))
+        return really_fits(known, password)
+
+    monkeypatch.setattr(signing_in, "fits", counted)
+    user = await place.user()
+    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    postgres = Postgres(system.database_url("ticketrail_api"), settings)
+    mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
+    tokens = Tokens(secrets.token_urlsafe(40), ttl_seconds=60)
+    try:
+        signs = SignIn(Accounts(postgres), None, tokens, mirror, settings)  # type: ignore[arg-type]
+        for email, password in (
+            (user["email"], PASSWORD),
+            (user["email"], "a wrong one that is long"),
+            (new_email(), "a wrong one that is long"),
+            ("nobody", ""),
+        ):
+            try:
+                await signs.login(email, password, next(_addresses))
+            except Unauthenticated:
+                assert password != PASSWORD
+            else:
+                assert password == PASSWORD
+    finally:
+        await mirror.close()
+        await postgres.close()
+    assert [password for _, password in verified] == [PASSWORD, *["a wrong one that is long"] * 2, ""]
+    assert {cost for cost, _ in verified} == {"$argon2id$v=19$m=19456,t=2,p=1"}
+
+
+async def test_tries_of_an_account_are_limited_wherever_they_come_from(url: str, place: Place) -> None:
+    user, other = await place.user(email=f"kim-{new_email()}"), await place.user()
+    guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(PER_ACCOUNT)]
+    assert {reply.status_code for reply in guesses} == {401}
+    # Not with the right password either.
+    for email in (user["email"], user["email"].upper()):
+        reply = await sign_in(url, email)
+        assert told(reply, 429)["code"] == "rate_limited"
+        assert 1 <= int(reply.headers["retry-after"]) <= 300
+    # No spelling of the email has tries of its own: what to PostgreSQL is the same letter opens nothing.
+    assert (await sign_in(url, user["email"].replace("i", "İ", 1))).status_code in (401, 429)
+    told(await sign_in(url, other["email"]))
+
+
+async def test_tries_from_an_address_are_limited_whoever_they_are_for(url: str, place: Place) -> None:
+    address = next(_addresses)
+    replies = [await sign_in(url, new_email(), address=address) for _ in range(PER_ADDRESS)]
+    assert {reply.status_code for reply in replies} == {401}
+    email = (await place.user())["email"]
+    assert told(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
+    async with client(url, address=address) as anybody:
+        reply = await anybody.post("/api/auth/register-restaurant", json=wanted())
+    assert reply.status_code == 429
+    told(await sign_in(url, email))
+
+
+async def test_of_an_ipv6_network_all_addresses_count_as_one(url: str) -> None:
+    network = f"2001:db8:{secrets.randbelow(65_536):x}:{secrets.randbelow(65_536):x}"
+    replies = [await sign_in(url, new_email(), address=f"{network}:7::{n:x}") for n in range(PER_ADDRESS)]
+    assert {reply.status_code for reply in replies} == {401}
+    assert (await sign_in(url, new_email(), address=f"{network}:8::1")).status_code == 429
+
+
+async def test_emails_that_are_taken_are_not_told_without_end(url: str, place: Place) -> None:
+    """An admin, which anybody may become, asks for the emails of others by taking them."""
+    user = await place.user()
+    async with client(url, place.session["access_token"], address=next(_addresses)) as admin:
+        asked = [
+            await admin.put(f"/api/users/{user['id']}", json={"email": place.email}) for _ in range(PER_ADDRESS + 1)
+        ]
+        body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
+        made = await admin.post("/api/users", json=body)
+        # What costs and tells nothing goes on.
+        told(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
+    assert [reply.status_code for reply in asked] == [409] * PER_ADDRESS + [429]
+    assert made.status_code == 429
+
+
+@pytest.mark.parametrize("password", ["x" * 201, "ä" * 100_000], ids=["201", "200 KB"])
+async def test_a_password_beyond_measure_is_not_hashed(url: str, place: Place, password: str) -> None:
+    assert told(await sign_in(url, place.email, password), 422)["details"]["field"] == "password"
+
+
+async def test_a_long_password_counts_to_its_last_character(url: str, place: Place) -> None:
+    """No hash that stops at 72 bytes, or at a NUL."""
+    password = "\0" + "🍕" * 199
+    user = await place.user(password=password)
+    told(await sign_in(url, user["email"], password))
+    told(await sign_in(url, user["email"], password[:-1]), 401)
+    told(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
+
+
+# -- users -------------------------------------------------------------------------------------------------------
+
+
+async def test_users_are_made_listed_changed_deleted_and_restored(url: str, system: System) -> None:
+    place = await register(system, url)
+    kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
+    async with place.client() as admin:
+        assert told(await admin.get(f"/api/users/{kim['id']}")) == kim
+        found: list[str] = []
+        cursor: str | None = None
+        while True:
+            query = {"limit": "2", **({"cursor": cursor} if cursor else {})}
+            page = (await admin.get("/api/users", params=query)).json()
+            found += [one["id"] for one in page["data"]]
+            cursor = page["pagination"]["next_cursor"]
+            if cursor is None:
+                break
+        assert found == [lou["id"], kim["id"], place.admin_id]
+        of_role = await admin.get("/api/users", params={"role": "customer"})
+        assert [one["id"] for one in told(of_role)] == [lou["id"]]
+        assert "argon2" not in of_role.text
+        changed = told(await admin.put(f"/api/users/{kim['id']}", json={"name": "Kim B.", "role": "admin"}))
+        assert (changed["name"], changed["role"], changed["email"]) == ("Kim B.", "admin", kim["email"])
+        told(await admin.put(f"/api/users/{kim['id']}", json={"email": lou["email"].upper()}), 409)
+
+        assert told(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
+        for method, path in (("GET", ""), ("PUT", ""), ("DELETE", "")):
+            body = {} if method == "PUT" else None
+            told(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
+        assert kim["id"] not in [one["id"] for one in told(await admin.get("/api/users"))]
+        with_deleted = told(await admin.get("/api/users", params={"include_deleted": "true"}))
+        assert kim["id"] in [one["id"] for one in with_deleted]
+        told(await sign_in(url, kim["email"]), 401)
+        assert told(await admin.post(f"/api/users/{kim['id']}/restore"))["deleted_at"] is None
+        assert told(await admin.post(f"/api/users/{kim['id']}/restore"), 409)["code"] == "not_deleted"
+    told(await sign_in(url, kim["email"]))
+
+
+async def test_the_email_of_a_deleted_user_is_free_and_may_be_taken_meanwhile(url: str, place: Place) -> None:
+    user = await place.user()
+    async with place.client() as admin:
+        told(await admin.delete(f"/api/users/{user['id']}"))
+        await place.user(email=user["email"])
+        assert told(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
+
+
+@pytest.mark.parametrize(
+    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
+)
+async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dict[str, Any] | None) -> None:
+    place = await register(system, url)
+    await place.user()
+
+    async def without(admin: httpx.AsyncClient, id_: str) -> httpx.Response:
+        path = f"/api/users/{id_}"
+        return await (admin.delete(path) if change is None else admin.put(path, json=change))
+
+    async with place.client() as admin:
+        assert told(await without(admin, place.admin_id), 409)["code"] == "last_admin"
+        told(await admin.get("/api/users"))
+        second = await place.user("admin")
+        # Two who do it to one another at once: one of them stays.
+        token = told(await sign_in(url, second["email"]))["access_token"]
+        async with place.client(token) as other:
+            replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
+        assert sorted(reply.status_code for reply in replies) in ([200, 401], [200, 409])
+    async with system.database("ticketrail_owner") as connection:
+        count = await connection.fetchval(
+            "select count(*) from users"
+            " where restaurant_id = $1 and role = 'admin' and is_active and deleted_at is null",
+            place.id,
+        )
+    assert count == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"is_active": False}, {"password": "another one that is good"}, {"role": "admin"}, None],
+    ids=["shut-out", "password", "role", "deleted"],
+)
+async def test_who_may_not_go_on_as_before_is_signed_out_everywhere(
+    url: str, place: Place, change: dict[str, Any] | None
+) -> None:
+    user = await place.user()
+    sessions = [told(await sign_in(url, user["email"])) for _ in range(2)]
+    async with place.client() as admin:
+        path = f"/api/users/{user['id']}"
+        told(await admin.put(path, json={"name": "Still the same"}))
+        sessions[0] = told(await refresh(url, sessions[0]["refresh_token"]))
+        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+    for session in sessions:
+        assert told(await refresh(url, session["refresh_token"]), 401)["code"] == "refresh_token_invalid"
+    signed_in = await sign_in(url, user["email"], (change or {}).get("password", PASSWORD))
+    assert signed_in.status_code == (200 if change and "is_active" not in change else 401)
+
+
+@pytest.mark.parametrize(
+    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
+)
+async def test_one_who_was_an_admin_makes_no_users_with_the_token_that_is_left(
+    url: str, place: Place, change: dict[str, Any] | None
+) -> None:
+    once = await place.user("admin")
+    token = told(await sign_in(url, once["email"]))["access_token"]
+    async with place.client() as admin, place.client(token) as left:
+        told(await left.get("/api/users"))
+        path = f"/api/users/{once['id']}"
+        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+        body = {"email": new_email(), "password": PASSWORD, "role": "admin"}
+        for reply in (
+            await left.post("/api/users", json=body),
+            await left.get("/api/users"),
+            await left.get(path),
+            await left.put(path, json={"is_active": True}),
+            await left.delete(f"/api/users/{place.admin_id}"),
+            await left.post(f"{path}/restore"),
+        ):
+            assert told(reply, 401)["code"] == "not_admin_any_more"
+
+
+async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: str, place: Place) -> None:
+    other = await register(system, url)
+    theirs, ours = await other.user(), await place.user()
+    async with place.client() as admin:
+        for body, field in (
+            ({"role": "operator"}, "role"),
+            ({"restaurant_id": other.id}, "restaurant_id"),
+            ({"id": theirs["id"]}, "id"),
+            ({"password_hash": "x"}, "password_hash"),
+            ({"deleted_at": None}, "deleted_at"),
+        ):
+            new = {"email": new_email(), "password": PASSWORD, "role": "staff", **body}
+            assert told(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
+            changed = await admin.put(f"/api/users/{ours['id']}", json=body)
+            assert told(changed, 422)["details"]["field"] == field
+        # Of another restaurant's users it sees and changes nothing; to it they are not there.
+        path = f"/api/users/{theirs['id']}"
+        for reply in (
+            await admin.get(path),
+            await admin.put(path, json={"role": "admin", "password": "now it is mine, mine"}),
+            await admin.delete(path),
+            await admin.post(f"{path}/restore"),
+        ):
+            assert told(reply, 404)["code"] == "not_found"
+        listed = await admin.get("/api/users", params={"include_deleted": "true"})
+        assert theirs["email"] not in listed.text
+    async with other.client() as them:
+        assert told(await them.get(path)) == theirs
+
+
+async def test_the_database_itself_keeps_users_apart(system: System, url: str, place: Place) -> None:
+    """Were there a hole in the API, this is what stands behind it."""
+    other = await register(system, url)
+    add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
+    async with system.database("ticketrail_api") as connection:
+        assert await connection.fetchval("select count(id) from users") == 0
+        for statement in (
+            add.format(place.id, "operator"),
+            add.format(other.id, "staff"),
+            f"update users set restaurant_id = '{other.id}'",
+            "update users set role = 'operator'",
+            "select password_hash from users",
+            "select * from refresh_tokens",
+            "delete from users",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                async with connection.transaction():
+                    await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+                    await connection.execute(statement)
+        async with connection.transaction():
+            await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+            assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
+        # A function that runs as the owner is not led to a table of the caller's.
+        await connection.execute(
+            "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
+            " password_hash text, is_active boolean, deleted_at timestamptz)"
+        )
+        assert await connection.fetchval("select id from sign_in_user($1)", place.email) == place.admin_id
+
+
+# -- who is quicker ----------------------------------------------------------------------------------------------
+
+
+async def waited_for(system: System, pid: int) -> bool:
+    """Whether another backend waits for a lock of this one."""
+    async with system.database("ticketrail_owner") as connection:
+        found: bool = await connection.fetchval(
+            "select exists (select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)))", pid
+        )
+    return found
+
+
+async def test_a_new_password_ends_the_session_that_is_just_being_refreshed(
+    system: System, url: str, place: Place
+) -> None:
+    user = await place.user()
+    old, new = told(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
+    async with system.database("ticketrail_api") as thief, place.client() as admin:
+        async with thief.transaction():
+            await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(old), digest(new))
+            changing = asyncio.create_task(
+                admin.put(f"/api/users/{user['id']}", json={"password": "another one that is good"})
+            )
+            await eventually(
+                lambda: waited_for(system, thief.get_server_pid()), what="the change waits for the refresh"
+            )
+        told(await changing)
+    told(await refresh(url, new), 401)
+
+
+async def test_the_reuse_of_a_token_ends_the_session_that_is_just_being_refreshed(
+    system: System, url: str, place: Place
+) -> None:
+    first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    second, third = told(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
+    async with system.database("ticketrail_api") as thief:
+        async with thief.transaction():
+            await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(second), digest(third))
+            reusing = asyncio.create_task(refresh(url, first))
+            await eventually(lambda: waited_for(system, thief.get_server_pid()), what="the reuse waits for the refresh")
+        assert told(await reusing, 401)["code"] == "refresh_token_reused"
+    told(await refresh(url, third), 401)
+
+
+async def test_a_password_that_is_changed_while_it_is_checked_begins_no_session(system: System, place: Place) -> None:
+    user = await place.user()
+    begin = "select begin_session($1, $2, $3, interval '1 day')"
+    async with system.database("ticketrail_owner") as connection:
+        known = await connection.fetchval("select password_hash from users where id = $1", user["id"])
+        assert await connection.fetchval(begin, secrets.token_bytes(32), user["id"], known)
+        await connection.execute("update users set password_hash = $2 where id = $1", user["id"], hash_password("new"))
+        assert not await connection.fetchval(begin, secrets.token_bytes(32), user["id"], known)
+
+
+# -- guests at a table -------------------------------------------------------------------------------------------
+
+
+async def table_of(place: Place) -> str:
+    async with place.client() as admin:
+        return str(told(await admin.post("/api/tables", json={"label": "Window", "seats": 2}), 201)["id"])
+
+
+async def scan(place: Place, table: str, *, slug: str | None = None) -> httpx.Response:
+    async with client(place.url) as guest:
+        body = {"slug": slug or place.slug, "table_id": table}
+        return await guest.post("/api/auth/table-session", json=body)
+
+
+async def test_a_guest_gets_a_short_lived_token_of_a_session_of_its_own(url: str, place: Place) -> None:
+    table = await table_of(place)
+    first, second = [told(await scan(place, table), 201) for _ in range(2)]
+    assert first["customer_session_id"] != second["customer_session_id"]
+    claims = jwt.decode(first["access_token"], options={"verify_signature": False})
+    assert (claims["role"], claims["restaurantId"]) == ("customer", place.id)
+    assert claims["sessionId"] == first["customer_session_id"]
+    assert claims["exp"] - claims["iat"] == first["expires_in"] == TABLE_SECONDS
+    async with place.client() as admin:
+        body = {"name": "Dosa", "price": 900, "category": "Mains"}
+        dish = told(await admin.post("/api/menu", json=body), 201)["id"]
+    async with place.client(first["access_token"]) as guest, place.client(second["access_token"]) as neighbour:
+        me = told(await guest.get("/api/auth/me"))
+        assert me["customer_session_id"] == first["customer_session_id"]
+        assert place.email not in json.dumps(me)  # what its admin signs in with
+        order = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": table}
+        placed = told(await guest.post("/api/orders", json=order), 201)
+        assert placed["customer_session_id"] == first["customer_session_id"]
+        assert [one["id"] for one in told(await guest.get("/api/orders"))] == [placed["id"]]
+        assert told(await neighbour.get("/api/orders")) == []
+        told(await neighbour.get(f"/api/orders/{placed['id']}"), 404)
+
+
+async def test_no_table_no_token(system: System, url: str, place: Place) -> None:
+    other = await register(system, url)
+    deleted, theirs = await table_of(place), await table_of(other)
+    async with place.client() as admin:
+        told(await admin.delete(f"/api/tables/{deleted}"))
+    errors = [told(await scan(place, table), 404) for table in (str(uuid4()), deleted, theirs)]
+    for error in errors:
+        error.pop("trace_id")
+    # Whose it is, or that it once was, nobody learns.
+    assert errors[0] == errors[1] == errors[2]
+    told(await scan(place, theirs, slug="no-such-place"), 404)
+    told(await scan(place, "1"), 422)
+
+
+async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None:
+    address, table = next(_addresses), str(uuid4())
+    async with client(url, address=address) as guest:
+        body = {"slug": place.slug, "table_id": table}
+        replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(PER_ADDRESS + 1)]
+    assert [reply.status_code for reply in replies] == [404] * PER_ADDRESS + [429]
+    # A busy guest room signs nobody out.
+    told(await sign_in(url, (await place.user())["email"], address=address))
+
+
+# -- who am I ----------------------------------------------------------------------------------------------------
+
+
+async def test_me_is_whoever_the_token_says(system: System, url: str) -> None:
+    tokens = Tokens(system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=60)
+    async with client(url, system.token("operator")) as operator:
+        me = told(await operator.get("/api/auth/me"))
+        assert (me["role"], me["restaurant"]) == ("operator", None)
+    nowhere = tokens.issue(Identity(str(uuid4()), Role.STAFF, str(uuid4())))
+    async with client(url, nowhere) as lost:
+        told(await lost.get("/api/auth/me"), 404)

@@ -1,0 +1,277 @@
+"""Keys of tokens: three algorithms, two keys at once, and what a forger tries."""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from pydantic import ValidationError
+
+from shared.errors import Unauthenticated
+from shared.security import BadKey, Identity, Role, Tokens
+from shared.settings import Settings
+from tests.builders import RESTAURANT
+from tests.system import ROOT
+
+STAFF = Identity("u1", Role.STAFF, RESTAURANT, "a@b.example")
+SECRET, OTHER_SECRET = (secrets.token_urlsafe(40) for _ in range(2))
+
+
+def pems(key: Any) -> tuple[str, str]:
+    """(private, public)"""
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return private.decode(), public.decode()
+
+
+RSA, RSA_PUBLIC = pems(generate_private_key(65537, 2048))
+OTHER_RSA, _ = pems(generate_private_key(65537, 2048))
+ED, ED_PUBLIC = pems(Ed25519PrivateKey.generate())
+KEYS: dict[str, dict[str, str]] = {
+    "HS256": {"jwt_secret": SECRET},
+    "RS256": {"jwt_private_key": RSA},
+    "EdDSA": {"jwt_private_key": ED},
+}
+PUBLIC = {"HS256": SECRET, "RS256": RSA_PUBLIC, "EdDSA": ED_PUBLIC}
+
+
+def tokens(algorithm: str = "HS256", **chosen: str) -> Tokens:
+    return Tokens.of(settings(algorithm, **{**KEYS[algorithm], **chosen}))
+
+
+def settings(algorithm: str = "HS256", **chosen: str) -> Settings:
+    return Settings(_env_file=None, jwt_algorithm=algorithm, **chosen)  # type: ignore[call-arg,arg-type]
+
+
+def bearer(token: str) -> str:
+    return f"Bearer {token}"
+
+
+def forged(header: dict[str, Any], secret: bytes, **claims: Any) -> str:
+    """Signed by HMAC with whatever is said to be its secret: PyJWT itself would not do it with a public key."""
+    said = {"userId": "u1", "restaurantId": RESTAURANT, "role": "admin", "exp": int(time.time()) + 60, **claims}
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"typ": "JWT", **header}, said)
+    ]
+    signature = hmac.new(secret, b".".join(parts), hashlib.sha256).digest()
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+
+@pytest.mark.parametrize("algorithm", KEYS)
+def test_a_token_names_its_algorithm_and_its_key(algorithm: str) -> None:
+    token = tokens(algorithm).issue(STAFF)
+    header = jwt.get_unverified_header(token)
+    assert header["alg"] == algorithm
+    # Another process with the same key calls it the same.
+    assert header["kid"] == jwt.get_unverified_header(tokens(algorithm).issue(STAFF))["kid"]
+    assert tokens(algorithm).verify(bearer(token)) == STAFF
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
+def test_a_service_with_the_public_key_verifies_and_cannot_issue(algorithm: str) -> None:
+    public = Tokens.of(settings(algorithm, jwt_public_key=PUBLIC[algorithm]))
+    assert public.verify(bearer(tokens(algorithm).issue(STAFF))) == STAFF
+    assert not public.signs
+    with pytest.raises(BadKey):
+        public.issue(STAFF)
+
+
+def test_a_key_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text(ED)
+    read = Tokens.of(settings("EdDSA", jwt_private_key=str(tmp_path / "key.pem")))
+    assert tokens("EdDSA").verify(bearer(read.issue(STAFF))) == STAFF
+
+
+@pytest.mark.parametrize("after", KEYS)
+@pytest.mark.parametrize("before", KEYS)
+def test_a_key_is_replaced_without_signing_anybody_out(before: str, after: str) -> None:
+    new = {
+        "HS256": {"jwt_secret": OTHER_SECRET},
+        "RS256": {"jwt_private_key": OTHER_RSA},
+        "EdDSA": {"jwt_private_key": pems(Ed25519PrivateKey.generate())[0]},
+    }[after]
+    old_token = tokens(before).issue(STAFF)
+    both = tokens(after, jwt_previous_key=PUBLIC[before], **new)
+    assert both.verify(bearer(old_token)) == STAFF
+    new_token = both.issue(STAFF)
+    assert jwt.get_unverified_header(new_token)["kid"] != jwt.get_unverified_header(old_token)["kid"]
+    assert jwt.get_unverified_header(new_token)["alg"] == after
+    # Afterwards the new one is alone, and what the old one has signed is nobody's.
+    alone = tokens(after, **new)
+    assert alone.verify(bearer(new_token)) == STAFF
+    with pytest.raises(Unauthenticated):
+        alone.verify(bearer(old_token))
+
+
+def test_the_key_before_only_verifies() -> None:
+    both = tokens(jwt_secret=OTHER_SECRET, jwt_previous_key=ED)
+    assert jwt.get_unverified_header(both.issue(STAFF))["alg"] == "HS256"
+    # Its private half is not even asked for: the public one will do.
+    assert tokens(jwt_previous_key=ED_PUBLIC).verify(bearer(tokens("EdDSA").issue(STAFF))) == STAFF
+
+
+def test_a_token_without_a_kid_is_tried_with_the_first_key_alone() -> None:
+    said = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60}
+    both = tokens(jwt_secret=OTHER_SECRET, jwt_previous_key=SECRET)
+    assert both.verify(bearer(jwt.encode(said, OTHER_SECRET, "HS256"))).user_id == "u1"
+    with pytest.raises(Unauthenticated):
+        both.verify(bearer(jwt.encode(said, SECRET, "HS256")))
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
+@pytest.mark.parametrize("with_kid", [True, False])
+def test_a_public_key_is_no_secret_to_sign_with(algorithm: str, with_kid: bool) -> None:
+    ours = tokens(algorithm)
+    header = {"alg": "HS256"}
+    if with_kid:
+        header["kid"] = jwt.get_unverified_header(ours.issue(STAFF))["kid"]
+    for secret in (PUBLIC[algorithm], PUBLIC[algorithm].strip()):
+        with pytest.raises(Unauthenticated):
+            ours.verify(bearer(forged(header, secret.encode())))
+
+
+def test_the_key_before_does_not_take_the_algorithm_of_the_first() -> None:
+    ours = tokens("HS256", jwt_previous_key=RSA_PUBLIC)
+    kid = jwt.get_unverified_header(tokens("RS256").issue(STAFF))["kid"]
+    with pytest.raises(Unauthenticated):
+        ours.verify(bearer(forged({"alg": "HS256", "kid": kid}, RSA_PUBLIC.encode())))
+
+
+@pytest.mark.parametrize("algorithm", KEYS)
+def test_a_token_that_says_it_needs_no_signature_is_refused(algorithm: str) -> None:
+    ours = tokens(algorithm)
+    kid = jwt.get_unverified_header(ours.issue(STAFF))["kid"]
+    for alg in ("none", "None", "NONE", "nOnE", "", None):
+        for header in ({"alg": alg}, {"alg": alg, "kid": kid}):
+            head, said, _ = forged(header, b"x").split(".")
+            for token in (f"{head}.{said}.", f"{head}.{said}"):
+                with pytest.raises(Unauthenticated):
+                    ours.verify(bearer(token))
+
+
+@pytest.mark.parametrize("kid", ["another", "", "../../etc/passwd", "' or 1=1 --", 7, None, ["x"], {"x": 1}])
+def test_a_kid_that_is_not_ours_is_refused(kid: Any) -> None:
+    ours = tokens()
+    with pytest.raises(Unauthenticated):
+        ours.verify(bearer(forged({"alg": "HS256", "kid": kid}, b"" if kid is None else SECRET.encode())))
+
+
+@pytest.mark.parametrize("algorithm", KEYS)
+def test_what_was_changed_after_signing_is_refused(algorithm: str) -> None:
+    ours = tokens(algorithm)
+    head, said, signature = ours.issue(STAFF).split(".")
+    claims = json.loads(base64.urlsafe_b64decode(said + "=="))
+    other = base64.urlsafe_b64encode(json.dumps({**claims, "role": "admin"}).encode()).rstrip(b"=").decode()
+    with pytest.raises(Unauthenticated):
+        ours.verify(bearer(f"{head}.{other}.{signature}"))
+
+
+# -- which keys are refused at the start -------------------------------------------------------------------------
+
+
+def outside_development(**chosen: str) -> Settings:
+    """Made without the checks of other settings: those of the keys are looked at here."""
+    return settings(**{"jwt_secret": SECRET, **chosen}).model_copy(update={"environment": "production"})
+
+
+def test_a_secret_under_32_bytes_is_refused_outside_development() -> None:
+    assert Tokens.of(settings(jwt_secret="x" * 31)).signs
+    with pytest.raises(ValidationError, match="TICKETRAIL_JWT_SECRET is shorter than 32 bytes"):
+        settings(jwt_secret=secrets.token_urlsafe(40)[:31], environment="production")
+
+
+@pytest.mark.parametrize("before", [secrets.token_urlsafe(40)[:31], "x" * 40, "change-me-to-at-least-thirty-two-bytes"])
+def test_so_is_a_weak_secret_that_signed_before(before: str) -> None:
+    assert Tokens.of(settings(jwt_previous_key=before)).signs
+    with pytest.raises(BadKey, match="TICKETRAIL_JWT_PREVIOUS_KEY"):
+        Tokens.of(outside_development(jwt_previous_key=before))
+    assert Tokens.of(outside_development(jwt_previous_key=OTHER_SECRET)).signs
+
+
+def test_a_path_that_leads_nowhere_is_not_taken_for_a_secret() -> None:
+    """Anybody could guess it."""
+    for path in ("/run/secrets/ticketrail-before.pem", "keys/before.key", "before.pub"):
+        with pytest.raises(BadKey, match="not there"):
+            Tokens.of(settings(jwt_previous_key=path))
+
+
+def test_a_secret_that_is_longer_than_a_path_may_be_is_a_secret() -> None:
+    long = secrets.token_urlsafe(400)
+    assert Tokens.of(settings(jwt_previous_key=long)).verify(bearer(tokens(jwt_secret=long).issue(STAFF))) == STAFF
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key"),
+    [
+        ("RS256", ED),
+        ("EdDSA", RSA),
+        ("RS256", "-----BEGIN PRIVATE KEY-----\nnonsense\n-----END PRIVATE KEY-----"),
+        ("RS256", "/no/such/file.pem"),
+        ("EdDSA", "no key at all"),
+        ("RS256", pems(generate_private_key(65537, 1024))[0]),
+        (
+            "EdDSA",
+            Ed25519PrivateKey.generate()
+            .private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
+            .decode(),
+        ),
+    ],
+    ids=["other-kind", "other-kind-2", "garbage", "no-file", "text", "short", "encrypted"],
+)
+def test_what_is_no_key_of_the_algorithm_is_refused(algorithm: str, key: str) -> None:
+    with pytest.raises(BadKey):
+        Tokens.of(settings(algorithm, jwt_private_key=key))
+
+
+def test_services_do_not_start_on_such_keys(tmp_path: Path) -> None:
+    short = {"ENVIRONMENT": "production", "JWT_SECRET": secrets.token_urlsafe(40)[:31]}
+    cases: list[tuple[list[str], dict[str, str], str]] = [
+        (["services.orders"], short, "TICKETRAIL_JWT_SECRET is shorter than 32 bytes"),
+        (["services.sync", "api"], short, "TICKETRAIL_JWT_SECRET is shorter than 32 bytes"),
+        (["services.notifier"], short, "TICKETRAIL_JWT_SECRET is shorter than 32 bytes"),
+        (["services.notifier"], {"JWT_ALGORITHM": "RS256"}, "is needed for RS256"),
+        # Where people sign in, tokens must be signed.
+        (["services.orders"], {"JWT_ALGORITHM": "EdDSA", "JWT_PUBLIC_KEY": ED_PUBLIC}, "TICKETRAIL_JWT_PRIVATE_KEY"),
+    ]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *module],
+            cwd=ROOT,
+            env={
+                **plain,
+                "TICKETRAIL_HOME": str(tmp_path / str(place)),
+                **{f"TICKETRAIL_{name}": value for name, value in chosen.items()},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for place, (module, chosen, _) in enumerate(cases)
+    ]
+    for process, (_, chosen, said) in zip(started, cases, strict=True):
+        try:
+            told, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode != 0
+        assert said in told
+        assert chosen.get("JWT_SECRET", SECRET) not in told
