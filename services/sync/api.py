@@ -13,20 +13,21 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.sync.external import ExternalOrder
-from services.sync.status import sync_status
+from services.sync.status import SyncStatus, sync_status
 from services.sync.upserts import Upserts
 from shared.api import endpoint
+from shared.api_docs import pages
 from shared.entities.contract import now
 from shared.errors import Unauthenticated
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, read_body, success
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options, read_body, success
 from shared.limits import Limits
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
-from shared.openapi import pages
+from shared.openapi import Api
 from shared.permissions import PUBLIC
 from shared.postgres.pool import AWAY, Postgres
 from shared.rail.commit import Rail
@@ -67,7 +68,9 @@ class Synced(Struct, frozen=True):
     action=PUBLIC,
     tag="Sync",
     summary="Bring in an order of another system",
-    description="By `x-sync-token`. Once, however often it is sent: known by its external_id (or convex_id).",
+    description="By `x-sync-token`. Once, however often it is sent: known by its external_id (or convex_id). Of two "
+    "updates the one with the later updated_at stands; without one a status does not go back. Payments are added, "
+    "known by their ids.",
     body=ExternalOrder,
     answer=Synced,
     errors=(401, 404, 409, 504),
@@ -84,7 +87,7 @@ async def sync_order(request: Call, parts: Parts) -> ASGIApp:
     given = (request.header(b"x-sync-token") or "").encode("latin-1")
     # Of equal length whatever was sent: neither the time nor the length says how much of it is right.
     expected = hashlib.sha256(parts.settings.sync_token.encode()).digest()
-    if not hmac.compare_digest(hashlib.sha256(given).digest(), expected):
+    if not given or not hmac.compare_digest(hashlib.sha256(given).digest(), expected):
         raise Unauthenticated("x-sync-token is missing or wrong", field="x-sync-token")
     wanted = read_body(await request.whole_body(), ExternalOrder)
     done = await parts.upserts.upsert(wanted)
@@ -97,13 +100,14 @@ async def sync_order(request: Call, parts: Parts) -> ASGIApp:
     action="sync.read",
     tag="Sync",
     summary="How far every entity has come on its way to PostgreSQL",
-    answer=dict[str, Any],
+    answer=SyncStatus,
 )
 async def status(request: Call, parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.postgres, parts.mirror, request.identity.tenant))
 
 
 ROUTES = [status, sync_order]
+API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
 
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
@@ -146,7 +150,7 @@ def assemble(settings: Settings) -> Parts:
         tracer=tracer,
         metrics=RailMetrics(metrics),
     )
-    upserts = Upserts(postgres, mirror, rail, source="sync")
+    upserts = Upserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
     return Parts(settings, postgres, mirror, publisher, rail, upserts, tracer, metrics)
 
 
@@ -175,10 +179,11 @@ def create(settings: Settings | None = None) -> Outer:
 
     app = Litestar(
         route_handlers=[
+            *options(ROUTES),
             *ROUTES,
             *health(lambda: readiness(parts)),
             metrics_route(parts.metrics),
-            *pages("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES),
+            *pages(API),
         ],
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
         middleware=[

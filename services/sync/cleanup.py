@@ -1,5 +1,6 @@
-"""Takes away what nobody needs any more: refresh tokens and sessions that are over, imports finished long ago, and
-traces that are old. Orders and changes stay for ever. Harmless when done twice, or by two at once."""
+"""Takes away what nobody needs any more: refresh tokens and sessions that are over, how far an import came that nobody
+went on with for a month, and traces that are old. Orders and changes stay for ever. Harmless when done twice, or by two
+at once."""
 
 import asyncio
 import time
@@ -15,7 +16,7 @@ log = structlog.get_logger(__name__)
 # A token that is over stays for a week: that it was used before must still be noticed.
 _TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
 _REVOKED = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
-_IMPORTS = "delete from imports where finished_at < now() - interval '30 days'"
+_IMPORTS = "delete from imports where updated_at < now() - interval '30 days'"
 _TRACE_DAYS = 7.0
 
 

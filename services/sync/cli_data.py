@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,19 +24,17 @@ _SHOWN = 50
 @click.argument("source")
 @click.option("--restaurant", type=click.UUID, help="for rows that name no restaurant_id")
 @click.option("--query", help="of a postgres:// source; a column for each field, items as JSON")
-@click.option("--refused", type=click.Path(dir_okay=False), help="write refused rows there, a JSON object a line")
+@click.option("--refused", type=click.File("wb", lazy=False), help="write refused rows there, a JSON object a line")
 @click.option("--again", is_flag=True, help="from the beginning, also when it was done before")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
-def import_command(
-    source: str, restaurant: Any, query: str | None, refused: str | None, again: bool, as_json: bool
-) -> None:
+def import_command(source: str, restaurant: Any, query: str | None, refused: Any, again: bool, as_json: bool) -> None:
     """Bring existing orders in: FILE.jsonl, FILE.csv or postgres://…
 
     Through the background lane, so that new orders are not delayed. What is interrupted goes on where it stopped. Exit
     code 1 when rows were refused."""
     report, why = run(_import(Settings(), source, str(restaurant) if restaurant else None, query, again, as_json))
-    if refused:
-        Path(refused).write_bytes(b"".join(encode(one) + b"\n" for one in why))
+    if refused is not None:
+        refused.writelines(encode(one) + b"\n" for one in why)
     if as_json:
         click.echo(encode({**_plain(report), "refusals": why}).decode())
     else:
@@ -60,19 +57,19 @@ def _plain(report: Report) -> dict[str, int]:
 async def _import(
     settings: Settings, name: str, restaurant: str | None, query: str | None, again: bool, quiet: bool
 ) -> tuple[Report, list[Refused]]:
-    source, why = source_of(name, query), list[Refused]()
+    source = source_of(name, query)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
+    quiet = quiet or not console.is_terminal
+    total = None if quiet else count(source)
     async with Session(settings) as session:
-        importer = Importer(session.postgres, Upserts(session.postgres, session.mirror, session.rail, source="import"))
+        upserts = Upserts(
+            session.postgres, session.mirror, session.rail, source="import", window_days=settings.mirror_window_days
+        )
         with Progress(*columns, console=console, disable=quiet) as bar:
-            task = bar.add_task(source.shown, total=count(source))
-            report = await importer.run(
-                source,
-                restaurant,
-                again=again,
-                refused=why.append,
-                progress=lambda report: bar.update(task, completed=report.read),
+            task = bar.add_task(source.shown, total=total)
+            report, why = await Importer(session.postgres, upserts).run(
+                source, restaurant, again=again, progress=lambda report: bar.update(task, completed=report.read)
             )
             bar.update(task, total=report.read, completed=report.read)
     return report, why

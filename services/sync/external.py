@@ -1,10 +1,10 @@
 """Orders of other systems: what they send, and the state that it makes. Pure.
 
 The other system is the one that priced it: its prices, names and numbers are kept. What it leaves out is computed. Its
-payments are facts: they are added to those that are known, never taken away.
+payments are facts: they are added to those that are known, never taken away, from what comes late too.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -21,11 +21,15 @@ from shared.entities.order import (
     Status,
     payment_status,
 )
-from shared.errors import InvalidInput
+from shared.errors import Conflict, InvalidInput
 from shared.restaurants import Restaurant
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/external-order")
 _MOST = 10**12
+_MOST_PAYMENTS = 1_000
+_TODAY = timedelta(days=1)
+_OVER = (Status.COMPLETED, Status.CANCELLED)
+_RANK = {status: rank for rank, status in enumerate(Status)}
 
 
 class _External(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -60,7 +64,8 @@ class ExternalPayment(_External):
 
 
 class ExternalOrder(_External):
-    """`external_id` or `convex_id` says which order it is; money is in minor units."""
+    """`external_id` or `convex_id` says which order it is; money is in minor units. Of two updates the one with the
+    later `updated_at` stands, in whatever order they come; without one a status does not go back."""
 
     restaurant_id: UUID
     items: Annotated[list[ExternalItem], Meta(min_length=1, max_length=1_000)]
@@ -103,9 +108,16 @@ def new_order(wanted: ExternalOrder, restaurant: Restaurant, at: datetime) -> Or
     """Raises InvalidInput."""
     created = wanted.created_at or at
     updated = max(created, wanted.updated_at or created)
-    for field, moment in (("created_at", created), ("updated_at", updated)):
+    times = [("created_at", created), ("updated_at", updated)]
+    times += [(f"payments[{i}].created_at", one.created_at or created) for i, one in enumerate(wanted.payments)]
+    for field, moment in times:
         if not in_range(moment):
             raise InvalidInput("a time between 1970 and 2200", field=field)
+    ids: set[str] = set()
+    for place, payment in enumerate(wanted.payments):
+        if payment.id in ids:
+            raise InvalidInput("two payments with one id", field=f"payments[{place}].id")
+        ids.add(payment.id)
     items = tuple(_item(one) for one in wanted.items)
     subtotal = sum(one.line_total for one in items)
     tax = wanted.tax_amount
@@ -148,19 +160,24 @@ def new_order(wanted: ExternalOrder, restaurant: Restaurant, at: datetime) -> Or
     )
 
 
-def merged(before: Order, wanted: Order, *, dated: bool) -> Order | None:
+def merged(before: Order, wanted: Order, *, dated: bool, at: datetime) -> Order | None:
     """What stands after `wanted` was sent for an order that is known; None when that changes nothing. `dated`: the
-    other system said when, so that what it sent earlier and came later is known as such."""
+    other system said when, so that what it sent earlier and came later is known as such. Raises Conflict."""
+    payments = _with_payments(before, wanted)
     if dated and wanted.updated_at < before.updated_at:
-        return None
-    known = {one.id for one in before.payments}
-    payments = (*before.payments, *(one for one in wanted.payments if one.id not in known))
+        if payments == before.payments:
+            return None
+        return msgspec.structs.replace(before, payments=payments, payment_status=payment_status(payments, before.total))
+    # What says no time may be a repetition of what was sent long ago.
+    back = not dated and _RANK[wanted.status] < _RANK[before.status]
     after = msgspec.structs.replace(
         wanted,
+        status=before.status if back else wanted.status,
         order_number=wanted.order_number or before.order_number,
         business_day=before.business_day,
         created_at=before.created_at,
-        updated_at=before.updated_at,
+        # Noted also where nothing else is new: what was sent before this and comes after it is late.
+        updated_at=wanted.updated_at if dated else before.updated_at,
         customer_session_id=before.customer_session_id,
         placed_by=before.placed_by,
         request_hash=before.request_hash,
@@ -171,13 +188,42 @@ def merged(before: Order, wanted: Order, *, dated: bool) -> Order | None:
     )
     if after == before:
         return None
-    return msgspec.structs.replace(after, updated_at=max(wanted.updated_at, before.updated_at))
+    return after if dated else msgspec.structs.replace(after, updated_at=max(at, before.updated_at))
 
 
-def lane_of(order: Order, at: datetime) -> Lane:
-    """What somebody waits for goes with the orders; history waits behind everything."""
-    live = order.status not in (Status.COMPLETED, Status.CANCELLED) and (at - order.created_at).days < 1
-    return Lane.CRITICAL if live else Lane.BACKGROUND
+def _with_payments(before: Order, wanted: Order) -> tuple[Payment, ...]:
+    known = {one.id: one for one in before.payments}
+    for place, one in enumerate(wanted.payments):
+        earlier = known.get(one.id)
+        if earlier is not None and (earlier.amount, earlier.method) != (one.amount, one.method):
+            raise Conflict(
+                "this id was used for another payment", code="payment_id_reused", field=f"payments[{place}].id"
+            )
+    payments = (*before.payments, *(one for one in wanted.payments if one.id not in known))
+    if len(payments) > _MOST_PAYMENTS:
+        raise Conflict("the order has too many payments", code="too_many_payments", field="payments")
+    return payments
+
+
+def event_of(before: Order | None, after: Order) -> str:
+    if before is None:
+        return "created"
+    if after.status is not before.status:
+        return "status_changed"
+    paid = msgspec.structs.replace(
+        before, payments=after.payments, payment_status=after.payment_status, updated_at=after.updated_at
+    )
+    return "payment_recorded" if after.payments != before.payments and after == paid else "updated"
+
+
+def lane_of(wanted: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
+    """An order of today goes with the orders, whatever its status: somebody waits for it. What is older is history, and
+    waits behind everything; so is what is over, was not known and says no time."""
+    known = None if before is None else before.updated_at
+    said = [one for one in (wanted.created_at, wanted.updated_at, known) if one is not None]
+    if not said:
+        return Lane.BACKGROUND if after.status in _OVER else Lane.CRITICAL
+    return Lane.CRITICAL if at - max(said) < _TODAY else Lane.BACKGROUND
 
 
 def _item(one: ExternalItem) -> OrderItem:

@@ -2,9 +2,11 @@
 
 PostgreSQL is compared with what the mirror holds of the live window. What is pending is ahead of PostgreSQL and right;
 all else must be the same change. What is behind or lacking is written under the guard; what differs at the same change
-is taken out and written anew, unless it changes meanwhile.
+is taken out and written anew, unless it changes meanwhile. A change that was accepted a moment ago may be in PostgreSQL
+before it is revealed: what it makes different is looked at once more, later.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +16,7 @@ from msgspec import Struct, field
 from shared.entities import registry
 from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
-from shared.mirror.mirror import Apply, Document, Mirror, hold_text
+from shared.mirror.mirror import Apply, Document, Mirror
 from shared.postgres import states
 from shared.postgres.pool import Postgres
 from shared.postgres.states import Stored
@@ -22,6 +24,8 @@ from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
 _BLOCK = 200
+# Longer than a change takes from its acceptance until it is revealed.
+_UNDER_WAY = timedelta(seconds=3)
 
 
 class Difference(Struct, frozen=True):
@@ -43,7 +47,7 @@ class Compared(Struct):
 class FullSync:
     def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
         """`postgres` as the writer role."""
-        self._since = now() - timedelta(days=settings.mirror_window_days)
+        self._window = timedelta(days=settings.mirror_window_days)
         self._postgres = postgres
         self._mirror = mirror
 
@@ -62,17 +66,16 @@ class FullSync:
         if mend:
             async with self._postgres.connection() as connection:
                 async for rows in states.holds(connection):
-                    await self._mirror.hold(
-                        [(shop, order, hold_text(at, [(item, held)])) for shop, order, at, item, held in rows]
-                    )
+                    await self._mirror.hold(rows)
         return found
 
     async def _stored(
         self, entity: Entity, found: Compared, *, mend: bool, tell: Callable[[Difference], None]
     ) -> set[str]:
         known: set[str] = set()
+        young: dict[str, list[str]] = {}
         async with self._postgres.connection() as connection:
-            async for block in states.live_window(connection, entity, self._since):
+            async for block in states.live_window(connection, entity, now() - self._window):
                 by_restaurant: dict[str, list[tuple[str, Stored]]] = {}
                 for stored in block:
                     state = entity.decode_state(stored.state)
@@ -81,46 +84,80 @@ class FullSync:
                 for restaurant, rows in by_restaurant.items():
                     _, documents = await self._mirror.read(restaurant, entity.name, [id_ for id_, _ in rows])
                     for (id_, stored), document in zip(rows, documents, strict=True):
+                        what = self._difference(entity, stored, document)
+                        if what and stored.accepted_at > now() - _UNDER_WAY:
+                            young.setdefault(restaurant, []).append(id_)
+                            continue
                         found.compared += 1
-                        await self._compare(entity, restaurant, id_, stored, document, found, mend=mend, tell=tell)
+                        found.pending += what is None
+                        if what:
+                            await self._differs(entity, restaurant, id_, what, stored, found, mend=mend, tell=tell)
+        if young:
+            await asyncio.sleep(_UNDER_WAY.total_seconds())
+        for restaurant, ids in young.items():
+            for id_ in ids:
+                await self._look_again(entity, restaurant, id_, found, mend=mend, tell=tell)
         return known
 
-    async def _compare(
+    def _difference(self, entity: Entity, stored: Stored, document: Document | None) -> str | None:
+        """Empty: none; None: the mirror is ahead."""
+        if document is None:
+            state = entity.decode_state(stored.state)
+            if entity.live(state):
+                return "missing"
+            # A dish that was deleted the mirror need not know; an order may have left the window meanwhile.
+            needed = entity.window_sql and state.updated_at >= now() - self._window
+            return "missing" if needed else ""
+        if document.standing > stored.standing:
+            return None
+        if document.standing < stored.standing:
+            return "behind"
+        return "" if entity.decode_state(document.state) == entity.decode_state(stored.state) else "differs"
+
+    async def _look_again(
         self,
         entity: Entity,
         restaurant: str,
         id_: str,
-        stored: Stored,
-        document: Document | None,
         found: Compared,
         *,
         mend: bool,
         tell: Callable[[Difference], None],
     ) -> None:
-        state = entity.decode_state(stored.state)
-        if document is None and not entity.live(state) and entity.window_sql == "":
-            return  # a dish that was deleted: the mirror need not know it
-        if document is not None and document.standing > stored.standing:
-            found.pending += 1
+        found.compared += 1
+        async with self._postgres.connection() as connection:
+            stored = await states.one(connection, entity, restaurant, id_)
+        _, (document,) = await self._mirror.read(restaurant, entity.name, [id_])
+        if stored is None:
             return
-        what = ""
-        if document is None:
-            what = "missing"
-        elif document.standing < stored.standing:
-            what = "behind"
-        elif entity.decode_state(document.state) != state:
-            what = "differs"
-        if not what:
-            return
+        what = self._difference(entity, stored, document)
+        found.pending += what is None
+        if what:
+            await self._differs(entity, restaurant, id_, what, stored, found, mend=mend, tell=tell)
+
+    async def _differs(
+        self,
+        entity: Entity,
+        restaurant: str,
+        id_: str,
+        what: str,
+        stored: Stored,
+        found: Compared,
+        *,
+        mend: bool,
+        tell: Callable[[Difference], None],
+    ) -> None:
         found.differences[what] += 1
         tell(Difference(entity.name, id_, restaurant, what))
-        if mend:
-            if what == "differs":
-                await self._mirror.trim(restaurant, entity.name, {id_: stored.standing.change_id})
-            await self._mirror.apply(
-                [Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")]
-            )
-            found.mended += 1
+        if not mend:
+            return
+        if what == "differs":
+            # PostgreSQL has this very change: it is not pending, and only what is not pending is taken out.
+            await self._mirror.settle(restaurant, entity.name, [(id_, stored.standing)])
+            await self._mirror.trim(restaurant, entity.name, {id_: stored.standing.change_id})
+        state = entity.decode_state(stored.state)
+        await self._mirror.apply([Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")])
+        found.mended += 1
 
     async def _unknown(
         self,

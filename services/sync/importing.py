@@ -1,33 +1,56 @@
 """Bringing the orders of another system in, through the background lane: new orders are not delayed by it.
 
 Guarantee: every row is accepted or refused with its line and reason, and an order is there once however often its row
-comes. How far it has come is noted in PostgreSQL after each block whose rows are all recorded; what is interrupted goes
-on from there, and a block that is done again changes nothing.
+comes. How far it has come, and what was refused, is noted in PostgreSQL after each block whose rows are all recorded;
+what is interrupted goes on from there, and a block that is done again changes nothing. While a backend is away it
+waits, for a minute.
+
+It keeps in step with PostgreSQL: a block begins when the last but one has come there, so that what is written of it at
+any moment is little, and the worker has time for new orders in between.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import hashlib
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+from uuid import UUID
 
 from msgspec import Struct
 
+from services.sync.external import ExternalOrder, order_id
 from services.sync.rows import Row, Source, rows
-from services.sync.upserts import Upserts
+from services.sync.upserts import Upserted, Upserts
+from shared.entities import order as orders
 from shared.entities.contract import Lane
-from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
-from shared.postgres.pool import Postgres
+from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
 
 _BLOCK = 200
-# Two cores are shared with those who take orders meanwhile.
-_AT_ONCE = 16
-_PATIENCE = 60
+# As many travel in one message, which makes each cheap; more would hold up a new order in the mirror and in the worker.
+_AT_ONCE = 64
+_PATIENCE_SECONDS = 60.0
+_IN_STEP_SECONDS = 5.0
+_SKIPPED_AT_ONCE = 1_000
+_LONGEST_REASON = 500
+T = TypeVar("T")
 
 _BEGIN = (
     "insert into imports (source_sha256, source, restaurant_id) values ($1, $2, $3)"
     " on conflict (source_sha256) do update set updated_at = now()"
-    " returning done, refused, finished_at"
+    " returning done, refused, passed_sha256"
 )
-_NOTE = "update imports set done = $2, refused = $3, updated_at = now() where source_sha256 = $1"
+_NOTE = "update imports set done = $2, refused = $3, passed_sha256 = $4, updated_at = now() where source_sha256 = $1"
+_REFUSE = (
+    "insert into import_refusals (source_sha256, line, reason)"
+    " select $1, * from unnest($2::bigint[], $3::text[])"
+    " on conflict (source_sha256, line) do update set reason = excluded.reason"
+)
+_REFUSED = "select line, reason from import_refusals where source_sha256 = $1 order by line"
 _FINISH = "update imports set finished_at = now(), updated_at = now() where source_sha256 = $1"
 _FORGET = "delete from imports where source_sha256 = $1"
 _NOWHERE = "00000000-0000-0000-0000-000000000000"
@@ -48,82 +71,170 @@ class Report(Struct):
     refused: int = 0
 
 
+class _Begun(Struct, frozen=True):
+    digest: str
+    done: int
+    refused: int
+    passed: str
+    """Digest of the rows that are done: those of a database may be others now."""
+
+
 class Importer:
     def __init__(self, postgres: Postgres, upserts: Upserts) -> None:
         """`postgres` as the writer role."""
         self._postgres = postgres
         self._upserts = upserts
+        self._under_way: deque[Upserted | None] = deque()
+        """The last order of each block that PostgreSQL may not have yet."""
 
     async def run(
-        self,
-        source: Source,
-        restaurant: str | None,
-        *,
-        again: bool,
-        refused: Callable[[Refused], None],
-        progress: Callable[[Report], None],
-    ) -> Report:
-        """`again`: from the beginning, also when it was done before. Raises Unavailable when a backend stays away for
-        longer than a minute: what is done stays noted."""
-        report, digest = Report(), f"{source.digest}:{restaurant or ''}"
-        async with self._postgres.connection() as connection:
-            if again:
-                await connection.execute(_FORGET, digest)
-            row = await connection.fetchrow(_BEGIN, digest, source.shown, restaurant or _NOWHERE)
-            assert row is not None
-        done, report.refused = row["done"], row["refused"]
-        block: list[Row] = []
-        async for one in rows(source, restaurant):
-            report.read += 1
-            if report.read <= done:
-                report.skipped += 1
-                if report.skipped % 1_000 == 0:
-                    progress(report)
-                continue
-            block.append(one)
-            if len(block) == _BLOCK:
-                await self._bring(block, report, refused)
-                await self._note(digest, report)
-                progress(report)
-                block = []
-        await self._bring(block, report, refused)
-        await self._note(digest, report)
-        async with self._postgres.connection() as connection:
-            await connection.execute(_FINISH, digest)
+        self, source: Source, restaurant: str | None, *, again: bool, progress: Callable[[Report], None]
+    ) -> tuple[Report, list[Refused]]:
+        """`again`: from the beginning, also when it was done before. What was refused by earlier runs is told too.
+        Raises NotFound (no such restaurant), InvalidInput (the source cannot be read), Unavailable, OutcomeUnknown or
+        one of AWAY when a backend stays away: what is done stays noted."""
+        if restaurant is not None:
+            await _patiently(lambda: self._upserts.restaurant(restaurant))
+        digest = f"{await asyncio.to_thread(lambda: source.digest)}:{restaurant or ''}"
+        begun = await _patiently(lambda: self._begin(digest, source, restaurant, again=again))
+        report = await self._bring(source, restaurant, begun, progress)
+        while report is None:
+            begun = await _patiently(lambda: self._begin(digest, source, restaurant, again=True))
+            report = await self._bring(source, restaurant, begun, progress)
+        await _patiently(lambda: self._execute(_FINISH, digest))
         progress(report)
+        return report, await _patiently(lambda: self._refusals(digest))
+
+    async def _bring(
+        self, source: Source, restaurant: str | None, begun: _Begun, progress: Callable[[Report], None]
+    ) -> Report | None:
+        """None: the source is not what it was when its first rows were done."""
+        report = Report(refused=begun.refused)
+        passed = hashlib.sha256()
+        block: list[Row] = []
+        async with contextlib.aclosing(rows(source, restaurant)) as found:
+            async for row in found:
+                report.read += 1
+                if source.kind == "postgres":  # a file is known by its content
+                    passed.update(row.digest)
+                if report.read <= begun.done:
+                    report.skipped += 1
+                    if report.read == begun.done and passed.hexdigest() != begun.passed:
+                        return None
+                    if report.skipped % _SKIPPED_AT_ONCE == 0:
+                        progress(report)
+                    continue
+                block.append(row)
+                if len(block) == _BLOCK:
+                    await self._bring_block(begun.digest, block, passed.hexdigest(), report)
+                    progress(report)
+                    block = []
+        if report.read < begun.done:
+            return None
+        if block:
+            await self._bring_block(begun.digest, block, passed.hexdigest(), report)
         return report
 
-    async def _note(self, digest: str, report: Report) -> None:
-        async with self._postgres.connection() as connection:
-            await connection.execute(_NOTE, digest, report.read, report.refused)
-
-    async def _bring(self, block: list[Row], report: Report, refused: Callable[[Refused], None]) -> None:
+    async def _bring_block(self, digest: str, block: Sequence[Row], passed: str, report: Report) -> None:
+        refused = [Refused(row.line, row.error) for row in block if row.order is None]
+        report.refused += len(refused)
+        chains: dict[tuple[UUID, str], list[tuple[int, ExternalOrder]]] = {}
+        for row in block:
+            if row.order is not None:
+                chains.setdefault((row.order.restaurant_id, row.order.name), []).append((row.line, row.order))
+        firsts = [chain[0][1] for chain in chains.values()]
+        new = await _patiently(lambda: self._upserts.unknown(firsts))
+        await self._in_step()
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(row: Row) -> tuple[str, Refused | None]:
-            if row.order is None:
-                return "refused", Refused(row.line, row.error)
-            async with gate:
+        async def bring(chain: list[tuple[int, ExternalOrder]]) -> Upserted | None:
+            """Rows of one order, one after the other."""
+            last = None
+            for line, order in chain:
                 try:
-                    return await self._patiently(row.order), None
+                    done = await _patiently(lambda order=order: self._upsert(order, new))  # type: ignore[misc]
                 except (Unavailable, OutcomeUnknown):
                     raise
                 except TicketrailError as error:
                     field = error.details.get("field")
-                    return "refused", Refused(row.line, f"{field}: {error.message}" if field else error.message)
+                    refused.append(Refused(line, f"{field}: {error.message}" if field else error.message))
+                    report.refused += 1
+                else:
+                    setattr(report, done.outcome, getattr(report, done.outcome) + 1)
+                    last = last if done.outcome == "unchanged" else done
+            return last
 
-        for outcome, why in await asyncio.gather(*(one(row) for row in block)):
-            setattr(report, outcome, getattr(report, outcome) + 1)
-            if why is not None:
-                refused(why)
+        async def gated(chain: list[tuple[int, ExternalOrder]]) -> Upserted | None:
+            async with gate:
+                return await bring(chain)
 
-    async def _patiently(self, order: Any) -> str:
-        """What a backend could not take now is sent again: the same order, so that nothing is doubled."""
-        for tried in range(_PATIENCE):
-            try:
-                return (await self._upserts.upsert(order, lane=Lane.BACKGROUND)).outcome
-            except (Unavailable, OutcomeUnknown):
-                if tried + 1 == _PATIENCE:
-                    raise
-            await asyncio.sleep(1.0)
-        raise AssertionError("not reached")
+        brought = [one for one in await asyncio.gather(*map(gated, chains.values())) if one is not None]
+        self._under_way.append(brought[-1] if brought else None)
+        await _patiently(lambda: self._note(digest, report, passed, refused))
+
+    async def _upsert(self, order: ExternalOrder, new: set[str]) -> Upserted:
+        id_ = order_id(str(order.restaurant_id), order.name)
+        is_new = id_ in new
+        new.discard(id_)  # what is asked again may have been done
+        return await self._upserts.upsert(order, lane=Lane.BACKGROUND, new=is_new)
+
+    async def _in_step(self) -> None:
+        """Waits until PostgreSQL has the last order of the block before the last. Not for ever: a worker that is
+        stopped does not stop an import."""
+        while len(self._under_way) > 1:
+            last = self._under_way.popleft()
+            deadline = time.monotonic() + _IN_STEP_SECONDS
+            while last is not None and time.monotonic() < deadline:
+                with contextlib.suppress(*AWAY):
+                    async with self._postgres.connection() as connection:
+                        order = last.order
+                        found = await states.standings(connection, orders.ENTITY, order.restaurant_id, [order.id])
+                    if (known := found.get(order.id)) is not None and known >= last.standing:
+                        break
+                await asyncio.sleep(0.02)
+
+    # -- what is noted -----------------------------------------------------------------------------------------
+
+    async def _begin(self, digest: str, source: Source, restaurant: str | None, *, again: bool) -> _Begun:
+        async with self._postgres.connection() as connection, connection.transaction():
+            if again:
+                await connection.execute(_FORGET, digest)
+            row = await connection.fetchrow(_BEGIN, digest, source.shown, restaurant or _NOWHERE)
+        assert row is not None
+        return _Begun(digest, row["done"], row["refused"], row["passed_sha256"])
+
+    async def _note(self, digest: str, report: Report, passed: str, refused: Sequence[Refused]) -> None:
+        async with self._postgres.connection() as connection, connection.transaction():
+            await connection.execute(_NOTE, digest, report.read, report.refused, passed)
+            if refused:
+                reasons = [_storable(one.reason) for one in refused]
+                await connection.execute(_REFUSE, digest, [one.line for one in refused], reasons)
+
+    async def _refusals(self, digest: str) -> list[Refused]:
+        async with self._postgres.connection() as connection:
+            return [Refused(row["line"], row["reason"]) for row in await connection.fetch(_REFUSED, digest)]
+
+    async def _execute(self, statement: str, *arguments: str) -> None:
+        async with self._postgres.connection() as connection:
+            await connection.execute(statement, *arguments)
+
+
+async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """What a backend cannot do now is asked again: the same, so that nothing is doubled."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return await work()
+        except (Unavailable, OutcomeUnknown, *AWAY):
+            if time.monotonic() > deadline:
+                raise
+        except Conflict as error:
+            # A change of its own that is in doubt stands in the way until somebody finishes it.
+            if error.error_code != "version_conflict" or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+
+
+def _storable(reason: str) -> str:
+    """It may repeat a piece of the row."""
+    return reason.replace("\x00", "?").encode(errors="replace").decode()[:_LONGEST_REASON]

@@ -2,11 +2,31 @@
 
 from typing import Any
 
+from msgspec import Struct
+
 from shared.entities import registry
 from shared.entities.entity import Entity
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import AWAY, Connection, Postgres
+
+
+class Counts(Struct, frozen=True):
+    """null: the store that knows is away."""
+
+    pending: int | None
+    synced: int | None
+    failed: int | None
+    conflict: int | None
+
+
+class SyncStatus(Struct, frozen=True):
+    """As `sync_status` tells it; `unknown`: the stores that are away."""
+
+    tables: dict[str, Counts]
+    totals: Counts
+    unknown: list[str]
+
 
 _CONFLICTS = (
     "select entity, count(distinct entity_id) as open from conflicts"

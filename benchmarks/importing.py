@@ -1,0 +1,195 @@
+"""While history is brought in, how long does a new order take until PostgreSQL has it?
+
+`ticketrail import` of 20,000 orders of last year at 50 restaurants, as a process of its own, through the background
+lane; beside it new orders over HTTP at 20 a second, in an open loop. Latency counts from the moment at which an order
+was due until a reader of PostgreSQL sees it, which looks every few milliseconds. Only orders that were due while the
+import was bringing rows count; the same load before it says what the import costs.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+from msgspec import Struct
+
+from benchmarks.load import Sent, open_loop, percentile
+from benchmarks.question import Plan, Row, compared
+from benchmarks.rig import Rig, Running
+from benchmarks.rig import run as run_async
+
+QUESTION = "importing"
+_ORDERS = 20_000
+_RATE = 20
+_PLACES = 4
+"""Restaurants that take new orders."""
+_ROUNDS = 3
+_LOOK_EVERY = 0.003
+_WITHIN = 60.0
+_SEEN = (
+    "select o.id::text from unnest($1::uuid[]) as r (restaurant_id) cross join unnest($2::uuid[]) as i (id)"
+    " join orders o using (restaurant_id, id)"
+)
+
+
+class Slice(Struct, frozen=True):
+    p50_ms: float
+    p99_ms: float
+    imported_per_second: float = 0.0
+
+
+def run(rig: Rig, plan: Plan) -> list[Row]:
+    alone, beside = [], []
+    with rig.rail() as (orders, _):
+        for number in range(min(plan.rounds, _ROUNDS)):
+            file = rig.folder / f"history-{number}.jsonl"
+            _write(rig, file, 2_000 if plan.quick else _ORDERS)
+            rig.rest()
+            alone.append(run_async(_alone(rig, plan, orders)))
+            beside.append(run_async(_beside(rig, plan, orders, file)))
+    case = f"{_RATE} orders/s beside it"
+    note = f"{case}, without an import: p50 {alone[0].p50_ms:.1f} ms, p99 {alone[0].p99_ms:.1f} ms"
+    return [
+        compared(QUESTION, case, "p50 into PostgreSQL", "ms", [one.p50_ms for one in beside], at_most=100.0, note=note),
+        compared(QUESTION, case, "p99 into PostgreSQL", "ms", [one.p99_ms for one in beside]),
+        compared(QUESTION, "the import", "throughput", "orders/s", [one.imported_per_second for one in beside]),
+        compared(QUESTION, "no import", "p50 into PostgreSQL", "ms", [one.p50_ms for one in alone]),
+    ]
+
+
+def _write(rig: Rig, file: Path, count: int) -> None:
+    began = datetime(2025, 3, 1, 12, tzinfo=UTC)
+    with file.open("w") as out:
+        for number in range(count):
+            restaurant = rig.restaurants[number % len(rig.restaurants)]
+            dishes = restaurant.menu_item_ids
+            out.write(
+                json.dumps(
+                    {
+                        "restaurant_id": restaurant.id,
+                        "external_id": f"{file.stem}-{number}",
+                        "order_number": f"H{number}",
+                        "status": "completed",
+                        "items": [
+                            {
+                                "menu_item_id": dishes[(number + place) % len(dishes)],
+                                "name": f"Dish {place}",
+                                "quantity": 1 + place,
+                                "unit_price": 500 + 75 * place,
+                            }
+                            for place in range(3)
+                        ],
+                        "payments": [{"id": "card", "amount": 4_000, "method": "card"}],
+                        "created_at": (began + timedelta(seconds=30 * number)).isoformat(),
+                    }
+                )
+                + "\n"
+            )
+
+
+async def _alone(rig: Rig, plan: Plan, orders: Running) -> Slice:
+    sent: list[Sent] = []
+    watch = _Watch(rig, sent)
+    await watch.open()
+    try:
+        await _load(rig, orders, sent, plan.seconds)
+        found = await watch.latencies(lambda _: True)
+    finally:
+        await watch.close()
+    return Slice(percentile(found, 0.5), percentile(found, 0.99))
+
+
+async def _beside(rig: Rig, plan: Plan, orders: Running, file: Path) -> Slice:
+    sent: list[Sent] = []
+    watch = _Watch(rig, sent)
+    await watch.open()
+    before = await watch.imported(file)
+    running = await asyncio.to_thread(
+        rig.program,
+        [sys.executable, "-m", "services.sync.cli", "import", file, "--json"],
+        rig.environment(),
+        0,
+        name="import",
+        ready="",
+    )
+    try:
+        deadline = time.monotonic() + _WITHIN
+        while before == await watch.imported(file):
+            if running.child.returncode is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the import does not begin:\n{running.child.tail(30)}")
+            await asyncio.sleep(0.02)
+        began, rows = time.monotonic(), await watch.imported(file)
+        ended = asyncio.create_task(asyncio.to_thread(running.child.wait))
+        while not ended.done():
+            await _load(rig, orders, sent, min(plan.seconds, 1.0))
+            if not ended.done():
+                until, left = time.monotonic(), await watch.imported(file)
+        if await ended != 0:
+            raise RuntimeError(f"the import failed:\n{running.child.tail(30)}")
+        found = await watch.latencies(lambda one: began <= one.due < until)
+    finally:
+        running.stop()
+        await watch.close()
+    return Slice(percentile(found, 0.5), percentile(found, 0.99), (left - rows) / (until - began))
+
+
+async def _load(rig: Rig, orders: Running, sent: list[Sent], seconds: float) -> None:
+    address = urlsplit(orders.url)
+    await open_loop(
+        str(address.hostname),
+        int(address.port or 0),
+        rig.restaurants[:_PLACES],
+        per_second=_RATE,
+        seconds=seconds,
+        connections=8,
+        told=sent,
+    )
+
+
+class _Watch:
+    """A reader of PostgreSQL that waits for what was sent."""
+
+    def __init__(self, rig: Rig, sent: list[Sent]) -> None:
+        self._url = rig.database_url("writer")
+        self._restaurants = [one.id for one in rig.restaurants[:_PLACES]]
+        self._sent = sent
+        self._seen: dict[str, float] = {}
+
+    async def open(self) -> None:
+        self._connection = await asyncpg.connect(self._url)
+        self._other = await asyncpg.connect(self._url)
+        self._task = asyncio.create_task(self._look())
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._connection.close()
+        await self._other.close()
+
+    async def imported(self, file: Path) -> int:
+        """Rows that are noted as done."""
+        return int(
+            await self._other.fetchval("select coalesce(max(done), 0) from imports where source = $1", str(file))
+        )
+
+    async def latencies(self, counts: Callable[[Sent], bool]) -> list[float]:
+        """Milliseconds, of those that count, once all of them are there."""
+        deadline = time.monotonic() + _WITHIN
+        while len(self._seen) < len(self._sent):
+            if self._task.done() or time.monotonic() > deadline:
+                raise RuntimeError(f"{len(self._sent) - len(self._seen)} orders are not in PostgreSQL")
+            await asyncio.sleep(0.05)
+        return [(self._seen[one.order_id] - one.due) * 1000 for one in self._sent if counts(one)]
+
+    async def _look(self) -> None:
+        while True:
+            missing = [one.order_id for one in self._sent if one.order_id not in self._seen]
+            if missing:
+                rows = await self._connection.fetch(_SEEN, self._restaurants, missing)
+                self._seen.update((row[0], time.monotonic()) for row in rows)
+            await asyncio.sleep(_LOOK_EVERY)

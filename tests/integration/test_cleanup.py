@@ -1,0 +1,143 @@
+"""The cleanup: what is over goes, what is needed stays."""
+
+import asyncio
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from services.sync.cleanup import Cleanup
+from services.sync.cli_session import Session
+from shared.entities import order as orders
+from shared.entities.contract import encode, now
+from shared.postgres.pool import Postgres
+from tests import builders
+from tests.integration.link import link_to
+from tests.integration.shop_rig import Shop, expect, open_shop
+from tests.integration.test_external_orders import settings_of
+from tests.integration.test_import import ticketrail
+from tests.system import System, eventually
+
+_TOKEN = (
+    "insert into refresh_tokens (token_sha256, family, user_id, expires_at, revoked_at, used_at)"
+    " values ($1, gen_random_uuid(), $2, now() + $3, now() + $4, now() + $4)"
+)
+_TOKENS = "select token_sha256 from refresh_tokens where user_id = $1"
+_IMPORT = (
+    "insert into imports (source_sha256, source, restaurant_id, updated_at, finished_at) values ($1, 'x', $2, $3, $4)"
+)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+async def shop(system: System) -> Shop:
+    return await open_shop(system)
+
+
+async def add_tokens(shop: Shop) -> tuple[set[bytes], set[bytes]]:
+    """(those that are to go, those that are to stay)"""
+    cases: list[tuple[timedelta, timedelta | None, bool]] = [
+        (-8 * DAY, None, True),
+        (30 * DAY, -8 * DAY, True),
+        (-6 * DAY, None, False),  # that it was stolen must still be noticed
+        (30 * DAY, -6 * DAY, False),
+        (30 * DAY, None, False),
+    ]
+    gone, kept = set(), set()
+    async with shop.system.database("ticketrail_owner") as connection:
+        for expires, revoked, goes in cases:
+            token = uuid4().bytes
+            await connection.execute(_TOKEN, token, shop.admin, expires, revoked)
+            (gone if goes else kept).add(token)
+    return gone, kept
+
+
+async def tokens(shop: Shop) -> set[bytes]:
+    async with shop.system.database("ticketrail_owner") as connection:
+        return {row[0] for row in await connection.fetch(_TOKENS, shop.admin)}
+
+
+async def test_what_is_over_is_taken_away_and_told(shop: Shop) -> None:
+    gone, kept = await add_tokens(shop)
+    before = await tokens(shop)
+    async with shop.system.database() as connection:
+        for name, updated, finished in (("old", 31, 31), ("given-up", 31, None), ("new", 29, 29)):
+            at = now() - updated * DAY
+            await connection.execute(
+                _IMPORT, f"{shop.restaurant}{name}", shop.restaurant, at, None if finished is None else at
+            )
+            await connection.execute("insert into import_refusals values ($1, 1, 'why')", f"{shop.restaurant}{name}")
+    folder = settings_of(shop.system).traces_path
+    old, new = await asyncio.to_thread(_trace_files, folder)
+    claimed = await _leave_a_claim(shop)
+
+    ended = await ticketrail(shop.system, "cleanup", "--json")
+    assert ended.code == 0, ended.err
+    told = ended.told
+    assert told.keys() == {"tokens", "imports", "trace_files", "claims"}
+    assert (told["tokens"] >= 2, told["imports"] >= 2, told["trace_files"] >= 1) == (True, True, True)
+    assert await tokens(shop) == before - gone
+    assert kept < before
+    async with shop.system.database() as connection:
+        left = await connection.fetch("select source_sha256 from imports where restaurant_id = $1", shop.restaurant)
+        reasons = await connection.fetchval(
+            "select count(*) from import_refusals where source_sha256 like $1", f"{shop.restaurant}%"
+        )
+    assert ([row[0] for row in left], reasons) == ([f"{shop.restaurant}new"], 1)
+    assert (await asyncio.to_thread(old.exists), await asyncio.to_thread(new.exists)) == (False, True)
+    # Finished by it, or by the reconciler that was quicker: the order that its owner left behind is there.
+    async with shop.client() as staff:
+        await eventually(lambda: _status(staff, claimed), what="the claimed order", until=lambda status: status == 200)
+        assert expect(await staff.get(f"/api/orders/{claimed}"))["version"] == 1
+
+
+async def _status(client: httpx.AsyncClient, id_: str) -> int:
+    return (await client.get(f"/api/orders/{id_}")).status_code
+
+
+def _trace_files(folder: Path) -> tuple[Path, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    old, new = folder / f"gone-{uuid4().hex}.jsonl", folder / f"here-{uuid4().hex}.jsonl"
+    for path, days in ((old, 8), (new, 6)):
+        path.touch()
+        at = time.time() - days * 86_400
+        os.utime(path, (at, at))
+    return old, new
+
+
+async def _leave_a_claim(shop: Shop) -> str:
+    """Of an owner that died before it recorded the order; old enough to be finished."""
+    order = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
+    change = builders.change(order)
+    async with Session(settings_of(shop.system, claim_stale_seconds=0.001)) as session:
+        await session.mirror.claim(orders.ENTITY, change, encode(change), None, None, 0)
+        await asyncio.sleep(2.1)  # the command line goes by the system's own setting
+    return order.id
+
+
+async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) -> None:
+    async with link_to(shop.system.database_url("ticketrail_writer")) as database:
+        settings = settings_of(shop.system, cleanup_seconds=0.05, database_timeout_seconds=1.0)
+        postgres = Postgres(database.url, settings)
+        cleanup = Cleanup(settings, postgres)
+        await cleanup.stop()  # without a start
+        await database.cut()
+        cleanup.start()
+        try:
+            gone, _ = await add_tokens(shop)
+            await asyncio.sleep(0.3)
+            assert gone <= await tokens(shop)
+            await database.restore()
+
+            async def left() -> set[bytes]:
+                return gone & await tokens(shop)
+
+            await eventually(left, what="tokens gone", until=lambda found: not found)
+        finally:
+            await cleanup.stop()
+            await cleanup.stop()
+            await postgres.close()

@@ -1,0 +1,209 @@
+"""`ticketrail full-sync` on a running system: what of the mirror differs from PostgreSQL, and mending it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+import redis.asyncio
+from msgspec import structs
+
+from services.sync.cli_session import Session
+from services.sync.full_sync import Compared, Difference, FullSync
+from shared.entities import order as orders
+from shared.entities.contract import Standing, encode, now
+from shared.mirror import keys
+from shared.mirror.mirror import Apply
+from shared.postgres import states
+from tests import builders
+from tests.integration.shop_rig import Shop, expect, made, open_shop
+from tests.integration.test_external_orders import settings_of
+from tests.integration.test_import import ticketrail
+from tests.system import System, eventually
+
+
+@pytest.fixture
+async def shop(system: System) -> Shop:
+    return await open_shop(system)
+
+
+@pytest.fixture
+async def raw(system: System) -> AsyncIterator[Any]:
+    async with redis.asyncio.from_url(system.redis.url) as client:
+        yield client
+
+
+async def place(shop: Shop, count: int = 1) -> list[str]:
+    """Ids of orders that PostgreSQL has and the mirror calls synced."""
+    dish = (await shop.dish())["id"]
+    async with shop.client() as staff:
+        ids = [
+            made(await staff.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))["id"]
+            for _ in range(count)
+        ]
+        for id_ in ids:
+            await synced(shop, id_)
+    return ids
+
+
+async def synced(shop: Shop, id_: str) -> None:
+    async def look() -> str:
+        async with shop.client() as staff:
+            return str(expect(await staff.get(f"/api/orders/{id_}"))["sync"]["state"])
+
+    await eventually(look, what="synced", until=lambda found: found == "synced")
+
+
+async def compare(shop: Shop, *, mend: bool) -> tuple[Compared, dict[str, str]]:
+    """Also (id -> what differs) of this restaurant: others of the run are not ours to look at."""
+    told: list[Difference] = []
+    async with Session(settings_of(shop.system)) as session:
+        found = await FullSync(session.settings, session.postgres, session.mirror).run(mend=mend, tell=told.append)
+    return found, {one.id: one.what for one in told if one.restaurant_id == shop.restaurant}
+
+
+def doc(shop: Shop, id_: str, entity: str = "order") -> str:
+    return keys.doc(shop.restaurant, entity, id_)
+
+
+async def served(shop: Shop, id_: str) -> dict[str, Any]:
+    async with shop.client() as staff:
+        reply = await staff.get(f"/api/orders/{id_}")
+    return {"by": reply.headers["x-served-by"], **expect(reply)}
+
+
+async def test_a_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> None:
+    ids = await place(shop, 3)
+    dish = (await shop.dish(name="Gone from the mirror"))["id"]
+    before = [await served(shop, id_) for id_ in ids]
+    found, differing = await compare(shop, mend=False)
+    assert differing == {}, "a mirror that is whole"
+    assert found.compared > 3
+    await raw.delete(
+        *(doc(shop, id_) for id_ in ids[:2]), doc(shop, dish, "menu_item"), keys.restaurant(shop.restaurant)
+    )
+
+    verified = await ticketrail(shop.system, "full-sync", "--verify")
+    assert verified.code == 1
+    lines = [line.split() for line in verified.out.splitlines() if shop.restaurant in line]
+    assert sorted(line[:3] for line in lines) == sorted(
+        [["missing", "menu_item", dish], *(["missing", "order", id_] for id_ in ids[:2])]
+    )
+    assert ", 0 mended" in verified.out
+    assert await raw.exists(doc(shop, ids[0])) == 0, "to verify changes nothing"
+
+    mended = await ticketrail(shop.system, "full-sync", "--json")
+    assert mended.code == 0
+    told = [one for one in mended.told["differences"] if one["restaurant_id"] == shop.restaurant]
+    assert {one["id"]: one["what"] for one in told} == dict.fromkeys([*ids[:2], dish], "missing")
+    assert mended.told["mended"] >= 3
+    assert [await served(shop, id_) for id_ in ids] == before
+    assert {one["by"] for one in before} == {"mirror"}
+    assert await raw.exists(keys.restaurant(shop.restaurant)) == 1
+    assert (await compare(shop, mend=False))[1] == {}
+
+
+async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(shop: Shop, raw: Any) -> None:
+    behind, differs, pending_too = await place(shop, 3)
+    old = await raw.hgetall(doc(shop, behind))
+    async with shop.client() as staff:
+        expect(await staff.put(f"/api/orders/{behind}", json={"notes": "new"}))
+    await synced(shop, behind)
+    await raw.delete(doc(shop, behind))
+    await raw.hset(doc(shop, behind), mapping=old)
+    for id_ in (differs, pending_too):
+        state = json.loads(await raw.hget(doc(shop, id_), "d"))
+        await raw.hset(doc(shop, id_), "d", json.dumps({**state, "total": 1}))
+    # Called pending by mistake: PostgreSQL has this very change.
+    await raw.zadd(keys.pending(shop.restaurant, "order"), {pending_too: 1.0})
+    unknown = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
+    await put(shop, unknown, "stored")
+
+    expected = {behind: "behind", differs: "differs", pending_too: "differs", unknown.id: "unknown"}
+    assert (await compare(shop, mend=False))[1] == expected
+    found, differing = await compare(shop, mend=True)
+    assert differing == expected
+    assert found.mended >= 4
+    assert (await compare(shop, mend=False))[1] == {}
+    assert (await served(shop, behind))["notes"] == "new"
+    assert [(await served(shop, id_))["total"] for id_ in (differs, pending_too)] == [1050, 1050]
+    assert await raw.exists(doc(shop, unknown.id)) == 0
+
+
+async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Standing:
+    """A state into the mirror alone."""
+    standing = Standing(version, str(uuid4()))
+    async with Session(settings_of(shop.system)) as session:
+        await session.mirror.apply([Apply(orders.ENTITY, state, standing, encode(state), at or now(), how)])
+    return standing
+
+
+async def test_what_is_pending_is_left_alone(shop: Shop, raw: Any) -> None:
+    """New, and ahead of PostgreSQL: on its way there."""
+    (known,) = await place(shop)
+    state = msgspec.json.decode(await raw.hget(doc(shop, known), "d"), type=orders.Order)
+    ahead = structs.replace(state, notes="ahead")
+    new = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
+    standings = [await put(shop, ahead, "reveal", 2), await put(shop, new, "reveal")]
+    found, differing = await compare(shop, mend=True)
+    assert differing == {}
+    assert found.pending >= 2
+    async with Session(settings_of(shop.system)) as session:
+        _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
+        assert [one and (one.standing, one.pending) for one in documents] == [(one, True) for one in standings]
+        for id_, standing in zip([known, new.id], standings, strict=True):  # for the tests that come after
+            await session.mirror.settle(shop.restaurant, "order", [(id_, standing)])
+            await session.mirror.trim(shop.restaurant, "order", {id_: standing.change_id})
+
+
+async def test_an_order_that_left_the_window_or_is_about_to_is_not_missing(shop: Shop) -> None:
+    """What the reconciler takes out while we look was there when we began."""
+    edge = now() - timedelta(days=3)
+    settings = settings_of(shop.system)
+    async with Session(settings) as session:
+        comparing = FullSync(settings, session.postgres, session.mirror)
+        for updated_at, status, what in (
+            (edge - timedelta(seconds=1), "completed", ""),
+            (edge + timedelta(minutes=1), "completed", "missing"),
+            (edge - timedelta(days=9), "ready", "missing"),
+        ):
+            state = builders.order(updated_at=updated_at, status=orders.Status(status))
+            stored = states.Stored(Standing(1, str(uuid4())), encode(state), updated_at)
+            assert comparing._difference(orders.ENTITY, stored, None) == what
+
+
+async def test_changes_under_way_are_not_taken_for_differences(shop: Shop, raw: Any) -> None:
+    """A change may be in PostgreSQL a moment before it is revealed; and orders go on while it compares."""
+    (known,) = await place(shop)
+    current = await raw.hgetall(doc(shop, known))
+    await raw.delete(doc(shop, known))
+
+    async def reveal() -> None:
+        await asyncio.sleep(0.5)
+        await raw.hset(doc(shop, known), mapping=current)
+
+    dish = (await shop.dish())["id"]
+    stop = asyncio.Event()
+    placed: list[str] = []
+
+    async def go_on() -> None:
+        async with shop.client() as staff:
+            while not stop.is_set():
+                body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
+                placed.append(made(await staff.post("/api/orders", json=body))["id"])
+                expect(await staff.put(f"/api/orders/{placed[-1]}", json={"notes": "x"}))
+
+    going = asyncio.create_task(go_on())
+    try:
+        (_, differing), _ = await asyncio.gather(compare(shop, mend=False), reveal())
+        assert differing == {}
+        assert (await compare(shop, mend=True))[1] == {}
+    finally:
+        stop.set()
+        await going
+    for id_ in placed:
+        assert (await served(shop, id_))["version"] == 2

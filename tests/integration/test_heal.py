@@ -1,0 +1,219 @@
+"""The reconciler heals what was lost on the way to PostgreSQL, and takes nothing for lost that is only late."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import pytest
+
+from deploy.local.management import ask
+from services.sync.cli_session import Session
+from services.sync.reconciler import _LANES_EMPTIED, Reconciler
+from shared.entities import order as orders
+from shared.entities.contract import Lane, Standing, encode, now
+from shared.messaging.topology import lane_queue
+from shared.mirror.mirror import Apply
+from tests import builders
+from tests.integration.shop_rig import Shop, expect, made, open_shop
+from tests.integration.test_external_orders import settings_of
+from tests.servers import Servers
+from tests.system import System, eventually
+
+HEAL = 1.0
+
+
+@pytest.fixture(scope="module")
+async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """A system that heals after a second."""
+    own_redis = await asyncio.to_thread(servers.extra_redis)
+    system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, heal_seconds=HEAL, reconcile_seconds=0.2)
+    try:
+        await system.up("orders", "worker")
+        yield system
+    finally:
+        await system.down()
+        await asyncio.to_thread(own_redis.discard)
+
+
+async def place(shop: Shop, count: int, dish: str) -> list[str]:
+    body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
+    async with shop.client() as staff:
+        return [made(await staff.post("/api/orders", json=body))["id"] for _ in range(count)]
+
+
+async def versions(shop: Shop, ids: list[str]) -> list[list[int]]:
+    """Of each order the versions that `changes` has."""
+    async with shop.system.database() as connection:
+        rows = await connection.fetch(
+            "select entity_id::text, array_agg(version order by version) from changes"
+            " where entity_id = any($1::uuid[]) group by 1",
+            ids,
+        )
+    found = {row[0]: list(row[1]) for row in rows}
+    return [found.get(id_, []) for id_ in ids]
+
+
+async def test_what_a_purged_queue_has_lost_is_healed_and_what_is_behind_is_not(patient: System) -> None:
+    shop = await open_shop(patient)
+    dish = (await shop.dish())["id"]
+    await eventually(lambda: stored_dish(shop, dish), what="the dish in PostgreSQL")
+    await patient.stop("worker")
+
+    behind = await place(shop, 3, dish)
+    async with reconciler_of(patient) as reconciler:
+        await asyncio.sleep(2 * HEAL)  # much later than they were accepted
+        assert await reconciler.heal_pending() == 0, "the lanes have not been emptied since"
+    patient.start("worker")
+    await patient.ready("worker")
+    await eventually(lambda: versions(shop, behind), what="those behind", until=lambda found: found == [[1]] * 3)
+
+    await patient.stop("worker")
+    lost = await place(shop, 3, dish)
+    async with shop.client() as staff:
+        paid = made(await staff.post(f"/api/orders/{lost[0]}/payments", json={"amount": 300, "method": "card"}))
+    queue = f"/api/queues/{quote(patient.name)}/{lane_queue(Lane.CRITICAL)}/contents"
+    await asyncio.to_thread(ask, patient.servers.rabbitmq.management_url, "DELETE", queue)
+    patient.start("worker")
+    await patient.ready("worker")
+    await eventually(
+        lambda: versions(shop, lost), within=30, what="healed", until=lambda found: found == [[3], [2], [2]]
+    )
+    async with shop.client() as staff:
+        for id_, version in zip(lost, (3, 2, 2), strict=True):
+
+            async def seen(id_: str = id_) -> dict[str, Any]:
+                found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
+                return found
+
+            found = await eventually(seen, what="synced", until=lambda found: found["sync"]["state"] == "synced")
+            assert found["version"] == version
+    async with patient.database() as connection:
+        rows = await connection.fetch("select source, actor, lane from changes where entity_id = any($1::uuid[])", lost)
+        payments = await connection.fetch("select id::text, amount from payments where order_id = $1", lost[0])
+        assert (
+            await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", shop.restaurant) == 0
+        )
+    assert {tuple(row) for row in rows} == {("sync", "reconciler", "critical")}
+    assert [tuple(row) for row in payments] == [(paid["payment"]["id"], 300)]
+    # By then it has looked several times at those that were only late.
+    assert await versions(shop, behind) == [[1]] * 3
+    assert await versions(shop, lost) == [[3], [2], [2]], "healed once"
+
+
+async def stored_dish(shop: Shop, dish: str) -> bool:
+    async with shop.system.database() as connection:
+        return bool(await connection.fetchval("select count(*) from menu_items where id = $1", dish))
+
+
+@asynccontextmanager
+async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconciler]:
+    """A reconciler in this process, for a system whose worker is stopped or has nothing to do with it."""
+    async with Session(settings_of(system, **settings)) as session:
+        yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
+
+
+async def pending(shop: Shop, *, count: int = 1, age: float = 3_600, **fields: Any) -> list[str]:
+    """Orders that the mirror alone has, accepted so many seconds ago."""
+    at = now() - timedelta(seconds=age)
+    states = [
+        builders.order(restaurant_id=shop.restaurant, **{"created_at": at, "updated_at": at, **fields})
+        for _ in range(count)
+    ]
+    await put(shop, states, at, "reveal")
+    return [state.id for state in states]
+
+
+async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) -> None:
+    async with Session(settings_of(shop.system)) as session:
+        for start in range(0, len(states), 100):
+            await session.mirror.apply(
+                [
+                    Apply(orders.ENTITY, state, Standing(1, str(uuid4())), encode(state), at, how)
+                    for state in states[start : start + 100]
+                ]
+            )
+
+
+async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -> None:
+    """What was accepted while RabbitMQ was away is old when it comes back, and not lost: it waits in a journal."""
+    shop = await open_shop(system)
+    (old,) = await pending(shop, age=300)
+    async with reconciler_of(system, heal_seconds=HEAL) as reconciler:
+        reconciler._healed_at = 0.0  # it has not looked for long
+        emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
+
+        async def lanes_emptied() -> datetime | None:
+            return emptied[0]
+
+        reconciler._lanes_emptied = lanes_emptied  # type: ignore[method-assign]
+        await reconciler._heal_sometimes()  # RabbitMQ is away: no fence comes
+        await asyncio.sleep(1.2 * HEAL)
+        began = time.monotonic()
+        emptied[0] = now()  # and is back
+        await reconciler._heal_sometimes()
+        assert await versions(shop, [old]) == [[]]
+
+        async def healed() -> list[list[int]]:
+            emptied[0] = now()
+            await reconciler._heal_sometimes()
+            return await versions(shop, [old])
+
+        await eventually(healed, what="healed", until=lambda found: found == [[2]])
+        assert time.monotonic() - began >= HEAL
+        emptied[0] = None
+        await reconciler._heal_sometimes()
+        assert reconciler._empty_since is None, "of one of the lanes nothing is known any more"
+
+
+async def test_lanes_are_empty_only_when_a_fence_came_through_each(system: System) -> None:
+    lanes = [lane.value for lane in Lane]
+    async with system.database("ticketrail_owner") as connection:
+        assert await connection.fetchval(_LANES_EMPTIED, lanes) is not None
+        undone = connection.transaction()
+        await undone.start()
+        await connection.execute("delete from fences where lane = 'background'")
+        assert await connection.fetchval(_LANES_EMPTIED, lanes) is None
+        await undone.rollback()
+
+
+async def test_what_failed_or_is_young_or_cannot_be_healed_does_not_stop_the_others(system: System) -> None:
+    shop = await open_shop(system)
+    (failed,) = await pending(shop)
+    (young,) = await pending(shop, age=0)
+    (broken,) = await pending(shop, created_at=datetime(2300, 1, 1, tzinfo=UTC))
+    lost = await pending(shop, count=2)
+    async with Session(settings_of(system)) as session:
+        _, (document,) = await session.mirror.read(shop.restaurant, "order", [failed])
+        assert document is not None
+        failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
+        await session.mirror.settle(shop.restaurant, "order", [(failed, document.standing)], failure=failure)
+    async with reconciler_of(system, heal_seconds=30.0) as reconciler:
+        assert await reconciler.heal_pending() == 2
+    await eventually(lambda: versions(shop, lost), what="healed", until=lambda found: found == [[2], [2]])
+    assert await versions(shop, [failed, young, broken]) == [[], [], []]
+
+
+async def test_old_open_orders_do_not_keep_older_ones_in_the_mirror(system: System) -> None:
+    """As an import leaves them: more than one block of what stays, and behind it what goes."""
+    shop = await open_shop(system)
+    at = now() - timedelta(days=30)
+    fields: dict[str, Any] = {"restaurant_id": shop.restaurant, "items": 1, "updated_at": at}
+    stay = [
+        builders.order(**fields, created_at=at + timedelta(seconds=number), status=orders.Status.READY)
+        for number in range(620)
+    ]
+    go = [
+        builders.order(**fields, created_at=at - timedelta(seconds=number), status=orders.Status.COMPLETED)
+        for number in range(3)
+    ]
+    await put(shop, stay + go, at, "stored")
+    async with reconciler_of(system) as reconciler:
+        await reconciler.trim()
+        live = set(await reconciler._mirror.live_ids(shop.restaurant, "order"))
+    assert live == {order.id for order in stay}

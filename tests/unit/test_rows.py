@@ -1,0 +1,234 @@
+"""Reading the rows of an import: what each becomes, and that one which cannot be read stops no other."""
+
+import datetime as dt
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.sync.rows import Row, _cell, count, rows, source_of
+from shared.errors import InvalidInput
+from tests.builders import OTHER_RESTAURANT, RESTAURANT
+
+ITEMS = [{"name": "Soup", "quantity": 1, "unit_price": 620}]
+
+
+def body(name: str, **fields: Any) -> dict[str, Any]:
+    return {"external_id": name, "items": ITEMS, **fields}
+
+
+async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAURANT) -> list[Row]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)  # noqa: ASYNC240  (a small file)
+    source = source_of(str(path), None)
+    found = [row async for row in rows(source, restaurant)]
+    assert count(source) == len(found), "the progress bar counts what is read"
+    return found
+
+
+def seen(found: list[Row]) -> list[tuple[int, str]]:
+    """(line, name of the order, or what is wrong with it)"""
+    return [(row.line, row.error if row.order is None else row.order.name) for row in found]
+
+
+# -- JSON lines --------------------------------------------------------------------------------------------------
+
+
+async def test_each_line_is_an_order_or_refused_with_its_line_and_reason(tmp_path: Path) -> None:
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(body("a")).encode(),
+        b"",
+        b"{",
+        json.dumps(body("b", notes="Grüße\n")).encode(),
+        b'{"external_id": "c\xff", "items": []}',
+        b'{"external_id": "d", "notes": "\\ud800", "items": [{"name": "x", "quantity": 1, "unit_price": 1}]}',
+        b"[1]",
+        b"[" * 100_000,
+        json.dumps(body("e", total=float("nan"))).encode(),
+        json.dumps(body("f", total="12")).encode(),
+        json.dumps(body("g", colour="red")).encode(),
+        json.dumps(body("", convex_id=None)).encode(),
+        json.dumps(body("h", notes="x" * 1_000_000)).encode(),
+        json.dumps(body("i", total=10**30)).encode(),
+        json.dumps(body("j")).encode(),
+    ]
+    found = await read(tmp_path / "orders.jsonl", b"\r\n".join(lines))
+    assert [row.line for row in found] == [1, *range(3, 16)]
+    named = dict(seen(found))
+    assert {line: named[line] for line in (1, 4, 15)} == {1: "a", 4: "b", 15: "j"}
+    assert {line: reason.partition(":")[0] for line, reason in named.items() if line not in (1, 4, 15)} == {
+        3: "body",
+        5: "external_id",
+        6: "notes",
+        7: "body",
+        8: "body",
+        9: "body",
+        10: "total",
+        11: "colour",
+        12: "external_id",
+        13: "larger than 1,000,000 bytes",
+        14: "total",
+    }
+
+
+async def test_the_restaurant_is_the_rows_or_that_of_all_rows(tmp_path: Path) -> None:
+    lines = [body("a"), body("b", restaurant_id=OTHER_RESTAURANT), body("c", restaurant_id=None)]
+    text = "\n".join(map(json.dumps, lines))
+    found = await read(tmp_path / "orders.jsonl", text)
+    assert [str(row.order.restaurant_id) for row in found if row.order] == [RESTAURANT, OTHER_RESTAURANT, RESTAURANT]
+    assert [row.error.partition(":")[0] for row in await read(tmp_path / "o.jsonl", text, None)] == [
+        "restaurant_id",
+        "",
+        "restaurant_id",
+    ]
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_csv_with_items_as_json_has_an_order_in_each_row(tmp_path: Path) -> None:
+    """With a byte order mark, quoted line breaks, empty cells, and times as PostgreSQL writes them."""
+    items = json.dumps(ITEMS).replace('"', '""')
+    payments = json.dumps([{"id": "p", "amount": 620, "method": "card"}]).replace('"', '""')
+    found = await read(
+        tmp_path / "orders.csv",
+        "\ufeffexternal_id,items,notes,total,created_at,payments\r\n"
+        f'a,"{items}","first\nsecond",700,2026-03-01 12:00:00+00,"{payments}"\r\n'
+        "\r\n"
+        f'b,"{items}",,,2026-03-01T12:00:00.5Z,\r\n'
+        f'a,"{items}",again,,,\r\n',
+    )
+    assert seen(found) == [(2, "a"), (5, "b"), (6, "a")]
+    one = found[0].order
+    assert one is not None
+    assert (one.notes, one.total, one.payments[0].amount) == ("first\nsecond", 700, 620)
+    assert one.created_at == dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
+    assert found[1].order is not None
+    assert (found[1].order.total, found[1].order.notes) == (None, None)
+
+
+async def test_a_csv_without_items_has_a_row_for_each_item(tmp_path: Path) -> None:
+    found = await read(
+        tmp_path / "orders.csv",
+        "external_id,item_name,item_quantity,item_unit_price,status\n"
+        "a,Soup,1,620,completed\n"
+        "a,Bread,2,450,\n"
+        "b,Soup,3,620,pending\n",
+    )
+    assert seen(found) == [(2, "a"), (4, "b")]
+    assert [[(i.name, i.quantity, i.unit_price) for i in row.order.items] for row in found if row.order] == [
+        [("Soup", 1, 620), ("Bread", 2, 450)],
+        [("Soup", 3, 620)],
+    ]
+    assert found[0].order is not None
+    assert found[0].order.status == "completed"
+
+
+async def test_the_same_name_at_two_restaurants_is_two_orders(tmp_path: Path) -> None:
+    found = await read(
+        tmp_path / "orders.csv",
+        "restaurant_id,external_id,item_name,item_quantity,item_unit_price\n"
+        f"{RESTAURANT},a,Soup,1,620\n{OTHER_RESTAURANT},a,Soup,1,620\n",
+    )
+    assert [str(row.order.restaurant_id) for row in found if row.order] == [RESTAURANT, OTHER_RESTAURANT]
+
+
+BAD_ITEMS = [
+    ("a,Soup,1,620\na,Bread,two,450\nb,Soup,1,620\n", {2: "items[1].quantity: 'two'", 4: "b"}),
+    ("a,Soup,1,6.20\nb,Soup,1,620\n", {2: "items[0].unit_price: '6.20'", 3: "b"}),
+    ("a,Soup,1,620\na,Bread,1,450,extra\nb,Soup,1,620\n", {2: "line 3: more cells", 4: "b"}),
+    ("a,Soup,1,620\nb,Soup,1,620\na,Bread,1,450\n", {2: "a", 3: "b", 4: "an order whose rows do not follow"}),
+    (",Soup,1,620\n,Soup,1,620\n", {2: "external_id", 3: "external_id"}),
+    ("a,,1,620\n", {2: "items[0].name"}),
+    (
+        'a,Soup,1,620\na,"Bread"x,1,450\na,Tea,1,260\nb,Soup,1,620\n',
+        {2: "line 3 may belong to it", 3: "not CSV", 4: "line 3 may belong to it", 5: "b"},
+    ),
+    (
+        'a,Soup,1,620\nx,"Bread"x,1,450\nb,Soup,1,620\nc,Soup,1,620\n',
+        {2: "line 3 may belong to it", 3: "not CSV", 4: "line 3 may belong to it", 5: "c"},
+    ),
+    ('a,Soup,1,620\nb,"Soup,1,620\nc,Soup,1,620\n', {2: "line 3 may belong to it", 3: "not CSV: unexpected end"}),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_ITEMS, ids=lambda value: value if isinstance(value, str) else "")
+async def test_an_order_of_several_rows_is_brought_in_whole_or_not_at_all(
+    tmp_path: Path, text: str, expected: dict[int, str]
+) -> None:
+    found = await read(tmp_path / "orders.csv", "external_id,item_name,item_quantity,item_unit_price\n" + text)
+    named = dict(seen(found))
+    assert named.keys() == expected.keys()
+    for line, begins in expected.items():
+        assert named[line].startswith(begins), (line, named[line])
+
+
+async def test_a_bad_cell_is_named_and_the_rows_after_it_are_read(tmp_path: Path) -> None:
+    items = '"[{""name"": ""x"", ""quantity"": 1, ""unit_price"": 1}]"'
+    heading = "external_id,items,total,notes,created_at\n"
+    rows_of_it = [
+        f"a,{items},12.50,,",
+        "b,{,,,",
+        f"c,{items},,,yesterday",
+        f"d,{items},,,2026-03-01T12:00:00",
+        f"e,{items},,caf\udce9,",
+        f"f,{items},,,,,",
+        f"g,{items},,,",
+        f'h,{items},,"never closed,',
+    ]
+    content = (heading + "\n".join(rows_of_it)).encode(errors="surrogateescape")
+    named = dict(seen(await read(tmp_path / "orders.csv", content)))
+    assert named.pop(8) == "g"
+    assert {line: reason.partition(":")[0] for line, reason in named.items()} == {
+        2: "total",
+        3: "items",
+        4: "created_at",
+        5: "created_at",
+        6: "notes",
+        7: "more cells than the heading has columns",
+        9: "not CSV",
+    }
+    assert named[6] == "notes: text that is not UTF-8"
+
+
+async def test_a_file_without_rows_has_none(tmp_path: Path) -> None:
+    assert await read(tmp_path / "orders.csv", "") == []
+    assert await read(tmp_path / "orders.csv", "external_id,items\n") == []
+    assert await read(tmp_path / "orders.jsonl", "\n\n") == []
+
+
+async def test_a_heading_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="line 1: not CSV"):
+        await read(tmp_path / "orders.csv", 'external_id,"items"x\na,1\n')
+
+
+# -- sources -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
+    for name in ("orders.xml", str(tmp_path / "missing.jsonl"), str(tmp_path), "mysql://x/y"):
+        with pytest.raises(InvalidInput) as refused:
+            source_of(name, None)
+        assert refused.value.details["field"] == "source"
+
+
+def test_a_file_is_known_by_its_content_and_a_database_without_its_password(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.ndjson"
+    one.write_text("x")
+    other.write_text("x")
+    assert source_of(str(one), None).digest == source_of(str(other), None).digest
+    other.write_text("y")
+    assert source_of(str(one), None).digest != source_of(str(other), None).digest
+    first = source_of("postgresql://me:first-password@host/db", "select 1")
+    assert first.digest == source_of("postgresql://me:second@host/db", "select 1").digest
+    assert first.digest != source_of("postgresql://me:second@host/db", "select 2").digest
+    assert "first-password" not in first.shown
+
+
+def test_whole_numbers_of_a_query_stay_whole_whatever_their_type() -> None:
+    assert [_cell(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
+    assert all(type(_cell(cell)) is int for cell in (Decimal("980.00"), 980.0))
+    assert _cell(Decimal("9.80")) == 9.8
+    assert _cell(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field be taken for left out"
+    assert _cell(float("inf")) == "inf"
