@@ -114,13 +114,21 @@ class Sent(Struct):
 
 
 async def open_loop(
-    host: str, port: int, restaurants: Sequence[Seeded], *, per_second: float, seconds: float, connections: int = 64
+    host: str,
+    port: int,
+    restaurants: Sequence[Seeded],
+    *,
+    per_second: float,
+    seconds: float,
+    connections: int = 64,
+    told: list[Sent] | None = None,
 ) -> list[Sent]:
-    """Orders at constant intervals over kept connections; raises RuntimeError when one is not accepted."""
+    """Orders at constant intervals over kept connections; raises RuntimeError when one is not accepted. `told`: the
+    list to add to, for who wants to see each as it is answered."""
     free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     for _ in range(connections):
         free.put_nowait(await asyncio.open_connection(host, port))
-    sent: list[Sent] = []
+    sent: list[Sent] = [] if told is None else told
     requests = [
         b"POST /api/orders HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (one.token.encode(), len(body), body)

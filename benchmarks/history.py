@@ -1,0 +1,268 @@
+"""The past of many restaurants, put into PostgreSQL by COPY as the real writer would have left it.
+
+Orders of all restaurants lie between one another in the order in which they came, so that those of one restaurant are
+spread over the whole table. Each is placed, paid and completed: three changes, one standing state, its items, its
+payment and what it held of the stock. The newest of each restaurant are still open; of twenty one was cancelled, of
+forty one was given back, of fifty one was deleted.
+
+Rows are made from the declarations in `shared/entities`, as the writer makes them. COPY does not go through row-level
+security: the connection is the superuser's.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import asyncpg
+from msgspec import Raw, Struct, structs
+
+from shared.entities import customer, inventory_item, menu_item, order, table
+from shared.entities.contract import Change, ChangeData, change_id, changed_fields, encode
+from shared.entities.customer import Customer
+from shared.entities.entity import Entity
+from shared.entities.inventory_item import InventoryItem
+from shared.entities.menu_item import MenuItem
+from shared.entities.order import Order, OrderItem, Payment, Status, StockHold, payment_status
+from shared.entities.table import DiningTable
+from shared.postgres.changes import Written, data_of, write_batch
+
+DAYS = 400
+_BLOCK = 2_000
+_TABLES = 10
+_CUSTOMERS = 20
+_TAX = 700
+_OPEN = 5
+_CHANGES = (
+    "restaurant_id", "change_id", "entity", "entity_id", "version", "base_change_id", "type", "source", "lane",
+    "accepted_at", "traceparent", "actor", "data",
+)  # fmt: skip
+_INSERT_RESTAURANT = (
+    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
+    " values ($1, $2, $3, 'EUR', 'UTC', 4, $4)"
+)
+
+
+class Shop(Struct, frozen=True):
+    id: str
+    dishes: tuple[MenuItem, ...]
+    table_ids: tuple[str, ...]
+    """Half of the orders are at the first."""
+    customer_ids: tuple[str, ...]
+    """Of every fifth order."""
+    stock_id: str
+    """Every third order takes from it."""
+    user_id: str
+    """Who placed its orders."""
+
+
+class History(Struct, frozen=True):
+    """`orders` among `restaurants`, over the last 400 days before `until`. Another name makes other ids."""
+
+    name: str
+    restaurants: int
+    orders: int
+    until: datetime
+
+    @property
+    def each(self) -> int:
+        return self.orders // self.restaurants
+
+    def shops(self) -> list[Shop]:
+        return [self._shop(number) for number in range(self.restaurants)]
+
+    def written(self, shops: Sequence[Shop]) -> Iterator[list[Written]]:
+        """The changes of each order, the oldest order first."""
+        chance = random.Random(self.name)  # noqa: S311
+        apart = timedelta(days=DAYS) / self.each
+        for place in range(self.each):
+            begun = self.until - apart * (self.each - place)
+            for number, shop in enumerate(shops):
+                yield self._order(shop, place, begun + apart * number / len(shops), chance)
+
+    def _id(self, *names: object) -> str:
+        return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-history", self.name, *names)))))
+
+    def _shop(self, number: int) -> Shop:
+        id_, at = self._id(number), self.until - timedelta(days=DAYS)
+        dishes = tuple(
+            MenuItem(id=self._id(number, "dish", place), restaurant_id=id_, name=f"Dish {place}", category="Mains",
+                     price=500 + 75 * place, created_at=at, updated_at=at)
+            for place in range(12)
+        )  # fmt: skip
+        tables = tuple(self._id(number, "table", place) for place in range(_TABLES))
+        customers = tuple(self._id(number, "customer", place) for place in range(_CUSTOMERS))
+        return Shop(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
+
+    def _order(self, shop: Shop, place: int, at: datetime, chance: random.Random) -> list[Written]:
+        placed = _placed(shop, place, at, chance)
+        made = [_written(order.ENTITY, placed, "created", at, actor=shop.user_id)]
+
+        def then(event: str, minutes: int, **fields: Any) -> None:
+            last, later = made[-1], at + timedelta(minutes=minutes)
+            after = structs.replace(last.state, **fields, updated_at=later)
+            made.append(_written(order.ENTITY, after, event, later, base=last, actor=shop.user_id))
+
+        if place >= self.each - _OPEN:
+            return made
+        if place % 50 == 9:
+            then("deleted", 5, deleted_at=at + timedelta(minutes=5))
+        elif place % 20 == 7:
+            then("status_changed", 10, status=Status.CANCELLED)
+        else:
+            amounts = [placed.total, -placed.total] if place % 40 == 3 else [placed.total]
+            for which, amount in enumerate(amounts):
+                paid_at = at + timedelta(minutes=40 + which)
+                payment = Payment(id=_random_id(chance), amount=amount, method=("card", "cash")[place % 2],
+                                  created_at=paid_at)  # fmt: skip
+                payments = (*made[-1].state.payments, payment)
+                then("payment_recorded", 40 + which, payments=payments,
+                     payment_status=payment_status(payments, placed.total))  # fmt: skip
+            then("status_changed", 45, status=Status.COMPLETED)
+        return made
+
+
+def _placed(shop: Shop, place: int, at: datetime, chance: random.Random) -> Order:
+    items = []
+    for dish in chance.sample(shop.dishes, 1 + place % 3):
+        quantity = chance.randint(1, 3)
+        items.append(OrderItem(menu_item_id=dish.id, name=dish.name, quantity=quantity, unit_price=dish.price,
+                               line_total=quantity * dish.price))  # fmt: skip
+    subtotal = sum(one.line_total for one in items)
+    tax = (subtotal * _TAX + 5_000) // 10_000
+    return Order(
+        id=_random_id(chance),
+        restaurant_id=shop.id,
+        order_number=f"{place % 10_000:04}",
+        business_day=(at - timedelta(hours=4)).date(),
+        status=Status.PENDING,
+        items=tuple(items),
+        currency="EUR",
+        subtotal=subtotal,
+        tax_basis_points=_TAX,
+        tax_amount=tax,
+        tip_amount=0,
+        discount_amount=0,
+        deposit_used=0,
+        total=subtotal + tax,
+        created_at=at,
+        updated_at=at,
+        table_id=shop.table_ids[0 if place % 2 else place // 2 % _TABLES],
+        customer_id=shop.customer_ids[place // 5 % _CUSTOMERS] if place % 5 == 0 else None,
+        customer_name="Ada",
+        placed_by=shop.user_id,
+        holds=(StockHold(shop.stock_id, 1),) if place % 3 == 0 else (),
+    )
+
+
+def _random_id(chance: random.Random) -> str:
+    text = f"{chance.getrandbits(128):032x}"
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
+
+
+def _written(
+    entity: Entity, state: Any, event: str, at: datetime, *, base: Written | None = None, actor: str | None = None
+) -> Written:
+    """The change that the rail would have recorded."""
+    type_, version = entity.type(event), base.change.entityversion + 1 if base else 1
+    before, after = encode(changed_fields(base.state if base else None, state)), encode(state)
+    base_id = base.change.id if base else None
+    change = Change(
+        id=change_id(state.id, version, b"\0".join((type_.encode(), (base_id or "").encode(), before, after))),
+        source="orders",
+        type=type_,
+        subject=f"{entity.name}/{state.id}",
+        time=at,
+        restaurantid=state.restaurant_id,
+        priority=entity.lane.priority,
+        entityversion=version,
+        basechangeid=base_id,
+        actor=actor,
+        data=ChangeData(after=Raw(after), before=Raw(before)),
+    )
+    return Written(entity.lane, entity, change, state)
+
+
+async def fill(superuser_url: str, history: History) -> list[Shop]:
+    """Into an empty database that was migrated; leaves it with the statistics that autovacuum would make."""
+    connection = await asyncpg.connect(superuser_url)
+    try:
+        shops = history.shops()
+        await _identity(connection, history, shops)
+        block: list[list[Written]] = []
+        for changes in history.written(shops):
+            block.append(changes)
+            if len(block) == _BLOCK:
+                await _copy(connection, block)
+                block.clear()
+        await _copy(connection, block)
+        await connection.execute("vacuum (analyze)")
+    finally:
+        await connection.close()
+    return shops
+
+
+async def _identity(connection: Any, history: History, shops: Sequence[Shop]) -> None:
+    """Restaurants, and what their orders speak of: a few rows, by the writer's own statements."""
+    at = history.until - timedelta(days=DAYS)
+    for number, shop in enumerate(shops):
+        await connection.execute(_INSERT_RESTAURANT, shop.id, f"{history.name}-{number}", f"Restaurant {number}", _TAX)
+        common = {"restaurant_id": shop.id, "created_at": at, "updated_at": at}
+        states: list[tuple[Entity, Any]] = [(menu_item.ENTITY, dish) for dish in shop.dishes]
+        states += [
+            (table.ENTITY, DiningTable(id=id_, label=str(place), seats=4, **common))
+            for place, id_ in enumerate(shop.table_ids)
+        ]
+        states += [(customer.ENTITY, Customer(id=id_, name="Ada", **common)) for id_ in shop.customer_ids]
+        # Counted a month ago: what was sold before is in the count.
+        counted = history.until - timedelta(days=30)
+        stock = InventoryItem(id=shop.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
+        states.append((inventory_item.ENTITY, stock))
+        await write_batch(
+            connection, [_written(entity, state, "created", at) for entity, state in states], patience=30.0
+        )
+
+
+async def _copy(connection: Any, orders: Sequence[list[Written]]) -> None:
+    """Each in the order in which its last change came; all in one transaction, as a batch of the writer."""
+    entity = order.ENTITY
+    changes = sorted((one for of_one in orders for one in of_one), key=lambda one: one.change.time)
+    standing = [of_one[-1] for of_one in orders]
+    async with connection.transaction():
+        await _rows(connection, "orders", ("restaurant_id", "id", "version", "change_id"), entity.table.columns, [
+            ((one.change.restaurantid, one.change.entity_id, one.change.entityversion, one.change.id), one.state)
+            for one in standing
+        ])  # fmt: skip
+        for child in entity.children:
+            await _rows(connection, child.name, ("restaurant_id", child.parent, "position"), child.columns, [
+                ((one.change.restaurantid, one.change.entity_id, place), row)
+                for one in standing
+                for place, row in enumerate(child.rows(one.state), 1)
+            ])  # fmt: skip
+        for fact in entity.facts:
+            await _rows(connection, fact.name, ("restaurant_id", "id", fact.parent), fact.columns, [
+                ((one.change.restaurantid, row.id, one.change.entity_id), row)  # type: ignore[attr-defined]
+                for one in standing
+                for row in fact.rows(one.state)
+            ])  # fmt: skip
+        await connection.copy_records_to_table(
+            "changes",
+            columns=_CHANGES,
+            records=(
+                (
+                    one.change.restaurantid, one.change.id, one.entity.name, one.change.entity_id,
+                    one.change.entityversion, one.change.basechangeid, one.change.type, one.change.source,
+                    one.lane.value, one.change.time, one.change.traceparent, one.change.actor, data_of(one.change),
+                )
+                for one in changes
+            ),
+        )  # fmt: skip
+
+
+async def _rows(connection: Any, name: str, keys: Sequence[str], columns: Sequence[Any], rows: Sequence[Any]) -> None:
+    await connection.copy_records_to_table(
+        name,
+        columns=[*keys, *(column.name for column in columns)],
+        records=((*key, *(column.of(row) for column in columns)) for key, row in rows),
+    )

@@ -1,0 +1,307 @@
+"""What PostgreSQL reads for a request of one restaurant: by an index, and no more than that restaurant's share.
+
+The real functions run on connections of the real roles; the server itself says how it went about each statement
+(auto_explain). A statement's first runs are planned for their values; later ones, when that seems as cheap, by one plan
+for all values, which knows none of them. Both are looked at: what runs for the first time, what has run ten times, and
+what the plan for all values would be.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from msgspec import Struct
+
+from benchmarks.history import DAYS, History, fill
+from services.orders.insight import Insight
+from services.orders.reads import Reads
+from services.sync.status import sync_status
+from shared.entities import customer, menu_item, order
+from shared.entities.selection import Selection
+from shared.metrics import Metrics, ReadMetrics
+from shared.postgres import audit, money, states
+from shared.postgres.changes import write_batch
+from shared.restaurants import Restaurant
+from shared.security import Identity, Role
+from tests.integration.plans_rig import BIG, MODES, Database, Plan, empty_database, filled_database
+from tests.servers import Servers
+
+RESTAURANTS, EACH = 25, 1_000
+PAGE = 51
+
+
+@pytest.fixture(scope="module")
+async def database(servers: Servers) -> AsyncIterator[Database]:
+    history = History("plans", RESTAURANTS, RESTAURANTS * EACH, datetime.now(UTC))
+    async with filled_database(servers, history) as database:
+        yield database
+
+
+class Case(Struct, frozen=True):
+    work: Callable[[Database], Awaitable[Any]]
+    rows: int
+    """At most, of all big tables together."""
+    not_when: str = ""
+    """One of MODES. `for all values`: that plan reads more, and PostgreSQL must not come to choose it. `at first`: it
+    knows how few there are, and reads them all."""
+
+
+def orders(**wanted: Any) -> Callable[[Database], Awaitable[Any]]:
+    """`wanted`: fields of a Selection, or what makes them of a database."""
+
+    async def page(database: Database) -> list[Any]:
+        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
+        without = fields.pop("without", [])
+        async with database.api.tenant(database.shop.id) as connection:
+            return await states.page(connection, order.ENTITY, database.shop.id, Selection(**fields), without=without)
+
+    return page
+
+
+def payments(**wanted: Any) -> Callable[[Database], Awaitable[Any]]:
+    async def listed(database: Database) -> list[Any]:
+        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
+        async with database.api.tenant(database.shop.id) as connection:
+            return await money.payments(connection, database.shop.id, money.PaymentsWanted(**fields))
+
+    return listed
+
+
+def audited(limit: int = PAGE, **wanted: Any) -> Callable[[Database], Awaitable[Any]]:
+    nothing = dict.fromkeys(("start", "end", "entity", "entity_id", "actor", "before"))
+
+    async def listed(database: Database) -> list[Any]:
+        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
+        async with database.api.tenant(database.shop.id) as connection:
+            return await audit.changes(connection, database.shop.id, **{**nothing, **fields}, limit=limit)
+
+    return listed
+
+
+def summed(days: int) -> Callable[[Database], Awaitable[Any]]:
+    async def summary(database: Database) -> list[Any]:
+        today = database.history.until.date()
+        async with database.api.tenant(database.shop.id) as connection:
+            return await money.days(connection, database.shop.id, today - timedelta(days=days - 1), today)
+
+    return summary
+
+
+def insight(database: Database) -> Insight:
+    reads = Reads(database.api, database.mirror, ReadMetrics(Metrics()))
+    return Insight(reads, database.api, database.mirror)
+
+
+async def one_order(database: Database) -> Any:
+    async with database.api.tenant(database.shop.id) as connection:
+        return await states.one(connection, order.ENTITY, database.shop.id, database.oldest[0].id)
+
+
+async def the_menu(database: Database) -> Any:
+    async with database.api.tenant(database.shop.id) as connection:
+        return await states.every(connection, menu_item.ENTITY, database.shop.id)
+
+
+async def which_stand(database: Database) -> Any:
+    async with database.api.tenant(database.shop.id) as connection:
+        return await states.standings(connection, order.ENTITY, database.shop.id, [database.oldest[0].id] * 50)
+
+
+async def orders_at_tables(database: Database) -> Any:
+    who = Identity(database.shop.user_id, Role.STAFF, database.shop.id, "a@example.org")
+    tables: Any = [SimpleNamespace(id=id_) for id_ in database.shop.table_ids]
+    return await insight(database).orders_at(database.shop.id, who, tables)
+
+
+async def totals_of_customers(database: Database) -> Any:
+    at = database.history.until
+    of = [
+        customer.Customer(id=id_, restaurant_id=database.shop.id, name="Ada", created_at=at, updated_at=at)
+        for id_ in database.shop.customer_ids[:3]
+    ]
+    return await insight(database).totals(Restaurant(id=database.shop.id, slug="a", name="A"), of)
+
+
+async def what_is_held(database: Database) -> Any:
+    async with database.api.tenant(database.shop.id) as connection:
+        return await states.held(connection, database.shop.id, [database.shop.stock_id])
+
+
+async def how_far_it_has_come(database: Database) -> Any:
+    return await sync_status(database.api, database.mirror, database.shop.id)
+
+
+def before_the_last_page(database: Database) -> tuple[datetime, str]:
+    found = database.oldest[25]
+    return found.created_at, found.id
+
+
+def ago(days: float) -> Callable[[Database], datetime]:
+    return lambda database: database.history.until - timedelta(days=days)
+
+
+def at_first_table(database: Database) -> dict[str, Any]:
+    return {"table_id": database.shop.table_ids[0]}
+
+
+STATES = 2 * PAGE + 6
+"""A page with the state of each; of the orders that are passed over, one in fifty is deleted."""
+
+CASES = {
+    "the newest orders": Case(orders(), STATES),
+    "the newest orders without those that are pending": Case(
+        orders(without=lambda database: [database.oldest[0].id] * 20), STATES
+    ),
+    "orders, deleted ones too": Case(orders(include_deleted=True), STATES),
+    "orders behind a cursor": Case(orders(before=before_the_last_page), STATES),
+    "orders of ten days": Case(orders(created_from=ago(100), created_to=ago(90)), STATES),
+    "orders of a year": Case(orders(created_from=ago(380), created_to=ago(10)), STATES),
+    "orders of a year behind a cursor": Case(
+        orders(created_from=ago(380), created_to=ago(10), before=lambda database: (ago(20)(database), str(uuid4()))),
+        STATES,
+    ),
+    "orders by a status that many have": Case(orders(equal={"status": "completed"}), STATES),
+    "orders by a status that few have": Case(orders(equal={"status": "pending"}), 10),
+    "orders by a status behind a cursor": Case(
+        orders(equal={"status": "completed"}, before=before_the_last_page), STATES
+    ),
+    "orders at a table": Case(orders(equal=at_first_table), STATES),
+    "open orders at a table": Case(
+        orders(equal=lambda database: {"status": "pending", **at_first_table(database)}), 12, not_when="for all values"
+    ),
+    "orders of a customer": Case(orders(equal=lambda database: {"customer_id": database.shop.customer_ids[0]}), STATES),
+    "orders of a guest": Case(orders(equal={"customer_session_id": "nobody"}), 0),
+    "an order": Case(one_order, 2),
+    "the menu": Case(the_menu, 12),
+    "which of fifty orders stand": Case(which_stand, 50),
+    "open orders at all tables": Case(orders_at_tables, 12, not_when="for all values"),
+    "totals of three customers": Case(totals_of_customers, 70),
+    "what is held of the stock": Case(what_is_held, 60),
+    "how far the sync has come": Case(how_far_it_has_come, EACH),
+    "a summary of thirty days": Case(summed(30), 80),
+    "a summary of all days": Case(summed(DAYS), EACH),
+    "the newest payments": Case(payments(), PAGE),
+    "payments behind a cursor": Case(payments(before=before_the_last_page), PAGE),
+    "payments of a year": Case(payments(start=ago(380), end=ago(10)), PAGE),
+    "payments by method": Case(payments(method="card"), 3 * PAGE),
+    "payments of an order": Case(payments(order_id=lambda database: database.oldest[0].id), 2),
+    "the newest changes": Case(audited(), PAGE),
+    "changes behind a cursor": Case(audited(before=before_the_last_page), PAGE),
+    "changes of a year": Case(audited(start=ago(380), end=ago(10)), PAGE),
+    "changes of orders": Case(audited(entity="order"), PAGE),
+    "the newest changes of customers": Case(audited(5, entity="customer"), 5, not_when="at first"),
+    "changes of an entity": Case(audited(entity="order", entity_id=lambda database: database.oldest[0].id), 4),
+    "changes by an id alone": Case(audited(entity_id=lambda database: database.oldest[0].id), 4),
+    "changes by somebody": Case(audited(actor=lambda database: database.shop.user_id), PAGE),
+    "changes by nobody": Case(audited(actor="nobody"), 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in MODES if mode != case.not_when]
+)
+async def test_a_request_reads_by_an_index_what_it_answers_and_little_more(
+    database: Database, name: str, mode: str
+) -> None:
+    case = CASES[name]
+    plans = await database.plans(lambda: case.work(database), mode)
+    _by_index(plans)
+    assert sum(plan.read() for plan in plans) <= case.rows, [plan.text for plan in plans]
+    # Four pages of an index and one of its table for each row, at the most.
+    assert sum(plan.pages for plan in plans) <= 5 * case.rows + 40, [plan.text for plan in plans]
+
+
+def _by_index(plans: list[Plan]) -> None:
+    for plan in plans:
+        for scan in plan.scans:
+            assert "Seq Scan" not in scan["Node Type"], plan.text
+        assert "JIT" not in plan.text, plan.text  # compiled for longer than it runs
+
+
+async def test_a_summary_is_read_from_the_index_alone(database: Database) -> None:
+    (plan,) = await database.plans(lambda: summed(30)(database), "at first")
+    (scan,) = plan.scans
+    assert (scan["Node Type"], scan["Heap Fetches"]) == ("Index Only Scan", 0)
+
+
+async def test_row_level_security_is_on_in_all_of_it(database: Database) -> None:
+    async with database.api.connection() as connection:
+        for table in BIG:
+            assert await connection.fetchval("select row_security_active($1)", table), table
+        assert await connection.fetchval("select current_user") == "ticketrail_api"
+    async with database.api.tenant(database.shop.id) as connection:
+        assert await connection.fetchval("select count(*) from orders") == EACH
+
+
+async def _drained(blocks: AsyncIterator[list[Any]]) -> int:
+    return sum([len(block) async for block in blocks])
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_lost_mirror_is_filled_from_what_is_live_alone(database: Database, mode: str) -> None:
+    since = database.history.until - timedelta(days=3)
+    found = []
+
+    async def work() -> None:
+        async with database.writer.connection() as connection:
+            found.append(await _drained(states.live_window(connection, order.ENTITY, since)))
+
+    (plan,) = await database.plans(work, mode)
+    assert RESTAURANTS * 5 < found[0] < RESTAURANTS * EACH / 50
+    _by_index([plan])
+    assert plan.read("orders") <= 2 * found[0]
+    assert plan.read("changes") == found[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_was_held_before_the_stock_was_counted_is_not_looked_at(database: Database, mode: str) -> None:
+    found = []
+
+    async def work() -> None:
+        async with database.writer.connection() as connection:
+            found.append(await _drained(states.holds(connection)))
+
+    (plan,) = await database.plans(work, mode)
+    of_thirty_days = RESTAURANTS * EACH * 30 / DAYS / 3
+    assert 0 < found[0] <= of_thirty_days
+    _by_index([plan])
+    assert plan.read("order_holds") <= of_thirty_days * 1.1
+    assert plan.read("orders") <= of_thirty_days * 1.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_gaps_are_looked_for_in_the_changes_of_an_hour(database: Database, mode: str) -> None:
+    async def work() -> None:
+        async with database.writer.connection() as connection:
+            assert await states.gaps(connection, older_minutes=10, younger_minutes=70) == []
+
+    (plan,) = await database.plans(work, mode)
+    _by_index([plan])
+    assert plan.read("changes") < RESTAURANTS * EACH * 3 / 20
+
+
+async def _rows(connection: Any, table: str) -> list[str]:
+    rows = await connection.fetch(f"select to_jsonb(t) - '{{written_at,xid,seq}}'::text[] from {table} t")
+    return sorted(row[0] for row in rows)
+
+
+async def test_what_is_filled_in_bulk_is_what_the_writer_writes(servers: Servers) -> None:
+    history = History("same", 2, 120, datetime.now(UTC))
+    async with empty_database(servers) as (_, superuser_url, settings):
+        shops = await fill(superuser_url, history)
+        superuser = await asyncpg.connect(superuser_url)
+        filled = {table: await _rows(superuser, table) for table in BIG}
+        await superuser.execute("truncate orders, order_items, order_holds, payments, conflicts")
+        await superuser.execute("delete from changes where entity = 'order'")
+        writer: Any = await asyncpg.connect(settings.database_writer_url)
+        written = sorted((one for of_one in history.written(shops) for one in of_one), key=lambda one: one.change.time)
+        for start in range(0, len(written), 50):
+            await write_batch(writer, written[start : start + 50], patience=10.0)
+        assert {table: await _rows(superuser, table) for table in BIG} == filled
+        assert await superuser.fetchval("select count(*) from conflicts") == 0
+        await writer.close()
+        await superuser.close()
