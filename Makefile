@@ -2,9 +2,10 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
+EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format lock secrets clean bootstrap
+.PHONY: help run test fuzz api bench lint format lock secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +16,12 @@ run: bootstrap ## start the whole system under .local/ and send one order down t
 
 test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: bootstrap ## what no client should send, to all services; EXAMPLES=50 for each route, ARGS="orders" chooses
+	$(PYTHON) -m tests.fuzz --examples $(EXAMPLES) $(ARGS)
+
+api: bootstrap ## freeze the documents of the APIs and of the events anew, in docs/api
+	$(PYTHON) -m tests.contract.documents
 
 bench: bootstrap ## measure against peers, 12 minutes on a quiet machine; ARGS="accept push" chooses
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock

@@ -17,7 +17,7 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Meta, Struct, field
 
-from shared.entities.contract import in_range
+from shared.entities.contract import Time, in_range
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
 from shared.permissions import ACTIONS
@@ -48,7 +48,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     query: Any = None
     """A Struct of parameters, decoded from texts."""
     answer: Any = None
-    """Type of `data`, or a View."""
+    """Type of `data`, or a View; of an event stream the type of each event."""
     many: bool = False
     """`data` is a list of it, with `pagination`."""
     status: int = 200
@@ -70,8 +70,8 @@ class ListQuery(Struct, forbid_unknown_fields=True, kw_only=True):
         Annotated[str, Meta(max_length=1_000, description="names with commas between; id is always there")] | None
     ) = None
     include_deleted: Annotated[bool, Meta(description="for admins")] = False
-    created_from: datetime | None = None
-    created_to: datetime | None = None
+    created_from: Time | None = None
+    created_to: Time | None = None
 
 
 def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRouteHandler]:
@@ -100,12 +100,14 @@ def read_query(request: Any, type_: type[T]) -> T:
         known = ", ".join(type_.__struct_fields__)  # type: ignore[attr-defined]
         message = f"unknown parameter; known are {known}" if unknown else _PATH.sub("", message)
         raise InvalidInput(message, field=name) from error
-    for name in type_.__struct_fields__:  # type: ignore[attr-defined]
+    for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
         value = getattr(found, name)
-        if isinstance(value, datetime) and (value.tzinfo is None or not in_range(value)):
-            raise InvalidInput("a time with its zone, such as 2026-03-01T12:00:00Z", field=name)
+        if value is None and sent_as in texts:  # the text `null`: a filter that is left out without a word
+            raise InvalidInput("not a value; leave it out", field=sent_as)
+        if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):  # a number is no time
+            raise InvalidInput("a time with its zone, such as 2026-03-01T12:00:00Z", field=sent_as)
         if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-            raise InvalidInput("text that cannot be stored", field=name)
+            raise InvalidInput("text that cannot be stored", field=sent_as)
     return found
 
 

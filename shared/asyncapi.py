@@ -1,28 +1,43 @@
-"""The AsyncAPI 3.0 document of all events and queues, out of the topology and the registry of entities."""
+"""The AsyncAPI 3.0 document of all events and queues, out of the topology and the registry of entities.
+
+One message of the broker is an array: changes of a lane that wait at the same moment travel together. The document has
+a message for each type of event, whose payload is such an array; an array may mix the types of its channel.
+"""
 
 from typing import Any
 
 import msgspec
 
-from shared.entities import registry
+from shared.entities import order, registry
 from shared.entities.contract import CONTENT_TYPE, MAX_BATCH, Change, Lane
+from shared.entities.signal import FENCE, MARK, Signal
 from shared.messaging import topology
+from shared.messaging.topology import Queue
 from shared.settings import Settings
 
 _REF = "#/components/schemas/{name}"
+# Orders of other systems that nobody waits for, and imports: in the background whatever their own lane is.
+_HISTORY = order.ENTITY
+FAILURE_HEADERS = {
+    "ticketrail-reason": "why: stable, dead letters are grouped by it",
+    "ticketrail-error": "the same for people",
+    "ticketrail-lane": "the lane that it came through",
+    "ticketrail-failed-at": "when it failed last",
+    "ticketrail-first-failed-at": "when it failed first",
+    "ticketrail-change-id": "of the change, where it can be read",
+    "ticketrail-restaurant": "the same of its restaurant",
+    "ticketrail-subject": "the same of its entity: <entity>/<id>",
+    "ticketrail-log-offset": "where it stands in the log; of dead letters of the mirror alone",
+}
+RETRIED = "retried"
+DEAD = "dead"
 
 
 def document(settings: Settings) -> dict[str, Any]:
-    types = [Change, *(entity.state for entity in registry.ENTITIES.values())]
-    _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
-    messages = {
-        entity.type(event): _message(name, entity.state.__name__, entity.type(event), entity.lane)
-        for name, entity in registry.ENTITIES.items()
-        for event in sorted(entity.events)
-    }
-    channels: dict[str, Any] = {"changes": _exchange(messages)}
+    events = {type_: name for name, one in registry.ENTITIES.items() for type_ in _types(name)}
+    channels: dict[str, Any] = {"changes": _exchange(events)}
     for queue in [*topology.queues(settings), *topology.logs(settings)]:
-        channels[queue.name] = _queue(queue)
+        channels[queue.name] = _queue(queue, _held_by(queue, events), settings)
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -30,84 +45,189 @@ def document(settings: Settings) -> dict[str, Any]:
             "version": "1.0.0",
             "description": "Every change of every entity, as CloudEvents 1.0 in JSON batches. A change carries the"
             " whole state after it: applied in any order, any number of times, every reader ends in the same state.",
-            "license": {"name": "MIT"},
+            "license": {"name": "MIT", "url": "https://opensource.org/license/mit"},
         },
         "defaultContentType": CONTENT_TYPE,
         "channels": channels,
-        "operations": {
-            "record": {
-                "action": "send",
-                "channel": {"$ref": "#/channels/changes"},
-                "summary": "orders, sync: mandatory, persistent, confirmed",
+        "operations": _operations(settings),
+        "components": {
+            "messages": {
+                **{type_: _message(type_, f"Of {name}; lane {_lane(name)}") for type_, name in events.items()},
+                FENCE: _message(FENCE, "Proves the way through a lane, or into a log, every few seconds", most=1),
+                MARK: _message(MARK, "Put into a log by one who reads it, to know when it has read to the end", most=1),
+                **_failed(),
             },
-            **{
-                f"write_{lane}": {
-                    "action": "receive",
-                    "channel": {"$ref": f"#/channels/{topology.lane_queue(lane)}"},
-                    "summary": "the sync worker writes them to PostgreSQL",
-                }
-                for lane in Lane
-            },
-            "follow": {
-                "action": "receive",
-                "channel": {"$ref": f"#/channels/{topology.LOG}"},
-                "summary": "the sync worker writes them to the mirror, the notifier pushes them",
-            },
-            "follow_reference": {
-                "action": "receive",
-                "channel": {"$ref": f"#/channels/{topology.REFERENCE_LOG}"},
-                "summary": "the orders service keeps its menus up to date",
-            },
+            "schemas": _schemas(events),
         },
-        "components": {"messages": messages, "schemas": schemas},
     }
 
 
-def _message(entity: str, state: str, type_: str, lane: Lane) -> dict[str, Any]:
+def _types(entity: str) -> list[str]:
+    return [registry.ENTITIES[entity].type(event) for event in sorted(registry.ENTITIES[entity].events)]
+
+
+def _lane(entity: str) -> str:
+    lane = registry.ENTITIES[entity].lane
+    return f"{lane}, history {Lane.BACKGROUND}" if registry.ENTITIES[entity] is _HISTORY else lane
+
+
+def _held_by(queue: Queue, events: dict[str, str]) -> list[str]:
+    """The messages that may lie in it."""
+    if not queue.bound_to:
+        return [DEAD if queue.name.endswith(".dead.v1") else RETRIED]
+    lanes = set(queue.bound_to)
+    found = [type_ for type_, name in events.items() if lanes & _lanes(name)]
+    return [*found, FENCE, *([MARK] if queue.name in (topology.LOG, topology.REFERENCE_LOG) else [])]
+
+
+def _lanes(entity: str) -> set[Lane]:
+    one = registry.ENTITIES[entity]
+    return {one.lane, Lane.BACKGROUND} if one is _HISTORY else {one.lane}
+
+
+def _message(type_: str, summary: str, most: int = MAX_BATCH) -> dict[str, Any]:
     return {
         "name": type_,
         "title": type_,
-        "summary": f"{entity}: lane {lane} by default; travels in an array of 1 to {MAX_BATCH}",
+        "summary": summary,
         "contentType": CONTENT_TYPE,
         "payload": {
+            "type": "array",
+            "items": {"$ref": f"#/components/schemas/{type_}"},
+            "minItems": 1,
+            "maxItems": most,
+        },
+    }
+
+
+def _schemas(events: dict[str, str]) -> dict[str, Any]:
+    types = [Change, Signal, *(entity.state for entity in registry.ENTITIES.values())]
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
+    for type_, name in events.items():
+        schemas[type_] = _event(type_, name)
+    for type_ in (FENCE, MARK):
+        schemas[type_] = {
             "allOf": [
-                {"$ref": "#/components/schemas/Change"},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": type_},
-                        "subject": {"type": "string", "pattern": f"^{entity}/"},
-                        "data": {
-                            "type": "object",
-                            "properties": {
-                                "before": {"type": "object", "description": "old values of the fields that changed"},
-                                "after": {"$ref": f"#/components/schemas/{state}"},
-                            },
-                            "required": ["after"],
+                {"$ref": "#/components/schemas/Signal"},
+                {"type": "object", "properties": {"type": {"const": type_}}},
+            ]
+        }
+    return schemas
+
+
+def _event(type_: str, entity: str) -> dict[str, Any]:
+    state = registry.ENTITIES[entity].state.__name__
+    return {
+        "allOf": [
+            {"$ref": "#/components/schemas/Change"},
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": type_},
+                    "subject": {"type": "string", "pattern": f"^{entity}/"},
+                    "data": {
+                        "type": "object",
+                        "properties": {
+                            "before": {"type": "object", "description": "old values of the fields that changed"},
+                            "after": {"$ref": f"#/components/schemas/{state}"},
                         },
+                        "required": ["after"],
                     },
                 },
-            ]
+            },
+        ]
+    }
+
+
+def _failed() -> dict[str, Any]:
+    texts = {name: {"type": "string", "description": text} for name, text in FAILURE_HEADERS.items()}
+    attempt = {"type": "integer", "minimum": 1, "description": "how many attempts there were"}
+    headers = {"type": "object", "properties": {topology.ATTEMPT: attempt, **texts}}
+    one = {"type": "array", "items": {"$ref": "#/components/schemas/Change"}, "minItems": 1, "maxItems": 1}
+    alone = "What could not be written travels alone, to the letter as it came; the headers say why"
+    return {
+        RETRIED: {"name": RETRIED, "summary": alone, "contentType": CONTENT_TYPE, "headers": headers, "payload": one},
+        DEAD: {
+            "name": DEAD,
+            "summary": alone,
+            "contentType": CONTENT_TYPE,
+            "headers": headers,
+            "payload": {"description": "Whatever it was that came: perhaps it cannot be read"},
         },
     }
 
 
-def _exchange(messages: dict[str, Any]) -> dict[str, Any]:
+def _exchange(events: dict[str, str]) -> dict[str, Any]:
     return {
         "address": topology.CHANGES,
-        "description": "Direct exchange; the routing key is the lane: critical, normal or background.",
-        "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in messages},
+        "description": f"Direct exchange; the routing key is the lane: {', '.join(Lane)}. Each message holds changes of"
+        f" one lane, 1 to {MAX_BATCH} of them, perhaps of several types.",
+        "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in (*events, FENCE)},
         "bindings": {
-            "amqp": {"is": "routingKey", "exchange": {"name": topology.CHANGES, "type": "direct", "durable": True}}
+            "amqp": {
+                "is": "routingKey",
+                "exchange": {"name": topology.CHANGES, "type": "direct", "durable": True, "autoDelete": False},
+                "bindingVersion": "0.3.0",
+            }
         },
     }
 
 
-def _queue(queue: topology.Queue) -> dict[str, Any]:
-    bound = f"Bound to {topology.CHANGES} by {', '.join(queue.bound_to)}." if queue.bound_to else "Bound to nothing."
-    arguments = ", ".join(f"{name}={value}" for name, value in sorted(queue.arguments.items()))
+def _queue(queue: Queue, held: list[str], settings: Settings) -> dict[str, Any]:
+    bound = f"Bound to {topology.CHANGES} by {', '.join(queue.bound_to)}." if queue.bound_to else ""
     return {
         "address": queue.name,
-        "description": f"{bound} {arguments}",
-        "bindings": {"amqp": {"is": "queue", "queue": {"name": queue.name, "durable": True}}},
+        "description": " ".join(part for part in (_purpose(queue, settings), bound) if part),
+        "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in held},
+        "bindings": {
+            "amqp": {
+                "is": "queue",
+                "queue": {"name": queue.name, "durable": True, "exclusive": False, "autoDelete": False},
+                "bindingVersion": "0.3.0",
+            }
+        },
+        "x-arguments": queue.arguments,
     }
+
+
+def _purpose(queue: Queue, settings: Settings) -> str:
+    if queue.name == topology.LOG:
+        return "Stream: everything, in the order in which the broker took it."
+    if queue.name == topology.REFERENCE_LOG:
+        return "Stream: the log without orders and payments."
+    if queue.name == topology.MIRROR_DEAD:
+        return "What the mirror writer could not read."
+    lane = next(lane for lane in Lane if queue.name.startswith(f"sync.postgres.{lane}."))
+    if queue.name == topology.dead_queue(lane):
+        return f"What no retry can mend, and what came to the end of the ladder, of the lane {lane}."
+    for step in settings.retry_steps_ms:
+        if queue.name == topology.retry_queue(lane, step):
+            return f"Rung of the retry ladder: after {step} ms back to {topology.lane_queue(lane)}."
+    return f"Lane {lane}: what is on its way to PostgreSQL."
+
+
+def _operations(settings: Settings) -> dict[str, Any]:
+    found = {
+        "record": _operation("send", "changes", "Orders, sync: mandatory, persistent, confirmed"),
+        "follow": _operation(
+            "receive", topology.LOG, "The sync worker brings them to the mirror, the notifier pushes them"
+        ),
+        "follow_reference": _operation(
+            "receive", topology.REFERENCE_LOG, "The orders service keeps its menus up to date"
+        ),
+        "bury_mirror": _operation("send", topology.MIRROR_DEAD, "The sync worker gives up: not readable"),
+    }
+    for lane in Lane:
+        found[f"write_{lane}"] = _operation(
+            "receive", topology.lane_queue(lane), "The sync worker writes them to PostgreSQL"
+        )
+        for step in settings.retry_steps_ms:
+            found[f"retry_{lane}_{step}ms"] = _operation(
+                "send", topology.retry_queue(lane, step), f"The sync worker tries again after {step} ms"
+            )
+        found[f"bury_{lane}"] = _operation("send", topology.dead_queue(lane), "The sync worker gives up")
+    return found
+
+
+def _operation(action: str, channel: str, summary: str) -> dict[str, Any]:
+    return {"action": action, "channel": {"$ref": f"#/channels/{channel}"}, "summary": summary}

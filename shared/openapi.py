@@ -1,37 +1,27 @@
-"""The OpenAPI 3.1 document of a service, out of the declarations of its routes, and the page that shows it.
-
-The page is Swagger UI from files of our own: nothing is loaded from elsewhere.
-"""
+"""The OpenAPI 3.1 document of a service, out of the declarations of its routes. `api_docs.py` shows it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from litestar import MediaType, Response, get
-from litestar.exceptions import NotFoundException
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from shared.api import Operation, View
 from shared.http import MAX_BODY_BYTES
+from shared.openapi_examples import example_of
 from shared.permissions import ACTIONS, PUBLIC
 
 _REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+):\w+\}")
-_FILES = {
-    "swagger-ui.css": "text/css",
-    "swagger-ui-bundle.js": "text/javascript",
-    "favicon-32x32.png": "image/png",
-}
 _ERRORS = {
     400: "The request cannot be read",
     401: "No token, or one that is not valid",
     403: "This role may not do it",
     404: "There is none, or it is another restaurant's",
     409: "Another change came first, or the present state forbids this one",
-    410: "Gone",
     413: f"More than {MAX_BODY_BYTES} bytes",
     422: "A field is wrong; `details.field` names it",
     429: "Too many requests; `Retry-After` says when",
@@ -39,41 +29,62 @@ _ERRORS = {
     503: "Not done, and nothing of it will appear; `Retry-After` says when",
     504: "Perhaps done: repeat with the same Idempotency-Key",
 }
-_HEADER_TEXTS = {
-    "Idempotency-Key": "A repeat with the same key is the same one, however often it is sent",
-    "If-Match": 'The version that is to be changed, such as "3"; otherwise 409',
-    "If-None-Match": "The version that is known already; answered with 304",
-    "Last-Event-ID": "The cursor of the last event that was seen",
-    "x-sync-token": "The shared secret of the other system",
+# Of each an answer as it may look: (code, message, details).
+_SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
+    400: ("bad_request", "the request cannot be read", {}),
+    401: ("token_expired", "the token has expired", {}),
+    403: ("forbidden", "the role customer may not do this", {"action": "orders.change"}),
+    404: ("not_found", "no such order", {}),
+    409: ("version_conflict", "another change came first", {"field": "If-Match", "version": 3}),
+    413: ("body_too_large", "Request Entity Too Large", {"field": "body", "max_bytes": MAX_BODY_BYTES}),
+    422: ("invalid_input", "Expected `int` >= 1", {"field": "items[0].quantity"}),
+    429: ("rate_limited", "too many requests of this restaurant", {"limit": 10_000}),
+    500: ("internal", "something went wrong on our side", {}),
+    503: ("unavailable", "changes wait until the mirror is warm", {}),
+    504: ("outcome_unknown", "perhaps it was recorded: repeat it with the same key", {}),
 }
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<link rel="icon" href="/api-docs/files/favicon-32x32.png">
-<link rel="stylesheet" href="/api-docs/files/swagger-ui.css">
-</head>
-<body>
-<div id="page"></div>
-<script src="/api-docs/files/swagger-ui-bundle.js"></script>
-<script src="/api-docs/files/start.js"></script>
-</body>
-</html>
-"""
-_START = """SwaggerUIBundle({
-  url: "/api-docs/openapi.json",
-  dom_id: "#page",
-  deepLinking: true,
-  persistAuthorization: true,
-  validatorUrl: null,
-});
-"""
-# Swagger UI sets styles of its own on elements, and carries its icons as data.
-_CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self';"
-    " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+_VERSION = "1.0.0"
+_SYNC = {
+    "type": "object",
+    "description": "How far it has come on its way to PostgreSQL",
+    "properties": {
+        "state": {"enum": ["pending", "synced", "failed"]},
+        "error": {"type": "string", "description": "failed: why"},
+        "attempts": {"type": "integer", "description": "failed: how many there were"},
+        "last_attempt": {"type": "string", "format": "date-time"},
+    },
+    "required": ["state"],
+    "examples": [{"state": "pending"}],
+}
+_OF_EVERY_ANSWER = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+_ANSWER_HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": {"schema": {"type": "string"}, "description": "As the request named it, or the trace id"},
+    "X-Trace-Id": {"schema": {"type": "string"}, "description": "What `ticketrail trace` asks for"},
+    "RateLimit-Limit": {"schema": {"type": "integer"}, "description": "Of the restaurant, or the address"},
+    "RateLimit-Remaining": {"schema": {"type": "integer"}, "description": "How many requests may follow at once"},
+    "RateLimit-Reset": {"schema": {"type": "integer"}, "description": "Seconds until all of them may"},
+    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"},
+    "ETag": {"schema": {"type": "string"}, "description": "The version, for If-Match and If-None-Match"},
+    "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "It was made before, by the same key"},
+}
+_HEADERS = {
+    "Idempotency-Key": (
+        "A repeat with the same key is the same one, however often it is sent",
+        {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
+    ),
+    "If-Match": (
+        'The version that is to be changed, such as "3"; otherwise 409',
+        {"type": "string", "pattern": '^([*]|(W/)?"?[1-9][0-9]{0,8}"?)$'},
+    ),
+    "If-None-Match": ("The version that is known already; answered with 304", {"type": "string"}),
+    "Last-Event-ID": (
+        "The cursor of the last event that was seen",
+        {"type": "string", "pattern": "^([0-9A-Za-z][0-9A-Za-z-]{0,63}-[0-9]{1,18}-[0-9]{1,6})?$"},
+    ),
+}
+# Headers that are secrets, beside the token: how they are called in the document.
+_SECRET_HEADERS = {"x-sync-token": "sync_token"}
 
 
 def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Operation]]:
@@ -86,33 +97,60 @@ def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Ope
     return sorted(found, key=lambda one: (one[1], one[0]))
 
 
-def document(title: str, version: str, description: str, handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
-    found = operations(handlers)
+class Api(Struct, frozen=True):
+    """What a service offers."""
+
+    title: str
+    description: str
+    handlers: Sequence[HTTPRouteHandler]
+
+
+def document(api: Api) -> dict[str, Any]:
+    found = operations(api.handlers)
     types = [type_ for _, _, operation in found for type_ in _types(operation)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip([id(type_) for type_ in types], schemas, strict=True))
     for component in components.values():
         component.get("properties", {}).pop("request_hash", None)
+    components |= {"Error": _error_schema(), "Sync": _SYNC}
+    # What creates an entity, which is at the shortest of its paths, says what one looks like.
+    made: dict[Any, Any] = {}
+    for _, _, operation in found:
+        if operation.status == 201:
+            made.setdefault(_made_of(operation), operation.example)
     paths: dict[str, dict[str, Any]] = {}
     for method, path, operation in found:
         paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = _operation(
-            method, path, operation, schema_of, components
+            method, path, operation, schema_of, components, operation.example or made.get(_made_of(operation))
         )
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": title,
-            "version": version,
-            "description": description,
+            "title": api.title,
+            "version": _VERSION,
+            "description": api.description,
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": _error_schema()},
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+            "schemas": components,
+            "headers": _ANSWER_HEADERS,
+            "responses": {_error_name(status): _error(status) for status in _ERRORS},
+            "securitySchemes": _security_schemes(found),
         },
     }
+
+
+def _made_of(operation: Operation) -> Any:
+    return operation.answer.entity.name if isinstance(operation.answer, View) else id(operation.answer)
+
+
+def _security_schemes(found: Iterable[tuple[str, str, Operation]]) -> dict[str, Any]:
+    schemes: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+    for name in sorted({name for _, _, operation in found for name in operation.headers if name in _SECRET_HEADERS}):
+        schemes[_SECRET_HEADERS[name]] = {"type": "apiKey", "in": "header", "name": name}
+    return schemes
 
 
 def _types(operation: Operation) -> list[Any]:
@@ -126,30 +164,34 @@ def _types(operation: Operation) -> list[Any]:
 
 
 def _operation(
-    method: str, path: str, operation: Operation, schema_of: Mapping[int, Any], components: Mapping[str, Any]
+    method: str,
+    path: str,
+    operation: Operation,
+    schema_of: Mapping[int, Any],
+    components: Mapping[str, Any],
+    hint: Any,
 ) -> dict[str, Any]:
+    """`hint`: an example of what is alike to its answer."""
     parameters: list[dict[str, Any]] = []
     for name in _PARAMETER.findall(path):
         type_ = operation.paths.get(name)
         schema = {"type": "string", "format": "uuid"} if type_ is None else schema_of[id(type_)]
-        parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
+        shown = example_of(schema, components, name=name)
+        parameters.append({"name": name, "in": "path", "required": True, "schema": schema, "example": shown})
     if operation.query is not None:
         parameters += _query_parameters(schema_of[id(operation.query)], components)
+    secrets = [_SECRET_HEADERS[header] for header in operation.headers if header in _SECRET_HEADERS]
     for header in operation.headers:
-        parameters.append(
-            {
-                "name": header,
-                "in": "header",
-                "required": False,
-                "description": _HEADER_TEXTS[header],
-                "schema": {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
-            }
-        )
+        if header not in _SECRET_HEADERS:
+            text, schema = _HEADERS[header]
+            parameters.append(
+                {"name": header, "in": "header", "required": False, "description": text, "schema": schema}
+            )
     found: dict[str, Any] = {
         "operationId": _name(method, path),
         "summary": operation.summary,
         "tags": [operation.tag],
-        "responses": _responses(method, operation, schema_of, bool(parameters)),
+        "responses": _responses(method, operation, schema_of, components, hint, bool(parameters)),
     }
     who = "" if operation.action == PUBLIC else f"For: {', '.join(sorted(ACTIONS[operation.action]))}."
     if text := " ".join(part for part in (operation.description, who) if part):
@@ -162,7 +204,9 @@ def _operation(
             content["examples"] = {"example": {"value": operation.example}}
         found["requestBody"] = {"required": True, "content": {"application/json": content}}
     if operation.action != PUBLIC:
-        found["security"] = [{"bearer": []}]
+        secrets.append("bearer")
+    if secrets:
+        found["security"] = [{name: [] for name in secrets}]
     return found
 
 
@@ -189,12 +233,21 @@ def _query_parameters(schema: Mapping[str, Any], components: Mapping[str, Any]) 
     return found
 
 
-def _responses(method: str, operation: Operation, schema_of: Mapping[int, Any], takes: bool) -> dict[str, Any]:
+def _responses(
+    method: str,
+    operation: Operation,
+    schema_of: Mapping[int, Any],
+    components: Mapping[str, Any],
+    hint: Any,
+    takes: bool,
+) -> dict[str, Any]:
     ok: dict[str, Any] = {"description": "Done", "headers": _headers(operation)}
     if operation.media_type != "application/json":
-        ok["content"] = {operation.media_type: {"schema": {"type": "string"}}}
-    elif operation.status != 204:
-        ok["content"] = {"application/json": {"schema": _envelope(operation, schema_of)}}
+        schema = {"type": "string"} if operation.answer is None else schema_of[id(operation.answer)]
+    else:
+        schema = _envelope(method, operation, schema_of, components)
+    shown = example_of(schema, components, {"data": [hint] if operation.many else hint})
+    ok["content"] = {operation.media_type: {"schema": schema, "examples": {"example": {"value": shown}}}}
     found: dict[str, Any] = {str(operation.status): ok}
     if operation.not_modified:
         found["304"] = {"description": "It is the version that is known"}
@@ -207,29 +260,48 @@ def _responses(method: str, operation: Operation, schema_of: Mapping[int, Any], 
         statuses.add(422)
     if isinstance(operation.answer, View) and method != "GET":
         statuses |= {409, 504}
-    for status in sorted(statuses):
-        error: dict[str, Any] = {
-            "description": _ERRORS[status],
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-        }
-        if status in (429, 503):
-            error["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"}}
-        found[str(status)] = error
+    return found | {
+        str(status): {"$ref": f"#/components/responses/{_error_name(status)}"} for status in sorted(statuses)
+    }
+
+
+def _error_name(status: int) -> str:
+    """405 -> "MethodNotAllowed"."""
+    return re.sub(r"\W", "", HTTPStatus(status).phrase.title())
+
+
+def _error(status: int) -> dict[str, Any]:
+    code, message, details = _SHOWN[status]
+    shown = {"message": message, "code": code, "details": details, "trace_id": _TRACE}
+    found: dict[str, Any] = {
+        "description": _ERRORS[status],
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format(name="Error")},
+                "examples": {"example": {"value": {"success": False, "error": shown}}},
+            }
+        },
+    }
+    names = [*_OF_EVERY_ANSWER, *(("Retry-After",) if status in (429, 503) else ())]
+    found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return found
 
 
 def _headers(operation: Operation) -> dict[str, Any]:
-    text = {"schema": {"type": "string"}}
-    found = {"X-Request-Id": text, "X-Trace-Id": text}
+    found = list(_OF_EVERY_ANSWER)
     if isinstance(operation.answer, View) and not operation.many:
-        found["ETag"] = {**text, "description": "The version"}  # type: ignore[dict-item]
-    return found
+        found.append("ETag")
+    if "Idempotency-Key" in operation.headers:
+        found.append("Idempotency-Replayed")
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in found}
 
 
-def _envelope(operation: Operation, schema_of: Mapping[int, Any]) -> dict[str, Any]:
+def _envelope(
+    method: str, operation: Operation, schema_of: Mapping[int, Any], components: Mapping[str, Any]
+) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if isinstance(operation.answer, View):
-        data = _view(operation.answer, schema_of, part=operation.many)
+        data = _view(operation.answer, schema_of, components, part=operation.many, written=method != "GET")
     elif operation.answer is not None:
         data = schema_of[id(operation.answer)]
     properties: dict[str, Any] = {"success": {"const": True}, "data": data}
@@ -246,28 +318,23 @@ def _envelope(operation: Operation, schema_of: Mapping[int, Any]) -> dict[str, A
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _view(view: View, schema_of: Mapping[int, Any], *, part: bool) -> dict[str, Any]:
+def _view(
+    view: View, schema_of: Mapping[int, Any], components: Mapping[str, Any], *, part: bool, written: bool
+) -> dict[str, Any]:
     """`part`: of lists, where `fields` may choose some."""
-    sync = {
-        "type": "object",
-        "properties": {"state": {"enum": ["pending", "synced", "failed"]}},
-        "required": ["state"],
-    }
-    more: dict[str, Any] = {
+    state = schema_of[id(view.entity.state)]
+    ours: dict[str, Any] = {
         "version": {"type": "integer", "minimum": 1},
-        "sync": sync,
-        "visible": {"type": "boolean", "description": "after a write: whether readers see it already"},
-        "durability": {"enum": ["broker", "journal"], "description": "after a write: what holds it"},
+        "sync": {"$ref": _REF.format(name="Sync")},
         **{name: schema_of[id(type_)] for name, type_ in view.more.items()},
     }
     if part:
-        return {
-            "type": "object",
-            "properties": {"id": {"type": "string", "format": "uuid"}, **more},
-            "required": ["id"],
-        }
-    ours = {"type": "object", "properties": more, "required": ["version", "sync"]}
-    return {"allOf": [schema_of[id(view.entity.state)], ours]}
+        whole = components[state["$ref"].rpartition("/")[2]]
+        return {"type": "object", "properties": {**whole["properties"], **ours}, "required": ["id"]}
+    if written:
+        ours["visible"] = {"type": "boolean", "description": "whether readers see it already"}
+        ours["durability"] = {"enum": ["broker", "journal"], "description": "what holds it"}
+    return {"allOf": [state, {"type": "object", "properties": ours, "required": ["version", "sync"]}]}
 
 
 def _error_schema() -> dict[str, Any]:
@@ -283,29 +350,3 @@ def _error_schema() -> dict[str, Any]:
         "properties": {"success": {"const": False}, "error": components["Error"]},
         "required": ["success", "error"],
     }
-
-
-def pages(title: str, description: str, handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
-    """`/api-docs` and `/api-docs/openapi.json`."""
-    encoded = msgspec.json.encode(document(title, "1.0.0", description, handlers))
-    page = _PAGE.format(title=title)
-
-    @get("/api-docs", sync_to_thread=False)
-    def show() -> Response[str]:
-        return Response(page, media_type=MediaType.HTML, headers={"Content-Security-Policy": _CSP})
-
-    @get("/api-docs/openapi.json", sync_to_thread=False)
-    def as_json() -> Response[bytes]:
-        return Response(encoded, media_type=MediaType.JSON)
-
-    @get("/api-docs/files/{name:str}", sync_to_thread=False)
-    def file(name: str) -> Response[bytes]:
-        if name == "start.js":
-            return Response(_START.encode(), media_type="text/javascript")
-        if name not in _FILES:
-            raise NotFoundException("no such file")
-        # Read when it is asked for: 2 MB that a service which nobody looks at need not hold.
-        content = (resources.files("swagger_ui") / "static" / name).read_bytes()
-        return Response(content, media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
-
-    return [show, as_json, file]

@@ -16,17 +16,17 @@ from msgspec import Struct
 
 from services.notifier.follower import Follower
 from services.notifier.hub import Hub
-from services.notifier.transports import TRANSPORTS
+from services.notifier.transports import API, TRANSPORTS
 from services.notifier.window import Window
+from shared.api_docs import pages
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, stop_event
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options, stop_event
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import LOG
 from shared.metrics import HttpMetrics, Metrics, PushMetrics
-from shared.openapi import pages
 from shared.rail.instance import number_of_traces
 from shared.security import Tokens
 from shared.settings import Settings
@@ -112,10 +112,11 @@ def create(settings: Settings | None = None) -> Outer:
 
     app = Litestar(
         route_handlers=[
+            *options(TRANSPORTS),
             *TRANSPORTS,
             *health(lambda: readiness(parts)),
             metrics_route(parts.metrics),
-            *pages("Ticketrail: notifier", "What terminals and browsers listen to.", TRANSPORTS),
+            *pages(API),
         ],
         dependencies={
             "hub": Provide(lambda: parts.hub, sync_to_thread=False),

@@ -11,7 +11,8 @@ from msgspec import Struct
 
 from shared.errors import InvalidInput
 
-_FORM = re.compile(r"([0-9A-Za-z][0-9A-Za-z-]{0,63})-([0-9]{1,18})-([0-9]{1,6})", re.ASCII)
+PATTERN = r"([0-9A-Za-z][0-9A-Za-z-]{0,63})-([0-9]{1,18})-([0-9]{1,6})"
+_FORM = re.compile(PATTERN, re.ASCII)
 
 
 class Position(NamedTuple):

@@ -19,12 +19,13 @@ from services.orders.commands import Commands
 from services.orders.insight import Insight
 from services.orders.menu import Menus
 from services.orders.reads import Reads
-from services.orders.routes import ROUTES
+from services.orders.routes import API
 from services.orders.shop import Shop
 from services.orders.sign_in import SignIn
+from shared.api_docs import pages
 from shared.entities.contract import now
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route
+from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
@@ -34,7 +35,6 @@ from shared.messaging.topology import CHANGES, REFERENCE_LOG
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
-from shared.openapi import pages
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
@@ -234,10 +234,11 @@ def create(settings: Settings | None = None) -> Outer:
 
     app = Litestar(
         route_handlers=[
-            *ROUTES,
+            *options(API.handlers),
+            *API.handlers,
             *health(lambda: readiness(parts)),
             metrics_route(parts.metrics),
-            *pages("Ticketrail: orders", "What client apps call.", ROUTES),
+            *pages(API),
         ],
         state=State({"shop": parts.shop}),
         middleware=[

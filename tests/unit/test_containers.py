@@ -155,6 +155,24 @@ def test_event_streams_are_not_buffered() -> None:
             assert int(found[1]) > 3 * heartbeat
 
 
+def test_every_services_document_has_a_way_out() -> None:
+    choice = re.search(r"map \$uri \$described \{\n\s+default \$orders;(.*?)\n    \}", GATEWAY, re.DOTALL)
+    of_others = re.search(r"location ~ (\S+) \{\n\s+proxy_pass \$described/api-docs\$document;", GATEWAY)
+    assert choice
+    assert of_others
+    rules = re.findall(r"~(\S+) (\$\w+);", choice[1])
+    for path in ("/api-docs", "/api-docs/openapi.json", "/api-docs/files/start.js"):
+        assert not [service for rule, service in rules if re.search(rule, path)]
+    for name, service in (("sync", "$sync_api"), ("notifier", "$notifier")):
+        for document in ("", "/", "/openapi.json"):
+            path = f"/api-docs/{name}{document}"
+            assert next(found for rule, found in rules if re.search(rule, path)) == service
+            asked = re.match(of_others[1].replace("?<", "?P<"), path)
+            assert asked
+            assert (asked["document"] or "") == document
+    assert dict(_locations())["/api-docs"].strip() == "proxy_pass $described;"
+
+
 def test_metrics_have_no_way_out() -> None:
     assert not [name for name, _ in _locations() if "metrics" in name]
     assert dict(_locations())["/"].strip() == "return 404;"

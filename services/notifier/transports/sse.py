@@ -9,13 +9,13 @@ The stream ends when the client leaves, when the hub ends it, and at shutdown; a
 """
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from litestar.types import ASGIApp, Receive, Scope, Send
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
-from services.notifier.cursor import Cursor, parse_cursor
-from services.notifier.events import PushEvent
+from services.notifier.cursor import PATTERN, Cursor, parse_cursor
+from services.notifier.events import KINDS, PushEvent
 from services.notifier.follower import Follower
 from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
@@ -59,12 +59,40 @@ FORM = Form(
 )
 
 
-class EventsQuery(Struct):
-    """Documents what may be asked; `interest_of` reads it."""
+_NAMES = "|".join(KINDS)
+_UUID = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 
-    order_id: str | None = field(default=None, name="orderID")
-    event_types: str | None = field(default=None, name="eventTypes")
-    last_event_id: str | None = field(default=None, name="lastEventId")
+
+class EventsQuery(Struct):
+    """Documents what may be asked; `interest_of` reads it. Empty is not given."""
+
+    order_id: Annotated[str, Meta(pattern=f"^({_UUID})?$")] | None = field(default=None, name="orderID")
+    event_types: (
+        Annotated[str, Meta(pattern=f"^(({_NAMES})(,({_NAMES}))*)?$", description="names with commas between")] | None
+    ) = field(default=None, name="eventTypes")
+    last_event_id: Annotated[str, Meta(pattern=f"^({PATTERN})?$")] | None = field(default=None, name="lastEventId")
+
+
+class StreamEvent(Struct):
+    """One event of the stream. `data` is JSON: of `connected` {"restaurantId", "cursor"}, of `resync` {"reason",
+    "cursor"}, of all others {"eventType", "data": the order, "orderID", "timestamp", "version", "traceId"}."""
+
+    id: Annotated[
+        str,
+        Meta(
+            pattern=f"^{PATTERN}$",
+            description="the cursor: Last-Event-ID goes on behind it",
+            examples=["48b877455f36-911-0"],
+        ),
+    ]
+    event: Annotated[str, Meta(extra_json_schema={"enum": ["connected", "resync", *KINDS]})]
+    data: Annotated[
+        str,
+        Meta(
+            extra_json_schema={"contentMediaType": "application/json"},
+            examples=['{"restaurantId":"7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11","cursor":"48b877455f36-911-0"}'],
+        ),
+    ]
 
 
 @endpoint(
@@ -75,6 +103,7 @@ class EventsQuery(Struct):
     summary="Follow what happens, as server-sent events",
     description="`connected` comes first, then an event for every change. `resync`: too much was missed, read anew.",
     query=EventsQuery,
+    answer=StreamEvent,
     media_type="text/event-stream",
     headers=("Last-Event-ID",),
     errors=(422,),
@@ -93,9 +122,8 @@ async def events(request: Call, hub: Hub, follower: Follower) -> ASGIApp:
 
 def _cursor(header: str | None, query: str | None) -> Cursor | None:
     """The header wins: a browser that reconnects repeats the query of its first request. Empty is not given."""
-    if header:
-        return parse_cursor(header, field="Last-Event-ID")
-    return parse_cursor(query, field="lastEventId") if query else None
+    asked = parse_cursor(query, field="lastEventId") if query else None
+    return parse_cursor(header, field="Last-Event-ID") if header else asked
 
 
 class _Stream:

@@ -1,0 +1,95 @@
+"""One run: a service's own document, a role, so many examples. The document is asked from the service itself."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tests.fuzz.ground import prepare
+from tests.system import ROOT, System
+
+# Names of what hooks.py, in the process of schemathesis, reads and writes.
+GROUND = "TICKETRAIL_FUZZ_GROUND"
+COUNTED = "TICKETRAIL_FUZZ_COUNTED"
+
+RUNS: list[tuple[str, str | None]] = [
+    ("orders", "admin"),
+    ("orders", "staff"),
+    ("orders", "customer"),
+    ("orders", None),
+    ("sync", "admin"),
+    ("sync", None),
+    ("notifier", "admin"),
+    ("notifier", "customer"),
+    ("notifier", None),
+]
+"""(service, role; None: without a token)"""
+
+
+def patient() -> dict[str, Any]:
+    """Settings of a system that lets itself be asked so often."""
+    return {"tries_per_account": 1_000_000, "tries_per_address": 1_000_000}
+
+
+class Outcome(Struct, frozen=True):
+    fine: bool
+    told: str
+    counted: dict[str, int]
+    """"POST /api/orders 201" -> how often."""
+
+    def reached(self, status: str) -> set[str]:
+        """The operations that were answered with a status such as `2`."""
+        return {label for label, _, found in (one.rpartition(" ") for one in self.counted) if found.startswith(status)}
+
+
+async def fuzz(system: System, service: str, role: str | None, *arguments: str) -> Outcome:
+    """`role` None: without a token. `arguments`: of `schemathesis run`."""
+    ground = await prepare(system)
+    folder = system.directory / f"fuzz-{service}-{role}"
+    folder.mkdir(exist_ok=True)
+    config, known, counted = folder / "schemathesis.toml", folder / "ground.json", folder / "counted.json"
+    config.write_text(_config(ground.tokens.get(role or ""), system.demo["sync_token"], service))
+    known.write_bytes(msgspec.json.encode(ground))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "--config-file",
+        str(config),
+        "run",
+        f"{system.urls[service]}/api-docs/openapi.json",
+        *arguments,
+        cwd=ROOT,
+        env={**os.environ, GROUND: str(known), COUNTED: str(counted)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    return Outcome(process.returncode == 0, out.decode(), json.loads(counted.read_text()) if counted.exists() else {})
+
+
+def _config(token: str | None, sync_token: str, service: str) -> str:
+    """TOML; the texts in it are JSON's, which TOML takes as well."""
+    lines = [
+        'hooks = "tests.fuzz.hooks"',
+        "continue-on-failure = true",
+        "request-timeout = 10",
+        "max-stream-events = 1",  # an event stream never ends: `connected` comes at once
+        "[cache]",
+        "enabled = false",
+        "[auth]",
+        "auto-signup = false",
+        "[checks]",
+        # What is well formed may still name what is not there, or break a rule that no schema can say.
+        'positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 403, 404, 409, 422, 429]',
+    ]
+    if token is not None:
+        lines += ["[auth.openapi.bearer]", f"bearer = {json.dumps(token)}"]
+    if service == "sync":
+        lines += ["[auth.openapi.sync_token]", f"api_key = {json.dumps(sync_token)}"]
+    return "\n".join(lines) + "\n"
