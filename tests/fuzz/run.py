@@ -78,7 +78,7 @@ def _config(token: str | None, sync_token: str, service: str) -> str:
     lines = [
         'hooks = "tests.fuzz.hooks"',
         "continue-on-failure = true",
-        "request-timeout = 10",
+        "request-timeout = 30",
         "max-stream-events = 1",  # an event stream never ends: `connected` comes at once
         "[cache]",
         "enabled = false",

@@ -545,7 +545,7 @@ def header_in(head: bytes, name: bytes) -> list[bytes]:
 PATHS: list[tuple[str, int]] = [("/api/orders?limit=1", 200), ("/api/orders?limit=x", 422), ("/no/such/path", 404)]
 
 
-@pytest.mark.parametrize("asked", ["order-4711", "a" * 128, "{!~}", str(uuid4())])
+@pytest.mark.parametrize("asked", ["order-4711", "a" * 128, "{!~}", "8873ec35-8c64-44ad-964d-29d824a653b8"])
 async def test_a_request_id_comes_back(system: System, asked: str) -> None:
     async with system.client() as client:
         for path, status in [*PATHS, ("/health/live", 200)]:
