@@ -115,7 +115,10 @@ async def test_only_an_admin_changes_the_menu(shop: Shop) -> None:
         ({"customizations": [{**SIZE, "options": []}]}, "customizations[0].options"),
         ({"customizations": [{**SIZE, "options": [{"name": "a"}, {"name": "a"}]}]}, "customizations[0].options"),
         ({"customizations": [{**SIZE, "options": [{"name": "a", "price": -5}]}]}, "customizations[0].options[0].price"),
-        ({"consumes": [{"inventory_item_id": "8ff4c1de-96a5-4c0a-8d57-5b3a3b6a1f10", "quantity": 1}]}, "consumes[0].inventory_item_id"),
+        (
+            {"consumes": [{"inventory_item_id": "8ff4c1de-96a5-4c0a-8d57-5b3a3b6a1f10", "quantity": 1}]},
+            "consumes[0].inventory_item_id",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -198,7 +198,9 @@ def test_a_secret_under_32_bytes_is_refused_outside_development() -> None:
         settings(jwt_secret=secrets.token_urlsafe(40)[:31], environment="production")
 
 
-@pytest.mark.parametrize("before", ["vnW-K5s0Y0XUdJw2d5dq7EvwhSlWuFA", "x" * 40, "change-me-to-at-least-thirty-two-bytes"])
+@pytest.mark.parametrize(
+    "before", ["vnW-K5s0Y0XUdJw2d5dq7EvwhSlWuFA", "x" * 40, "change-me-to-at-least-thirty-two-bytes"]
+)
 def test_so_is_a_weak_secret_that_signed_before(before: str) -> None:
     assert Tokens.of(settings(jwt_previous_key=before)).signs
     with pytest.raises(BadKey, match="TICKETRAIL_JWT_PREVIOUS_KEY"):
