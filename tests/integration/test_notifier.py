@@ -164,7 +164,8 @@ async def test_a_cursor_holds_across_a_restart_and_on_a_second_instance(rail: Ra
     await asyncio.to_thread(first.child.terminate, 10)
     second, third = await asyncio.gather(rail.notifier(), rail.notifier(instance=2))
     for notifier in (second, third):
-        async with notifier.screen(lastEventId="garbage that the header overrides", after=cursor) as screen:
+        # A browser that reconnects repeats the query of its first request: the header wins.
+        async with notifier.screen(lastEventId=seen[0].id, after=cursor) as screen:
             assert screen.events[0].data["cursor"] == cursor
             events = await screen.has(5)
             assert [event.data["orderID"] for event in events] == [change.entity_id for change in changes[3:8]]
