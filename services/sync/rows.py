@@ -18,6 +18,7 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import UUID
 
 import asyncpg
@@ -63,17 +64,20 @@ class Source(Struct, frozen=True):
     def digest(self) -> str:
         """Which source it is: for a file its content. Of a database the query, without the password in the URL."""
         if self.kind == "postgres":
-            host = self.name.rpartition("@")[2]
-            return hashlib.sha256(f"{host}|{self.query}".encode()).hexdigest()
+            return hashlib.sha256(f"{_without_password(self.name)}|{self.query}".encode()).hexdigest()
         with Path(self.name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def shown(self) -> str:
         """Without a password."""
-        if self.kind == "postgres":
-            return "postgres://" + self.name.rpartition("@")[2]
-        return self.name
+        return _without_password(self.name) if self.kind == "postgres" else self.name
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    options = [(key, value) for key, value in parse_qsl(parts.query) if "pass" not in key and key != "user"]
+    return urlunsplit(("postgres", parts.netloc.rpartition("@")[2], parts.path, urlencode(sorted(options)), ""))
 
 
 def source_of(name: str, query: str | None) -> Source:

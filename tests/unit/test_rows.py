@@ -223,7 +223,10 @@ def test_a_file_is_known_by_its_content_and_a_database_without_its_password(tmp_
     first = source_of("postgresql://me:first-password@host/db", "select 1")
     assert first.digest == source_of("postgresql://me:second@host/db", "select 1").digest
     assert first.digest != source_of("postgresql://me:second@host/db", "select 2").digest
-    assert "first-password" not in first.shown
+    assert first.shown == "postgres://host/db"
+    hidden = source_of("postgres://host:5433/?user=me&password=first-password&dbname=till", "select 1")
+    assert hidden.shown == "postgres://host:5433/?dbname=till"
+    assert hidden.digest != source_of("postgres://host:5433/?dbname=other", "select 1").digest
 
 
 def test_whole_numbers_of_a_query_stay_whole_whatever_their_type() -> None:
