@@ -5,7 +5,7 @@ comes. How far it has come, and what was refused, is noted in PostgreSQL after e
 what is interrupted goes on from there, and a block that is done again changes nothing. While a backend is away it
 waits, for a minute.
 
-It keeps in step with PostgreSQL, and rests: a block begins when the last one has come there and half as long again has
+It keeps in step with PostgreSQL, and rests: a block begins when the last one has come there and as long again has
 gone by. So what is under way of it is little at any moment, and new orders find the worker and the machine free; on one
 that is busy with them it rests longer.
 """
@@ -30,11 +30,11 @@ from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 
-# Measured by benchmarks/importing.py: with twice as much of each a new order took half as long again on a busy machine,
-# and the import was no faster. As many as are at once travel in one message, which makes each cheap.
+# Measured by benchmarks/importing.py on a machine that was busy otherwise: with twice as many of each a new order took
+# nearly twice as long, and the import was no faster. Those that are at once share a message, which makes each cheap.
 _BLOCK = 100
 _AT_ONCE = 32
-_REST = 0.5
+_REST = 1.0
 _IN_STEP_SECONDS = 2.0
 _PATIENCE_SECONDS = 60.0
 _SKIPPED_AT_ONCE = 1_000

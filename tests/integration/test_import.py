@@ -304,7 +304,7 @@ async def test_orders_of_another_postgresql(shop: Shop) -> None:
 
 
 async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_path: Path) -> None:
-    known = names(1_200)
+    known = names(700)
     lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
     source = jsonl(tmp_path / "orders.jsonl", lines)
     command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", shop.restaurant]
@@ -328,7 +328,7 @@ async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_
 
 @pytest.mark.parametrize("away", ["rabbitmq", "redis", "postgresql"])
 async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path: Path, away: str) -> None:
-    known = names(700)
+    known = names(450)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name, order_number="") for name in known])
     async with AsyncExitStack() as stack:
         links = {
@@ -365,7 +365,7 @@ async def _still(look: Callable[[], Any], seconds: float = 1.5) -> int:
 
 
 async def test_on_a_terminal_there_is_a_progress_bar(shop: Shop, tmp_path: Path) -> None:
-    known = names(250)
+    known = names(150)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name) for name in known])
     ours, theirs = pty.openpty()
     arguments = ["import", source, "--restaurant", shop.restaurant]
@@ -390,6 +390,6 @@ async def test_on_a_terminal_there_is_a_progress_bar(shop: Shop, tmp_path: Path)
     shown, (out, _) = await asyncio.gather(asyncio.to_thread(drain), process.communicate())
     os.close(ours)
     assert process.returncode == 0
-    assert out.decode().startswith("250 created, 0 updated, 0 unchanged, 0 refused, 0 done")
-    assert "250/250" in shown.decode()
+    assert out.decode().startswith("150 created, 0 updated, 0 unchanged, 0 refused, 0 done")
+    assert "150/150" in shown.decode()
     assert "━" in shown.decode()
