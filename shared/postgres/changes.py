@@ -25,7 +25,6 @@ from shared.entities import registry
 from shared.entities.contract import Change, Lane
 from shared.entities.entity import Column, Entity
 from shared.entities.signal import Signal
-from shared.postgres import retries
 from shared.postgres.pool import Connection
 
 Key = tuple[str, str]
@@ -173,15 +172,9 @@ def highest(written: Iterable[Written]) -> list[Written]:
 
 
 async def write_batch(
-    connection: Connection,
-    written: Sequence[Written],
-    fences: Sequence[Signal] = (),
-    *,
-    patience: float,
-    retried: Sequence[tuple[str, str]] = (),
+    connection: Connection, written: Sequence[Written], fences: Sequence[Signal] = (), *, patience: float
 ) -> Outcome:
     """Writes all or nothing. `patience`: seconds after which the server is to give up on a statement or a lock.
-    `retried`: those of them, as (restaurant, change), that come from the retry ladder.
 
     Give it less than the connection's own command timeout: then a slow statement ends as an answer of the server
     (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not answer at all.
@@ -198,8 +191,6 @@ async def write_batch(
         new, forks = await _write_changes(connection, written) if written else (0, 0)
         if fences:
             await _note_fences(connection, fences)
-        if retried:
-            await retries.forget(connection, retried)
     return Outcome(new, forks)
 
 
