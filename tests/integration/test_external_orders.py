@@ -290,7 +290,7 @@ async def links(system: System) -> AsyncIterator[dict[str, Link]]:
 
 
 @pytest.fixture(scope="module")
-async def lone(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.AsyncClient]:
+async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.AsyncClient]:
     """A second instance of the sync API."""
     (port,) = find_free(1)
     system.start(
@@ -313,6 +313,17 @@ async def lone(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.As
             yield client
         finally:
             await system.stop("lone-sync")
+
+
+@pytest.fixture
+async def lone(shop: Shop, second: httpx.AsyncClient) -> httpx.AsyncClient:
+    """Once it has got over what the test before did to its links."""
+
+    async def taken() -> int:
+        return (await second.post("/api/sync/order", json=body(shop))).status_code
+
+    await eventually(taken, what="the second instance takes orders", until=lambda status: status == 200)
+    return second
 
 
 async def test_while_rabbitmq_is_away_an_order_is_refused_and_absent(

@@ -12,6 +12,7 @@ import pytest
 import redis.asyncio
 from msgspec import structs
 
+from services.sync import full_sync
 from services.sync.cli_session import Session
 from services.sync.full_sync import Compared, Difference, FullSync
 from shared.entities import order as orders
@@ -176,8 +177,11 @@ async def test_an_order_that_left_the_window_or_is_about_to_is_not_missing(shop:
             assert comparing._difference(orders.ENTITY, stored, None) == what
 
 
-async def test_changes_under_way_are_not_taken_for_differences(shop: Shop, raw: Any) -> None:
+async def test_changes_under_way_are_not_taken_for_differences(
+    shop: Shop, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change may be in PostgreSQL a moment before it is revealed; and orders go on while it compares."""
+    monkeypatch.setattr(full_sync, "_UNDER_WAY", timedelta(seconds=1.5))
     (known,) = await place(shop)
     current = await raw.hgetall(doc(shop, known))
     await raw.delete(doc(shop, known))
@@ -196,6 +200,7 @@ async def test_changes_under_way_are_not_taken_for_differences(shop: Shop, raw: 
                 body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
                 placed.append(made(await staff.post("/api/orders", json=body))["id"])
                 expect(await staff.put(f"/api/orders/{placed[-1]}", json={"notes": "x"}))
+                await asyncio.sleep(0.02)
 
     going = asyncio.create_task(go_on())
     try:

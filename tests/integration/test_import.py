@@ -330,7 +330,7 @@ async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_
 
 @pytest.mark.parametrize("away", ["rabbitmq", "redis", "postgresql"])
 async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path: Path, away: str) -> None:
-    known = names(450)
+    known = names(320)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name, order_number="") for name in known])
     async with AsyncExitStack() as stack:
         links = {
@@ -355,7 +355,7 @@ async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path
     await all_there(shop, known)
 
 
-async def _still(look: Callable[[], Any], seconds: float = 1.5) -> int:
+async def _still(look: Callable[[], Any], seconds: float = 1.0) -> int:
     """What is seen when it has not moved for a while."""
     seen, since = -1, asyncio.get_running_loop().time()
     while asyncio.get_running_loop().time() - since < seconds:
