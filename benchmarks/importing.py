@@ -129,8 +129,8 @@ async def _beside(rig: Rig, plan: Plan, orders: Running, file: Path) -> Slice:
             await _load(rig, orders, sent, min(plan.seconds, 1.0))
             if not ended.done():
                 until, left = time.monotonic(), await watch.imported(file)
-        if (code := await ended) != 0:
-            raise RuntimeError(f"the import ended with {code}:\n{running.child.tail(30)}")
+        if await ended != 0:
+            raise RuntimeError(f"the import failed:\n{running.child.tail(30)}")
         found = await watch.latencies(lambda one: began <= one.due < until)
     finally:
         running.stop()

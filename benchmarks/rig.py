@@ -29,11 +29,11 @@ from redis import Redis
 
 from deploy.local import packages, servers
 from deploy.local.child import Child
-from deploy.local.management import ask
 from deploy.local.ports import find_free
 from shared.entities import menu_item
 from shared.entities.contract import Change, ChangeData, Lane, change_id, encode, now
 from shared.entities.menu_item import MenuItem
+from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror import keys
 from shared.postgres.changes import Written, write_batch

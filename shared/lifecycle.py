@@ -30,6 +30,18 @@ def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[N
     return task
 
 
+async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
+    """Cancels them and waits until they have ended. Again and again: a client library in the middle of a failure of its
+    own may turn a cancellation into that failure, and the loop goes on."""
+    for task in tasks:
+        task.cancel()
+    left = set(tasks)
+    while left:
+        _, left = await asyncio.wait(left, timeout=0.5)
+        for task in left:
+            task.cancel()
+
+
 def _end_process(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("task_broke", task=task.get_name(), error=f"{type(error).__name__}: {error}", exc_info=error)

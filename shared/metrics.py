@@ -148,6 +148,9 @@ class WriterMetrics:
             "ticketrail_retries", "Changes sent up the retry ladder, by attempt", "attempt"
         )
         self.dead = metrics.counter_by("ticketrail_dead", "Changes sent to a dead queue, by class of error", "reason")
+        self.letters = metrics.counter_by(
+            "ticketrail_dead_letters_kept", "Deaths kept as dead letters, by class of error", "reason"
+        )
 
 
 class PushMetrics:

@@ -9,7 +9,14 @@ _TEXTS = {
     "date-time": "2026-03-14T12:30:00Z",
     "date": "2026-03-14",
 }
-_TYPES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 
 
 def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: Any = None, name: str = "text") -> Any:

@@ -6,6 +6,7 @@ from shared.security import Role
 _ADMIN = frozenset({Role.ADMIN})
 _STAFF = frozenset({Role.ADMIN, Role.STAFF})
 _GUESTS = frozenset({Role.ADMIN, Role.STAFF, Role.CUSTOMER})
+_OPERATORS = frozenset({Role.OPERATOR})
 _ANYBODY = frozenset(Role)
 
 PUBLIC = "public"
@@ -36,6 +37,9 @@ ACTIONS: dict[str, frozenset[Role]] = {
     "deleted.read": _ADMIN,
     "sync.read": _STAFF,
     "events.follow": _GUESTS,
+    "dead_letters.read": frozenset({Role.OPERATOR, Role.ADMIN}),
+    "dead_letters.mend": _OPERATORS,
+    "ops.read": _OPERATORS,
 }
 
 

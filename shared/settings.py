@@ -7,14 +7,15 @@ result down. Durations end in `_seconds` or `_ms`, sizes in `_bytes`.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.weak_secrets import password_in, weakness
+from shared.weak_secrets import passwords_in, weakness
 
 _URLS_WITH_PASSWORDS = (
     "rabbitmq_url",
     "rabbitmq_management_url",
+    "rabbitmq_watcher_url",
     "redis_url",
     "database_url",
     "database_writer_url",
@@ -37,9 +38,20 @@ class Settings(BaseSettings):
     )
 
     # Backends. One URL per database role: `migrate` creates the roles with the passwords that stand here.
-    rabbitmq_url: str = "amqp://ticketrail:ticketrail@127.0.0.1:56720/"
-    rabbitmq_management_url: str = "http://ticketrail:ticketrail@127.0.0.1:56721"
-    redis_url: str = "redis://127.0.0.1:56379/0"
+    rabbitmq_url: str = Field(
+        "amqp://ticketrail:ticketrail@127.0.0.1:56720/",
+        description="or several with commas between, of the nodes of one cluster: the first that answers",
+    )
+    rabbitmq_management_url: str = Field(
+        "http://ticketrail:ticketrail@127.0.0.1:56721", description="for `migrate`, which makes the user of the next"
+    )
+    rabbitmq_watcher_url: str = Field(
+        "http://ticketrail_watcher:ticketrail@127.0.0.1:56721", description="of a user that may only look at queues"
+    )
+    redis_url: str = Field(
+        "redis://127.0.0.1:56379/0",
+        description="or several with commas between, of a primary and its replicas: the one that is the primary",
+    )
     database_url: str = "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail"
     database_writer_url: str = "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail"
     database_api_url: str = "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail"
@@ -99,6 +111,9 @@ class Settings(BaseSettings):
     claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
     reveal_seconds: PositiveFloat = 1.0
     journal_max_bytes: PositiveInt = 1 << 30
+    journal_reserve_bytes: NonNegativeInt = Field(
+        4 << 20, description="what the journal leaves free on its disk: to drain it takes room too"
+    )
     orphans_seconds: PositiveFloat = Field(
         5.0, description="how often journals are looked for whose own instance is not there (shared/rail/orphans.py)"
     )
@@ -138,9 +153,16 @@ class Settings(BaseSettings):
         description="how often, and after how long, what is pending is looked for behind lanes that are empty",
     )
     cleanup_seconds: PositiveFloat = Field(3_600.0, description="how often what is over is taken away")
+    dead_letter_retention_days: PositiveInt = Field(
+        30, description="how long a dead letter that is resolved or discarded is kept; an open one stays"
+    )
     pending_too_long_seconds: PositiveFloat = Field(
         10.0, description="after so long the reconciler asks PostgreSQL whether it has what the mirror calls pending"
     )
+
+    pending_warning: PositiveInt = Field(100, description="of a restaurant: when more changes are pending, it is told")
+    failed_warning: PositiveInt = Field(5, description="the same for those that have failed")
+    threshold_seconds: PositiveFloat = Field(10.0, description="how often the worker looks at both")
 
     # Traces (shared/tracing.py).
     trace_sample: float = Field(
@@ -178,8 +200,9 @@ class Settings(BaseSettings):
                 if wrong := weakness(getattr(self, name)):
                     raise ValueError(f"TICKETRAIL_{name.upper()} {wrong}")
             for name in _URLS_WITH_PASSWORDS:
-                if (url := getattr(self, name)) and (wrong := weakness(password_in(url))):
-                    raise ValueError(f"the password in TICKETRAIL_{name.upper()} {wrong}")
+                for password in passwords_in(url) if (url := getattr(self, name)) else ():
+                    if wrong := weakness(password):
+                        raise ValueError(f"the password in TICKETRAIL_{name.upper()} {wrong}")
         return self
 
     def numbered(self, instance: int) -> Self:

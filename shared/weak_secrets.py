@@ -2,6 +2,8 @@
 
 from urllib.parse import unquote, urlsplit
 
+from shared.host_urls import host_urls
+
 LEAST_LENGTH = 16
 LEAST_DIFFERENT = 8
 # Parts of examples, defaults and of what people type; in 43 random characters none of them turns up by chance.
@@ -37,6 +39,6 @@ def weakness(secret: str) -> str | None:
     return None
 
 
-def password_in(url: str) -> str:
-    """The password of a URL, decoded; empty when it has none."""
-    return unquote(urlsplit(url).password or "")
+def passwords_in(urls: str) -> list[str]:
+    """The password of a URL, or of each of several, decoded; empty where there is none."""
+    return [unquote(urlsplit(url).password or "") for url in host_urls(urls)]

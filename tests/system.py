@@ -17,8 +17,8 @@ import asyncpg
 import httpx
 
 from deploy.local.child import Child
-from deploy.local.management import ask
 from deploy.local.ports import find_free
+from shared.messaging.management import ask
 from tests.servers import Redis, Servers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +69,7 @@ class System:
             "notifier_port": self.ports["notifier"],
             "rabbitmq_url": self.rabbitmq_url,
             "rabbitmq_management_url": servers.rabbitmq.management_url,
+            "rabbitmq_watcher_url": servers.rabbitmq.management_url.replace("ticketrail:", "ticketrail_watcher:", 1),
             "redis_url": self.redis.url,
             "database_url": self.database_url("ticketrail_owner"),
             "database_writer_url": self.database_url("ticketrail_writer"),

@@ -50,7 +50,7 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
     def database(role: str) -> str:
         return f"postgresql://ticketrail_{role}:{PASSWORD}@127.0.0.1:{settings.postgres_port}/ticketrail"
 
-    management = f"http://ticketrail:{PASSWORD}@127.0.0.1:{settings.rabbitmq_management_port}"
+    management = f"{PASSWORD}@127.0.0.1:{settings.rabbitmq_management_port}"
     return dict(inherited) | {
         "TICKETRAIL_HOME": str(home),
         "TICKETRAIL_HOST": settings.host,
@@ -59,7 +59,8 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
         "TICKETRAIL_NOTIFIER_PORT": str(settings.notifier_port),
         "TICKETRAIL_WORKER_PORT": str(settings.worker_port),
         "TICKETRAIL_RABBITMQ_URL": f"amqp://ticketrail:{PASSWORD}@127.0.0.1:{settings.rabbitmq_port}/",
-        "TICKETRAIL_RABBITMQ_MANAGEMENT_URL": management,
+        "TICKETRAIL_RABBITMQ_MANAGEMENT_URL": f"http://ticketrail:{management}",
+        "TICKETRAIL_RABBITMQ_WATCHER_URL": f"http://ticketrail_watcher:{management}",
         "TICKETRAIL_REDIS_URL": f"redis://127.0.0.1:{settings.redis_port}/0",
         "TICKETRAIL_DATABASE_URL": database("owner"),
         "TICKETRAIL_DATABASE_WRITER_URL": database("writer"),

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from deploy.local import database
 from deploy.local.child import Child
-from deploy.local.management import ask
 from deploy.local.packages import Programs
 from deploy.local.ports import HOST, require_free
+from shared.messaging.management import ask
 
 PASSWORD = "ticketrail"  # noqa: S105  (local instances on 127.0.0.1, the same for everyone)
 

@@ -8,8 +8,9 @@
 | any other change of an order  | status_update  |                               |
 | any other entity              | none yet       |                               |
 
-`{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version", "traceId"}`; the data of a
-stage change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of subscribers.
+`{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version", "changeId", "traceId"}`;
+the data of a stage change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of
+subscribers. Of what a screen has been told of one order the largest (version, changeId) stands, as in every store.
 """
 
 from enum import IntEnum
@@ -130,6 +131,7 @@ def _rest(change: Change, data: dict[str, Any]) -> bytes:
             "orderID": change.entity_id,
             "timestamp": change.time,
             "version": change.entityversion,
+            "changeId": change.id,
             "traceId": trace_id_of(change.traceparent),
         }
     )

@@ -39,9 +39,10 @@ from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease
-from shared.rail.journal import Journal
+from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphans import Orphans
 from shared.rail.record import Recorder
+from shared.rail.set_aside import count_aside
 from shared.security import Tokens
 from shared.settings import Settings
 from shared.telemetry import configure_logging
@@ -67,7 +68,7 @@ class Parts(Struct, frozen=True):
     metrics: Metrics
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings, lease: Lease) -> Parts:
     tracer = Tracer("orders", settings)
     metrics = Metrics()
     rail_metrics = RailMetrics(metrics)
@@ -76,7 +77,13 @@ def assemble(settings: Settings) -> Parts:
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )
     publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
-    journal = Journal(settings.journal_path, instance=settings.instance_number, max_bytes=settings.journal_max_bytes)
+    journal = Journal(
+        settings.journal_path,
+        instance=settings.instance_number,
+        max_bytes=settings.journal_max_bytes,
+        reserve_bytes=settings.journal_reserve_bytes,
+        lease=lease,
+    )
     recorder = Recorder(
         publisher,
         journal,
@@ -143,6 +150,13 @@ def _watch(parts: Parts) -> None:
     watch = parts.metrics.watch
     watch("ticketrail_journal_entries", "Changes that wait in the journal", lambda: parts.journal.depth)
     watch("ticketrail_journal_bytes", "Their size", lambda: parts.journal.bytes)
+    watch("ticketrail_journal_open", "0 while the journal cannot be used", lambda: parts.journal.opened)
+    watch("ticketrail_journal_damaged", "Entries that are not whole, and are not sent", lambda: parts.journal.damaged)
+    watch(
+        "ticketrail_journal_files_aside",
+        "Damaged files of all journals in the folder, set aside and waiting for somebody to look",
+        lambda: count_aside(parts.settings.journal_folder),
+    )
     watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
     watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
     watch("ticketrail_fence_age_seconds", "Since the last fence in the log was sent", lambda: _fence_age(parts))
@@ -155,7 +169,11 @@ def _fence_age(parts: Parts) -> float:
 
 
 async def start(parts: Parts) -> None:
-    await parts.journal.open()
+    try:
+        await parts.journal.open()
+    except JournalBroken as error:
+        # The broker may take every order all the same; the journal is tried again when it is needed.
+        log.error("starting_without_journal", error=str(error))
     try:
         await parts.mirror.check()
     except MirrorMisconfigured:
@@ -204,7 +222,12 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
         "menus": parts.menus.loaded,
         "broker": parts.publisher.connected,
         "mirror": parts.mirror.available,
-        "journal": {"open": parts.journal.opened, "depth": parts.journal.depth},
+        "journal": {
+            "open": parts.journal.opened,
+            "depth": parts.journal.depth,
+            "damaged": parts.journal.damaged,
+            "set_aside": parts.journal.set_aside,
+        },
         "fence_age_seconds": age,
         "fences": "stale" if stale else "fresh",
     }
@@ -217,7 +240,7 @@ def create(settings: Settings | None = None) -> Outer:
     # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)
     settings = settings.numbered(lease.number)
-    parts = assemble(settings)
+    parts = assemble(settings, lease)
     _watch(parts)
 
     @asynccontextmanager

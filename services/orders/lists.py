@@ -1,18 +1,13 @@
 """What a list is asked for, and its cursor: an opaque text that names the last entity of the page before."""
 
-import base64
-import binascii
 from collections.abc import Iterable
-from datetime import datetime
 from typing import Any
 from uuid import UUID
-
-import msgspec
 
 from services.orders.reads import Page
 from services.orders.views import SYNCED, state_view, sync_of
 from shared.api import ListQuery
-from shared.entities.contract import in_range
+from shared.cursors import cursor_after, read_cursor
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import Forbidden, InvalidInput
@@ -82,24 +77,3 @@ def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozense
     for name in sorted(wanted - known):
         raise InvalidInput(f"no field {name!r}; there are {', '.join(sorted(known))}", field="fields")
     return frozenset({"id", *wanted})
-
-
-def cursor_after(at: datetime, id_: str) -> str:
-    return base64.urlsafe_b64encode(f"{at.isoformat()} {id_}".encode()).decode().rstrip("=")
-
-
-def read_cursor(text: str) -> tuple[datetime, str]:
-    """Raises InvalidInput."""
-    try:
-        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
-        at, _, id_ = raw.partition(" ")
-        return _aware(at), str(UUID(id_))
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise InvalidInput("not a cursor that this API has given", field="cursor", code="invalid_cursor") from error
-
-
-def _aware(text: str) -> datetime:
-    at = msgspec.convert(text, datetime, strict=False)
-    if at.tzinfo is None or not in_range(at):
-        raise ValueError("a time with its zone, between 1970 and 2200")
-    return at

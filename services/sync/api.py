@@ -8,11 +8,14 @@ from typing import Any
 
 import structlog
 from litestar import Litestar
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
+from services.sync import ops_routes
 from services.sync.external import ExternalOrder
+from services.sync.ops_routes import Operators
 from services.sync.status import SyncStatus, sync_status
 from services.sync.upserts import Upserts
 from shared.api import endpoint
@@ -50,6 +53,7 @@ class Parts(Struct, frozen=True):
     publisher: Publisher
     rail: Rail
     upserts: Upserts
+    operators: Operators
     tracer: Tracer
     metrics: Metrics
 
@@ -103,10 +107,10 @@ async def sync_order(request: Call, parts: Parts) -> ASGIApp:
     answer=SyncStatus,
 )
 async def status(request: Call, parts: Parts) -> ASGIApp:
-    return success(await sync_status(parts.postgres, parts.mirror, request.identity.tenant))
+    return success(await sync_status(parts.settings, parts.postgres, parts.mirror, request.identity.tenant))
 
 
-ROUTES = [status, sync_order]
+ROUTES = [status, sync_order, *ops_routes.ROUTES]
 API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
 
 
@@ -151,7 +155,8 @@ def assemble(settings: Settings) -> Parts:
         metrics=RailMetrics(metrics),
     )
     upserts = Upserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
-    return Parts(settings, postgres, mirror, publisher, rail, upserts, tracer, metrics)
+    operators = Operators.of(settings, postgres, mirror, rail)
+    return Parts(settings, postgres, mirror, publisher, rail, upserts, operators, tracer, metrics)
 
 
 def create(settings: Settings | None = None) -> Outer:
@@ -173,6 +178,7 @@ def create(settings: Settings | None = None) -> Outer:
         await parts.publisher.stop()
         await parts.mirror.close()
         await parts.postgres.close()
+        await parts.operators.ops.close()
         parts.tracer.close()
         lease.release()
         log.info("stopped")
@@ -185,6 +191,7 @@ def create(settings: Settings | None = None) -> Outer:
             metrics_route(parts.metrics),
             *pages(API),
         ],
+        state=State({"operators": parts.operators}),
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
         middleware=[
             gate(

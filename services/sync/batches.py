@@ -10,6 +10,7 @@ from services.sync.retry import Failed, alone
 from shared.entities import registry
 from shared.entities.contract import Change, Lane, decode_change, now, split_batch
 from shared.entities.signal import FENCE, Signal, signal_in
+from shared.messaging import topology
 from shared.postgres.changes import Written
 
 
@@ -24,11 +25,21 @@ class Taken(Struct, frozen=True):
     """One change, with what is needed to send it on alone."""
 
     event: bytes
-    headers: Mapping[str, Any]
+    message: Message
     written: Written
 
+    @property
+    def retried(self) -> bool:
+        """It has been on the retry ladder."""
+        return topology.ATTEMPT in self.message.headers
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """(restaurant, change)"""
+        return (self.written.change.restaurantid, self.written.change.id)
+
     def failed(self, failure: Failure) -> Failed:
-        return Failed(alone(self.event), self.headers, failure, now(), self.written.change)
+        return Failed(alone(self.event), self.message.headers, failure, now(), self.written.change, self.message)
 
 
 class Batch(Struct):
@@ -50,7 +61,7 @@ def sort_out(lane: Lane, messages: Iterable[Message]) -> Batch:
         try:
             events = split_batch(message.body)
         except Exception as error:  # noqa: BLE001  (whatever it is, it goes where failures go)
-            batch.failed.append(Failed(message.body, message.headers, classify(error), now()))
+            batch.failed.append(Failed(message.body, message.headers, classify(error), now(), None, message))
             continue
         for event in events:
             change: Change | None = None
@@ -61,7 +72,7 @@ def sort_out(lane: Lane, messages: Iterable[Message]) -> Batch:
                     continue
                 change = decode_change(event)
                 entity, state = registry.read(change)
-                batch.changes.append(Taken(event, message.headers, Written(lane, entity, change, state)))
+                batch.changes.append(Taken(event, message, Written(lane, entity, change, state)))
             except Exception as error:  # noqa: BLE001  (the same)
-                batch.failed.append(Failed(alone(event), message.headers, classify(error), now(), change))
+                batch.failed.append(Failed(alone(event), message.headers, classify(error), now(), change, message))
     return batch

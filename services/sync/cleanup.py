@@ -1,6 +1,6 @@
 """Takes away what nobody needs any more: refresh tokens and sessions that are over, how far an import came that nobody
-went on with for a month, and traces that are old. Orders and changes stay for ever. Harmless when done twice, or by two
-at once."""
+went on with for a month, dead letters closed and replays ended long ago, and traces that are old. Orders and changes
+stay for ever, and so do dead letters that are open. Harmless when done twice, or by two at once."""
 
 import asyncio
 import time
@@ -8,6 +8,7 @@ import time
 import structlog
 
 from shared.lifecycle import vital_task
+from shared.postgres import dead_letters, replay_steps
 from shared.postgres.pool import AWAY, Postgres
 from shared.settings import Settings
 
@@ -54,9 +55,14 @@ class Cleanup:
         async with self._postgres.connection() as connection:
             tokens = [await connection.execute(statement) for statement in (_TOKENS, _REVOKED)]
             imports = await connection.execute(_IMPORTS)
+            days = self._settings.dead_letter_retention_days
+            letters = await dead_letters.remove_closed(connection, days)
+            replays = await replay_steps.remove_old(connection, days)
         return {
             "tokens": sum(_rows(status) for status in tokens),
             "imports": _rows(imports),
+            "dead_letters": letters,
+            "replays": replays,
             "trace_files": await asyncio.to_thread(self._old_traces),
         }
 

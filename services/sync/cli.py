@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from services.sync import cli_data, cli_users, status_screen, waterfall
+from services.sync import cli_data, cli_dlq, cli_from_log, cli_journal, cli_ledger, cli_users, status_screen, waterfall
 from services.sync.cli_session import Session, run
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
@@ -22,6 +22,7 @@ from shared import asyncapi
 from shared.entities.contract import encode
 from shared.messaging import declare
 from shared.messaging.log import LogReader
+from shared.messaging.management import make_watcher
 from shared.messaging.publisher import BROKEN_LINK
 from shared.postgres.migrate import migrate, present_epoch
 from shared.security import Identity, Role, Tokens
@@ -71,6 +72,13 @@ async def _migrate(settings: Settings) -> None:
         finally:
             await database.close()
     click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
+    if settings.rabbitmq_management_url:
+        try:
+            await asyncio.to_thread(
+                make_watcher, settings.rabbitmq_management_url, settings.rabbitmq_watcher_url, settings.rabbitmq_url
+            )
+        except OSError as error:  # operators then see depths alone, by AMQP
+            click.echo(f"the management API does not answer, its watcher was not made: {error}", err=True)
 
 
 async def _carried_by(reader: LogReader) -> str | None:
@@ -195,7 +203,14 @@ def asyncapi_command() -> None:
     click.echo(json.dumps(asyncapi.document(Settings()), indent=2, ensure_ascii=False))
 
 
-for command in (*cli_data.COMMANDS, *cli_users.COMMANDS):
+for command in (
+    *cli_data.COMMANDS,
+    *cli_dlq.COMMANDS,
+    *cli_from_log.COMMANDS,
+    *cli_journal.COMMANDS,
+    *cli_ledger.COMMANDS,
+    *cli_users.COMMANDS,
+):
     main.add_command(command)
 
 

@@ -11,6 +11,7 @@ the statement is slow; a TimeoutError of ours means that not even that answer ca
 What we do not know is our own bug: it goes up the ladder, and dies there with its name, never silently.
 """
 
+import hashlib
 from enum import StrEnum
 
 import asyncpg
@@ -19,7 +20,10 @@ from msgspec import Struct
 from shared.entities.contract import BrokenContract
 from shared.postgres.pool import AWAY
 
+UNKNOWN_PLACE = "unknown"
 _LONGEST_ERROR = 500
+_OURS = ("services.", "shared.")
+_BROKEN = BrokenContract.__name__
 
 # SQLSTATE classes and codes, https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest match counts.
 _BY_SQLSTATE = {
@@ -53,26 +57,54 @@ class Failure(Struct, frozen=True):
     """Stable: dead letters are grouped by it."""
     error: str
     """For people; short."""
+    place: str = UNKNOWN_PLACE
+    """Where in our code: `module:function`."""
     timed_out: bool = False
     """The server gave up waiting, for a lock or for itself: if nothing else gets through either, it is the server."""
 
 
 def classify(error: Exception) -> Failure:
-    text = describe(error)
+    text, place = describe(error), place_of(error)
     if isinstance(error, BrokenContract):
-        return Failure(Kind.POISON, error.reason, text)
+        return Failure(Kind.POISON, error.reason, text, place)
     if isinstance(error, asyncpg.PostgresError):
         sqlstate = error.sqlstate or ""
         for length in (5, 2):
             if kind := _BY_SQLSTATE.get(sqlstate[:length]):
                 reason = {"away": "postgres_away", "transient": "transient", "poison": "refused_by_postgres"}[kind]
-                return Failure(Kind(kind), reason, text, timed_out=sqlstate in ("57014", "55P03"))
+                return Failure(Kind(kind), reason, text, place, timed_out=sqlstate in ("57014", "55P03"))
     if isinstance(error, AWAY):
-        return Failure(Kind.AWAY, "postgres_away", text)
-    return Failure(Kind.TRANSIENT, "unexpected", text)
+        return Failure(Kind.AWAY, "postgres_away", text, place)
+    return Failure(Kind.TRANSIENT, "unexpected", text, place)
+
+
+def place_of(error: BaseException) -> str:
+    """The last frame of our own code in its traceback, such as `shared.entities.entity:decode`: without line numbers,
+    so that a failure has the same place after the next edit of the file."""
+    place, step = UNKNOWN_PLACE, error.__traceback__
+    while step is not None:
+        module = step.tb_frame.f_globals.get("__name__", "")
+        if module.startswith(_OURS) and not step.tb_frame.f_code.co_name.startswith("<"):
+            place = f"{module}:{step.tb_frame.f_code.co_name}"
+        step = step.tb_next
+    return place
+
+
+def fingerprint(reason: str, error: str, place: str) -> str:
+    """What dead letters are grouped by. Of the error (`describe`) only its type counts: messages name ids."""
+    kind = error.partition(":")[0].strip()
+    # One type for all that breaks the contract: there the reason says which.
+    named = reason if kind == _BROKEN else kind
+    return hashlib.sha256(f"{reason}|{named}|{place}".encode(errors="replace")).hexdigest()[:12]
 
 
 def describe(error: Exception) -> str:
     """Type and message, in a form that fits a header whatever it is made of."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text[:_LONGEST_ERROR].encode(errors="replace").decode().replace("\x00", "�")
+    return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _LONGEST_ERROR)
+
+
+def clip(text: str, most: int) -> str:
+    """So much of it, as text that UTF-8 and PostgreSQL can hold."""
+    if len(text) <= most and text.isascii() and "\x00" not in text:
+        return text
+    return text[:most].encode(errors="replace").decode().replace("\x00", "�")

@@ -1,13 +1,14 @@
 """Taking messages from a lane: one FastStream subscriber on a connection and a channel of its own.
 
 Guarantee: every message that the broker delivers is handed out by `take`, and leaves its queue by `settle` alone. A
-lost connection is renewed by itself; what was taken over it can no longer be settled, is forgotten, and comes again.
-`close` gives everything back that was not settled.
+lost connection is renewed by itself, to the next node of the cluster where there are several; what was taken over it
+can no longer be settled, is forgotten, and comes again. `close` gives everything back that was not settled.
 
 Traps that shaped it: each delivery is a task of its own, so that the handler does nothing but enqueue, and "all up to
 this one" may be acknowledged only when all up to this one were written (`Tags`). FastStream drops deliveries, and
 leaves them unsettled for ever, that arrive before it marks its subscriber as running, which it does after subscribing.
-A second subscriber of a queue on the same broker object silently shares the first one's channel: each has its own.
+A second subscriber of a queue on the same broker object silently shares the first one's channel: each has its own. The
+connection that FastStream makes renews itself to the same node alone: so a loss is answered with a new broker object.
 """
 
 import asyncio
@@ -27,6 +28,8 @@ from services.sync.fences import FenceWatch
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
 from shared.entities.signal import FENCE, signal_in
+from shared.lifecycle import vital_task
+from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import lane_queue
 from shared.settings import Settings
@@ -83,12 +86,9 @@ class _Raw:
 
 
 class _Link:
-    """One connection, through its losses. Each broker object has its own: a late callback tells of its own alone."""
+    """One connection. Each broker object has its own: a late callback tells of its own alone."""
 
     def __init__(self) -> None:
-        self.up = True
-
-    def found(self) -> None:
         self.up = True
 
 
@@ -100,7 +100,9 @@ class Intake:
         self._arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._tags: dict[AbstractChannel, Tags] = {}
         self._broker: RabbitBroker | None = None
+        self._hosts = Hosts(settings.rabbitmq_url)
         self._link = _Link()
+        self._reopening: asyncio.Task[None] | None = None
         self._ending = False
         self._held: set[Delivery] = set()
 
@@ -121,15 +123,28 @@ class Intake:
             try:
                 async with asyncio.timeout(_OPEN_WITHIN):
                     await broker.start()
+                if not self._link.up:
+                    raise ConnectionError("lost as soon as it stood")
                 self._broker = broker
                 if self._ending:
                     await self.end()
                 return
-            except BROKEN_LINK as error:
+            except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client: it is tried again)
                 attempt += 1
                 log.warning("lane_away", lane=self.lane, error=describe(error), attempt=attempt)
                 await self._stop(broker)
+            except asyncio.CancelledError:
+                await self._stop(broker)
+                raise
+            self._hosts.turn()
             await asyncio.sleep(backoff(attempt))
+
+    async def _reopen(self) -> None:
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await self._stop(broker)
+        self._hosts.turn()
+        await self.open()
 
     async def take(self) -> list[Delivery]:
         """At least one message, then what comes until the batch is large enough or its wait is over. Empty: ended."""
@@ -184,6 +199,11 @@ class Intake:
 
     async def close(self) -> None:
         """Lets go of everything that is not settled. `open` may follow. May be called twice, or before `open`."""
+        reopening, self._reopening = self._reopening, None
+        if reopening is not None:
+            reopening.cancel()
+            # Bounded: a handshake that is cancelled half-way may wait for a peer that is frozen.
+            await asyncio.wait([reopening], timeout=_CLOSE_WITHIN)
         broker, self._broker = self._broker, None
         if broker is not None:
             await self._stop(broker)
@@ -197,15 +217,13 @@ class Intake:
     def _make(self) -> RabbitBroker:
         link = self._link = _Link()
         broker = RabbitBroker(
-            self._settings.rabbitmq_url,
+            self._hosts.url,
             default_channel=Channel(prefetch_count=1),
             apply_types=False,
             logger=None,
             graceful_timeout=_CLOSE_WITHIN,
             timeout=5.0,
-            reconnect_interval=0.5,
             on_close=(lambda *_: self._lost(link),),
-            on_reconnected=(lambda *_: link.found(),),
         )
         subscriber = broker.subscriber(
             RabbitQueue(lane_queue(self.lane), declare=False, durable=True),
@@ -232,8 +250,13 @@ class Intake:
                     self._watch.arrived(self.lane, signal.time)
 
     def _lost(self, link: "_Link") -> None:
+        if not link.up:
+            return
         link.up = False
         self._held = {delivery for delivery in self._held if delivery.ours}
+        if link is self._link and self._broker is not None and not self._ending:
+            log.info("lane_lost", lane=self.lane)
+            self._reopening = vital_task(self._reopen(), name=f"lane-{self.lane}-reopen")
 
     async def _stop(self, broker: RabbitBroker) -> None:
         try:

@@ -28,7 +28,9 @@ import structlog
 from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
+from services.sync.failures import classify
 from services.sync.fences import FenceWatch
+from services.sync.retry import Failed, headers_for, patience
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import (
@@ -43,7 +45,7 @@ from shared.entities.contract import (
     split_batch,
 )
 from shared.entities.entity import Entity
-from shared.lifecycle import vital_task
+from shared.lifecycle import end_tasks, vital_task
 from shared.messaging.log import Batch, Entry, LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
@@ -126,8 +128,7 @@ class MirrorWriter:
         """May be called twice, and without a start."""
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_tasks(task)
 
     async def _run(self) -> None:
         while True:
@@ -269,6 +270,25 @@ class MirrorWriter:
                     found.append(_stored(one.entity, stored))
         return found
 
+    async def would_apply(self, event: bytes) -> bool:
+        """False: the mirror has this change, or a later one. Raises MirrorAway, MirrorInDoubt."""
+        seen = outline(event)
+        return seen is not None and bool(await self._mirror.lacks([seen]))
+
+    async def apply_anew(self, event: bytes) -> None:
+        """A change that could not be applied when its turn came. Raises BrokenContract, MirrorAway, MirrorInDoubt, one
+        of AWAY."""
+        change = decode_change(event)
+        entity, state = registry.read(change)
+        one = Apply(entity, state, change.standing, bytes(change.data.after), change.time, "late")
+        if await self._mirror.apply([one]):
+            await self._mirror.apply(await self._from_postgres([one]))
+        # PostgreSQL had it when there was nothing here to settle.
+        async with self._postgres.connection() as connection:
+            found = await states.standings(connection, entity, change.restaurantid, [change.entity_id])
+        if found:
+            await self._mirror.settle(change.restaurantid, entity.name, list(found.items()))
+
     async def _split(self, batch: Batch) -> list[_Logged]:
         found = []
         for entry in batch.entries:
@@ -306,17 +326,14 @@ class MirrorWriter:
         return readable
 
     async def _dead(self, entry: Entry, body: bytes, error: BrokenContract) -> None:
-        headers: dict[str, int | str] = {
-            "ticketrail-reason": error.reason,
-            "ticketrail-error": str(error)[:500],
-            "ticketrail-lane": entry.lane,
-            "ticketrail-log-offset": entry.offset,
-            "ticketrail-failed-at": now().isoformat(),
-        }
+        failed = Failed(body, {}, classify(error), now())
+        headers = {**headers_for(failed, entry.lane), "ticketrail-log-offset": entry.offset}
         log.error("mirror_dead_letter", reason=error.reason, error=str(error), offset=entry.offset)
         while True:
             try:
-                return await self._publisher.publish_to_queue(MIRROR_DEAD, body, headers=headers)
+                return await self._publisher.publish_to_queue(
+                    MIRROR_DEAD, body, headers=headers, timeout=patience(len(body))
+                )
             except (NotSent, InDoubt) as away:
                 log.warning("mirror_dead_letter_waits", error=str(away))
                 await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)

@@ -4,7 +4,12 @@ Guarantee: a message is acknowledged only when every change in it is committed, 
 retry queue or in the dead queue. One that is acknowledged too late comes again, and writing it again changes nothing.
 Order is not kept and does not matter: several consumers share each lane, and the guard decides which state stands.
 
-    take ─► sort out ─► write ─► send on what failed ─► acknowledge ─► tell the mirror
+    take ─► sort out ─┬─► write ───────────────┬─► acknowledge ─► tell the mirror
+                      └─► send on what failed ─┘
+
+What failed is sent on beside the writing, and the next batch does not wait for its confirms. A message is acknowledged
+when both are done with it. Many dead ones at once are kept as letters without the detour through their queue, which
+costs as much for each as a dozen good ones: of a flood of bad changes the good ones must hear little.
 
 PostgreSQL away: batches are held (`store`), and the prefetch bounds what waits here. After `sink_away_seconds` the
 consumers let go of their messages, and subscribe again when it answers. RabbitMQ away: connections are renewed
@@ -16,6 +21,7 @@ because PostgreSQL is away for instance, goes back to its queue.
 
 import asyncio
 import time
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
@@ -23,14 +29,17 @@ import structlog
 
 from services.sync.batch_spans import trace_batch
 from services.sync.batches import Batch, sort_out
+from services.sync.failures import describe
 from services.sync.fences import FenceWatch
 from services.sync.intake import Delivery, Intake
-from services.sync.retry import Ladder
+from services.sync.letters import letters_of
+from services.sync.retry import Failed, Ladder, headers_for
 from services.sync.settlement import Settled, Settlement
 from services.sync.store import SinkGone, Store
 from shared.entities.contract import Lane, now
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import Publisher
+from shared.messaging.topology import dead_queue
 from shared.metrics import WriterMetrics
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -39,6 +48,8 @@ from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
+_MANY = 8  # failures in one batch
+_TOGETHER = 0.2
 _FINISH_WITHIN = 6.5  # of the 10 seconds that a stop may take; closing has its own bounds
 
 
@@ -62,6 +73,12 @@ class Batcher:
         self.intake = Intake(settings, lane, watch)
         self.store = Store(postgres, settings)
         self._ladder = Ladder(publisher, settings.retry_steps_ms, metrics)
+        self._owed: Counter[Delivery] = Counter()
+        """What must still be done with each message before it may be acknowledged."""
+        self._sending: set[asyncio.Task[None]] = set()
+        self._settling = asyncio.Lock()
+        self._broken = asyncio.Event()
+        """Sending on has failed: everything is given back, and taken anew."""
         self._watch = watch
         self._settlement = settlement
         self.written = 0
@@ -71,34 +88,120 @@ class Batcher:
 
     async def run(self) -> None:
         """Returns after `intake.end`, when everything that was taken is settled."""
-        await self.intake.open()
-        while taken := await self.intake.take():
-            try:
-                await self._handle(taken)
-                continue
-            except SinkGone as error:
-                log.warning("lane_let_go", lane=self.lane, error=str(error))
-            except Exception:
-                # A bug of ours outside the writing of a change. The messages come again; if that does not help, the
-                # delivery limit takes them to the dead queue.
-                log.exception("batch_failed", lane=self.lane, messages=len(taken))
-            await self.intake.close()
-            await self.store.wait_for_an_answer()
+        try:
             await self.intake.open()
+            while True:
+                try:
+                    taken = await self._take()
+                    if taken:
+                        await self._handle(taken)
+                    elif not self._broken.is_set():
+                        break
+                except SinkGone as error:
+                    log.warning("lane_let_go", lane=self.lane, error=str(error))
+                    self._broken.set()
+                except Exception:
+                    # A bug of ours outside the writing of a change. The messages come again; if that does not help,
+                    # the delivery limit takes them to the dead queue.
+                    log.exception("batch_failed", lane=self.lane)
+                    self._broken.set()
+                if self._broken.is_set():
+                    await self._begin_anew()
+            await self._all_sent()
+        finally:
+            for task in self._sending:
+                task.cancel()
+
+    async def _take(self) -> list[Delivery]:
+        """As `intake.take`; nothing, with `_broken` set, when sending on has failed meanwhile."""
+        taking = asyncio.ensure_future(self.intake.take())
+        broken = asyncio.ensure_future(self._broken.wait())
+        try:
+            await asyncio.wait({taking, broken}, return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else []
+        finally:
+            taking.cancel()
+            broken.cancel()
+
+    async def _begin_anew(self) -> None:
+        await self.intake.close()  # the broker delivers all of it again
+        await self._all_sent()
+        self._owed.clear()
+        self._broken.clear()
+        await self.store.wait_for_an_answer()
+        await self.intake.open()
+
+    async def _all_sent(self) -> None:
+        while self._sending:
+            await asyncio.wait(self._sending)
+
+    def _send_on(self, failed: list[Failed]) -> "asyncio.Task[None]":
+        """In the background. Their messages owe it from now on."""
+        owing: list[Delivery] = list({one.message: None for one in failed})  # type: ignore[misc]
+        self._owed.update(owing)
+        task = asyncio.create_task(self._send(failed, owing), name=f"failed-{self.lane}")
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+        return task
+
+    async def _send(self, failed: list[Failed], owing: list[Delivery]) -> None:
+        def ours() -> bool:
+            return any(delivery.ours for delivery in owing)
+
+        try:
+            left = await self._keep(failed) if len(failed) > _MANY else failed
+            if climbing := await self._ladder.send(left, self.lane, ours=ours):
+                await self.store.note_retries(climbing)
+            await self._done(owing)
+        except Exception as error:
+            log.exception("failed_changes_not_sent", lane=self.lane, changes=len(failed), error=describe(error))
+            self._broken.set()
+
+    async def _keep(self, failed: list[Failed]) -> list[Failed]:
+        """The dead ones among many, as their keeper would; returns those that must be sent."""
+        dead = [one for one in failed if self._ladder.is_dead(one, self.lane)]
+        queue, lane = dead_queue(self.lane), self.lane
+        letters = [
+            letter for one in dead for letter in letters_of(queue, lane, one.body, headers_for(one, lane), one.at)
+        ]
+        news = await self.store.keep_dead(letters) if letters else None
+        if news is None:
+            return failed
+        for reason, count in Counter(letter.reason for letter in news).items():
+            self._metrics.letters.inc(reason, count)
+        for (reason, error), count in Counter((one.failure.reason, one.failure.error) for one in dead).items():
+            self._metrics.dead.inc(reason, count)
+            log.warning("changes_failed", queue=queue, reason=reason, error=error, changes=count)
+        gone = set(map(id, dead))
+        return [one for one in failed if id(one) not in gone]
+
+    async def _done(self, deliveries: list[Delivery]) -> None:
+        """Acknowledges those that owe nothing more."""
+        ready = []
+        for delivery in deliveries:
+            self._owed[delivery] -= 1
+            if self._owed[delivery] <= 0:
+                del self._owed[delivery]
+                ready.append(delivery)
+        if ready:
+            # One after the other: what one acknowledges with all before it, another must not acknowledge again.
+            async with self._settling:
+                await self.intake.settle(ready)
 
     async def _handle(self, taken: list[Delivery]) -> None:
         began = time.time_ns()
         batch = sort_out(self.lane, taken)
+        self._owed.update(taken)
+        sending = self._send_on(batch.failed) if batch.failed else None
         refused = await self.store.write(batch)
         ended = time.time_ns()
         failed = [*batch.failed, *refused]
-        if failed:
-
-            def ours() -> bool:
-                return any(delivery.ours for delivery in taken)
-
-            await asyncio.gather(*(self._ladder.send(one, self.lane, ours=ours) for one in failed))
-        await self.intake.settle(taken)
+        if refused:
+            self._send_on(refused)
+        if sending is not None and len(batch.failed) > _MANY:
+            # Kept by now, or soon: one acknowledgement for all, not one for each.
+            await asyncio.wait({sending}, timeout=_TOGETHER)
+        await self._done(taken)
 
         lost = {one.change.id for one in refused if one.change}
         through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes

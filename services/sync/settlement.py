@@ -88,13 +88,9 @@ class Settlement:
             for one in highest(each for each in settled.committed if each.entity.name == entity):
                 groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.standing))
         calls = [self._mirror.settle(restaurant, entity, states) for (restaurant, entity), states in groups.items()]
-        for failed in settled.failed:
-            change = failed.change
-            if change is not None and change.entity in registry.ENTITIES:
-                state = (change.entity_id, change.standing)
-                calls.append(
-                    self._mirror.settle(change.restaurantid, change.entity, [state], failure=for_the_mirror(failed))
-                )
+        for (restaurant, entity, _, _), alike in _alike(settled.failed).items():
+            states = [(one.change.entity_id, one.change.standing) for one in alike if one.change is not None]
+            calls.append(self._mirror.settle(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
         if settled.fences:
             calls.append(self._mirror.note_fences({lane.value: at for lane, at in settled.fences.items()}))
         for result in await asyncio.gather(*calls, return_exceptions=True):
@@ -105,3 +101,14 @@ class Settlement:
         if not self._away:
             self._away = True
             log.warning("mirror_not_told", error=error)
+
+
+def _alike(failed: Sequence[Failed]) -> dict[tuple[str, str, str, int], list[Failed]]:
+    """What failed in one batch of the same, told in one call: of a flood of bad changes the mirror must hear little."""
+    groups: dict[tuple[str, str, str, int], list[Failed]] = {}
+    for one in failed:
+        change = one.change
+        if change is not None and change.entity in registry.ENTITIES:
+            key = (change.restaurantid, change.entity, one.failure.error, one.attempt)
+            groups.setdefault(key, []).append(one)
+    return groups

@@ -4,11 +4,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from services.sync.thresholds import Above, warnings
 from shared.entities import registry
 from shared.entities.entity import Entity
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.settings import Settings
 
 
 class Counts(Struct, frozen=True):
@@ -23,8 +25,12 @@ class Counts(Struct, frozen=True):
 class SyncStatus(Struct, frozen=True):
     """As `sync_status` tells it; `unknown`: the stores that are away."""
 
-    tables: dict[str, Counts]
+    summary: str
+    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    above_threshold: bool
+    warnings: list[Above]
     totals: Counts
+    tables: dict[str, Counts]
     unknown: list[str]
 
 
@@ -42,8 +48,9 @@ async def _stored(connection: Connection, entity: Entity, restaurant: str) -> in
     return count
 
 
-async def sync_status(postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
-    """Counts per entity; null where the store that knows is away, which is then named in `unknown`."""
+async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
+    """Counts per entity; null where the store that knows is away, which is then named in `unknown`. What has failed is
+    pending too. `warnings`: what is above its threshold."""
     tables: dict[str, dict[str, int | None]] = {}
     unknown = []
     try:
@@ -71,4 +78,19 @@ async def sync_status(postgres: Postgres, mirror: Mirror, restaurant: str) -> di
         state: sum(count for table in tables.values() if (count := table[state]) is not None)
         for state in ("pending", "synced", "failed", "conflict")
     }
-    return {"tables": tables, "totals": totals, "unknown": unknown}
+    above = warnings(settings, totals["pending"], totals["failed"])
+    return {
+        "summary": _summary(totals, unknown),
+        "above_threshold": bool(above),
+        "warnings": above,
+        "totals": totals,
+        "tables": tables,
+        "unknown": unknown,
+    }
+
+
+def _summary(totals: dict[str, int], unknown: list[str]) -> str:
+    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    if unknown:
+        return "unknown"
+    return next((state for state in ("conflict", "failed", "pending") if totals[state]), "synced")

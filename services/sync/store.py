@@ -28,8 +28,11 @@ from services.sync.retry import Failed
 from shared.backoff import backoff
 from shared.entities.contract import now
 from shared.entities.signal import Signal
+from shared.postgres import dead_letters, retries
 from shared.postgres.changes import write_batch
+from shared.postgres.dead_letters import NewLetter
 from shared.postgres.pool import Postgres
+from shared.postgres.retries import Retry
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -69,6 +72,23 @@ class Store:
             log.info("batch_taken_apart", lane=batch.lane, changes=len(batch.changes), error=failure.error)
             return await self._one_by_one(batch)
 
+    async def keep_dead(self, letters: Sequence[NewLetter]) -> list[NewLetter] | None:
+        """Those that are news. None: they must take their way through the dead queue, whose keeper is more patient."""
+        try:
+            async with self._postgres.connection() as connection:
+                return await dead_letters.keep(connection, letters)
+        except Exception as error:  # noqa: BLE001  (whatever it is, there is that other way)
+            log.warning("letters_not_kept_at_once", letters=len(letters), error=describe(error))
+            return None
+
+    async def note_retries(self, climbing: Sequence[Retry]) -> None:
+        """Tells the ledger; nobody waits for it when it cannot be told."""
+        try:
+            async with self._postgres.connection() as connection:
+                await retries.note(connection, climbing)
+        except Exception as error:  # noqa: BLE001  (they are on the ladder all the same)
+            log.warning("retries_not_noted", changes=len(climbing), error=describe(error))
+
     async def wait_for_an_answer(self) -> None:
         """Returns when PostgreSQL has answered a question; after a second at the earliest."""
         while True:
@@ -83,7 +103,13 @@ class Store:
 
     async def _commit(self, changes: Sequence[Taken], fences: Sequence[Signal] = ()) -> None:
         async with self._postgres.connection() as connection:
-            await write_batch(connection, [one.written for one in changes], fences, patience=self._patience)
+            await write_batch(
+                connection,
+                [one.written for one in changes],
+                fences,
+                patience=self._patience,
+                retried=[one.name for one in changes if one.retried],
+            )
         self._served()
 
     async def _one_by_one(self, batch: Batch) -> list[Failed]:

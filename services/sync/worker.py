@@ -1,4 +1,5 @@
-"""The sync worker, wired: the PostgreSQL writer, the mirror writer, fences and the reconciler, with a health endpoint.
+"""The sync worker, wired: the PostgreSQL writer, the mirror writer, the keeper of dead letters and their replays,
+fences and the reconciler, with a health endpoint.
 
 Starts while PostgreSQL, Redis or RabbitMQ is away and waits for them; refuses to start on a broker that answers and
 lacks a queue or a binding. Stops in this order: consumers let go and finish what they have taken, then the rest.
@@ -15,9 +16,12 @@ from msgspec import Struct
 
 from services.sync.cleanup import Cleanup
 from services.sync.fences import WAYS, FenceSource, FenceWatch
+from services.sync.keeper import Keeper
 from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
 from services.sync.reconciler import Reconciler
+from services.sync.replays import Replays
+from services.sync.thresholds import Thresholds
 from shared.http import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
@@ -50,6 +54,9 @@ class Parts(Struct, frozen=True):
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
     reconciler: Reconciler
+    keeper: Keeper
+    replays: Replays
+    thresholds: Thresholds
     cleanup: Cleanup
     tracer: Tracer
     metrics: Metrics
@@ -76,6 +83,7 @@ def assemble(settings: Settings) -> Parts:
         tracer=tracer,
         metrics=rail_metrics,
     )
+    mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
     return Parts(
         settings,
         postgres,
@@ -85,8 +93,11 @@ def assemble(settings: Settings) -> Parts:
         watch,
         FenceSource(settings, postgres, publisher, watch),
         PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
-        MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
+        mirror_writer,
         Reconciler(settings, postgres, mirror, rail),
+        Keeper(settings, postgres, writer_metrics),
+        Replays(settings, postgres, mirror_writer, publisher),
+        Thresholds(settings, mirror),
         Cleanup(settings, postgres),
         tracer,
         metrics,
@@ -119,6 +130,15 @@ def _watch(parts: Parts) -> None:
     )
     watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
     watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
+    watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.keeper.open_letters)
+    watch("ticketrail_pending", "Changes that PostgreSQL has not got yet", lambda: parts.thresholds.pending)
+    watch("ticketrail_failed", "Of those, the ones that have failed", lambda: parts.thresholds.failed)
+    parts.metrics.watch_each(
+        "ticketrail_restaurants_above_threshold",
+        "Restaurants with more changes pending, or failed, than the settings allow",
+        "state",
+        {name: lambda name=name: parts.thresholds.over[name] for name in ("pending", "failed")},  # type: ignore[misc]
+    )
     watch("ticketrail_mirror_warm", "1 while claims are taken on the mirror", lambda: parts.mirror_writer.warm)
     watch_pool(parts.metrics, parts.postgres)
 
@@ -134,10 +154,13 @@ async def start(parts: Parts) -> None:
     await _broker_with_topology(parts.settings)
     await parts.publisher.start(wait=5.0)
     await parts.postgres_writer.start()
+    parts.keeper.start()
     parts.mirror_writer.start()
     await parts.fences.start()
     await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.fence_interval_seconds))
     parts.reconciler.start()
+    parts.replays.start()
+    parts.thresholds.start()
     parts.cleanup.start()
     settle_memory()
 
@@ -157,9 +180,12 @@ async def _broker_with_topology(settings: Settings) -> None:
 
 async def stop(parts: Parts) -> None:
     await parts.cleanup.stop()
+    await parts.thresholds.stop()
+    await parts.replays.stop()
     await parts.reconciler.stop()
     await parts.fences.stop()
     await parts.postgres_writer.stop()
+    await parts.keeper.stop()
     await parts.mirror_writer.stop()
     await parts.rail.drain()
     await parts.publisher.stop()

@@ -19,7 +19,12 @@ import msgspec
 from msgspec import Meta, Raw, Struct, field
 
 CONTENT_TYPE = "application/cloudevents-batch+json"
+SPECVERSION = "1.0"
 MAX_BATCH = 256
+MAX_EVENT_BYTES = 8_000_000
+"""Of one change. RabbitMQ 4 refuses messages above 16 MiB: what no broker takes must not be accepted."""
+MAX_DATA_BYTES = MAX_EVENT_BYTES - 10_000
+"""Of its states before and after; the rest is room for everything else."""
 
 # Ids are lower-case canonical UUIDs as text: their text order is their byte order, so that Python, Lua and
 # PostgreSQL agree which of two change ids is the larger.
@@ -88,7 +93,7 @@ class Change(Struct, frozen=True, kw_only=True):
     actor: Label | None = None
     """Who asked for it: a user's id, or the session of a customer."""
     datacontenttype: str = "application/json"
-    specversion: str = "1.0"
+    specversion: str = SPECVERSION
 
     @property
     def entity(self) -> str:
@@ -120,6 +125,10 @@ _outlines = msgspec.json.Decoder(Outline)
 _raws = msgspec.json.Decoder(list[Raw])
 _builtins = msgspec.json.Decoder()
 _TRACEPARENT = re.compile(rb'"traceparent":"([0-9a-f-]{55})"')
+_NO_TENANT = (
+    "Object missing required field `restaurantid`",
+    "Expected `str`, got `null` - at `$.restaurantid`",
+)
 _NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -141,6 +150,8 @@ def split_batch(body: bytes) -> list[bytes]:
 
 
 def decode_change(event: bytes) -> Change:
+    if len(event) > MAX_EVENT_BYTES:
+        raise BrokenContract("too_large", f"{len(event)} bytes, of {MAX_EVENT_BYTES} at most")
     try:
         event.decode()  # also those parts that no type looks at: they are kept to the letter
         change = _changes.decode(event)
@@ -148,9 +159,12 @@ def decode_change(event: bytes) -> Change:
         if escaped:
             _builtins.decode(event)  # half a surrogate pair is an error here
     except msgspec.ValidationError as error:
-        raise BrokenContract("contract_broken", str(error)) from error
+        missing = str(error) in _NO_TENANT
+        raise BrokenContract("missing_tenant" if missing else "contract_broken", str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BrokenContract("undecodable", str(error)) from error
+    if change.specversion != SPECVERSION:
+        raise BrokenContract("unsupported_specversion", f"CloudEvents {change.specversion[:20]!r}, not {SPECVERSION}")
     if escaped and _NUL_ESCAPE.search(event):
         # PostgreSQL's json takes it, and cannot read a field out of it afterwards.
         raise BrokenContract("contract_broken", "text with a NUL")

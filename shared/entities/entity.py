@@ -15,6 +15,8 @@ from msgspec import Struct
 
 from shared.entities.contract import BrokenContract, Change, Lane, in_range
 
+# What msgspec says of an amount below zero.
+_NEGATIVE = "Expected `int` >= 0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Hold = tuple[str, int, datetime]
@@ -122,6 +124,9 @@ class Entity:
         """The state after a change, checked: `BrokenContract` when it breaks the contract or names another tenant."""
         try:
             state = msgspec.json.decode(change.data.after, type=self.state)
+        except msgspec.ValidationError as error:
+            reason = "negative_amount" if _NEGATIVE in str(error) else "contract_broken"
+            raise BrokenContract(reason, f"data.after: {error}") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BrokenContract("contract_broken", f"data.after: {error}") from error
         if state.restaurant_id != change.restaurantid:  # type: ignore[attr-defined]

@@ -3,14 +3,18 @@
 from uuid import uuid4
 
 import aio_pika
+import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from shared.entities.contract import now
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import topology
+from shared.messaging.hosts import Hosts
 from shared.messaging.topology import Queue
 from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 
 class TopologyError(RuntimeError):
@@ -18,8 +22,8 @@ class TopologyError(RuntimeError):
 
 
 async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
-    """A plain connection. Robust ones hide losses that our loops must see."""
-    return await aio_pika.connect(url, timeout=timeout)
+    """To the first node that answers, for whoever asks once."""
+    return await Hosts(url).connect(timeout=timeout)
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
@@ -31,6 +35,20 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
         return False
     await channel.close()
     return True
+
+
+async def _stands_as_before(connection: AbstractConnection, queue: Queue) -> bool:
+    """Whether the queue was declared by an earlier version, with other arguments. Each question on a channel of its
+    own: the broker closes it with the answer no."""
+    for arguments in (queue.arguments, queue.older):
+        channel = await connection.channel()
+        try:
+            await channel.declare_queue(queue.name, durable=True, arguments=arguments)
+        except ChannelPreconditionFailed:
+            continue
+        await channel.close()
+        return arguments is queue.older
+    return False  # with arguments that we never gave: declaring it says so
 
 
 async def _declare(channel: AbstractChannel, queue: Queue) -> None:
@@ -51,6 +69,15 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
     async with connection.channel() as channel:
         exchange = await channel.declare_exchange(topology.CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
         for queue in topology.queues(settings):
+            if queue.older is not None and await _stands_as_before(connection, queue):
+                log.warning(
+                    "queue_keeps_older_arguments",
+                    queue=queue.name,
+                    has=queue.older,
+                    wanted=queue.arguments,
+                    hint="works as before; drain it, delete it and migrate again to give it the new ones",
+                )
+                continue
             await _declare(channel, queue)
             for lane in queue.bound_to:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)

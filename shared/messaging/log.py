@@ -21,7 +21,7 @@ exist and gets no error.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import uuid4
 
@@ -33,6 +33,7 @@ from aiormq.channel import Channel
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import FENCE, MARK, Signal, encode_signal, signal_in
+from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.topology import LOG
 
@@ -70,6 +71,8 @@ class Batch:
     first_offset: int = 0
     restarted: bool = False
     """The first batch of a log that is not the one we read before: it begins at its first entry."""
+    fence_offsets: dict[str, int] = field(default_factory=dict)
+    """Where those fences stand."""
 
 
 class _ForeignFence(Exception):
@@ -84,7 +87,7 @@ class _NoSuchOffset(Exception):
 class LogReader:
     def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
         """`idle_seconds`: without any entry for so long (fences come every few seconds) it asks if the link lives."""
-        self._url = url
+        self._hosts = Hosts(url)
         self._name = name
         self._stream = stream
         self._idle = idle_seconds
@@ -119,6 +122,7 @@ class LogReader:
             except BROKEN_LINK as error:
                 attempt += 1
                 log.warning("log_away", reader=self._name, error=str(error) or type(error).__name__, attempt=attempt)
+                self._hosts.turn()
                 await asyncio.sleep(backoff(attempt))
             finally:
                 self.connected = self.caught_up = False
@@ -180,6 +184,7 @@ class LogReader:
     def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> Batch:
         entries: list[Entry] = []
         fences: dict[str, datetime] = {}
+        places: dict[str, int] = {}
         caught_up = False
         for message in messages:
             signal = _signal(message.body)
@@ -189,13 +194,13 @@ class LogReader:
                     entries.append(Entry(offset, message.routing_key or "", message.body))
             elif signal.type == FENCE:
                 self._note(signal)
-                fences[signal.lane] = signal.time
+                fences[signal.lane], places[signal.lane] = signal.time, _offset(message)
             else:
                 caught_up = caught_up or signal.id == mark
         # Only now: an exception above means that none of these was handed out, and all are read again.
         self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
         restarted, self._restarted = self._restarted, False
-        return Batch(entries, self.epoch, fences, caught_up, self._last, _offset(messages[0]), restarted)
+        return Batch(entries, self.epoch, fences, caught_up, self._last, _offset(messages[0]), restarted, places)
 
     def _note(self, fence: Signal) -> None:
         if fence.epoch != self.epoch and fence.epoch not in self._strays:
@@ -207,7 +212,7 @@ class LogReader:
 
     @asynccontextmanager
     async def _attach(self, start: Start) -> "AsyncIterator[_Link]":
-        connection = await aio_pika.connect(self._url, timeout=5.0)
+        connection = await self._hosts.connect()
         try:
             link = _Link(connection, self._stream, self._name, self._prefetch)
             async with asyncio.timeout(10.0):

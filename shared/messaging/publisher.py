@@ -7,6 +7,9 @@
 
 After an InDoubt the connection is given up and a new one is made, with jittered back-off: a frozen broker costs one
 timeout, not one for every message, because until the next connection stands everything else is NotSent at once.
+
+After a nack the link stays, and its channel is renewed, every two seconds at most: a channel that was opened while a
+stream had no leader nacks for ever, long after the stream has one.
 """
 
 import asyncio
@@ -17,17 +20,21 @@ import aio_pika
 import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.exceptions import AMQPError, DeliveryError
-from aiormq.exceptions import AMQPException
+from aiormq.exceptions import AMQPException, PublishError
 
 from shared.backoff import backoff
 from shared.entities.contract import CONTENT_TYPE
-from shared.lifecycle import vital_task
+from shared.lifecycle import end_tasks, vital_task
+from shared.messaging.hosts import Hosts
 
 log = structlog.get_logger(__name__)
 
 # What connecting, publishing and closing raise when the broker is away or the link breaks.
 # StopAsyncIteration: a peer that accepts and hangs up without a word, such as a proxy before a broker that starts.
 BROKEN_LINK = (OSError, TimeoutError, EOFError, AMQPError, AMQPException, RuntimeError, StopAsyncIteration)
+
+
+_RENEW_EVERY = 2.0  # seconds
 
 
 class NotSent(Exception):
@@ -40,13 +47,15 @@ class InDoubt(Exception):
 
 class Publisher:
     def __init__(self, url: str, exchange: str, *, timeout: float) -> None:
-        self._url = url
+        self._hosts = Hosts(url)
         self._exchange_name = exchange
         self._timeout = timeout
         self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
         self._exchange: AbstractExchange | None = None
         self._default: AbstractExchange | None = None
         self._broken = asyncio.Event()
+        self._nacked = asyncio.Event()
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -66,8 +75,7 @@ class Publisher:
         """May be called twice, and without a start."""
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_tasks(task)
         await self._drop()
 
     async def wait_connected(self) -> None:
@@ -77,9 +85,11 @@ class Publisher:
         """To the exchange; persistent, mandatory, confirmed within the timeout."""
         await self._publish(self._exchange, routing_key, body, headers)
 
-    async def publish_to_queue(self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
-        """To one queue alone, through the default exchange."""
-        await self._publish(self._default, queue, body, headers)
+    async def publish_to_queue(
+        self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None, timeout: float | None = None
+    ) -> None:
+        """To one queue alone, through the default exchange. `timeout`: of this one, which may be large."""
+        await self._publish(self._default, queue, body, headers, timeout)
 
     async def _publish(
         self,
@@ -87,6 +97,7 @@ class Publisher:
         routing_key: str,
         body: bytes,
         headers: dict[str, int | str] | None,
+        timeout: float | None = None,
     ) -> None:
         if exchange is None:
             raise NotSent("no connection to the broker")
@@ -98,11 +109,14 @@ class Publisher:
             headers=dict(headers or {}),
         )
         try:
-            await exchange.publish(message, routing_key, mandatory=True, timeout=self._timeout)
+            await exchange.publish(message, routing_key, mandatory=True, timeout=timeout or self._timeout)
         except DeliveryError as error:
             # A nack or a return: the link is fine, one of the queues is not. Others may have taken the message.
+            if exchange in (self._exchange, self._default) and not isinstance(error, PublishError):
+                self._nacked.set()
             raise InDoubt(f"not confirmed: {type(error).__name__}") from error
-        except BROKEN_LINK as error:
+        except Exception as error:
+            # BROKEN_LINK, and a bare Exception: what the client library gives those whose channel is closed under them.
             if exchange in (self._exchange, self._default):
                 self._give_up()
             raise InDoubt(f"no confirm: {type(error).__name__}: {error}") from error
@@ -111,6 +125,7 @@ class Publisher:
         self._exchange = self._default = None
         self._connected.clear()
         self._broken.set()
+        self._nacked.set()  # whoever waits for either wakes
 
     async def _keep_connected(self) -> None:
         attempt = 0
@@ -118,34 +133,55 @@ class Publisher:
             try:
                 await self._connect()
                 attempt = 0
-                await self._broken.wait()
+                await self._watch()
                 log.warning("publisher_lost_connection")
             except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client, the next try may work)
                 attempt += 1
                 log.warning("publisher_cannot_connect", error=str(error) or type(error).__name__, attempt=attempt)
+            self._hosts.turn()
             await self._drop()
             await asyncio.sleep(backoff(attempt))
 
+    async def _watch(self) -> None:
+        """Returns when the link is lost."""
+        while not self._broken.is_set():
+            await self._nacked.wait()
+            nacking, connection = self._channel, self._connection
+            if self._broken.is_set() or nacking is None or connection is None:
+                continue
+            log.warning("publisher_renews_channel")
+            await self._open(connection)
+            with contextlib.suppress(TimeoutError):  # what is still under way on the old one ends meanwhile
+                await asyncio.wait_for(self._broken.wait(), _RENEW_EVERY)
+            if not nacking.is_closed:
+                async with asyncio.timeout(5.0):
+                    await nacking.close()
+
     async def _connect(self) -> None:
+        self._broken.clear()
+        self._connection = connection = await self._hosts.connect()
+        connection.close_callbacks.add(lambda *_: self._lost(connection))
+        await self._open(connection)
+
+    async def _open(self, connection: AbstractConnection) -> None:
+        """A channel, in place of the one that is there."""
         async with asyncio.timeout(5.0):
-            connection = await aio_pika.connect(self._url, timeout=5.0)
-            self._connection = connection
             channel: AbstractChannel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(self._exchange_name, ensure=False)
-        self._broken.clear()
-        connection.close_callbacks.add(lambda *_: self._lost(connection))
-        channel.close_callbacks.add(lambda *_: self._lost(connection))
-        self._exchange, self._default = exchange, channel.default_exchange
+        self._nacked.clear()
+        channel.close_callbacks.add(lambda *_: self._lost(connection, channel))
+        self._channel, self._exchange, self._default = channel, exchange, channel.default_exchange
         self._connected.set()
 
-    def _lost(self, connection: AbstractConnection) -> None:
-        if connection is self._connection:
+    def _lost(self, connection: AbstractConnection, channel: AbstractChannel | None = None) -> None:
+        """`channel`: of one alone, which need not be the present one."""
+        if connection is self._connection and channel in (None, self._channel):
             self._give_up()
 
     async def _drop(self) -> None:
         """Close without waiting for a broker that may be frozen."""
         connection, self._connection = self._connection, None
-        self._exchange = self._default = None
+        self._channel = self._exchange = self._default = None
         self._connected.clear()
         if connection is not None:
             try:

@@ -24,6 +24,8 @@ LOG = "changes.log.v1"
 REFERENCE_LOG = "changes.reference.log.v1"
 MIRROR_DEAD = "sync.mirror.dead.v1"
 DELIVERY_LIMIT = 100
+DEAD_DELIVERY_LIMIT = 1_000_000_000
+"""Of the dead queues, beyond which there is nothing: without one RabbitMQ 4 drops a letter at its 21st delivery."""
 ATTEMPT = "ticketrail-attempt"
 """Header with the number of attempts so far. Ours: `x-death` is ignored on re-publish from RabbitMQ 4.0.1 on."""
 
@@ -46,6 +48,8 @@ class Queue:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     bound_to: tuple[Lane, ...] = ()
+    older: dict[str, Any] | None = None
+    """Arguments of an earlier version of ours: a queue that stands with them goes on as it is."""
 
 
 def _quorum(**arguments: Any) -> dict[str, Any]:
@@ -61,6 +65,15 @@ def _dead_lettering(target: str) -> dict[str, Any]:
     }
 
 
+def _dead(name: str) -> Queue:
+    return Queue(name, _quorum(delivery_limit=DEAD_DELIVERY_LIMIT), older=_quorum())
+
+
+def dead_queues() -> list[tuple[str, Lane | None]]:
+    """Each with the lane whose letters it holds; those of the mirror writer have none."""
+    return [*((dead_queue(lane), lane) for lane in Lane), (MIRROR_DEAD, None)]
+
+
 def logs(settings: Settings) -> list[Queue]:
     """The streams, the log itself last: where it stands the others do."""
     arguments = {
@@ -74,9 +87,9 @@ def logs(settings: Settings) -> list[Queue]:
 
 def queues(settings: Settings) -> list[Queue]:
     """All queues but the logs, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
-    found = [Queue(MIRROR_DEAD, _quorum())]
+    found = [_dead(MIRROR_DEAD)]
     for lane in Lane:
-        found.append(Queue(dead_queue(lane), _quorum()))
+        found.append(_dead(dead_queue(lane)))
         found.append(
             Queue(
                 lane_queue(lane),

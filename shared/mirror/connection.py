@@ -1,12 +1,16 @@
 """One connection to Redis that all callers of a process share: what waits at the same moment travels in one pipeline.
 
+Of several hosts, a primary and its replicas, it is made to the one that is the primary now. Where two say that they are
+(one was failed over and has come back), to the one that is warm, and of those to the one that knows most of the log.
+
 A call raises
 
     MirrorAway     nothing was done: no connection, the breaker is open, or the server takes no writes
     MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
 
-After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; what comes
-after it goes through as a probe. Nothing is retried here: what may be sent twice only the caller knows.
+After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; the first
+that comes after it goes through as a probe, and the others are MirrorAway until that has come back: a dead or frozen
+server costs one call in many its timeout. Nothing is retried here: what may be sent twice only the caller knows.
 """
 
 import asyncio
@@ -17,12 +21,14 @@ from typing import Any
 
 import structlog
 from hiredis import pack_command
-from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
 
 from shared.backoff import backoff
+from shared.host_urls import host_urls
+from shared.mirror.keys import LOG, WARM
 
 log = structlog.get_logger(__name__)
 
@@ -52,11 +58,9 @@ class _Call:
 
 class MirrorConnection:
     def __init__(self, url: str, *, timeout: float) -> None:
-        options: dict[str, Any] = dict(parse_url(url))
-        self._make = options.pop("connection_class", Connection)
-        assert self._make in (Connection, UnixDomainSocketConnection) or issubclass(self._make, Connection)
+        """`url`: of one host, or of several with commas between."""
+        self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
-            **options,
             # None: with a timeout of its own redis-py starts a task for every write and a timer for every reply, a
             # tenth of what an order costs. `_round_trip` bounds the whole instead.
             "socket_timeout": None,
@@ -80,6 +84,15 @@ class MirrorConnection:
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._closed_until = 0.0
+        self._clock: float | None = None  # of the server, ahead of our monotonic one
+
+    def server_ms(self, within: float) -> int | None:
+        """What the server's clock shows `within` seconds from now; None before the first connection."""
+        return None if self._clock is None else int((time.monotonic() + self._clock + within) * 1000)
+
+    def forget(self) -> None:
+        """The next call makes a new connection: the server's clock has jumped, or it is not what it was."""
+        self._forgotten = True
 
     @property
     def available(self) -> bool:
@@ -95,6 +108,8 @@ class MirrorConnection:
         """One command; the reply in bytes, lists and integers, or `redis.ResponseError` as the server said it."""
         if not self.available:
             raise MirrorAway("the mirror did not answer a moment ago")
+        if self._failures and self._task is not None and not self._task.done():
+            raise MirrorAway("whether the mirror answers again is being tried")
         call = _Call(command, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         if self._task is None or self._task.done():
@@ -180,20 +195,50 @@ class MirrorConnection:
         return command
 
     async def _connect(self) -> None:
-        connection = self._make(**self._options)
+        connection = await self._to_the_primary()
         try:
-            await connection.connect()
-            await connection.send_command("INFO", "memory")
-            memory = await connection.read_response()
+            memory = await _ask(connection, "INFO", "memory")
             if b"maxmemory_policy:noeviction" not in memory:
                 raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction: it would forget claims")
+            asked_at = time.monotonic()  # the question may have waited: rather too late a deadline than too early
+            seconds, micros = await _ask(connection, "TIME")
+            self._clock = int(seconds) + int(micros) / 1e6 - asked_at
             for name, text in self._scripts.items():
-                await connection.send_command("SCRIPT", "LOAD", text)
-                self._shas[name] = (await connection.read_response()).decode()
+                self._shas[name] = (await _ask(connection, "SCRIPT", "LOAD", text)).decode()
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
         self._connection, self._forgotten = connection, False
+
+    async def _to_the_primary(self) -> Any:
+        found = await asyncio.gather(*(self._look_at(host) for host in self._hosts), return_exceptions=True)
+        primaries = [one for one in found if not isinstance(one, BaseException)]
+        best = max(primaries, key=lambda one: one[0], default=None)  # of equals the first
+        for one in primaries:
+            if one is not best:
+                await one[1].disconnect(nowait=True)
+        if best is None:
+            errors = [one for one in found if isinstance(one, BaseException)]
+            raise next((error for error in errors if not isinstance(error, MirrorAway)), errors[0])
+        return best[1]
+
+    async def _look_at(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
+        """((whether it is warm, how far in the log), a connection); raises MirrorAway for a replica."""
+        options = {**host, **self._options}
+        connection = options.pop("connection_class", Connection)(**options)
+        try:
+            async with asyncio.timeout(2 * self._timeout):
+                await connection.connect()
+                if b"role:master" not in await _ask(connection, "INFO", "replication"):
+                    raise MirrorAway("a replica: it takes no writes")
+                if len(self._hosts) == 1:
+                    return (False, 0), connection
+                server = await _ask(connection, "INFO", "server")
+                stamp, offset = await _ask(connection, "GET", WARM), await _ask(connection, "HGET", LOG, "offset")
+            return (stamp is not None and b"run_id:" + stamp in server, int(offset or 0)), connection
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
 
     def _take(self, most: int | None = None) -> list[_Call]:
         taken, self._waiting = self._waiting[:most], self._waiting[len(self._waiting[:most]) :]
@@ -214,6 +259,11 @@ class MirrorConnection:
         if connection is not None:
             # Without waiting: the server may be frozen. `nowait` closes the transport and returns.
             self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))
+
+
+async def _ask(connection: Any, *command: Argument) -> Any:
+    await connection.send_command(*command)
+    return await connection.read_response()
 
 
 _REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY", "MASTERDOWN", "NOPERM", "NOAUTH")

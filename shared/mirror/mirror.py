@@ -113,9 +113,13 @@ class Mirror:
         series: str | None,
         floor: int,
         stock: str = "",
+        *,
+        within: float | None = None,
     ) -> ClaimReply:
-        """`series`: the business day when the change wants a number; `stock`: `stock_text` of the state. Sending the
-        same change again is harmless."""
+        """`series`: the business day when the change wants a number; `stock`: `stock_text` of the state; `within`:
+        seconds after which nothing is to be claimed any more (then the reply is Cold). Sending the same change again is
+        harmless."""
+        latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
         reply = await self._redis.script(
             "claim",
@@ -137,9 +141,13 @@ class Mirror:
                 keys.member(restaurant, name, id_),
                 self._stale_ms,
                 stock,
+                "" if latest is None else latest,
             ],
         )
         match reply[0]:
+            case b"late":
+                self._redis.forget()  # it answers us, so it is not frozen: its clock has jumped
+                return Cold()
             case b"short":
                 return Short(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
             case b"claimed":

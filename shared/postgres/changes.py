@@ -25,6 +25,7 @@ from shared.entities import registry
 from shared.entities.contract import Change, Lane
 from shared.entities.entity import Column, Entity
 from shared.entities.signal import Signal
+from shared.postgres import retries
 from shared.postgres.pool import Connection
 
 Key = tuple[str, str]
@@ -172,9 +173,15 @@ def highest(written: Iterable[Written]) -> list[Written]:
 
 
 async def write_batch(
-    connection: Connection, written: Sequence[Written], fences: Sequence[Signal] = (), *, patience: float
+    connection: Connection,
+    written: Sequence[Written],
+    fences: Sequence[Signal] = (),
+    *,
+    patience: float,
+    retried: Sequence[tuple[str, str]] = (),
 ) -> Outcome:
     """Writes all or nothing. `patience`: seconds after which the server is to give up on a statement or a lock.
+    `retried`: those of them, as (restaurant, change), that come from the retry ladder.
 
     Give it less than the connection's own command timeout: then a slow statement ends as an answer of the server
     (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not answer at all.
@@ -191,6 +198,8 @@ async def write_batch(
         new, forks = await _write_changes(connection, written) if written else (0, 0)
         if fences:
             await _note_fences(connection, fences)
+        if retried:
+            await retries.forget(connection, retried)
     return Outcome(new, forks)
 
 

@@ -1,7 +1,7 @@
 """The conditions of a list of a restaurant's rows, with their values.
 
 A page is read from an index in its own order and ends at its limit. For that the planner must expect more rows than
-the limit, and a plan that is made for all values (PostgreSQL makes one after a statement's fifth run) is a guess. So a
+the limit, and a plan that is made for all values (PostgreSQL makes one after a statement's fifth run) knows none. So a
 condition stands there only when it is wanted, never as `$2 is null or …`, and times are compared as rows: `between`.
 """
 

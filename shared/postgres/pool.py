@@ -1,12 +1,14 @@
 """Connections to PostgreSQL, and what its errors mean to a caller that must decide between waiting and giving up."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import asyncpg
 
+from shared.backoff import backoff
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,11 +37,19 @@ AWAY = (
 )
 
 
+class PostgresAway(ConnectionError):
+    """The breaker is open: PostgreSQL did not answer a moment ago."""
+
+
 class Postgres:
     """A pool that is made lazily, so that a service starts while PostgreSQL is away.
 
     Every wait is bounded by `timeout`: `acquire()` alone would wait for ever, and a server that vanished without a
     close is noticed by nothing but a timeout.
+
+    After a failure that says the server is away a breaker opens for a growing, jittered while, in which every caller is
+    told at once; then one goes through as a probe, and the others are still told at once until it has come back. So a
+    dead or frozen server costs one request in many its timeout.
     """
 
     def __init__(self, url: str, settings: Settings, *, size: int | None = None) -> None:
@@ -50,6 +60,14 @@ class Postgres:
         self._opening = asyncio.Lock()
         self.waiting = 0
         """Callers that wait for a connection now."""
+        self._failures = 0
+        self._closed_until = 0.0
+        self._answered = time.monotonic()
+
+    @property
+    def available(self) -> bool:
+        """False while the breaker is open."""
+        return time.monotonic() >= self._closed_until
 
     async def _ready(self) -> "asyncpg.Pool[asyncpg.Record]":
         async with self._opening:
@@ -69,16 +87,46 @@ class Postgres:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Raises one of `AWAY` when there is none to be had in time."""
-        pool = await self._ready()
-        self.waiting += 1
+        began = time.monotonic()
+        if began < self._closed_until:
+            raise PostgresAway("PostgreSQL did not answer a moment ago")
+        if self._failures:  # a probe: until it is back the others go on being told
+            self._closed_until = began + 2 * self._timeout
         try:
-            connection = await pool.acquire(timeout=self._timeout)
-        finally:
-            self.waiting -= 1
-        try:
-            yield connection
-        finally:
-            await pool.release(connection)
+            pool = await self._ready()
+            self.waiting += 1
+            try:
+                connection = await pool.acquire(timeout=self._timeout)
+            finally:
+                self.waiting -= 1
+            try:
+                yield connection
+            finally:
+                await pool.release(connection)
+        except AWAY as error:
+            self._failed(error, began)
+            raise
+        except asyncpg.PostgresError:
+            self._served()  # an answer, if not the one that was wanted
+            raise
+        except BaseException:
+            # Of the caller's own making, or it was cancelled: it says nothing of the server.
+            if self._failures:
+                self._closed_until = time.monotonic()
+            raise
+        self._served()
+
+    def _served(self) -> None:
+        self._failures, self._closed_until, self._answered = 0, 0.0, time.monotonic()
+
+    def _failed(self, error: BaseException, began: float) -> None:
+        # A pool with all its connections in use times out too: then others were answered meanwhile.
+        if isinstance(error, TimeoutError) and self._answered > began:
+            return
+        if isinstance(error, ValueError):  # asyncpg's for an argument that fits no type: the server was not asked
+            return
+        self._failures += 1
+        self._closed_until = time.monotonic() + backoff(self._failures)
 
     @asynccontextmanager
     async def tenant(self, restaurant_id: str, *, readonly: bool = True) -> AsyncIterator[Connection]:

@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind
 from shared import tracing
 from shared.entities import registry
 from shared.entities.contract import (
+    MAX_DATA_BYTES,
     BrokenContract,
     Change,
     ChangeData,
@@ -37,6 +38,7 @@ from shared.tracing import Tracer
 log = structlog.get_logger(__name__)
 
 _PAUSE = 0.05
+_REMEMBERED = 10_000
 _CLAIM = {"db.system.name": "redis", "db.operation.name": "EVALSHA", "db.stored_procedure.name": "claim"}
 _REVEAL = {**_CLAIM, "db.stored_procedure.name": "apply"}
 
@@ -97,6 +99,8 @@ class _Doubt(Struct):
 
     claim_sent: bool = False
     """A claim was sent without an answer: it may have been executed, or be executed when a frozen server wakes."""
+    noted: bool = False
+    """It stands among those that this instance makes without a claim."""
 
 
 class Rail:
@@ -120,6 +124,9 @@ class Rail:
         self._tracer = tracer
         self._metrics = metrics
         self._highest: dict[tuple[str, str], int] = {}
+        # Creations under a key that were made here without a claim of late; None: on its way. PostgreSQL learns of them
+        # a moment later: until then nobody else can tell a repeat that it is one.
+        self._without_claim: dict[str, tuple[Standing, Any] | None] = {}
         self._later: set[asyncio.Task[Any]] = set()
 
     async def commit(self, draft: Draft) -> Committed:
@@ -167,6 +174,8 @@ class Rail:
         except BrokenContract as error:
             # What we acknowledge every store must be able to read: constructing a state checks nothing.
             raise InvalidInput(str(error), field="data", code="contract_broken") from error
+        if len(memoryview(change.data.after)) + len(memoryview(change.data.before)) > MAX_DATA_BYTES:
+            raise InvalidInput("too large for one change", field="data", code="too_large", max_bytes=MAX_DATA_BYTES)
         doubt = _Doubt()
         try:
             with tracing.span("claim", kind=SpanKind.CLIENT, attributes=_CLAIM):
@@ -179,6 +188,8 @@ class Rail:
                 draft.state = state
                 change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
             durability = await self._record(change, claimed=claimed)
+            if doubt.noted:
+                self._without_claim[draft.state.id] = (change.standing, state)
         except (Lost, OutOfStock, Unavailable) as error:
             if self._metrics is not None and isinstance(error, Lost):
                 self._metrics.claims_lost.inc()
@@ -187,6 +198,9 @@ class Rail:
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
             raise
+        finally:
+            if doubt.noted and self._without_claim.get(draft.state.id) is None:
+                self._without_claim.pop(draft.state.id, None)
         with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
             visible = await self._reveal(draft.entity, change, state)
         if self._metrics is not None:
@@ -202,12 +216,16 @@ class Rail:
         deadline = time.monotonic() + self._claim_seconds
         while True:
             try:
-                reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, floor, stock)
+                # Nothing is to be claimed when we have gone on without it.
+                within = max(0.0, deadline - time.monotonic())
+                reply = await self._mirror.claim(
+                    draft.entity, change, event, draft.base, series, floor, stock, within=within
+                )
             except MirrorInDoubt:
                 doubt.claim_sent = True
             except MirrorAway as error:
                 if not doubt.claim_sent:
-                    return await self._unclaimed(draft, series, error)
+                    return await self._unclaimed(draft, series, error, doubt)
             else:
                 match reply:
                     case Claimed(number):
@@ -218,7 +236,7 @@ class Rail:
                     case Stale():
                         await self.finish(reply)
                     case Cold():
-                        return await self._unclaimed(draft, series, None)
+                        return await self._unclaimed(draft, series, None, doubt)
                     case Stands(standing, None):
                         if draft.existing and (found := await draft.existing()):
                             raise Lost(*found)
@@ -233,12 +251,16 @@ class Rail:
             if time.monotonic() > deadline:
                 if draft.base is not None:
                     raise OutcomeUnknown("the mirror did not answer in time; the change may appear")
-                return await self._unclaimed(draft, series, None)
+                return await self._unclaimed(draft, series, None, doubt)
             await asyncio.sleep(_PAUSE)
 
-    async def _unclaimed(self, draft: Draft, series: str | None, error: Exception | None) -> tuple[str, bool]:
+    async def _unclaimed(
+        self, draft: Draft, series: str | None, error: Exception | None, doubt: "_Doubt"
+    ) -> tuple[str, bool]:
         if draft.base is not None:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
+        if draft.existing is not None:
+            self._note(draft.state.id, doubt)  # before the first await: of two repeats at once the second is told
         # Where no store can tell, creations go on: under the same id it stays one order.
         with contextlib.suppress(Unavailable):
             if draft.existing and (found := await draft.existing()):
@@ -289,6 +311,14 @@ class Rail:
             if len(self._highest) > 10_000:  # business days gone by
                 self._highest.clear()
             self._highest[restaurant, series] = max(int(number), self._highest.get((restaurant, series), 0))
+
+    def _note(self, id_: str, doubt: "_Doubt") -> None:
+        """Raises Lost where this instance makes it already, or has made it of late."""
+        if id_ in self._without_claim:
+            raise Lost(*(self._without_claim[id_] or ()))
+        while len(self._without_claim) >= _REMEMBERED:
+            del self._without_claim[next(iter(self._without_claim))]
+        self._without_claim[id_], doubt.noted = None, True
 
     def _keep(self, task: "asyncio.Task[Committed]") -> "asyncio.Task[Committed]":
         self._later.add(task)

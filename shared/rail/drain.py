@@ -30,6 +30,8 @@ class Drainer:
         self._publisher = publisher
         self._tracer = tracer
         self._task: asyncio.Task[None] | None = None
+        self.drained = dict.fromkeys(Lane, 0)
+        """How many entries of each lane have left the journal."""
 
     def start(self) -> None:
         if self._task is None:
@@ -46,7 +48,8 @@ class Drainer:
         pause = _PAUSE
         while True:
             await self._publisher.wait_connected()
-            if self._journal.depth:
+            # One that could not be opened is tried again: nobody knows what lies in it.
+            if self._journal.depth or not self._journal.opened:
                 try:
                     await self.drain_some()
                     pause = _PAUSE
@@ -73,7 +76,9 @@ class Drainer:
             self._trace(lane, mine, began)
             await self._journal.remove(mine)
             drained += len(mine)
-        log.info("journal_drained", changes=drained, left=self._journal.depth)
+            self.drained[lane] += len(mine)
+        if drained:
+            log.info("journal_drained", changes=drained, left=self._journal.depth)
         if failed:
             raise failed
         return drained

@@ -57,9 +57,31 @@ class Lease:
     @classmethod
     def attempt(cls, folder: Path, kind: str, number: int) -> "Lease | None":
         """None when another has it. Raises NumberTaken where locks cannot be had at all."""
-        path = _path(folder, kind, number)
+        return cls._lock(_path(folder, kind, number), number)
+
+    @classmethod
+    def beside(cls, file: Path) -> "Lease | None":
+        """Of the instance that a file belongs to, such as `orders-3.sqlite`. None when another has it. Raises
+        NumberTaken as `attempt`."""
+        name, _, number = file.stem.rpartition("-")
+        return cls._lock(lock_of(file), int(number) if name and number.isdecimal() else 0)
+
+    @classmethod
+    def holder(cls, file: Path) -> str | None:
+        """Who has that lease now, for people; None: nobody."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            with lock_of(file).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        except BlockingIOError:
+            return lock_of(file).read_text().strip() or "another process"
+        except OSError:
+            return None
+
+    @classmethod
+    def _lock(cls, path: Path, number: int) -> "Lease | None":
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Never removed: whoever holds a lock on a removed file would share its number with the next.
             file = path.open("a+")
         except OSError as error:
@@ -97,6 +119,11 @@ def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
     else:
         lease = Lease(settings.instance, None)
     return settings.numbered(lease.number), lease
+
+
+def lock_of(file: Path) -> Path:
+    """The lock beside a file that is named after its instance."""
+    return file.with_suffix(".lock")
 
 
 def _path(folder: Path, kind: str, number: int) -> Path:

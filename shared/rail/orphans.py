@@ -71,7 +71,7 @@ class Orphans:
                 continue
             with lease:
                 try:
-                    drained += await self._drain_one(number, path)
+                    drained += await self._drain_one(path, lease)
                     self._empty[number] = await asyncio.to_thread(_changed, path)
                 except (NotSent, InDoubt, JournalBroken) as error:
                     failed = failed or error
@@ -83,10 +83,10 @@ class Orphans:
         found = ((_JOURNAL.fullmatch(path.name), path) for path in self._folder.iterdir())
         return [(int(match[1]), path) for match, path in found if match and int(match[1]) != self._own]
 
-    async def _drain_one(self, number: int, path: Path) -> int:
-        journal = Journal(path, instance=number, max_bytes=self._max_bytes)
-        await journal.open()
+    async def _drain_one(self, path: Path, lease: Lease) -> int:
+        journal = Journal(path, instance=lease.number, max_bytes=self._max_bytes, lease=lease)
         try:
+            await journal.open()
             found = journal.depth
             drainer = Drainer(journal, self._publisher, self._tracer)
             while journal.depth:

@@ -20,7 +20,7 @@ from shared.entities.contract import MAX_BATCH, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
 from shared.metrics import RailMetrics
-from shared.rail.journal import Journal, JournalBroken
+from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 
 log = structlog.get_logger(__name__)
 
@@ -162,7 +162,7 @@ class Recorder:
         except JournalBroken as error:
             log.error("journal_failed", changes=len(events), error=str(error))
             _note(changes, "journal", began, {}, error=f"{type(error).__name__}: {error}")
-            raise Unrecorded(str(error), sent=sent) from error
+            raise Unrecorded(str(error), sent=sent or isinstance(error, JournalInDoubt)) from error
         _note(changes, "journal", began, {"ticketrail.message.changes": len(changes)})
         return Durability.JOURNAL
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.outage import Outage
 from tests.servers import Servers
 from tests.system import System
 
@@ -21,3 +22,14 @@ async def victim(servers: Servers, tmp_path: Path) -> AsyncIterator[System]:
     finally:
         await system.down()
         await asyncio.to_thread(own_redis.discard)
+
+
+@pytest.fixture(scope="package")
+async def outage(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Outage]:
+    """One for all tests that mend what they break."""
+    rig = Outage(servers, tmp_path_factory.mktemp("outage"))
+    try:
+        await rig.up()
+        yield rig
+    finally:
+        await rig.down()

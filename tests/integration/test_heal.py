@@ -12,11 +12,11 @@ from uuid import uuid4
 
 import pytest
 
-from deploy.local.management import ask
 from services.sync.cli_session import Session
 from services.sync.reconciler import _LANES_EMPTIED, Reconciler
 from shared.entities import order as orders
 from shared.entities.contract import Lane, Standing, encode, now
+from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror.mirror import Apply
 from tests import builders

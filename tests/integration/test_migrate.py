@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aio_pika
 import pytest
+from structlog.testing import capture_logs
 
+from shared.entities.contract import Lane
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.postgres import migrate
@@ -57,6 +60,25 @@ async def test_a_queue_with_other_arguments_is_named_and_kept(empty: System) -> 
         await channel.declare_queue(topology.MIRROR_DEAD, durable=True)
     with pytest.raises(AssertionError, match=topology.MIRROR_DEAD):
         await empty.cli("migrate")
+
+
+async def test_dead_queues_of_an_earlier_version_go_on_as_they_are_and_new_ones_never_drop_a_letter(
+    empty: System,
+) -> None:
+    connection = await aio_pika.connect(empty.rabbitmq_url)
+    async with connection:
+        channel = await connection.channel()
+        older = topology.dead_queue(Lane.CRITICAL)
+        await channel.declare_queue(older, durable=True, arguments={"x-queue-type": "quorum"})
+        for _ in range(2):
+            with capture_logs() as said:
+                await declare.declare(connection, settings_of(empty))
+            assert [one["queue"] for one in said if one["event"] == "queue_keeps_older_arguments"] == [older]
+        for name, lane in topology.dead_queues():
+            arguments: Any = {"x-queue-type": "quorum"}
+            if lane is not Lane.CRITICAL:
+                arguments["x-delivery-limit"] = topology.DEAD_DELIVERY_LIMIT
+            await (await connection.channel()).declare_queue(name, durable=True, arguments=arguments)
 
 
 async def test_a_new_log_gets_a_new_epoch_and_an_old_one_keeps_its_own(empty: System) -> None:

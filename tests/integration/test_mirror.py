@@ -435,6 +435,28 @@ def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() 
         runner.run(reset_at_once())
 
 
+async def test_of_many_calls_to_a_frozen_server_one_tries_it(redis: Redis, link: MirrorConnection) -> None:
+    assert await answers(link)
+    await asyncio.to_thread(redis.freeze)
+    try:
+        assert not await answers(link)
+
+        async def half_open() -> bool:
+            return link.available
+
+        await eventually(half_open, what="the breaker to let one through")
+        outcomes = await asyncio.gather(*(link.call("PING") for _ in range(50)), return_exceptions=True)
+        assert sum("is being tried" in str(one) for one in outcomes) == 49
+    finally:
+        await asyncio.to_thread(redis.thaw)
+
+    async def back() -> bool:
+        return await answers(link)
+
+    await eventually(back, what="an answer")
+    assert await asyncio.gather(*(link.call("PING") for _ in range(50))) == [b"PONG"] * 50
+
+
 async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
     link = MirrorConnection("redis://127.0.0.1:9/0", timeout=0.2)
     link._failures = 5_000

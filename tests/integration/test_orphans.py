@@ -11,6 +11,7 @@ from shared.messaging.publisher import NotSent
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphans import Orphans
+from shared.rail.set_aside import files_aside
 from tests import builders
 from tests.system import eventually
 
@@ -113,12 +114,26 @@ async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tm
 
 
 async def test_one_that_cannot_be_read_does_not_hold_back_the_others(tmp_path: Path, leave: Any) -> None:
-    (tmp_path / "orders-2.sqlite").write_bytes(b"not a database" * 100)
+    (tmp_path / "orders-2.sqlite").mkdir()
     left = await leave(3, 2)
     broker = Broker()
     with pytest.raises(JournalBroken):
         await orphans_of(tmp_path, broker).drain()
     assert broker.events == left
+
+
+async def test_of_a_damaged_one_what_is_whole_is_recorded_and_the_file_is_set_aside(tmp_path: Path, leave: Any) -> None:
+    first, second, third = await leave(2, 3)
+    path = tmp_path / "orders-2.sqlite"
+    data = bytearray(path.read_bytes())
+    data[data.index(second) + 200] ^= 1
+    path.write_bytes(bytes(data))
+    broker = Broker()
+    orphans = orphans_of(tmp_path, broker)
+    assert await orphans.drain() == 2
+    assert sorted(broker.events) == sorted([first, third])
+    assert [one.read_bytes() for one in files_aside(path)] == [bytes(data)]
+    assert await orphans.drain() == 0
 
 
 async def _result(value: int) -> int:

@@ -132,7 +132,7 @@ async def what_is_held(database: Database) -> Any:
 
 
 async def how_far_it_has_come(database: Database) -> Any:
-    return await sync_status(database.api, database.mirror, database.shop.id)
+    return await sync_status(database.settings, database.api, database.mirror, database.shop.id)
 
 
 def before_the_last_page(database: Database) -> tuple[datetime, str]:

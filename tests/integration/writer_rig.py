@@ -9,12 +9,17 @@ import asyncpg
 from aio_pika.abc import AbstractIncomingMessage
 
 from services.sync.fences import FenceSource, FenceWatch
+from services.sync.keeper import Keeper
+from services.sync.mirror_writer import MirrorWriter
 from services.sync.postgres_writer import PostgresWriter
+from services.sync.replays import Replays
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
 from shared.metrics import Metrics, WriterMetrics
 from shared.mirror.mirror import Mirror
+from shared.postgres import dead_letters
+from shared.postgres.dead_letters import Letter, Wanted, WholeLetter
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
 from shared.tracing import Tracer
@@ -34,9 +39,16 @@ class Rig:
         self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
         self.metrics = Metrics()
+        counts = WriterMetrics(self.metrics)
         self.writer = PostgresWriter(
-            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(self.metrics)
+            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, counts
         )
+        self.mirror_writer = MirrorWriter(
+            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
+        )
+        """For what it does to single changes; not started."""
+        self.keeper = Keeper(settings, self.postgres, counts, look_after=0.3, renew_after=3.0)
+        self.replays = self.another_worker()
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
 
@@ -45,13 +57,30 @@ class Rig:
         await self.publisher.start(wait=10)
 
     async def down(self) -> None:
+        await self.replays.stop()
         await self.fences.stop()
         await self.writer.stop()
+        await self.keeper.stop()
         await self.publisher.stop()
         await self.mirror.close()
         await self.postgres.close()
         if self.database is not None:
             await self.database.close()
+
+    def another_worker(self, **settings: Any) -> Replays:
+        """That runs replays."""
+        chosen = {"poll": 0.02, "silent_seconds": 0.5, "slack_seconds": 30.0, **settings}
+        return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
+
+    async def letters(self, count: int, *, within: float = 20.0, **wanted: Any) -> list[WholeLetter]:
+        """Once there are so many, the oldest first."""
+
+        async def look() -> list[Letter]:
+            return await dead_letters.page(self.database, Wanted(**wanted), limit=1_000)
+
+        found = await eventually(look, within=within, what=f"{count} letters", until=lambda seen: len(seen) >= count)
+        whole = [await dead_letters.one(self.database, one.id) for one in reversed(found)]
+        return [one for one in whole if one is not None]
 
     async def as_owner(self, sql: str) -> None:
         owner = await asyncpg.connect(self.settings.database_url)

@@ -139,7 +139,8 @@ class GatedMirror:
         self._world = world
         self._ask = partial(world.ask, owner)
 
-    async def claim(self, entity: Any, change: Change, *rest: Any) -> Any:
+    async def claim(self, entity: Any, change: Change, *rest: Any, within: float) -> Any:
+        # Without `within`: the model knows servers whose clock nobody has looked at.
         async def claim(patient: bool) -> Any:
             reply = await self._world.mirror(patient).claim(entity, change, *rest)
             if isinstance(reply, Claimed):
@@ -154,7 +155,13 @@ class GatedMirror:
             raise
 
     async def take_back(self, change: Change) -> Any:
-        return await self._ask("take back", lambda _: self._world.patient.take_back(change))
+        async def take_back(_: bool) -> bool:
+            taken = await self._world.patient.take_back(change)
+            if taken:  # its version is free again in this life of the mirror
+                self._world.claimed_in[change.id].discard(self._world.life)
+            return taken
+
+        return await self._ask("take back", take_back)
 
     async def apply(self, states: Any) -> Any:
         return await self._ask("apply", lambda _: self._world.patient.apply(states))

@@ -14,8 +14,8 @@ from typing import Protocol
 from urllib.parse import quote
 
 from deploy.local import database
-from deploy.local.management import ask
 from deploy.local.servers import PASSWORD
+from shared.messaging.management import ask
 
 
 class Lifecycle(Protocol):

@@ -12,9 +12,9 @@ from requests.exceptions import RequestException
 from testcontainers.core.container import DockerContainer
 
 from deploy.local import database
-from deploy.local.management import ask
 from deploy.local.ports import find_free
 from deploy.local.servers import PASSWORD
+from shared.messaging.management import ask
 from tests.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
 START_WITHIN = 90.0  # seconds; images are there already

@@ -11,6 +11,7 @@ from msgspec import Raw, structs
 
 from shared.entities import registry
 from shared.entities.contract import (
+    MAX_EVENT_BYTES,
     BrokenContract,
     Change,
     ChangeData,
@@ -45,6 +46,10 @@ def reason(event: bytes) -> str:
     return broken.value.reason
 
 
+def test_a_change_that_no_broker_takes_is_refused_by_its_size() -> None:
+    assert reason(edited(data={"after": {}, "before": {"x": "y" * MAX_EVENT_BYTES}})) == "too_large"
+
+
 def test_a_change_reads_back_as_it_was_written() -> None:
     order = builders.order(payments=(builders.payment(),), notes="no onions ø 🍽")
     change = builders.change(order)
@@ -76,6 +81,8 @@ def test_attributes_and_fields_that_a_newer_producer_adds_are_ignored() -> None:
         (edited(id="A" * 8 + "-0000-4000-8000-000000000000"), "contract_broken"),
         (edited(id="not an id"), "contract_broken"),
         (edited(restaurantid=builders.RESTAURANT.replace("1", "A")), "contract_broken"),
+        (edited(restaurantid=None), "missing_tenant"),
+        (edited(specversion="0.3"), "unsupported_specversion"),
         (edited(basechangeid="none"), "contract_broken"),
         (edited(time="2026-03-14T12:00:00"), "contract_broken"),
         (edited(time="yesterday"), "contract_broken"),
@@ -93,7 +100,7 @@ def test_attributes_and_fields_that_a_newer_producer_adds_are_ignored() -> None:
         (with_state(order_number="4\0"), "contract_broken"),
         (with_state(status="eaten"), "contract_broken"),
         (with_state(total=1.5), "contract_broken"),
-        (with_state(total=-1), "contract_broken"),
+        (with_state(total=-1), "negative_amount"),
         (with_state(total=10**13), "contract_broken"),
         (with_state(created_at="2026-03-14T12:00:00"), "contract_broken"),
         (with_state(created_at="0001-01-01T00:00:00+14:00"), "contract_broken"),

@@ -1,15 +1,17 @@
 """What a failure means, and where it sends a change."""
 
-from datetime import UTC, datetime
+import hashlib
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import msgspec
 import pytest
 
-from services.sync.failures import Failure, Kind, classify, describe
-from services.sync.retry import Failed, destination, for_the_mirror, headers_for
-from shared.entities.contract import BrokenContract, Lane
+from services.sync.failures import Failure, Kind, classify, describe, fingerprint
+from services.sync.retry import ATTEMPTS, Failed, attempts_in, destination, for_the_mirror, headers_for
+from shared.entities import registry
+from shared.entities.contract import BrokenContract, Lane, decode_change, encode
 from shared.messaging import topology
 from tests.builders import RESTAURANT, change, message, order
 
@@ -62,9 +64,48 @@ def test_an_error_fits_a_header_whatever_it_is_made_of() -> None:
     assert "\x00" not in text
 
 
+def raised(event: bytes) -> Exception:
+    try:
+        registry.read(decode_change(event))
+    except BrokenContract as error:
+        return error
+    raise AssertionError("it was read")
+
+
+def test_the_place_of_a_failure_is_the_last_frame_of_our_own_code() -> None:
+    event = encode(change(order()))
+    assert classify(raised(b"{")).place == "shared.entities.contract:decode_change"
+    assert classify(raised(event.replace(b'"pending"', b'"hungry"'))).place == "shared.entities.entity:decode"
+    assert classify(raised(event.replace(b"order.created", b"order.eaten"))).place == "shared.entities.registry:read"
+    assert classify(ValueError("never raised")).place == "unknown"
+
+
+def test_a_fingerprint_tells_what_and_where_and_no_message_changes_it() -> None:
+    assert fingerprint("transient", "DeadlockDetectedError: of 7", "a:b") == fingerprint(
+        "transient", "DeadlockDetectedError: of 9", "a:b"
+    )
+    several = {
+        fingerprint("transient", "DeadlockDetectedError: x", "a:b"),
+        fingerprint("transient", "SerializationError: x", "a:b"),
+        fingerprint("unexpected", "DeadlockDetectedError: x", "a:b"),
+        fingerprint("transient", "DeadlockDetectedError: x", "a:c"),
+        fingerprint("wrong_tenant", "BrokenContract: x", "a:b"),
+        fingerprint("too_large", "BrokenContract: x", "a:b"),
+    }
+    assert len(several) == 6
+    # The contract with everybody who computes it: reason, type of error, place.
+    expected = hashlib.sha256(b"transient|SerializationError|a:b").hexdigest()[:12]
+    assert fingerprint("transient", "SerializationError: x", "a:b") == expected
+    assert (
+        fingerprint("too_large", "BrokenContract: x", "a:b")
+        == hashlib.sha256(b"too_large|too_large|a:b").hexdigest()[:12]
+    )
+
+
 def failed(kind: Kind = Kind.TRANSIENT, **headers: Any) -> Failed:
     made = change(order())
-    return Failed(message(made), headers, Failure(kind, "transient", "SerializationError: try again"), AT, made)
+    failure = Failure(kind, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    return Failed(message(made), headers, failure, AT, made)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +136,17 @@ def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
         "ticketrail-attempt": 2,
         "ticketrail-reason": "transient",
         "ticketrail-error": "SerializationError: try again",
+        "ticketrail-place": "shared.postgres.changes:write_batch",
+        "ticketrail-attempts": msgspec.json.encode(
+            [
+                {
+                    "at": AT,
+                    "reason": "transient",
+                    "error": "SerializationError: try again",
+                    "place": "shared.postgres.changes:write_batch",
+                }
+            ]
+        ).decode(),
         "ticketrail-lane": "critical",
         "ticketrail-failed-at": AT.isoformat(),
         "ticketrail-first-failed-at": AT.isoformat(),
@@ -107,6 +159,31 @@ def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
 def test_the_first_failure_is_remembered_over_the_attempts() -> None:
     headers = headers_for(failed(**{"ticketrail-first-failed-at": "long ago"}), Lane.CRITICAL)
     assert headers["ticketrail-first-failed-at"] == "long ago"
+
+
+def test_each_attempt_is_told_and_the_first_one_is_not_forgotten() -> None:
+    headers: dict[str, Any] = {}
+    for number in range(40):
+        one = failed(**headers)
+        failure = Failure(Kind.TRANSIENT, f"reason {number}", "\x07" * 400, "a:b")
+        one = msgspec.structs.replace(one, failure=failure, at=AT + timedelta(seconds=number))
+        headers = dict(headers_for(one, Lane.CRITICAL))
+    reasons = [attempt.reason for attempt in attempts_in(headers)]
+    assert reasons == ["reason 0", *(f"reason {number}" for number in range(25, 40))]
+    assert len(headers[ATTEMPTS]) < 40_000, "all headers must fit into one frame"
+
+
+@pytest.mark.parametrize("value", ["garbage", "[{}]", 7, b"\xff", '[{"at": "2026-01-01T00:00:00"}]', "[" * 100_000])
+def test_attempts_that_cannot_be_read_begin_anew(value: Any) -> None:
+    headers = headers_for(failed(**{ATTEMPTS: value}), Lane.CRITICAL)
+    assert len(attempts_in(headers)) == 1
+
+
+def test_headers_of_others_never_fill_the_frame_and_never_push_out_ours() -> None:
+    strange = {f"a{number}": "x" * 5_000 for number in range(100)}
+    headers = headers_for(failed(**strange, **{"ticketrail-replay": "a letter"}), Lane.CRITICAL)
+    assert headers["ticketrail-replay"] == "a letter"
+    assert sum(len(str(value)) for value in headers.values()) < 60_000
 
 
 def test_a_body_that_says_nothing_gets_headers_all_the_same() -> None:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.orders.lists import cursor_after, read_cursor
 from services.orders.requests import OrdersQuery
 from services.orders.views import state_view
 from shared.api import read_query
+from shared.cursors import cursor_after, read_cursor
 from shared.entities.contract import Standing, encode
 from shared.entities.order import Status, allowed_next, items_may_change
 from shared.entities.selection import Selection

@@ -63,6 +63,7 @@ def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> Non
         "orderID": state.id,
         "timestamp": json.loads(encode(made.time)),
         "version": 4,
+        "changeId": made.id,
         "traceId": "0af7651916cd43dd8448eb211c80319c",
     }
     assert (event.tenant, event.order_id, event.session_id) == (RESTAURANT, state.id, "table-7")

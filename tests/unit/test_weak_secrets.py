@@ -14,6 +14,7 @@ STRONG = secrets.token_urlsafe(32)
 URLS = {
     "rabbitmq_url": "amqp://ticketrail:{}@rabbitmq:5672/",
     "rabbitmq_management_url": "http://ticketrail:{}@rabbitmq:15672",
+    "rabbitmq_watcher_url": "http://ticketrail_watcher:{}@rabbitmq:15672",
     "redis_url": "redis://:{}@valkey:6379/0",
     "database_url": "postgresql://ticketrail_owner:{}@postgres:5432/ticketrail",
     "database_writer_url": "postgresql://ticketrail_writer:{}@postgres:5432/ticketrail",
@@ -65,6 +66,15 @@ def test_a_weak_password_in_a_url_is_refused_and_not_repeated(name: str, passwor
     message = refused.value.errors()[0]["msg"]
     assert f"TICKETRAIL_{name.upper()}" in message
     assert f"{password}@" not in message
+
+
+@pytest.mark.parametrize("name", ["rabbitmq_url", "redis_url"])
+def test_of_several_hosts_each_password_is_looked_at(name: str) -> None:
+    strong, weak = URLS[name].format(STRONG), URLS[name].format("guest")
+    assert getattr(production(**{name: f"{strong},{strong}"}), name) == f"{strong},{strong}"
+    for several in (f"{strong},{weak}", f"{weak},{strong}"):
+        with pytest.raises(ValidationError, match=f"TICKETRAIL_{name.upper()}"):
+            production(**{name: several})
 
 
 def test_the_defaults_are_refused() -> None:

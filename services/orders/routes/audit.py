@@ -8,10 +8,10 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Meta, Struct
 
-from services.orders.lists import cursor_after, read_cursor
 from services.orders.requests import Request
 from services.orders.shop import shop_of
 from shared.api import endpoint, read_query
+from shared.cursors import cursor_after, read_cursor
 from shared.entities.contract import Label, Time
 from shared.errors import Unavailable
 from shared.http import Call, success

@@ -5,10 +5,10 @@ from datetime import date, datetime, timedelta
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.orders.lists import cursor_after, read_cursor
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
 from services.orders.shop import Shop, done_reply, shop_of
 from shared.api import View, endpoint, path_id, read_query
+from shared.cursors import cursor_after, read_cursor
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment

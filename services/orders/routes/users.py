@@ -7,11 +7,12 @@ from litestar.types import ASGIApp
 from msgspec import UNSET, Meta, UnsetType
 
 from services.orders.accounts import User
-from services.orders.lists import pagination, read_cursor
+from services.orders.lists import pagination
 from services.orders.requests import Request
 from services.orders.routes.auth import Email, Password, address_of
 from services.orders.shop import shop_of
 from shared.api import endpoint, path_id, read_query
+from shared.cursors import read_cursor
 from shared.entities.contract import Label, now
 from shared.errors import Unauthenticated
 from shared.http import Call, read_body, success

@@ -3,9 +3,12 @@
 -- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
 -- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event  6 wants a number (0/1)
 --       7 floor of the number  8 claims member  9 stale after (ms)  10 what it wants to hold of the stock (see stock.lua)
+--       11 not after (ms, by this server's clock; '': whenever): a server that was frozen gets to it when the caller has
+--          long gone on without it, and a creation would be there twice
 -- Replies
 --   {"claimed", number}                     ours (also when this very call was executed before)
 --   {"cold"}                                nobody has filled this mirror since it started
+--   {"late"}                                nothing was claimed
 --   {"busy"}                                another change is on its way
 --   {"stale", change id, event, number}     another change was left behind; now marked: finish it, then come again
 --   {"standing", version, change id, state} the base is not what stands (for a creation: it exists)
@@ -48,6 +51,9 @@ if doc[1] and (version ~= tonumber(ARGV[3]) or doc[2] ~= ARGV[4]) then
   return {'standing', doc[1], doc[2], doc[3]}
 end
 
+if ARGV[11] ~= '' and now > tonumber(ARGV[11]) then
+  return {'late'}
+end
 local short, reserved = nil, ''
 if ARGV[10] ~= '' then
   short, reserved = reserve(KEYS[1], ARGV[10])

@@ -146,8 +146,7 @@ create table stock_moves (
     primary key (restaurant_id, inventory_item_id, id)
 );
 
--- Who changed what: read by time, by who did it, by entity (changes_by_version), and by kind of entity. Nearly all are
--- of orders, and those need no index of their own.
+-- Who changed what: read by time, or by entity (changes_by_version).
 alter table changes add actor text;
 create index changes_newest on changes (restaurant_id, accepted_at desc, change_id desc);
 create index changes_newest_of on changes (restaurant_id, entity, accepted_at desc, change_id desc)

@@ -1,0 +1,423 @@
+"""`ticketrail dlq`: dead letters on the command line, by the same functions as the API.
+
+Exit codes: 0 done; 1 it could not be done, or a replay did not bring every letter through; 2 wrong usage.
+"""
+
+import asyncio
+import base64
+import getpass
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from services.sync.cli_session import Session, run
+from services.sync.editing import difference, event_in
+from services.sync.mending import Mending, shown_body
+from shared.entities.contract import encode
+from shared.errors import NotFound
+from shared.postgres import dead_letters, letter_acts, replay_jobs
+from shared.postgres.dead_letters import Group, Letter, Wanted
+from shared.postgres.pool import Connection, Postgres
+from shared.postgres.replay_jobs import Job
+from shared.security import Role
+from shared.settings import Settings
+
+T = TypeVar("T")
+_ROLE = Role.OPERATOR.value
+_BARS = " ▁▂▃▄▅▆▇█"
+_PIECE = 200
+
+
+@click.group("dlq")
+def dlq_command() -> None:
+    """Dead letters: look at them, replay, mend, discard."""
+
+
+# -- which letters, and how it is printed ------------------------------------------------------------------------
+
+
+def _filters(command: Callable[..., None]) -> Callable[..., None]:
+    options = (
+        click.option("--queue", help="the dead queue"),
+        click.option("--fingerprint", help="what they died of: `dlq groups` lists them"),
+        click.option("--reason", help="such as contract_broken"),
+        click.option("--entity", help="such as order"),
+        click.option("--restaurant", type=click.UUID),
+        click.option("--status", type=click.Choice(dead_letters.STATUSES), multiple=True),
+        click.option("--since", type=click.FloatRange(0), help="failed within so many hours"),
+        click.option("--text", help="in the error, the place or the body"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _wanted(
+    queue: str | None,
+    fingerprint: str | None,
+    reason: str | None,
+    entity: str | None,
+    restaurant: UUID | None,
+    status: Sequence[str],
+    since: float | None,
+    text: str | None,
+    ids: Sequence[UUID] = (),
+) -> Wanted:
+    return Wanted(
+        ids=tuple(str(id_) for id_ in ids),
+        queue=queue,
+        fingerprint=fingerprint,
+        reason=reason,
+        entity=entity,
+        restaurant_id=str(restaurant) if restaurant else None,
+        statuses=tuple(status),
+        failed_from=datetime.now(UTC) - timedelta(hours=since) if since is not None else None,
+        text=text,
+    )
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="print JSON, for scripts")
+
+
+@asynccontextmanager
+async def _ops(settings: Settings) -> AsyncIterator[Connection]:
+    postgres = Postgres(settings.database_ops_url, settings, size=1)
+    try:
+        async with postgres.connection() as connection:
+            yield connection
+    finally:
+        await postgres.close()
+
+
+def _ask(question: Callable[[Connection], Awaitable[T]]) -> T:
+    async def ask() -> T:
+        async with _ops(Settings()) as connection:
+            return await question(connection)
+
+    found: T = run(ask())
+    return found
+
+
+def _print_json(value: Any) -> None:
+    click.echo(encode(value).decode())
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _ago(at: datetime) -> str:
+    seconds = (datetime.now(UTC) - at).total_seconds()
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _actor() -> str:
+    return f"cli/{getpass.getuser()}"
+
+
+# -- looking -----------------------------------------------------------------------------------------------------
+
+
+@dlq_command.command("list")
+@_filters
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@_json_option
+def list_command(limit: int, as_json: bool, **filters: Any) -> None:
+    """List dead letters, the newest failure first."""
+    wanted = _wanted(**filters)
+    found = _ask(lambda connection: dead_letters.page(connection, wanted, limit=limit))
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("id", "failed", "deaths", "status", "about", "error", box=None, header_style="bold")
+    for one in found:
+        about = f"{one.entity or '?'} v{one.version}" if one.version else (one.entity or "unreadable")
+        table.add_row(one.id, _ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
+    _console().print(table)
+    click.echo(f"{len(found)} letters" + (" (there may be more: --limit)" if len(found) == limit else ""))
+
+
+@dlq_command.command("groups")
+@_filters
+@_json_option
+def groups_command(as_json: bool, **filters: Any) -> None:
+    """Dead letters by what they died of, the most first."""
+    wanted = _wanted(**filters)
+    found = _ask(lambda connection: dead_letters.groups(connection, wanted))
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("fingerprint", "count", "open", "first", "last", "24 h", "reason", "place", box=None)
+    for one in found:
+        table.add_row(
+            one.fingerprint,
+            str(one.count),
+            str(one.open),
+            _ago(one.first_failed_at),
+            _ago(one.last_failed_at),
+            _sparkline(one),
+            one.reason,
+            one.place,
+        )
+    _console().print(table)
+
+
+def _sparkline(group: Group) -> str:
+    most = max(group.trend) or 1
+    return "".join(_BARS[min(8, (8 * n + most - 1) // most)] for n in group.trend)
+
+
+@dlq_command.command("show")
+@click.argument("letter", type=click.UUID)
+@_json_option
+def show_command(letter: UUID, as_json: bool) -> None:
+    """Show a dead letter with all that is known of it."""
+
+    async def look(connection: Connection) -> dict[str, Any]:
+        found = await dead_letters.one(connection, str(letter))
+        if found is None:
+            raise NotFound("no such dead letter")
+        event, body, cut = shown_body(found.body)
+        return {
+            "letter": Letter(**{name: getattr(found, name) for name in Letter.__struct_fields__}),
+            "attempts": found.attempts,
+            "headers": found.headers,
+            "event": event,
+            "body": body,
+            "body_cut": cut,
+            "edits": await dead_letters.edits(connection, str(letter)),
+            "replays": [job for job, _ in await replay_jobs.of_letter(connection, str(letter))],
+            "acts": await letter_acts.acts(connection, f"dead_letter/{letter}"),
+        }
+
+    seen = _ask(look)
+    if as_json:
+        _print_json(seen)
+        return
+    plain: dict[str, Any] = msgspec.to_builtins(seen)
+    for name, value in plain["letter"].items():
+        if value is not None:
+            click.echo(f"{name + ':':18}{value}")
+    for attempt in plain["attempts"]:
+        click.echo(f"{'attempt:':18}{attempt['at']}  {attempt['reason']}  {attempt['error']}  ({attempt['place']})")
+    for act in plain["acts"]:
+        click.echo(f"{'act:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}")
+    for edit in plain["edits"]:
+        for one in edit["difference"]:
+            click.echo(f"{'edited:':18}{one['path']}: {one.get('before')} → {one.get('after')}")
+    click.echo(json.dumps(plain["event"], indent=2, ensure_ascii=False) if plain["event"] else plain["body"])
+
+
+@dlq_command.command("export")
+@_filters
+@click.option("--out", type=click.Path(dir_okay=False), help="a file; by default standard output")
+def export_command(out: str | None, **filters: Any) -> None:
+    """Write letters as JSON lines, each whole, its body in base64 as received."""
+    wanted = _wanted(**filters)
+
+    async def every(connection: Connection) -> list[bytes]:
+        lines: list[bytes] = []
+        before: tuple[datetime, str] | None = None
+        while page := await dead_letters.page(connection, wanted, before=before, limit=_PIECE):
+            for one in page:
+                whole = await dead_letters.one(connection, one.id)
+                if whole is not None:
+                    plain = msgspec.to_builtins(whole)
+                    lines.append(encode({**plain, "body": base64.b64encode(whole.body).decode()}))
+            before = (page[-1].last_failed_at, page[-1].id)
+        return lines
+
+    lines = _ask(every)
+    content = b"".join(line + b"\n" for line in lines)
+    if out:
+        Path(out).write_bytes(content)
+        click.echo(f"{len(lines)} letters in {out}")
+    else:
+        sys.stdout.buffer.write(content)
+
+
+# -- acting ------------------------------------------------------------------------------------------------------
+
+
+@dlq_command.command("replay")
+@click.argument("letters", type=click.UUID, nargs=-1)
+@_filters
+@click.option(
+    "--dry-run", is_flag=True, help="execute each in a transaction that is rolled back, and say what would be"
+)
+@click.option("--yes", is_flag=True, help="do not ask")
+@click.option("--detach", is_flag=True, help="do not wait for it")
+@click.option("--canary/--no-canary", default=True, show_default=True, help="1, then 10, then the rest")
+@click.option("--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="letters a second")
+@click.option("--why", help="kept in the audit")
+@_json_option
+def replay_command(
+    letters: Sequence[UUID],
+    dry_run: bool,
+    yes: bool,
+    detach: bool,
+    canary: bool,
+    rate: float,
+    why: str | None,
+    as_json: bool,
+    **filters: Any,
+) -> None:
+    """Replay LETTERS, or all that are open and match the filters: plan first, then a job in the worker.
+
+    Exit code 1 when not every letter came through, or the job stopped by itself."""
+    wanted = _wanted(**filters, ids=letters)
+    if wanted == Wanted():
+        raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
+    plan = _ask(lambda connection: replay_jobs.plan(connection, wanted))
+    if not as_json:
+        click.echo(f"{plan.total} open letters" + "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items()))
+    if plan.total and not dry_run and not yes:
+        click.confirm("Replay them?", abort=True)
+    job = _ask(
+        lambda connection: replay_jobs.make(
+            connection,
+            wanted,
+            kind="dry_run" if dry_run else "replay",
+            actor=_actor(),
+            role=_ROLE,
+            why=why,
+            per_second=rate,
+            canary=canary,
+        )
+    )
+    if not detach:
+        job = run(_follow(Settings(), job, quiet=as_json))
+    lines = _ask(lambda connection: replay_jobs.letters(connection, job.id, limit=500))
+    if as_json:
+        _print_json({"plan": plan, "job": job, "letters": lines})
+    else:
+        for one in lines[:20]:
+            click.echo(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}")
+        outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
+        click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + f" {job.message or ''}")
+    if not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail"))):
+        sys.exit(1)
+
+
+async def _follow(settings: Settings, job: Job, *, quiet: bool) -> Job:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task(job.kind, total=job.total, state=job.state)
+        while not job.ended:
+            await asyncio.sleep(0.3)
+            async with _ops(settings) as connection:
+                found = await replay_jobs.one(connection, job.id)
+            if found is None:
+                raise NotFound("the job is gone")
+            job = found
+            under_way = sum(job.outcomes.get(name, 0) for name in ("waiting", "sending", "sent"))
+            bar.update(task, completed=job.total - under_way, state=job.state)
+    return job
+
+
+@dlq_command.command("cancel")
+@click.argument("job", type=click.UUID)
+@_json_option
+def cancel_command(job: UUID, as_json: bool) -> None:
+    """Cancel a replay: nothing more of it is sent."""
+    found = _ask(lambda connection: replay_jobs.cancel(connection, str(job), actor=_actor(), role=_ROLE))
+    _print_json(found) if as_json else click.echo(f"job {found.id}: {found.state}")
+
+
+@dlq_command.command("edit")
+@click.argument("letter", type=click.UUID)
+@click.option("--event", type=click.Path(exists=True, dir_okay=False), help="the new event as JSON; else $EDITOR opens")
+@click.option("--why", help="kept in the audit")
+@_json_option
+def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool) -> None:
+    """Mend a dead letter by hand: a new change at head + 1. What says whose it is stays as it is."""
+    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    if seen is None:
+        raise click.ClickException("no such dead letter")
+    original = event_in(seen.body)
+    if event is not None:
+        text: str | None = Path(event).read_text()
+    else:
+        text = click.edit(json.dumps(original or {}, indent=2, ensure_ascii=False), extension=".json")
+    if text is None:
+        raise click.ClickException("nothing was changed")
+    try:
+        wanted = json.loads(text)
+    except ValueError as error:
+        raise click.ClickException(f"not JSON: {error}") from error
+    if not isinstance(wanted, dict):
+        raise click.ClickException("the event is an object")
+    if not as_json and original is not None:
+        for one in difference(original, wanted):
+            click.echo(f"{one['path']}: {one.get('before')} → {one.get('after')}")
+
+    async def edit() -> Letter:
+        async with _mending(Settings()) as mending:
+            return await mending.edit(str(letter), wanted, revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
+
+    done = run(edit())
+    _print_json(done) if as_json else click.echo(f"resolved by change {done.replaced_by}")
+
+
+@dlq_command.command("discard")
+@click.argument("letter", type=click.UUID)
+@click.option("--why", required=True, help="kept in the audit")
+@_json_option
+def discard_command(letter: UUID, why: str, as_json: bool) -> None:
+    """Discard a dead letter. What readers saw of it is taken back; it can be restored within the retention."""
+    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    if seen is None:
+        raise click.ClickException("no such dead letter")
+
+    async def discard() -> Letter:
+        async with _mending(Settings()) as mending:
+            return await mending.discard(str(letter), revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
+
+    done = run(discard())
+    taken_back = f", taken back by change {done.replaced_by}" if done.replaced_by else ""
+    _print_json(done) if as_json else click.echo(f"discarded{taken_back}")
+
+
+@dlq_command.command("restore")
+@click.argument("letter", type=click.UUID)
+@click.option("--why", help="kept in the audit")
+@_json_option
+def restore_command(letter: UUID, why: str | None, as_json: bool) -> None:
+    """Restore a dead letter that was discarded."""
+    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    if seen is None:
+        raise click.ClickException("no such dead letter")
+
+    async def restore() -> Letter:
+        async with _mending(Settings()) as mending:
+            return await mending.restore(str(letter), revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
+
+    done = run(restore())
+    _print_json(done) if as_json else click.echo("open again")
+
+
+@asynccontextmanager
+async def _mending(settings: Settings) -> AsyncIterator[Mending]:
+    ops = Postgres(settings.database_ops_url, settings, size=2)
+    try:
+        async with Session(settings) as session:
+            yield Mending(ops, session.mirror, session.rail)
+    finally:
+        await ops.close()
+
+
+COMMANDS = (dlq_command,)

@@ -1,0 +1,151 @@
+"""How full the queues are, for operators: from the management API as a user that may only look, and where that is away
+from the broker itself, without rates. With both away the ages that PostgreSQL and the fences tell are still there.
+
+Nothing here takes a message out of a queue: a look burns no delivery.
+"""
+
+import asyncio
+from datetime import datetime
+from typing import Any, Literal
+from urllib.parse import quote
+
+import structlog
+from aiormq.exceptions import ChannelNotFoundEntity
+from msgspec import Struct
+
+from shared.entities.contract import Lane, now
+from shared.messaging import declare, topology
+from shared.messaging.management import ask, vhost_of
+from shared.messaging.publisher import BROKEN_LINK
+from shared.postgres.pool import AWAY, Postgres
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_COLUMNS = (
+    "name,messages,messages_ready,messages_unacknowledged,messages_dlx,consumers,"
+    "message_stats.publish_details.rate,message_stats.deliver_get_details.rate,message_stats.ack_details.rate"
+)
+_TIMEOUT = 3.0
+_FENCES = "select lane, sent_at from fences"
+_RETRYING = "select lane, count(*)::int8 as retrying, min(failed_at) as oldest from retries group by lane"
+
+
+class Queue(Struct, frozen=True, kw_only=True):
+    name: str
+    kind: Literal["lane", "retry", "dead", "log"]
+    lane: str | None
+    depth: int | None
+    """None: nobody could tell."""
+    unacknowledged: int | None = None
+    dead_lettering: int | None = None
+    """On their way out of a retry queue: the depth that AMQP tells leaves them out."""
+    consumers: int | None = None
+    in_per_second: float | None = None
+    out_per_second: float | None = None
+    oldest_seconds: float | None = None
+    """Age of the oldest message at most; of a lane since the last fence that came out of it."""
+
+
+class Queues(Struct, frozen=True):
+    source: Literal["management", "broker", "none"]
+    queues: list[Queue]
+    fence_age_seconds: dict[str, float]
+    retrying: dict[str, int]
+    """Changes on the ladder, by lane, as PostgreSQL knows them."""
+    away: list[str]
+    """What could not be asked."""
+
+
+async def look(settings: Settings, postgres: Postgres) -> Queues:
+    away: list[str] = []
+    source: Literal["management", "broker", "none"] = "management"
+    try:
+        found = await asyncio.to_thread(_from_management, settings)
+    except (OSError, ValueError) as error:
+        log.warning("management_away", error=str(error) or type(error).__name__)
+        away.append("management")
+        source = "broker"
+        try:
+            found = await _from_broker(settings)
+        except BROKEN_LINK as broken:
+            log.warning("broker_away", error=str(broken) or type(broken).__name__)
+            away.append("rabbitmq")
+            found, source = {}, "none"
+    fences: dict[str, datetime] = {}
+    retries: dict[str, tuple[int, datetime]] = {}
+    try:
+        async with postgres.connection() as connection:
+            fences = {row["lane"]: row["sent_at"] for row in await connection.fetch(_FENCES)}
+            retries = {row["lane"]: (row["retrying"], row["oldest"]) for row in await connection.fetch(_RETRYING)}
+    except AWAY:
+        away.append("postgres")
+    at = now()
+    ages = {lane: round((at - sent).total_seconds(), 1) for lane, sent in fences.items()}
+    oldest = {lane: round((at - failed).total_seconds(), 1) for lane, (_, failed) in retries.items()}
+    queues = [_queue(name, kind, lane, found, ages, oldest) for name, kind, lane in _all(settings)]
+    return Queues(source, queues, ages, {lane: count for lane, (count, _) in retries.items()}, away)
+
+
+def _all(settings: Settings) -> list[tuple[str, Literal["lane", "retry", "dead", "log"], str | None]]:
+    lanes: list[tuple[str, Literal["lane", "retry", "dead", "log"], str | None]] = []
+    for lane in Lane:
+        lanes.append((topology.lane_queue(lane), "lane", lane.value))
+        lanes += [(topology.retry_queue(lane, step), "retry", lane.value) for step in settings.retry_steps_ms]
+        lanes.append((topology.dead_queue(lane), "dead", lane.value))
+    logs = [(queue.name, "log", None) for queue in topology.logs(settings)]
+    return [*lanes, (topology.MIRROR_DEAD, "dead", None), *logs]  # type: ignore[list-item]
+
+
+def _queue(
+    name: str,
+    kind: Literal["lane", "retry", "dead", "log"],
+    lane: str | None,
+    found: dict[str, dict[str, Any]],
+    ages: dict[str, float],
+    oldest: dict[str, float],
+) -> Queue:
+    seen = found.get(name, {})
+    depth = seen.get("messages")
+    waits = (depth or 0) + (seen.get("messages_dlx") or 0)
+    age = None
+    if waits and lane is not None:
+        age = ages.get(lane) if kind == "lane" else oldest.get(lane) if kind == "retry" else None
+    stats = seen.get("message_stats") or {}
+    return Queue(
+        name=name,
+        kind=kind,
+        lane=lane,
+        depth=depth,
+        unacknowledged=seen.get("messages_unacknowledged"),
+        dead_lettering=seen.get("messages_dlx"),
+        consumers=seen.get("consumers"),
+        in_per_second=(stats.get("publish_details") or {}).get("rate"),
+        out_per_second=(stats.get("ack_details") or stats.get("deliver_get_details") or {}).get("rate"),
+        oldest_seconds=age,
+    )
+
+
+def _from_management(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Raises OSError (an HTTP error too) or ValueError."""
+    if not settings.rabbitmq_watcher_url:
+        raise OSError("no watcher of the management API is set")
+    vhost = quote(vhost_of(settings.rabbitmq_url), safe="")
+    found: Any = ask(settings.rabbitmq_watcher_url, "GET", f"/api/queues/{vhost}?columns={_COLUMNS}", timeout=_TIMEOUT)
+    return {queue["name"]: queue for queue in found}
+
+
+async def _from_broker(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Raises one of BROKEN_LINK."""
+    found: dict[str, dict[str, Any]] = {}
+    async with asyncio.timeout(_TIMEOUT), await declare.connect(settings.rabbitmq_url, timeout=_TIMEOUT) as connection:
+        for name, _, _ in _all(settings):
+            # On a channel of its own: a missing queue closes it, and a robust channel would answer from its cache.
+            channel = await connection.channel()
+            try:
+                declared = (await channel.declare_queue(name, passive=True)).declaration_result
+            except ChannelNotFoundEntity:
+                continue
+            found[name] = {"messages": declared.message_count, "consumers": declared.consumer_count}
+            await channel.close()
+    return found

@@ -1,0 +1,32 @@
+"""The cursor of a list: an opaque text that names the last one of the page before, by its moment and id."""
+
+import base64
+import binascii
+from datetime import datetime
+from uuid import UUID
+
+import msgspec
+
+from shared.entities.contract import in_range
+from shared.errors import InvalidInput
+
+
+def cursor_after(at: datetime, id_: str) -> str:
+    return base64.urlsafe_b64encode(f"{at.isoformat()} {id_}".encode()).decode().rstrip("=")
+
+
+def read_cursor(text: str) -> tuple[datetime, str]:
+    """Raises InvalidInput."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
+        at, _, id_ = raw.partition(" ")
+        return _aware(at), str(UUID(id_))
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise InvalidInput("not a cursor that this API has given", field="cursor", code="invalid_cursor") from error
+
+
+def _aware(text: str) -> datetime:
+    at = msgspec.convert(text, datetime, strict=False)
+    if at.tzinfo is None or not in_range(at):
+        raise ValueError("a time with its zone, between 1970 and 2200")
+    return at

@@ -1,0 +1,42 @@
+"""RabbitMQ's management API, by an URL that carries its credentials; and the user that may only look."""
+
+import base64
+import json
+import urllib.request
+from urllib.parse import quote, unquote, urlsplit
+
+from shared.host_urls import host_urls
+
+
+def ask(base_url: str, method: str, path: str, body: object = None, timeout: float = 10.0) -> object:
+    """One call of RabbitMQ's management API; None for an empty answer. Raises urllib.error.HTTPError, OSError."""
+    scheme, _, rest = base_url.partition("://")
+    credentials, _, address = rest.rpartition("@")
+    request = urllib.request.Request(  # noqa: S310  (the URL is a setting)
+        f"{scheme}://{address}{path}",
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={
+            "Authorization": "Basic " + base64.b64encode(credentials.encode()).decode(),
+            "Content-Type": "application/json",
+        },
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as reply:  # noqa: S310
+        content = reply.read()
+    return json.loads(content) if content else None
+
+
+def vhost_of(amqp_url: str) -> str:
+    """The same for all nodes of a cluster."""
+    path = urlsplit(host_urls(amqp_url)[0]).path.removeprefix("/")
+    return unquote(path) or "/"
+
+
+def make_watcher(admin_url: str, watcher_url: str, amqp_url: str) -> None:
+    """The user of `watcher_url`, with the password that stands there: it sees queues and rates, and may do nothing.
+    Raises urllib.error.HTTPError, OSError."""
+    parts = urlsplit(watcher_url)
+    name = quote(unquote(parts.username or ""), safe="")
+    ask(admin_url, "PUT", f"/api/users/{name}", {"password": unquote(parts.password or ""), "tags": "monitoring"})
+    nothing = {"configure": "^$", "write": "^$", "read": "^$"}
+    ask(admin_url, "PUT", f"/api/permissions/{quote(vhost_of(amqp_url), safe='')}/{name}", nothing)

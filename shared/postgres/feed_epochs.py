@@ -1,0 +1,19 @@
+"""Epochs of the pull feed. A cursor of it is (xid, seq) in `changes`, both counted by the database itself: one that
+came back from a backup counts them anew, and a cursor from before would skip what is written now. So each cursor
+carries the epoch in which it was given, and one of another epoch is answered with a resync."""
+
+from shared.postgres.pool import Connection
+
+_PRESENT = "select epoch from feed_epochs order by id desc limit 1"
+_BEGIN = "insert into feed_epochs (why) values ($1) returning epoch"
+
+
+async def present(connection: Connection) -> str:
+    epoch: str = await connection.fetchval(_PRESENT)
+    return epoch
+
+
+async def begin(connection: Connection, why: str) -> str:
+    """From here on every older cursor is void; as the writer role."""
+    epoch: str = await connection.fetchval(_BEGIN, why)
+    return epoch

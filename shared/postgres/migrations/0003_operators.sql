@@ -1,0 +1,153 @@
+-- What could not be written, in operators' hands: dead letters, their replays, and who did what. And what is on the
+-- retry ladder now, so that every change can be accounted for by its id.
+
+-- A letter is kept once: what dies again is the same letter, with one death more.
+create table dead_letters (
+    id uuid primary key default gen_random_uuid(),
+    digest bytea not null unique,  -- SHA-256 of the queue that it came from and its body
+    queue text not null,           -- the dead queue
+    lane text,                     -- whose queue a replay goes to; none: a letter of the mirror writer
+    restaurant_id uuid,            -- none: it cannot be read
+    change_id uuid,
+    entity text,
+    entity_id uuid,
+    version int,
+    type text,
+    source text,
+    terminal_id text,
+    trace_id text,
+    mixed boolean not null default false,  -- it names two restaurants: for operators alone
+    reason text not null,          -- stable, such as contract_broken
+    error text not null,           -- for people
+    place text not null,           -- in our code: module:function
+    fingerprint text not null,     -- of error type and place
+    attempts json not null,        -- [{"at", "reason", "error", "place"}], the first one first
+    deaths int not null default 1,
+    first_failed_at timestamptz not null,
+    last_failed_at timestamptz not null,
+    headers json not null,
+    body bytea not null,           -- as received
+    status text not null default 'open' check (status in ('open', 'replaying', 'resolved', 'discarded')),
+    revision int not null default 1,  -- moves with every act and every death: of two operators the second is told
+    replaced_by uuid,              -- the change that an edit or a discard has made of it
+    why text,                      -- the reason of a discard
+    kept_at timestamptz not null default now(),
+    closed_at timestamptz          -- since when it is resolved or discarded
+);
+create index dead_letters_newest on dead_letters (last_failed_at desc, id desc);
+create index dead_letters_open on dead_letters (fingerprint, last_failed_at desc) where status in ('open', 'replaying');
+create index dead_letters_of_restaurant on dead_letters (restaurant_id, last_failed_at desc, id desc);
+create index dead_letters_of_change on dead_letters (restaurant_id, change_id);
+create index dead_letters_of_entity on dead_letters (restaurant_id, entity, entity_id);
+create index dead_letters_closed on dead_letters (closed_at) where closed_at is not null;
+
+-- An edit: the event as it was made anew, and what differs from the letter.
+create table letter_edits (
+    id uuid primary key default gen_random_uuid(),
+    letter_id uuid not null references dead_letters on delete cascade,
+    at timestamptz not null default now(),
+    actor text not null,
+    why text,
+    event json not null,
+    difference json not null,      -- [{"path", "before", "after"}]
+    change_id uuid not null
+);
+create index letter_edits_of_letter on letter_edits (letter_id, at);
+
+-- Replays run in the sync worker, a row each, so that they survive it.
+create table ops_jobs (
+    id uuid primary key default gen_random_uuid(),
+    kind text not null check (kind in ('replay', 'dry_run')),
+    state text not null default 'waiting'
+        check (state in ('waiting', 'running', 'done', 'cancelled', 'stopped')),  -- stopped: by itself
+    wanted json not null,          -- the filter, as it was asked for
+    actor text not null,
+    why text,
+    per_second double precision not null default 50,
+    canary boolean not null default true,
+    total int not null default 0,
+    cancel_asked boolean not null default false,
+    message text,
+    created_at timestamptz not null default now(),
+    started_at timestamptz,
+    worker uuid,                   -- which one runs it
+    beat_at timestamptz,           -- of that worker: one that is silent for a while has died
+    finished_at timestamptz
+);
+create index ops_jobs_open on ops_jobs (created_at) where state in ('waiting', 'running');
+create table ops_job_letters (
+    job_id uuid not null references ops_jobs on delete cascade,
+    position int not null,
+    letter_id uuid not null references dead_letters on delete cascade,
+    fingerprint text not null,     -- when the job was made
+    outcome text,                  -- none yet; sending, sent, resolved, failed, skipped; of a dry run: would_write, superseded, would_fail
+    again boolean,                 -- it failed of the same as before
+    detail text,
+    at timestamptz,
+    primary key (job_id, position)
+);
+create index ops_job_letters_under_way on ops_job_letters (letter_id) where outcome in ('sending', 'sent');
+create index ops_job_letters_of_letter on ops_job_letters (letter_id);
+
+-- What people did: read by operators, and by admins where it is about their restaurant.
+create table audit (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default now(),
+    actor text not null,
+    role text not null,
+    restaurant_id uuid,
+    action text not null,          -- such as dead_letter.discard
+    target text not null,          -- such as dead_letter/<id>
+    why text,
+    details json not null default '{}'
+);
+create index audit_newest on audit (at desc, id desc);
+create index audit_of_target on audit (target, at desc);
+create index audit_of_restaurant on audit (restaurant_id, at desc);
+
+-- What is on the retry ladder: written when the broker has confirmed it there, gone when it is committed or dead.
+create table retries (
+    restaurant_id uuid not null,
+    change_id uuid not null,
+    lane text not null,
+    entity text not null,
+    entity_id uuid not null,
+    attempt int not null,
+    reason text not null,
+    error text not null,
+    failed_at timestamptz not null,
+    primary key (restaurant_id, change_id)
+);
+
+-- Of the cursors of the pull feed: a database that came back from a backup counts (xid, seq) anew. The newest row is the
+-- present one (shared/postgres/feed_epochs.py).
+create table feed_epochs (
+    id int generated always as identity primary key,
+    epoch text not null unique default left(replace(gen_random_uuid()::text, '-', ''), 12),
+    why text not null,
+    begun_at timestamptz not null default now()
+);
+insert into feed_epochs (why) values ('this schema was made');
+grant select on feed_epochs to ticketrail_api, ticketrail_writer, ticketrail_ops;
+grant insert on feed_epochs to ticketrail_writer;
+
+do $$
+declare
+    t text;
+begin
+    foreach t in array array['dead_letters', 'audit', 'retries'] loop
+        execute format('alter table %I enable row level security', t);
+        execute format('alter table %I force row level security', t);
+        execute format('create policy tenant on %I for select to ticketrail_api using '
+            '(restaurant_id = (select nullif(current_setting(''app.tenant'', true), '''')::uuid)%s)',
+            t, case when t = 'dead_letters' then ' and not mixed' else '' end);
+        execute format('create policy writer on %I for all to ticketrail_writer using (true) with check (true)', t);
+        execute format('create policy ops on %I for all to ticketrail_ops using (true) with check (true)', t);
+        execute format('grant select on %I to ticketrail_api', t);
+    end loop;
+end $$;
+grant select, insert, update, delete on dead_letters, letter_edits, ops_jobs, ops_job_letters, retries to ticketrail_writer;
+grant select, insert on audit to ticketrail_writer, ticketrail_ops;
+grant select on retries to ticketrail_ops;
+grant select, update on dead_letters to ticketrail_ops;
+grant select, insert, update on letter_edits, ops_jobs, ops_job_letters to ticketrail_ops;

@@ -1,0 +1,241 @@
+"""What the worker writes while it runs a replay or a dry run: each step is a statement of its own, so that the job goes
+on from there in another worker when this one dies.
+
+    (none) -> sending -> sent -> resolved | failed | skipped
+    (none) -> would_write | superseded | would_fail | skipped        of a dry run
+
+`sending` is written before the publish and `sent` after it: a job that is taken over in between sends it once more,
+which is harmless. A letter is `replaying` from `sending` on; its death makes it open again (`dead_letters.keep`), and
+`settle` sees by that what became of it, also for jobs that have ended meanwhile.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from shared.postgres.pool import Connection
+
+_CLAIM = """
+update ops_jobs set state = 'running', worker = $1, beat_at = now(), started_at = coalesce(started_at, now())
+where id = (
+    select id from ops_jobs
+    where state = 'waiting'
+        or state = 'running' and (beat_at is null or beat_at < now() - make_interval(secs => $2))
+    order by created_at for update skip locked limit 1
+)
+returning id::text, kind, per_second, canary, total
+"""
+_BEAT = """
+update ops_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'running' returning cancel_asked
+"""
+_LET_GO = "update ops_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
+_END = """
+update ops_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
+"""
+_PROGRESS = """
+select count(*) filter (where outcome is not null and outcome <> 'sending') as begun,
+    count(*) filter (where outcome not in ('sending', 'sent')) as settled,
+    count(*) filter (where outcome = 'failed') as failed,
+    count(*) filter (where again) as again
+from ops_job_letters where job_id = $1
+"""
+_NEXT = """
+select p.position, p.letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text, l.status
+from ops_job_letters p join dead_letters l on l.id = p.letter_id
+where p.job_id = $1 and (p.outcome is null or p.outcome = 'sending')
+order by p.position limit $2
+"""
+_BEGIN = """
+with mine as (
+    update dead_letters l set status = 'replaying', revision = l.revision + 1
+    from ops_job_letters p
+    where p.job_id = $1 and p.position = any($2::int[]) and l.id = p.letter_id
+        and (l.status = 'open' and p.outcome is null or l.status = 'replaying' and p.outcome = 'sending')
+    returning p.position
+)
+update ops_job_letters set outcome = 'sending', at = now()
+where job_id = $1 and position in (select position from mine)
+returning position
+"""
+_SENT = """
+update ops_job_letters set outcome = 'sent', at = now()
+where job_id = $1 and position = any($2::int[]) and outcome = 'sending'
+"""
+_NOTE = """
+update ops_job_letters set outcome = $3, detail = $4, again = $5, at = now()
+where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending')
+"""
+_WRITTEN = "select true from changes where restaurant_id = $1 and change_id = $2"
+
+_ANY_UNDER_WAY = "select exists (select from ops_job_letters where outcome in ('sending', 'sent'))"
+_ALONE = "select pg_try_advisory_xact_lock(hashtext('ticketrail.replays.settle'))"
+
+# What is in `changes` is written, whichever copy of it was quicker.
+_RESOLVE = """
+with written as (
+    update dead_letters l set status = 'resolved', closed_at = now(), revision = l.revision + 1
+    where l.status = 'replaying' and l.lane is not null
+        and exists (select from ops_job_letters p where p.letter_id = l.id and p.outcome = 'sent')
+        and exists (
+            select from changes c where c.restaurant_id = l.restaurant_id and c.change_id = l.change_id
+        )
+    returning l.id
+)
+select count(*) from written
+"""
+_OUTCOMES = """
+update ops_job_letters p
+set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'resolved' else 'skipped' end,
+    again = case l.status when 'open' then l.fingerprint = p.fingerprint end,
+    detail = case l.status when 'open' then l.reason || ': ' || l.error when 'discarded' then 'discarded meanwhile' end,
+    at = now()
+from dead_letters l
+where p.outcome in ('sending', 'sent') and l.id = p.letter_id and l.status <> 'replaying'
+"""
+# A fence that went through the lane behind it, and after the whole ladder, would have come out behind it.
+_LOST = """
+with gone as (
+    update dead_letters l set status = 'open', revision = l.revision + 1
+    from ops_job_letters p, fences f
+    where p.outcome = 'sent' and l.id = p.letter_id and l.status = 'replaying' and f.lane = l.lane
+        and f.sent_at > p.at + make_interval(secs => $1)
+        and not exists (
+            select from retries r where r.restaurant_id = l.restaurant_id and r.change_id = l.change_id
+        )
+    returning l.id
+)
+update ops_job_letters p set outcome = 'failed', again = false, at = now(),
+    detail = 'nothing has come of it, although its lane was emptied since'
+from gone where p.letter_id = gone.id and p.outcome = 'sent'
+"""
+_FAIL_DIRECTLY = """
+update dead_letters set status = 'open', revision = revision + 1, deaths = deaths + 1, last_failed_at = now(),
+    reason = $2, error = $3, place = $4, fingerprint = $5,
+    attempts = (attempts::jsonb || jsonb_build_array(
+        jsonb_build_object('at', now(), 'reason', $2::text, 'error', $3::text, 'place', $4::text)))::json
+where id = $1 and status = 'replaying'
+"""
+_RESOLVE_DIRECTLY = """
+update dead_letters set status = 'resolved', closed_at = now(), revision = revision + 1
+where id = $1 and status = 'replaying'
+"""
+_OLD_JOBS = "delete from ops_jobs where finished_at < now() - make_interval(days => $1)"
+
+
+class Running(Struct, frozen=True, kw_only=True):
+    """A job that this worker runs now."""
+
+    id: str
+    kind: str
+    per_second: float
+    canary: bool
+    total: int
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    begun: int
+    """Sent, or settled."""
+    settled: int
+    failed: int
+    again: int
+    """Failed of the same as before."""
+
+
+class ToReplay(Struct, frozen=True, kw_only=True):
+    position: int
+    letter_id: str
+    fingerprint: str
+    """When the job was made."""
+    lane: str | None
+    body: bytes
+    restaurant_id: str | None
+    change_id: str | None
+    status: str
+
+
+async def claim(connection: Connection, worker: str, *, silent_seconds: float) -> Running | None:
+    """The oldest job that waits, or whose worker has been silent for so long."""
+    row = await connection.fetchrow(_CLAIM, worker, silent_seconds)
+    return None if row is None else Running(**row)
+
+
+async def beat(connection: Connection, job: str, worker: str) -> bool | None:
+    """Whether somebody wants it cancelled. None: it is not this worker's any more."""
+    asked: bool | None = await connection.fetchval(_BEAT, job, worker)
+    return asked
+
+
+async def let_go(connection: Connection, worker: str) -> None:
+    """At shutdown: another one may take its jobs at once."""
+    await connection.execute(_LET_GO, worker)
+
+
+async def end(connection: Connection, job: str, worker: str, state: str, message: str | None) -> None:
+    await connection.execute(_END, job, worker, state, message)
+
+
+async def progress(connection: Connection, job: str) -> Progress:
+    row = await connection.fetchrow(_PROGRESS, job)
+    assert row is not None
+    return Progress(**row)
+
+
+async def following(connection: Connection, job: str, limit: int) -> list[ToReplay]:
+    """Those that were not sent yet, in order."""
+    return [ToReplay(**row) for row in await connection.fetch(_NEXT, job, limit)]
+
+
+async def begin(connection: Connection, job: str, positions: Sequence[int]) -> set[int]:
+    """These letters are replaying now, by this job; of those that are not in the answer none is open any more."""
+    return {row[0] for row in await connection.fetch(_BEGIN, job, list(positions))}
+
+
+async def sent(connection: Connection, job: str, positions: Sequence[int]) -> None:
+    """The broker has confirmed them."""
+    await connection.execute(_SENT, job, list(positions))
+
+
+async def note(
+    connection: Connection,
+    job: str,
+    position: int,
+    outcome: str,
+    detail: str | None = None,
+    *,
+    again: bool | None = None,
+) -> None:
+    """What became of one that was not sent."""
+    await connection.execute(_NOTE, job, position, outcome, detail, again)
+
+
+async def is_written(connection: Connection, restaurant: str | None, change: str | None) -> bool:
+    """Whether `changes` has it."""
+    return bool(restaurant and change and await connection.fetchval(_WRITTEN, restaurant, change))
+
+
+async def settle(connection: Connection, *, lost_seconds: float) -> None:
+    """What became of all that was sent, of every job. `lost_seconds`: how long a change can be on its way through an
+    empty lane, with the whole ladder."""
+    if not await connection.fetchval(_ANY_UNDER_WAY):
+        return
+    async with connection.transaction():
+        if not await connection.fetchval(_ALONE):
+            return  # another worker is at it
+        await connection.execute(_RESOLVE)
+        await connection.execute(_OUTCOMES)
+        await connection.execute(_LOST, lost_seconds)
+
+
+async def failed(connection: Connection, letter: str, reason: str, error: str, place: str, fingerprint: str) -> None:
+    """A letter of the mirror writer, which is replayed without a queue, has died again."""
+    await connection.execute(_FAIL_DIRECTLY, letter, reason, error, place, fingerprint)
+
+
+async def resolved(connection: Connection, letter: str) -> None:
+    """The same, when it was applied."""
+    await connection.execute(_RESOLVE_DIRECTLY, letter)
+
+
+async def remove_old(connection: Connection, days: int) -> int:
+    """Jobs that ended so long ago."""
+    return int((await connection.execute(_OLD_JOBS, days)).rpartition(" ")[2])

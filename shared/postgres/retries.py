@@ -1,0 +1,70 @@
+"""What is on the retry ladder now, by change: so that every change can be accounted for while it is neither in
+`changes` nor dead.
+
+A row is written when the broker has confirmed the change on its rung, and goes in the transaction that commits it or
+keeps its dead letter. Between the confirm and the row the change may have come back already, and another copy of it may
+have been committed: `sweep`, every now and then, takes away what that leaves. A row that could not be written, because
+PostgreSQL went away just then, is only missed by the ledger: the change is on its rung all the same.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from msgspec import Struct
+
+from shared.postgres.pool import Connection
+
+_NOTE = """
+insert into retries as t (restaurant_id, change_id, lane, entity, entity_id, attempt, reason, error, failed_at)
+select new.* from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::int4[], $7::text[], $8::text[],
+    $9::timestamptz[]) as new (restaurant_id, change_id, lane, entity, entity_id, attempt, reason, error, failed_at)
+where not exists (
+    select from changes c where c.restaurant_id = new.restaurant_id and c.change_id = new.change_id
+)
+order by 1, 2
+on conflict (restaurant_id, change_id) do update
+set attempt = excluded.attempt, reason = excluded.reason, error = excluded.error, failed_at = excluded.failed_at
+where excluded.failed_at > t.failed_at
+"""
+_FORGET = """
+delete from retries r using unnest($1::uuid[], $2::uuid[]) as gone (restaurant_id, change_id)
+where r.restaurant_id = gone.restaurant_id and r.change_id = gone.change_id
+"""
+_SWEEP = """
+delete from retries r
+where exists (select from changes c where c.restaurant_id = r.restaurant_id and c.change_id = r.change_id)
+    or exists (
+        select from dead_letters l
+        where l.restaurant_id = r.restaurant_id and l.change_id = r.change_id and l.last_failed_at >= r.failed_at
+    )
+"""
+
+
+class Retry(Struct, frozen=True, kw_only=True):
+    restaurant_id: str
+    change_id: str
+    lane: str
+    entity: str
+    entity_id: str
+    attempt: int
+    reason: str
+    error: str
+    failed_at: datetime
+
+
+async def note(connection: Connection, climbing: Sequence[Retry]) -> None:
+    """These are on a rung now. What is in `changes` is not noted any more."""
+    last = {(one.restaurant_id, one.change_id): one for one in climbing}
+    rows = list(last.values())
+    await connection.execute(_NOTE, *([getattr(one, name) for one in rows] for name in Retry.__struct_fields__))
+
+
+async def forget(connection: Connection, changes: Sequence[tuple[str, str]]) -> None:
+    """`changes` are (restaurant, change): committed, or dead."""
+    ordered = sorted(changes)
+    await connection.execute(_FORGET, [one for one, _ in ordered], [one for _, one in ordered])
+
+
+async def sweep(connection: Connection) -> int:
+    """How many rows were left over."""
+    return int((await connection.execute(_SWEEP)).rpartition(" ")[2])

@@ -1,0 +1,188 @@
+"""The load: creations, changes of one order by several at once, payments, repeats, and looks at a stranger's orders. It
+remembers what it was answered; `proof.py` holds that against the stores.
+
+Every request carries a mark of its own in what it writes, so that it can be found again wherever it went.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+from uuid import uuid4
+
+import httpx
+from msgspec import Struct
+
+from tests.chaos.rig import Rig
+
+_TIMEOUT = 8.0
+_REPEATS = 4
+_KNOWN = 60
+
+
+class Acknowledged(Struct, frozen=True):
+    restaurant: str
+    order: str
+    what: str
+    """created, changed or paid"""
+    version: int
+    """0: of a repeat, which is told the version that stands."""
+    mark: str
+
+
+class _Shop(Struct):
+    restaurant: str
+    token: str
+    dish: str
+    orders: list[str]
+
+
+class Load:
+    def __init__(self, rig: Rig, seed: int, *, clients: int = 6, pause: float = 0.03) -> None:
+        system = rig.system
+        self._urls = [system.urls["orders"], system.urls["second-orders"]]
+        self._shops = [
+            _Shop(system.restaurant, system.token("admin"), system.dish(), []),
+            _Shop(rig.other["restaurant_id"], rig.other["token"], rig.other["dish"], []),
+        ]
+        self._clients = clients
+        self._pause = pause
+        self._chance = random.Random(seed)
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.acknowledged: list[Acknowledged] = []
+        self.refused: dict[str, str] = {}
+        """Marks of what was answered 4xx or 503, for good -> the answer."""
+        self.unknown: set[str] = set()
+        self.answers: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        """Answers that no fault excuses."""
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+
+    async def _work(self, number: int) -> None:
+        async with httpx.AsyncClient(timeout=_TIMEOUT) as client:
+            while not self._stop.is_set():
+                shop = self._shops[0] if self._chance.random() < 0.8 else self._shops[1]
+                act = self._chance.choices(
+                    (self._create, self._change, self._pay, self._look_at_a_strangers), (50, 30, 15, 5)
+                )[0]
+                await act(client, shop)
+                await asyncio.sleep(self._pause * self._chance.uniform(0.5, 1.5))
+
+    # -- what clients do ---------------------------------------------------------------------------------------
+
+    async def _create(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+        mark = uuid4().hex
+        body = {"items": [{"menu_item_id": shop.dish, "quantity": 1}], "notes": mark}
+        done = await self._until_known(client, shop, "POST", "/api/orders", body, mark, key=mark)
+        if done is None:
+            return
+        self._note(shop, done["id"], "created", 0, mark)
+        shop.orders.append(done["id"])
+        del shop.orders[:-_KNOWN]
+        if self._chance.random() < 0.1:
+            outcome, again = await self._send(client, shop, "POST", "/api/orders", body, key=mark)
+            if outcome == "yes" and again["id"] != done["id"]:
+                self.wrong.append(f"a repeat made another order: {done['id']}, {again['id']}")
+
+    async def _change(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+        """Two at once on the same order, without a version: both may count, one after the other."""
+        if shop.orders:
+            order = self._chance.choice(shop.orders)
+            await asyncio.gather(
+                *(self._change_one(client, shop, order) for _ in range(self._chance.choice((1, 1, 2))))
+            )
+
+    async def _change_one(self, client: httpx.AsyncClient, shop: _Shop, order: str) -> None:
+        mark = uuid4().hex
+        outcome, data = await self._send(client, shop, "PUT", f"/api/orders/{order}", {"notes": mark})
+        if outcome == "yes":
+            self._note(shop, order, "changed", data["version"], mark)
+        elif outcome == "no":
+            self.refused[mark] = data["said"]
+        else:
+            self.unknown.add(mark)
+
+    async def _pay(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+        if not shop.orders:
+            return
+        order, payment = self._chance.choice(shop.orders), str(uuid4())
+        body = {"id": payment, "amount": 1, "method": "card"}
+        done = await self._until_known(client, shop, "POST", f"/api/orders/{order}/payments", body, payment)
+        if done is not None:
+            self._note(shop, order, "paid", 0, payment)
+
+    async def _look_at_a_strangers(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+        other = next(one for one in self._shops if one is not shop)
+        if other.orders:
+            outcome, data = await self._send(client, shop, "GET", f"/api/orders/{self._chance.choice(other.orders)}")
+            if outcome == "yes":
+                self.wrong.append(f"a stranger's order was shown: {data['id']}")
+
+    # -- how they are answered ---------------------------------------------------------------------------------
+
+    async def _until_known(
+        self,
+        client: httpx.AsyncClient,
+        shop: _Shop,
+        method: str,
+        path: str,
+        body: dict[str, Any],
+        mark: str,
+        *,
+        key: str | None = None,
+    ) -> dict[str, Any] | None:
+        """Repeats what nobody answered, as a client should; None when it was refused or stays unknown."""
+        in_doubt = False
+        for _ in range(_REPEATS):
+            outcome, data = await self._send(client, shop, method, path, body, key=key)
+            if outcome == "yes":
+                return data
+            in_doubt = in_doubt or outcome == "unknown"
+            if outcome == "no" and not in_doubt:
+                self.refused[mark] = data["said"]
+                return None
+            await asyncio.sleep(0.2)
+        self.unknown.add(mark)
+        return None
+
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        shop: _Shop,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """(yes, no or unknown; data)"""
+        headers = {"Authorization": f"Bearer {shop.token}", **({"Idempotency-Key": key} if key else {})}
+        url = self._chance.choice(self._urls) + path
+        try:
+            reply = await client.request(method, url, json=body, headers=headers)
+        except httpx.ConnectError:
+            self.answers["no connection"] += 1
+            return "no", {"said": "no connection"}
+        except httpx.HTTPError as error:
+            self.answers[type(error).__name__] += 1
+            return "unknown", {}
+        self.answers[f"{method} {reply.status_code}"] += 1
+        if reply.status_code in (200, 201):
+            data: dict[str, Any] = reply.json()["data"]
+            return "yes", data
+        if reply.status_code in (503, 504) or 400 <= reply.status_code < 500:
+            said = f"{method} {url} {reply.headers.get('date')}: {reply.status_code} {reply.text[:200]}"
+            return ("unknown" if reply.status_code == 504 else "no"), {"said": said}
+        self.wrong.append(f"{method} {path}: {reply.status_code} {reply.text[:300]}")
+        return "unknown", {}
+
+    def _note(self, shop: _Shop, order: str, what: str, version: int, mark: str) -> None:
+        self.acknowledged.append(Acknowledged(shop.restaurant, order, what, version, mark))
+        self.unknown.discard(mark)

@@ -1,0 +1,241 @@
+"""The system under test: local servers of its own behind proxies, two instances of the orders service, and a journal on
+a file system that can be full. `strike` begins a fault, `mend` ends it."""
+
+import asyncio
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import redis.asyncio
+
+from deploy.local.child import Child
+from deploy.local.ports import find_free
+from tests.chaos.schedule import SERVERS, Fault, Kind
+from tests.proxy import Mode, Proxy
+from tests.servers import Server, Servers
+from tests.system import System, eventually
+
+_JOURNAL_DISK = "16m"
+_COPY_EVERY = 2.5
+_COPY_AGE = 10.0
+
+
+class Rig:
+    def __init__(self, servers: Servers, folder: Path, **settings: object) -> None:
+        self.servers = servers
+        self.folder = folder
+        self._settings = settings
+        self.proxies: dict[str, Proxy] = {}
+        self.system: System
+        self.other: dict[str, Any] = {}
+        """A second restaurant: `restaurant_id`, `token`, `dish`."""
+        self._more: dict[str, dict[str, object]] = {}
+        self._copies: list[tuple[float, Path]] = []
+        self._copying: asyncio.Task[None] | None = None
+        self.disk: Path | None = None
+        """Of the journals, where this user may mount one."""
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def up(self) -> None:
+        ports = {
+            "postgres": self.servers.postgres.port,
+            "redis": self.servers.redis.port,
+            "rabbitmq": self.servers.rabbitmq.port,
+        }
+        for name, port in ports.items():
+            self.proxies[name] = Proxy(port)
+            await self.proxies[name].start()
+        home = self.folder / "home"
+        self._mount(home / "journal")
+        plain = System(self.servers, home, **self._settings)
+        databases = {
+            name: self._through("postgres", plain.database_url(role))
+            for name, role in (
+                ("database_url", "ticketrail_owner"),
+                ("database_writer_url", "ticketrail_writer"),
+                ("database_api_url", "ticketrail_api"),
+                ("database_ops_url", "ticketrail_ops"),
+            )
+        }
+        proxied = {
+            **databases,
+            "redis_url": self._through("redis", self.servers.redis.url),
+            "rabbitmq_url": self._through("rabbitmq", plain.rabbitmq_url),
+        }
+        self.system = plain
+        plain.env |= {f"TICKETRAIL_{name.upper()}": url for name, url in proxied.items()}
+        await plain.up()
+        port = find_free(1)[0]
+        plain.urls["second-orders"] = f"http://127.0.0.1:{port}"
+        self._more["second-orders"] = {"instance": 2, "orders_port": port}
+        self._start("second-orders")
+        await plain.ready("second-orders")
+        await self._register_another()
+        self._copying = asyncio.create_task(self._copy_now_and_then())
+
+    async def down(self) -> None:
+        if self._copying is not None:
+            self._copying.cancel()
+            await asyncio.gather(self._copying, return_exceptions=True)
+        for child in self.system.children.values():
+            child.thaw()
+        await asyncio.gather(*(self.system.stop(name) for name in list(self.system.children)))
+        for proxy in self.proxies.values():
+            await proxy.stop()
+        if self.disk is not None:
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", self.disk], check=False)
+
+    def _mount(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={_JOURNAL_DISK}", "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        )
+        self.disk = folder if mounted.returncode == 0 else None
+
+    def _through(self, name: str, url: str) -> str:
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        address = f"{host.partition(':')[0]}:{self.proxies[name].port}"
+        return urlunsplit(parts._replace(netloc=f"{user}@{address}" if user else address))
+
+    async def _register_another(self) -> None:
+        async with httpx.AsyncClient(base_url=self.system.urls["orders"], timeout=10) as client:
+            made = await client.post(
+                "/api/auth/register-restaurant",
+                json={
+                    "name": "Beside",
+                    "slug": f"beside-{self.system.name}",
+                    "email": f"{self.system.name}@beside.example",
+                    "password": "a long one that nobody guesses",
+                },
+            )
+            data = made.json()["data"]
+            token = data["session"]["access_token"]
+            dish = await client.post(
+                "/api/menu",
+                json={"name": "Soup", "price": 500, "category": "Mains"},
+                headers={"Authorization": f"Bearer {token}"},
+            )
+        self.other = {
+            "restaurant_id": data["restaurant"]["id"],
+            "token": token,
+            "dish": dish.json()["data"]["id"],
+        }
+
+    # -- faults ------------------------------------------------------------------------------------------------
+
+    async def strike(self, fault: Fault) -> None:
+        match fault.kind:
+            case Kind.KILL if fault.target in SERVERS:
+                await asyncio.to_thread(self._server(fault.target).kill)
+            case Kind.KILL:
+                await asyncio.to_thread(self.system.children[fault.target].kill)
+            case Kind.FREEZE:
+                await asyncio.to_thread(self._one(fault.target).freeze)
+            case Kind.SLOW:
+                self.proxies[fault.target].set(Mode.FORWARD, delay=0.05)
+            case Kind.STALL:
+                self.proxies[fault.target].set(Mode.STALL)
+            case Kind.LOSE:
+                self.proxies[fault.target].set(Mode.LOSE)
+            case Kind.WIPE:
+                await self._wipe()
+            case Kind.ROLL_BACK:
+                await asyncio.to_thread(self._roll_back)
+            case Kind.DISK_FULL:
+                self._fill_disk()
+                self.proxies["rabbitmq"].set(Mode.REFUSE)
+
+    async def mend(self, fault: Fault) -> None:
+        match fault.kind:
+            case Kind.KILL if fault.target in SERVERS:
+                await asyncio.to_thread(self._server(fault.target).start)
+            case Kind.KILL:
+                self._start(fault.target)
+            case Kind.FREEZE:
+                await asyncio.to_thread(self._one(fault.target).thaw)
+            case Kind.SLOW | Kind.STALL | Kind.LOSE:
+                self.proxies[fault.target].set(Mode.FORWARD)
+            case Kind.ROLL_BACK:
+                await asyncio.to_thread(self._server("redis").start)
+            case Kind.DISK_FULL:
+                if self.disk is not None:
+                    (self.disk / "filler").unlink(missing_ok=True)
+                self.proxies["rabbitmq"].set(Mode.FORWARD)
+            case Kind.WIPE:
+                pass
+
+    async def revive(self) -> None:
+        """Services that ended by themselves, as a supervisor would start them again."""
+        for name, child in list(self.system.children.items()):
+            if child.returncode is not None:
+                self._start(name)
+
+    async def all_ready(self) -> None:
+        for name in self.system.children:
+            await self.system.ready(name, within=90.0)
+        await eventually(self.system.warm, within=60.0, what="a warm mirror", until=lambda state: state == "warm")
+
+    def _start(self, name: str) -> None:
+        service = name.removeprefix("second-")
+        self.system.start(service, alias=name, **self._more.get(name, {}))
+
+    def _server(self, name: str) -> Server:
+        found: Server = getattr(self.servers, name)
+        return found
+
+    def _one(self, name: str) -> Server | Child:
+        return self._server(name) if name in SERVERS else self.system.children[name]
+
+    # -- the mirror, wiped and rolled back ---------------------------------------------------------------------
+
+    async def _wipe(self) -> None:
+        async with redis.asyncio.from_url(self.servers.redis.url, socket_timeout=5) as mirror:
+            await mirror.flushall()
+
+    @property
+    def _redis_folder(self) -> Path:
+        # A method of the local server (tests/servers/processes.py).
+        kill: Any = self.servers.redis.kill
+        found: Path = kill.__self__.directory
+        return found
+
+    async def _copy_now_and_then(self) -> None:
+        while True:
+            await asyncio.to_thread(self._copy)
+            await asyncio.sleep(_COPY_EVERY)
+
+    def _copy(self) -> None:
+        copy = self.folder / f"redis-{time.monotonic():.2f}"
+        try:
+            shutil.copytree(self._redis_folder, copy)
+        except (OSError, shutil.Error):  # rewritten while it was copied: the next one will do
+            shutil.rmtree(copy, ignore_errors=True)
+            return
+        self._copies.append((time.monotonic(), copy))
+        while len(self._copies) > 2 and self._copies[1][0] < time.monotonic() - _COPY_AGE:
+            shutil.rmtree(self._copies.pop(0)[1], ignore_errors=True)
+
+    def _roll_back(self) -> None:
+        """To what it was some ten seconds ago."""
+        self.servers.redis.kill()
+        _, copy = self._copies[0]
+        shutil.rmtree(self._redis_folder)
+        shutil.copytree(copy, self._redis_folder)
+
+    def _fill_disk(self) -> None:
+        if self.disk is None:
+            return
+        with (self.disk / "filler").open("wb", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(b"\0" * 4096)
+            except OSError:
+                pass  # it is full now

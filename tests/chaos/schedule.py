@@ -1,0 +1,78 @@
+"""Which faults happen when. Pure: the same seed and length are the same schedule."""
+
+import random
+from enum import StrEnum
+
+from msgspec import Struct
+
+
+class Kind(StrEnum):
+    KILL = "kill"
+    FREEZE = "freeze"
+    SLOW = "slow"
+    STALL = "stall"
+    LOSE = "half-open"
+    WIPE = "wipe"
+    ROLL_BACK = "roll back"
+    DISK_FULL = "disk full"
+
+
+SERVICES = ("orders", "second-orders", "worker", "notifier", "sync")
+SERVERS = ("postgres", "redis", "rabbitmq")
+
+# kind -> (targets, shortest and longest in seconds, weight)
+_KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
+    Kind.KILL: ((*SERVICES, *SERVERS), (0.5, 5.0), 6),
+    Kind.FREEZE: ((*SERVICES, *SERVERS), (1.0, 8.0), 5),
+    Kind.SLOW: (SERVERS, (2.0, 8.0), 2),
+    Kind.STALL: (SERVERS, (2.0, 10.0), 2),
+    Kind.LOSE: (SERVERS, (2.0, 8.0), 2),
+    Kind.WIPE: (("redis",), (0.0, 0.0), 2),
+    Kind.ROLL_BACK: (("redis",), (0.5, 2.0), 1),
+    Kind.DISK_FULL: (("rabbitmq",), (2.0, 5.0), 1),
+}
+_LONG_STALL = 70.0
+_LONG_RUN = 170.0
+_PAUSE = (0.5, 5.0)
+_OVERLAP = 0.2
+
+
+class Fault(Struct, frozen=True):
+    at: float
+    """Seconds since the beginning."""
+    kind: Kind
+    target: str
+    seconds: float
+
+    @property
+    def until(self) -> float:
+        return self.at + self.seconds
+
+    def __str__(self) -> str:
+        lasts = f" for {self.seconds:.1f} s" if self.seconds else ""
+        return f"{self.at:6.1f} s  {self.kind} {self.target}{lasts}"
+
+
+def schedule(seed: int, length: float) -> list[Fault]:
+    """Faults that have ended after `length` seconds. One follows the other, now and then before that has ended; never
+    two at one target. A run of three minutes has a link that stalls for more than a minute."""
+    chance = random.Random(seed)
+    faults: list[Fault] = []
+    busy: dict[str, float] = {}
+    if length >= _LONG_RUN:
+        long = Fault(chance.uniform(5.0, length - _LONG_STALL - 10.0), Kind.STALL, chance.choice(SERVERS), _LONG_STALL)
+        faults.append(long)
+    at = chance.uniform(1.0, 3.0)
+    kinds, weights = list(_KINDS), [weight for _, _, weight in _KINDS.values()]
+    while True:
+        kind = chance.choices(kinds, weights)[0]
+        targets, (shortest, longest), _ = _KINDS[kind]
+        fault = Fault(round(at, 2), kind, chance.choice(targets), round(chance.uniform(shortest, longest), 2))
+        if fault.until > length:
+            return sorted(faults, key=lambda one: one.at)
+        beside = [one for one in faults if one.target == fault.target and one.at < fault.until and fault.at < one.until]
+        if not beside and busy.get(fault.target, 0.0) <= fault.at:
+            faults.append(fault)
+            busy[fault.target] = fault.until + 1.0
+        pause = chance.uniform(*_PAUSE)
+        at = fault.at + pause if chance.random() < _OVERLAP else fault.until + pause

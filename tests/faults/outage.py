@@ -1,0 +1,184 @@
+"""The system of tests/chaos with one fault at a time: a mirror of two hosts, a load, and the proof afterwards."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis.asyncio
+
+from deploy.local import packages, servers
+from deploy.local.ports import find_free
+from tests.chaos.load import Load
+from tests.chaos.proof import Proof, prove, rest
+from tests.chaos.rig import Rig
+from tests.proxy import Mode, Proxy
+from tests.servers import Redis, Servers
+from tests.servers.processes import LocalProcess
+from tests.system import eventually
+
+
+def local_redis(folder: Path) -> Redis:
+    """A process of this machine, also where the run's servers are containers: its files are copied and put back."""
+    (port,) = find_free(1)
+    programs = packages.ensure()
+    own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", programs, port=port)
+    return Redis(LocalProcess(own), port)
+
+
+class Outage(Rig):
+    """A primary and a replica for the mirror, both in the setting; the replica hears its primary by way of a proxy."""
+
+    def __init__(self, shared: Servers, folder: Path, **settings: object) -> None:
+        self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
+        self.replica = local_redis(self._local)
+        own = Servers(
+            shared.rabbitmq,
+            shared.postgres,
+            local_redis(self._local),
+            another_redis=lambda: local_redis(self._local),
+            clean=lambda: None,
+        )
+        super().__init__(own, folder, **{"settle_seconds": 3.0, **settings})
+
+    async def up(self) -> None:
+        for one in (self.servers.redis, self.replica):
+            await asyncio.to_thread(one.start)
+        self.proxies["replica"] = Proxy(self.replica.port)
+        await self.proxies["replica"].start()
+        await self.replicate()
+        await super().up()
+
+    async def down(self) -> None:
+        await super().down()
+        await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.system.name)
+        await asyncio.to_thread(self.servers.postgres.drop_database, self.system.name)
+        for one in (self.servers.redis, self.replica):
+            await asyncio.to_thread(one.discard)
+        shutil.rmtree(self._local, ignore_errors=True)
+
+    def _through(self, name: str, url: str) -> str:
+        there = super()._through(name, url)
+        return f"{there},{super()._through('replica', url)}" if name == "redis" else there
+
+    async def replicate(self) -> None:
+        if "replication" in self.proxies:
+            await self.proxies["replication"].stop()
+        self.proxies["replication"] = Proxy(self.servers.redis.port)
+        await self.proxies["replication"].start()
+        await ask(self.servers.redis, "CONFIG", "SET", "repl-diskless-sync-delay", 0)
+        await ask(self.replica, "REPLICAOF", "127.0.0.1", self.proxies["replication"].port)
+
+        async def linked() -> bool:
+            said = await ask(self.replica, "INFO", "replication")
+            return bool(said["role"] == "slave" and said["master_link_status"] == "up")
+
+        await eventually(linked, what="a replica in step")
+
+    async def fail_over(self, *, lost_seconds: float) -> None:
+        """The link stalls, so that the replica lacks the last writes; then the primary dies and the replica is made
+        one. Those who prove look at the new one from here on."""
+        self.proxies["replication"].set(Mode.LOSE)
+        await asyncio.sleep(lost_seconds)
+        await asyncio.to_thread(self.servers.redis.kill)
+        await ask(self.replica, "REPLICAOF", "NO", "ONE")
+        self.servers.redis, self.replica = self.replica, self.servers.redis
+
+    async def kill_and_roll_back(self) -> None:
+        await asyncio.to_thread(self._roll_back)
+
+    async def restart(self, name: str) -> None:
+        """kill -9, and anew."""
+        await asyncio.to_thread(self.system.children[name].kill)  # this loop carries the proxies
+        self._start(name)
+        await self.system.ready(name, within=60.0)
+
+    async def warm(self, *, within: float = 60.0) -> None:
+        await eventually(self.system.warm, within=within, what="a warm mirror", until=lambda state: state == "warm")
+
+    # -- what callers see --------------------------------------------------------------------------------------
+
+    async def call(self, method: str, path: str, body: Any = None, *, service: str = "orders") -> httpx.Response:
+        async with self.system.client("admin", service=service) as client:
+            return await client.request(method, path, json=body, timeout=20)
+
+    async def create(self) -> dict[str, Any]:
+        """An order of one dish, by way of the API; asserts that it is taken."""
+        reply = await self.call("POST", "/api/orders", {"items": [{"menu_item_id": self.system.dish(), "quantity": 1}]})
+        assert reply.status_code == 201, reply.text
+        data: dict[str, Any] = reply.json()["data"]
+        return data
+
+    async def new_price(self, price: int) -> None:
+        """Of that dish, known to both instances."""
+        dish = self.system.dish()
+        reply = await self.call("PUT", f"/api/menu/{dish}", {"price": price})
+        assert reply.status_code == 200, reply.text
+
+        async def charged() -> set[int]:
+            found = set()
+            for service in ("orders", "second-orders"):
+                body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
+                found.add((await self.call("POST", "/api/orders", body, service=service)).json()["data"]["subtotal"])
+            return found
+
+        await eventually(charged, what="the new price", until=lambda found: found == {price})
+
+    async def refuses_changes(self, order: str) -> None:
+        reply = await self.call("PUT", f"/api/orders/{order}", {"notes": "refused"})
+        assert reply.status_code == 503, f"{reply.status_code} {reply.text}"
+        assert int(reply.headers["retry-after"]) > 0
+
+
+async def ask(server: Redis, *command: object) -> Any:
+    async with redis.asyncio.from_url(server.url, socket_timeout=5, decode_responses=True) as client:
+        return await client.execute_command(*command)
+
+
+@asynccontextmanager
+async def under_load(rig: Rig, seed: int) -> AsyncIterator[Load]:
+    load = Load(rig, seed, clients=4, pause=0.05)
+    load.start()
+    try:
+        yield load
+    finally:
+        await load.stop()
+
+
+async def acknowledged(load: Load, more: int, *, what: str | None = None, within: float = 60.0) -> None:
+    """Waits until so many more requests were answered with yes. `what`: created, changed or paid."""
+
+    async def count() -> int:
+        return sum(what is None or one.what == what for one in load.acknowledged)
+
+    goal = await count() + more
+    await eventually(count, within=within, what=f"{more} more {what or 'answers'}", until=lambda seen: seen >= goal)
+
+
+async def proven(rig: Rig, load: Load) -> Proof:
+    """After rest: nothing lost, nothing doubled, PostgreSQL equals the mirror, the ledger explains everything."""
+    await rest(rig)
+    proof = await prove(rig, load)
+    assert proof.acknowledged > 0
+    assert proof.holds, f"lost {proof.lost[:5]}, doubled {proof.doubled[:5]}, wrong {proof.wrong[:5]}, {proof}"
+    return proof
+
+
+async def no_version_was_claimed_twice(rig: Rig) -> None:
+    """Where neither store can tell, a creation repeated under its key may be made by both instances: one order, a fork
+    of its first version, numbers of their own series. Beyond that there is no fork."""
+    async with rig.system.database() as connection:
+        rows = await connection.fetch(
+            "select entity_id::text, version, array_agg(data->'after'->>'order_number') as numbers,"
+            " array_agg(type || ' ' || accepted_at || ' ' || change_id order by accepted_at) as sides"
+            " from changes where entity = 'order' group by 1, 2 having count(*) > 1"
+        )
+    for row in rows:
+        unclaimed = [number for number in row["numbers"] if number.startswith("J")]
+        told = f"{row['entity_id']} version {row['version']}: {row['numbers']} {row['sides']}"
+        print(f"fork: {told}")
+        assert row["version"] == 1 and len(unclaimed) >= len(row["numbers"]) - 1, told

@@ -1,0 +1,38 @@
+"""PostgreSQL and Redis away at once: creations go on, changes are refused, reads say that they cannot tell."""
+
+import asyncio
+
+import pytest
+
+from tests.faults.outage import Outage, acknowledged, proven, under_load
+
+pytestmark = pytest.mark.timeout(300)
+
+
+async def test_with_both_stores_away_creations_go_on_changes_wait_and_reads_are_honest(outage: Outage) -> None:
+    postgres, mirror = outage.servers.postgres, outage.servers.redis
+    await outage.new_price(4_444)
+    async with under_load(outage, 4) as load:
+        for stop_postgres, stop_mirror, start_postgres, start_mirror in (
+            (postgres.freeze, mirror.kill, postgres.thaw, mirror.start),
+            (postgres.kill, mirror.freeze, postgres.start, mirror.thaw),
+        ):
+            await acknowledged(load, 30)
+            order = load.acknowledged[-1].order
+            await asyncio.gather(asyncio.to_thread(stop_postgres), asyncio.to_thread(stop_mirror))
+            try:
+                placed = await outage.create()
+                assert (placed["subtotal"], placed["visible"]) == (4_444, False)
+                await outage.refuses_changes(order)
+                for path in (f"/api/orders/{order}", f"/api/orders/{placed['id']}", "/api/orders", "/api/menu"):
+                    reply = await outage.call("GET", path)
+                    assert reply.status_code == 503, f"{path}: {reply.status_code} {reply.text}"
+                    assert int(reply.headers["retry-after"]) > 0
+                await acknowledged(load, 10, what="created")
+            finally:
+                await asyncio.gather(asyncio.to_thread(start_postgres), asyncio.to_thread(start_mirror))
+            await outage.warm()
+            await acknowledged(load, 10, what="changed")
+            reply = await outage.call("GET", f"/api/orders/{placed['id']}")
+            assert (reply.status_code, reply.json()["data"]["subtotal"]) == (200, 4_444)
+    await proven(outage, load)

@@ -1,0 +1,123 @@
+"""A cluster of three RabbitMQ nodes under load: one is killed and comes back, then another is cut off, frozen and for
+its clients half open. What was acknowledged is there, by the broker or by the journal, and nothing is there twice."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from shared.entities.contract import Lane
+from shared.messaging import topology
+from tests.chaos.rig import Rig
+from tests.faults.outage import acknowledged, local_redis, proven, under_load
+from tests.proxy import Mode, Proxy
+from tests.servers import Servers
+from tests.servers.cluster import SIZE, Cluster
+from tests.system import eventually
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Clustered(Rig):
+    """The system with all three nodes in its setting, each behind a proxy."""
+
+    def __init__(self, cluster: Cluster, shared: Servers, folder: Path) -> None:
+        redis = local_redis(folder)
+        own = Servers(cluster.nodes[0], shared.postgres, redis, another_redis=lambda: redis, clean=lambda: None)
+        super().__init__(own, folder, settle_seconds=3.0)
+        self.cluster = cluster
+        self.links = [Proxy(node.port) for node in cluster.nodes]
+
+    async def up(self) -> None:
+        await asyncio.to_thread(self.servers.redis.start)
+        for link in self.links:
+            await link.start()
+        await super().up()
+
+    async def down(self) -> None:
+        await super().down()
+        for link in self.links:
+            await link.stop()
+        await asyncio.to_thread(self.servers.postgres.drop_database, self.system.name)
+        await asyncio.to_thread(self.servers.redis.discard)
+
+    def _through(self, name: str, url: str) -> str:
+        if name != "rabbitmq":
+            return super()._through(name, url)
+        port = f":{self.cluster.nodes[0].port}/"
+        return ",".join(url.replace(port, f":{link.port}/") for link in self.links)
+
+    async def whole(self, count: int, *, seen_by: int) -> None:
+        """Waits until a node sees so many running."""
+
+        async def running() -> int:
+            return await asyncio.to_thread(self.cluster.running, seen_by)
+
+        await eventually(running, within=60, what=f"{count} nodes running", until=lambda seen: seen == count)
+
+    async def by_the_broker(self) -> None:
+        """Waits until both instances record by the broker again."""
+        for service in ("orders", "second-orders"):
+
+            async def durability(service: str = service) -> str:
+                async with self.system.client(service=service) as client:
+                    reply = await client.post("/api/orders", json=self.system.order_body())
+                    return str(reply.json()["data"]["durability"])
+
+            await eventually(durability, within=60, what="a confirm", until=lambda seen: seen == "broker")
+
+
+@pytest.fixture
+async def clustered(servers: Servers, tmp_path: Path) -> AsyncIterator[Clustered]:
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        await asyncio.to_thread(cluster.start)
+        rig = Clustered(cluster, servers, tmp_path)
+        try:
+            await rig.up()
+            yield rig
+        finally:
+            await rig.down()
+    finally:
+        await asyncio.to_thread(cluster.discard)
+
+
+async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_acknowledged(
+    clustered: Clustered,
+) -> None:
+    cluster = clustered.cluster
+    for queue in (topology.lane_queue(Lane.CRITICAL), topology.retry_queue(Lane.CRITICAL, 50), topology.LOG):
+        members = await asyncio.to_thread(cluster.members, clustered.system.name, queue)
+        assert len(members) == SIZE, f"{queue}: {members}"
+    async with under_load(clustered, 5) as load:
+        await acknowledged(load, 60)
+        # Everybody is connected to the first one, which leads every queue: it was there when they were declared.
+        await asyncio.to_thread(cluster.nodes[0].kill)
+        await acknowledged(load, 20, what="created")
+        await clustered.by_the_broker()
+        await acknowledged(load, 20, what="changed")
+        await asyncio.to_thread(cluster.nodes[0].start)
+        await clustered.whole(SIZE, seen_by=1)
+        await acknowledged(load, 20)
+
+        await asyncio.to_thread(cluster.nodes[1].freeze)
+        clustered.links[1].set(Mode.LOSE)
+        await acknowledged(load, 20, what="created")
+        await clustered.whole(SIZE - 1, seen_by=0)
+        await clustered.by_the_broker()
+        await acknowledged(load, 20, what="changed")
+        # It wakes amid the others with what it knew, and clients reach it; then it is started anew, as one would do.
+        clustered.links[1].set(Mode.FORWARD)
+        await asyncio.to_thread(cluster.nodes[1].thaw)
+        await acknowledged(load, 20)
+        await asyncio.to_thread(cluster.nodes[1].kill)
+        await asyncio.to_thread(cluster.nodes[1].start)
+        await clustered.whole(SIZE, seen_by=1)
+        await acknowledged(load, 20)
+    await proven(clustered, load)
+    for service in ("orders", "second-orders", "worker", "notifier"):
+        async with httpx.AsyncClient() as client:
+            ready = await client.get(f"{clustered.system.urls[service]}/health/ready")
+        assert ready.status_code == 200, f"{service}: {ready.text}"

@@ -1,0 +1,228 @@
+"""The journal in place of RabbitMQ, over HTTP: it takes over at once, says so, survives a kill -9, drains by itself,
+refuses before it loses, and a damaged one does not keep the service from starting."""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from msgspec import Struct
+
+from shared.rail.set_aside import files_aside
+from tests.faults.load import Load
+from tests.servers import Servers
+from tests.system import System, eventually
+
+pytestmark = pytest.mark.timeout(150)
+
+PUBLISH_TIMEOUT = 1.0
+WITHIN = 2.0
+"""Seconds in which a client must have its answer, or gives up."""
+
+
+class Shop(Struct):
+    """Clients of one system, which wait for two seconds and no longer."""
+
+    system: System
+    clients: list[httpx.AsyncClient]
+    placed: list[str] = []
+
+    async def place(self, count: int = 1) -> list[dict[str, Any]]:
+        """Orders placed at the same moment by different clients, each of which must be taken in time."""
+        replies = await asyncio.gather(
+            *(client.post("/api/orders", json=self.system.order_body()) for client in self.clients[:count])
+        )
+        assert [reply.status_code for reply in replies] == [201] * count, replies[0].text
+        found = [reply.json()["data"] for reply in replies]
+        self.placed += [one["id"] for one in found]
+        return found
+
+    async def health(self) -> dict[str, Any]:
+        async with httpx.AsyncClient() as client:
+            found: dict[str, Any] = (await client.get(f"{self.system.urls['orders']}/health/ready")).json()
+        return found
+
+    async def journal(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.health())["journal"]
+        return found
+
+    async def drained(self) -> None:
+        await eventually(self.journal, within=40, what="an empty journal", until=lambda seen: seen["depth"] == 0)
+
+    async def all_stored(self) -> None:
+        wanted = set(self.placed)
+
+        async def missing() -> set[str]:
+            return wanted - set(await self.system.stored_orders())
+
+        await eventually(missing, within=40, what="every acknowledged order stored", until=lambda left: not left)
+        assert set(await self.system.stored_orders()) == wanted, "an order that nobody was told of"
+
+    async def restart(self, **settings: object) -> None:
+        self.system.start("orders", **settings)
+        await self.system.ready("orders")
+        await eventually(self.system._can_price, what="the menu to be known", within=20)
+
+
+def shop_of(system: System) -> Shop:
+    clients = [system.client() for _ in range(10)]
+    for client in clients:
+        client.timeout = httpx.Timeout(WITHIN)
+    return Shop(system, clients, [])
+
+
+@pytest.fixture
+async def shop(victim: System) -> AsyncIterator[Shop]:
+    await victim.stop("orders")
+    made = shop_of(victim)
+    await made.restart(publish_timeout_seconds=PUBLISH_TIMEOUT)
+    yield made
+    for client in made.clients:
+        await client.aclose()
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+async def test_while_rabbitmq_is_gone_every_order_is_taken_in_two_seconds_by_the_journal_and_none_is_lost(
+    shop: Shop, how: str
+) -> None:
+    rabbitmq = shop.system.servers.rabbitmq
+    assert {one["durability"] for one in await shop.place(10)} == {"broker"}
+    away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
+    await asyncio.to_thread(away)
+    try:
+        for _ in range(5):
+            taken = await shop.place(10)
+            assert {one["durability"] for one in taken} == {"journal"}
+            assert all(one["visible"] for one in taken)
+        changed = await shop.clients[0].put(f"/api/orders/{shop.placed[0]}", json={"status": "received"})
+        assert (changed.status_code, changed.json()["data"]["durability"]) == (200, "journal")
+        assert (await shop.journal())["depth"] == 51
+        out = await shop.system.cli("journal", "show", "--instance", "1")
+        assert "51 changes wait (51 critical)" in out, out
+        said = await shop.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
+        assert said == "", "it lives"
+
+        shop.system.kill("orders")
+        await shop.restart(publish_timeout_seconds=PUBLISH_TIMEOUT)
+        assert (await shop.journal())["depth"] == 51
+        assert {one["durability"] for one in await shop.place(10)} == {"journal"}
+        reply = await shop.clients[0].get(f"/api/orders/{shop.placed[0]}")
+        assert reply.json()["data"]["status"] == "received"
+    finally:
+        await asyncio.to_thread(back)
+    await shop.drained()
+    await shop.all_stored()
+    assert (await shop.system.stored_orders())[shop.placed[0]] == 2
+
+
+async def test_a_full_journal_refuses_with_503_before_it_loses_and_takes_orders_again_when_it_is_drained(
+    shop: Shop,
+) -> None:
+    await shop.system.stop("orders")
+    await shop.restart(journal_max_bytes=40_000)
+    async with Load(shop.system, changes=False) as load:
+        await load.more(10)
+        await asyncio.to_thread(shop.system.servers.rabbitmq.kill)
+
+        async def refused() -> int:
+            return load.refused["POST", 503]
+
+        try:
+            await eventually(refused, within=40, what="a full journal", until=lambda count: count >= 10)
+            assert (await shop.journal())["depth"] > 5
+        finally:
+            await asyncio.to_thread(shop.system.servers.rabbitmq.start)
+        await shop.drained()
+        await load.more(10)
+    assert load.journaled > 5
+    await load.everything_arrives()
+
+
+@pytest.fixture
+def small_disk(victim: System) -> Iterator[Path]:
+    """A file system of 8 MB for the journals of the system, where this user may mount one."""
+    folder = victim.directory / "small" / "journal"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass  # it is full now
+
+
+@pytest.mark.parametrize("reserve", [4 << 20, 0], ids=["with a reserve", "to the last byte"])
+async def test_a_disk_that_is_full_refuses_orders_and_heals_when_there_is_room_again(
+    shop: Shop, small_disk: Path, reserve: int
+) -> None:
+    await shop.system.stop("orders")
+    await shop.restart(home=small_disk.parent, journal_reserve_bytes=reserve)
+    async with Load(shop.system, changes=False) as load:
+        await load.more(10)
+        await asyncio.to_thread(shop.system.servers.rabbitmq.kill)
+        try:
+            await load.more(10)
+            await asyncio.to_thread(fill, small_disk / "filler")
+
+            async def refused() -> int:
+                return load.refused["POST", 503] + load.unknown
+
+            await eventually(refused, within=40, what="a full disk", until=lambda count: count >= 20)
+            if reserve:
+                assert load.unknown == 0, "nothing was begun, so nothing is in doubt"
+            (small_disk / "filler").unlink()
+            await load.more(10)
+        finally:
+            await asyncio.to_thread(shop.system.servers.rabbitmq.start)
+        await shop.drained()
+        await load.more(10)
+    await load.everything_arrives()
+
+
+async def test_with_a_damaged_journal_the_service_starts_and_sends_all_that_is_whole(
+    shop: Shop, servers: Servers
+) -> None:
+    rabbitmq, path = shop.system.servers.rabbitmq, shop.system.directory / "journal" / "orders-1.sqlite"
+    await asyncio.to_thread(rabbitmq.kill)
+    try:
+        for _ in range(4):
+            await shop.place(10)
+        shop.system.kill("orders")
+        harm(path, shop.placed[17])
+        await shop.restart(publish_timeout_seconds=PUBLISH_TIMEOUT)
+        journal = await shop.journal()
+        assert (journal["depth"], journal["damaged"], journal["set_aside"]) == (39, 1, 1)
+    finally:
+        await asyncio.to_thread(rabbitmq.start)
+    await shop.drained()
+    async with httpx.AsyncClient() as client:
+        metrics = (await client.get(f"{shop.system.urls['orders']}/metrics")).text
+    assert "ticketrail_journal_damaged 1.0" in metrics
+    assert "ticketrail_journal_files_aside 1.0" in metrics
+    assert len(files_aside(path)) == 1
+    log = (shop.system.directory / "orders.log").read_text()
+    assert "journal_set_aside" in log
+    assert shop.placed[17] in log
+    lost = shop.placed.pop(17)
+    await shop.all_stored()
+    assert lost not in await shop.system.stored_orders()
+
+
+def harm(path: Path, order: str) -> None:
+    """A bit of this order's event, wherever it stands: in the file or in its log."""
+    for file in (path, path.with_name(f"{path.name}-wal")):
+        data, at = bytearray(file.read_bytes()), -1
+        while (at := data.find(f'"id":"{order}","restaurant_id"'.encode(), at + 1)) >= 0:
+            data[at + 10] ^= 1
+        file.write_bytes(bytes(data))

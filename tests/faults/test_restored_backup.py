@@ -1,0 +1,134 @@
+"""PostgreSQL comes back from a backup that lacks the last minute, under load: `ticketrail replay --from-log` brings it
+to where the log is. No version goes down for those who read, and cursors of the pull feed are void."""
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+
+from deploy.local.database import run_sql
+from tests.chaos.load import Load
+from tests.faults.outage import Outage, acknowledged, proven, under_load
+from tests.proxy import Mode
+from tests.system import eventually
+
+pytestmark = pytest.mark.timeout(300)
+
+
+async def without_services(outage: Outage, *statements: str) -> None:
+    """While nobody of the system is connected: to them PostgreSQL is away for a moment."""
+    outage.proxies["postgres"].set(Mode.REFUSE)
+    try:
+
+        def work() -> None:
+            name = outage.system.name
+            run_sql(
+                outage.servers.postgres.superuser_url,
+                f"select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = '{name}'",
+                *statements,
+            )
+
+        await asyncio.to_thread(work)
+    finally:
+        outage.proxies["postgres"].set(Mode.FORWARD)
+
+
+async def take_backup(outage: Outage) -> None:
+    name = outage.system.name
+    await without_services(outage, f'create database "{name}_backup" owner ticketrail_owner template "{name}"')
+
+
+async def restore_backup(outage: Outage) -> None:
+    name = outage.system.name
+    await without_services(
+        outage, f'drop database "{name}" with (force)', f'alter database "{name}_backup" rename to "{name}"'
+    )
+
+
+async def feed_epoch(outage: Outage) -> str:
+    async with outage.system.database("ticketrail_api") as connection:
+        return str(await connection.fetchval("select epoch from feed_epochs order by id desc limit 1"))
+
+
+async def lacks(outage: Outage, load: Load) -> int:
+    """How many acknowledged creations PostgreSQL does not have."""
+    marks = [one.mark for one in load.acknowledged if one.what == "created"]
+    async with outage.system.database() as connection:
+        found = await connection.fetch("select distinct data->'after'->>'notes' from changes where version = 1")
+    return len(set(marks) - {row[0] for row in found})
+
+
+class Watch:
+    """Reads orders again and again; remembers versions that went down."""
+
+    def __init__(self, outage: Outage, load: Load) -> None:
+        self._outage, self._load = outage, load
+        self._highest: Counter[str] = Counter()
+        self.down: list[str] = []
+        self.reads = 0
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        system = self._outage.system
+        async with system.client("admin") as first, system.client("admin", service="second-orders") as second:
+            while True:
+                mine = [one.order for one in self._load.acknowledged if one.restaurant == system.restaurant]
+                for order in dict.fromkeys(mine[-60:]):
+                    for client in (first, second):
+                        await self._look(client, order)
+                await asyncio.sleep(0.05)
+
+    async def _look(self, client: httpx.AsyncClient, order: str) -> None:
+        try:
+            reply = await client.get(f"/api/orders/{order}")
+        except httpx.HTTPError:
+            return
+        if reply.status_code == 200:
+            self.reads += 1
+            version = reply.json()["data"]["version"]
+            if version < self._highest[order]:
+                self.down.append(f"{order}: {version} after {self._highest[order]}")
+            self._highest[order] = max(version, self._highest[order])
+        elif reply.status_code == 404:
+            self.down.append(f"{order}: gone")
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def replay(outage: Outage, *options: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(await outage.system.cli("replay", "--from-log", "--json", *options))
+    return found
+
+
+async def test_a_database_from_a_backup_is_brought_back_from_the_log_under_load(outage: Outage) -> None:
+    epoch = await feed_epoch(outage)
+    async with under_load(outage, 6) as load:
+        watch = Watch(outage, load)
+        await acknowledged(load, 40)
+        await take_backup(outage)
+        await acknowledged(load, 60)
+        await eventually(lambda: lacks(outage, load), what="PostgreSQL to have them", within=30, until=lambda n: n < 20)
+        await restore_backup(outage)
+        await acknowledged(load, 20)
+        assert await lacks(outage, load) >= 10
+
+        counted = await replay(outage, "--dry-run", "--since", "10m")
+        assert counted["missing"] > 10
+        assert counted["written"] == 0
+        assert await feed_epoch(outage) == epoch
+        done = await replay(outage)
+        assert done["missing"] > 10
+        assert (done["written"], done["failed"], done["dead"], done["unreadable"]) == (done["missing"], 0, 0, 0)
+        await acknowledged(load, 20)
+        await watch.stop()
+    await proven(outage, load)
+    assert watch.reads > 100
+    assert not watch.down, watch.down[:5]
+    assert await feed_epoch(outage) == done["feed_epoch"] != epoch
+    again = await replay(outage)
+    assert (again["missing"], again["written"]) == (0, 0)

@@ -1,0 +1,163 @@
+"""Several nodes in the setting: whoever is connected goes on with the next one. The nodes are proxies before one
+broker; tests/faults/test_cluster.py has a real cluster."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from deploy.local.ports import find_free
+from shared.entities.contract import Lane
+from shared.entities.signal import FENCE
+from shared.messaging import declare, topology
+from shared.messaging.log import LogReader
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from tests.builders import change, order
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.proxy import Mode, Proxy
+from tests.servers import Servers
+from tests.system import eventually
+
+
+@pytest.fixture
+async def nodes(servers: Servers) -> AsyncIterator[list[Proxy]]:
+    found = [Proxy(servers.rabbitmq.port) for _ in range(2)]
+    for node in found:
+        await node.start()
+    yield found
+    for node in found:
+        await node.stop()
+
+
+def through(url: str, servers: Servers, *ports: int, query: str = "") -> str:
+    return ",".join(url.replace(f":{servers.rabbitmq.port}/", f":{port}/") + query for port in ports)
+
+
+async def test_the_first_node_that_answers_is_taken(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
+    (nobody,) = find_free(1)
+    url = through(rig.settings.rabbitmq_url, servers, nobody, nodes[0].port, nodes[1].port)
+    async with await declare.connect(url):
+        assert (nodes[0].accepted, nodes[1].accepted) == (1, 0)
+
+
+async def test_a_node_that_takes_connections_and_never_speaks_is_passed_over(
+    rig: Rig, servers: Servers, nodes: list[Proxy]
+) -> None:
+    nodes[0].set(Mode.LOSE)
+    url = through(rig.settings.rabbitmq_url, servers, nodes[0].port, nodes[1].port)
+    async with await declare.connect(url, timeout=2.0):
+        assert nodes[1].accepted == 1
+
+
+async def test_a_publisher_goes_on_with_the_next_node(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
+    url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes))
+    publisher = Publisher(url, topology.CHANGES, timeout=1.0)
+    await publisher.start(wait=10)
+    try:
+        for lost, mode in ((nodes[0], Mode.REFUSE), (nodes[1], Mode.LOSE)):
+            accepted = lost.accepted
+            assert accepted > 0
+            lost.set(mode)
+
+            async def publishes() -> bool:
+                try:
+                    await publisher.publish(Lane.CRITICAL, b"[]")
+                except (NotSent, InDoubt):
+                    return False
+                return True
+
+            await eventually(publishes, what="a publish by way of the other node")
+            assert lost.accepted == accepted, "it began with the node that it had lost"
+            lost.set(Mode.FORWARD)
+    finally:
+        await publisher.stop()
+
+
+async def test_after_a_nack_the_next_publishes_go_over_a_new_channel(rig: Rig) -> None:
+    """One that was opened amid an election of leaders nacks for ever."""
+    async with rig.channel() as channel:
+        full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        await channel.declare_queue("full", durable=True, arguments=full)
+    await rig.publisher.publish_to_queue("full", b"[]")
+    nacking = rig.publisher._channel
+    assert nacking is not None
+    with pytest.raises(InDoubt):
+        await rig.publisher.publish_to_queue("full", b"[]")
+
+    async def renewed() -> bool:
+        return rig.publisher._channel not in (None, nacking)
+
+    await eventually(renewed, what="another channel")
+    assert rig.publisher.connected
+    await rig.publish(change(order()))
+
+    async def closed() -> bool:
+        return nacking.is_closed
+
+    await eventually(closed, what="the old channel to be closed")
+    await rig.publish(change(order()))
+    with pytest.raises(InDoubt):
+        await rig.publisher.publish_to_queue("nowhere", b"[]")
+    assert rig.publisher.connected, "a return says nothing of the channel"
+
+
+async def test_a_reader_of_the_log_goes_on_with_the_next_node_and_hands_out_each_entry_once(
+    rig: Rig, servers: Servers, nodes: list[Proxy]
+) -> None:
+    url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes))
+    wanted = [change(order(items=1)) for _ in range(6)]
+    bodies: list[bytes] = []
+
+    async def read() -> None:
+        async with aclosing(LogReader(url, name="test", idle_seconds=1.0).read("first")) as batches:
+            async for batch in batches:
+                bodies.extend(entry.body for entry in batch.entries if FENCE.encode() not in entry.body)
+
+    async def seen() -> int:
+        return len(bodies)
+
+    reading = asyncio.create_task(read())
+    try:
+        for place, lost in enumerate((nodes[0], nodes[1]), 1):
+            await rig.publish(wanted[2 * place - 2])
+            await eventually(seen, what="an entry", until=lambda count: count == 2 * place - 1)  # noqa: B023
+            accepted = lost.accepted
+            lost.set(Mode.LOSE if place == 1 else Mode.REFUSE)
+            await rig.publish(wanted[2 * place - 1])
+            await eventually(seen, what="the next", until=lambda count: count == 2 * place)  # noqa: B023
+            assert lost.accepted == accepted, "it began with the node that it had lost"
+            lost.set(Mode.FORWARD)
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    assert [one.id.encode() in body for one, body in zip(wanted, bodies, strict=False)] == [True] * 4
+
+
+@pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.LOSE])
+async def test_consumers_of_the_lanes_go_on_with_the_next_node(
+    make_rig: MakeRig, servers: Servers, nodes: list[Proxy], mode: Mode
+) -> None:
+    rig: Rig = await make_rig()
+    url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes), query="?heartbeat=1")
+    second: Rig = Rig(rig.settings.model_copy(update={"rabbitmq_url": url}))
+    await second.up()
+    await second.writer.start()
+    try:
+        first = change(order())
+        await rig.publish(first)
+        await second.written(first)
+        accepted = nodes[0].accepted
+        assert accepted > 0
+        nodes[0].set(mode)
+        more = [change(order()) for _ in range(20)]
+        for one in more:
+            await rig.publish(one)
+        await second.written(*more, within=30)
+        assert second.writer.state()["consumers"]["critical"] > 0
+        assert nodes[0].accepted == accepted, "it began with the node that it had lost"
+        await rig.drained()
+        await second.writer.stop()
+        assert await rig.depth(topology.lane_queue(Lane.CRITICAL)) == 0
+    finally:
+        await second.down()

@@ -1,0 +1,408 @@
+"""The keeper on real servers: whatever ends in a dead queue is in `dead_letters`, once, to the letter."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import pytest
+
+from services.sync.keeper import Keeper
+from shared.entities.contract import MAX_EVENT_BYTES, Lane, encode
+from shared.messaging import topology
+from shared.postgres import dead_letters
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.servers import Servers
+from tests.system import eventually
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+NEGATIVE = (b'"total":', b'"total":-')
+
+
+@pytest.fixture
+async def kept(rig: Rig) -> Rig:
+    rig.keeper.start()
+    return rig
+
+
+def poison(**fields: Any) -> bytes:
+    return encode(change(order(items=1), **fields)).replace(*NEGATIVE)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+BAD = {
+    "undecodable": b"this is not JSON",
+    "unsupported_specversion": message(change(order(), specversion="0.3")),
+    "unknown_type": message(change(order(), type="ticketrail.order.eaten.v1")),
+    "unsupported_version": message(change(order(), type="ticketrail.order.created.v2")),
+    "missing_tenant": message(encode(change(order())).replace(b'"restaurantid"', b'"restaurant"')),
+    "wrong_tenant": message(change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)),
+    "negative_amount": message(poison()),
+}
+
+
+def too_large() -> bytes:
+    return message(encode(change(order())).replace(b'"before":{}', b'"before":{"x":"' + b"y" * 10_000_000 + b'"}'))
+
+
+async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_that_names_it(kept: Rig) -> None:
+    bad = {**BAD, "too_large": too_large()}
+    assert len(bad["too_large"]) > MAX_EVENT_BYTES
+    good = change(order())
+    for body in bad.values():
+        await kept.publisher.publish(Lane.CRITICAL.value, body)
+    await kept.publish(good)
+    found = {one.reason: one for one in await kept.letters(len(bad))}
+    assert set(found) == set(bad)
+    assert len({one.fingerprint for one in found.values()}) == len(bad)
+    for reason, body in bad.items():
+        assert found[reason].body == body
+        assert found[reason].place.startswith("shared.entities."), found[reason].place
+    groups = {group.reason: group for group in await dead_letters.groups(kept.database, dead_letters.Wanted())}
+    assert {reason: group.count for reason, group in groups.items()} == dict.fromkeys(bad, 1)
+    assert ">= 0" in groups["negative_amount"].sample_error
+    await kept.written(good)
+    await kept.all_acknowledged()
+    assert await kept.count("changes") == 1
+
+
+async def test_bad_among_good_leaves_all_good_ones_written(kept: Rig) -> None:
+    good = [change(order(items=1)) for _ in range(400)]
+    bad = [poison() for _ in range(400)]
+    for start in range(0, 400, 4):
+        mixed = [one for pair in zip(good[start : start + 2], bad[start : start + 2], strict=True) for one in pair]
+        await kept.publish(*mixed)
+        await kept.publish(*good[start + 2 : start + 4])
+        for one in bad[start + 2 : start + 4]:
+            await kept.publish(one)
+    await kept.written(*good, within=60)
+    letters = await kept.letters(400, within=60, reason="negative_amount")
+    assert {one.body for one in letters} == {message(one) for one in bad}
+    assert len({one.fingerprint for one in letters}) == 1
+    await kept.all_acknowledged()
+    assert kept.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 400
+
+
+async def test_a_flood_that_postgres_does_not_take_at_once_takes_its_way_through_the_dead_queue(kept: Rig) -> None:
+    # What the keeper does at its last try for a single one, the writer does not try for many.
+    await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
+    good, bad = change(menu_item()), [poison() for _ in range(20)]
+    await kept.publish(*bad, good)
+    await kept.written(good)
+    letters = await kept.letters(20, within=60)
+    assert {letter.body for letter in letters} == {message(one) for one in bad}
+    assert all(letter.type is None and letter.headers == {} for letter in letters)
+    await kept.all_acknowledged()
+
+
+async def test_a_flood_that_comes_off_the_ladder_has_all_its_attempts(kept: Rig) -> None:
+    await fail_for_ever(kept)
+    unlucky = [change(order(items=1, notes="unlucky")) for _ in range(12)]
+    await asyncio.gather(*(kept.publish(one) for one in unlucky))
+    letters = await kept.letters(12, within=60)
+    for letter in letters:
+        assert (letter.reason, letter.deaths) == ("transient", 1)
+        assert [one.reason for one in letter.attempts] == ["transient"] * 3
+    assert await kept.count("retries") == 0
+    await kept.all_acknowledged()
+
+
+async def test_headers_of_others_do_not_stand_in_the_way_of_a_poison_message(kept: Rig) -> None:
+    strange: dict[str, int | str] = {"event": "x", "queue": "y", "level": "z", "big": "x" * 100_000}
+    await kept.publisher.publish(Lane.CRITICAL.value, b"garbage", headers=strange)
+    [letter] = await kept.letters(1)
+    assert (letter.headers["event"], letter.headers["queue"]) == ("x", "y")
+    await kept.all_acknowledged()
+    assert kept.writer.state()["failed"] == 1
+
+
+# -- what is in a letter -------------------------------------------------------------------------------------------
+
+
+async def test_a_letter_tells_whose_it_is_what_happened_and_when(kept: Rig) -> None:
+    made = change(order(), source="terminal/T-7", traceparent=TRACE)
+    broken = encode(made).replace(*NEGATIVE)
+    await kept.publish(broken)
+    [letter] = await kept.letters(1)
+    assert (letter.queue, letter.lane) == (topology.dead_queue(Lane.CRITICAL), "critical")
+    assert (letter.change_id, letter.entity, letter.entity_id) == (made.id, "order", made.entity_id)
+    assert (letter.restaurant_id, letter.version) == (RESTAURANT, 1)
+    assert (letter.terminal_id, letter.trace_id) == ("T-7", TRACE.split("-")[1])
+    assert (letter.reason, letter.place) == ("negative_amount", "shared.entities.entity:decode")
+    assert (letter.status, letter.deaths, letter.revision) == ("open", 1, 1)
+    assert [one.reason for one in letter.attempts] == ["negative_amount"]
+    assert letter.first_failed_at == letter.last_failed_at == letter.attempts[0].at
+    assert letter.headers["ticketrail-change-id"] == made.id
+    assert letter.body == message(broken)
+    assert await kept.depth(topology.dead_queue(Lane.CRITICAL)) == 0
+
+
+async def test_every_attempt_of_the_ladder_is_in_the_letter(kept: Rig) -> None:
+    await fail_for_ever(kept)
+    unlucky = change(order(notes="unlucky"))
+    await kept.publish(unlucky)
+    [letter] = await kept.letters(1)
+    assert [one.reason for one in letter.attempts] == ["transient"] * 3  # the first, and one from each rung
+    assert all("try again" in one.error and "write" in one.place for one in letter.attempts)
+    assert letter.first_failed_at == letter.attempts[0].at < letter.attempts[1].at < letter.last_failed_at
+
+
+async def fail_for_ever(rig: Rig) -> None:
+    """Writing an order with notes 'unlucky' fails, as two transactions that met would."""
+    await rig.as_owner(
+        """
+        create function fail() returns trigger language plpgsql as $$
+        begin
+            if new.notes = 'unlucky' then
+                raise exception 'try again' using errcode = 'serialization_failure';
+            end if;
+            return new;
+        end $$;
+        create trigger fail before insert or update on orders for each row execute function fail();
+        """
+    )
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x00\xff\xfe \x80 not UTF-8", b"[" * 50_000, b'[{"id":"\\u0000"}]', b'[{"id":"\\ud800"}]', b"[]"]
+)
+async def test_a_letter_of_any_content_is_kept_to_the_letter(make_rig: MakeRig, body: bytes) -> None:
+    rig = await make_rig()
+    rig.keeper.start()
+    await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body)
+    [letter] = await rig.letters(1)
+    assert letter.body == body
+    assert await rig.depth(topology.dead_queue(Lane.NORMAL)) == 0
+
+
+async def test_large_letters_are_kept_one_after_the_other(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    bodies = [bytes([number]) * 10_000_000 for number in range(1, 5)]
+    for body in bodies:
+        await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body, timeout=30)
+    rig.keeper.start()
+    letters = await rig.letters(4, within=60)
+    assert sorted(letter.body for letter in letters) == bodies
+
+
+async def test_what_postgres_refuses_of_a_letter_is_left_out_and_the_body_is_kept(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.menu_item.created.v1')")
+    strange, good = change(menu_item()), change(order())
+    for one in (strange, good):
+        await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), message(one))
+    rig.keeper.start()
+    letters = {letter.change_id: letter for letter in await rig.letters(2)}
+    assert (letters[strange.id].type, letters[strange.id].body) == (None, message(strange))
+    assert letters[good.id].type == good.type
+
+
+async def test_a_batch_that_the_broker_gave_up_is_a_letter_for_each_change(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    several = [change(order(items=1)) for _ in range(3)]
+    await rig.publish(*several)
+    async with rig.channel() as channel:
+        queue = await channel.get_queue(topology.lane_queue(Lane.CRITICAL))
+        for _ in range(topology.DELIVERY_LIMIT + 1):
+            taken = await eventually(lambda: queue.get(fail=False), what="delivered again", within=5)
+            await taken.nack(requeue=True)
+    rig.keeper.start()
+    letters = await rig.letters(3)
+    assert {letter.change_id for letter in letters} == {one.id for one in several}
+    for letter in letters:
+        assert (letter.reason, letter.place) == ("delivery_limit", "broker")
+        assert "delivery_limit in sync.postgres.critical.v1" in letter.error
+
+
+# -- once, and again -----------------------------------------------------------------------------------------------
+
+
+async def test_a_letter_that_is_delivered_twice_is_one_death(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.writer.start()
+    await rig.publish(poison())
+    [dead] = await rig.dead()
+    headers = {name: value for name, value in dead.headers.items() if not name.startswith("x-")}
+    for _ in range(3):
+        await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), dead.body, headers=headers)
+    rig.keeper.start()
+    await eventually(lambda: rig.depth(topology.dead_queue(Lane.CRITICAL)), what="drained", until=lambda n: n == 0)
+    [letter] = await rig.letters(1)
+    assert (letter.deaths, letter.revision, len(letter.attempts)) == (1, 1, 1)
+    assert rig.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 1
+
+
+@pytest.mark.parametrize("status", ["open", "discarded", "resolved"])
+async def test_what_dies_again_is_the_same_letter_and_open_again(kept: Rig, status: str) -> None:
+    broken = poison()
+    await kept.publish(broken)
+    [first] = await kept.letters(1)
+    closed = "now()" if status != "open" else "null"
+    await kept.database.execute(f"update dead_letters set status = $1, closed_at = {closed}", status)
+    await kept.publish(broken)
+    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2)
+    assert (letter.id, letter.status, letter.revision, letter.closed_at) == (first.id, "open", 2, None)
+    assert len(letter.attempts) == 2
+    assert letter.first_failed_at == first.first_failed_at < letter.last_failed_at
+
+
+async def test_a_second_copy_that_dies_beside_a_replay_says_nothing_of_the_replay(kept: Rig) -> None:
+    broken = poison()
+    await kept.publish(broken)
+    [first] = await kept.letters(1)
+    await kept.database.execute("update dead_letters set status = 'replaying'")
+    await kept.publish(broken)
+    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2)
+    assert letter.status == "replaying"
+    await kept.publisher.publish_to_queue(
+        topology.lane_queue(Lane.CRITICAL), message(broken), headers={"ticketrail-replay": first.id}
+    )
+    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 3)
+    assert letter.status == "open"
+
+
+async def test_a_letter_of_the_mirror_that_is_read_again_after_a_rewind_is_no_news(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    rig.keeper.start()
+    broken = message(poison())
+    for at in ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"):
+        headers: dict[str, int | str] = {"ticketrail-reason": "negative_amount", "ticketrail-failed-at": at}
+        await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, broken, headers=headers)
+    await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="drained", until=lambda n: n == 0)
+    [letter] = await rig.letters(1)
+    assert (letter.lane, letter.deaths, letter.revision) == (None, 1, 1)
+
+
+async def test_two_keepers_share_the_letters_and_keep_each_once(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.writer.start()
+    bad = [poison() for _ in range(100)]
+    for one in bad:
+        await rig.publish(one)
+    await eventually(lambda: rig.depth(topology.dead_queue(Lane.CRITICAL)), what="dead", until=lambda n: n == 100)
+    second = Keeper(rig.settings, rig.postgres, rig.keeper._metrics)
+    rig.keeper.start()
+    second.start()
+    letters = await rig.letters(100)
+    await second.stop()
+    assert {letter.body for letter in letters} == {message(one) for one in bad}
+    assert all(letter.deaths == 1 for letter in letters)
+
+
+# -- backends away -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["kill", "freeze"])
+async def test_while_postgres_is_away_letters_wait_in_the_broker_and_burn_no_deliveries(
+    make_rig: MakeRig, servers: Servers, way: str
+) -> None:
+    rig = await make_rig(database_timeout_seconds=1.0)
+    rig.keeper.start()
+    dead = topology.dead_queue(Lane.CRITICAL)
+    await rig.publisher.publish_to_queue(dead, message(poison()))
+    await rig.letters(1)
+    await rig.database.close()
+    rig.database = None
+    await asyncio.to_thread(getattr(servers.postgres, way))
+    try:
+        for _ in range(5):
+            await rig.publisher.publish_to_queue(dead, message(poison()))
+
+        async def detached() -> bool:
+            return not rig.keeper.attached and await rig.depth(dead) == 5
+
+        await eventually(detached, what="let go of them", within=30)
+    finally:
+        await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
+    rig.database = await asyncpg.connect(rig.settings.database_writer_url)
+    letters = await rig.letters(6, within=30)
+    assert len(letters) == 6
+    assert all(letter.headers.get("x-delivery-count", 0) <= 1 for letter in letters)
+
+
+async def test_a_lost_broker_and_a_queue_made_anew_are_drained_again(make_rig: MakeRig, servers: Servers) -> None:
+    rig = await make_rig()
+    rig.keeper.start()
+    dead = topology.dead_queue(Lane.CRITICAL)
+    await rig.publisher.publish_to_queue(dead, b"first")
+    await rig.letters(1)
+    await asyncio.to_thread(servers.rabbitmq.stop)
+    await asyncio.to_thread(servers.rabbitmq.start)
+    await asyncio.wait_for(rig.publisher.wait_connected(), 30)
+    await rig.publisher.publish_to_queue(dead, b"second")
+    await rig.letters(2, within=30)
+    async with rig.channel() as channel:
+        await channel.queue_delete(dead)
+        [queue] = [one for one in topology.queues(rig.settings) if one.name == dead]
+        await channel.declare_queue(dead, durable=True, arguments=queue.arguments)
+    await rig.publisher.publish_to_queue(dead, b"third")
+    assert [letter.body for letter in await rig.letters(3, within=30)] == [b"first", b"second", b"third"]
+
+
+async def test_a_keeper_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
+    """The client library turns a cancellation in the middle of a handshake into a failure of its own."""
+    rig = await make_rig()
+    for step in range(60):
+        keeper = Keeper(rig.settings, rig.postgres, rig.keeper._metrics, look_after=0.01, renew_after=0.2)
+        keeper.start()
+        await asyncio.sleep(step * 0.003)
+        await asyncio.wait_for(keeper.stop(), 8)
+
+
+async def test_a_keeper_that_was_never_started_can_be_stopped_twice(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.keeper.stop()
+    await rig.keeper.stop()
+
+
+# -- the retry ladder, as the ledger sees it -----------------------------------------------------------------------
+
+
+async def test_what_is_on_the_ladder_is_told_until_it_is_written(make_rig: MakeRig) -> None:
+    rig = await make_rig(retry_steps_ms=(300, 300, 300, 300, 300, 300, 300, 300))
+    await fail_for_ever(rig)
+    await rig.writer.start()
+    unlucky = change(order(notes="unlucky"))
+    await rig.publish(unlucky)
+
+    async def row() -> Any:
+        return await rig.database.fetchrow(
+            "select change_id::text, restaurant_id::text, entity, entity_id::text, lane, attempt, reason from retries"
+        )
+
+    seen = await eventually(row, what="on the ladder")
+    assert tuple(seen)[:5] == (unlucky.id, RESTAURANT, "order", unlucky.entity_id, "critical")
+    assert seen["reason"] == "transient"
+    await eventually(row, what="its second attempt", until=lambda found: found["attempt"] == 2)
+    await rig.as_owner("drop trigger fail on orders")
+    await rig.written(unlucky)
+    assert await row() is None, "it goes in the transaction that commits the change"
+
+
+async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: Rig) -> None:
+    await fail_for_ever(kept)
+    await kept.publish(change(order(notes="unlucky")))
+    await kept.letters(1)
+    assert await kept.count("retries") == 0
+
+
+async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig) -> None:
+    made = change(order())
+    await rig.publish(made)
+    await rig.written(made)
+    late = dead_letters.retries.Retry(
+        restaurant_id=RESTAURANT, change_id=made.id, lane="critical", entity="order", entity_id=made.entity_id,
+        attempt=1, reason="transient", error="?", failed_at=made.time,
+    )  # fmt: skip
+    await dead_letters.retries.note(rig.database, [late])
+    assert await rig.count("retries") == 0
+    # And one that slipped through between the two transactions is swept away.
+    await rig.database.execute(
+        "insert into retries (restaurant_id, change_id, lane, entity, entity_id, attempt, reason, error, failed_at)"
+        " values ($1, $2, 'critical', 'order', $3, 1, 'transient', '?', now())",
+        RESTAURANT,
+        made.id,
+        made.entity_id,
+    )
+    assert await dead_letters.retries.sweep(rig.database) == 1

@@ -1,0 +1,209 @@
+"""Two changes claim one version of one entity, made by hand, in any order of arrival: one of them stands in every store
+and for everybody who follows the log, both are kept, every payment is kept, one conflict is open."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import redis.asyncio
+from msgspec import Struct, structs
+
+from shared.entities import menu_item
+from shared.entities import order as orders
+from shared.entities.contract import Change, Lane
+from shared.entities.entity import Entity
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import CHANGES
+from shared.mirror import keys
+from tests.builders import change, message, payment
+from tests.system import System, eventually
+
+ARRIVALS = ["the winner first", "the loser first", "both in one message"]
+
+
+class Shop(Struct):
+    """A restaurant of its own."""
+
+    id: str
+    token: str
+    dish: str
+
+
+@pytest.fixture
+async def shop(system: System) -> Shop:
+    name = uuid4().hex[:10]
+    async with httpx.AsyncClient(base_url=system.urls["orders"], timeout=10) as client:
+        made = await client.post(
+            "/api/auth/register-restaurant",
+            json={
+                "name": "Forks",
+                "slug": f"forks-{name}",
+                "email": f"{name}@forks.example",
+                "password": "a long one that nobody guesses",
+            },
+        )
+        data = made.json()["data"]
+        token = data["session"]["access_token"]
+        headers = {"Authorization": f"Bearer {token}"}
+        dish = await client.post("/api/menu", json={"name": "Soup", "price": 500, "category": "Mains"}, headers=headers)
+    return Shop(data["restaurant"]["id"], token, dish.json()["data"]["id"])
+
+
+async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
+    """(the state, its change) as PostgreSQL has it, once it has it."""
+
+    async def look() -> Any:
+        async with system.database() as connection:
+            return await connection.fetchrow(
+                "select change_id::text, (data->'after')::text as state from changes where entity_id = $1", id_
+            )
+
+    row = await eventually(look, what=f"the {entity.name} in PostgreSQL")
+    return entity.decode_state(row["state"].encode()), row["change_id"]
+
+
+def fork(first: Change, second: Change) -> tuple[Change, Change]:
+    """(winner, loser)"""
+    return (first, second) if first.standing > second.standing else (second, first)
+
+
+async def publish(system: System, lane: Lane, *bodies: bytes) -> None:
+    publisher = Publisher(system.rabbitmq_url, CHANGES, timeout=5.0)
+    await publisher.start(wait=10)
+    try:
+        for body in bodies:
+            await publisher.publish(lane.value, body)
+    finally:
+        await publisher.stop()
+
+
+async def send(system: System, lane: Lane, arrival: str, winner: Change, loser: Change) -> None:
+    if arrival == "both in one message":
+        await publish(system, lane, message(loser, winner))
+    else:
+        first, second = (winner, loser) if arrival == "the winner first" else (loser, winner)
+        await publish(system, lane, message(first), message(second))
+
+
+async def both_are_kept(system: System, winner: Change, loser: Change) -> None:
+    both = {winner.id, loser.id}
+    async with system.database() as connection:
+
+        async def kept() -> set[str]:
+            rows = await connection.fetch(
+                "select change_id::text from changes where entity_id = $1 and version = 2", winner.entity_id
+            )
+            return {row[0] for row in rows}
+
+        await eventually(kept, what="both changes", until=lambda found: found == both)
+        conflicts = await connection.fetch("select * from conflicts where entity_id = $1", winner.entity_id)
+    assert len(conflicts) == 1
+    (conflict,) = conflicts
+    assert {str(conflict["change_id"]), str(conflict["other_change_id"])} == both
+    assert (conflict["version"], conflict["resolved_at"]) == (2, None)
+
+
+async def standing(system: System, entity: Entity, winner: Change) -> None:
+    """In both stores."""
+    async with system.database() as connection:
+        row = await connection.fetchrow(
+            f"select version, change_id::text from {entity.table.name} where id = $1", winner.entity_id
+        )
+    assert tuple(row) == (2, winner.id)
+    async with redis.asyncio.from_url(system.redis.url, decode_responses=True) as mirror:
+
+        async def mirrored() -> Any:
+            return await mirror.hmget(keys.doc(winner.restaurantid, entity.name, winner.entity_id), "v", "c")
+
+        await eventually(mirrored, what="the winner in the mirror", until=lambda found: found == ["2", winner.id])
+
+
+@asynccontextmanager
+async def pushed(system: System, token: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """What a screen is told from the beginning of the window on; every look asks anew."""
+    found: list[dict[str, Any]] = []
+    url = f"{system.urls['notifier']}/api/v1/sync/events"
+    async with (
+        httpx.AsyncClient(timeout=httpx.Timeout(5.0, read=30.0)) as client,
+        client.stream("GET", url, headers={"Authorization": f"Bearer {token}"}) as response,
+    ):
+        assert response.status_code == 200
+        lines = response.aiter_lines()
+        async for line in lines:
+            if line.startswith("event: connected"):
+                break
+        yield found
+        async for line in lines:
+            if line.startswith("data: ") and "changeId" in line:
+                found.append(json.loads(line.removeprefix("data: ")))
+                if len(found) == 2:
+                    return
+
+
+@pytest.mark.parametrize("arrival", ARRIVALS)
+async def test_of_two_changes_of_an_order_one_stands_everywhere_and_both_payments_count(
+    system: System, shop: Shop, arrival: str
+) -> None:
+    async with system.client(token=shop.token) as client:
+        placed = await client.post("/api/orders", json={"items": [{"menu_item_id": shop.dish, "quantity": 4}]})
+        id_ = placed.json()["data"]["id"]
+        state, base = await stands(system, orders.ENTITY, id_)
+        made = []
+        for notes in ("one side", "the other"):
+            after = structs.replace(state, notes=notes, payments=(payment(amount=700),))
+            made.append(change(after, event="payment_recorded", before=state, entityversion=2, basechangeid=base))
+        winner, loser = fork(*made)
+
+        async with pushed(system, shop.token) as told:
+            await send(system, Lane.CRITICAL, arrival, winner, loser)
+        await both_are_kept(system, winner, loser)
+        await standing(system, orders.ENTITY, winner)
+
+        wanted = orders.ENTITY.decode(winner)
+        reply = await client.get(f"/api/orders/{id_}")
+        assert (reply.json()["data"]["notes"], reply.json()["data"]["version"]) == (wanted.notes, 2)
+
+        async def sync_state() -> str:
+            return str((await client.get(f"/api/orders/{id_}")).json()["data"]["sync"]["state"])
+
+        await eventually(sync_state, what="settled", until=lambda state: state != "pending")
+        listed = (await client.get("/api/orders")).json()["data"]
+        assert [(one["id"], one["notes"]) for one in listed] == [(id_, wanted.notes)]
+        # A screen knows which of the two stands by the guard, in whatever order they came.
+        assert {one["changeId"] for one in told} == {winner.id, loser.id}
+        last = max(told, key=lambda one: (one["version"], one["changeId"]))
+        assert last["data"]["notes"] == wanted.notes
+
+        payments = (await client.get("/api/payments")).json()["data"]
+    paid = {one.id for side in made for one in orders.ENTITY.decode(side).payments}
+    assert {one["id"] for one in payments} == paid
+    assert len(paid) == len(payments) == 2
+
+
+@pytest.mark.parametrize("arrival", ARRIVALS)
+async def test_of_two_prices_of_a_dish_one_is_charged(system: System, shop: Shop, arrival: str) -> None:
+    state, base = await stands(system, menu_item.ENTITY, shop.dish)
+    made = [
+        change(structs.replace(state, price=price), before=state, event="updated", entityversion=2, basechangeid=base)
+        for price in (600, 700)
+    ]
+    winner, loser = fork(*made)
+    marker = structs.replace(state, id=str(uuid4()), name="Marker")
+    await send(system, Lane.NORMAL, arrival, winner, loser)
+    await publish(system, Lane.NORMAL, message(change(marker)))
+    await both_are_kept(system, winner, loser)
+    await standing(system, menu_item.ENTITY, winner)
+
+    async with system.client(token=shop.token) as client:
+
+        async def price(dish: str) -> int:
+            reply = await client.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]})
+            return int(reply.json()["data"]["subtotal"]) if reply.status_code == 201 else 0
+
+        # When the dish that came last is known, both sides of the fork have been read.
+        await eventually(lambda: price(marker.id), what="the menu to have been followed")
+        assert await price(shop.dish) == menu_item.ENTITY.decode(winner).price

@@ -1,0 +1,116 @@
+"""Writing to PostgreSQL what the log has and `changes` lacks: what a backup did not have, what was put away."""
+
+from typing import Any
+
+import asyncpg
+import pytest
+
+from services.sync.from_log import FromLog, Report
+from services.sync.letters import letters_of
+from shared.entities.contract import Change, Lane, encode, now
+from shared.messaging import topology
+from shared.postgres import dead_letters, feed_epochs
+from tests.builders import change, message, order, payment
+from tests.integration.writer_rig import Rig
+from tests.servers import Servers
+
+
+async def forget(rig: Rig, servers: Servers, *changes: Change) -> None:
+    """As if the backup had been taken before them: gone, with all that they have made."""
+    name = rig.settings.database_url.rpartition("/")[2]
+    superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
+    try:
+        for one in changes:
+            await superuser.execute("delete from changes where change_id = $1", one.id)
+            for table, column in (
+                ("orders", "id"),
+                ("order_items", "order_id"),
+                ("payments", "order_id"),
+                ("conflicts", "entity_id"),
+            ):
+                await superuser.execute(f"delete from {table} where {column} = $1", one.entity_id)
+    finally:
+        await superuser.close()
+
+
+async def replay(rig: Rig, **options: Any) -> Report:
+    return await FromLog(rig.settings, rig.postgres, rig.publisher, **options).run()
+
+
+async def epoch(rig: Rig) -> str:
+    async with rig.postgres.connection() as connection:
+        return await feed_epochs.present(connection)
+
+
+async def test_what_postgres_lacks_is_written_once_with_every_payment_and_no_version_goes_down(
+    rig: Rig, servers: Servers
+) -> None:
+    kept, paid = order(), payment()
+    first = change(kept)
+    lost = order(id=kept.id, items=kept.items, notes="two", payments=(paid,))
+    second = change(lost, base=first, before=kept)
+    whole = change(order())
+    await rig.publish(first, second)
+    await rig.publish(whole)
+    await rig.written(first, second, whole)
+    await forget(rig, servers, second, whole)
+    # It went on after the restore: a jump in versions.
+    third = change(order(id=kept.id, items=kept.items, notes="three"), base=second, before=lost)
+    await rig.publish(third)
+    await rig.written(third)
+    before = await epoch(rig)
+
+    report = await replay(rig)
+
+    assert (report.missing, report.written, report.failed) == (2, 2, 0)
+    assert await rig.count("changes") == 4
+    assert await rig.database.fetchval("select version from orders where id = $1", kept.id) == 3
+    assert await rig.database.fetchval("select notes from orders where id = $1", kept.id) == "three"
+    assert await rig.database.fetchval("select id::text from payments") == paid.id
+    assert await rig.count("conflicts") == 0
+    assert await epoch(rig) == report.feed_epoch != before
+    again = await replay(rig)
+    assert (again.read, again.missing, again.written) == (4, 0, 0)
+
+
+async def test_a_dry_run_counts_and_touches_nothing(rig: Rig, servers: Servers) -> None:
+    one = change(order())
+    await rig.publish(one)
+    await rig.written(one)
+    await forget(rig, servers, one)
+    before = await epoch(rig)
+    report = await replay(rig, dry_run=True)
+    assert (report.read, report.missing, report.written, report.entities["order"]) == (1, 1, 0, 1)
+    assert await rig.count("changes") == 0
+    assert await epoch(rig) == before
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept before the backup", "kept after it"])
+async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
+    rig: Rig, servers: Servers, kept: bool
+) -> None:
+    good = change(order())
+    poison = encode({"id": "no change at all"})
+    discarded = change(order())
+    await rig.publish(good, poison, discarded)
+    await rig.written(good, discarded)
+    await forget(rig, servers, good, discarded)
+    (letter,) = await rig.dead(Lane.CRITICAL)
+    queue = topology.dead_queue(Lane.CRITICAL)
+    if kept:
+        async with rig.postgres.connection() as connection:
+            letters = letters_of(queue, Lane.CRITICAL, letter.body, letter.headers, now())
+            letters += letters_of(queue, Lane.CRITICAL, message(discarded), {}, now())
+            await dead_letters.keep(connection, letters)
+            await connection.execute("update dead_letters set status = 'discarded'")
+
+    report = await replay(rig)
+
+    assert report.unreadable == 1
+    if kept:
+        assert (report.written, report.dead, report.failed) == (1, 1, 0)
+        assert await rig.depth(queue) == 0
+    else:
+        assert (report.written, report.dead, report.failed) == (2, 0, 1)
+        (again,) = await rig.dead(Lane.CRITICAL)
+        assert again.body == letter.body

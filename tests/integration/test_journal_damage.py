@@ -1,0 +1,516 @@
+"""A damaged journal: whatever becomes of its file, what is whole in it is kept, the rest is told, and it works on."""
+
+import asyncio
+import hashlib
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec import Struct
+from structlog.testing import capture_logs
+
+from shared.entities.contract import Lane, encode
+from shared.rail import set_aside
+from shared.rail.journal import Journal, JournalBroken, JournalFull, JournalInDoubt
+from shared.rail.journal_file import contents, name_of, sum_of, sum_of_name
+from shared.rail.record import Recorder, Unrecorded
+from shared.rail.salvage import wal_of
+from shared.rail.set_aside import count_aside, files_aside
+from tests import builders
+from tests.system import ROOT
+
+PAGE = 4096
+FRAME = 24 + PAGE
+Entry = tuple[Lane, bytes]
+
+
+def entry(*, items: int = 3, lane: Lane = Lane.CRITICAL) -> Entry:
+    return lane, encode(builders.change(builders.order(items=items)))
+
+
+def varint(value: int) -> bytes:
+    groups = [value & 0x7F]
+    while value := value >> 7:
+        groups.append(value & 0x7F | 0x80)
+    return bytes(reversed(groups))
+
+
+def record(lane: Lane, event: bytes) -> bytes:
+    """As SQLite lays it down; written apart from the code that looks for it."""
+    types = b"\x00\x2c" + varint(13 + 2 * len(lane)) + varint(12 + 2 * len(event))
+    return bytes([len(types) + 1]) + types + sum_of(lane, event) + lane.encode() + event
+
+
+def record_of_name(lane: Lane, event: bytes) -> bytes:
+    name = encode(name_of(lane, event))
+    types = b"\x00\x2c" + varint(12 + 2 * len(name))
+    return bytes([len(types) + 1]) + types + sum_of_name(name) + name
+
+
+def journal_of(path: Path) -> Journal:
+    return Journal(path, instance=1, max_bytes=1 << 26)
+
+
+async def opened(path: Path, work: Callable[[Journal], Any] | None = None) -> Journal:
+    """Opens it, does something, closes it; what it says of itself stays."""
+    journal = journal_of(path)
+    await journal.open()
+    try:
+        if work is not None:
+            await work(journal)
+    finally:
+        await journal.close()
+    return journal
+
+
+class Image(Struct, frozen=True):
+    """A journal as it lies on the disk, and what waits in it."""
+
+    main: bytes
+    wal: bytes
+    waiting: list[Entry]
+
+    def lay(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        path = folder / "orders-1.sqlite"
+        for one in folder.glob("orders-1*"):
+            one.unlink()
+        path.write_bytes(self.main)
+        if self.wal:
+            wal_of(path).write_bytes(self.wal)
+        return path
+
+
+async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
+    """`killed`: as kill -9 leaves it, with a write-ahead log; what came so early is in the file itself already."""
+    journal = journal_of(path)
+    await journal.open()
+    waiting: list[Entry] = []
+    lanes = [Lane.CRITICAL, Lane.NORMAL, Lane.BACKGROUND]
+    for n in range(40):
+        batch = [entry(items=(n * 7 + i) % 5 if n % 9 else 40, lane=lanes[n % 3]) for i in range(1 + n % 4)]
+        await journal.append(batch)
+        waiting += batch
+        if n % 10 == 9:
+            gone = (await journal.oldest(1_000))[3:8]
+            await journal.remove(gone)
+            waiting = [one for one in waiting if one not in [(each.lane, each.event) for each in gone]]
+        if n == checkpointed:
+            assert journal._db
+            journal._db.execute("pragma wal_checkpoint(TRUNCATE)")
+    alive = look(path)
+    await journal.close()
+    main, wal = alive if killed else look(path)
+    return Image(main, wal, waiting)
+
+
+def look(path: Path) -> tuple[bytes, bytes]:
+    """(the file, its log)"""
+    return path.read_bytes(), wal_of(path).read_bytes() if wal_of(path).exists() else b""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Image]:
+    folder = tmp_path_factory.mktemp("images")
+    made = (
+        build(folder / "orders-1.sqlite", killed=False),
+        build(folder / "orders-2.sqlite", killed=True),
+        build(folder / "orders-3.sqlite", killed=True, checkpointed=25),
+    )
+    return [asyncio.run(one) for one in made]
+
+
+class Harm(Struct, frozen=True):
+    kind: str
+    file: str
+    where: float
+    """Share of the file."""
+    length: int
+    content: bytes
+
+    def to(self, data: bytes) -> bytes:
+        at = int(self.where * len(data))
+        match self.kind:
+            case "overwrite":
+                return (
+                    data[:at]
+                    + (self.content * (self.length // len(self.content) + 1))[: self.length]
+                    + data[at + self.length :]
+                )
+            case "flip" if data:
+                at = min(at, len(data) - 1)
+                return data[:at] + bytes([data[at] ^ (1 << self.length % 8)]) + data[at + 1 :]
+            case "zero pages":
+                start, count = at // PAGE * PAGE, 1 + self.length % 3
+                return data[:start] + bytes(len(data[start : start + count * PAGE])) + data[start + count * PAGE :]
+            case "swap pages":
+                start = at // PAGE * PAGE
+                one, two = data[start : start + PAGE], data[start + PAGE : start + 2 * PAGE]
+                return data[:start] + two + one + data[start + 2 * PAGE :]
+            case "truncate":
+                return data[:at]
+        return data
+
+
+HARM = st.builds(
+    Harm,
+    kind=st.sampled_from(["overwrite", "flip", "zero pages", "swap pages", "truncate"]),
+    file=st.sampled_from(["main", "wal"]),
+    where=st.floats(0, 1, exclude_max=True),
+    length=st.integers(1, 6_000),
+    content=st.binary(min_size=1, max_size=64),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(which=st.integers(0, 2), harms=st.lists(HARM, min_size=1, max_size=4))
+def test_of_a_damaged_journal_every_entry_that_is_whole_is_kept_and_every_other_is_told(
+    images: list[Image], tmp_path: Path, which: int, harms: list[Harm]
+) -> None:
+    main, wal = images[which].main, images[which].wal
+    for harm in harms:
+        main, wal = (harm.to(main), wal) if harm.file == "main" else (main, harm.to(wal))
+    path = Image(main, wal, []).lay(tmp_path)
+    journal = asyncio.run(opened(path))
+    found = contents(path)
+
+    kept, told = set(found.entries), {one.name.change_id for one in found.damaged if one.name}
+    for lane, event in images[which].waiting:
+        whole = record(lane, event) in main or record(lane, event) in wal
+        if whole:
+            assert (lane, event) in kept, "an entry that is whole was lost"
+        elif (lane, event) not in kept:
+            named = record_of_name(lane, event) in main or record_of_name(lane, event) in wal
+            # Where a file was cut off nobody can tell an append that was never finished from one that was.
+            cut = any(harm.kind == "truncate" for harm in harms)
+            assert cut or not named or name_of(lane, event).change_id in told, "a lost entry was not told"
+            assert cut or journal.damaged or journal.set_aside, "silence"
+    assert journal.depth == len(found.entries)
+    asyncio.run(opened(path, lambda again: again.append([entry()])))
+    assert len(contents(path).entries) == journal.depth + 1
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_journal_that_was_killed_and_not_damaged_opens_with_all_of_it_and_without_a_word(
+    images: list[Image], tmp_path: Path, which: int
+) -> None:
+    path = images[which].lay(tmp_path)
+    with capture_logs() as logs:
+        journal = asyncio.run(opened(path))
+    assert not logs
+    assert (journal.damaged, journal.set_aside) == (0, 0)
+    assert contents(path).entries == images[which].waiting
+
+
+async def test_a_log_that_has_begun_anew_many_times_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path / "orders-1.sqlite")
+    await journal.open()
+    assert journal._db
+    journal._db.execute("pragma wal_autocheckpoint=7")
+    made = [[entry() for _ in range(1 + n % 9)] for n in range(60)]
+    for limit in (0, -1):
+        journal._db.execute(f"pragma journal_size_limit={limit}")
+        for n, batch in enumerate(made):
+            await journal.append(batch)
+            path = Image(*look(journal._path), []).lay(tmp_path / "copy")
+            with capture_logs() as logs:
+                again = await opened(path)
+            assert not logs
+            assert again.depth == sum(len(one) for one in made[: n + 1])
+        await journal.remove(await journal.oldest(10_000))
+    await journal.close()
+
+
+@pytest.mark.parametrize(
+    "main",
+    [b"", b"not a database at all" * 500, b"SQLite format 3\0" + bytes(5_000)],
+    ids=["empty", "garbage", "a header and zeroes"],
+)
+def test_a_file_that_is_no_journal_is_set_aside_with_a_loud_word_and_the_journal_works(
+    tmp_path: Path, main: bytes
+) -> None:
+    path = Image(main, b"", []).lay(tmp_path)
+    with capture_logs() as logs:
+        journal = asyncio.run(opened(path, lambda one: one.append([entry()])))
+    [said] = [one for one in logs if one["log_level"] == "error"]
+    assert (said["event"], said["kept"]) == ("journal_set_aside", 0)
+    [aside] = files_aside(path)
+    assert aside.read_bytes() == main
+    assert said["aside"] == str(aside)
+    assert (journal.set_aside, count_aside(tmp_path), journal.depth) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "gone"])
+def test_when_the_file_is_empty_or_gone_what_its_log_holds_is_kept(
+    images: list[Image], tmp_path: Path, empty: bool
+) -> None:
+    path = Image(b"", images[1].wal, []).lay(tmp_path)
+    if empty:
+        with pytest.raises(sqlite3.Error):
+            contents(path)  # which leaves the log alone
+    else:
+        path.unlink()
+    journal = asyncio.run(opened(path))
+    first, *others = images[1].waiting  # of which the first was in the file alone
+    assert set(others) <= set(contents(path).entries)
+    assert (journal.set_aside, journal.damaged) == (1, 1)
+    assert [one.name for one in contents(path).damaged] == [name_of(*first)]
+
+
+def test_numbers_go_on_in_a_series_of_their_own_when_the_highest_may_be_lost(tmp_path: Path) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    given: list[str] = []
+
+    async def number(journal: Journal) -> None:
+        given.append(await journal.next_number("r", "d"))
+
+    for _ in range(3):
+        asyncio.run(opened(path, number))
+        path.write_bytes(b"damaged" + path.read_bytes()[7:])
+    assert given == ["J1-0001", "J1.1-0001", "J1.2-0001"]
+    asyncio.run(opened(path, number))
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("update numbers set last = 1")
+    asyncio.run(opened(path, number))
+    assert len(set(given)) == 5
+
+
+@pytest.mark.parametrize("step", range(5))
+async def test_a_crash_while_a_file_is_set_aside_loses_nothing(
+    images: list[Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """At any of its renames, or before the first."""
+    half = images[2]
+    path = Image(b"harmed" + half.main[6:], half.wal, []).lay(tmp_path)
+
+    class Crash(Exception):
+        pass
+
+    renames = 0
+    rename, flush = Path.rename, set_aside.flush_folder
+
+    def crash_at(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames == step:
+            raise Crash
+        return rename(self, target)
+
+    def crash_before(folder: Path) -> None:
+        if step == 0:
+            raise Crash
+        flush(folder)
+
+    monkeypatch.setattr(Path, "rename", crash_at)
+    monkeypatch.setattr(set_aside, "flush_folder", crash_before)
+    journal = journal_of(path)
+    try:
+        await journal.open()
+    except Crash:
+        assert step < 4
+    await journal.close()
+    monkeypatch.undo()
+    await opened(path)
+    assert set(half.waiting) <= set(contents(path).entries)
+    assert not path.with_name(f"{path.name}.mended").exists()
+
+
+# -- an entry that goes bad while the journal is open ----------------------------------------------------------------
+
+
+async def test_a_bit_that_flips_in_an_event_takes_that_entry_out_by_name_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    journal = journal_of(path)
+    await journal.open()
+    good, bad, last = entry(), entry(), entry(lane=Lane.NORMAL)
+    await journal.append([good, bad, last])
+    assert journal._db
+    flipped = bad[1].replace(b'"quantity":1', b'"quantity":3', 1)
+    journal._db.execute("update entries set event = ? where seq = 2", (flipped,))
+    with capture_logs() as logs:
+        found = await journal.oldest(10)
+    assert [(one.lane, one.event) for one in found] == [good, last]
+    [said] = [one for one in logs if one["log_level"] == "error"]
+    assert said["name"].change_id == name_of(*bad).change_id
+    assert (journal.depth, journal.damaged) == (2, 1)
+    await journal.remove(found)
+    assert (journal.depth, journal.bytes, journal.damaged) == (0, 0, 1)
+    await journal.close()
+    assert contents(path).damaged[0].event == flipped
+    assert (await opened(path)).damaged == 1  # and it stays told
+
+
+async def test_a_page_that_goes_bad_under_an_open_journal_is_met_by_setting_the_file_aside(tmp_path: Path) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    made = [entry() for _ in range(60)]
+    await opened(path, lambda one: one.append(made))
+    journal = journal_of(path)
+    await journal.open()
+    assert journal._db
+    journal._db.execute("pragma shrink_memory")
+    page = look(path)[0].index(made[30][1][:200]) // PAGE
+    harm = "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", harm, str(path), str(page))
+    assert await process.wait() == 0
+    found = await journal.oldest(1_000)
+    assert 50 < len(found) < 60
+    assert {(one.lane, one.event) for one in found} < set(made)
+    assert (journal.set_aside, journal.damaged, journal.depth) == (1, 60 - len(found), len(found))
+    assert {one.name.change_id for one in contents(path).damaged if one.name} == {
+        name_of(*one).change_id for one in made if one not in [(each.lane, each.event) for each in found]
+    }
+    await journal.append([entry()])
+    await journal.remove(found)  # numbered anew meanwhile, or not: they go
+    assert journal.depth == 1
+    await journal.close()
+
+
+# -- no room ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_journal_leaves_room_on_its_disk_for_draining_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "orders-1.sqlite", instance=1, max_bytes=1 << 20, reserve_bytes=1 << 60)
+    await journal.open()
+    with pytest.raises(JournalFull, match="bytes left"):
+        await journal.append([entry()])
+    journal._reserve_bytes = 1
+    await journal.append([entry()])
+    assert journal.depth == 1
+    await journal.close()
+
+
+REFUSED = """
+import asyncio, os, resource, sys
+from pathlib import Path
+from shared.entities.contract import Lane
+from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
+
+async def main():
+    path = Path(sys.argv[1])
+    journal = Journal(path, instance=1, max_bytes=1 << 24)
+    await journal.open()
+    for _ in range(40):
+        await journal.append([(Lane.CRITICAL, b"kept" * 1_000)])
+    room = os.path.getsize(f"{path}-wal") + 5 * 4_120 + 1_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        await journal.append([(Lane.CRITICAL, b"refused %03d" % n * 100) for n in range(60)])
+        print("taken")
+    except JournalBroken as error:
+        print("in doubt" if isinstance(error, JournalInDoubt) else "refused")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if sys.argv[2] == "go on":
+        await journal.append([(Lane.CRITICAL, b"later")])
+    sys.stdout.flush()
+    os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("then", ["go on", "die"])
+async def test_an_append_that_the_disk_refused_in_the_middle_is_not_brought_back_by_a_crash(
+    tmp_path: Path, then: str
+) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", REFUSED, str(path), then, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    said = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
+    assert said == "refused\n"
+    with capture_logs() as logs:
+        await opened(path)
+    events = [event for _, event in contents(path).entries]
+    assert events == [b"kept" * 1_000] * 40 + ([b"later"] if then == "go on" else [])
+    assert not logs
+
+
+async def test_an_append_of_which_nobody_can_say_whether_it_was_kept_is_not_called_absent(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path / "orders-1.sqlite")
+    await journal.open()
+    real: Any = journal._db
+
+    class Failing:
+        in_transaction = property(lambda self: real.in_transaction)
+
+        def execute(self, sql: str, *rest: Any) -> Any:
+            if sql.startswith(("commit", "pragma wal_checkpoint")):
+                raise sqlite3.OperationalError("disk I/O error")
+            return real.execute(sql, *rest)
+
+    journal._db = Failing()  # type: ignore[assignment]
+    with pytest.raises(JournalInDoubt):
+        await journal.append([entry()])
+    recorder = Recorder(Away(), journal, under_way=1)  # type: ignore[arg-type]
+    with pytest.raises(JournalBroken):  # not before it is tidy again
+        await journal.append([entry()])
+    journal._untidy = False
+    with pytest.raises(Unrecorded) as unrecorded:
+        await recorder.record(*entry())
+    assert unrecorded.value.sent
+    journal._db = real
+    await journal.append([entry()])
+    assert journal.depth == 1
+    await journal.close()
+
+
+class Away:
+    async def publish(self, *_: Any) -> None:
+        from shared.messaging.publisher import NotSent
+
+        raise NotSent("away")
+
+
+async def test_a_journal_that_cannot_be_opened_is_tried_again_with_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    path.mkdir()
+    journal = journal_of(path)
+    with pytest.raises(JournalBroken):
+        await journal.open()
+    with pytest.raises(JournalBroken, match="a moment ago"):
+        await journal.append([entry()])
+    path.rmdir()
+    monkeypatch.setattr("shared.rail.journal._OPEN_AGAIN", 0.0)
+    await journal.append([entry()])
+    assert (journal.opened, journal.depth) == (True, 1)
+    await journal.close()
+
+
+# -- from before there were sums -------------------------------------------------------------------------------------
+
+
+async def test_a_journal_of_the_version_without_sums_keeps_what_waits_in_it_and_its_numbers(tmp_path: Path) -> None:
+    path, made = tmp_path / "orders-1.sqlite", [entry() for _ in range(5)]
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("pragma journal_mode=WAL")
+        db.execute(
+            "create table entries (seq integer primary key autoincrement, lane text not null, event blob not null)"
+        )
+        db.execute(
+            "create table numbers (restaurant text, day text, last integer not null, primary key (restaurant, day))"
+        )
+        db.executemany("insert into entries (lane, event) values (?, ?)", made)
+        db.execute("insert into numbers values ('r', 'd', 40)")
+    assert contents(path).entries == made
+    given: list[str] = []
+
+    async def number(journal: Journal) -> None:
+        given.append(await journal.next_number("r", "d"))
+
+    journal = await opened(path, number)
+    assert (contents(path).entries, journal.depth, journal.set_aside) == (made, 5, 0)
+    assert given == ["J1-0041"]
+
+
+def test_sums_tell_lanes_and_contents_apart() -> None:
+    sums = {sum_of(lane, event) for lane in ("critical", "normal") for event in (b"a", b"b")}
+    assert len(sums) == 4
+    assert sum_of("critical", b"a") == hashlib.blake2b(b"critical\0a", digest_size=16).digest()

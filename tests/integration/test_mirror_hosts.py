@@ -1,0 +1,127 @@
+"""A mirror of several hosts: the primary is found, and found again when it has moved."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.asyncio
+
+from deploy.local.ports import find_free
+from shared.mirror import keys
+from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt
+from tests.servers import Redis, Servers
+from tests.system import eventually
+
+
+@pytest.fixture(scope="module")
+async def pair(servers: Servers) -> AsyncIterator[tuple[Redis, Redis]]:
+    found = await asyncio.to_thread(servers.extra_redis), await asyncio.to_thread(servers.extra_redis)
+    yield found
+    for one in found:
+        await asyncio.to_thread(one.discard)
+
+
+async def ask(server: Redis, *command: object) -> object:
+    async with redis.asyncio.from_url(server.url, socket_timeout=5, decode_responses=True) as client:
+        return await client.execute_command(*command)
+
+
+async def replicate(replica: Redis, primary: Redis) -> None:
+    await ask(primary, "CONFIG", "SET", "repl-diskless-sync-delay", 0)
+    await ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+
+    async def linked() -> bool:
+        said = await ask(replica, "INFO", "replication")
+        assert isinstance(said, dict)
+        return bool(said["role"] == "slave" and said["master_link_status"] == "up")
+
+    await eventually(linked, what="a replica in step")
+
+
+async def stamp(server: Redis, offset: int, *, warm: bool = True) -> None:
+    said = await ask(server, "INFO", "server")
+    assert isinstance(said, dict)
+    await ask(server, "SET", keys.WARM, said["run_id"] if warm else "of-another")
+    await ask(server, "HSET", keys.LOG, "offset", offset)
+
+
+def both(pair: tuple[Redis, Redis], *more: str) -> MirrorConnection:
+    return MirrorConnection(",".join([*more, pair[0].url, pair[1].url]), timeout=0.5)
+
+
+async def where(mirror: MirrorConnection, pair: tuple[Redis, Redis]) -> int:
+    """Which of the pair it is connected to."""
+    said = await mirror.call("CONFIG", "GET", "port")
+    return [one.port for one in pair].index(int(said[1]))
+
+
+async def test_the_primary_is_taken_wherever_it_stands_in_the_setting(pair: tuple[Redis, Redis]) -> None:
+    (nobody,) = find_free(1)
+    await ask(pair[1], "REPLICAOF", "NO", "ONE")
+    await replicate(pair[0], pair[1])
+    mirror = both(pair, f"redis://127.0.0.1:{nobody}/0")
+    assert await where(mirror, pair) == 1
+    await mirror.close()
+
+
+async def test_a_replica_alone_is_not_taken_for_a_mirror(pair: tuple[Redis, Redis]) -> None:
+    await ask(pair[1], "REPLICAOF", "NO", "ONE")
+    await replicate(pair[0], pair[1])
+    mirror = MirrorConnection(pair[0].url, timeout=0.5)
+    with pytest.raises(MirrorAway, match="replica"):
+        await mirror.call("PING")
+    await mirror.close()
+
+
+async def test_a_primary_that_was_made_a_replica_is_left_for_the_new_one(pair: tuple[Redis, Redis]) -> None:
+    await ask(pair[0], "REPLICAOF", "NO", "ONE")
+    await replicate(pair[1], pair[0])
+    mirror = both(pair)
+    assert await where(mirror, pair) == 0
+    await ask(pair[1], "REPLICAOF", "NO", "ONE")
+    await replicate(pair[0], pair[1])
+
+    async def written() -> bool:
+        try:
+            await mirror.call("SET", "after", 1)
+        except (MirrorAway, MirrorInDoubt):
+            return False
+        return True
+
+    await eventually(written, what="a write on the new primary")
+    assert await ask(pair[1], "GET", "after") == "1"
+    await mirror.close()
+
+
+async def test_a_frozen_primary_is_left_for_the_one_that_was_promoted(pair: tuple[Redis, Redis]) -> None:
+    await ask(pair[0], "REPLICAOF", "NO", "ONE")
+    await replicate(pair[1], pair[0])
+    mirror = both(pair)
+    assert await where(mirror, pair) == 0
+    await asyncio.to_thread(pair[0].freeze)
+    try:
+        await ask(pair[1], "REPLICAOF", "NO", "ONE")
+
+        async def found() -> int:
+            try:
+                return await where(mirror, pair)
+            except (MirrorAway, MirrorInDoubt):
+                return -1
+
+        await eventually(found, what="the promoted one", until=lambda place: place == 1)
+    finally:
+        await asyncio.to_thread(pair[0].thaw)
+        await mirror.close()
+
+
+async def test_of_two_primaries_the_warm_one_is_taken_and_of_those_the_one_further_in_the_log(
+    pair: tuple[Redis, Redis],
+) -> None:
+    for one in pair:
+        await ask(one, "REPLICAOF", "NO", "ONE")
+    for offsets, warm, expected in (((9, 5), (False, True), 1), ((5, 9), (True, True), 1), ((9, 5), (True, True), 0)):
+        for one, offset, is_warm in zip(pair, offsets, warm, strict=True):
+            await stamp(one, offset, warm=is_warm)
+        mirror = both(pair)
+        assert await where(mirror, pair) == expected
+        await mirror.close()

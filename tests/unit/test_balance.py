@@ -1,0 +1,74 @@
+"""How suspects are judged, and how a balance adds up."""
+
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+
+from services.sync.balance import Entry, Shelf, counted, is_id, judge
+from tests.builders import CREATED_AT, RESTAURANT, new_id
+
+
+def suspect(age: int = 0, lane: str = "critical") -> Entry:
+    return Entry(
+        change_id=new_id(),
+        restaurant_id=RESTAURANT,
+        subject="order/1",
+        version=1,
+        lane=lane,
+        accepted_at=CREATED_AT - timedelta(seconds=age),
+        trace_id=None,
+        seen_in="log",
+    )
+
+
+def verdicts(
+    suspects: list[Entry],
+    *,
+    waiting: dict[tuple[str, str], int] | None = None,
+    missing_for: float = 10.0,
+    cleared: bool = True,
+) -> tuple[list[str], int]:
+    """(the place of each, how many are not judged yet)"""
+    shelf = Shelf(suspects=suspects)
+    ids = [one.change_id for one in suspects]
+    unjudged = judge(shelf, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
+    places = {one.change_id: place for place, entries in shelf.places.items() for one in entries}
+    return [places[id_] for id_ in ids], unjudged
+
+
+def test_one_that_has_been_missing_long_enough_is_unexplained() -> None:
+    assert verdicts([suspect()]) == (["unexplained"], 0)
+
+
+def test_one_that_is_missing_for_a_moment_only_counts_as_queued_and_is_looked_for_again() -> None:
+    assert verdicts([suspect()], missing_for=4.9) == (["queued"], 1)
+
+
+def test_one_that_may_still_lie_in_its_lane_is_queued_however_long_it_is_missing() -> None:
+    assert verdicts([suspect()], cleared=False) == (["queued"], 0)
+
+
+def test_messages_that_nobody_knows_by_id_explain_the_newest_of_their_lane_first() -> None:
+    old, new, other = suspect(60), suspect(1), suspect(lane="normal")
+    assert verdicts([old, new, other], waiting={("retrying", "critical"): 1}) == (
+        ["unexplained", "retrying", "unexplained"],
+        0,
+    )
+    assert verdicts([old, new], waiting={("retrying", "critical"): 1, ("dead", "critical"): 1})[0] == [
+        "dead",
+        "retrying",
+    ]
+
+
+def test_it_adds_up_over_all_restaurants_and_for_each() -> None:
+    other = new_id()
+    total, each = counted(Counter({RESTAURANT: 3, other: 1}), {"queued": [suspect(), suspect()]}, {other: "beside"})
+    assert (total.accepted, total.synced, total.queued) == (6, 4, 2)
+    assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [("", RESTAURANT, 5), ("beside", other, 1)]
+
+
+@pytest.mark.parametrize("value", [None, 7, "", "x" * 36, new_id().upper()[:35] + "G", f"{new_id()}\n"])
+def test_what_is_no_id_is_not_asked_for(value: object) -> None:
+    assert not is_id(value)
+    assert is_id(new_id())

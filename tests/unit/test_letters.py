@@ -1,0 +1,176 @@
+"""What a dead message is read into: something that PostgreSQL can hold, whatever the message is made of."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.sync.failures import Failure, Kind
+from services.sync.letters import letters_of
+from services.sync.retry import Failed, headers_for
+from shared.entities.contract import Lane, encode
+from shared.postgres.dead_letters import NewLetter
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
+
+AT = datetime(2026, 3, 14, 12, 30, 1, 234_567, tzinfo=UTC)
+NOW = AT + timedelta(minutes=1)
+QUEUE = "sync.postgres.critical.dead.v1"
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+FAILURE = Failure(Kind.POISON, "wrong_tenant", "BrokenContract: not yours", "shared.entities.entity:decode")
+
+
+def letter(body: bytes, headers: dict[str, Any] | None = None, lane: Lane | None = Lane.CRITICAL) -> NewLetter:
+    [found] = letters_of(QUEUE, lane, body, headers or {}, NOW)
+    return found
+
+
+def died(body: bytes, failure: Failure = FAILURE, at: datetime = AT, **headers: Any) -> dict[str, Any]:
+    return dict(headers_for(Failed(body, headers, failure, at), Lane.CRITICAL))
+
+
+def test_a_letter_names_what_died_where_and_of_what() -> None:
+    made = change(order(), source="terminal/T-7", traceparent=TRACE, entityversion=4)
+    body = message(made)
+    found = letter(body, died(body))
+    assert (found.queue, found.lane) == (QUEUE, "critical")
+    assert (found.restaurant_id, found.change_id) == (RESTAURANT, made.id)
+    assert (found.entity, found.entity_id, found.version) == ("order", made.entity_id, 4)
+    assert (found.type, found.source, found.terminal_id) == ("ticketrail.order.created.v1", "terminal/T-7", "T-7")
+    assert found.trace_id == "0af7651916cd43dd8448eb211c80319c"
+    assert (found.reason, found.error, found.place) == (FAILURE.reason, FAILURE.error, FAILURE.place)
+    assert [(one.at, one.reason, one.place) for one in found.attempts] == [(AT, FAILURE.reason, FAILURE.place)]
+    assert found.body == body
+    assert found.headers["ticketrail-attempt"] == 1
+    assert not found.mixed
+
+
+def test_every_attempt_of_the_ladder_is_in_it() -> None:
+    body = message(change(order()))
+    slow = Failure(Kind.TRANSIENT, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    first = died(body, slow)
+    found = letter(body, died(body, at=AT + timedelta(seconds=9), **first))
+    assert [one.reason for one in found.attempts] == ["transient", "wrong_tenant"]
+    assert found.attempts[0].at == AT
+    assert (found.reason, found.place) == ("wrong_tenant", FAILURE.place)
+
+
+def test_the_same_letter_has_the_same_digest_and_another_queue_makes_another() -> None:
+    one = message(change(order()))
+    assert letter(one).digest == letter(one, died(one)).digest
+    assert letter(one).digest == letter(b"[ " + one[1:-1] + b" ]").digest, "a replay comes back without the spaces"
+    [elsewhere] = letters_of("sync.mirror.dead.v1", None, one, {}, NOW)
+    assert elsewhere.digest != letter(one).digest
+    assert letter(message(change(order()))).digest != letter(one).digest
+
+
+def by_broker(reason: str = "delivery_limit") -> dict[str, Any]:
+    when = datetime(2026, 3, 14, 12, 0)  # as it comes from the client
+    return {
+        "x-death": [{"count": 1, "reason": reason, "queue": "sync.postgres.critical.v1", "time": when}],
+        "x-delivery-count": 101,
+    }
+
+
+def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
+    several = [change(order()) for _ in range(3)]
+    found = letters_of(QUEUE, Lane.CRITICAL, message(*several), by_broker(), NOW)
+    assert [one.change_id for one in found] == [made.id for made in several]
+    assert [one.body for one in found] == [message(made) for made in several]
+    assert len({one.digest for one in found}) == 3
+    for one in found:
+        assert (one.reason, one.place) == ("delivery_limit", "broker")
+        assert "sync.postgres.critical.v1" in one.error
+        assert one.attempts[-1].at == datetime(2026, 3, 14, 12, 0, tzinfo=UTC)
+
+
+def test_what_the_broker_gave_up_on_its_way_from_the_ladder_keeps_its_attempts() -> None:
+    body = message(change(order()))
+    slow = Failure(Kind.TRANSIENT, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    found = letter(body, {**died(body, slow), **by_broker()})
+    assert [one.reason for one in found.attempts] == ["transient", "delivery_limit"]
+
+
+def test_a_letter_of_which_nothing_is_known_says_so() -> None:
+    found = letter(b"\xff\x00 garbage")
+    assert (found.reason, found.place) == ("delivery_limit", "broker")
+    assert found.attempts[-1].at == NOW
+    assert found.restaurant_id is found.change_id is found.entity is None
+
+
+def test_a_letter_that_names_two_restaurants_is_marked() -> None:
+    theirs = change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)
+    assert letter(message(theirs)).mixed
+    negative = encode(theirs).replace(b'"total":', b'"total":-')
+    assert letter(b"[" + negative + b"]").mixed, "also where something else was found to be wrong first"
+    ours = change(order())
+    assert letter(encode([{"restaurantid": RESTAURANT, "data": {"after": 7}}])).mixed, "nobody can tell whose it is"
+    assert not letter(encode([{"restaurantid": RESTAURANT}])).mixed
+    assert not letter(message(ours)).mixed
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"id": "not an id", "restaurantid": "nor this", "subject": "order"},
+        {"id": 7, "restaurantid": None, "subject": ["order"], "entityversion": "1", "type": {}, "source": 0},
+        {"entityversion": 2**40, "subject": "order/" + "9" * 500, "source": "terminal/" + "x" * 500},
+        {"entityversion": True, "type": "nul\0", "subject": "nul\0/x", "traceparent": "\0"},
+    ],
+)
+def test_names_that_no_column_can_hold_are_left_out(event: dict[str, Any]) -> None:
+    found = letter(json.dumps([event]).encode())
+    assert found.restaurant_id is found.change_id is found.entity_id is found.version is None
+    for text in (found.type, found.source, found.entity, found.terminal_id):
+        assert text is None or ("\0" not in text and len(text) <= 200)
+
+
+def test_headers_of_any_kind_become_json() -> None:
+    strange = {
+        "bytes": b"\xff\x00", "at": AT, "decimal": Decimal("1.5"), "nan": float("nan"), "big": 2**70,
+        "deep": {"a": {"b": {"c": {"d": {"e": 1}}}}}, "list": [1, None, True, "\ud800\0"], "long": "x" * 50_000,
+        "nul\0": 1,
+    }  # fmt: skip
+    found = letter(b"", {**strange, "ticketrail-attempts": "[{", "ticketrail-reason": "undecodable"})
+    text = json.dumps(found.headers)
+    assert "\\u0000" not in text
+    assert "\\ud800" not in text
+    assert len(text) < 20_000
+    assert found.headers["nan"] == "nan"
+    assert found.reason == "undecodable"
+
+
+@pytest.mark.parametrize("depth", [3, 100_000])
+def test_a_body_that_nests_too_deep_is_a_letter(depth: int) -> None:
+    assert letter(b"[" * depth + b"]" * depth).body.startswith(b"[[[")
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.datetimes(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+_NAMES = st.sampled_from(
+    [
+        "ticketrail-reason", "ticketrail-error", "ticketrail-place", "ticketrail-attempts", "ticketrail-failed-at",
+        "ticketrail-replay", "x-death", "x-delivery-count",
+    ]
+) | st.text()  # fmt: skip
+
+
+@given(st.binary() | st.text().map(str.encode), st.dictionaries(_NAMES, _VALUES, max_size=6))
+def test_whatever_comes_something_is_kept_of_it(body: bytes, headers: dict[str, Any]) -> None:
+    found = letters_of(QUEUE, Lane.CRITICAL, body, headers, NOW)
+    assert found
+    for one in found:
+        assert one.attempts
+        assert one.reason == one.attempts[-1].reason
+        texts = msgspec.json.encode([one.headers, one.attempts, one.reason, one.error, one.place])
+        assert b"\\u0000" not in texts
+        assert all(attempt.at.tzinfo is not None for attempt in one.attempts)
+    if len(found) == 1:
+        assert found[0].body == body
