@@ -68,7 +68,7 @@ def test_it_adds_up_over_all_restaurants_and_for_each() -> None:
     assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [("", RESTAURANT, 5), ("beside", other, 1)]
 
 
-@pytest.mark.parametrize("value", [None, 7, "", "x" * 36, new_id().upper()[:35] + "G", f"{new_id()}\n"])
+@pytest.mark.parametrize("value", [None, 7, "", "x" * 36, RESTAURANT.upper()[:35] + "G", f"{RESTAURANT}\n"])
 def test_what_is_no_id_is_not_asked_for(value: object) -> None:
     assert not is_id(value)
     assert is_id(new_id())
