@@ -17,7 +17,7 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Meta, Struct, field
 
-from shared.entities.contract import Time, in_range
+from shared.entities.contract import SyncState, Time, in_range
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
 from shared.permissions import ACTIONS
@@ -72,6 +72,7 @@ class ListQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     include_deleted: Annotated[bool, Meta(description="for admins")] = False
     created_from: Time | None = None
     created_to: Time | None = None
+    sync_state: Annotated[SyncState, Meta(description="how far it has come on its way to PostgreSQL")] | None = None
 
 
 def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRouteHandler]:

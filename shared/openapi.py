@@ -10,6 +10,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from shared.api import Operation, View
+from shared.entities.contract import SyncState
 from shared.http import MAX_BODY_BYTES
 from shared.openapi_examples import example_of
 from shared.permissions import ACTIONS, PUBLIC
@@ -49,7 +50,7 @@ _SYNC = {
     "type": "object",
     "description": "How far it has come on its way to PostgreSQL",
     "properties": {
-        "state": {"enum": ["pending", "synced", "failed"]},
+        "state": {"enum": [state.value for state in SyncState]},
         "error": {"type": "string", "description": "failed: why"},
         "attempts": {"type": "integer", "description": "failed: how many there were"},
         "last_attempt": {"type": "string", "format": "date-time"},

@@ -143,6 +143,11 @@ class Settings(BaseSettings):
     batch_wait_ms: PositiveFloat = Field(
         20.0, description="from the first change of a batch until it is written; what it costs is lag of the database"
     )
+    ack_before_commit: bool = Field(
+        False,
+        description="for one test alone, and refused outside development: the PostgreSQL writer acknowledges what it "
+        "has not committed, so that a worker that is killed loses changes, and the proof of tests/chaos must say so",
+    )
     sink_away_seconds: PositiveFloat = Field(
         300.0, description="how long a batch is held before the consumers let go of their queues"
     )
@@ -203,6 +208,12 @@ class Settings(BaseSettings):
                 for password in passwords_in(url) if (url := getattr(self, name)) else ():
                     if wrong := weakness(password):
                         raise ValueError(f"the password in TICKETRAIL_{name.upper()} {wrong}")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_that_loses_changes(self) -> Self:
+        if self.ack_before_commit and self.environment != "development":
+            raise ValueError("TICKETRAIL_ACK_BEFORE_COMMIT is for a test alone: it loses changes")
         return self
 
     def numbered(self, instance: int) -> Self:

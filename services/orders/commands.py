@@ -13,6 +13,7 @@ from msgspec import UNSET
 from services.orders.changes import Changes, Done, actor_of, id_for
 from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import holds, priced_items, totals
+from services.orders.reads import Found
 from services.orders.requests import PlaceOrder, RecordPayment, UpdateOrder
 from shared.entities import order as orders
 from shared.entities.contract import encode
@@ -89,6 +90,15 @@ class Commands:
             return await self._changes.change(who, _ENTITY, id_, version, change, deleted=True)
         except OutOfStock as error:
             raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
+
+    async def send_again(self, who: Identity, found: Found) -> Done:
+        """The state as it stands, as a change of its own. Raises Conflict when it has changed since."""
+
+        def change(order: Order, at: datetime) -> tuple[str, Order]:
+            return "updated", msgspec.structs.replace(order, updated_at=at)
+
+        id_ = found.decoded().id
+        return await self._changes.change(who, _ENTITY, id_, found.standing.version, change, deleted=True)
 
     async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Done, Payment]:
         """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""

@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from services.orders.reads import Page
-from services.orders.views import SYNCED, state_view, sync_of
+from services.orders.views import state_view, sync_of
 from shared.api import ListQuery
 from shared.cursors import cursor_after, read_cursor
 from shared.entities.entity import Entity
@@ -50,7 +50,7 @@ def list_reply(
         state_view(
             one.state,
             one.standing,
-            sync_of(one.document) if one.document else SYNCED,
+            sync_of(one),
             chosen=chosen,
             **(more[place] if more else {}),
         )

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from shared.entities.contract import Standing
+from shared.entities.contract import Standing, SyncState
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import NotFound, Unavailable
@@ -48,12 +48,35 @@ class Found(Struct, frozen=True):
     served_by: str
     """mirror or postgres"""
     document: Document | None = None
+    """As the mirror has it."""
+    conflict: bool = False
+    """An open one, as PostgreSQL knows; the mirror says so in its document."""
+
+    @property
+    def sync_state(self) -> SyncState:
+        """A conflict first: it is what waits for somebody."""
+        known = self.document
+        if self.conflict or (known is not None and known.conflict):
+            return SyncState.CONFLICT
+        if known is None or not known.pending:
+            return SyncState.SYNCED
+        return SyncState.FAILED if known.failure else SyncState.PENDING
 
     def decoded(self) -> Any:
         return self.entity.decode_state(self.state)
 
     def seen(self) -> Seen:
         return _seen.decode(self.state)
+
+
+def _from_stored(entity: Entity, stored: Stored) -> Found:
+    return Found(entity, stored.standing, stored.state, "postgres", conflict=stored.conflict)
+
+
+def _matches(entity: Entity, document: Document, selection: Selection, state: SyncState | None) -> Found | None:
+    found = Found(entity, document.standing, document.state, "mirror", document)
+    fits = (state is None or found.sync_state is state) and selection.match(found.decoded())
+    return found if fits else None
 
 
 class Page(Struct, frozen=True):
@@ -86,7 +109,7 @@ class Reads:
         if stored is not None and (document is None or stored.standing >= document.standing):
             if document is None:
                 self._repair_later(entity, stored)
-            return Found(entity, stored.standing, stored.state, "postgres")
+            return _from_stored(entity, stored)
         if document is not None:
             return Found(entity, document.standing, document.state, "mirror", document)
         raise NotFound(f"no such {entity.name}")
@@ -105,13 +128,15 @@ class Reads:
             raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
         if stored is None:
             raise NotFound(f"no such {entity.name}")
-        return Found(entity, stored.standing, stored.state, "postgres")
+        return _from_stored(entity, stored)
 
-    async def page(self, entity: Entity, restaurant: str, selection: Selection) -> Page:
-        """Raises Unavailable when neither store answers."""
+    async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:
+        """`state`: only those that have come so far. Raises Unavailable when neither store answers."""
+        if state in (SyncState.PENDING, SyncState.FAILED):
+            return await self._on_their_way(entity, restaurant, selection, state)
         try:
             pending_ids = await self._mirror.pending_ids(restaurant, entity.name)
-            warm, pending = await self._matching(entity, restaurant, pending_ids, selection)
+            warm, pending = await self._matching(entity, restaurant, pending_ids, selection, state)
         except (MirrorAway, MirrorInDoubt) as error:
             log.info("list_without_mirror", error=str(error) or type(error).__name__)
             pending_ids, warm, pending = [], True, []
@@ -119,12 +144,19 @@ class Reads:
             async with self._postgres.tenant(restaurant) as connection:
                 if not warm:
                     pending_ids, pending = await self._newer_than_stored(
-                        entity, connection, restaurant, pending_ids, selection
+                        entity, connection, restaurant, pending_ids, selection, state
                     )
-                stored = await states.page(connection, entity, restaurant, selection, without=pending_ids)
+                stored = await states.page(
+                    connection,
+                    entity,
+                    restaurant,
+                    selection,
+                    without=pending_ids,
+                    conflict=None if state is None else state is SyncState.CONFLICT,
+                )
         except AWAY as error:
-            return await self._live_page(entity, restaurant, selection, error)
-        found = pending + [Found(entity, row.standing, row.state, "postgres") for row in stored]
+            return await self._live_page(entity, restaurant, selection, state, error)
+        found = pending + [_from_stored(entity, row) for row in stored]
         return self._cut(found, selection, complete=True)
 
     async def drain(self) -> None:
@@ -143,17 +175,38 @@ class Reads:
         async with self._postgres.tenant(restaurant) as connection:
             return await states.one(connection, entity, restaurant, id_)
 
-    async def _live_page(self, entity: Entity, restaurant: str, selection: Selection, error: BaseException) -> Page:
+    async def _on_their_way(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState) -> Page:
+        """Only a warm mirror knows what is pending."""
+        try:
+            asked = self._mirror.failed_ids if state is SyncState.FAILED else self._mirror.pending_ids
+            ids = await asked(restaurant, entity.name)
+            warm, found = await self._matching(entity, restaurant, ids, selection, state)
+            warm = warm and (bool(ids) or await self._mirror.is_warm())
+        except (MirrorAway, MirrorInDoubt):
+            warm, found = False, []
+        if not warm:
+            raise Unavailable("what is on its way is told by a warm mirror alone", retry_after=2.0)
+        return self._cut(found, selection, complete=True)
+
+    async def _live_page(
+        self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None, error: BaseException
+    ) -> Page:
         try:
             most = selection.before[0].timestamp() if selection.before else float("inf")
             ids = await self._mirror.live_ids(restaurant, entity.name, most=most)
-            _, found = await self._matching(entity, restaurant, ids, selection)
+            _, found = await self._matching(entity, restaurant, ids, selection, state)
         except (MirrorAway, MirrorInDoubt):
             raise Unavailable("the list cannot be made now", retry_after=2.0) from error
         return self._cut(found, selection, complete=False)
 
     async def _newer_than_stored(
-        self, entity: Entity, connection: Connection, restaurant: str, ids: list[str], selection: Selection
+        self,
+        entity: Entity,
+        connection: Connection,
+        restaurant: str,
+        ids: list[str],
+        selection: Selection,
+        state: SyncState | None,
     ) -> tuple[list[str], list[Found]]:
         """What a cold mirror calls pending may be older than what PostgreSQL has: only what is newer counts. Returns
         the ids of that, and those of them that match."""
@@ -166,12 +219,12 @@ class Reads:
         for id_, document in zip(ids, documents, strict=True):
             if document is not None and (id_ not in stored or document.standing > stored[id_]):
                 newer.append(id_)
-                if selection.match(entity.decode_state(document.state)):
-                    matching.append(Found(entity, document.standing, document.state, "mirror", document))
+                if (found := _matches(entity, document, selection, state)) is not None:
+                    matching.append(found)
         return newer, matching
 
     async def _matching(
-        self, entity: Entity, restaurant: str, ids: list[str], selection: Selection
+        self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
     ) -> tuple[bool, list[Found]]:
         """Of ids, the newest first, as many as the page needs; and whether the mirror was warm all the while."""
         found: list[Found] = []
@@ -179,9 +232,9 @@ class Reads:
         for start in range(0, len(ids), _BLOCK):
             warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK])
             found += [
-                Found(entity, document.standing, document.state, "mirror", document)
+                one
                 for document in documents
-                if document is not None and selection.match(entity.decode_state(document.state))
+                if document is not None and (one := _matches(entity, document, selection, state)) is not None
             ]
             all_warm = all_warm and warm
             if len(found) > selection.limit:

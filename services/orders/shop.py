@@ -11,7 +11,7 @@ from services.orders.insight import Insight
 from services.orders.menu import Menus
 from services.orders.reads import Found, Reads
 from services.orders.sign_in import SignIn
-from services.orders.views import PENDING, SYNCED, state_view, sync_of
+from services.orders.views import PENDING, state_view, sync_of
 from shared.entities.contract import encode
 from shared.http import Call, Reply, success
 from shared.mirror.mirror import Mirror
@@ -53,5 +53,4 @@ def found_reply(found: Found, known: str | None, **more: Any) -> Reply:
     headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
     if known == headers["ETag"]:
         return Reply(b"", status=304, headers=headers)
-    sync = sync_of(found.document) if found.document is not None else SYNCED
-    return success(state_view(found.state, found.standing, sync, **more), headers=headers)
+    return success(state_view(found.state, found.standing, sync_of(found), **more), headers=headers)

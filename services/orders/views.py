@@ -1,6 +1,6 @@
 """How an entity looks to a client: its state, and beside it its version and what is known of its way to PostgreSQL.
 
-{…the state…, "version": 3, "sync": {"state": "pending" | "synced" | "failed", …}}
+{…the state…, "version": 3, "sync": {"state": "pending" | "synced" | "failed" | "conflict", …}}
 """
 
 import re
@@ -9,20 +9,20 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from shared.entities.contract import Standing
-from shared.mirror.mirror import Document
+from services.orders.reads import Found
+from shared.entities.contract import Standing, SyncState
 
 # Internal to idempotency. Inside a JSON text its quotes would be escaped, so only the field itself matches.
 _REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
 
-PENDING: dict[str, Any] = {"state": "pending"}
-SYNCED: dict[str, Any] = {"state": "synced"}
+PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
-def sync_of(document: Document) -> dict[str, Any]:
-    if document.failure and document.pending:
-        return {"state": "failed", **msgspec.json.decode(document.failure)}
-    return PENDING if document.pending else SYNCED
+def sync_of(found: Found) -> dict[str, Any]:
+    state = found.sync_state
+    if state is SyncState.FAILED and found.document is not None:
+        return {"state": state, **msgspec.json.decode(found.document.failure)}
+    return {"state": state}
 
 
 def state_view(

@@ -1,7 +1,7 @@
 """The reconciler: heals what nobody met. Every few seconds, over all tenants:
 
 - claims that their owner left behind are finished (recorded and revealed as the same change);
-- what the mirror calls pending although PostgreSQL has it is settled (the worker could not reach the mirror then);
+- what the mirror says of the way of each state is put right: written, failed, in conflict (sync_states.py);
 - what is pending for more than five minutes although every lane was empty for as long is recorded anew, as a change of
   its own: the message that carried it is lost (a queue was purged, a journal will not come back). While lanes are
   behind, or a journal drains after RabbitMQ was away, nothing is taken for lost;
@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from services.sync.forked_payments import ForkedPayments
+from services.sync.sync_states import SyncStates
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, encode, now
 from shared.entities.entity import Entity
@@ -51,6 +52,7 @@ class Reconciler:
         self._mirror = mirror
         self._rail = rail
         self._forked_payments = ForkedPayments(postgres, mirror, rail)
+        self._states = SyncStates(settings, postgres, mirror)
         self._task: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
         self._settle_again_at = 0.0
@@ -73,6 +75,7 @@ class Reconciler:
             for work in (
                 self.finish_claims,
                 self._settle_sometimes,
+                self._states.note_conflicts,
                 self._forked_payments.bring_back,
                 self._heal_sometimes,
                 self._trim_sometimes,
@@ -106,34 +109,10 @@ class Reconciler:
         if began < self._settle_again_at:
             return
         try:
-            await self.settle_pending()
+            await self._states.settle_pending()
         finally:
             ended = time.monotonic()
             self._settle_again_at = ended + _REST * (ended - began)
-
-    async def settle_pending(self) -> int:
-        """Returns how many states were found in PostgreSQL although the mirror called them pending."""
-        settled = 0
-        before = now() - timedelta(seconds=self._settings.pending_too_long_seconds)
-        for restaurant in await self._mirror.restaurant_ids():
-            for entity in registry.ENTITIES.values():
-                ids = await self._mirror.pending_ids(restaurant, entity.name)
-                for start in range(0, len(ids), _BLOCK):
-                    settled += await self._settle(restaurant, entity, ids[start : start + _BLOCK], before.timestamp())
-        if settled:
-            log.info("reconciler_settled", states=settled)
-        return settled
-
-    async def _settle(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
-        accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
-        old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is None or at <= before]
-        if not old:
-            return 0
-        async with self._postgres.connection() as connection:
-            standing = await states.standings(connection, entity, restaurant, old)
-        if standing:
-            await self._mirror.settle(restaurant, entity.name, list(standing.items()))
-        return len(standing)
 
     async def _heal_sometimes(self) -> None:
         """Asks at every round whether fences come through every lane, so that it knows since when they do."""

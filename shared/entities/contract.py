@@ -41,6 +41,17 @@ Amount = Annotated[int, Meta(ge=-(10**12), le=10**12, examples=[1960])]
 Money = Annotated[int, Meta(ge=0, le=10**12, examples=[1960])]
 
 
+class SyncState(StrEnum):
+    """How far the present state of an entity has come on its way to PostgreSQL."""
+
+    PENDING = "pending"
+    SYNCED = "synced"
+    FAILED = "failed"
+    """Pending still, and something went wrong on the way."""
+    CONFLICT = "conflict"
+    """It stands on one side of a fork that nobody has decided yet."""
+
+
 class Lane(StrEnum):
     """Which queue a change waits in, so that a bulk import never delays an order."""
 

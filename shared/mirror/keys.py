@@ -11,6 +11,7 @@
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
     ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log; lost
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
+    ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict, as PostgreSQL knows them
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<whose>        hash   t tokens, at (ms): for limits on requests
     ticketrail:fences                hash   lane -> time at which its last fence was noted in PostgreSQL (ISO 8601)
@@ -21,6 +22,7 @@ Scripts touch both kinds, so the mirror is one primary with replicas, not a clus
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"
 CLAIMS = "ticketrail:claims"
+CONFLICTS = "ticketrail:conflicts"
 RESTAURANTS = "ticketrail:restaurants"
 FENCES = "ticketrail:fences"
 

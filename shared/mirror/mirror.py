@@ -25,6 +25,8 @@ class Document(Struct, frozen=True):
     pending: bool = False
     failure: bytes = b""
     """JSON: {"error", "attempts", "last_attempt"}; empty when nothing failed."""
+    conflict: bool = False
+    """An open one."""
 
 
 class Claimed(Struct, frozen=True):
@@ -269,17 +271,18 @@ class Mirror:
                 keys.WARM,
                 keys.pending(restaurant, entity),
                 keys.failed(restaurant, entity),
+                keys.CONFLICTS,
                 *(keys.doc(restaurant, entity, id_) for id_ in ids),
             ],
-            list(ids),
+            [keys.member(restaurant, entity, ""), *ids],
         )
         found: list[Document | None] = []
-        for i in range(1, len(reply), 5):
-            version, change, state, pending, failure = reply[i : i + 5]
+        for i in range(1, len(reply), 6):
+            version, change, state, pending, failure, conflict = reply[i : i + 6]
             found.append(
                 None
                 if version is None or state is None
-                else Document(Standing(int(version), change.decode()), state, bool(pending), failure)
+                else Document(Standing(int(version), change.decode()), state, bool(pending), failure, bool(conflict))
             )
         return bool(reply[0]), found
 
@@ -287,6 +290,25 @@ class Mirror:
         """The newest first."""
         found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
         return [id_.decode() for id_ in found]
+
+    async def failed_ids(self, restaurant: str, entity: str) -> list[str]:
+        """The newest first."""
+        pending = keys.pending(restaurant, entity)
+        ids = await self._redis.call("HKEYS", keys.failed(restaurant, entity))
+        places = await self._redis.call("ZMSCORE", pending, *ids) if ids else []
+        found = [(float(place), id_.decode()) for id_, place in zip(ids, places, strict=True) if place is not None]
+        return [id_ for _, id_ in sorted(found, reverse=True)]
+
+    async def conflicts(self) -> set[str]:
+        """Members (see `keys.member`) that are said to have an open conflict, over all tenants."""
+        return {member.decode() for member in await self._redis.call("SMEMBERS", keys.CONFLICTS)}
+
+    async def note_conflicts(self, opened: Sequence[str], closed: Sequence[str]) -> None:
+        """Members that have an open conflict now, and those that have none any more."""
+        if opened:
+            await self._redis.call("SADD", keys.CONFLICTS, *opened)
+        if closed:
+            await self._redis.call("SREM", keys.CONFLICTS, *closed)
 
     async def accepted_at(self, restaurant: str, entity: str, ids: Sequence[str]) -> list[float | None]:
         """When the present state of each was accepted, in seconds since the epoch."""

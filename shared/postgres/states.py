@@ -18,7 +18,6 @@ from shared.postgres.pool import Connection
 if TYPE_CHECKING:
     import asyncpg
 
-_STATE = "t.version, t.change_id::text, (c.data->'after')::text as state, c.accepted_at"
 # Looked up row by row, behind the limit of a page. In a plain join the planner takes restaurant and change for
 # independent of one another, expects a hundredth of the rows that there are, and reads all of a restaurant's orders, or
 # all of the log, to find a few.
@@ -33,15 +32,38 @@ class Stored(Struct, frozen=True):
     standing: Standing
     state: bytes
     accepted_at: datetime
+    conflict: bool = False
+    """An open one."""
 
 
 def _stored(row: "asyncpg.Record") -> Stored:
-    return Stored(Standing(row["version"], row["change_id"]), row["state"].encode(), row["accepted_at"])
+    standing = Standing(row["version"], row["change_id"])
+    return Stored(standing, row["state"].encode(), row["accepted_at"], row["conflict"])
+
+
+_OPEN_CONFLICTS = (
+    "select entity_id from conflicts where restaurant_id = $1 and entity = '{entity}' and resolved_at is null"
+)
+
+
+def _in_conflict(entity: Entity) -> str:
+    return (
+        f"exists(select from conflicts x where x.restaurant_id = t.restaurant_id and x.entity = '{entity.name}'"
+        " and x.entity_id = t.id and x.resolved_at is null)"
+    )
+
+
+def _columns(entity: Entity) -> str:
+    return (
+        "t.version, t.change_id::text, (c.data->'after')::text as state, c.accepted_at,"
+        f" {_in_conflict(entity)} as conflict"
+    )
 
 
 async def one(connection: Connection, entity: Entity, restaurant: str, id_: str) -> Stored | None:
     row = await connection.fetchrow(
-        f"select {_STATE} from {_FROM.format(table=entity.table.name)} where t.restaurant_id = $1 and t.id = $2",  # noqa: S608
+        f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
+        " where t.restaurant_id = $1 and t.id = $2",
         restaurant,
         id_,
     )
@@ -51,7 +73,7 @@ async def one(connection: Connection, entity: Entity, restaurant: str, id_: str)
 async def every(connection: Connection, entity: Entity, restaurant: str) -> list[Stored]:
     """All that are not deleted: for the small ones, such as a menu."""
     rows = await connection.fetch(
-        f"select {_STATE} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
+        f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.deleted_at is null",
         restaurant,
     )
@@ -64,7 +86,7 @@ async def live_window(connection: Connection, entity: Entity, since: datetime) -
     where = entity.window_sql or "$1::timestamptz is not null"
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(
-            f"select {_STATE} from {_FROM.format(table=entity.table.name)} where {where}",  # noqa: S608
+            f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)} where {where}",  # noqa: S608
             since,
         )
         while rows := await cursor.fetch(500):
@@ -80,6 +102,14 @@ async def standings(connection: Connection, entity: Entity, restaurant: str, ids
         list(ids),
     )
     return {row["id"]: Standing(row["version"], row["change_id"]) for row in rows}
+
+
+async def in_conflict(connection: Connection) -> list[tuple[str, str, str]]:
+    """(restaurant, entity, id) of all that have an open conflict, over all tenants."""
+    rows = await connection.fetch(
+        "select distinct restaurant_id::text, entity, entity_id::text from conflicts where resolved_at is null"
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 _GAPS = """
@@ -102,9 +132,16 @@ async def gaps(connection: Connection, *, older_minutes: int, younger_minutes: i
 
 
 async def page(
-    connection: Connection, entity: Entity, restaurant: str, selection: Selection, *, without: Sequence[str] = ()
+    connection: Connection,
+    entity: Entity,
+    restaurant: str,
+    selection: Selection,
+    *,
+    without: Sequence[str] = (),
+    conflict: bool | None = None,
 ) -> list[Stored]:
-    """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere."""
+    """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere; `conflict`: only
+    those with an open one, or only those without."""
     where = Conditions(restaurant)
     if not selection.include_deleted:
         where.add("t.deleted_at is null")
@@ -112,6 +149,10 @@ async def page(
         where.add(f"t.{column} = {{}}", value)
     for column, values in selection.among.items():
         where.add(f"t.{column} = any({{}})", list(values))
+    if conflict is not None:
+        # By their ids: they are few, and a page of them would be looked for among all that the restaurant has.
+        which = "in" if conflict else "not in"
+        where.add(f"t.id {which} ({_OPEN_CONFLICTS.format(entity=entity.name)})")
     where.between("t.created_at, t.id", selection.created_from, selection.created_to, selection.before)
     if without:
         where.add("t.id <> all({}::uuid[])", list(without))
@@ -120,7 +161,7 @@ async def page(
         "select t.restaurant_id, t.id, t.version, t.change_id, t.created_at"  # noqa: S608
         f" from {entity.table.name} t where {where} {newest} limit {int(selection.limit) + 1}"
     )
-    rows = await connection.fetch(f"select {_STATE} from ({wanted}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
+    rows = await connection.fetch(f"select {_columns(entity)} from ({wanted}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
     return [_stored(row) for row in rows]
 
 

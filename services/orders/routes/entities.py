@@ -72,7 +72,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         who, shop = request.identity, shop_of(request)
         restaurant = (await shop.menus.book(who.tenant)).restaurant
         query = resource.asked(read_query(request, resource.query), restaurant)
-        page = await shop.reads.page(entity, who.tenant, selection(query, who))
+        page = await shop.reads.page(entity, who.tenant, selection(query, who), query.sync_state)
         more = await resource.more(shop.insight, restaurant, who, [found.decoded() for found in page.found])
         return list_reply(entity, page, query, more, names=resource.more_types)
 

@@ -9,9 +9,10 @@ from litestar.types import ASGIApp
 from services.orders.lists import list_reply, selection
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.shop import done_reply, found_reply, shop_of
-from services.orders.views import SYNCED, sync_of
+from services.orders.views import sync_of
 from shared.api import View, endpoint, path_id, read_query
 from shared.entities import order as orders
+from shared.entities.contract import SyncState
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import Call, read_body
 from shared.security import Role
@@ -72,8 +73,7 @@ async def place_order(request: Call) -> ASGIApp:
     more: dict[str, Any] = {}
     if done.replayed:
         with contextlib.suppress(Unavailable):  # it was found a moment ago; how far it has come need not be known
-            found = await shop.reads.one(_ENTITY, who.tenant, done.state.id)
-            more["sync"] = sync_of(found.document) if found.document is not None else SYNCED
+            more["sync"] = sync_of(await shop.reads.one(_ENTITY, who.tenant, done.state.id))
     return done_reply(done, status=201, **more)
 
 
@@ -91,7 +91,7 @@ async def list_orders(request: Call) -> ASGIApp:
     who = request.identity
     query = read_query(request, OrdersQuery)
     own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
-    page = await shop_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own))
+    page = await shop_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own), query.sync_state)
     return list_reply(_ENTITY, page, query)
 
 
@@ -166,4 +166,23 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     return done_reply(await shop_of(request).commands.restore(request.identity, id_, version))
 
 
-ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order]
+@endpoint(
+    "POST",
+    "/api/orders/{order_id:str}/sync",
+    action="orders.change",
+    tag=_TAG,
+    summary="Send an order on its way to PostgreSQL once more",
+    description="For one that is pending or has failed: its state is recorded again, as a change of its own. Of one"
+    " that is synced, or in conflict, nothing changes.",
+    answer=_VIEW,
+    errors=(404,),
+)
+async def sync_order(request: Call, order_id: str) -> ASGIApp:
+    id_, shop = path_id(order_id, "order_id"), shop_of(request)
+    found = await shop.reads.one(_ENTITY, request.identity.tenant, id_)
+    if found.sync_state not in (SyncState.PENDING, SyncState.FAILED):
+        return found_reply(found, None)
+    return done_reply(await shop.commands.send_again(request.identity, found))
+
+
+ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order, sync_order]

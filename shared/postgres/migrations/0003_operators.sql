@@ -119,6 +119,9 @@ create table retries (
     primary key (restaurant_id, change_id)
 );
 
+-- Which entities stand on one side of a fork that nobody has decided yet.
+create index conflicts_open on conflicts (restaurant_id, entity, entity_id) where resolved_at is null;
+
 -- Of the cursors of the pull feed: a database that came back from a backup counts (xid, seq) anew. The newest row is the
 -- present one (shared/postgres/feed_epochs.py).
 create table feed_epochs (

@@ -1,0 +1,194 @@
+"""How far an order has come on its way to PostgreSQL, as its readers see it: pending, synced, failed, in conflict; listed
+by it, and sent once more by hand."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+import redis.asyncio
+from msgspec import structs
+
+from shared.entities import order as orders
+from shared.mirror import keys
+from shared.security import Role
+from tests.builders import change
+from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
+from tests.system import System, eventually
+
+
+@pytest.fixture
+async def shop(system: System) -> Shop:
+    return await open_shop(system)
+
+
+@pytest.fixture
+async def staff(shop: Shop) -> AsyncIterator[httpx.AsyncClient]:
+    async with shop.client() as client:
+        yield client
+
+
+@asynccontextmanager
+async def refusing(system: System, notes: str) -> AsyncIterator[None]:
+    """A database that refuses orders with these notes, as long as the block lasts."""
+    name = f"no_{uuid4().hex}"
+    owner = await asyncpg.connect(system.database_url("ticketrail_owner"))
+    try:
+        await owner.execute(f"alter table orders add constraint {name} check (notes is distinct from '{notes}')")
+        yield
+    finally:
+        await owner.execute(f"alter table orders drop constraint {name}")
+        await owner.close()
+
+
+@asynccontextmanager
+async def nothing_written(system: System) -> AsyncIterator[None]:
+    worker = system.children["worker"]
+    await asyncio.to_thread(worker.freeze)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(worker.thaw)
+
+
+async def place(shop: Shop, client: httpx.AsyncClient, **fields: Any) -> str:
+    dish = await shop.dish()
+    body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], **fields}
+
+    async def placed() -> httpx.Response:
+        return await client.post("/api/orders", json=body)
+
+    reply = await eventually(placed, what="a known dish", until=lambda reply: reply.status_code == 201)
+    return str(made(reply)["id"])
+
+
+async def sync_of(client: httpx.AsyncClient, id_: str) -> dict[str, Any]:
+    found: dict[str, Any] = expect(await client.get(f"/api/orders/{id_}"))["sync"]
+    return found
+
+
+async def becomes(client: httpx.AsyncClient, id_: str, state: str) -> dict[str, Any]:
+    return await eventually(
+        lambda: sync_of(client, id_), within=20, what=f"{state}", until=lambda sync: sync["state"] == state
+    )
+
+
+async def listed(client: httpx.AsyncClient, state: str) -> list[str]:
+    return [one["id"] for one in expect(await client.get("/api/orders", params={"sync_state": state}))]
+
+
+async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
+    system: System, shop: Shop, staff: httpx.AsyncClient
+) -> None:
+    notes = f"refused {uuid4()}"
+    async with refusing(system, notes):
+        good, bad = await place(shop, staff), await place(shop, staff, notes=notes)
+        sync = await becomes(staff, bad, "failed")
+        assert sync["error"] and sync["attempts"] >= 1 and sync["last_attempt"]
+        await becomes(staff, good, "synced")
+        assert await listed(staff, "failed") == [bad]
+        assert await listed(staff, "pending") == []
+        assert await listed(staff, "synced") == [good]
+
+        async with system.client(token=shop.token_of(Role.STAFF), service="sync") as client:
+            status = expect(await client.get("/api/sync/status"))
+        assert (
+            status["summary"],
+            status["tables"]["orders" if "orders" in status["tables"] else "order"]["failed"],
+        ) == (
+            "failed",
+            1,
+        )
+
+        again = expect(await staff.post(f"/api/orders/{bad}/sync"))
+        assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
+        await becomes(staff, bad, "failed")  # PostgreSQL has not changed its mind
+    assert expect(await staff.post(f"/api/orders/{bad}/sync"))["version"] == 3
+    await becomes(staff, bad, "synced")
+    assert await listed(staff, "failed") == []
+    assert set(await listed(staff, "synced")) == {good, bad}
+    assert (await system.stored_orders())[bad] == 3
+
+    untouched = expect(await staff.post(f"/api/orders/{bad}/sync"))
+    assert (untouched["version"], untouched["sync"]["state"]) == (3, "synced")
+    refused(await staff.post(f"/api/orders/{uuid4()}/sync"), 404, "not_found")
+
+
+async def test_what_failed_is_told_to_a_mirror_that_has_forgotten_it(
+    system: System, shop: Shop, staff: httpx.AsyncClient
+) -> None:
+    notes = f"refused {uuid4()}"
+    async with refusing(system, notes):
+        bad = await place(shop, staff, notes=notes)
+        known = await becomes(staff, bad, "failed")
+        async with redis.asyncio.from_url(system.redis.url) as mirror:
+            assert await mirror.delete(keys.failed(shop.restaurant, "order")) == 1
+        assert await becomes(staff, bad, "failed") == known
+
+
+async def test_what_is_pending_is_listed_page_by_page_and_by_a_warm_mirror_alone(
+    system: System, shop: Shop, staff: httpx.AsyncClient
+) -> None:
+    first = await place(shop, staff)
+    await becomes(staff, first, "synced")
+    async with nothing_written(system):
+        placed = [await place(shop, staff) for _ in range(3)]
+        found: list[str] = []
+        cursor: dict[str, str] = {}
+        while True:
+            reply = await staff.get("/api/orders", params={"sync_state": "pending", "limit": 2, **cursor})
+            found += [one["id"] for one in expect(reply)]
+            if (after := reply.json()["pagination"]["next_cursor"]) is None:
+                break
+            cursor = {"cursor": after}
+        assert found == placed[::-1]
+        assert await listed(staff, "synced") == [first]
+
+        again = expect(await staff.post(f"/api/orders/{placed[0]}/sync"))
+        assert (again["version"], again["sync"]["state"]) == (2, "pending")
+
+        async with redis.asyncio.from_url(system.redis.url) as mirror:
+            stamp = await mirror.get(keys.WARM)
+            await mirror.delete(keys.WARM)
+            try:
+                reply = await staff.get("/api/orders", params={"sync_state": "pending"})
+                refused(reply, 503, "unavailable")
+                assert int(reply.headers["retry-after"]) > 0
+            finally:
+                await mirror.set(keys.WARM, stamp)
+    for id_ in placed:
+        await becomes(staff, id_, "synced")
+    assert await listed(staff, "pending") == []
+    refused(await staff.get("/api/orders", params={"sync_state": "lost"}), 422, "invalid_input", "sync_state")
+
+
+async def test_an_open_conflict_is_shown_by_both_stores_until_it_is_resolved(
+    system: System, shop: Shop, staff: httpx.AsyncClient
+) -> None:
+    other, id_ = await place(shop, staff), await place(shop, staff)
+    await becomes(staff, id_, "synced")
+    async with system.database() as connection:
+        base, state = await connection.fetchrow(
+            "select change_id::text, (data->'after')::text from changes where entity_id = $1", id_
+        )
+        before = orders.ENTITY.decode_state(state.encode())
+        for notes in ("one side", "the other"):
+            after = structs.replace(before, notes=notes)
+            await shop.publish(change(after, before=before, event="updated", entityversion=2, basechangeid=base))
+        assert await becomes(staff, id_, "conflict") == {"state": "conflict"}
+        assert await listed(staff, "conflict") == [id_]
+        assert await listed(staff, "synced") == [other]
+
+        async with redis.asyncio.from_url(system.redis.url) as mirror:
+            await mirror.delete(keys.doc(shop.restaurant, "order", id_))
+        from_postgres = await staff.get(f"/api/orders/{id_}")
+        assert from_postgres.headers["x-served-by"] == "postgres"
+        assert expect(from_postgres)["sync"] == {"state": "conflict"}
+
+        await connection.execute("update conflicts set resolved_at = now() where entity_id = $1", id_)
+    await becomes(staff, id_, "synced")
+    assert await listed(staff, "conflict") == []
