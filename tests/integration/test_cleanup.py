@@ -78,7 +78,7 @@ async def test_what_is_over_is_taken_away_and_told(shop: Shop) -> None:
     ended = await ticketrail(shop.system, "cleanup", "--json")
     assert ended.code == 0, ended.err
     told = ended.told
-    assert told.keys() == {"tokens", "imports", "trace_files", "claims"}
+    assert told.keys() == {"tokens", "imports", "dead_letters", "replays", "trace_files", "claims"}
     assert (told["tokens"] >= 2, told["imports"] >= 2, told["trace_files"] >= 1) == (True, True, True)
     assert await tokens(shop) == before - gone
     assert kept < before

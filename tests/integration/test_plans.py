@@ -27,6 +27,7 @@ from shared.postgres import audit, money, states
 from shared.postgres.changes import write_batch
 from shared.restaurants import Restaurant
 from shared.security import Identity, Role
+from shared.settings import Settings
 from tests.integration.plans_rig import BIG, MODES, Database, Plan, empty_database, filled_database
 from tests.servers import Servers
 
@@ -132,7 +133,7 @@ async def what_is_held(database: Database) -> Any:
 
 
 async def how_far_it_has_come(database: Database) -> Any:
-    return await sync_status(database.settings, database.api, database.mirror, database.shop.id)
+    return await sync_status(Settings(), database.api, database.mirror, database.shop.id)
 
 
 def before_the_last_page(database: Database) -> tuple[datetime, str]:

@@ -30,7 +30,7 @@ def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
     assert [one.event for one in batch.changes] == [encode(made[0]), odd, encode(made[2])]
     assert [one.written.change.id for one in batch.changes] == [one.id for one in made]
     assert {one.written.lane for one in batch.changes} == {Lane.NORMAL}
-    assert batch.changes[2].headers == {"a": 1}
+    assert batch.changes[2].message.headers == {"a": 1}
     assert not batch.failed
 
 
