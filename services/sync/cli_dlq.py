@@ -7,8 +7,9 @@ import asyncio
 import base64
 import getpass
 import json
+import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,6 +38,7 @@ T = TypeVar("T")
 _ROLE = Role.OPERATOR.value
 _BARS = " ▁▂▃▄▅▆▇█"
 _PIECE = 200
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @click.group("dlq")
@@ -114,7 +116,13 @@ def _print_json(value: Any) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
+    # What stands in a letter is no markup, whatever it looks like.
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+
+
+def _printable(text: str) -> str:
+    """What strangers wrote, without what would steer the operator's terminal."""
+    return _CONTROL.sub("�", text)
 
 
 def _ago(at: datetime) -> str:
@@ -146,7 +154,8 @@ def list_command(limit: int, as_json: bool, **filters: Any) -> None:
     table = Table("id", "failed", "deaths", "status", "about", "error", box=None, header_style="bold")
     for one in found:
         about = f"{one.entity or '?'} v{one.version}" if one.version else (one.entity or "unreadable")
-        table.add_row(one.id, _ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
+        cells = (one.id, _ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
+        table.add_row(*map(_printable, cells))
     _console().print(table)
     click.echo(f"{len(found)} letters" + (" (there may be more: --limit)" if len(found) == limit else ""))
 
@@ -170,8 +179,8 @@ def groups_command(as_json: bool, **filters: Any) -> None:
             _ago(one.first_failed_at),
             _ago(one.last_failed_at),
             _sparkline(one),
-            one.reason,
-            one.place,
+            _printable(one.reason),
+            _printable(one.place),
         )
     _console().print(table)
 
@@ -208,18 +217,21 @@ def show_command(letter: UUID, as_json: bool) -> None:
     if as_json:
         _print_json(seen)
         return
-    plain: dict[str, Any] = msgspec.to_builtins(seen)
+    click.echo("\n".join(map(_printable, _lines(msgspec.to_builtins(seen)))))
+
+
+def _lines(plain: dict[str, Any]) -> Iterator[str]:
     for name, value in plain["letter"].items():
         if value is not None:
-            click.echo(f"{name + ':':18}{value}")
+            yield f"{name + ':':18}{value}"
     for attempt in plain["attempts"]:
-        click.echo(f"{'attempt:':18}{attempt['at']}  {attempt['reason']}  {attempt['error']}  ({attempt['place']})")
+        yield f"{'attempt:':18}{attempt['at']}  {attempt['reason']}  {attempt['error']}  ({attempt['place']})"
     for act in plain["acts"]:
-        click.echo(f"{'act:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}")
+        yield f"{'act:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}"
     for edit in plain["edits"]:
         for one in edit["difference"]:
-            click.echo(f"{'edited:':18}{one['path']}: {one.get('before')} → {one.get('after')}")
-    click.echo(json.dumps(plain["event"], indent=2, ensure_ascii=False) if plain["event"] else plain["body"])
+            yield f"{'edited:':18}{one['path']}: {one.get('before')} → {one.get('after')}"
+    yield json.dumps(plain["event"], indent=2, ensure_ascii=False) if plain["event"] is not None else plain["body"]
 
 
 @dlq_command.command("export")
@@ -278,15 +290,23 @@ def replay_command(
 ) -> None:
     """Replay LETTERS, or all that are open and match the filters: plan first, then a job in the worker.
 
-    Exit code 1 when not every letter came through, or the job stopped by itself."""
+    Exit code 1 when not every letter came through, one that was named is not open, or the job stopped by itself."""
     wanted = _wanted(**filters, ids=letters)
     if wanted == Wanted():
         raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
     plan = _ask(lambda connection: replay_jobs.plan(connection, wanted))
-    if not as_json:
-        click.echo(f"{plan.total} open letters" + "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items()))
-    if plan.total and not dry_run and not yes:
-        click.confirm("Replay them?", abort=True)
+    absent = max(0, len(set(wanted.ids)) - plan.total)
+    if absent and not plan.total:
+        raise click.ClickException("none of these letters is there and open")
+    asks = plan.total > 0 and not dry_run and not yes
+    if asks or not as_json:
+        # In front of a question also with --json; there the output is for the script alone.
+        where = "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items())
+        click.echo(f"{plan.total} open letters{where}", err=as_json)
+    if absent:
+        click.echo(f"{absent} of those named are not there, or not open", err=True)
+    if asks:
+        click.confirm("Replay them?", abort=True, err=as_json)
     job = _ask(
         lambda connection: replay_jobs.make(
             connection,
@@ -306,10 +326,11 @@ def replay_command(
         _print_json({"plan": plan, "job": job, "letters": lines})
     else:
         for one in lines[:20]:
-            click.echo(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}")
+            click.echo(_printable(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}"))
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
         click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + f" {job.message or ''}")
-    if not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail"))):
+    died = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
+    if absent or died:
         sys.exit(1)
 
 
@@ -350,7 +371,7 @@ def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool
         raise click.ClickException("no such dead letter")
     original = event_in(seen.body)
     if event is not None:
-        text: str | None = Path(event).read_text()
+        text: str | bytes | None = Path(event).read_bytes()
     else:
         text = click.edit(json.dumps(original or {}, indent=2, ensure_ascii=False), extension=".json")
     if text is None:
@@ -363,7 +384,7 @@ def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool
         raise click.ClickException("the event is an object")
     if not as_json and original is not None:
         for one in difference(original, wanted):
-            click.echo(f"{one['path']}: {one.get('before')} → {one.get('after')}")
+            click.echo(_printable(f"{one['path']}: {one.get('before')} → {one.get('after')}"))
 
     async def edit() -> Letter:
         async with _mending(Settings()) as mending:

@@ -5,6 +5,7 @@ entity, id) is locked, as far as it could be read in the letter. The change that
 version after the one that stands: its id, version, base and time are ours to make, whatever the event says.
 """
 
+import re
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +18,9 @@ from shared.errors import InvalidInput
 
 _OURS = ("id", "time", "entityversion", "basechangeid", "traceparent", "actor", "specversion", "datacontenttype")
 _NEEDED = ("restaurantid", "subject", "type", "data")
+_AFTER = "data.after"
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def event_in(body: bytes) -> dict[str, Any] | None:
@@ -59,8 +63,19 @@ def edited(original: dict[str, Any] | None, wanted: dict[str, Any]) -> tuple[Ent
         change = decode_change(encode(whole))
         entity, state = registry.read(change)
     except BrokenContract as error:
-        raise InvalidInput(str(error), field="event", code=error.reason) from error
+        raise InvalidInput(str(error), field=_field(error), code=error.reason) from error
     return entity, change.type.split(".")[2], state
+
+
+def _field(error: BrokenContract) -> str:
+    """Its path in the request, as far as the error tells."""
+    text = str(error)
+    if error.reason in ("unknown_type", "unsupported_version"):
+        return "event.type"
+    if text.startswith(f"{_AFTER}."):
+        return f"event.{text.split()[0]}"
+    found = [match[1] for pattern in (_PATH, _NAMED) if (match := pattern.search(text))]
+    return ".".join(name for name in ("event", _AFTER if text.startswith(_AFTER) else "", *found) if name)
 
 
 def difference(before: Any, after: Any, path: str = "") -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ the worker.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, Any
 from uuid import UUID
@@ -20,7 +20,7 @@ from services.sync.ledger import draw_up
 from services.sync.mending import Mending, shown_body
 from shared.api import endpoint, path_id, read_query
 from shared.cursors import cursor_after, read_cursor
-from shared.entities.contract import now
+from shared.entities.contract import Time, in_range, now
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import Call, Reply, read_body, success
 from shared.mirror.mirror import Mirror
@@ -35,8 +35,9 @@ from shared.settings import Settings
 
 _TAG = "Dead letters"
 _MOST_IDS = 1_000
-Why = Annotated[str, Meta(min_length=1, max_length=500, pattern="^[^\\x00]*$")]
-Name = Annotated[str, Meta(max_length=200, pattern="^[^\\x00]*$")]
+_NO_NUL = "^[^\\x00]*$"
+Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=_NO_NUL)]
+Name = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 
 
 class Operators(Struct, frozen=True):
@@ -87,12 +88,19 @@ class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": 
     entity_id: UUID | None = None
     change_id: UUID | None = None
     restaurant_id: UUID | None = None
-    from_: Annotated[datetime, Meta(description="by when it last failed")] | None = None
-    to: datetime | None = None
+    from_: Annotated[Time, Meta(description="by when it last failed")] | None = None
+    to: Time | None = None
     status: Status | None = None
-    text: Annotated[str, Meta(min_length=1, max_length=200, description="in the error, place or body")] | None = None
+    text: (
+        Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL, description="in the error, place or body")]
+        | None
+    ) = None
 
     def wanted(self, ids: tuple[str, ...] = ()) -> Wanted:
+        """Raises InvalidInput."""
+        for name, at in (("from", self.from_), ("to", self.to)):
+            if at is not None and not in_range(at):
+                raise InvalidInput("a time between 1970 and 2200", field=name)
         return Wanted(
             ids=ids,
             queue=self.queue,
@@ -174,7 +182,7 @@ class JobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    since: Annotated[datetime, Meta(description="with its zone; without one the last hour")] | None = None
+    since: Annotated[Time, Meta(description="without one the last hour")] | None = None
 
 
 class JobLettersQuery(Struct, forbid_unknown_fields=True, kw_only=True):

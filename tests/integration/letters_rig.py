@@ -1,0 +1,217 @@
+"""Operators at work on the running system: letters that died for real, calls of their API, and their command line."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import structlog
+from click.testing import CliRunner
+
+from deploy.local.ports import find_free
+from services.sync.cli import main
+from services.sync.retry import ERROR, FAILED_AT, PLACE, REASON
+from shared.entities.contract import Change, Lane, encode, now
+from shared.entities.table import DiningTable
+from shared.messaging import topology
+from shared.messaging.publisher import Publisher
+from shared.security import Identity, Role, Tokens
+from tests.builders import change, message
+from tests.integration.shop_rig import Shop, expect, made, open_shop
+from tests.system import ROOT, System, eventually
+
+LETTERS = "/api/ops/dead-letters"
+JOBS = "/api/ops/jobs"
+
+Result = tuple[int, str, str]
+"""Of a command: exit code, what it printed, what it said beside."""
+
+
+class Desk:
+    """A restaurant of its own, two operators, and the means to make letters of its changes."""
+
+    def __init__(self, shop: Shop, publisher: Publisher) -> None:
+        self.shop = shop
+        self.system = shop.system
+        self.publisher = publisher
+        self.since = now()
+        self._dish_id: str | None = None
+
+    @property
+    def restaurant(self) -> str:
+        return self.shop.restaurant
+
+    def client(
+        self, role: Role = Role.OPERATOR, *, name: str = "nadia", restaurant: str | None = None, url: str | None = None
+    ) -> httpx.AsyncClient:
+        """Of the operators' API."""
+        of = "" if role is Role.OPERATOR else restaurant or self.restaurant
+        tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
+        token = tokens.issue(Identity(str(uuid4()), role, of, f"{name}@ops.example", "a session"))
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.AsyncClient(base_url=url or self.system.urls["sync"], headers=headers, timeout=60.0)
+
+    # -- making letters ------------------------------------------------------------------------------------------
+
+    def table(self, **fields: Any) -> DiningTable:
+        at = now()
+        known = {"id": str(uuid4()), "restaurant_id": self.restaurant, "label": "Window", "seats": 4}
+        return DiningTable(**{**known, "created_at": at, "updated_at": at, **fields})
+
+    async def poison(self, marker: str, *, lane: Lane = Lane.NORMAL, **fields: Any) -> Change:
+        """A table with a seat too few, sent as a terminal would; it breaks the contract."""
+        born = change(self.table(label=marker, **fields))
+        await self.publisher.publish(lane.value, message(encode(born).replace(b'"seats":4', b'"seats":0')))
+        return born
+
+    async def bury(
+        self,
+        *changes: Change | bytes,
+        lane: Lane = Lane.NORMAL,
+        reason: str = "transient",
+        error: str = "SerializationError: try again",
+        place: str = "shared.postgres.changes:write_batch",
+        at: str | None = None,
+    ) -> None:
+        """Straight into the dead queue, as if a writer had given it up: a good change can be replayed."""
+        headers: dict[str, int | str] = {REASON: reason, ERROR: error, PLACE: place}
+        for one in changes:
+            body = one if isinstance(one, bytes) else message(one)
+            headers[FAILED_AT] = at or now().isoformat()
+            await self.publisher.publish_to_queue(topology.dead_queue(lane), body, headers=headers, timeout=30)
+
+    async def letters(self, count: int, **filters: Any) -> list[dict[str, Any]]:
+        """As the API lists them, once there are so many; the oldest failure first."""
+        async with self.client() as client:
+
+            async def look() -> list[dict[str, Any]]:
+                found: list[dict[str, Any]] = expect(await client.get(LETTERS, params={"limit": 200, **filters}))
+                return found[::-1]
+
+            return await eventually(look, within=30, what=f"{count} letters", until=lambda seen: len(seen) == count)
+
+    async def buried(self, marker: str, count: int = 1) -> list[dict[str, Any]]:
+        """So many letters of good tables that carry this label, in the order of their making."""
+        await self.bury(*(change(self.table(label=marker)) for _ in range(count)))
+        return await self.letters(count, text=marker)
+
+    async def place(self, **fields: Any) -> str:
+        """An order of one dish, as staff place it; returns its id."""
+        async with self.shop.client() as staff:
+            body = {"items": [{"menu_item_id": await self._dish(), "quantity": 1}], **fields}
+            return str(made(await staff.post("/api/orders", json=body))["id"])
+
+    async def _dish(self) -> str:
+        if self._dish_id is None:
+            self._dish_id = str((await self.shop.dish())["id"])
+        return self._dish_id
+
+    @asynccontextmanager
+    async def refused_orders(self, notes: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """PostgreSQL refuses orders with these notes until what is yielded is called, or the context ends."""
+        # Not read again: what stands in the table meanwhile is none of this.
+        refuse = f"add constraint {notes} check (notes is distinct from '{notes}') not valid"
+
+        async def alter(how: str) -> None:
+            async with self.system.database("ticketrail_owner") as database:
+                await database.execute(f"alter table orders {how}")
+
+        async def allow() -> None:
+            await alter(f"drop constraint if exists {notes}")
+
+        await alter(refuse)
+        try:
+            yield allow
+        finally:
+            await allow()
+
+    # -- what comes of them --------------------------------------------------------------------------------------
+
+    async def ended(self, job: dict[str, Any]) -> dict[str, Any]:
+        async with self.client() as client:
+
+            async def look() -> dict[str, Any]:
+                found: dict[str, Any] = expect(await client.get(f"{JOBS}/{job['id']}"))
+                return found
+
+            states = ("done", "cancelled", "stopped")
+            return await eventually(look, within=30, what="the job's end", until=lambda one: one["state"] in states)
+
+    async def sync_state(self, order_id: str, state: str) -> None:
+        """Waits until the orders service says so of this order."""
+        async with self.shop.client() as staff:
+
+            async def look() -> str:
+                return str(expect(await staff.get(f"/api/orders/{order_id}"))["sync"]["state"])
+
+            await eventually(look, within=30, what=f"{state} to be told", until=lambda seen: seen == state)
+
+    @asynccontextmanager
+    async def another_api(self, **settings: object) -> AsyncIterator[str]:
+        """A second instance of the sync API, with other settings; its URL."""
+        name, [port] = f"sync-{uuid4().hex[:6]}", find_free(1)
+        self.system.urls[name] = f"http://127.0.0.1:{port}"
+        self.system.start("sync", alias=name, sync_port=port, **settings)
+        try:
+            await self.system.ready(name, within=60)
+            yield self.system.urls[name]
+        finally:
+            await self.system.stop(name)
+            del self.system.urls[name]
+
+    async def written(self, *change_ids: str) -> int:
+        async with self.system.database() as database:
+            found: int = await database.fetchval(
+                "select count(*) from changes where change_id = any($1::uuid[])", change_ids
+            )
+        return found
+
+    # -- the command line ----------------------------------------------------------------------------------------
+
+    async def dlq(self, *arguments: str, answer: str = "") -> Result:
+        """Run by nadia, in this process: starting one for each command would take most of the time of a test."""
+        env = {name: value for name, value in self.system.env.items() if name.startswith("TICKETRAIL_")}
+        logging = structlog.get_config()
+        try:
+            ran = await asyncio.to_thread(
+                CliRunner().invoke, main, ["dlq", *arguments], input=answer, env={**env, "LOGNAME": "nadia"}
+            )
+        finally:
+            structlog.configure(**logging)
+        if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+            raise ran.exception
+        return ran.exit_code, ran.stdout, ran.stderr
+
+    async def dlq_process(self, *arguments: str, answer: str = "", **settings: str) -> Result:
+        """The same as a process, for what only one shows."""
+        env = {f"TICKETRAIL_{name.upper()}": value for name, value in settings.items()}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.sync.cli", "dlq", *arguments),
+            cwd=ROOT,
+            env={**self.system.env, **env, "LOGNAME": "nadia"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(answer.encode()), 60)
+        return process.returncode or 0, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def open_desk(system: System) -> AsyncIterator[Desk]:
+    publisher = Publisher(system.rabbitmq_url, topology.CHANGES, timeout=30.0)
+    await publisher.start(wait=10)
+    try:
+        yield Desk(await open_shop(system), publisher)
+    finally:
+        await publisher.stop()
+
+
+async def seen(client: httpx.AsyncClient, letter: dict[str, Any]) -> dict[str, Any]:
+    """One letter with all that is known of it."""
+    found: dict[str, Any] = expect(await client.get(f"{LETTERS}/{letter['id']}"))
+    return found
