@@ -20,7 +20,7 @@ from benchmarks.load import Missing
 from benchmarks.question import Plan, Row, not_run
 from benchmarks.rig import Rig
 
-QUESTIONS = ("accept", "frozen", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
+QUESTIONS = ("accept", "away", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
 RESULTS = Path(__file__).parent / "results.json"
 
 

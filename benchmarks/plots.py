@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row]) -> None:
                 ("burst", _row(rows, "accept", "burst", "Express + pg")),
                 ("one hot restaurant", _row(rows, "accept", "one hot restaurant")),
                 ("sustained, everything\nrunning", _row(rows, "accept", "sustained")),
-                ("PostgreSQL frozen", _row(rows, "frozen", "PostgreSQL frozen")),
+                ("PostgreSQL frozen", _row(rows, "away", "PostgreSQL frozen")),
             )
             if row is not None
         ],

@@ -8,9 +8,10 @@ A call raises
     MirrorAway     nothing was done: no connection, the breaker is open, or the server takes no writes
     MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
 
-After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once; the first
-that comes after it goes through as a probe, and the others are MirrorAway until that has come back: a dead or frozen
-server costs one call in many its timeout. Nothing is retried here: what may be sent twice only the caller knows.
+After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once. The first
+that comes after it starts a probe and waits for it a moment, the others are MirrorAway until that has come back: a dead
+or frozen server costs one call in many that moment, and none a timeout. Nothing is retried here: what may be sent twice
+only the caller knows.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE = 512
+_PATIENCE = 0.1  # seconds: a server that is back answers a probe in a few milliseconds
 
 
 class MirrorAway(Exception):
@@ -108,13 +110,33 @@ class MirrorConnection:
         """One command; the reply in bytes, lists and integers, or `redis.ResponseError` as the server said it."""
         if not self.available:
             raise MirrorAway("the mirror did not answer a moment ago")
-        if self._failures and self._task is not None and not self._task.done():
-            raise MirrorAway("whether the mirror answers again is being tried")
+        if self._failures:
+            await self._probed()
         call = _Call(command, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), name="mirror")
         return await call.reply
+
+    async def _probed(self) -> None:
+        """Returns when the server answers again; raises MirrorAway."""
+        if self._task is None or self._task.done():
+            self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
+            await asyncio.wait({probe}, timeout=_PATIENCE)
+            if probe.done():
+                if (away := probe.result()) is not None:
+                    raise away
+                return
+        raise MirrorAway("whether the mirror answers again is being tried")
+
+    async def _probe(self) -> MirrorAway | None:
+        """What came of it; not raised, for nobody may be waiting any more."""
+        try:
+            await self._connect_in_time()
+        except MirrorAway as away:
+            return away
+        self._failures = 0
+        return None
 
     async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
         """Runs `scripts/<name>.lua`."""
@@ -143,16 +165,13 @@ class MirrorConnection:
 
     async def _drain(self) -> None:
         while self._waiting:
-            if self._forgotten:
+            if self._forgotten or self._hung_up():
                 self._drop()
             try:
                 if self._connection is None:
-                    async with asyncio.timeout(3 * self._timeout):
-                        await self._connect()
-            except Exception as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
-                self._trip()
-                log.warning("mirror_away", error=str(error) or type(error).__name__)
-                self._fail(self._take(), error if isinstance(error, MirrorAway) else MirrorAway(str(error)))
+                    await self._connect_in_time()
+            except MirrorAway as away:
+                self._fail(self._take(), away)
                 return
             calls = self._take(_MAX_PIPELINE)
             try:
@@ -193,6 +212,18 @@ class MirrorConnection:
         if isinstance(name, str) and name.startswith("\0"):
             return ("EVALSHA", self._shas[name[1:]], *command[1:])
         return command
+
+    async def _connect_in_time(self) -> None:
+        """Raises MirrorAway, and opens the breaker."""
+        try:
+            async with asyncio.timeout(3 * self._timeout):
+                await self._connect()
+        except Exception as error:
+            self._trip()
+            log.warning("mirror_away", error=str(error) or type(error).__name__)
+            if isinstance(error, MirrorAway):
+                raise
+            raise MirrorAway(str(error)) from error
 
     async def _connect(self) -> None:
         connection = await self._to_the_primary()
@@ -253,6 +284,10 @@ class MirrorConnection:
         self._failures += 1
         self._closed_until = time.monotonic() + backoff(self._failures)
         self._drop()
+
+    def _hung_up(self) -> bool:
+        """The server has ended the connection: what was sent on it now would be in doubt for nothing."""
+        return self._connection is not None and self._connection._reader.at_eof()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

@@ -202,7 +202,7 @@ class Rail:
             if doubt.noted and self._without_claim.get(draft.state.id) is None:
                 self._without_claim.pop(draft.state.id, None)
         with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
-            visible = await self._reveal(draft.entity, change, state)
+            visible = await self._reveal(draft.entity, change, state, patient=claimed)
         if self._metrics is not None:
             self._metrics.accepted.inc(change.type)
         return Committed(state, change.standing, durability, visible)
@@ -289,8 +289,9 @@ class Rail:
             log.warning("take_back_failed", change_id=change.id, error=str(error))
             return False
 
-    async def _reveal(self, entity: Entity, change: Change, state: Any) -> bool:
-        """Tried for a second; where it fails the mirror writer does it, from the log."""
+    async def _reveal(self, entity: Entity, change: Change, state: Any, *, patient: bool = True) -> bool:
+        """Tried for a second, or, where the mirror took no claim a moment ago, once; where it fails the mirror writer
+        does it, from the log."""
         revealed = Apply(entity, state, change.standing, bytes(change.data.after), change.time)
         deadline = time.monotonic() + self._reveal_seconds
         while True:
@@ -298,7 +299,7 @@ class Rail:
                 await self._mirror.apply([revealed])
                 return True
             except (MirrorAway, MirrorInDoubt) as error:
-                if self._mirror.down or time.monotonic() > deadline:
+                if not patient or self._mirror.down or time.monotonic() > deadline:
                     log.warning("not_revealed", change_id=change.id, error=str(error) or type(error).__name__)
                     return False
             await asyncio.sleep(_PAUSE)

@@ -18,6 +18,7 @@ from shared.mirror import connection, keys
 from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Apply, Claimed, Cold, LogState, Mirror, Stands
 from tests import builders
+from tests.proxy import Mode, Proxy
 from tests.servers import Redis, Servers
 from tests.system import eventually
 
@@ -435,26 +436,61 @@ def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() 
         runner.run(reset_at_once())
 
 
-async def test_of_many_calls_to_a_frozen_server_one_tries_it(redis: Redis, link: MirrorConnection) -> None:
-    assert await answers(link)
-    await asyncio.to_thread(redis.freeze)
+async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_none_waits_for_it(redis: Redis) -> None:
+    proxy = Proxy(redis.port)
+    await proxy.start()
+    link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=20.0)
     try:
+        assert await answers(link)
+        proxy.set(Mode.REFUSE)
         assert not await answers(link)
+        proxy.set(Mode.STALL)
 
         async def half_open() -> bool:
             return link.available
 
         await eventually(half_open, what="the breaker to let one through")
-        outcomes = await asyncio.gather(*(link.call("PING") for _ in range(50)), return_exceptions=True)
-        assert sum("is being tried" in str(one) for one in outcomes) == 49
+        tried = proxy.accepted
+        calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
+        done, waiting = await asyncio.wait(calls, timeout=10.0)
+        assert not waiting, "the probe itself takes twenty seconds"
+        assert {type(call.exception()) for call in done} == {MirrorAway}
+        assert proxy.accepted == tried + 1
+        proxy.set(Mode.FORWARD)
+
+        async def back() -> bool:
+            return await answers(link)
+
+        await eventually(back, what="an answer")
+        assert await asyncio.gather(*(link.call("PING") for _ in range(50))) == [b"PONG"] * 50
     finally:
-        await asyncio.to_thread(redis.thaw)
+        await link.close()
+        await proxy.stop()
 
-    async def back() -> bool:
-        return await answers(link)
 
-    await eventually(back, what="an answer")
-    assert await asyncio.gather(*(link.call("PING") for _ in range(50))) == [b"PONG"] * 50
+async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Redis) -> None:
+    proxy = Proxy(redis.port)
+    await proxy.start()
+    link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0)
+    try:
+        for _ in range(3):
+            assert await answers(link)
+            connection = link._connection
+            proxy.set(Mode.REFUSE)
+
+            async def hung_up(connection: Any = connection) -> bool:
+                return bool(connection._reader.at_eof())
+
+            await eventually(hung_up, what="the end of the connection")
+            proxy.set(Mode.FORWARD)
+            assert await link.call("PING") == b"PONG"
+        proxy.set(Mode.REFUSE)
+        await eventually(lambda: hung_up(link._connection), what="the end of the connection")
+        with pytest.raises(MirrorAway):
+            await link.call("PING")
+    finally:
+        await link.close()
+        await proxy.stop()
 
 
 async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
