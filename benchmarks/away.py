@@ -1,9 +1,9 @@
 """Does accepting orders care that a store is away?
 
 Everything runs; before a slice PostgreSQL or the mirror is killed (nothing listens), or stopped like a frozen machine
-(SIGSTOP: connections stay, nothing answers). Of a frozen one the first two seconds of load are not counted: what is under
-way when it freezes pays its timeout, once; then the breaker is open. Between slices the writer catches up and the mirror
-is filled again. The bounds are against our own normal slices.
+(SIGSTOP: connections stay, nothing answers). Of a frozen one the first two seconds of load are not counted: what is
+under way when it freezes pays its timeout, once; then the breaker is open. Between slices the writer catches up and the
+mirror is filled again. The bounds are against our own normal slices.
 """
 
 from collections.abc import Callable
