@@ -5,7 +5,7 @@ ARGS ?=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz api bench lint format lock secrets clean bootstrap
+.PHONY: help run test fuzz chaos api bench lint format lock secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
 
 fuzz: bootstrap ## what no client should send, to all services; EXAMPLES=50 for each route, ARGS="orders" chooses
 	$(PYTHON) -m tests.fuzz --examples $(EXAMPLES) $(ARGS)
+
+chaos: bootstrap ## faults at random times under load, then the proof that nothing was lost; SEED=7 MINUTES=10 CLIENTS=6
+	SEED=$(SEED) MINUTES=$(MINUTES) CLIENTS=$(CLIENTS) $(PYTHON) -m tests.chaos
 
 api: bootstrap ## freeze the documents of the APIs and of the events anew, in docs/api
 	$(PYTHON) -m tests.contract.documents

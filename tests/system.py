@@ -155,6 +155,12 @@ class System:
         await asyncio.to_thread(self.servers.postgres.drop_database, self.name)
 
     async def cli(self, *arguments: str, check: bool = True) -> str:
+        code, out, err = await self.command(*arguments)
+        assert not check or code == 0, err
+        return out
+
+    async def command(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, what it printed, what it said beside)"""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -166,8 +172,7 @@ class System:
             stderr=subprocess.PIPE,
         )
         out, err = await process.communicate()
-        assert not check or process.returncode == 0, err.decode()
-        return out.decode()
+        return process.returncode or 0, out.decode(), err.decode()
 
     # -- use ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metric
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
-from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.publisher import BROKEN_LINK, closed_under_us
 from shared.messaging.topology import LOG
 from shared.metrics import HttpMetrics, Metrics, PushMetrics
 from shared.rail.instance import number_of_traces
@@ -67,8 +67,9 @@ async def start(parts: Parts) -> None:
 
 async def _log_is_missing(settings: Settings) -> bool:
     try:
-        async with await declare.connect(settings.rabbitmq_url) as connection:
-            return not await declare.log_exists(connection)
+        with closed_under_us():
+            async with await declare.connect(settings.rabbitmq_url) as connection:
+                return not await declare.log_exists(connection)
     except BROKEN_LINK as error:
         log.warning("starting_without_broker", error=str(error) or type(error).__name__)
         return False

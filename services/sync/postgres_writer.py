@@ -81,6 +81,7 @@ class Batcher:
         """Sending on has failed: everything is given back, and taken anew."""
         self._watch = watch
         self._settlement = settlement
+        self._loses_changes = settings.ack_before_commit
         self.written = 0
         self.failed = 0
         self.last_batch = 0
@@ -193,6 +194,8 @@ class Batcher:
         batch = sort_out(self.lane, taken)
         self._owed.update(taken)
         sending = self._send_on(batch.failed) if batch.failed else None
+        if self._loses_changes:  # a test wants to see that it is noticed
+            await self._done(taken)
         refused = await self.store.write(batch)
         ended = time.time_ns()
         failed = [*batch.failed, *refused]
@@ -201,7 +204,8 @@ class Batcher:
         if sending is not None and len(batch.failed) > _MANY:
             # Kept by now, or soon: one acknowledgement for all, not one for each.
             await asyncio.wait({sending}, timeout=_TOGETHER)
-        await self._done(taken)
+        if not self._loses_changes:
+            await self._done(taken)
 
         lost = {one.change.id for one in refused if one.change}
         through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes

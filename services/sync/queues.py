@@ -16,7 +16,7 @@ from msgspec import Struct
 from shared.entities.contract import Lane, now
 from shared.messaging import declare, topology
 from shared.messaging.management import ask, vhost_of
-from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.publisher import BROKEN_LINK, closed_under_us
 from shared.postgres.pool import AWAY, Postgres
 from shared.settings import Settings
 
@@ -67,7 +67,8 @@ async def look(settings: Settings, postgres: Postgres) -> Queues:
         away.append("management")
         source = "broker"
         try:
-            found = await _from_broker(settings)
+            with closed_under_us():
+                found = await _from_broker(settings)
         except BROKEN_LINK as broken:
             log.warning("broker_away", error=str(broken) or type(broken).__name__)
             away.append("rabbitmq")

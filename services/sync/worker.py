@@ -25,7 +25,7 @@ from services.sync.thresholds import Thresholds
 from shared.http import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
-from shared.messaging.publisher import BROKEN_LINK, Publisher
+from shared.messaging.publisher import BROKEN_LINK, Publisher, closed_under_us
 from shared.messaging.topology import CHANGES
 from shared.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
@@ -169,8 +169,9 @@ async def _broker_with_topology(settings: Settings) -> None:
     """Waits for the broker: without it there is nothing for this worker to do."""
     while True:
         try:
-            async with await declare.connect(settings.rabbitmq_url) as connection:
-                return await declare.check(connection, settings)
+            with closed_under_us():
+                async with await declare.connect(settings.rabbitmq_url) as connection:
+                    return await declare.check(connection, settings)
         except BROKEN_LINK as error:
             if isinstance(error, declare.TopologyError):
                 raise

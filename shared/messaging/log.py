@@ -34,7 +34,7 @@ from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import FENCE, MARK, Signal, encode_signal, signal_in
 from shared.messaging.hosts import Hosts
-from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.publisher import BROKEN_LINK, closed_under_us
 from shared.messaging.topology import LOG
 
 log = structlog.get_logger(__name__)
@@ -214,14 +214,16 @@ class LogReader:
     async def _attach(self, start: Start) -> "AsyncIterator[_Link]":
         connection = await self._hosts.connect()
         try:
-            link = _Link(connection, self._stream, self._name, self._prefetch)
-            async with asyncio.timeout(10.0):
-                await link.open(start)
-            yield link
+            with closed_under_us():
+                link = _Link(connection, self._stream, self._name, self._prefetch)
+                async with asyncio.timeout(10.0):
+                    await link.open(start)
+                yield link
         finally:
             try:
-                async with asyncio.timeout(1.0):
-                    await connection.close()
+                with closed_under_us():
+                    async with asyncio.timeout(1.0):
+                        await connection.close()
             except BROKEN_LINK as error:
                 log.debug("log_close", reader=self._name, error=str(error) or type(error).__name__)
 

@@ -14,6 +14,7 @@ stream had no leader nacks for ever, long after the stream has one.
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from uuid import uuid4
 
 import aio_pika
@@ -32,6 +33,18 @@ log = structlog.get_logger(__name__)
 # What connecting, publishing and closing raise when the broker is away or the link breaks.
 # StopAsyncIteration: a peer that accepts and hangs up without a word, such as a proxy before a broker that starts.
 BROKEN_LINK = (OSError, TimeoutError, EOFError, AMQPError, AMQPException, RuntimeError, StopAsyncIteration)
+
+
+@contextlib.contextmanager
+def closed_under_us() -> Iterator[None]:
+    """Around what uses a channel: aiormq gives a bare Exception to those whose channel is closed while they wait.
+    It becomes a ConnectionError, one of BROKEN_LINK."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ConnectionError("the channel was closed") from error
 
 
 _RENEW_EVERY = 2.0  # seconds

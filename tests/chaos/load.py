@@ -1,5 +1,5 @@
-"""The load: creations, changes of one order by several at once, payments, repeats, and looks at a stranger's orders. It
-remembers what it was answered; `proof.py` holds that against the stores.
+"""The load: creations, changes of one order by several at once, payments, repeats, and attempts at a stranger's orders.
+It remembers what it was answered; `proof.py` holds that against the stores.
 
 Every request carries a mark of its own in what it writes, so that it can be found again wherever it went.
 """
@@ -55,6 +55,8 @@ class Load:
         """Marks of what was answered 4xx or 503, for good -> the answer."""
         self.unknown: set[str] = set()
         self.answers: Counter[str] = Counter()
+        self._durability: dict[str, str] = {}
+        """Of each order, as its creation was answered."""
         self.wrong: list[str] = []
         """Answers that no fault excuses."""
 
@@ -70,7 +72,7 @@ class Load:
             while not self._stop.is_set():
                 shop = self._shops[0] if self._chance.random() < 0.8 else self._shops[1]
                 act = self._chance.choices(
-                    (self._create, self._change, self._pay, self._look_at_a_strangers), (50, 30, 15, 5)
+                    (self._create, self._change, self._pay, self._try_a_strangers, self._list), (50, 28, 15, 5, 2)
                 )[0]
                 await act(client, shop)
                 await asyncio.sleep(self._pause * self._chance.uniform(0.5, 1.5))
@@ -85,6 +87,7 @@ class Load:
             return
         self._note(shop, done["id"], "created", 0, mark)
         shop.orders.append(done["id"])
+        self._durability[done["id"]] = f"{'visible' if done['visible'] else 'not visible'}, {done['durability']}"
         del shop.orders[:-_KNOWN]
         if self._chance.random() < 0.1:
             outcome, again = await self._send(client, shop, "POST", "/api/orders", body, key=mark)
@@ -106,6 +109,7 @@ class Load:
             self._note(shop, order, "changed", data["version"], mark)
         elif outcome == "no":
             self.refused[mark] = data["said"]
+            self._not_found(order, data["said"])
         else:
             self.unknown.add(mark)
 
@@ -117,13 +121,34 @@ class Load:
         done = await self._until_known(client, shop, "POST", f"/api/orders/{order}/payments", body, payment)
         if done is not None:
             self._note(shop, order, "paid", 0, payment)
+        elif payment in self.refused:
+            self._not_found(order, self.refused[payment])
 
-    async def _look_at_a_strangers(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+    def _not_found(self, order: str, said: str) -> None:
+        """An order that was acknowledged; told apart, not judged: see architecture.md, limits."""
+        if ": 404 " in said:
+            self.answers[f"404 of an own order ({self._durability[order]})"] += 1
+
+    async def _try_a_strangers(self, client: httpx.AsyncClient, shop: _Shop) -> None:
         other = next(one for one in self._shops if one is not shop)
-        if other.orders:
-            outcome, data = await self._send(client, shop, "GET", f"/api/orders/{self._chance.choice(other.orders)}")
-            if outcome == "yes":
-                self.wrong.append(f"a stranger's order was shown: {data['id']}")
+        if not other.orders:
+            return
+        path = f"/api/orders/{self._chance.choice(other.orders)}"
+        if self._chance.random() < 0.5:
+            outcome, _ = await self._send(client, shop, "GET", path)
+        else:
+            mark = uuid4().hex
+            outcome, data = await self._send(client, shop, "PUT", path, {"notes": mark})
+            self.refused[mark] = data.get("said", "a stranger's, whatever the answer was")
+        if outcome == "yes":
+            self.wrong.append(f"a stranger's order was shown or changed: {path}")
+
+    async def _list(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+        outcome, data = await self._send(client, shop, "GET", "/api/orders?limit=20")
+        if outcome == "yes":
+            self.wrong += [
+                f"a stranger's order was listed: {one['id']}" for one in data if one["restaurant_id"] != shop.restaurant
+            ]
 
     # -- how they are answered ---------------------------------------------------------------------------------
 
@@ -143,7 +168,8 @@ class Load:
         for _ in range(_REPEATS):
             outcome, data = await self._send(client, shop, method, path, body, key=key)
             if outcome == "yes":
-                return data
+                answered: dict[str, Any] = data
+                return answered
             in_doubt = in_doubt or outcome == "unknown"
             if outcome == "no" and not in_doubt:
                 self.refused[mark] = data["said"]
@@ -161,7 +187,7 @@ class Load:
         body: dict[str, Any] | None = None,
         *,
         key: str | None = None,
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> tuple[str, Any]:
         """(yes, no or unknown; data)"""
         headers = {"Authorization": f"Bearer {shop.token}", **({"Idempotency-Key": key} if key else {})}
         url = self._chance.choice(self._urls) + path
@@ -173,10 +199,10 @@ class Load:
         except httpx.HTTPError as error:
             self.answers[type(error).__name__] += 1
             return "unknown", {}
-        self.answers[f"{method} {reply.status_code}"] += 1
+        code = f" {reply.json()['error']['code']}" if 400 <= reply.status_code < 500 else ""
+        self.answers[f"{method} {reply.status_code}{code}"] += 1
         if reply.status_code in (200, 201):
-            data: dict[str, Any] = reply.json()["data"]
-            return "yes", data
+            return "yes", reply.json()["data"]
         if reply.status_code in (503, 504) or 400 <= reply.status_code < 500:
             said = f"{method} {url} {reply.headers.get('date')}: {reply.status_code} {reply.text[:200]}"
             return ("unknown" if reply.status_code == 504 else "no"), {"said": said}

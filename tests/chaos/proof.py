@@ -1,36 +1,22 @@
 """What must be true when every fault is mended and everything has come to rest.
 
-- Every acknowledged change is once in PostgreSQL, and at least once in the log; what was refused is nowhere.
+- Every acknowledged change is once in PostgreSQL and in what the mirror has of its order, and at least once in the log.
+- What was refused is in none of them; what nobody answered is there once at most.
 - PostgreSQL holds what the mirror holds; nothing is pending, on the ladder or dead.
 - The versions of an order have no gap, one change each (a fork is kept on both sides, and a conflict is open for it).
-- No number is given twice, no tenant sees another's, and the ledger explains every change.
+- No number is given twice, no tenant was shown another's, and the ledger explains every change.
 """
 
-import asyncio
-import json
 import sqlite3
 from collections import Counter, defaultdict
-from typing import Any
-from uuid import uuid4
+from collections.abc import Iterable, Mapping
 
-import aio_pika
-import httpx
-import msgspec
-import redis.asyncio
 from msgspec import Struct, field
 
-from shared.entities.contract import now
-from shared.entities.signal import MARK, Signal, encode_signal
-from shared.messaging import topology
-from tests.chaos.load import Load
+from tests.chaos.load import Acknowledged, Load
 from tests.chaos.rig import Rig
-from tests.system import eventually
-
-_QUIET = 120.0
-_CHANGES = (
-    "select change_id::text, entity_id::text, version, type, accepted_at, data->'after'->>'notes' as notes, data::text"
-    " from changes"
-)
+from tests.chaos.seen import Seen, Step, look
+from tests.chaos.watch import Watch
 
 
 class Proof(Struct):
@@ -40,7 +26,11 @@ class Proof(Struct):
     wrong: list[str] = field(default_factory=list)
     """Whatever else must not be."""
     forks: int = 0
-    unexplained: int = 0
+    forked_creations: int = 0
+    """Of these: a creation repeated where neither store could tell."""
+    pushed: int = 0
+    unexplained: list[str] = field(default_factory=list)
+    """Change ids."""
     seconds_to_rest: float = 0.0
 
     @property
@@ -48,132 +38,135 @@ class Proof(Struct):
         return not (self.lost or self.doubled or self.wrong or self.unexplained)
 
 
-async def rest(rig: Rig) -> None:
-    """Waits until nothing is on its way any more. Raises AssertionError with what still is."""
-
-    async def restless() -> dict[str, int]:
-        found: dict[str, int] = {}
-        async with redis.asyncio.from_url(rig.servers.redis.url) as mirror:
-            found["claims"] = int(await mirror.zcard("ticketrail:claims"))
-            pending = [key async for key in mirror.scan_iter("*:pending:*")]
-            found["pending"] = sum([int(await mirror.zcard(key)) for key in pending])
-        for name in ("orders", "second-orders"):
-            async with httpx.AsyncClient() as client:
-                ready = (await client.get(f"{rig.system.urls[name]}/health/ready")).json()
-            found[f"journal of {name}"] = int(ready["journal"]["depth"])
-        found |= await _depths(rig)
-        return {name: count for name, count in found.items() if count}
-
-    await eventually(restless, within=_QUIET, what="rest", until=lambda found: not found)
-
-
-async def _depths(rig: Rig) -> dict[str, int]:
-    found: dict[str, int] = {}
-    async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
-        channel = await connection.channel()
-        for lane in topology.Lane:
-            for queue in (topology.lane_queue(lane), *(topology.retry_queue(lane, step) for step in (50, 100, 200))):
-                declared = await channel.declare_queue(queue, passive=True)
-                found[queue] = declared.declaration_result.message_count or 0
-    return found
-
-
-async def prove(rig: Rig, load: Load) -> Proof:
-    proof = Proof(acknowledged=len(load.acknowledged), wrong=list(load.wrong))
-    async with rig.system.database() as connection:
-        rows = await connection.fetch(f"{_CHANGES} where entity = 'order'")
-        payments = Counter(row[0] for row in await connection.fetch("select id::text from payments"))
-        forked = {tuple(row) for row in await connection.fetch("select entity_id::text, version from conflicts")}
-        numbers = await connection.fetch(
-            "select order_number, count(*) from orders group by restaurant_id, business_day, 1 having count(*) > 1"
-        )
-        dead = await _dead(connection)
-    by_mark: dict[str, list[Any]] = defaultdict(list)
-    by_version: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for row in rows:
-        before = json.loads(row["data"])["before"]
-        if row["type"].endswith(".created.v1") or "notes" in before:
-            by_mark[row["notes"]].append(row)
-        by_version[row["entity_id"], row["version"]].append(row["change_id"])
-
-    logged = await _logged(rig)
-    for one in load.acknowledged:
-        if one.what == "paid":
-            if payments[one.mark] != 1:
-                (proof.lost if not payments[one.mark] else proof.doubled).append(f"payment {one.mark} of {one.order}")
-            continue
-        found = [row for row in by_mark[one.mark] if row["entity_id"] == one.order]
-        if not found:
-            proof.lost.append(f"{one.what} {one.order} version {one.version} ({one.mark})")
-        elif len(by_mark[one.mark]) > len(found) or (one.what == "changed" and len(found) > 1):
-            proof.doubled.append(f"{one.what} {one.order} ({one.mark}): {len(by_mark[one.mark])} times")
-        elif found[0]["change_id"] not in logged:
-            proof.lost.append(f"{one.what} {one.order}: not in the log")
-    for mark, said in load.refused.items():
-        for row in by_mark.get(mark, ()):
-            proof.wrong.append(
-                f"refused, and there all the same: {row['type']} {row['entity_id']} version {row['version']},"
-                f" accepted {row['accepted_at']} ({said})"
-            )
-        if payments[mark]:
-            proof.wrong.append(f"refused, and there all the same: payment {mark} ({said})")
-
-    versions: dict[str, set[int]] = defaultdict(set)
-    for (order, version), changes in by_version.items():
-        versions[order].add(version)
-        if len(changes) > 1:
-            proof.forks += 1
-            if (order, version) not in forked:
-                proof.doubled.append(f"version {version} of {order} {len(changes)} times, and no conflict")
-    for order, seen in versions.items():
-        if seen != set(range(1, max(seen) + 1)):
-            proof.wrong.append(f"versions of {order} have a gap: {sorted(seen)}")
-    proof.wrong += [f"order number {row[0]} given {row[1]} times" for row in numbers]
-    proof.wrong += [f"dead: {one}" for one in dead]
-    proof.wrong += await _mirror_differs(rig)
-    proof.unexplained = await _unexplained(rig)
+async def prove(rig: Rig, load: Load, watch: Watch | None = None) -> Proof:
+    seen = await look(rig)
+    proof = judge(load.acknowledged, load.refused, load.unknown, seen)
+    proof.wrong += load.wrong
+    if watch is not None:
+        proof.pushed = sum(len(pushed) for pushed in watch.pushed.values())
+        proof.wrong += [*watch.wrong, *pushed_to_strangers(watch.pushed, seen)]
     return proof
 
 
-async def _dead(connection: Any) -> list[str]:
-    rows = await connection.fetch(
-        "select queue, fingerprint, error from dead_letters where status <> 'resolved' limit 10"
-    )
-    return [f"{row['queue']}: {row['error']}" for row in rows]
+def judge(
+    acknowledged: Iterable[Acknowledged], refused: Mapping[str, str], unknown: Iterable[str], seen: Seen
+) -> Proof:
+    """Pure. `refused`: mark -> the answer; `unknown`: marks."""
+    proof = Proof(unexplained=seen.unexplained)
+    stores = _Stores(seen)
+    for one in acknowledged:
+        proof.acknowledged += 1
+        (_payment if one.what == "paid" else _change)(proof, stores, one)
+    for mark, said in refused.items():
+        proof.wrong += [f"refused, and there all the same: {where} ({said})" for where in stores.whereabouts(mark)]
+    for mark in unknown:
+        places = {(one.order, one.version) for one in stores.wrote[mark]}
+        orders = {order for order, _ in places}
+        if len(orders) > 1 or len(places) > 1 or seen.payments[mark] > 1:
+            proof.doubled.append(f"unanswered, and there more than once: {mark} {sorted(places)}")
+    _versions(proof, seen)
+    proof.wrong += [f"order number {one}" for one in seen.numbers_twice]
+    proof.wrong += [f"dead: {one}" for one in seen.dead]
+    proof.wrong += [f"mirror: {one}" for one in seen.differs]
+    return proof
 
 
-async def _logged(rig: Rig) -> set[str]:
-    """Ids of all changes in the log."""
-    found: set[str] = set()
-    end = asyncio.Event()
-    async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
-        channel = await connection.channel()
-        await channel.set_qos(prefetch_count=500)
-        stream = await channel.get_queue(topology.LOG, ensure=False)
-        # As a reader of the log puts it in: whoever follows the log passes over it.
-        mark = encode_signal(Signal(id=str(uuid4()), type=MARK, time=now(), source="proof"))
+class _Stores:
+    """The same, by what is looked for."""
 
-        async def take(message: aio_pika.abc.AbstractIncomingMessage) -> None:
-            if message.body == mark:
-                end.set()
-                return
-            found.update(one["id"] for one in msgspec.json.decode(message.body) if "entityversion" in one)
-            await message.ack()
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self.wrote = _by_mark(seen.changes)
+        self.logged = _by_mark(seen.logged)
+        self.logged_ids = {one.change for one in seen.logged}
+        self.logged_payments = {id_: one for one in reversed(seen.logged) for id_ in one.payments}
+        """The first change that carries it."""
+        self._notes = {
+            **{one.notes: f"the mirror, as {one.change}" for one in seen.mirror.values()},
+            **{one.notes: f"the log, {one}" for one in seen.logged},
+            **{one.notes: f"PostgreSQL, {one}" for one in seen.changes},
+        }
 
-        await channel.default_exchange.publish(aio_pika.Message(mark, delivery_mode=2), topology.LOG)
-        await stream.consume(take, arguments={"x-stream-offset": "first"})
-        await asyncio.wait_for(end.wait(), 60)
+    def whereabouts(self, mark: str) -> list[str]:
+        found = [self._notes[mark]] if mark in self._notes else []
+        if self.seen.payments[mark]:
+            found.append("PostgreSQL, a payment")
+        if mark in self.logged_payments:
+            found.append(f"the log, a payment of {self.logged_payments[mark]}")
+        if any(mark in one.payments for one in self.seen.mirror.values()):
+            found.append("the mirror, a payment")
+        return found
+
+
+def _by_mark(steps: Iterable[Step]) -> dict[str | None, list[Step]]:
+    found: dict[str | None, list[Step]] = defaultdict(list)
+    for one in steps:
+        if one.wrote_notes:
+            found[one.notes].append(one)
     return found
 
 
-async def _mirror_differs(rig: Rig) -> list[str]:
-    said = json.loads(await rig.system.cli("full-sync", "--verify", "--json", check=False))
-    return [f"mirror: {one['what']} {one['entity']} {one['id']}" for one in said["differences"][:10]]
+def _change(proof: Proof, stores: _Stores, one: Acknowledged) -> None:
+    written = stores.wrote[one.mark]
+    mine = [step for step in written if step.order == one.order]
+    name = f"{one.what} {one.order} ({one.mark})"
+    if not mine:
+        logged = stores.logged[one.mark]
+        proof.lost.append(f"{name}: not in PostgreSQL; {logged[0] if logged else 'not in the log either'}")
+        return
+    if len(written) > len(mine) or (one.what == "changed" and len(mine) > 1):
+        proof.doubled.append(f"{name}: {len(written)} times")
+    # A creation repeated where neither store could tell is a fork of version 1: each side of it is in the log.
+    proof.lost += [f"{name}: not in the log: {step}" for step in mine if step.change not in stores.logged_ids]
+    if one.version and all(step.version != one.version for step in mine):
+        proof.wrong.append(f"{name}: answered as version {one.version}, and it is {mine[0]}")
+    stands = stores.seen.mirror.get(one.order)
+    if stands is None or stands.version < mine[0].version:
+        proof.lost.append(f"{name}: not in the mirror, which has {stands}")
+    elif any(step.change == stands.change for step in mine) and stands.notes != one.mark:
+        proof.lost.append(f"{name}: in the mirror it says {stands.notes}")
 
 
-async def _unexplained(rig: Rig) -> int:
-    said = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
-    return int(said["unexplained"])
+def _payment(proof: Proof, stores: _Stores, one: Acknowledged) -> None:
+    stands = stores.seen.mirror.get(one.order)
+    counts = {
+        "PostgreSQL": stores.seen.payments[one.mark],
+        "the mirror": 0 if stands is None else stands.payments.count(one.mark),
+        "the log": int(one.mark in stores.logged_payments),
+    }
+    for where, count in counts.items():
+        if count != 1:
+            list_ = proof.doubled if count else proof.lost
+            list_.append(f"payment {one.mark} of {one.order}: {count} times in {where}")
+
+
+def _versions(proof: Proof, seen: Seen) -> None:
+    by_version = Counter((one.order, one.version) for one in seen.changes)
+    versions: dict[str, set[int]] = defaultdict(set)
+    for (order, version), count in by_version.items():
+        versions[order].add(version)
+        if count > 1:
+            proof.forks += 1
+            proof.forked_creations += version == 1
+            if (order, version) not in seen.conflicts:
+                proof.doubled.append(f"version {version} of {order} {count} times, and no open conflict")
+    for order, found in versions.items():
+        if found != set(range(1, max(found) + 1)):
+            proof.wrong.append(f"versions of {order} have a gap: {sorted(found)}")
+
+
+def pushed_to_strangers(pushed: Mapping[str, Mapping[str, int]], seen: Seen) -> list[str]:
+    """`pushed`: restaurant -> change -> how often its screen was told. By what the stores say whose a change is, not by
+    what the event says."""
+    owners = {one.change: one.restaurant for one in (*seen.logged, *seen.changes)}
+    wrong = [
+        f"change {change} of restaurant {owners[change]} was pushed to {restaurant}"
+        for restaurant, changes in pushed.items()
+        for change in changes
+        if owners.get(change, restaurant) != restaurant
+    ]
+    busy = set(owners.values())
+    return wrong + [f"nothing was pushed to {one}" for one, changes in pushed.items() if one in busy and not changes]
 
 
 def journal_of(rig: Rig, instance: int) -> int:

@@ -5,6 +5,8 @@ import asyncio
 import shutil
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -36,6 +38,8 @@ class Rig:
         self._more: dict[str, dict[str, object]] = {}
         self._copies: list[tuple[float, Path]] = []
         self._copying: asyncio.Task[None] | None = None
+        self.revived: Counter[str] = Counter()
+        """Services that ended by themselves, and how often."""
         self.disk: Path | None = None
         """Of the journals, where this user may mount one."""
 
@@ -172,10 +176,12 @@ class Rig:
             case Kind.WIPE:
                 pass
 
-    async def revive(self) -> None:
-        """Services that ended by themselves, as a supervisor would start them again."""
+    def revive(self, *, but: Container[str] = ()) -> None:
+        """Services that ended by themselves, as a supervisor would start them again. `but`: those that a fault keeps
+        down."""
         for name, child in list(self.system.children.items()):
-            if child.returncode is not None:
+            if child.returncode is not None and name not in but:
+                self.revived[name] += 1
                 self._start(name)
 
     async def all_ready(self) -> None:

@@ -33,8 +33,10 @@ _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
 }
 _LONG_STALL = 70.0
 _LONG_RUN = 170.0
-_PAUSE = (0.5, 5.0)
+_PAUSE = (0.5, 3.0)
 _OVERLAP = 0.2
+_REST = 0.5
+"""Seconds between two faults of one target."""
 
 
 class Fault(Struct, frozen=True):
@@ -58,9 +60,10 @@ def schedule(seed: int, length: float) -> list[Fault]:
     two at one target. A run of three minutes has a link that stalls for more than a minute."""
     chance = random.Random(seed)
     faults: list[Fault] = []
-    busy: dict[str, float] = {}
     if length >= _LONG_RUN:
-        long = Fault(chance.uniform(5.0, length - _LONG_STALL - 10.0), Kind.STALL, chance.choice(SERVERS), _LONG_STALL)
+        long = Fault(
+            round(chance.uniform(5.0, length - _LONG_STALL - 10.0), 2), Kind.STALL, chance.choice(SERVERS), _LONG_STALL
+        )
         faults.append(long)
     at = chance.uniform(1.0, 3.0)
     kinds, weights = list(_KINDS), [weight for _, _, weight in _KINDS.values()]
@@ -68,11 +71,12 @@ def schedule(seed: int, length: float) -> list[Fault]:
         kind = chance.choices(kinds, weights)[0]
         targets, (shortest, longest), _ = _KINDS[kind]
         fault = Fault(round(at, 2), kind, chance.choice(targets), round(chance.uniform(shortest, longest), 2))
-        if fault.until > length:
+        if fault.at > length:
             return sorted(faults, key=lambda one: one.at)
-        beside = [one for one in faults if one.target == fault.target and one.at < fault.until and fault.at < one.until]
-        if not beside and busy.get(fault.target, 0.0) <= fault.at:
-            faults.append(fault)
-            busy[fault.target] = fault.until + 1.0
+        apart = [one for one in faults if one.target == fault.target]
+        if fault.until > length or any(one.at < fault.until + _REST and fault.at < one.until + _REST for one in apart):
+            at += _REST  # another one, or later
+            continue
+        faults.append(fault)
         pause = chance.uniform(*_PAUSE)
         at = fault.at + pause if chance.random() < _OVERLAP else fault.until + pause

@@ -11,23 +11,16 @@ from typing import Any
 import httpx
 import redis.asyncio
 
-from deploy.local import packages, servers
-from deploy.local.ports import find_free
+from deploy.local.child import Child
 from tests.chaos.load import Load
-from tests.chaos.proof import Proof, prove, rest
+from tests.chaos.proof import Proof, prove
+from tests.chaos.rest import rest
 from tests.chaos.rig import Rig
+from tests.chaos.schedule import SERVERS
 from tests.proxy import Mode, Proxy
-from tests.servers import Redis, Servers
-from tests.servers.processes import LocalProcess
+from tests.servers import Redis, Server, Servers
+from tests.servers.processes import local_redis, with_own_redis
 from tests.system import eventually
-
-
-def local_redis(folder: Path) -> Redis:
-    """A process of this machine, also where the run's servers are containers: its files are copied and put back."""
-    (port,) = find_free(1)
-    programs = packages.ensure()
-    own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", programs, port=port)
-    return Redis(LocalProcess(own), port)
 
 
 class Outage(Rig):
@@ -36,14 +29,7 @@ class Outage(Rig):
     def __init__(self, shared: Servers, folder: Path, **settings: object) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
         self.replica = local_redis(self._local)
-        own = Servers(
-            shared.rabbitmq,
-            shared.postgres,
-            local_redis(self._local),
-            another_redis=lambda: local_redis(self._local),
-            clean=lambda: None,
-        )
-        super().__init__(own, folder, **{"settle_seconds": 3.0, **settings})
+        super().__init__(with_own_redis(shared, self._local), folder, **{"settle_seconds": 3.0, **settings})
 
     async def up(self) -> None:
         for one in (self.servers.redis, self.replica):
@@ -91,11 +77,22 @@ class Outage(Rig):
     async def kill_and_roll_back(self) -> None:
         await asyncio.to_thread(self._roll_back)
 
+    def one(self, name: str) -> Server | Child:
+        """A server or a service: killed, frozen and thawed alike, in a thread: this loop carries the proxies."""
+        return self._one(name)
+
+    async def start_again(self, name: str) -> None:
+        """After a kill -9."""
+        if name in SERVERS:
+            await asyncio.to_thread(self._server(name).start)
+        else:
+            self._start(name)
+            await self.system.ready(name, within=60.0)
+
     async def restart(self, name: str) -> None:
         """kill -9, and anew."""
-        await asyncio.to_thread(self.system.children[name].kill)  # this loop carries the proxies
-        self._start(name)
-        await self.system.ready(name, within=60.0)
+        await asyncio.to_thread(self.one(name).kill)
+        await self.start_again(name)
 
     async def warm(self, *, within: float = 60.0) -> None:
         await eventually(self.system.warm, within=within, what="a warm mirror", until=lambda state: state == "warm")

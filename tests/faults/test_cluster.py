@@ -11,10 +11,11 @@ import pytest
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.chaos.rig import Rig
-from tests.faults.outage import acknowledged, local_redis, proven, under_load
+from tests.faults.outage import acknowledged, proven, under_load
 from tests.proxy import Mode, Proxy
 from tests.servers import Servers
 from tests.servers.cluster import SIZE, Cluster
+from tests.servers.processes import local_redis
 from tests.system import eventually
 
 pytestmark = pytest.mark.timeout(300)

@@ -26,6 +26,24 @@ class LocalProcess:
             self.server.kill()
 
 
+def local_redis(folder: Path) -> Redis:
+    """A process of this machine, also where the run's servers are containers: its files are copied and put back."""
+    (port,) = find_free(1)
+    own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", packages.ensure(), port=port)
+    return Redis(LocalProcess(own), port)
+
+
+def with_own_redis(shared: Servers, folder: Path) -> Servers:
+    """The run's servers, and a Redis of its own that is not started."""
+    return Servers(
+        shared.rabbitmq,
+        shared.postgres,
+        local_redis(folder),
+        another_redis=lambda: local_redis(folder),
+        clean=lambda: None,
+    )
+
+
 def prepare() -> Servers:
     programs = packages.ensure()
     folder = Path(tempfile.mkdtemp(prefix="ticketrail-test-"))

@@ -1,0 +1,53 @@
+"""When everything has come to rest: nothing waits in a claim, a journal, a lane or on the ladder, nothing is pending,
+and what a fork left out has been brought back."""
+
+import aio_pika
+import httpx
+import redis.asyncio
+
+from shared.messaging import topology
+from tests.chaos.rig import Rig
+from tests.system import eventually
+
+_WITHIN = 120.0
+# Facts that the standing state of their order lacks (services/sync/forked_payments.py).
+_LEFT_OUT = """
+select count(*) from payments p where not exists (
+    select from orders o join changes c on c.restaurant_id = o.restaurant_id and c.change_id = o.change_id,
+        json_array_elements(c.data->'after'->'payments') carried
+    where o.restaurant_id = p.restaurant_id and o.id = p.order_id and carried->>'id' = p.id::text
+)
+"""
+
+
+async def rest(rig: Rig) -> None:
+    """Raises AssertionError with what is still on its way."""
+    await eventually(lambda: restless(rig), within=_WITHIN, what="rest", until=lambda found: not found)
+
+
+async def restless(rig: Rig) -> dict[str, int]:
+    found: dict[str, int] = {}
+    async with redis.asyncio.from_url(rig.servers.redis.url) as mirror:
+        found["claims"] = int(await mirror.zcard("ticketrail:claims"))
+        pending = [key async for key in mirror.scan_iter("*:pending:*")]
+        found["pending"] = sum([int(await mirror.zcard(key)) for key in pending])
+    for name in ("orders", "second-orders"):
+        async with httpx.AsyncClient() as client:
+            ready = (await client.get(f"{rig.system.urls[name]}/health/ready")).json()
+        found[f"journal of {name}"] = int(ready["journal"]["depth"])
+    found |= await _depths(rig)
+    if not any(found.values()):
+        async with rig.system.database() as connection:
+            found["payments left out"] = await connection.fetchval(_LEFT_OUT)
+    return {name: count for name, count in found.items() if count}
+
+
+async def _depths(rig: Rig) -> dict[str, int]:
+    found: dict[str, int] = {}
+    async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
+        channel = await connection.channel()
+        for lane in topology.Lane:
+            for queue in (topology.lane_queue(lane), *(topology.retry_queue(lane, step) for step in (50, 100, 200))):
+                declared = await channel.declare_queue(queue, passive=True)
+                found[queue] = declared.declaration_result.message_count or 0
+    return found

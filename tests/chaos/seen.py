@@ -1,0 +1,200 @@
+"""What all stores hold at rest: read here, judged in proof.py."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+import aio_pika
+import msgspec
+from msgspec import Struct, field
+
+from shared.entities.contract import now
+from shared.entities.signal import MARK, Signal, encode_signal
+from shared.messaging import topology
+from shared.mirror.mirror import Mirror
+from shared.tracing import trace_id_of
+from tests.chaos.rig import Rig
+
+_CHANGES = (
+    "select restaurant_id::text, change_id::text, entity_id::text, version, type, accepted_at, traceparent, data::text"
+    " from changes where entity = 'order'"
+)
+_NUMBERS_TWICE = "select order_number, count(*) from orders group by restaurant_id, business_day, 1 having count(*) > 1"
+_DEAD = "select queue, error from dead_letters where status <> 'resolved' limit 10"
+_BLOCK = 200
+
+
+class Step(Struct, frozen=True):
+    """One change of an order."""
+
+    restaurant: str
+    change: str
+    order: str
+    version: int
+    type: str
+    at: str
+    trace: str | None
+    notes: str | None
+    """The whole state's, whoever wrote them."""
+    wrote_notes: bool
+    payments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"change {self.change} (version {self.version} of {self.order}, accepted {self.at}, trace {self.trace})"
+
+
+class Standing(Struct, frozen=True):
+    """What the mirror has of an order."""
+
+    version: int
+    change: str
+    notes: str | None
+    payments: tuple[str, ...]
+
+
+class Seen(Struct, frozen=True, kw_only=True):
+    changes: list[Step]
+    """In PostgreSQL."""
+    payments: Counter[str]
+    """The same: rows of each."""
+    conflicts: set[tuple[str, int]]
+    """(order, version) of those that are open."""
+    numbers_twice: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    logged: list[Step]
+    """Each as often as the log has it."""
+    mirror: dict[str, Standing]
+    differs: list[str] = field(default_factory=list)
+    """Between PostgreSQL and the mirror, by `full-sync --verify`."""
+    unexplained: list[str] = field(default_factory=list)
+    """Change ids, by the ledger."""
+
+
+async def look(rig: Rig) -> Seen:
+    # The ledger first: what it misses it has missed for long, so that nothing of it is on its way to what is read next.
+    unexplained, differs = await asyncio.gather(_unexplained(rig), _differs(rig))
+    async with rig.system.database() as connection:
+        changes = [_stored(row) for row in await connection.fetch(_CHANGES)]
+        payments = Counter(row[0] for row in await connection.fetch("select id::text from payments"))
+        conflicts = await connection.fetch("select entity_id::text, version from conflicts where resolved_at is null")
+        twice = await connection.fetch(_NUMBERS_TWICE)
+        dead = await connection.fetch(_DEAD)
+    logged = await _logged(rig)
+    return Seen(
+        changes=changes,
+        payments=payments,
+        conflicts={(row[0], row[1]) for row in conflicts},
+        numbers_twice=[f"{row[0]} given {row[1]} times" for row in twice],
+        dead=[f"{row['queue']}: {row['error']}" for row in dead],
+        logged=logged,
+        mirror=await _mirrored(rig, {one.order for one in changes} | {one.order for one in logged}),
+        differs=differs,
+        unexplained=unexplained,
+    )
+
+
+def _stored(row: Any) -> Step:
+    return _step(
+        json.loads(row["data"]),
+        restaurant=row["restaurant_id"],
+        change=row["change_id"],
+        order=row["entity_id"],
+        version=row["version"],
+        type=row["type"],
+        at=str(row["accepted_at"]),
+        trace=trace_id_of(row["traceparent"]),
+    )
+
+
+def _step(data: dict[str, Any], *, type: str, **fields: Any) -> Step:
+    after = data["after"]
+    return Step(
+        **fields,
+        type=type,
+        notes=after.get("notes"),
+        wrote_notes=type.endswith(".created.v1") or "notes" in (data["before"] or {}),
+        payments=_payments(after),
+    )
+
+
+def _payments(state: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(one["id"] for one in state.get("payments") or ())
+
+
+async def _logged(rig: Rig) -> list[Step]:
+    found: list[Step] = []
+    end = asyncio.Event()
+    async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=500)
+        stream = await channel.get_queue(topology.LOG, ensure=False)
+        # As a reader of the log puts it in: whoever follows the log passes over it.
+        mark = encode_signal(Signal(id=str(uuid4()), type=MARK, time=now(), source="proof"))
+
+        async def take(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+            if message.body == mark:
+                end.set()
+                return
+            found.extend(_of_orders(msgspec.json.decode(message.body)))
+            await message.ack()
+
+        await channel.default_exchange.publish(aio_pika.Message(mark, delivery_mode=2), topology.LOG)
+        await stream.consume(take, arguments={"x-stream-offset": "first"})
+        await asyncio.wait_for(end.wait(), 60)
+    return found
+
+
+def _of_orders(events: Iterable[dict[str, Any]]) -> Iterable[Step]:
+    for event in events:
+        entity, _, id_ = event.get("subject", "").partition("/")
+        if entity == "order" and "entityversion" in event:
+            yield _step(
+                event["data"],
+                restaurant=event["restaurantid"],
+                change=event["id"],
+                order=id_,
+                version=event["entityversion"],
+                type=event["type"],
+                at=event["time"],
+                trace=trace_id_of(event.get("traceparent")),
+            )
+
+
+async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, Standing]:
+    """Of these and of whatever else it has, of both restaurants."""
+    found: dict[str, Standing] = {}
+    mirror = Mirror(rig.servers.redis.url, timeout=5.0, stale_seconds=60.0)
+    try:
+        for restaurant in (rig.system.restaurant, rig.other["restaurant_id"]):
+            ids = sorted(orders.union(await mirror.live_ids(restaurant, "order")))
+            for start in range(0, len(ids), _BLOCK):
+                block = ids[start : start + _BLOCK]
+                _, documents = await mirror.read(restaurant, "order", block)
+                for id_, document in zip(block, documents, strict=True):
+                    if document is not None:
+                        state = msgspec.json.decode(document.state)
+                        standing = document.standing
+                        found[id_] = Standing(
+                            standing.version, standing.change_id, state.get("notes"), _payments(state)
+                        )
+    finally:
+        await mirror.close()
+    return found
+
+
+async def _differs(rig: Rig) -> list[str]:
+    said = json.loads(await rig.system.cli("full-sync", "--verify", "--json", check=False))
+    found = [f"{one['what']} {one['entity']} {one['id']}" for one in said["differences"]]
+    if not said["compared"]:
+        found.append("nothing was compared")
+    if said["pending"]:
+        found.append(f"the mirror is ahead in {said['pending']}")
+    return found
+
+
+async def _unexplained(rig: Rig) -> list[str]:
+    said = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
+    return [one["change_id"] for one in said["missing"]]

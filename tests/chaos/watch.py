@@ -1,0 +1,62 @@
+"""A screen of each restaurant, by server-sent events, that comes back by its cursor for as long as the run lasts."""
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from typing import Any
+
+import httpx
+
+from tests.chaos.rig import Rig
+
+# Heartbeats come every 15 seconds: a link that is silent for longer is dead.
+_TIMEOUT = httpx.Timeout(5.0, read=20.0)
+_PAUSE = 0.5
+
+
+class Watch:
+    def __init__(self, rig: Rig) -> None:
+        system = rig.system
+        self._url = f"{system.urls['notifier']}/api/v1/sync/events"
+        self._tokens = {system.restaurant: system.token("admin"), rig.other["restaurant_id"]: rig.other["token"]}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.pushed: dict[str, Counter[str]] = {restaurant: Counter() for restaurant in self._tokens}
+        """Restaurant -> change -> how often."""
+        self.resyncs = 0
+        self.wrong: list[str] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._follow(*one)) for one in self._tokens.items()]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self, restaurant: str, token: str) -> None:
+        cursor = ""
+        async with httpx.AsyncClient(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {token}"}) as client:
+            while True:
+                headers = {"Last-Event-ID": cursor} if cursor else {}
+                with contextlib.suppress(httpx.HTTPError):
+                    async with client.stream("GET", self._url, headers=headers) as reply:
+                        if 400 <= reply.status_code < 500:
+                            self.wrong.append(f"a screen was refused: {reply.status_code} {await reply.aread()!r}")
+                        async for line in reply.aiter_lines():
+                            if line.startswith("id: "):
+                                cursor = line[4:]
+                            elif line.startswith("data: "):
+                                self.take(restaurant, json.loads(line[6:]))
+                await asyncio.sleep(_PAUSE)
+
+    def take(self, restaurant: str, event: dict[str, Any]) -> None:
+        """One event of that restaurant's screen."""
+        if "changeId" not in event:  # connected, or resync
+            self.resyncs += event.get("reason") is not None
+            if event.get("restaurantId", restaurant) != restaurant:
+                self.wrong.append(f"the screen of {restaurant} was connected as {event['restaurantId']}")
+            return
+        self.pushed[restaurant][event["changeId"]] += 1
+        if event["data"]["restaurant_id"] != restaurant:
+            self.wrong.append(f"an order of {event['data']['restaurant_id']} was pushed to {restaurant}")

@@ -1,0 +1,148 @@
+"""The proof of `make chaos` on stores made by hand: each thing that must not be is found, and named."""
+
+from collections import Counter
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.chaos.load import Acknowledged
+from tests.chaos.proof import Proof, judge, pushed_to_strangers
+from tests.chaos.seen import Seen, Standing, Step
+
+MINE, OTHERS = "restaurant-1", "restaurant-2"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+def step(change: str, version: int, notes: str, *, wrote: bool = True, payments: tuple[str, ...] = ()) -> Step:
+    type_ = "order.created.v1" if version == 1 else "order.updated.v1"
+    return Step(MINE, change, "order-1", version, type_, "now", TRACE, notes, wrote, payments)
+
+
+CREATED = step("change-1", 1, "first")
+CHANGED = step("change-2", 2, "second")
+PAID = step("change-3", 3, "second", wrote=False, payments=("payment-1",))
+STEPS = [CREATED, CHANGED, PAID]
+ACKNOWLEDGED = [
+    Acknowledged(MINE, "order-1", "created", 0, "first"),
+    Acknowledged(MINE, "order-1", "changed", 2, "second"),
+    Acknowledged(MINE, "order-1", "paid", 0, "payment-1"),
+]
+SEEN = Seen(
+    changes=STEPS,
+    payments=Counter({"payment-1": 1}),
+    conflicts=set(),
+    logged=[*STEPS, CHANGED],  # at least once
+    mirror={"order-1": Standing(3, "change-3", "second", ("payment-1",))},
+)
+
+
+def judged(*, refused: str | None = None, unknown: str | None = None, **changed: Any) -> Proof:
+    seen = msgspec.structs.replace(SEEN, **changed)
+    return judge(ACKNOWLEDGED, {refused: "503"} if refused else {}, [unknown] if unknown else [], seen)
+
+
+def test_what_is_everywhere_once_holds() -> None:
+    proof = judged(refused="another", unknown="a third one")
+    assert proof.holds, proof
+    assert proof.acknowledged == 3
+
+
+@pytest.mark.parametrize(
+    ("stores", "told"),
+    [
+        ({"changes": [CREATED, PAID]}, "changed order-1 (second): not in PostgreSQL; change change-2"),
+        ({"changes": [CREATED, PAID]}, f"trace {TRACE}"),
+        ({"changes": [CREATED, PAID], "logged": [CREATED, PAID]}, "not in PostgreSQL; not in the log either"),
+        ({"logged": [CREATED, PAID]}, "changed order-1 (second): not in the log"),
+        ({"logged": [CREATED, CHANGED]}, "payment payment-1 of order-1: 0 times in the log"),
+        ({"payments": Counter()}, "payment payment-1 of order-1: 0 times in PostgreSQL"),
+        ({"mirror": {}}, "created order-1 (first): not in the mirror"),
+        ({"mirror": {"order-1": Standing(1, "change-1", "first", ("payment-1",))}}, "(second): not in the mirror"),
+        ({"mirror": {"order-1": Standing(2, "change-2", "first", ("payment-1",))}}, "in the mirror it says first"),
+        ({"mirror": {"order-1": Standing(3, "change-3", "second", ())}}, "0 times in the mirror"),
+    ],
+)
+def test_what_one_store_lacks_is_lost(stores: dict[str, Any], told: str) -> None:
+    assert any(told in line for line in judged(**stores).lost)
+
+
+@pytest.mark.parametrize(
+    ("stores", "told"),
+    [
+        ({"changes": [*STEPS, step("change-4", 4, "second")]}, "changed order-1 (second): 2 times"),
+        (
+            {
+                "changes": [
+                    *STEPS,
+                    Step(MINE, "change-9", "order-9", 1, "order.created.v1", "now", None, "first", True, ()),
+                ]
+            },
+            "created order-1 (first): 2 times",
+        ),
+        ({"payments": Counter({"payment-1": 2})}, "2 times in PostgreSQL"),
+        ({"mirror": {"order-1": Standing(3, "change-3", "second", ("payment-1",) * 2)}}, "2 times in the mirror"),
+        ({"changes": [*STEPS, step("change-4", 3, "x", wrote=False)]}, "version 3 of order-1 2 times"),
+    ],
+)
+def test_what_is_there_twice_is_doubled(stores: dict[str, Any], told: str) -> None:
+    assert any(told in line for line in judged(**stores).doubled)
+
+
+def test_a_fork_with_an_open_conflict_is_counted_and_is_not_doubled() -> None:
+    proof = judged(changes=[*STEPS, step("change-4", 3, "x", wrote=False)], conflicts={("order-1", 3)})
+    assert proof.holds
+    assert proof.forks == 1
+
+
+@pytest.mark.parametrize("mark", ["first", "second", "payment-1"])
+@pytest.mark.parametrize(
+    "stores",
+    [
+        {"logged": [], "mirror": {}},
+        {"changes": [], "payments": Counter(), "mirror": {}},
+    ],
+)
+def test_what_was_refused_may_be_in_no_store(mark: str, stores: dict[str, Any]) -> None:
+    assert any("refused, and there all the same" in line for line in judged(refused=mark, **stores).wrong)
+
+
+@pytest.mark.parametrize("mark", ["second", "payment-1"])
+def test_what_was_refused_may_not_be_in_the_mirror_alone(mark: str) -> None:
+    told = judged(refused=mark, changes=[], payments=Counter(), logged=[]).wrong
+    assert any(line.startswith("refused") and "the mirror" in line for line in told)
+
+
+def test_what_nobody_answered_may_be_there_once() -> None:
+    once = [*STEPS, step("change-4", 4, "third")]
+    assert not judged(unknown="third", changes=once).doubled
+    twice = [*once, step("change-5", 5, "third")]
+    assert any("unanswered" in line for line in judged(unknown="third", changes=twice).doubled)
+    assert any("unanswered" in line for line in judged(unknown="x", payments=Counter({"payment-1": 1, "x": 2})).doubled)
+
+
+@pytest.mark.parametrize(
+    ("stores", "told"),
+    [
+        ({"changes": [CREATED, PAID]}, "versions of order-1 have a gap: [1, 3]"),
+        ({"numbers_twice": ["0007 given 2 times"]}, "order number 0007 given 2 times"),
+        ({"dead": ["a.queue: poison"]}, "dead: a.queue: poison"),
+        ({"differs": ["behind order order-1"]}, "mirror: behind order order-1"),
+        ({"changes": [CREATED, step("change-2", 7, "second")]}, "answered as version 2"),
+    ],
+)
+def test_what_else_must_not_be_is_wrong(stores: dict[str, Any], told: str) -> None:
+    proof = judged(**stores)
+    assert any(told in line for line in proof.wrong)
+    assert not proof.holds
+
+
+def test_what_the_ledger_cannot_explain_breaks_the_proof() -> None:
+    assert not judged(unexplained=["change-2"]).holds
+
+
+def test_a_push_to_a_stranger_is_found_by_whose_the_change_is() -> None:
+    assert not pushed_to_strangers({MINE: {"change-1": 1, "unheard of": 1}, OTHERS: {}}, SEEN)
+    (told,) = pushed_to_strangers({MINE: {"change-1": 1}, OTHERS: {"change-2": 1}}, SEEN)
+    assert told == f"change change-2 of restaurant {MINE} was pushed to {OTHERS}"
+    assert pushed_to_strangers({MINE: {}}, SEEN) == [f"nothing was pushed to {MINE}"]

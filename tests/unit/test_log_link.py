@@ -1,0 +1,59 @@
+"""The log reader on a link that breaks in ways that no server makes on demand."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from shared.messaging.hosts import Hosts
+from shared.messaging.log import LogReader
+from tests.system import eventually
+
+
+class Broken:
+    """A connection that is lost while a channel is being opened, as aiormq tells it."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def channel(self, **_: Any) -> None:
+        raise self._error
+
+    async def close(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [Exception(), ConnectionResetError(), StopAsyncIteration()])
+async def test_a_connection_lost_while_its_channel_opens_is_made_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+
+    async def connect(_: Hosts) -> Broken:
+        nonlocal attempts
+        attempts += 1
+        return Broken(error)
+
+    monkeypatch.setattr(Hosts, "connect", connect)
+    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)
+    reading = asyncio.create_task(anext(reader.read("first")))
+
+    async def tried() -> int:
+        assert not reading.done(), "it gave up"
+        return attempts
+
+    try:
+        await eventually(tried, what="another attempt", until=lambda count: count > 1)
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_bug_is_not_taken_for_a_broken_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(_: Hosts) -> Broken:
+        return Broken(KeyError("a bug"))
+
+    monkeypatch.setattr(Hosts, "connect", connect)
+    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)
+    with pytest.raises(KeyError):
+        await anext(reader.read("first"))
