@@ -97,19 +97,24 @@ async def _screen(url: str, token: str, pushed: dict[str, float]) -> None:
         writer.close()
 
 
+_KINDS = ("quorum", "stream")
+
+
 class _Confirms:
     """A quorum queue and a stream of its own, bound like a lane, and our publisher."""
 
     def __init__(self, rig: Rig) -> None:
         self._url = rig.rabbitmq_url
         self._name = f"bench.confirm.{uuid4().hex[:8]}"
-        self._publisher = Publisher(rig.rabbitmq_url, self._name, timeout=5.0)
+        self._publisher = Publisher(
+            rig.rabbitmq_url, self._name, queues=[f"{self._name}.{kind}" for kind in _KINDS], timeout=5.0
+        )
 
     async def open(self) -> None:
         async with await aio_pika.connect(self._url) as connection:
             channel = await connection.channel()
             exchange = await channel.declare_exchange(self._name, "direct", durable=True)
-            for kind in ("quorum", "stream"):
+            for kind in _KINDS:
                 queue = await channel.declare_queue(
                     f"{self._name}.{kind}", durable=True, arguments={"x-queue-type": kind}
                 )
@@ -130,6 +135,6 @@ class _Confirms:
         await self._publisher.stop()
         async with await aio_pika.connect(self._url) as connection:
             channel = await connection.channel()
-            for kind in ("quorum", "stream"):
+            for kind in _KINDS:
                 await channel.queue_delete(f"{self._name}.{kind}")
             await channel.exchange_delete(self._name)

@@ -30,8 +30,8 @@ from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.log import LogReader
-from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.messaging.topology import CHANGES, REFERENCE_LOG
+from shared.messaging.publisher import BROKEN_LINK, Publisher, closed_under_us
+from shared.messaging.topology import CHANGES, REFERENCE_LOG, bound_queues
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
@@ -76,7 +76,9 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )
-    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    publisher = Publisher(
+        settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+    )
     journal = Journal(
         settings.journal_path,
         instance=settings.instance_number,
@@ -190,12 +192,13 @@ async def start(parts: Parts) -> None:
 
 async def _check_topology(settings: Settings) -> None:
     try:
-        connection = await declare.connect(settings.rabbitmq_url)
+        with closed_under_us():
+            async with await declare.connect(settings.rabbitmq_url) as connection:
+                await declare.check(connection, settings)
+    except declare.TopologyError:
+        raise
     except BROKEN_LINK as error:
         log.warning("starting_without_broker", error=str(error) or type(error).__name__)
-        return
-    async with connection:
-        await declare.check(connection, settings)
 
 
 async def stop(parts: Parts) -> None:

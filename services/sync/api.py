@@ -26,7 +26,7 @@ from shared.gate import Outer, cors, gate
 from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options, read_body, success
 from shared.limits import Limits
 from shared.messaging.publisher import Publisher
-from shared.messaging.topology import CHANGES
+from shared.messaging.topology import CHANGES, bound_queues
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
@@ -142,7 +142,9 @@ def assemble(settings: Settings) -> Parts:
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )
-    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    publisher = Publisher(
+        settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+    )
     # Without a journal: what cannot be recorded now is refused, and the other system sends it again.
     recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
     rail = Rail(

@@ -328,7 +328,8 @@ def replay_command(
         for one in lines[:20]:
             click.echo(_printable(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}"))
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
-        click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + f" {job.message or ''}")
+        said = f": {job.message}" if job.message else ""
+        click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + said)
     died = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
     if absent or died:
         sys.exit(1)

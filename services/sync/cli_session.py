@@ -13,7 +13,7 @@ from services.sync.reconciler import Reconciler
 from shared.errors import TicketrailError
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.messaging.topology import CHANGES
+from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import MigrationError
@@ -43,7 +43,9 @@ class Session:
         self.mirror = Mirror(
             settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
         )
-        self.publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+        self.publisher = Publisher(
+            settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+        )
         recorder = Recorder(self.publisher, None, under_way=settings.publishes_under_way)
         self.rail = Rail(
             self.mirror,

@@ -26,7 +26,7 @@ from shared.http import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher, closed_under_us
-from shared.messaging.topology import CHANGES
+from shared.messaging.topology import CHANGES, bound_queues
 from shared.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
@@ -70,7 +70,9 @@ def assemble(settings: Settings) -> Parts:
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )
-    publisher = Publisher(settings.rabbitmq_url, CHANGES, timeout=settings.publish_timeout_seconds)
+    publisher = Publisher(
+        settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+    )
     watch = FenceWatch(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
     recorder = Recorder(publisher, None, under_way=settings.publishes_under_way, metrics=rail_metrics)

@@ -17,6 +17,9 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 
+_UNREACHABLE = "is down or inaccessible"
+
+
 class TopologyError(RuntimeError):
     """The broker does not hold what this version needs; says which queue and what to do."""
 
@@ -27,11 +30,14 @@ async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
-    """Asked on a channel of its own: the broker closes the channel of a question with the answer no."""
+    """Asked on a channel of its own: the broker closes the channel of a question with the answer no. Raises
+    ConnectionError for a queue that is there and out of reach, such as a stream of a broker that has just started."""
     channel = await connection.channel()
     try:
         await channel.declare_queue(queue, passive=True)
-    except ChannelNotFoundEntity:
+    except ChannelNotFoundEntity as error:
+        if _UNREACHABLE in str(error):
+            raise ConnectionError(str(error)) from error
         return False
     await channel.close()
     return True

@@ -8,13 +8,16 @@
 After an InDoubt the connection is given up and a new one is made, with jittered back-off: a frozen broker costs one
 timeout, not one for every message, because until the next connection stands everything else is NotSent at once.
 
+It connects only to a broker that has every queue which its messages go to. One that has just started has its exchanges
+and its quorum queues seconds before its streams, routes to those alone, and confirms: what it takes then is in no log.
+
 After a nack the link stays, and its channel is renewed, every two seconds at most: a channel that was opened while a
 stream had no leader nacks for ever, long after the stream has one.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
 import aio_pika
@@ -59,9 +62,11 @@ class InDoubt(Exception):
 
 
 class Publisher:
-    def __init__(self, url: str, exchange: str, *, timeout: float) -> None:
+    def __init__(self, url: str, exchange: str, *, queues: Sequence[str], timeout: float) -> None:
+        """`queues`: what is bound to the exchange."""
         self._hosts = Hosts(url)
         self._exchange_name = exchange
+        self._queues = queues
         self._timeout = timeout
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
@@ -181,6 +186,8 @@ class Publisher:
         async with asyncio.timeout(5.0):
             channel: AbstractChannel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(self._exchange_name, ensure=False)
+            for queue in self._queues:
+                await channel.declare_queue(queue, passive=True)
         self._nacked.clear()
         channel.close_callbacks.add(lambda *_: self._lost(connection, channel))
         self._channel, self._exchange, self._default = channel, exchange, channel.default_exchange

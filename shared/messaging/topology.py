@@ -43,6 +43,11 @@ def retry_queue(lane: Lane, delay_ms: int) -> str:
     return f"sync.postgres.{lane}.retry.{delay_ms}ms.v1"
 
 
+def bound_queues() -> list[str]:
+    """Where a change goes, whatever its lane."""
+    return [*(lane_queue(lane) for lane in Lane), REFERENCE_LOG, LOG]
+
+
 @dataclass(frozen=True)
 class Queue:
     name: str

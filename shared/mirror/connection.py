@@ -83,7 +83,7 @@ class MirrorConnection:
         self._forgotten = False  # the next round trip needs a new connection
         self._connection: Any = None
         self._waiting: list[_Call] = []
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[Any] | None = None
         self._failures = 0
         self._closed_until = 0.0
         self._clock: float | None = None  # of the server, ahead of our monotonic one

@@ -40,7 +40,7 @@ class _Shop(Struct):
 class Load:
     def __init__(self, rig: Rig, seed: int, *, clients: int = 6, pause: float = 0.03) -> None:
         system = rig.system
-        self._urls = [system.urls["orders"], system.urls["second-orders"]]
+        self._urls = [url for name, url in system.urls.items() if name.endswith("orders")]
         self._shops = [
             _Shop(system.restaurant, system.token("admin"), system.dish(), []),
             _Shop(rig.other["restaurant_id"], rig.other["token"], rig.other["dish"], []),

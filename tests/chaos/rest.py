@@ -31,7 +31,7 @@ async def restless(rig: Rig) -> dict[str, int]:
         found["claims"] = int(await mirror.zcard("ticketrail:claims"))
         pending = [key async for key in mirror.scan_iter("*:pending:*")]
         found["pending"] = sum([int(await mirror.zcard(key)) for key in pending])
-    for name in ("orders", "second-orders"):
+    for name in [one for one in rig.system.children if one.endswith("orders")]:
         async with httpx.AsyncClient() as client:
             ready = (await client.get(f"{rig.system.urls[name]}/health/ready")).json()
         found[f"journal of {name}"] = int(ready["journal"]["depth"])

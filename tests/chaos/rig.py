@@ -74,13 +74,17 @@ class Rig:
         self.system = plain
         plain.env |= {f"TICKETRAIL_{name.upper()}": url for name, url in proxied.items()}
         await plain.up()
-        port = find_free(1)[0]
-        plain.urls["second-orders"] = f"http://127.0.0.1:{port}"
-        self._more["second-orders"] = {"instance": 2, "orders_port": port}
-        self._start("second-orders")
-        await plain.ready("second-orders")
+        await self.add("second-orders", 2)
         await self._register_another()
         self._copying = asyncio.create_task(self._copy_now_and_then())
+
+    async def add(self, name: str, instance: int) -> None:
+        """One more of a service: `third-worker`."""
+        (port,) = find_free(1)
+        self.system.urls[name] = f"http://127.0.0.1:{port}"
+        self._more[name] = {"instance": instance, f"{name.rpartition('-')[2]}_port": port}
+        self._start(name)
+        await self.system.ready(name, within=60.0)
 
     async def down(self) -> None:
         if self._copying is not None:
@@ -190,8 +194,7 @@ class Rig:
         await eventually(self.system.warm, within=60.0, what="a warm mirror", until=lambda state: state == "warm")
 
     def _start(self, name: str) -> None:
-        service = name.removeprefix("second-")
-        self.system.start(service, alias=name, **self._more.get(name, {}))
+        self.system.start(name.rpartition("-")[2], alias=name, **self._more.get(name, {}))
 
     def _server(self, name: str) -> Server:
         found: Server = getattr(self.servers, name)

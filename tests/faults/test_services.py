@@ -1,50 +1,52 @@
 """Services killed under load, and services that must refuse to run."""
 
 import asyncio
+import random
 
 import aio_pika
 import httpx
 import pytest
-import redis.asyncio
 
-from deploy.local.ports import find_free
 from shared.entities.contract import Lane
 from shared.messaging import topology
-from tests.faults.load import Load
+from tests.faults.outage import Outage, acknowledged, proven, under_load
 from tests.system import System, eventually
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(300)
 
 
-async def test_the_orders_service_killed_under_load_loses_nothing_that_it_acknowledged(victim: System) -> None:
-    async with Load(victim) as load:
-        for _ in range(3):
-            await load.more(40)
-            victim.kill("orders")
-            victim.start("orders")
-            await victim.ready("orders")
-        await load.more(20)
-    await load.everything_arrives()
+async def test_of_three_of_each_service_any_may_be_killed_or_stopped_under_load(outage: Outage) -> None:
+    added = [
+        ("second-worker", 2), ("second-sync", 2), ("second-notifier", 2),
+        ("third-orders", 3), ("third-worker", 3), ("third-sync", 3), ("third-notifier", 3),
+    ]  # fmt: skip
+    await asyncio.gather(*(outage.add(*one) for one in added))
+    chance = random.Random(3)
+    rewound = rewinds(outage)
+    try:
+        async with under_load(outage, 3) as load:
+            for how in ("killed", "stopped"):
+                for service in ("worker", "orders", "notifier", "sync"):
+                    await acknowledged(load, chance.randrange(1, 20))
+                    name = chance.choice([one for one in outage.system.children if one.endswith(service)])
+                    if how == "killed":
+                        await asyncio.to_thread(outage.one(name).kill)
+                    else:
+                        assert await outage.system.stop(name, within=10.0), f"{name} was still there after 10 s"
+                    await acknowledged(load, 5)
+                    await outage.start_again(name)
+            await acknowledged(load, 20)
+        assert {"POST 503", "POST 504"}.isdisjoint(load.answers), load.answers
+        await proven(outage, load)
+    finally:
+        for name, _ in added:
+            await outage.system.stop(name)
+            del outage.system.urls[name]
+    assert rewinds(outage) - rewound < 10, "they fight over the mirror"
 
-    async def claims_left() -> int:
-        async with redis.asyncio.from_url(victim.redis.url) as mirror:
-            return int(await mirror.zcard("ticketrail:claims"))
 
-    await eventually(claims_left, what="claims of the dead to be finished", until=lambda count: count == 0)
-
-
-async def test_the_sync_worker_killed_under_load_settles_everything_when_it_returns(victim: System) -> None:
-    async with Load(victim) as load:
-        await load.more(40)
-        victim.kill("worker")
-        await load.more(40)
-        await load.the_list_is_right()
-        victim.start("worker")
-        await victim.ready("worker")
-        await load.more(20)
-    assert load.refused.total() == 0
-    await load.everything_arrives()
-    await load.the_list_is_right()
+def rewinds(outage: Outage) -> int:
+    return sum(log.read_text().count("mirror_rewind") for log in outage.system.directory.glob("*worker.log"))
 
 
 @pytest.mark.parametrize("queue", [topology.lane_queue(Lane.CRITICAL), topology.LOG])
@@ -87,25 +89,3 @@ async def test_services_refuse_to_start_on_a_broker_without_their_queues(victim:
 
         await eventually(ended, within=30, what=f"{name} refused", until=lambda code: code is not None)
         assert "ticketrail migrate" in victim.children[name].tail(40)
-
-
-async def test_two_of_each_service_work_side_by_side(victim: System) -> None:
-    ports = dict(zip(("orders_port", "worker_port", "notifier_port"), find_free(3), strict=True))
-    for name, port in zip(("orders", "worker", "notifier"), ports.values(), strict=True):
-        victim.urls[f"second-{name}"] = f"http://127.0.0.1:{port}"
-        victim.start(name, alias=f"second-{name}", instance=2, **ports)
-        await victim.ready(f"second-{name}")
-    async with Load(victim, instances=("orders", "second-orders")) as load:
-        await load.more(40)
-        await asyncio.to_thread(victim.redis.kill)
-        await load.more(20)
-        await asyncio.to_thread(victim.redis.start)
-        await eventually(victim.warm, what="warm again", within=20, until=lambda state: state == "warm")
-        await load.more(20)
-        for name in ("worker", "second-worker"):
-            await victim.ready(name)
-    await load.everything_arrives()
-    await load.the_list_is_right()
-    for name in ("worker", "second-worker"):
-        rewinds = (victim.directory / f"{name}.log").read_text().count("mirror_rewind")
-        assert rewinds < 10, f"{name} rewound {rewinds} times: the two fight over the mirror"

@@ -203,7 +203,7 @@ class Desk:
 
 @asynccontextmanager
 async def open_desk(system: System) -> AsyncIterator[Desk]:
-    publisher = Publisher(system.rabbitmq_url, topology.CHANGES, timeout=30.0)
+    publisher = Publisher(system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=30.0)
     await publisher.start(wait=10)
     try:
         yield Desk(await open_shop(system), publisher)

@@ -40,7 +40,7 @@ class RailRig:
     def __init__(self, url: str, redis: Redis, folder: Path, *, instance: int = 1, journal: bool = True) -> None:
         self.url, self.redis, self.folder = url, redis, folder
         self.mirror = Mirror(redis.url, timeout=0.5, stale_seconds=STALE)
-        self.publisher = Publisher(url, topology.CHANGES, timeout=PUBLISH_TIMEOUT)
+        self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=PUBLISH_TIMEOUT)
         self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
         self.recorder = Recorder(self.publisher, self.journal, under_way=2)
         self.rail = Rail(self.mirror, self.recorder, self.journal, claim_seconds=0.5, reveal_seconds=0.5)

@@ -42,7 +42,7 @@ class Shop(Struct, frozen=True):
 
     async def publish(self, *changes: Change, lane: Lane = Lane.CRITICAL) -> None:
         """As another instance would have recorded them."""
-        publisher = Publisher(self.system.rabbitmq_url, topology.CHANGES, timeout=5.0)
+        publisher = Publisher(self.system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
         await publisher.start(wait=10)
         try:
             await publisher.publish(lane.value, message(*changes))

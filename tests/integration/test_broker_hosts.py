@@ -52,7 +52,7 @@ async def test_a_node_that_takes_connections_and_never_speaks_is_passed_over(
 
 async def test_a_publisher_goes_on_with_the_next_node(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
     url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes))
-    publisher = Publisher(url, topology.CHANGES, timeout=1.0)
+    publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=1.0)
     await publisher.start(wait=10)
     try:
         for lost, mode in ((nodes[0], Mode.REFUSE), (nodes[1], Mode.LOSE)):

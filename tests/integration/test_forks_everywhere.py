@@ -17,7 +17,7 @@ from shared.entities import order as orders
 from shared.entities.contract import Change, Lane
 from shared.entities.entity import Entity
 from shared.messaging.publisher import Publisher
-from shared.messaging.topology import CHANGES
+from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
 from tests.builders import change, message, payment
 from tests.system import System, eventually
@@ -72,7 +72,7 @@ def fork(first: Change, second: Change) -> tuple[Change, Change]:
 
 
 async def publish(system: System, lane: Lane, *bodies: bytes) -> None:
-    publisher = Publisher(system.rabbitmq_url, CHANGES, timeout=5.0)
+    publisher = Publisher(system.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=5.0)
     await publisher.start(wait=10)
     try:
         for body in bodies:

@@ -36,10 +36,27 @@ async def vhost(servers: Servers) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def publisher(vhost: str) -> AsyncIterator[Publisher]:
-    publisher = Publisher(vhost, EXCHANGE, timeout=TIMEOUT)
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=TIMEOUT)
     await publisher.start(wait=10)
     yield publisher
     await publisher.stop()
+
+
+async def test_to_a_broker_that_lacks_one_of_its_queues_nothing_is_sent(vhost: str) -> None:
+    # It would confirm all the same: what is bound and not there is not routed to.
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE, "log"], timeout=TIMEOUT)
+    await publisher.start(wait=1)
+    try:
+        with pytest.raises(NotSent):
+            await publisher.publish("key", b"one")
+        async with await aio_pika.connect(vhost) as connection:
+            channel = await connection.channel()
+            await channel.declare_queue("log", durable=True, arguments={"x-queue-type": "stream"})
+        await asyncio.wait_for(publisher.wait_connected(), 20)
+        await publisher.publish("key", b"two")
+    finally:
+        await publisher.stop()
+    assert await queued(vhost, at_least=1) == [b"two"]
 
 
 async def queued(url: str, *, at_least: int) -> list[bytes]:
@@ -98,7 +115,7 @@ async def test_a_message_that_no_queue_takes_is_in_doubt_and_the_connection_stay
 
 
 async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
-    publisher = Publisher(vhost, EXCHANGE, timeout=TIMEOUT)
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=TIMEOUT)
     with pytest.raises(NotSent):
         await publisher.publish("key", b"[]")
     await publisher.stop()
@@ -110,7 +127,7 @@ async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
 
 
 async def test_a_start_beside_a_broker_that_is_away_returns_when_its_wait_is_over(servers: Servers) -> None:
-    publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, timeout=TIMEOUT)
+    publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, queues=[QUEUE], timeout=TIMEOUT)
     began = time.monotonic()
     await publisher.start(wait=0.3)
     assert time.monotonic() - began < 2
@@ -186,7 +203,7 @@ async def test_whatever_the_client_makes_of_a_broken_handshake_the_publisher_tri
         return await connect(*args, **options)
 
     monkeypatch.setattr(aio_pika, "connect", broken)
-    publisher = Publisher(servers.rabbitmq.url, CHANGES, timeout=1.0)
+    publisher = Publisher(servers.rabbitmq.url, CHANGES, queues=[], timeout=1.0)
     await publisher.start()
     try:
         await asyncio.wait_for(publisher.wait_connected(), 10)

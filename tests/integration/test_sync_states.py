@@ -1,5 +1,5 @@
-"""How far an order has come on its way to PostgreSQL, as its readers see it: pending, synced, failed, in conflict; listed
-by it, and sent once more by hand."""
+"""How far an order has come on its way to PostgreSQL, as its readers see it: pending, synced, failed, in conflict;
+listed by it, and sent once more by hand."""
 
 import asyncio
 from collections.abc import AsyncIterator

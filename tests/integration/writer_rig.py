@@ -34,7 +34,7 @@ class Rig:
         self.settings = settings
         self.postgres = Postgres(settings.database_writer_url, settings)
         self.mirror = Mirror(settings.redis_url, timeout=0.5, stale_seconds=2.0)
-        self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, timeout=5.0)
+        self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
         self.watch = FenceWatch(settings)
         self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)

@@ -1,0 +1,110 @@
+"""The table of promises, row by row: the thing is killed and then frozen under load, and while it is away orders are
+placed, changed, read and pushed as the row says. Afterwards the ledger explains everything. The mirror's row is in
+test_mirror_lost.py, that of the journal besides in test_journal_takes_over.py."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from msgspec import Struct
+
+from tests.chaos.watch import Watch
+from tests.faults.outage import Outage, acknowledged, proven, under_load
+from tests.system import eventually
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Row(Struct, frozen=True):
+    things: tuple[str, ...]
+    durability: str = "broker"
+    pushed: bool = True
+    """While it is away; if not, afterwards, by cursor."""
+    seed: int = 0
+
+
+ROWS = {
+    "PostgreSQL": Row(("postgres",), seed=11),
+    "RabbitMQ": Row(("rabbitmq",), durability="journal", pushed=False, seed=12),
+    "the sync service": Row(("worker", "sync"), seed=13),
+    "the notifier": Row(("notifier",), pushed=False, seed=14),
+}
+
+
+class Screen(Watch):
+    """Knows orders by their versions too."""
+
+    def __init__(self, outage: Outage) -> None:
+        super().__init__(outage)
+        self.shown: set[tuple[str, int]] = set()
+
+    def take(self, restaurant: str, event: dict[str, Any]) -> None:
+        super().take(restaurant, event)
+        if "changeId" in event:
+            self.shown.add((event["data"]["id"], event["version"]))
+
+    async def shows(self, wanted: set[tuple[str, int]], *, within: float = 60.0) -> None:
+        async def missing() -> set[tuple[str, int]]:
+            return wanted - self.shown
+
+        await eventually(
+            missing, within=within, what="what was acknowledged, on the screen", until=lambda found: not found
+        )
+
+
+@asynccontextmanager
+async def screen_of(outage: Outage) -> AsyncIterator[Screen]:
+    screen = Screen(outage)
+    screen.start()
+    try:
+        yield screen
+    finally:
+        await screen.stop()
+
+
+@asynccontextmanager
+async def away(outage: Outage, things: tuple[str, ...], how: str) -> AsyncIterator[None]:
+    def of_all(what: str) -> list[Callable[[], object]]:
+        return [getattr(outage.one(name), what) for name in things]
+
+    stop, back = ("kill", None) if how == "killed" else ("freeze", "thaw")
+    await asyncio.gather(*(asyncio.to_thread(one) for one in of_all(stop)))
+    try:
+        yield
+    finally:
+        if back is not None:
+            await asyncio.gather(*(asyncio.to_thread(one) for one in of_all(back)))
+        else:
+            await asyncio.gather(*(outage.start_again(name) for name in things))
+
+
+@pytest.mark.parametrize("what", ROWS)
+async def test_while_it_is_away_the_row_of_the_table_holds_and_afterwards_nothing_is_missing(
+    outage: Outage, what: str
+) -> None:
+    row = ROWS[what]
+    async with screen_of(outage) as screen, under_load(outage, row.seed) as load:
+        for how in ("killed", "frozen"):
+            await acknowledged(load, 20)
+            async with away(outage, row.things, how):
+                placed = await outage.create()
+                changed = await outage.call("PUT", f"/api/orders/{placed['id']}", {"notes": f"while it is {how}"})
+                assert changed.status_code == 200, changed.text
+                found = (await outage.call("GET", f"/api/orders/{placed['id']}")).json()["data"]
+                assert (found["version"], found["notes"]) == (2, f"while it is {how}")
+                listed = await outage.call("GET", "/api/orders?limit=200")
+                assert placed["id"] in {one["id"] for one in listed.json()["data"]}
+                if row.pushed:
+                    await screen.shows({(placed["id"], 1), (placed["id"], 2)}, within=20)
+                assert [placed["durability"], changed.json()["data"]["durability"]] == [row.durability] * 2
+                for act in ("created", "changed", "paid"):
+                    await acknowledged(load, 3, what=act)
+            await screen.shows({(placed["id"], 1), (placed["id"], 2)})
+        await acknowledged(load, 10)
+    # A stranger's order is asked for and changed too: while PostgreSQL is away nobody can say that there is none.
+    assert not {"POST 503", "POST 504", "PUT 504"} & set(load.answers), load.answers
+    await screen.shows({(one.order, one.version) for one in load.acknowledged if one.version})
+    await proven(outage, load)
+    assert not screen.wrong
