@@ -1,0 +1,94 @@
+"""Too much pending, or failed: told in the log, in the metrics and in the status, of each restaurant, and when it is
+over."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from services.sync.status import sync_status
+from services.sync.thresholds import Thresholds
+from shared.entities.contract import Change, encode, now
+from shared.entities.order import ENTITY
+from shared.mirror.mirror import Apply
+from shared.postgres.pool import Postgres
+from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, order
+from tests.integration.writer_rig import MakeRig, Rig
+from tests.servers import Servers
+
+FAILURE = encode({"error": "boom", "attempts": 1, "last_attempt": now()})
+
+
+@pytest.fixture
+async def rig(make_rig: MakeRig, servers: Servers) -> AsyncIterator[Rig]:
+    """With a Redis of its own: all restaurants count."""
+    own = await asyncio.to_thread(servers.extra_redis)
+    try:
+        yield await make_rig(redis_url=own.url)
+    finally:
+        await asyncio.to_thread(own.discard)
+
+
+async def reveal(rig: Rig, count: int, restaurant: str = RESTAURANT) -> list[Change]:
+    made = [change(order(restaurant_id=restaurant)) for _ in range(count)]
+    await rig.mirror.apply(
+        [Apply(ENTITY, ENTITY.decode(one), one.standing, bytes(one.data.after), one.time) for one in made]
+    )
+    for id_ in {RESTAURANT, OTHER_RESTAURANT}:
+        await rig.mirror.keep_restaurant(id_, b"{}")
+    return made
+
+
+async def fail(rig: Rig, changes: list[Change]) -> None:
+    states = [(one.entity_id, one.standing) for one in changes]
+    await rig.mirror.settle(RESTAURANT, "order", states, failure=FAILURE)
+
+
+async def settle(rig: Rig, changes: list[Change]) -> None:
+    await rig.mirror.settle(RESTAURANT, "order", [(one.entity_id, one.standing) for one in changes])
+
+
+async def test_what_is_above_its_threshold_is_told_once_for_each_restaurant_and_when_it_is_over(rig: Rig) -> None:
+    watched = Thresholds(rig.settings.model_copy(update={"pending_warning": 2, "failed_warning": 1}), rig.mirror)
+    assert math.isnan(watched.pending), "nobody has looked yet"
+    mine = await reveal(rig, 3)
+    await reveal(rig, 2, OTHER_RESTAURANT)
+    await fail(rig, mine[:2])
+    with capture_logs() as logs:
+        await watched.look()
+        await watched.look()
+    told = [(one["event"], one["restaurant_id"], one["state"], one["count"], one["threshold"]) for one in logs]
+    assert told == [
+        ("sync_above_threshold", RESTAURANT, "failed", 2, 1),
+        ("sync_above_threshold", RESTAURANT, "pending", 3, 2),
+    ]
+    assert {one["log_level"] for one in logs} == {"warning"}
+    assert (watched.pending, watched.failed, watched.over) == (5, 2, {"pending": 1.0, "failed": 1.0})
+
+    await settle(rig, mine[:2])
+    with capture_logs() as logs:
+        await watched.look()
+    assert [(one["event"], one["state"]) for one in logs] == [
+        ("sync_below_threshold", "failed"),
+        ("sync_below_threshold", "pending"),
+    ]
+    assert (watched.pending, watched.failed, watched.over) == (3, 0, {"pending": 0.0, "failed": 0.0})
+
+
+async def test_the_status_has_a_flag_and_says_what_is_above(rig: Rig) -> None:
+    settings = rig.settings.model_copy(update={"pending_warning": 1, "failed_warning": 1})
+    api = Postgres(settings.database_api_url, settings)
+    try:
+        status = await sync_status(settings, api, rig.mirror, RESTAURANT)
+        assert (status["summary"], status["above_threshold"], status["warnings"]) == ("synced", False, [])
+        made = await reveal(rig, 2)
+        await fail(rig, made[:1])
+        status = await sync_status(settings, api, rig.mirror, RESTAURANT)
+        assert (status["summary"], status["above_threshold"]) == ("failed", True)
+        assert [(one.state, one.count, one.threshold) for one in status["warnings"]] == [("pending", 2, 1)]
+        assert (status["totals"]["pending"], status["tables"]["order"]["failed"]) == (2, 1)
+        assert (await sync_status(settings, api, rig.mirror, OTHER_RESTAURANT))["summary"] == "synced"
+    finally:
+        await api.close()
