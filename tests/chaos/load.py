@@ -87,7 +87,9 @@ class Load:
             return
         self._note(shop, done["id"], "created", 0, mark)
         shop.orders.append(done["id"])
-        self._durability[done["id"]] = f"{'visible' if done['visible'] else 'not visible'}, {done['durability']}"
+        self._durability[done["id"]] = (
+            f"{'visible' if done['visible'] else 'not visible'}, {done.get('durability', 'by a repeat')}"
+        )
         del shop.orders[:-_KNOWN]
         if self._chance.random() < 0.1:
             outcome, again = await self._send(client, shop, "POST", "/api/orders", body, key=mark)
