@@ -1,5 +1,6 @@
 """How far every entity of a tenant has come on its way to PostgreSQL: pending, synced, failed, conflict."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
@@ -74,11 +75,8 @@ async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, re
             "failed": failed,
             "conflict": conflicts.get(name, 0) if stored else None,
         }
-    totals = {
-        state: sum(count for table in tables.values() if (count := table[state]) is not None)
-        for state in ("pending", "synced", "failed", "conflict")
-    }
-    above = warnings(settings, totals["pending"], totals["failed"])
+    totals = {state: _total(table[state] for table in tables.values()) for state in tables["order"]}
+    above = warnings(settings, totals["pending"] or 0, totals["failed"] or 0)
     return {
         "summary": _summary(totals, unknown),
         "above_threshold": bool(above),
@@ -89,7 +87,12 @@ async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, re
     }
 
 
-def _summary(totals: dict[str, int], unknown: list[str]) -> str:
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _summary(totals: dict[str, int | None], unknown: list[str]) -> str:
     """One word: unknown, conflict, failed, pending or synced, the first that fits."""
     if unknown:
         return "unknown"

@@ -44,6 +44,8 @@ async def test_nothing_that_is_sent_brings_an_answer_which_the_document_does_not
         # Otherwise it would prove little: nearly every operation was done at least once.
         async with httpx.AsyncClient(base_url=fuzzed.urls[service]) as client:
             paths = (await client.get("/api-docs/openapi.json")).json()["paths"]
+        # What operators do an admin may not, and there is no letter to look at: tests of their own do those.
+        paths = {path: item for path, item in paths.items() if not path.startswith("/api/ops/")}
         every = {f"{method.upper()} {path}" for path, item in paths.items() for method in item}
         missed = every - outcome.reached("2")
         assert len(missed) <= len(every) // 10, sorted(missed)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from services.sync.api import API
 from shared.http import MAX_BODY_BYTES
 from shared.settings import Settings
 from shared.weak_secrets import weakness
@@ -143,6 +144,13 @@ def test_changes_are_passed_on_once_and_every_passing_location_tells_its_failure
         if name.endswith("_change"):
             assert "proxy_next_upstream off;" in body, name
     assert "non_idempotent" not in GATEWAY
+
+
+def test_what_the_sync_api_answers_is_passed_to_it() -> None:
+    locations = dict(_locations())
+    for path in {path for route in API.handlers for path in route.paths}:
+        fits = max((name for name in locations if path.startswith(name)), key=len)
+        assert "$sync_api" in locations[fits], path
 
 
 def test_event_streams_are_not_buffered() -> None:
