@@ -82,9 +82,9 @@ def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str
             return "stopped", f"{progress.again} died of the same again, after {progress.begun} of {job.total}"
         if job.canary and progress.failed and progress.begun <= _CANARIES[-1]:
             return "stopped", f"{progress.failed} of the first {progress.begun} died again, of something else"
-    if progress.settled >= job.total and job.kind == "dry_run":
+    if progress.settled >= progress.letters and job.kind == "dry_run":
         return "done", f"{job.total} tried, nothing was written"
-    if progress.settled >= job.total:
+    if progress.settled >= progress.letters:
         return "done", f"{job.total - progress.failed} of {job.total} went through"
     if cancel:
         return "cancelled", f"cancelled after {progress.begun} of {job.total}"

@@ -17,7 +17,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-_UNREACHABLE = "is down or inaccessible"
+_MISSING = "no queue"  # of one that is there and cannot be used a broker has several other things to say
 
 
 class TopologyError(RuntimeError):
@@ -36,7 +36,7 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
     try:
         await channel.declare_queue(queue, passive=True)
     except ChannelNotFoundEntity as error:
-        if _UNREACHABLE in str(error):
+        if _MISSING not in str(error):
             raise ConnectionError(str(error)) from error
         return False
     await channel.close()

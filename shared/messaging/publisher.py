@@ -205,7 +205,8 @@ class Publisher:
         self._connected.clear()
         if connection is not None:
             try:
-                async with asyncio.timeout(1.0):
-                    await connection.close()
+                with closed_under_us():
+                    async with asyncio.timeout(1.0):
+                        await connection.close()
             except BROKEN_LINK as error:
                 log.debug("publisher_close", error=str(error) or type(error).__name__)

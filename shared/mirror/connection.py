@@ -123,7 +123,7 @@ class MirrorConnection:
         if self._task is None or self._task.done():
             self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
             await asyncio.wait({probe}, timeout=_PATIENCE)
-            if probe.done():
+            if probe.done() and not probe.cancelled():
                 if (away := probe.result()) is not None:
                     raise away
                 return

@@ -20,7 +20,8 @@ update ops_jobs set state = 'running', worker = $1, beat_at = now(), started_at 
 where id = (
     select id from ops_jobs
     where state = 'waiting'
-        or state = 'running' and (beat_at is null or beat_at < now() - make_interval(secs => $2))
+        or state = 'running' and worker is distinct from $1
+            and (beat_at is null or beat_at < now() - make_interval(secs => $2))
     order by created_at for update skip locked limit 1
 )
 returning id::text, kind, per_second, canary, total
@@ -31,9 +32,22 @@ update ops_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'r
 _LET_GO = "update ops_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
 _END = """
 update ops_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
+returning true
+"""
+# Nobody sends them any more, and nobody would open them again.
+_FREE = """
+with freed as (
+    update dead_letters l set status = 'open', revision = l.revision + 1
+    from ops_job_letters p
+    where p.job_id = $1 and p.outcome = 'sending' and l.id = p.letter_id and l.status = 'replaying'
+    returning l.id
+)
+update ops_job_letters p set outcome = 'failed', again = false, at = now(),
+    detail = 'the job ended before the broker had confirmed it'
+from freed where p.job_id = $1 and p.letter_id = freed.id and p.outcome = 'sending'
 """
 _PROGRESS = """
-select count(*) filter (where outcome is not null and outcome <> 'sending') as begun,
+select count(*) as letters, count(*) filter (where outcome is not null and outcome <> 'sending') as begun,
     count(*) filter (where outcome not in ('sending', 'sent')) as settled,
     count(*) filter (where outcome = 'failed') as failed,
     count(*) filter (where again) as again
@@ -63,7 +77,7 @@ where job_id = $1 and position = any($2::int[]) and outcome = 'sending'
 """
 _NOTE = """
 update ops_job_letters set outcome = $3, detail = $4, again = $5, at = now()
-where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending')
+where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending' and $3 <> 'skipped')
 """
 _WRITTEN = "select true from changes where restaurant_id = $1 and change_id = $2"
 
@@ -119,7 +133,10 @@ _RESOLVE_DIRECTLY = """
 update dead_letters set status = 'resolved', closed_at = now(), revision = revision + 1
 where id = $1 and status = 'replaying'
 """
-_OLD_JOBS = "delete from ops_jobs where finished_at < now() - make_interval(days => $1)"
+_OLD_JOBS = """
+delete from ops_jobs j where finished_at < now() - make_interval(days => $1)
+    and not exists (select from ops_job_letters p where p.job_id = j.id and p.outcome in ('sending', 'sent'))
+"""
 
 
 class Running(Struct, frozen=True, kw_only=True):
@@ -133,6 +150,8 @@ class Running(Struct, frozen=True, kw_only=True):
 
 
 class Progress(Struct, frozen=True, kw_only=True):
+    letters: int
+    """That are still there: those that were closed for long are removed, whatever job they were part of."""
     begun: int
     """Sent, or settled."""
     settled: int
@@ -171,7 +190,10 @@ async def let_go(connection: Connection, worker: str) -> None:
 
 
 async def end(connection: Connection, job: str, worker: str, state: str, message: str | None) -> None:
-    await connection.execute(_END, job, worker, state, message)
+    """What it was sending, and nobody has confirmed, is open again."""
+    async with connection.transaction():
+        if await connection.fetchval(_END, job, worker, state, message):
+            await connection.execute(_FREE, job)
 
 
 async def progress(connection: Connection, job: str) -> Progress:

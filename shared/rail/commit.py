@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -37,6 +37,7 @@ from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 _PAUSE = 0.05
 _REMEMBERED = 10_000
 _CLAIM = {"db.system.name": "redis", "db.operation.name": "EVALSHA", "db.stored_procedure.name": "claim"}
@@ -203,6 +204,9 @@ class Rail:
                 self._without_claim.pop(draft.state.id, None)
         with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
             visible = await self._reveal(draft.entity, change, state, patient=claimed)
+        if not visible and not claimed and not self._mirror.down:
+            # Nobody waits for it: until the mirror has it, a repeat that comes elsewhere would make it again.
+            self._keep(asyncio.create_task(self._reveal(draft.entity, change, state), name="reveal"))
         if self._metrics is not None:
             self._metrics.accepted.inc(change.type)
         return Committed(state, change.standing, durability, visible)
@@ -214,6 +218,8 @@ class Rail:
         floor = self._highest.get((change.restaurantid, series), 0) if series else 0
         event, stock = encode(change), stock_text(draft.entity, draft.state)
         deadline = time.monotonic() + self._claim_seconds
+        if draft.existing is not None and draft.state.id in self._without_claim:
+            await self._tell_made(draft)
         while True:
             try:
                 # Nothing is to be claimed when we have gone on without it.
@@ -234,7 +240,10 @@ class Rail:
                     case Stands(standing, bytes() as encoded) if standing.change_id == change.id:
                         return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
                     case Stale():
-                        await self.finish(reply)
+                        try:
+                            await self.finish(reply)
+                        except BrokenContract as error:  # of a newer version than ours: it is left to those
+                            raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
                     case Cold():
                         return await self._unclaimed(draft, series, None, doubt)
                     case Stands(standing, None):
@@ -260,6 +269,8 @@ class Rail:
         if draft.base is not None:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
         if draft.existing is not None:
+            if draft.state.id in self._without_claim:
+                await self._tell_made(draft)
             self._note(draft.state.id, doubt)  # before the first await: of two repeats at once the second is told
         # Where no store can tell, creations go on: under the same id it stays one order.
         with contextlib.suppress(Unavailable):
@@ -314,14 +325,20 @@ class Rail:
             self._highest[restaurant, series] = max(int(number), self._highest.get((restaurant, series), 0))
 
     def _note(self, id_: str, doubt: "_Doubt") -> None:
-        """Raises Lost where this instance makes it already, or has made it of late."""
-        if id_ in self._without_claim:
-            raise Lost(*(self._without_claim[id_] or ()))
         while len(self._without_claim) >= _REMEMBERED:
             del self._without_claim[next(iter(self._without_claim))]
         self._without_claim[id_], doubt.noted = None, True
 
-    def _keep(self, task: "asyncio.Task[Committed]") -> "asyncio.Task[Committed]":
+    async def _tell_made(self, draft: Draft) -> None:
+        """Raises Lost: this instance makes it already, or has made it of late, and the mirror may not have it yet."""
+        made = self._without_claim[draft.state.id]
+        if made is not None and draft.existing is not None:
+            with contextlib.suppress(Unavailable):
+                if found := await draft.existing():  # it may have moved on
+                    raise Lost(*found)
+        raise Lost(*(made or ()))
+
+    def _keep(self, task: "asyncio.Task[T]") -> "asyncio.Task[T]":
         self._later.add(task)
         task.add_done_callback(self._later.discard)
         return task

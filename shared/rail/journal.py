@@ -155,10 +155,13 @@ class Journal:
             try:
                 entries = [entry for entries, _ in waiting for entry in entries]
                 await self._run(partial(self._do, partial(self._append, entries)))
-            except JournalBroken as error:
+            except Exception as error:  # noqa: BLE001  (told to all that wait for it, whatever it is)
+                broken = (
+                    error if isinstance(error, JournalBroken) else JournalInDoubt(f"{type(error).__name__}: {error}")
+                )
                 for _, done in waiting:
                     if not done.done():
-                        done.set_exception(error)
+                        done.set_exception(broken)
                 continue
             for _, done in waiting:
                 if not done.done():

@@ -35,14 +35,18 @@ def set_aside(path: Path, why: str) -> Path:
     generation, earlier = _remembered(path)
     generation = max(generation, len(files_aside(path))) + 1
     mended = _mended(path)
-    mended.unlink(missing_ok=True)
+    # By another name until it is whole: where the old file has lost its name, `finish` takes the mended one as it is.
+    filling = mended.with_name(f"{mended.name}.filling")
+    for one in (mended, filling):
+        one.unlink(missing_ok=True)
     damaged: list[Damaged] = []
 
     def all_damaged() -> Iterator[Damaged]:
         damaged.extend(found.damaged())
         yield from (*earlier, *damaged)
 
-    fill(mended, generation=generation, entries=found.entries(), damaged=all_damaged())
+    fill(filling, generation=generation, entries=found.entries(), damaged=all_damaged())
+    filling.rename(mended)
     flush_folder(path.parent)
     aside = _move_aside(path)
     finish(path)
@@ -104,6 +108,7 @@ def _move_aside(path: Path) -> Path:
     for one, name in ((path, aside), (wal_of(path), wal_of(aside))):
         if one.exists():
             one.rename(name)
+            flush_folder(path.parent)
     path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
     flush_folder(path.parent)
     return aside

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 from tests.chaos.load import Load
@@ -20,15 +21,18 @@ async def run(rig: Rig, seed: int, faults: Sequence[Fault], seconds: float, *, c
     load.start()
     began = time.monotonic()
     struck: set[str] = set()
+    mending: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def one(fault: Fault) -> None:
         await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
-        print(fault, flush=True)
-        struck.add(fault.target)
-        await rig.strike(fault)
-        await asyncio.sleep(fault.seconds)
-        await rig.mend(fault)
-        struck.discard(fault.target)
+        # A server that is killed while it is being started would look like one that cannot start.
+        async with mending[fault.target]:
+            print(fault, flush=True)
+            struck.add(fault.target)
+            await rig.strike(fault)
+            await asyncio.sleep(fault.seconds)
+            await rig.mend(fault)
+            struck.discard(fault.target)
 
     async def supervise() -> None:
         while True:

@@ -99,9 +99,12 @@ class Outage(Rig):
 
     # -- what callers see --------------------------------------------------------------------------------------
 
-    async def call(self, method: str, path: str, body: Any = None, *, service: str = "orders") -> httpx.Response:
+    async def call(
+        self, method: str, path: str, body: Any = None, *, service: str = "orders", key: str | None = None
+    ) -> httpx.Response:
+        headers = {"Idempotency-Key": key} if key else {}
         async with self.system.client("admin", service=service) as client:
-            return await client.request(method, path, json=body, timeout=20)
+            return await client.request(method, path, json=body, headers=headers, timeout=20)
 
     async def create(self) -> dict[str, Any]:
         """An order of one dish, by way of the API; asserts that it is taken."""

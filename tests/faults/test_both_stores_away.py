@@ -1,7 +1,9 @@
 """PostgreSQL and Redis away at once: creations go on, changes are refused, reads say that they cannot tell."""
 
 import asyncio
+from uuid import uuid4
 
+import httpx
 import pytest
 
 from tests.faults.outage import Outage, acknowledged, proven, under_load
@@ -28,6 +30,7 @@ async def test_with_both_stores_away_creations_go_on_changes_wait_and_reads_are_
                     reply = await outage.call("GET", path)
                     assert reply.status_code == 503, f"{path}: {reply.status_code} {reply.text}"
                     assert int(reply.headers["retry-after"]) > 0
+                await repeated_under_its_key(outage)
                 await acknowledged(load, 10, what="created")
             finally:
                 await asyncio.gather(asyncio.to_thread(start_postgres), asyncio.to_thread(start_mirror))
@@ -36,3 +39,18 @@ async def test_with_both_stores_away_creations_go_on_changes_wait_and_reads_are_
             reply = await outage.call("GET", f"/api/orders/{placed['id']}")
             assert (reply.status_code, reply.json()["data"]["subtotal"]) == (200, 4_444)
     await proven(outage, load)
+
+
+async def repeated_under_its_key(outage: Outage) -> None:
+    """At once, and once more: one order, though no store can tell of it yet."""
+    body, key = {"items": [{"menu_item_id": outage.system.dish(), "quantity": 1}]}, uuid4().hex
+
+    async def place() -> httpx.Response:
+        return await outage.call("POST", "/api/orders", body, key=key)
+
+    replies = await asyncio.gather(place(), place())
+    assert {reply.status_code for reply in replies} <= {201, 409}, [reply.text for reply in replies]
+    replies = [*(reply for reply in replies if reply.status_code == 201), await place()]
+    assert len(replies) > 1
+    assert [reply.status_code for reply in replies] == [201] * len(replies), [reply.text for reply in replies]
+    assert len({reply.json()["data"]["id"] for reply in replies}) == 1

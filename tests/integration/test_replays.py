@@ -14,6 +14,7 @@ from shared.entities.order import ENTITY, Status
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.log import LogReader
+from shared.messaging.publisher import NotSent
 from shared.mirror.mirror import Apply
 from shared.postgres import dead_letters, replay_jobs
 from shared.postgres.dead_letters import Wanted, WholeLetter
@@ -363,6 +364,29 @@ async def test_a_job_that_is_cancelled_sends_nothing_more_and_what_was_sent_take
     job = await eventually(lambda: now_of(rig, job), what="resolved", until=lambda one: "resolved" in one.outcomes)
     assert job.outcomes == {"resolved": 1, "waiting": 19}
     assert sorted({letter.status for letter in await rig.letters(20)}) == ["open", "resolved"]
+
+
+async def test_a_job_that_is_cancelled_while_the_broker_is_away_leaves_its_letters_open(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = await make_rig()
+    await dead_by_hand(rig, 3)
+
+    async def away(*_: Any, **__: Any) -> None:
+        raise NotSent("no connection to the broker")
+
+    monkeypatch.setattr(rig.replays._publisher, "publish_to_queue", away)
+    rig.replays.start()
+    job = await ask(rig)
+    await eventually(lambda: now_of(rig, job), what="begun", until=lambda one: one.outcomes.get("sending") == 3)
+    await cancel(rig, job)
+    job = await ended(rig, job)
+    assert (job.state, job.outcomes) == ("cancelled", {"failed": 3})
+    assert {letter.status for letter in await rig.letters(3)} == {"open"}
+    monkeypatch.undo()
+    await rig.writer.start()
+    again = await ended(rig, await ask(rig))
+    assert (again.state, again.outcomes) == ("done", {"resolved": 3})
 
 
 async def test_what_is_not_open_any_more_is_skipped(make_rig: MakeRig) -> None:

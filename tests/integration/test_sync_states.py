@@ -104,8 +104,10 @@ async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
             1,
         )
 
-        again = expect(await staff.post(f"/api/orders/{bad}/sync"))
-        assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
+        async with nothing_written(system):
+            again = expect(await staff.post(f"/api/orders/{bad}/sync"))
+            assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
+            assert await sync_of(staff, bad) == {"state": "pending"}, "what failed was the state before it"
         await becomes(staff, bad, "failed")  # PostgreSQL has not changed its mind
     assert expect(await staff.post(f"/api/orders/{bad}/sync"))["version"] == 3
     await becomes(staff, bad, "synced")

@@ -12,7 +12,6 @@ from services.orders.shop import done_reply, found_reply, shop_of
 from services.orders.views import sync_of
 from shared.api import View, endpoint, path_id, read_query
 from shared.entities import order as orders
-from shared.entities.contract import SyncState
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import Call, read_body
 from shared.security import Role
@@ -72,7 +71,8 @@ async def place_order(request: Call) -> ASGIApp:
     done = await shop.commands.place(who, wanted, key)
     more: dict[str, Any] = {}
     if done.replayed:
-        with contextlib.suppress(Unavailable):  # it was found a moment ago; how far it has come need not be known
+        # It was found a moment ago, or is remembered: how far it has come need not be known.
+        with contextlib.suppress(Unavailable, NotFound):
             more["sync"] = sync_of(await shop.reads.one(_ENTITY, who.tenant, done.state.id))
     return done_reply(done, status=201, **more)
 
@@ -173,14 +173,14 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     tag=_TAG,
     summary="Send an order on its way to PostgreSQL once more",
     description="For one that is pending or has failed: its state is recorded again, as a change of its own. Of one"
-    " that is synced, or in conflict, nothing changes.",
+    " that is in PostgreSQL nothing changes.",
     answer=_VIEW,
     errors=(404,),
 )
 async def sync_order(request: Call, order_id: str) -> ASGIApp:
     id_, shop = path_id(order_id, "order_id"), shop_of(request)
     found = await shop.reads.one(_ENTITY, request.identity.tenant, id_)
-    if found.sync_state not in (SyncState.PENDING, SyncState.FAILED):
+    if found.document is None or not found.document.pending:
         return found_reply(found, None)
     return done_reply(await shop.commands.send_again(request.identity, found))
 

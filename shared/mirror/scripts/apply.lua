@@ -49,6 +49,10 @@ for i = 1, count do
       redis.call('PERSIST', KEYS[k + 1])
       local id = string.match(KEYS[k + 1], '[^:]+$')
       redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
+      -- What failed was the state before it.
+      if standing then
+        redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
+      end
       if how == 'stored' then
         redis.call('ZREM', KEYS[k + 4], id)
       else

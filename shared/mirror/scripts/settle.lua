@@ -15,7 +15,7 @@ for i = 1, (#ARGV - 1) / 2 do
       redis.call('ZREM', KEYS[k + 2], id)
       redis.call('HDEL', KEYS[k + 3], id)
     end
-  elseif standing == version and doc[2] == ARGV[a + 2] then
+  elseif standing == version and doc[2] == ARGV[a + 2] and redis.call('ZSCORE', KEYS[k + 2], id) then
     redis.call('HSET', KEYS[k + 3], id, ARGV[1])
   end
 end
