@@ -7,20 +7,29 @@ the worker.
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from enum import StrEnum
-from typing import Annotated, Any
-from uuid import UUID
+from typing import Any
 
 from litestar.types import ASGIApp
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from services.sync import queues
 from services.sync.balance import Balance
 from services.sync.ledger import draw_up
 from services.sync.mending import Mending, shown_body
+from services.sync.ops_requests import (
+    DiscardLetter,
+    EditLetter,
+    Filter,
+    JobLettersQuery,
+    JobsQuery,
+    LedgerQuery,
+    LettersQuery,
+    Replay,
+    RestoreLetter,
+)
 from shared.api import endpoint, path_id, read_query
 from shared.cursors import cursor_after, read_cursor
-from shared.entities.contract import Time, in_range, now
+from shared.entities.contract import now
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import Call, Reply, read_body, success
 from shared.mirror.mirror import Mirror
@@ -34,10 +43,6 @@ from shared.security import Identity, Role
 from shared.settings import Settings
 
 _TAG = "Dead letters"
-_MOST_IDS = 1_000
-_NO_NUL = "^[^\\x00]*$"
-Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=_NO_NUL)]
-Name = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 
 
 class Operators(Struct, frozen=True):
@@ -73,55 +78,6 @@ def _operators(request: Call) -> Operators:
     return found
 
 
-class Status(StrEnum):
-    OPEN = "open"
-    REPLAYING = "replaying"
-    RESOLVED = "resolved"
-    DISCARDED = "discarded"
-
-
-class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": "from"}):
-    queue: Name | None = None
-    fingerprint: Name | None = None
-    reason: Name | None = None
-    entity: Name | None = None
-    entity_id: UUID | None = None
-    change_id: UUID | None = None
-    restaurant_id: UUID | None = None
-    from_: Annotated[Time, Meta(description="by when it last failed")] | None = None
-    to: Time | None = None
-    status: Status | None = None
-    text: (
-        Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL, description="in the error, place or body")]
-        | None
-    ) = None
-
-    def wanted(self, ids: tuple[str, ...] = ()) -> Wanted:
-        """Raises InvalidInput."""
-        for name, at in (("from", self.from_), ("to", self.to)):
-            if at is not None and not in_range(at):
-                raise InvalidInput("a time between 1970 and 2200", field=name)
-        return Wanted(
-            ids=ids,
-            queue=self.queue,
-            fingerprint=self.fingerprint,
-            reason=self.reason,
-            entity=self.entity,
-            entity_id=str(self.entity_id) if self.entity_id else None,
-            change_id=str(self.change_id) if self.change_id else None,
-            restaurant_id=str(self.restaurant_id) if self.restaurant_id else None,
-            failed_from=self.from_,
-            failed_to=self.to,
-            statuses=(self.status.value,) if self.status else (),
-            text=self.text,
-        )
-
-
-class LettersQuery(Filter, kw_only=True, rename={"from_": "from"}):
-    limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
-
-
 class ReplayOf(Struct, frozen=True):
     """A job that this letter was part of."""
 
@@ -143,52 +99,9 @@ class Shown(Struct, frozen=True, kw_only=True):
     acts: list[Act]
 
 
-class Replay(Filter, kw_only=True, rename={"from_": "from"}):
-    """Which letters: `ids`, or a filter; of those the open ones. `dry_run`: what would happen, without doing it."""
-
-    ids: Annotated[list[UUID], Meta(max_length=_MOST_IDS)] = []
-    dry_run: bool = False
-    canary: Annotated[bool, Meta(description="1, then 10, then the rest; stops by itself")] = True
-    per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
-    why: Why | None = None
-
-
 class Planned(Struct, frozen=True):
     plan: Plan
     job: Job
-
-
-class EditLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`event`: restaurantid and subject as in the letter, type, and data.after with the whole state."""
-
-    revision: Annotated[int, Meta(ge=1, description="of the letter as it was seen")]
-    event: dict[str, Any]
-    why: Why | None = None
-
-
-class DiscardLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    revision: Annotated[int, Meta(ge=1)]
-    why: Why
-
-
-class RestoreLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    revision: Annotated[int, Meta(ge=1)]
-    why: Why | None = None
-
-
-class JobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=200)] | None = None
-
-
-class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    since: Annotated[Time, Meta(description="without one the last hour")] | None = None
-
-
-class JobLettersQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    outcome: Name | None = None
-    after: Annotated[int, Meta(ge=0)] = 0
-    limit: Annotated[int, Meta(ge=1, le=500)] = 200
 
 
 # -- looking -----------------------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ def small_disk(victim: System) -> Iterator[Path]:
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=False)
     if mounted.returncode:
+        # Only root may mount one. That a full journal refuses is tested above without, by its setting.
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

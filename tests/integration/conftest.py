@@ -5,12 +5,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from services.sync.cli import _migrate
 from shared.settings import Settings
+from tests.integration.letters_rig import Desk, open_desk
 from tests.integration.writer_rig import MakeRig, Rig
 from tests.servers import Servers
+from tests.system import System
 
 
 @pytest.fixture
@@ -51,3 +54,23 @@ async def rig(make_rig: MakeRig) -> Rig:
     rig: Rig = await make_rig()
     await rig.writer.start()
     return rig
+
+
+@pytest.fixture(scope="module")
+async def desk(system: System) -> AsyncIterator[Desk]:
+    """A restaurant whose dead letters operators look at."""
+    async with open_desk(system) as desk:
+        yield desk
+
+
+@pytest.fixture(scope="module")
+async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
+    """An operator."""
+    async with desk.client() as client:
+        yield client
+
+
+@pytest.fixture
+def marker() -> str:
+    """By which a test finds its own letters."""
+    return f"m{uuid4().hex}"

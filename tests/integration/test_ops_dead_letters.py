@@ -1,6 +1,5 @@
 """Dead letters as operators see them over HTTP: found, in groups, one with all that is known of it; and who may not."""
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -12,31 +11,12 @@ from shared.entities.contract import Lane, encode, now
 from shared.messaging import topology
 from shared.security import Role
 from tests.builders import change, message, order
-from tests.integration.letters_rig import JOBS, LETTERS, Desk, open_desk, seen
+from tests.integration.letters_rig import JOBS, LETTERS, Desk, seen
 from tests.integration.shop_rig import expect, refused
-from tests.system import System, eventually
+from tests.system import eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 NOT_UTF8 = b"\x00\xff\xfe \x80 not UTF-8"
-
-
-@pytest.fixture(scope="module")
-async def desk(system: System) -> AsyncIterator[Desk]:
-    async with open_desk(system) as desk:
-        yield desk
-
-
-@pytest.fixture(scope="module")
-async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
-    """An operator."""
-    async with desk.client() as client:
-        yield client
-
-
-@pytest.fixture
-def marker() -> str:
-    """By which a test finds its own letters."""
-    return f"m{uuid4().hex}"
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
