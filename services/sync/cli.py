@@ -186,10 +186,12 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 def trace_command(order_id: UUID, as_json: bool) -> None:
     """Show what happened to an order: the trace of each of its changes, and what waited where."""
     found = run(find_traces(Settings(), str(order_id)))
-    if not found.changes and not found.spans:
+    if not (found.changes or found.letters or found.spans):
         for text in found.missing:
             click.echo(text, err=True)
-        raise click.ClickException("no change and no trace of this order is known")
+        raise click.ClickException(
+            "no change, no dead letter and no trace of this order is known; what is on its way: ticketrail ledger"
+        )
     if as_json:
         click.echo(encode(waterfall.as_json(str(order_id), found)).decode())
     else:

@@ -7,13 +7,14 @@ import asyncio
 import base64
 import getpass
 import json
+import os
 import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from uuid import UUID
 
 import click
@@ -133,6 +134,10 @@ def _ago(at: datetime) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def _letters(n: int, kind: str = "") -> str:
+    return f"{n} {kind}letter{'' if n == 1 else 's'}"
+
+
 def _actor() -> str:
     return f"cli/{getpass.getuser()}"
 
@@ -157,7 +162,7 @@ def list_command(limit: int, as_json: bool, **filters: Any) -> None:
         cells = (one.id, _ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
         table.add_row(*map(_printable, cells))
     _console().print(table)
-    click.echo(f"{len(found)} letters" + (" (there may be more: --limit)" if len(found) == limit else ""))
+    click.echo(_letters(len(found)) + (" (there may be more: --limit)" if len(found) == limit else ""))
 
 
 @dlq_command.command("groups")
@@ -241,25 +246,46 @@ def export_command(out: str | None, **filters: Any) -> None:
     """Write letters as JSON lines, each whole, its body in base64 as received."""
     wanted = _wanted(**filters)
 
-    async def every(connection: Connection) -> list[bytes]:
-        lines: list[bytes] = []
+    async def write(connection: Connection, file: IO[bytes]) -> int:
+        # One at a time: a body may have 16 MB.
+        written = 0
         before: tuple[datetime, str] | None = None
         while page := await dead_letters.page(connection, wanted, before=before, limit=_PIECE):
             for one in page:
                 whole = await dead_letters.one(connection, one.id)
                 if whole is not None:
                     plain = msgspec.to_builtins(whole)
-                    lines.append(encode({**plain, "body": base64.b64encode(whole.body).decode()}))
+                    _put(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
+                    written += 1
             before = (page[-1].last_failed_at, page[-1].id)
-        return lines
+        return written
 
-    lines = _ask(every)
-    content = b"".join(line + b"\n" for line in lines)
-    if out:
-        Path(out).write_bytes(content)
-        click.echo(f"{len(lines)} letters in {out}")
-    else:
-        sys.stdout.buffer.write(content)
+    if out is None:
+        _ask(lambda connection: write(connection, sys.stdout.buffer))
+        return
+    # Whole or not at all: half an export must not be taken for one.
+    half = Path(f"{out}.part")
+    try:
+        with half.open("wb") as file:
+            written = _ask(lambda connection: write(connection, file))
+        half.replace(out)
+    except OSError as error:
+        raise click.FileError(out, error.strerror) from error
+    finally:
+        half.unlink(missing_ok=True)
+    click.echo(f"{_letters(written)} in {out}")
+
+
+def _put(file: IO[bytes], line: bytes) -> None:
+    """Told here: further out it would be taken for a backend that does not answer."""
+    try:
+        file.write(line)
+        file.flush()
+    except BrokenPipeError:  # who reads it has seen enough; the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        raise click.FileError(file.name, error.strerror) from error
 
 
 # -- acting ------------------------------------------------------------------------------------------------------
@@ -295,16 +321,13 @@ def replay_command(
     if wanted == Wanted():
         raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
     plan = _ask(lambda connection: replay_jobs.plan(connection, wanted))
-    absent = max(0, len(set(wanted.ids)) - plan.total)
-    if absent and not plan.total:
-        raise click.ClickException("none of these letters is there and open")
     asks = plan.total > 0 and not dry_run and not yes
     if asks or not as_json:
         # In front of a question also with --json; there the output is for the script alone.
         where = "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items())
-        click.echo(f"{plan.total} open letters{where}", err=as_json)
-    if absent:
-        click.echo(f"{absent} of those named are not there, or not open", err=True)
+        click.echo(f"{_letters(plan.total, 'open ')}{where}", err=as_json)
+    for id_ in plan.absent:
+        click.echo(f"{id_} is not there, or not open", err=True)
     if asks:
         click.confirm("Replay them?", abort=True, err=as_json)
     job = _ask(
@@ -331,7 +354,7 @@ def replay_command(
         said = f": {job.message}" if job.message else ""
         click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + said)
     died = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
-    if absent or died:
+    if plan.absent or died:
         sys.exit(1)
 
 

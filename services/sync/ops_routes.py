@@ -206,10 +206,12 @@ async def show(connection: Connection, id_: str, *, operator: bool) -> Shown:
     tag=_TAG,
     summary="Replay dead letters: one, many, a group or what a filter finds",
     description="Answers with the plan and the job that does it. A dry run executes each in a transaction that is"
-    " rolled back, and says in the job's letters what would happen.",
+    " rolled back, and says in the job's letters what would happen. Of letters that are named those that are not open"
+    " are in the plan's `absent`; where none is, there is no job.",
     body=Replay,
     answer=Planned,
     status=202,
+    errors=(404, 409),
     example={"fingerprint": "3f2a9c01d4be", "dry_run": True},
 )
 async def replay(request: Call) -> ASGIApp:

@@ -1,5 +1,5 @@
-"""Finding the traces of an order: its changes in PostgreSQL, whose rows keep the trace id, and their spans, from the
-services' files or from Jaeger. Either source may be missing: what the other knows is still found."""
+"""Finding the traces of an order: its changes and dead letters in PostgreSQL, which keep the trace id, and their spans,
+from the services' files or from Jaeger. Either source may be missing: what the other knows is still found."""
 
 import asyncio
 import json
@@ -28,6 +28,15 @@ order by c.version, c.change_id
 """
 
 
+_LETTERS = """
+select d.id::text, d.change_id::text, d.version, d.type, d.queue, d.reason, d.error, d.status,
+    d.last_failed_at, d.trace_id
+from restaurants r
+join dead_letters d on d.restaurant_id = r.id and d.entity = 'order' and d.entity_id = $1
+order by d.first_failed_at, d.id
+"""
+
+
 class TracedChange(Struct):
     change_id: str
     version: int
@@ -42,12 +51,29 @@ class TracedChange(Struct):
         return trace_id_of(self.traceparent)
 
 
+class DeadChange(Struct):
+    """A dead letter that is about the order."""
+
+    id: str
+    change_id: str | None
+    version: int | None
+    type: str | None
+    queue: str
+    reason: str
+    error: str
+    status: str
+    last_failed_at: datetime
+    trace_id: str | None
+
+
 class Found(Struct):
     changes: list[TracedChange]
     """Those that PostgreSQL has; in order of their versions."""
     spans: list[SpanRow]
     missing: list[str]
     """What could not be asked, for people."""
+    letters: list[DeadChange] = []
+    """The first failure first."""
 
 
 class SearchFailed(Exception):
@@ -57,17 +83,20 @@ class SearchFailed(Exception):
 async def find_traces(settings: Settings, order_id: str) -> Found:
     missing: list[str] = []
     changes: list[TracedChange] = []
+    letters: list[DeadChange] = []
     postgres = Postgres(settings.database_writer_url, settings, size=1)
     try:
         async with postgres.connection() as connection:
             changes = [TracedChange(**dict(row)) for row in await connection.fetch(_CHANGES, order_id)]
+            letters = [DeadChange(**dict(row)) for row in await connection.fetch(_LETTERS, order_id)]
     except AWAY as error:
         missing.append(
             f"PostgreSQL does not answer ({str(error) or type(error).__name__}): what it has stored is not shown"
         )
     finally:
         await postgres.close()
-    ids = list(dict.fromkeys(change.trace_id for change in changes if change.trace_id))
+    traced = [*(change.trace_id for change in changes), *(letter.trace_id for letter in letters)]
+    ids = list(dict.fromkeys(filter(None, traced)))
     if settings.trace_query_url:
         try:
             spans = await asyncio.to_thread(_from_jaeger, settings.trace_query_url.rstrip("/"), ids, order_id)
@@ -78,7 +107,7 @@ async def find_traces(settings: Settings, order_id: str) -> Found:
         spans = await asyncio.to_thread(_from_files, settings, ids, order_id)
         if not spans and not settings.traces_path.exists():
             missing.append(f"no trace files in {settings.traces_path}")
-    return Found(changes, spans, missing)
+    return Found(changes, spans, missing, letters)
 
 
 def _from_files(settings: Settings, ids: Sequence[str], order_id: str) -> list[SpanRow]:

@@ -14,12 +14,12 @@ other is a row of its own.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.sync.trace_search import Found, TracedChange
+from services.sync.trace_search import DeadChange, Found, TracedChange
 from shared.trace_files import SpanRow
 
 _LEAST_WAIT_NS = 100_000  # shorter ones say nothing
@@ -85,7 +85,7 @@ def _note(span: SpanRow) -> str:
 
 
 def render(order_id: str, found: Found, width: int) -> RenderableType:
-    """A part per change, in the order of their versions; changes that are only in traces come last."""
+    """A part per change, in the order of their versions, then one per dead letter, then what is only in traces."""
     parts: list[RenderableType] = []
     shown: set[str] = set()
     for change in found.changes:
@@ -94,6 +94,12 @@ def render(order_id: str, found: Found, width: int) -> RenderableType:
         lines = lines_of(found.spans, trace) if trace else []
         shown.add(trace or "")
         parts.append(_table(lines, width) if lines else Text(f"  {_unsampled(change)}\n", style="dim"))
+    for letter in found.letters:
+        parts.append(_letter(letter))
+        if letter.trace_id and letter.trace_id not in shown:
+            shown.add(letter.trace_id)
+            if lines := lines_of(found.spans, letter.trace_id):
+                parts.append(_table(lines, width))
     for trace in _traces_naming(order_id, found.spans):
         if trace not in shown:
             parts.append(Text.assemble(("not in PostgreSQL (yet)", "bold yellow"), f"  trace {trace}"))
@@ -103,7 +109,7 @@ def render(order_id: str, found: Found, width: int) -> RenderableType:
 
 
 def as_json(order_id: str, found: Found) -> dict[str, Any]:
-    known = {change.trace_id for change in found.changes}
+    known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.letters}
     return {
         "order_id": order_id,
         "changes": [
@@ -117,6 +123,13 @@ def as_json(order_id: str, found: Found) -> dict[str, Any]:
                 "spans": [span for span in found.spans if span.trace_id == change.trace_id],
             }
             for change in found.changes
+        ],
+        "dead_letters": [
+            {
+                **to_builtins(letter),
+                "spans": [span for span in found.spans if span.trace_id == letter.trace_id],
+            }
+            for letter in found.letters
         ],
         "elsewhere": [
             {"trace_id": trace, "spans": [span for span in found.spans if span.trace_id == trace]}
@@ -137,6 +150,17 @@ def _headline(change: TracedChange) -> Text:
         (change.type, "bold"),
         f"  version {change.version}  by {change.source}  accepted {change.accepted_at:%Y-%m-%d %H:%M:%S.%f}"[:-3],
         f"  in PostgreSQL after {lag:.1f} ms\n  trace {change.trace_id or 'unknown'}",
+    )
+
+
+def _letter(letter: DeadChange) -> Text:
+    version = f"  version {letter.version}" if letter.version else ""
+    return Text.assemble(
+        (letter.type or "unreadable", "bold"),
+        version,
+        (f"  dead, {letter.status}", "bold red" if letter.status in ("open", "replaying") else "dim"),
+        f"  last failed {letter.last_failed_at:%Y-%m-%d %H:%M:%S}\n  {letter.reason}: {letter.error}",
+        f"\n  ticketrail dlq show {letter.id}\n  trace {letter.trace_id or 'unknown'}",
     )
 
 

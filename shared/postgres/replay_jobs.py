@@ -29,8 +29,10 @@ MIRROR = "mirror"
 """Where letters of the mirror writer are replayed to: straight into the mirror."""
 
 _PLAN = (
-    "select l.lane, l.fingerprint, count(*)::int8 from dead_letters l where {where} and l.status = 'open' group by 1, 2"
+    "select l.lane, l.fingerprint, count(*)::int8, array_agg(l.id::text) filter (where l.id = any({ids}::uuid[]))"
+    " from dead_letters l where {where} and l.status = 'open' group by 1, 2"
 )
+_ANY = "select exists(select from dead_letters where id = any($1::uuid[]))"
 _MAKE = """
 insert into ops_jobs (kind, wanted, actor, why, per_second, canary) values ($1, $2::json, $3, $4, $5, $6)
 returning id::text
@@ -78,6 +80,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     queues: dict[str, int]
     """Where a replay would go -> how many: the queue of the lane, or MIRROR."""
     fingerprints: dict[str, int]
+    absent: tuple[str, ...] = ()
+    """Those that were named and are not there, not open, or not among what the filter finds."""
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -118,16 +122,24 @@ class JobLetter(Struct, frozen=True, kw_only=True):
 
 
 async def plan(connection: Connection, wanted: Wanted) -> Plan:
-    """Of the open letters that match."""
-    arguments: list[Any] = []
-    rows = await connection.fetch(_PLAN.format(where=conditions(wanted, arguments)), *arguments)
+    """Of the open letters that match. Where letters are named and none of them is one: raises NotFound, or Conflict
+    (`letter_not_open`) when there is at least one of them."""
+    arguments: list[Any] = [list(wanted.ids)]
+    rows = await connection.fetch(_PLAN.format(ids="$1", where=conditions(wanted, arguments)), *arguments)
     queues: dict[str, int] = {}
     fingerprints: dict[str, int] = {}
-    for lane, fingerprint, n in rows:
+    named: set[str] = set()
+    for lane, fingerprint, n, ids in rows:
         queue = MIRROR if lane is None else lane_queue(Lane(lane))
         queues[queue] = queues.get(queue, 0) + n
         fingerprints[fingerprint] = fingerprints.get(fingerprint, 0) + n
-    return Plan(total=sum(queues.values()), queues=queues, fingerprints=fingerprints)
+        named.update(ids or ())
+    if wanted.ids and not named:
+        if not await connection.fetchval(_ANY, list(wanted.ids)):
+            raise NotFound("no such dead letter")
+        raise Conflict("none of these letters is open and matches", code="letter_not_open")
+    absent = tuple(id_ for id_ in dict.fromkeys(wanted.ids) if id_ not in named)
+    return Plan(total=sum(queues.values()), queues=queues, fingerprints=fingerprints, absent=absent)
 
 
 async def make(

@@ -149,6 +149,9 @@ async def test_export_writes_each_letter_whole_on_a_line(desk: Desk, marker: str
     path = tmp_path / "letters.jsonl"
     assert await done(desk, "export", "--text", marker, "--out", str(path)) == f"2 letters in {path}\n"
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    assert not path.with_name(f"{path.name}.part").exists()
+    code, out, err = await desk.dlq("export", "--out", str(tmp_path / "nowhere" / "letters.jsonl"))
+    assert (code, out, "No such file or directory" in one_line(err)) == (1, "", True)
 
 
 # -- replaying -------------------------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ async def test_replay_shows_its_plan_and_asks_before_it_sends_anything(desk: Des
     [letter] = await desk.buried(marker)
     code, out, err = await desk.dlq("replay", letter["id"], answer="n\n")
     assert (code, err.strip()) == (1, "Aborted!")
-    assert out.splitlines()[:2] == ["1 open letters", f"       1 to {topology.lane_queue(Lane.NORMAL)}"]
+    assert out.splitlines()[:2] == ["1 open letter", f"       1 to {topology.lane_queue(Lane.NORMAL)}"]
     assert "Replay them?" in out
     assert await desk.letters(1, text=marker) == [letter]
     async with desk.client() as client:
@@ -278,7 +281,7 @@ async def test_discard_and_restore_say_what_they_did_and_are_audited(desk: Desk,
         (("discard", "--why", "x"), "no such dead letter"),
         (("restore",), "no such dead letter"),
         (("edit", "--event", __file__), "no such dead letter"),
-        (("replay", "--yes"), "none of these letters is there and open"),
+        (("replay", "--yes"), "no such dead letter"),
         (("cancel",), "no such job"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -292,7 +295,7 @@ async def test_a_replay_of_which_one_is_unknown_replays_the_others_and_ends_with
     [letter] = await desk.buried(marker)
     code, out, err = await desk.dlq("replay", letter["id"], UNKNOWN, "--yes", "--json")
     assert code == 1
-    assert "1 of those named are not there, or not open" in err
+    assert f"{UNKNOWN} is not there, or not open" in err
     assert json.loads(out)["job"]["outcomes"] == {"resolved": 1}
 
 

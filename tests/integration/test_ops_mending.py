@@ -136,9 +136,23 @@ async def test_a_replay_of_nothing_or_of_nonsense_is_refused_by_the_name_of_its_
     assert expect(await nadia.post(f"{LETTERS}/replay", json=body), 422)["details"]["field"] == field
 
 
-async def test_a_replay_of_letters_that_are_not_there_is_over_at_once_and_says_so(nadia: httpx.AsyncClient) -> None:
-    planned = await replay(nadia, ids=[str(uuid4()), str(uuid4())])
-    assert planned["plan"] == {"total": 0, "queues": {}, "fingerprints": {}}
+async def test_a_replay_of_named_letters_tells_which_are_not_there_and_is_refused_where_none_is(
+    desk: Desk, nadia: httpx.AsyncClient, marker: str
+) -> None:
+    [letter] = await desk.buried(marker)
+    unknown = [str(uuid4()), str(uuid4())]
+    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": unknown}), 404, "not_found")
+    planned = await replay(nadia, ids=[unknown[0], letter["id"], unknown[1]])
+    assert (planned["plan"]["total"], planned["plan"]["absent"], planned["job"]["total"]) == (1, unknown, 1)
+    assert (await desk.ended(planned["job"]))["outcomes"] == {"resolved": 1}
+    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "letter_not_open")
+
+
+async def test_a_replay_of_a_filter_that_finds_nothing_is_over_at_once_and_says_so(
+    nadia: httpx.AsyncClient, marker: str
+) -> None:
+    planned = await replay(nadia, text=marker)
+    assert planned["plan"] == {"total": 0, "queues": {}, "fingerprints": {}, "absent": []}
     assert (planned["job"]["state"], planned["job"]["message"]) == ("done", "no open letter matches")
 
 
@@ -239,7 +253,7 @@ async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
             refused(await omar.post(f"{path}/{act}", json=body), 409, "letter_changed")
             refused(await omar.post(f"{path}/{act}", json={**body, "revision": 2}), 409, "letter_not_open")
-        assert (await replay(omar, ids=[letter["id"]]))["plan"]["total"] == 0
+        refused(await omar.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "letter_not_open")
         back = expect(await omar.post(f"{path}/restore", json={"revision": 2, "why": "it was none"}))
         refused(await omar.post(f"{path}/restore", json={"revision": 3}), 409, "letter_not_discarded")
     assert (back["status"], back["why"], back["closed_at"]) == ("open", None, None)

@@ -257,7 +257,7 @@ async def test_an_order_that_nobody_knows_is_an_error(traced: System) -> None:
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
     await spans_of(traced, caller.trace, "GET /api/orders/{order_id}")
-    with pytest.raises(AssertionError, match="no change and no trace of this order"):  # it ended with 1, and said so
+    with pytest.raises(AssertionError, match="no change, no dead letter and no trace"):  # it ended with 1, and said so
         await traced.cli("trace", unknown)
 
 
@@ -309,9 +309,17 @@ async def test_a_change_that_dies_is_found_by_its_order_and_its_log_lines_by_its
     assert found[-1]["queue"] == "sync.postgres.critical.dead.v1"
     told = json.loads(await traced.cli("trace", id_, "--json"))
     assert told["changes"] == []
-    (elsewhere,) = told["elsewhere"]
-    assert elsewhere["trace_id"] == caller.trace
-    assert [span["attributes"]["ticketrail.attempt"] for span in elsewhere["spans"]] == [1, 2, 3, 4]
+
+    async def buried() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(await traced.cli("trace", id_, "--json"))
+        return found
+
+    told = await eventually(buried, what="its dead letter", until=lambda seen: seen["dead_letters"])
+    assert told["elsewhere"] == []
+    (letter,) = told["dead_letters"]
+    assert (letter["trace_id"], letter["status"], letter["version"]) == (caller.trace, "open", 1)
+    assert [span["attributes"]["ticketrail.attempt"] for span in letter["spans"]] == [1, 2, 3, 4]
+    assert f"ticketrail dlq show {letter['id']}" in await traced.cli("trace", id_)
 
 
 async def test_a_request_that_fails_is_kept_though_it_was_not_sampled(traced: System) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from deploy.local.ports import find_free
-from services.sync.trace_search import Found, TracedChange, find_traces
+from services.sync.trace_search import DeadChange, Found, TracedChange, find_traces
 from services.sync.waterfall import Line, as_json, lines_of, render
 from shared.settings import Settings
 from shared.trace_files import SpanRow
@@ -161,6 +161,24 @@ def test_as_json_has_the_same_and_each_span_once() -> None:
     assert (elsewhere["trace_id"], len(elsewhere["spans"])) == (TRACE, 7)
     assert made["missing"] == ["x"]
     assert as_json(ORDER, Found([change()], WHOLE, []))["elsewhere"] == []
+
+
+def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
+    def letter(id_: str, trace: str) -> DeadChange:
+        kind, queue = "ticketrail.order.created.v1", "sync.postgres.critical.dead.v1"
+        return DeadChange(id_, "c-1", 1, kind, queue, "contract_broken", "total: below 0", "open", AT, trace)
+
+    found = Found([], WHOLE, [], [letter("one", TRACE), letter("two", "2bf7651916cd43dd8448eb211c80319c")])
+    screen = Console(file=StringIO(), width=180)
+    screen.print(render(ORDER, found, screen.width))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("dead, open") == 2
+    assert text.count("POST /api/orders") == 1
+    assert text.index("ticketrail dlq show one") < text.index("POST /api/orders") < text.index("dlq show two")
+    assert "not in PostgreSQL (yet)" not in text
+    made = as_json(ORDER, found)
+    assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]
+    assert made["elsewhere"] == []
 
 
 # -- from Jaeger -------------------------------------------------------------------------------------------------
