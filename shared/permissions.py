@@ -39,6 +39,8 @@ ACTIONS: dict[str, frozenset[Role]] = {
     "events.follow": _GUESTS,
     "dead_letters.read": frozenset({Role.OPERATOR, Role.ADMIN}),
     "dead_letters.mend": _OPERATORS,
+    "conflicts.read": frozenset({Role.OPERATOR, Role.ADMIN}),
+    "conflicts.resolve": _OPERATORS,
     "ops.read": _OPERATORS,
 }
 

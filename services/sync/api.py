@@ -13,7 +13,7 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.sync import ops_routes
+from services.sync import conflict_routes, ops_routes
 from services.sync.external import ExternalOrder
 from services.sync.ops_routes import Operators
 from services.sync.status import SyncStatus, sync_status
@@ -110,7 +110,7 @@ async def status(request: Call, parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.settings, parts.postgres, parts.mirror, request.identity.tenant))
 
 
-ROUTES = [status, sync_order, *ops_routes.ROUTES]
+ROUTES = [status, sync_order, *ops_routes.ROUTES, *conflict_routes.ROUTES]
 API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
 
 

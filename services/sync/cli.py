@@ -13,7 +13,17 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from services.sync import cli_data, cli_dlq, cli_from_log, cli_journal, cli_ledger, cli_users, status_screen, waterfall
+from services.sync import (
+    cli_conflicts,
+    cli_data,
+    cli_dlq,
+    cli_from_log,
+    cli_journal,
+    cli_ledger,
+    cli_users,
+    status_screen,
+    waterfall,
+)
 from services.sync.cli_session import Session, run
 from services.sync.menu_editing import edit_dish
 from services.sync.seed import Seeder
@@ -206,6 +216,7 @@ def asyncapi_command() -> None:
 
 
 for command in (
+    *cli_conflicts.COMMANDS,
     *cli_data.COMMANDS,
     *cli_dlq.COMMANDS,
     *cli_from_log.COMMANDS,

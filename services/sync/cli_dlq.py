@@ -5,16 +5,13 @@ Exit codes: 0 done; 1 it could not be done, or a replay did not bring every lett
 
 import asyncio
 import base64
-import getpass
 import json
 import os
-import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from uuid import UUID
 
 import click
@@ -23,23 +20,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from services.sync.cli_session import Session, run
+from services.sync.cli_ops import (
+    ROLE,
+    actor,
+    ago,
+    ask,
+    console,
+    json_option,
+    ops_connection,
+    print_json,
+    printable,
+    with_rail,
+)
+from services.sync.cli_session import run
 from services.sync.editing import difference, event_in
 from services.sync.mending import Mending, shown_body
 from shared.entities.contract import encode
 from shared.errors import NotFound
 from shared.postgres import dead_letters, letter_acts, replay_jobs
 from shared.postgres.dead_letters import Group, Letter, Wanted
-from shared.postgres.pool import Connection, Postgres
+from shared.postgres.pool import Connection
 from shared.postgres.replay_jobs import Job
-from shared.security import Role
 from shared.settings import Settings
 
-T = TypeVar("T")
-_ROLE = Role.OPERATOR.value
 _BARS = " ▁▂▃▄▅▆▇█"
 _PIECE = 200
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @click.group("dlq")
@@ -90,56 +95,8 @@ def _wanted(
     )
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="print JSON, for scripts")
-
-
-@asynccontextmanager
-async def _ops(settings: Settings) -> AsyncIterator[Connection]:
-    postgres = Postgres(settings.database_ops_url, settings, size=1)
-    try:
-        async with postgres.connection() as connection:
-            yield connection
-    finally:
-        await postgres.close()
-
-
-def _ask(question: Callable[[Connection], Awaitable[T]]) -> T:
-    async def ask() -> T:
-        async with _ops(Settings()) as connection:
-            return await question(connection)
-
-    found: T = run(ask())
-    return found
-
-
-def _print_json(value: Any) -> None:
-    click.echo(encode(value).decode())
-
-
-def _console() -> Console:
-    # What stands in a letter is no markup, whatever it looks like.
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
-
-
-def _printable(text: str) -> str:
-    """What strangers wrote, without what would steer the operator's terminal."""
-    return _CONTROL.sub("�", text)
-
-
-def _ago(at: datetime) -> str:
-    seconds = (datetime.now(UTC) - at).total_seconds()
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
 def _letters(n: int, kind: str = "") -> str:
     return f"{n} {kind}letter{'' if n == 1 else 's'}"
-
-
-def _actor() -> str:
-    return f"cli/{getpass.getuser()}"
 
 
 # -- looking -----------------------------------------------------------------------------------------------------
@@ -148,32 +105,32 @@ def _actor() -> str:
 @dlq_command.command("list")
 @_filters
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-@_json_option
+@json_option
 def list_command(limit: int, as_json: bool, **filters: Any) -> None:
     """List dead letters, the newest failure first."""
     wanted = _wanted(**filters)
-    found = _ask(lambda connection: dead_letters.page(connection, wanted, limit=limit))
+    found = ask(lambda connection: dead_letters.page(connection, wanted, limit=limit))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("id", "failed", "deaths", "status", "about", "error", box=None, header_style="bold")
     for one in found:
         about = f"{one.entity or '?'} v{one.version}" if one.version else (one.entity or "unreadable")
-        cells = (one.id, _ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
-        table.add_row(*map(_printable, cells))
-    _console().print(table)
+        cells = (one.id, ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
+        table.add_row(*map(printable, cells))
+    console().print(table)
     click.echo(_letters(len(found)) + (" (there may be more: --limit)" if len(found) == limit else ""))
 
 
 @dlq_command.command("groups")
 @_filters
-@_json_option
+@json_option
 def groups_command(as_json: bool, **filters: Any) -> None:
     """Dead letters by what they died of, the most first."""
     wanted = _wanted(**filters)
-    found = _ask(lambda connection: dead_letters.groups(connection, wanted))
+    found = ask(lambda connection: dead_letters.groups(connection, wanted))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("fingerprint", "count", "open", "first", "last", "24 h", "reason", "place", box=None)
     for one in found:
@@ -181,13 +138,13 @@ def groups_command(as_json: bool, **filters: Any) -> None:
             one.fingerprint,
             str(one.count),
             str(one.open),
-            _ago(one.first_failed_at),
-            _ago(one.last_failed_at),
+            ago(one.first_failed_at),
+            ago(one.last_failed_at),
             _sparkline(one),
-            _printable(one.reason),
-            _printable(one.place),
+            printable(one.reason),
+            printable(one.place),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def _sparkline(group: Group) -> str:
@@ -197,7 +154,7 @@ def _sparkline(group: Group) -> str:
 
 @dlq_command.command("show")
 @click.argument("letter", type=click.UUID)
-@_json_option
+@json_option
 def show_command(letter: UUID, as_json: bool) -> None:
     """Show a dead letter with all that is known of it."""
 
@@ -218,11 +175,11 @@ def show_command(letter: UUID, as_json: bool) -> None:
             "acts": await letter_acts.acts(connection, f"dead_letter/{letter}"),
         }
 
-    seen = _ask(look)
+    seen = ask(look)
     if as_json:
-        _print_json(seen)
+        print_json(seen)
         return
-    click.echo("\n".join(map(_printable, _lines(msgspec.to_builtins(seen)))))
+    click.echo("\n".join(map(printable, _lines(msgspec.to_builtins(seen)))))
 
 
 def _lines(plain: dict[str, Any]) -> Iterator[str]:
@@ -261,13 +218,13 @@ def export_command(out: str | None, **filters: Any) -> None:
         return written
 
     if out is None:
-        _ask(lambda connection: write(connection, sys.stdout.buffer))
+        ask(lambda connection: write(connection, sys.stdout.buffer))
         return
     # Whole or not at all: half an export must not be taken for one.
     half = Path(f"{out}.part")
     try:
         with half.open("wb") as file:
-            written = _ask(lambda connection: write(connection, file))
+            written = ask(lambda connection: write(connection, file))
         half.replace(out)
     except OSError as error:
         raise click.FileError(out, error.strerror) from error
@@ -302,7 +259,7 @@ def _put(file: IO[bytes], line: bytes) -> None:
 @click.option("--canary/--no-canary", default=True, show_default=True, help="1, then 10, then the rest")
 @click.option("--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="letters a second")
 @click.option("--why", help="kept in the audit")
-@_json_option
+@json_option
 def replay_command(
     letters: Sequence[UUID],
     dry_run: bool,
@@ -320,7 +277,7 @@ def replay_command(
     wanted = _wanted(**filters, ids=letters)
     if wanted == Wanted():
         raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
-    plan = _ask(lambda connection: replay_jobs.plan(connection, wanted))
+    plan = ask(lambda connection: replay_jobs.plan(connection, wanted))
     asks = plan.total > 0 and not dry_run and not yes
     if asks or not as_json:
         # In front of a question also with --json; there the output is for the script alone.
@@ -330,13 +287,13 @@ def replay_command(
         click.echo(f"{id_} is not there, or not open", err=True)
     if asks:
         click.confirm("Replay them?", abort=True, err=as_json)
-    job = _ask(
+    job = ask(
         lambda connection: replay_jobs.make(
             connection,
             wanted,
             kind="dry_run" if dry_run else "replay",
-            actor=_actor(),
-            role=_ROLE,
+            actor=actor(),
+            role=ROLE,
             why=why,
             per_second=rate,
             canary=canary,
@@ -344,12 +301,12 @@ def replay_command(
     )
     if not detach:
         job = run(_follow(Settings(), job, quiet=as_json))
-    lines = _ask(lambda connection: replay_jobs.letters(connection, job.id, limit=500))
+    lines = ask(lambda connection: replay_jobs.letters(connection, job.id, limit=500))
     if as_json:
-        _print_json({"plan": plan, "job": job, "letters": lines})
+        print_json({"plan": plan, "job": job, "letters": lines})
     else:
         for one in lines[:20]:
-            click.echo(_printable(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}"))
+            click.echo(printable(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}"))
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
         said = f": {job.message}" if job.message else ""
         click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + said)
@@ -364,7 +321,7 @@ async def _follow(settings: Settings, job: Job, *, quiet: bool) -> Job:
         task = bar.add_task(job.kind, total=job.total, state=job.state)
         while not job.ended:
             await asyncio.sleep(0.3)
-            async with _ops(settings) as connection:
+            async with ops_connection(settings) as connection:
                 found = await replay_jobs.one(connection, job.id)
             if found is None:
                 raise NotFound("the job is gone")
@@ -376,21 +333,21 @@ async def _follow(settings: Settings, job: Job, *, quiet: bool) -> Job:
 
 @dlq_command.command("cancel")
 @click.argument("job", type=click.UUID)
-@_json_option
+@json_option
 def cancel_command(job: UUID, as_json: bool) -> None:
     """Cancel a replay: nothing more of it is sent."""
-    found = _ask(lambda connection: replay_jobs.cancel(connection, str(job), actor=_actor(), role=_ROLE))
-    _print_json(found) if as_json else click.echo(f"job {found.id}: {found.state}")
+    found = ask(lambda connection: replay_jobs.cancel(connection, str(job), actor=actor(), role=ROLE))
+    print_json(found) if as_json else click.echo(f"job {found.id}: {found.state}")
 
 
 @dlq_command.command("edit")
 @click.argument("letter", type=click.UUID)
 @click.option("--event", type=click.Path(exists=True, dir_okay=False), help="the new event as JSON; else $EDITOR opens")
 @click.option("--why", help="kept in the audit")
-@_json_option
+@json_option
 def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool) -> None:
     """Mend a dead letter by hand: a new change at head + 1. What says whose it is stays as it is."""
-    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    seen = ask(lambda connection: dead_letters.one(connection, str(letter)))
     if seen is None:
         raise click.ClickException("no such dead letter")
     original = event_in(seen.body)
@@ -408,61 +365,47 @@ def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool
         raise click.ClickException("the event is an object")
     if not as_json and original is not None:
         for one in difference(original, wanted):
-            click.echo(_printable(f"{one['path']}: {one.get('before')} → {one.get('after')}"))
+            click.echo(printable(f"{one['path']}: {one.get('before')} → {one.get('after')}"))
 
-    async def edit() -> Letter:
-        async with _mending(Settings()) as mending:
-            return await mending.edit(str(letter), wanted, revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
-
-    done = run(edit())
-    _print_json(done) if as_json else click.echo(f"resolved by change {done.replaced_by}")
+    done = with_rail(
+        lambda *parts: Mending(*parts).edit(
+            str(letter), wanted, revision=seen.revision, why=why, actor=actor(), role=ROLE
+        )
+    )
+    print_json(done) if as_json else click.echo(f"resolved by change {done.replaced_by}")
 
 
 @dlq_command.command("discard")
 @click.argument("letter", type=click.UUID)
 @click.option("--why", required=True, help="kept in the audit")
-@_json_option
+@json_option
 def discard_command(letter: UUID, why: str, as_json: bool) -> None:
     """Discard a dead letter. What readers saw of it is taken back; it can be restored within the retention."""
-    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    seen = ask(lambda connection: dead_letters.one(connection, str(letter)))
     if seen is None:
         raise click.ClickException("no such dead letter")
 
-    async def discard() -> Letter:
-        async with _mending(Settings()) as mending:
-            return await mending.discard(str(letter), revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
-
-    done = run(discard())
+    done = with_rail(
+        lambda *parts: Mending(*parts).discard(str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE)
+    )
     taken_back = f", taken back by change {done.replaced_by}" if done.replaced_by else ""
-    _print_json(done) if as_json else click.echo(f"discarded{taken_back}")
+    print_json(done) if as_json else click.echo(f"discarded{taken_back}")
 
 
 @dlq_command.command("restore")
 @click.argument("letter", type=click.UUID)
 @click.option("--why", help="kept in the audit")
-@_json_option
+@json_option
 def restore_command(letter: UUID, why: str | None, as_json: bool) -> None:
     """Restore a dead letter that was discarded."""
-    seen = _ask(lambda connection: dead_letters.one(connection, str(letter)))
+    seen = ask(lambda connection: dead_letters.one(connection, str(letter)))
     if seen is None:
         raise click.ClickException("no such dead letter")
 
-    async def restore() -> Letter:
-        async with _mending(Settings()) as mending:
-            return await mending.restore(str(letter), revision=seen.revision, why=why, actor=_actor(), role=_ROLE)
-
-    done = run(restore())
-    _print_json(done) if as_json else click.echo("open again")
-
-
-@asynccontextmanager
-async def _mending(settings: Settings) -> AsyncIterator[Mending]:
-    ops = Postgres(settings.database_ops_url, settings, size=2)
-    try:
-        async with Session(settings) as session:
-            yield Mending(ops, session.mirror, session.rail)
-    finally:
-        await ops.close()
+    done = with_rail(
+        lambda *parts: Mending(*parts).restore(str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE)
+    )
+    print_json(done) if as_json else click.echo("open again")
 
 
 COMMANDS = (dlq_command,)

@@ -10,16 +10,15 @@ from typing import Any
 import msgspec
 
 from services.sync.editing import difference, edited, event_in
-from services.sync.standing import mirrored, stored
+from services.sync.standing import commit, mirrored, stored
 from shared.entities import registry
-from shared.entities.contract import Standing, now
-from shared.entities.entity import Entity
-from shared.errors import Conflict, InvalidInput, Unavailable
+from shared.entities.contract import now
+from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import letter_acts
 from shared.postgres.dead_letters import Letter, WholeLetter
 from shared.postgres.pool import AWAY, Connection, Postgres
-from shared.rail.commit import Draft, Lost, OutOfStock, Rail
+from shared.rail.commit import Rail
 
 
 class Mending:
@@ -42,7 +41,7 @@ class Mending:
                 base = await mirrored(self._mirror, entity, state.restaurant_id, state.id)
                 if base is None:
                     base = await stored(connection, entity, state.restaurant_id, state.id)
-                change_id = await self._commit(entity, name, state, base, actor)
+                change_id = await commit(self._rail, entity, name, state, base, actor=actor)
                 return await letter_acts.replace(
                     connection,
                     id_,
@@ -91,33 +90,9 @@ class Mending:
         if before is not None and before[0] >= shown[0]:
             return None  # PostgreSQL has it, or something later: nothing is left to take back
         if before is not None:
-            return await self._commit(entity, "updated", before[1], shown, actor)
-        return await self._commit(entity, "deleted", msgspec.structs.replace(shown[1], deleted_at=now()), shown, actor)
-
-    async def _commit(
-        self, entity: Entity, event: str, state: Any, base: tuple[Standing, Any] | None, actor: str
-    ) -> str:
-        at = now()
-        if base is None:
-            event = "created"
-        elif event == "created":
-            event = "updated"
-        draft = Draft(
-            entity=entity,
-            event=event,
-            state=msgspec.structs.replace(state, updated_at=at),
-            base=base[0] if base else None,
-            before=base[1] if base else None,
-            at=at,
-            source="sync",
-            actor=actor,
-        )
-        try:
-            return (await self._rail.commit(draft)).standing.change_id
-        except Lost as error:
-            raise Conflict("another change came first: try again", code="version_conflict") from error
-        except OutOfStock as error:
-            raise Conflict("what it needs has been sold since", code="out_of_stock", items=error.left) from error
+            return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
+        gone = msgspec.structs.replace(shown[1], deleted_at=now())
+        return await commit(self._rail, entity, "deleted", gone, shown, actor=actor)
 
 
 def shown_body(body: bytes, most: int = 65_536) -> tuple[Any, str | None, bool]:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from services.sync import queues
 from services.sync.balance import Balance
+from services.sync.conflicts import Deciding
 from services.sync.ledger import draw_up
 from services.sync.mending import Mending, shown_body
 from services.sync.ops_requests import (
@@ -53,11 +54,12 @@ class Operators(Struct, frozen=True):
     api: Postgres
     mirror: Mirror
     mending: Mending
+    deciding: Deciding
 
     @classmethod
     def of(cls, settings: Settings, api: Postgres, mirror: Mirror, rail: Rail) -> "Operators":
         ops = Postgres(settings.database_ops_url, settings, size=4)
-        return cls(settings, ops, api, mirror, Mending(ops, mirror, rail))
+        return cls(settings, ops, api, mirror, Mending(ops, mirror, rail), Deciding(ops, mirror, rail))
 
     @asynccontextmanager
     async def seen_by(self, who: Identity) -> AsyncIterator[Connection]:
@@ -73,7 +75,7 @@ class Operators(Struct, frozen=True):
             raise Unavailable("dead letters wait for the database", retry_after=2.0) from error
 
 
-def _operators(request: Call) -> Operators:
+def operators(request: Call) -> Operators:
     found: Operators = request.app.state["operators"]
     return found
 
@@ -120,7 +122,7 @@ class Planned(Struct, frozen=True):
 async def list_letters(request: Call) -> ASGIApp:
     query = read_query(request, LettersQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         found = await dead_letters.page(connection, query.wanted(), before=before, limit=query.limit + 1)
     page = found[: query.limit]
     last = page[-1] if len(found) > query.limit else None
@@ -140,7 +142,7 @@ async def list_letters(request: Call) -> ASGIApp:
 )
 async def list_groups(request: Call) -> ASGIApp:
     query = read_query(request, Filter)
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         return success(await dead_letters.groups(connection, query.wanted()))
 
 
@@ -155,7 +157,7 @@ async def list_groups(request: Call) -> ASGIApp:
 )
 async def get_letter(request: Call, letter_id: str) -> ASGIApp:
     id_, who = path_id(letter_id, "letter_id"), request.identity
-    async with _operators(request).seen_by(who) as connection:
+    async with operators(request).seen_by(who) as connection:
         return success(await show(connection, id_, operator=who.role is Role.OPERATOR))
 
 
@@ -170,7 +172,7 @@ async def get_letter(request: Call, letter_id: str) -> ASGIApp:
 )
 async def get_body(request: Call, letter_id: str) -> ASGIApp:
     id_ = path_id(letter_id, "letter_id")
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         letter = await dead_letters.one(connection, id_)
     if letter is None:
         raise NotFound("no such dead letter")
@@ -219,7 +221,7 @@ async def replay(request: Call) -> ASGIApp:
     chosen = wanted.wanted(tuple(str(id_) for id_ in wanted.ids))
     if chosen == Wanted():
         raise InvalidInput("name letters by ids or by a filter, such as a fingerprint or a status", field="ids")
-    async with _operators(request).seen_by(who) as connection:
+    async with operators(request).seen_by(who) as connection:
         plan = await replay_jobs.plan(connection, chosen)
         job = await replay_jobs.make(
             connection,
@@ -247,7 +249,7 @@ async def replay(request: Call) -> ASGIApp:
 async def list_jobs(request: Call) -> ASGIApp:
     query = read_query(request, JobsQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         found = await replay_jobs.recent(connection, limit=query.limit + 1, before=before)
     page = found[: query.limit]
     last = page[-1] if len(found) > query.limit else None
@@ -266,7 +268,7 @@ async def list_jobs(request: Call) -> ASGIApp:
 )
 async def get_job(request: Call, replay_id: str) -> ASGIApp:
     id_ = path_id(replay_id, "replay_id")
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         job = await replay_jobs.one(connection, id_)
     if job is None:
         raise NotFound("no such job")
@@ -285,7 +287,7 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
 )
 async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
     id_, query = path_id(replay_id, "replay_id"), read_query(request, JobLettersQuery)
-    async with _operators(request).seen_by(request.identity) as connection:
+    async with operators(request).seen_by(request.identity) as connection:
         if await replay_jobs.one(connection, id_) is None:
             raise NotFound("no such job")
         outcomes = (query.outcome,) if query.outcome else ()
@@ -304,7 +306,7 @@ async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
 )
 async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     id_, who = path_id(replay_id, "replay_id"), request.identity
-    async with _operators(request).seen_by(who) as connection:
+    async with operators(request).seen_by(who) as connection:
         return success(await replay_jobs.cancel(connection, id_, actor=who.email or who.user_id, role=who.role))
 
 
@@ -337,7 +339,7 @@ async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), EditLetter)
     actor = who.email or who.user_id
     return success(
-        await _operators(request).mending.edit(
+        await operators(request).mending.edit(
             id_, wanted.event, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -360,7 +362,7 @@ async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), DiscardLetter)
     actor = who.email or who.user_id
     return success(
-        await _operators(request).mending.discard(
+        await operators(request).mending.discard(
             id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -382,7 +384,7 @@ async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), RestoreLetter)
     actor = who.email or who.user_id
     return success(
-        await _operators(request).mending.restore(
+        await operators(request).mending.restore(
             id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -398,8 +400,8 @@ async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
     answer=queues.Queues,
 )
 async def get_queues(request: Call) -> ASGIApp:
-    operators = _operators(request)
-    return success(await queues.look(operators.settings, operators.ops))
+    parts = operators(request)
+    return success(await queues.look(parts.settings, parts.ops))
 
 
 @endpoint(
@@ -413,9 +415,9 @@ async def get_queues(request: Call) -> ASGIApp:
     answer=Balance,
 )
 async def get_ledger(request: Call) -> ASGIApp:
-    query, operators = read_query(request, LedgerQuery), _operators(request)
+    query, parts = read_query(request, LedgerQuery), operators(request)
     since = query.since or now() - timedelta(hours=1)
-    return success(await draw_up(operators.settings, operators.ops, operators.mirror, since=since))
+    return success(await draw_up(parts.settings, parts.ops, parts.mirror, since=since))
 
 
 ROUTES = [

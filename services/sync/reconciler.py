@@ -52,7 +52,7 @@ class Reconciler:
         self._mirror = mirror
         self._rail = rail
         self._forked_payments = ForkedPayments(postgres, mirror, rail)
-        self._states = SyncStates(settings, postgres, mirror)
+        self.states = SyncStates(settings, postgres, mirror)
         self._task: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
         self._settle_again_at = 0.0
@@ -75,7 +75,7 @@ class Reconciler:
             for work in (
                 self.finish_claims,
                 self._settle_sometimes,
-                self._states.note_conflicts,
+                self.states.note_conflicts,
                 self._forked_payments.bring_back,
                 self._heal_sometimes,
                 self._trim_sometimes,
@@ -109,7 +109,7 @@ class Reconciler:
         if began < self._settle_again_at:
             return
         try:
-            await self._states.settle_pending()
+            await self.states.settle_pending()
         finally:
             ended = time.monotonic()
             self._settle_again_at = ended + _REST * (ended - began)

@@ -1,14 +1,17 @@
-"""What stands of an entity, for those who build a change on it outside the orders service."""
+"""What stands of an entity, and a new change on it by hand: for those who work outside the orders service."""
 
 from typing import Any
 
-from shared.entities.contract import Standing
+import msgspec
+
+from shared.entities.contract import Standing, now
 from shared.entities.entity import Entity
-from shared.errors import Unavailable
+from shared.errors import Conflict, Unavailable
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Connection
+from shared.rail.commit import Draft, Lost, OutOfStock, Rail
 
 
 async def mirrored(mirror: Mirror, entity: Entity, restaurant: str, id_: str) -> tuple[Standing, Any] | None:
@@ -27,3 +30,31 @@ async def stored(connection: Connection, entity: Entity, restaurant: str, id_: s
     """What PostgreSQL has; `connection` as a role that sees this restaurant."""
     found = await states.one(connection, entity, restaurant, id_)
     return None if found is None else (found.standing, entity.decode_state(found.state))
+
+
+async def commit(
+    rail: Rail, entity: Entity, event: str, state: Any, base: tuple[Standing, Any] | None, *, actor: str
+) -> str:
+    """The id of the change at head + 1; a `created` of what is there already is an update, and anything of what is not
+    there a creation. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
+    at = now()
+    if base is None:
+        event = "created"
+    elif event == "created":
+        event = "updated"
+    draft = Draft(
+        entity=entity,
+        event=event,
+        state=msgspec.structs.replace(state, updated_at=at),
+        base=base[0] if base else None,
+        before=base[1] if base else None,
+        at=at,
+        source="sync",
+        actor=actor,
+    )
+    try:
+        return (await rail.commit(draft)).standing.change_id
+    except Lost as error:
+        raise Conflict("another change came first: try again", code="version_conflict") from error
+    except OutOfStock as error:
+        raise Conflict("what it needs has been sold since", code="out_of_stock", items=error.left) from error

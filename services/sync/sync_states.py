@@ -5,6 +5,7 @@ told here: what is written although it calls it pending, what has failed on its 
 conflict. PostgreSQL is the source of all three; nothing is written there.
 """
 
+import math
 from datetime import timedelta
 
 import structlog
@@ -31,6 +32,8 @@ class SyncStates:
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
+        self.open_conflicts = math.nan
+        """Entities with one, over all restaurants, as they were counted last; NaN while nobody knows."""
 
     async def settle_pending(self) -> int:
         """Returns how many states were found in PostgreSQL although the mirror called them pending."""
@@ -73,8 +76,13 @@ class SyncStates:
             await self._mirror.settle(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 
     async def note_conflicts(self) -> None:
-        # In this order: what is closed by the second look was open, or told, before the first.
-        told = await self._mirror.conflicts()
-        async with self._postgres.connection() as connection:
-            known = {keys.member(*one) for one in await states.in_conflict(connection)}
+        try:
+            # In this order: what is closed by the second look was open, or told, before the first.
+            told = await self._mirror.conflicts()
+            async with self._postgres.connection() as connection:
+                known = {keys.member(*one) for one in await states.in_conflict(connection)}
+        except Exception:
+            self.open_conflicts = math.nan
+            raise
+        self.open_conflicts = len(known)
         await self._mirror.note_conflicts(sorted(known - told), sorted(told - known))

@@ -133,6 +133,11 @@ def _watch(parts: Parts) -> None:
     watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
     watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
     watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.keeper.open_letters)
+    watch(
+        "ticketrail_conflicts_open",
+        "Entities with an open conflict",
+        lambda: parts.reconciler.states.open_conflicts,
+    )
     watch("ticketrail_pending", "Changes that PostgreSQL has not got yet", lambda: parts.thresholds.pending)
     watch("ticketrail_failed", "Of those, the ones that have failed", lambda: parts.thresholds.failed)
     parts.metrics.watch_each(

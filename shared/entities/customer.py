@@ -66,7 +66,7 @@ ENTITY = Entity(
             name="loyalty_moves",
             parent="customer_id",
             columns=tuple(columns("points int4", "reason text", "created_at timestamptz")),
-            rows=lambda customer: customer.loyalty_moves,
+            field="loyalty_moves",
         ),
     ),
 )

@@ -75,7 +75,12 @@ class Facts(_Rows):
     too."""
 
     parent: str
-    rows: Callable[[Any], Sequence[Struct]]
+    field: str
+    """Of the state: where it carries them."""
+
+    def rows(self, state: Any) -> Sequence[Struct]:
+        found: Sequence[Struct] = getattr(state, self.field)
+        return found
 
 
 @dataclass(frozen=True)

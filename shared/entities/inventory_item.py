@@ -65,7 +65,7 @@ ENTITY = Entity(
             name="stock_moves",
             parent="inventory_item_id",
             columns=tuple(columns("quantity int8", "reason text", "created_at timestamptz")),
-            rows=lambda item: item.moves,
+            field="moves",
         ),
     ),
 )

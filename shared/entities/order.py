@@ -217,7 +217,7 @@ ENTITY = Entity(
             name="payments",
             parent="order_id",
             columns=tuple(columns("amount int8", "method text", "reference text", "created_at timestamptz")),
-            rows=lambda order: order.payments,
+            field="payments",
         ),
     ),
     holds=_held,

@@ -173,12 +173,15 @@ class Desk:
     # -- the command line ----------------------------------------------------------------------------------------
 
     async def dlq(self, *arguments: str, answer: str = "") -> Result:
+        return await self.cli("dlq", *arguments, answer=answer)
+
+    async def cli(self, *arguments: str, answer: str = "") -> Result:
         """Run by nadia, in this process: starting one for each command would take most of the time of a test."""
         env = {name: value for name, value in self.system.env.items() if name.startswith("TICKETRAIL_")}
         logging = structlog.get_config()
         try:
             ran = await asyncio.to_thread(
-                CliRunner().invoke, main, ["dlq", *arguments], input=answer, env={**env, "LOGNAME": "nadia"}
+                CliRunner().invoke, main, arguments, input=answer, env={**env, "LOGNAME": "nadia"}
             )
         finally:
             structlog.configure(**logging)

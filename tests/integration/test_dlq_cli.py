@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,24 +12,12 @@ from services.sync.editing import event_in
 from shared.entities.contract import Lane, encode
 from shared.messaging import topology
 from tests.builders import change, message, order
-from tests.integration.letters_rig import LETTERS, Desk, open_desk, seen
+from tests.integration.letters_rig import LETTERS, Desk, seen
 from tests.integration.shop_rig import expect
-from tests.system import System, eventually
+from tests.system import eventually
 
 UNKNOWN = "7d0c5f1e-4c11-4c0a-9b1d-7f0c3b526f1e"
 NOT_UTF8 = b"\x00\xff\xfe \x80 not \x1b[31mUTF-8 "
-
-
-@pytest.fixture(scope="module")
-async def desk(system: System) -> AsyncIterator[Desk]:
-    async with open_desk(system) as desk:
-        yield desk
-
-
-@pytest.fixture
-def marker() -> str:
-    """By which a test finds its own letters."""
-    return f"m{uuid4().hex}"
 
 
 async def done(desk: Desk, *arguments: str, answer: str = "") -> str:

@@ -20,6 +20,7 @@ from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
 from tests.builders import change, message, payment
+from tests.integration.forks_rig import fork, stands
 from tests.system import System, eventually
 
 ARRIVALS = ["the winner first", "the loser first", "both in one message"]
@@ -51,24 +52,6 @@ async def shop(system: System) -> Shop:
         headers = {"Authorization": f"Bearer {token}"}
         dish = await client.post("/api/menu", json={"name": "Soup", "price": 500, "category": "Mains"}, headers=headers)
     return Shop(data["restaurant"]["id"], token, dish.json()["data"]["id"])
-
-
-async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
-    """(the state, its change) as PostgreSQL has it, once it has it."""
-
-    async def look() -> Any:
-        async with system.database() as connection:
-            return await connection.fetchrow(
-                "select change_id::text, (data->'after')::text as state from changes where entity_id = $1", id_
-            )
-
-    row = await eventually(look, what=f"the {entity.name} in PostgreSQL")
-    return entity.decode_state(row["state"].encode()), row["change_id"]
-
-
-def fork(first: Change, second: Change) -> tuple[Change, Change]:
-    """(winner, loser)"""
-    return (first, second) if first.standing > second.standing else (second, first)
 
 
 async def publish(system: System, lane: Lane, *bodies: bytes) -> None:

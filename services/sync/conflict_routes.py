@@ -1,0 +1,84 @@
+"""/api/ops/conflicts: changes of which only one can stand, for operators. Admins see those of their own restaurant."""
+
+from litestar.types import ASGIApp
+
+from services.sync.conflicts import ShownFork, show
+from services.sync.ops_requests import ConflictsQuery, ResolveConflict
+from services.sync.ops_routes import operators
+from shared.api import endpoint, path_id, read_query
+from shared.cursors import cursor_after, read_cursor
+from shared.http import Call, read_body, success
+from shared.postgres import conflicts
+from shared.postgres.conflicts import Fork
+
+_TAG = "Conflicts"
+
+
+@endpoint(
+    "GET",
+    "/api/ops/conflicts",
+    action="conflicts.read",
+    tag=_TAG,
+    summary="List conflicts, the newest first",
+    query=ConflictsQuery,
+    answer=Fork,
+    many=True,
+)
+async def list_conflicts(request: Call) -> ASGIApp:
+    query = read_query(request, ConflictsQuery)
+    async with operators(request).seen_by(request.identity) as connection:
+        found = await conflicts.page(
+            connection,
+            restaurant_id=str(query.restaurant_id) if query.restaurant_id else None,
+            entity=query.entity,
+            entity_id=str(query.entity_id) if query.entity_id else None,
+            is_open=query.open,
+            before=read_cursor(query.cursor) if query.cursor else None,
+            limit=query.limit + 1,
+        )
+    page = found[: query.limit]
+    last = page[-1] if len(found) > query.limit else None
+    cursor = cursor_after(last.opened_at, last.id) if last else None
+    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+
+
+@endpoint(
+    "GET",
+    "/api/ops/conflicts/{conflict_id:str}",
+    action="conflicts.read",
+    tag=_TAG,
+    summary="Show both sides of a conflict, and what differs between them",
+    answer=ShownFork,
+    errors=(404,),
+)
+async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
+    id_ = path_id(conflict_id, "conflict_id")
+    async with operators(request).seen_by(request.identity) as connection:
+        return success(await show(connection, id_))
+
+
+@endpoint(
+    "POST",
+    "/api/ops/conflicts/{conflict_id:str}/resolve",
+    action="conflicts.resolve",
+    tag=_TAG,
+    summary="Decide a conflict: which of the two changes holds",
+    description="Keeping the one that stands closes it. Keeping the other one makes a new change that gives the entity"
+    " what differs between the two as the other had it; where somebody has changed that since, the answer is 409"
+    " `changed_since`. Payments of both sides count in either case.",
+    body=ResolveConflict,
+    answer=Fork,
+    errors=(404, 409, 504),
+    example={"keep": "949d5329-9382-53f5-88ee-eb64c2466f58", "why": "the guest wants bread"},
+)
+async def resolve_conflict(request: Call, conflict_id: str) -> ASGIApp:
+    id_, who = path_id(conflict_id, "conflict_id"), request.identity
+    wanted = read_body(await request.whole_body(), ResolveConflict)
+    return success(
+        await operators(request).deciding.resolve(
+            id_, keep=str(wanted.keep), why=wanted.why, actor=who.email or who.user_id, role=who.role
+        )
+    )
+
+
+ROUTES = [list_conflicts, get_conflict, resolve_conflict]

@@ -1,0 +1,25 @@
+"""Forks made by hand: two changes that claim one version of one entity."""
+
+from typing import Any
+
+from shared.entities.contract import Change
+from shared.entities.entity import Entity
+from tests.system import System, eventually
+
+
+async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
+    """(the state, its change) as PostgreSQL has it, once it has it."""
+
+    async def look() -> Any:
+        async with system.database() as connection:
+            return await connection.fetchrow(
+                "select change_id::text, (data->'after')::text as state from changes where entity_id = $1", id_
+            )
+
+    row = await eventually(look, what=f"the {entity.name} in PostgreSQL")
+    return entity.decode_state(row["state"].encode()), row["change_id"]
+
+
+def fork(first: Change, second: Change) -> tuple[Change, Change]:
+    """(winner, loser)"""
+    return (first, second) if first.standing > second.standing else (second, first)

@@ -1,0 +1,218 @@
+"""Of two changes that could not both stand somebody says which one holds: over HTTP and on the command line."""
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from msgspec import Struct, structs
+
+from shared.entities import order as orders
+from shared.entities.contract import Change, Lane
+from shared.security import Role
+from tests.builders import change, message, payment
+from tests.integration.forks_rig import fork, stands
+from tests.integration.letters_rig import Desk
+from tests.integration.shop_rig import expect, refused
+from tests.system import eventually
+
+CONFLICTS = "/api/ops/conflicts"
+
+
+class Forked(Struct):
+    order: str
+    winner: Change
+    loser: Change
+    conflict: dict[str, Any]
+
+    def notes(self, side: Change) -> str:
+        found: str = orders.ENTITY.decode(side).notes
+        return found
+
+
+Fork = Callable[[], Awaitable[Forked]]
+
+
+@pytest.fixture
+def forked(desk: Desk, nadia: httpx.AsyncClient) -> Fork:
+    """Makes an order of which two changes claim version 2: their notes differ, and each has a payment of its own."""
+
+    async def make() -> Forked:
+        id_ = await desk.place(notes="as it was")
+        state, base = await stands(desk.system, orders.ENTITY, id_)
+        sides = [
+            change(
+                structs.replace(state, notes=notes, payments=(payment(amount=100),)),
+                event="payment_recorded", before=state, entityversion=2, basechangeid=base,
+            )
+            for notes in ("no bread", "extra bread")
+        ]  # fmt: skip
+        winner, loser = fork(sides[0], sides[1])
+        await desk.publisher.publish(Lane.CRITICAL.value, message(loser, winner))
+
+        async def listed() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = expect(await nadia.get(CONFLICTS, params={"entity_id": id_}))
+            return found
+
+        [conflict] = await eventually(listed, what="the conflict")
+        # The payment of the loser comes back by a change of its own.
+        await eventually(lambda: order(desk, id_), what="both payments", until=lambda one: len(one["payments"]) == 2)
+        return Forked(id_, winner, loser, conflict)
+
+    return make
+
+
+async def order(desk: Desk, id_: str) -> dict[str, Any]:
+    async with desk.shop.client() as staff:
+        found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
+        return found
+
+
+async def change_order(desk: Desk, id_: str, **fields: Any) -> None:
+    async with desk.shop.client() as staff:
+        expect(await staff.put(f"/api/orders/{id_}", json=fields))
+
+
+async def resolve(client: httpx.AsyncClient, made: Forked, keep: Change, why: str = "the guest said so") -> Any:
+    return await client.post(f"{CONFLICTS}/{made.conflict['id']}/resolve", json={"keep": keep.id, "why": why})
+
+
+async def test_both_sides_are_shown_with_what_differs(desk: Desk, nadia: httpx.AsyncClient, forked: Fork) -> None:
+    made = await forked()
+    assert (made.conflict["entity"], made.conflict["version"], made.conflict["resolved_at"]) == ("order", 2, None)
+    seen = expect(await nadia.get(f"{CONFLICTS}/{made.conflict['id']}"))
+    assert seen["conflict"] == made.conflict
+    assert [seen[side]["change_id"] for side in ("stands", "other")] == [made.winner.id, made.loser.id]
+    assert seen["other"]["state"]["notes"] == made.notes(made.loser)
+    notes = {"path": "notes", "stands": made.notes(made.winner), "other": made.notes(made.loser)}
+    assert notes in seen["differs"]
+    assert {one["path"].partition("[")[0] for one in seen["differs"]} == {"notes", "payments"}
+
+
+async def test_admins_see_those_of_their_own_restaurant_and_decide_nothing(desk: Desk, forked: Fork) -> None:
+    made = await forked()
+    path = f"{CONFLICTS}/{made.conflict['id']}"
+    async with desk.client(Role.ADMIN) as ours, desk.client(Role.ADMIN, restaurant=str(uuid4())) as theirs:
+        assert made.conflict in expect(await ours.get(CONFLICTS))
+        assert expect(await ours.get(path))["conflict"] == made.conflict
+        refused(await resolve(ours, made, made.winner), 403, "forbidden")
+        assert expect(await theirs.get(CONFLICTS)) == []
+        refused(await theirs.get(path), 404, "not_found")
+
+
+async def test_keeping_the_side_that_stands_changes_nothing_and_closes_it(
+    desk: Desk, nadia: httpx.AsyncClient, forked: Fork
+) -> None:
+    made = await forked()
+    await desk.sync_state(made.order, "conflict")
+    before = await order(desk, made.order)
+    done = expect(await resolve(nadia, made, made.winner))
+    assert (done["kept_change_id"], done["resolved_change_id"]) == (made.winner.id, None)
+    assert (done["resolved_by"], done["why"]) == ("nadia@ops.example", "the guest said so")
+    await desk.sync_state(made.order, "synced")
+    after = await order(desk, made.order)
+    assert (after["version"], after["notes"]) == (before["version"], made.notes(made.winner))
+    assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order})) == []
+    assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order, "open": "false"})) == [done]
+    async with desk.client(name="omar") as omar:
+        refused(await resolve(omar, made, made.loser), 409, "conflict_resolved")
+    async with desk.system.database() as database:
+        acts = await database.fetch(
+            "select actor, action, why from audit where target = $1", f"conflict/{made.conflict['id']}"
+        )
+    assert [tuple(act) for act in acts] == [("nadia@ops.example", "conflict.resolve", "the guest said so")]
+
+
+async def test_keeping_the_other_side_brings_it_back_and_leaves_what_was_changed_since(
+    desk: Desk, nadia: httpx.AsyncClient, forked: Fork
+) -> None:
+    made = await forked()
+    await change_order(desk, made.order, customer_name="Ada")
+    before = await order(desk, made.order)
+    done = expect(await resolve(nadia, made, made.loser))
+    await desk.sync_state(made.order, "synced")
+    after = await order(desk, made.order)
+    assert (after["notes"], after["customer_name"]) == (made.notes(made.loser), "Ada")
+    assert (after["version"], len(after["payments"])) == (before["version"] + 1, 2)
+    assert after["payment_status"] == before["payment_status"]
+    assert await desk.written(done["resolved_change_id"]) == 1
+    assert done["kept_change_id"] == made.loser.id
+
+
+async def test_what_somebody_has_given_a_third_value_is_not_overwritten(
+    desk: Desk, nadia: httpx.AsyncClient, forked: Fork
+) -> None:
+    made = await forked()
+    await change_order(desk, made.order, notes="white bread")
+    answer = await resolve(nadia, made, made.loser)
+    refused(answer, 409, "changed_since")
+    assert answer.json()["error"]["details"]["fields"] == ["notes"]
+    assert (await order(desk, made.order))["notes"] == "white bread"
+    assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order})) == [made.conflict]
+    await change_order(desk, made.order, notes=made.notes(made.loser))
+    before = await order(desk, made.order)
+    assert expect(await resolve(nadia, made, made.loser))["resolved_change_id"] is None, "it says so already"
+    assert (await order(desk, made.order))["version"] == before["version"]
+
+
+async def test_a_decision_that_names_no_side_or_no_reason_is_refused(nadia: httpx.AsyncClient, forked: Fork) -> None:
+    made = await forked()
+    path = f"{CONFLICTS}/{made.conflict['id']}/resolve"
+    keep = made.winner.id
+    for body, field in (
+        ({"keep": str(uuid4()), "why": "?"}, "keep"),
+        ({"keep": "the first", "why": "?"}, "keep"),
+        ({"keep": keep}, "why"),
+        ({"keep": keep, "why": " "}, "why"),
+    ):
+        refused(await nadia.post(path, json=body), 422, "invalid_input", field)
+    refused(await nadia.post(f"{CONFLICTS}/{uuid4()}/resolve", json={"keep": keep, "why": "?"}), 404, "not_found")
+    refused(await nadia.get(f"{CONFLICTS}/{uuid4()}"), 404, "not_found")
+    refused(await nadia.get(f"{CONFLICTS}/7"), 422, "invalid_input", "conflict_id")
+
+
+async def test_conflicts_are_listed_in_pages_the_newest_first(nadia: httpx.AsyncClient, forked: Fork) -> None:
+    made = [await forked() for _ in range(3)]
+    restaurant = made[0].conflict["restaurant_id"]
+    found: list[str] = []
+    cursor: dict[str, str] = {}
+    while True:
+        answer = await nadia.get(CONFLICTS, params={"restaurant_id": restaurant, "limit": 2, **cursor})
+        found += [one["id"] for one in expect(answer)]
+        if (following := answer.json()["pagination"]["next_cursor"]) is None:
+            break
+        cursor = {"cursor": following}
+    assert found[:3] == [one.conflict["id"] for one in made[::-1]]
+    assert len(set(found)) == len(found)
+
+
+async def test_the_command_line_lists_shows_and_decides(desk: Desk, forked: Fork) -> None:
+    made = await forked()
+    id_ = made.conflict["id"]
+    code, out, err = await desk.cli("conflicts", "list", "--restaurant", desk.restaurant)
+    assert (code, err) == (0, "")
+    assert id_ in out
+    code, out, _ = await desk.cli("conflicts", "list", "--restaurant", desk.restaurant, "--json")
+    assert id_ in {one["id"] for one in json.loads(out)}
+
+    code, out, _ = await desk.cli("conflicts", "show", id_)
+    assert code == 0
+    assert f"stands: {made.winner.id}" in out
+    assert f"other:  {made.loser.id}" in out
+    assert '"no bread"' in out and '"extra bread"' in out
+
+    code, out, err = await desk.cli("conflicts", "resolve", id_, "--keep", str(uuid4()), "--why", "?")
+    assert (code, out, err) == (1, "", "Error: is neither of the two changes\n")
+    code, out, _ = await desk.cli("conflicts", "resolve", id_, "--keep", made.loser.id, "--why", "the guest said so")
+    assert code == 0
+    assert out.startswith(f"resolved: {made.loser.id} holds, brought back by change ")
+    await eventually(
+        lambda: order(desk, made.order), what="the loser", until=lambda one: one["notes"] == made.notes(made.loser)
+    )
+    code, out, err = await desk.cli("conflicts", "resolve", id_, "--keep", made.winner.id, "--why", "no")
+    assert (code, out, err) == (1, "", "Error: cli/nadia has decided this conflict already\n")
+    code, out, _ = await desk.cli("conflicts", "list", "--restaurant", desk.restaurant, "--all", "--json")
+    [decided] = [one for one in json.loads(out) if one["id"] == id_]
+    assert decided["resolved_by"] == "cli/nadia"
