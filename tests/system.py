@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import urlopen
 from uuid import uuid4
 
 import asyncpg
@@ -19,6 +21,7 @@ import httpx
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 from shared.messaging.management import ask
+from tests.http import http_client
 from tests.servers import Redis, Servers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +132,7 @@ class System:
 
     async def ready(self, name: str, *, within: float = 30.0) -> None:
         async def look() -> int:
-            async with httpx.AsyncClient() as client:
+            async with http_client() as client:
                 return (await client.get(f"{self.urls[name]}/health/ready")).status_code
 
         try:
@@ -137,8 +140,18 @@ class System:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.children[name].tail(30)}") from None
 
+    def health(self, name: str) -> dict[str, Any]:
+        """What it says of itself, ready or not."""
+        try:
+            reply = urlopen(f"{self.urls[name]}/health/ready", timeout=10)
+        except HTTPError as error:
+            reply = error
+        with reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
+
     async def warm(self) -> str:
-        async with httpx.AsyncClient() as client:
+        async with http_client() as client:
             details = (await client.get(f"{self.urls['worker']}/health/ready")).json()
         return str(details.get("mirror"))
 
@@ -188,7 +201,7 @@ class System:
 
     def client(self, role: str = "staff", *, service: str = "orders", token: str | None = None) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {token or self.token(role)}"}
-        return httpx.AsyncClient(base_url=self.urls[service], headers=headers, timeout=10.0)
+        return http_client(base_url=self.urls[service], headers=headers, timeout=10.0)
 
     def order_body(self, **fields: Any) -> dict[str, Any]:
         return {"items": [{"menu_item_id": self.dish(), "quantity": 2}], **fields}

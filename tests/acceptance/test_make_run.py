@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from deploy.local.packages import ensure
 from deploy.local.ports import find_free
+from tests.http import http_client
 from tests.system import ROOT, eventually
 
 pytestmark = pytest.mark.timeout(180)
@@ -165,7 +165,7 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
             await eventually(told, what="the restart, in one line")
 
             async def again() -> int:
-                async with httpx.AsyncClient() as client:
+                async with http_client() as client:
                     return (await client.get(f"{run.demo['orders_url']}/health/ready")).status_code
 
             await eventually(again, within=20, what="orders to be back", until=lambda status: status == 200)
@@ -173,7 +173,7 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
 
         run = Run(tmp_path / "home", env)
         await run.ready(2)
-        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {run.demo['tokens']['staff']}"}) as client:
+        async with http_client(headers={"Authorization": f"Bearer {run.demo['tokens']['staff']}"}) as client:
             found = await client.get(f"{run.demo['orders_url']}/api/orders/{placed['id']}")
         assert found.json()["data"]["order_number"] == placed["order_number"]
 

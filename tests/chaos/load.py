@@ -14,6 +14,7 @@ import httpx
 from msgspec import Struct
 
 from tests.chaos.rig import Rig
+from tests.http import http_client
 
 _TIMEOUT = 8.0
 _REPEATS = 4
@@ -68,7 +69,7 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     async def _work(self, number: int) -> None:
-        async with httpx.AsyncClient(timeout=_TIMEOUT) as client:
+        async with http_client(timeout=_TIMEOUT) as client:
             while not self._stop.is_set():
                 shop = self._shops[0] if self._chance.random() < 0.8 else self._shops[1]
                 act = self._chance.choices(

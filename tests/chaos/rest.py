@@ -2,11 +2,11 @@
 and what a fork left out has been brought back."""
 
 import aio_pika
-import httpx
 import redis.asyncio
 
 from shared.messaging import topology
 from tests.chaos.rig import Rig
+from tests.http import http_client
 from tests.system import eventually
 
 _WITHIN = 120.0
@@ -32,7 +32,7 @@ async def restless(rig: Rig) -> dict[str, int]:
         pending = [key async for key in mirror.scan_iter("*:pending:*")]
         found["pending"] = sum([int(await mirror.zcard(key)) for key in pending])
     for name in [one for one in rig.system.children if one.endswith("orders")]:
-        async with httpx.AsyncClient() as client:
+        async with http_client() as client:
             ready = (await client.get(f"{rig.system.urls[name]}/health/ready")).json()
         found[f"journal of {name}"] = int(ready["journal"]["depth"])
     found |= await _depths(rig)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx
 import redis.asyncio
 
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 from tests.chaos.schedule import SERVERS, Fault, Kind
+from tests.http import http_client
 from tests.proxy import Mode, Proxy
 from tests.servers import Server, Servers
 from tests.system import System, eventually
@@ -114,7 +114,7 @@ class Rig:
         return urlunsplit(parts._replace(netloc=f"{user}@{address}" if user else address))
 
     async def _register_another(self) -> None:
-        async with httpx.AsyncClient(base_url=self.system.urls["orders"], timeout=10) as client:
+        async with http_client(base_url=self.system.urls["orders"], timeout=10) as client:
             made = await client.post(
                 "/api/auth/register-restaurant",
                 json={

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.rig import Rig
+from tests.http import http_client
 
 # Heartbeats come every 15 seconds: a link that is silent for longer is dead.
 _TIMEOUT = httpx.Timeout(5.0, read=20.0)
@@ -36,7 +37,7 @@ class Watch:
 
     async def _follow(self, restaurant: str, token: str) -> None:
         cursor = ""
-        async with httpx.AsyncClient(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {token}"}) as client:
+        async with http_client(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {token}"}) as client:
             while True:
                 headers = {"Last-Event-ID": cursor} if cursor else {}
                 with contextlib.suppress(httpx.HTTPError):

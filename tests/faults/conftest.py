@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -11,11 +10,11 @@ from tests.servers import Servers
 from tests.system import System
 
 
-@pytest.fixture
-async def victim(servers: Servers, tmp_path: Path) -> AsyncIterator[System]:
-    """A system of its own, with a Redis of its own."""
+@pytest.fixture(scope="module")
+async def victim(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """One for all tests of a file, each of which leaves it whole. With a Redis of its own."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    system = System(servers, tmp_path, redis=own_redis)
+    system = System(servers, tmp_path_factory.mktemp("victim"), redis=own_redis)
     try:
         await system.up()
         yield system

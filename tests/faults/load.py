@@ -10,6 +10,7 @@ import aio_pika
 import httpx
 
 from shared.messaging import topology
+from tests.http import http_client
 from tests.system import System, eventually
 
 
@@ -23,7 +24,7 @@ class Load:
         *,
         clients: int = 6,
         changes: bool = True,
-        pause: float = 0.02,
+        pause: float = 0.05,
         instances: Sequence[str] = ("orders",),
     ) -> None:
         """`instances` of the orders service, which the clients call in turn."""
@@ -41,8 +42,10 @@ class Load:
         self.refused: Counter[tuple[str, int]] = Counter()
         self.unknown = 0
         self.unexpected: list[str] = []
+        self._before: set[str] = set()
 
     async def __aenter__(self) -> "Load":
+        self._before = set(await self._system.stored_orders())
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
         return self
 
@@ -112,12 +115,12 @@ class Load:
         try:
             await eventually(missing, within=within, what="every acknowledged change", until=lambda count: count == 0)
         except AssertionError as error:
-            async with httpx.AsyncClient() as client:
+            async with http_client() as client:
                 worker = (await client.get(f"{self._system.urls['worker']}/health/ready")).text
             depths = await asyncio.to_thread(self._system.depths)
             raise AssertionError(f"{error}\nqueues: {depths}\nworker: {worker}") from None
         stored = await self._system.stored_orders()
-        extra = set(stored) - set(self.placed)
+        extra = set(stored) - set(self.placed) - self._before
         assert len(extra) <= self.unknown, f"{len(extra)} orders that nobody was told of"
         async with self._system.database() as connection:
             twice = await connection.fetch(

@@ -4,12 +4,12 @@ import asyncio
 import random
 
 import aio_pika
-import httpx
 import pytest
 
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.faults.outage import Outage, acknowledged, proven, under_load
+from tests.http import http_client
 from tests.system import System, eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -57,7 +57,7 @@ async def test_a_missing_binding_refuses_readiness_and_start(victim: System, que
         await (await channel.get_queue(queue, ensure=False)).unbind(exchange, "critical")
 
     async def readiness() -> int:
-        async with httpx.AsyncClient() as client:
+        async with http_client() as client:
             return (await client.get(f"{victim.urls['worker']}/health/ready")).status_code
 
     await eventually(readiness, what="not ready", until=lambda status: status == 503)
@@ -88,3 +88,7 @@ async def test_services_refuse_to_start_on_a_broker_without_their_queues(victim:
 
         await eventually(ended, within=30, what=f"{name} refused", until=lambda code: code is not None)
         assert "ticketrail migrate" in victim.children[name].tail(40)
+    await victim.cli("migrate")
+    for name in ("orders", "worker"):
+        victim.start(name)
+        await victim.ready(name)

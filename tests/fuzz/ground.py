@@ -7,6 +7,7 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
+from tests.http import http_client
 from tests.system import System
 
 _PASSWORD = "a long one that nobody guesses"
@@ -30,7 +31,7 @@ class Ground(Struct, frozen=True):
 async def prepare(system: System) -> Ground:
     slug = f"fuzz-{uuid4().hex[:12]}"
     credentials = {"email": f"admin@{slug}.example", "password": _PASSWORD}
-    async with httpx.AsyncClient(base_url=system.urls["orders"], timeout=10.0) as client:
+    async with http_client(base_url=system.urls["orders"], timeout=10.0) as client:
         registered = await _post(client, "/api/auth/register-restaurant", {"name": "Fuzz", "slug": slug, **credentials})
         session, restaurant = registered["session"], registered["restaurant"]["id"]
         tokens = {"admin": session["access_token"]}

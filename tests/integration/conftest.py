@@ -1,6 +1,7 @@
 """What the tests of the sync worker's parts share."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -74,3 +75,16 @@ async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
 def marker() -> str:
     """By which a test finds its own letters."""
     return f"m{uuid4().hex}"
+
+
+@pytest.fixture(autouse=True)
+def the_broker_is_back(request: pytest.FixtureRequest) -> None:
+    """A test before may have ended the servers that all share: what the services of the system make of that for a while
+    (orders go to the journal) is no part of the next one."""
+    if "system" not in request.fixturenames:
+        return
+    system: System = request.getfixturevalue("system")
+    deadline = time.monotonic() + 30
+    while not (seen := system.health("orders"))["broker"]:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)

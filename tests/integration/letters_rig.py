@@ -21,6 +21,7 @@ from shared.messaging import topology
 from shared.messaging.publisher import Publisher
 from shared.security import Identity, Role, Tokens
 from tests.builders import change, message
+from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop
 from tests.system import ROOT, System, eventually
 
@@ -53,7 +54,7 @@ class Desk:
         tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
         token = tokens.issue(Identity(str(uuid4()), role, of, f"{name}@ops.example", "a session"))
         headers = {"Authorization": f"Bearer {token}"}
-        return httpx.AsyncClient(base_url=url or self.system.urls["sync"], headers=headers, timeout=60.0)
+        return http_client(base_url=url or self.system.urls["sync"], headers=headers, timeout=60.0)
 
     # -- making letters ------------------------------------------------------------------------------------------
 

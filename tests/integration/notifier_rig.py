@@ -24,6 +24,7 @@ from shared.messaging.topology import CHANGES, LOG
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.builders import RESTAURANT, change, message, order
+from tests.http import http_client
 from tests.servers import Servers
 from tests.system import ROOT, eventually
 
@@ -165,7 +166,7 @@ class Notifier:
         )
 
     async def health(self) -> tuple[int, dict[str, Any]]:
-        async with httpx.AsyncClient() as client:
+        async with http_client() as client:
             answer = await client.get(f"{self.base}/health/ready", timeout=5)
             return answer.status_code, answer.json()
 
@@ -184,7 +185,7 @@ class Notifier:
     async def get(self, path: str = "/api/v1/sync/events", *, by: str | None = None, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {by or token()}", **more.pop("headers", {})}
         async with (
-            httpx.AsyncClient() as client,
+            http_client() as client,
             client.stream("GET", self.base + path, headers=headers, timeout=5, **more) as response,
         ):
             if response.status_code != 200:
@@ -199,7 +200,7 @@ class Notifier:
             headers["Last-Event-ID"] = after
         timeout = httpx.Timeout(5.0, read=60.0)
         async with (
-            httpx.AsyncClient(timeout=timeout) as client,
+            http_client(timeout=timeout) as client,
             client.stream("GET", f"{self.base}/api/v1/sync/events", params=params, headers=headers) as response,
         ):
             if response.status_code != 200:

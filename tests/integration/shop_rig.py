@@ -11,6 +11,7 @@ from shared.messaging import topology
 from shared.messaging.publisher import Publisher
 from shared.security import Identity, Role, Tokens
 from tests.builders import message
+from tests.http import http_client
 from tests.system import System
 
 
@@ -53,7 +54,7 @@ class Shop(Struct, frozen=True):
 async def open_shop(system: System, **fields: Any) -> Shop:
     slug = f"shop-{uuid4().hex[:12]}"
     body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good", **fields}
-    async with httpx.AsyncClient(base_url=system.urls["orders"], timeout=10.0) as client:
+    async with http_client(base_url=system.urls["orders"], timeout=10.0) as client:
         data = made(await client.post("/api/auth/register-restaurant", json=body))
     session = data["session"]
     return Shop(

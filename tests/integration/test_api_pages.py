@@ -3,10 +3,10 @@
 import json
 import re
 
-import httpx
 import pytest
 
 from tests.contract import documents
+from tests.http import http_client
 from tests.system import System
 
 _LOADED = re.compile(r'(?:src|href)="([^"]*)"')
@@ -14,7 +14,7 @@ _LOADED = re.compile(r'(?:src|href)="([^"]*)"')
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
 async def test_the_page_loads_nothing_but_files_of_its_own(system: System, service: str) -> None:
-    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+    async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         assert page.status_code == 200
         assert page.headers["content-type"].startswith("text/html")
@@ -36,7 +36,7 @@ async def test_the_page_loads_nothing_but_files_of_its_own(system: System, servi
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
 async def test_the_page_may_not_do_more_than_it_must(system: System, service: str) -> None:
-    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+    async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
@@ -49,7 +49,7 @@ async def test_the_page_may_not_do_more_than_it_must(system: System, service: st
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
 async def test_a_service_shows_the_document_that_is_frozen(system: System, service: str) -> None:
-    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+    async with http_client(base_url=system.urls[service]) as client:
         shown = await client.get("/api-docs/openapi.json")
     assert shown.headers["content-type"].startswith("application/json")
     assert shown.json() == json.loads(documents.text(f"{service}.openapi.json"))

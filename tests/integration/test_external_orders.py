@@ -21,6 +21,7 @@ from shared.errors import OutcomeUnknown, Unavailable
 from shared.http import read_body
 from shared.mirror import keys
 from shared.settings import Settings
+from tests.http import http_client
 from tests.integration.link import Link, link_to
 from tests.integration.shop_rig import Shop, expect, open_shop, refused
 from tests.system import System, eventually
@@ -37,7 +38,7 @@ async def shop(system: System) -> Shop:
 @pytest.fixture
 async def other(system: System) -> AsyncIterator[httpx.AsyncClient]:
     """The other system."""
-    async with httpx.AsyncClient(base_url=system.urls["sync"], headers={"x-sync-token": TOKEN}, timeout=10.0) as client:
+    async with http_client(base_url=system.urls["sync"], headers={"x-sync-token": TOKEN}, timeout=10.0) as client:
         yield client
 
 
@@ -182,7 +183,7 @@ async def test_a_new_tax_rate_does_not_change_what_was_placed_before(shop: Shop,
 async def test_without_the_token_nothing_is_taken(shop: Shop, system: System) -> None:
     wanted = body(shop)
     wrong = ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é", system.token("admin")]
-    async with httpx.AsyncClient(base_url=system.urls["sync"]) as client:
+    async with http_client(base_url=system.urls["sync"]) as client:
         for token in (None, *wrong):
             headers = [] if token is None else [(b"x-sync-token", token.encode("latin-1"))]
             reply = await client.post("/api/sync/order", json=wanted, headers=headers)
@@ -301,7 +302,7 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
         database_api_url=links["database"].url,
         database_timeout_seconds=1.0,
     )
-    async with httpx.AsyncClient(
+    async with http_client(
         base_url=f"http://127.0.0.1:{port}", headers={"x-sync-token": TOKEN}, timeout=10.0
     ) as client:
 

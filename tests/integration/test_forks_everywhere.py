@@ -20,6 +20,7 @@ from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
 from tests.builders import change, message, payment
+from tests.http import http_client
 from tests.integration.forks_rig import fork, stands
 from tests.system import System, eventually
 
@@ -37,7 +38,7 @@ class Shop(Struct):
 @pytest.fixture
 async def shop(system: System) -> Shop:
     name = uuid4().hex[:10]
-    async with httpx.AsyncClient(base_url=system.urls["orders"], timeout=10) as client:
+    async with http_client(base_url=system.urls["orders"], timeout=10) as client:
         made = await client.post(
             "/api/auth/register-restaurant",
             json={
@@ -111,7 +112,7 @@ async def pushed(system: System, token: str) -> AsyncIterator[list[dict[str, Any
     found: list[dict[str, Any]] = []
     url = f"{system.urls['notifier']}/api/v1/sync/events"
     async with (
-        httpx.AsyncClient(timeout=httpx.Timeout(5.0, read=30.0)) as client,
+        http_client(timeout=httpx.Timeout(5.0, read=30.0)) as client,
         client.stream("GET", url, headers={"Authorization": f"Bearer {token}"}) as response,
     ):
         assert response.status_code == 200

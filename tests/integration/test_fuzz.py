@@ -4,12 +4,12 @@ examples at every run; what it finds is in the output, with the request that sho
 import json
 from collections.abc import AsyncIterator
 
-import httpx
 import pytest
 
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
 from tests.fuzz.run import fuzz, patient
+from tests.http import http_client
 from tests.servers import Servers
 from tests.system import System, eventually
 
@@ -42,7 +42,7 @@ async def test_nothing_that_is_sent_brings_an_answer_which_the_document_does_not
     assert outcome.fine, outcome.told
     if role == "admin":
         # Otherwise it would prove little: nearly every operation was done at least once.
-        async with httpx.AsyncClient(base_url=fuzzed.urls[service]) as client:
+        async with http_client(base_url=fuzzed.urls[service]) as client:
             paths = (await client.get("/api-docs/openapi.json")).json()["paths"]
         # What operators do an admin may not, and there is no letter to look at: tests of their own do those.
         paths = {path: item for path, item in paths.items() if not path.startswith("/api/ops/")}

@@ -24,6 +24,7 @@ from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.security import Role
 from shared.settings import Settings
+from tests.http import http_client
 from tests.integration.shop_rig import Shop, made
 from tests.servers import Servers
 from tests.system import ROOT, System, eventually
@@ -218,7 +219,7 @@ async def new_shop(system: System, limited: str) -> Shop:
     """Registered from an address of its own: not even registering is without a limit."""
     slug = f"shop-{uuid4().hex[:12]}"
     body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good"}
-    async with httpx.AsyncClient(base_url=limited, headers=headers_of(), timeout=10.0) as client:
+    async with http_client(base_url=limited, headers=headers_of(), timeout=10.0) as client:
         data = made(await client.post("/api/auth/register-restaurant", json=body))
     session = data["session"]
     admin, token = session["user"]["id"], session["access_token"]
@@ -234,7 +235,7 @@ async def test_requests_of_a_restaurant_are_limited_wherever_they_come_from(
     limited: str, shop: Shop, system: System
 ) -> None:
     tokens = [shop.token, shop.token_of(Role.STAFF), shop.token_of(Role.CUSTOMER, session="s1")]
-    async with httpx.AsyncClient(base_url=limited) as client:
+    async with http_client(base_url=limited) as client:
         for place in range(BURST):
             reply = await client.get("/api/menu", headers=headers_of(tokens[place % 3]))
             assert reply.status_code == 200
@@ -254,7 +255,7 @@ async def test_requests_of_a_restaurant_are_limited_wherever_they_come_from(
 
 async def test_requests_from_an_address_are_limited_whoever_asks(limited: str, shop: Shop) -> None:
     address = next(_addresses)
-    async with httpx.AsyncClient(base_url=limited) as client:
+    async with http_client(base_url=limited) as client:
         for place in range(ADDRESS_BURST):
             # What the client itself writes before it changes nothing.
             headers = headers_of(address=f"{next(_addresses)}, {address}")
@@ -286,7 +287,7 @@ async def test_a_service_without_redis_still_limits(system: System, shop: Shop) 
     )
     try:
         await system.ready(name)
-        async with httpx.AsyncClient(base_url=system.urls[name], headers=headers_of(shop.token)) as client:
+        async with http_client(base_url=system.urls[name], headers=headers_of(shop.token)) as client:
             replies = [await client.get("/api/sync/status") for _ in range(BURST + 2)]
     finally:
         await system.stop(name)
@@ -304,7 +305,7 @@ async def preflight(url: str, origin: str) -> httpx.Response:
         "Access-Control-Request-Method": "PUT",
         "Access-Control-Request-Headers": "authorization, content-type, if-match, idempotency-key",
     }
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with http_client(base_url=url) as client:
         return await client.options(f"/api/orders/{uuid4()}", headers={**headers_of(), **asked})
 
 
@@ -316,7 +317,7 @@ async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Sh
         allowed = reply.headers["access-control-allow-headers"].lower()
         assert {"authorization", "idempotency-key", "if-match", "last-event-id"} <= set(re.split(", *", allowed))
         assert "access-control-allow-credentials" not in reply.headers
-    async with httpx.AsyncClient(base_url=limited) as client:
+    async with http_client(base_url=limited) as client:
         # Errors too: a page that may not read them cannot tell its user what was wrong.
         for path, token, status in (
             ("/api/menu", shop.token, 200),
@@ -337,7 +338,7 @@ async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Sh
 )
 async def test_pages_of_other_origins_may_not(limited: str, shop: Shop, origin: str) -> None:
     assert "access-control-allow-origin" not in (await preflight(limited, origin)).headers
-    async with httpx.AsyncClient(base_url=limited) as client:
+    async with http_client(base_url=limited) as client:
         reply = await client.get("/api/menu", headers={**headers_of(shop.token), "Origin": origin})
         assert "access-control-allow-origin" not in reply.headers
 
@@ -438,7 +439,7 @@ async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> Non
     app: Any = Outer(
         Litestar([broken], exception_handlers=EXCEPTION_HANDLERS, openapi_config=None, logging_config=None)
     )
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+    async with http_client(transport=httpx.ASGITransport(app), base_url="http://here") as client:
         reply = await client.get("/broken")
     assert reply.status_code == 500
     check(reply)
@@ -451,7 +452,7 @@ async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> Non
 async def test_the_page_of_the_api_runs_by_its_policy_and_loads_nothing_from_elsewhere(
     system: System, service: str
 ) -> None:
-    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+    async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         assert page.headers["content-type"].startswith("text/html")
         policy = dict(

@@ -13,6 +13,7 @@ from services.orders.resources import RESOURCES, Resource
 from shared.entities.order import PaymentStatus, Status
 from shared.security import Role
 from tests.builders import change, item, new_id, order
+from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
 from tests.system import System, eventually
 
@@ -473,7 +474,7 @@ async def test_without_postgresql_lists_come_from_the_mirror_and_say_so(shop: Sh
 
         await eventually(synced, what="synced")
     headers = {"Authorization": f"Bearer {shop.token}"}
-    async with httpx.AsyncClient(base_url=blind, headers=headers, timeout=10.0) as admin:
+    async with http_client(base_url=blind, headers=headers, timeout=10.0) as admin:
         for resource in RESOURCES:
             one = made(await admin.post(resource.path, json=body_of(resource, bay)))
             reply = await admin.get(resource.path, params={"limit": 1})

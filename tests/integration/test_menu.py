@@ -10,6 +10,7 @@ import pytest
 
 from deploy.local.ports import find_free
 from shared.security import Role
+from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
 from tests.system import System, eventually
 
@@ -281,7 +282,7 @@ async def test_an_instance_prices_by_what_it_has_changed_itself_without_waiting_
     shop: Shop, without_broker: str
 ) -> None:
     headers = {"Authorization": f"Bearer {shop.token}"}
-    async with httpx.AsyncClient(base_url=without_broker, headers=headers, timeout=10.0) as admin:
+    async with http_client(base_url=without_broker, headers=headers, timeout=10.0) as admin:
         dish = {"name": "Dosa", "price": 1_000, "category": "Mains"}
         dishes = [made(await admin.post("/api/menu", json=dish))["id"] for _ in range(3)]
         assert made(await admin.post("/api/orders", json=body(*dishes)))["durability"] == "journal"

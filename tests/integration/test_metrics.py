@@ -5,12 +5,12 @@ import json
 import re
 from uuid import uuid4
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared.metrics import Metrics, watch_pool
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
+from tests.http import http_client
 from tests.system import ROOT, SERVICES, System, eventually
 
 Samples = dict[str, float]
@@ -18,7 +18,7 @@ _PAGE = (ROOT / "docs" / "metrics.md").read_text()
 
 
 async def scraped(system: System, name: str) -> Samples:
-    async with httpx.AsyncClient() as client:
+    async with http_client() as client:
         answer = await client.get(f"{system.urls[name]}/metrics")
     assert answer.status_code == 200
     return {
@@ -133,7 +133,7 @@ async def test_status_shows_every_service_and_names_the_one_that_is_away(system:
 
 
 async def test_every_metric_is_documented_and_every_documented_one_exists(system: System) -> None:
-    async with httpx.AsyncClient() as client:
+    async with http_client() as client:
         texts = [(await client.get(f"{url}/metrics")).text for url in (system.urls[name] for name in SERVICES)]
     told = {name for text in texts for name in re.findall(r"^# TYPE (ticketrail_\w+) (?!gauge.*_created)", text, re.M)}
     told = {name.removesuffix("_total") for name in told if not name.endswith("_created")}

@@ -12,6 +12,7 @@ import pytest
 from shared.mirror.mirror import Mirror
 from shared.security import Identity, Role, Tokens
 from tests.builders import RESTAURANT
+from tests.http import http_client
 from tests.system import System, eventually
 
 
@@ -260,7 +261,7 @@ async def test_without_a_token_that_is_ours_every_route_says_401(system: System)
         ("DELETE", f"/api/orders/{uuid4()}"),
         ("POST", f"/api/orders/{uuid4()}/restore"),
     ]
-    async with httpx.AsyncClient(base_url=system.urls["orders"]) as client:
+    async with http_client(base_url=system.urls["orders"]) as client:
         for method, path in routes:
             for token in tokens:
                 headers = {"Authorization": f"Bearer {token}"} if token else {}

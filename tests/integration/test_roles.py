@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import jwt
 import pytest
 from litestar import Litestar
@@ -28,6 +27,7 @@ from shared.openapi import operations
 from shared.permissions import ACTIONS, PUBLIC, allowed
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
+from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop
 from tests.system import System, eventually
 
@@ -180,7 +180,7 @@ class Answer(Struct, frozen=True):
 async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, ordered: bool = True) -> list[Answer]:
     """In their order, or, like those that only read, at once; of an event stream no more than its beginning is read."""
     headers = {} if authorization is None else {"Authorization": authorization}
-    async with httpx.AsyncClient(headers=headers, timeout=20.0) as client:
+    async with http_client(headers=headers, timeout=20.0) as client:
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def call(route: Route) -> Answer:
@@ -254,7 +254,7 @@ def test_every_action_but_those_within_a_handler_belongs_to_a_route() -> None:
 
 @pytest.mark.parametrize("service", HANDLERS)
 async def test_the_document_names_every_route_and_who_may_call_it(system: System, service: str) -> None:
-    async with httpx.AsyncClient(base_url=system.urls[service]) as client:
+    async with http_client(base_url=system.urls[service]) as client:
         document = (await client.get("/api-docs/openapi.json")).json()
     described = {
         (method.upper(), path): one for path, item in document["paths"].items() for method, one in item.items()
@@ -393,7 +393,7 @@ async def test_what_another_restaurant_names_in_a_request_is_not_there(ours: Our
 
 
 async def test_a_guest_sees_the_menu_and_the_tables_and_of_others_nothing(ours: Ours) -> None:
-    async with httpx.AsyncClient(base_url=ours.shop.system.urls["orders"]) as client:
+    async with http_client(base_url=ours.shop.system.urls["orders"]) as client:
         body = {"slug": ours.shop.slug, "table_id": ours.ids["table_id"]}
         opened = made(await client.post("/api/auth/table-session", json=body))
     answers = await walk(ours, GUARDED, f"Bearer {opened['access_token']}")

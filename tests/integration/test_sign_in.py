@@ -26,6 +26,7 @@ from shared.passwords import hash_password
 from shared.postgres.pool import Postgres
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
+from tests.http import http_client
 from tests.system import System, eventually
 
 PASSWORD = "long enough to be good"
@@ -61,7 +62,7 @@ def client(url: str, token: str | None = None, *, address: str | None = None) ->
     headers = {"X-Forwarded-For": address or next(_addresses)}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=10.0)
+    return http_client(base_url=url, headers=headers, timeout=10.0)
 
 
 def told(reply: httpx.Response, status: int = 200) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -23,6 +22,7 @@ from shared.mirror.mirror import Claimed, Mirror
 from shared.trace_files import SpanRow, read_spans
 from shared.tracing import trace_id_of
 from tests import builders
+from tests.http import http_client
 from tests.integration.notifier_rig import Screen
 from tests.servers import Servers
 from tests.system import System, eventually
@@ -476,7 +476,7 @@ async def test_off_nothing_is_written_and_errors_still_carry_a_trace_id(traced: 
         async with traced.client(service=name) as client:
             unknown = await client.get(f"/api/orders/{uuid4()}", headers=caller.headers)
             own = await client.get(f"/api/orders/{uuid4()}")
-        async with httpx.AsyncClient(base_url=traced.urls[name]) as stranger:
+        async with http_client(base_url=traced.urls[name]) as stranger:
             refused = await stranger.get("/api/orders", headers=caller.headers)
     assert (unknown.status_code, refused.status_code) == (404, 401)
     assert unknown.json()["error"]["trace_id"] == refused.json()["error"]["trace_id"] == caller.trace
