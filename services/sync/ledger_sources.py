@@ -18,6 +18,7 @@ from shared.postgres.pool import Postgres
 from shared.postgres.whereabouts import Fence
 from shared.rail.journal_file import Damaged, Name, name_of, roll
 from shared.rail.salvage import Salvage
+from shared.rail.set_aside import journals_in, readable
 from shared.settings import Settings
 from shared.tracing import trace_id_of
 
@@ -47,13 +48,13 @@ class Depths(Struct, frozen=True):
 def journals(folder: Path) -> Journals:
     """Beside their owners; nothing is changed."""
     found = Journals({}, {}, {}, [])
-    for path in sorted(folder.glob("orders-*.sqlite")):
+    for path in journals_in(folder).values() if folder.exists() else ():
         try:
-            waiting, damaged = roll(path)
+            waiting, damaged = roll(readable(path))
         except (sqlite3.Error, ValueError) as error:
             log.warning("journal_dug_through", journal=str(path), error=str(error))
             try:
-                waiting, damaged = _dug_out(path)
+                waiting, damaged = _dug_out(readable(path))
             except OSError:
                 found.unread.append(path.name)
                 continue

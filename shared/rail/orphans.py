@@ -7,7 +7,6 @@ time; numbers of orders are never given from an orphan.
 """
 
 import asyncio
-import re
 from pathlib import Path
 
 import structlog
@@ -17,11 +16,10 @@ from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
+from shared.rail.set_aside import files_of, journals_in
 from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
-
-_JOURNAL = re.compile(r"orders-(\d+)\.sqlite")
 
 
 class Orphans:
@@ -62,8 +60,8 @@ class Orphans:
         """Looks at each journal once; returns how many entries left them. Raises NotSent or InDoubt when the broker
         does not take them, JournalBroken when one cannot be read: the others were tried before it is raised."""
         drained, failed = 0, None
-        for number, path in sorted(await asyncio.to_thread(self._others)):
-            if self._empty.get(number) == await asyncio.to_thread(_changed, path):
+        for number, path in (await asyncio.to_thread(journals_in, self._folder)).items():
+            if number == self._own or self._empty.get(number) == await asyncio.to_thread(_changed, path):
                 continue
             lease = Lease.attempt(self._folder, "orders", number)
             if lease is None:  # its instance lives
@@ -78,10 +76,6 @@ class Orphans:
         if failed:
             raise failed
         return drained
-
-    def _others(self) -> list[tuple[int, Path]]:
-        found = ((_JOURNAL.fullmatch(path.name), path) for path in self._folder.iterdir())
-        return [(int(match[1]), path) for match, path in found if match and int(match[1]) != self._own]
 
     async def _drain_one(self, path: Path, lease: Lease) -> int:
         journal = Journal(path, instance=lease.number, max_bytes=self._max_bytes, lease=lease)
@@ -100,5 +94,4 @@ class Orphans:
 
 def _changed(path: Path) -> int:
     """When it was written last, in nanoseconds; what is in its write-ahead log counts."""
-    files = (path, path.with_name(f"{path.name}-wal"))
-    return max(file.stat().st_mtime_ns for file in files if file.exists())
+    return max((file.stat().st_mtime_ns for file in files_of(path)), default=0)

@@ -25,6 +25,7 @@ from shared.rail.salvage import Salvage, wal_of
 log = structlog.get_logger(__name__)
 
 _MOST_TOLD = 20
+_JOURNAL = re.compile(r"orders-(\d+)\.sqlite(-wal|\.mended)?")
 _ASIDE = re.compile(r"\.corrupt-[0-9TZ.]+(-wal)?$")
 
 
@@ -75,6 +76,24 @@ def finish(path: Path) -> None:
         _move_aside(path)
     mended.rename(path)
     flush_folder(path.parent)
+
+
+def journals_in(folder: Path) -> dict[int, Path]:
+    """Number of its instance -> the journal, of all in a folder. One whose file is gone is there while its log is, or
+    what a crash has left of mending it: `Journal.open` makes it whole. Raises OSError."""
+    found = (_JOURNAL.fullmatch(one.name) for one in folder.iterdir())
+    numbers = sorted({int(match[1]) for match in found if match})
+    return {number: folder / f"orders-{number}.sqlite" for number in numbers}
+
+
+def files_of(path: Path) -> list[Path]:
+    """In which its entries may be, as far as they are there: the file, its log, and what is to take its place."""
+    return [one for one in (path, wal_of(path), _mended(path)) if one.exists()]
+
+
+def readable(path: Path) -> Path:
+    """The file to read of a journal that nobody has opened since a crash."""
+    return _mended(path) if not path.exists() and _mended(path).exists() else path
 
 
 def files_aside(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from services.sync.ledger_sources import journals
 from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import NotSent
 from shared.rail.instance import Lease
@@ -134,6 +135,31 @@ async def test_of_a_damaged_one_what_is_whole_is_recorded_and_the_file_is_set_as
     assert sorted(broker.events) == sorted([first, third])
     assert [one.read_bytes() for one in files_aside(path)] == [bytes(data)]
     assert await orphans.drain() == 0
+
+
+@pytest.mark.parametrize("ending", ["-wal", ".mended"])
+async def test_one_whose_file_is_gone_is_found_by_its_log_or_by_what_was_to_take_its_place(
+    tmp_path: Path, ending: str
+) -> None:
+    events = [encode(builders.change(builders.order(items=0))) for _ in range(3)]
+    (living := tmp_path / "living").mkdir()
+    journal = Journal(living / "orders-2.sqlite", instance=2, max_bytes=1 << 20)
+    await journal.open()
+    await journal.append([(Lane.CRITICAL, event) for event in events])
+    if ending == "-wal":  # as it is while the instance lives
+        log = (living / "orders-2.sqlite-wal").read_bytes()
+        await journal.close()
+        (tmp_path / "orders-2.sqlite-wal").write_bytes(log)
+    else:
+        await journal.close()
+        (living / "orders-2.sqlite").rename(tmp_path / "orders-2.sqlite.mended")
+    assert journals(tmp_path).depths == {"orders-2.sqlite": 3}
+    broker = Broker()
+    orphans = orphans_of(tmp_path, broker)
+    assert await orphans.drain() == 3
+    assert sorted(broker.events) == sorted(events)
+    assert await orphans.drain() == 0
+    assert journals(tmp_path).depths == {"orders-2.sqlite": 0}
 
 
 async def _result(value: int) -> int:
