@@ -2,6 +2,8 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
+# Also where the environment says otherwise: services start a hundred times in the tests, and are compiled once.
+export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help

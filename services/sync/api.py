@@ -116,7 +116,7 @@ API = Api("Ticketrail: sync", "What terminals, other systems and operators call.
 
 async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
     """Ready while one of the stores answers; the age of PostgreSQL's last fence says how far the sync is behind."""
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {"broker": parts.publisher.connected}
     try:
         async with parts.postgres.connection() as connection:
             fences = await connection.fetch(_FENCES)

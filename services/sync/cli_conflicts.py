@@ -11,8 +11,9 @@ import click
 import msgspec
 from rich.table import Table
 
-from services.sync.cli_ops import ROLE, actor, ago, ask, console, json_option, print_json, printable, with_rail
+from services.sync.cli_ops import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
 from services.sync.conflicts import Deciding, ShownFork, show
+from services.sync.printable import printable
 from shared.postgres import conflicts
 from shared.postgres.conflicts import Side
 
@@ -67,11 +68,13 @@ def show_command(conflict: UUID, as_json: bool) -> None:
     click.echo(f"{about.entity} {about.entity_id} of restaurant {about.restaurant_id}, opened {about.opened_at:%F %T}")
     if about.resolved_at:
         click.echo(printable(f"decided {about.resolved_at:%F %T} by {about.resolved_by}: {about.why}"))
-    for name, side in (("stands", seen.stands), ("other", seen.other)):
+    for name, side in (("winner", seen.winner), ("loser", seen.loser)):
         click.echo(printable(f"{name + ':':8}{_headline(side)}"))
-    table = Table("differs", "stands", "other", box=None, header_style="bold")
+    if seen.head is not None:
+        click.echo(f"stands: {seen.head.change_id}  version {seen.head.version}")
+    table = Table("differs", "winner", "loser", box=None, header_style="bold")
     for one in msgspec.to_builtins(seen.differs):
-        table.add_row(*map(printable, (one["path"], _value(one, "stands"), _value(one, "other"))))
+        table.add_row(*map(printable, (one["path"], _value(one, "winner"), _value(one, "loser"))))
     console().print(table)
 
 
@@ -97,7 +100,7 @@ def resolve_command(conflict: UUID, keep: UUID, why: str, as_json: bool) -> None
     done = with_rail(
         lambda *parts: Deciding(*parts).resolve(str(conflict), keep=str(keep), why=why, actor=actor(), role=ROLE)
     )
-    brought = f", brought back by change {done.resolved_change_id}" if done.resolved_change_id else ""
+    brought = f", by change {done.resolved_change_id}" if done.resolved_change_id else ""
     print_json(done) if as_json else click.echo(f"resolved: {done.kept_change_id} holds{brought}")
 
 

@@ -29,12 +29,12 @@ from services.sync.cli_ops import (
     json_option,
     ops_connection,
     print_json,
-    printable,
     with_rail,
 )
 from services.sync.cli_session import run
 from services.sync.editing import difference, event_in
 from services.sync.mending import Mending, shown_body
+from services.sync.printable import printable
 from shared.entities.contract import encode
 from shared.errors import NotFound
 from shared.postgres import dead_letters, letter_acts, replay_jobs
@@ -204,32 +204,36 @@ def export_command(out: str | None, **filters: Any) -> None:
     wanted = _wanted(**filters)
 
     async def write(connection: Connection, file: IO[bytes]) -> int:
-        # One at a time: a body may have 16 MB.
+        # One at a time: a body may have 16 MB. As of one moment: what dies again meanwhile would move to the front.
         written = 0
         before: tuple[datetime, str] | None = None
-        while page := await dead_letters.page(connection, wanted, before=before, limit=_PIECE):
-            for one in page:
-                whole = await dead_letters.one(connection, one.id)
-                if whole is not None:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            while page := await dead_letters.page(connection, wanted, before=before, limit=_PIECE):
+                for one in page:
+                    whole = await dead_letters.one(connection, one.id)
+                    assert whole is not None
                     plain = msgspec.to_builtins(whole)
                     _put(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
                     written += 1
-            before = (page[-1].last_failed_at, page[-1].id)
+                before = (page[-1].last_failed_at, page[-1].id)
         return written
 
     if out is None:
         ask(lambda connection: write(connection, sys.stdout.buffer))
         return
-    # Whole or not at all: half an export must not be taken for one.
-    half = Path(f"{out}.part")
+    # Whole or not at all: half an export must not be taken for one. A pipe or a device is written as it is.
+    target = Path(out).resolve()
+    half = target.with_name(f"{target.name}.part") if target.is_file() or not target.exists() else target
     try:
         with half.open("wb") as file:
             written = ask(lambda connection: write(connection, file))
-        half.replace(out)
+        if half != target:
+            half.replace(target)
     except OSError as error:
         raise click.FileError(out, error.strerror) from error
     finally:
-        half.unlink(missing_ok=True)
+        if half != target:
+            half.unlink(missing_ok=True)
     click.echo(f"{_letters(written)} in {out}")
 
 
@@ -310,8 +314,9 @@ def replay_command(
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
         said = f": {job.message}" if job.message else ""
         click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + said)
+    fewer = bool(wanted.ids) and job.total < len(set(wanted.ids))  # also what was closed while the question stood
     died = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
-    if plan.absent or died:
+    if fewer or died:
         sys.exit(1)
 
 

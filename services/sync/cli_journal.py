@@ -24,7 +24,7 @@ from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.journal_file import Contents, Damaged, Name, contents, name_of
 from shared.rail.salvage import Salvage
-from shared.rail.set_aside import files_aside
+from shared.rail.set_aside import files_aside, files_of, readable
 from shared.settings import Settings
 from shared.tracing import trace_id_of
 
@@ -126,7 +126,7 @@ def _path_of(path: Path | None, instance: int | None) -> Path:
     if (path is None) is (instance is None):
         raise click.UsageError("PATH or --instance, one of them")
     chosen = path or Settings().numbered(instance or 0).journal_path
-    if not chosen.exists():
+    if not files_of(chosen):
         raise click.ClickException(f"there is no journal {chosen}")
     return chosen
 
@@ -155,9 +155,9 @@ def _look(path: Path, limit: int) -> Shown:
 
 def _contents(path: Path) -> tuple[Contents, str | None]:
     try:
-        return contents(path), None
+        return contents(readable(path)), None
     except (sqlite3.Error, ValueError) as error:
-        salvage = Salvage(path)
+        salvage = Salvage(readable(path))
         entries = [(Lane(lane), event) for lane, event in salvage.entries()]
         return Contents(entries=entries, damaged=salvage.damaged()), str(error)
 

@@ -1,7 +1,6 @@
-"""What the operators' commands share: connections of the ops role, and how they print what strangers wrote."""
+"""What the operators' commands share: connections of the ops role, and how they print."""
 
 import getpass
-import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +20,6 @@ from shared.settings import Settings
 
 T = TypeVar("T")
 ROLE = Role.OPERATOR.value
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print JSON, for scripts")
 
@@ -72,11 +70,6 @@ def print_json(value: Any) -> None:
 def console() -> Console:
     # What stands in a letter is no markup, whatever it looks like.
     return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """What strangers wrote, without what would steer the operator's terminal."""
-    return _CONTROL.sub("�", text)
 
 
 def ago(at: datetime) -> str:

@@ -28,7 +28,10 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         return asyncio.run(work)
-    except (TicketrailError, MigrationError, declare.TopologyError) as error:
+    except TicketrailError as error:
+        field = error.details.get("field")
+        raise click.ClickException(f"{field}: {error}" if field else str(error)) from error
+    except (MigrationError, declare.TopologyError) as error:
         raise click.ClickException(str(error)) from error
     except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
         raise click.ClickException(f"a backend does not answer: {type(error).__name__}: {error}") from error

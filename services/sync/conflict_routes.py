@@ -63,9 +63,9 @@ async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     action="conflicts.resolve",
     tag=_TAG,
     summary="Decide a conflict: which of the two changes holds",
-    description="Keeping the one that stands closes it. Keeping the other one makes a new change that gives the entity"
-    " what differs between the two as the other had it; where somebody has changed that since, the answer is 409"
-    " `changed_since`. Payments of both sides count in either case.",
+    description="What differs between the two, and stands as the other one had it, is given back by a new change. Where"
+    " somebody has changed a field since that the loser is to give back, the answer is 409 `changed_since`: change it"
+    " by hand, and keep the winner. Payments of both sides count in either case.",
     body=ResolveConflict,
     answer=Fork,
     errors=(404, 409, 504),

@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 import structlog
 
+from services.sync.standing import head
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment, payment_status
 from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
-from shared.postgres import money, states
+from shared.postgres import money
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Draft, Lost, Rail
 
@@ -49,8 +50,8 @@ class ForkedPayments:
             payments = tuple(_payment(row) for row in rows)
             try:
                 brought += await self._add(restaurant, order, payments)
-            except Lost:
-                every = False  # somebody changes the order at this moment: next time
+            except (Lost, Unavailable):
+                every = False  # somebody changes the order at this moment, or the mirror is behind: next time
             except InvalidInput as error:
                 log.error("forked_payments_not_brought_back", id=order, restaurant_id=restaurant, error=str(error))
         if every:
@@ -59,17 +60,11 @@ class ForkedPayments:
 
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
         """False: they are there already, and on their way to PostgreSQL."""
-        warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
-        if not warm:
-            raise Unavailable("changes wait until the mirror is warm")
-        if document is not None:
-            base, order = document.standing, _ENTITY.decode_state(document.state)
-        else:
-            async with self._postgres.connection() as connection:
-                stored = await states.one(connection, _ENTITY, restaurant, id_)
-            if stored is None:
-                return False
-            base, order = stored.standing, _ENTITY.decode_state(stored.state)
+        async with self._postgres.connection() as connection:
+            found = await head(connection, self._mirror, _ENTITY, restaurant, id_)
+        if found is None:
+            return False
+        base, order = found
         known = {one.id for one in order.payments}
         payments = (*order.payments, *(one for one in payments if one.id not in known))
         if len(payments) == len(order.payments):

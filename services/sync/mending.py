@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 
 from services.sync.editing import difference, edited, event_in
-from services.sync.standing import commit, mirrored, stored
+from services.sync.standing import commit, head, mirrored, noted_afterwards, stored
 from shared.entities import registry
 from shared.entities.contract import now
-from shared.errors import InvalidInput, Unavailable
+from shared.errors import InvalidInput
 from shared.mirror.mirror import Mirror
 from shared.postgres import letter_acts
 from shared.postgres.dead_letters import Letter, WholeLetter
-from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
 
 
@@ -33,50 +33,42 @@ class Mending:
     ) -> Letter:
         """Commits what the operator's event says as a new change at head + 1, and resolves the letter by it. Raises
         InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
-        try:
+        with noted_afterwards("the letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await letter_acts.take(connection, id_, revision=revision)
                 original = event_in(letter.body)
                 entity, name, state = edited(original, event)
-                base = await mirrored(self._mirror, entity, state.restaurant_id, state.id)
-                if base is None:
-                    base = await stored(connection, entity, state.restaurant_id, state.id)
-                change_id = await commit(self._rail, entity, name, state, base, actor=actor)
+                base = await head(connection, self._mirror, entity, state.restaurant_id, state.id)
+                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor)
                 return await letter_acts.replace(
                     connection,
                     id_,
                     revision=revision,
                     event=event,
                     difference=difference(original, event) if original is not None else [],
-                    change_id=change_id,
+                    change_id=recorded.change_id,
                     why=why,
                     actor=actor,
                     role=role,
                 )
-        except AWAY as error:
-            raise Unavailable("dead letters wait for the database", retry_after=2.0) from error
 
     async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> Letter:
         """What the mirror shows of it is taken back by a new change: to what PostgreSQL has, or deleted where that has
         none. Raises as `edit`."""
         if not why.strip():
             raise InvalidInput("a reason is needed", field="why")
-        try:
+        with noted_afterwards("the letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await letter_acts.take(connection, id_, revision=revision)
-                taken_back = await self._take_back(connection, letter, actor)
+                recorded.change_id = await self._take_back(connection, letter, actor)
                 return await letter_acts.discard(
-                    connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=taken_back
+                    connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
                 )
-        except AWAY as error:
-            raise Unavailable("dead letters wait for the database", retry_after=2.0) from error
 
     async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> Letter:
-        try:
+        with noted_afterwards("the letter"):
             async with self._postgres.connection() as connection, connection.transaction():
                 return await letter_acts.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
-        except AWAY as error:
-            raise Unavailable("dead letters wait for the database", retry_after=2.0) from error
 
     async def _take_back(self, connection: Connection, letter: WholeLetter, actor: str) -> str | None:
         """The id of the change, or None where readers never saw the letter's."""

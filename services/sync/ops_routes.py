@@ -72,7 +72,7 @@ class Operators(Struct, frozen=True):
                 async with self.api.tenant(who.tenant) as connection:
                     yield connection
         except AWAY as error:
-            raise Unavailable("dead letters wait for the database", retry_after=2.0) from error
+            raise Unavailable("this waits for the database", retry_after=2.0) from error
 
 
 def operators(request: Call) -> Operators:
@@ -221,7 +221,10 @@ async def replay(request: Call) -> ASGIApp:
     chosen = wanted.wanted(tuple(str(id_) for id_ in wanted.ids))
     if chosen == Wanted():
         raise InvalidInput("name letters by ids or by a filter, such as a fingerprint or a status", field="ids")
-    async with operators(request).seen_by(who) as connection:
+    async with (
+        operators(request).seen_by(who) as connection,
+        connection.transaction(isolation="repeatable_read"),  # the plan tells what the job is about
+    ):
         plan = await replay_jobs.plan(connection, chosen)
         job = await replay_jobs.make(
             connection,

@@ -1,16 +1,20 @@
 """What stands of an entity, and a new change on it by hand: for those who work outside the orders service."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import asyncpg
 import msgspec
+from msgspec import Struct
 
 from shared.entities.contract import Standing, now
 from shared.entities.entity import Entity
-from shared.errors import Conflict, Unavailable
+from shared.errors import Conflict, OutcomeUnknown, Unavailable
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import Connection
+from shared.postgres.pool import AWAY, Connection
 from shared.rail.commit import Draft, Lost, OutOfStock, Rail
 
 
@@ -30,6 +34,20 @@ async def stored(connection: Connection, entity: Entity, restaurant: str, id_: s
     """What PostgreSQL has; `connection` as a role that sees this restaurant."""
     found = await states.one(connection, entity, restaurant, id_)
     return None if found is None else (found.standing, entity.decode_state(found.state))
+
+
+async def head(
+    connection: Connection, mirror: Mirror, entity: Entity, restaurant: str, id_: str
+) -> tuple[Standing, Any] | None:
+    """What a new change is to be built on. Raises Unavailable without a warm mirror, and while the mirror is behind
+    PostgreSQL: a change on what it shows would be one side of a fork."""
+    shown = await mirrored(mirror, entity, restaurant, id_)
+    kept = await stored(connection, entity, restaurant, id_)
+    if shown is None:
+        return kept
+    if kept is not None and shown[0] < kept[0]:
+        raise Unavailable("changes wait until the mirror has caught up", retry_after=1.0)
+    return shown
 
 
 async def commit(
@@ -58,3 +76,27 @@ async def commit(
         raise Conflict("another change came first: try again", code="version_conflict") from error
     except OutOfStock as error:
         raise Conflict("what it needs has been sold since", code="out_of_stock", items=error.left) from error
+
+
+class Recorded(Struct):
+    """The change that was made for a letter or a conflict, before that says so itself."""
+
+    change_id: str | None = None
+
+
+@contextmanager
+def noted_afterwards(what: str) -> Iterator[Recorded]:
+    """Around the transaction that takes `what` (such as "the letter"), makes a change and notes it there: 503 only
+    while nothing was recorded. Raises Unavailable, OutcomeUnknown."""
+    recorded = Recorded()
+    try:
+        yield recorded
+    except (asyncpg.PostgresError, *AWAY) as error:
+        if recorded.change_id is not None:
+            raise OutcomeUnknown(
+                f"change {recorded.change_id} is recorded, {what} does not say so yet: do it again",
+                change_id=recorded.change_id,
+            ) from error
+        if isinstance(error, AWAY):
+            raise Unavailable(f"{what} waits for the database", retry_after=2.0) from error
+        raise

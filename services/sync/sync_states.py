@@ -76,13 +76,17 @@ class SyncStates:
             await self._mirror.settle(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 
     async def note_conflicts(self) -> None:
+        # In this order: what is closed by the second look was open, or told, before the first.
+        told: set[str] | None = None
         try:
-            # In this order: what is closed by the second look was open, or told, before the first.
             told = await self._mirror.conflicts()
-            async with self._postgres.connection() as connection:
-                known = {keys.member(*one) for one in await states.in_conflict(connection)}
-        except Exception:
-            self.open_conflicts = math.nan
-            raise
-        self.open_conflicts = len(known)
+        finally:  # they are counted without the mirror too: when that is lost most of them are made
+            known = await self._in_conflict()
         await self._mirror.note_conflicts(sorted(known - told), sorted(told - known))
+
+    async def _in_conflict(self) -> set[str]:
+        self.open_conflicts = math.nan
+        async with self._postgres.connection() as connection:
+            found = await states.in_conflict(connection)
+        self.open_conflicts = len(found)
+        return {keys.member(*one) for one in found}

@@ -19,6 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from services.sync.printable import printable
 from services.sync.trace_search import DeadChange, Found, TracedChange
 from shared.trace_files import SpanRow
 
@@ -156,10 +157,10 @@ def _headline(change: TracedChange) -> Text:
 def _letter(letter: DeadChange) -> Text:
     version = f"  version {letter.version}" if letter.version else ""
     return Text.assemble(
-        (letter.type or "unreadable", "bold"),
+        (printable(letter.type or "unreadable"), "bold"),
         version,
         (f"  dead, {letter.status}", "bold red" if letter.status in ("open", "replaying") else "dim"),
-        f"  last failed {letter.last_failed_at:%Y-%m-%d %H:%M:%S}\n  {letter.reason}: {letter.error}",
+        f"  last failed {letter.last_failed_at:%Y-%m-%d %H:%M:%S}\n  {printable(f'{letter.reason}: {letter.error}')}",
         f"\n  ticketrail dlq show {letter.id}\n  trace {letter.trace_id or 'unknown'}",
     )
 

@@ -55,7 +55,7 @@ class Fork(Struct, frozen=True, kw_only=True):
     why: str | None
     kept_change_id: str | None
     resolved_change_id: str | None
-    """The change that brought the other side's part back; none where the side that holds stood already."""
+    """The change that made it hold; none where all of it stood when that was decided."""
 
 
 class Side(Struct, frozen=True, kw_only=True):
@@ -116,11 +116,11 @@ async def take(connection: Connection, id_: str) -> Fork:
 
 
 async def sides(connection: Connection, conflict: Fork) -> tuple[Side, Side]:
-    """(the one that stands by the guard, the other)"""
+    """(the winner by the guard, the loser)"""
     ids = [conflict.change_id, conflict.other_change_id]
     found = [_side(row) for row in await connection.fetch(_SIDES, conflict.restaurant_id, ids)]
-    other, stands = sorted(found, key=lambda side: side.standing)
-    return stands, other
+    loser, winner = sorted(found, key=lambda side: side.standing)
+    return winner, loser
 
 
 async def resolve(

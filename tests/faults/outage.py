@@ -141,7 +141,7 @@ async def ask(server: Redis, *command: object) -> Any:
 
 @asynccontextmanager
 async def under_load(rig: Rig, seed: int) -> AsyncIterator[Load]:
-    load = Load(rig, seed, clients=4, pause=0.05)
+    load = Load(rig, seed, clients=4, pause=0.1)
     load.start()
     try:
         yield load

@@ -83,11 +83,13 @@ async def shop(victim: System, tmp_path: Path) -> AsyncIterator[Shop]:
     for client in clients:
         client.timeout = httpx.Timeout(WITHIN)
     made = Shop(victim, clients, tmp_path, now(), [])
-    await made.restart(publish_timeout_seconds=PUBLISH_TIMEOUT)
-    yield made
-    victim.env["TICKETRAIL_HOME"] = home
-    for client in clients:
-        await client.aclose()
+    try:
+        await made.restart(publish_timeout_seconds=PUBLISH_TIMEOUT)
+        yield made
+    finally:
+        victim.env["TICKETRAIL_HOME"] = home
+        for client in clients:
+            await client.aclose()
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])

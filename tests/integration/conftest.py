@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.error import URLError
 from uuid import uuid4
 
 import httpx
@@ -77,14 +78,32 @@ def marker() -> str:
     return f"m{uuid4().hex}"
 
 
-@pytest.fixture(autouse=True)
-def the_broker_is_back(request: pytest.FixtureRequest) -> None:
-    """A test before may have ended the servers that all share: what the services of the system make of that for a while
-    (orders go to the journal) is no part of the next one."""
-    if "system" not in request.fixturenames:
-        return
-    system: System = request.getfixturevalue("system")
+def _wait_for(system: System) -> None:
     deadline = time.monotonic() + 30
-    while not (seen := system.health("orders"))["broker"]:
+    while not (seen := _whole(system))[0]:
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
+
+
+def _whole(system: System) -> tuple[bool, Any]:
+    try:
+        orders, sync, worker = (system.health(name) for name in ("orders", "sync", "worker"))
+    except URLError as error:
+        return False, error
+    lanes = worker["postgres_writer"]["consumers"].values()
+    return orders["broker"] and sync["broker"] and all(lanes), (orders, sync, worker)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def the_system_is_whole(request: pytest.FixtureRequest) -> None:
+    """Before what a file makes for all its tests; see `the_system_is_whole_again`."""
+    if any("system" in one.fixturenames for one in request.session.items if one.path == request.path):  # type: ignore[attr-defined]
+        _wait_for(request.getfixturevalue("system"))
+
+
+@pytest.fixture(autouse=True)
+def the_system_is_whole_again(request: pytest.FixtureRequest) -> None:
+    """A test before may have ended the servers that all share: what the services of the system make of that for a while
+    (orders go to the journal, other commits are refused) is no part of the next one."""
+    if "system" in request.fixturenames:
+        _wait_for(request.getfixturevalue("system"))

@@ -95,13 +95,13 @@ TABLES = {
     "changes": "restaurant_id, change_id",
 }
 # When and where a row was written is not what it says.
-OURS = {"opened_at", "written_at", "xid", "seq", "lane"}
+OURS = {"id of conflicts", "opened_at", "written_at", "xid", "seq", "lane"}
 
 
 async def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
     return {
         table: [
-            {name: value for name, value in row.items() if name not in OURS}
+            {name: value for name, value in row.items() if not {name, f"{name} of {table}"} & OURS}
             for row in await database.fetch(f"select * from {table} order by {key}")
         ]
         for table, key in TABLES.items()

@@ -82,11 +82,16 @@ async def resolve(client: httpx.AsyncClient, made: Forked, keep: Change, why: st
 async def test_both_sides_are_shown_with_what_differs(desk: Desk, nadia: httpx.AsyncClient, forked: Fork) -> None:
     made = await forked()
     assert (made.conflict["entity"], made.conflict["version"], made.conflict["resolved_at"]) == ("order", 2, None)
-    seen = expect(await nadia.get(f"{CONFLICTS}/{made.conflict['id']}"))
+
+    async def look() -> Any:
+        return expect(await nadia.get(f"{CONFLICTS}/{made.conflict['id']}"))
+
+    # Behind the payment of the loser, which came back by a change of its own.
+    seen = await eventually(look, what="what stands", until=lambda found: found["head"]["version"] == 3)
     assert seen["conflict"] == made.conflict
-    assert [seen[side]["change_id"] for side in ("stands", "other")] == [made.winner.id, made.loser.id]
-    assert seen["other"]["state"]["notes"] == made.notes(made.loser)
-    notes = {"path": "notes", "stands": made.notes(made.winner), "other": made.notes(made.loser)}
+    assert [seen[side]["change_id"] for side in ("winner", "loser")] == [made.winner.id, made.loser.id]
+    assert seen["loser"]["state"]["notes"] == made.notes(made.loser)
+    notes = {"path": "notes", "winner": made.notes(made.winner), "loser": made.notes(made.loser)}
     assert notes in seen["differs"]
     assert {one["path"].partition("[")[0] for one in seen["differs"]} == {"notes", "payments"}
 
@@ -199,15 +204,15 @@ async def test_the_command_line_lists_shows_and_decides(desk: Desk, forked: Fork
 
     code, out, _ = await desk.cli("conflicts", "show", id_)
     assert code == 0
-    assert f"stands: {made.winner.id}" in out
-    assert f"other:  {made.loser.id}" in out
+    assert f"winner: {made.winner.id}" in out
+    assert f"loser:  {made.loser.id}" in out
     assert '"no bread"' in out and '"extra bread"' in out
 
     code, out, err = await desk.cli("conflicts", "resolve", id_, "--keep", str(uuid4()), "--why", "?")
-    assert (code, out, err) == (1, "", "Error: is neither of the two changes\n")
+    assert (code, out, err) == (1, "", "Error: keep: is neither of the two changes\n")
     code, out, _ = await desk.cli("conflicts", "resolve", id_, "--keep", made.loser.id, "--why", "the guest said so")
     assert code == 0
-    assert out.startswith(f"resolved: {made.loser.id} holds, brought back by change ")
+    assert out.startswith(f"resolved: {made.loser.id} holds, by change ")
     await eventually(
         lambda: order(desk, made.order), what="the loser", until=lambda one: one["notes"] == made.notes(made.loser)
     )

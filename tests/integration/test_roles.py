@@ -99,6 +99,7 @@ class Ours(Struct, frozen=True):
             "/api/users/{user_id:str}": {"name": "Somebody else"},
             "/api/auth/refresh": {"refresh_token": "none"},
             "/api/auth/logout": {"refresh_token": "none"},
+            "/api/ops/conflicts/{conflict_id:str}/resolve": {"keep": self.ids["change_id"], "why": "it was the first"},
         }.get(route.path)
         found: dict[str, Any] = wanted or route.operation.example
         return found
@@ -117,6 +118,12 @@ insert into dead_letters (digest, queue, restaurant_id, reason, error, place, fi
 values (sha256($2::text::bytea), 'sync.postgres.normal.dead.v1', $1, 'contract_broken', $2, 'here', 'f', '[]', now(),
     now(), '{}', $2::text::bytea)
 returning id::text
+"""
+_CONFLICT = """
+insert into conflicts (restaurant_id, entity, entity_id, version, change_id, other_change_id)
+select $1, 'order', $2, 2, min(change_id::text)::uuid, max(change_id::text)::uuid from changes
+where restaurant_id = $1 and entity_id = $2
+returning id::text, change_id::text
 """
 _REPLAY = """
 insert into ops_jobs (kind, state, wanted, actor) values ('dry_run', 'done', '{}', $1) returning id::text
@@ -162,6 +169,7 @@ async def ours(system: System) -> Ours:
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
     async with shop.system.database() as connection:
         ids["letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
+        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, shop.restaurant, ids["order_id"])
         ids["replay_id"] = await connection.fetchval(_REPLAY, hidden)
     return Ours(shop, ids, shown, hidden)
 
