@@ -1,11 +1,15 @@
 """Journals whose instance is gone: what lies in them is recorded, once, by whoever lives beside them."""
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from services.sync.cli import main
 from services.sync.ledger_sources import journals
 from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import NotSent
@@ -154,6 +158,10 @@ async def test_one_whose_file_is_gone_is_found_by_its_log_or_by_what_was_to_take
         await journal.close()
         (living / "orders-2.sqlite").rename(tmp_path / "orders-2.sqlite.mended")
     assert journals(tmp_path).depths == {"orders-2.sqlite": 3}
+    shown = await asyncio.to_thread(
+        CliRunner().invoke, main, ["journal", "show", str(tmp_path / "orders-2.sqlite"), "--json"]
+    )
+    assert json.loads(shown.stdout)["count"] == 3, shown.stderr
     broker = Broker()
     orphans = orphans_of(tmp_path, broker)
     assert await orphans.drain() == 3
