@@ -4,9 +4,10 @@ a file system that can be full. `strike` begins a fault, `mend` ends it."""
 import asyncio
 import shutil
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -37,6 +38,8 @@ class Rig:
         """A second restaurant: `restaurant_id`, `token`, `dish`."""
         self._more: dict[str, dict[str, object]] = {}
         self._copies: list[tuple[float, Path]] = []
+        # They are made, used and removed in threads: none may go, and no half folder be copied, under a roll back.
+        self._copying = threading.Lock()
         self._copying: asyncio.Task[None] | None = None
         self.revived: Counter[str] = Counter()
         """Services that ended by themselves, and how often."""
@@ -156,7 +159,7 @@ class Rig:
             case Kind.WIPE:
                 await self._wipe()
             case Kind.ROLL_BACK:
-                await asyncio.to_thread(self._roll_back)
+                await asyncio.to_thread(self._with_copies, self._roll_back)
             case Kind.DISK_FULL:
                 self._fill_disk()
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
@@ -218,8 +221,12 @@ class Rig:
 
     async def _copy_now_and_then(self) -> None:
         while True:
-            await asyncio.to_thread(self._copy)
+            await asyncio.to_thread(self._with_copies, self._copy)
             await asyncio.sleep(_COPY_EVERY)
+
+    def _with_copies(self, work: Callable[[], None]) -> None:
+        with self._copying:
+            work()
 
     def _copy(self) -> None:
         copy = self.folder / f"redis-{time.monotonic():.2f}"

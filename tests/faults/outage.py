@@ -75,7 +75,7 @@ class Outage(Rig):
         self.servers.redis, self.replica = self.replica, self.servers.redis
 
     async def kill_and_roll_back(self) -> None:
-        await asyncio.to_thread(self._roll_back)
+        await asyncio.to_thread(self._with_copies, self._roll_back)
 
     def one(self, name: str) -> Server | Child:
         """A server or a service: killed, frozen and thawed alike, in a thread: this loop carries the proxies."""
