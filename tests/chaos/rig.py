@@ -39,7 +39,7 @@ class Rig:
         self._more: dict[str, dict[str, object]] = {}
         self._copies: list[tuple[float, Path]] = []
         # They are made, used and removed in threads: none may go, and no half folder be copied, under a roll back.
-        self._copying = threading.Lock()
+        self._copies_lock = threading.Lock()
         self._copying: asyncio.Task[None] | None = None
         self.revived: Counter[str] = Counter()
         """Services that ended by themselves, and how often."""
@@ -225,7 +225,7 @@ class Rig:
             await asyncio.sleep(_COPY_EVERY)
 
     def _with_copies(self, work: Callable[[], None]) -> None:
-        with self._copying:
+        with self._copies_lock:
             work()
 
     def _copy(self) -> None:
