@@ -2,13 +2,27 @@
 
 import base64
 import binascii
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import Any, TypeVar
 from uuid import UUID
 
 import msgspec
 
 from shared.entities.contract import in_range
 from shared.errors import InvalidInput
+
+T = TypeVar("T")
+
+
+def page_of(
+    found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]]
+) -> tuple[Sequence[T], dict[str, Any]]:
+    """(the page, its `pagination`) of what was found when one more than `limit` was asked for. `place`: moment and id,
+    by which they are in order."""
+    page = found[:limit]
+    more = len(found) > limit
+    return page, {"limit": limit, "next_cursor": cursor_after(*place(page[-1])) if more else None}
 
 
 def cursor_after(at: datetime, id_: str) -> str:

@@ -59,14 +59,13 @@ def list_reply(
     return success(
         rows,
         headers={"X-Served-By": "postgres" if page.complete else "mirror"},
-        pagination=pagination(query.limit, page.found[-1].decoded() if page.more else None),
+        pagination={"limit": query.limit, "next_cursor": _after(page.found[-1].decoded()) if page.more else None},
         complete=page.complete,
     )
 
 
-def pagination(limit: int, last: Any | None) -> dict[str, Any]:
-    """`last`: of a page that is not the last one."""
-    return {"limit": limit, "next_cursor": None if last is None else cursor_after(last.created_at, last.id)}
+def _after(last: Any) -> str:
+    return cursor_after(last.created_at, last.id)
 
 
 def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozenset[str] | None:

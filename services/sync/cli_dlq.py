@@ -27,11 +27,10 @@ from services.sync.cli_ops import (
     ask,
     console,
     json_option,
-    ops_connection,
     print_json,
     with_rail,
 )
-from services.sync.cli_session import run
+from services.sync.cli_session import connected, run
 from services.sync.editing import difference, event_in
 from services.sync.mending import Mending, shown_body
 from services.sync.printable import printable
@@ -326,7 +325,7 @@ async def _follow(settings: Settings, job: Job, *, quiet: bool) -> Job:
         task = bar.add_task(job.kind, total=job.total, state=job.state)
         while not job.ended:
             await asyncio.sleep(0.3)
-            async with ops_connection(settings) as connection:
+            async with connected(settings, settings.database_ops_url) as connection:
                 found = await replay_jobs.one(connection, job.id)
             if found is None:
                 raise NotFound("the job is gone")

@@ -2,15 +2,14 @@
 
 import getpass
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 
-from services.sync.cli_session import Session, run
+from services.sync.cli_session import Session, connected, run
 from shared.entities.contract import encode
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Connection, Postgres
@@ -24,19 +23,10 @@ ROLE = Role.OPERATOR.value
 json_option = click.option("--json", "as_json", is_flag=True, help="print JSON, for scripts")
 
 
-@asynccontextmanager
-async def ops_connection(settings: Settings) -> AsyncIterator[Connection]:
-    postgres = Postgres(settings.database_ops_url, settings, size=1)
-    try:
-        async with postgres.connection() as connection:
-            yield connection
-    finally:
-        await postgres.close()
-
-
 def ask(question: Callable[[Connection], Awaitable[T]]) -> T:
     async def answer() -> T:
-        async with ops_connection(Settings()) as connection:
+        settings = Settings()
+        async with connected(settings, settings.database_ops_url) as connection:
             return await question(connection)
 
     found: T = run(answer())

@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -17,10 +18,21 @@ from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import MigrationError
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import AWAY, Connection, Postgres
 from shared.rail.commit import Rail
 from shared.rail.record import Recorder
 from shared.settings import Settings
+
+
+@asynccontextmanager
+async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
+    """One connection, as the role of the URL."""
+    postgres = Postgres(url, settings, size=1)
+    try:
+        async with postgres.connection() as connection:
+            yield connection
+    finally:
+        await postgres.close()
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

@@ -1,15 +1,12 @@
 """`ticketrail user`: operators, and people of a restaurant, where no admin can add them through the API."""
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import click
 
-from services.sync.cli_session import run
+from services.sync.cli_session import connected, run
 from services.sync.people import add_user, set_password
-from shared.postgres.pool import Connection, Postgres
 from shared.security import Role
 from shared.settings import Settings
 
@@ -34,7 +31,7 @@ def add_command(email: str, role: str, restaurant: Any, name: str) -> None:
         raise click.UsageError("EMAIL is no address")
 
     async def add() -> str:
-        async with _writer(settings) as connection:
+        async with connected(settings, settings.database_writer_url) as connection:
             return await add_user(
                 connection,
                 email=email,
@@ -54,21 +51,11 @@ def password_command(email: str) -> None:
     """Set a user's password, and end all its sessions."""
 
     async def change() -> None:
-        async with _writer(settings) as connection:
+        async with connected(settings, settings.database_writer_url) as connection:
             await set_password(connection, email, password)
 
     settings, password = Settings(), _password()
     run(change())
-
-
-@asynccontextmanager
-async def _writer(settings: Settings) -> AsyncIterator[Connection]:
-    postgres = Postgres(settings.database_writer_url, settings, size=1)
-    try:
-        async with postgres.connection() as connection:
-            yield connection
-    finally:
-        await postgres.close()
 
 
 def _password() -> str:

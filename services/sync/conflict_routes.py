@@ -6,7 +6,7 @@ from services.sync.conflicts import ShownFork, show
 from services.sync.ops_requests import ConflictsQuery, ResolveConflict
 from services.sync.ops_routes import operators
 from shared.api import endpoint, path_id, read_query
-from shared.cursors import cursor_after, read_cursor
+from shared.cursors import page_of, read_cursor
 from shared.http import Call, read_body, success
 from shared.postgres import conflicts
 from shared.postgres.conflicts import Fork
@@ -36,10 +36,8 @@ async def list_conflicts(request: Call) -> ASGIApp:
             before=read_cursor(query.cursor) if query.cursor else None,
             limit=query.limit + 1,
         )
-    page = found[: query.limit]
-    last = page[-1] if len(found) > query.limit else None
-    cursor = cursor_after(last.opened_at, last.id) if last else None
-    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+    page, pagination = page_of(found, query.limit, lambda one: (one.opened_at, one.id))
+    return success(page, pagination=pagination)
 
 
 @endpoint(

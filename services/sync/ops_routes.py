@@ -29,7 +29,7 @@ from services.sync.ops_requests import (
     RestoreLetter,
 )
 from shared.api import endpoint, path_id, read_query
-from shared.cursors import cursor_after, read_cursor
+from shared.cursors import page_of, read_cursor
 from shared.entities.contract import now
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http import Call, Reply, read_body, success
@@ -124,10 +124,8 @@ async def list_letters(request: Call) -> ASGIApp:
     before = read_cursor(query.cursor) if query.cursor else None
     async with operators(request).seen_by(request.identity) as connection:
         found = await dead_letters.page(connection, query.wanted(), before=before, limit=query.limit + 1)
-    page = found[: query.limit]
-    last = page[-1] if len(found) > query.limit else None
-    cursor = cursor_after(last.last_failed_at, last.id) if last else None
-    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+    page, pagination = page_of(found, query.limit, lambda one: (one.last_failed_at, one.id))
+    return success(page, pagination=pagination)
 
 
 @endpoint(
@@ -254,10 +252,8 @@ async def list_jobs(request: Call) -> ASGIApp:
     before = read_cursor(query.cursor) if query.cursor else None
     async with operators(request).seen_by(request.identity) as connection:
         found = await replay_jobs.recent(connection, limit=query.limit + 1, before=before)
-    page = found[: query.limit]
-    last = page[-1] if len(found) > query.limit else None
-    cursor = cursor_after(last.created_at, last.id) if last else None
-    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+    page, pagination = page_of(found, query.limit, lambda one: (one.created_at, one.id))
+    return success(page, pagination=pagination)
 
 
 @endpoint(

@@ -77,7 +77,6 @@ class SyncStates:
 
     async def note_conflicts(self) -> None:
         # In this order: what is closed by the second look was open, or told, before the first.
-        told: set[str] | None = None
         try:
             told = await self._mirror.conflicts()
         finally:  # they are counted without the mirror too: when that is lost most of them are made

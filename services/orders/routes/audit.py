@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from services.orders.requests import Request
 from services.orders.shop import shop_of
 from shared.api import endpoint, read_query
-from shared.cursors import cursor_after, read_cursor
+from shared.cursors import page_of, read_cursor
 from shared.entities.contract import Label, Time
 from shared.errors import Unavailable
 from shared.http import Call, success
@@ -71,10 +71,9 @@ async def list_audit(request: Call) -> ASGIApp:
             )
     except AWAY as error:
         raise Unavailable("the audit waits for the database", retry_after=2.0) from error
-    page = [_audited(row) for row in rows[: query.limit]]
-    last = page[-1] if len(rows) > query.limit else None
-    cursor = cursor_after(last.accepted_at, last.change_id) if last is not None else None
-    return success(page, pagination={"limit": query.limit, "next_cursor": cursor})
+    found = [_audited(row) for row in rows]
+    page, pagination = page_of(found, query.limit, lambda one: (one.accepted_at, one.change_id))
+    return success(page, pagination=pagination)
 
 
 def _audited(row: dict[str, Any]) -> Audited:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
 from services.orders.shop import Shop, done_reply, shop_of
 from shared.api import View, endpoint, path_id, read_query
-from shared.cursors import cursor_after, read_cursor
+from shared.cursors import page_of, read_cursor
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment
@@ -109,9 +109,8 @@ async def list_payments(request: Call) -> ASGIApp:
         complete = False
     found = {(one.order_id, one.id): one for one in seen if wanted.match(one)}
     newest = sorted(found.values(), key=lambda one: (one.created_at, one.id), reverse=True)
-    page, more = newest[: query.limit], len(newest) > query.limit
-    cursor = cursor_after(page[-1].created_at, page[-1].id) if more else None
-    return success(page, pagination={"limit": query.limit, "next_cursor": cursor}, complete=complete)
+    page, pagination = page_of(newest, query.limit, lambda one: (one.created_at, one.id))
+    return success(page, pagination=pagination, complete=complete)
 
 
 async def _of_orders(shop: Shop, tenant: str, ids: list[str]) -> list[ListedPayment]:

@@ -1,5 +1,6 @@
 """/api/users: who works here. For admins, of their own restaurant."""
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
@@ -7,12 +8,11 @@ from litestar.types import ASGIApp
 from msgspec import UNSET, Meta, UnsetType
 
 from services.orders.accounts import User
-from services.orders.lists import pagination
 from services.orders.requests import Request
 from services.orders.routes.auth import Email, Password, address_of
 from services.orders.shop import shop_of
 from shared.api import endpoint, path_id, read_query
-from shared.cursors import read_cursor
+from shared.cursors import page_of, read_cursor
 from shared.entities.contract import Label, now
 from shared.errors import Unauthenticated
 from shared.http import Call, read_body, success
@@ -91,8 +91,13 @@ async def list_users(request: Call) -> ASGIApp:
         role=query.role,
         deleted=query.include_deleted,
     )
-    page = found[: query.limit]
-    return success(page, pagination=pagination(query.limit, page[-1] if len(found) > query.limit else None))
+    page, pagination = page_of(found, query.limit, _place)
+    return success(page, pagination=pagination)
+
+
+def _place(user: User) -> tuple[datetime, str]:
+    assert user.created_at is not None  # every list reads it
+    return user.created_at, user.id
 
 
 @endpoint(
