@@ -107,7 +107,7 @@ class Deciding:
             after = holding(entity, base[1], kept=loser.state, dropped=winner.state, strict=True)
         if after == base[1]:
             return None
-        return await commit(self._rail, entity, _event(entity, base[1], after), after, base, actor=actor)
+        return await commit(self._rail, entity, event_between(entity, base[1], after), after, base, actor=actor)
 
 
 def holding(entity: Entity, present: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
@@ -156,7 +156,8 @@ def _gone(order: Order) -> bool:
     return order.deleted_at is not None or order.status is Status.CANCELLED
 
 
-def _event(entity: Entity, before: Any, after: Any) -> str:
+def event_between(entity: Entity, before: Any, after: Any) -> str:
+    """What those who follow the events are told. Pure."""
     if after.deleted_at and not before.deleted_at:
         return "deleted"
     return "restored" if before.deleted_at and not after.deleted_at and "restored" in entity.events else "updated"

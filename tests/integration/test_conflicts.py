@@ -13,6 +13,7 @@ from shared.entities import order as orders
 from shared.entities.contract import Change, Lane
 from shared.security import Role
 from tests.builders import change, message, payment
+from tests.http import http_client
 from tests.integration.forks_rig import fork, stands
 from tests.integration.letters_rig import Desk
 from tests.integration.shop_rig import expect, refused
@@ -75,6 +76,13 @@ async def change_order(desk: Desk, id_: str, **fields: Any) -> None:
         expect(await staff.put(f"/api/orders/{id_}", json=fields))
 
 
+async def open_conflicts(desk: Desk) -> float:
+    async with http_client(base_url=desk.system.urls["worker"]) as client:
+        text = (await client.get("/metrics")).text
+    [line] = [line for line in text.splitlines() if line.startswith("ticketrail_conflicts_open ")]
+    return float(line.split()[1])
+
+
 async def resolve(client: httpx.AsyncClient, made: Forked, keep: Change, why: str = "the guest said so") -> Any:
     return await client.post(f"{CONFLICTS}/{made.conflict['id']}/resolve", json={"keep": keep.id, "why": why})
 
@@ -112,11 +120,13 @@ async def test_keeping_the_side_that_stands_changes_nothing_and_closes_it(
 ) -> None:
     made = await forked()
     await desk.sync_state(made.order, "conflict")
+    counted = await eventually(lambda: open_conflicts(desk), what="the metric", until=lambda count: count >= 1)
     before = await order(desk, made.order)
     done = expect(await resolve(nadia, made, made.winner))
     assert (done["kept_change_id"], done["resolved_change_id"]) == (made.winner.id, None)
     assert (done["resolved_by"], done["why"]) == ("nadia@ops.example", "the guest said so")
     await desk.sync_state(made.order, "synced")
+    await eventually(lambda: open_conflicts(desk), what="one less", until=lambda count: count == counted - 1)
     after = await order(desk, made.order)
     assert (after["version"], after["notes"]) == (before["version"], made.notes(made.winner))
     assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order})) == []

@@ -137,6 +137,10 @@ async def test_export_writes_each_letter_whole_on_a_line(desk: Desk, marker: str
     assert await done(desk, "export", "--text", marker, "--out", str(path)) == f"2 letters in {path}\n"
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     assert not path.with_name(f"{path.name}.part").exists()
+    (link := tmp_path / "link.jsonl").symlink_to(path)
+    path.write_text("the export before")
+    await done(desk, "export", "--text", marker, "--out", str(link))
+    assert (link.is_symlink(), [json.loads(line) for line in path.read_text().splitlines()]) == (True, lines)
     code, out, err = await desk.dlq("export", "--out", str(tmp_path / "nowhere" / "letters.jsonl"))
     assert (code, out, "No such file or directory" in one_line(err)) == (1, "", True)
 

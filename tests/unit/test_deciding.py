@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from services.sync.conflicts import holding
+from services.sync.conflicts import event_between, holding
 from shared.entities import inventory_item
 from shared.entities import order as orders
 from shared.entities.contract import encode
@@ -99,3 +99,9 @@ def test_of_a_stock_that_moved_on_both_sides_nobody_can_say_what_is_there() -> N
     assert (refused.value.error_code, refused.value.details["fields"]) == ("changed_since", ["quantity"])
     after = holding(inventory_item.ENTITY, sides[0], kept=winner, dropped=loser, strict=False)
     assert after == sides[0]
+
+
+def test_a_deletion_and_its_undoing_are_told_as_what_they_are() -> None:
+    gone = structs.replace(BASE, deleted_at=BASE.updated_at)
+    for before, after, event in ((BASE, gone, "deleted"), (gone, BASE, "restored"), (BASE, BASE, "updated")):
+        assert event_between(orders.ENTITY, before, after) == event

@@ -176,6 +176,10 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     assert text.count("POST /api/orders") == 1
     assert text.index("ticketrail dlq show one") < text.index("POST /api/orders") < text.index("dlq show two")
     assert "not in PostgreSQL (yet)" not in text
+    hostile = letter("three", TRACE)
+    hostile.error = "\x1b[2J gone"
+    screen.print(render(ORDER, Found([], [], [], [hostile]), screen.width))
+    assert "\x1b" not in screen.file.getvalue(), "what a stranger wrote steers the terminal"  # type: ignore[attr-defined]
     made = as_json(ORDER, found)
     assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]
     assert made["elsewhere"] == []
