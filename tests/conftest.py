@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from tests.servers import Servers, prepare_servers
-from tests.system import System
+from tests.system import PATIENT, System
 
 # The same examples at every run: what a property test finds, it finds for everybody and every time.
 settings.register_profile("ticketrail", derandomize=True, database=None, deadline=None, print_blob=True)
@@ -30,7 +30,7 @@ async def system(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
     """All services, for the tests that end nothing. With a Redis of its own: its mirror writer would take a mirror that
     other tests fill by hand for one that is lost."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    system = System(servers, tmp_path_factory.mktemp("system"), redis=own_redis)
+    system = System(servers, tmp_path_factory.mktemp("system"), redis=own_redis, **PATIENT)
     try:
         await system.up()
         yield system

@@ -168,7 +168,7 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
                 async with http_client() as client:
                     return (await client.get(f"{run.demo['orders_url']}/health/ready")).status_code
 
-            await eventually(again, within=20, what="orders to be back", until=lambda status: status == 200)
+            await eventually(again, what="orders to be back", until=lambda status: status == 200)
             assert await run.stop() < 15, "with an open event stream"
 
         run = Run(tmp_path / "home", env)

@@ -71,7 +71,7 @@ class Shop(Struct):
     async def restart(self, **settings: object) -> None:
         self.system.start("orders", **settings)
         await self.system.ready("orders")
-        await eventually(self.system._can_price, what="the menu to be known", within=20)
+        await eventually(self.system._can_price, what="the menu to be known")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from tests.fuzz.ground import prepare
-from tests.system import ROOT, System
+from tests.system import PATIENT, ROOT, System
 
 # Names of what hooks.py, in the process of schemathesis, reads and writes.
 GROUND = "TICKETRAIL_FUZZ_GROUND"
@@ -33,7 +33,7 @@ RUNS: list[tuple[str, str | None]] = [
 
 def patient() -> dict[str, Any]:
     """Settings of a system that lets itself be asked so often."""
-    return {"tries_per_account": 1_000_000, "tries_per_address": 1_000_000}
+    return {**PATIENT, "tries_per_account": 1_000_000, "tries_per_address": 1_000_000}
 
 
 class Outcome(Struct, frozen=True):

@@ -48,6 +48,9 @@ class Link:
         self._flows.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()  # it was taken, and then the link was cut
+            return
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

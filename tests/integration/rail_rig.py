@@ -122,7 +122,7 @@ class RailRig:
                     await message.ack()
             return len(messages)
 
-        await eventually(take, within=20, what=f"{at_least} messages in {queue}", until=lambda n: n >= at_least)
+        await eventually(take, what=f"{at_least} messages in {queue}", until=lambda n: n >= at_least)
         return messages
 
     async def journaled(self) -> list[Change]:

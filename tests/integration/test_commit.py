@@ -256,7 +256,7 @@ async def test_a_publish_frozen_longer_than_its_timeout_goes_to_the_journal_and_
         found.update(ids(await rig.queued()))
         return found[done.standing.change_id]
 
-    await eventually(twice, within=20, what="the late publish and the drained one", until=lambda n: n >= 2)
+    await eventually(twice, what="the late publish and the drained one", until=lambda n: n >= 2)
     assert found == {done.standing.change_id: 2, second.standing.change_id: 1}
 
 
@@ -342,7 +342,7 @@ async def test_sent_without_a_confirm_and_the_journal_broken_is_outcome_unknown_
     (member,) = await left_behind(rig)  # whoever meets it finishes it
     left = await rig.mirror.mark(member)
     assert left is not None
-    await eventually(lambda: connected(rig), within=20, what="a connection to the broker")
+    await eventually(lambda: connected(rig), what="a connection to the broker")
     await rig.rail.finish(left)
     assert set(ids(await rig.queued(at_least=2))) == {left.change_id}
 

@@ -36,7 +36,7 @@ class MirrorRig:
         async def look() -> bool:
             return self.writer.warm
 
-        await eventually(look, within=20, what="a warm mirror")
+        await eventually(look, what="a warm mirror")
 
     async def document(self, made: Change) -> Document | None:
         _, [found] = await self.mirror.read(made.restaurantid, made.entity, [made.entity_id])
@@ -45,7 +45,6 @@ class MirrorRig:
     async def shown(self, made: Change) -> None:
         await eventually(
             lambda: self.document(made),
-            within=20,
             what="the change in the mirror",
             until=lambda found: found is not None and found.standing == made.standing,
         )
@@ -125,7 +124,7 @@ async def test_another_mirror_in_its_place_gets_what_the_first_one_had(
     async def gone() -> bool:
         return failed_over
 
-    await eventually(gone, within=20, what="the other mirror")
+    await eventually(gone, what="the other mirror")
     await mirrored.shown(made)
 
 

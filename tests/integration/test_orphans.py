@@ -111,7 +111,7 @@ async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tm
     orphans.start()
     try:
         broker.away = False
-        await eventually(lambda: _result(len(broker.events)), within=10, what="the orphan", until=lambda n: n == 3)
+        await eventually(lambda: _result(len(broker.events)), what="the orphan", until=lambda n: n == 3)
     finally:
         await orphans.stop()
         await orphans.stop()

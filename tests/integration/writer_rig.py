@@ -33,7 +33,7 @@ class Rig:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.postgres = Postgres(settings.database_writer_url, settings)
-        self.mirror = Mirror(settings.redis_url, timeout=0.5, stale_seconds=2.0)
+        self.mirror = Mirror(settings.redis_url, timeout=5.0, stale_seconds=2.0)
         self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
         self.watch = FenceWatch(settings)
         self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
@@ -69,7 +69,7 @@ class Rig:
 
     def another_worker(self, **settings: Any) -> Replays:
         """That runs replays."""
-        chosen = {"poll": 0.02, "silent_seconds": 0.5, "slack_seconds": 30.0, **settings}
+        chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
         return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
 
     async def letters(self, count: int, *, within: float = 20.0, **wanted: Any) -> list[WholeLetter]:
@@ -141,7 +141,7 @@ class Rig:
     async def dead(self, lane: Lane = Lane.CRITICAL, *, count: int = 1) -> list[AbstractIncomingMessage]:
         """Takes what is in the dead queue, once it holds `count`."""
         name = topology.dead_queue(lane)
-        await eventually(lambda: self.depth(name), within=20, what=f"{count} in {name}", until=lambda n: n >= count)
+        await eventually(lambda: self.depth(name), what=f"{count} in {name}", until=lambda n: n >= count)
         async with self.channel() as channel:
             queue = await channel.get_queue(name)
             found = [await queue.get(timeout=5) for _ in range(count)]
