@@ -308,10 +308,22 @@ async def test_one_unknown_dish_leaves_all_as_they_are(shop: Shop) -> None:
 async def test_a_dish_that_is_taken_off_while_its_price_changes_keeps_both(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
-        await asyncio.gather(
-            set_availability(staff, [dish], False),
-            admin.put(f"/api/menu/{dish}", json={"price": 1_500}),
-            admin.put(f"/api/menu/{dish}", json={"description": "hot"}),
+
+        async def take_off() -> str:
+            return (await set_availability(staff, [dish], False))[dish]
+
+        async def change(**fields: Any) -> None:
+            async def send() -> httpx.Response:
+                return await admin.put(f"/api/menu/{dish}", json=fields)
+
+            expect(await eventually(send, what=str(fields), until=lambda reply: reply.status_code != 409))
+
+        # Who loses several times in a row is refused, and comes again.
+        taken_off, *_ = await asyncio.gather(
+            eventually(take_off, what="taken off", until=lambda outcome: outcome != "version_conflict"),
+            change(price=1_500),
+            change(description="hot"),
         )
+        assert taken_off == "changed"
         seen = expect(await staff.get(f"/api/menu/{dish}"))
     assert (seen["is_available"], seen["price"], seen["description"], seen["version"]) == (False, 1_500, "hot", 4)
