@@ -115,8 +115,8 @@ async def test_without_a_version_a_lost_claim_is_tried_again(system: System) -> 
         lost_before = await claims_lost(client)
 
         async def change(tip: int) -> int:
-            """Its version. The service tries again a few times, within a tenth of a second: where the winner takes longer,
-            the caller is refused and comes back."""
+            """Its version. The service tries again a few times, within a tenth of a second: where the winner takes
+            longer, the caller is refused and comes back."""
 
             async def send() -> httpx.Response:
                 nonlocal refused
