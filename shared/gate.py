@@ -16,9 +16,10 @@ from opentelemetry.trace import SpanKind
 
 from shared import tracing
 from shared.api import Operation
+from shared.bodies import MAX_BODY_BYTES
 from shared.client_address import TrustedProxies
 from shared.errors import Forbidden
-from shared.http import MAX_BODY_BYTES, METRICS, OPEN_PATHS, swallow
+from shared.http import METRICS, OPEN_PATHS, swallow
 from shared.limits import Limits
 from shared.metrics import HttpMetrics
 from shared.permissions import ACTIONS, PUBLIC

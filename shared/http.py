@@ -7,12 +7,10 @@ stands before it.
 
 import asyncio
 import contextlib
-import json
-import re
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
@@ -24,13 +22,13 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ExceptionHandlersMap, Receive, Scope, Send
 
 from shared import tracing
+from shared.bodies import MAX_BODY_BYTES
 from shared.errors import InvalidInput, TicketrailError
 from shared.metrics import HttpMetrics, Metrics
 from shared.security import Identity
 
 log = structlog.get_logger(__name__)
 
-MAX_BODY_BYTES = 1_000_000
 _SWALLOWED_BYTES = 16_000_000
 _SWALLOWED_SECONDS = 2.0
 METRICS = "ticketrail.metrics"
@@ -38,8 +36,6 @@ METRICS = "ticketrail.metrics"
 OPEN_PATHS = ("/health/", "/metrics", "/api-docs")
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
-T = TypeVar("T")
 
 
 # -- in ----------------------------------------------------------------------------------------------------------
@@ -93,52 +89,6 @@ async def swallow(receive: Receive) -> None:
                 if message["type"] != "http.request" or not message.get("more_body"):
                     return
                 left -= len(message["body"])
-
-
-_ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
-_NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
-
-
-def read_body(body: bytes, type_: type[T]) -> T:
-    """Decodes a request body; raises InvalidInput with the path of the field that is wrong."""
-    try:
-        return msgspec.json.decode(body, type=type_)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        path = found["path"] if (found := _ENDPOINT.search(message)) else ""
-        message = _ENDPOINT.sub("", message)
-        if named := _NAMED.search(message):
-            path = f"{path}.{named[1]}" if path else named[1]
-        if "matching regex '^[^\\\\x00]*$'" in message:
-            message = "NUL characters cannot be stored"
-        raise InvalidInput(message, field=path or "body") from error
-    except RecursionError as error:
-        raise InvalidInput("nested too deep", field="body", code="malformed_json") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        field = _unstorable_text(body)
-        if field is not None:
-            raise InvalidInput("text that is not valid Unicode", field=field) from error
-        raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
-
-
-def _unstorable_text(body: bytes) -> str | None:
-    """The path of the first text with a lone surrogate or bytes that are not UTF-8: the fast decoder names no field."""
-
-    def walk(value: Any, path: str) -> str | None:
-        if isinstance(value, str):
-            return path or "body" if any("\ud800" <= char <= "\udfff" for char in value) else None
-        inside: Sequence[tuple[str, Any]] = ()
-        if isinstance(value, dict):
-            inside = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
-            inside = [(path or "body", key) for key in value] + list(inside)
-        elif isinstance(value, list):
-            inside = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-        return next((found for name, item in inside if (found := walk(item, name))), None)
-
-    try:
-        return walk(json.loads(body.decode(errors="surrogateescape")), "")
-    except (ValueError, RecursionError):
-        return None
 
 
 # -- out ---------------------------------------------------------------------------------------------------------

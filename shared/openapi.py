@@ -10,8 +10,8 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from shared.api import Operation, View
+from shared.bodies import MAX_BODY_BYTES
 from shared.entities.contract import SyncState
-from shared.http import MAX_BODY_BYTES
 from shared.openapi_examples import example_of
 from shared.permissions import ACTIONS, PUBLIC
 

@@ -22,11 +22,12 @@ from services.orders.menu import MenuBook
 from services.orders.pricing import priced_items, totals
 from services.orders.requests import PlaceOrder
 from services.orders.views import PENDING, state_view
+from shared.bodies import read_body
 from shared.entities.contract import Standing, encode, now
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, Status
 from shared.gate import gate
-from shared.http import EXCEPTION_HANDLERS, Call, Reply, read_body, success
+from shared.http import EXCEPTION_HANDLERS, Call, Reply, success
 from shared.lifecycle import settle_memory
 from shared.metrics import HttpMetrics, Metrics
 from shared.restaurants import Restaurant

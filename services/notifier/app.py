@@ -19,8 +19,9 @@ from services.notifier.hub import Hub
 from services.notifier.transports import API, TRANSPORTS
 from services.notifier.window import Window
 from shared.api_docs import pages
+from shared.bodies import MAX_BODY_BYTES
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options, stop_event
+from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare

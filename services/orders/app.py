@@ -23,9 +23,10 @@ from services.orders.routes import API
 from services.orders.shop import Shop
 from services.orders.sign_in import SignIn
 from shared.api_docs import pages
+from shared.bodies import MAX_BODY_BYTES
 from shared.entities.contract import now
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options
+from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare

@@ -20,10 +20,11 @@ from services.sync.status import SyncStatus, sync_status
 from services.sync.upserts import Upserts
 from shared.api import endpoint
 from shared.api_docs import pages
+from shared.bodies import MAX_BODY_BYTES, read_body
 from shared.entities.contract import now
 from shared.errors import Unauthenticated
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, Call, health, metrics_route, options, read_body, success
+from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options, success
 from shared.limits import Limits
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues

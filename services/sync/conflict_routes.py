@@ -6,8 +6,9 @@ from services.sync.conflicts import ShownFork, show
 from services.sync.ops_requests import ConflictsQuery, ResolveConflict
 from services.sync.ops_routes import operators
 from shared.api import endpoint, path_id, read_query
+from shared.bodies import read_body
 from shared.cursors import page_of, read_cursor
-from shared.http import Call, read_body, success
+from shared.http import Call, success
 from shared.postgres import conflicts
 from shared.postgres.conflicts import Fork
 

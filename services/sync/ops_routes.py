@@ -29,10 +29,11 @@ from services.sync.ops_requests import (
     RestoreLetter,
 )
 from shared.api import endpoint, path_id, read_query
+from shared.bodies import read_body
 from shared.cursors import page_of, read_cursor
 from shared.entities.contract import now
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.http import Call, Reply, read_body, success
+from shared.http import Call, Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres import dead_letters, letter_acts, replay_jobs
 from shared.postgres.dead_letters import Attempt, Edit, Group, Letter, Wanted

@@ -26,8 +26,8 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.external import ExternalOrder
+from shared.bodies import MAX_BODY_BYTES, read_body
 from shared.errors import InvalidInput
-from shared.http import MAX_BODY_BYTES, read_body
 from shared.postgres.pool import AWAY
 
 _INTS = ("tip_amount", "discount_amount", "deposit_used", "tax_amount", "total")

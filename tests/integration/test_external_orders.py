@@ -16,9 +16,9 @@ from services.sync import api
 from services.sync.cli_session import Session
 from services.sync.external import ExternalOrder, order_id
 from services.sync.upserts import Upserts
+from shared.bodies import read_body
 from shared.entities.contract import now
 from shared.errors import OutcomeUnknown, Unavailable
-from shared.http import read_body
 from shared.mirror import keys
 from shared.settings import Settings
 from tests.http import http_client

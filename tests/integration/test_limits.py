@@ -17,9 +17,10 @@ from msgspec import Struct
 
 from deploy.local.ports import find_free
 from shared import limits
+from shared.bodies import MAX_BODY_BYTES, read_body
 from shared.errors import InvalidInput
 from shared.gate import Outer, cors
-from shared.http import EXCEPTION_HANDLERS, MAX_BODY_BYTES, read_body
+from shared.http import EXCEPTION_HANDLERS
 from shared.limits import Rate, TokenBucket, counted_as
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror

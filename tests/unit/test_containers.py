@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from services.sync.api import API
-from shared.http import MAX_BODY_BYTES
+from shared.bodies import MAX_BODY_BYTES
 from shared.settings import Settings
 from shared.weak_secrets import weakness
 from tests.system import ROOT

@@ -11,8 +11,9 @@ from services.orders.requests import Request
 from services.orders.shop import shop_of
 from services.orders.sign_in import Session, TableSession
 from shared.api import endpoint
+from shared.bodies import read_body
 from shared.entities.contract import Label, encode
-from shared.http import Call, read_body, success
+from shared.http import Call, success
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.permissions import PUBLIC
 from shared.restaurants import Restaurant, RestaurantSettings

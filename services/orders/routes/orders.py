@@ -11,9 +11,10 @@ from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.shop import done_reply, found_reply, shop_of
 from services.orders.views import sync_of
 from shared.api import View, endpoint, path_id, read_query
+from shared.bodies import read_body
 from shared.entities import order as orders
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.http import Call, read_body
+from shared.http import Call
 from shared.security import Role
 
 _TAG = "Orders"

@@ -1,0 +1,59 @@
+"""JSON that clients, operators and files bring, read into the shapes of the contract; errors name the field."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from shared.errors import InvalidInput
+
+MAX_BODY_BYTES = 1_000_000
+
+T = TypeVar("T")
+
+_ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
+
+
+def read_body(body: bytes, type_: type[T]) -> T:
+    """Decodes a request body; raises InvalidInput with the path of the field that is wrong."""
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        path = found["path"] if (found := _ENDPOINT.search(message)) else ""
+        message = _ENDPOINT.sub("", message)
+        if named := _NAMED.search(message):
+            path = f"{path}.{named[1]}" if path else named[1]
+        if "matching regex '^[^\\\\x00]*$'" in message:
+            message = "NUL characters cannot be stored"
+        raise InvalidInput(message, field=path or "body") from error
+    except RecursionError as error:
+        raise InvalidInput("nested too deep", field="body", code="malformed_json") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        field = _unstorable_text(body)
+        if field is not None:
+            raise InvalidInput("text that is not valid Unicode", field=field) from error
+        raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
+
+
+def _unstorable_text(body: bytes) -> str | None:
+    """The path of the first text with a lone surrogate or bytes that are not UTF-8: the fast decoder names no field."""
+
+    def walk(value: Any, path: str) -> str | None:
+        if isinstance(value, str):
+            return path or "body" if any("\ud800" <= char <= "\udfff" for char in value) else None
+        inside: Sequence[tuple[str, Any]] = ()
+        if isinstance(value, dict):
+            inside = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+            inside = [(path or "body", key) for key in value] + list(inside)
+        elif isinstance(value, list):
+            inside = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        return next((found for name, item in inside if (found := walk(item, name))), None)
+
+    try:
+        return walk(json.loads(body.decode(errors="surrogateescape")), "")
+    except (ValueError, RecursionError):
+        return None
