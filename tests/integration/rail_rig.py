@@ -25,12 +25,14 @@ from shared.rail.journal import Journal
 from shared.rail.record import Recorder
 from shared.settings import Settings
 from tests import builders
-from tests.servers import Redis, Servers
+from tests.servers import RabbitMQ, Redis, Servers
 from tests.system import eventually
 
 DAY = "2026-03-14"
 STALE = 0.15
-PUBLISH_TIMEOUT = 1.0
+# A machine that stands still for a moment must not be taken for a server that is away; while one is frozen nobody waits
+# for it for so long.
+PATIENCE, FROZEN_PATIENCE = 5.0, 0.5
 LANE = topology.lane_queue(Lane.CRITICAL)
 
 
@@ -39,11 +41,11 @@ class RailRig:
 
     def __init__(self, url: str, redis: Redis, folder: Path, *, instance: int = 1, journal: bool = True) -> None:
         self.url, self.redis, self.folder = url, redis, folder
-        self.mirror = Mirror(redis.url, timeout=0.5, stale_seconds=STALE)
-        self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=PUBLISH_TIMEOUT)
+        self.mirror = Mirror(redis.url, timeout=PATIENCE, stale_seconds=STALE)
+        self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=PATIENCE)
         self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
         self.recorder = Recorder(self.publisher, self.journal, under_way=2)
-        self.rail = Rail(self.mirror, self.recorder, self.journal, claim_seconds=0.5, reveal_seconds=0.5)
+        self.rail = Rail(self.mirror, self.recorder, self.journal, claim_seconds=PATIENCE, reveal_seconds=PATIENCE)
         self.drainer = Drainer(self.journal, self.publisher) if self.journal else None
         self.restaurant = builders.RESTAURANT
 
@@ -72,6 +74,23 @@ class RailRig:
     async def chill(self) -> None:
         """As a mirror is that came back and has not been filled yet."""
         await self.mirror._redis.call("DEL", keys.WARM)
+
+    @asynccontextmanager
+    async def frozen(self, server: RabbitMQ | Redis) -> AsyncIterator[None]:
+        """A server of the run that answers nobody meanwhile."""
+        self._wait_for(server, FROZEN_PATIENCE)
+        await asyncio.to_thread(server.freeze)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(server.thaw)
+            self._wait_for(server, PATIENCE)
+
+    def _wait_for(self, server: RabbitMQ | Redis, seconds: float) -> None:
+        if isinstance(server, Redis):
+            self.mirror._redis._timeout = self.rail._claim_seconds = self.rail._reveal_seconds = seconds
+        else:
+            self.publisher._timeout = seconds
 
     # -- changes -----------------------------------------------------------------------------------------------
 

@@ -75,6 +75,8 @@ async def test_a_commit_is_confirmed_shown_and_leaves_no_claim(rig: RailRig) -> 
 
 async def test_of_two_claimants_of_a_version_one_commits_and_one_is_lost(rig: RailRig, make_rail: MakeRail) -> None:
     other = await make_rail()
+    # However long the one of them takes, the other does not take it for dead and finish its change.
+    rig.mirror._stale_ms = other.mirror._stale_ms = 60_000
     created = await rig.rail.commit(rig.creation())
     outcomes = await asyncio.gather(
         outcome(rig.rail.commit(rig.update(created, notes="mine"))),
@@ -237,27 +239,26 @@ async def reachable(rig: RailRig) -> bool:
 async def test_a_publish_frozen_longer_than_its_timeout_goes_to_the_journal_and_arrives_twice_as_one_change(
     servers: Servers, rig: RailRig
 ) -> None:
-    await asyncio.to_thread(servers.rabbitmq.freeze)
-    try:
+    async with rig.frozen(servers.rabbitmq):
         done = await rig.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert await rig.read(done.state.id) == (done.standing, done.state)
         assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
         # Until a new connection stands nothing is sent: no second timeout is paid.
-        second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 0.5)
+        assert not rig.publisher.connected
+        rig.publisher._timeout = 600.0
+        second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 60)
         assert second.durability is Durability.JOURNAL
-    finally:
-        await asyncio.to_thread(servers.rabbitmq.thaw)
     rig.drainer.start()
     await eventually(lambda: empty(rig), within=30, what="the journal drained")
     found: Counter[str] = Counter()
 
-    async def twice() -> int:
+    async def twice() -> bool:
         found.update(ids(await rig.queued()))
-        return found[done.standing.change_id]
+        return found[done.standing.change_id] >= 2 and found[second.standing.change_id] >= 1
 
-    await eventually(twice, what="the late publish and the drained one", until=lambda n: n >= 2)
-    assert found == {done.standing.change_id: 2, second.standing.change_id: 1}
+    await eventually(twice, what="the late publish and the drained ones")
+    assert set(found) == {done.standing.change_id, second.standing.change_id}
 
 
 async def empty(rig: RailRig) -> bool:
@@ -275,15 +276,21 @@ async def test_a_nack_from_one_full_queue_while_the_others_took_the_message_goes
             return (await rig.rail.commit(rig.creation())).durability is Durability.JOURNAL
 
         await eventually(refused, what="a nack")  # a quorum queue takes a few beyond its bound
-        before = len(ids(await rig.queued(at_least=1)))
         done = await rig.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert rig.publisher.connected  # the link is fine
-        assert ids(await rig.queued(at_least=1)) == [done.standing.change_id] and before
+
+        async def taken() -> list[str]:  # those before it too, and a nack may come before the others have their copy
+            return ids(await rig.queued())
+
+        def has_it(found: list[str]) -> bool:
+            return done.standing.change_id in found
+
+        await eventually(taken, what="the copy of the lane", until=has_it)
         await channel.queue_delete("full")
     rig.drainer.start()
     await eventually(lambda: empty(rig), what="the journal drained")
-    assert done.standing.change_id in ids(await rig.queued(at_least=1))
+    await eventually(taken, what="the one from the journal", until=has_it)
 
 
 async def test_a_change_that_no_queue_takes_goes_to_the_journal(rig: RailRig) -> None:
@@ -333,12 +340,9 @@ async def test_sent_without_a_confirm_and_the_journal_broken_is_outcome_unknown_
         raise JournalBroken("the disk is gone")
 
     rig.journal.append = broken
-    await asyncio.to_thread(servers.rabbitmq.freeze)
-    try:
+    async with rig.frozen(servers.rabbitmq):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(rig.creation())
-    finally:
-        await asyncio.to_thread(servers.rabbitmq.thaw)
     (member,) = await left_behind(rig)  # whoever meets it finishes it
     left = await rig.mirror.mark(member)
     assert left is not None
@@ -359,15 +363,11 @@ async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavai
 ) -> None:
     created = await rig.rail.commit(rig.creation())
     draft = rig.update(created, notes="doubtful")
-    await asyncio.to_thread(servers.redis.freeze)
-    try:
+    async with rig.frozen(servers.redis):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(draft)
-        assert not rig.mirror.available
         with pytest.raises(Unavailable):
             await rig.rail.commit(rig.update(created, notes="refused"))
-    finally:
-        await asyncio.to_thread(servers.redis.thaw)
     # The script that was sent is executed when the server wakes, and claims nothing: it comes too late.
     await eventually(lambda: reachable(rig), what="the mirror again")
     assert await rig.claims() == 0
@@ -380,12 +380,9 @@ async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavai
 async def test_a_creation_while_the_mirror_is_frozen_goes_on_with_a_number_of_its_own_series(
     rig: RailRig, servers: Servers
 ) -> None:
-    await asyncio.to_thread(servers.redis.freeze)
-    try:
+    async with rig.frozen(servers.redis):
         done = await rig.rail.commit(rig.creation())
         assert (done.state.order_number, done.durability, done.visible) == ("J1-0001", Durability.BROKER, False)
-    finally:
-        await asyncio.to_thread(servers.redis.thaw)
     (message,) = await rig.queued(at_least=1)
     assert [(change.id, ORDER.decode_state(bytes(change.data.after))) for change in message] == [
         (done.standing.change_id, done.state)
@@ -402,12 +399,9 @@ async def test_a_creation_whose_claim_may_stand_is_never_called_absent(rig: Rail
         raise JournalBroken("the disk is gone")
 
     rig.journal.append = rig.journal.next_number = broken
-    await asyncio.to_thread(servers.redis.freeze)
-    try:
+    async with rig.frozen(servers.redis):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(rig.creation())
-    finally:
-        await asyncio.to_thread(servers.redis.thaw)
 
 
 async def test_on_a_cold_mirror_creations_go_on_and_changes_wait(rig: RailRig) -> None:
