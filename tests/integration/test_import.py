@@ -156,7 +156,7 @@ async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_
     ]
     assert [json.loads(line) for line in told.read_bytes().splitlines()] == refusals
     assert first.code == 1, "rows were refused"
-    assert first.err == "", "no bar where there is no terminal"
+    assert "━" not in first.err, "no bar where there is no terminal"
     await all_there(shop, known)
 
     again = await ticketrail(shop.system, *arguments)
@@ -164,7 +164,7 @@ async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_
     assert again.out.splitlines()[-1] == ("0 created, 0 updated, 0 unchanged, 4 refused, 307 done by an earlier run")
     assert again.out.startswith("line 8: body: ")
     assert "line 251: restaurant_id: no such restaurant" in again.out
-    assert again.err == ""
+    assert "━" not in again.err
     report, why = await bring(shop, source, again=True)
     assert counts(report) == {"read": 307, "unchanged": 303, "refused": 4}
     assert [one.line for one in why] == [8, 9, 251, 252]
@@ -309,12 +309,15 @@ async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_
     lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
     source = jsonl(tmp_path / "orders.jsonl", lines)
     command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", shop.restaurant]
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=shop.system.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    await eventually(lambda: done(shop.system, source), within=30, what="some rows done")
-    process.kill()
-    await process.wait()
+    # Its way to the broker leads through this process: while that stands still, it does not come to its end.
+    async with link_to(shop.system.rabbitmq_url) as broker:
+        env = {**shop.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url}
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        await eventually(lambda: done(shop.system, source), what="some rows done")
+        process.kill()
+        await process.wait()
     so_far = await done(shop.system, source)
     assert 0 < so_far < len(lines), "it was killed in the middle"
 
