@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 import pytest
@@ -21,17 +22,32 @@ async def proxy(servers: Servers) -> AsyncIterator[Proxy]:
     await proxy.stop()
 
 
-@pytest.fixture
-async def postgres(servers: Servers, proxy: Proxy) -> AsyncIterator[Postgres]:
+@asynccontextmanager
+async def pool(servers: Servers, proxy: Proxy, timeout: float) -> AsyncIterator[Postgres]:
     url = servers.postgres.superuser_url.replace(f":{servers.postgres.port}/", f":{proxy.port}/")
-    postgres = Postgres(url, Settings(_env_file=None, database_timeout_seconds=0.5))  # type: ignore[call-arg]
-    yield postgres
-    await postgres.close()
+    postgres = Postgres(url, Settings(_env_file=None, database_timeout_seconds=timeout))  # type: ignore[call-arg]
+    try:
+        yield postgres
+    finally:
+        await postgres.close()
+
+
+@pytest.fixture
+async def hasty(servers: Servers, proxy: Proxy) -> AsyncIterator[Postgres]:
+    async with pool(servers, proxy, 0.5) as postgres:
+        yield postgres
 
 
 async def ask(postgres: Postgres) -> object:
     async with postgres.connection() as connection:
         return await connection.fetchval("select 1")
+
+
+async def answers(postgres: Postgres) -> bool:
+    try:
+        return await ask(postgres) == 1
+    except AWAY:
+        return False
 
 
 async def refused_at_once(postgres: Postgres, calls: int) -> int:
@@ -48,57 +64,71 @@ async def refused_at_once(postgres: Postgres, calls: int) -> int:
 
 
 @pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.LOSE, Mode.STALL])
-async def test_one_call_in_many_waits_for_a_server_that_is_away(postgres: Postgres, proxy: Proxy, mode: Mode) -> None:
-    assert await ask(postgres) == 1
+async def test_one_call_in_many_waits_for_a_server_that_is_away(hasty: Postgres, proxy: Proxy, mode: Mode) -> None:
+    await eventually(lambda: answers(hasty), what="a connection")
     proxy.set(mode)
-    assert await refused_at_once(postgres, 200) >= 190
+    assert await refused_at_once(hasty, 200) >= 190
     accepted = proxy.accepted
 
     async def probed() -> int:
-        await refused_at_once(postgres, 1)
+        await refused_at_once(hasty, 1)
         return proxy.accepted
 
     await eventually(probed, what="another probe", until=lambda seen: seen > accepted)
     proxy.set(Mode.FORWARD)
-
-    async def back() -> object:
-        try:
-            return await ask(postgres)
-        except AWAY:
-            return None
-
-    await eventually(back, what="an answer")
-    assert postgres.available
+    await eventually(lambda: answers(hasty), what="an answer")
+    assert hasty.available
 
 
-async def test_of_many_at_once_one_probes(postgres: Postgres, proxy: Proxy) -> None:
-    proxy.set(Mode.LOSE)
-    with pytest.raises(AWAY):
-        await ask(postgres)
+async def test_of_many_at_once_one_probes(servers: Servers, proxy: Proxy) -> None:
+    async with pool(servers, proxy, 20.0) as postgres:
+        proxy.set(Mode.REFUSE)
+        with pytest.raises(AWAY):
+            await ask(postgres)
+        proxy.set(Mode.LOSE)
 
-    async def half_open() -> bool:
-        return postgres.available
+        async def half_open() -> bool:
+            return postgres.available
 
-    await eventually(half_open, what="the breaker to let one through")
-    before = proxy.accepted
-    outcomes = await asyncio.gather(*(ask(postgres) for _ in range(50)), return_exceptions=True)
-    assert sum(isinstance(one, PostgresAway) for one in outcomes) == 49
-    assert proxy.accepted == before + 1
+        await eventually(half_open, what="the breaker to let one through")
+        before = proxy.accepted
+        calls = [asyncio.create_task(ask(postgres)) for _ in range(50)]
+
+        async def told() -> int:
+            return sum(call.done() for call in calls)
+
+        await eventually(told, within=10.0, what="49 refused: the probe takes 20 s", until=lambda count: count >= 49)
+        assert {type(call.exception()) for call in calls if call.done()} == {PostgresAway}
+
+        async def arrived() -> int:
+            return proxy.accepted
+
+        await eventually(arrived, what="the probe at the server", until=lambda count: count > before)
+        _, fence = await asyncio.open_connection("127.0.0.1", proxy.port)
+        # Connections are accepted in the order in which they are made: whatever else was sent is counted by now.
+        await eventually(arrived, what="the fence", until=lambda count: count >= before + 2)
+        assert proxy.accepted == before + 2, "the probe and the fence"
+        fence.transport.abort()
+        proxy.set(Mode.REFUSE)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(one, PostgresAway) for one in outcomes) == 49
 
 
-async def test_a_busy_pool_and_refused_statements_do_not_open_it(postgres: Postgres) -> None:
-    async def hold() -> None:
-        async with postgres.connection() as connection:
-            await connection.fetchval("select pg_sleep(0.3)")
+async def test_a_busy_pool_and_refused_statements_do_not_open_it(servers: Servers, proxy: Proxy) -> None:
+    async with pool(servers, proxy, 2.0) as postgres:
 
-    outcomes = await asyncio.gather(*(hold() for _ in range(40)), return_exceptions=True)
-    assert any(isinstance(one, TimeoutError) for one in outcomes), "more callers than the pool serves in its timeout"
-    assert postgres.available
-    with pytest.raises(asyncpg.PostgresError):
-        async with postgres.connection() as connection:
-            await connection.execute("select no_such_column")
-    with pytest.raises(asyncpg.DataError):
-        async with postgres.connection() as connection:
-            await connection.fetchval("select $1::int", "text")
-    assert postgres.available
-    assert await ask(postgres) == 1
+        async def hold() -> None:
+            async with postgres.connection() as connection:
+                await connection.fetchval("select pg_sleep(0.3)")
+
+        outcomes = await asyncio.gather(*(hold() for _ in range(100)), return_exceptions=True)
+        assert any(isinstance(one, TimeoutError) for one in outcomes), "more than the pool serves in its timeout"
+        assert postgres.available
+        with pytest.raises(asyncpg.PostgresError):
+            async with postgres.connection() as connection:
+                await connection.execute("select no_such_column")
+        with pytest.raises(asyncpg.DataError):
+            async with postgres.connection() as connection:
+                await connection.fetchval("select $1::int", "text")
+        assert postgres.available
+        assert await ask(postgres) == 1
