@@ -57,7 +57,8 @@ async def test_what_was_accepted_then_is_in_both_stores_and_nothing_is_dead(fuzz
         assert found["compared"] > 50
         return [*found["differences"], *range(found["pending"])]
 
-    await eventually(differences, what="both stores to hold the same", until=lambda found: not found)
+    # Each look is a command of its own, of seconds.
+    await eventually(differences, within=120, what="both stores to hold the same", until=lambda found: not found)
     async with await declare.connect(fuzzed.rabbitmq_url) as broker, broker.channel() as channel:
         for name in (topology.MIRROR_DEAD, *map(topology.dead_queue, Lane)):
             queue = await channel.declare_queue(name, passive=True)

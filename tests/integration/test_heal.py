@@ -30,9 +30,11 @@ HEAL = 1.0
 
 @pytest.fixture(scope="module")
 async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that heals after a second."""
+    """A system that heals after a second. With one consumer for each lane: a fence that another takes passes orders
+    which one is slow to commit, and a second is soon over."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, heal_seconds=HEAL, reconcile_seconds=0.2)
+    settings = {"heal_seconds": HEAL, "reconcile_seconds": 0.2, "lane_consumers": 1}
+    system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, **settings)
     try:
         await system.up("orders", "worker")
         yield system
@@ -118,8 +120,9 @@ async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconc
         yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
 
 
-async def pending(shop: Shop, *, count: int = 1, age: float = 3_600, **fields: Any) -> list[str]:
-    """Orders that the mirror alone has, accepted so many seconds ago."""
+async def pending(shop: Shop, *, count: int = 1, age: float = 120, **fields: Any) -> list[str]:
+    """Orders that the mirror alone has, accepted so many seconds ago: not so many that the system's own worker heals
+    them."""
     at = now() - timedelta(seconds=age)
     states = [
         builders.order(restaurant_id=shop.restaurant, **{"created_at": at, "updated_at": at, **fields})
@@ -143,7 +146,7 @@ async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) ->
 async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -> None:
     """What was accepted while RabbitMQ was away is old when it comes back, and not lost: it waits in a journal."""
     shop = await open_shop(system)
-    (old,) = await pending(shop, age=300)
+    (old,) = await pending(shop)
     async with reconciler_of(system, heal_seconds=HEAL) as reconciler:
         reconciler._healed_at = 0.0  # it has not looked for long
         emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
