@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,22 @@ class Rail:
         await asyncio.gather(*(asyncio.to_thread(notifier.child.kill) for notifier in self.notifiers))
         await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.name)
 
-    async def send(self, *bodies: bytes, lane: Lane = Lane.CRITICAL) -> None:
+    @asynccontextmanager
+    async def publishing(self, lane: Lane = Lane.CRITICAL) -> AsyncIterator[Callable[..., Awaitable[None]]]:
+        """What sends bodies over a connection that stands already."""
         async with await declare.connect(self.url) as connection:
             channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(CHANGES, ensure=False)
-            for body in bodies:
-                await exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
+
+            async def publish(*bodies: bytes) -> None:
+                for body in bodies:
+                    await exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
+
+            yield publish
+
+    async def send(self, *bodies: bytes, lane: Lane = Lane.CRITICAL) -> None:
+        async with self.publishing(lane) as publish:
+            await publish(*bodies)
 
     async def say(self, *changes: Change) -> None:
         """Each in a message of its own."""
@@ -193,15 +203,29 @@ class Notifier:
             return response
 
     @asynccontextmanager
-    async def screen(self, *, by: str | None = None, after: str | None = None, **params: str) -> AsyncIterator[Screen]:
-        """A client that has been told `connected`. `after`: the `Last-Event-ID` that it sends."""
+    async def screen(
+        self, *, by: str | None = None, after: str | None = None, asked: asyncio.Event | None = None, **params: str
+    ) -> AsyncIterator[Screen]:
+        """A client that has been told `connected`. `after`: the `Last-Event-ID` that it sends; `asked` is set when the
+        request is on its way."""
+
+        async def trace(event: str, _: Any) -> None:
+            if asked is not None and event == "http11.send_request_headers.complete":
+                asked.set()
+
         headers = {"Authorization": f"Bearer {by or token()}"}
         if after is not None:
             headers["Last-Event-ID"] = after
         timeout = httpx.Timeout(5.0, read=60.0)
         async with (
             http_client(timeout=timeout) as client,
-            client.stream("GET", f"{self.base}/api/v1/sync/events", params=params, headers=headers) as response,
+            client.stream(
+                "GET",
+                f"{self.base}/api/v1/sync/events",
+                params=params,
+                headers=headers,
+                extensions={"trace": trace},
+            ) as response,
         ):
             if response.status_code != 200:
                 raise AssertionError(f"{response.status_code}: {(await response.aread()).decode()}")
@@ -220,10 +244,10 @@ def moved(base: Change, state: Order, status: Status) -> tuple[Change, Order]:
     return change(after, event="status_changed", base=base, before=state), after
 
 
-async def come_back(notifier: Notifier, cursor: str, count: int) -> list[str]:
+async def come_back(notifier: Notifier, cursor: str, count: int, *, asked: asyncio.Event | None = None) -> list[str]:
     """The order ids of the first `count` events after the cursor; other events by their name."""
-    async with notifier.screen(after=cursor) as screen:
-        await screen.until(lambda: len(screen.events) > count, within=60)
+    async with notifier.screen(after=cursor, asked=asked) as screen:
+        await screen.until(lambda: len(screen.events) > count, within=150)
         return [event.data.get("orderID", event.name) for event in screen.events]
 
 
@@ -239,11 +263,27 @@ async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
 
 
 async def flood(rail: Rail, notifier: Notifier) -> int:
-    """Heavy orders until a subscriber is let go; says how many."""
+    """Heavy orders until a subscriber is let go; says how many. Few at a time: it has two seconds to read its end."""
     before = await notifier.subscribers()
     sent = 0
-    while await notifier.subscribers() == before:
-        await rail.say(*(change(order(items=400)) for _ in range(20)))
-        sent += 20
-        assert sent < 1_000, "nobody was let go"
+    async with rail.publishing() as publish:
+        while await notifier.subscribers() == before:
+            await publish(*(message(change(order(items=400))) for _ in range(2)))
+            sent += 2
+            assert sent < 1_000, "nobody was let go"
     return sent
+
+
+async def last_words(reader: asyncio.StreamReader) -> bytes:
+    """The end of a stream that was ended; nothing where it was cut."""
+    received = b""
+    async with asyncio.timeout(60):
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            try:
+                data = await reader.read(1 << 20)
+            except ConnectionResetError:
+                return b""
+            if not data:
+                return b""
+            received = (received + data)[-1_000:]
+    return received
