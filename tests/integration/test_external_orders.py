@@ -57,6 +57,20 @@ async def send(client: httpx.AsyncClient, wanted: dict[str, Any]) -> dict[str, A
     return found
 
 
+async def send_on(client: httpx.AsyncClient, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Of many who change one order at once the last are refused where the machine is slow: as another system would,
+    they come again."""
+
+    async def taken() -> httpx.Response:
+        return await client.post("/api/sync/order", json=wanted)
+
+    def is_taken(reply: httpx.Response) -> bool:
+        return reply.status_code != 409 or reply.json()["error"]["code"] != "version_conflict"
+
+    found: dict[str, Any] = expect(await eventually(taken, what="taken", until=is_taken))
+    return found
+
+
 async def read(shop: Shop, id_: str) -> dict[str, Any]:
     async with shop.client() as staff:
         found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
@@ -119,7 +133,7 @@ async def test_by_convex_id_by_external_id_and_by_both_it_is_one_order(shop: Sho
 
 async def test_eight_at_once_are_one_order(shop: Shop, other: httpx.AsyncClient) -> None:
     wanted = body(shop)
-    found = await asyncio.gather(*(send(other, wanted) for _ in range(8)))
+    found = await asyncio.gather(*(send_on(other, wanted) for _ in range(8)))
     assert sorted(one["outcome"] for one in found) == ["created", *["unchanged"] * 7]
     assert len({(one["id"], one["order_number"], one["version"]) for one in found}) == 1
     assert await stored(shop, found[0]["id"], 1) == [("created", "critical", "sync")]
@@ -127,9 +141,8 @@ async def test_eight_at_once_are_one_order(shop: Shop, other: httpx.AsyncClient)
 
 async def test_of_different_updates_at_once_each_payment_counts(shop: Shop, other: httpx.AsyncClient) -> None:
     wanted = body(shop)
-    found = await asyncio.gather(
-        *(send(other, {**wanted, "payments": [{"id": f"p{i}", "amount": 100 + i, "method": "cash"}]}) for i in range(8))
-    )
+    payments = [{"id": f"p{i}", "amount": 100 + i, "method": "cash"} for i in range(8)]
+    found = await asyncio.gather(*(send_on(other, {**wanted, "payments": [one]}) for one in payments))
     id_ = found[0]["id"]
     assert max(one["version"] for one in found) == 8
     assert sorted(one["amount"] for one in (await read(shop, id_))["payments"]) == list(range(100, 108))
@@ -300,7 +313,6 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
         sync_port=port,
         rabbitmq_url=links["broker"].url,
         database_api_url=links["database"].url,
-        database_timeout_seconds=1.0,
     )
     async with http_client(
         base_url=f"http://127.0.0.1:{port}", headers={"x-sync-token": TOKEN}, timeout=10.0
@@ -355,7 +367,8 @@ async def test_while_rabbitmq_is_away_an_order_is_refused_and_absent(
         return dict((await lone.post("/api/sync/order", json=new)).json())
 
     found = await eventually(taken, what="taken again", until=lambda reply: bool(reply["success"]))
-    assert found["data"]["outcome"] == "created"
+    # The first that was sent over a link that stands again may have been without an answer.
+    assert found["data"]["outcome"] in ("created", "unchanged")
     assert await stored(shop, id_, 1) == [("created", "critical", "sync")]
 
 
