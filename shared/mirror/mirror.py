@@ -259,6 +259,7 @@ class Mirror:
                 keys.doc(restaurant, entity, id_),
                 keys.pending(restaurant, entity),
                 keys.failed(restaurant, entity),
+                keys.claim(restaurant, entity, id_),
             ]
             arguments += [standing.version, standing.change_id]
         await self._redis.script("settle", all_keys, arguments)

@@ -307,6 +307,25 @@ async def test_what_postgres_committed_settles_what_stands_and_not_what_came_aft
     assert await mirror.counts(restaurant, "order") == (0, 0)
 
 
+async def test_what_postgres_committed_before_it_was_revealed_is_not_pending(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, restaurant)
+    placed = [builders.order(items=0, restaurant_id=restaurant, order_number="") for _ in range(2)]
+    changes = [builders.change(one) for one in placed]
+    for change in changes:
+        assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY, 0), Claimed)
+    quick, slow = changes
+    another = Standing(1, builders.new_id())  # the other side of a fork
+    await mirror.settle(restaurant, "order", [(placed[0].id, quick.standing), (placed[1].id, another)])
+    await mirror.apply(
+        [
+            Apply(ORDER, order, change.standing, bytes(change.data.after), change.time)
+            for order, change in zip(placed, changes, strict=True)
+        ]
+    )
+    assert await mirror.pending_ids(restaurant, "order") == [slow.entity_id]
+
+
 async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
     epoch = builders.new_id()
     await mirror.begin_log(LogState(epoch, 0))

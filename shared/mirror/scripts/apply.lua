@@ -6,7 +6,7 @@
 --       4 only where warm (0/1): the caller has asked this mirror what it lacks, and left out the rest
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
 --       what it holds of the stock, or is of it (see stock.lua)
---       how: 'reveal'  new to PostgreSQL as far as we know: pending
+--       how: 'reveal'  new to PostgreSQL as far as we know: pending, unless settle was here first (see there)
 --            'stored'  comes from PostgreSQL
 --            'late'    an old event: not written where the doc is missing, reported instead
 -- Replies {'rewind'} when the mirror is not the one that the caller filled, else
@@ -29,6 +29,7 @@ for i = 1, count do
   local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
+  local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h', 'c', 'stored')
   local standing = tonumber(doc[1])
   local how = ARGV[a + 7]
   if not standing and how == 'late' then
@@ -53,7 +54,7 @@ for i = 1, count do
       if standing then
         redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
       end
-      if how == 'stored' then
+      if how == 'stored' or (claimed[4] and claimed[3] == change) then
         redis.call('ZREM', KEYS[k + 4], id)
       else
         redis.call('ZADD', KEYS[k + 4], ARGV[a + 4], id)
@@ -66,7 +67,6 @@ for i = 1, count do
       redis.call('HSET', KEYS[k + 1], 'h', ARGV[a + 9])
     end
     -- A claim whose version is taken is done with, whoever took it.
-    local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h')
     if claimed[1] and tonumber(claimed[1]) <= standing then
       give_back(KEYS[k + 1], claimed[2])
       redis.call('DEL', KEYS[k + 2])
