@@ -10,6 +10,7 @@ import pytest
 from shared.entities.contract import Change, Lane, encode
 from shared.entities.order import ENTITY, Status
 from shared.messaging import topology
+from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Apply
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
 from tests.integration.writer_rig import MakeRig, Rig
@@ -277,7 +278,7 @@ async def test_one_change_behind_a_lock_goes_up_the_ladder_while_the_others_are_
 
 
 async def test_when_everything_times_out_the_batch_is_held_and_nothing_fails(make_rig: MakeRig) -> None:
-    rig = await make_rig(database_timeout_seconds=0.3)
+    rig = await make_rig(database_timeout_seconds=1.5)
     await rig.writer.start()
     locker = await asyncpg.connect(rig.settings.database_url)
     async with locker.transaction():
@@ -302,7 +303,7 @@ async def test_when_everything_times_out_the_batch_is_held_and_nothing_fails(mak
 async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothing_dead(
     make_rig: MakeRig, servers: Servers, way: str
 ) -> None:
-    rig = await make_rig(database_timeout_seconds=1.0)
+    rig = await make_rig(database_timeout_seconds=3.0)
     await rig.writer.start()
     made: list[Change] = []
     loading = True
@@ -331,7 +332,7 @@ async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothi
     loading = False
     await task
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
-    await rig.written(*made, within=30)
+    await rig.written(*made, within=90)
     await rig.all_acknowledged()
     assert rig.writer.state()["failed"] == 0
     assert rig.writer.state()["holding_since"] is None
@@ -339,7 +340,7 @@ async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothi
 
 
 async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_rig: MakeRig, servers: Servers) -> None:
-    rig = await make_rig(database_timeout_seconds=1.0, sink_away_seconds=0.5)
+    rig = await make_rig(database_timeout_seconds=3.0, sink_away_seconds=0.5)
     await rig.writer.start()
     await rig.database.close()
     rig.database = None
@@ -358,7 +359,7 @@ async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_r
     finally:
         await asyncio.to_thread(servers.postgres.start)
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
-    await rig.written(*made, within=30)
+    await rig.written(*made, within=90)
     await eventually(consumers, what="subscribed again", until=lambda n: n == 2)
     assert rig.writer.state()["failed"] == 0
 
@@ -372,9 +373,17 @@ async def test_a_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, server
     await rig.written(*made[:25])
     await asyncio.to_thread(servers.rabbitmq.stop)
     await asyncio.to_thread(servers.rabbitmq.start)
-    await asyncio.wait_for(rig.publisher.wait_connected(), 30)
-    await rig.publish(*made[25:])
-    await rig.written(*made, within=30)
+
+    async def published() -> bool:
+        """Twice is harmless."""
+        try:
+            await rig.publish(*made[25:])
+        except (NotSent, InDoubt):
+            return False
+        return True
+
+    await eventually(published, what="a confirm of the broker that has started again")
+    await rig.written(*made, within=90)
     await rig.drained()
     await rig.publish(made[0])  # acknowledgements work on the new channel
     await rig.all_acknowledged()
@@ -386,8 +395,13 @@ async def test_a_stop_finishes_what_was_taken(rig: Rig) -> None:
         await rig.publish(*made[start : start + 10])
     await rig.writer.stop()
     written = await rig.count("changes")
-    left = await rig.depth(topology.lane_queue(Lane.CRITICAL))
-    assert written + left * 10 == 300
+
+    async def left() -> int:  # what was not settled is back in the queue a moment after the channel has closed
+        return await rig.depth(topology.lane_queue(Lane.CRITICAL))
+
+    await eventually(
+        left, what=f"the rest of 300, {written} of which are written", until=lambda n: written + n * 10 == 300
+    )
     await rig.writer.stop()
 
 

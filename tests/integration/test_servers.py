@@ -58,7 +58,7 @@ async def test_rabbitmq_killed_and_started_again_still_has_its_confirmed_message
     await publish(vhost, "kept", b"an order")
     # RabbitMQ writes the list of its quorum queues every 500 ms, and nothing shows when it did: a queue declared right
     # before a kill -9 comes back unusable. Messages have no such gap, as the second one shows.
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(6)
     await publish(vhost, "kept", b"another order")
     await asyncio.to_thread(servers.rabbitmq.kill)
     with pytest.raises(OSError):
