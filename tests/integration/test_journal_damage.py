@@ -473,6 +473,7 @@ async def test_a_journal_that_cannot_be_opened_is_tried_again_with_its_use(
     path = tmp_path / "orders-1.sqlite"
     path.mkdir()
     journal = journal_of(path)
+    monkeypatch.setattr("shared.rail.journal._OPEN_AGAIN", 60.0)
     with pytest.raises(JournalBroken):
         await journal.open()
     with pytest.raises(JournalBroken, match="a moment ago"):
