@@ -308,7 +308,7 @@ async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_
             return (await ledger.look()).synced
 
         assert sent > 100
-        await eventually(synced, within=40, what="all synced", until=lambda count: count == sent)
+        await eventually(synced, within=120, what="all synced", until=lambda count: count == sent)
 
 
 async def test_watching_reads_on_and_asks_for_nothing_twice(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
