@@ -11,7 +11,6 @@ from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.chaos.rig import Rig
 from tests.faults.outage import acknowledged, proven, under_load
-from tests.http import http_client
 from tests.proxy import Mode, Proxy
 from tests.servers import Servers
 from tests.servers.cluster import SIZE, Cluster
@@ -119,6 +118,4 @@ async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_ac
         await acknowledged(load, 20)
     await proven(clustered, load)
     for service in ("orders", "second-orders", "worker", "notifier"):
-        async with http_client() as client:
-            ready = await client.get(f"{clustered.system.urls[service]}/health/ready")
-        assert ready.status_code == 200, f"{service}: {ready.text}"
+        await clustered.system.ready(service)

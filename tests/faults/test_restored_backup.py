@@ -69,35 +69,50 @@ class Watch:
         self._highest: Counter[str] = Counter()
         self.down: list[str] = []
         self.reads = 0
+        self._doubts: dict[tuple[httpx.AsyncClient, str], asyncio.Task[None]] = {}
+        self._stopping = False
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         system = self._outage.system
         async with system.client("admin") as first, system.client("admin", service="second-orders") as second:
-            while True:
+            while not self._stopping:
                 mine = [one.order for one in self._load.acknowledged if one.restaurant == system.restaurant]
                 for order in dict.fromkeys(mine[-60:]):
                     for client in (first, second):
-                        await self._look(client, order)
+                        if await self._went_down(client, order) and (client, order) not in self._doubts:
+                            self._doubts[client, order] = asyncio.create_task(self._doubt(client, order))
                 await asyncio.sleep(0.05)
+            await asyncio.gather(*self._doubts.values())
 
-    async def _look(self, client: httpx.AsyncClient, order: str) -> None:
+    async def _doubt(self, client: httpx.AsyncClient, order: str) -> None:
+        """Where the mirror misses its half second, PostgreSQL answers in its place, and may be behind until it is
+        brought back: what counts is what goes on so."""
+        for _ in range(5):
+            await asyncio.sleep(0.2)
+            if not (went_down := await self._went_down(client, order)):
+                del self._doubts[client, order]
+                return
+        self.down.append(went_down)
+
+    async def _went_down(self, client: httpx.AsyncClient, order: str) -> str:
+        """What to say of it; empty: it did not, or nobody could tell."""
         try:
             reply = await client.get(f"/api/orders/{order}")
         except httpx.HTTPError:
-            return
-        if reply.status_code == 200:
-            self.reads += 1
-            version = reply.json()["data"]["version"]
-            if version < self._highest[order]:
-                self.down.append(f"{order}: {version} after {self._highest[order]}")
-            self._highest[order] = max(version, self._highest[order])
-        elif reply.status_code == 404:
-            self.down.append(f"{order}: gone")
+            return ""
+        if reply.status_code == 404:
+            return f"{order}: gone"
+        if reply.status_code != 200:
+            return ""
+        self.reads += 1
+        version, highest = reply.json()["data"]["version"], self._highest[order]
+        self._highest[order] = max(version, highest)
+        return f"{order}: {version} after {highest}" if version < highest else ""
 
     async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._stopping = True
+        await self._task
 
 
 async def replay(outage: Outage, *options: str) -> dict[str, Any]:
