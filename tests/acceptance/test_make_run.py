@@ -125,7 +125,7 @@ async def curl(words: list[str]) -> dict[str, Any]:
 
 
 async def readme_calls(run: Run) -> str:
-    """What the README's ten calls print here. The last one follows the events: once it is connected, Ctrl-C ends it."""
+    """What the README's ten calls print here. The last one follows the events, and is ended once it is connected."""
     block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     for there, here in (
         (".local/demo.json", str(run.home / "demo.json")),
@@ -142,7 +142,7 @@ async def readme_calls(run: Run) -> str:
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # a group of its own, as in a terminal
+        start_new_session=True,  # a group of its own
         limit=1 << 20,
     )
     assert process.stdout is not None
@@ -155,8 +155,9 @@ async def readme_calls(run: Run) -> str:
                     break
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        await process.wait()
+            # Not as Ctrl-C would: whoever was started in the background of a script ignores that, with all it starts.
+            os.killpg(process.pid, signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 60)
     return printed.decode()
 
 
