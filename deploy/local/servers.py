@@ -71,10 +71,11 @@ class Server(ABC):
         """Until the server ends by itself or by another's hand; its return code, negative for a signal."""
         return self._children[-1].wait() if self._children else None
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """False: it did not end by itself in time, and was killed."""
         children, self._children = self._children, []
-        for child in reversed(children):
-            child.terminate(self.stop_within, self.stop_signal)
+        ended = [child.terminate(self.stop_within, self.stop_signal) for child in reversed(children)]
+        return all(ended)
 
     def kill(self) -> None:
         children, self._children = self._children, []

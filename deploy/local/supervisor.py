@@ -30,7 +30,8 @@ class Program(Protocol):
     def wait(self) -> int | None:
         """Until it ends; its return code, negative for a signal."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> bool:
+        """False: it did not end by itself in time, and was killed."""
 
 
 class Service:
@@ -65,9 +66,8 @@ class Service:
     def wait(self) -> int | None:
         return self._child.wait() if self._child else None
 
-    def stop(self) -> None:
-        if self._child:
-            self._child.terminate(self._stop_within)
+    def stop(self) -> bool:
+        return self._child is None or self._child.terminate(self._stop_within)
 
 
 class Supervisor:
@@ -106,7 +106,10 @@ class Supervisor:
 
     async def stop(self) -> None:
         self._stopping.set()
-        await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
+        ended = await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
+        for program, by_itself in zip(self.programs, ended, strict=True):
+            if not by_itself:
+                self._say(f"{program.name} did not end by itself and was killed")
         await asyncio.gather(*self._watchers)
         # A restart that was under way when the first stop came.
         await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))

@@ -1,7 +1,7 @@
 """The menus, in memory: what orders are priced from.
 
 Loaded from PostgreSQL and the mirror, whichever answers (both, when both do: the guard decides dish by dish), and kept
-up to date from the reference log within a second of a change. While everything else is away the last known menu goes on
+up to date from the reference log. While everything else is away the last known menu goes on
 serving.
 A restaurant that is not known yet is looked up when its first order comes.
 """

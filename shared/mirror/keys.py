@@ -1,7 +1,8 @@
 """Names of everything in the mirror. A tenant's keys carry the restaurant as hash tag; the rail's own do not.
 
     {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
-    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, stored, h reserved
+    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, stored,
+                                            h reserved items
     {restaurant}:live:<entity>       zset   id by place in the index (creation time)
     {restaurant}:pending:<entity>    zset   id by place in the index: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt

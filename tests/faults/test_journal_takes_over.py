@@ -21,7 +21,7 @@ from tests.system import PATIENT, System, eventually
 pytestmark = pytest.mark.timeout(150)
 
 PUBLISH_TIMEOUT = 1.0
-"""Below the two seconds in which a client is to be answered: a broker that is frozen costs one such timeout."""
+"""What a broker that is frozen costs, once: below the two seconds in which the journal is to take over."""
 PATIENCE = 10.0
 """Seconds after which a client gives up: more than a machine stands still for."""
 # Of the mirror, which nobody ends here.
@@ -43,9 +43,9 @@ class Shop(Struct):
         replies = await asyncio.gather(
             *(client.post("/api/orders", json=self.system.order_body()) for client in self.clients[:count])
         )
-        assert [reply.status_code for reply in replies] == [201] * count, replies[0].text
-        found = [reply.json()["data"] for reply in replies]
+        found = [reply.json()["data"] for reply in replies if reply.status_code == 201]
         self.placed += [one["id"] for one in found]
+        assert len(found) == count, [reply.text for reply in replies if reply.status_code != 201]
         return found
 
     async def health(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_no
 ) -> None:
     rabbitmq = shop.system.servers.rabbitmq
 
-    async def durability() -> set[str]:
-        return {one["durability"] for one in await shop.place(10)}
-
-    # A confirm that takes longer than the timeout makes it the journal; what it holds is counted from here on.
-    await eventually(durability, what="the broker's confirms", until=lambda seen: seen == {"broker"})
-    await shop.drained()
+    for _ in range(20):
+        if {one["durability"] for one in await shop.place(10)} == {"broker"}:
+            break  # else a confirm took longer than the timeout
+    else:
+        pytest.fail("the broker confirms nothing in time")
+    await shop.drained()  # what it holds is counted from here on
     away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
     await asyncio.to_thread(away)
     try:

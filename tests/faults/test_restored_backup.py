@@ -1,5 +1,6 @@
 """PostgreSQL comes back from a backup that lacks the last minute, under load: `ticketrail replay --from-log` brings it
-to where the log is. No version goes down for those who read, and cursors of the pull feed are void."""
+to where the log is. No version goes down for longer than a moment for those who read, and cursors of the pull feed are
+void."""
 
 import asyncio
 import json
@@ -80,31 +81,34 @@ class Watch:
                 mine = [one.order for one in self._load.acknowledged if one.restaurant == system.restaurant]
                 for order in dict.fromkeys(mine[-60:]):
                     for client in (first, second):
-                        if await self._went_down(client, order) and (client, order) not in self._doubts:
-                            self._doubts[client, order] = asyncio.create_task(self._doubt(client, order))
+                        went_down = await self._went_down(client, order)
+                        if went_down and (client, order) not in self._doubts:
+                            self._doubts[client, order] = asyncio.create_task(self._doubt(client, order, went_down))
                 await asyncio.sleep(0.05)
             await asyncio.gather(*self._doubts.values())
 
-    async def _doubt(self, client: httpx.AsyncClient, order: str) -> None:
+    async def _doubt(self, client: httpx.AsyncClient, order: str, went_down: str) -> None:
         """Where the mirror misses its half second, PostgreSQL answers in its place, and may be behind until it is
         brought back: what counts is what goes on so."""
         for _ in range(5):
             await asyncio.sleep(0.2)
-            if not (went_down := await self._went_down(client, order)):
+            seen = await self._went_down(client, order)
+            if seen == "":
                 del self._doubts[client, order]
                 return
+            went_down = seen or went_down
         self.down.append(went_down)
 
-    async def _went_down(self, client: httpx.AsyncClient, order: str) -> str:
-        """What to say of it; empty: it did not, or nobody could tell."""
+    async def _went_down(self, client: httpx.AsyncClient, order: str) -> str | None:
+        """What to say of it; empty: it did not; None: nobody can tell now."""
         try:
             reply = await client.get(f"/api/orders/{order}")
         except httpx.HTTPError:
-            return ""
+            return None
         if reply.status_code == 404:
             return f"{order}: gone"
         if reply.status_code != 200:
-            return ""
+            return None
         self.reads += 1
         version, highest = reply.json()["data"]["version"], self._highest[order]
         self._highest[order] = max(version, highest)

@@ -244,10 +244,12 @@ def moved(base: Change, state: Order, status: Status) -> tuple[Change, Order]:
     return change(after, event="status_changed", base=base, before=state), after
 
 
-async def come_back(notifier: Notifier, cursor: str, count: int, *, asked: asyncio.Event | None = None) -> list[str]:
+async def come_back(
+    notifier: Notifier, cursor: str, count: int, *, asked: asyncio.Event | None = None, within: float = 150.0
+) -> list[str]:
     """The order ids of the first `count` events after the cursor; other events by their name."""
     async with notifier.screen(after=cursor, asked=asked) as screen:
-        await screen.until(lambda: len(screen.events) > count, within=150)
+        await screen.until(lambda: len(screen.events) > count, within=within)
         return [event.data.get("orderID", event.name) for event in screen.events]
 
 

@@ -4,6 +4,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import pytest
 from msgspec import Struct
 
 from shared.entities.contract import Change, Lane
@@ -67,7 +68,10 @@ def made(reply: httpx.Response) -> Any:
 
 
 def expect(reply: httpx.Response, status: int = 200) -> Any:
-    """`data` of an answer that was expected."""
+    """`data` of an answer that was expected. A 500 is never one that only comes too early: `eventually` does not ask
+    again."""
+    if reply.status_code == 500 != status:
+        pytest.fail(reply.text)
     assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
     return reply.json()["data"] if status < 400 else reply.json()["error"]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from msgspec import structs
 
 from services.sync import full_sync
 from services.sync.cli_session import Session
+from services.sync.fences import log_way
 from services.sync.full_sync import Compared, Difference, FullSync
 from shared.entities import order as orders
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Lane, Standing, encode, now
 from shared.mirror import keys
 from shared.mirror.mirror import Apply
 from shared.postgres import states
@@ -58,6 +60,18 @@ async def synced(shop: Shop, id_: str) -> None:
             return str(expect(await staff.get(f"/api/orders/{id_}"))["sync"]["state"])
 
     await eventually(look, what="synced", until=lambda found: found == "synced")
+
+
+async def read_from_the_log(shop: Shop) -> None:
+    """The mirror writer has read all that was recorded until now: what is taken out of the mirror then stays out."""
+    began, way = time.monotonic(), log_way(Lane.CRITICAL)
+
+    async def sent() -> float:
+        asked = time.monotonic()
+        fences = (await asyncio.to_thread(shop.system.health, "worker"))["fences"]
+        return asked - float(fences["age_seconds"][way]) - float(fences["lag_seconds"][way])
+
+    await eventually(sent, what="a fence from the log that was sent later", until=lambda at: at > began)
 
 
 async def compare(shop: Shop, *, mend: bool) -> tuple[Compared, dict[str, str]]:
@@ -193,6 +207,7 @@ async def test_changes_under_way_are_not_taken_for_differences(
     """A change may be in PostgreSQL a moment before it is revealed; and orders go on while it compares."""
     monkeypatch.setattr(full_sync, "_UNDER_WAY", timedelta(minutes=5))  # longer than this test
     (known,) = await place(shop)
+    await read_from_the_log(shop)
     current = await raw.hgetall(doc(shop, known))
     await raw.delete(doc(shop, known))
 

@@ -238,7 +238,7 @@ async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
         for count in (1, 3, 5):
             epoch, offset, _ = (await screen.has(count))[-1].id.rsplit("-", 2)
             asked = asyncio.Event()
-            coming = asyncio.create_task(come_back(notifier, f"{epoch}-{int(offset) + 1}-0", 1, asked=asked))
+            coming = asyncio.create_task(come_back(notifier, f"{epoch}-{int(offset) + 1}-0", 1, asked=asked, within=45))
             await asyncio.wait_for(asked.wait(), 60)
             await publish(message(change(order())), message(last := change(order())))
             seen = await coming
@@ -431,8 +431,7 @@ async def test_without_fences_it_pushes_all_the_same_and_says_that_they_are_stal
         return (await notifier.health())[1]
 
     # One after the other: each is fresh for two seconds.
-    details = await eventually(after_a_fence, what="a fresh fence", until=lambda seen: seen["fences"] == "fresh")
-    assert 0 <= details["fence_age_seconds"] < 60
+    await eventually(after_a_fence, what="a fresh fence", until=lambda seen: seen["fences"] == "fresh")
 
 
 async def test_it_refuses_to_start_without_the_log_and_says_what_to_do(servers: Servers, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
 
 
 async def test_a_start_beside_a_broker_that_is_away_returns_when_its_wait_is_over(servers: Servers) -> None:
-    publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, queues=[QUEUE], timeout=TIMEOUT)
+    publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, queues=[QUEUE], timeout=600.0)
     await asyncio.wait_for(publisher.start(wait=0.3), 30)
     assert not publisher.connected
     await publisher.stop()

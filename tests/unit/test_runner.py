@@ -1,8 +1,10 @@
 """The local runner: ports, environment, supervision and what it leaves behind."""
 
 import asyncio
+import inspect
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -21,11 +23,12 @@ from deploy.local.child import Child
 from deploy.local.environment import ROOT, LocalSettings, service_environment
 from deploy.local.ports import HOST, PortTaken, find_free, is_free, require_free
 from deploy.local.supervisor import Program, Service, Supervisor
+from shared import http
 
 ENV = {"PATH": os.environ["PATH"]}
 
 
-async def eventually(condition: Callable[[], object], within: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], within: float = 60.0) -> None:
     async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110  (about other processes, which set no event of ours)
             await asyncio.sleep(0.01)
@@ -223,7 +226,8 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
         pathlib.Path("worker").write_text(f"{worker.pid}.")
         time.sleep(1000)
     """)
-    supervisor = supervise(Said(), stop_within=0.5, stubborn=stubborn)
+    said = Said()
+    supervisor = supervise(said, stop_within=0.5, stubborn=stubborn)
     await supervisor.start()
     worker = tmp_path / "worker"
     await eventually(lambda: worker.exists() and worker.read_text().endswith("."))
@@ -231,6 +235,16 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
     assert all(psutil.pid_exists(pid) for pid in pids)
     await supervisor.stop()
     await eventually(lambda: not any(_runs(pid) for pid in pids))
+    assert said == ["stubborn did not end by itself and was killed"]
+
+
+def test_the_notifier_gives_up_those_who_do_not_read_before_it_would_be_killed_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[int] = []
+    monkeypatch.setattr(http, "serve", lambda *_, kill_after, **__: served.append(kill_after))
+    runpy.run_module("services.notifier", run_name="__main__")
+    assert served[0] < inspect.signature(Service).parameters["stop_within"].default
 
 
 async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
@@ -255,9 +269,11 @@ async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
 async def test_stop_without_start_and_twice_is_no_error(supervise: Callable[..., Supervisor]) -> None:
     never = supervise(Said(), service=FOREVER)
     await never.stop()
-    once = supervise(Said(), service=FOREVER)
+    said = Said()
+    once = supervise(said, service=FOREVER)
     await once.start()
     await once.stop()
+    assert said == []
     await once.stop()
 
 
@@ -388,7 +404,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _until(condition: Callable[[], object], within: float = 10.0) -> None:
+def _until(condition: Callable[[], object], within: float = 60.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, "not within the deadline"
