@@ -116,7 +116,7 @@ class Supervisor:
 
     async def _watch(self, program: Program) -> None:
         pause = self._first_pause
-        while True:
+        while not self._stopping.is_set():  # may have come while it was started again: `stop` ends it then
             started = time.monotonic()
             code = await self._blocking(program.wait)
             if self._stopping.is_set():

@@ -266,6 +266,44 @@ async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
     await eventually(lambda: not _runs(first))
 
 
+class Restarting:
+    """A program whose second start lasts until somebody wants to stop it, who finds the first one alone."""
+
+    name, pid = "orders", None
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.under_way, self.stopped = threading.Event(), threading.Event()
+        self.ended = threading.Event()
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts > 1:
+            self.under_way.set()
+            assert self.stopped.wait(60)
+            self.ended = threading.Event()
+
+    def wait(self) -> int | None:
+        self.ended.wait(60)
+        return 0
+
+    def stop(self) -> bool:
+        self.ended.set()
+        self.stopped.set()
+        return True
+
+
+async def test_a_stop_that_comes_while_a_service_is_started_again_ends_it_too() -> None:
+    orders = Restarting()
+    supervisor = Supervisor([orders], say=Said(), first_pause=0.01)
+    await supervisor.start()
+    orders.ended.set()
+    await eventually(orders.under_way.is_set)
+    await asyncio.wait_for(supervisor.stop(), 30)
+    assert orders.starts == 2
+    assert orders.ended.is_set()
+
+
 async def test_stop_without_start_and_twice_is_no_error(supervise: Callable[..., Supervisor]) -> None:
     never = supervise(Said(), service=FOREVER)
     await never.stop()
