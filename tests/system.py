@@ -167,6 +167,16 @@ class System:
             details = (await client.get(f"{self.urls['worker']}/health/ready")).json()
         return str(details.get("mirror"))
 
+    @asynccontextmanager
+    async def frozen(self, name: str) -> AsyncIterator[None]:
+        """The service stands still as long as the block lasts."""
+        child = self.children[name]
+        await asyncio.to_thread(child.freeze)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(child.thaw)
+
     def kill(self, name: str) -> None:
         self.children.pop(name).kill()
 

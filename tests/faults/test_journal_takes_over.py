@@ -57,6 +57,10 @@ class Shop(Struct):
         found: dict[str, Any] = (await self.health())["journal"]
         return found
 
+    def doubts(self) -> int:
+        """How many publishes the orders service has waited for in vain, each for `PUBLISH_TIMEOUT`."""
+        return (self.system.directory / "orders.log").read_text().count("record_in_doubt")
+
     async def drained(self) -> None:
         await eventually(self.journal, within=40, what="an empty journal", until=lambda seen: seen["depth"] == 0)
 
@@ -107,6 +111,7 @@ async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_no
     else:
         pytest.fail("the broker confirms nothing in time")
     await shop.drained()  # what it holds is counted from here on
+    doubts = shop.doubts()
     away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
     await asyncio.to_thread(away)
     try:
@@ -117,6 +122,8 @@ async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_no
         changed = await shop.clients[0].put(f"/api/orders/{shop.placed[0]}", json={"status": "received"})
         assert (changed.status_code, changed.json()["data"]["durability"]) == (200, "journal")
         assert (await shop.journal())["depth"] == 51
+        # The first publish waited for its confirm, all that came after went to the journal at once.
+        assert shop.doubts() <= doubts + 1
         out = await shop.system.cli("journal", "show", "--instance", "1")
         assert "51 changes wait (51 critical)" in out, out
         said = await shop.system.cli("journal", "drain", "--instance", "1", "--json", check=False)

@@ -100,8 +100,7 @@ async def test_a_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> N
     assert differing == {}, "a mirror that is whole"
     assert found.compared > 3
     # What created them may be on its way to the mirror still, by the log.
-    await asyncio.to_thread(shop.system.children["worker"].freeze)
-    try:
+    async with shop.system.frozen("worker"):
         await raw.delete(
             *(doc(shop, id_) for id_ in ids[:2]), doc(shop, dish, "menu_item"), keys.restaurant(shop.restaurant)
         )
@@ -118,8 +117,6 @@ async def test_a_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> N
         assert mended.code == 0
         told = [one for one in mended.told["differences"] if one["restaurant_id"] == shop.restaurant]
         assert {one["id"]: one["what"] for one in told} == dict.fromkeys([*ids[:2], dish], "missing")
-    finally:
-        await asyncio.to_thread(shop.system.children["worker"].thaw)
     assert mended.told["mended"] >= 3
     assert [await served(shop, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
@@ -134,8 +131,7 @@ async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(sho
         expect(await staff.put(f"/api/orders/{behind}", json={"notes": "new"}))
     await synced(shop, behind)
     # What changed it may be on its way to the mirror still, by the log.
-    await asyncio.to_thread(shop.system.children["worker"].freeze)
-    try:
+    async with shop.system.frozen("worker"):
         await raw.delete(doc(shop, behind))
         await raw.hset(doc(shop, behind), mapping=old)
         for id_ in (differs, pending_too):
@@ -150,8 +146,6 @@ async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(sho
         assert (await compare(shop, mend=False))[1] == expected
         found, differing = await compare(shop, mend=True)
         assert differing == expected
-    finally:
-        await asyncio.to_thread(shop.system.children["worker"].thaw)
     assert found.mended >= 4
     assert (await compare(shop, mend=False))[1] == {}
     assert (await served(shop, behind))["notes"] == "new"

@@ -3,8 +3,6 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -18,16 +16,6 @@ from shared.security import Identity, Role, Tokens
 from tests.builders import RESTAURANT
 from tests.http import http_client
 from tests.system import System, eventually
-
-
-@asynccontextmanager
-async def worker_frozen(system: System) -> AsyncIterator[None]:
-    worker = system.children["worker"]
-    await asyncio.to_thread(worker.freeze)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(worker.thaw)
 
 
 async def place(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> dict[str, Any]:
@@ -377,7 +365,7 @@ async def test_an_order_that_left_the_mirror_is_read_from_postgresql_and_repaire
 
         await eventually(synced, what="synced")
         # While the worker stands still: it may not have read of the order yet, and would bring it back to the mirror.
-        async with worker_frozen(system), redis.asyncio.from_url(system.redis.url) as mirror:
+        async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(f"{{{system.restaurant}}}:order:{placed['id']}")
             reply = await client.get(url)
             assert reply.headers["x-served-by"] == "postgres"
@@ -441,7 +429,7 @@ async def test_a_list_on_a_cold_mirror_does_not_go_back_behind_postgresql(system
 
         await eventually(stored, what="version 2", until=lambda version: version == 2)
         # The worker stands still: it would see that the stamp is missing, and make the mirror warm again.
-        async with worker_frozen(system):
+        async with system.frozen("worker"):
             stamp = await raw.getdel("ticketrail:warm")
             try:
                 await raw.hset(name, mapping=old)

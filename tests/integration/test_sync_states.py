@@ -1,7 +1,6 @@
 """How far an order has come on its way to PostgreSQL, as its readers see it: pending, synced, failed, in conflict;
 listed by it, and sent once more by hand."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -43,16 +42,6 @@ async def refusing(system: System, notes: str) -> AsyncIterator[None]:
     finally:
         await owner.execute(f"alter table orders drop constraint {name}")
         await owner.close()
-
-
-@asynccontextmanager
-async def nothing_written(system: System) -> AsyncIterator[None]:
-    worker = system.children["worker"]
-    await asyncio.to_thread(worker.freeze)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(worker.thaw)
 
 
 async def place(shop: Shop, client: httpx.AsyncClient, **fields: Any) -> str:
@@ -104,7 +93,7 @@ async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
             1,
         )
 
-        async with nothing_written(system):
+        async with system.frozen("worker"):
             again = expect(await staff.post(f"/api/orders/{bad}/sync"))
             assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
             assert await sync_of(staff, bad) == {"state": "pending"}, "what failed was the state before it"
@@ -138,7 +127,7 @@ async def test_what_is_pending_is_listed_page_by_page_and_by_a_warm_mirror_alone
 ) -> None:
     first = await place(shop, staff)
     await becomes(staff, first, "synced")
-    async with nothing_written(system):
+    async with system.frozen("worker"):
         placed = [await place(shop, staff) for _ in range(3)]
         found: list[str] = []
         cursor: dict[str, str] = {}
@@ -188,7 +177,7 @@ async def test_an_open_conflict_is_shown_by_both_stores_until_it_is_resolved(
         assert await listed(staff, "synced") == [other]
 
         # While the worker stands still: it may not have read both sides yet, and would bring one back to the mirror.
-        async with nothing_written(system), redis.asyncio.from_url(system.redis.url) as mirror:
+        async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(keys.doc(shop.restaurant, "order", id_))
             from_postgres = await staff.get(f"/api/orders/{id_}")
             assert from_postgres.headers["x-served-by"] == "postgres"
