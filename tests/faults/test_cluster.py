@@ -89,8 +89,12 @@ async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_ac
 ) -> None:
     cluster = clustered.cluster
     for queue in (topology.lane_queue(Lane.CRITICAL), topology.retry_queue(Lane.CRITICAL, 50), topology.LOG):
-        members = await asyncio.to_thread(cluster.members, clustered.system.name, queue)
-        assert len(members) == SIZE, f"{queue}: {members}"
+
+        async def members(queue: str = queue) -> list[str]:
+            return await asyncio.to_thread(cluster.members, clustered.system.name, queue)
+
+        await eventually(members, what=f"replicas of {queue}", until=lambda seen: len(seen) == SIZE)
+
     async with under_load(clustered, 5) as load:
         await acknowledged(load, 60)
         # Everybody is connected to the first one, which leads every queue: it was there when they were declared.

@@ -91,13 +91,13 @@ class Cluster:
 
     def running(self, at: int) -> int:
         """How many nodes one of them sees running, itself among them. Raises OSError."""
-        found: Any = ask(self.nodes[at].management_url, "GET", "/api/nodes?columns=running", timeout=5)
+        found: Any = ask(self.nodes[at].management_url, "GET", "/api/nodes", timeout=5)
         return sum(bool(one.get("running")) for one in found)
 
     def members(self, vhost: str, queue: str) -> list[str]:
-        """Nodes that hold a replica."""
-        found: Any = ask(self.nodes[0].management_url, "GET", f"/api/queues/{vhost}/{queue}?columns=members", timeout=5)
-        return list(found["members"])
+        """Nodes that hold a replica; none while the management API has not heard of the queue, which is for seconds."""
+        found: Any = ask(self.nodes[0].management_url, "GET", f"/api/queues/{vhost}/{queue}", timeout=5)
+        return list(found.get("members", []))
 
     def discard(self) -> None:
         for one in self.locals:
