@@ -23,6 +23,7 @@ from deploy.local import database
 from deploy.local.child import Child
 from deploy.local.packages import Programs
 from deploy.local.ports import HOST, require_free
+from deploy.local.rabbitmq_home import make_home
 from shared.messaging.management import ask
 
 PASSWORD = "ticketrail"  # noqa: S105  (local instances on 127.0.0.1, the same for everyone)
@@ -155,6 +156,9 @@ class Redis(Server):
             return connection.recv(5) == b"+PONG"
 
 
+_PLUGINS = ("rabbitmq_management",)
+
+
 class RabbitMQ(Server):
     """One RabbitMQ node with the management plugin and a port mapper (epmd) of its own, 3.10 and newer."""
 
@@ -183,6 +187,7 @@ class RabbitMQ(Server):
             },
         )
         self._programs = programs
+        self._scripts: Path | None = None
         self.port, self.management_port = port, management_port
         self.epmd_port, self.distribution_port = epmd_port, distribution_port
         self.url = f"amqp://ticketrail:{PASSWORD}@{HOST}:{port}/"
@@ -192,7 +197,10 @@ class RabbitMQ(Server):
     def environment(self) -> dict[str, str]:
         """For the server, and for whoever calls rabbitmqctl on it."""
         directory = self.directory
-        return _environment() | {
+        home = {"RABBITMQ_SCRIPTS_DIR": str(self._scripts)} if self._scripts else {}
+        return {
+            **_environment(),
+            **home,
             "HOME": str(directory),  # the cookie is in there
             # The data directory is named after the node: with the port in it, moving the port would lose the data.
             "RABBITMQ_NODENAME": self._node_name(),
@@ -209,6 +217,8 @@ class RabbitMQ(Server):
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "ERL_EPMD_PORT": str(self.epmd_port),
             "ERL_EPMD_ADDRESS": HOST,
+            # No core for each scheduler: all nodes of a machine, in the tests many, would choose the same first one.
+            "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
             # The node must not start a port mapper (ours runs already), nor listen for other nodes beyond this machine.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
             # The start script then becomes the server instead of waiting for it: signals reach it directly.
@@ -224,7 +234,8 @@ class RabbitMQ(Server):
             cookie.chmod(0o400)
         _write(self.directory / "rabbitmq-env.conf", "")
         _write(self.directory / "advanced.config", "[].\n")
-        _write(self.directory / "enabled_plugins", "[rabbitmq_management].\n")
+        _write(self.directory / "enabled_plugins", f"[{','.join(_PLUGINS)}].\n")
+        self._scripts = make_home(self._programs.rabbitmq_server, self.directory / "home", _PLUGINS)
         _write(
             self.directory / "rabbitmq.conf",
             f"""\
