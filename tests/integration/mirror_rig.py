@@ -1,0 +1,29 @@
+"""What tests of the mirror's connection and of its scripts share: a state to apply, and what stands."""
+
+from typing import Any
+from uuid import UUID
+
+from shared.entities.contract import Standing, encode, now
+from shared.entities.order import ENTITY as ORDER
+from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt
+from shared.mirror.mirror import Apply, Mirror
+from tests import builders
+
+
+async def answers(link: MirrorConnection) -> bool:
+    try:
+        return bool(await link.call("PING"))
+    except (MirrorAway, MirrorInDoubt):
+        return False
+
+
+def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str = "reveal", **fields: Any) -> Apply:
+    """One state of an order, whose notes say which."""
+    notes = f"{version}/{change}"
+    order = builders.order(items=0, id=id_, restaurant_id=restaurant, notes=notes, **fields)
+    return Apply(ORDER, order, Standing(version, str(UUID(int=change))), encode(order), now(), how)
+
+
+async def standing(mirror: Mirror, restaurant: str, id_: str) -> Standing | None:
+    _, (document,) = await mirror.read(restaurant, "order", [id_])
+    return document.standing if document else None

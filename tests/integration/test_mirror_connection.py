@@ -1,0 +1,268 @@
+"""The connection to the mirror on a real Redis: silence, breakers, forgotten scripts, and what is left in doubt."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+from redis.asyncio import from_url
+from redis.exceptions import ResponseError
+
+from shared.entities.contract import Standing
+from shared.mirror import connection
+from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.mirror import Mirror
+from tests import builders
+from tests.integration.mirror_rig import answers, standing, state
+from tests.proxy import Mode, Proxy
+from tests.servers import Redis, Servers
+from tests.system import eventually
+
+BREAKER_OPEN = "the mirror did not answer a moment ago"
+TIMEOUT = 5.0
+IMPATIENT = 0.3  # for a server that is frozen
+
+
+@pytest.fixture(scope="module")
+def redis(servers: Servers) -> Redis:
+    """One for this module: its tests freeze it, stop it and make it forget."""
+    return servers.extra_redis()
+
+
+@pytest.fixture
+async def link(redis: Redis) -> AsyncIterator[MirrorConnection]:
+    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    yield link
+    await link.close()
+
+
+@pytest.fixture
+async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
+    mirror = Mirror(redis.url, timeout=5.0, stale_seconds=0.0)
+    yield mirror
+    await mirror.close()
+
+
+@asynccontextmanager
+async def configured(redis: Redis, setting: str, value: str | int) -> AsyncIterator[None]:
+    """As long as the block lasts. By a client of its own, which waits for the server: left as it is, the setting would
+    fail every test that comes after."""
+    async with from_url(redis.url) as client:
+        before = (await client.config_get(setting))[setting]
+        await client.config_set(setting, value)
+        try:
+            yield
+        finally:
+            await client.config_set(setting, before)
+
+
+async def test_calls_that_wait_at_the_same_moment_get_their_own_replies(link: MirrorConnection) -> None:
+    replies = await asyncio.gather(*(link.call("ECHO", f"{n}") for n in range(2_000)))
+    assert replies == [f"{n}".encode() for n in range(2_000)]
+
+
+async def test_an_error_of_the_server_reaches_its_own_caller_alone(link: MirrorConnection) -> None:
+    good, bad, also = await asyncio.gather(
+        link.call("ECHO", "a"), link.call("NO SUCH COMMAND"), link.call("ECHO", "b"), return_exceptions=True
+    )
+    assert (good, also) == (b"a", b"b")
+    assert isinstance(bad, ResponseError)
+
+
+@pytest.fixture
+async def hasty(redis: Redis) -> AsyncIterator[MirrorConnection]:
+    """Does not wait long for a server that is frozen."""
+    hasty = MirrorConnection(redis.url, timeout=IMPATIENT)
+    yield hasty
+    await hasty.close()
+
+
+async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_heals(
+    link: MirrorConnection, hasty: MirrorConnection, redis: Redis
+) -> None:
+    await link.call("SET", "k", "before")
+    await eventually(lambda: answers(hasty), what="a connection")
+    await asyncio.to_thread(redis.freeze)
+    try:
+        sent = await asyncio.gather(hasty.call("INCR", "n"), hasty.call("GET", "k"), return_exceptions=True)
+        assert [type(one) for one in sent] == [MirrorInDoubt, MirrorInDoubt]
+        refusals = set()
+
+        async def down() -> bool:
+            with pytest.raises(MirrorAway) as away:  # probes fail too
+                await hasty.call("PING")
+            refusals.add(str(away.value))
+            return hasty.down and BREAKER_OPEN in refusals
+
+        await eventually(down, what="several attempts in a row failed, and calls between them refused without one")
+    finally:
+        await asyncio.to_thread(redis.thaw)
+    await eventually(lambda: answers(hasty), what="a probe that heals")
+    assert hasty.available
+    assert not hasty.down
+
+    async def own_replies() -> list[Any] | None:
+        try:
+            return await asyncio.gather(hasty.call("GET", "k"), hasty.call("ECHO", "mine"))
+        except (MirrorAway, MirrorInDoubt):
+            return None
+
+    # Replies of what was in doubt went nowhere: the next caller gets its own.
+    replies = await eventually(own_replies, what="two replies", until=lambda seen: seen is not None)
+    assert replies == [b"before", b"mine"]
+
+
+async def test_a_server_that_is_gone_is_away_and_nothing_was_sent() -> None:
+    link = MirrorConnection("redis://127.0.0.1:1/0", timeout=TIMEOUT)
+    for _ in range(3):
+        with pytest.raises(MirrorAway):
+            await link.call("PING")
+    await link.close()
+    await link.close()
+
+
+async def test_scripts_that_the_server_forgot_are_loaded_again_for_everybody_who_waits(mirror: Mirror) -> None:
+    await mirror.check()
+    for _ in range(5):
+        await mirror._redis.call("SCRIPT", "FLUSH")
+        found = await asyncio.wait_for(
+            asyncio.gather(*(mirror.read("r", "order", [f"{n}" * 200]) for n in range(700))), 10
+        )
+        assert [documents for _, documents in found] == [[None]] * 700
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_server_that_evicts_is_refused(redis: Redis, link: MirrorConnection, policy: str) -> None:
+    async with configured(redis, "maxmemory-policy", policy):
+        with pytest.raises(MirrorMisconfigured):
+            await link.check()
+
+
+async def test_a_server_that_is_full_says_that_nothing_happened_and_still_answers_readers(
+    mirror: Mirror, redis: Redis
+) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await mirror.apply([state(1, id_=id_, restaurant=restaurant)])
+    async with configured(redis, "maxmemory", 1):
+        with pytest.raises(MirrorAway):
+            await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
+        assert await standing(mirror, restaurant, id_) == Standing(1, str(UUID(int=1)))
+    await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
+    assert await standing(mirror, restaurant, id_) == Standing(2, str(UUID(int=1)))
+
+
+async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_MAX_PIPELINE", 1)
+    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
+    await asyncio.sleep(0)
+    await link.close()
+    for one in await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5):
+        assert one == b"PONG" or isinstance(one, (MirrorAway, MirrorInDoubt))
+
+
+def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() -> None:
+    """uvloop has an error of its own for a write to a transport that a reset has closed."""
+    import socket
+    import struct
+
+    import uvloop
+
+    async def reset_at_once() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sent = writer.get_extra_info("socket")
+            writer.write(b"+OK\r\n" * 8)  # whatever the client says first
+            await reader.read(1)
+            sent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        link = MirrorConnection(f"redis://127.0.0.1:{port}/0", timeout=0.5)
+        for _ in range(5):
+            with pytest.raises((MirrorAway, MirrorInDoubt)):
+                await asyncio.wait_for(link.call("PING"), 3.0)
+        await link.close()
+        server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(reset_at_once())
+
+
+async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_none_waits_for_it(redis: Redis) -> None:
+    proxy = Proxy(redis.port)
+    await proxy.start()
+    link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=20.0)
+    try:
+        assert await answers(link)
+        proxy.set(Mode.REFUSE)
+        assert not await answers(link)
+        proxy.set(Mode.STALL)
+
+        async def half_open() -> bool:
+            return link.available
+
+        await eventually(half_open, what="the breaker to let one through")
+        tried = proxy.accepted
+        calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
+        done, waiting = await asyncio.wait(calls, timeout=10.0)
+        assert not waiting, "the probe itself takes twenty seconds"
+        assert {type(call.exception()) for call in done} == {MirrorAway}
+
+        async def arrived() -> bool:
+            return proxy.accepted > tried
+
+        await eventually(arrived, what="the one that tries it at the server: the calls wait for it only a moment")
+        _, fence = await asyncio.open_connection("127.0.0.1", proxy.port)
+
+        async def behind_all() -> bool:
+            return proxy.accepted >= tried + 2
+
+        await eventually(behind_all, what="the fence: connections are accepted in the order in which they are made")
+        assert proxy.accepted == tried + 2, "the one that tries it, and the fence"
+        fence.transport.abort()
+        proxy.set(Mode.FORWARD)
+
+        async def back() -> bool:
+            return await answers(link)
+
+        await eventually(back, what="an answer")
+        assert await asyncio.gather(*(link.call("PING") for _ in range(50))) == [b"PONG"] * 50
+    finally:
+        await link.close()
+        await proxy.stop()
+
+
+async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Redis) -> None:
+    proxy = Proxy(redis.port)
+    await proxy.start()
+    link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0)
+    try:
+        for _ in range(3):
+            assert await answers(link)
+            connection = link._connection
+            proxy.set(Mode.REFUSE)
+
+            async def hung_up(connection: Any = connection) -> bool:
+                return bool(connection._reader.at_eof())
+
+            await eventually(hung_up, what="the end of the connection")
+            proxy.set(Mode.FORWARD)
+            assert await link.call("PING") == b"PONG"
+        proxy.set(Mode.REFUSE)
+        await eventually(lambda: hung_up(link._connection), what="the end of the connection")
+        with pytest.raises(MirrorAway):
+            await link.call("PING")
+    finally:
+        await link.close()
+        await proxy.stop()
+
+
+async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
+    link = MirrorConnection("redis://127.0.0.1:9/0", timeout=0.2)
+    link._failures = 5_000
+    with pytest.raises(MirrorAway):
+        await asyncio.wait_for(link.call("PING"), 3.0)
+    await link.close()
