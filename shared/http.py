@@ -1,5 +1,5 @@
-"""What every HTTP service has in common: bodies, the envelope, errors and health. The gate (gate.py) stands before it,
-the server (server.py) runs it.
+"""What every HTTP service has in common: bodies, the envelope, errors, health, and the server. The gate (gate.py)
+stands before it.
 
 {"success": true, "data": …}
 {"success": false, "error": {"message", "code", "details", "trace_id"}}
@@ -7,6 +7,7 @@ the server (server.py) runs it.
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -226,3 +227,45 @@ def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
         return Response(metrics.text(), headers={"Content-Type": metrics.content_type})
 
     return scrape
+
+
+# -- the server --------------------------------------------------------------------------------------------------
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set before the server acts on them: Granian waits for open responses, so
+    every stream must end on it, or the process never exits. Call it in the lifespan, inside the worker process."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+
+        def stop(signum: int, frame: Any, before: Any = before) -> None:
+            loop.call_soon_threadsafe(stopping.set)
+            if callable(before):
+                before(signum, frame)
+
+        signal.signal(number, stop)
+    return stopping
+
+
+def serve(target: str, *, host: str, port: int, connections: int | None = None, kill_after: int = 8) -> None:
+    """Runs the ASGI factory `target` ("package.module:function") in one worker process until it is told to stop.
+    `connections`: how many may be open at once; Granian's 1,024 leave no way to /health when all of them stream.
+    `kill_after`: seconds after which a worker that is told to stop is killed; a client that does not read holds it."""
+    from granian import Granian  # not at the top: tests of an app need no server
+    from granian.constants import HTTPModes, Interfaces, Loops
+
+    Granian(
+        target,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGI,
+        http=HTTPModes.http1,  # to detect HTTP/2 costs 10 KB of buffers for every open connection
+        backpressure=connections,
+        factory=True,
+        loop=Loops.uvloop,
+        workers=1,
+        log_access=False,
+        workers_kill_timeout=kill_after,
+    ).serve()

@@ -1,4 +1,4 @@
-"""What holds a process together: the tasks without which it must not look alive, the signal to end, and its memory."""
+"""What holds a process together: the tasks without which it must not look alive, and its memory."""
 
 import asyncio
 import gc
@@ -28,23 +28,6 @@ def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[N
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(_end_process)
     return task
-
-
-def stop_event() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set before the server acts on them: Granian waits for open responses, so
-    every stream must end on it, or the process never exits. Call it in the lifespan, inside the worker process."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before = signal.getsignal(number)
-
-        def stop(signum: int, frame: Any, before: Any = before) -> None:
-            loop.call_soon_threadsafe(stopping.set)
-            if callable(before):
-                before(signum, frame)
-
-        signal.signal(number, stop)
-    return stopping
 
 
 async def end_tasks(*tasks: "asyncio.Task[None]") -> None:

@@ -187,6 +187,6 @@ def _book(one: dict[str, Any]) -> MenuBook:
 
 
 if __name__ == "__main__":
-    from shared.server import serve
+    from shared.http import serve
 
     serve("benchmarks.peers.direct:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))

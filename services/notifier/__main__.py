@@ -1,6 +1,6 @@
 """`python -m services.notifier`"""
 
-from shared.server import serve
+from shared.http import serve
 from shared.settings import Settings
 
 if __name__ == "__main__":

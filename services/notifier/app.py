@@ -21,8 +21,8 @@ from services.notifier.window import Window
 from shared.api_docs import pages
 from shared.bodies import MAX_BODY_BYTES
 from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options
-from shared.lifecycle import settle_memory, stop_event
+from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
+from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, closed_under_us
