@@ -11,14 +11,20 @@ from pathlib import Path
 
 _APPLICATIONS = re.compile(r"\{\s*(?:applications|included_applications)\s*,\s*\[([^]]*)\]")
 _BROKER = "rabbit"
+_UNREADABLE = re.compile(r"[\s:*?[]")  # not quoted in the scripts, and in a list with colons
 
 
 def make_home(program: Path, home: Path, plugins: Iterable[str]) -> Path | None:
     """Makes `home` anew, for the server script `program` and these plugins with all that they need. Returns the
     directory of its scripts, for RABBITMQ_SCRIPTS_DIR; None where the installed files do not lie as RabbitMQ's own
-    packages lay them: then the node is to run from those."""
+    packages lay them, or its scripts could not read the path of `home`: then the node is to run from those."""
+    if _UNREADABLE.search(str(home)):
+        return None
     installed = program.resolve().parent.parent
-    found = {folder.name.rpartition("-")[0]: folder for folder in (installed / "plugins").glob("*-*/")}
+    folders = list((installed / "plugins").glob("*-*/"))
+    found = {folder.name.partition("-")[0]: folder for folder in folders}
+    if len(found) < len(folders):  # of two versions RabbitMQ takes the newer one
+        return None
     needs = {name: _needs(folder / "ebin" / f"{name}.app") for name, folder in found.items()}
     wanted = _with_all_they_need({_BROKER, *plugins}, needs)
     if not wanted <= found.keys():

@@ -195,7 +195,7 @@ class RabbitMQ(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the server, and for whoever calls rabbitmqctl on it."""
+        """For the server and its port mapper; whole once `_prepare` ran."""
         directory = self.directory
         home = {"RABBITMQ_SCRIPTS_DIR": str(self._scripts)} if self._scripts else {}
         return {

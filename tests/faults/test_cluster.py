@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shared.entities.contract import Lane
@@ -88,6 +89,9 @@ async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_ac
     clustered: Clustered,
 ) -> None:
     cluster = clustered.cluster
+    for node in cluster.locals:
+        plugins = psutil.Process(node.pid).environ()["ERL_LIBS"].split(":")[0]
+        assert plugins == str(node.directory / "home" / "plugins"), "it does not run from its own home"
     for queue in (topology.lane_queue(Lane.CRITICAL), topology.retry_queue(Lane.CRITICAL, 50), topology.LOG):
 
         async def members(queue: str = queue) -> list[str]:

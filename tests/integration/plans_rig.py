@@ -140,8 +140,11 @@ async def empty_database(servers: Servers) -> AsyncIterator[tuple[str, str, Sett
 @asynccontextmanager
 async def filled_database(servers: Servers, history: History) -> AsyncIterator[Database]:
     async with empty_database(servers) as (name, superuser_url, settings):
-        shops = await fill(superuser_url, history)
         superuser = await asyncpg.connect(superuser_url)
+        for table in BIG:
+            # While it fills: what autovacuum looks at just then, the vacuum at the end could not call visible to all.
+            await superuser.execute(f"alter table {table} set (autovacuum_enabled = off)")
+        shops = await fill(superuser_url, history)
         for role in ("ticketrail_api", "ticketrail_writer"):
             for setting, value in EXPLAIN.items():
                 await superuser.execute(f"alter role {role} in database {name} set {setting} = '{value}'")

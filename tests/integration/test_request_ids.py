@@ -15,7 +15,7 @@ async def raw(url: str, *lines: bytes, path: bytes = b"/health/live") -> bytes:
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"\r\n".join([b"GET " + path + b" HTTP/1.1", b"Host: x", b"Connection: close", *lines, b"", b""]))
     await writer.drain()
-    answer = await asyncio.wait_for(reader.read(), timeout=10)
+    answer = await asyncio.wait_for(reader.read(), timeout=30)
     writer.close()
     return answer.partition(b"\r\n\r\n")[0]
 
@@ -44,17 +44,20 @@ async def test_a_request_id_comes_back(system: System, asked: str) -> None:
 )
 async def test_a_request_id_that_could_mean_something_else_does_not_come_back(system: System, asked: bytes) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: " + asked)
-    if b" 400 " in head.split(b"\r\n")[0]:
-        return  # the server itself takes no such header
-    assert header_in(head, b"x-request-id") == header_in(head, b"x-trace-id")
+    if b"\x01" in asked:
+        assert b" 400 " in head.split(b"\r\n")[0]  # the server itself takes no such header
+        return
+    (own,) = header_in(head, b"x-trace-id")
+    assert header_in(head, b"x-request-id") == [own]
     assert not asked or asked not in head
 
 
 @pytest.mark.parametrize("line_end", [b"\r\n ", b"\r\n\t", b"\r", b"\n", b"\r\n\r\n", b"%0d%0a", b"\\r\\n", b"\0"])
 async def test_no_header_is_smuggled_in_by_a_request_id(system: System, line_end: bytes) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: x" + line_end + b"Set-Cookie: a=b")
+    refused = b" 400 " in head.split(b"\r\n")[0]
     assert header_in(head, b"set-cookie") == []
-    assert len(header_in(head, b"x-request-id")) <= 1
+    assert len(header_in(head, b"x-request-id")) == (0 if refused else 1)
 
 
 async def test_of_several_request_ids_one_comes_back(system: System) -> None:

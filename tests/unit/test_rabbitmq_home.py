@@ -1,4 +1,4 @@
-"""A RabbitMQ home of links: what it holds, and when there is none. That a node runs from one, all others show."""
+"""A RabbitMQ home of links: what it holds, and when there is none. That nodes run from one: faults/test_cluster.py."""
 
 from pathlib import Path
 
@@ -55,7 +55,10 @@ def test_it_is_made_anew_for_another_version_that_was_installed_since(program: P
     assert kept(home) == {"rabbit-4.1.0", "rabbit_common-4.0.5", "jsx-3.1.0"}
 
 
-def test_where_a_wanted_plugin_does_not_lie_as_expected_there_is_none(program: Path, tmp_path: Path) -> None:
+def test_where_something_does_not_lie_as_expected_there_is_none(program: Path, tmp_path: Path) -> None:
     assert make_home(program, tmp_path / "home", ["rabbitmq_prometheus"]) is None
+    assert make_home(program, tmp_path / "my home", []) is None
     assert make_home(tmp_path / "elsewhere" / "sbin" / "rabbitmq-server", tmp_path / "home", []) is None
+    (program.resolve().parent.parent / "plugins" / "jsx-3.2.0-rc.1").mkdir()
+    assert make_home(program, tmp_path / "home", []) is None
     assert not (tmp_path / "home").exists()

@@ -1,4 +1,4 @@
--- What looks for gaps reads the changes of the last hour. A block range index has all changes since the last vacuum in one
--- heap, the last hour among them, and had them all read; this one takes each where it belongs.
+-- What looks for gaps reads the changes of an hour. A block range index does not know the blocks since the last
+-- vacuum, and had all of them read. The new index comes first: while it is made, others may still read.
+create index changes_that_follow_by_time on changes (accepted_at) where version > 1;
 drop index changes_by_time;
-create index changes_by_time on changes (accepted_at) where version > 1;
