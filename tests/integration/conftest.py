@@ -13,6 +13,7 @@ import pytest
 from services.sync.cli import _migrate
 from shared.settings import Settings
 from tests.integration.letters_rig import Desk, open_desk
+from tests.integration.sign_in_rig import Place, guarded, register
 from tests.integration.writer_rig import MakeRig, Rig
 from tests.servers import Servers
 from tests.system import System
@@ -70,6 +71,18 @@ async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
     """An operator."""
     async with desk.client() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+async def url(system: System) -> AsyncIterator[str]:
+    """Where people sign in."""
+    async with guarded(system) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+async def place(system: System, url: str) -> Place:
+    return await register(system, url)
 
 
 @pytest.fixture

@@ -1,22 +1,16 @@
-"""Signing in, users and guests at a table, over HTTP, on an instance with few tries and a proxy that it trusts: each
-caller has an address of its own."""
+"""Signing in, by people and by guests at a table, over HTTP."""
 
 import asyncio
 import hashlib
-import itertools
 import json
 import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 import httpx
 import jwt
 import pytest
-from msgspec import Struct
 
-from deploy.local.ports import find_free
 from services.orders import sign_in as signing_in
 from services.orders.accounts import Accounts
 from services.orders.sign_in import SignIn
@@ -26,101 +20,22 @@ from shared.passwords import hash_password
 from shared.postgres.pool import Postgres
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
-from tests.http import http_client
+from tests.integration.sign_in_rig import (
+    PASSWORD,
+    PER_ACCOUNT,
+    PER_ADDRESS,
+    TABLE_SECONDS,
+    Place,
+    addresses,
+    client,
+    new_email,
+    refresh,
+    register,
+    sign_in,
+    told,
+    wanted,
+)
 from tests.system import System, eventually
-
-PASSWORD = "long enough to be good"
-PER_ACCOUNT, PER_ADDRESS, TABLE_SECONDS = 5, 8, 900
-_addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
-
-
-class Place(Struct, frozen=True):
-    """A restaurant with its first admin."""
-
-    system: System
-    url: str
-    id: str
-    slug: str
-    email: str
-    session: dict[str, Any]
-
-    @property
-    def admin_id(self) -> str:
-        return str(self.session["user"]["id"])
-
-    def client(self, token: str | None = None) -> httpx.AsyncClient:
-        """The admin's, or of another token."""
-        return client(self.url, token or self.session["access_token"])
-
-    async def user(self, role: str = "staff", **fields: str) -> dict[str, Any]:
-        body = {"email": new_email(), "password": PASSWORD, "role": role, **fields}
-        async with self.client() as admin:
-            return dict(told(await admin.post("/api/users", json=body), 201))
-
-
-def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
-    headers = {"X-Forwarded-For": address or next(_addresses)}
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    return http_client(base_url=url, headers=headers, timeout=10.0)
-
-
-def told(reply: httpx.Response, status: int = 200) -> Any:
-    assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
-    return reply.json()["data" if status < 400 else "error"]
-
-
-def new_email() -> str:
-    return f"u{uuid4().hex[:12]}@people.example"
-
-
-@pytest.fixture(scope="module")
-async def url(system: System) -> AsyncIterator[str]:
-    name, port = "guarded", find_free(1)[0]
-    system.urls[name] = f"http://127.0.0.1:{port}"
-    system.start(
-        "orders",
-        alias=name,
-        instance="auto",
-        orders_port=port,
-        trusted_proxies="127.0.0.1",
-        tries_per_account=PER_ACCOUNT,
-        tries_per_address=PER_ADDRESS,
-        table_session_seconds=TABLE_SECONDS,
-    )
-    try:
-        await system.ready(name)
-        yield system.urls[name]
-    finally:
-        await system.stop(name)
-
-
-def wanted(**fields: Any) -> dict[str, Any]:
-    slug = f"place-{uuid4().hex[:12]}"
-    return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
-
-
-async def register(system: System, url: str, **fields: Any) -> Place:
-    body = wanted(**fields)
-    async with client(url) as anybody:
-        made = told(await anybody.post("/api/auth/register-restaurant", json=body), 201)
-    return Place(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
-
-
-@pytest.fixture(scope="module")
-async def place(system: System, url: str) -> Place:
-    return await register(system, url)
-
-
-async def sign_in(url: str, email: str, password: str = PASSWORD, *, address: str | None = None) -> httpx.Response:
-    async with client(url, address=address) as anybody:
-        return await anybody.post("/api/auth/login", json={"email": email, "password": password})
-
-
-async def refresh(url: str, token: str) -> httpx.Response:
-    async with client(url) as anybody:
-        return await anybody.post("/api/auth/refresh", json={"refresh_token": token})
-
 
 # -- registering -------------------------------------------------------------------------------------------------
 
@@ -340,7 +255,7 @@ async def test_whether_an_email_is_known_costs_the_same_work(
             ("nobody", ""),
         ):
             try:
-                await signs.login(email, password, next(_addresses))
+                await signs.login(email, password, next(addresses))
             except Unauthenticated:
                 assert password != PASSWORD
             else:
@@ -367,7 +282,7 @@ async def test_tries_of_an_account_are_limited_wherever_they_come_from(url: str,
 
 
 async def test_tries_from_an_address_are_limited_whoever_they_are_for(url: str, place: Place) -> None:
-    address = next(_addresses)
+    address = next(addresses)
     replies = [await sign_in(url, new_email(), address=address) for _ in range(PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
     email = (await place.user())["email"]
@@ -388,7 +303,7 @@ async def test_of_an_ipv6_network_all_addresses_count_as_one(url: str) -> None:
 async def test_emails_that_are_taken_are_not_told_without_end(url: str, place: Place) -> None:
     """An admin, which anybody may become, asks for the emails of others by taking them."""
     user = await place.user()
-    async with client(url, place.session["access_token"], address=next(_addresses)) as admin:
+    async with client(url, place.session["access_token"], address=next(addresses)) as admin:
         asked = [
             await admin.put(f"/api/users/{user['id']}", json={"email": place.email}) for _ in range(PER_ADDRESS + 1)
         ]
@@ -412,186 +327,6 @@ async def test_a_long_password_counts_to_its_last_character(url: str, place: Pla
     told(await sign_in(url, user["email"], password))
     told(await sign_in(url, user["email"], password[:-1]), 401)
     told(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
-
-
-# -- users -------------------------------------------------------------------------------------------------------
-
-
-async def test_users_are_made_listed_changed_deleted_and_restored(url: str, system: System) -> None:
-    place = await register(system, url)
-    kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
-    async with place.client() as admin:
-        assert told(await admin.get(f"/api/users/{kim['id']}")) == kim
-        found: list[str] = []
-        cursor: str | None = None
-        while True:
-            query = {"limit": "2", **({"cursor": cursor} if cursor else {})}
-            page = (await admin.get("/api/users", params=query)).json()
-            found += [one["id"] for one in page["data"]]
-            cursor = page["pagination"]["next_cursor"]
-            if cursor is None:
-                break
-        assert found == [lou["id"], kim["id"], place.admin_id]
-        of_role = await admin.get("/api/users", params={"role": "customer"})
-        assert [one["id"] for one in told(of_role)] == [lou["id"]]
-        assert "argon2" not in of_role.text
-        changed = told(await admin.put(f"/api/users/{kim['id']}", json={"name": "Kim B.", "role": "admin"}))
-        assert (changed["name"], changed["role"], changed["email"]) == ("Kim B.", "admin", kim["email"])
-        told(await admin.put(f"/api/users/{kim['id']}", json={"email": lou["email"].upper()}), 409)
-
-        assert told(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
-        for method, path in (("GET", ""), ("PUT", ""), ("DELETE", "")):
-            body = {} if method == "PUT" else None
-            told(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
-        assert kim["id"] not in [one["id"] for one in told(await admin.get("/api/users"))]
-        with_deleted = told(await admin.get("/api/users", params={"include_deleted": "true"}))
-        assert kim["id"] in [one["id"] for one in with_deleted]
-        told(await sign_in(url, kim["email"]), 401)
-        assert told(await admin.post(f"/api/users/{kim['id']}/restore"))["deleted_at"] is None
-        assert told(await admin.post(f"/api/users/{kim['id']}/restore"), 409)["code"] == "not_deleted"
-    told(await sign_in(url, kim["email"]))
-
-
-async def test_the_email_of_a_deleted_user_is_free_and_may_be_taken_meanwhile(url: str, place: Place) -> None:
-    user = await place.user()
-    async with place.client() as admin:
-        told(await admin.delete(f"/api/users/{user['id']}"))
-        await place.user(email=user["email"])
-        assert told(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
-
-
-@pytest.mark.parametrize(
-    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
-)
-async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dict[str, Any] | None) -> None:
-    place = await register(system, url)
-    await place.user()
-
-    async def without(admin: httpx.AsyncClient, id_: str) -> httpx.Response:
-        path = f"/api/users/{id_}"
-        return await (admin.delete(path) if change is None else admin.put(path, json=change))
-
-    async with place.client() as admin:
-        assert told(await without(admin, place.admin_id), 409)["code"] == "last_admin"
-        told(await admin.get("/api/users"))
-        second = await place.user("admin")
-        # Two who do it to one another at once: one of them stays.
-        token = told(await sign_in(url, second["email"]))["access_token"]
-        async with place.client(token) as other:
-            replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
-        assert sorted(reply.status_code for reply in replies) in ([200, 401], [200, 409])
-    async with system.database("ticketrail_owner") as connection:
-        count = await connection.fetchval(
-            "select count(*) from users"
-            " where restaurant_id = $1 and role = 'admin' and is_active and deleted_at is null",
-            place.id,
-        )
-    assert count == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"is_active": False}, {"password": "another one that is good"}, {"role": "admin"}, None],
-    ids=["shut-out", "password", "role", "deleted"],
-)
-async def test_who_may_not_go_on_as_before_is_signed_out_everywhere(
-    url: str, place: Place, change: dict[str, Any] | None
-) -> None:
-    user = await place.user()
-    sessions = [told(await sign_in(url, user["email"])) for _ in range(2)]
-    async with place.client() as admin:
-        path = f"/api/users/{user['id']}"
-        told(await admin.put(path, json={"name": "Still the same"}))
-        sessions[0] = told(await refresh(url, sessions[0]["refresh_token"]))
-        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
-    for session in sessions:
-        assert told(await refresh(url, session["refresh_token"]), 401)["code"] == "refresh_token_invalid"
-    signed_in = await sign_in(url, user["email"], (change or {}).get("password", PASSWORD))
-    assert signed_in.status_code == (200 if change and "is_active" not in change else 401)
-
-
-@pytest.mark.parametrize(
-    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
-)
-async def test_one_who_was_an_admin_makes_no_users_with_the_token_that_is_left(
-    url: str, place: Place, change: dict[str, Any] | None
-) -> None:
-    once = await place.user("admin")
-    token = told(await sign_in(url, once["email"]))["access_token"]
-    async with place.client() as admin, place.client(token) as left:
-        told(await left.get("/api/users"))
-        path = f"/api/users/{once['id']}"
-        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
-        body = {"email": new_email(), "password": PASSWORD, "role": "admin"}
-        for reply in (
-            await left.post("/api/users", json=body),
-            await left.get("/api/users"),
-            await left.get(path),
-            await left.put(path, json={"is_active": True}),
-            await left.delete(f"/api/users/{place.admin_id}"),
-            await left.post(f"{path}/restore"),
-        ):
-            assert told(reply, 401)["code"] == "not_admin_any_more"
-
-
-async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: str, place: Place) -> None:
-    other = await register(system, url)
-    theirs, ours = await other.user(), await place.user()
-    async with place.client() as admin:
-        for body, field in (
-            ({"role": "operator"}, "role"),
-            ({"restaurant_id": other.id}, "restaurant_id"),
-            ({"id": theirs["id"]}, "id"),
-            ({"password_hash": "x"}, "password_hash"),
-            ({"deleted_at": None}, "deleted_at"),
-        ):
-            new = {"email": new_email(), "password": PASSWORD, "role": "staff", **body}
-            assert told(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
-            changed = await admin.put(f"/api/users/{ours['id']}", json=body)
-            assert told(changed, 422)["details"]["field"] == field
-        # Of another restaurant's users it sees and changes nothing; to it they are not there.
-        path = f"/api/users/{theirs['id']}"
-        for reply in (
-            await admin.get(path),
-            await admin.put(path, json={"role": "admin", "password": "now it is mine, mine"}),
-            await admin.delete(path),
-            await admin.post(f"{path}/restore"),
-        ):
-            assert told(reply, 404)["code"] == "not_found"
-        listed = await admin.get("/api/users", params={"include_deleted": "true"})
-        assert theirs["email"] not in listed.text
-    async with other.client() as them:
-        assert told(await them.get(path)) == theirs
-
-
-async def test_the_database_itself_keeps_users_apart(system: System, url: str, place: Place) -> None:
-    """Were there a hole in the API, this is what stands behind it."""
-    other = await register(system, url)
-    add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
-    async with system.database("ticketrail_api") as connection:
-        assert await connection.fetchval("select count(id) from users") == 0
-        for statement in (
-            add.format(place.id, "operator"),
-            add.format(other.id, "staff"),
-            f"update users set restaurant_id = '{other.id}'",
-            "update users set role = 'operator'",
-            "select password_hash from users",
-            "select * from refresh_tokens",
-            "delete from users",
-        ):
-            with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                async with connection.transaction():
-                    await connection.execute("select set_config('app.tenant', $1, true)", place.id)
-                    await connection.execute(statement)
-        async with connection.transaction():
-            await connection.execute("select set_config('app.tenant', $1, true)", place.id)
-            assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
-        # A function that runs as the owner is not led to a table of the caller's.
-        await connection.execute(
-            "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
-            " password_hash text, is_active boolean, deleted_at timestamptz)"
-        )
-        assert await connection.fetchval("select id from sign_in_user($1)", place.email) == place.admin_id
 
 
 # -- who is quicker ----------------------------------------------------------------------------------------------
@@ -700,7 +435,7 @@ async def test_no_table_no_token(system: System, url: str, place: Place) -> None
 
 
 async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None:
-    address, table = next(_addresses), str(uuid4())
+    address, table = next(addresses), str(uuid4())
     async with client(url, address=address) as guest:
         body = {"slug": place.slug, "table_id": table}
         replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(PER_ADDRESS + 1)]

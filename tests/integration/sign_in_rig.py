@@ -1,0 +1,102 @@
+"""People who sign in at an orders instance with few tries, by a proxy that it trusts: each has its own address."""
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import httpx
+from msgspec import Struct
+
+from deploy.local.ports import find_free
+from tests.http import http_client
+from tests.system import System
+
+PASSWORD = "long enough to be good"
+PER_ACCOUNT, PER_ADDRESS, TABLE_SECONDS = 5, 8, 900
+addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
+
+
+class Place(Struct, frozen=True):
+    """A restaurant with its first admin."""
+
+    system: System
+    url: str
+    id: str
+    slug: str
+    email: str
+    session: dict[str, Any]
+
+    @property
+    def admin_id(self) -> str:
+        return str(self.session["user"]["id"])
+
+    def client(self, token: str | None = None) -> httpx.AsyncClient:
+        """The admin's, or of another token."""
+        return client(self.url, token or self.session["access_token"])
+
+    async def user(self, role: str = "staff", **fields: str) -> dict[str, Any]:
+        body = {"email": new_email(), "password": PASSWORD, "role": role, **fields}
+        async with self.client() as admin:
+            return dict(told(await admin.post("/api/users", json=body), 201))
+
+
+def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
+    headers = {"X-Forwarded-For": address or next(addresses)}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    return http_client(base_url=url, headers=headers, timeout=10.0)
+
+
+def told(reply: httpx.Response, status: int = 200) -> Any:
+    assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
+    return reply.json()["data" if status < 400 else "error"]
+
+
+def new_email() -> str:
+    return f"u{uuid4().hex[:12]}@people.example"
+
+
+@asynccontextmanager
+async def guarded(system: System) -> AsyncIterator[str]:
+    """The URL of an orders instance with few tries that trusts a proxy."""
+    name, port = "guarded", find_free(1)[0]
+    system.urls[name] = f"http://127.0.0.1:{port}"
+    system.start(
+        "orders",
+        alias=name,
+        instance="auto",
+        orders_port=port,
+        trusted_proxies="127.0.0.1",
+        tries_per_account=PER_ACCOUNT,
+        tries_per_address=PER_ADDRESS,
+        table_session_seconds=TABLE_SECONDS,
+    )
+    try:
+        await system.ready(name)
+        yield system.urls[name]
+    finally:
+        await system.stop(name)
+
+
+def wanted(**fields: Any) -> dict[str, Any]:
+    slug = f"place-{uuid4().hex[:12]}"
+    return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
+
+
+async def register(system: System, url: str, **fields: Any) -> Place:
+    body = wanted(**fields)
+    async with client(url) as anybody:
+        made = told(await anybody.post("/api/auth/register-restaurant", json=body), 201)
+    return Place(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
+
+
+async def sign_in(url: str, email: str, password: str = PASSWORD, *, address: str | None = None) -> httpx.Response:
+    async with client(url, address=address) as anybody:
+        return await anybody.post("/api/auth/login", json={"email": email, "password": password})
+
+
+async def refresh(url: str, token: str) -> httpx.Response:
+    async with client(url) as anybody:
+        return await anybody.post("/api/auth/refresh", json={"refresh_token": token})

@@ -1,0 +1,196 @@
+"""The users of a restaurant over HTTP: who makes whom, who stays an admin, who is signed out by what."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from tests.integration.sign_in_rig import (
+    PASSWORD,
+    Place,
+    new_email,
+    refresh,
+    register,
+    sign_in,
+    told,
+)
+from tests.system import System
+
+
+async def test_users_are_made_listed_changed_deleted_and_restored(url: str, system: System) -> None:
+    place = await register(system, url)
+    kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
+    async with place.client() as admin:
+        assert told(await admin.get(f"/api/users/{kim['id']}")) == kim
+        found: list[str] = []
+        cursor: str | None = None
+        while True:
+            query = {"limit": "2", **({"cursor": cursor} if cursor else {})}
+            page = (await admin.get("/api/users", params=query)).json()
+            found += [one["id"] for one in page["data"]]
+            cursor = page["pagination"]["next_cursor"]
+            if cursor is None:
+                break
+        assert found == [lou["id"], kim["id"], place.admin_id]
+        of_role = await admin.get("/api/users", params={"role": "customer"})
+        assert [one["id"] for one in told(of_role)] == [lou["id"]]
+        assert "argon2" not in of_role.text
+        changed = told(await admin.put(f"/api/users/{kim['id']}", json={"name": "Kim B.", "role": "admin"}))
+        assert (changed["name"], changed["role"], changed["email"]) == ("Kim B.", "admin", kim["email"])
+        told(await admin.put(f"/api/users/{kim['id']}", json={"email": lou["email"].upper()}), 409)
+
+        assert told(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
+        for method, path in (("GET", ""), ("PUT", ""), ("DELETE", "")):
+            body = {} if method == "PUT" else None
+            told(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
+        assert kim["id"] not in [one["id"] for one in told(await admin.get("/api/users"))]
+        with_deleted = told(await admin.get("/api/users", params={"include_deleted": "true"}))
+        assert kim["id"] in [one["id"] for one in with_deleted]
+        told(await sign_in(url, kim["email"]), 401)
+        assert told(await admin.post(f"/api/users/{kim['id']}/restore"))["deleted_at"] is None
+        assert told(await admin.post(f"/api/users/{kim['id']}/restore"), 409)["code"] == "not_deleted"
+    told(await sign_in(url, kim["email"]))
+
+
+async def test_the_email_of_a_deleted_user_is_free_and_may_be_taken_meanwhile(url: str, place: Place) -> None:
+    user = await place.user()
+    async with place.client() as admin:
+        told(await admin.delete(f"/api/users/{user['id']}"))
+        await place.user(email=user["email"])
+        assert told(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
+
+
+@pytest.mark.parametrize(
+    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
+)
+async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dict[str, Any] | None) -> None:
+    place = await register(system, url)
+    await place.user()
+
+    async def without(admin: httpx.AsyncClient, id_: str) -> httpx.Response:
+        path = f"/api/users/{id_}"
+        return await (admin.delete(path) if change is None else admin.put(path, json=change))
+
+    async with place.client() as admin:
+        assert told(await without(admin, place.admin_id), 409)["code"] == "last_admin"
+        told(await admin.get("/api/users"))
+        second = await place.user("admin")
+        # Two who do it to one another at once: one of them stays.
+        token = told(await sign_in(url, second["email"]))["access_token"]
+        async with place.client(token) as other:
+            replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
+        assert sorted(reply.status_code for reply in replies) in ([200, 401], [200, 409])
+    async with system.database("ticketrail_owner") as connection:
+        count = await connection.fetchval(
+            "select count(*) from users"
+            " where restaurant_id = $1 and role = 'admin' and is_active and deleted_at is null",
+            place.id,
+        )
+    assert count == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"is_active": False}, {"password": "another one that is good"}, {"role": "admin"}, None],
+    ids=["shut-out", "password", "role", "deleted"],
+)
+async def test_who_may_not_go_on_as_before_is_signed_out_everywhere(
+    url: str, place: Place, change: dict[str, Any] | None
+) -> None:
+    user = await place.user()
+    sessions = [told(await sign_in(url, user["email"])) for _ in range(2)]
+    async with place.client() as admin:
+        path = f"/api/users/{user['id']}"
+        told(await admin.put(path, json={"name": "Still the same"}))
+        sessions[0] = told(await refresh(url, sessions[0]["refresh_token"]))
+        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+    for session in sessions:
+        assert told(await refresh(url, session["refresh_token"]), 401)["code"] == "refresh_token_invalid"
+    signed_in = await sign_in(url, user["email"], (change or {}).get("password", PASSWORD))
+    assert signed_in.status_code == (200 if change and "is_active" not in change else 401)
+
+
+@pytest.mark.parametrize(
+    "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
+)
+async def test_one_who_was_an_admin_makes_no_users_with_the_token_that_is_left(
+    url: str, place: Place, change: dict[str, Any] | None
+) -> None:
+    once = await place.user("admin")
+    token = told(await sign_in(url, once["email"]))["access_token"]
+    async with place.client() as admin, place.client(token) as left:
+        told(await left.get("/api/users"))
+        path = f"/api/users/{once['id']}"
+        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+        body = {"email": new_email(), "password": PASSWORD, "role": "admin"}
+        for reply in (
+            await left.post("/api/users", json=body),
+            await left.get("/api/users"),
+            await left.get(path),
+            await left.put(path, json={"is_active": True}),
+            await left.delete(f"/api/users/{place.admin_id}"),
+            await left.post(f"{path}/restore"),
+        ):
+            assert told(reply, 401)["code"] == "not_admin_any_more"
+
+
+async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: str, place: Place) -> None:
+    other = await register(system, url)
+    theirs, ours = await other.user(), await place.user()
+    async with place.client() as admin:
+        for body, field in (
+            ({"role": "operator"}, "role"),
+            ({"restaurant_id": other.id}, "restaurant_id"),
+            ({"id": theirs["id"]}, "id"),
+            ({"password_hash": "x"}, "password_hash"),
+            ({"deleted_at": None}, "deleted_at"),
+        ):
+            new = {"email": new_email(), "password": PASSWORD, "role": "staff", **body}
+            assert told(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
+            changed = await admin.put(f"/api/users/{ours['id']}", json=body)
+            assert told(changed, 422)["details"]["field"] == field
+        # Of another restaurant's users it sees and changes nothing; to it they are not there.
+        path = f"/api/users/{theirs['id']}"
+        for reply in (
+            await admin.get(path),
+            await admin.put(path, json={"role": "admin", "password": "now it is mine, mine"}),
+            await admin.delete(path),
+            await admin.post(f"{path}/restore"),
+        ):
+            assert told(reply, 404)["code"] == "not_found"
+        listed = await admin.get("/api/users", params={"include_deleted": "true"})
+        assert theirs["email"] not in listed.text
+    async with other.client() as them:
+        assert told(await them.get(path)) == theirs
+
+
+async def test_the_database_itself_keeps_users_apart(system: System, url: str, place: Place) -> None:
+    """Were there a hole in the API, this is what stands behind it."""
+    other = await register(system, url)
+    add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
+    async with system.database("ticketrail_api") as connection:
+        assert await connection.fetchval("select count(id) from users") == 0
+        for statement in (
+            add.format(place.id, "operator"),
+            add.format(other.id, "staff"),
+            f"update users set restaurant_id = '{other.id}'",
+            "update users set role = 'operator'",
+            "select password_hash from users",
+            "select * from refresh_tokens",
+            "delete from users",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                async with connection.transaction():
+                    await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+                    await connection.execute(statement)
+        async with connection.transaction():
+            await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+            assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
+        # A function that runs as the owner is not led to a table of the caller's.
+        await connection.execute(
+            "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
+            " password_hash text, is_active boolean, deleted_at timestamptz)"
+        )
+        assert await connection.fetchval("select id from sign_in_user($1)", place.email) == place.admin_id
