@@ -1,110 +1,96 @@
-"""`python -m benchmarks [QUESTION …] [--rounds 5] [--quick]`: asks, prints a table as each answer comes, and writes
-results.json and the plots. Questions asked alone replace their own rows only."""
+"""`python -m benchmarks [QUESTION …] [--rounds 5] [--quick]`: measures the rail against its peers.
+
+Prints a table after each question and writes results.json, the plots and the table of docs/benchmarks.md. A question
+that is asked alone replaces only its own rows. A program that is not installed is reported in its row. A question that
+fails is reported too, the others still run, and the command ends with status 1.
+"""
 
 import argparse
 import importlib
 import platform
 import sys
 import time
+import traceback
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
-from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.load import Missing
-from benchmarks.question import Plan, Row, not_run
-from benchmarks.rig import Rig
+from benchmarks.load import ProgramMissing
+from benchmarks.question import BenchmarkPlan, ResultRow, not_run
+from benchmarks.report import fill_in, terminal_table
+from benchmarks.results import RESULTS, merged, read_rows, write_rows
+from benchmarks.rig import BenchmarkRig
 
 QUESTIONS = ("accept", "away", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
-RESULTS = Path(__file__).parent / "results.json"
+_PIPE_COLUMNS = 150
+"""Width of the tables when the output is not a terminal."""
 
 
-class Results(Struct):
-    machine: dict[str, Any]
-    rows: list[Row]
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], metavar="QUESTION", help=", ".join(QUESTIONS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of one slice of load")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; nothing is written")
-    chosen = parser.parse_args()
-    plan = Plan(rounds=chosen.rounds, seconds=chosen.seconds)
-    if chosen.quick:
-        plan = Plan(rounds=1, seconds=1.0, sustained_seconds=6.0, quick=True)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    parser.add_argument("--rounds", type=int, default=5, help="slices of each case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one slice of load")
+    parser.add_argument("--quick", action="store_true", help="only show that everything runs; write nothing")
+    arguments = parser.parse_args()
+    plan = BenchmarkPlan(rounds=arguments.rounds, seconds=arguments.seconds)
+    if arguments.quick:
+        plan = BenchmarkPlan(rounds=1, seconds=1.0, sustained_seconds=6.0, quick=True)
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+    console.print("All systems run without rate limits: neither the services nor the peers answer 429.")
     began = time.monotonic()
-    rows: list[Row] = []
-    rig = Rig()
+    rows: list[ResultRow] = []
+    failed: list[str] = []
+    rig = BenchmarkRig()
     try:
         rig.start()
-        for name in chosen.questions or QUESTIONS:
+        for name in arguments.questions or QUESTIONS:
             rig.rest()
-            asked = time.monotonic()
-            try:
-                found = importlib.import_module(f"benchmarks.{name}").run(rig, plan)
-            except Missing as error:
-                found = [not_run(name, "", "", str(error))]
+            question_began = time.monotonic()
+            found = answer(name, rig, plan, failed)
             rows += found
-            console.print(table_of(name, found, time.monotonic() - asked))
+            console.print(terminal_table(name, found, time.monotonic() - question_began))
     finally:
         rig.stop()
-    console.print(f"{time.monotonic() - began:.0f} s in all; missed: {sum(row.met is False for row in rows)}")
-    if not chosen.quick:
-        write(rows)
+    console.print(f"{time.monotonic() - began:.0f} s in total; targets missed: {sum(row.met is False for row in rows)}")
+    if not arguments.quick:
+        write(rows, console)
+    if failed:
+        console.print(f"[red]failed: {', '.join(failed)}[/]")
+    return 1 if failed else 0
 
 
-def table_of(name: str, rows: list[Row], seconds: float) -> Table:
-    table = Table(title=f"{name}  ({seconds:.0f} s)", title_justify="left", expand=True)
-    for column, justify in (
-        ("case", "left"), ("what", "left"), ("ours", "right"), ("peer", "left"), ("theirs", "right"),
-        ("ratio", "right"), ("target", "right"), ("", "left"), ("note", "left"),
-    ):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        met = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[row.met]
-        table.add_row(
-            row.case, f"{row.metric} {row.unit}", number(row.ours), row.peer, number(row.theirs),
-            "" if row.ratio is None else f"{row.ratio:.2f}×", row.target, met, row.note,
-        )  # fmt: skip
-    return table
+def answer(name: str, rig: BenchmarkRig, plan: BenchmarkPlan, failed: list[str]) -> list[ResultRow]:
+    """The rows of one question. Adds its name to `failed` if it raises anything but ProgramMissing."""
+    try:
+        rows: list[ResultRow] = importlib.import_module(f"benchmarks.{name}").run(rig, plan)
+    except ProgramMissing as error:
+        return [not_run(name, "", "", str(error))]
+    except Exception as error:  # noqa: BLE001  (the figures of the other questions must not be lost)
+        traceback.print_exc()
+        failed.append(name)
+        return [not_run(name, "", "", f"{type(error).__name__}: {error}")]
+    return rows
 
 
-def number(value: float | None) -> str:
-    if value is None or value != value:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+def write(rows: list[ResultRow], console: Console) -> None:
+    from benchmarks import plots  # matplotlib is needed only here
 
-
-def write(rows: list[Row]) -> None:
-    from benchmarks import plots  # matplotlib: only where something is drawn
-
-    before: list[Row] = []
-    if RESULTS.exists():
-        before = msgspec.json.decode(RESULTS.read_bytes(), type=Results).rows
-    asked = {row.question for row in rows}
-    kept = [row for row in before if row.question not in asked]
-    order = {name: place for place, name in enumerate(QUESTIONS)}
-    every = sorted([*kept, *rows], key=lambda row: order.get(row.question, len(order)))
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GB"
-    machine = {
+    every = merged(read_rows(RESULTS, lambda sentence: console.print(f"[yellow]{sentence}[/]")), rows, QUESTIONS)
+    machine: dict[str, Any] = {
         "at": datetime.now(UTC).date().isoformat(),
         "cores": psutil.cpu_count(),
-        "memory": memory,
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GB",
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
+        "rate limits": "off",
     }
-    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(Results(machine, every)), indent=1) + b"\n")
+    write_rows(RESULTS, every, machine)
     plots.draw(every)
-    plots.fill_in(every, machine)
+    fill_in(every, machine)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,42 +19,42 @@ from collections.abc import Callable
 from msgspec import Struct
 from redis import Redis
 
-from benchmarks.load import Missing, Result, here, posts, wrk
+from benchmarks.load import LoadResult, ProgramMissing, here, posts, wrk
 from benchmarks.peers.node import prepared
-from benchmarks.question import Plan, Row, compared, interleave, median, not_run
-from benchmarks.rig import ROOT, Rig, Running, cpu_seconds
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, median, not_run
+from benchmarks.rig import ROOT, BenchmarkRig, RunningProgram, cpu_seconds
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 
 QUESTION = "accept"
 
 
-class Slice(Struct):
-    result: Result
+class AcceptSlice(Struct):
+    result: LoadResult
     cpu_ms: dict[str, float]
     """Per order, by process."""
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
-    rows: list[Row] = []
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
+    rows: list[ResultRow] = []
     direct = direct_peer(rig)
     try:
-        express: Running | None = express_peer(rig)
-    except Missing as error:
+        express: RunningProgram | None = express_peer(rig)
+    except ProgramMissing as error:
         express, missing = None, str(error)
     many, hot = posts(rig.restaurants), posts(rig.restaurants[:1])
 
     with rig.rail() as (orders, worker):
 
-        def ours(script: str) -> Callable[[], Slice]:
-            def measure() -> Slice:
+        def ours(script: str) -> Callable[[], AcceptSlice]:
+            def measure() -> AcceptSlice:
                 found = measured(rig, orders, script, plan.seconds, {"orders": orders.pid, **_servers(rig)})
                 rig.purge()
                 return found
 
             return measure
 
-        def theirs(peer: Running, script: str) -> Callable[[], Slice]:
+        def theirs(peer: RunningProgram, script: str) -> Callable[[], AcceptSlice]:
             processes = {"server": peer.pid, "postgres": rig.postgres.pid}
             return lambda: measured(rig, peer, script, plan.seconds, processes)
 
@@ -96,31 +96,33 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
     return rows
 
 
-def measured(rig: Rig, running: Running, script: str, seconds: float, processes: dict[str, int | None]) -> Slice:
+def measured(
+    rig: BenchmarkRig, running: RunningProgram, script: str, seconds: float, processes: dict[str, int | None]
+) -> AcceptSlice:
     before = {name: cpu_seconds(pid) for name, pid in processes.items()}
     result = wrk(running.url, script, seconds=seconds)
     spent = {name: cpu_seconds(pid) - before[name] for name, pid in processes.items()}
-    return Slice(result, {name: 1000 * used / result.requests for name, used in spent.items()})
+    return AcceptSlice(result, {name: 1000 * used / result.requests for name, used in spent.items()})
 
 
-def _servers(rig: Rig) -> dict[str, int | None]:
+def _servers(rig: BenchmarkRig) -> dict[str, int | None]:
     return {"rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid}
 
 
-def _cpu(slices: list[Slice]) -> str:
+def _cpu(slices: list[AcceptSlice]) -> str:
     return ", ".join(f"{name} {median([one.cpu_ms[name] for one in slices]):.2f}" for name in slices[0].cpu_ms)
 
 
 # -- sustained ---------------------------------------------------------------------------------------------------
 
 
-def sustained(rig: Rig, plan: Plan, direct: Running) -> list[Row]:
+def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, direct: RunningProgram) -> list[ResultRow]:
     """A minute with everything running; the direct peer for a third of it before and after, in the same run."""
     script = posts(rig.restaurants)
     theirs = [wrk(direct.url, script, seconds=plan.sustained_seconds / 3)]
     with rig.rail() as (orders, worker):
         notifier = rig.service("notifier")
-        screen = _Screen(rig, notifier)
+        screen = _ScreenProcess(rig, notifier)
         before, mirrored_before = rig.count_orders(), _mirrored(rig)
         processes = {
             "orders": orders.pid, "worker": worker.pid, "notifier": notifier.pid, "postgres": rig.postgres.pid,
@@ -160,10 +162,10 @@ def sustained(rig: Rig, plan: Plan, direct: Running) -> list[Row]:
     return [row]
 
 
-class _Screen:
+class _ScreenProcess:
     """A subscriber of every restaurant's event stream, in a process of its own, that counts the orders it sees."""
 
-    def __init__(self, rig: Rig, notifier: Running) -> None:
+    def __init__(self, rig: BenchmarkRig, notifier: RunningProgram) -> None:
         self._counted = rig.folder / "screen"
         tokens = rig.folder / "tokens.json"
         tokens.write_text(json.dumps([one.token for one in rig.restaurants]))
@@ -184,7 +186,7 @@ class _Screen:
         self._child.terminate(5)
 
 
-def _mirrored(rig: Rig) -> int:
+def _mirrored(rig: BenchmarkRig) -> int:
     """Orders in the live windows of the mirror."""
     with Redis.from_url(rig.redis_url) as redis:
         return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)  # type: ignore[arg-type]
@@ -193,14 +195,14 @@ def _mirrored(rig: Rig) -> int:
 # -- peers -------------------------------------------------------------------------------------------------------
 
 
-def direct_peer(rig: Rig) -> Running:
+def direct_peer(rig: BenchmarkRig) -> RunningProgram:
     (port,) = find_free(1)
     env = _peer_environment(rig, port, rig.make_database("bench_direct"))
     return rig.program([sys.executable, "-m", "benchmarks.peers.direct"], env, port, name="direct")
 
 
-def express_peer(rig: Rig) -> Running:
-    """Raises Missing where there is no Node. It uses the schema that the direct peer has made, in a copy of it."""
+def express_peer(rig: BenchmarkRig) -> RunningProgram:
+    """Raises ProgramMissing without Node. Uses the tables of the direct peer in a database of its own."""
     folder = here("express")
     node = prepared(folder)
     (port,) = find_free(1)
@@ -217,7 +219,7 @@ def _schema(url: str) -> None:
     execute(url, SCHEMA)
 
 
-def _peer_environment(rig: Rig, port: int, database_url: str) -> dict[str, str]:
+def _peer_environment(rig: BenchmarkRig, port: int, database_url: str) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},
         "BENCH_PORT": str(port),

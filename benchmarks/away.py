@@ -8,9 +8,9 @@ mirror is filled again. The bounds are against our own normal slices.
 
 from collections.abc import Callable
 
-from benchmarks.load import Result, posts, wrk
-from benchmarks.question import Plan, Row, compared, interleave
-from benchmarks.rig import Rig
+from benchmarks.load import LoadResult, posts, wrk
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave
+from benchmarks.rig import BenchmarkRig
 
 QUESTION = "away"
 # p99 against normal.
@@ -18,18 +18,20 @@ _MOST = {"PostgreSQL": 1.5, "the mirror": 3.0}
 _FIRST = 2.0
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     script = posts(rig.restaurants)
     with rig.rail() as (orders, worker):
         wrk(orders.url, script, seconds=1)
 
-        def normal() -> Result:
+        def normal() -> LoadResult:
             rig.until(lambda: rig.depth() == 0, "the lane to be empty")
             rig.warm(worker)
             return wrk(orders.url, script, seconds=plan.seconds)
 
-        def without(stop: Callable[[], object], back: Callable[[], object], first: float = 0.0) -> Callable[[], Result]:
-            def measured() -> Result:
+        def without(
+            stop: Callable[[], object], back: Callable[[], object], first: float = 0.0
+        ) -> Callable[[], LoadResult]:
+            def measured() -> LoadResult:
                 rig.until(lambda: rig.depth() == 0, "the lane to be empty")
                 rig.warm(worker)
                 stop()
@@ -42,7 +44,7 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
 
             return measured
 
-        cases: dict[str, Callable[[], Result]] = {"normal": normal}
+        cases: dict[str, Callable[[], LoadResult]] = {"normal": normal}
         for name, server in (("PostgreSQL", rig.postgres), ("the mirror", rig.redis)):
             cases[f"{name} down"] = without(server.kill, server.start)
             cases[f"{name} frozen"] = without(server.freeze, server.thaw, _FIRST)

@@ -17,8 +17,8 @@ import time
 import aio_pika
 
 from benchmarks.peers import unnest_batches
-from benchmarks.question import Plan, Row, compared
-from benchmarks.rig import ROOT, Rig, Seeded
+from benchmarks.question import BenchmarkPlan, ResultRow, compared
+from benchmarks.rig import ROOT, BenchmarkRig, SeededRestaurant
 from benchmarks.rig import run as run_async
 from deploy.local.child import Child
 from shared.entities.contract import CONTENT_TYPE, Lane, encode, encode_batch
@@ -31,7 +31,7 @@ _PER_MESSAGE = 27
 _MIXED = 10_000
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     many, fewer = (_CHANGES, _FEWER) if not plan.quick else (5_000, 1_000)
     plain = [_plain(rig, fewer) for _ in range(1 if plan.quick else 2)]
     alone = _ours(rig, many, 1)
@@ -55,7 +55,7 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
     ]  # fmt: skip
 
 
-def _ours(rig: Rig, changes: int, per_message: int, *, bad: bool = False) -> float:
+def _ours(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> float:
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, changes, per_message, bad=bad))
@@ -70,7 +70,7 @@ def _ours(rig: Rig, changes: int, per_message: int, *, bad: bool = False) -> flo
         worker.stop()
 
 
-def _plain(rig: Rig, messages: int) -> float:
+def _plain(rig: BenchmarkRig, messages: int) -> float:
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, messages, 1))
@@ -95,7 +95,7 @@ def _plain(rig: Rig, messages: int) -> float:
         child.terminate(10)
 
 
-async def _fill(rig: Rig, changes: int, per_message: int, *, bad: bool = False) -> None:
+async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> None:
     """Through the exchange, as the orders service does. `bad`: after each message one of as many changes that break the
     contract, into the lane alone: what the mirror makes of them is not measured here."""
     async with await aio_pika.connect(rig.rabbitmq_url) as connection:
@@ -122,5 +122,5 @@ def _broken(event: bytes) -> bytes:
     return event.replace(b'"total":', b'"total":-')
 
 
-def events(restaurants: list[Seeded], count: int) -> list[bytes]:
+def events(restaurants: list[SeededRestaurant], count: int) -> list[bytes]:
     return [encode(unnest_batches.change(restaurants)) for _ in range(count)]

@@ -15,8 +15,8 @@ import aio_pika
 from msgspec import Struct
 
 from benchmarks.load import open_loop, percentile
-from benchmarks.question import Plan, Row, compared, median
-from benchmarks.rig import Rig, Running
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, median
+from benchmarks.rig import BenchmarkRig, RunningProgram
 from benchmarks.rig import run as run_async
 from shared.messaging.publisher import Publisher
 
@@ -27,13 +27,13 @@ _ORDER_BYTES = 1_700
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
 
 
-class Slice(Struct):
+class EndToEndSlice(Struct):
     p50_ms: float
     p99_ms: float
     confirm_ms: float
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     with rig.rail() as (orders, _):
         notifier = rig.service("notifier")
         try:
@@ -53,15 +53,17 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
     return rows
 
 
-async def _measure(rig: Rig, plan: Plan, orders: Running, notifier: Running) -> dict[int, list[Slice]]:
+async def _measure(
+    rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, notifier: RunningProgram
+) -> dict[int, list[EndToEndSlice]]:
     pushed: dict[str, float] = {}
     screens = [asyncio.create_task(_screen(notifier.url, one.token, pushed)) for one in rig.restaurants]
-    confirms = _Confirms(rig)
+    confirms = _ConfirmProbe(rig)
     await confirms.open()
     address = urlsplit(orders.url)
     host, port = str(address.hostname), int(address.port or 0)
     await open_loop(host, port, rig.restaurants, per_second=50, seconds=1)  # menus, connections
-    found: dict[int, list[Slice]] = {rate: [] for rate in _RATES}
+    found: dict[int, list[EndToEndSlice]] = {rate: [] for rate in _RATES}
     try:
         for _ in range(plan.rounds):
             for rate in _RATES:
@@ -73,7 +75,7 @@ async def _measure(rig: Rig, plan: Plan, orders: Running, notifier: Running) -> 
                         raise RuntimeError("an order was accepted and not pushed within 20 s")
                     await asyncio.sleep(0.01)
                 late = [(pushed[one.order_id] - one.due) * 1000 for one in sent]
-                found[rate].append(Slice(percentile(late, 0.5), percentile(late, 0.99), confirm))
+                found[rate].append(EndToEndSlice(percentile(late, 0.5), percentile(late, 0.99), confirm))
     finally:
         for screen in screens:
             screen.cancel()
@@ -100,10 +102,10 @@ async def _screen(url: str, token: str, pushed: dict[str, float]) -> None:
 _KINDS = ("quorum", "stream")
 
 
-class _Confirms:
+class _ConfirmProbe:
     """A quorum queue and a stream of its own, bound like a lane, and our publisher."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: BenchmarkRig) -> None:
         self._url = rig.rabbitmq_url
         self._name = f"bench.confirm.{uuid4().hex[:8]}"
         self._publisher = Publisher(

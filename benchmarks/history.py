@@ -44,7 +44,7 @@ _INSERT_RESTAURANT = (
 )
 
 
-class Shop(Struct, frozen=True):
+class PastRestaurant(Struct, frozen=True):
     id: str
     dishes: tuple[MenuItem, ...]
     table_ids: tuple[str, ...]
@@ -69,10 +69,10 @@ class History(Struct, frozen=True):
     def each(self) -> int:
         return self.orders // self.restaurants
 
-    def shops(self) -> list[Shop]:
+    def shops(self) -> list[PastRestaurant]:
         return [self._shop(number) for number in range(self.restaurants)]
 
-    def written(self, shops: Sequence[Shop]) -> Iterator[list[Written]]:
+    def written(self, shops: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
         """The changes of each order, the oldest order first."""
         chance = random.Random(self.name)  # noqa: S311
         apart = timedelta(days=DAYS) / self.each
@@ -84,7 +84,7 @@ class History(Struct, frozen=True):
     def _id(self, *names: object) -> str:
         return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-history", self.name, *names)))))
 
-    def _shop(self, number: int) -> Shop:
+    def _shop(self, number: int) -> PastRestaurant:
         id_, at = self._id(number), self.until - timedelta(days=DAYS)
         dishes = tuple(
             MenuItem(id=self._id(number, "dish", place), restaurant_id=id_, name=f"Dish {place}", category="Mains",
@@ -93,9 +93,9 @@ class History(Struct, frozen=True):
         )  # fmt: skip
         tables = tuple(self._id(number, "table", place) for place in range(_TABLES))
         customers = tuple(self._id(number, "customer", place) for place in range(_CUSTOMERS))
-        return Shop(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
+        return PastRestaurant(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
 
-    def _order(self, shop: Shop, place: int, at: datetime, chance: random.Random) -> list[Written]:
+    def _order(self, shop: PastRestaurant, place: int, at: datetime, chance: random.Random) -> list[Written]:
         placed = _placed(shop, place, at, chance)
         made = [_written(order.ENTITY, placed, "created", at, actor=shop.user_id)]
 
@@ -123,7 +123,7 @@ class History(Struct, frozen=True):
         return made
 
 
-def _placed(shop: Shop, place: int, at: datetime, chance: random.Random) -> Order:
+def _placed(shop: PastRestaurant, place: int, at: datetime, chance: random.Random) -> Order:
     items = []
     for dish in chance.sample(shop.dishes, 1 + place % 3):
         quantity = chance.randint(1, 3)
@@ -184,7 +184,7 @@ def _written(
     return Written(entity.lane, entity, change, state)
 
 
-async def fill(superuser_url: str, history: History) -> list[Shop]:
+async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
     """Into an empty database that was migrated; leaves it with the statistics that autovacuum would make."""
     connection = await asyncpg.connect(superuser_url)
     try:
@@ -203,7 +203,7 @@ async def fill(superuser_url: str, history: History) -> list[Shop]:
     return shops
 
 
-async def _identity(connection: Any, history: History, shops: Sequence[Shop]) -> None:
+async def _identity(connection: Any, history: History, shops: Sequence[PastRestaurant]) -> None:
     """Restaurants, and what their orders speak of: a few rows, by the writer's own statements."""
     at = history.until - timedelta(days=DAYS)
     for number, shop in enumerate(shops):

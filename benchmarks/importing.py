@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import asyncpg
 from msgspec import Struct
 
-from benchmarks.load import Sent, open_loop, percentile
-from benchmarks.question import Plan, Row, compared
-from benchmarks.rig import Rig, Running
+from benchmarks.load import SentOrder, open_loop, percentile
+from benchmarks.question import BenchmarkPlan, ResultRow, compared
+from benchmarks.rig import BenchmarkRig, RunningProgram
 from benchmarks.rig import run as run_async
 
 QUESTION = "importing"
@@ -37,13 +37,13 @@ _SEEN = (
 )
 
 
-class Slice(Struct, frozen=True):
+class ImportSlice(Struct, frozen=True):
     p50_ms: float
     p99_ms: float
     imported_per_second: float = 0.0
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     alone, beside = [], []
     with rig.rail() as (orders, _):
         for number in range(min(plan.rounds, _ROUNDS)):
@@ -62,7 +62,7 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
     ]
 
 
-def _write(rig: Rig, file: Path, count: int) -> None:
+def _write(rig: BenchmarkRig, file: Path, count: int) -> None:
     began = datetime(2025, 3, 1, 12, tzinfo=UTC)
     with file.open("w") as out:
         for number in range(count):
@@ -92,21 +92,21 @@ def _write(rig: Rig, file: Path, count: int) -> None:
             )
 
 
-async def _alone(rig: Rig, plan: Plan, orders: Running) -> Slice:
-    sent: list[Sent] = []
-    watch = _Watch(rig, sent)
+async def _alone(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram) -> ImportSlice:
+    sent: list[SentOrder] = []
+    watch = _DatabaseWatch(rig, sent)
     await watch.open()
     try:
         await _load(rig, orders, sent, plan.seconds)
         found = await watch.latencies(lambda _: True)
     finally:
         await watch.close()
-    return Slice(percentile(found, 0.5), percentile(found, 0.99))
+    return ImportSlice(percentile(found, 0.5), percentile(found, 0.99))
 
 
-async def _beside(rig: Rig, plan: Plan, orders: Running, file: Path) -> Slice:
-    sent: list[Sent] = []
-    watch = _Watch(rig, sent)
+async def _beside(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, file: Path) -> ImportSlice:
+    sent: list[SentOrder] = []
+    watch = _DatabaseWatch(rig, sent)
     await watch.open()
     before = await watch.imported(file)
     running = await asyncio.to_thread(
@@ -135,10 +135,10 @@ async def _beside(rig: Rig, plan: Plan, orders: Running, file: Path) -> Slice:
     finally:
         running.stop()
         await watch.close()
-    return Slice(percentile(found, 0.5), percentile(found, 0.99), (left - rows) / (until - began))
+    return ImportSlice(percentile(found, 0.5), percentile(found, 0.99), (left - rows) / (until - began))
 
 
-async def _load(rig: Rig, orders: Running, sent: list[Sent], seconds: float) -> None:
+async def _load(rig: BenchmarkRig, orders: RunningProgram, sent: list[SentOrder], seconds: float) -> None:
     address = urlsplit(orders.url)
     await open_loop(
         str(address.hostname),
@@ -151,10 +151,10 @@ async def _load(rig: Rig, orders: Running, sent: list[Sent], seconds: float) -> 
     )
 
 
-class _Watch:
+class _DatabaseWatch:
     """A reader of PostgreSQL that waits for what was sent."""
 
-    def __init__(self, rig: Rig, sent: list[Sent]) -> None:
+    def __init__(self, rig: BenchmarkRig, sent: list[SentOrder]) -> None:
         self._url = rig.database_url("writer")
         self._restaurants = [one.id for one in rig.restaurants[:_PLACES]]
         self._sent = sent
@@ -177,7 +177,7 @@ class _Watch:
             await self._other.fetchval("select coalesce(max(done), 0) from imports where source = $1", str(file))
         )
 
-    async def latencies(self, counts: Callable[[Sent], bool]) -> list[float]:
+    async def latencies(self, counts: Callable[[SentOrder], bool]) -> list[float]:
         """Milliseconds, of those that count, once all of them are there."""
         deadline = time.monotonic() + _WITHIN
         while len(self._seen) < len(self._sent):

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import asyncpg
 from msgspec import Struct
 
-from benchmarks.history import DAYS, History, Shop, fill
+from benchmarks.history import DAYS, History, PastRestaurant, fill
 from benchmarks.load import percentile
-from benchmarks.question import Plan, Row, compared
-from benchmarks.rig import SECRET, Rig, Running, execute
+from benchmarks.question import BenchmarkPlan, ResultRow, compared
+from benchmarks.rig import SECRET, BenchmarkRig, RunningProgram, execute
 from benchmarks.rig import run as run_async
 from services.orders.lists import cursor_after
 from shared.entities import order
@@ -39,10 +39,10 @@ _DEEP = 25
 _LENGTH = re.compile(rb"(?i)content-length: (\d+)")
 _ALLOWED = 2.0
 
-Paths = Callable[["Filled", int], str]
+Paths = Callable[["FilledDatabase", int], str]
 
 
-class Case(Struct, frozen=True):
+class ReadCase(Struct, frozen=True):
     name: str
     path: Paths
     """Of a database and the number of a request."""
@@ -51,55 +51,55 @@ class Case(Struct, frozen=True):
     """Each path is asked for once: then it is in the mirror."""
 
 
-class Filled(Struct):
+class FilledDatabase(Struct):
     name: str
-    shops: list[Shop]
+    shops: list[PastRestaurant]
     tokens: list[str]
     cursors: list[str]
     old: list[list[str]]
     """Of each restaurant, ids of orders that no mirror has."""
-    running: Running | None = None
+    running: RunningProgram | None = None
 
-    def shop(self, number: int) -> Shop:
+    def shop(self, number: int) -> PastRestaurant:
         return self.shops[number % len(self.shops)]
 
     def cursor(self, number: int) -> str:
         return self.cursors[number % len(self.cursors)]
 
 
-def _orders(more: Callable[[Filled, int], str]) -> Paths:
+def _orders(more: Callable[[FilledDatabase, int], str]) -> Paths:
     return lambda filled, number: f"/api/orders?limit={_PAGE}{more(filled, number)}"
 
 
-def _old_order(filled: Filled, number: int) -> str:
+def _old_order(filled: FilledDatabase, number: int) -> str:
     of_shop = filled.old[number % len(filled.shops)]
     return f"/api/orders/{of_shop[number // len(filled.shops) % len(of_shop)]}"
 
 
-def _summary(_: Filled, number: int) -> str:
+def _summary(_: FilledDatabase, number: int) -> str:
     return "/api/orders/summary"
 
 
-def _long_summary(_: Filled, number: int) -> str:
+def _long_summary(_: FilledDatabase, number: int) -> str:
     today = datetime.now(UTC).date()
     return f"/api/orders/summary?from={today - timedelta(days=DAYS - 1)}&to={today}"
 
 
 CASES = (
-    Case("orders, first page", _orders(lambda *_: "")),
-    Case("orders, page before the last", _orders(lambda filled, number: f"&cursor={filled.cursor(number)}")),
-    Case("orders by status", _orders(lambda *_: "&status=completed")),
-    Case("orders at a table", _orders(lambda filled, number: f"&table_id={filled.shop(number).table_ids[0]}")),
-    Case("an old order", _old_order, once=True),
-    Case("summary of 30 days", _summary),
-    Case("summary of 400 days", _long_summary),
-    Case("payments", lambda *_: f"/api/payments?limit={_PAGE}"),
-    Case("audit", lambda *_: f"/api/audit?limit={_PAGE}"),
-    Case("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE}", judged=False),
+    ReadCase("orders, first page", _orders(lambda *_: "")),
+    ReadCase("orders, page before the last", _orders(lambda filled, number: f"&cursor={filled.cursor(number)}")),
+    ReadCase("orders by status", _orders(lambda *_: "&status=completed")),
+    ReadCase("orders at a table", _orders(lambda filled, number: f"&table_id={filled.shop(number).table_ids[0]}")),
+    ReadCase("an old order", _old_order, once=True),
+    ReadCase("summary of 30 days", _summary),
+    ReadCase("summary of 400 days", _long_summary),
+    ReadCase("payments", lambda *_: f"/api/payments?limit={_PAGE}"),
+    ReadCase("audit", lambda *_: f"/api/audit?limit={_PAGE}"),
+    ReadCase("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE}", judged=False),
 )  # fmt: skip
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     restaurants, few, many = (20, 2_000, 10_000) if plan.quick else (200, 10_000, 1_000_000)
     filled = [_fill(rig, f"large_{orders}", restaurants, orders) for orders in (few, many)]
     try:
@@ -126,7 +126,7 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
     return rows
 
 
-def _fill(rig: Rig, name: str, restaurants: int, orders: int) -> Filled:
+def _fill(rig: BenchmarkRig, name: str, restaurants: int, orders: int) -> FilledDatabase:
     rig.make_database(name)
     url = rig.database_url("owner", name)
     settings = Settings(  # type: ignore[call-arg]
@@ -143,9 +143,9 @@ def _fill(rig: Rig, name: str, restaurants: int, orders: int) -> Filled:
     return run_async(_filled(superuser, name, shops))
 
 
-async def _filled(superuser: str, name: str, shops: list[Shop]) -> Filled:
+async def _filled(superuser: str, name: str, shops: list[PastRestaurant]) -> FilledDatabase:
     tokens = Tokens(SECRET, ttl_seconds=24 * 3600)
-    found = Filled(name, shops, [], [], [])
+    found = FilledDatabase(name, shops, [], [], [])
     connection = await asyncpg.connect(superuser)
     try:
         for shop in shops:
@@ -163,13 +163,13 @@ async def _filled(superuser: str, name: str, shops: list[Shop]) -> Filled:
     return found
 
 
-async def _measure(filled: Sequence[Filled], plan: Plan) -> dict[str, list[list[list[float]]]]:
-    """Case -> for each database its slices of latencies in ms."""
+async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dict[str, list[list[list[float]]]]:
+    """ReadCase -> for each database its slices of latencies in ms."""
     found: dict[str, list[list[list[float]]]] = {case.name: [[] for _ in filled] for case in CASES}
     asked = 60 if plan.quick else _REQUESTS
     next_one = dict.fromkeys(((one.name, case.name) for one in filled for case in CASES), 0)
 
-    async def ask(one: Filled, case: Case, count: int) -> list[float]:
+    async def ask(one: FilledDatabase, case: ReadCase, count: int) -> list[float]:
         begin = next_one[one.name, case.name]
         next_one[one.name, case.name] += count
         return await _closed_loop(one, case, range(begin, begin + count))
@@ -184,7 +184,7 @@ async def _measure(filled: Sequence[Filled], plan: Plan) -> dict[str, list[list[
     return found
 
 
-async def _closed_loop(filled: Filled, case: Case, numbers: range) -> list[float]:
+async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -> list[float]:
     """Latencies in ms. Raises RuntimeError when an answer is not 200, or comes from the wrong store."""
     address = urlsplit(filled.running.url if filled.running else "")
     waiting = iter(numbers)
@@ -213,7 +213,7 @@ async def _closed_loop(filled: Filled, case: Case, numbers: range) -> list[float
     return took
 
 
-async def _rebuild(rig: Rig, name: str, rounds: int) -> list[float]:
+async def _rebuild(rig: BenchmarkRig, name: str, rounds: int) -> list[float]:
     """The reading part of it alone: orders of the live window, and what orders hold of the stock."""
     connection: Any = await asyncpg.connect(rig.database_url("writer", name))
     took = []

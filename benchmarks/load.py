@@ -13,21 +13,21 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from benchmarks.rig import Seeded
+from benchmarks.rig import SeededRestaurant
 
 
-class Missing(Exception):
+class ProgramMissing(Exception):
     """A program that is needed is not installed; the message says how to get it."""
 
 
-class Result(Struct, frozen=True):
+class LoadResult(Struct, frozen=True):
     requests: int
     per_second: float
     p50_ms: float
     p99_ms: float
 
 
-def order_body(restaurant: Seeded, number: int = 0) -> bytes:
+def order_body(restaurant: SeededRestaurant, number: int = 0) -> bytes:
     """Three items, a table and a name: what a terminal sends."""
     dishes = restaurant.menu_item_ids
     items = [{"menu_item_id": dishes[(number + place) % len(dishes)], "quantity": 1 + place} for place in range(3)]
@@ -37,7 +37,7 @@ def order_body(restaurant: Seeded, number: int = 0) -> bytes:
     ).encode()
 
 
-def posts(restaurants: Sequence[Seeded]) -> str:
+def posts(restaurants: Sequence[SeededRestaurant]) -> str:
     """A wrk script that orders at each of the restaurants in turn."""
     made = [
         f'  wrk.format("POST", "/api/orders", {{["Authorization"]="Bearer {one.token}",'
@@ -54,11 +54,11 @@ def gets(path: str, token: str) -> str:
     return f'wrk.method = "GET"\nwrk.path = "{path}"\nwrk.headers["Authorization"] = "Bearer {token}"\n'
 
 
-def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Result:
+def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> LoadResult:
     """Raises RuntimeError when any answer is not a 2xx."""
     program = shutil.which("wrk")
     if program is None:
-        raise Missing("wrk is not installed: apt-get install wrk")
+        raise ProgramMissing("wrk is not installed: apt-get install wrk")
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
@@ -81,7 +81,7 @@ def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Resu
         ).stdout
     if "Non-2xx" in said or "Socket errors" in said:
         raise RuntimeError(f"{url}: {said}")
-    return Result(
+    return LoadResult(
         int(_found(r"(\d+) requests in", said)),
         float(_found(r"Requests/sec:\s+([\d.]+)", said)),
         _milliseconds(_found(r"(?m)^\s+50%\s+(\S+)", said)),
@@ -106,7 +106,7 @@ def _milliseconds(text: str) -> float:
 # -- the open loop -----------------------------------------------------------------------------------------------
 
 
-class Sent(Struct):
+class SentOrder(Struct):
     due: float
     """On the monotonic clock."""
     order_id: str
@@ -116,19 +116,19 @@ class Sent(Struct):
 async def open_loop(
     host: str,
     port: int,
-    restaurants: Sequence[Seeded],
+    restaurants: Sequence[SeededRestaurant],
     *,
     per_second: float,
     seconds: float,
     connections: int = 64,
-    told: list[Sent] | None = None,
-) -> list[Sent]:
+    told: list[SentOrder] | None = None,
+) -> list[SentOrder]:
     """Orders at constant intervals over kept connections; raises RuntimeError when one is not accepted. `told`: the
     list to add to, for who wants to see each as it is answered."""
     free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     for _ in range(connections):
         free.put_nowait(await asyncio.open_connection(host, port))
-    sent: list[Sent] = [] if told is None else told
+    sent: list[SentOrder] = [] if told is None else told
     requests = [
         b"POST /api/orders HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (one.token.encode(), len(body), body)
@@ -148,7 +148,7 @@ async def open_loop(
         if not head.startswith(b"HTTP/1.1 201"):
             raise RuntimeError(f"{head!r} {body!r}")
         start = body.index(b'"id":"') + 6
-        sent.append(Sent(due, body[start : start + 36].decode(), answered))
+        sent.append(SentOrder(due, body[start : start + 36].decode(), answered))
 
     began = time.monotonic() + 0.05
     async with asyncio.TaskGroup() as group:

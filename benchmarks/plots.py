@@ -1,43 +1,41 @@
-"""The plots of the README and the table of docs/benchmarks.md, from the rows of the last run."""
+"""The plots of the README, from the rows of the last run."""
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.question import Row
+from benchmarks.question import ResultRow
+from benchmarks.report import DOCS
 
 mpl.use("svg")
 mpl.rcParams.update(
     {"svg.hashsalt": "ticketrail", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 )
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 _OURS, _DIRECT, _OTHER = "#d9480f", "#868e96", "#ced4da"
+_ACCEPT_BARS = (
+    ("burst", "accept", "burst", "dual write"),
+    ("burst", "accept", "burst", "Litestar + PostgreSQL"),
+    ("burst", "accept", "burst", "Express + pg"),
+    ("one hot restaurant", "accept", "one hot restaurant", None),
+    ("sustained, everything\nrunning", "accept", "sustained", "dual write"),
+    ("sustained, everything\nrunning", "accept", "sustained", "Litestar + PostgreSQL"),
+    ("PostgreSQL frozen", "away", "PostgreSQL frozen", None),
+)
 
 
-def draw(rows: Sequence[Row]) -> None:
+def draw(rows: Sequence[ResultRow]) -> None:
+    """Writes docs/plots/*.svg. A row without both figures has no bar; a plot without bars is not written."""
     (DOCS / "plots").mkdir(exist_ok=True)
-    _bars(
-        "accept.svg",
-        "Orders accepted a second, 64 connections, one server process",
-        [
-            (label, row.ours, row.theirs, row.peer)
-            for label, row in (
-                ("burst", _row(rows, "accept", "burst", "Litestar + PostgreSQL")),
-                ("burst", _row(rows, "accept", "burst", "Express + pg")),
-                ("one hot restaurant", _row(rows, "accept", "one hot restaurant")),
-                ("sustained, everything\nrunning", _row(rows, "accept", "sustained")),
-                ("PostgreSQL frozen", _row(rows, "away", "PostgreSQL frozen")),
-            )
-            if row is not None
-        ],
-    )
-    _bars(
+    bars = []
+    for label, question, case, peer in _ACCEPT_BARS:
+        row = _throughput(rows, question, case, peer)
+        if row is not None and row.ours is not None:
+            bars.append((label, row.ours, row.theirs, row.peer))
+    _draw_bars("accept.svg", "Orders accepted per second, 64 connections, one server process", bars)
+    _draw_bars(
         "push_drain.svg",
         "Throughput against peers (ours = 1)",
         [
@@ -48,22 +46,16 @@ def draw(rows: Sequence[Row]) -> None:
     )
 
 
-def _row(rows: Sequence[Row], question: str, case: str, peer: str | None = None) -> Row | None:
-    return next(
-        (
-            row
-            for row in rows
-            if row.question == question
-            and row.case == case
-            and row.metric == "throughput"
-            and row.theirs
-            and (peer is None or row.peer == peer)
-        ),
-        None,
-    )
+def _throughput(rows: Sequence[ResultRow], question: str, case: str, peer: str | None) -> ResultRow | None:
+    """The first throughput row of the case that has both figures; `peer` None: of any peer."""
+    for row in rows:
+        if (row.question, row.case, row.metric) == (question, case, "throughput") and peer in (None, row.peer):
+            return row if row.ours and row.theirs else None
+    return None
 
 
-def _bars(name: str, title: str, groups: Sequence[tuple[str, float, float | None, str]]) -> None:
+def _draw_bars(name: str, title: str, groups: Sequence[tuple[str, float, float | None, str]]) -> None:
+    """`groups`: label, our figure, the peer's figure, the peer's name."""
     if not groups:
         return
     figure, axes = plt.subplots(figsize=(8.5, 0.75 * len(groups) + 1.0))
@@ -73,8 +65,8 @@ def _bars(name: str, title: str, groups: Sequence[tuple[str, float, float | None
         if theirs:
             color = _OTHER if "Express" in peer else _DIRECT
             axes.barh(place + 0.19, theirs, 0.36, color=color)
-            said = f"{theirs:,.0f}" if ours >= 10 else f"{theirs:.2f}"
-            axes.text(theirs, place + 0.19, f" {said}  {peer}", va="center", color="#495057")
+            figure_text = f"{theirs:,.0f}" if ours >= 10 else f"{theirs:.2f}"
+            axes.text(theirs, place + 0.19, f" {figure_text}  {peer}", va="center", color="#495057")
     axes.set_yticks(range(len(groups)), [label for label, *_ in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(max(ours, theirs or 0) for _, ours, theirs, _ in groups))
@@ -82,31 +74,3 @@ def _bars(name: str, title: str, groups: Sequence[tuple[str, float, float | None
     figure.tight_layout()
     figure.savefig(DOCS / "plots" / name, metadata={"Date": None})
     plt.close(figure)
-
-
-# -- the table of docs/benchmarks.md -----------------------------------------------------------------------------
-
-_REGION = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
-
-
-def fill_in(rows: Sequence[Row], machine: dict[str, Any]) -> None:
-    page = DOCS / "benchmarks.md"
-    text = _REGION.sub(lambda found: found[1] + _table(rows, machine) + found[2], page.read_text())
-    page.write_text(text)
-
-
-def _table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
-    from benchmarks.__main__ import number
-
-    said = ", ".join(f"{name} {value}" for name, value in machine.items())
-    lines = [f"Machine: {said}.", "", "| question | case | what | ours | peer | theirs | ratio | target | |"]
-    lines.append("|---|---|---|---:|---|---:|---:|---:|---|")
-    for row in rows:
-        met = {True: "met", False: "**missed**", None: ""}[row.met]
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}×"
-        lines.append(
-            f"| {row.question} | {row.case} | {row.metric} {row.unit} | {number(row.ours)} | {row.peer}"
-            f" | {number(row.theirs)} | {ratio} | {row.target} | {met} |"
-        )
-    notes = [f"- *{row.question}, {row.case}*: {row.note}" for row in rows if row.note]
-    return "\n".join([*lines, "", *notes]) + "\n"

@@ -25,10 +25,10 @@ import aio_pika
 import psutil
 
 from benchmarks.drain import events
-from benchmarks.load import Missing, here
+from benchmarks.load import ProgramMissing, here
 from benchmarks.peers.node import prepared
-from benchmarks.question import Plan, Row, compared, interleave, not_run
-from benchmarks.rig import Rig, Running
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, not_run
+from benchmarks.rig import BenchmarkRig, RunningProgram
 from benchmarks.rig import run as run_async
 from deploy.local.ports import find_free
 from shared.entities.contract import CONTENT_TYPE, encode_batch, split_batch
@@ -41,23 +41,23 @@ _PER_MESSAGE = 25
 _NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16_384), hard))
     notifier = rig.service("notifier", client_buffer_events=5_000, client_buffer_bytes=16 << 20)
     cases: dict[str, Callable[[], float]] = {"rail": lambda: _ours(rig, notifier)}
     missing: dict[str, str] = {}
-    peers: list[Running] = []
+    peers: list[RunningProgram] = []
     payload = encode_batch(events(rig.restaurants[:1], _EVENTS))
     try:
         peers.append(socketio := _socketio(rig))
         cases["socketio"] = lambda: _crowd(socketio, _join_socketio, lambda: _post(socketio, "/publish", payload))
-    except Missing as error:
+    except ProgramMissing as error:
         missing["socketio"] = str(error)
     try:
         peers.append(nchan := _nchan(rig))
         cases["nchan"] = lambda: _crowd(nchan, _join_stream("/sub", ""), lambda: _post_each(nchan, "/pub", payload))
-    except Missing as error:
+    except ProgramMissing as error:
         missing["nchan"] = str(error)
     memory = [_memory(rig, notifier)]
     found = interleave(plan.rounds, cases)
@@ -82,7 +82,7 @@ Join = Callable[[socket.socket], bytes]
 """Connects one socket and returns the mark that every event carries."""
 
 
-def _crowd(server: Running, join: Join, publish: Callable[[], None]) -> float:
+def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> float:
     """Deliveries a second."""
     selector = selectors.DefaultSelector()
     links = []
@@ -126,7 +126,7 @@ def _crowd(server: Running, join: Join, publish: Callable[[], None]) -> float:
     return wanted / max(last - first, 1e-6)
 
 
-def _connect(server: Running) -> socket.socket:
+def _connect(server: RunningProgram) -> socket.socket:
     address = urlsplit(server.url)
     return socket.create_connection((address.hostname, address.port), timeout=10)
 
@@ -170,7 +170,7 @@ def _read_until(link: socket.socket, mark: bytes) -> None:
 # -- ours --------------------------------------------------------------------------------------------------------
 
 
-def _ours(rig: Rig, notifier: Running) -> float:
+def _ours(rig: BenchmarkRig, notifier: RunningProgram) -> float:
     made = events(rig.restaurants[:1], _EVENTS)
 
     async def publish() -> None:
@@ -184,7 +184,7 @@ def _ours(rig: Rig, notifier: Running) -> float:
     return _crowd(notifier, join, lambda: run_async(publish()))
 
 
-def _memory(rig: Rig, notifier: Running) -> float:
+def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
     """Kilobytes that the server's processes grow by for each of a second thousand of idle streams: the first make what
     is made once for all."""
 
@@ -217,7 +217,7 @@ def _memory(rig: Rig, notifier: Running) -> float:
 # -- peers -------------------------------------------------------------------------------------------------------
 
 
-def _socketio(rig: Rig) -> Running:
+def _socketio(rig: BenchmarkRig) -> RunningProgram:
     folder = here("socketio")
     node = prepared(folder)
     (port,) = find_free(1)
@@ -225,10 +225,10 @@ def _socketio(rig: Rig) -> Running:
     return rig.program([node, "server.js"], env, port, name="socketio", cwd=folder)
 
 
-def _nchan(rig: Rig) -> Running:
+def _nchan(rig: BenchmarkRig) -> RunningProgram:
     nginx = shutil.which("nginx")
     if nginx is None or not _NCHAN.exists():
-        raise Missing("no nginx with nchan (apt-get install nginx libnginx-mod-nchan)")
+        raise ProgramMissing("no nginx with nchan (apt-get install nginx libnginx-mod-nchan)")
     (port,) = find_free(1)
     folder = rig.folder / "nchan"
     folder.mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ def _nchan(rig: Rig) -> Running:
     return rig.program(command, dict(os.environ), port, name="nchan")
 
 
-def _post(server: Running, path: str, body: bytes) -> None:
+def _post(server: RunningProgram, path: str, body: bytes) -> None:
     address = urlsplit(server.url)
     link = http.client.HTTPConnection(str(address.hostname), address.port)
     link.request("POST", path, body, {"Content-Type": "application/json"})
@@ -250,7 +250,7 @@ def _post(server: Running, path: str, body: bytes) -> None:
     link.close()
 
 
-def _post_each(server: Running, path: str, body: bytes) -> None:
+def _post_each(server: RunningProgram, path: str, body: bytes) -> None:
     address = urlsplit(server.url)
     link = http.client.HTTPConnection(str(address.hostname), address.port)
     for event in split_batch(body):

@@ -1,4 +1,4 @@
-"""What every benchmark gives back: rows with our figure, the peer's, their ratio and the target."""
+"""The parts that every benchmark shares: its plan, its result rows, and the order in which cases take turns."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -9,29 +9,31 @@ from msgspec import Struct
 T = TypeVar("T")
 
 
-class Plan(Struct, frozen=True):
+class BenchmarkPlan(Struct, frozen=True):
     rounds: int = 5
     seconds: float = 3.0
-    """Of one slice of load."""
+    """Length of one slice of load."""
     sustained_seconds: float = 60.0
     quick: bool = False
-    """To see that everything runs: the figures mean nothing."""
+    """Only shows that everything runs; the figures mean nothing."""
 
 
-class Row(Struct):
+class ResultRow(Struct):
     question: str
     case: str
     metric: str
     unit: str
-    ours: float
+    ours: float | None = None
+    """None: the case did not run."""
     peer: str = ""
     theirs: float | None = None
+    """None: there is no peer, or it did not run."""
     ratio: float | None = None
     target: str = ""
     met: bool | None = None
-    """None: there is no target, or the peer could not run."""
-    samples_ours: list[float] = []
-    samples_theirs: list[float] = []
+    """None: there is no target, or the peer did not run."""
+    samples_ours: list[float | None] = []
+    samples_theirs: list[float | None] = []
     note: str = ""
 
 
@@ -51,29 +53,35 @@ def compared(
     at_least: float | None = None,
     at_most: float | None = None,
     note: str = "",
-) -> Row:
-    """A row of medians. With a peer the bound is on the ratio ours / theirs, without one on our own figure."""
-    mine = median(ours)
-    other = median(theirs) if theirs else None
-    ratio = mine / other if other else None
-    judged = ratio if theirs is not None else mine
-    sign, unit_of_target = ("×" if theirs is not None else f" {unit}"), None
-    target, met = "", unit_of_target
+) -> ResultRow:
+    """A row of medians. With a peer, the bound applies to the ratio ours / theirs; without one, to our own figure."""
+    our_median = median(ours)
+    peer_median = median(theirs) if theirs else None
+    ratio = our_median / peer_median if peer_median else None
+    judged = ratio if theirs is not None else our_median
+    sign = "×" if theirs is not None else f" {unit}"
+    target, met = "", None
     if at_least is not None:
         target = f"≥ {at_least:g}{sign}"
         met = None if judged is None else judged >= at_least
     elif at_most is not None:
         target = f"≤ {at_most:g}{sign}"
         met = None if judged is None else judged <= at_most
-    return Row(question, case, metric, unit, mine, peer, other, ratio, target, met, ours, theirs or [], note)
+    return ResultRow(
+        question, case, metric, unit, our_median, peer, peer_median, ratio, target, met, [*ours], [*(theirs or [])],
+        note,
+    )  # fmt: skip
 
 
-def not_run(question: str, case: str, peer: str, reason: str, target: str = "") -> Row:
-    return Row(question, case, "", "", float("nan"), peer, target=target, note=f"not run: {reason}")
+def not_run(question: str, case: str, peer: str, reason: str, target: str = "") -> ResultRow:
+    return ResultRow(question, case, "", "", peer=peer, target=target, note=f"not run: {reason}")
 
 
 def interleave(rounds: int, cases: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Each case once in a round, the order rotated: a machine that slows down slows all of them."""
+    """Runs each case once per round and rotates their order, so that a machine that slows down slows all of them.
+
+    Returns the results of each case by its name.
+    """
     found: dict[str, list[T]] = {name: [] for name in cases}
     names = list(cases)
     for number in range(rounds):

@@ -9,14 +9,14 @@ import sys
 import urllib.request
 
 from benchmarks.load import gets, order_body, wrk
-from benchmarks.question import Plan, Row, compared, interleave
-from benchmarks.rig import Rig
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave
+from benchmarks.rig import BenchmarkRig
 from deploy.local.ports import find_free
 
 QUESTION = "read"
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     with rig.rail() as (orders, _):
         one = rig.restaurants[0]
         headers = {"Authorization": f"Bearer {one.token}"}

@@ -47,19 +47,22 @@ SERVICES = {
     "sync": ("services.sync", "api"),
     "notifier": ("services.notifier",),
 }
+WITHOUT_RATE_LIMITS = {"restaurant_per_second": 0, "address_per_second": 0}
+"""Settings of every system under load. Readers of one restaurant reach more than its default 5,000 requests per second,
+and a 429 is not a figure."""
 _RESTAURANTS = 50
 _DISHES = 12
 T = TypeVar("T")
 
 
-class Seeded(Struct, frozen=True):
+class SeededRestaurant(Struct, frozen=True):
     id: str
     token: str
     menu_item_ids: list[str]
     table_id: str
 
 
-class Running:
+class RunningProgram:
     """A program under load."""
 
     def __init__(self, child: Child, url: str) -> None:
@@ -82,7 +85,7 @@ class Running:
             process.resume()
 
 
-class Rig:
+class BenchmarkRig:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ticketrail-bench-"))
         self.folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
@@ -103,9 +106,9 @@ class Rig:
         self.rabbitmq_url = f"amqp://ticketrail:{servers.PASSWORD}@127.0.0.1:{amqp}/"
         self.management_url = f"http://ticketrail:{servers.PASSWORD}@127.0.0.1:{management}"
         self.redis_url = self.redis.url
-        self.restaurants: list[Seeded] = []
+        self.restaurants: list[SeededRestaurant] = []
         self.restaurants_file = self.folder / "restaurants.json"
-        self._running: list[Running] = []
+        self._running: list[RunningProgram] = []
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -140,6 +143,7 @@ class Rig:
             "database_ops_url": self.database_url("ops"),
             "jwt_secret": SECRET,
             "fence_interval_seconds": 1.0,
+            **WITHOUT_RATE_LIMITS,
             **settings,
         }
         return {
@@ -156,7 +160,7 @@ class Rig:
             stdout=subprocess.DEVNULL,
         )
 
-    def service(self, name: str, *, wait: bool = True, **settings: object) -> Running:
+    def service(self, name: str, *, wait: bool = True, **settings: object) -> RunningProgram:
         """Starts it and waits until it is ready. Each has a port, and each orders service an instance, of its own."""
         (port,) = find_free(1)
         key = "worker_port" if name == "worker" else f"{name}_port"
@@ -178,9 +182,9 @@ class Rig:
         name: str,
         ready: str = "/health/ready",
         cwd: Path = ROOT,
-    ) -> Running:
+    ) -> RunningProgram:
         log = self.folder / "logs" / f"{name}-{len(self._running)}.log"
-        running = Running(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
+        running = RunningProgram(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
         self._running.append(running)
         deadline = time.monotonic() + 60
         while ready and not _answers(running.url + ready):
@@ -189,7 +193,7 @@ class Rig:
             time.sleep(0.1)
         return running
 
-    def warm(self, worker: Running) -> None:
+    def warm(self, worker: RunningProgram) -> None:
         """Waits until claims are taken on the mirror."""
         self.until(lambda: b'"mirror":"warm"' in _body(f"{worker.url}/health/ready"), "a warm mirror")
 
@@ -201,7 +205,7 @@ class Rig:
             time.sleep(0.1)
 
     @contextlib.contextmanager
-    def rail(self, **settings: object) -> Iterator[tuple[Running, Running]]:
+    def rail(self, **settings: object) -> Iterator[tuple[RunningProgram, RunningProgram]]:
         """(orders, worker): the rail with a warm mirror and all menus known; ends both."""
         worker = self.service("worker")
         orders = self.service("orders", **settings)
@@ -268,7 +272,7 @@ class Rig:
                 async with connection.transaction():
                     await write_batch(connection, [_dish(id_, *dish) for dish in dishes], patience=5.0)
                 token = tokens.issue(Identity(_id("user", number), Role.STAFF, id_, "bench@example.org"))
-                seeded = Seeded(id_, token, [dish for dish, _, _ in dishes], _id("table", number))
+                seeded = SeededRestaurant(id_, token, [dish for dish, _, _ in dishes], _id("table", number))
                 self.restaurants.append(seeded)
                 described.append({"id": id_, "dishes": [list(dish) for dish in dishes]})
         finally:

@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.question import Plan, Row, compared
-from benchmarks.rig import ROOT, SERVICES, Rig
+from benchmarks.question import BenchmarkPlan, ResultRow, compared
+from benchmarks.rig import ROOT, SERVICES, BenchmarkRig
 from deploy.local.child import Child
 from deploy.local.environment import LocalSettings
 from deploy.local.ports import find_free
@@ -24,7 +24,7 @@ _MODULES = {
 }
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     assert _MODULES.keys() == SERVICES.keys()
     rows = [
         compared(QUESTION, f"imports of {name}", "import time", "ms", [_imports(module) for _ in range(plan.rounds)])

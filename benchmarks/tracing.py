@@ -2,13 +2,13 @@
 tracing off, asked in turn; the sync worker is stopped."""
 
 from benchmarks.load import posts, wrk
-from benchmarks.question import Plan, Row, compared, interleave
-from benchmarks.rig import Rig, Running
+from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave
+from benchmarks.rig import BenchmarkRig, RunningProgram
 
 QUESTION = "tracing"
 
 
-def run(rig: Rig, plan: Plan) -> list[Row]:
+def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     script = posts(rig.restaurants)
     with rig.rail() as (on, worker):
         off = rig.service("orders", trace_sample=0)
@@ -16,7 +16,7 @@ def run(rig: Rig, plan: Plan) -> list[Row]:
             wrk(one.url, script, seconds=1)
         worker.freeze()
 
-        def measure(one: Running) -> float:
+        def measure(one: RunningProgram) -> float:
             found = wrk(one.url, script, seconds=plan.seconds).per_second
             rig.purge()
             return found

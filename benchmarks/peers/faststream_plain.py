@@ -17,7 +17,7 @@ from shared.entities.signal import signal_in
 from shared.postgres.changes import data_of
 
 
-class _Raw:
+class _UndecodedBody:
     async def decode(self, message: RabbitMessage) -> RabbitMessage:
         return message
 
@@ -76,7 +76,7 @@ async def main() -> None:
         RabbitQueue(os.environ["BENCH_QUEUE"], declare=False, durable=True),
         channel=Channel(prefetch_count=20),
         ack_policy=AckPolicy.MANUAL,
-        codec=_Raw(),
+        codec=_UndecodedBody(),
         no_reply=True,
     )
     async def write(message: RabbitMessage) -> None:

@@ -4,14 +4,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.load import Missing
+from benchmarks.load import ProgramMissing
 
 
 def prepared(folder: Path) -> str:
-    """The path of Node, with the packages of `folder` installed; raises Missing."""
+    """The path of Node, with the packages of `folder` installed; raises ProgramMissing."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        raise Missing("no Node")
+        raise ProgramMissing("no Node")
     if not (folder / "node_modules").exists():
         done = subprocess.run(
             [npm, "ci", "--omit=dev", "--no-audit", "--no-fund"],
@@ -21,5 +21,5 @@ def prepared(folder: Path) -> str:
             check=False,
         )
         if done.returncode != 0:
-            raise Missing(f"npm ci failed: {done.stderr.strip()[-200:]}")
+            raise ProgramMissing(f"npm ci failed: {done.stderr.strip()[-200:]}")
     return node

@@ -12,7 +12,7 @@ from uuid import uuid4
 import asyncpg
 from msgspec import Struct
 
-from benchmarks.history import History, Shop, fill
+from benchmarks.history import History, PastRestaurant, fill
 from deploy.local.ports import find_free
 from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import migrate
@@ -96,7 +96,7 @@ class Database(Struct):
     """Filled, vacuumed, analyzed."""
 
     history: History
-    shop: Shop
+    shop: PastRestaurant
     """One of 25."""
     api: Explained
     writer: Explained
@@ -160,6 +160,6 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
             await writer.close()
 
 
-def _oldest(history: History, shops: list[Shop], shop: int) -> list[Any]:
+def _oldest(history: History, shops: list[PastRestaurant], shop: int) -> list[Any]:
     written = islice(history.written(shops), shop, 26 * len(shops), len(shops))
     return [changes[0].state for changes in written]
