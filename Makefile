@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz chaos api bench lint format lock secrets clean bootstrap
+.PHONY: help run test coverage fuzz chaos api bench docs lint format lock secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ run: bootstrap ## start the whole system under .local/ and send one order down t
 # long comes first, so that none of the three is left with it at the end.
 test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+coverage: bootstrap ## run the tests and say which lines they reach, in services too; HTML in .local/coverage
+	@rm -rf .local/coverage && mkdir -p .local/coverage
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS); status=$$?; \
+		$(PYTHON) -m coverage report --format=total >.local/coverage/total && $(PYTHON) -m coverage html -q && \
+		$(PYTHON) -m coverage report | tail -40 && exit $$status
 
 fuzz: bootstrap ## what no client should send, to all services; EXAMPLES=50 for each route, ARGS="orders" chooses
 	$(PYTHON) -m tests.fuzz --examples $(EXAMPLES) $(ARGS)
@@ -51,6 +57,7 @@ lock: ## make the locks anew from pyproject.toml (needs uv): all for development
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
+	$(COMPILE) -c requirements.lock --extra docs -o requirements-docs.lock
 
 secrets: ## make strong secrets for docker-compose.yml in .env; those that are set stay
 	@sh deploy/secrets.sh
