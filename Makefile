@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage fuzz chaos api bench docs lint format lock secrets clean bootstrap
+.PHONY: help run test coverage fuzz chaos api bench docs lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ lock: ## make the locks anew from pyproject.toml (needs uv): all for development
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
 	$(COMPILE) -c requirements.lock --extra docs -o requirements-docs.lock
+
+swagger: ## replace the files of /api-docs by those of another Swagger UI; VERSION=5.35.0 (needs npm)
+	@sh deploy/vendor/swagger-ui.sh $(VERSION)
 
 secrets: ## make strong secrets for docker-compose.yml in .env; those that are set stay
 	@sh deploy/secrets.sh

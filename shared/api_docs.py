@@ -1,6 +1,7 @@
-"""The page that shows a service's API, and what it loads.
+"""The page that shows a service's API, and the files that it loads.
 
-It is Swagger UI from files of our own: nothing is loaded from elsewhere.
+The page is Swagger UI. Its files lie in `shared/http/swagger_ui` with their version, checksums and licences, so that a
+browser loads nothing from another host. `make swagger` replaces them by those of another version.
 """
 
 from importlib import resources
@@ -17,6 +18,7 @@ _FILES = {
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
 }
+_FOLDER = resources.files("shared") / "http" / "swagger_ui"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -67,8 +69,8 @@ def pages(api: Api) -> list[HTTPRouteHandler]:
             return Response(_START.encode(), media_type="text/javascript")
         if name not in _FILES:
             raise NotFoundException("no such file")
-        # Read when it is asked for: 2 MB that a service which nobody looks at need not hold.
-        content = (resources.files("swagger_ui") / "static" / name).read_bytes()
+        # Read at each request: a service should not hold 2 MB that few people ask for.
+        content = (_FOLDER / name).read_bytes()
         return Response(content, media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
 
     return [show, as_json, file]
