@@ -1,112 +1,149 @@
-"""How many orders a second does one server process accept, and how long does a client wait?
+"""How many orders per second does one server process accept, and how long does a client wait?
 
-Closed loop, 64 connections, one orders process, 10 % of the traces kept.
+Closed loop, 64 connections, one orders process, 10 % of the traces kept, no rate limits.
 
-    burst      the sync worker is stopped: what the accept path alone can do. 50 restaurants in turn, and one hot one
+    burst      the sync worker is stopped, so only the accept path is measured. 50 restaurants in turn, and one hot one
     sustained  everything runs for a minute: every order must reach PostgreSQL, the mirror and a subscriber's screen,
                and no queue may grow
 
-Peers: Litestar with one PostgreSQL transaction per order (peers/direct.py), Express with pg doing the same. They share
-the machine with idle servers of ours; nothing of ours runs while a peer is measured, except in turn.
+Peers, the most comparable first:
+
+    dual write              one PostgreSQL transaction, the mirror, a confirmed publish (peers/dual_write.py): the same
+                            work. In the sustained case its notifier pushes to a screen too
+    Litestar + PostgreSQL   the bare transaction (peers/direct.py): no mirror, no push
+    Express + pg            the bare transaction in Node (peers/express)
+
+The peers share the machine with our idle servers. Only one system is under load at a time.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 
 from msgspec import Struct
 from redis import Redis
 
-from benchmarks.load import LoadResult, ProgramMissing, here, posts, wrk
-from benchmarks.peers.node import prepared
+from benchmarks.accept_peers import DualWrite, Screen, direct_peer, express_peer
+from benchmarks.load import LoadResult, ProgramMissing, posts, wrk
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, median, not_run
-from benchmarks.rig import ROOT, BenchmarkRig, RunningProgram, cpu_seconds
-from deploy.local.child import Child
-from deploy.local.ports import find_free
+from benchmarks.rig import BenchmarkRig, RunningProgram, cpu_seconds
 
 QUESTION = "accept"
+_DUAL, _DIRECT, _EXPRESS = DualWrite.label, "Litestar + PostgreSQL", "Express + pg"
+_CONNECTIONS = 64
+_SETTLE_SECONDS = 20.0
+"""How long the dual write may take until its three stores agree after the load."""
 
 
 class AcceptSlice(Struct):
     result: LoadResult
     cpu_ms: dict[str, float]
-    """Per order, by process."""
+    """CPU milliseconds per order, by process."""
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
-    rows: list[ResultRow] = []
-    direct = direct_peer(rig)
+    dual, direct = DualWrite(rig), direct_peer(rig)
+    missing = ""
+    express: RunningProgram | None = None
     try:
-        express: RunningProgram | None = express_peer(rig)
+        express = express_peer(rig)
     except ProgramMissing as error:
-        express, missing = None, str(error)
-    many, hot = posts(rig.restaurants), posts(rig.restaurants[:1])
+        missing = str(error)
+    try:
+        return [*burst(rig, plan, dual, direct, express, missing), *sustained(rig, plan, dual, direct)]
+    finally:
+        dual.stop()
+        for running in filter(None, (direct, express)):
+            running.stop()
 
+
+# -- burst -------------------------------------------------------------------------------------------------------
+
+
+def burst(
+    rig: BenchmarkRig,
+    plan: BenchmarkPlan,
+    dual: DualWrite,
+    direct: RunningProgram,
+    express: RunningProgram | None,
+    missing: str,
+) -> list[ResultRow]:
+    """`missing`: why there is no `express`."""
+    many, hot = posts(rig.restaurants), posts(rig.restaurants[:1])
+    brokers = {"rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid}
     with rig.rail() as (orders, worker):
 
         def ours(script: str) -> Callable[[], AcceptSlice]:
             def measure() -> AcceptSlice:
-                found = measured(rig, orders, script, plan.seconds, {"orders": orders.pid, **_servers(rig)})
+                found = measured(orders, script, plan.seconds, {"orders": orders.pid, **brokers})
                 rig.purge()
                 return found
 
             return measure
 
-        def theirs(peer: RunningProgram, script: str) -> Callable[[], AcceptSlice]:
-            processes = {"server": peer.pid, "postgres": rig.postgres.pid}
-            return lambda: measured(rig, peer, script, plan.seconds, processes)
+        def theirs(peer: RunningProgram, script: str, processes: dict[str, int | None]) -> Callable[[], AcceptSlice]:
+            return lambda: measured(peer, script, plan.seconds, {"server": peer.pid, **processes})
 
-        for peer in filter(None, (orders, direct, express)):
-            wrk(peer.url, many, seconds=1)  # menus, prepared statements, connections
+        postgres = {"postgres": rig.postgres.pid}
+        for peer in filter(None, (orders, dual.program, direct, express)):
+            wrk(peer.url, many, seconds=1)  # fills menus, prepared statements and connections
         worker.freeze()
-        cases = {"rail": ours(many), "direct": theirs(direct, many)}
+        cases = {
+            "rail": ours(many),
+            _DUAL: theirs(dual.program, many, {**postgres, **brokers}),
+            _DIRECT: theirs(direct, many, postgres),
+        }
         if express is not None:
-            cases["express"] = theirs(express, many)
-        burst = interleave(plan.rounds, cases)
-        hottest = interleave(plan.rounds, {"rail": ours(hot), "direct": theirs(direct, hot)})
+            cases[_EXPRESS] = theirs(express, many, postgres)
+        spread = interleave(plan.rounds, cases)
+        hottest = interleave(
+            plan.rounds,
+            {
+                "rail": ours(hot),
+                _DUAL: theirs(dual.program, hot, {**postgres, **brokers}),
+                _DIRECT: theirs(direct, hot, postgres),
+            },
+        )
         rig.purge()
         worker.thaw()
 
-    per_second = {name: [one.result.per_second for one in found] for name, found in burst.items()}
-    p99 = {name: [one.result.p99_ms for one in found] for name, found in burst.items()}
-    said = {name: _cpu(found) for name, found in burst.items()}
-    note = f"CPU ms per order: rail {said['rail']}; direct {said['direct']}"
-    rows += [
-        compared(QUESTION, "burst", "throughput", "orders/s", per_second["rail"], "Litestar + PostgreSQL",
-                 per_second["direct"], at_least=2.5, note=note),
-        compared(QUESTION, "burst", "p99", "ms", p99["rail"], "Litestar + PostgreSQL", p99["direct"], at_most=0.7),
-    ]  # fmt: skip
+    def row(case: str, found: dict[str, list[AcceptSlice]], peer: str, at_least: float | None) -> ResultRow:
+        note = f"CPU ms per order: rail {_cpu(found['rail'])}; {peer} {_cpu(found[peer])}"
+        return compared(QUESTION, case, "throughput", "orders/s", _per_second(found["rail"]), peer,
+                        _per_second(found[peer]), at_least=at_least, note=note)  # fmt: skip
+
+    def p99_row(peer: str) -> ResultRow:
+        return compared(QUESTION, "burst", "p99", "ms", _p99(spread["rail"]), peer, _p99(spread[peer]), at_most=0.7)
+
+    rows = [
+        row("burst", spread, _DUAL, 2.3),
+        p99_row(_DUAL),
+        row("burst", spread, _DIRECT, 2.5),
+        p99_row(_DIRECT),
+    ]
     if express is not None:
-        rows.append(
-            compared(QUESTION, "burst", "throughput", "orders/s", per_second["rail"], "Express + pg",
-                     per_second["express"], at_least=3.5, note=f"CPU ms per order: Express {said['express']}")
-        )  # fmt: skip
+        rows.append(row("burst", spread, _EXPRESS, 3.5))
     else:
-        rows.append(not_run(QUESTION, "burst", "Express + pg", missing, "≥ 3.5×"))
-    rows.append(
-        compared(QUESTION, "one hot restaurant", "throughput", "orders/s",
-                 [one.result.per_second for one in hottest["rail"]], "Litestar + PostgreSQL",
-                 [one.result.per_second for one in hottest["direct"]], at_least=4.0)
-    )  # fmt: skip
-    rows += sustained(rig, plan, direct)
-    for running in filter(None, (direct, express)):
-        running.stop()
-    return rows
+        rows.append(not_run(QUESTION, "burst", _EXPRESS, missing, "≥ 3.5×"))
+    return [
+        *rows,
+        row("one hot restaurant", hottest, _DUAL, None),
+        row("one hot restaurant", hottest, _DIRECT, 4.0),
+    ]
 
 
-def measured(
-    rig: BenchmarkRig, running: RunningProgram, script: str, seconds: float, processes: dict[str, int | None]
-) -> AcceptSlice:
+def measured(running: RunningProgram, script: str, seconds: float, processes: dict[str, int | None]) -> AcceptSlice:
     before = {name: cpu_seconds(pid) for name, pid in processes.items()}
-    result = wrk(running.url, script, seconds=seconds)
+    result = wrk(running.url, script, connections=_CONNECTIONS, seconds=seconds)
     spent = {name: cpu_seconds(pid) - before[name] for name, pid in processes.items()}
     return AcceptSlice(result, {name: 1000 * used / result.requests for name, used in spent.items()})
 
 
-def _servers(rig: BenchmarkRig) -> dict[str, int | None]:
-    return {"rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid}
+def _per_second(slices: list[AcceptSlice]) -> list[float]:
+    return [one.result.per_second for one in slices]
+
+
+def _p99(slices: list[AcceptSlice]) -> list[float]:
+    return [one.result.p99_ms for one in slices]
 
 
 def _cpu(slices: list[AcceptSlice]) -> str:
@@ -116,26 +153,55 @@ def _cpu(slices: list[AcceptSlice]) -> str:
 # -- sustained ---------------------------------------------------------------------------------------------------
 
 
-def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, direct: RunningProgram) -> list[ResultRow]:
-    """A minute with everything running; the direct peer for a third of it before and after, in the same run."""
+class SustainedRun(Struct):
+    slices: list[LoadResult]
+    sound: bool
+    """Every accepted order is everywhere, and no queue grew."""
+    note: str
+
+
+def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, dual: DualWrite, direct: RunningProgram) -> list[ResultRow]:
+    """A minute of the rail with everything running; each peer for a third of it before and after, in the same run."""
     script = posts(rig.restaurants)
-    theirs = [wrk(direct.url, script, seconds=plan.sustained_seconds / 3)]
+    third = plan.sustained_seconds / 3
+    duals = [_sustained_dual_write(rig, dual, script, third)]
+    directs = [wrk(direct.url, script, connections=_CONNECTIONS, seconds=third)]
+    ours = _sustained_rail(rig, plan, script)
+    directs.append(wrk(direct.url, script, connections=_CONNECTIONS, seconds=third))
+    duals.append(_sustained_dual_write(rig, dual, script, third))
+    samples = [one.per_second for one in ours.slices]
+    dual_note = "; ".join(one.note for one in duals)
+    rows = [
+        compared(QUESTION, "sustained", "throughput", "orders/s", samples, _DUAL,
+                 [one.per_second for slice_ in duals for one in slice_.slices], at_least=1.6,
+                 note=f"rail: {ours.note}. Dual write: {dual_note}"),
+        compared(QUESTION, "sustained", "throughput", "orders/s", samples, _DIRECT,
+                 [one.per_second for one in directs], at_least=1.5),
+    ]  # fmt: skip
+    for row in rows:
+        row.met = bool(row.met) and ours.sound
+    if not all(one.sound for one in duals):
+        rows[0].met = None
+    return rows
+
+
+def _sustained_rail(rig: BenchmarkRig, plan: BenchmarkPlan, script: str) -> SustainedRun:
     with rig.rail() as (orders, worker):
         notifier = rig.service("notifier")
-        screen = _ScreenProcess(rig, notifier)
+        screen = Screen(rig, notifier)
         before, mirrored_before = rig.count_orders(), _mirrored(rig)
         processes = {
             "orders": orders.pid, "worker": worker.pid, "notifier": notifier.pid, "postgres": rig.postgres.pid,
-            **_servers(rig),
+            "rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid,
         }  # fmt: skip
-        spent = {name: cpu_seconds(pid) for name, pid in processes.items()}
+        cpu_before = {name: cpu_seconds(pid) for name, pid in processes.items()}
         depths, slices = [], []
         began = time.monotonic()
         while time.monotonic() - began < plan.sustained_seconds:
-            slices.append(wrk(orders.url, script, seconds=plan.sustained_seconds / 6))
+            slices.append(wrk(orders.url, script, connections=_CONNECTIONS, seconds=plan.sustained_seconds / 6))
             depths.append(rig.depth())
         accepted = sum(one.requests for one in slices)
-        used = {name: 1000 * (cpu_seconds(pid) - spent[name]) / accepted for name, pid in processes.items()}
+        cpu_ms = {name: 1000 * (cpu_seconds(pid) - cpu_before[name]) / accepted for name, pid in processes.items()}
         behind = max(0, accepted - (rig.count_orders() - before))
         rig.until(lambda: rig.count_orders() - before >= accepted, "every accepted order in PostgreSQL")
         rig.until(lambda: screen.seen() >= accepted, "every accepted order on the screen")
@@ -144,85 +210,44 @@ def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, direct: RunningProgram) ->
         mirrored = _mirrored(rig) - mirrored_before
         screen.close()
         notifier.stop()
-    theirs.append(wrk(direct.url, script, seconds=plan.sustained_seconds / 3))
-    # wrk does not count what it had not read yet when a slice ended: at most 64 a slice.
-    sound = accepted <= stored <= accepted + 64 * len(slices) and screen.last == stored == mirrored
+    complete = _complete(accepted, stored, screen.last, mirrored, len(slices))
     note = (
-        f"{accepted} accepted, {stored} in PostgreSQL, {screen.last} on the screen, {mirrored} in the mirror"
-        f" ({'all there' if sound else 'NOT THE SAME'}); messages queued after each sixth: {depths};"
-        f" {behind} not yet in PostgreSQL at the end; CPU ms per order: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in used.items())
+        f"{_whereabouts(accepted, stored, screen.last, mirrored, complete)}; messages queued after each sixth:"
+        f" {depths}; {behind} not yet in PostgreSQL at the end; CPU ms per order: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in cpu_ms.items())
     )
-    row = compared(
-        QUESTION, "sustained", "throughput", "orders/s", [one.per_second for one in slices], "Litestar + PostgreSQL",
-        [one.per_second for one in theirs], at_least=1.5, note=note,
-    )  # fmt: skip
     grew = depths[-1] > max(200, 2 * max(depths[: len(depths) // 2]))
-    row.met = bool(row.met) and sound and not grew
-    return [row]
+    return SustainedRun(slices, complete and not grew, note)
 
 
-class _ScreenProcess:
-    """A subscriber of every restaurant's event stream, in a process of its own, that counts the orders it sees."""
+def _sustained_dual_write(rig: BenchmarkRig, dual: DualWrite, script: str, seconds: float) -> SustainedRun:
+    with dual.pushed() as screen:
+        before, mirrored_before = dual.count_orders(), dual.count_mirrored()
+        result = wrk(dual.program.url, script, connections=_CONNECTIONS, seconds=seconds)
 
-    def __init__(self, rig: BenchmarkRig, notifier: RunningProgram) -> None:
-        self._counted = rig.folder / "screen"
-        tokens = rig.folder / "tokens.json"
-        tokens.write_text(json.dumps([one.token for one in rig.restaurants]))
-        self._child = Child.spawn(
-            [sys.executable, "-m", "benchmarks.screen", notifier.url, tokens, self._counted],
-            log=rig.folder / "logs" / "screen.log",
-            env=dict(os.environ),
-            cwd=ROOT,
-        )
-        self.last = 0
-        rig.until(self._counted.exists, "the screen to be connected")
+        def counts() -> tuple[int, int, int]:
+            return dual.count_orders() - before, screen.seen(), dual.count_mirrored() - mirrored_before
 
-    def seen(self) -> int:
-        self.last = int(self._counted.read_text() or 0)
-        return self.last
+        # An order that a lost client left between two of the three writes keeps them apart: then the note says so.
+        rig.reached(lambda: len(set(counts())) == 1, _SETTLE_SECONDS)
+        stored, shown, mirrored = counts()
+    complete = _complete(result.requests, stored, shown, mirrored, 1)
+    return SustainedRun([result], complete, _whereabouts(result.requests, stored, shown, mirrored, complete))
 
-    def close(self) -> None:
-        self._child.terminate(5)
+
+def _complete(accepted: int, stored: int, shown: int, mirrored: int, slices: int) -> bool:
+    """wrk does not count the replies that it had not read when a slice ended: at most one per connection."""
+    return accepted <= stored <= accepted + _CONNECTIONS * slices and shown == stored == mirrored
+
+
+def _whereabouts(accepted: int, stored: int, shown: int, mirrored: int, complete: bool) -> str:
+    return (
+        f"{accepted} accepted, {stored} in PostgreSQL, {shown} on the screen, {mirrored} in the mirror"
+        f" ({'all there' if complete else 'NOT THE SAME'})"
+    )
 
 
 def _mirrored(rig: BenchmarkRig) -> int:
     """Orders in the live windows of the mirror."""
     with Redis.from_url(rig.redis_url) as redis:
         return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)  # type: ignore[arg-type]
-
-
-# -- peers -------------------------------------------------------------------------------------------------------
-
-
-def direct_peer(rig: BenchmarkRig) -> RunningProgram:
-    (port,) = find_free(1)
-    env = _peer_environment(rig, port, rig.make_database("bench_direct"))
-    return rig.program([sys.executable, "-m", "benchmarks.peers.direct"], env, port, name="direct")
-
-
-def express_peer(rig: BenchmarkRig) -> RunningProgram:
-    """Raises ProgramMissing without Node. Uses the tables of the direct peer in a database of its own."""
-    folder = here("express")
-    node = prepared(folder)
-    (port,) = find_free(1)
-    url = rig.make_database("bench_express")
-    _schema(url)
-    env = {**_peer_environment(rig, port, url), "NODE_ENV": "production"}
-    return rig.program([node, "server.js"], env, port, name="express", cwd=folder)
-
-
-def _schema(url: str) -> None:
-    from benchmarks.peers.direct import SCHEMA
-    from benchmarks.rig import execute
-
-    execute(url, SCHEMA)
-
-
-def _peer_environment(rig: BenchmarkRig, port: int, database_url: str) -> dict[str, str]:
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},
-        "BENCH_PORT": str(port),
-        "BENCH_DATABASE_URL": database_url,
-        "BENCH_RESTAURANTS": str(rig.restaurants_file),
-    }

@@ -18,10 +18,11 @@ import aio_pika
 
 from benchmarks.peers import unnest_batches
 from benchmarks.question import BenchmarkPlan, ResultRow, compared
-from benchmarks.rig import ROOT, BenchmarkRig, SeededRestaurant
+from benchmarks.random_orders import encoded_orders
+from benchmarks.rig import ROOT, BenchmarkRig
 from benchmarks.rig import run as run_async
 from deploy.local.child import Child
-from shared.entities.contract import CONTENT_TYPE, Lane, encode, encode_batch
+from shared.entities.contract import CONTENT_TYPE, Lane, encode_batch
 from shared.messaging.topology import CHANGES, lane_queue
 
 QUESTION = "drain"
@@ -105,7 +106,7 @@ async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool 
         for start in range(0, changes, per_message * 128):
             sent = []
             for at in range(start, min(changes, start + per_message * 128), per_message):
-                made = events(rig.restaurants, min(per_message, changes - at))
+                made = encoded_orders(rig.restaurants, min(per_message, changes - at))
                 sent.append(exchange.publish(_message(made), Lane.CRITICAL.value))
                 if bad:
                     sent.append(channel.default_exchange.publish(_message([_broken(one) for one in made]), lane))
@@ -120,7 +121,3 @@ def _message(made: list[bytes]) -> aio_pika.Message:
 
 def _broken(event: bytes) -> bytes:
     return event.replace(b'"total":', b'"total":-')
-
-
-def events(restaurants: list[SeededRestaurant], count: int) -> list[bytes]:
-    return [encode(unnest_batches.change(restaurants)) for _ in range(count)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from benchmarks.rig import SeededRestaurant
+from benchmarks.restaurants import SeededRestaurant
 
 
 class ProgramMissing(Exception):

@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 import aio_pika
 import psutil
 
-from benchmarks.drain import events
 from benchmarks.load import ProgramMissing, here
 from benchmarks.peers.node import prepared
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, not_run
+from benchmarks.random_orders import encoded_orders
 from benchmarks.rig import BenchmarkRig, RunningProgram
 from benchmarks.rig import run as run_async
 from deploy.local.ports import find_free
@@ -48,7 +48,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     cases: dict[str, Callable[[], float]] = {"rail": lambda: _ours(rig, notifier)}
     missing: dict[str, str] = {}
     peers: list[RunningProgram] = []
-    payload = encode_batch(events(rig.restaurants[:1], _EVENTS))
+    payload = encode_batch(encoded_orders(rig.restaurants[:1], _EVENTS))
     try:
         peers.append(socketio := _socketio(rig))
         cases["socketio"] = lambda: _crowd(socketio, _join_socketio, lambda: _post(socketio, "/publish", payload))
@@ -171,7 +171,7 @@ def _read_until(link: socket.socket, mark: bytes) -> None:
 
 
 def _ours(rig: BenchmarkRig, notifier: RunningProgram) -> float:
-    made = events(rig.restaurants[:1], _EVENTS)
+    made = encoded_orders(rig.restaurants[:1], _EVENTS)
 
     async def publish() -> None:
         async with await aio_pika.connect(rig.rabbitmq_url) as connection:

@@ -6,7 +6,6 @@ same PostgreSQL server, and the restaurants as a JSON file.
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -15,29 +14,23 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import NAMESPACE_URL, uuid5
 
 import aio_pika
 import asyncpg
-import msgspec
 import psutil
-from msgspec import Struct
 from redis import Redis
 
+from benchmarks.restaurants import SeededRestaurant, seed
 from deploy.local import packages, servers
 from deploy.local.child import Child
 from deploy.local.ports import find_free
-from shared.entities import menu_item
-from shared.entities.contract import Change, ChangeData, Lane, change_id, encode, now
-from shared.entities.menu_item import MenuItem
+from shared.entities.contract import Lane
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror import keys
-from shared.postgres.changes import Written, write_batch
-from shared.security import Identity, Role, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "a-secret-for-benchmarks-that-is-long-enough"  # noqa: S105  (servers on 127.0.0.1 that live for minutes)
@@ -50,16 +43,12 @@ SERVICES = {
 WITHOUT_RATE_LIMITS = {"restaurant_per_second": 0, "address_per_second": 0}
 """Settings of every system under load. Readers of one restaurant reach more than its default 5,000 requests per second,
 and a 429 is not a figure."""
-_RESTAURANTS = 50
-_DISHES = 12
+_POLL_SECONDS = 0.1
 T = TypeVar("T")
 
 
-class SeededRestaurant(Struct, frozen=True):
-    id: str
-    token: str
-    menu_item_ids: list[str]
-    table_id: str
+class NotReady(RuntimeError):
+    """A program ended, or did not become ready in time; the message has the end of its log."""
 
 
 class RunningProgram:
@@ -116,7 +105,8 @@ class BenchmarkRig:
         for server in (self.postgres, self.redis, self.rabbitmq):
             server.start()
         self.cli("migrate")
-        run(self._seed())
+        self.restaurants, described = run(seed(self.database_url("writer"), SECRET))
+        self.restaurants_file.write_bytes(described)
 
     def stop(self) -> None:
         for one in self._running:
@@ -189,7 +179,7 @@ class BenchmarkRig:
         deadline = time.monotonic() + 60
         while ready and not _answers(running.url + ready):
             if running.child.returncode is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{name} does not get ready:\n{running.child.tail(30)}")
+                raise NotReady(f"{name} does not become ready:\n{running.child.tail(30)}")
             time.sleep(0.1)
         return running
 
@@ -197,12 +187,19 @@ class BenchmarkRig:
         """Waits until claims are taken on the mirror."""
         self.until(lambda: b'"mirror":"warm"' in _body(f"{worker.url}/health/ready"), "a warm mirror")
 
-    def until(self, look: Any, what: str, within: float = 120.0) -> None:
+    def until(self, look: Callable[[], object], what: str, within: float = 120.0) -> None:
+        """Waits until `look` returns something true; raises RuntimeError after `within` seconds."""
+        if not self.reached(look, within):
+            raise RuntimeError(f"not within {within:.0f} s: {what}")
+
+    def reached(self, look: Callable[[], object], within: float) -> bool:
+        """Whether `look` returned something true within so many seconds."""
         deadline = time.monotonic() + within
         while not look():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"not within {within:.0f} s: {what}")
-            time.sleep(0.1)
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     @contextlib.contextmanager
     def rail(self, **settings: object) -> Iterator[tuple[RunningProgram, RunningProgram]]:
@@ -252,53 +249,7 @@ class BenchmarkRig:
             pass
 
     def count_orders(self) -> int:
-        return int(run(_fetchval(self.database_url("writer"), "select count(*) from orders")))
-
-    async def _seed(self) -> None:
-        tokens = Tokens(SECRET, ttl_seconds=24 * 3600)
-        described = []
-        connection = await asyncpg.connect(self.database_url("writer"))
-        try:
-            for number in range(_RESTAURANTS):
-                id_ = _id("restaurant", number)
-                await connection.execute(
-                    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
-                    " values ($1, $2, $3, 'EUR', 'Europe/Berlin', 4, 700)",
-                    id_,
-                    f"bench-{number}",
-                    f"Restaurant {number}",
-                )
-                dishes = [(_id("dish", number, place), f"Dish {place}", 500 + 75 * place) for place in range(_DISHES)]
-                async with connection.transaction():
-                    await write_batch(connection, [_dish(id_, *dish) for dish in dishes], patience=5.0)
-                token = tokens.issue(Identity(_id("user", number), Role.STAFF, id_, "bench@example.org"))
-                seeded = SeededRestaurant(id_, token, [dish for dish, _, _ in dishes], _id("table", number))
-                self.restaurants.append(seeded)
-                described.append({"id": id_, "dishes": [list(dish) for dish in dishes]})
-        finally:
-            await connection.close()
-        self.restaurants_file.write_text(json.dumps({"restaurants": described, "secret": SECRET}))
-
-
-def _dish(restaurant: str, id_: str, name: str, price: int) -> Written:
-    """The change that a menu's import would have made."""
-    at = now()
-    state = MenuItem(
-        id=id_, restaurant_id=restaurant, name=name, price=price, category="Mains", created_at=at, updated_at=at
-    )
-    after = encode(state)
-    change = Change(
-        id=change_id(id_, 1, after),
-        source="import",
-        type=menu_item.ENTITY.type("created"),
-        subject=f"menu_item/{id_}",
-        time=at,
-        restaurantid=restaurant,
-        priority=menu_item.ENTITY.lane.priority,
-        entityversion=1,
-        data=ChangeData(after=msgspec.Raw(after)),
-    )
-    return Written(Lane.NORMAL, menu_item.ENTITY, change, state)
+        return int(run(fetch_value(self.database_url("writer"), "select count(*) from orders")))
 
 
 def run(work: Awaitable[T]) -> T:
@@ -324,10 +275,6 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def _id(*names: object) -> str:
-    return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-bench", *names)))))
 
 
 def _answers(url: str) -> bool:
@@ -360,7 +307,7 @@ async def _execute(url: str, statement: str) -> None:
         await connection.close()
 
 
-async def _fetchval(url: str, query: str) -> Any:
+async def fetch_value(url: str, query: str) -> Any:
     connection = await asyncpg.connect(url)
     try:
         return await connection.fetchval(query)

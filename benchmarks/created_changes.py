@@ -1,0 +1,25 @@
+"""Changes that create an entity, as the services record them, for what a benchmark stores without the API."""
+
+from typing import Any
+
+from msgspec import Raw
+
+from shared.entities.contract import Change, ChangeData, change_id, encode
+from shared.entities.entity import Entity
+
+
+def created(entity: Entity, state: Any, *, source: str = "orders", actor: str | None = None) -> Change:
+    """Version 1 of an entity, with `state` after it."""
+    after = encode(state)
+    return Change(
+        id=change_id(state.id, 1, after),
+        source=source,
+        type=entity.type("created"),
+        subject=f"{entity.name}/{state.id}",
+        time=state.created_at,
+        restaurantid=state.restaurant_id,
+        priority=entity.lane.priority,
+        entityversion=1,
+        actor=actor,
+        data=ChangeData(after=Raw(after)),
+    )

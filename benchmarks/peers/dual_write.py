@@ -1,0 +1,93 @@
+"""A peer of the accept benchmark: the dual write, which does the same work as the rail in the order many would build.
+
+    1. one PostgreSQL transaction (transaction.py)
+    2. the mirror: the order's document and its place in the list of live orders, one pipelined round trip to Redis
+    3. the push: a persistent, mandatory, confirmed publish to the stream that a notifier follows, one per order
+    4. the reply
+
+It gets our Redis client, which pipelines what waits at the same moment, our publisher and our notifier, so that only
+the design differs. The publish goes to a stream alone: PostgreSQL already holds the order, and a stream confirms
+without the flush that a quorum queue would add.
+
+What it does not promise: a crash, or an absent Redis or RabbitMQ, between steps 1 and 3 leaves an order that readers of
+the mirror and subscribers miss until the client repeats the request with the same key. A repeat runs steps 2 and 3
+again. While PostgreSQL is away it accepts nothing.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from litestar import Litestar, post
+from litestar.types import ASGIApp
+
+from benchmarks.created_changes import created
+from benchmarks.peers.transaction import application, placed, priced_order, store
+from shared.entities import order as orders
+from shared.entities.contract import encode, encode_batch
+from shared.entities.entity import micros
+from shared.entities.order import Order
+from shared.http import Call
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import CHANGES, LOG
+from shared.mirror.connection import MirrorConnection
+
+_MIRROR_SECONDS = 0.5
+_PUBLISH_SECONDS = 1.5
+_CONNECT_SECONDS = 10.0
+
+
+@post("/api/orders")
+async def place(request: Call) -> ASGIApp:
+    order = await store(request, await priced_order(request))
+    await mirror(request.app.state["mirror"], order)
+    await push(request.app.state["publisher"], order)
+    return placed(order)
+
+
+def document_key(restaurant: str, id_: str) -> str:
+    return f"{{{restaurant}}}:order:{id_}"
+
+
+def live_key(restaurant: str) -> str:
+    return f"{{{restaurant}}}:live:order"
+
+
+async def mirror(redis: MirrorConnection, order: Order) -> None:
+    """Raises MirrorAway or MirrorInDoubt; the order is in PostgreSQL by then."""
+    restaurant = order.restaurant_id
+    await asyncio.gather(
+        redis.call("HSET", document_key(restaurant, order.id), "v", 1, "d", encode(order)),
+        redis.call("ZADD", live_key(restaurant), micros(order.created_at), order.id),
+    )
+
+
+async def push(publisher: Publisher, order: Order) -> None:
+    """Raises NotSent or InDoubt; the order is in PostgreSQL and in the mirror by then."""
+    event = encode(created(orders.ENTITY, order, actor=order.placed_by))
+    await publisher.publish(orders.ENTITY.lane.value, encode_batch([event]))
+
+
+@asynccontextmanager
+async def connections(app: Litestar) -> AsyncIterator[None]:
+    redis = MirrorConnection(os.environ["BENCH_REDIS_URL"], timeout=_MIRROR_SECONDS)
+    publisher = Publisher(os.environ["BENCH_RABBITMQ_URL"], CHANGES, queues=[LOG], timeout=_PUBLISH_SECONDS)
+    app.state["mirror"], app.state["publisher"] = redis, publisher
+    await redis.check()
+    await publisher.start(wait=_CONNECT_SECONDS)
+    try:
+        yield
+    finally:
+        await publisher.stop()
+        await redis.close()
+
+
+def create() -> Litestar:
+    return application(place, name="dual_write", resources=connections)
+
+
+if __name__ == "__main__":
+    from shared.http import serve
+
+    serve("benchmarks.peers.dual_write:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))
