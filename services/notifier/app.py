@@ -25,8 +25,6 @@ from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options
 from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
-from shared.messaging.publisher import BROKEN_LINK, closed_under_us
-from shared.messaging.topology import LOG
 from shared.metrics import HttpMetrics, Metrics, PushMetrics
 from shared.rail.instance import number_of_traces
 from shared.security import Tokens
@@ -61,19 +59,8 @@ def assemble(settings: Settings) -> Parts:
 
 async def start(parts: Parts) -> None:
     """Raises TopologyError when the broker answers and has no log."""
-    if await _log_is_missing(parts.settings):
-        raise declare.TopologyError(f"stream {LOG!r} is missing: run `ticketrail migrate`")
+    await declare.check_log_at_start(parts.settings)
     parts.follower.start()
-
-
-async def _log_is_missing(settings: Settings) -> bool:
-    try:
-        with closed_under_us():
-            async with await declare.connect(settings.rabbitmq_url) as connection:
-                return not await declare.log_exists(connection)
-    except BROKEN_LINK as error:
-        log.warning("starting_without_broker", error=str(error) or type(error).__name__)
-        return False
 
 
 async def stop(parts: Parts) -> None:

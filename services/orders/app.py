@@ -31,7 +31,7 @@ from shared.lifecycle import settle_memory
 from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.log import LogReader
-from shared.messaging.publisher import BROKEN_LINK, Publisher, closed_under_us
+from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, REFERENCE_LOG, bound_queues
 from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
@@ -183,23 +183,12 @@ async def start(parts: Parts) -> None:
         raise
     except (MirrorAway, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
-    await _check_topology(parts.settings)
-    await parts.publisher.start(wait=3.0)
+    broker = await declare.check_at_start(parts.settings)
+    await parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
     parts.drainer.start()
     parts.orphans.start()
     await parts.menus.start()
     await parts.menus.load_all()
-
-
-async def _check_topology(settings: Settings) -> None:
-    try:
-        with closed_under_us():
-            async with await declare.connect(settings.rabbitmq_url) as connection:
-                await declare.check(connection, settings)
-    except declare.TopologyError:
-        raise
-    except BROKEN_LINK as error:
-        log.warning("starting_without_broker", error=str(error) or type(error).__name__)
 
 
 async def stop(parts: Parts) -> None:

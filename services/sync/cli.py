@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import click
+from aio_pika.abc import AbstractConnection
 from rich.console import Console
 from rich.live import Live
 
@@ -33,7 +34,7 @@ from shared.entities.contract import encode
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.management import make_watcher
-from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
 from shared.postgres.migrate import migrate, present_epoch
 from shared.security import Identity, Role, Tokens
 from shared.settings import Settings
@@ -41,7 +42,8 @@ from shared.settings import Settings
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
 _LOCK = 0x71636B75  # beside the one of the schema
-_LOG_WITHIN = 10.0  # seconds
+_BROKER_READY_SECONDS = 60.0
+_MANAGEMENT_READY_SECONDS = 10.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,50 +60,47 @@ def migrate_command() -> None:
 async def _migrate(settings: Settings) -> None:
     applied = await migrate(settings)
     click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
-    async with await declare.connect(settings.rabbitmq_url) as broker:
-        await declare.declare(broker, settings)
-        database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
-        try:
-            # Until the connection is closed: of two at once, the second finds the log that the first has made.
-            await database.execute("select pg_advisory_lock($1)", _LOCK)
-            created = not await declare.log_exists(broker)
-            epoch = await present_epoch(database)
-            if not created:
-                # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
-                # from a backup, does not.
-                reader = LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0)
-                carried = await _carried_by(reader)
-                if carried is not None and carried != epoch:
-                    epoch = carried
-                    await database.execute(_NOTE_EPOCH, epoch)
-            if epoch is None or created:
-                # Noted before the stream is made: a fence may not carry an epoch that is over.
-                epoch = uuid4().hex[:12]
-                await database.execute(_NOTE_EPOCH, epoch)
-            await declare.declare_logs(broker, settings, epoch)
-        finally:
-            await database.close()
+    created, epoch = await when_ready(
+        settings.rabbitmq_url, lambda broker: _declare_topology(broker, settings), within=_BROKER_READY_SECONDS
+    )
     click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
     if settings.rabbitmq_management_url:
         try:
-            await asyncio.to_thread(
-                make_watcher, settings.rabbitmq_management_url, settings.rabbitmq_watcher_url, settings.rabbitmq_url
+            await until_ready(
+                lambda: asyncio.to_thread(
+                    make_watcher, settings.rabbitmq_management_url, settings.rabbitmq_watcher_url, settings.rabbitmq_url
+                ),
+                within=_MANAGEMENT_READY_SECONDS,
+                what="the management API of RabbitMQ",
             )
-        except OSError as error:  # operators then see depths alone, by AMQP
-            click.echo(f"the management API does not answer, its watcher was not made: {error}", err=True)
+        except BrokerNotReady as error:  # operators then see depths alone, by AMQP
+            click.echo(f"{error}: its watcher was not made", err=True)
 
 
-async def _carried_by(reader: LogReader) -> str | None:
-    """The epoch in the log. One that was declared a moment ago is not there at once: the broker answers "stream not
-    found" or an internal error for a while."""
-    deadline = time.monotonic() + _LOG_WITHIN
-    while True:
-        try:
-            return await reader.first_epoch()
-        except BROKEN_LINK:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.2)
+async def _declare_topology(broker: AbstractConnection, settings: Settings) -> tuple[bool, str]:
+    """Whether the log was made, and its epoch."""
+    await declare.declare(broker, settings)
+    database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
+    try:
+        # Until the connection is closed: of two at once, the second finds the log that the first has made.
+        await database.execute("select pg_advisory_lock($1)", _LOCK)
+        created = not await declare.log_exists(broker)
+        epoch = await present_epoch(database)
+        if not created:
+            # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
+            # from a backup, does not.
+            carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
+            if carried is not None and carried != epoch:
+                epoch = carried
+                await database.execute(_NOTE_EPOCH, epoch)
+        if epoch is None or created:
+            # Noted before the stream is made: a fence may not carry an epoch that is over.
+            epoch = uuid4().hex[:12]
+            await database.execute(_NOTE_EPOCH, epoch)
+        await declare.declare_logs(broker, settings, epoch)
+    finally:
+        await database.close()
+    return created, epoch
 
 
 def _console() -> Console:

@@ -25,7 +25,7 @@ from services.sync.thresholds import Thresholds
 from shared.http import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
-from shared.messaging.publisher import BROKEN_LINK, Publisher, closed_under_us
+from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
 from shared.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
@@ -158,7 +158,7 @@ async def start(parts: Parts) -> None:
         raise
     except (MirrorAway, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
-    await _broker_with_topology(parts.settings)
+    await declare.check_at_start(parts.settings, within=None)  # without the broker this worker has nothing to do
     await parts.publisher.start(wait=5.0)
     await parts.postgres_writer.start()
     parts.keeper.start()
@@ -170,20 +170,6 @@ async def start(parts: Parts) -> None:
     parts.thresholds.start()
     parts.cleanup.start()
     settle_memory()
-
-
-async def _broker_with_topology(settings: Settings) -> None:
-    """Waits for the broker: without it there is nothing for this worker to do."""
-    while True:
-        try:
-            with closed_under_us():
-                async with await declare.connect(settings.rabbitmq_url) as connection:
-                    return await declare.check(connection, settings)
-        except BROKEN_LINK as error:
-            if isinstance(error, declare.TopologyError):
-                raise
-            log.warning("waiting_for_broker", error=str(error) or type(error).__name__)
-        await asyncio.sleep(1.0)
 
 
 async def stop(parts: Parts) -> None:

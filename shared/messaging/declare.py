@@ -11,16 +11,14 @@ from shared.entities.contract import now
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.hosts import Hosts
+from shared.messaging.recovery import START_WAIT_SECONDS, BrokerNotReady, is_missing, when_ready
 from shared.messaging.topology import Queue
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 
-_MISSING = "no queue"  # of one that is there and cannot be used a broker has several other things to say
-
-
-class TopologyError(RuntimeError):
+class TopologyError(Exception):
     """The broker does not hold what this version needs; says which queue and what to do."""
 
 
@@ -30,14 +28,14 @@ async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
-    """Asked on a channel of its own: the broker closes the channel of a question with the answer no. Raises
-    ConnectionError for a queue that is there and out of reach, such as a stream of a broker that has just started."""
+    """Asked on a channel of its own: the broker closes the channel of a question with the answer no. Raises one of
+    BROKEN_LINK for a queue that is there and not recovered yet, such as a stream of a broker that has just started."""
     channel = await connection.channel()
     try:
         await channel.declare_queue(queue, passive=True)
     except ChannelNotFoundEntity as error:
-        if _MISSING not in str(error):
-            raise ConnectionError(str(error)) from error
+        if not is_missing(error):
+            raise
         return False
     await channel.close()
     return True
@@ -112,8 +110,32 @@ async def check(connection: AbstractConnection, settings: Settings) -> None:
     try:
         await channel.declare_exchange(topology.CHANGES, passive=True)
     except ChannelNotFoundEntity as error:
+        if not is_missing(error):
+            raise
         raise TopologyError(f"exchange {topology.CHANGES!r} is missing: run `ticketrail migrate`") from error
     for queue in [*topology.queues(settings), *topology.logs(settings)]:
         if not await _exists(connection, queue.name):
             raise TopologyError(f"queue {queue.name!r} is missing: run `ticketrail migrate`")
     await channel.close()
+
+
+async def check_at_start(settings: Settings, *, within: float | None = START_WAIT_SECONDS) -> bool:
+    """`check` once the broker is ready. False: it is not ready within so many seconds, which is logged, and the service
+    starts without it. None waits for it without a limit. Raises TopologyError."""
+    try:
+        await when_ready(settings.rabbitmq_url, lambda connection: check(connection, settings), within=within)
+    except BrokerNotReady as error:
+        log.warning("starting_without_broker", error=str(error))
+        return False
+    return True
+
+
+async def check_log_at_start(settings: Settings) -> None:
+    """The same for a service that only reads the log."""
+    try:
+        there = await when_ready(settings.rabbitmq_url, log_exists, within=START_WAIT_SECONDS)
+    except BrokerNotReady as error:
+        log.warning("starting_without_broker", error=str(error))
+        return
+    if not there:
+        raise TopologyError(f"stream {topology.LOG!r} is missing: run `ticketrail migrate`")

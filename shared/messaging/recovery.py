@@ -1,0 +1,91 @@
+"""Waiting for a broker that is not ready yet. Every start-up check of every service and `migrate` asks through here.
+
+A RabbitMQ node that starts refuses connections, hangs up, calls its vhost down, and answers NOT_FOUND "home node … is
+down or inaccessible" for each queue that it has not recovered; a stream without a leader answers INTERNAL_ERROR or
+nothing at all. Streams recover seconds after everything else. All of these mean "not ready": `until_ready` asks again,
+with jittered back-off, until a deadline, and then raises BrokerNotReady with the last answer.
+
+Two answers are final, because waiting changes neither. NOT_FOUND "no queue" or "no exchange": RabbitMQ lists durable
+queues before it listens, so a queue that it does not know at all is missing. And an error that the question raises by
+itself, such as TopologyError.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+from urllib.error import HTTPError
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.exceptions import AuthenticationError, ChannelNotFoundEntity, ProbableAuthenticationError
+
+from shared.backoff import backoff
+from shared.messaging.hosts import Hosts
+from shared.messaging.publisher import BROKEN_LINK, closed_under_us
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+START_WAIT_SECONDS = 3.0
+"""How long a service that can start without the broker waits for it."""
+_MISSING = ("no queue", "no exchange")
+_REFUSED_STATUS = (400, 401, 403, 405)
+
+
+class BrokerNotReady(ConnectionError):
+    """The broker did not become ready before the deadline, or it refuses the credentials."""
+
+
+def is_missing(error: BaseException) -> bool:
+    """The broker does not know the queue or exchange at all. False for one that it has not recovered yet."""
+    return isinstance(error, ChannelNotFoundEntity) and any(said in str(error) for said in _MISSING)
+
+
+def _refuses_credentials(error: BaseException) -> bool:
+    if isinstance(error, HTTPError):
+        return error.code in _REFUSED_STATUS
+    return isinstance(error, AuthenticationError | ProbableAuthenticationError)
+
+
+async def until_ready(attempt: Callable[[], Awaitable[T]], *, within: float | None, what: str = "RabbitMQ") -> T:
+    """The result of `attempt`, which is repeated as long as the broker is not ready, so it must be idempotent.
+
+    `within`: seconds for all attempts together, None for no limit. Raises BrokerNotReady after that, and at once when
+    the broker refuses the credentials, unless there is no limit. Other errors of `attempt` pass through.
+    """
+    deadline = None if within is None else time.monotonic() + within
+    tries = 0
+    while True:
+        try:
+            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                with closed_under_us():
+                    return await attempt()
+        except BROKEN_LINK as error:
+            if is_missing(error):
+                raise
+            said = str(error) or type(error).__name__
+            pause = backoff(tries)
+            over = deadline is not None and time.monotonic() + pause > deadline
+            if deadline is not None and (over or _refuses_credentials(error)):
+                raise BrokerNotReady(f"{what} is not ready: {said}") from error
+            tries += 1
+            log.warning("waiting_for_broker", server=what, answer=said, attempt=tries)
+            await asyncio.sleep(pause)
+
+
+async def when_ready(url: str, work: Callable[[AbstractConnection], Awaitable[T]], *, within: float | None) -> T:
+    """`work` on a connection to the broker, as `until_ready` says. Each attempt has a connection of its own: a broker
+    that recovers closes channels, and sometimes the connection, with its answer."""
+    hosts = Hosts(url)
+
+    async def attempt() -> T:
+        try:
+            async with await hosts.connect() as connection:
+                return await work(connection)
+        except BROKEN_LINK:
+            hosts.turn()
+            raise
+
+    return await until_ready(attempt, within=within)

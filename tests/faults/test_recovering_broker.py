@@ -1,0 +1,137 @@
+"""RabbitMQ that has just started: its queues and streams come back after it answers. It is "not ready", no error."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aio_pika
+import pytest
+
+from deploy.local import packages
+from deploy.local import servers as local
+from deploy.local.ports import find_free
+from shared.entities.contract import Lane
+from shared.messaging import declare, topology
+from shared.messaging.log import LogReader
+from shared.messaging.recovery import BrokerNotReady, when_ready
+from shared.settings import Settings
+from tests.servers import RabbitMQ, Servers
+from tests.servers.processes import LocalProcess
+from tests.system import System
+
+pytestmark = pytest.mark.timeout(600)
+
+RESTARTS = 12
+MESSAGES = 300  # in every queue, and with them in the streams
+
+
+class OwnBroker(Servers):
+    """The servers of the run, with a RabbitMQ that one test may restart: a process of this machine."""
+
+    def __init__(self, shared: Servers, folder: Path) -> None:
+        amqp, management, epmd, distribution = find_free(4)
+        own = local.RabbitMQ(
+            folder / "rabbitmq",
+            folder / "rabbitmq.log",
+            packages.ensure(),
+            port=amqp,
+            management_port=management,
+            epmd_port=epmd,
+            distribution_port=distribution,
+        )
+        super().__init__(
+            RabbitMQ(LocalProcess(own), amqp, management),
+            shared.postgres,
+            shared.redis,
+            another_redis=shared.extra_redis,
+            clean=lambda: None,
+        )
+
+
+@pytest.fixture
+async def system(servers: Servers) -> AsyncIterator[System]:
+    folder = Path(tempfile.mkdtemp(prefix="ticketrail-recovering-"))
+    own = OwnBroker(servers, folder)
+    await asyncio.to_thread(own.rabbitmq.start)
+    try:
+        system = System(own, folder)
+        try:
+            yield system
+        finally:
+            await asyncio.to_thread(servers.postgres.drop_database, system.name)
+    finally:
+        await asyncio.to_thread(own.rabbitmq.discard)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def fill(url: str) -> None:
+    """Messages in every lane and every dead queue; through the lanes also in both streams."""
+    connection = await aio_pika.connect(url)
+    async with connection:
+        channel = await connection.channel()
+        exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
+
+        def message() -> aio_pika.Message:
+            return aio_pika.Message(b"x" * 1_000, delivery_mode=2)
+
+        for lane in Lane:
+            await asyncio.gather(*(exchange.publish(message(), lane.value) for _ in range(MESSAGES)))
+            dead = topology.dead_queue(lane)
+            await asyncio.gather(*(channel.default_exchange.publish(message(), dead) for _ in range(MESSAGES)))
+
+
+async def read_log(url: str) -> int:
+    """The entries of the log from its beginning to its present end."""
+    reader, found = LogReader(url, name="test", idle_seconds=5.0), 0
+    async with asyncio.timeout(60):
+        async for batch in reader.read("first"):
+            found += len(batch.entries)
+            if batch.caught_up:
+                break
+    return found
+
+
+async def test_migrate_start_checks_and_readers_wait_for_a_broker_that_recovers(system: System) -> None:
+    await system.cli("migrate")
+    settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
+    await fill(system.rabbitmq_url)
+    broker = system.servers.rabbitmq
+    for _ in range(RESTARTS):
+        await asyncio.to_thread(broker.kill)
+        start = asyncio.create_task(asyncio.to_thread(broker.start))
+        # All of them ask from before the broker listens until it has recovered.
+        said, ready, _, entries = await asyncio.gather(
+            system.cli("migrate"),
+            declare.check_at_start(settings, within=60),
+            declare.check_log_at_start(settings),
+            read_log(system.rabbitmq_url),
+        )
+        await start
+        assert "topology: up to date" in said
+        assert "does not answer" not in said
+        assert ready
+        assert entries == MESSAGES * len(Lane)
+
+
+async def test_a_missing_queue_is_refused_at_once_and_an_absent_broker_at_the_deadline(system: System) -> None:
+    await system.cli("migrate")
+    settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
+
+    async def delete(connection: aio_pika.abc.AbstractConnection) -> None:
+        await (await connection.channel()).queue_delete(topology.LOG)
+
+    await when_ready(system.rabbitmq_url, delete, within=60)
+    hour = 3_600.0  # of a deadline that the answer must not wait for: the test's own timeout is shorter
+    with pytest.raises(declare.TopologyError, match=topology.LOG):
+        await declare.check_at_start(settings, within=hour)
+    with pytest.raises(declare.TopologyError, match=topology.LOG):
+        await declare.check_log_at_start(settings)
+    wrong = system.rabbitmq_url.replace(":ticketrail@", ":another@")
+    with pytest.raises(BrokerNotReady, match="REFUSED"):
+        await when_ready(wrong, declare.log_exists, within=hour)
+
+    await asyncio.to_thread(system.servers.rabbitmq.stop)
+    with pytest.raises(BrokerNotReady):
+        await when_ready(system.rabbitmq_url, declare.log_exists, within=1.0)
