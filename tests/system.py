@@ -70,6 +70,8 @@ class System:
         self.servers = servers
         self.directory = directory
         self.redis = redis or servers.redis
+        self.root = ROOT
+        """The tree whose code runs; a test may name a copy."""
         self.name = f"t{uuid4().hex[:10]}"
         ports = find_free(4)
         self.ports = dict(zip(SERVICES, ports, strict=True))
@@ -139,7 +141,7 @@ class System:
             [sys.executable, "-m", *SERVICES[name]],
             log=self.directory / f"{alias or name}.log",
             env=env,
-            cwd=ROOT,
+            cwd=self.root,
         )
 
     async def ready(self, name: str, *, within: float = 120.0) -> None:
@@ -201,7 +203,7 @@ class System:
             "-m",
             "services.sync.cli",
             *arguments,
-            cwd=ROOT,
+            cwd=self.root,
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,0 +1,121 @@
+"""docs/add-an-entity.md, followed as a reader would: each edit and each command, on a copy of the repository."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Servers
+from tests.system import PATIENT, ROOT, System, eventually
+
+_STEP = re.compile(
+    r"^<!-- (?P<order>[a-z ]+?)(?: (?P<target>\S+))? -->\n```\w+\n(?P<block>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+PAGE = (ROOT / "docs/add-an-entity.md").read_text()
+
+
+def steps() -> Iterator[tuple[str, str, str]]:
+    """(order, target, block), such as ("edit", "shared/entities/registry.py", "-old\\n+new\\n")."""
+    for found in _STEP.finditer(PAGE):
+        yield found["order"], found["target"] or "", found["block"]
+
+
+def edit(path: Path, difference: str) -> None:
+    """Replaces the lines with ' ' and '-' by those with ' ' and '+'. They must be there once."""
+    lines = difference.splitlines(keepends=True)
+    before = "".join(line[1:] for line in lines if line[0] in " -")
+    after = "".join(line[1:] for line in lines if line[0] in " +")
+    text = path.read_text()
+    assert text.count(before) == 1, f"{path.name} has not once:\n{before}"
+    path.write_text(text.replace(before, after))
+
+
+async def shell(block: str, cwd: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-e", "-c", block, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, f"{block}\n{out.decode()}"
+    return out.decode()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """What a fresh clone holds, with this virtual environment."""
+    root = tmp_path / "clone"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    (root / ".venv").symlink_to(Path(sys.prefix))
+    (root / ".local").mkdir()
+    return root
+
+
+@pytest.fixture
+async def copied_system(servers: Servers, copy: Path) -> AsyncIterator[System]:
+    own_redis = await asyncio.to_thread(servers.extra_redis)
+    system = System(servers, copy / ".local", redis=own_redis, **PATIENT)
+    system.root = copy
+    try:
+        yield system
+    finally:
+        await system.down()
+        await asyncio.to_thread(own_redis.discard)
+
+
+@pytest.mark.timeout(600)
+async def test_who_follows_the_tutorial_has_an_entity_that_reaches_postgresql(
+    copy: Path, copied_system: System
+) -> None:
+    system, done = copied_system, []
+    for order, target, block in steps():
+        match order:
+            case "create":
+                assert not (copy / target).exists()
+                (copy / target).write_text(block)
+            case "append":
+                (copy / target).write_text(f"{(copy / target).read_text().rstrip()}\n\n\n{block}")
+            case "edit":
+                edit(copy / target, block)
+            case "run":
+                await shell(block, copy)
+            case "start":
+                await system.up("orders", "worker")
+                demo = {"orders_url": system.urls["orders"], "tokens": system.demo["tokens"]}
+                (copy / ".local/demo.json").write_text(json.dumps(demo))
+            case "run until":
+                await eventually(
+                    lambda block=block: shell(block, copy),
+                    within=60,
+                    what=block,
+                    until=lambda seen, t=target: t in seen,
+                )
+            case _:
+                pytest.fail(f"the tutorial orders {order!r}")
+        done.append(order)
+    assert done.count("run until") == 1
+    assert len(done) == PAGE.count("\n```") // 2, "every block of the tutorial is followed"
+    async with system.database() as connection:
+        stored = await connection.fetchrow("select name, guests, version from reservations")
+    assert stored is not None
+    assert tuple(stored) == ("Ada", 4, 1)
+
+
+async def test_the_tutorials_code_passes_the_linter(copy: Path) -> None:
+    for order, target, block in steps():
+        if order == "create" and target.endswith(".py"):
+            (copy / target).write_text(block)
+        elif order == "append":
+            (copy / target).write_text(f"{(copy / target).read_text().rstrip()}\n\n\n{block}")
+        elif order == "edit":
+            edit(copy / target, block)
+    changed = sorted({target for order, target, _ in steps() if target.endswith(".py")})
+    await shell(f".venv/bin/python -m ruff check {' '.join(changed)}\n.venv/bin/python -m ruff format --check .", copy)
