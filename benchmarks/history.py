@@ -18,6 +18,7 @@ from uuid import NAMESPACE_URL, uuid5
 import asyncpg
 from msgspec import Raw, Struct, structs
 
+from services.sync.writer.upsert import Written, data_of, write_batch
 from shared.entities import customer, inventory_item, menu_item, order, table
 from shared.entities.contract import Change, ChangeData, change_id, changed_fields, encode
 from shared.entities.customer import Customer
@@ -26,7 +27,6 @@ from shared.entities.inventory_item import InventoryItem
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, OrderItem, Payment, Status, StockHold, payment_status
 from shared.entities.table import DiningTable
-from shared.postgres.changes import Written, data_of, write_batch
 
 DAYS = 400
 _BLOCK = 2_000

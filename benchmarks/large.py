@@ -26,7 +26,7 @@ from services.orders.lists import cursor_after
 from shared.entities import order
 from shared.postgres import states
 from shared.postgres.migrate import migrate
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 
 QUESTION = "large"

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.weak_secrets import passwords_in, weakness
+from shared.security.weak_secrets import passwords_in, weakness
 
 _URLS_WITH_PASSWORDS = (
     "rabbitmq_url",
@@ -66,11 +66,11 @@ class Settings(BaseSettings):
     trusted_proxies: str = Field(
         "",
         description="addresses or networks, with commas between, whose X-Forwarded-For is believed "
-        "(shared/client_address.py); empty: nobody's",
+        "(shared/http/client_address.py); empty: nobody's",
     )
 
     cors_origins: str = Field("", description="with commas between, or *; empty: no other origin's pages may call")
-    # Token buckets (shared/limits.py); 0 a second: no limit.
+    # Token buckets (shared/http/limits.py); 0 a second: no limit.
     restaurant_per_second: NonNegativeFloat = 5_000.0
     restaurant_burst: PositiveInt = 10_000
     address_per_second: NonNegativeFloat = 5_000.0
@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         {}, description="for `ticketrail status` where services do not share a host: JSON, by orders, sync-worker, …"
     )
 
-    # Who may call (shared/security.py).
+    # Who may call (shared/security/tokens.py).
     jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
     jwt_secret: str = Field("development-only-secret-change-me-please", description="for HS256: 32 bytes at least")
     jwt_private_key: str = Field(
@@ -169,7 +169,7 @@ class Settings(BaseSettings):
     failed_warning: PositiveInt = Field(5, description="the same for those that have failed")
     threshold_seconds: PositiveFloat = Field(10.0, description="how often the worker looks at both")
 
-    # Traces (shared/tracing.py).
+    # Traces (shared/observability/tracing.py).
     trace_sample: float = Field(
         0.1, ge=0, le=1, description="share of traces that are kept; failed and slow ones are kept beside them; 0: off"
     )

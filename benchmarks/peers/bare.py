@@ -22,6 +22,6 @@ def create() -> Litestar:
 
 
 if __name__ == "__main__":
-    from shared.http import serve
+    from shared.http.server import serve
 
     serve("benchmarks.peers.bare:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))

@@ -9,7 +9,7 @@ from litestar import Litestar, post
 from litestar.types import ASGIApp
 
 from benchmarks.peers.transaction import application, placed, priced_order, store
-from shared.http import Call
+from shared.http.server import Call
 
 
 @post("/api/orders")
@@ -22,6 +22,6 @@ def create() -> Litestar:
 
 
 if __name__ == "__main__":
-    from shared.http import serve
+    from shared.http.server import serve
 
     serve("benchmarks.peers.direct:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))

@@ -10,11 +10,11 @@ import asyncpg
 from faststream import AckPolicy, FastStream
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
+from services.sync.writer.upsert import data_of
 from shared.entities import registry
 from shared.entities.contract import Change, decode_change, split_batch
 from shared.entities.order import Order
 from shared.entities.signal import signal_in
-from shared.postgres.changes import data_of
 
 
 class _UndecodedBody:

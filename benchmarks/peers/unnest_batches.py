@@ -13,7 +13,7 @@ from benchmarks.rig import BenchmarkRig
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from shared.entities.order import Order
-from shared.postgres.changes import Written, write_batch
+from services.sync.writer.upsert import Written, write_batch
 
 _BATCH_CHANGES = 500
 _BATCH_SECONDS = 10.0

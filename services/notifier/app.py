@@ -18,19 +18,19 @@ from services.notifier.follower import Follower
 from services.notifier.hub import Hub
 from services.notifier.transports import API, TRANSPORTS
 from services.notifier.window import Window
-from shared.api_docs import pages
-from shared.bodies import MAX_BODY_BYTES
-from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
+from shared.http.api_docs import pages
+from shared.http.authorization import Outer, cors, gate
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.limits import Limits
+from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
 from shared.lifecycle import settle_memory
-from shared.limits import Limits
 from shared.messaging import declare
-from shared.metrics import HttpMetrics, Metrics, PushMetrics
+from shared.observability.logs import configure_logging
+from shared.observability.metrics import HttpMetrics, Metrics, PushMetrics
+from shared.observability.tracing import Tracer
 from shared.rail.instance import number_of_traces
-from shared.security import Tokens
+from shared.security.tokens import Tokens
 from shared.settings import Settings
-from shared.telemetry import configure_logging
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

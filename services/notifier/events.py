@@ -24,7 +24,7 @@ from shared.entities import order
 from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import event_of
 from shared.entities.registry import read
-from shared.tracing import trace_id_of
+from shared.observability.tracing import trace_id_of
 
 
 class Kind(IntEnum):

@@ -22,9 +22,9 @@ from shared.entities.contract import BrokenContract, now, split_batch
 from shared.lifecycle import vital_task
 from shared.messaging.log import Batch, Entry, LogReader
 from shared.messaging.topology import LOG
-from shared.metrics import PushMetrics
+from shared.observability.metrics import PushMetrics
+from shared.observability.tracing import Tracer
 from shared.settings import Settings
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

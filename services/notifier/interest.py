@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from services.notifier.events import EVERY_KIND, KINDS, PushEvent
 from shared.errors import InvalidInput
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 
 
 class Interest(Struct, frozen=True):

@@ -1,6 +1,6 @@
 """`python -m services.orders`"""
 
-from shared.http import serve
+from shared.http.server import serve
 from shared.settings import Settings
 
 if __name__ == "__main__":

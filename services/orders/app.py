@@ -22,20 +22,22 @@ from services.orders.reads import Reads
 from services.orders.routes import API
 from services.orders.shop import Shop
 from services.orders.sign_in import SignIn
-from shared.api_docs import pages
-from shared.bodies import MAX_BODY_BYTES
 from shared.entities.contract import now
-from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options
+from shared.http.api_docs import pages
+from shared.http.authorization import Outer, cors, gate
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.limits import Limits
+from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options
 from shared.lifecycle import settle_memory
-from shared.limits import Limits
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, REFERENCE_LOG, bound_queues
-from shared.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
+from shared.observability.logs import configure_logging
+from shared.observability.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
+from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
@@ -44,10 +46,8 @@ from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphans import Orphans
 from shared.rail.record import Recorder
 from shared.rail.set_aside import count_aside
-from shared.security import Tokens
+from shared.security.tokens import Tokens
 from shared.settings import Settings
-from shared.telemetry import configure_logging
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

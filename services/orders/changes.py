@@ -23,7 +23,7 @@ from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
 from shared.rail.commit import Committed, Draft, Lost, Rail
 from shared.rail.record import Durability
-from shared.security import Identity
+from shared.security.tokens import Identity
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
 _TRIES_AGAIN = 3

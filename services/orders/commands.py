@@ -28,7 +28,7 @@ from shared.entities.order import (
 )
 from shared.errors import Conflict, Forbidden, InvalidInput
 from shared.rail.commit import OutOfStock
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 
 _ENTITY = orders.ENTITY
 _MOST_PAYMENTS = 1_000

@@ -22,7 +22,7 @@ from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Postgres
 from shared.restaurants import Restaurant
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 
 T = TypeVar("T")
 

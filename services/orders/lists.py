@@ -6,14 +6,14 @@ from uuid import UUID
 
 from services.orders.reads import Page
 from services.orders.views import state_view, sync_of
-from shared.api import ListQuery
-from shared.cursors import cursor_after, read_cursor
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import Forbidden, InvalidInput
-from shared.http import Reply, success
-from shared.permissions import allowed
-from shared.security import Identity
+from shared.http.cursors import cursor_after, read_cursor
+from shared.http.endpoint import ListQuery
+from shared.http.server import Reply, success
+from shared.security.permissions import allowed
+from shared.security.tokens import Identity
 
 _BESIDE = ("version", "sync")
 _OF_EVERY_LIST = frozenset(ListQuery.__struct_fields__)

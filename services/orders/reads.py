@@ -19,9 +19,9 @@ from shared.entities.contract import Standing, SyncState
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import NotFound, Unavailable
-from shared.metrics import ReadMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Document, Mirror
+from shared.observability.metrics import ReadMetrics
 from shared.postgres import states
 from shared.postgres.pool import AWAY, Connection, Postgres
 from shared.postgres.states import Stored

@@ -6,7 +6,6 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from shared.api import ListQuery
 from shared.entities.contract import Amount, Label, Money, Text, Time
 from shared.entities.customer import Points
 from shared.entities.inventory_item import Count
@@ -15,6 +14,7 @@ from shared.entities.job import Minutes, Stage
 from shared.entities.menu_item import Choices, Units, Url
 from shared.entities.order import Quantity, Status
 from shared.entities.table import Seats, TableState
+from shared.http.endpoint import ListQuery
 
 
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):

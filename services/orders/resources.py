@@ -11,14 +11,14 @@ from msgspec import Struct, field
 
 from services.orders import requests
 from services.orders.insight import Insight, OrderAtTable
-from shared.api import ListQuery
 from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, table
 from shared.entities.contract import in_range
 from shared.entities.entity import Entity
 from shared.entities.job import Job, Stage
 from shared.errors import Conflict, InvalidInput, NotFound
+from shared.http.endpoint import ListQuery
 from shared.restaurants import Restaurant
-from shared.security import Identity
+from shared.security.tokens import Identity
 
 Fields = dict[str, Any]
 

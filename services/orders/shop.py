@@ -13,7 +13,7 @@ from services.orders.reads import Found, Reads
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
 from shared.entities.contract import encode
-from shared.http import Call, Reply, success
+from shared.http.server import Call, Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 

@@ -19,11 +19,11 @@ from services.orders.accounts import Accounts, User, plain_email
 from services.orders.reads import Reads
 from shared.entities import table
 from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
-from shared.limits import Rate, TokenBucket, counted_as
+from shared.http.limits import Rate, TokenBucket, counted_as
 from shared.mirror.mirror import Mirror
-from shared.passwords import fits, hash_password
 from shared.restaurants import Restaurant
-from shared.security import BadKey, Identity, Role, Tokens
+from shared.security.passwords import fits, hash_password
+from shared.security.tokens import BadKey, Identity, Role, Tokens
 from shared.settings import Settings
 
 _WINDOW = 300.0

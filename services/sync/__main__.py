@@ -2,7 +2,7 @@
 
 import sys
 
-from shared.http import serve
+from shared.http.server import serve
 from shared.settings import Settings
 
 if __name__ == "__main__":

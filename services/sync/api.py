@@ -13,34 +13,35 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.sync import conflict_routes, ops_routes
-from services.sync.external import ExternalOrder
-from services.sync.ops_routes import Operators
-from services.sync.status import SyncStatus, sync_status
-from services.sync.upserts import Upserts
-from shared.api import endpoint
-from shared.api_docs import pages
-from shared.bodies import MAX_BODY_BYTES, read_body
+from services.sync.conflicts import routes as conflict_routes
+from services.sync.dead_letters import routes as dead_letter_routes
+from services.sync.dead_letters.routes import Operators
+from services.sync.imports.external_order_upserts import Upserts
+from services.sync.imports.external_orders import ExternalOrder
+from services.sync.mirror.sync_status import SyncStatus, sync_status
 from shared.entities.contract import now
 from shared.errors import Unauthenticated
-from shared.gate import Outer, cors, gate
-from shared.http import EXCEPTION_HANDLERS, Call, health, metrics_route, options, success
-from shared.limits import Limits
+from shared.http.api_docs import pages
+from shared.http.authorization import Outer, cors, gate
+from shared.http.bodies import MAX_BODY_BYTES, read_body
+from shared.http.endpoint import endpoint
+from shared.http.limits import Limits
+from shared.http.openapi import Api
+from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, success
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
-from shared.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
-from shared.openapi import Api
-from shared.permissions import PUBLIC
+from shared.observability.logs import configure_logging
+from shared.observability.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
+from shared.observability.tracing import Tracer
 from shared.postgres.pool import AWAY, Postgres
 from shared.rail.commit import Rail
 from shared.rail.instance import number_of_traces
 from shared.rail.record import Recorder
-from shared.security import Tokens
+from shared.security.permissions import PUBLIC
+from shared.security.tokens import Tokens
 from shared.settings import Settings
-from shared.telemetry import configure_logging
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -111,7 +112,7 @@ async def status(request: Call, parts: Parts) -> ASGIApp:
     return success(await sync_status(parts.settings, parts.postgres, parts.mirror, request.identity.tenant))
 
 
-ROUTES = [status, sync_order, *ops_routes.ROUTES, *conflict_routes.ROUTES]
+ROUTES = [status, sync_order, *dead_letter_routes.ROUTES, *conflict_routes.ROUTES]
 API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
 
 

@@ -14,29 +14,29 @@ import structlog
 from litestar import Litestar
 from msgspec import Struct
 
-from services.sync.cleanup import Cleanup
-from services.sync.fences import WAYS, FenceSource, FenceWatch
-from services.sync.keeper import Keeper
-from services.sync.mirror_writer import MirrorWriter
-from services.sync.postgres_writer import PostgresWriter
-from services.sync.reconciler import Reconciler
-from services.sync.replays import Replays
-from services.sync.thresholds import Thresholds
-from shared.http import EXCEPTION_HANDLERS, health, metrics_route
+from services.sync.dead_letters.collector import Keeper
+from services.sync.dead_letters.replays import Replays
+from services.sync.heartbeat import WAYS, FenceSource, FenceWatch
+from services.sync.maintenance.cleanup import Cleanup
+from services.sync.maintenance.reconciler import Reconciler
+from services.sync.mirror.mirror_writer import MirrorWriter
+from services.sync.mirror.thresholds import Thresholds
+from services.sync.writer.postgres_writer import PostgresWriter
+from shared.http.server import EXCEPTION_HANDLERS, health, metrics_route
 from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
-from shared.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
 from shared.mirror.mirror import Mirror
+from shared.observability.logs import configure_logging
+from shared.observability.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
+from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.instance import number_of_traces
 from shared.rail.record import Recorder
 from shared.settings import Settings
-from shared.telemetry import configure_logging
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

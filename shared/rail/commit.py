@@ -12,7 +12,6 @@ import structlog
 from msgspec import Raw, Struct
 from opentelemetry.trace import SpanKind
 
-from shared import tracing
 from shared.entities import registry
 from shared.entities.contract import (
     MAX_DATA_BYTES,
@@ -28,12 +27,13 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
-from shared.metrics import RailMetrics
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Short, Stale, Stands, stock_text
+from shared.observability import tracing
+from shared.observability.metrics import RailMetrics
+from shared.observability.tracing import Tracer
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.record import Durability, Recorder, Unrecorded
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

@@ -13,9 +13,9 @@ from opentelemetry.trace import SpanKind
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch, traceparent_in
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.observability.tracing import Tracer
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
 from shared.rail.record import MAX_BODY, sending, sends
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

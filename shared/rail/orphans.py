@@ -13,11 +13,11 @@ import structlog
 
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.observability.tracing import Tracer
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.set_aside import files_of, journals_in
-from shared.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 

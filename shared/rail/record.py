@@ -15,11 +15,11 @@ import structlog
 from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
-from shared import tracing
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
-from shared.metrics import RailMetrics
+from shared.observability import tracing
+from shared.observability.metrics import RailMetrics
 from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 
 log = structlog.get_logger(__name__)

@@ -10,7 +10,7 @@ from tests.http import http_client
 from tests.system import eventually
 
 _WITHIN = 120.0
-# Facts that the standing state of their order lacks (services/sync/forked_payments.py).
+# Facts that the standing state of their order lacks (services/sync/conflicts/forked_payments.py).
 _LEFT_OUT = """
 select count(*) from payments p where not exists (
     select from orders o join changes c on c.restaurant_id = o.restaurant_id and c.change_id = o.change_id,

@@ -15,7 +15,7 @@ from shared.entities.contract import now
 from shared.entities.signal import MARK, Signal, encode_signal
 from shared.messaging import topology
 from shared.mirror.mirror import Mirror
-from shared.tracing import trace_id_of
+from shared.observability.tracing import trace_id_of
 from tests.chaos.rig import Rig
 
 _CHANGES = (

@@ -9,7 +9,8 @@ from typing import Any
 from services.notifier.transports import API as NOTIFIER
 from services.orders.routes import API as ORDERS
 from services.sync.api import API as SYNC
-from shared import asyncapi, openapi
+from shared.http import openapi
+from shared.messaging import asyncapi
 from shared.settings import Settings
 from tests.system import ROOT
 

@@ -21,14 +21,14 @@ from click.testing import CliRunner
 from faststream.specification.asyncapi.v3_0_0.schema import ApplicationSchema
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
-from services.sync import cli, retry
-from shared import asyncapi
+from services.sync.cli import main as cli_main
+from services.sync.failures import retry_ladder
 from shared.entities.contract import Lane
 from shared.entities.registry import ENTITIES
 from shared.entities.signal import FENCE, MARK
-from shared.messaging import topology
-from shared.openapi import operations
-from shared.permissions import PUBLIC
+from shared.http.openapi import operations
+from shared.messaging import asyncapi, topology
+from shared.security.permissions import PUBLIC
 from shared.settings import Settings
 from tests.contract import documents
 from tests.contract.freeze import SAMPLES, path_of, revisions
@@ -255,7 +255,7 @@ def test_every_sample_belongs_to_an_event_of_the_document() -> None:
 
 def test_headers_of_what_failed_are_those_that_are_sent() -> None:
     names = ("REASON", "ERROR", "LANE", "FAILED_AT", "FIRST_FAILED_AT", "CHANGE_ID", "RESTAURANT", "SUBJECT")
-    sent = {getattr(retry, name) for name in names}
+    sent = {getattr(retry_ladder, name) for name in names}
     for message in (asyncapi.RETRIED, asyncapi.DEAD):
         described = set(ASYNCAPI["components"]["messages"][message]["headers"]["properties"])
         assert described == {topology.ATTEMPT, "ticketrail-log-offset", *sent}
@@ -265,7 +265,7 @@ def test_the_command_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
         monkeypatch.delenv(name)
-    printed = CliRunner().invoke(cli.main, ["asyncapi"], catch_exceptions=False)
+    printed = CliRunner().invoke(cli_main.main, ["asyncapi"], catch_exceptions=False)
     assert printed.exit_code == 0
     assert printed.output == (documents.FOLDER / "asyncapi.json").read_text()
 
@@ -273,5 +273,5 @@ def test_the_command_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_command_describes_the_queues_of_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TICKETRAIL_RETRY_STEPS_MS", "[77]")
-    printed = json.loads(CliRunner().invoke(cli.main, ["asyncapi"], catch_exceptions=False).output)
+    printed = json.loads(CliRunner().invoke(cli_main.main, ["asyncapi"], catch_exceptions=False).output)
     assert topology.retry_queue(Lane.NORMAL, 77) in printed["channels"]

@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from services.sync.cli import _migrate
+from services.sync.cli.main import _migrate
 from shared.settings import Settings
 from tests.integration.letters_rig import Desk, open_desk
 from tests.integration.sign_in_rig import Place, guarded, register

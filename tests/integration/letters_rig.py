@@ -13,13 +13,13 @@ import structlog
 from click.testing import CliRunner
 
 from deploy.local.ports import find_free
-from services.sync.cli import main
-from services.sync.retry import ERROR, FAILED_AT, PLACE, REASON
+from services.sync.cli.main import main
+from services.sync.failures.retry_ladder import ERROR, FAILED_AT, PLACE, REASON
 from shared.entities.contract import Change, Lane, encode, now
 from shared.entities.table import DiningTable
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from tests.builders import change, message
 from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop
@@ -75,7 +75,7 @@ class Desk:
         lane: Lane = Lane.NORMAL,
         reason: str = "transient",
         error: str = "SerializationError: try again",
-        place: str = "shared.postgres.changes:write_batch",
+        place: str = "services.sync.writer.upsert:write_batch",
         at: str | None = None,
     ) -> None:
         """Straight into the dead queue, as if a writer had given it up: a good change can be replayed."""

@@ -21,7 +21,7 @@ from shared.entities.order import Order, Status
 from shared.entities.signal import FENCE, Signal, encode_signal
 from shared.messaging import declare
 from shared.messaging.topology import CHANGES, LOG
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.builders import RESTAURANT, change, message, order
 from tests.http import http_client

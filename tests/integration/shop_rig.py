@@ -10,7 +10,7 @@ from msgspec import Struct
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from tests.builders import message
 from tests.http import http_client
 from tests.system import System

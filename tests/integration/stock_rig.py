@@ -10,8 +10,9 @@ from typing import Any
 from msgspec import structs
 
 from services.orders.pricing import holds
-from services.sync.mirror_writer import MirrorWriter
-from services.sync.reconciler import Reconciler
+from services.sync.maintenance.reconciler import Reconciler
+from services.sync.mirror.mirror_writer import MirrorWriter
+from services.sync.writer.upsert import Written, write_batch
 from shared.entities import registry
 from shared.entities.contract import Change, Standing, decode_change, encode, now
 from shared.entities.entity import Entity
@@ -21,11 +22,10 @@ from shared.entities.menu_item import Consumption
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order, OrderItem, Status, StockHold
 from shared.entities.registry import ENTITIES
-from shared.metrics import Metrics, WriterMetrics
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Claimed, LogState, Mirror, Short, Stale, Stands, stock_text
+from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres import states
-from shared.postgres.changes import Written, write_batch
 from shared.rail import commit
 from shared.rail.commit import Draft
 from tests import builders

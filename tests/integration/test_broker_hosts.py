@@ -9,7 +9,7 @@ import pytest
 from faststream.rabbit import RabbitBroker
 
 from deploy.local.ports import find_free
-from services.sync.intake import Intake
+from services.sync.writer.intake import Intake
 from shared.entities.contract import Lane
 from shared.entities.signal import FENCE
 from shared.messaging import declare, topology

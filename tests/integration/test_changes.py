@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from services.sync.writer.upsert import Outcome, Written, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
 from shared.entities.order import Customization, Order, PaymentStatus, Status
 from shared.entities.table import DiningTable
 from shared.postgres import states
-from shared.postgres.changes import Outcome, Written, write_batch
 from shared.postgres.migrate import migrate
 from shared.settings import Settings
 from tests.builders import CREATED_AT, RESTAURANT, change, item, menu_item, order, payment

@@ -10,8 +10,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from services.sync.cleanup import Cleanup
-from services.sync.cli_session import Session
+from services.sync.command_session import Session
+from services.sync.maintenance.cleanup import Cleanup
 from shared.entities import order as orders
 from shared.entities.contract import encode, now
 from shared.postgres.pool import Postgres

@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 
 from shared.entities import order as orders
 from shared.entities.contract import Change, Lane
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.builders import change, message, payment
 from tests.http import http_client
 from tests.integration.forks_rig import fork, stands

@@ -6,12 +6,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from services.sync.failures import Failure, Kind
-from services.sync.keeper import Keeper
-from services.sync.retry import Failed, headers_for
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.collector import Keeper
+from services.sync.failures.classification import Failure, Kind
+from services.sync.failures.retry_ladder import Failed, headers_for
 from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode
 from shared.messaging import topology
-from shared.postgres import dead_letters
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
 from tests.integration.writer_rig import MakeRig, Rig
 from tests.servers import Servers
@@ -62,7 +62,9 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_that_names_it(k
     for reason, body in bad.items():
         assert found[reason].body == body
         assert found[reason].place.startswith("shared.entities."), found[reason].place
-    groups = {group.reason: group for group in await dead_letters.groups(kept.database, dead_letters.Wanted())}
+    groups = {
+        group.reason: group for group in await dead_letter_store.groups(kept.database, dead_letter_store.Wanted())
+    }
     assert {reason: group.count for reason, group in groups.items()} == dict.fromkeys(bad, 1)
     assert ">= 0" in groups["negative_amount"].sample_error
     await kept.written(good)
@@ -402,7 +404,7 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     await fail_for_ever(kept)
     made = change(order(notes="unlucky"))
     # Told by hand, and off its last rung: what the writer tells of the ladder may come after the letter.
-    await dead_letters.retries.note(kept.database, [told(made, attempt=2)])
+    await dead_letter_store.retries.note(kept.database, [told(made, attempt=2)])
     assert await kept.count("retries") == 1
     failure = Failure(Kind.TRANSIENT, "transient", "?")
     headers = headers_for(Failed(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
@@ -411,9 +413,9 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     assert await kept.count("retries") == 0
 
 
-def told(made: Change, *, attempt: int) -> dead_letters.retries.Retry:
+def told(made: Change, *, attempt: int) -> dead_letter_store.retries.Retry:
     """A row of `retries`."""
-    return dead_letters.retries.Retry(
+    return dead_letter_store.retries.Retry(
         restaurant_id=RESTAURANT, change_id=made.id, lane="critical", entity="order", entity_id=made.entity_id,
         attempt=attempt, reason="transient", error="?", failed_at=made.time,
     )  # fmt: skip
@@ -423,7 +425,7 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
     made = change(order())
     await rig.publish(made)
     await rig.written(made)
-    await dead_letters.retries.note(rig.database, [told(made, attempt=1)])
+    await dead_letter_store.retries.note(rig.database, [told(made, attempt=1)])
     assert await rig.count("retries") == 0
     # And one that slipped through between the two transactions is swept away.
     await rig.database.execute(
@@ -433,4 +435,4 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
         made.id,
         made.entity_id,
     )
-    assert await dead_letters.retries.sweep(rig.database) == 1
+    assert await dead_letter_store.retries.sweep(rig.database) == 1

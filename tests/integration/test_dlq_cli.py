@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from services.sync.editing import event_in
+from services.sync.dead_letters.editing import event_in
 from shared.entities.contract import Lane, encode
 from shared.messaging import topology
 from tests.builders import change, message, order

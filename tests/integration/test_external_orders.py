@@ -13,12 +13,12 @@ import pytest
 
 from deploy.local.ports import find_free
 from services.sync import api
-from services.sync.cli_session import Session
-from services.sync.external import ExternalOrder, order_id
-from services.sync.upserts import Upserts
-from shared.bodies import read_body
+from services.sync.command_session import Session
+from services.sync.imports.external_order_upserts import Upserts
+from services.sync.imports.external_orders import ExternalOrder, order_id
 from shared.entities.contract import now
 from shared.errors import OutcomeUnknown, Unavailable
+from shared.http.bodies import read_body
 from shared.mirror import keys
 from shared.settings import Settings
 from tests.http import http_client

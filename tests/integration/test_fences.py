@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.sync.fences import log_way
+from services.sync.heartbeat import log_way
 from shared.entities.contract import Lane, now
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError

@@ -17,7 +17,7 @@ from shared.entities import job
 from shared.entities.contract import Standing, encode
 from shared.entities.job import Job, Stage, place_at, place_beside, place_between
 from shared.entities.selection import Selection
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.builders import CREATED_AT, RESTAURANT, new_id
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
 from tests.system import System, eventually

@@ -5,11 +5,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from services.sync.from_log import FromLog, Report
-from services.sync.letters import letters_of
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.failures.parsing import letters_of
+from services.sync.maintenance import feed_epochs
+from services.sync.maintenance.from_log import FromLog, Report
 from shared.entities.contract import Change, Lane, encode, now
 from shared.messaging import topology
-from shared.postgres import dead_letters, feed_epochs
 from tests.builders import change, message, order, payment
 from tests.integration.writer_rig import Rig
 from tests.servers import Servers
@@ -101,7 +102,7 @@ async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
         async with rig.postgres.connection() as connection:
             letters = letters_of(queue, Lane.CRITICAL, letter.body, letter.headers, now())
             letters += letters_of(queue, Lane.CRITICAL, message(discarded), {}, now())
-            await dead_letters.keep(connection, letters)
+            await dead_letter_store.keep(connection, letters)
             await connection.execute("update dead_letters set status = 'discarded'")
 
     report = await replay(rig)

@@ -14,10 +14,10 @@ import pytest
 import redis.asyncio
 from msgspec import structs
 
-from services.sync import full_sync
-from services.sync.cli_session import Session
-from services.sync.fences import log_way
-from services.sync.full_sync import Compared, Difference, FullSync
+from services.sync.command_session import Session
+from services.sync.heartbeat import log_way
+from services.sync.mirror import full_sync
+from services.sync.mirror.full_sync import Compared, Difference, FullSync
 from shared.entities import order as orders
 from shared.entities.contract import Lane, Standing, encode, now
 from shared.mirror import keys

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import pytest
 
-from services.sync.cli_session import Session
-from services.sync.reconciler import _LANES_EMPTIED, Reconciler
+from services.sync.command_session import Session
+from services.sync.maintenance.reconciler import _LANES_EMPTIED, Reconciler
 from shared.entities import order as orders
 from shared.entities.contract import Lane, Standing, encode, now
 from shared.messaging.management import ask

@@ -17,10 +17,10 @@ import asyncpg
 import pytest
 from msgspec import Struct
 
-from services.sync.cli_session import Session
-from services.sync.importing import Importer, Refused, Report
-from services.sync.rows import source_of
-from services.sync.upserts import Upserts
+from services.sync.command_session import Session
+from services.sync.imports.external_order_upserts import Upserts
+from services.sync.imports.importer import Importer, Refused, Report
+from services.sync.imports.sources import source_of
 from shared.errors import NotFound
 from tests.integration.link import link_to
 from tests.integration.shop_rig import Shop, open_shop

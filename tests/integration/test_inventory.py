@@ -17,7 +17,7 @@ from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.inventory_item import StockMove
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
-from shared.security import Role
+from shared.security.tokens import Role
 from shared.settings import Settings
 from tests.builders import change
 from tests.integration.recorded import recorded

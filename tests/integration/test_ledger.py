@@ -14,16 +14,16 @@ import asyncpg
 import msgspec
 import pytest
 
-from services.sync.balance import PLACES, Balance
-from services.sync.ledger import Ledger, draw_up
-from services.sync.postgres_writer import PostgresWriter
+from services.sync.dead_letters import actions
+from services.sync.ledger.balance import PLACES, Balance
+from services.sync.ledger.ledger import Ledger, draw_up
+from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane, encode, now
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import Unavailable
 from shared.messaging import topology
-from shared.metrics import Metrics, WriterMetrics
 from shared.mirror.mirror import Apply
-from shared.postgres import letter_acts
+from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal
@@ -191,9 +191,9 @@ async def test_a_dead_letter_explains_a_change_also_when_it_was_discarded_or_edi
     async with books.ops.connection() as connection, connection.transaction():
         one, two, _ = letters
         by = {"why": "a test", "actor": "a tester", "role": "operator"}
-        await letter_acts.discard(connection, one.id, revision=one.revision, **by)
+        await actions.discard(connection, one.id, revision=one.revision, **by)
         edit = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
-        await letter_acts.replace(connection, two.id, revision=two.revision, **edit, **by)
+        await actions.replace(connection, two.id, revision=two.revision, **edit, **by)
     balance = await books.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 
@@ -361,14 +361,14 @@ async def test_a_window_begins_where_it_is_told_to(books: Books) -> None:
 async def test_what_the_mirror_alone_shows_as_pending_is_a_hint_and_no_more(
     books: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.sync import ledger_sources
+    from services.sync.ledger import sources
 
     restaurant = f"{os.urandom(4).hex()}-1111-4111-8111-111111111111"
     state = order(items=1, restaurant_id=restaurant)
     one = change(state)
     await books.rig.mirror.keep_restaurant(restaurant, b"{}")
     await books.rig.mirror.apply([Apply(ORDER, state, one.standing, bytes(one.data.after), one.time)])
-    monkeypatch.setattr(ledger_sources, "_OLD", ledger_sources._OLD * 0)
+    monkeypatch.setattr(sources, "_OLD", sources._OLD * 0)
     found = await books.balance(mirror=books.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0

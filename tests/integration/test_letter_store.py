@@ -9,13 +9,14 @@ import asyncpg
 import pytest
 from msgspec import structs
 
-from services.sync.failures import fingerprint
-from services.sync.letters import letters_of
+from services.sync.dead_letters import actions, replay_jobs
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.store import Attempt, NewLetter, Wanted
+from services.sync.failures.classification import fingerprint
+from services.sync.failures.parsing import letters_of
 from shared.entities.contract import Lane, encode, now
 from shared.errors import Conflict, NotFound
 from shared.messaging import topology
-from shared.postgres import dead_letters, letter_acts, replay_jobs
-from shared.postgres.dead_letters import Attempt, NewLetter, Wanted
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.integration.writer_rig import MakeRig, Rig
 
@@ -58,13 +59,13 @@ def letter(
 
 
 async def keep(rig: Rig, *letters: NewLetter) -> None:
-    assert len(await dead_letters.keep(rig.database, letters)) == len(letters)
+    assert len(await dead_letter_store.keep(rig.database, letters)) == len(letters)
 
 
 async def found(rig: Rig, **wanted: Any) -> set[bytes]:
-    page = await dead_letters.page(rig.database, Wanted(**wanted), limit=100)
-    assert len(page) == await dead_letters.count(rig.database, Wanted(**wanted))
-    whole = [await dead_letters.one(rig.database, one.id) for one in page]
+    page = await dead_letter_store.page(rig.database, Wanted(**wanted), limit=100)
+    assert len(page) == await dead_letter_store.count(rig.database, Wanted(**wanted))
+    whole = [await dead_letter_store.one(rig.database, one.id) for one in page]
     return {one.body for one in whole if one}
 
 
@@ -73,10 +74,10 @@ async def test_pages_come_newest_first_and_hold_everything_once(store: Rig) -> N
     # Several at the same moment: the cursor must tell them apart.
     made = [letter(at=at + timedelta(seconds=number // 4)) for number in range(10)]
     await keep(store, *made)
-    seen: list[dead_letters.Letter] = []
+    seen: list[dead_letter_store.Letter] = []
     while True:
         before = (seen[-1].last_failed_at, seen[-1].id) if seen else None
-        page = await dead_letters.page(store.database, Wanted(), before=before, limit=3)
+        page = await dead_letter_store.page(store.database, Wanted(), before=before, limit=3)
         if not page:
             break
         seen += page
@@ -110,7 +111,7 @@ async def test_each_filter_narrows_to_what_it_says(store: Rig) -> None:
     assert await found(store, text="100% _Özgür") == mine, "in the body, with what `like` would take for its own"
     assert await found(store, text="100%Ö") == set()
     assert await found(store, text=str(ours.entity_id)) == mine
-    page = await dead_letters.page(store.database, Wanted(restaurant_id=RESTAURANT))
+    page = await dead_letter_store.page(store.database, Wanted(restaurant_id=RESTAURANT))
     assert await found(store, ids=(page[0].id,)) == mine
     assert await found(store, ids=(str(uuid4()),)) == set()
 
@@ -122,14 +123,14 @@ async def test_groups_count_and_tell_first_last_sample_and_trend(store: Rig) -> 
     other = letter(reason="too_large", restaurant_id=OTHER_RESTAURANT, lane=Lane.NORMAL)
     await keep(store, early, late, newest, other)
     await store.database.execute("update dead_letters set status = 'discarded' where digest = $1", late.digest)
-    first, second = await dead_letters.groups(store.database, Wanted())
+    first, second = await dead_letter_store.groups(store.database, Wanted())
     assert (first.fingerprint, first.reason, first.place) == (newest.fingerprint, newest.reason, newest.place)
     assert (first.count, first.open, first.queues) == (3, 2, (newest.queue,))
     assert (first.first_failed_at, first.last_failed_at) == (early.attempts[0].at, newest.attempts[0].at)
     assert first.sample_error == "BrokenContract: the newest"
     assert first.trend == (*[0] * 21, 1, 0, 1)
     assert (second.count, second.queues, sum(second.trend)) == (1, (other.queue,), 1)
-    [only] = await dead_letters.groups(store.database, Wanted(restaurant_id=OTHER_RESTAURANT))
+    [only] = await dead_letter_store.groups(store.database, Wanted(restaurant_id=OTHER_RESTAURANT))
     assert only.fingerprint == other.fingerprint
 
 
@@ -142,9 +143,9 @@ async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_anoth
     for tenant, expected in ((RESTAURANT, {ours.change_id}), (OTHER_RESTAURANT, {theirs.change_id}), ("", set())):
         async with api.transaction():
             await api.execute("select set_config('app.tenant', $1, true)", tenant)
-            page = await dead_letters.page(api, Wanted())
+            page = await dead_letter_store.page(api, Wanted())
             assert {one.change_id for one in page} == expected
-            assert sum(group.count for group in await dead_letters.groups(api, Wanted())) == len(expected)
+            assert sum(group.count for group in await dead_letter_store.groups(api, Wanted())) == len(expected)
     for table in ("letter_edits", "ops_jobs", "ops_job_letters"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await api.execute(f"select * from {table}")
@@ -155,40 +156,40 @@ async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_anoth
 
 async def test_of_two_operators_the_second_is_told(store: Rig, ops: Any) -> None:
     await keep(store, letter())
-    [seen] = await dead_letters.page(ops, Wanted())
+    [seen] = await dead_letter_store.page(ops, Wanted())
     async with ops.transaction():
-        done = await letter_acts.discard(ops, seen.id, revision=seen.revision, why="a test", **WHO)
+        done = await actions.discard(ops, seen.id, revision=seen.revision, why="a test", **WHO)
     assert (done.status, done.why, done.revision) == ("discarded", "a test", 2)
     assert done.closed_at is not None
     with pytest.raises(Conflict) as told:
-        await letter_acts.discard(ops, seen.id, revision=seen.revision, why="me too", **WHO)
+        await actions.discard(ops, seen.id, revision=seen.revision, why="me too", **WHO)
     assert told.value.error_code == "letter_changed"
     assert told.value.details["revision"] == 2
     with pytest.raises(Conflict) as told:
-        await letter_acts.discard(ops, seen.id, revision=2, why="again", **WHO)
+        await actions.discard(ops, seen.id, revision=2, why="again", **WHO)
     assert told.value.error_code == "letter_not_open"
     with pytest.raises(NotFound):
-        await letter_acts.discard(ops, str(uuid4()), revision=1, why="?", **WHO)
+        await actions.discard(ops, str(uuid4()), revision=1, why="?", **WHO)
     async with ops.transaction():
-        back = await letter_acts.restore(ops, seen.id, revision=2, why=None, **WHO)
+        back = await actions.restore(ops, seen.id, revision=2, why=None, **WHO)
     assert (back.status, back.why, back.closed_at, back.revision) == ("open", None, None, 3)
 
 
 async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store: Rig, ops: Any) -> None:
     await keep(store, letter())
-    [seen] = await dead_letters.page(ops, Wanted())
+    [seen] = await dead_letter_store.page(ops, Wanted())
     change_id = str(uuid4())
     difference = [{"path": "total", "before": -1, "after": 1}]
     async with ops.transaction():
-        taken = await letter_acts.take(ops, seen.id, revision=1)
+        taken = await actions.take(ops, seen.id, revision=1)
         assert taken.body
-        done = await letter_acts.replace(
+        done = await actions.replace(
             ops, seen.id, revision=1, event={"total": 1}, difference=difference, change_id=change_id, why="typo", **WHO
         )
     assert (done.status, done.replaced_by) == ("resolved", change_id)
-    [edit] = await dead_letters.edits(ops, seen.id)
+    [edit] = await dead_letter_store.edits(ops, seen.id)
     assert (edit.actor, edit.why, edit.event, edit.difference) == ("nadia", "typo", {"total": 1}, difference)
-    [act] = await letter_acts.acts(ops, f"dead_letter/{seen.id}")
+    [act] = await actions.acts(ops, f"dead_letter/{seen.id}")
     assert (act.actor, act.role, act.action, act.why) == ("nadia", "operator", "dead_letter.edit", "typo")
     assert (act.restaurant_id, act.details["change_id"]) == (RESTAURANT, change_id)
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -200,7 +201,7 @@ async def test_a_death_moves_the_revision_under_an_operators_hands(store: Rig, o
     await keep(store, first)
     await keep(store, structs.replace(first, attempts=(Attempt(now(), "too_large", "?", "a:b"),)))
     with pytest.raises(Conflict):
-        await letter_acts.discard(ops, (await dead_letters.page(ops, Wanted()))[0].id, revision=1, why="late", **WHO)
+        await actions.discard(ops, (await dead_letter_store.page(ops, Wanted()))[0].id, revision=1, why="late", **WHO)
 
 
 async def test_attempts_stay_bounded_and_the_first_one_is_not_forgotten(store: Rig) -> None:
@@ -221,7 +222,7 @@ async def test_only_what_was_closed_long_ago_is_taken_away(store: Rig, ops: Any)
     await store.database.execute(close, fresh.digest, timedelta(days=29))
     await store.database.execute(close, old.digest, timedelta(days=31))
     await store.database.execute("update dead_letters set last_failed_at = now() - interval '1 year'")
-    assert await dead_letters.remove_closed(store.database, 30) == 1
+    assert await dead_letter_store.remove_closed(store.database, 30) == 1
     assert {one.change_id for one in await store.letters(2)} == {stays.change_id, fresh.change_id}
 
 
@@ -248,11 +249,11 @@ async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: An
     assert (job.wanted, job.per_second, job.canary) == ({"reason": "negative_amount"}, 5.0, False)
     parts = await replay_jobs.letters(ops, job.id)
     assert [part.position for part in parts] == [1, 2]
-    whole = [await dead_letters.one(ops, part.letter_id) for part in parts]
+    whole = [await dead_letter_store.one(ops, part.letter_id) for part in parts]
     assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], "the oldest first"
     [(known, part)] = await replay_jobs.of_letter(ops, parts[1].letter_id)
     assert (known.id, part.position) == (job.id, 2)
-    [act] = await letter_acts.acts(ops, f"job/{job.id}")
+    [act] = await actions.acts(ops, f"job/{job.id}")
     assert (act.action, act.why, act.details["letters"]) == ("dead_letters.replay", "fixed", 2)
 
     cancelled = await replay_jobs.cancel(ops, job.id, **WHO)

@@ -15,15 +15,15 @@ from litestar import Litestar, get
 from msgspec import Struct
 
 from deploy.local.ports import find_free
-from shared import limits
-from shared.bodies import MAX_BODY_BYTES, read_body
 from shared.errors import InvalidInput
-from shared.gate import Outer, cors
-from shared.http import EXCEPTION_HANDLERS
-from shared.limits import Rate, TokenBucket, counted_as
+from shared.http import limits
+from shared.http.authorization import Outer, cors
+from shared.http.bodies import MAX_BODY_BYTES, read_body
+from shared.http.limits import Rate, TokenBucket, counted_as
+from shared.http.server import EXCEPTION_HANDLERS
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.mirror.mirror import Mirror
-from shared.security import Role
+from shared.security.tokens import Role
 from shared.settings import Settings
 from tests.http import http_client
 from tests.integration.shop_rig import Shop, made

@@ -11,7 +11,7 @@ import pytest
 from deploy.local.ports import find_free
 from services.orders.resources import RESOURCES, Resource
 from shared.entities.order import PaymentStatus, Status
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.builders import change, item, new_id, order
 from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused

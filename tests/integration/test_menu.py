@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from deploy.local.ports import find_free
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
 from tests.system import System, eventually

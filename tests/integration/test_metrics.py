@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.metrics import Metrics, watch_pool
+from shared.observability.metrics import Metrics, watch_pool
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
 from tests.http import http_client

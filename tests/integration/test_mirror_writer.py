@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from services.sync.mirror_writer import MirrorWriter
+from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.entities.contract import Change, Outline, encode
 from shared.entities.order import ENTITY
 from shared.messaging import topology
-from shared.metrics import Metrics, WriterMetrics
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Document
+from shared.observability.metrics import Metrics, WriterMetrics
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.integration.writer_rig import MakeRig, Rig
 from tests.servers import Redis, Servers

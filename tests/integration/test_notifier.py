@@ -10,7 +10,7 @@ import pytest
 
 from shared.entities.contract import Lane
 from shared.entities.order import Status
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
 from tests.integration.notifier_rig import (
     EPOCH,

@@ -9,7 +9,7 @@ import pytest
 
 from shared.entities.contract import Lane, encode, now
 from shared.messaging import topology
-from shared.security import Role
+from shared.security.tokens import Role
 from tests.builders import change, message, order
 from tests.integration.letters_rig import JOBS, LETTERS, Desk, seen
 from tests.integration.shop_rig import expect, refused

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from aiormq.exceptions import ChannelAccessRefused
 
-from services.sync.balance import PLACES
+from services.sync.ledger.balance import PLACES
 from shared.entities.contract import Lane, encode
 from shared.messaging import management, topology
 from tests.builders import change, message, order

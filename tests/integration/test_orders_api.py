@@ -12,7 +12,7 @@ import pytest
 
 from services.orders.changes import _TRIES_AGAIN
 from shared.mirror.mirror import Mirror
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from tests.builders import RESTAURANT
 from tests.http import http_client
 from tests.system import System, eventually

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from services.sync.cli import main
-from services.sync.ledger_sources import journals
+from services.sync.cli.main import main
+from services.sync.ledger.sources import journals
 from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import NotSent
 from shared.rail.instance import Lease

@@ -17,7 +17,7 @@ from services.orders.requests import RecordPayment
 from shared.entities.contract import Standing, encode, now
 from shared.entities.order import ENTITY, Order, Payment, payment_status
 from shared.rail.commit import Committed, Draft, Lost
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 from tests import builders
 from tests.builders import new_id, payment
 from tests.integration.shop_rig import Shop, expect, made, open_shop, refused

@@ -17,16 +17,17 @@ import pytest
 from msgspec import Struct
 
 from benchmarks.history import DAYS, History, fill
+from services.orders import audit
 from services.orders.insight import Insight
 from services.orders.reads import Reads
-from services.sync.status import sync_status
+from services.sync.mirror.sync_status import sync_status
+from services.sync.writer.upsert import write_batch
 from shared.entities import customer, menu_item, order
 from shared.entities.selection import Selection
-from shared.metrics import Metrics, ReadMetrics
-from shared.postgres import audit, money, states
-from shared.postgres.changes import write_batch
+from shared.observability.metrics import Metrics, ReadMetrics
+from shared.postgres import money, states
 from shared.restaurants import Restaurant
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 from shared.settings import Settings
 from tests.integration.plans_rig import BIG, MODES, Database, Plan, empty_database, filled_database
 from tests.servers import Servers

@@ -8,7 +8,11 @@ import asyncpg
 import msgspec
 import pytest
 
-from services.sync.replays import Replays
+from services.sync.dead_letters import replay_jobs
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.replay_jobs import Job, JobLetter
+from services.sync.dead_letters.replays import Replays
+from services.sync.dead_letters.store import Wanted, WholeLetter
 from shared.entities.contract import Change, Lane, now
 from shared.entities.order import ENTITY, Status
 from shared.entities.signal import FENCE, Signal, encode_signal
@@ -16,9 +20,6 @@ from shared.messaging import topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import NotSent
 from shared.mirror.mirror import Apply
-from shared.postgres import dead_letters, replay_jobs
-from shared.postgres.dead_letters import Wanted, WholeLetter
-from shared.postgres.replay_jobs import Job, JobLetter
 from tests.builders import RESTAURANT, change, menu_item, message, order
 from tests.integration.writer_rig import MakeRig, Rig
 from tests.servers import Servers
@@ -75,8 +76,8 @@ async def outcomes(rig: Rig, job: Job) -> Sequence[JobLetter]:
 
 
 async def letter_of(rig: Rig, made: Change) -> WholeLetter:
-    [found] = await dead_letters.page(rig.database, Wanted(change_id=made.id))
-    whole = await dead_letters.one(rig.database, found.id)
+    [found] = await dead_letter_store.page(rig.database, Wanted(change_id=made.id))
+    whole = await dead_letter_store.one(rig.database, found.id)
     assert whole is not None
     return whole
 
@@ -530,7 +531,7 @@ async def test_a_dry_run_says_what_would_happen_and_nothing_of_it_stays(kept: Ri
     assert await tables(kept) == before
     said: dict[tuple[str | None, str | None], tuple[str | None, str | None]] = {}
     for part in await outcomes(kept, job):
-        letter = await dead_letters.one(kept.database, part.letter_id)
+        letter = await dead_letter_store.one(kept.database, part.letter_id)
         assert letter is not None
         assert (letter.status, letter.revision) == ("open", 1)
         said[letter.change_id, letter.lane] = (part.outcome, part.detail)

@@ -21,11 +21,11 @@ from services.notifier.transports import TRANSPORTS
 from services.orders import app as orders
 from services.orders.routes import ROUTES as ORDERS
 from services.sync import api as sync
-from shared.api import Operation, endpoint
-from shared.http import OPEN_PATHS
-from shared.openapi import operations
-from shared.permissions import ACTIONS, PUBLIC, allowed
-from shared.security import Identity, Role, Tokens
+from shared.http.endpoint import Operation, endpoint
+from shared.http.openapi import operations
+from shared.http.server import OPEN_PATHS
+from shared.security.permissions import ACTIONS, PUBLIC, allowed
+from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.http import http_client
 from tests.integration.shop_rig import Shop, expect, made, open_shop

@@ -16,9 +16,9 @@ from services.orders.accounts import Accounts
 from services.orders.sign_in import SignIn
 from shared.errors import Unauthenticated
 from shared.mirror.mirror import Mirror
-from shared.passwords import hash_password
 from shared.postgres.pool import Postgres
-from shared.security import Identity, Role, Tokens
+from shared.security.passwords import hash_password
+from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.integration.sign_in_rig import (
     PASSWORD,

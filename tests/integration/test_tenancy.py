@@ -3,9 +3,9 @@
 import asyncpg
 import pytest
 
+from services.sync.writer.upsert import Written, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Lane
-from shared.postgres.changes import Written, write_batch
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, order, payment
 from tests.system import System
 

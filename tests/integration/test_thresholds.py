@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from structlog.testing import capture_logs
 
-from services.sync.status import sync_status
-from services.sync.thresholds import Thresholds
+from services.sync.mirror.sync_status import sync_status
+from services.sync.mirror.thresholds import Thresholds
 from shared.entities.contract import Change, encode, now
 from shared.entities.order import ENTITY
 from shared.mirror.mirror import Apply

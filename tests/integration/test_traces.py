@@ -19,8 +19,8 @@ from shared.entities.contract import encode
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging import topology
 from shared.mirror.mirror import Claimed, Mirror
-from shared.trace_files import SpanRow, read_spans
-from shared.tracing import trace_id_of
+from shared.observability.trace_files import SpanRow, read_spans
+from shared.observability.tracing import trace_id_of
 from tests import builders
 from tests.http import http_client
 from tests.integration.notifier_rig import Screen

@@ -8,21 +8,21 @@ import aio_pika
 import asyncpg
 from aio_pika.abc import AbstractIncomingMessage
 
-from services.sync.fences import FenceSource, FenceWatch
-from services.sync.keeper import Keeper
-from services.sync.mirror_writer import MirrorWriter
-from services.sync.postgres_writer import PostgresWriter
-from services.sync.replays import Replays
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.collector import Keeper
+from services.sync.dead_letters.replays import Replays
+from services.sync.dead_letters.store import Letter, Wanted, WholeLetter
+from services.sync.heartbeat import FenceSource, FenceWatch
+from services.sync.mirror.mirror_writer import MirrorWriter
+from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
-from shared.metrics import Metrics, WriterMetrics
 from shared.mirror.mirror import Mirror
-from shared.postgres import dead_letters
-from shared.postgres.dead_letters import Letter, Wanted, WholeLetter
+from shared.observability.metrics import Metrics, WriterMetrics
+from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
-from shared.tracing import Tracer
 from tests.builders import message
 from tests.system import eventually
 
@@ -76,10 +76,10 @@ class Rig:
         """Once there are so many, the oldest first."""
 
         async def look() -> list[Letter]:
-            return await dead_letters.page(self.database, Wanted(**wanted), limit=1_000)
+            return await dead_letter_store.page(self.database, Wanted(**wanted), limit=1_000)
 
         found = await eventually(look, within=within, what=f"{count} letters", until=lambda seen: len(seen) >= count)
-        whole = [await dead_letters.one(self.database, one.id) for one in reversed(found)]
+        whole = [await dead_letter_store.one(self.database, one.id) for one in reversed(found)]
         return [one for one in whole if one is not None]
 
     async def as_owner(self, sql: str) -> None:

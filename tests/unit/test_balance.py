@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from services.sync.balance import Entry, Shelf, counted, is_id, judge
+from services.sync.ledger.balance import Entry, Shelf, counted, is_id, judge
 from tests.builders import CREATED_AT, RESTAURANT, new_id
 
 

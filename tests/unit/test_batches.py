@@ -8,12 +8,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sync.batches import sort_out
-from services.sync.failures import Kind
-from services.sync.intake import Tags
+from services.sync.failures.classification import Kind
+from services.sync.writer.batches import sort_out
+from services.sync.writer.intake import Tags
+from services.sync.writer.upsert import highest
 from shared.entities.contract import Lane, encode, now
 from shared.entities.signal import FENCE, Signal, encode_signal
-from shared.postgres.changes import highest
 from tests.builders import OTHER_RESTAURANT, change, message, new_id, order
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.client_address import TrustedProxies
+from shared.http.client_address import TrustedProxies
 
 
 def scope(peer: str | None, *forwarded: str) -> dict[str, object]:

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from services.sync.api import API
-from shared.bodies import MAX_BODY_BYTES
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.security.weak_secrets import weakness
 from shared.settings import Settings
-from shared.weak_secrets import weakness
 from tests.system import ROOT
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from services.sync.conflicts import event_between, holding
+from services.sync.conflicts.decisions import event_between, holding
 from shared.entities import inventory_item
 from shared.entities import order as orders
 from shared.entities.contract import encode

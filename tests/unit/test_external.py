@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.sync.external import ExternalOrder, event_of, lane_of, merged, new_order, order_id
+from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
 from shared.entities.contract import Lane
 from shared.entities.order import Order, PaymentStatus, Status
 from shared.errors import Conflict, InvalidInput, TicketrailError

@@ -8,8 +8,8 @@ import asyncpg
 import msgspec
 import pytest
 
-from services.sync.failures import Failure, Kind, classify, describe, fingerprint
-from services.sync.retry import ATTEMPTS, Failed, attempts_in, destination, for_the_mirror, headers_for
+from services.sync.failures.classification import Failure, Kind, classify, describe, fingerprint
+from services.sync.failures.retry_ladder import ATTEMPTS, Failed, attempts_in, destination, for_the_mirror, headers_for
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, decode_change, encode
 from shared.messaging import topology
@@ -104,7 +104,7 @@ def test_a_fingerprint_tells_what_and_where_and_no_message_changes_it() -> None:
 
 def failed(kind: Kind = Kind.TRANSIENT, **headers: Any) -> Failed:
     made = change(order())
-    failure = Failure(kind, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    failure = Failure(kind, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch")
     return Failed(message(made), headers, failure, AT, made)
 
 
@@ -136,14 +136,14 @@ def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
         "ticketrail-attempt": 2,
         "ticketrail-reason": "transient",
         "ticketrail-error": "SerializationError: try again",
-        "ticketrail-place": "shared.postgres.changes:write_batch",
+        "ticketrail-place": "services.sync.writer.upsert:write_batch",
         "ticketrail-attempts": msgspec.json.encode(
             [
                 {
                     "at": AT,
                     "reason": "transient",
                     "error": "SerializationError: try again",
-                    "place": "shared.postgres.changes:write_batch",
+                    "place": "services.sync.writer.upsert:write_batch",
                 }
             ]
         ).decode(),

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sync.failures import Failure, Kind
-from services.sync.letters import letters_of
-from services.sync.retry import Failed, headers_for
+from services.sync.dead_letters.store import NewLetter
+from services.sync.failures.classification import Failure, Kind
+from services.sync.failures.parsing import letters_of
+from services.sync.failures.retry_ladder import Failed, headers_for
 from shared.entities.contract import Lane, encode
-from shared.postgres.dead_letters import NewLetter
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 
 AT = datetime(2026, 3, 14, 12, 30, 1, 234_567, tzinfo=UTC)
@@ -51,7 +51,9 @@ def test_a_letter_names_what_died_where_and_of_what() -> None:
 
 def test_every_attempt_of_the_ladder_is_in_it() -> None:
     body = message(change(order()))
-    slow = Failure(Kind.TRANSIENT, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    slow = Failure(
+        Kind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
+    )
     first = died(body, slow)
     found = letter(body, died(body, at=AT + timedelta(seconds=9), **first))
     assert [one.reason for one in found.attempts] == ["transient", "wrong_tenant"]
@@ -90,7 +92,9 @@ def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
 
 def test_what_the_broker_gave_up_on_its_way_from_the_ladder_keeps_its_attempts() -> None:
     body = message(change(order()))
-    slow = Failure(Kind.TRANSIENT, "transient", "SerializationError: try again", "shared.postgres.changes:write_batch")
+    slow = Failure(
+        Kind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
+    )
     found = letter(body, {**died(body, slow), **by_broker()})
     assert [one.reason for one in found.attempts] == ["transient", "delivery_limit"]
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from services.orders.requests import OrdersQuery
 from services.orders.views import state_view
-from shared.api import read_query
-from shared.cursors import cursor_after, read_cursor
 from shared.entities.contract import Standing, encode
 from shared.entities.order import Status, allowed_next, items_may_change
 from shared.entities.selection import Selection
 from shared.errors import InvalidInput
+from shared.http.cursors import cursor_after, read_cursor
+from shared.http.endpoint import read_query
 from shared.restaurants import Restaurant
 from tests.builders import RESTAURANT, order
 

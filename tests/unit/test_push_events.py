@@ -15,7 +15,7 @@ from shared.entities import order as order_module
 from shared.entities.contract import BrokenContract, Change, ChangeData, encode
 from shared.entities.order import Status
 from shared.errors import Forbidden, InvalidInput
-from shared.security import Identity, Role
+from shared.security.tokens import Identity, Role
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
 
 AT = Position(7, 2)

@@ -4,8 +4,8 @@ from typing import cast
 
 import pytest
 
-from services.sync import reconciler
-from services.sync.reconciler import Reconciler
+from services.sync.maintenance import reconciler
+from services.sync.maintenance.reconciler import Reconciler
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.sync.rows import Row, _cell, count, rows, source_of
+from services.sync.imports.sources import Row, _cell, count, rows, source_of
 from shared.errors import InvalidInput
 from tests.builders import OTHER_RESTAURANT, RESTAURANT
 

@@ -23,7 +23,7 @@ from deploy.local.child import Child
 from deploy.local.environment import ROOT, LocalSettings, service_environment
 from deploy.local.ports import HOST, PortTaken, find_free, is_free, require_free
 from deploy.local.supervisor import Program, Service, Supervisor
-from shared import http
+from shared.http import server as http_server
 
 ENV = {"PATH": os.environ["PATH"]}
 
@@ -242,7 +242,7 @@ def test_the_notifier_gives_up_those_who_do_not_read_before_it_would_be_killed_f
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[int] = []
-    monkeypatch.setattr(http, "serve", lambda *_, kill_after, **__: served.append(kill_after))
+    monkeypatch.setattr(http_server, "serve", lambda *_, kill_after, **__: served.append(kill_after))
     runpy.run_module("services.notifier", run_name="__main__")
     assert served[0] < inspect.signature(Service).parameters["stop_within"].default
 

@@ -4,7 +4,7 @@ import jwt
 import pytest
 
 from shared.errors import Unauthenticated
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from tests.builders import RESTAURANT
 
 SECRET = "a-secret-for-tests-that-is-long-enough"

@@ -5,8 +5,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from services.sync import standing
-from services.sync.standing import head, noted_afterwards
+from services.sync import head as head_module
+from services.sync.head import head, noted_afterwards
 from shared.entities import order as orders
 from shared.entities.contract import Standing
 from shared.errors import OutcomeUnknown, Unavailable
@@ -40,8 +40,8 @@ def stores(monkeypatch: pytest.MonkeyPatch, mirror: Head, postgres: Head) -> Non
     async def stored(*_: Any) -> Head:
         return postgres
 
-    monkeypatch.setattr(standing, "mirrored", mirrored)
-    monkeypatch.setattr(standing, "stored", stored)
+    monkeypatch.setattr(head_module, "mirrored", mirrored)
+    monkeypatch.setattr(head_module, "stored", stored)
 
 
 async def found() -> Head:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import ValidationError
 
 from shared.errors import Unauthenticated
-from shared.security import BadKey, Identity, Role, Tokens
+from shared.security.tokens import BadKey, Identity, Role, Tokens
 from shared.settings import Settings
 from tests.builders import RESTAURANT
 from tests.system import ROOT

@@ -9,8 +9,8 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 from structlog.testing import capture_logs
 
-from shared import trace_files
-from shared.trace_files import FileExporter, SpanRow, read_spans
+from shared.observability import trace_files
+from shared.observability.trace_files import FileExporter, SpanRow, read_spans
 
 OK, FAILED = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
 

@@ -10,10 +10,10 @@ import pytest
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.trace import SpanKind
 
-from shared import tracing
+from shared.observability import tracing
+from shared.observability.trace_files import SpanRow, read_spans
+from shared.observability.tracing import Trace, Tracer
 from shared.settings import Settings
-from shared.trace_files import SpanRow, read_spans
-from shared.tracing import Trace, Tracer
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"

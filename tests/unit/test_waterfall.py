@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from deploy.local.ports import find_free
-from services.sync.trace_search import DeadChange, Found, TracedChange, find_traces
-from services.sync.waterfall import Line, as_json, lines_of, render
+from services.sync.cli.trace_search import DeadChange, Found, TracedChange, find_traces
+from services.sync.cli.waterfall import Line, as_json, lines_of, render
+from shared.observability.trace_files import SpanRow
 from shared.settings import Settings
-from shared.trace_files import SpanRow
 
 ORDER = "5e8d7a52-8a9c-4ad1-9d0f-0a3f2f6a4b11"
 TRACE, OTHER_TRACE = "0af7651916cd43dd8448eb211c80319c", "1bf7651916cd43dd8448eb211c80319c"

@@ -7,8 +7,8 @@ from urllib.parse import quote
 import pytest
 from pydantic import ValidationError
 
+from shared.security.weak_secrets import weakness
 from shared.settings import Settings
-from shared.weak_secrets import weakness
 
 STRONG = secrets.token_urlsafe(32)
 URLS = {

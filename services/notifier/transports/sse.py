@@ -19,10 +19,10 @@ from services.notifier.events import KINDS, PushEvent
 from services.notifier.follower import Follower
 from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
-from shared.api import endpoint
 from shared.entities.contract import encode
 from shared.errors import Unavailable
-from shared.http import Call
+from shared.http.endpoint import endpoint
+from shared.http.server import Call
 
 # Seconds that a cursor ahead of this instance is waited for: another instance may have been quicker.
 _AHEAD = 2.0

@@ -7,7 +7,7 @@ from services.orders.routes.moves import ROUTES as MOVES
 from services.orders.routes.orders import ROUTES as ORDERS
 from services.orders.routes.payments import ROUTES as PAYMENTS
 from services.orders.routes.users import ROUTES as USERS
-from shared.openapi import Api
+from shared.http.openapi import Api
 
 ROUTES = [*ORDERS, *PAYMENTS, *ENTITIES, *MOVES, *AUTH, *USERS, *AUDIT]
 API = Api("Ticketrail: orders", "What client apps call.", ROUTES)

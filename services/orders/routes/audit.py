@@ -8,14 +8,14 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Meta, Struct
 
+from services.orders import audit
 from services.orders.requests import Request
 from services.orders.shop import shop_of
-from shared.api import endpoint, read_query
-from shared.cursors import page_of, read_cursor
 from shared.entities.contract import Label, Time
 from shared.errors import Unavailable
-from shared.http import Call, success
-from shared.postgres import audit
+from shared.http.cursors import page_of, read_cursor
+from shared.http.endpoint import endpoint, read_query
+from shared.http.server import Call, success
 from shared.postgres.pool import AWAY
 
 

@@ -10,14 +10,14 @@ from msgspec import Meta, Struct, structs
 from services.orders.requests import Request
 from services.orders.shop import shop_of
 from services.orders.sign_in import Session, TableSession
-from shared.api import endpoint
-from shared.bodies import read_body
 from shared.entities.contract import Label, encode
-from shared.http import Call, success
+from shared.http.bodies import read_body
+from shared.http.endpoint import endpoint
+from shared.http.server import Call, success
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
-from shared.permissions import PUBLIC
 from shared.restaurants import Restaurant, RestaurantSettings
-from shared.security import Role
+from shared.security.permissions import PUBLIC
+from shared.security.tokens import Role
 
 _TAG = "Sign-in"
 # `$` alone stands before a last newline too: "ada@x.example\n" would be another account than "ada@x.example".

@@ -13,12 +13,12 @@ from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
 from services.orders.routes.orders import idempotency_key, version_in
 from services.orders.shop import Shop, done_reply, found_reply, shop_of
-from shared.api import View, endpoint, path_id, read_query
-from shared.bodies import read_body
 from shared.entities import menu_item
 from shared.errors import NotFound
-from shared.http import Call, Reply
-from shared.security import Identity
+from shared.http.bodies import read_body
+from shared.http.endpoint import View, endpoint, path_id, read_query
+from shared.http.server import Call, Reply
+from shared.security.tokens import Identity
 
 
 def fields_of(wanted: Any) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from msgspec import Struct
 from services.orders.changes import Done
 from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
 from services.orders.shop import Shop, done_reply, shop_of
-from shared.api import View, endpoint, path_id
-from shared.bodies import read_body
 from shared.entities import bay, customer, inventory_item, menu_item
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.inventory_item import InventoryItem, StockMove
 from shared.entities.job import Job
 from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
-from shared.http import Call, success
-from shared.security import Identity
+from shared.http.bodies import read_body
+from shared.http.endpoint import View, endpoint, path_id
+from shared.http.server import Call, success
+from shared.security.tokens import Identity
 
 # Of each, so many stay in the state, to know a move that is repeated; all of them stay in PostgreSQL.
 _KEPT_MOVES = 200

@@ -10,12 +10,12 @@ from services.orders.lists import list_reply, selection
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.shop import done_reply, found_reply, shop_of
 from services.orders.views import sync_of
-from shared.api import View, endpoint, path_id, read_query
-from shared.bodies import read_body
 from shared.entities import order as orders
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.http import Call
-from shared.security import Role
+from shared.http.bodies import read_body
+from shared.http.endpoint import View, endpoint, path_id, read_query
+from shared.http.server import Call
+from shared.security.tokens import Role
 
 _TAG = "Orders"
 _ENTITY = orders.ENTITY

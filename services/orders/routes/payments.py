@@ -7,14 +7,14 @@ from msgspec import Struct
 
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
 from services.orders.shop import Shop, done_reply, shop_of
-from shared.api import View, endpoint, path_id, read_query
-from shared.bodies import read_body
-from shared.cursors import page_of, read_cursor
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment
 from shared.errors import InvalidInput, Unavailable
-from shared.http import Call, success
+from shared.http.bodies import read_body
+from shared.http.cursors import page_of, read_cursor
+from shared.http.endpoint import View, endpoint, path_id, read_query
+from shared.http.server import Call, success
 from shared.mirror.connection import MirrorAway, MirrorInDoubt
 from shared.postgres import money
 from shared.postgres.pool import AWAY

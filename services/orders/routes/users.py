@@ -11,12 +11,12 @@ from services.orders.accounts import User
 from services.orders.requests import Request
 from services.orders.routes.auth import Email, Password, address_of
 from services.orders.shop import shop_of
-from shared.api import endpoint, path_id, read_query
-from shared.bodies import read_body
-from shared.cursors import page_of, read_cursor
 from shared.entities.contract import Label, now
 from shared.errors import Unauthenticated
-from shared.http import Call, success
+from shared.http.bodies import read_body
+from shared.http.cursors import page_of, read_cursor
+from shared.http.endpoint import endpoint, path_id, read_query
+from shared.http.server import Call, success
 
 _TAG = "Users"
 

@@ -123,7 +123,7 @@ create table retries (
 create index conflicts_open on conflicts (restaurant_id, entity, entity_id) where resolved_at is null;
 
 -- Of the cursors of the pull feed: a database that came back from a backup counts (xid, seq) anew. The newest row is the
--- present one (shared/postgres/feed_epochs.py).
+-- present one (services/sync/maintenance/feed_epochs.py).
 create table feed_epochs (
     id int generated always as identity primary key,
     epoch text not null unique default left(replace(gen_random_uuid()::text, '-', ''), 12),

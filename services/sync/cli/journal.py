@@ -1,0 +1,279 @@
+"""`ticketrail journal`: what lies in the journal of an instance of the orders service, and bringing it to the broker
+where that instance will not come back."""
+
+import asyncio
+import sqlite3
+import sys
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
+
+from services.sync.command_session import run
+from shared.entities.contract import Lane, encode, now
+from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.topology import CHANGES, bound_queues
+from shared.observability.tracing import trace_id_of
+from shared.rail.drain import Drainer
+from shared.rail.instance import Lease, NumberTaken
+from shared.rail.journal import Journal, JournalBroken
+from shared.rail.journal_file import Contents, Damaged, Name, contents, name_of
+from shared.rail.salvage import Salvage
+from shared.rail.set_aside import files_aside, files_of, readable
+from shared.settings import Settings
+
+_SHOWN = 50
+_CONNECT_WITHIN = 10.0
+
+
+class Waiting(Struct, frozen=True, kw_only=True):
+    lane: str
+    change_id: str
+    subject: str
+    version: int
+    restaurant_id: str
+    accepted_at: datetime | None
+    age_seconds: float | None
+    bytes: int
+    trace_id: str | None
+
+
+class Broken(Struct, frozen=True, kw_only=True):
+    """An entry that is not whole: it is not sent."""
+
+    why: str
+    lane: str | None
+    change_id: str
+    subject: str
+    trace_id: str | None
+    bytes_left: int
+
+
+class Shown(Struct, frozen=True, kw_only=True):
+    path: str
+    held_by: str | None
+    """Who has the journal open; None: nobody."""
+    file_damaged: str | None
+    """Why SQLite cannot read the file; what is listed was dug out of it."""
+    files_aside: list[str]
+    count: int
+    bytes: int
+    lanes: dict[str, int]
+    oldest_seconds: float | None
+    entries: list[Waiting]
+    damaged: list[Broken]
+
+
+def _one_journal(command: Callable[..., None]) -> Callable[..., None]:
+    command = click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")(command)
+    command = click.option("--instance", type=click.IntRange(1), help="the number of its instance on this host")(
+        command
+    )
+    return click.argument("path", required=False, type=click.Path(dir_okay=False, path_type=Path))(command)
+
+
+@click.group("journal")
+def journal_command() -> None:
+    """Look at a journal, or drain one whose instance will not come back. PATH, or --instance N."""
+
+
+@journal_command.command("show")
+@_one_journal
+@click.option("--limit", type=click.IntRange(0), default=_SHOWN, show_default=True, help="entries to list; 0: all")
+def show_command(path: Path | None, instance: int | None, as_json: bool, limit: int) -> None:
+    """What waits in it, the oldest first; also beside the instance that lives. Nothing is changed.
+
+    Exit code 1 when something in it is damaged."""
+    found = _look(_path_of(path, instance), limit)
+    if as_json:
+        click.echo(encode(found).decode())
+    else:
+        _print(found)
+    if found.damaged or found.file_damaged:
+        sys.exit(1)
+
+
+@journal_command.command("drain")
+@_one_journal
+def drain_command(path: Path | None, instance: int | None, as_json: bool) -> None:
+    """Publish what waits in it, each entry gone when RabbitMQ has confirmed it. Refused while its instance lives, which
+    drains it itself.
+
+    Exit code 1 when something is left, or is damaged and was not sent."""
+    done = run(_drain(Settings(), _path_of(path, instance)))
+    if as_json:
+        click.echo(encode(done).decode())
+    else:
+        lanes = ", ".join(f"{count} {lane}" for lane, count in sorted(done["lanes"].items())) or "none"
+        click.echo(f"{done['published']} changes published ({lanes}), {done['left']} left in {done['path']}")
+        if done["aside"]:
+            click.echo(f"its file was damaged and was set aside: {', '.join(done['aside'])}", err=True)
+        if done["damaged"]:
+            click.echo(f"{done['damaged']} damaged entries were not sent; `journal show` names them", err=True)
+        if done["error"]:
+            click.echo(f"stopped: {done['error']}", err=True)
+    if done["left"] or done["damaged"]:
+        sys.exit(1)
+
+
+def _path_of(path: Path | None, instance: int | None) -> Path:
+    if (path is None) is (instance is None):
+        raise click.UsageError("PATH or --instance, one of them")
+    chosen = path or Settings().numbered(instance or 0).journal_path
+    if not files_of(chosen):
+        raise click.ClickException(f"there is no journal {chosen}")
+    return chosen
+
+
+# -- show ------------------------------------------------------------------------------------------------------------
+
+
+def _look(path: Path, limit: int) -> Shown:
+    found, problem = _contents(path)
+    at = now()
+    entries = [_waiting(lane, event, at) for lane, event in found.entries]
+    ages = [one.age_seconds for one in entries if one.age_seconds is not None]
+    return Shown(
+        path=str(path),
+        held_by=Lease.holder(path),
+        file_damaged=problem,
+        files_aside=[one.name for one in files_aside(path)],
+        count=len(entries),
+        bytes=sum(one.bytes for one in entries),
+        lanes=dict(Counter(one.lane for one in entries)),
+        oldest_seconds=max(ages, default=None),
+        entries=entries[: limit or None],
+        damaged=[_broken(one) for one in found.damaged],
+    )
+
+
+def _contents(path: Path) -> tuple[Contents, str | None]:
+    try:
+        return contents(readable(path)), None
+    except (sqlite3.Error, ValueError) as error:
+        salvage = Salvage(readable(path))
+        entries = [(Lane(lane), event) for lane, event in salvage.entries()]
+        return Contents(entries=entries, damaged=salvage.damaged()), str(error)
+
+
+def _waiting(lane: Lane, event: bytes, at: datetime) -> Waiting:
+    name = name_of(lane, event)
+    age = None if name.accepted_at is None else round((at - name.accepted_at).total_seconds(), 1)
+    return Waiting(
+        lane=lane.value,
+        change_id=name.change_id,
+        subject=name.subject,
+        version=name.version,
+        restaurant_id=name.restaurant_id,
+        accepted_at=name.accepted_at,
+        age_seconds=age,
+        bytes=len(event),
+        trace_id=trace_id_of(name.traceparent),
+    )
+
+
+def _broken(one: Damaged) -> Broken:
+    name = one.name or Name(entry="", lane=one.lane or "")
+    return Broken(
+        why=one.why,
+        lane=one.lane,
+        change_id=name.change_id,
+        subject=name.subject,
+        trace_id=trace_id_of(name.traceparent),
+        bytes_left=len(one.event or b""),
+    )
+
+
+def _print(found: Shown) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(
+        f"{found.path}: {f'held by {found.held_by}' if found.held_by else 'nobody has it open'}", soft_wrap=True
+    )
+    if found.file_damaged:
+        console.print(
+            f"[bold red]damaged[/]: {found.file_damaged}; this is what could be dug out of it", soft_wrap=True
+        )
+    if found.entries:
+        table = Table(box=None, pad_edge=False)
+        for title, right in (("lane", 0), ("change", 0), ("of", 0), ("version", 1), ("waits", 1), ("bytes", 1)):
+            table.add_column(title, justify="right" if right else "left", no_wrap=True)
+        for one in found.entries:
+            age = "" if one.age_seconds is None else f"{one.age_seconds:.0f} s"
+            change = one.change_id or "cannot be read"
+            table.add_row(one.lane, change, one.subject, str(one.version), age, str(one.bytes))
+        console.print(table)
+    if len(found.entries) < found.count:
+        console.print(f"… and {found.count - len(found.entries)} more; --limit 0 shows all")
+    lanes = ", ".join(f"{count} {lane}" for lane, count in sorted(found.lanes.items()))
+    oldest = "" if found.oldest_seconds is None else f", the oldest for {found.oldest_seconds:.0f} s"
+    console.print(f"{found.count} changes wait{f' ({lanes})' if lanes else ''}, {found.bytes} bytes{oldest}")
+    for bad in found.damaged:
+        named = f"change {bad.change_id} of {bad.subject}" if bad.change_id else "an entry without a name"
+        console.print(f"[bold red]damaged[/]: {named}: {bad.why}; trace {bad.trace_id or '-'}", soft_wrap=True)
+    for name in found.files_aside:
+        console.print(f"set aside: {name}", soft_wrap=True)
+
+
+# -- drain -----------------------------------------------------------------------------------------------------------
+
+
+async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
+    if ".corrupt-" in path.name:
+        raise click.ClickException(
+            "this file was set aside: what is whole in it went on in the one that took its place"
+        )
+    try:
+        lease = Lease.beside(path)
+    except NumberTaken as error:
+        raise click.ClickException(str(error)) from error
+    if lease is None:
+        raise click.ClickException(f"its instance lives ({Lease.holder(path)}) and drains it itself: {path}")
+    with lease:
+        before = set(files_aside(path))
+        journal = Journal(path, instance=lease.number, max_bytes=settings.journal_max_bytes, lease=lease)
+        publisher = Publisher(
+            settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+        )
+        drainer = Drainer(journal, publisher)
+        try:
+            await journal.open()
+            await publisher.start(wait=_CONNECT_WITHIN)
+            stopped = await _empty(journal, drainer)
+        except JournalBroken as broken:
+            raise click.ClickException(str(broken)) from broken
+        finally:
+            await publisher.stop()
+            await journal.close()
+        return {
+            "path": str(path),
+            "published": sum(drainer.drained.values()),
+            "lanes": {lane.value: count for lane, count in drainer.drained.items() if count},
+            "left": journal.depth,
+            "damaged": journal.damaged,
+            "aside": [one.name for one in sorted(set(files_aside(path)) - before)],
+            "error": stopped,
+        }
+
+
+async def _empty(journal: Journal, drainer: Drainer) -> str:
+    """Why it was not emptied; empty when it was."""
+    tries = 0
+    while journal.depth:
+        try:
+            await drainer.drain_some()
+            tries = 0
+        except (NotSent, InDoubt) as error:
+            tries += 1
+            if tries == 3:
+                return f"RabbitMQ does not take them: {error}"
+            await asyncio.sleep(1.0)
+    return ""
+
+
+COMMANDS = (journal_command,)

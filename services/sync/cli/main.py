@@ -1,0 +1,224 @@
+"""`ticketrail`: what operators and scripts run. Each command connects, does its work and says what it did."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import click
+from aio_pika.abc import AbstractConnection
+from rich.console import Console
+from rich.live import Live
+
+from services.sync.cli import journal, status_screen, users, waterfall
+from services.sync.cli.menu import edit_dish
+from services.sync.cli.seed import Seeder
+from services.sync.cli.trace_search import find_traces
+from services.sync.command_session import Session, run
+from services.sync.conflicts import commands as conflict_commands
+from services.sync.dead_letters import commands as dead_letter_commands
+from services.sync.imports import commands as import_commands
+from services.sync.ledger import commands as ledger_commands
+from services.sync.maintenance import commands as maintenance_commands
+from services.sync.maintenance import from_log_commands
+from services.sync.mirror import commands as mirror_commands
+from shared.entities.contract import encode
+from shared.messaging import asyncapi, declare
+from shared.messaging.log import LogReader
+from shared.messaging.management import make_watcher
+from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
+from shared.postgres.migrate import migrate, present_epoch
+from shared.security.tokens import Identity, Role, Tokens
+from shared.settings import Settings
+
+_NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
+
+_LOCK = 0x71636B75  # beside the one of the schema
+_BROKER_READY_SECONDS = 60.0
+_MANAGEMENT_READY_SECONDS = 10.0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Ticketrail: the order backbone of restaurants and points of sale."""
+
+
+@main.command("migrate")
+def migrate_command() -> None:
+    """Bring PostgreSQL and RabbitMQ to what this version needs. May be repeated."""
+    run(_migrate(Settings()))
+
+
+async def _migrate(settings: Settings) -> None:
+    applied = await migrate(settings)
+    click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
+    created, epoch = await when_ready(
+        settings.rabbitmq_url, lambda broker: _declare_topology(broker, settings), within=_BROKER_READY_SECONDS
+    )
+    click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
+    if settings.rabbitmq_management_url:
+        try:
+            await until_ready(
+                lambda: asyncio.to_thread(
+                    make_watcher, settings.rabbitmq_management_url, settings.rabbitmq_watcher_url, settings.rabbitmq_url
+                ),
+                within=_MANAGEMENT_READY_SECONDS,
+                what="the management API of RabbitMQ",
+            )
+        except BrokerNotReady as error:  # operators then see depths alone, by AMQP
+            click.echo(f"{error}: its watcher was not made", err=True)
+
+
+async def _declare_topology(broker: AbstractConnection, settings: Settings) -> tuple[bool, str]:
+    """Whether the log was made, and its epoch."""
+    await declare.declare(broker, settings)
+    database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
+    try:
+        # Until the connection is closed: of two at once, the second finds the log that the first has made.
+        await database.execute("select pg_advisory_lock($1)", _LOCK)
+        created = not await declare.log_exists(broker)
+        epoch = await present_epoch(database)
+        if not created:
+            # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
+            # from a backup, does not.
+            carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
+            if carried is not None and carried != epoch:
+                epoch = carried
+                await database.execute(_NOTE_EPOCH, epoch)
+        if epoch is None or created:
+            # Noted before the stream is made: a fence may not carry an epoch that is over.
+            epoch = uuid4().hex[:12]
+            await database.execute(_NOTE_EPOCH, epoch)
+        await declare.declare_logs(broker, settings, epoch)
+    finally:
+        await database.close()
+    return created, epoch
+
+
+def _console() -> Console:
+    """Wide enough for a waterfall where the output is a pipe or a container's, which have no width."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+@main.command("seed")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def seed_command(as_json: bool) -> None:
+    """Make the demo restaurant: a menu, tables, a user for each role. May be repeated."""
+    settings = Settings()
+    seeded = run(_seed(settings))
+    if as_json:
+        click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
+    else:
+        click.echo(f"{seeded['restaurant_slug']}: {seeded['created']} new of {len(seeded['menu_item_ids'])} dishes")
+        click.echo(f"and {len(seeded['table_ids'])} tables; restaurant id {seeded['restaurant_id']}")
+
+
+async def _seed(settings: Settings) -> dict[str, Any]:
+    tokens = Tokens.of(settings)
+    async with Session(settings) as session:
+        seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
+        return await seeder.seed()
+
+
+@main.command("token")
+@click.option("--role", type=click.Choice([role.value for role in Role]), default="staff", show_default=True)
+@click.option("--restaurant", type=click.UUID, help="id of the restaurant; operators need none")
+@click.option("--user", type=click.UUID, help="id of the user; a new one by default")
+@click.option("--email", default="")
+@click.option("--session", help="session of a customer")
+def token_command(role: str, restaurant: UUID | None, user: UUID | None, email: str, session: str | None) -> None:
+    """Print a token that the services accept."""
+    settings = Settings()
+    identity = Identity(str(user or uuid4()), Role(role), str(restaurant or ""), email, session)
+    if identity.role is not Role.OPERATOR and restaurant is None:
+        raise click.UsageError("--restaurant is needed for this role")
+    if identity.role is Role.CUSTOMER and not session:
+        raise click.UsageError("--session is needed for a customer")
+    click.echo(Tokens.of(settings).issue(identity))
+
+
+@main.command("dish")
+@click.argument("restaurant", type=click.UUID)
+@click.argument("dish", type=click.UUID)
+@click.option("--price", type=click.IntRange(0, 10**12), help="minor units")
+@click.option("--available/--unavailable", default=None, help="whether it can be ordered")
+def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: bool | None) -> None:
+    """Change a dish: its price, or whether it can be ordered now."""
+    if price is None and available is None:
+        raise click.UsageError("--price, --available or --unavailable")
+    changed = run(_edit_dish(Settings(), str(restaurant), str(dish), price, available))
+    click.echo(encode(changed).decode())
+
+
+async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None) -> Any:
+    async with Session(settings) as session:
+        return await edit_dish(
+            session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
+        )
+
+
+@main.command("status")
+@click.option("--watch", is_flag=True, help="draw it again until Ctrl-C")
+@click.option("--interval", type=click.FloatRange(0.2, 60), default=2.0, show_default=True, help="seconds")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def status_command(watch: bool, interval: float, as_json: bool) -> None:
+    """Show what every service says of itself now: rates, lags, depths, retries, connections."""
+    urls = status_screen.urls_of(Settings())
+    before = status_screen.look(urls)
+    if not watch:
+        time.sleep(min(interval, 1.0))
+        found = status_screen.facts(before, status_screen.look(urls))
+        if as_json:
+            click.echo(encode(found).decode())
+        else:
+            _console().print(status_screen.screen(found))
+        return
+    with Live(status_screen.screen({}), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(interval)
+            after = status_screen.look(urls)
+            live.update(status_screen.screen(status_screen.facts(before, after)), refresh=True)
+            before = after
+
+
+@main.command("trace")
+@click.argument("order_id", type=click.UUID)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def trace_command(order_id: UUID, as_json: bool) -> None:
+    """Show what happened to an order: the trace of each of its changes, and what waited where."""
+    found = run(find_traces(Settings(), str(order_id)))
+    if not (found.changes or found.letters or found.spans):
+        for text in found.missing:
+            click.echo(text, err=True)
+        raise click.ClickException(
+            "no change, no dead letter and no trace of this order is known; what is on its way: ticketrail ledger"
+        )
+    if as_json:
+        click.echo(encode(waterfall.as_json(str(order_id), found)).decode())
+    else:
+        console = _console()
+        console.print(waterfall.render(str(order_id), found, console.width))
+
+
+@main.command("asyncapi")
+def asyncapi_command() -> None:
+    """Print the AsyncAPI document of all events and queues."""
+    click.echo(json.dumps(asyncapi.document(Settings()), indent=2, ensure_ascii=False))
+
+
+for command in (
+    *conflict_commands.COMMANDS,
+    *dead_letter_commands.COMMANDS,
+    *from_log_commands.COMMANDS,
+    *import_commands.COMMANDS,
+    *journal.COMMANDS,
+    *ledger_commands.COMMANDS,
+    *maintenance_commands.COMMANDS,
+    *mirror_commands.COMMANDS,
+    *users.COMMANDS,
+):
+    main.add_command(command)

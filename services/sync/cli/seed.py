@@ -1,0 +1,196 @@
+"""The demo restaurant: a menu, tables and one user for each role. Repeating it changes nothing.
+
+Identity goes into PostgreSQL as plain rows; dishes and tables go the way of every change, through the rail. All ids
+come from names, so that a second seeding finds the first.
+"""
+
+import contextlib
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+from services.sync.cli.user_accounts import add_user
+from shared.entities import menu_item, table
+from shared.entities.contract import Standing, encode, now
+from shared.entities.entity import Entity
+from shared.entities.menu_item import MenuItem
+from shared.entities.table import DiningTable
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import Connection, Postgres
+from shared.rail.commit import Draft, Lost, Rail
+from shared.restaurants import Restaurant
+from shared.security.tokens import Identity, Role, Tokens
+
+_NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/demo")
+
+_RESTAURANT = Restaurant(
+    id=str(uuid5(_NAMESPACE, "restaurant")), slug="demo-bistro", name="Demo Bistro", time_zone="Europe/Berlin"
+)
+_MENU = {
+    "Starters": [
+        ("Tomato soup", 620),
+        ("Garlic bread", 450),
+        ("Beetroot carpaccio", 890),
+        ("Smoked trout", 1090),
+        ("Green salad", 590),
+        ("Onion tart", 790),
+    ],
+    "Mains": [
+        ("Margherita", 980),
+        ("Lasagne", 1290),
+        ("Mushroom risotto", 1350),
+        ("Roast chicken", 1590),
+        ("Pike-perch with fennel", 1990),
+        ("Rib-eye steak", 2890),
+        ("Lentil curry", 1180),
+        ("Cheese dumplings", 1240),
+    ],
+    "Desserts": [("Crème brûlée", 690), ("Apple strudel", 650), ("Lemon sorbet", 480), ("Chocolate cake", 720)],
+    "Drinks": [
+        ("Still water", 290),
+        ("Sparkling water", 290),
+        ("Elderflower spritz", 590),
+        ("House red", 620),
+        ("Pilsner", 430),
+        ("Espresso", 260),
+    ],
+}
+_TABLES = [("1", 2), ("2", 2), ("3", 4), ("4", 4), ("5", 4), ("6", 6), ("Window", 2), ("Terrace", 8)]
+_USERS = {role: f"{role}@demo-bistro.example" for role in Role}
+
+_INSERT_RESTAURANT = (
+    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
+    " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing"
+)
+_INSERT_TERMINAL = (
+    "insert into terminals (id, restaurant_id, name, api_key_sha256) values ($1, $2, $3, $4)"
+    " on conflict (id) do update set api_key_sha256 = excluded.api_key_sha256"
+)
+
+
+def _made_of(secret: str, what: str, length: int) -> str:
+    return "demo-" + hashlib.sha256(f"{secret}/{what}".encode()).hexdigest()[:length]
+
+
+def _id(*names: str) -> str:
+    return str(uuid5(_NAMESPACE, "/".join(names)))
+
+
+class Seeder:
+    def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
+        """`postgres` as the writer role; `secret` makes the demo terminal's key and the password of the demo's users,
+        the same at every seeding."""
+        self._postgres = postgres
+        self._mirror = mirror
+        self._rail = rail
+        self._tokens = tokens
+        self._api_key = _made_of(secret, "demo-terminal", 40)
+        self._password = _made_of(secret, "demo-password", 20)
+
+    async def seed(self) -> dict[str, Any]:
+        """What a script needs to use the demo: ids and tokens."""
+        restaurant, terminal = _RESTAURANT, _id("terminal")
+        async with self._postgres.connection() as connection:
+            await self._identity(connection, restaurant, terminal)
+        with contextlib.suppress(MirrorAway, MirrorInDoubt):  # the mirror writer brings it with its next rebuild
+            await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+        at = datetime(2026, 1, 1, tzinfo=UTC)
+        dishes = [
+            MenuItem(
+                id=_id("dish", name),
+                restaurant_id=restaurant.id,
+                name=name,
+                price=price,
+                category=category,
+                created_at=at,
+                updated_at=at,
+            )
+            for category, dishes in _MENU.items()
+            for name, price in dishes
+        ]
+        tables = [
+            DiningTable(
+                id=_id("table", label),
+                restaurant_id=restaurant.id,
+                label=label,
+                seats=seats,
+                created_at=at,
+                updated_at=at,
+            )
+            for label, seats in _TABLES
+        ]
+        made = sum([await self._create(menu_item.ENTITY, dish) for dish in dishes])
+        made += sum([await self._create(table.ENTITY, one) for one in tables])
+        return {
+            "created": made,
+            "restaurant_id": restaurant.id,
+            "restaurant_slug": restaurant.slug,
+            "tokens": {role.value: self._tokens.issue(self._identity_of(role)) for role in Role},
+            "emails": {role.value: email for role, email in _USERS.items()},
+            "password": self._password,
+            "terminal": {"id": terminal, "api_key": self._api_key},
+            "menu_item_ids": [dish.id for dish in dishes],
+            "table_ids": [one.id for one in tables],
+        }
+
+    async def _identity(self, connection: Connection, restaurant: Restaurant, terminal: str) -> None:
+        async with connection.transaction():
+            await connection.execute(
+                _INSERT_RESTAURANT,
+                restaurant.id,
+                restaurant.slug,
+                restaurant.name,
+                restaurant.currency,
+                restaurant.time_zone,
+                restaurant.cutoff_hour,
+                restaurant.tax_basis_points,
+            )
+            for role, email in _USERS.items():
+                tenant = None if role is Role.OPERATOR else restaurant.id
+                await add_user(
+                    connection,
+                    email=email,
+                    role=role,
+                    password=self._password,
+                    restaurant=tenant,
+                    name=f"Demo {role}",
+                    id_=_id("user", role),
+                )
+            key = hashlib.sha256(self._api_key.encode()).digest()
+            await connection.execute(_INSERT_TERMINAL, terminal, restaurant.id, "Demo terminal", key)
+
+    def _identity_of(self, role: Role) -> Identity:
+        return Identity(
+            user_id=_id("user", role),
+            role=role,
+            restaurant_id="" if role is Role.OPERATOR else _RESTAURANT.id,
+            email=_USERS[role],
+            session_id="demo-session" if role is Role.CUSTOMER else None,
+        )
+
+    async def _create(self, entity: Entity, state: Any) -> bool:
+        """False when it is there already, in whatever version."""
+
+        async def existing() -> tuple[Standing, Any] | None:
+            async with self._postgres.connection() as connection:
+                stored = await states.one(connection, entity, state.restaurant_id, state.id)
+            return None if stored is None else (stored.standing, entity.decode_state(stored.state))
+
+        draft = Draft(
+            entity=entity,
+            event="created",
+            state=state,
+            base=None,
+            before=None,
+            at=now(),
+            source="import",
+            existing=existing,
+        )
+        try:
+            await self._rail.commit(draft)
+        except Lost:
+            return False
+        return True

@@ -1,0 +1,52 @@
+"""Users that the command line makes: operators, who belong to no restaurant and whom no route can make, and the first
+admin of a restaurant that was made some other way. Plain rows, no events."""
+
+from uuid import uuid4
+
+import asyncpg
+
+from shared.errors import Conflict, NotFound
+from shared.postgres.pool import Connection
+from shared.security.passwords import hash_password
+from shared.security.tokens import Role
+
+_INSERT = (
+    "insert into users (id, restaurant_id, email, name, role, password_hash) values ($1, $2, $3, $4, $5, $6)"
+    " on conflict (id) do update set password_hash = coalesce(users.password_hash, excluded.password_hash)"
+)
+_CHANGE = (
+    "update users set password_hash = $2, updated_at = now() where lower(email) = lower($1) and deleted_at is null"
+    " returning id::text"
+)
+_SIGN_OUT = "delete from refresh_tokens where user_id = $1"
+
+
+async def add_user(
+    connection: Connection,
+    *,
+    email: str,
+    role: Role,
+    password: str,
+    restaurant: str | None = None,
+    name: str = "",
+    id_: str | None = None,
+) -> str:
+    """`connection` as the writer role; `id_`: whose password stays if it has one. Returns the id. Raises Conflict when
+    the email is taken, NotFound when there is no such restaurant."""
+    id_ = id_ or str(uuid4())
+    try:
+        await connection.execute(_INSERT, id_, restaurant, email, name, role.value, hash_password(password))
+    except asyncpg.UniqueViolationError as error:
+        raise Conflict("this email is taken", code="email_taken", field="email") from error
+    except asyncpg.ForeignKeyViolationError as error:
+        raise NotFound("no such restaurant", field="restaurant") from error
+    return id_
+
+
+async def set_password(connection: Connection, email: str, password: str) -> None:
+    """Ends all sessions of the user. Raises NotFound."""
+    async with connection.transaction():
+        id_ = await connection.fetchval(_CHANGE, email, hash_password(password))
+        if id_ is None:
+            raise NotFound("no such user", field="email")
+        await connection.execute(_SIGN_OUT, id_)

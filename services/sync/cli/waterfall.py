@@ -1,0 +1,200 @@
+"""One order's traces as a waterfall: what ran where, from when to when, and what waited in between. Pure.
+
+    POST /api/orders         orders        0.0     3.9 ms  ████████████
+      claim                  orders        0.7     0.5 ms    ██
+      record                 orders        1.2     2.1 ms     ██████
+        send …               orders        1.2     2.1 ms     ██████
+          · waits            critical.v1   3.4     6.6 ms            ░░░░░░░░░
+          write order        sync-worker  10.0     4.0 ms                     ████
+
+Below the span that sent a change stand those that took it up; the time from the end of the one to the beginning of the
+other is a row of its own.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msgspec import Struct, to_builtins
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from services.sync.cli.trace_search import DeadChange, Found, TracedChange
+from services.sync.printable import printable
+from shared.observability.trace_files import SpanRow
+
+_LEAST_WAIT_NS = 100_000  # shorter ones say nothing
+_CONSUMED = ("write ", "mirror ", "push ")
+
+
+class Line(Struct):
+    depth: int
+    name: str
+    where: str
+    start_ns: int
+    end_ns: int
+    note: str = ""
+    error: str | None = None
+    waits: bool = False
+
+
+def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[Line]:
+    """The spans of one trace as lines in the order of a tree, earlier ones first, with what waited in between."""
+    mine = {span.span_id: span for span in spans if span.trace_id == trace_id}
+    children: dict[str | None, list[SpanRow]] = {}
+    for span in mine.values():
+        # A parent that was not kept: its children stand at the top.
+        children.setdefault(span.parent_id if span.parent_id in mine else None, []).append(span)
+    lines: list[Line] = []
+
+    def add(span: SpanRow, depth: int, after: SpanRow | None) -> None:
+        if after is not None and span.name.startswith(_CONSUMED) and span.start_ns - after.end_ns > _LEAST_WAIT_NS:
+            queue = str(span.attributes.get("messaging.destination.name", "")).removeprefix("sync.postgres.")
+            lines.append(Line(depth, "· waits", queue, after.end_ns, span.start_ns, waits=True))
+        lines.append(Line(depth, span.name, _service(span), span.start_ns, span.end_ns, _note(span), span.error))
+        for child in sorted(children.get(span.span_id, ()), key=lambda one: one.start_ns):
+            add(child, depth + 1, span)
+
+    for root in sorted(children.get(None, ()), key=lambda one: one.start_ns):
+        add(root, 0, None)
+    return lines
+
+
+def _service(span: SpanRow) -> str:
+    return span.service.removeprefix("ticketrail-")
+
+
+def _note(span: SpanRow) -> str:
+    said = []
+    attributes = span.attributes
+    if "ticketrail.message.changes" in attributes:
+        said.append(f"{attributes['ticketrail.message.changes']} in its message")
+    if "ticketrail.batch.changes" in attributes:
+        said.append(f"{attributes['ticketrail.batch.changes']} in its batch")
+    if "ticketrail.attempt" in attributes:
+        said.append(f"attempt {attributes['ticketrail.attempt']}")
+    if attributes.get("ticketrail.from_journal"):
+        said.append("from the journal")
+    if "ticketrail.push.subscribers" in attributes:
+        said.append(f"to {attributes['ticketrail.push.subscribers']} subscribers")
+    if "http.response.status_code" in attributes:
+        said.append(str(attributes["http.response.status_code"]))
+    return ", ".join(said)
+
+
+# -- on the screen -----------------------------------------------------------------------------------------------
+
+
+def render(order_id: str, found: Found, width: int) -> RenderableType:
+    """A part per change, in the order of their versions, then one per dead letter, then what is only in traces."""
+    parts: list[RenderableType] = []
+    shown: set[str] = set()
+    for change in found.changes:
+        parts.append(_headline(change))
+        trace = change.trace_id
+        lines = lines_of(found.spans, trace) if trace else []
+        shown.add(trace or "")
+        parts.append(_table(lines, width) if lines else Text(f"  {_unsampled(change)}\n", style="dim"))
+    for letter in found.letters:
+        parts.append(_letter(letter))
+        if letter.trace_id and letter.trace_id not in shown:
+            shown.add(letter.trace_id)
+            if lines := lines_of(found.spans, letter.trace_id):
+                parts.append(_table(lines, width))
+    for trace in _traces_naming(order_id, found.spans):
+        if trace not in shown:
+            parts.append(Text.assemble(("not in PostgreSQL (yet)", "bold yellow"), f"  trace {trace}"))
+            parts.append(_table(lines_of(found.spans, trace), width))
+    parts += [Text(f"! {text}", style="yellow") for text in found.missing]
+    return Group(*parts)
+
+
+def as_json(order_id: str, found: Found) -> dict[str, Any]:
+    known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.letters}
+    return {
+        "order_id": order_id,
+        "changes": [
+            {
+                "change_id": change.change_id,
+                "version": change.version,
+                "type": change.type,
+                "accepted_at": change.accepted_at,
+                "written_at": change.written_at,
+                "trace_id": change.trace_id,
+                "spans": [span for span in found.spans if span.trace_id == change.trace_id],
+            }
+            for change in found.changes
+        ],
+        "dead_letters": [
+            {
+                **to_builtins(letter),
+                "spans": [span for span in found.spans if span.trace_id == letter.trace_id],
+            }
+            for letter in found.letters
+        ],
+        "elsewhere": [
+            {"trace_id": trace, "spans": [span for span in found.spans if span.trace_id == trace]}
+            for trace in _traces_naming(order_id, found.spans)
+            if trace not in known
+        ],
+        "missing": found.missing,
+    }
+
+
+def _traces_naming(order_id: str, spans: Iterable[SpanRow]) -> list[str]:
+    return list(dict.fromkeys(s.trace_id for s in spans if s.attributes.get("ticketrail.order_id") == order_id))
+
+
+def _headline(change: TracedChange) -> Text:
+    lag = (change.written_at - change.accepted_at).total_seconds() * 1000
+    return Text.assemble(
+        (change.type, "bold"),
+        f"  version {change.version}  by {change.source}  accepted {change.accepted_at:%Y-%m-%d %H:%M:%S.%f}"[:-3],
+        f"  in PostgreSQL after {lag:.1f} ms\n  trace {change.trace_id or 'unknown'}",
+    )
+
+
+def _letter(letter: DeadChange) -> Text:
+    version = f"  version {letter.version}" if letter.version else ""
+    return Text.assemble(
+        (printable(letter.type or "unreadable"), "bold"),
+        version,
+        (f"  dead, {letter.status}", "bold red" if letter.status in ("open", "replaying") else "dim"),
+        f"  last failed {letter.last_failed_at:%Y-%m-%d %H:%M:%S}\n  {printable(f'{letter.reason}: {letter.error}')}",
+        f"\n  ticketrail dlq show {letter.id}\n  trace {letter.trace_id or 'unknown'}",
+    )
+
+
+def _unsampled(change: TracedChange) -> str:
+    if change.trace_id is None:
+        return "made without a trace"
+    return "no spans: not sampled (TICKETRAIL_TRACE_SAMPLE), neither failed nor slow, or rotated away"
+
+
+def _table(lines: Sequence[Line], width: int) -> Table:
+    began = min(line.start_ns for line in lines)
+    whole = max(max(line.end_ns for line in lines) - began, 1)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
+    table.add_column("what", no_wrap=True)
+    table.add_column("where", no_wrap=True)
+    table.add_column("at ms", justify="right")
+    table.add_column("took ms", justify="right")
+    bar = max(12, min(60, width - 105))
+    table.add_column("", width=bar, no_wrap=True)
+    table.add_column("", style="dim")
+    for line in lines:
+        left = min(int((line.start_ns - began) / whole * bar), bar - 1)
+        long = max(1, round((line.end_ns - line.start_ns) / whole * bar))
+        style = "red" if line.error else "yellow" if line.waits else "green"
+        table.add_row(
+            Text("  " * line.depth + line.name, style="yellow" if line.waits else ""),
+            line.where,
+            f"{(line.start_ns - began) / 1e6:.1f}",
+            f"{(line.end_ns - line.start_ns) / 1e6:.1f}",
+            Text(
+                " " * min(left, bar - 1) + ("░" if line.waits else "█") * min(long, bar - min(left, bar - 1)),
+                style=style,
+            ),
+            Text(", ".join(filter(None, (line.error, line.note))), style="red" if line.error else ""),
+        )
+    return table

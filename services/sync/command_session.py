@@ -1,0 +1,80 @@
+"""What the commands of `ticketrail` share: connections, and errors that an operator can do something about."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import click
+import structlog
+
+from shared.errors import TicketrailError
+from shared.messaging import declare
+from shared.messaging.publisher import BROKEN_LINK, Publisher
+from shared.messaging.topology import CHANGES, bound_queues
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.migrate import MigrationError
+from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.rail.commit import Rail
+from shared.rail.record import Recorder
+from shared.settings import Settings
+
+
+@asynccontextmanager
+async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
+    """One connection, as the role of the URL."""
+    postgres = Postgres(url, settings, size=1)
+    try:
+        async with postgres.connection() as connection:
+            yield connection
+    finally:
+        await postgres.close()
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Exit code 1 and one line for what an operator can do something about."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        return asyncio.run(work)
+    except TicketrailError as error:
+        field = error.details.get("field")
+        raise click.ClickException(f"{field}: {error}" if field else str(error)) from error
+    except (MigrationError, declare.TopologyError) as error:
+        raise click.ClickException(str(error)) from error
+    except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
+        raise click.ClickException(f"a backend does not answer: {type(error).__name__}: {error}") from error
+
+
+class Session:
+    """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.postgres = Postgres(settings.database_writer_url, settings, size=2)
+        self.mirror = Mirror(
+            settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+        )
+        self.publisher = Publisher(
+            settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
+        )
+        recorder = Recorder(self.publisher, None, under_way=settings.publishes_under_way)
+        self.rail = Rail(
+            self.mirror,
+            recorder,
+            None,
+            claim_seconds=settings.claim_seconds,
+            reveal_seconds=settings.reveal_seconds,
+        )
+
+    async def __aenter__(self) -> "Session":
+        await self.publisher.start(wait=5.0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.rail.drain()
+        await self.publisher.stop()
+        await self.mirror.close()
+        await self.postgres.close()

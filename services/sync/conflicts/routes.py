@@ -1,0 +1,83 @@
+"""/api/ops/conflicts: changes of which only one can stand, for operators. Admins see those of their own restaurant."""
+
+from litestar.types import ASGIApp
+
+from services.sync.conflicts import store as conflict_store
+from services.sync.conflicts.decisions import ShownFork, show
+from services.sync.conflicts.store import Fork
+from services.sync.dead_letters.requests import ConflictsQuery, ResolveConflict
+from services.sync.dead_letters.routes import operators
+from shared.http.bodies import read_body
+from shared.http.cursors import page_of, read_cursor
+from shared.http.endpoint import endpoint, path_id, read_query
+from shared.http.server import Call, success
+
+_TAG = "Conflicts"
+
+
+@endpoint(
+    "GET",
+    "/api/ops/conflicts",
+    action="conflicts.read",
+    tag=_TAG,
+    summary="List conflicts, the newest first",
+    query=ConflictsQuery,
+    answer=Fork,
+    many=True,
+)
+async def list_conflicts(request: Call) -> ASGIApp:
+    query = read_query(request, ConflictsQuery)
+    async with operators(request).seen_by(request.identity) as connection:
+        found = await conflict_store.page(
+            connection,
+            restaurant_id=str(query.restaurant_id) if query.restaurant_id else None,
+            entity=query.entity,
+            entity_id=str(query.entity_id) if query.entity_id else None,
+            is_open=query.open,
+            before=read_cursor(query.cursor) if query.cursor else None,
+            limit=query.limit + 1,
+        )
+    page, pagination = page_of(found, query.limit, lambda one: (one.opened_at, one.id))
+    return success(page, pagination=pagination)
+
+
+@endpoint(
+    "GET",
+    "/api/ops/conflicts/{conflict_id:str}",
+    action="conflicts.read",
+    tag=_TAG,
+    summary="Show both sides of a conflict, and what differs between them",
+    answer=ShownFork,
+    errors=(404,),
+)
+async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
+    id_ = path_id(conflict_id, "conflict_id")
+    async with operators(request).seen_by(request.identity) as connection:
+        return success(await show(connection, id_))
+
+
+@endpoint(
+    "POST",
+    "/api/ops/conflicts/{conflict_id:str}/resolve",
+    action="conflicts.resolve",
+    tag=_TAG,
+    summary="Decide a conflict: which of the two changes holds",
+    description="What differs between the two, and stands as the other one had it, is given back by a new change. Where"
+    " somebody has changed a field since that the loser is to give back, the answer is 409 `changed_since`: change it"
+    " by hand, and keep the winner. Payments of both sides count in either case.",
+    body=ResolveConflict,
+    answer=Fork,
+    errors=(404, 409, 504),
+    example={"keep": "949d5329-9382-53f5-88ee-eb64c2466f58", "why": "the guest wants bread"},
+)
+async def resolve_conflict(request: Call, conflict_id: str) -> ASGIApp:
+    id_, who = path_id(conflict_id, "conflict_id"), request.identity
+    wanted = read_body(await request.whole_body(), ResolveConflict)
+    return success(
+        await operators(request).deciding.resolve(
+            id_, keep=str(wanted.keep), why=wanted.why, actor=who.email or who.user_id, role=who.role
+        )
+    )
+
+
+ROUTES = [list_conflicts, get_conflict, resolve_conflict]

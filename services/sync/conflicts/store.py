@@ -1,0 +1,167 @@
+"""Conflicts and who decided them: reading, and closing one. They are opened by `changes.py`, as pairs of changes that
+claim one version, or that were built on one change.
+
+Connections: of the ops role; of the api role, inside `Postgres.tenant`, to read those of a restaurant.
+"""
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.dead_letters import actions
+from shared.entities.contract import Standing
+from shared.errors import Conflict, NotFound
+from shared.observability.tracing import trace_id_of
+from shared.postgres.pool import Connection
+
+_COLUMNS = (
+    "id::text, restaurant_id::text, entity, entity_id::text, version, change_id::text, other_change_id::text,"
+    " opened_at, resolved_at, resolved_by, why, kept_change_id::text, resolved_change_id::text"
+)
+_LIST = f"""
+select {_COLUMNS} from conflicts
+where ($1::uuid is null or restaurant_id = $1) and ($2::text is null or entity = $2)
+    and ($3::uuid is null or entity_id = $3) and ($4::bool is null or (resolved_at is null) = $4)
+    and ($5::timestamptz is null or (opened_at, id) < ($5, $6::uuid))
+order by opened_at desc, id desc limit $7
+"""  # noqa: S608
+_ONE = f"select {_COLUMNS} from conflicts where id = $1"  # noqa: S608
+_SIDES = """
+select change_id::text, version, type, source, actor, accepted_at, traceparent, (data->'after')::text as state
+from changes where restaurant_id = $1 and change_id = any($2::uuid[])
+"""
+_RESOLVE = f"""
+update conflicts
+set resolved_at = now(), resolved_by = $2, why = $3, kept_change_id = $4, resolved_change_id = $5
+where id = $1 returning {_COLUMNS}
+"""  # noqa: S608
+
+
+class Fork(Struct, frozen=True, kw_only=True):
+    """Two changes of one entity that both were acknowledged and cannot both stand; open until it says otherwise."""
+
+    id: str
+    restaurant_id: str
+    entity: str
+    entity_id: str
+    version: int
+    change_id: str
+    other_change_id: str
+    opened_at: datetime
+    resolved_at: datetime | None
+    resolved_by: str | None
+    why: str | None
+    kept_change_id: str | None
+    resolved_change_id: str | None
+    """The change that made it hold; none where all of it stood when that was decided."""
+
+
+class Side(Struct, frozen=True, kw_only=True):
+    change_id: str
+    version: int
+    type: str
+    source: str
+    actor: str | None
+    accepted_at: datetime
+    trace_id: str | None
+    state: dict[str, Any]
+    """The whole state after this change."""
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.version, self.change_id)
+
+
+async def page(
+    connection: Connection,
+    *,
+    restaurant_id: str | None = None,
+    entity: str | None = None,
+    entity_id: str | None = None,
+    is_open: bool | None = True,
+    before: tuple[datetime, str] | None = None,
+    limit: int = 50,
+) -> list[Fork]:
+    """The newest first. `is_open` None: decided ones too. Ask for one more than a page to know whether there is
+    another."""
+    at, id_ = before or (None, None)
+    rows = await connection.fetch(_LIST, restaurant_id, entity, entity_id, is_open, at, id_, limit)
+    return [Fork(**row) for row in rows]
+
+
+async def one(connection: Connection, id_: str) -> Fork:
+    """Raises NotFound."""
+    row = await connection.fetchrow(_ONE, id_)
+    if row is None:
+        raise NotFound("no such conflict")
+    return Fork(**row)
+
+
+async def take(connection: Connection, id_: str) -> Fork:
+    """Locks it until the transaction ends: of two who decide the second is told. Raises NotFound, Conflict
+    (`conflict_resolved`)."""
+    row = await connection.fetchrow(f"{_ONE} for update", id_)
+    if row is None:
+        raise NotFound("no such conflict")
+    found = Fork(**row)
+    if found.resolved_at is not None:
+        raise Conflict(
+            f"{found.resolved_by} has decided this conflict already",
+            code="conflict_resolved",
+            kept_change_id=found.kept_change_id,
+        )
+    return found
+
+
+async def sides(connection: Connection, conflict: Fork) -> tuple[Side, Side]:
+    """(the winner by the guard, the loser)"""
+    ids = [conflict.change_id, conflict.other_change_id]
+    found = [_side(row) for row in await connection.fetch(_SIDES, conflict.restaurant_id, ids)]
+    loser, winner = sorted(found, key=lambda side: side.standing)
+    return winner, loser
+
+
+async def resolve(
+    connection: Connection,
+    conflict: Fork,
+    *,
+    keep: str,
+    change_id: str | None,
+    why: str,
+    actor: str,
+    role: str,
+) -> Fork:
+    """With its row in `audit`, in the caller's transaction. `change_id`: the change that was made for it, if any."""
+    (row,) = await connection.fetch(_RESOLVE, conflict.id, actor, why, keep, change_id)
+    await actions.note(
+        connection,
+        actor=actor,
+        role=role,
+        action="conflict.resolve",
+        target=f"conflict/{conflict.id}",
+        restaurant_id=conflict.restaurant_id,
+        why=why,
+        details={
+            "entity": conflict.entity,
+            "entity_id": conflict.entity_id,
+            "version": conflict.version,
+            "kept": keep,
+            "change_id": change_id,
+        },
+    )
+    return Fork(**row)
+
+
+def _side(row: Any) -> Side:
+    return Side(
+        change_id=row["change_id"],
+        version=row["version"],
+        type=row["type"],
+        source=row["source"],
+        actor=row["actor"],
+        accepted_at=row["accepted_at"],
+        trace_id=trace_id_of(row["traceparent"]),
+        state=msgspec.json.decode(row["state"]),
+    )

@@ -1,0 +1,154 @@
+"""What operators do to a dead letter, each with its row in `audit`: discard, restore, replace by an edit.
+
+All of it by the ops role, in a transaction of the caller's, so that an act and its audit stand or fall together. Each
+says which revision of the letter was seen: when it has moved on meanwhile, Conflict `letter_changed`.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.store import Letter, WholeLetter
+from shared.errors import Conflict, NotFound
+from shared.postgres.pool import Connection
+
+_LOCK = "select status, revision from dead_letters where id = $1 for update"
+_DISCARD = """
+update dead_letters set status = 'discarded', why = $2, replaced_by = $3, closed_at = now(), revision = revision + 1
+where id = $1
+"""
+_RESTORE = """
+update dead_letters set status = 'open', why = null, closed_at = null, revision = revision + 1 where id = $1
+"""
+_REPLACE = """
+update dead_letters set status = 'resolved', replaced_by = $2, closed_at = now(), revision = revision + 1 where id = $1
+"""
+_KEEP_EDIT = """
+insert into letter_edits (letter_id, actor, why, event, difference, change_id)
+values ($1, $2, $3, $4::json, $5::json, $6)
+"""
+_NOTE = """
+insert into audit (actor, role, restaurant_id, action, target, why, details)
+values ($1, $2, $3, $4, $5, $6, $7::json)
+"""
+_ACTS = """
+select at, actor, role, restaurant_id::text, action, target, why, details::text
+from audit where target = $1 order by at desc, id desc limit $2
+"""
+
+
+class Act(Struct, frozen=True, kw_only=True):
+    at: datetime
+    actor: str
+    role: str
+    restaurant_id: str | None
+    action: str
+    """Such as dead_letter.discard."""
+    target: str
+    """Such as dead_letter/<id>."""
+    why: str | None
+    details: dict[str, Any]
+
+
+async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> WholeLetter:
+    """Locks the letter until the transaction ends, when it is still as it was seen and open (or of that other status).
+    Raises NotFound, and Conflict: `letter_changed`, or `letter_not_open` (`letter_not_discarded`)."""
+    found = await connection.fetchrow(_LOCK, id_)
+    if found is None:
+        raise NotFound("no such dead letter")
+    if found["revision"] != revision:
+        raise Conflict(
+            "this letter has changed since it was read: look at it again",
+            code="letter_changed",
+            revision=found["revision"],
+            status=found["status"],
+        )
+    if found["status"] != status:
+        raise Conflict(f"this letter is {found['status']}", code=f"letter_not_{status}", status=found["status"])
+    letter = await dead_letter_store.one(connection, id_)
+    assert letter is not None
+    return letter
+
+
+async def discard(
+    connection: Connection, id_: str, *, revision: int, why: str, actor: str, role: str, replaced_by: str | None = None
+) -> Letter:
+    """open -> discarded. `replaced_by`: the change that takes back what the mirror shows of it. Raises as `take`."""
+    letter = await take(connection, id_, revision=revision)
+    await connection.execute(_DISCARD, id_, why, replaced_by)
+    details = {"replaced_by": replaced_by} if replaced_by else {}
+    return await _done(connection, letter, "discard", why, actor, role, details)
+
+
+async def restore(connection: Connection, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> Letter:
+    """discarded -> open. Raises as `take`."""
+    letter = await take(connection, id_, revision=revision, status="discarded")
+    await connection.execute(_RESTORE, id_)
+    return await _done(connection, letter, "restore", why, actor, role, {})
+
+
+async def replace(
+    connection: Connection,
+    id_: str,
+    *,
+    revision: int,
+    event: dict[str, Any],
+    difference: Sequence[dict[str, Any]],
+    change_id: str,
+    why: str | None,
+    actor: str,
+    role: str,
+) -> Letter:
+    """open -> resolved by an edit, which is kept beside it. Raises as `take`."""
+    letter = await take(connection, id_, revision=revision)
+    await connection.execute(_REPLACE, id_, change_id)
+    await connection.execute(_KEEP_EDIT, id_, actor, why, _json(event), _json(difference), change_id)
+    return await _done(connection, letter, "edit", why, actor, role, {"change_id": change_id})
+
+
+async def note(
+    connection: Connection,
+    *,
+    actor: str,
+    role: str,
+    action: str,
+    target: str,
+    restaurant_id: str | None = None,
+    why: str | None = None,
+    details: dict[str, Any] | None = None,
+) -> None:
+    """One row of `audit`."""
+    await connection.execute(_NOTE, actor, role, restaurant_id, action, target, why, _json(details or {}))
+
+
+async def acts(connection: Connection, target: str, *, limit: int = 100) -> list[Act]:
+    """What was done to a target, the newest first."""
+    return [
+        Act(**{**row, "details": msgspec.json.decode(row["details"])})
+        for row in await connection.fetch(_ACTS, target, limit)
+    ]
+
+
+async def _done(
+    connection: Connection, before: Letter, act: str, why: str | None, actor: str, role: str, details: dict[str, Any]
+) -> Letter:
+    await note(
+        connection,
+        actor=actor,
+        role=role,
+        action=f"dead_letter.{act}",
+        target=f"dead_letter/{before.id}",
+        restaurant_id=before.restaurant_id,
+        why=why,
+        details={"status": before.status, "revision": before.revision, **details},
+    )
+    [letter] = await dead_letter_store.page(connection, dead_letter_store.Wanted(ids=(before.id,)), limit=1)
+    return letter
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,90 @@
+"""What a replay of a dead letter would do: the real write, in a transaction that is rolled back."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from services.sync.dead_letters.replay_steps import ToReplay, is_written
+from services.sync.failures.classification import Kind, classify
+from services.sync.mirror.mirror_writer import MirrorWriter
+from services.sync.writer.upsert import Written, write_batch
+from shared.entities import registry
+from shared.entities.contract import BrokenContract, Change, Lane, decode_change, split_batch
+from shared.entities.entity import Entity
+from shared.entities.signal import signal_in
+from shared.postgres import states
+from shared.postgres.pool import Connection
+
+
+class Foreseen(Struct, frozen=True):
+    outcome: Literal["would_write", "superseded", "would_fail"]
+    detail: str
+
+
+class Away(Exception):
+    """PostgreSQL cannot tell now."""
+
+
+class Readable(Struct, frozen=True):
+    """The change in a letter, as this version reads it."""
+
+    event: bytes
+    change: Change
+    entity: Entity
+    state: object
+
+
+def read(body: bytes) -> Readable | None:
+    """None: a signal, or nothing at all, which says nothing any more. Raises BrokenContract. A letter holds one change,
+    or what cannot be taken apart."""
+    for event in split_batch(body):
+        if signal_in(event) is None:
+            change = decode_change(event)
+            return Readable(event, change, *registry.read(change))
+    return None
+
+
+async def foresee(
+    connection: Connection, letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
+) -> Foreseen:
+    """Nothing of it stays. `patience`: as for `write_batch`. Raises Away, MirrorAway, MirrorInDoubt."""
+    try:
+        found = read(letter.body)
+    except BrokenContract as error:
+        return _would_fail(error)
+    if found is None:
+        return Foreseen("superseded", "a signal: it says nothing any more")
+    if letter.lane is None:
+        if await mirror_writer.would_apply(found.event):
+            return Foreseen("would_write", f"version {found.change.entityversion}, into the mirror")
+        return Foreseen("superseded", "the mirror has it, or a later one")
+    try:
+        return await _write(connection, Written(Lane(letter.lane), found.entity, found.change, found.state), patience)
+    except Exception as error:
+        failure = classify(error)
+        if failure.kind is Kind.AWAY:
+            raise Away(failure.error) from error
+        return _would_fail(error)
+
+
+def _would_fail(error: Exception) -> Foreseen:
+    failure = classify(error)
+    return Foreseen("would_fail", f"{failure.reason}: {failure.error}")
+
+
+async def _write(connection: Connection, written: Written, patience: float) -> Foreseen:
+    change = written.change
+    if await is_written(connection, change.restaurantid, change.id):
+        return Foreseen("superseded", "it is written already")
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        outcome = await write_batch(connection, [written], patience=patience)
+        found = await states.standings(connection, written.entity, change.restaurantid, [change.entity_id])
+    finally:
+        await transaction.rollback()
+    standing = found[change.entity_id]
+    forks = ", and opens a conflict" if outcome.forks else ""
+    if standing == change.standing:
+        return Foreseen("would_write", f"version {change.entityversion}{forks}")
+    return Foreseen("superseded", f"version {standing.version} stands; kept as version {change.entityversion}{forks}")

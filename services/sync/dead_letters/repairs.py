@@ -1,0 +1,95 @@
+"""What operators do to a dead letter that makes a change: an edit, and the discard of what the mirror shows already.
+The API and the command line both come here.
+
+The letter is locked for the while, so that of two operators the second is told. The change is recorded before the
+letter says so: what breaks in between leaves an open letter and a change that stands; doing it again is harmless.
+"""
+
+from typing import Any
+
+import msgspec
+
+from services.sync.dead_letters import actions
+from services.sync.dead_letters.editing import difference, edited, event_in
+from services.sync.dead_letters.store import Letter, WholeLetter
+from services.sync.head import commit, head, mirrored, noted_afterwards, stored
+from shared.entities import registry
+from shared.entities.contract import now
+from shared.errors import InvalidInput
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Connection, Postgres
+from shared.rail.commit import Rail
+
+
+class Mending:
+    def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
+        """`postgres` as the ops role."""
+        self._postgres = postgres
+        self._mirror = mirror
+        self._rail = rail
+
+    async def edit(
+        self, id_: str, event: dict[str, Any], *, revision: int, why: str | None, actor: str, role: str
+    ) -> Letter:
+        """Commits what the operator's event says as a new change at head + 1, and resolves the letter by it. Raises
+        InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
+        with noted_afterwards("the letter") as recorded:
+            async with self._postgres.connection() as connection, connection.transaction():
+                letter = await actions.take(connection, id_, revision=revision)
+                original = event_in(letter.body)
+                entity, name, state = edited(original, event)
+                base = await head(connection, self._mirror, entity, state.restaurant_id, state.id)
+                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor)
+                return await actions.replace(
+                    connection,
+                    id_,
+                    revision=revision,
+                    event=event,
+                    difference=difference(original, event) if original is not None else [],
+                    change_id=recorded.change_id,
+                    why=why,
+                    actor=actor,
+                    role=role,
+                )
+
+    async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> Letter:
+        """What the mirror shows of it is taken back by a new change: to what PostgreSQL has, or deleted where that has
+        none. Raises as `edit`."""
+        if not why.strip():
+            raise InvalidInput("a reason is needed", field="why")
+        with noted_afterwards("the letter") as recorded:
+            async with self._postgres.connection() as connection, connection.transaction():
+                letter = await actions.take(connection, id_, revision=revision)
+                recorded.change_id = await self._take_back(connection, letter, actor)
+                return await actions.discard(
+                    connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
+                )
+
+    async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> Letter:
+        with noted_afterwards("the letter"):
+            async with self._postgres.connection() as connection, connection.transaction():
+                return await actions.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
+
+    async def _take_back(self, connection: Connection, letter: WholeLetter, actor: str) -> str | None:
+        """The id of the change, or None where readers never saw the letter's."""
+        entity = registry.ENTITIES.get(letter.entity or "")
+        if entity is None or letter.restaurant_id is None or letter.entity_id is None or letter.change_id is None:
+            return None
+        shown = await mirrored(self._mirror, entity, letter.restaurant_id, letter.entity_id)
+        if shown is None or shown[0].change_id != letter.change_id:
+            return None
+        before = await stored(connection, entity, letter.restaurant_id, letter.entity_id)
+        if before is not None and before[0] >= shown[0]:
+            return None  # PostgreSQL has it, or something later: nothing is left to take back
+        if before is not None:
+            return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
+        gone = msgspec.structs.replace(shown[1], deleted_at=now())
+        return await commit(self._rail, entity, "deleted", gone, shown, actor=actor)
+
+
+def shown_body(body: bytes, most: int = 65_536) -> tuple[Any, str | None, bool]:
+    """(the event where it is one, else None; the body as text where it is none; whether that was cut)."""
+    event = event_in(body)
+    if event is not None and len(body) <= most:
+        return event, None, False
+    return None, body[:most].decode(errors="replace"), len(body) > most

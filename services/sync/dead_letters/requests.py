@@ -1,0 +1,122 @@
+"""What operators may ask for: the bodies and queries of ops_routes.py, read strictly."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+from uuid import UUID
+
+from msgspec import Meta, Struct
+
+from services.sync.dead_letters.store import Wanted
+from shared.entities.contract import Time, in_range
+from shared.errors import InvalidInput
+
+_NO_NUL = "^[^\\x00]*$"
+_MOST_IDS = 1_000
+Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=_NO_NUL)]
+Name = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
+
+
+class Status(StrEnum):
+    OPEN = "open"
+    REPLAYING = "replaying"
+    RESOLVED = "resolved"
+    DISCARDED = "discarded"
+
+
+class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": "from"}):
+    queue: Name | None = None
+    fingerprint: Name | None = None
+    reason: Name | None = None
+    entity: Name | None = None
+    entity_id: UUID | None = None
+    change_id: UUID | None = None
+    restaurant_id: UUID | None = None
+    from_: Annotated[Time, Meta(description="by when it last failed")] | None = None
+    to: Time | None = None
+    status: Status | None = None
+    text: (
+        Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL, description="in the error, place or body")]
+        | None
+    ) = None
+
+    def wanted(self, ids: tuple[str, ...] = ()) -> Wanted:
+        """Raises InvalidInput."""
+        for name, at in (("from", self.from_), ("to", self.to)):
+            if at is not None and not in_range(at):
+                raise InvalidInput("a time between 1970 and 2200", field=name)
+        return Wanted(
+            ids=ids,
+            queue=self.queue,
+            fingerprint=self.fingerprint,
+            reason=self.reason,
+            entity=self.entity,
+            entity_id=str(self.entity_id) if self.entity_id else None,
+            change_id=str(self.change_id) if self.change_id else None,
+            restaurant_id=str(self.restaurant_id) if self.restaurant_id else None,
+            failed_from=self.from_,
+            failed_to=self.to,
+            statuses=(self.status.value,) if self.status else (),
+            text=self.text,
+        )
+
+
+class LettersQuery(Filter, kw_only=True, rename={"from_": "from"}):
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+
+
+class Replay(Filter, kw_only=True, rename={"from_": "from"}):
+    """Which letters: `ids`, or a filter; of those the open ones. `dry_run`: what would happen, without doing it."""
+
+    ids: Annotated[list[UUID], Meta(max_length=_MOST_IDS)] = []
+    dry_run: bool = False
+    canary: Annotated[bool, Meta(description="1, then 10, then the rest; stops by itself")] = True
+    per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
+    why: Why | None = None
+
+
+class EditLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`event`: restaurantid and subject as in the letter, type, and data.after with the whole state."""
+
+    revision: Annotated[int, Meta(ge=1, description="of the letter as it was seen")]
+    event: dict[str, Any]
+    why: Why | None = None
+
+
+class DiscardLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+    revision: Annotated[int, Meta(ge=1)]
+    why: Why
+
+
+class RestoreLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+    revision: Annotated[int, Meta(ge=1)]
+    why: Why | None = None
+
+
+class JobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=200)] | None = None
+
+
+class ConflictsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    restaurant_id: UUID | None = None
+    entity: Name | None = None
+    entity_id: UUID | None = None
+    open: Annotated[bool, Meta(description="false: those that were decided")] = True
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+
+
+class ResolveConflict(Struct, forbid_unknown_fields=True, kw_only=True):
+    keep: Annotated[UUID, Meta(description="the change that holds: one of the two")]
+    why: Why
+
+
+class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    since: Annotated[Time, Meta(description="without one the last hour")] | None = None
+
+
+class JobLettersQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    outcome: Name | None = None
+    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=500)] = 200

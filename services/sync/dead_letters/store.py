@@ -1,0 +1,401 @@
+"""Dead letters in PostgreSQL: kept by the sync worker, read by operators. What operators do to one is in
+`letter_acts.py`, their replays in `replay_jobs.py`; together they are all SQL on these tables.
+
+A letter is open, replaying (on its way through its lane again), resolved (what it carried is written, or was replaced
+by an edit) or discarded. Every act and every death moves its `revision`: whoever acts says which one they have seen,
+and of two the second is told (Conflict `letter_changed`).
+
+Connections: of the writer role in the worker, of the ops role for operators; of the api role, inside `Postgres.tenant`,
+for the admins of a restaurant: row-level security shows them their own letters alone.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.failures import retry_store
+from shared.entities.contract import Time
+from shared.postgres.pool import Connection
+
+if TYPE_CHECKING:
+    import asyncpg
+
+STATUSES = ("open", "replaying", "resolved", "discarded")
+_MOST_ATTEMPTS = 100
+_TREND_HOURS = 24
+_KEEP_SECONDS = 30.0  # bodies of many megabytes
+_LIKE = re.compile(r"[\\%_]")
+_ESCAPED = r"\\\g<0>"
+_LONGEST_SEARCHED = 262_144  # bytes of a body
+
+
+class Attempt(Struct, frozen=True):
+    """One failure of a change on its way: the same as in the header `ticketrail-attempts`."""
+
+    at: Time
+    reason: str
+    error: str
+    place: str
+
+
+class NewLetter(Struct, frozen=True, kw_only=True):
+    """What the keeper has read out of one dead message (services/sync/failures/parsing.py)."""
+
+    digest: bytes
+    """SHA-256 of the dead queue and the body: the same letter, however often it dies."""
+    queue: str
+    lane: str | None
+    """None: a letter of the mirror writer. It is read again with every rewind, which is no death of its own."""
+    restaurant_id: str | None
+    change_id: str | None
+    entity: str | None
+    entity_id: str | None
+    version: int | None
+    type: str | None
+    source: str | None
+    terminal_id: str | None
+    trace_id: str | None
+    mixed: bool = False
+    """It names two restaurants: none of them may see the other's part."""
+    reason: str
+    error: str
+    place: str
+    fingerprint: str
+    attempts: tuple[Attempt, ...]
+    """At least one, the first one first."""
+    headers: dict[str, Any]
+    body: bytes
+    replay_of: str | None = None
+    """The letter whose replay this is the end of."""
+
+
+class Letter(Struct, frozen=True, kw_only=True):
+    id: str
+    queue: str
+    lane: str | None
+    restaurant_id: str | None
+    change_id: str | None
+    entity: str | None
+    entity_id: str | None
+    version: int | None
+    type: str | None
+    source: str | None
+    terminal_id: str | None
+    trace_id: str | None
+    reason: str
+    error: str
+    place: str
+    fingerprint: str
+    deaths: int
+    first_failed_at: datetime
+    last_failed_at: datetime
+    status: str
+    revision: int
+    replaced_by: str | None
+    """The change that an edit or a discard has made of it."""
+    why: str | None
+    kept_at: datetime
+    closed_at: datetime | None
+    body_bytes: int
+
+
+class WholeLetter(Letter, frozen=True, kw_only=True):
+    attempts: tuple[Attempt, ...]
+    headers: dict[str, Any]
+    body: bytes
+    """As received."""
+
+
+class Edit(Struct, frozen=True, kw_only=True):
+    id: str
+    at: datetime
+    actor: str
+    why: str | None
+    event: dict[str, Any]
+    difference: list[dict[str, Any]]
+    change_id: str
+
+
+class Group(Struct, frozen=True, kw_only=True):
+    """Letters that died of the same."""
+
+    fingerprint: str
+    reason: str
+    place: str
+    count: int
+    open: int
+    queues: tuple[str, ...]
+    first_failed_at: datetime
+    last_failed_at: datetime
+    sample_id: str
+    sample_error: str
+    """Of the newest one."""
+    trend: tuple[int, ...]
+    """How many died last in each of the past 24 hours, the oldest hour first."""
+
+
+class Wanted(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Which letters; what is not set does not narrow. Ids must be UUIDs as text."""
+
+    ids: tuple[str, ...] = ()
+    queue: str | None = None
+    fingerprint: str | None = None
+    reason: str | None = None
+    entity: str | None = None
+    entity_id: str | None = None
+    change_id: str | None = None
+    restaurant_id: str | None = None
+    failed_from: datetime | None = None
+    failed_to: datetime | None = None
+    """Both by when it last failed."""
+    statuses: tuple[str, ...] = ()
+    text: str | None = None
+    """Somewhere in the error, the place or what names it, in any case; or in the body, to the letter."""
+
+
+Cursor = tuple[datetime, str]
+"""(last_failed_at, id) of the last letter of the page before."""
+
+_COLUMNS = (
+    "id::text, queue, lane, restaurant_id::text, change_id::text, entity, entity_id::text, version, type, source,"
+    " terminal_id, trace_id, reason, error, place, fingerprint, deaths, first_failed_at, last_failed_at, status,"
+    " revision, replaced_by::text, why, kept_at, closed_at, octet_length(body) as body_bytes"
+)
+_WHOLE = f"select {_COLUMNS}, attempts::text, headers::text, body from dead_letters where id = $1"  # noqa: S608
+_SAMPLES = "select id, reason, place, error from dead_letters where id = any($1)"
+_EDITS = """
+select id::text, at, actor, why, event::text, difference::text, change_id::text
+from letter_edits where letter_id = $1 order by at, id
+"""
+
+
+# -- keeping (the worker) --------------------------------------------------------------------------------------------
+
+_NEW: Sequence[tuple[str, str, Callable[[NewLetter], Any]]] = (
+    *((name, "text", attrgetter(name)) for name in ("queue", "lane", "entity", "type", "source", "terminal_id")),
+    *((name, "text", attrgetter(name)) for name in ("trace_id", "reason", "error", "place", "fingerprint")),
+    *((name, "uuid", attrgetter(name)) for name in ("restaurant_id", "change_id", "entity_id")),
+    *((name, "bytea", attrgetter(name)) for name in ("digest", "body")),
+    ("version", "int4", attrgetter("version")),
+    ("mixed", "bool", attrgetter("mixed")),
+    ("attempts", "json", lambda one: _json(one.attempts)),
+    ("headers", "json", lambda one: _json(one.headers)),
+    ("first_failed_at", "timestamptz", lambda one: one.attempts[0].at),
+    ("last_failed_at", "timestamptz", lambda one: one.attempts[-1].at),
+)
+_NAMES = ", ".join(name for name, _, _ in _NEW)
+_KEEP = (
+    f"insert into dead_letters ({_NAMES}) select * from unnest("  # noqa: S608
+    + ", ".join(f"${number}::{type_}[]" for number, (_, type_, _) in enumerate(_NEW, 1))
+    + f") as new ({_NAMES}) on conflict (digest) do nothing returning digest"
+)
+_KNOWN = "select id::text, attempts::text, last_failed_at, status from dead_letters where digest = $1 for update"
+_DIED_AGAIN = """
+update dead_letters
+set attempts = $2::json, deaths = deaths + 1, revision = revision + 1, last_failed_at = $3, reason = $4, error = $5,
+    place = $6, fingerprint = $7, headers = $8::json, status = $9, closed_at = null
+where id = $1
+"""
+_REMOVE_CLOSED = """
+delete from dead_letters
+where closed_at < now() - make_interval(days => $1) and status in ('resolved', 'discarded')
+"""
+
+
+async def keep(connection: Connection, letters: Sequence[NewLetter]) -> list[NewLetter]:
+    """Keeps them all or none, in a transaction of its own; returns those whose death is news.
+
+    A letter that is here already has died again: attempts appended, one death more, open again, the revision moves. One
+    that was delivered twice (its failure is here already) changes nothing. Takes it off `retries` in the same step."""
+    first: dict[bytes, NewLetter] = {}
+    for letter in letters:
+        first.setdefault(letter.digest, letter)
+    fresh = [first[digest] for digest in sorted(first)]  # in one order everywhere: keepers must not deadlock
+    async with connection.transaction():
+        arrays = ([value(one) for one in fresh] for _, _, value in _NEW)
+        rows = await connection.fetch(_KEEP, *arrays, timeout=_KEEP_SECONDS)
+        new = {row[0] for row in rows}
+        known = [one for one in letters if one.digest not in new or one is not first[one.digest]]
+        news = [one for one in fresh if one.digest in new]
+        news += [one for one in sorted(known, key=attrgetter("digest")) if await _died_again(connection, one)]
+        retried = [
+            (one.restaurant_id, one.change_id)
+            for one in letters
+            if len(one.attempts) > 1 and one.restaurant_id and one.change_id
+        ]
+        if retried:
+            await retry_store.forget(connection, retried)
+    return news
+
+
+async def _died_again(connection: Connection, letter: NewLetter) -> bool:
+    known = await connection.fetchrow(_KNOWN, letter.digest)
+    if known is None or letter.lane is None:
+        return False
+    before = msgspec.json.decode(known["attempts"], type=list[Attempt])
+    if letter.attempts[-1].at in {one.at for one in before}:
+        return False
+    attempts = [*before, *(one for one in letter.attempts if one not in before)]
+    # A second copy that was on its way beside the replay says nothing of the replay.
+    still = known["status"] == "replaying" and letter.replay_of != known["id"]
+    await connection.execute(
+        _DIED_AGAIN,
+        known["id"],
+        _json(bounded(attempts, _MOST_ATTEMPTS)),
+        max(known["last_failed_at"], letter.attempts[-1].at),
+        letter.reason,
+        letter.error,
+        letter.place,
+        letter.fingerprint,
+        _json(letter.headers),
+        "replaying" if still else "open",
+    )
+    return True
+
+
+def bounded(attempts: list[Attempt], most: int) -> list[Attempt]:
+    """The first one and the last of them."""
+    return attempts if len(attempts) <= most else [attempts[0], *attempts[1 - most :]]
+
+
+async def remove_closed(connection: Connection, days: int) -> int:
+    """What was resolved or discarded so long ago; returns how many."""
+    return int((await connection.execute(_REMOVE_CLOSED, days)).rpartition(" ")[2])
+
+
+async def open_letters(connection: Connection) -> int:
+    found: int = await connection.fetchval("select count(*) from dead_letters where status in ('open', 'replaying')")
+    return found
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def conditions(wanted: Wanted, arguments: list[Any]) -> str:
+    """Of a statement on `dead_letters l`, as SQL; adds to its arguments."""
+    found = ["true"]
+
+    def where(condition: str, *values: Any) -> None:
+        places = range(len(arguments) + 1, len(arguments) + 1 + len(values))
+        arguments.extend(values)
+        found.append(condition.format(*(f"${place}" for place in places)))
+
+    for name in ("queue", "fingerprint", "reason", "entity", "entity_id", "change_id", "restaurant_id"):
+        if (value := getattr(wanted, name)) is not None:
+            where(f"l.{name} = {{0}}", value)
+    if wanted.ids:
+        where("l.id = any({0}::uuid[])", list(wanted.ids))
+    if wanted.statuses:
+        where("l.status = any({0}::text[])", list(wanted.statuses))
+    if wanted.failed_from is not None:
+        where("l.last_failed_at >= {0}", wanted.failed_from)
+    if wanted.failed_to is not None:
+        where("l.last_failed_at <= {0}", wanted.failed_to)
+    if wanted.text:
+        where(
+            "(concat_ws(' ', l.error, l.reason, l.place, l.type, l.source, l.terminal_id, l.trace_id, l.change_id,"
+            " l.entity_id) ilike {0}"
+            f" or (octet_length(l.body) <= {_LONGEST_SEARCHED} and position(convert_to({{1}}, 'UTF8') in l.body) > 0))",
+            f"%{_LIKE.sub(_ESCAPED, wanted.text)}%",
+            wanted.text,
+        )
+    return " and ".join(found)
+
+
+async def page(
+    connection: Connection, wanted: Wanted, *, before: Cursor | None = None, limit: int = 50
+) -> list[Letter]:
+    """The newest failure first. Ask for one more than a page to know whether there is another."""
+    arguments: list[Any] = []
+    where = conditions(wanted, arguments)
+    if before is not None:
+        arguments += before
+        where += f" and (l.last_failed_at, l.id) < (${len(arguments) - 1}, ${len(arguments)}::uuid)"
+    rows = await connection.fetch(
+        f"select {_COLUMNS} from dead_letters l where {where}"  # noqa: S608
+        f" order by l.last_failed_at desc, l.id desc limit {int(limit)}",
+        *arguments,
+    )
+    return [Letter(**row) for row in rows]
+
+
+async def count(connection: Connection, wanted: Wanted) -> int:
+    arguments: list[Any] = []
+    where = conditions(wanted, arguments)
+    found: int = await connection.fetchval(f"select count(*) from dead_letters l where {where}", *arguments)  # noqa: S608
+    return found
+
+
+async def groups(connection: Connection, wanted: Wanted, *, limit: int = 100) -> list[Group]:
+    """By fingerprint, the most letters first."""
+    arguments: list[Any] = []
+    where = conditions(wanted, arguments)
+    rows = await connection.fetch(
+        "select l.fingerprint, count(*) as count, count(*) filter (where l.status in ('open', 'replaying')) as open,"  # noqa: S608
+        " array_agg(distinct l.queue) as queues, min(l.first_failed_at) as first_failed_at,"
+        " max(l.last_failed_at) as last_failed_at,"
+        " (array_agg(l.id order by l.last_failed_at desc, l.id desc))[1] as sample"
+        f" from dead_letters l where {where} group by 1 order by 2 desc, 1 limit {int(limit)}",
+        *arguments,
+    )
+    arguments.append([row["fingerprint"] for row in rows])
+    hours = await connection.fetch(
+        "select l.fingerprint, floor(extract(epoch from now() - l.last_failed_at) / 3600)::int, count(*)::int"  # noqa: S608
+        f" from dead_letters l where {where} and l.fingerprint = any(${len(arguments)}::text[])"
+        f" and l.last_failed_at > now() - interval '{_TREND_HOURS} hours' group by 1, 2",
+        *arguments,
+    )
+    samples = await connection.fetch(_SAMPLES, [row["sample"] for row in rows])
+    trends = {row["fingerprint"]: [0] * _TREND_HOURS for row in rows}
+    for fingerprint, ago, n in hours:
+        # A clock that is ahead of the database's counts as now.
+        trends[fingerprint][_TREND_HOURS - 1 - max(ago, 0)] += n
+    sampled = {row["id"]: row for row in samples}
+    return [
+        Group(
+            fingerprint=row["fingerprint"],
+            reason=sample["reason"],
+            place=sample["place"],
+            count=row["count"],
+            open=row["open"],
+            queues=tuple(row["queues"]),
+            first_failed_at=row["first_failed_at"],
+            last_failed_at=row["last_failed_at"],
+            sample_id=str(row["sample"]),
+            sample_error=sample["error"],
+            trend=tuple(trends[row["fingerprint"]]),
+        )
+        for row in rows
+        if (sample := sampled.get(row["sample"])) is not None
+    ]
+
+
+async def one(connection: Connection, id_: str) -> WholeLetter | None:
+    row = await connection.fetchrow(_WHOLE, id_)
+    return None if row is None else _whole(row)
+
+
+async def edits(connection: Connection, id_: str) -> list[Edit]:
+    """The oldest first. Not for the api role."""
+    return [
+        Edit(**{**row, "event": _read(row["event"]), "difference": _read(row["difference"])})
+        for row in await connection.fetch(_EDITS, id_)
+    ]
+
+
+def _whole(row: "asyncpg.Record") -> WholeLetter:
+    attempts = msgspec.json.decode(row["attempts"], type=tuple[Attempt, ...])
+    return WholeLetter(**{**row, "attempts": attempts, "headers": _read(row["headers"])})
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _read(text: str) -> Any:
+    return msgspec.json.decode(text)

@@ -1,0 +1,201 @@
+"""Reading a dead message into letters for `dead_letters`. Pure, and total: whatever the message is made of, something
+comes of it that PostgreSQL can hold, with the body to the letter.
+
+One message is one letter, but for those that the broker itself has dead-lettered (the delivery limit): in them whole
+batches come, and each change of a batch is a letter of its own.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.dead_letters.store import Attempt, NewLetter
+from services.sync.failures.classification import UNKNOWN_PLACE, clip, fingerprint
+from services.sync.failures.retry_ladder import ATTEMPTS, ERROR, FAILED_AT, PLACE, REASON, REPLAY, alone, attempts_in
+from shared.entities.contract import BrokenContract, Lane, in_range, split_batch
+from shared.observability.tracing import trace_id_of
+
+DELIVERY_LIMIT = "delivery_limit"
+BROKER = "broker"
+_DEATHS = "x-death"
+_LONGEST_NAME = 200
+_LONGEST_ERROR = 500
+_LONGEST_HEADER = 10_000
+_DEEPEST = 4
+_CANONICAL = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def letters_of(
+    queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], received_at: datetime
+) -> list[NewLetter]:
+    """`lane`: whose dead queue it is; None for that of the mirror writer. At least one letter."""
+    attempts = attempts_of(headers, received_at)
+    by_broker = attempts[-1].place == BROKER
+    return [_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
+
+
+def attempts_of(headers: Mapping[str, Any], received_at: datetime) -> tuple[Attempt, ...]:
+    """What is known of its failures, at least one. Our own publishes carry no `x-death`: with one the broker did it."""
+    attempts = attempts_in(headers)
+    reason = headers.get(REASON)
+    if isinstance(reason, str) and not headers.get(_DEATHS):
+        failed_at = _time(headers.get(FAILED_AT)) or received_at
+        if not attempts or attempts[-1].at != failed_at:
+            error, place = headers.get(ERROR), headers.get(PLACE)
+            attempts.append(
+                Attempt(
+                    failed_at,
+                    clip(reason, _LONGEST_NAME),
+                    clip(error, _LONGEST_ERROR) if isinstance(error, str) else "",
+                    clip(place, _LONGEST_NAME) if isinstance(place, str) else UNKNOWN_PLACE,
+                )
+            )
+        return tuple(attempts)
+    at, text = received_at, "the broker gave it up"
+    deaths = headers.get(_DEATHS)
+    if isinstance(deaths, list) and deaths and isinstance(newest := deaths[0], Mapping):
+        at = _time(newest.get("time")) or received_at
+        text = f"the broker gave it up: {newest.get('reason')} in {newest.get('queue')}"
+    return (*attempts, Attempt(at, DELIVERY_LIMIT, clip(text, _LONGEST_ERROR), BROKER))
+
+
+class _After(Struct):
+    restaurant_id: Any = None
+
+
+class _Data(Struct):
+    after: _After | None = None
+
+
+class _Glimpse(Struct):
+    """The names in an event that may be broken everywhere else."""
+
+    id: Any = None
+    restaurantid: Any = None
+    subject: Any = None
+    entityversion: Any = None
+    type: Any = None
+    source: Any = None
+    traceparent: Any = None
+    data: msgspec.Raw = msgspec.Raw()
+
+
+def _letter(
+    queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], attempts: tuple[Attempt, ...]
+) -> NewLetter:
+    seen, last = _glimpse(body), attempts[-1]
+    restaurant = _uuid(seen.restaurantid)
+    entity, _, entity_id = seen.subject.partition("/") if isinstance(seen.subject, str) else ("", "", "")
+    source = _name(seen.source)
+    version = seen.entityversion
+    replay = headers.get(REPLAY)
+    return NewLetter(
+        digest=digest(queue, body),
+        queue=queue,
+        lane=None if lane is None else lane.value,
+        restaurant_id=restaurant,
+        change_id=_uuid(seen.id),
+        entity=_name(entity),
+        entity_id=_uuid(entity_id),
+        version=version if type(version) is int and 0 <= version < 2**31 else None,
+        type=_name(seen.type),
+        source=source,
+        terminal_id=source.removeprefix("terminal/") if source and source.startswith("terminal/") else None,
+        trace_id=trace_id_of(seen.traceparent) if isinstance(seen.traceparent, str) else None,
+        mixed=_names_another(seen.data, restaurant),
+        reason=last.reason,
+        error=last.error,
+        place=last.place,
+        fingerprint=fingerprint(last.reason, last.error, last.place),
+        attempts=attempts,
+        # Without the attempts, which have a column of their own.
+        headers={clip(name, _LONGEST_NAME): _plain(value) for name, value in headers.items() if name != ATTEMPTS},
+        body=body,
+        replay_of=replay if isinstance(replay, str) else None,
+    )
+
+
+def digest(queue: str, body: bytes) -> bytes:
+    """What is dead-lettered by us travels as `alone` writes it: spaces around a single event make no other letter."""
+    tight = body.startswith(b"[{") and body.endswith(b"}]")
+    parts = [body] if tight else _parts(body)
+    return hashlib.sha256(queue.encode() + b"\0" + (parts[0] if len(parts) == 1 else body)).digest()
+
+
+def _parts(body: bytes) -> list[bytes]:
+    try:
+        return [alone(event) for event in split_batch(body)] or [body]
+    except BrokenContract:
+        return [body]
+
+
+def _glimpse(body: bytes) -> _Glimpse:
+    try:
+        seen = msgspec.json.decode(body, type=list[_Glimpse])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Glimpse()
+    return seen[0] if len(seen) == 1 else _Glimpse()
+
+
+def _names_another(data: msgspec.Raw, restaurant: str | None) -> bool:
+    try:
+        after = msgspec.json.decode(data, type=_Data).after
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # Nobody can tell whose it is.
+        return len(data) > 0
+    return after is not None and after.restaurant_id is not None and _uuid(after.restaurant_id) != restaurant
+
+
+def _uuid(value: Any) -> str | None:
+    """Canonical, or None."""
+    if not isinstance(value, str) or len(value) > 45:
+        return None
+    if _CANONICAL.fullmatch(value):
+        return value
+    try:
+        return str(UUID(value))
+    except ValueError:
+        return None
+
+
+def _name(value: Any) -> str | None:
+    return clip(value, _LONGEST_NAME) if isinstance(value, str) and value else None
+
+
+def _time(value: Any) -> datetime | None:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if not isinstance(value, datetime) or not in_range(value):
+        return None
+    return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What JSON has a form for; the rest as text."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return clip(value, _LONGEST_HEADER)
+    if isinstance(value, bytes | bytearray):
+        return clip(bytes(value).decode(errors="replace"), _LONGEST_HEADER)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if depth < _DEEPEST and isinstance(value, Mapping):
+        return {clip(str(name), _LONGEST_NAME): _plain(one, depth + 1) for name, one in value.items()}
+    if depth < _DEEPEST and isinstance(value, list | tuple):
+        return [_plain(one, depth + 1) for one in value]
+    return clip(str(value), _LONGEST_HEADER)

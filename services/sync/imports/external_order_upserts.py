@@ -1,0 +1,150 @@
+"""Bringing orders of other systems in: once however often each is sent, by the way of every change."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
+from shared.entities import order as orders
+from shared.entities.contract import Lane, Standing, now
+from shared.entities.order import Order
+from shared.errors import Conflict, NotFound, Unavailable
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.rail.commit import Draft, Lost, Rail
+from shared.restaurants import Restaurant, find_restaurant
+
+_ENTITY = orders.ENTITY
+# How long others are waited for: longer than a claim takes to be called stale, so that one left behind is finished.
+_WAIT_SECONDS = 4.0
+_REMEMBER_SECONDS = 60.0
+
+
+class Upserted(Struct, frozen=True):
+    outcome: Literal["created", "updated", "unchanged"]
+    order: Order
+    standing: Standing
+
+
+class Upserts:
+    def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, *, source: str, window_days: int) -> None:
+        """`window_days`: of the mirror."""
+        self._postgres = postgres
+        self._mirror = mirror
+        self._rail = rail
+        self._source = source
+        self._window = timedelta(days=window_days)
+        self._restaurants: dict[str, tuple[float, Restaurant]] = {}
+
+    async def unknown(self, wanted: Sequence[ExternalOrder]) -> set[str]:
+        """Ids of those that no store has, asked for all at once: for `upsert`'s `new`. Where connections are
+        those of the writer role. Raises one of AWAY."""
+        by_restaurant: dict[str, list[str]] = {}
+        for one in wanted:
+            restaurant = str(one.restaurant_id)
+            by_restaurant.setdefault(restaurant, []).append(order_id(restaurant, one.name))
+        try:
+            seen = await asyncio.gather(
+                *(self._mirror.read(restaurant, _ENTITY.name, ids) for restaurant, ids in by_restaurant.items())
+            )
+        except (MirrorAway, MirrorInDoubt):
+            return set()
+        found: set[str] = set()
+        async with self._postgres.connection() as connection:
+            for (restaurant, ids), (warm, documents) in zip(by_restaurant.items(), seen, strict=True):
+                missing = [id_ for id_, document in zip(ids, documents, strict=True) if warm and document is None]
+                stored = await states.standings(connection, _ENTITY, restaurant, missing) if missing else {}
+                found.update(id_ for id_ in missing if id_ not in stored)
+        return found
+
+    async def upsert(self, wanted: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> Upserted:
+        """`lane`: by default the one that the order deserves; `new`: no store had it a moment ago, and a claim says if
+        that has changed. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
+        restaurant = await self.restaurant(str(wanted.restaurant_id))
+        deadline, tried = time.monotonic() + _WAIT_SECONDS, 0
+        while True:
+            at = now()
+            state = new_order(wanted, restaurant, at)
+            found = None if new and tried == 0 else await self._standing(state, wanted)
+            base, before = (None, None) if found is None else found
+            if before is not None and base is not None:
+                if (before.currency, before.tax_basis_points) != (state.currency, state.tax_basis_points):
+                    # What it was placed under stays: a new tax rate does not change old orders.
+                    terms = msgspec.structs.replace(
+                        restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points
+                    )
+                    state = new_order(wanted, terms, at)
+                after = merged(before, state, dated=wanted.updated_at is not None, at=at)
+                if after is None:
+                    return Upserted("unchanged", before, base)
+                state = after
+            draft = Draft(
+                entity=_ENTITY,
+                event=event_of(before, state),
+                state=state,
+                base=base,
+                before=before,
+                at=at,
+                source=self._source,
+                lane=lane or lane_of(wanted, before, state, at),
+                existing=lambda state=state: self._standing(state, wanted),  # type: ignore[misc]
+            )
+            try:
+                done = await self._rail.commit(draft)
+            except Lost as lost:
+                if time.monotonic() > deadline:
+                    raise Conflict("others change this order again and again", code="version_conflict") from lost
+                tried += 1
+                await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
+                continue
+            return Upserted("created" if before is None else "updated", done.state, done.standing)
+
+    async def restaurant(self, id_: str) -> Restaurant:
+        """Raises NotFound, Unavailable."""
+        until, known = self._restaurants.get(id_, (0.0, None))
+        if known is not None and time.monotonic() < until:
+            return known
+        try:
+            async with self._postgres.connection() as connection:
+                found = await find_restaurant(connection, id_)
+        except AWAY as error:
+            found = known or await self._mirrored(id_)
+            if found is None:
+                raise Unavailable("the restaurant cannot be looked up now", retry_after=2.0) from error
+        if found is None:
+            raise NotFound("no such restaurant", field="restaurant_id")
+        self._restaurants[id_] = time.monotonic() + _REMEMBER_SECONDS, found
+        return found
+
+    async def _mirrored(self, id_: str) -> Restaurant | None:
+        try:
+            encoded = await self._mirror.restaurant(id_)
+        except (MirrorAway, MirrorInDoubt):
+            return None
+        return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
+
+    async def _standing(self, state: Order, wanted: ExternalOrder) -> tuple[Standing, Order] | None:
+        """From a warm mirror, or from PostgreSQL where the mirror has not got it. Raises Unavailable."""
+        restaurant, id_ = state.restaurant_id, state.id
+        try:
+            warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
+        except (MirrorAway, MirrorInDoubt):
+            warm, document = False, None
+        if document is not None and warm:
+            return document.standing, _ENTITY.decode_state(document.state)
+        try:
+            async with self._postgres.tenant(restaurant) as connection:
+                stored = await states.one(connection, _ENTITY, restaurant, id_)
+        except AWAY as error:
+            if warm and wanted.created_at is not None and now() - wanted.created_at < self._window:
+                return None  # it cannot have left the mirror yet
+            raise Unavailable("the order cannot be looked up now", retry_after=2.0) from error
+        return None if stored is None else (stored.standing, _ENTITY.decode_state(stored.state))

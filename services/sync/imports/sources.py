@@ -1,0 +1,339 @@
+"""Where an import reads from: a JSON-lines file, a CSV file, or a query on another PostgreSQL. A row at a time, in an
+order that is the same the next time, so that an import goes on where it stopped.
+
+CSV and query: a column for each field of `ExternalOrder`; `items` and `payments` hold JSON. A CSV without `items` has a
+row for each item (`item_name`, `item_quantity`, `item_unit_price`), those of an order one after the other: an order is
+brought in whole or not at all.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+from codecs import BOM_UTF8
+from collections.abc import AsyncGenerator, Iterator
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from msgspec import Struct
+
+from services.sync.imports.external_orders import ExternalOrder
+from shared.errors import InvalidInput
+from shared.http.bodies import MAX_BODY_BYTES, read_body
+from shared.postgres.pool import AWAY
+
+_INTS = ("tip_amount", "discount_amount", "deposit_used", "tax_amount", "total")
+_JSON = ("items", "payments")
+_TIMES = ("created_at", "updated_at")
+_ITEM = {"item_name": "name", "item_quantity": "quantity", "item_unit_price": "unit_price"}
+_QUERY = "select * from orders order by 1"
+
+
+class Row(Struct, frozen=True):
+    line: int
+    """On which it begins in the file, from 1; of a query the row."""
+    order: ExternalOrder | None
+    error: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(msgspec.json.encode(self)).digest()
+
+
+class _Order(ExternalOrder, kw_only=True):
+    """As a row has it: the restaurant may be said once for all of them."""
+
+    restaurant_id: UUID | None = None  # type: ignore[assignment]
+
+
+class Source(Struct, frozen=True):
+    name: str
+    kind: str
+    """jsonl, csv or postgres"""
+    query: str = _QUERY
+
+    @property
+    def digest(self) -> str:
+        """Which source it is: for a file its content. Of a database the query, without the password in the URL."""
+        if self.kind == "postgres":
+            return hashlib.sha256(f"{_without_password(self.name)}|{self.query}".encode()).hexdigest()
+        with Path(self.name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def shown(self) -> str:
+        """Without a password."""
+        return _without_password(self.name) if self.kind == "postgres" else self.name
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    options = [(key, value) for key, value in parse_qsl(parts.query) if "pass" not in key and key != "user"]
+    return urlunsplit(("postgres", parts.netloc.rpartition("@")[2], parts.path, urlencode(sorted(options)), ""))
+
+
+def source_of(name: str, query: str | None) -> Source:
+    """Raises InvalidInput."""
+    if name.startswith(("postgres://", "postgresql://")):
+        return Source(name, "postgres", query or _QUERY)
+    suffix = Path(name).suffix.lower()
+    if suffix not in (".jsonl", ".ndjson", ".csv"):
+        raise InvalidInput("a .jsonl or .csv file, or a postgres:// URL", field="source")
+    if not Path(name).is_file():
+        raise InvalidInput(f"no such file: {name}", field="source")
+    if not os.access(name, os.R_OK):
+        raise InvalidInput(f"not readable: {name}", field="source")
+    return Source(name, "csv" if suffix == ".csv" else "jsonl")
+
+
+def count(source: Source) -> int | None:
+    """How many rows there are, for a progress bar; None where it is not known beforehand."""
+    if source.kind == "jsonl":
+        with Path(source.name).open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    return sum(1 for _ in _csv_groups(source.name)) if source.kind == "csv" else None
+
+
+def rows(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+    """`restaurant`: for rows that name none. Raises InvalidInput when the source as a whole cannot be read."""
+    return (_from_postgres if source.kind == "postgres" else _from_file)(source, restaurant)
+
+
+async def _from_file(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+    if source.kind == "jsonl":
+        for row in _from_jsonl(source.name, restaurant):
+            yield row
+        return
+    for group in _csv_groups(source.name):
+        yield _csv_row(group, restaurant)
+
+
+def _from_jsonl(name: str, restaurant: str | None) -> Iterator[Row]:
+    with Path(name).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _row(number, line.removeprefix(BOM_UTF8) if number == 1 else line, restaurant)
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------
+
+
+class _Cells(Struct):
+    """One record of a CSV file: its cells that are not empty, by their columns."""
+
+    line: int
+    cells: dict[str, str]
+    error: str = ""
+    """Why it cannot be read; `unknown`: nor which order it belongs to."""
+    unknown: bool = False
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(self.cells.get(column, "") for column in ("restaurant_id", "external_id", "convex_id"))
+
+
+def _csv_records(name: str) -> Iterator[_Cells]:
+    """The first holds the heading."""
+    csv.field_size_limit(min(sys.maxsize, 10_000_000))
+    heading: list[str] | None = None
+    with Path(name).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.reader(file, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _Cells(line, {}, f"not CSV: {error}", unknown=True)
+                continue
+            if heading is None:
+                heading = cells
+                yield _Cells(line, dict.fromkeys(cells, ""))
+            elif cells:
+                found = {column: cell for column, cell in zip(heading, cells, strict=False) if column and cell}
+                many = "more cells than the heading has columns" if len(cells) > len(heading) else ""
+                yield _Cells(line, found, many)
+
+
+def _csv_groups(name: str) -> Iterator[list[_Cells]]:
+    """The records of one order."""
+    records = _csv_records(name)
+    heading = next(records, None)
+    if heading is None:
+        return
+    if heading.error:
+        raise InvalidInput(f"line {heading.line}: {heading.error}", field="source")
+    if "items" in heading.cells:
+        for one in records:
+            yield [one]
+        return
+    group: list[_Cells] = []
+    seen: set[int] = set()
+    torn = 0  # the line of a record that may have belonged to the order before it, or to the one after it
+    for one in records:
+        if one.unknown:
+            if group:
+                group[0].error = group[0].error or f"line {one.line} may belong to it and cannot be read"
+                yield group
+            yield [one]
+            group, torn = [], one.line
+            continue
+        named = any(one.order[1:])
+        if group and (one.order != group[0].order or not named):
+            yield group
+            group = []
+        if torn:
+            one.error = one.error or f"line {torn} may belong to it and cannot be read"
+        elif not group and named and hash(one.order) in seen:
+            one.error = one.error or "an order whose rows do not follow one another"
+        if not group:
+            seen.add(hash(one.order))
+        group.append(one)
+        torn = 0
+    if group:
+        yield group
+
+
+def _csv_row(group: list[_Cells], restaurant: str | None) -> Row:
+    """The records of one order; of several, all but the first say no more than their item."""
+    line = group[0].line
+    for one in group:
+        if one.error:
+            return Row(line, None, one.error if one.line == line else f"line {one.line}: {one.error}")
+    value: dict[str, Any] = dict(group[0].cells)
+    try:
+        for field in _JSON:
+            if field in value:
+                value[field] = _json(field, value[field])
+        for field in _INTS:
+            if field in value:
+                value[field] = _whole(field, value[field])
+        for field in _TIMES:
+            if field in value:
+                value[field] = _time(value[field])
+        if "items" not in value:
+            value["items"] = [_item(place, one.cells) for place, one in enumerate(group)]
+            for column in _ITEM:
+                value.pop(column, None)
+    except ValueError as error:
+        return Row(line, None, str(error))
+    return _encoded_row(line, value, restaurant)
+
+
+def _item(place: int, cells: dict[str, str]) -> dict[str, Any]:
+    """Raises ValueError."""
+    found: dict[str, Any] = {field: cells[column] for column, field in _ITEM.items() if column in cells}
+    for field in ("quantity", "unit_price"):
+        if field in found:
+            found[field] = _whole(f"items[{place}].{field}", found[field])
+    return found
+
+
+def _json(field: str, text: str) -> Any:
+    """Raises ValueError."""
+    try:
+        return msgspec.json.decode(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field}: not JSON: {error}") from error
+
+
+def _whole(field: str, text: str) -> int:
+    """Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{field}: {text!r} is not a whole number of minor units") from None
+
+
+def _time(text: str) -> datetime | str:
+    """Also as PostgreSQL and spreadsheets write it. What is none, the decoder refuses by its name."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return text
+
+
+# -- a query -----------------------------------------------------------------------------------------------------
+
+
+async def _from_postgres(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+    connection = await asyncpg.connect(source.name, timeout=10)
+    try:
+        async with connection.transaction(readonly=True):
+            number = 0
+            async for record in connection.cursor(source.query, prefetch=500):
+                number += 1
+                value = {key: _cell(cell) for key, cell in record.items() if cell is not None}
+                try:
+                    for field in _JSON:
+                        if isinstance(value.get(field), str):
+                            value[field] = _json(field, value[field])
+                except ValueError as error:
+                    yield Row(number, None, str(error))
+                    continue
+                yield _encoded_row(number, value, restaurant)
+    except AWAY:
+        raise
+    except asyncpg.PostgresError as error:
+        raise InvalidInput(f"the source refuses the query: {error}", field="query") from error
+    finally:
+        await connection.close(timeout=5)
+
+
+def _cell(cell: Any) -> Any:
+    """A sum of integers is a `numeric` in PostgreSQL. What is no number is left for the decoder to refuse."""
+    if not isinstance(cell, (Decimal, float)):
+        return cell
+    if not math.isfinite(cell):
+        return str(cell)
+    return int(cell) if cell == int(cell) else float(cell)
+
+
+# -- a row -------------------------------------------------------------------------------------------------------
+
+
+def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> Row:
+    try:
+        encoded = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return Row(line, None, f"{_unreadable(value)}: text that is not UTF-8")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        return Row(line, None, str(error))
+    return _row(line, encoded, restaurant)
+
+
+def _unreadable(value: dict[str, Any]) -> str:
+    """The field whose text came as bytes that are not UTF-8."""
+    for field, content in value.items():
+        try:
+            field.encode()
+            json.dumps(content, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return field.encode(errors="replace").decode()
+    return "body"
+
+
+def _row(line: int, encoded: bytes, restaurant: str | None) -> Row:
+    if len(encoded) > MAX_BODY_BYTES:
+        return Row(line, None, f"larger than {MAX_BODY_BYTES:,} bytes")
+    try:
+        order = read_body(encoded, _Order)
+        if order.restaurant_id is None:
+            if restaurant is None:
+                raise InvalidInput("needed, or --restaurant for all rows", field="restaurant_id")
+            order.restaurant_id = UUID(restaurant)
+        _ = order.name
+    except InvalidInput as error:
+        return Row(line, None, f"{error.details['field']}: {error.message}")
+    except RecursionError as error:
+        return Row(line, None, str(error))
+    return Row(line, order)

@@ -1,0 +1,175 @@
+"""What the log says was accepted, for the ledger: each change once, and the first fence that stands behind it.
+
+Reads on in the background for as long as it is open; what PostgreSQL has by now is taken out by `settle`, and only
+counted from then on. When the log was made anew all of it begins anew, and says so. While RabbitMQ is away it waits.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from msgspec import Struct
+
+from services.sync.ledger import sources
+from services.sync.ledger.balance import Entry, is_id
+from shared.entities.contract import BrokenContract, Lane, split_batch
+from shared.errors import Unavailable
+from shared.messaging.log import Batch, LogReader
+from shared.observability.tracing import trace_id_of
+from shared.postgres.pool import AWAY, Postgres
+from shared.settings import Settings
+
+_WITHIN = 20.0  # seconds without a word of the log
+_MANY = 20_000
+
+
+class _Glimpse(Struct):
+    """Of an event that may be broken everywhere else."""
+
+    id: Any = None
+    restaurantid: Any = None
+    subject: Any = None
+    entityversion: Any = None
+    time: Any = None
+    traceparent: Any = None
+
+
+_glimpses = msgspec.json.Decoder(_Glimpse)
+
+
+class AcceptedLog:
+    def __init__(self, settings: Settings, ops: Postgres, since: datetime | None) -> None:
+        """`since`: None is the beginning of the log."""
+        self._ops = ops
+        self._since = since
+        self._reader = LogReader(
+            settings.rabbitmq_url,
+            name=f"ledger-{uuid4().hex[:6]}",
+            idle_seconds=max(settings.fence_interval_seconds * 3, 2.0),
+        )
+        self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self._caught_up = False
+        self.restarted = False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._seen: set[bytes] = set()
+        self._unfenced: dict[str, list[str]] = {lane.value: [] for lane in Lane}
+        self.synced: Counter[str] = Counter()
+        """Restaurant -> how many changes were found in PostgreSQL."""
+        self.open: dict[str, Entry] = {}
+        """The others, by change id."""
+        self.fenced: dict[str, datetime] = {}
+        """Change id -> when the first fence behind it, in its lane, was sent: of those that are open."""
+        self.unreadable = 0
+
+    @property
+    def epoch(self) -> str | None:
+        return self._reader.epoch
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._follow(), name="ledger-log")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def read_to_the_end(self) -> None:
+        """Returns when everything has been read that stood in the log at the beginning. Raises Unavailable."""
+        while not self._caught_up:
+            if self._task is None or self._task.done():
+                raise Unavailable("the log is not being read")
+            self._news.clear()
+            try:
+                async with asyncio.timeout(_WITHIN):
+                    await self._news.wait()
+            except TimeoutError as error:
+                raise Unavailable("the log cannot be read now", retry_after=5.0) from error
+
+    async def settle(self, entries: Sequence[Entry]) -> None:
+        """Takes out those that PostgreSQL has. Raises one of AWAY."""
+        found = await sources.synced(self._ops, entries)
+        for one in entries:
+            if one.change_id in found and self.open.pop(one.change_id, None) is not None:
+                self.fenced.pop(one.change_id, None)
+                self.synced[one.restaurant_id] += 1
+
+    def has(self, change_id: str) -> bool:
+        """It was in the log, whatever became of it."""
+        return _packed(change_id) in self._seen
+
+    async def _follow(self) -> None:
+        async with aclosing(self._reader.read(self._since or "first")) as batches:
+            async for batch in batches:
+                self._take(batch)
+                if not self._caught_up and len(self.open) > _MANY:  # a long log is not held in memory
+                    with contextlib.suppress(*AWAY):
+                        await self.settle(list(self.open.values()))
+                self._caught_up = self._caught_up or batch.caught_up
+                self._news.set()
+
+    def _take(self, batch: Batch) -> None:
+        if batch.restarted:
+            self._begin_anew()
+            self.restarted = True
+        behind: dict[str, list[str]] = {lane: [] for lane in self._unfenced}
+        for one in batch.entries:
+            unfenced = self._unfenced if one.offset < batch.fence_offsets.get(one.lane, -1) else behind
+            for entry in self._read(one.lane, one.body):
+                if not self.has(entry.change_id):
+                    self._seen.add(_packed(entry.change_id))
+                    self.open[entry.change_id] = entry
+                    unfenced.setdefault(entry.lane, []).append(entry.change_id)
+        for lane, sent_at in batch.fences.items():
+            self.fenced.update((one, sent_at) for one in self._unfenced.get(lane, ()) if one in self.open)
+            self._unfenced[lane] = []
+        for lane, ids in behind.items():
+            self._unfenced.setdefault(lane, []).extend(ids)
+
+    def _read(self, lane: str, body: bytes) -> Iterable[Entry]:
+        try:
+            events = split_batch(body)
+        except BrokenContract:
+            self.unreadable += 1
+            return
+        for event in events:
+            try:
+                seen = _glimpses.decode(event)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                seen = _Glimpse()
+            if not is_id(seen.id):
+                self.unreadable += 1
+                continue
+            yield Entry(
+                change_id=seen.id,
+                restaurant_id=seen.restaurantid if is_id(seen.restaurantid) else "",
+                subject=str(seen.subject)[:200],
+                version=seen.entityversion if isinstance(seen.entityversion, int) else 0,
+                lane=lane,
+                accepted_at=_time(seen.time),
+                trace_id=trace_id_of(seen.traceparent) if isinstance(seen.traceparent, str) else None,
+                seen_in="log",
+            )
+
+
+def _packed(change_id: str) -> bytes:
+    return bytes.fromhex(change_id.replace("-", ""))
+
+
+def _time(value: Any) -> datetime | None:
+    try:
+        found = msgspec.convert(value, datetime)
+    except (msgspec.ValidationError, ValueError, TypeError):
+        return None
+    return found if found.tzinfo is not None else None

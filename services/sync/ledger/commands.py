@@ -1,0 +1,204 @@
+"""`ticketrail ledger`: where every accepted change is, and which are nowhere."""
+
+import asyncio
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from services.sync.command_session import run
+from services.sync.ledger.balance import Balance, Count, Missing
+from services.sync.ledger.ledger import Ledger, draw_up
+from shared.entities.contract import encode, now
+from shared.errors import Unavailable
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
+
+_COLUMNS = ("accepted", "synced", "queued", "retrying", "journaled", "dead", "unexplained")
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_SHOWN = 50
+_FAILED = 2
+
+
+class Since(click.ParamType[datetime]):
+    """90s, 15m, 2h, 7d, or a time in ISO 8601 (UTC where it names no zone)."""
+
+    name = "since"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        if found := re.fullmatch(r"(\d{1,6})([smhd])", str(value)):
+            return now() - timedelta(seconds=int(found[1]) * _UNITS[found[2]])
+        try:
+            at = datetime.fromisoformat(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither like 90s, 15m, 2h or 7d nor a time in ISO 8601", param, ctx)
+        return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+@click.command("ledger")
+@click.option("--since", type=Since(), default="1h", show_default=True, help="90s, 15m, 2h, 7d, or a time in ISO 8601")
+@click.option("--all", "everything", is_flag=True, help="from the beginning of the log on")
+@click.option("--watch", is_flag=True, help="draw it again until Ctrl-C")
+@click.option(
+    "--interval", type=click.FloatRange(0.2, 3_600), default=2.0, show_default=True, help="seconds, of --watch"
+)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, with --watch one a line")
+@click.option("--patience", type=click.FloatRange(0), help="seconds that a change is missing before that is said")
+def ledger_command(
+    since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, patience: float | None
+) -> None:
+    """Where every accepted change is: accepted = synced + queued + retrying + journaled + dead + unexplained.
+
+    Exit code 1 when there is an unexplained one, 2 when it could not be drawn up."""
+    start = None if everything else since
+    try:
+        if watch:
+            balance = _watch(start, interval, as_json, patience)
+        else:
+            balance = run(_once(start, patience))
+            _show(balance, as_json)
+    except click.ClickException as error:
+        click.echo(f"Error: {error.message}", err=True)
+        sys.exit(_FAILED)
+    if balance is not None and balance.unexplained:
+        sys.exit(1)
+
+
+@asynccontextmanager
+async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
+    settings = Settings()
+    postgres = Postgres(settings.database_ops_url, settings, size=2)
+    mirror = Mirror(
+        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+    )
+    try:
+        yield settings, postgres, mirror
+    finally:
+        await mirror.close()
+        await postgres.close()
+
+
+async def _once(since: datetime | None, patience: float | None) -> Balance:
+    async with _backends() as (settings, postgres, mirror):
+        return await draw_up(settings, postgres, mirror, since=since, patience=patience)
+
+
+def _watch(since: datetime | None, interval: float, as_json: bool, patience: float | None) -> Balance | None:
+    """Until Ctrl-C; the last one."""
+    last: list[Balance] = []
+
+    async def watch() -> None:
+        async with (
+            _backends() as (settings, postgres, mirror),
+            Ledger(settings, postgres, mirror, since=since, patience=patience) as ledger,
+        ):
+            with _Lines() if as_json else Live(console=_console(), auto_refresh=False) as screen:
+                while True:
+                    try:
+                        balance = await ledger.look()
+                    except Unavailable as error:
+                        screen.update(Text(f"{error}; it goes on when that is over", "bold yellow"), refresh=True)
+                    else:
+                        last[:] = [balance]
+                        screen.update(encode(balance).decode() if as_json else _drawn(balance), refresh=True)
+                    await asyncio.sleep(interval)
+
+    with suppress(KeyboardInterrupt):
+        run(watch())
+    return last[0] if last else None
+
+
+class _Lines:
+    """In place of a screen: a line each."""
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def update(self, line: Any, *, refresh: bool) -> None:
+        click.echo(str(line), err=isinstance(line, Text))
+
+
+def _show(balance: Balance, as_json: bool) -> None:
+    if as_json:
+        click.echo(encode(balance).decode())
+    else:
+        _console().print(_drawn(balance))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _drawn(balance: Balance) -> Group:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("restaurant", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for restaurant in balance.restaurants:
+        table.add_row(restaurant.slug or restaurant.restaurant_id or "(none)", *_figures(restaurant))
+    table.add_row("all", *_figures(balance), style="bold")
+    lines = [Text(_window(balance))]
+    lines += [Text(_named(one), "bold red") for one in balance.missing[:_SHOWN]]
+    if len(balance.missing) > _SHOWN:
+        lines.append(Text(f"… and {len(balance.missing) - _SHOWN} more; --json names all", "bold red"))
+    if balance.suspects:
+        lines.append(Text(f"{balance.suspects} of the queued are not to be seen anywhere, for a moment only so far"))
+    if balance.dead_outcomes:
+        lines.append(Text("dead: " + ", ".join(f"{n} {what}" for what, n in sorted(balance.dead_outcomes.items()))))
+    for name, count in balance.journals.items():
+        if count:
+            lines.append(Text(f"{count} in {name}"))
+    if balance.unreadable:
+        lines.append(Text(f"{balance.unreadable} events in the log name no change; they are among the dead letters"))
+    for one in balance.mirror_only[:_SHOWN]:
+        lines.append(Text(f"hint: the mirror alone shows change {one.change_id} of {one.subject} as pending", "yellow"))
+    if balance.away:
+        lines.append(Text(f"could not be asked: {', '.join(balance.away)}", "yellow"))
+    if balance.restarted:
+        lines.append(Text("the log was made anew: it is accounted for from there on", "yellow"))
+    return Group(table, *lines)
+
+
+def _figures(count: Count) -> list[Text]:
+    figures = [Text(str(getattr(count, name))) for name in _COLUMNS]
+    if count.unexplained:
+        figures[-1].stylize("bold red")
+    return figures
+
+
+def _window(balance: Balance) -> str:
+    begin = "the beginning of the log" if balance.since is None else _utc(balance.since)
+    if balance.until is None:
+        return f"from {begin}; no fence has come out of every lane yet"
+    return f"from {begin}; the last fence out of every lane is of {_utc(balance.until)}"
+
+
+def _utc(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _named(one: Missing) -> str:
+    at = f" accepted {_utc(one.accepted_at)}" if one.accepted_at else ""
+    where = "" if one.seen_in == "log" else f", from {one.seen_in}"
+    after = f"; change {one.successor} was built on it and is there" if one.successor else ""
+    return (
+        f"unexplained: change {one.change_id} of {one.subject} version {one.version}, {one.lane},{at}{where},"
+        f" trace {one.trace_id or '-'}{after}"
+    )
+
+
+COMMANDS = (ledger_command,)

@@ -1,0 +1,190 @@
+"""Where the ledger looks beside the log: PostgreSQL, the queues, the journals on this host, and the mirror."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import structlog
+from msgspec import Struct
+
+from services.sync.ledger import queues
+from services.sync.ledger import store as ledger_store
+from services.sync.ledger.balance import Entry, is_id
+from services.sync.ledger.store import Fence
+from shared.entities import registry
+from shared.entities.contract import now
+from shared.mirror.mirror import Mirror
+from shared.observability.tracing import trace_id_of
+from shared.postgres.pool import Postgres
+from shared.rail.journal_file import Damaged, Name, name_of, roll
+from shared.rail.salvage import Salvage
+from shared.rail.set_aside import journals_in, readable
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_BLOCK = 5_000
+_OLD = timedelta(minutes=1)
+_MOST_PENDING = 1_000
+
+
+class Journals(Struct, frozen=True):
+    waiting: dict[str, Entry]
+    damaged: dict[str, Entry]
+    """By change id; what no journal has whole."""
+    depths: dict[str, int]
+    unread: list[str]
+
+
+class Depths(Struct, frozen=True):
+    lanes: dict[str, int]
+    """Lane -> messages in it, those included that a consumer holds where the management API tells."""
+    unknown: dict[tuple[str, str], int]
+    """(retrying or dead, lane) -> messages in queues of that kind that PostgreSQL does not know by their ids."""
+    away: list[str]
+
+
+def journals(folder: Path) -> Journals:
+    """Beside their owners; nothing is changed."""
+    found = Journals({}, {}, {}, [])
+    for path in journals_in(folder).values() if folder.exists() else ():
+        try:
+            waiting, damaged = roll(readable(path))
+        except (sqlite3.Error, ValueError) as error:
+            log.warning("journal_dug_through", journal=str(path), error=str(error))
+            try:
+                waiting, damaged = _dug_out(readable(path))
+            except OSError:
+                found.unread.append(path.name)
+                continue
+        found.depths[path.name] = len(waiting)
+        found.waiting.update(_entries(waiting, path.name))
+        found.damaged.update(_entries([one.name for one in damaged if one.name is not None], path.name))
+    for change_id in found.waiting.keys() & found.damaged.keys():
+        del found.damaged[change_id]
+    return found
+
+
+def _dug_out(path: Path) -> tuple[list[Name], list[Damaged]]:
+    salvage = Salvage(path)
+    return [name_of(lane, event) for lane, event in salvage.entries()], salvage.damaged()
+
+
+def _entries(names: Sequence[Name], journal: str) -> dict[str, Entry]:
+    return {
+        one.change_id: Entry(
+            change_id=one.change_id,
+            restaurant_id=one.restaurant_id if is_id(one.restaurant_id) else "",
+            subject=one.subject,
+            version=one.version,
+            lane=one.lane,
+            accepted_at=one.accepted_at,
+            trace_id=trace_id_of(one.traceparent),
+            seen_in=journal,
+        )
+        for one in names
+        if is_id(one.change_id)
+    }
+
+
+async def depths(settings: Settings, ops: Postgres) -> Depths:
+    """Raises one of AWAY."""
+    found = await queues.look(settings, ops)
+    async with ops.connection() as connection:
+        noted = await ledger_store.on_the_ladder(connection)
+    lanes: dict[str, int] = {}
+    unknown: dict[tuple[str, str], int] = {}
+    for queue in found.queues:
+        if queue.lane is None:
+            continue
+        # Nobody could tell: then it may hold anything.
+        count = 1 if queue.depth is None else queue.depth + (queue.dead_lettering or 0)
+        if queue.kind == "lane":
+            lanes[queue.lane] = count
+        else:
+            place = ("retrying" if queue.kind == "retry" else "dead", queue.lane)
+            unknown[place] = unknown.get(place, 0) + count
+    for lane, count in noted.items():
+        unknown["retrying", lane] = max(0, unknown.get(("retrying", lane), 0) - count)
+    return Depths(lanes, unknown, found.away)
+
+
+async def fences(ops: Postgres) -> dict[str, Fence]:
+    async with ops.connection() as connection:
+        return await ledger_store.fences(connection)
+
+
+async def slugs(ops: Postgres) -> dict[str, str]:
+    async with ops.connection() as connection:
+        return await ledger_store.slugs(connection)
+
+
+async def synced(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
+    found: set[str] = set()
+    for block in _blocks([one for one in entries if one.restaurant_id]):
+        async with ops.connection() as connection:
+            found |= await ledger_store.synced(connection, [one.key for one in block])
+    return found
+
+
+async def dead(ops: Postgres, entries: Sequence[Entry]) -> dict[str, str]:
+    """Change id -> its outcome."""
+    found: dict[str, str] = {}
+    for block in _blocks(entries):
+        async with ops.connection() as connection:
+            found |= await ledger_store.dead(connection, [one.change_id for one in block])
+    return found
+
+
+async def retrying(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
+    found: set[str] = set()
+    for block in _blocks([one for one in entries if one.restaurant_id]):
+        async with ops.connection() as connection:
+            found |= await ledger_store.retrying(connection, [one.key for one in block])
+    return found
+
+
+async def successors(ops: Postgres, entries: Sequence[Entry]) -> dict[str, str]:
+    if not entries:
+        return {}
+    async with ops.connection() as connection:
+        return await ledger_store.successors(connection, [one.key for one in entries if one.restaurant_id])
+
+
+async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Entry]:
+    """What the mirror shows as pending, for more than a minute, since then; of each entity the newest thousand. Raises
+    MirrorAway, MirrorInDoubt."""
+    found: list[Entry] = []
+    newest = now() - _OLD
+    for restaurant in await mirror.restaurant_ids():
+        for entity in registry.ENTITIES.values():
+            ids = (await mirror.pending_ids(restaurant, entity.name))[:_MOST_PENDING]
+            if not ids:
+                continue
+            accepted = await mirror.accepted_at(restaurant, entity.name, ids)
+            _, documents = await mirror.read(restaurant, entity.name, ids)
+            for id_, seconds, document in zip(ids, accepted, documents, strict=True):
+                if seconds is None or document is None:
+                    continue
+                at = datetime.fromtimestamp(seconds, UTC)
+                if at < newest and (since is None or at >= since):
+                    standing = document.standing
+                    found.append(
+                        Entry(
+                            change_id=standing.change_id,
+                            restaurant_id=restaurant,
+                            subject=f"{entity.name}/{id_}",
+                            version=standing.version,
+                            lane=entity.lane.value,
+                            accepted_at=at,
+                            trace_id=None,
+                            seen_in="mirror",
+                        )
+                    )
+    return found
+
+
+def _blocks(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    for start in range(0, len(entries), _BLOCK):
+        yield entries[start : start + _BLOCK]

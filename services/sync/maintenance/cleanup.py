@@ -1,0 +1,82 @@
+"""Takes away what nobody needs any more: refresh tokens and sessions that are over, how far an import came that nobody
+went on with for a month, dead letters closed and replays ended long ago, and traces that are old. Orders and changes
+stay for ever, and so do dead letters that are open. Harmless when done twice, or by two at once."""
+
+import asyncio
+import time
+
+import structlog
+
+from services.sync.dead_letters import replay_steps
+from services.sync.dead_letters import store as dead_letter_store
+from shared.lifecycle import vital_task
+from shared.postgres.pool import AWAY, Postgres
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+# A token that is over stays for a week: that it was used before must still be noticed.
+_TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
+_REVOKED = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
+_IMPORTS = "delete from imports where updated_at < now() - interval '30 days'"
+_TRACE_DAYS = 7.0
+
+
+class Cleanup:
+    def __init__(self, settings: Settings, postgres: Postgres) -> None:
+        """`postgres` as the writer role."""
+        self._settings = settings
+        self._postgres = postgres
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = vital_task(self._run(), name="cleanup")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.cleanup_seconds)
+            try:
+                removed = await self.clean()
+            except AWAY as error:
+                log.warning("cleanup_waits", error=str(error) or type(error).__name__)
+            else:
+                if any(removed.values()):
+                    log.info("cleaned_up", **removed)
+
+    async def clean(self) -> dict[str, int]:
+        """How many of each were removed. Raises one of AWAY."""
+        async with self._postgres.connection() as connection:
+            tokens = [await connection.execute(statement) for statement in (_TOKENS, _REVOKED)]
+            imports = await connection.execute(_IMPORTS)
+            days = self._settings.dead_letter_retention_days
+            letters = await dead_letter_store.remove_closed(connection, days)
+            replays = await replay_steps.remove_old(connection, days)
+        return {
+            "tokens": sum(_rows(status) for status in tokens),
+            "imports": _rows(imports),
+            "dead_letters": letters,
+            "replays": replays,
+            "trace_files": await asyncio.to_thread(self._old_traces),
+        }
+
+    def _old_traces(self) -> int:
+        """Of services that are gone: those that live rotate their own."""
+        removed, before = 0, time.time() - _TRACE_DAYS * 86_400
+        folder = self._settings.traces_path
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_file() and path.stat().st_mtime < before:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _rows(status: str) -> int:
+    return int(status.rpartition(" ")[2])

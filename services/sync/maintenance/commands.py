@@ -1,0 +1,28 @@
+"""`ticketrail cleanup`: remove expired data."""
+
+import json
+
+import click
+
+from services.sync.command_session import Session, run
+from services.sync.maintenance.cleanup import Cleanup
+from services.sync.maintenance.reconciler import Reconciler
+from shared.settings import Settings
+
+
+@click.command("cleanup")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def cleanup_command(as_json: bool) -> None:
+    """Take away what is over: tokens and sessions, claims left behind, finished imports, old traces."""
+    removed = run(_cleanup(Settings()))
+    click.echo(json.dumps(removed) if as_json else ", ".join(f"{n} {what}" for what, n in removed.items()))
+
+
+async def _cleanup(settings: Settings) -> dict[str, int]:
+    async with Session(settings) as session:
+        reconciler = Reconciler(settings, session.postgres, session.mirror, session.rail)
+        removed = await Cleanup(settings, session.postgres).clean()
+        return {**removed, "claims": await reconciler.finish_claims()}
+
+
+COMMANDS = (cleanup_command,)

@@ -1,0 +1,152 @@
+"""Bringing PostgreSQL to where the log is, after it came back from a backup: what the log has and `changes` lacks.
+
+Guarantee: when `run` returns, every change that stood in the log when it was called is in `changes`, or is known as a
+dead letter, or was sent where failures go (the ladder, the dead queue), with the broker's confirm. It is written as the
+worker writes, in the same transaction and under the same guard: no version goes down, every fact counts once.
+
+Beside it workers and services may run. It may be stopped at any time and repeated: what is there is not written again.
+While PostgreSQL or RabbitMQ is away it waits, for as long as a consumer would hold its messages.
+
+What an operator has put away stays away: a change that has a dead letter is not tried again, whatever became of that.
+Cursors of the pull feed are void from the first step on (feed_epochs.py). Those of the notifier are of
+the log, which was not restored: they stay good.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any
+
+import structlog
+from msgspec import Struct, field
+
+from services.sync.failures.parsing import digest
+from services.sync.failures.retry_ladder import Failed, Ladder
+from services.sync.ledger import store as ledger_store
+from services.sync.maintenance import feed_epochs
+from services.sync.writer.batch_writer import Store
+from services.sync.writer.batches import Batch, Taken, sort_out
+from shared.entities.contract import Lane
+from shared.messaging.log import Entry, LogReader
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import dead_queue
+from shared.observability.metrics import Metrics, WriterMetrics
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_PIECE = 500
+
+
+class Report(Struct):
+    read: int = 0
+    """Changes in the log, each as often as it stands there."""
+    missing: int = 0
+    """Those that PostgreSQL lacked."""
+    written: int = 0
+    dead: int = 0
+    """Those that it lacks and that have a dead letter: left alone."""
+    failed: int = 0
+    """Sent where failures go."""
+    unreadable: int = 0
+    """No change can be read out of them: the worker has dead-lettered them."""
+    entities: Counter[str] = field(default_factory=Counter)
+    """Of the missing ones."""
+    first: datetime | None = None
+    """When the first change that was read was accepted: older ones the log does not have."""
+    last: datetime | None = None
+    feed_epoch: str | None = None
+
+
+class _Message(Struct, frozen=True):
+    body: bytes
+    headers: Mapping[str, Any] = {}
+
+
+class FromLog:
+    def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, *, dry_run: bool = False) -> None:
+        """`postgres` as the writer role; `publisher` of the exchange for changes, started. A dry run only counts."""
+        self._settings = settings
+        self._postgres = postgres
+        self._dry_run = dry_run
+        self._store = Store(postgres, settings)
+        self._ladder = Ladder(publisher, settings.retry_steps_ms, WriterMetrics(Metrics()))
+
+    async def run(
+        self, *, since: datetime | None = None, progress: Callable[[Report], None] = lambda _: None
+    ) -> Report:
+        """`since`: a moment before the backup was taken; None is the beginning of the log. Raises SinkGone when
+        PostgreSQL stays away, or one of AWAY."""
+        report = Report()
+        if not self._dry_run:
+            async with self._postgres.connection() as connection:
+                report.feed_epoch = await feed_epochs.begin(connection, "replayed from the log")
+        async for entries in self._entries(since):
+            for lane in Lane:
+                found = sort_out(lane, [_Message(entry.body) for entry in entries if lane_of(entry) is lane])
+                for start in range(0, len(found.changes), _PIECE):
+                    await self._bring(lane, found.changes[start : start + _PIECE], report)
+                    progress(report)
+                if found.failed:
+                    await self._lament(lane, found.failed, report)
+        return report
+
+    async def _entries(self, since: datetime | None) -> AsyncIterator[list[Entry]]:
+        """What stands in the log now."""
+        reader = LogReader(
+            self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.fence_interval_seconds * 3
+        )
+        async with aclosing(reader.read(since or "first")) as batches:
+            async for batch in batches:
+                yield batch.entries
+                if batch.caught_up:
+                    return
+
+    async def _bring(self, lane: Lane, taken: Sequence[Taken], report: Report) -> None:
+        report.read += len(taken)
+        report.first = report.first or taken[0].written.change.time
+        report.last = taken[-1].written.change.time
+        missing = await self._missing(taken, report)
+        if self._dry_run or not missing:
+            return
+        refused = await self._store.write(Batch(lane, missing, [], []))
+        report.written += len(missing) - len(refused)
+        await self._send_on(lane, refused, report)
+
+    async def _missing(self, taken: Iterable[Taken], report: Report) -> list[Taken]:
+        """Each once, without those that have a dead letter."""
+        by_name = {one.name: one for one in taken}
+        async with self._postgres.connection() as connection:
+            synced = await ledger_store.synced(connection, list(by_name))
+            lacking = {name: one for name, one in by_name.items() if name[1] not in synced}
+            if not lacking:
+                return []
+            dead = await ledger_store.dead(connection, [change for _, change in lacking])
+        report.missing += len(lacking)
+        report.dead += len(dead)
+        report.entities.update(one.written.entity.name for one in lacking.values())
+        return [one for (_, change), one in lacking.items() if change not in dead]
+
+    async def _lament(self, lane: Lane, failed: Sequence[Failed], report: Report) -> None:
+        """What cannot be read has a dead letter; one that was kept after the backup has none any more."""
+        report.unreadable += len(failed)
+        queue = dead_queue(lane)
+        digests = {digest(queue, one.body): one for one in failed}
+        async with self._postgres.connection() as connection:
+            known = await ledger_store.letters(connection, list(digests))
+        lost = [one for key, one in digests.items() if key not in known]
+        if lost and not self._dry_run:
+            await self._send_on(lane, lost, report)
+
+    async def _send_on(self, lane: Lane, failed: Sequence[Failed], report: Report) -> None:
+        if failed:
+            report.failed += len(failed)
+            if climbing := await self._ladder.send(failed, lane, ours=lambda: True):
+                await self._store.note_retries(climbing)
+
+
+def lane_of(entry: Entry) -> Lane:
+    """The routing key; what came another way was no change of a request."""
+    return Lane(entry.lane) if entry.lane in set(Lane) else Lane.BACKGROUND

@@ -1,0 +1,78 @@
+"""`ticketrail replay --from-log`: PostgreSQL came back from a backup."""
+
+import sys
+from datetime import datetime
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from services.sync.command_session import Session, run
+from services.sync.ledger.commands import Since
+from services.sync.maintenance.from_log import FromLog, Report
+from services.sync.writer.batch_writer import SinkGone
+from shared.entities.contract import encode, now
+from shared.settings import Settings
+
+
+@click.command("replay")
+@click.option("--from-log", is_flag=True, required=True, help="write what the log has and PostgreSQL lacks")
+@click.option(
+    "--since", type=Since(), help="a moment before the backup was taken: 2h, 7d, ISO 8601; by default all of the log"
+)
+@click.option("--dry-run", is_flag=True, help="only count what is missing")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
+def replay_command(from_log: bool, since: datetime | None, dry_run: bool, as_json: bool) -> None:
+    """Bring a PostgreSQL that was restored from a backup to where the log is.
+
+    It may run beside the services, be stopped and be repeated. Exit code 1 when something could not be written: it is
+    on the retry ladder or among the dead letters then."""
+    report = run(_replay(Settings(), since, dry_run, quiet=as_json))
+    if as_json:
+        click.echo(encode(report).decode())
+    else:
+        _show(report, dry_run)
+    if report.failed:
+        sys.exit(1)
+
+
+async def _replay(settings: Settings, since: datetime | None, dry_run: bool, *, quiet: bool) -> Report:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), TimeElapsedColumn())
+    async with Session(settings) as session:
+        with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+            began = now()
+            task = bar.add_task("reading the log", total=None, counts="")
+
+            def show(report: Report) -> None:
+                first, last = report.first or began, report.last or began
+                bar.update(
+                    task,
+                    total=max(1.0, (began - first).total_seconds()),
+                    completed=(last - first).total_seconds(),
+                    counts=f"{report.read} read, {report.missing} missing, {report.written} written",
+                )
+
+            try:
+                return await FromLog(settings, session.postgres, session.publisher, dry_run=dry_run).run(
+                    since=since, progress=show
+                )
+            except SinkGone as error:
+                raise click.ClickException(f"PostgreSQL does not answer; run it again when it does: {error}") from error
+
+
+def _show(report: Report, dry_run: bool) -> None:
+    if report.first is None:
+        return click.echo("the log holds no changes")
+    click.echo(f"log: {report.read} changes, from {report.first:%Y-%m-%d %H:%M:%S} UTC on")
+    kinds = ", ".join(f"{count} {name}" for name, count in report.entities.most_common())
+    click.echo(f"missing: {report.missing}{f' ({kinds})' if kinds else ''}")
+    if report.dead:
+        click.echo(f"left alone: {report.dead} that have a dead letter")
+    if dry_run:
+        return None
+    click.echo(f"written: {report.written}, failed: {report.failed}, unreadable: {report.unreadable}")
+    click.echo(f"cursors of the pull feed: void, epoch {report.feed_epoch}")
+    return None
+
+
+COMMANDS = (replay_command,)

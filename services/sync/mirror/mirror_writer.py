@@ -1,0 +1,356 @@
+"""The mirror writer: brings every change of the log into the mirror, and decides when a mirror is warm.
+
+Guarantee: changes are applied in the order of the log, each at least once, under the guard. The offset lives in the
+mirror and moves in the same script as the data, so a mirror that was wiped or came back stale rewinds the writer: from
+the offset that it still has, or, without one, the live window from PostgreSQL and then the log since PostgreSQL's last
+fence less ten minutes.
+
+A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before `settle_seconds`
+have passed since it was found cold: changes that were claimed on the mirror that is lost are recorded by then, and
+have been read. A fresh system, where nothing can be under way, does not wait.
+
+A warm mirror is asked first which changes it lacks: most were revealed by the request that made them, and what the
+mirror has, at that version or above, is neither read nor sent. The answer holds for that mirror alone: where another
+has come in its place meanwhile, the writer rewinds.
+
+What cannot be applied goes to `sync.mirror.dead`, and the writer goes on when that is confirmed. While Redis, RabbitMQ
+or (for a rebuild) PostgreSQL is away it waits with jittered back-off. It may be stopped at any time.
+"""
+
+import asyncio
+import random
+import time
+from contextlib import aclosing
+from datetime import timedelta
+
+import msgspec
+import structlog
+from msgspec import Struct
+from opentelemetry.trace import SpanKind
+
+from services.sync.failures.classification import classify
+from services.sync.failures.retry_ladder import Failed, headers_for, patience
+from services.sync.heartbeat import FenceWatch
+from shared.backoff import backoff
+from shared.entities import registry
+from shared.entities.contract import (
+    BrokenContract,
+    Lane,
+    Outline,
+    decode_change,
+    encode,
+    encode_batch,
+    now,
+    outline,
+    split_batch,
+)
+from shared.entities.entity import Entity
+from shared.lifecycle import end_tasks, vital_task
+from shared.messaging.log import Batch, Entry, LogReader, Start
+from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
+from shared.messaging.topology import LOG, MIRROR_DEAD
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.observability.metrics import WriterMetrics
+from shared.observability.tracing import Tracer
+from shared.postgres import states
+from shared.postgres.pool import AWAY, Postgres
+from shared.restaurants import every_restaurant
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_OVERLAP = timedelta(minutes=10)
+_ON_MIRROR = {
+    "db.system.name": "redis",
+    "db.operation.name": "EVALSHA",
+    "db.stored_procedure.name": "apply",
+    "messaging.destination.name": LOG,
+}
+_NOWHERE = -1
+_PIECE = 250  # changes in one script
+# Requests reveal what they change, so that a warm mirror need not hear of each message at once: a few together cost a
+# fraction of the round trips. Whoever has more than so many waiting does not pause.
+_GATHER = 0.02
+_SMALL = 50
+_LAST_FENCE = "select min(sent_at) from fences where lane <> ''"
+_EPOCH = "select epoch from log_epochs order by id desc limit 1"
+
+
+class _Rewind(Exception):
+    """The mirror is not the one that we filled, or the log is not the one that we read."""
+
+
+class _Begun(Struct):
+    state: LogState
+    start: Start
+    warm: bool
+    settled_at: float
+    """Monotonic: not warm before this moment."""
+
+
+class _Logged(Struct):
+    """One change of the log, as far as it has been read."""
+
+    entry: Entry
+    event: bytes
+    outline: Outline | None
+    """None when it cannot be read."""
+
+
+class MirrorWriter:
+    def __init__(
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        publisher: Publisher,
+        watch: FenceWatch,
+        tracer: Tracer,
+        metrics: WriterMetrics,
+    ) -> None:
+        self._tracer = tracer
+        self._metrics = metrics
+        self._settings = settings
+        self._postgres = postgres
+        self._mirror = mirror
+        self._publisher = publisher
+        self._watch = watch
+        self._task: asyncio.Task[None] | None = None
+        self._attempt = 0
+        self.warm = False
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = vital_task(self._run(), name="mirror-writer")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is not None:
+            await end_tasks(task)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._follow(await self._begin())
+            except _Rewind as rewind:
+                log.warning("mirror_rewind", reason=str(rewind))
+            except (MirrorAway, MirrorInDoubt, *AWAY, *BROKEN_LINK) as error:
+                log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
+            self.warm = False
+            self._attempt += 1
+            await asyncio.sleep(backoff(self._attempt))
+
+    # -- where to begin ----------------------------------------------------------------------------------------
+
+    async def _begin(self) -> _Begun:
+        found_at = time.monotonic()
+        state = await self._mirror.log_state()
+        if state is not None and state.offset != _NOWHERE:
+            warm = await self._mirror.is_warm()
+            log.info("mirror_resumes", offset=state.offset, warm=warm)
+            return _Begun(state, state.offset, warm, found_at + self._settings.settle_seconds)
+        return await self._rebuild(found_at)
+
+    async def _rebuild(self, found_at: float) -> _Begun:
+        # The epoch that the log itself carries: PostgreSQL's may be that of a backup.
+        epoch = await self._reader().first_epoch()
+        async with self._postgres.connection() as connection:
+            epoch = epoch or await connection.fetchval(_EPOCH)
+            fenced_at = await connection.fetchval(_LAST_FENCE)
+            if epoch is None:
+                raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
+            state = LogState(epoch, _NOWHERE)
+            await self._mirror.begin_log(state)
+            for restaurant in await every_restaurant(connection):
+                await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+            loaded = 0
+            since = now() - timedelta(days=self._settings.mirror_window_days)
+            for entity in registry.ENTITIES.values():
+                async for block in states.live_window(connection, entity, since):
+                    loaded += len(block)
+                    await self._apply([_stored(entity, stored) for stored in block], state, None)
+            async for rows in states.holds(connection):
+                await self._mirror.hold(rows)
+        log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
+        # On a fresh system nothing can be under way.
+        settled_at = found_at + self._settings.settle_seconds if loaded else found_at
+        return _Begun(state, fenced_at - _OVERLAP if fenced_at else "first", False, settled_at)
+
+    def _reader(self) -> LogReader:
+        return LogReader(
+            self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
+        )
+
+    # -- following the log -------------------------------------------------------------------------------------
+
+    async def _follow(self, begun: _Begun) -> None:
+        state, self.warm = begun.state, begun.warm
+        if not self.warm:
+            # The mark that proves the end of the log must be younger than what was under way.
+            await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
+        async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
+            async for batch in batches:
+                for lane in Lane:
+                    if lane in batch.fences:
+                        self._watch.arrived_in_log(lane, batch.fences[lane])
+                if batch.epoch != state.epoch:
+                    await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
+                    raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
+                noted = LogState(state.epoch, batch.last_offset)
+                began = time.time_ns()
+                found = await self._split(batch)
+                await self._apply(await self._readable(await self._missing(found)), state, noted)
+                self._tell_of([one.outline for one in found if one.outline is not None], began)
+                state = noted
+                await self._tell(batch, state)
+                if self.warm and len(batch.entries) < _SMALL:
+                    await asyncio.sleep(_GATHER)
+
+    def _tell_of(self, outlines: list[Outline], began: int) -> None:
+        ended = time.time_ns()
+        oldest = ended / 1e9 - _OVERLAP.total_seconds()
+        for one in outlines:
+            accepted = one.time.timestamp()
+            if accepted > oldest:  # what is read back would say nothing
+                self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
+            if self._tracer.wanted(one.traceparent):
+                self._tracer.add(
+                    one.traceparent,
+                    f"mirror {one.subject.partition('/')[0]}",
+                    began,
+                    ended,
+                    kind=SpanKind.CLIENT,
+                    attributes={**_ON_MIRROR, "ticketrail.change_id": one.id},
+                )
+
+    async def _tell(self, batch: Batch, state: LogState) -> None:
+        """What a batch that is applied says beside its changes."""
+        if batch.caught_up:
+            self._watch.note_log_end()
+            self._attempt = 0
+            if not self.warm:
+                await self._stamp(state)
+        if batch.fences:
+            if self.warm and not await self._mirror.is_warm():
+                raise _Rewind("the mirror has lost its stamp")
+            for lane in Lane:
+                if lane in batch.fences:
+                    self._watch.note_log(lane, batch.fences[lane], now())
+
+    async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
+        """In pieces: a script holds up everybody else's for as long as it runs. The offset moves with the last one, and
+        behind the repair of late ones: what stops half-way is done again from the offset before."""
+        pieces = [wanted[start : start + _PIECE] for start in range(0, len(wanted), _PIECE)] or [[]]
+        repairs = any(one.how == "late" for one in wanted)
+        for place, piece in enumerate(pieces, start=1):
+            last = place == len(pieces) and not repairs
+            late = self._mine(await self._mirror.apply(piece, at=at, note=note if last else None, only_warm=self.warm))
+            if late:
+                await self._mirror.apply(await self._from_postgres([piece[one] for one in late]))
+        if repairs and note is not None:
+            self._mine(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
+
+    def _mine(self, late: list[int] | None) -> list[int]:
+        if late is None:
+            raise _Rewind("the mirror is not the one that was filled")
+        return late
+
+    async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
+        """An old event for a doc that the mirror lacks must not bring an old state back: PostgreSQL has the present,
+        unless it is behind itself."""
+        found = []
+        async with self._postgres.connection() as connection:
+            for one in late:
+                stored = await states.one(connection, one.entity, one.state.restaurant_id, one.state.id)
+                if stored is None or stored.standing < one.standing:
+                    found.append(msgspec.structs.replace(one, how="reveal"))
+                elif one.entity.live(one.entity.decode_state(stored.state)):
+                    found.append(_stored(one.entity, stored))
+        return found
+
+    async def would_apply(self, event: bytes) -> bool:
+        """False: the mirror has this change, or a later one. Raises MirrorAway, MirrorInDoubt."""
+        seen = outline(event)
+        return seen is not None and bool(await self._mirror.lacks([seen]))
+
+    async def apply_anew(self, event: bytes) -> None:
+        """A change that could not be applied when its turn came. Raises BrokenContract, MirrorAway, MirrorInDoubt, one
+        of AWAY."""
+        change = decode_change(event)
+        entity, state = registry.read(change)
+        one = Apply(entity, state, change.standing, bytes(change.data.after), change.time, "late")
+        if await self._mirror.apply([one]):
+            await self._mirror.apply(await self._from_postgres([one]))
+        # PostgreSQL had it when there was nothing here to settle.
+        async with self._postgres.connection() as connection:
+            found = await states.standings(connection, entity, change.restaurantid, [change.entity_id])
+        if found:
+            await self._mirror.settle(change.restaurantid, entity.name, list(found.items()))
+
+    async def _split(self, batch: Batch) -> list[_Logged]:
+        found = []
+        for entry in batch.entries:
+            try:
+                found += [_Logged(entry, event, outline(event)) for event in split_batch(entry.body)]
+            except BrokenContract as error:
+                await self._dead(entry, entry.body, error)
+        return found
+
+    async def _missing(self, found: list[_Logged]) -> list[_Logged]:
+        """Those that the mirror lacks, and those that cannot be read: a warm mirror has most of them from the request
+        that made them, and what it has need not be read nor sent."""
+        if not self.warm:
+            return found
+        known = [(place, one.outline) for place, one in enumerate(found) if one.outline is not None]
+        has = {place for place, _ in known}
+        for start in range(0, len(known), _PIECE):
+            piece = known[start : start + _PIECE]
+            has -= {piece[one][0] for one in await self._mirror.lacks([outline for _, outline in piece])}
+        return [one for place, one in enumerate(found) if place not in has]
+
+    async def _readable(self, found: list[_Logged]) -> list[Apply]:
+        late_before = now() - _OVERLAP
+        readable = []
+        for one in found:
+            try:
+                change = decode_change(one.event)
+                entity, state = registry.read(change)
+            except BrokenContract as error:
+                await self._dead(one.entry, encode_batch([one.event]), error)
+                one.outline = None
+                continue
+            how = "late" if change.time < late_before else "reveal"
+            readable.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
+        return readable
+
+    async def _dead(self, entry: Entry, body: bytes, error: BrokenContract) -> None:
+        failed = Failed(body, {}, classify(error), now())
+        headers = {**headers_for(failed, entry.lane), "ticketrail-log-offset": entry.offset}
+        log.error("mirror_dead_letter", reason=error.reason, error=str(error), offset=entry.offset)
+        while True:
+            try:
+                return await self._publisher.publish_to_queue(
+                    MIRROR_DEAD, body, headers=headers, timeout=patience(len(body))
+                )
+            except (NotSent, InDoubt) as away:
+                log.warning("mirror_dead_letter_waits", error=str(away))
+                await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)
+
+    async def _stamp(self, state: LogState) -> None:
+        present = await self._mirror.log_state()
+        gap = self._settings.number_gap if present is not None and present.lost else 0
+        series: list[tuple[str, str]] = []
+        if gap:
+            async with self._postgres.connection() as connection:
+                restaurants = await every_restaurant(connection)
+            series = [(one.id, one.business_day(now()).isoformat()) for one in restaurants]
+        if not await self._mirror.warm(state, series, gap):
+            raise _Rewind("the mirror is not the one that was filled")
+        self.warm = True
+        log.info("mirror_warm", offset=state.offset, gap=gap)
+
+
+def _stored(entity: Entity, stored: states.Stored) -> Apply:
+    return Apply(entity, entity.decode_state(stored.state), stored.standing, stored.state, stored.accepted_at, "stored")

@@ -1,0 +1,99 @@
+"""How far every entity of a tenant has come on its way to PostgreSQL: pending, synced, failed, conflict."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import Struct
+
+from services.sync.mirror.thresholds import Above, warnings
+from shared.entities import registry
+from shared.entities.entity import Entity
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.settings import Settings
+
+
+class Counts(Struct, frozen=True):
+    """null: the store that knows is away."""
+
+    pending: int | None
+    synced: int | None
+    failed: int | None
+    conflict: int | None
+
+
+class SyncStatus(Struct, frozen=True):
+    """As `sync_status` tells it; `unknown`: the stores that are away."""
+
+    summary: str
+    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    above_threshold: bool
+    warnings: list[Above]
+    totals: Counts
+    tables: dict[str, Counts]
+    unknown: list[str]
+
+
+_CONFLICTS = (
+    "select entity, count(distinct entity_id) as open from conflicts"
+    " where restaurant_id = $1 and resolved_at is null group by entity"
+)
+
+
+async def _stored(connection: Connection, entity: Entity, restaurant: str) -> int:
+    count: int = await connection.fetchval(
+        f"select count(*) from {entity.table.name} where restaurant_id = $1",  # noqa: S608  (a name of ours)
+        restaurant,
+    )
+    return count
+
+
+async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
+    """Counts per entity; null where the store that knows is away, which is then named in `unknown`. What has failed is
+    pending too. `warnings`: what is above its threshold."""
+    tables: dict[str, dict[str, int | None]] = {}
+    unknown = []
+    try:
+        async with postgres.tenant(restaurant) as connection:
+            stored = {name: await _stored(connection, one, restaurant) for name, one in registry.ENTITIES.items()}
+            conflicts = {row["entity"]: row["open"] for row in await connection.fetch(_CONFLICTS, restaurant)}
+    except AWAY:
+        unknown.append("postgres")
+        stored, conflicts = {}, {}
+    for name in registry.ENTITIES:
+        pending: int | None = None
+        failed: int | None = None
+        try:
+            pending, failed = await mirror.counts(restaurant, name)
+        except (MirrorAway, MirrorInDoubt):
+            if "mirror" not in unknown:
+                unknown.append("mirror")
+        tables[name] = {
+            "pending": pending,
+            "synced": stored.get(name),
+            "failed": failed,
+            "conflict": conflicts.get(name, 0) if stored else None,
+        }
+    totals = {state: _total(table[state] for table in tables.values()) for state in tables["order"]}
+    above = warnings(settings, totals["pending"] or 0, totals["failed"] or 0)
+    return {
+        "summary": _summary(totals, unknown),
+        "above_threshold": bool(above),
+        "warnings": above,
+        "totals": totals,
+        "tables": tables,
+        "unknown": unknown,
+    }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _summary(totals: dict[str, int | None], unknown: list[str]) -> str:
+    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    if unknown:
+        return "unknown"
+    return next((state for state in ("conflict", "failed", "pending") if totals[state]), "synced")

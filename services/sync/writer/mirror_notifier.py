@@ -1,0 +1,114 @@
+"""Telling the mirror what became of changes: committed by PostgreSQL, or failed on the way there.
+
+Best effort, beside the writing and never before it: `tell` only enqueues. What the mirror does not take is dropped, and
+the reconciler mends the sync states later. An outage is logged when it begins and when it ends. At shutdown a second is
+given to what still waits.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime
+
+import structlog
+from msgspec import Struct
+from redis.exceptions import RedisError
+
+from services.sync.failures.classification import describe
+from services.sync.failures.retry_ladder import Failed, for_the_mirror
+from services.sync.writer.upsert import Written, highest
+from shared.entities import registry
+from shared.entities.contract import Lane, Standing
+from shared.lifecycle import vital_task
+from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+_MOST_WAITING = 100  # batches
+_LAST_WORDS = 1.0
+
+
+class Settled(Struct, frozen=True):
+    """What became of one batch."""
+
+    committed: Sequence[Written]
+    failed: Sequence[Failed]
+    fences: dict[Lane, datetime]
+
+
+class Settlement:
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+        self._waiting: asyncio.Queue[Settled] = asyncio.Queue(_MOST_WAITING)
+        self._task: asyncio.Task[None] | None = None
+        self._away = False
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = vital_task(self._run(), name="settlement")
+
+    async def stop(self) -> None:
+        """May be called twice, and without a start."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        try:
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._waiting.join()
+        except TimeoutError:
+            log.warning("mirror_not_told", batches=self._waiting.qsize())
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def tell(self, settled: Settled) -> None:
+        try:
+            self._waiting.put_nowait(settled)
+        except asyncio.QueueFull:
+            self._missed("the mirror is slower than PostgreSQL")
+
+    async def _run(self) -> None:
+        while True:
+            settled = await self._waiting.get()
+            try:
+                await self._tell(settled)
+                if self._away:
+                    self._away = False
+                    log.info("mirror_told_again")
+            except (MirrorAway, MirrorInDoubt, RedisError) as error:
+                self._missed(describe(error))
+            except Exception:
+                log.exception("mirror_not_told")
+            finally:
+                self._waiting.task_done()
+
+    async def _tell(self, settled: Settled) -> None:
+        """All calls at once: they share one pipeline."""
+        groups: dict[tuple[str, str], list[tuple[str, Standing]]] = {}
+        for entity in {one.entity.name for one in settled.committed}:
+            for one in highest(each for each in settled.committed if each.entity.name == entity):
+                groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.standing))
+        calls = [self._mirror.settle(restaurant, entity, states) for (restaurant, entity), states in groups.items()]
+        for (restaurant, entity, _, _), alike in _alike(settled.failed).items():
+            states = [(one.change.entity_id, one.change.standing) for one in alike if one.change is not None]
+            calls.append(self._mirror.settle(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
+        if settled.fences:
+            calls.append(self._mirror.note_fences({lane.value: at for lane, at in settled.fences.items()}))
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    def _missed(self, error: str) -> None:
+        if not self._away:
+            self._away = True
+            log.warning("mirror_not_told", error=error)
+
+
+def _alike(failed: Sequence[Failed]) -> dict[tuple[str, str, str, int], list[Failed]]:
+    """What failed in one batch of the same, told in one call: of a flood of bad changes the mirror must hear little."""
+    groups: dict[tuple[str, str, str, int], list[Failed]] = {}
+    for one in failed:
+        change = one.change
+        if change is not None and change.entity in registry.ENTITIES:
+            key = (change.restaurantid, change.entity, one.failure.error, one.attempt)
+            groups.setdefault(key, []).append(one)
+    return groups

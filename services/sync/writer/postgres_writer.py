@@ -1,0 +1,302 @@
+"""The PostgreSQL writer: what waits in the lanes comes into the tables, in batches.
+
+Guarantee: a message is acknowledged only when every change in it is committed, or the broker has confirmed it on a
+retry queue or in the dead queue. One that is acknowledged too late comes again, and writing it again changes nothing.
+Order is not kept and does not matter: several consumers share each lane, and the guard decides which state stands.
+
+    take ─► sort out ─┬─► write ───────────────┬─► acknowledge ─► tell the mirror
+                      └─► send on what failed ─┘
+
+What failed is sent on beside the writing, and the next batch does not wait for its confirms. A message is acknowledged
+when both are done with it. Many dead ones at once are kept as letters without the detour through their queue, which
+costs as much for each as a dozen good ones: of a flood of bad changes the good ones must hear little.
+
+PostgreSQL away: batches are held (`store`), and the prefetch bounds what waits here. After `sink_away_seconds` the
+consumers let go of their messages, and subscribe again when it answers. RabbitMQ away: connections are renewed
+(`intake`). The mirror away: nobody waits for it (`settlement`).
+
+At shutdown: no new deliveries, what was taken is finished and settled, within 10 seconds. What could not be finished,
+because PostgreSQL is away for instance, goes back to its queue.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+import structlog
+
+from services.sync.failures.classification import describe
+from services.sync.failures.parsing import letters_of
+from services.sync.failures.retry_ladder import Failed, Ladder, headers_for
+from services.sync.heartbeat import FenceWatch
+from services.sync.writer.batch_spans import trace_batch
+from services.sync.writer.batch_writer import SinkGone, Store
+from services.sync.writer.batches import Batch, sort_out
+from services.sync.writer.intake import Delivery, Intake
+from services.sync.writer.mirror_notifier import Settled, Settlement
+from shared.entities.contract import Lane, now
+from shared.lifecycle import vital_task
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import dead_queue
+from shared.mirror.mirror import Mirror
+from shared.observability.metrics import WriterMetrics
+from shared.observability.tracing import Tracer
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_MANY = 8  # failures in one batch
+_TOGETHER = 0.2
+_FINISH_WITHIN = 6.5  # of the 10 seconds that a stop may take; closing has its own bounds
+
+
+class Batcher:
+    """One consumer of one lane, with its channel, its batches and its hold."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lane: Lane,
+        postgres: Postgres,
+        publisher: Publisher,
+        watch: FenceWatch,
+        settlement: Settlement,
+        tracer: Tracer,
+        metrics: WriterMetrics,
+    ) -> None:
+        self.lane = lane
+        self._metrics = metrics
+        self._tracer = tracer
+        self.intake = Intake(settings, lane, watch)
+        self.store = Store(postgres, settings)
+        self._ladder = Ladder(publisher, settings.retry_steps_ms, metrics)
+        self._owed: Counter[Delivery] = Counter()
+        """What must still be done with each message before it may be acknowledged."""
+        self._sending: set[asyncio.Task[None]] = set()
+        self._settling = asyncio.Lock()
+        self._broken = asyncio.Event()
+        """Sending on has failed: everything is given back, and taken anew."""
+        self._watch = watch
+        self._settlement = settlement
+        self._loses_changes = settings.ack_before_commit
+        self.written = 0
+        self.failed = 0
+        self.last_batch = 0
+        self.last_commit_at: datetime | None = None
+
+    async def run(self) -> None:
+        """Returns after `intake.end`, when everything that was taken is settled."""
+        try:
+            await self.intake.open()
+            while True:
+                try:
+                    taken = await self._take()
+                    if taken:
+                        await self._handle(taken)
+                    elif not self._broken.is_set():
+                        break
+                except SinkGone as error:
+                    log.warning("lane_let_go", lane=self.lane, error=str(error))
+                    self._broken.set()
+                except Exception:
+                    # A bug of ours outside the writing of a change. The messages come again; if that does not help,
+                    # the delivery limit takes them to the dead queue.
+                    log.exception("batch_failed", lane=self.lane)
+                    self._broken.set()
+                if self._broken.is_set():
+                    await self._begin_anew()
+            await self._all_sent()
+        finally:
+            for task in self._sending:
+                task.cancel()
+
+    async def _take(self) -> list[Delivery]:
+        """As `intake.take`; nothing, with `_broken` set, when sending on has failed meanwhile."""
+        taking = asyncio.ensure_future(self.intake.take())
+        broken = asyncio.ensure_future(self._broken.wait())
+        try:
+            await asyncio.wait({taking, broken}, return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else []
+        finally:
+            taking.cancel()
+            broken.cancel()
+
+    async def _begin_anew(self) -> None:
+        await self.intake.close()  # the broker delivers all of it again
+        await self._all_sent()
+        self._owed.clear()
+        self._broken.clear()
+        await self.store.wait_for_an_answer()
+        await self.intake.open()
+
+    async def _all_sent(self) -> None:
+        while self._sending:
+            await asyncio.wait(self._sending)
+
+    def _send_on(self, failed: list[Failed]) -> "asyncio.Task[None]":
+        """In the background. Their messages owe it from now on."""
+        owing: list[Delivery] = list({one.message: None for one in failed})  # type: ignore[misc]
+        self._owed.update(owing)
+        task = asyncio.create_task(self._send(failed, owing), name=f"failed-{self.lane}")
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+        return task
+
+    async def _send(self, failed: list[Failed], owing: list[Delivery]) -> None:
+        def ours() -> bool:
+            return any(delivery.ours for delivery in owing)
+
+        try:
+            left = await self._keep(failed) if len(failed) > _MANY else failed
+            if climbing := await self._ladder.send(left, self.lane, ours=ours):
+                await self.store.note_retries(climbing)
+            await self._done(owing)
+        except Exception as error:
+            log.exception("failed_changes_not_sent", lane=self.lane, changes=len(failed), error=describe(error))
+            self._broken.set()
+
+    async def _keep(self, failed: list[Failed]) -> list[Failed]:
+        """The dead ones among many, as their keeper would; returns those that must be sent."""
+        dead = [one for one in failed if self._ladder.is_dead(one, self.lane)]
+        queue, lane = dead_queue(self.lane), self.lane
+        letters = [
+            letter for one in dead for letter in letters_of(queue, lane, one.body, headers_for(one, lane), one.at)
+        ]
+        news = await self.store.keep_dead(letters) if letters else None
+        if news is None:
+            return failed
+        for reason, count in Counter(letter.reason for letter in news).items():
+            self._metrics.letters.inc(reason, count)
+        for (reason, error), count in Counter((one.failure.reason, one.failure.error) for one in dead).items():
+            self._metrics.dead.inc(reason, count)
+            log.warning("changes_failed", queue=queue, reason=reason, error=error, changes=count)
+        gone = set(map(id, dead))
+        return [one for one in failed if id(one) not in gone]
+
+    async def _done(self, deliveries: list[Delivery]) -> None:
+        """Acknowledges those that owe nothing more."""
+        ready = []
+        for delivery in deliveries:
+            self._owed[delivery] -= 1
+            if self._owed[delivery] <= 0:
+                del self._owed[delivery]
+                ready.append(delivery)
+        if ready:
+            # One after the other: what one acknowledges with all before it, another must not acknowledge again.
+            async with self._settling:
+                await self.intake.settle(ready)
+
+    async def _handle(self, taken: list[Delivery]) -> None:
+        began = time.time_ns()
+        batch = sort_out(self.lane, taken)
+        self._owed.update(taken)
+        sending = self._send_on(batch.failed) if batch.failed else None
+        if self._loses_changes:  # a test wants to see that it is noticed
+            await self._done(taken)
+        refused = await self.store.write(batch)
+        ended = time.time_ns()
+        failed = [*batch.failed, *refused]
+        if refused:
+            self._send_on(refused)
+        if sending is not None and len(batch.failed) > _MANY:
+            # Kept by now, or soon: one acknowledgement for all, not one for each.
+            await asyncio.wait({sending}, timeout=_TOGETHER)
+        if not self._loses_changes:
+            await self._done(taken)
+
+        lost = {one.change.id for one in refused if one.change}
+        through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes
+        committed = [one.written for one in through]
+        self._measure(batch, ended, (ended - began) / 1e9)
+        trace_batch(self._tracer, batch, len(taken), through, failed, began, ended)
+        self.written += len(committed)
+        self.failed += len(failed)
+        self.last_batch, self.last_commit_at = len(batch.changes), now()
+        fenced_at = max((fence.time for fence in batch.fences), default=None)
+        if fenced_at is not None:
+            self._watch.note(self.lane, fenced_at, self.last_commit_at)
+        self._settlement.tell(Settled(committed, failed, {self.lane: fenced_at} if fenced_at else {}))
+
+    def _measure(self, batch: Batch, ended: int, seconds: float) -> None:
+        if not batch.changes:
+            return
+        self._metrics.batch.observe(len(batch.changes))
+        self._metrics.write_seconds.observe(seconds)
+        for one in batch.changes:
+            self._metrics.lag.observe(max(0.0, ended / 1e9 - one.written.change.time.timestamp()))
+
+
+class PostgresWriter:
+    def __init__(
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        publisher: Publisher,
+        watch: FenceWatch,
+        tracer: Tracer,
+        metrics: WriterMetrics,
+    ) -> None:
+        self._settlement = Settlement(mirror)
+        self._batchers = [
+            Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer, metrics)
+            for lane in Lane
+            for _ in range(settings.lane_consumers)
+        ]
+        for lane in Lane:
+            watch.watch_lane(lane, lambda lane=lane: self._idle(lane))  # type: ignore[misc]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Returns at once; the consumers subscribe as soon as the broker is there."""
+        if not self._tasks:
+            self._settlement.start()
+            self._tasks = [
+                vital_task(batcher.run(), name=f"postgres-writer-{batcher.lane}") for batcher in self._batchers
+            ]
+
+    async def stop(self) -> None:
+        """Within 10 seconds. May be called twice, and without a start; it is not started again."""
+        tasks, self._tasks = self._tasks, []
+        if not tasks:
+            return
+        await asyncio.gather(*(batcher.intake.end() for batcher in self._batchers))
+        _, unfinished = await asyncio.wait(tasks, timeout=_FINISH_WITHIN)
+        for task in unfinished:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.error("postgres_writer_broke", error=repr(result))
+        await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._settlement.stop())
+
+    @property
+    def held(self) -> int:
+        """Messages that were delivered and are not settled."""
+        return sum(batcher.intake.held for batcher in self._batchers)
+
+    @property
+    def holding(self) -> bool:
+        return any(batcher.store.holding_since is not None for batcher in self._batchers)
+
+    def state(self) -> dict[str, Any]:
+        """For health: `holding_since` is set while PostgreSQL is away."""
+        holds = [batcher.store.holding_since for batcher in self._batchers if batcher.store.holding_since]
+        commits = [batcher.last_commit_at for batcher in self._batchers if batcher.last_commit_at]
+        return {
+            "consumers": {lane.value: sum(each.intake.active for each in self._of(lane)) for lane in Lane},
+            "held_messages": {lane.value: sum(each.intake.held for each in self._of(lane)) for lane in Lane},
+            "holding_since": min(holds, default=None),
+            "last_commit_at": max(commits, default=None),
+            "last_batch": max((each.last_batch for each in self._batchers), default=0),
+            "written": sum(batcher.written for batcher in self._batchers),
+            "failed": sum(batcher.failed for batcher in self._batchers),
+        }
+
+    def _of(self, lane: Lane) -> list[Batcher]:
+        return [batcher for batcher in self._batchers if batcher.lane is lane]
+
+    def _idle(self, lane: Lane) -> bool:
+        return all(batcher.intake.active and not batcher.intake.held for batcher in self._of(lane))

@@ -1,0 +1,272 @@
+"""Writing batches of changes: the one place that writes the readers' tables, `changes`, `conflicts` and `fences`.
+
+Guarantee: `write_batch` is one transaction, and the tables end the same whatever the order of the batches, however
+often each comes, and however many writers are at work at once:
+
+    readers' tables   the state with the largest (version, change id) stands; its children stand with it
+    facts             every one that any state has ever carried
+    changes           every change once, to the letter
+    conflicts         every pair of changes that claim one version, or that were built on one change
+
+Order inside the transaction. Entities come first: their row locks make two forks that are written at the same moment
+wait for one another, so that the second, when it looks for forks, sees the first. Tables are always visited in the
+same order and rows sorted by key, or two writers would deadlock. Two versions of one row in one upsert are an error in
+PostgreSQL, so that only the highest of a batch goes there.
+
+The statements are built once from the declarations in `shared/entities`; values travel as one array per column.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from services.sync.failures import retry_store
+from shared.entities import registry
+from shared.entities.contract import Change, Lane
+from shared.entities.entity import Column, Entity
+from shared.entities.signal import Signal
+from shared.postgres.pool import Connection
+
+Key = tuple[str, str]
+"""(restaurant id, entity id)"""
+
+
+class Written(Struct, frozen=True):
+    """One change to write: checked, and with the state after it."""
+
+    lane: Lane
+    entity: Entity
+    change: Change
+    state: Any
+
+    @property
+    def key(self) -> Key:
+        return (self.change.restaurantid, self.change.entity_id)
+
+
+class Outcome(Struct, frozen=True):
+    new: int
+    """Changes that `changes` did not have."""
+    forks: int
+    """Conflicts that were opened."""
+
+
+class _Statements(Struct, frozen=True):
+    upsert: str
+    forget_children: tuple[str, ...]
+    insert_children: tuple[str, ...]
+    insert_facts: tuple[str, ...]
+
+
+def _unnest(types: Iterable[str]) -> str:
+    return ", ".join(f"${number}::{type_}[]" for number, type_ in enumerate(types, 1))
+
+
+def _insert(table: str, keys: Sequence[tuple[str, str]], columns: Sequence[Column]) -> str:
+    pairs = [*keys, *((column.name, column.pg_type) for column in columns)]
+    names = ", ".join(name for name, _ in pairs)
+    return f"insert into {table} as t ({names}) select * from unnest({_unnest(type_ for _, type_ in pairs)})"  # noqa: S608
+
+
+def _statements(entity: Entity) -> _Statements:
+    guard = (("version", "int4"), ("change_id", "uuid"))
+    owner = (("restaurant_id", "uuid"), ("id", "uuid"))
+    replaced = ("version", "change_id", *(column.name for column in entity.table.columns))
+    assignments = ", ".join(f"{name} = excluded.{name}" for name in replaced)
+    return _Statements(
+        upsert=_insert(entity.table.name, (*owner, *guard), entity.table.columns)
+        + f" on conflict (restaurant_id, id) do update set {assignments}"
+        " where (excluded.version, excluded.change_id) > (t.version, t.change_id)"
+        # xmax is 0 in a row that was inserted, not updated: it cannot have children yet.
+        " returning t.restaurant_id::text, t.id::text, t.xmax = 0 as inserted",
+        forget_children=tuple(
+            f"delete from {child.name} t using unnest($1::uuid[], $2::uuid[]) as gone (restaurant_id, parent)"  # noqa: S608
+            f" where t.restaurant_id = gone.restaurant_id and t.{child.parent} = gone.parent"
+            for child in entity.children
+        ),
+        insert_children=tuple(
+            _insert(
+                child.name,
+                (("restaurant_id", "uuid"), (child.parent, "uuid"), ("position", "int4")),
+                child.columns,
+            )
+            for child in entity.children
+        ),
+        insert_facts=tuple(
+            _insert(fact.name, (*owner, (fact.parent, "uuid")), fact.columns) + " on conflict do nothing"
+            for fact in entity.facts
+        ),
+    )
+
+
+_STATEMENTS = {name: _statements(entity) for name, entity in registry.ENTITIES.items()}
+
+_CHANGES: Sequence[tuple[str, str, Callable[[Written], Any]]] = (
+    ("restaurant_id", "uuid", lambda one: one.change.restaurantid),
+    ("change_id", "uuid", lambda one: one.change.id),
+    ("entity", "text", lambda one: one.entity.name),
+    ("entity_id", "uuid", lambda one: one.change.entity_id),
+    ("version", "int4", lambda one: one.change.entityversion),
+    ("base_change_id", "uuid", lambda one: one.change.basechangeid),
+    ("type", "text", lambda one: one.change.type),
+    ("source", "text", lambda one: one.change.source),
+    ("lane", "text", lambda one: one.lane.value),
+    ("accepted_at", "timestamptz", lambda one: one.change.time),
+    ("traceparent", "text", lambda one: one.change.traceparent),
+    ("actor", "text", lambda one: one.change.actor),
+    ("data", "json", lambda one: data_of(one.change)),
+)
+_INSERT_CHANGES = (
+    _insert("changes", [(name, type_) for name, type_, _ in _CHANGES], ())
+    + " on conflict do nothing returning restaurant_id, change_id"
+)
+
+# Pairs in order of their ids, so that each opens once whoever comes second. Two legs, each with an index of its own.
+_INSERT_CONFLICTS = """
+with mine as (
+    select c.restaurant_id, c.entity, c.entity_id, c.version, c.change_id, c.base_change_id
+    from unnest($1::uuid[], $2::uuid[]) as new (restaurant_id, change_id)
+    join changes c using (restaurant_id, change_id)
+), pairs as (
+    select mine.*, other.version as other_version, other.change_id as other_change_id
+    from mine join changes other using (restaurant_id, entity, entity_id, version)
+    where other.change_id <> mine.change_id
+    union all
+    select mine.*, other.version, other.change_id
+    from mine join changes other
+        on other.restaurant_id = mine.restaurant_id and other.base_change_id = mine.base_change_id
+        and other.entity = mine.entity and other.entity_id = mine.entity_id
+    where other.change_id <> mine.change_id
+)
+insert into conflicts (restaurant_id, entity, entity_id, version, change_id, other_change_id)
+select distinct restaurant_id, entity, entity_id, greatest(version, other_version),
+    least(change_id, other_change_id), greatest(change_id, other_change_id)
+from pairs
+order by 1, 5, 6
+on conflict do nothing
+"""
+
+# A fence may overtake an earlier one on another channel: the one that was sent last is the last.
+_NOTE_FENCES = """
+insert into fences as t (lane, fence_id, epoch, sent_at)
+select * from unnest($1::text[], $2::uuid[], $3::text[], $4::timestamptz[])
+on conflict (lane) do update
+set fence_id = excluded.fence_id, epoch = excluded.epoch, sent_at = excluded.sent_at, noted_at = now()
+where excluded.sent_at > t.sent_at
+"""
+
+
+def data_of(change: Change) -> str:
+    """Before and after as they came, to the letter. `decode_change` has seen to it that they are text."""
+    return f'{{"before":{bytes(change.data.before).decode()},"after":{bytes(change.data.after).decode()}}}'
+
+
+def highest(written: Iterable[Written]) -> list[Written]:
+    """Of each entity the change that stands among these, sorted by key."""
+    found: dict[Key, Written] = {}
+    for one in written:
+        known = found.get(one.key)
+        if known is None or one.change.standing > known.change.standing:
+            found[one.key] = one
+    return [found[key] for key in sorted(found)]
+
+
+async def write_batch(
+    connection: Connection,
+    written: Sequence[Written],
+    fences: Sequence[Signal] = (),
+    *,
+    patience: float,
+    retried: Sequence[tuple[str, str]] = (),
+) -> Outcome:
+    """Writes all or nothing. `patience`: seconds after which the server is to give up on a statement or a lock.
+    `retried`: those of them, as (restaurant, change), that come from the retry ladder.
+
+    Give it less than the connection's own command timeout: then a slow statement ends as an answer of the server
+    (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not answer at all.
+    """
+    async with connection.transaction():
+        # Without statistics (a young database) the planner would read all of `changes` for every batch.
+        await connection.execute(
+            f"set local statement_timeout = {int(patience * 1000)}; set local lock_timeout = {int(patience * 900)};"
+            " set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off"
+        )
+        for name, entity in registry.ENTITIES.items():
+            if mine := [one for one in written if one.entity.name == name]:
+                await _write_entities(connection, entity, mine)
+        new, forks = await _write_changes(connection, written) if written else (0, 0)
+        if fences:
+            await _note_fences(connection, fences)
+        if retried:
+            await retry_store.forget(connection, retried)
+    return Outcome(new, forks)
+
+
+async def _write_entities(connection: Connection, entity: Entity, written: Sequence[Written]) -> None:
+    statements = _STATEMENTS[entity.name]
+    top = highest(written)
+    rows = await connection.fetch(
+        statements.upsert,
+        [one.change.restaurantid for one in top],
+        [one.change.entity_id for one in top],
+        [one.change.entityversion for one in top],
+        [one.change.id for one in top],
+        *_arrays(entity.table.columns, [one.state for one in top]),
+    )
+    inserted = {(row[0], row[1]): row[2] for row in rows}
+    applied = [one for one in top if one.key in inserted]
+    updated = [one.key for one in applied if not inserted[one.key]]
+    for child, forget, insert in zip(
+        entity.children, statements.forget_children, statements.insert_children, strict=True
+    ):
+        if updated:
+            await connection.execute(forget, [key[0] for key in updated], [key[1] for key in updated])
+        lines = [(one.key, place, row) for one in applied for place, row in enumerate(child.rows(one.state), 1)]
+        if lines:
+            await connection.execute(
+                insert,
+                [key[0] for key, _, _ in lines],
+                [key[1] for key, _, _ in lines],
+                [place for _, place, _ in lines],
+                *_arrays(child.columns, [row for _, _, row in lines]),
+            )
+    for fact, insert in zip(entity.facts, statements.insert_facts, strict=True):
+        found = {(*one.key, row.id): row for one in written for row in fact.rows(one.state)}  # type: ignore[attr-defined]
+        if found:
+            facts = [
+                (restaurant, id_, parent, found[restaurant, parent, id_]) for restaurant, parent, id_ in sorted(found)
+            ]
+            await connection.execute(
+                insert,
+                [restaurant for restaurant, _, _, _ in facts],
+                [id_ for _, id_, _, _ in facts],
+                [parent for _, _, parent, _ in facts],
+                *_arrays(fact.columns, [row for _, _, _, row in facts]),
+            )
+
+
+async def _write_changes(connection: Connection, written: Sequence[Written]) -> tuple[int, int]:
+    ordered = sorted(written, key=lambda one: (one.change.restaurantid, one.change.id))
+    arrays = [[value(one) for one in ordered] for _, _, value in _CHANGES]
+    new = await connection.fetch(_INSERT_CHANGES, *arrays)
+    if not new:
+        return 0, 0  # who wrote them has looked for forks
+    status = await connection.execute(_INSERT_CONFLICTS, [row[0] for row in new], [row[1] for row in new])
+    return len(new), int(status.rpartition(" ")[2])
+
+
+async def _note_fences(connection: Connection, fences: Sequence[Signal]) -> None:
+    last = {fence.lane: fence for fence in sorted(fences, key=lambda fence: fence.time)}
+    ordered = [last[lane] for lane in sorted(last)]
+    await connection.execute(
+        _NOTE_FENCES,
+        [fence.lane for fence in ordered],
+        [fence.id for fence in ordered],
+        [fence.epoch for fence in ordered],
+        [fence.time for fence in ordered],
+    )
+
+
+def _arrays(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[Any]]:
+    return [[column.of(row) for row in rows] for column in columns]

@@ -1,0 +1,76 @@
+"""The page that shows a service's API, and the files that it loads.
+
+The page is Swagger UI. Its files lie in `shared/http/swagger_ui` with their version, checksums and licences, so that a
+browser loads nothing from another host. `make swagger` replaces them by those of another version.
+"""
+
+from importlib import resources
+
+import msgspec
+from litestar import MediaType, Response, get
+from litestar.exceptions import NotFoundException
+from litestar.handlers import HTTPRouteHandler
+
+from shared.http.openapi import Api, document
+
+_FILES = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+    "favicon-32x32.png": "image/png",
+}
+_FOLDER = resources.files("shared") / "http" / "swagger_ui"
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<link rel="icon" href="/api-docs/files/favicon-32x32.png">
+<link rel="stylesheet" href="/api-docs/files/swagger-ui.css">
+</head>
+<body>
+<div id="page"></div>
+<script src="/api-docs/files/swagger-ui-bundle.js"></script>
+<script src="/api-docs/files/start.js"></script>
+</body>
+</html>
+"""
+# Behind the gateway each service's page has a path of its own.
+_START = """SwaggerUIBundle({
+  url: location.pathname.replace(/[/]+$/, "") + "/openapi.json",
+  dom_id: "#page",
+  deepLinking: true,
+  persistAuthorization: true,
+  validatorUrl: null,
+});
+"""
+# Swagger UI sets styles of its own on elements, and carries its icons as data.
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self';"
+    " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+def pages(api: Api) -> list[HTTPRouteHandler]:
+    """`/api-docs` and `/api-docs/openapi.json`."""
+    encoded = msgspec.json.encode(document(api))
+    page = _PAGE.format(title=api.title)
+
+    @get("/api-docs", sync_to_thread=False)
+    def show() -> Response[str]:
+        return Response(page, media_type=MediaType.HTML, headers={"Content-Security-Policy": _CSP})
+
+    @get("/api-docs/openapi.json", sync_to_thread=False)
+    def as_json() -> Response[bytes]:
+        return Response(encoded, media_type=MediaType.JSON)
+
+    @get("/api-docs/files/{name:str}", sync_to_thread=False)
+    def file(name: str) -> Response[bytes]:
+        if name == "start.js":
+            return Response(_START.encode(), media_type="text/javascript")
+        if name not in _FILES:
+            raise NotFoundException("no such file")
+        # Read at each request: a service should not hold 2 MB that few people ask for.
+        content = (_FOLDER / name).read_bytes()
+        return Response(content, media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
+
+    return [show, as_json, file]

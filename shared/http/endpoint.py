@@ -1,0 +1,120 @@
+"""How a route is declared: what it does, who may call it, what it takes and answers. The gate, the OpenAPI document and
+the test that walks every route all read this declaration.
+
+    @endpoint("POST", "/api/tables", action="tables.change", summary="Add a table", body=CreateTable, status=201,
+              answer=View(table.ENTITY))
+    async def create(request: Call) -> ASGIApp: ...
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+from uuid import UUID
+
+import msgspec
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Meta, Struct, field
+
+from shared.entities.contract import SyncState, Time, in_range
+from shared.entities.entity import Entity
+from shared.errors import InvalidInput
+from shared.security.permissions import ACTIONS
+
+T = TypeVar("T")
+
+MAX_LIMIT = 200
+_ESCAPED_PLUS = re.compile(r"(T[0-9:.]+) ([0-9]{2}:?[0-9]{2})$")
+_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+
+
+class View(Struct, frozen=True):
+    """A state as clients see it: its fields, `version`, `sync`, and after a write `visible` and `durability`."""
+
+    entity: Entity
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields: name -> type."""
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    action: str
+    """One of `shared.security.permissions.ACTIONS`."""
+    summary: str
+    tag: str
+    description: str = ""
+    body: Any = None
+    query: Any = None
+    """A Struct of parameters, decoded from texts."""
+    answer: Any = None
+    """Type of `data`, or a View; of an event stream the type of each event."""
+    many: bool = False
+    """`data` is a list of it, with `pagination`."""
+    status: int = 200
+    errors: tuple[int, ...] = ()
+    """Beside those that its kind implies (see openapi.py)."""
+    example: Any = None
+    headers: tuple[str, ...] = ()
+    """Request headers that it reads, such as Idempotency-Key."""
+    media_type: str = "application/json"
+    paths: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters in the path that are no UUIDs: name -> type."""
+    not_modified: bool = False
+
+
+class ListQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = 50
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+    fields: (
+        Annotated[str, Meta(max_length=1_000, description="names with commas between; id is always there")] | None
+    ) = None
+    include_deleted: Annotated[bool, Meta(description="for admins")] = False
+    created_from: Time | None = None
+    created_to: Time | None = None
+    sync_state: Annotated[SyncState, Meta(description="how far it has come on its way to PostgreSQL")] | None = None
+
+
+def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRouteHandler]:
+    """A decorator; `declared` are the fields of Operation."""
+    operation = Operation(**declared)
+    if operation.action not in ACTIONS:
+        raise ValueError(f"{method} {path}: no action {operation.action!r} in shared/security/permissions.py")
+    return HTTPRouteHandler(
+        path, http_method=[HttpMethod(method)], status_code=operation.status, opt={"operation": operation}
+    )
+
+
+def read_query(request: Any, type_: type[T]) -> T:
+    """Raises InvalidInput that names the parameter."""
+    texts = {
+        name: _ESCAPED_PLUS.sub(r"\1+\2", text) if isinstance(text, str) else text
+        for name, text in dict(request.query_params).items()
+    }
+    try:
+        found = msgspec.convert(texts, type_, strict=False)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        where = _PATH.search(message)
+        unknown = _UNKNOWN.search(message)
+        name = unknown[1] if unknown else where["path"] if where else "query"
+        known = ", ".join(type_.__struct_fields__)  # type: ignore[attr-defined]
+        message = f"unknown parameter; known are {known}" if unknown else _PATH.sub("", message)
+        raise InvalidInput(message, field=name) from error
+    for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
+        value = getattr(found, name)
+        if value is None and sent_as in texts:  # the text `null`: a filter that is left out without a word
+            raise InvalidInput("not a value; leave it out", field=sent_as)
+        if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):  # a number is no time
+            raise InvalidInput("a time with its zone, such as 2026-03-01T12:00:00Z", field=sent_as)
+        if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+            raise InvalidInput("text that cannot be stored", field=sent_as)
+    return found
+
+
+def path_id(text: str, name: str) -> str:
+    """A UUID of the path, in lower case; raises InvalidInput."""
+    try:
+        return str(UUID(text))
+    except ValueError as error:
+        raise InvalidInput("a UUID", field=name) from error

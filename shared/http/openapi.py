@@ -1,0 +1,353 @@
+"""The OpenAPI 3.1 document of a service, out of the declarations of its routes. `api_docs.py` shows it."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from shared.entities.contract import SyncState
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.endpoint import Operation, View
+from shared.http.openapi_examples import example_of
+from shared.security.permissions import ACTIONS, PUBLIC
+
+_REF = "#/components/schemas/{name}"
+_PARAMETER = re.compile(r"\{(\w+):\w+\}")
+_ERRORS = {
+    400: "The request cannot be read",
+    401: "No token, or one that is not valid",
+    403: "This role may not do it",
+    404: "There is none, or it is another restaurant's",
+    409: "Another change came first, or the present state forbids this one",
+    413: f"More than {MAX_BODY_BYTES} bytes",
+    422: "A field is wrong; `details.field` names it",
+    429: "Too many requests; `Retry-After` says when",
+    500: "Something went wrong on our side",
+    503: "Not done, and nothing of it will appear; `Retry-After` says when",
+    504: "Perhaps done: repeat with the same Idempotency-Key",
+}
+# Of each an answer as it may look: (code, message, details).
+_SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
+    400: ("bad_request", "the request cannot be read", {}),
+    401: ("token_expired", "the token has expired", {}),
+    403: ("forbidden", "the role customer may not do this", {"action": "orders.change"}),
+    404: ("not_found", "no such order", {}),
+    409: ("version_conflict", "another change came first", {"field": "If-Match", "version": 3}),
+    413: ("body_too_large", "Request Entity Too Large", {"field": "body", "max_bytes": MAX_BODY_BYTES}),
+    422: ("invalid_input", "Expected `int` >= 1", {"field": "items[0].quantity"}),
+    429: ("rate_limited", "too many requests of this restaurant", {"limit": 10_000}),
+    500: ("internal", "something went wrong on our side", {}),
+    503: ("unavailable", "changes wait until the mirror is warm", {}),
+    504: ("outcome_unknown", "perhaps it was recorded: repeat it with the same key", {}),
+}
+_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+_VERSION = "1.0.0"
+_SYNC = {
+    "type": "object",
+    "description": "How far it has come on its way to PostgreSQL",
+    "properties": {
+        "state": {"enum": [state.value for state in SyncState]},
+        "error": {"type": "string", "description": "failed: why"},
+        "attempts": {"type": "integer", "description": "failed: how many there were"},
+        "last_attempt": {"type": "string", "format": "date-time"},
+    },
+    "required": ["state"],
+    "examples": [{"state": "pending"}],
+}
+_OF_EVERY_ANSWER = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+_ANSWER_HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": {"schema": {"type": "string"}, "description": "As the request named it, or the trace id"},
+    "X-Trace-Id": {"schema": {"type": "string"}, "description": "What `ticketrail trace` asks for"},
+    "RateLimit-Limit": {"schema": {"type": "integer"}, "description": "Of the restaurant, or the address"},
+    "RateLimit-Remaining": {"schema": {"type": "integer"}, "description": "How many requests may follow at once"},
+    "RateLimit-Reset": {"schema": {"type": "integer"}, "description": "Seconds until all of them may"},
+    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"},
+    "ETag": {"schema": {"type": "string"}, "description": "The version, for If-Match and If-None-Match"},
+    "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "It was made before, by the same key"},
+}
+_HEADERS = {
+    "Idempotency-Key": (
+        "A repeat with the same key is the same one, however often it is sent",
+        {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
+    ),
+    "If-Match": (
+        'The version that is to be changed, such as "3"; otherwise 409',
+        {"type": "string", "pattern": '^([*]|(W/)?"?[1-9][0-9]{0,8}"?)$'},
+    ),
+    "If-None-Match": ("The version that is known already; answered with 304", {"type": "string"}),
+    "Last-Event-ID": (
+        "The cursor of the last event that was seen",
+        {"type": "string", "pattern": "^([0-9A-Za-z][0-9A-Za-z-]{0,63}-[0-9]{1,18}-[0-9]{1,6})?$"},
+    ),
+}
+# Headers that are secrets, beside the token: how they are called in the document.
+_SECRET_HEADERS = {"x-sync-token": "sync_token"}
+
+
+def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Operation]]:
+    """(method, path, declaration) of those that are declared."""
+    found = []
+    for handler in handlers:
+        operation = handler.opt.get("operation")
+        if operation is not None:
+            found += [(method, path, operation) for method in handler.http_methods for path in handler.paths]
+    return sorted(found, key=lambda one: (one[1], one[0]))
+
+
+class Api(Struct, frozen=True):
+    """What a service offers."""
+
+    title: str
+    description: str
+    handlers: Sequence[HTTPRouteHandler]
+
+
+def document(api: Api) -> dict[str, Any]:
+    found = operations(api.handlers)
+    types = [type_ for _, _, operation in found for type_ in _types(operation)]
+    schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
+    schema_of = dict(zip([id(type_) for type_ in types], schemas, strict=True))
+    for component in components.values():
+        component.get("properties", {}).pop("request_hash", None)
+    components |= {"Error": _error_schema(), "Sync": _SYNC}
+    # What creates an entity, which is at the shortest of its paths, says what one looks like.
+    made: dict[Any, Any] = {}
+    for _, _, operation in found:
+        if operation.status == 201:
+            made.setdefault(_made_of(operation), operation.example)
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, operation in found:
+        paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = _operation(
+            method, path, operation, schema_of, components, operation.example or made.get(_made_of(operation))
+        )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": api.title,
+            "version": _VERSION,
+            "description": api.description,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "headers": _ANSWER_HEADERS,
+            "responses": {_error_name(status): _error(status) for status in _ERRORS},
+            "securitySchemes": _security_schemes(found),
+        },
+    }
+
+
+def _made_of(operation: Operation) -> Any:
+    return operation.answer.entity.name if isinstance(operation.answer, View) else id(operation.answer)
+
+
+def _security_schemes(found: Iterable[tuple[str, str, Operation]]) -> dict[str, Any]:
+    schemes: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+    for name in sorted({name for _, _, operation in found for name in operation.headers if name in _SECRET_HEADERS}):
+        schemes[_SECRET_HEADERS[name]] = {"type": "apiKey", "in": "header", "name": name}
+    return schemes
+
+
+def _types(operation: Operation) -> list[Any]:
+    found = [one for one in (operation.body, operation.query) if one is not None]
+    found += list(operation.paths.values())
+    if isinstance(operation.answer, View):
+        found += [operation.answer.entity.state, *operation.answer.more.values()]
+    elif operation.answer is not None:
+        found.append(operation.answer)
+    return found
+
+
+def _operation(
+    method: str,
+    path: str,
+    operation: Operation,
+    schema_of: Mapping[int, Any],
+    components: Mapping[str, Any],
+    hint: Any,
+) -> dict[str, Any]:
+    """`hint`: an example of what is alike to its answer."""
+    parameters: list[dict[str, Any]] = []
+    for name in _PARAMETER.findall(path):
+        type_ = operation.paths.get(name)
+        schema = {"type": "string", "format": "uuid"} if type_ is None else schema_of[id(type_)]
+        shown = example_of(schema, components, name=name)
+        parameters.append({"name": name, "in": "path", "required": True, "schema": schema, "example": shown})
+    if operation.query is not None:
+        parameters += _query_parameters(schema_of[id(operation.query)], components)
+    secrets = [_SECRET_HEADERS[header] for header in operation.headers if header in _SECRET_HEADERS]
+    for header in operation.headers:
+        if header not in _SECRET_HEADERS:
+            text, schema = _HEADERS[header]
+            parameters.append(
+                {"name": header, "in": "header", "required": False, "description": text, "schema": schema}
+            )
+    found: dict[str, Any] = {
+        "operationId": _name(method, path),
+        "summary": operation.summary,
+        "tags": [operation.tag],
+        "responses": _responses(method, operation, schema_of, components, hint, bool(parameters)),
+    }
+    who = "" if operation.action == PUBLIC else f"For: {', '.join(sorted(ACTIONS[operation.action]))}."
+    if text := " ".join(part for part in (operation.description, who) if part):
+        found["description"] = text
+    if parameters:
+        found["parameters"] = parameters
+    if operation.body is not None:
+        content: dict[str, Any] = {"schema": schema_of[id(operation.body)]}
+        if operation.example is not None:
+            content["examples"] = {"example": {"value": operation.example}}
+        found["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if operation.action != PUBLIC:
+        secrets.append("bearer")
+    if secrets:
+        found["security"] = [{name: [] for name in secrets}]
+    return found
+
+
+def _name(method: str, path: str) -> str:
+    parts = [part for part in re.split(r"[/{}:_-]", _PARAMETER.sub(r"by_\1", path)) if part and part != "api"]
+    return method.lower() + "".join(part.capitalize() for part in parts)
+
+
+def _query_parameters(schema: Mapping[str, Any], components: Mapping[str, Any]) -> list[dict[str, Any]]:
+    fields = components[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    found = []
+    for name, field in fields["properties"].items():
+        field = dict(field)
+        default = field.pop("default", None)
+        description = field.pop("description", None)
+        if "anyOf" in field:  # absent instead of null
+            rest = [one for one in field["anyOf"] if one != {"type": "null"}]
+            field = {**rest[0]} if len(rest) == 1 else {"anyOf": rest}
+            description = description or field.pop("description", None)
+        if default is not None:
+            field["default"] = default
+        one = {"name": name, "in": "query", "required": name in fields.get("required", ()), "schema": field}
+        found.append({**one, "description": description} if description else one)
+    return found
+
+
+def _responses(
+    method: str,
+    operation: Operation,
+    schema_of: Mapping[int, Any],
+    components: Mapping[str, Any],
+    hint: Any,
+    takes: bool,
+) -> dict[str, Any]:
+    ok: dict[str, Any] = {"description": "Done", "headers": _headers(operation)}
+    if operation.media_type != "application/json":
+        schema = {"type": "string"} if operation.answer is None else schema_of[id(operation.answer)]
+    else:
+        schema = _envelope(method, operation, schema_of, components)
+    shown = example_of(schema, components, {"data": [hint] if operation.many else hint})
+    ok["content"] = {operation.media_type: {"schema": schema, "examples": {"example": {"value": shown}}}}
+    found: dict[str, Any] = {str(operation.status): ok}
+    if operation.not_modified:
+        found["304"] = {"description": "It is the version that is known"}
+    statuses = {400, 429, 500, 503, *operation.errors}
+    if operation.action != PUBLIC:
+        statuses |= {401, 403}
+    if operation.body is not None:
+        statuses |= {413, 422}
+    if takes:
+        statuses.add(422)
+    if isinstance(operation.answer, View) and method != "GET":
+        statuses |= {409, 504}
+    return found | {
+        str(status): {"$ref": f"#/components/responses/{_error_name(status)}"} for status in sorted(statuses)
+    }
+
+
+def _error_name(status: int) -> str:
+    """405 -> "MethodNotAllowed"."""
+    return re.sub(r"\W", "", HTTPStatus(status).phrase.title())
+
+
+def _error(status: int) -> dict[str, Any]:
+    code, message, details = _SHOWN[status]
+    shown = {"message": message, "code": code, "details": details, "trace_id": _TRACE}
+    found: dict[str, Any] = {
+        "description": _ERRORS[status],
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format(name="Error")},
+                "examples": {"example": {"value": {"success": False, "error": shown}}},
+            }
+        },
+    }
+    names = [*_OF_EVERY_ANSWER, *(("Retry-After",) if status in (429, 503) else ())]
+    found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    return found
+
+
+def _headers(operation: Operation) -> dict[str, Any]:
+    found = list(_OF_EVERY_ANSWER)
+    if isinstance(operation.answer, View) and not operation.many:
+        found.append("ETag")
+    if "Idempotency-Key" in operation.headers:
+        found.append("Idempotency-Replayed")
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in found}
+
+
+def _envelope(
+    method: str, operation: Operation, schema_of: Mapping[int, Any], components: Mapping[str, Any]
+) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if isinstance(operation.answer, View):
+        data = _view(operation.answer, schema_of, components, part=operation.many, written=method != "GET")
+    elif operation.answer is not None:
+        data = schema_of[id(operation.answer)]
+    properties: dict[str, Any] = {"success": {"const": True}, "data": data}
+    required = ["success", "data"]
+    if operation.many:
+        properties["data"] = {"type": "array", "items": data}
+        properties["pagination"] = {
+            "type": "object",
+            "properties": {"limit": {"type": "integer"}, "next_cursor": {"type": ["string", "null"]}},
+            "required": ["limit", "next_cursor"],
+        }
+        properties["complete"] = {"type": "boolean", "description": "false: only what the mirror holds of late"}
+        required.append("pagination")
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _view(
+    view: View, schema_of: Mapping[int, Any], components: Mapping[str, Any], *, part: bool, written: bool
+) -> dict[str, Any]:
+    """`part`: of lists, where `fields` may choose some."""
+    state = schema_of[id(view.entity.state)]
+    ours: dict[str, Any] = {
+        "version": {"type": "integer", "minimum": 1},
+        "sync": {"$ref": _REF.format(name="Sync")},
+        **{name: schema_of[id(type_)] for name, type_ in view.more.items()},
+    }
+    if part:
+        whole = components[state["$ref"].rpartition("/")[2]]
+        return {"type": "object", "properties": {**whole["properties"], **ours}, "required": ["id"]}
+    if written:
+        ours["visible"] = {"type": "boolean", "description": "whether readers see it already"}
+        ours["durability"] = {"enum": ["broker", "journal"], "description": "what holds it"}
+    return {"allOf": [state, {"type": "object", "properties": ours, "required": ["version", "sync"]}]}
+
+
+def _error_schema() -> dict[str, Any]:
+    class Error(Struct):
+        message: str
+        code: str
+        details: dict[str, Any]
+        trace_id: str
+
+    _, components = msgspec.json.schema_components([Error], ref_template=_REF)
+    return {
+        "type": "object",
+        "properties": {"success": {"const": False}, "error": components["Error"]},
+        "required": ["success", "error"],
+    }

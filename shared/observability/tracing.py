@@ -1,0 +1,322 @@
+"""Traces: what happened to a request or a change in this process, as OpenTelemetry spans, decided on when it is over.
+
+While work goes on, only moments are noted (`Trace.note`, `span`): a tuple each, no span. When the work ends, its spans
+are made and exported if the trace is sampled, and also if it failed or was slow; else they are forgotten. That keeps
+the accept path cheap, and errors are never lost to sampling. What it cannot do is to look back in another process: of
+a trace that is not sampled and turns out slow in the sync worker, the request's own spans are gone. Where that
+matters, sample everything and let the collector decide on whole traces (docs/tracing.md).
+
+    orders    POST /api/orders ─ claim ─ record ─ send ticketrail.changes ─ reveal
+    worker                                              ├─ write order   (linked to the batch's own span)
+                                                        └─ mirror order
+    notifier                                            └─ push order_created
+
+A change carries the context of its `send` span (W3C `traceparent`), whoever sends it: the request, a drainer, or who
+finishes a claim that was left behind. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from shared.observability.trace_files import FileExporter
+from shared.settings import Settings
+
+# Ids of zeros alone are none (W3C Trace Context).
+_TRACEPARENT = re.compile(r"^00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})\Z")
+_ERROR_TYPE = re.compile(r"([\w.]+)(?:: |\Z)")
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_ERROR = StatusCode.ERROR
+_NOTHING: Mapping[str, Any] = {}
+_UPPER = 1 << 64
+
+
+_Noted = tuple[str, SpanKind, int, int, Mapping[str, Any], str | None, str | None, str | None]
+
+
+class Trace:
+    """One piece of work of this process: its context, and what was noted while it went on."""
+
+    __slots__ = ("attributes", "kept", "noted", "parent", "sampled", "span_id", "started", "trace_id")
+
+    def __init__(self, trace_id: str, parent: str | None, *, sampled: bool, kept: bool) -> None:
+        self.trace_id = trace_id
+        self.parent = parent
+        """Span id of the caller, or None at the beginning of a trace."""
+        self.sampled = sampled
+        self.kept = kept
+        """False: tracing is off, and noting does nothing."""
+        self.span_id = new_span_id()
+        self.started = time.time_ns()
+        self.attributes: dict[str, Any] = {}
+        """Of this work's own span, as far as they are known before its end."""
+        self.noted: list[_Noted] = []
+
+    @property
+    def traceparent(self) -> str:
+        return self.context_of(self.span_id)
+
+    def context_of(self, span_id: str) -> str:
+        return f"00-{self.trace_id}-{span_id}-{'01' if self.sampled else '00'}"
+
+    def note(
+        self,
+        name: str,
+        began: int,
+        ended: int,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, Any] = _NOTHING,
+        error: str | None = None,
+        span_id: str | None = None,
+        parent: str | None = None,
+    ) -> None:
+        """A span below `parent`, or below this work's own; times in nanoseconds since the epoch. `error`: "type: text",
+        or the type alone. `span_id`: one that others know already."""
+        if self.kept:
+            self.noted.append((name, kind, began, ended, attributes, error, span_id, parent))
+
+
+_current: ContextVar[Trace | None] = ContextVar("trace", default=None)
+
+
+def current() -> Trace | None:
+    return _current.get()
+
+
+def begun() -> Trace:
+    """The current trace, or one that only lends its id: for what is refused before a tracer has seen it."""
+    trace = _current.get()
+    if trace is None:
+        trace = Trace(_new_trace_id(), None, sampled=False, kept=False)
+        _current.set(trace)
+    return trace
+
+
+def _new_trace_id() -> str:
+    return f"{random.getrandbits(128) or 1:032x}"
+
+
+def new_span_id() -> str:
+    return f"{random.getrandbits(64) or 1:016x}"
+
+
+class span:
+    """Notes the time of a `with` block in the current trace, and its exception as the span's error."""
+
+    __slots__ = ("_attributes", "_began", "_kind", "_name", "_trace")
+
+    def __init__(
+        self, name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        self._name = name
+        self._kind = kind
+        self._attributes = attributes
+
+    def __enter__(self) -> None:
+        self._trace = _current.get()
+        self._began = time.time_ns()
+
+    def __exit__(self, type_: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._trace is not None:
+            told = None if error is None else f"{type(error).__name__}: {error}"
+            self._trace.note(
+                self._name, self._began, time.time_ns(), kind=self._kind, attributes=self._attributes, error=told
+            )
+
+
+class Tracer:
+    """One per process, made inside the process that serves (its exporter has a thread). `close` flushes."""
+
+    def __init__(self, service: str, settings: Settings) -> None:
+        self._ratio = settings.trace_sample
+        self._below = int(settings.trace_sample * _UPPER)
+        self._slow_ns = int(settings.trace_slow_ms * 1_000_000)
+        self._slow_left = self._slow_per_second = settings.trace_slow_per_second
+        self._second = 0
+        self._resource = Resource.create(
+            {"service.name": f"ticketrail-{service}", "service.instance.id": f"{service}-{settings.instance}"}
+        )
+        self._processor: BatchSpanProcessor | None = None
+        if self.on:
+            self._processor = BatchSpanProcessor(
+                _exporter(service, settings), max_queue_size=16_384, schedule_delay_millis=500
+            )
+
+    @property
+    def on(self) -> bool:
+        """`trace_sample` 0 switches tracing off whole."""
+        return self._ratio > 0
+
+    def begin(self, traceparent: str | None) -> Trace:
+        """Continues the caller's trace, or begins one, and makes it the current one of this task."""
+        found = _TRACEPARENT.match(traceparent) if traceparent else None
+        if found:
+            sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
+            trace = Trace(found[1], found[2], sampled=sampled, kept=self.on)
+        else:
+            trace_id = _new_trace_id()
+            trace = Trace(trace_id, None, sampled=self.on and self._chosen(trace_id), kept=self.on)
+        _current.set(trace)
+        return trace
+
+    def end(
+        self,
+        trace: Trace,
+        name: str,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, Any] = _NOTHING,
+        error: str | None = None,
+    ) -> None:
+        """The work is over: exports its spans if it is sampled, failed or slow."""
+        if not trace.kept:
+            return
+        ended = time.time_ns()
+        if not (
+            trace.sampled or error is not None or (ended - trace.started > self._slow_ns and self._may_keep_slow())
+        ):
+            return
+        self._export(
+            trace.trace_id,
+            trace.span_id,
+            trace.parent,
+            name,
+            kind,
+            trace.started,
+            ended,
+            {**attributes, **trace.attributes},
+            error,
+        )
+        for part, part_kind, began, part_ended, noted, part_error, span_id, parent in trace.noted:
+            self._export(
+                trace.trace_id,
+                span_id or new_span_id(),
+                parent or trace.span_id,
+                part,
+                part_kind,
+                began,
+                part_ended,
+                noted,
+                part_error,
+            )
+
+    def wanted(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
+        """Whether what happens to a change is worth a span: its trace is sampled, or it took `slow_ns` until now and
+        that is slow. Ask before building attributes."""
+        if self._processor is None or not traceparent:
+            return False
+        return traceparent[-1] in "13579bdf" or (slow_ns > self._slow_ns and self._may_keep_slow())
+
+    def add(
+        self,
+        traceparent: str | None,
+        name: str,
+        began: int,
+        ended: int,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, Any] = _NOTHING,
+        error: str | None = None,
+        links: Iterable[str | None] = (),
+        span_id: str | None = None,
+    ) -> str | None:
+        """A span that is over, below `traceparent`, or of a trace of its own without one; returns its own traceparent,
+        None when it was not made.
+        `links` are traceparents; those that cannot be read are left out."""
+        if self._processor is None:
+            return None
+        found = _TRACEPARENT.match(traceparent) if traceparent else None
+        if traceparent and found is None:  # the contract allows any text there: nothing to hang a span on
+            return None
+        trace_id = found[1] if found else _new_trace_id()
+        span_id = span_id or new_span_id()
+        self._export(trace_id, span_id, found[2] if found else None, name, kind, began, ended, attributes, error, links)
+        return f"00-{trace_id}-{span_id}-01"
+
+    def close(self) -> None:
+        """Waits for what is under way to be exported, a few seconds at most. May be called twice."""
+        processor, self._processor = self._processor, None
+        if processor is not None:
+            processor.shutdown()  # type: ignore[no-untyped-call]
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _chosen(self, trace_id: str) -> bool:
+        """As TraceIdRatioBased decides: by the lower half of the trace id, the same in every process."""
+        return int(trace_id[16:], 16) < self._below
+
+    def _may_keep_slow(self) -> bool:
+        """Bounded: after an outage everything in the backlog is slow, and its traces must not slow it further."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._slow_left = second, self._slow_per_second
+        self._slow_left -= 1
+        return self._slow_left >= 0
+
+    def _export(
+        self,
+        trace_id: str,
+        span_id: str,
+        parent: str | None,
+        name: str,
+        kind: SpanKind,
+        began: int,
+        ended: int,
+        attributes: Mapping[str, Any],
+        error: str | None,
+        links: Iterable[str | None] = (),
+    ) -> None:
+        if self._processor is None:
+            return
+        status = Status()
+        if error is not None:
+            type_ = found[1] if (found := _ERROR_TYPE.match(error)) else "_OTHER"
+            attributes = {**attributes, "error.type": type_}
+            status = Status(_ERROR, error[:500] if error != type_ else None)
+        self._processor.on_end(
+            ReadableSpan(
+                name,
+                context=_context(trace_id, span_id),
+                parent=_context(trace_id, parent) if parent else None,
+                resource=self._resource,
+                attributes=attributes,
+                links=[Link(context) for link in links if (context := _linked(link))],
+                kind=kind,
+                status=status,
+                start_time=began,
+                end_time=ended,
+            )
+        )
+
+
+def trace_id_of(traceparent: str | None) -> str | None:
+    found = _TRACEPARENT.match(traceparent) if traceparent else None
+    return found[1] if found else None
+
+
+def _context(trace_id: str, span_id: str) -> SpanContext:
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=_SAMPLED)
+
+
+def _linked(traceparent: str | None) -> SpanContext | None:
+    found = _TRACEPARENT.match(traceparent) if traceparent else None
+    return _context(found[1], found[2]) if found else None
+
+
+def _exporter(service: str, settings: Settings) -> SpanExporter:
+    if settings.otlp_endpoint:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # 80 ms of imports
+
+        return OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
+    path = settings.traces_path / f"{service}-{settings.instance}.jsonl"
+    return FileExporter(path, max_bytes=settings.trace_file_bytes, keep=settings.trace_files)

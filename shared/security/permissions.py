@@ -1,0 +1,49 @@
+"""Which role may do what: the whole of it. Every route names one of these actions; the gate asks here before the
+handler runs. Beyond it, a tenant sees itself alone, and a customer the orders of its own session."""
+
+from shared.security.tokens import Role
+
+_ADMIN = frozenset({Role.ADMIN})
+_STAFF = frozenset({Role.ADMIN, Role.STAFF})
+_GUESTS = frozenset({Role.ADMIN, Role.STAFF, Role.CUSTOMER})
+_OPERATORS = frozenset({Role.OPERATOR})
+_ANYBODY = frozenset(Role)
+
+PUBLIC = "public"
+"""Without a token."""
+
+ACTIONS: dict[str, frozenset[Role]] = {
+    PUBLIC: _ANYBODY,
+    "me.read": _ANYBODY,
+    "orders.place": _GUESTS,
+    "orders.read": _GUESTS,
+    "orders.change": _STAFF,
+    "orders.summary": _STAFF,
+    "payments.record": _STAFF,
+    "payments.read": _STAFF,
+    "menu.read": _GUESTS,
+    "menu.change": _ADMIN,
+    "menu.availability": _STAFF,
+    "tables.read": _GUESTS,
+    "tables.change": _STAFF,
+    "work.read": _STAFF,
+    "work.change": _STAFF,
+    "customers.read": _STAFF,
+    "customers.change": _STAFF,
+    "inventory.read": _STAFF,
+    "inventory.change": _STAFF,
+    "users.manage": _ADMIN,
+    "audit.read": _ADMIN,
+    "deleted.read": _ADMIN,
+    "sync.read": _STAFF,
+    "events.follow": _GUESTS,
+    "dead_letters.read": frozenset({Role.OPERATOR, Role.ADMIN}),
+    "dead_letters.mend": _OPERATORS,
+    "conflicts.read": frozenset({Role.OPERATOR, Role.ADMIN}),
+    "conflicts.resolve": _OPERATORS,
+    "ops.read": _OPERATORS,
+}
+
+
+def allowed(action: str, role: Role) -> bool:
+    return role in ACTIONS[action]
