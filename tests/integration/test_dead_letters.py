@@ -404,7 +404,7 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     await fail_for_ever(kept)
     made = change(order(notes="unlucky"))
     # Told by hand, and off its last rung: what the writer tells of the ladder may come after the letter.
-    await dead_letter_store.retries.note(kept.database, [told(made, attempt=2)])
+    await dead_letter_store.retry_store.note(kept.database, [told(made, attempt=2)])
     assert await kept.count("retries") == 1
     failure = Failure(Kind.TRANSIENT, "transient", "?")
     headers = headers_for(Failed(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
@@ -413,9 +413,9 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     assert await kept.count("retries") == 0
 
 
-def told(made: Change, *, attempt: int) -> dead_letter_store.retries.Retry:
+def told(made: Change, *, attempt: int) -> dead_letter_store.retry_store.Retry:
     """A row of `retries`."""
-    return dead_letter_store.retries.Retry(
+    return dead_letter_store.retry_store.Retry(
         restaurant_id=RESTAURANT, change_id=made.id, lane="critical", entity="order", entity_id=made.entity_id,
         attempt=attempt, reason="transient", error="?", failed_at=made.time,
     )  # fmt: skip
@@ -425,7 +425,7 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
     made = change(order())
     await rig.publish(made)
     await rig.written(made)
-    await dead_letter_store.retries.note(rig.database, [told(made, attempt=1)])
+    await dead_letter_store.retry_store.note(rig.database, [told(made, attempt=1)])
     assert await rig.count("retries") == 0
     # And one that slipped through between the two transactions is swept away.
     await rig.database.execute(
@@ -435,4 +435,4 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
         made.id,
         made.entity_id,
     )
-    assert await dead_letter_store.retries.sweep(rig.database) == 1
+    assert await dead_letter_store.retry_store.sweep(rig.database) == 1
