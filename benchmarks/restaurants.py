@@ -7,11 +7,11 @@ import asyncpg
 from msgspec import Struct
 
 from benchmarks.created_changes import created
+from services.sync.writer.upsert import Written, write_batch
 from shared.entities import menu_item
 from shared.entities.contract import Lane, now
 from shared.entities.menu_item import MenuItem
-from shared.postgres.changes import Written, write_batch
-from shared.security import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 
 _RESTAURANTS = 50
 _DISHES = 12

@@ -28,7 +28,7 @@ from shared.entities import order as orders
 from shared.entities.contract import encode, encode_batch
 from shared.entities.entity import micros
 from shared.entities.order import Order
-from shared.http import Call
+from shared.http.server import Call
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, LOG
 from shared.mirror.connection import MirrorConnection
@@ -88,6 +88,6 @@ def create() -> Litestar:
 
 
 if __name__ == "__main__":
-    from shared.http import serve
+    from shared.http.server import serve
 
     serve("benchmarks.peers.dual_write:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))

@@ -24,18 +24,18 @@ from services.orders.menu import MenuBook
 from services.orders.pricing import priced_items, totals
 from services.orders.requests import PlaceOrder
 from services.orders.views import PENDING, state_view
-from shared.bodies import read_body
 from shared.entities.contract import Standing, encode, now
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, OrderItem, Status
-from shared.gate import gate
-from shared.http import EXCEPTION_HANDLERS, Call, Reply, success
+from shared.http.authorization import gate
+from shared.http.bodies import read_body
+from shared.http.server import EXCEPTION_HANDLERS, Call, Reply, success
 from shared.lifecycle import settle_memory
-from shared.metrics import HttpMetrics, Metrics
+from shared.observability.metrics import HttpMetrics, Metrics
+from shared.observability.tracing import Tracer
 from shared.restaurants import Restaurant
-from shared.security import Tokens
+from shared.security.tokens import Tokens
 from shared.settings import Settings
-from shared.tracing import Tracer
 
 SCHEMA = """
 create table if not exists counters (restaurant_id uuid, day date, last int not null, primary key (restaurant_id, day));

@@ -10,10 +10,10 @@ import asyncpg
 from benchmarks.created_changes import created
 from benchmarks.random_orders import random_order
 from benchmarks.rig import BenchmarkRig
+from services.sync.writer.upsert import Written, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from shared.entities.order import Order
-from services.sync.writer.upsert import Written, write_batch
 
 _BATCH_CHANGES = 500
 _BATCH_SECONDS = 10.0

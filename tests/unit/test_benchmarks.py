@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from shared.limits import Limits
 
 from benchmarks.__main__ import QUESTIONS, answer
 from benchmarks.load import ProgramMissing
@@ -16,7 +17,6 @@ from benchmarks.report import markdown_table
 from benchmarks.results import merged, read_rows, write_rows
 from benchmarks.rig import BenchmarkRig
 from shared.errors import TooManyRequests
-from shared.limits import Limits
 from shared.settings import Settings
 
 
