@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from shared.limits import Limits
 
 from benchmarks.__main__ import QUESTIONS, answer
 from benchmarks.load import ProgramMissing
@@ -17,6 +16,7 @@ from benchmarks.report import markdown_table
 from benchmarks.results import merged, read_rows, write_rows
 from benchmarks.rig import BenchmarkRig
 from shared.errors import TooManyRequests
+from shared.http.limits import Limits
 from shared.settings import Settings
 
 

@@ -3,8 +3,7 @@
 import hashlib
 import re
 
-from shared.api_docs import _FILES
-
+from shared.http.api_docs import _FILES
 from tests.system import ROOT
 
 FOLDER = ROOT / "shared/http/swagger_ui"
