@@ -250,4 +250,4 @@ def _whereabouts(accepted: int, stored: int, shown: int, mirrored: int, complete
 def _mirrored(rig: BenchmarkRig) -> int:
     """Orders in the live windows of the mirror."""
     with Redis.from_url(rig.redis_url) as redis:
-        return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)  # type: ignore[arg-type]
+        return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)

@@ -87,7 +87,7 @@ class DualWrite:
             async with await declare.connect(self._rabbitmq_url) as connection:
                 async with connection.channel() as channel:
                     await channel.declare_exchange(CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
-                settings = Settings(_env_file=None)  # type: ignore[call-arg]
+                settings = Settings(_env_file=None)
                 await declare.declare_logs(connection, settings, str(uuid4()))
 
         run(declare_stream())
@@ -109,7 +109,7 @@ class DualWrite:
     def count_mirrored(self) -> int:
         """Orders in its lists of live orders."""
         with Redis.from_url(self._redis_url) as redis:
-            return sum(int(redis.zcard(dual_write.live_key(one.id))) for one in self._rig.restaurants)  # type: ignore[arg-type]
+            return sum(int(redis.zcard(dual_write.live_key(one.id))) for one in self._rig.restaurants)
 
     def stop(self) -> None:
         """Removes what it has stored outside PostgreSQL too: the next questions share Redis and RabbitMQ."""

@@ -1,12 +1,14 @@
-"""How fast do queued changes come into PostgreSQL?
+"""How fast does the worker write queued changes to PostgreSQL?
 
-The lanes are filled first, then the worker is started: from its first commit to its last. Two fillings: one change per
-message, and as a load of 64 connections records them (27 a message, the mean that the accept benchmark shows). Peers:
-a plain FastStream handler with one transaction per message and a pool of 20 (peers/faststream_plain.py), and batches by
-unnest without any queue, out of memory (peers/unnest_batches.py): the same tables, orders with three items and the log
-of changes. Peers that are slow drain fewer, for the same rate.
+The lanes are filled first, then the worker starts; the rate counts from its first commit to its last. Two fillings: one
+change per message, and 27 per message, the mean that a load of 64 connections records. The peers write to the same
+tables, orders with three items and the log of changes:
 
-And how much do bad ones cost: as many again that break the contract, one after each good one, against good ones alone.
+    plain FastStream         a handler with one transaction per message and a pool of 20 (peers/faststream_plain.py). It
+                             is slow and drains fewer messages, for the same rate
+    unnest without a queue   batches by unnest, from memory (peers/unnest_batches.py)
+
+How much do bad changes cost? One change that breaks the contract after each good one, against good ones alone.
 """
 
 import asyncio
@@ -27,22 +29,26 @@ from shared.messaging.topology import CHANGES, lane_queue
 
 QUESTION = "drain"
 _CHANGES = 100_000
-_FEWER = 10_000
-_PER_MESSAGE = 27
-_MIXED = 10_000
+_PEER_CHANGES = 10_000
+_MIXED_CHANGES = 10_000
+_CHANGES_PER_MESSAGE = 27
+_MESSAGES_IN_FLIGHT = 128
+"""While the lanes are filled."""
+_DRAIN_SECONDS = 300.0
+"""Time limit of one drain."""
+_STOP_SECONDS = 10.0
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
-    many, fewer = (_CHANGES, _FEWER) if not plan.quick else (5_000, 1_000)
+    many, fewer, mixed = (_CHANGES, _PEER_CHANGES, _MIXED_CHANGES) if not plan.quick else (5_000, 1_000, 1_000)
     plain = [_plain(rig, fewer) for _ in range(1 if plan.quick else 2)]
     alone = _ours(rig, many, 1)
     plain.append(_plain(rig, fewer))
-    grouped = _ours(rig, many, _PER_MESSAGE)
+    grouped = _ours(rig, many, _CHANGES_PER_MESSAGE)
     unnest = [run_async(unnest_batches.rate(rig, many // 5)) for _ in range(3)]
-    mixed = _MIXED if not plan.quick else 1_000
     rounds = range(1 if plan.quick else 3)
     good, beside = zip(*((_ours(rig, mixed, 1), _ours(rig, mixed, 1, bad=True)) for _ in rounds), strict=True)
-    note = f"{many} of ours once, {fewer} of FastStream's three times, {many // 5} by unnest three times"
+    note = f"ours: {many} changes once; FastStream: {fewer} three times; unnest: {many // 5} three times"
     return [
         compared(QUESTION, "one change a message", "throughput", "changes/s", [alone], "plain FastStream", plain,
                  at_least=4.0, note=note),
@@ -57,21 +63,23 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 
 
 def _ours(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> float:
+    """Changes per second of the worker; with `bad`, the good ones alone."""
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, changes, per_message, bad=bad))
-    # Not until it is ready: its fences stand in line behind what it is to drain.
+    # Do not wait until it is ready: its heartbeats queue behind the changes that it is to drain.
     worker = rig.service("worker", wait=False)
     try:
         rig.until(lambda: rig.count_orders() > before, "the first commit")
         began, first = time.monotonic(), rig.count_orders() - before
-        rig.until(lambda: rig.count_orders() - before >= changes, "every change in PostgreSQL", within=300)
+        rig.until(lambda: rig.count_orders() - before >= changes, "every change in PostgreSQL", _DRAIN_SECONDS)
         return (changes - first) / (time.monotonic() - began)
     finally:
         worker.stop()
 
 
 def _plain(rig: BenchmarkRig, messages: int) -> float:
+    """Changes per second of the plain FastStream handler."""
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, messages, 1))
@@ -90,34 +98,38 @@ def _plain(rig: BenchmarkRig, messages: int) -> float:
     try:
         rig.until(lambda: rig.count_orders() > before, "the first commit of the plain handler")
         began, first = time.monotonic(), rig.count_orders() - before
-        rig.until(lambda: rig.count_orders() - before >= messages, "every message in PostgreSQL", within=300)
+        rig.until(lambda: rig.count_orders() - before >= messages, "every message in PostgreSQL", _DRAIN_SECONDS)
         return (messages - first) / (time.monotonic() - began)
     finally:
-        child.terminate(10)
+        child.terminate(_STOP_SECONDS)
 
 
 async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> None:
-    """Through the exchange, as the orders service does. `bad`: after each message one of as many changes that break the
-    contract, into the lane alone: what the mirror makes of them is not measured here."""
+    """Publishes through the exchange, as the orders service does.
+
+    With `bad`, each message is followed by as many changes that break the contract. They go to the lane's queue alone,
+    because what the mirror does with them is not measured here.
+    """
     async with await aio_pika.connect(rig.rabbitmq_url) as connection:
         channel = await connection.channel(publisher_confirms=True)
         exchange = await channel.get_exchange(CHANGES, ensure=False)
-        lane = lane_queue(Lane.CRITICAL)
-        for start in range(0, changes, per_message * 128):
+        queue = lane_queue(Lane.CRITICAL)
+        for start in range(0, changes, per_message * _MESSAGES_IN_FLIGHT):
             sent = []
-            for at in range(start, min(changes, start + per_message * 128), per_message):
-                made = encoded_orders(rig.restaurants, min(per_message, changes - at))
-                sent.append(exchange.publish(_message(made), Lane.CRITICAL.value))
+            for at in range(start, min(changes, start + per_message * _MESSAGES_IN_FLIGHT), per_message):
+                events = encoded_orders(rig.restaurants, min(per_message, changes - at))
+                sent.append(exchange.publish(_message(events), Lane.CRITICAL.value))
                 if bad:
-                    sent.append(channel.default_exchange.publish(_message([_broken(one) for one in made]), lane))
+                    sent.append(channel.default_exchange.publish(_message([_broken(one) for one in events]), queue))
             await asyncio.gather(*sent)
 
 
-def _message(made: list[bytes]) -> aio_pika.Message:
+def _message(events: list[bytes]) -> aio_pika.Message:
     return aio_pika.Message(
-        encode_batch(made), content_type=CONTENT_TYPE, delivery_mode=aio_pika.DeliveryMode.PERSISTENT
+        encode_batch(events), content_type=CONTENT_TYPE, delivery_mode=aio_pika.DeliveryMode.PERSISTENT
     )
 
 
 def _broken(event: bytes) -> bytes:
+    """The event with a negative total, which the contract forbids."""
     return event.replace(b'"total":', b'"total":-')

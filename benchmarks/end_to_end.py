@@ -1,8 +1,8 @@
-"""How long from the moment an order is due to be sent until a subscriber's screen has it?
+"""How long does an order take from the moment it is due to be sent until a subscriber's screen shows it?
 
-Open loop: constant arrivals at 100 and 500 orders a second over 64 kept connections; latency counts from the intended
-start. One SSE subscriber per restaurant. Everything runs. The unit to compare with is the bare publisher confirm: one
-message of the size of an order at a time, to a quorum queue and a stream, measured between the slices.
+Open loop: constant arrivals at 100 and 500 orders per second over 64 kept connections; latency counts from the intended
+start. Each restaurant has one SSE subscriber. Everything runs. The yardstick is a bare publisher confirm: one message
+of the size of an order at a time, to a quorum queue and a stream, measured between the slices.
 """
 
 import asyncio
@@ -21,8 +21,11 @@ from benchmarks.rig import run as run_async
 from shared.messaging.publisher import Publisher
 
 QUESTION = "end_to_end"
-_RATES = (100, 500)
+_ORDERS_PER_SECOND = (100, 500)
 _CONFIRMS = 200
+_CONFIRM_SECONDS = 5.0
+_PUSH_SECONDS = 20.0
+"""Time limit for every accepted order to reach the screens."""
 _ORDER_BYTES = 1_700
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
 
@@ -56,26 +59,31 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 async def _measure(
     rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, notifier: RunningProgram
 ) -> dict[int, list[EndToEndSlice]]:
+    """The slices of each rate."""
     pushed: dict[str, float] = {}
     screens = [asyncio.create_task(_screen(notifier.url, one.token, pushed)) for one in rig.restaurants]
     confirms = _ConfirmProbe(rig)
     await confirms.open()
     address = urlsplit(orders.url)
     host, port = str(address.hostname), int(address.port or 0)
-    await open_loop(host, port, rig.restaurants, per_second=50, seconds=1)  # menus, connections
-    found: dict[int, list[EndToEndSlice]] = {rate: [] for rate in _RATES}
+    await open_loop(host, port, rig.restaurants, per_second=50, seconds=1)  # fills menus and connections
+    found: dict[int, list[EndToEndSlice]] = {rate: [] for rate in _ORDERS_PER_SECOND}
     try:
         for _ in range(plan.rounds):
-            for rate in _RATES:
+            for rate in _ORDERS_PER_SECOND:
                 confirm = await confirms.measure()
                 sent = await open_loop(host, port, rig.restaurants, per_second=rate, seconds=plan.seconds)
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + _PUSH_SECONDS
                 while any(one.order_id not in pushed for one in sent):
+                    if ended := [screen for screen in screens if screen.done()]:
+                        raise RuntimeError(f"a stream ended: {ended[0].exception()!r}")
                     if time.monotonic() > deadline:
-                        raise RuntimeError("an order was accepted and not pushed within 20 s")
+                        raise RuntimeError(f"an accepted order was not pushed within {_PUSH_SECONDS:.0f} s")
                     await asyncio.sleep(0.01)
-                late = [(pushed[one.order_id] - one.due) * 1000 for one in sent]
-                found[rate].append(EndToEndSlice(percentile(late, 0.5), percentile(late, 0.99), confirm))
+                latencies_ms = [(pushed[one.order_id] - one.due) * 1000 for one in sent]
+                found[rate].append(
+                    EndToEndSlice(percentile(latencies_ms, 0.5), percentile(latencies_ms, 0.99), confirm)
+                )
     finally:
         for screen in screens:
             screen.cancel()
@@ -85,6 +93,7 @@ async def _measure(
 
 
 async def _screen(url: str, token: str, pushed: dict[str, float]) -> None:
+    """Notes in `pushed` when the event of each order id arrived, on the monotonic clock. Runs until cancelled."""
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 22)
     writer.write(
@@ -99,44 +108,47 @@ async def _screen(url: str, token: str, pushed: dict[str, float]) -> None:
         writer.close()
 
 
-_KINDS = ("quorum", "stream")
+_QUEUE_TYPES = ("quorum", "stream")
 
 
 class _ConfirmProbe:
-    """A quorum queue and a stream of its own, bound like a lane, and our publisher."""
+    """Our publisher with an exchange, a quorum queue and a stream of its own, bound like a lane."""
 
     def __init__(self, rig: BenchmarkRig) -> None:
         self._url = rig.rabbitmq_url
         self._name = f"bench.confirm.{uuid4().hex[:8]}"
         self._publisher = Publisher(
-            rig.rabbitmq_url, self._name, queues=[f"{self._name}.{kind}" for kind in _KINDS], timeout=5.0
+            rig.rabbitmq_url,
+            self._name,
+            queues=[f"{self._name}.{queue_type}" for queue_type in _QUEUE_TYPES],
+            timeout=_CONFIRM_SECONDS,
         )
 
     async def open(self) -> None:
         async with await aio_pika.connect(self._url) as connection:
             channel = await connection.channel()
             exchange = await channel.declare_exchange(self._name, "direct", durable=True)
-            for kind in _KINDS:
+            for queue_type in _QUEUE_TYPES:
                 queue = await channel.declare_queue(
-                    f"{self._name}.{kind}", durable=True, arguments={"x-queue-type": kind}
+                    f"{self._name}.{queue_type}", durable=True, arguments={"x-queue-type": queue_type}
                 )
                 await queue.bind(exchange, "critical")
-        await self._publisher.start(wait=5.0)
+        await self._publisher.start(wait=_CONFIRM_SECONDS)
 
     async def measure(self) -> float:
-        """Median of a publish and its confirm, in milliseconds."""
+        """Median time of a publish and its confirm, in milliseconds."""
         body = b"x" * _ORDER_BYTES
-        took = []
+        took_ms = []
         for _ in range(_CONFIRMS):
             began = time.perf_counter()
             await self._publisher.publish("critical", body)
-            took.append((time.perf_counter() - began) * 1000)
-        return median(took)
+            took_ms.append((time.perf_counter() - began) * 1000)
+        return median(took_ms)
 
     async def close(self) -> None:
         await self._publisher.stop()
         async with await aio_pika.connect(self._url) as connection:
             channel = await connection.channel()
-            for kind in _KINDS:
-                await channel.queue_delete(f"{self._name}.{kind}")
+            for queue_type in _QUEUE_TYPES:
+                await channel.queue_delete(f"{self._name}.{queue_type}")
             await channel.exchange_delete(self._name)

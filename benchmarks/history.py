@@ -1,12 +1,11 @@
-"""The past of many restaurants, put into PostgreSQL by COPY as the real writer would have left it.
+"""The past orders of many restaurants, copied into PostgreSQL as the real writer would have left them.
 
-Orders of all restaurants lie between one another in the order in which they came, so that those of one restaurant are
-spread over the whole table. Each is placed, paid and completed: three changes, one standing state, its items, its
-payment and what it held of the stock. The newest of each restaurant are still open; of twenty one was cancelled, of
-forty one was given back, of fifty one was deleted.
+The orders of all restaurants are interleaved by time, so that those of one restaurant are spread over the whole table.
+Each order is placed, paid and completed: three changes, one current state, its items, its payment and the stock that it
+held. The newest five of each restaurant are still open; one in 20 is cancelled, one in 40 refunded, one in 50 deleted.
 
-Rows are made from the declarations in `shared/entities`, as the writer makes them. COPY does not go through row-level
-security: the connection is the superuser's.
+The rows come from the declarations in `shared/entities`, as the writer makes them. COPY does not work under row-level
+security, so the connection is the superuser's.
 """
 
 import random
@@ -29,11 +28,15 @@ from shared.entities.order import Order, OrderItem, Payment, Status, StockHold, 
 from shared.entities.table import DiningTable
 
 DAYS = 400
-_BLOCK = 2_000
+_ORDERS_PER_COPY = 2_000
+_DISHES = 12
 _TABLES = 10
 _CUSTOMERS = 20
-_TAX = 700
-_OPEN = 5
+_TAX_BASIS_POINTS = 700
+_OPEN_ORDERS = 5
+_STOCK_COUNTED_DAYS = 30
+_WRITE_SECONDS = 30.0
+"""Time limit for writing one restaurant's menu, tables, customers and stock."""
 _CHANGES = (
     "restaurant_id", "change_id", "entity", "entity_id", "version", "base_change_id", "type", "source", "lane",
     "accepted_at", "traceparent", "actor", "data",
@@ -48,17 +51,17 @@ class PastRestaurant(Struct, frozen=True):
     id: str
     dishes: tuple[MenuItem, ...]
     table_ids: tuple[str, ...]
-    """Half of the orders are at the first."""
+    """Half of the orders are at the first table."""
     customer_ids: tuple[str, ...]
-    """Of every fifth order."""
+    """Every fifth order has one of them."""
     stock_id: str
-    """Every third order takes from it."""
+    """Every third order takes from this item."""
     user_id: str
-    """Who placed its orders."""
+    """The user who placed the orders."""
 
 
 class History(Struct, frozen=True):
-    """`orders` among `restaurants`, over the last 400 days before `until`. Another name makes other ids."""
+    """`orders` shared evenly among `restaurants`, over the 400 days before `until`. The ids depend on `name`."""
 
     name: str
     restaurants: int
@@ -69,42 +72,42 @@ class History(Struct, frozen=True):
     def each(self) -> int:
         return self.orders // self.restaurants
 
-    def shops(self) -> list[PastRestaurant]:
-        return [self._shop(number) for number in range(self.restaurants)]
+    def make_restaurants(self) -> list[PastRestaurant]:
+        return [self._restaurant(number) for number in range(self.restaurants)]
 
-    def written(self, shops: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
-        """The changes of each order, the oldest order first."""
+    def written(self, restaurants: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
+        """The changes of each order, oldest order first."""
         chance = random.Random(self.name)  # noqa: S311
         apart = timedelta(days=DAYS) / self.each
         for place in range(self.each):
             begun = self.until - apart * (self.each - place)
-            for number, shop in enumerate(shops):
-                yield self._order(shop, place, begun + apart * number / len(shops), chance)
+            for number, restaurant in enumerate(restaurants):
+                yield self._order(restaurant, place, begun + apart * number / len(restaurants), chance)
 
     def _id(self, *names: object) -> str:
         return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-history", self.name, *names)))))
 
-    def _shop(self, number: int) -> PastRestaurant:
+    def _restaurant(self, number: int) -> PastRestaurant:
         id_, at = self._id(number), self.until - timedelta(days=DAYS)
         dishes = tuple(
             MenuItem(id=self._id(number, "dish", place), restaurant_id=id_, name=f"Dish {place}", category="Mains",
                      price=500 + 75 * place, created_at=at, updated_at=at)
-            for place in range(12)
+            for place in range(_DISHES)
         )  # fmt: skip
         tables = tuple(self._id(number, "table", place) for place in range(_TABLES))
         customers = tuple(self._id(number, "customer", place) for place in range(_CUSTOMERS))
         return PastRestaurant(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
 
-    def _order(self, shop: PastRestaurant, place: int, at: datetime, chance: random.Random) -> list[Written]:
-        placed = _placed(shop, place, at, chance)
-        made = [_written(order.ENTITY, placed, "created", at, actor=shop.user_id)]
+    def _order(self, restaurant: PastRestaurant, place: int, at: datetime, chance: random.Random) -> list[Written]:
+        placed = _placed(restaurant, place, at, chance)
+        made = [_written(order.ENTITY, placed, "created", at, actor=restaurant.user_id)]
 
         def then(event: str, minutes: int, **fields: Any) -> None:
             last, later = made[-1], at + timedelta(minutes=minutes)
             after = structs.replace(last.state, **fields, updated_at=later)
-            made.append(_written(order.ENTITY, after, event, later, base=last, actor=shop.user_id))
+            made.append(_written(order.ENTITY, after, event, later, base=last, actor=restaurant.user_id))
 
-        if place >= self.each - _OPEN:
+        if place >= self.each - _OPEN_ORDERS:
             return made
         if place % 50 == 9:
             then("deleted", 5, deleted_at=at + timedelta(minutes=5))
@@ -123,24 +126,24 @@ class History(Struct, frozen=True):
         return made
 
 
-def _placed(shop: PastRestaurant, place: int, at: datetime, chance: random.Random) -> Order:
+def _placed(restaurant: PastRestaurant, place: int, at: datetime, chance: random.Random) -> Order:
     items = []
-    for dish in chance.sample(shop.dishes, 1 + place % 3):
+    for dish in chance.sample(restaurant.dishes, 1 + place % 3):
         quantity = chance.randint(1, 3)
         items.append(OrderItem(menu_item_id=dish.id, name=dish.name, quantity=quantity, unit_price=dish.price,
                                line_total=quantity * dish.price))  # fmt: skip
     subtotal = sum(one.line_total for one in items)
-    tax = (subtotal * _TAX + 5_000) // 10_000
+    tax = (subtotal * _TAX_BASIS_POINTS + 5_000) // 10_000
     return Order(
         id=_random_id(chance),
-        restaurant_id=shop.id,
+        restaurant_id=restaurant.id,
         order_number=f"{place % 10_000:04}",
         business_day=(at - timedelta(hours=4)).date(),
         status=Status.PENDING,
         items=tuple(items),
         currency="EUR",
         subtotal=subtotal,
-        tax_basis_points=_TAX,
+        tax_basis_points=_TAX_BASIS_POINTS,
         tax_amount=tax,
         tip_amount=0,
         discount_amount=0,
@@ -148,11 +151,11 @@ def _placed(shop: PastRestaurant, place: int, at: datetime, chance: random.Rando
         total=subtotal + tax,
         created_at=at,
         updated_at=at,
-        table_id=shop.table_ids[0 if place % 2 else place // 2 % _TABLES],
-        customer_id=shop.customer_ids[place // 5 % _CUSTOMERS] if place % 5 == 0 else None,
+        table_id=restaurant.table_ids[0 if place % 2 else place // 2 % _TABLES],
+        customer_id=restaurant.customer_ids[place // 5 % _CUSTOMERS] if place % 5 == 0 else None,
         customer_name="Ada",
-        placed_by=shop.user_id,
-        holds=(StockHold(shop.stock_id, 1),) if place % 3 == 0 else (),
+        placed_by=restaurant.user_id,
+        holds=(StockHold(restaurant.stock_id, 1),) if place % 3 == 0 else (),
     )
 
 
@@ -164,7 +167,7 @@ def _random_id(chance: random.Random) -> str:
 def _written(
     entity: Entity, state: Any, event: str, at: datetime, *, base: Written | None = None, actor: str | None = None
 ) -> Written:
-    """The change that the rail would have recorded."""
+    """The change that the rail would have recorded; `base` None: a creation."""
     type_, version = entity.type(event), base.change.entityversion + 1 if base else 1
     before, after = encode(changed_fields(base.state if base else None, state)), encode(state)
     base_id = base.change.id if base else None
@@ -185,65 +188,67 @@ def _written(
 
 
 async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
-    """Into an empty database that was migrated; leaves it with the statistics that autovacuum would make."""
+    """Fills an empty, migrated database and leaves it with the statistics that autovacuum would collect."""
     connection = await asyncpg.connect(superuser_url)
     try:
-        shops = history.shops()
-        await _identity(connection, history, shops)
+        restaurants = history.make_restaurants()
+        await _write_references(connection, history, restaurants)
         block: list[list[Written]] = []
-        for changes in history.written(shops):
+        for changes in history.written(restaurants):
             block.append(changes)
-            if len(block) == _BLOCK:
+            if len(block) == _ORDERS_PER_COPY:
                 await _copy(connection, block)
                 block.clear()
         await _copy(connection, block)
         await connection.execute("vacuum (analyze)")
     finally:
         await connection.close()
-    return shops
+    return restaurants
 
 
-async def _identity(connection: Any, history: History, shops: Sequence[PastRestaurant]) -> None:
-    """Restaurants, and what their orders speak of: a few rows, by the writer's own statements."""
+async def _write_references(connection: Any, history: History, restaurants: Sequence[PastRestaurant]) -> None:
+    """Writes the restaurants and everything their orders refer to, by the writer's own statements: few rows."""
     at = history.until - timedelta(days=DAYS)
-    for number, shop in enumerate(shops):
-        await connection.execute(_INSERT_RESTAURANT, shop.id, f"{history.name}-{number}", f"Restaurant {number}", _TAX)
-        common = {"restaurant_id": shop.id, "created_at": at, "updated_at": at}
-        states: list[tuple[Entity, Any]] = [(menu_item.ENTITY, dish) for dish in shop.dishes]
+    for number, restaurant in enumerate(restaurants):
+        await connection.execute(
+            _INSERT_RESTAURANT, restaurant.id, f"{history.name}-{number}", f"Restaurant {number}", _TAX_BASIS_POINTS
+        )
+        common: dict[str, Any] = {"restaurant_id": restaurant.id, "created_at": at, "updated_at": at}
+        states: list[tuple[Entity, Any]] = [(menu_item.ENTITY, dish) for dish in restaurant.dishes]
         states += [
             (table.ENTITY, DiningTable(id=id_, label=str(place), seats=4, **common))
-            for place, id_ in enumerate(shop.table_ids)
+            for place, id_ in enumerate(restaurant.table_ids)
         ]
-        states += [(customer.ENTITY, Customer(id=id_, name="Ada", **common)) for id_ in shop.customer_ids]
-        # Counted a month ago: what was sold before is in the count.
-        counted = history.until - timedelta(days=30)
-        stock = InventoryItem(id=shop.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
+        states += [(customer.ENTITY, Customer(id=id_, name="Ada", **common)) for id_ in restaurant.customer_ids]
+        # The count already includes what was sold before it.
+        counted = history.until - timedelta(days=_STOCK_COUNTED_DAYS)
+        stock = InventoryItem(id=restaurant.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
         states.append((inventory_item.ENTITY, stock))
         await write_batch(
-            connection, [_written(entity, state, "created", at) for entity, state in states], patience=30.0
+            connection, [_written(entity, state, "created", at) for entity, state in states], patience=_WRITE_SECONDS
         )
 
 
 async def _copy(connection: Any, orders: Sequence[list[Written]]) -> None:
-    """Each in the order in which its last change came; all in one transaction, as a batch of the writer."""
+    """Copies the orders and their changes, the changes by time, in one transaction like a batch of the writer."""
     entity = order.ENTITY
-    changes = sorted((one for of_one in orders for one in of_one), key=lambda one: one.change.time)
-    standing = [of_one[-1] for of_one in orders]
+    changes = sorted((one for of_order in orders for one in of_order), key=lambda one: one.change.time)
+    current = [of_order[-1] for of_order in orders]
     async with connection.transaction():
-        await _rows(connection, "orders", ("restaurant_id", "id", "version", "change_id"), entity.table.columns, [
+        await _copy_rows(connection, "orders", ("restaurant_id", "id", "version", "change_id"), entity.table.columns, [
             ((one.change.restaurantid, one.change.entity_id, one.change.entityversion, one.change.id), one.state)
-            for one in standing
+            for one in current
         ])  # fmt: skip
         for child in entity.children:
-            await _rows(connection, child.name, ("restaurant_id", child.parent, "position"), child.columns, [
+            await _copy_rows(connection, child.name, ("restaurant_id", child.parent, "position"), child.columns, [
                 ((one.change.restaurantid, one.change.entity_id, place), row)
-                for one in standing
+                for one in current
                 for place, row in enumerate(child.rows(one.state), 1)
             ])  # fmt: skip
         for fact in entity.facts:
-            await _rows(connection, fact.name, ("restaurant_id", "id", fact.parent), fact.columns, [
+            await _copy_rows(connection, fact.name, ("restaurant_id", "id", fact.parent), fact.columns, [
                 ((one.change.restaurantid, row.id, one.change.entity_id), row)  # type: ignore[attr-defined]
-                for one in standing
+                for one in current
                 for row in fact.rows(one.state)
             ])  # fmt: skip
         await connection.copy_records_to_table(
@@ -260,7 +265,9 @@ async def _copy(connection: Any, orders: Sequence[list[Written]]) -> None:
         )  # fmt: skip
 
 
-async def _rows(connection: Any, name: str, keys: Sequence[str], columns: Sequence[Any], rows: Sequence[Any]) -> None:
+async def _copy_rows(
+    connection: Any, name: str, keys: Sequence[str], columns: Sequence[Any], rows: Sequence[Any]
+) -> None:
     await connection.copy_records_to_table(
         name,
         columns=[*keys, *(column.name for column in columns)],

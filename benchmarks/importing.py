@@ -1,9 +1,9 @@
-"""While history is brought in, how long does a new order take until PostgreSQL has it?
+"""While history is imported, how long does a new order take until PostgreSQL has it?
 
-`ticketrail import` of 20,000 orders of last year at 50 restaurants, as a process of its own, through the background
-lane; beside it new orders over HTTP at 20 a second, in an open loop. Latency counts from the moment at which an order
-was due until a reader of PostgreSQL sees it, which looks every few milliseconds. Only orders that were due while the
-import was bringing rows count; the same load before it says what the import costs.
+`ticketrail import` brings 20,000 of last year's orders at 50 restaurants through the background lane, as a process of
+its own. Meanwhile new orders arrive over HTTP at 20 per second, in an open loop. Latency counts from the moment an
+order was due until a reader that polls PostgreSQL every few milliseconds sees it. Only orders that were due while the
+import was bringing rows count. The same load before the import shows what the import costs.
 """
 
 import asyncio
@@ -24,13 +24,17 @@ from benchmarks.rig import BenchmarkRig, RunningProgram
 from benchmarks.rig import run as run_async
 
 QUESTION = "importing"
-_ORDERS = 20_000
-_RATE = 20
-_PLACES = 4
+_IMPORTED_ORDERS = 20_000
+_ORDERS_PER_SECOND = 20
+_ORDERING_RESTAURANTS = 4
 """Restaurants that take new orders."""
-_ROUNDS = 3
-_LOOK_EVERY = 0.003
-_WITHIN = 60.0
+_CONNECTIONS = 8
+_MAX_ROUNDS = 3
+_LOAD_SECONDS = 1.0
+"""Longest piece of load during an import: after each, the benchmark notes how far the import has come."""
+_POLL_INTERVAL_SECONDS = 0.003
+_TIMEOUT_SECONDS = 60.0
+"""For the import to begin, and for all new orders to be in PostgreSQL."""
 _SEEN = (
     "select o.id::text from unnest($1::uuid[]) as r (restaurant_id) cross join unnest($2::uuid[]) as i (id)"
     " join orders o using (restaurant_id, id)"
@@ -46,13 +50,13 @@ class ImportSlice(Struct, frozen=True):
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     alone, beside = [], []
     with rig.rail() as (orders, _):
-        for number in range(min(plan.rounds, _ROUNDS)):
+        for number in range(min(plan.rounds, _MAX_ROUNDS)):
             file = rig.folder / f"history-{number}.jsonl"
-            _write(rig, file, 2_000 if plan.quick else _ORDERS)
+            _write(rig, file, 2_000 if plan.quick else _IMPORTED_ORDERS)
             rig.rest()
             alone.append(run_async(_alone(rig, plan, orders)))
             beside.append(run_async(_beside(rig, plan, orders, file)))
-    case = f"{_RATE} orders/s beside it"
+    case = f"{_ORDERS_PER_SECOND} orders/s beside it"
     note = f"{case}, without an import: p50 {alone[0].p50_ms:.1f} ms, p99 {alone[0].p99_ms:.1f} ms"
     return [
         compared(QUESTION, case, "p50 into PostgreSQL", "ms", [one.p50_ms for one in beside], at_most=100.0, note=note),
@@ -118,15 +122,15 @@ async def _beside(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram
         ready="",
     )
     try:
-        deadline = time.monotonic() + _WITHIN
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while before == await watch.imported(file):
             if running.child.returncode is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the import does not begin:\n{running.child.tail(30)}")
+                raise RuntimeError(f"the import does not start:\n{running.child.tail(30)}")
             await asyncio.sleep(0.02)
         began, rows = time.monotonic(), await watch.imported(file)
         ended = asyncio.create_task(asyncio.to_thread(running.child.wait))
         while not ended.done():
-            await _load(rig, orders, sent, min(plan.seconds, 1.0))
+            await _load(rig, orders, sent, min(plan.seconds, _LOAD_SECONDS))
             if not ended.done():
                 until, left = time.monotonic(), await watch.imported(file)
         if await ended != 0:
@@ -143,20 +147,20 @@ async def _load(rig: BenchmarkRig, orders: RunningProgram, sent: list[SentOrder]
     await open_loop(
         str(address.hostname),
         int(address.port or 0),
-        rig.restaurants[:_PLACES],
-        per_second=_RATE,
+        rig.restaurants[:_ORDERING_RESTAURANTS],
+        per_second=_ORDERS_PER_SECOND,
         seconds=seconds,
-        connections=8,
-        told=sent,
+        connections=_CONNECTIONS,
+        into=sent,
     )
 
 
 class _DatabaseWatch:
-    """A reader of PostgreSQL that waits for what was sent."""
+    """Polls PostgreSQL for the orders in `sent`, and notes when it sees each first."""
 
     def __init__(self, rig: BenchmarkRig, sent: list[SentOrder]) -> None:
         self._url = rig.database_url("writer")
-        self._restaurants = [one.id for one in rig.restaurants[:_PLACES]]
+        self._restaurants = [one.id for one in rig.restaurants[:_ORDERING_RESTAURANTS]]
         self._sent = sent
         self._seen: dict[str, float] = {}
 
@@ -172,14 +176,14 @@ class _DatabaseWatch:
         await self._other.close()
 
     async def imported(self, file: Path) -> int:
-        """Rows that are noted as done."""
+        """Rows of the file that the import has finished."""
         return int(
             await self._other.fetchval("select coalesce(max(done), 0) from imports where source = $1", str(file))
         )
 
     async def latencies(self, counts: Callable[[SentOrder], bool]) -> list[float]:
-        """Milliseconds, of those that count, once all of them are there."""
-        deadline = time.monotonic() + _WITHIN
+        """Milliseconds of the orders for which `counts` is true. Waits until PostgreSQL has all that were sent."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while len(self._seen) < len(self._sent):
             if self._task.done() or time.monotonic() > deadline:
                 raise RuntimeError(f"{len(self._sent) - len(self._seen)} orders are not in PostgreSQL")
@@ -192,4 +196,4 @@ class _DatabaseWatch:
             if missing:
                 rows = await self._connection.fetch(_SEEN, self._restaurants, missing)
                 self._seen.update((row[0], time.monotonic()) for row in rows)
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(_POLL_INTERVAL_SECONDS)

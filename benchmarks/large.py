@@ -1,9 +1,10 @@
 """Are a restaurant's reads as fast among a million orders as among ten thousand?
 
-Two databases on one server, 200 restaurants in each, filled by COPY as the writer would have left them (history.py): 50
-orders a restaurant, and 5,000, over the same 400 days. An orders service on each; both ask the same mirror. Closed
-loop, 4 connections, the two in turn; every request is another restaurant's than the one before, and every order that is
-read by its id another one, too old for the mirror. Lists are pages of 20, so that both sides answer as many rows.
+One server holds two databases with 200 restaurants each, filled by COPY as the writer would have left them
+(history.py): 50 orders per restaurant in one, 5,000 in the other, over the same 400 days. Each has an orders service of
+its own; both services read the same mirror. Closed loop, 4 connections, the two databases in turn. Each request is for
+another restaurant than the one before, and each read by id is for another order, too old for the mirror. Lists are
+pages of 20, so that both sides return the same number of rows.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from benchmarks.load import percentile
 from benchmarks.question import BenchmarkPlan, ResultRow, compared
 from benchmarks.rig import SECRET, BenchmarkRig, RunningProgram, execute
 from benchmarks.rig import run as run_async
-from services.orders.lists import cursor_after
+from shared.cursors import cursor_after
 from shared.entities import order
 from shared.postgres import states
 from shared.postgres.migrate import migrate
@@ -32,12 +33,17 @@ from shared.settings import Settings
 QUESTION = "large"
 _CONNECTIONS = 4
 _REQUESTS = 1_000
-"""In a slice: its p99 is that of the tenth from the end."""
-_PAGE = 20
-_DEEP = 25
-"""The page before the last: so many orders are left behind its cursor."""
-_LENGTH = re.compile(rb"(?i)content-length: (\d+)")
-_ALLOWED = 2.0
+"""Per slice: the p99 is the tenth slowest."""
+_PAGE_ORDERS = 20
+_ORDERS_AFTER_CURSOR = 25
+"""Orders that follow the cursor of the page before the last."""
+_OLD_ORDERS = 80
+"""Orders of each restaurant that are read by id."""
+_CONTENT_LENGTH = re.compile(rb"(?i)content-length: (\d+)")
+_P99_RATIO_AT_MOST = 2.0
+_REST_SECONDS = 60.0
+"""Longest wait for the checkpoint after the databases were filled."""
+_LIVE_WINDOW = timedelta(days=3)
 
 Paths = Callable[["FilledDatabase", int], str]
 
@@ -45,35 +51,37 @@ Paths = Callable[["FilledDatabase", int], str]
 class ReadCase(Struct, frozen=True):
     name: str
     path: Paths
-    """Of a database and the number of a request."""
+    """Path for a database and the number of the request."""
     judged: bool = True
+    """Whether the p99 has a target."""
     once: bool = False
-    """Each path is asked for once: then it is in the mirror."""
+    """Each path is read only once, because a read puts the order into the mirror."""
 
 
 class FilledDatabase(Struct):
     name: str
-    shops: list[PastRestaurant]
+    restaurants: list[PastRestaurant]
     tokens: list[str]
     cursors: list[str]
     old: list[list[str]]
-    """Of each restaurant, ids of orders that no mirror has."""
+    """Per restaurant, ids of orders that the mirror does not hold."""
     running: RunningProgram | None = None
 
-    def shop(self, number: int) -> PastRestaurant:
-        return self.shops[number % len(self.shops)]
+    def table_id(self, number: int) -> str:
+        """The first table of the restaurant that request `number` is for."""
+        return self.restaurants[number % len(self.restaurants)].table_ids[0]
 
     def cursor(self, number: int) -> str:
         return self.cursors[number % len(self.cursors)]
 
 
 def _orders(more: Callable[[FilledDatabase, int], str]) -> Paths:
-    return lambda filled, number: f"/api/orders?limit={_PAGE}{more(filled, number)}"
+    return lambda filled, number: f"/api/orders?limit={_PAGE_ORDERS}{more(filled, number)}"
 
 
 def _old_order(filled: FilledDatabase, number: int) -> str:
-    of_shop = filled.old[number % len(filled.shops)]
-    return f"/api/orders/{of_shop[number // len(filled.shops) % len(of_shop)]}"
+    of_restaurant = filled.old[number % len(filled.restaurants)]
+    return f"/api/orders/{of_restaurant[number // len(filled.restaurants) % len(of_restaurant)]}"
 
 
 def _summary(_: FilledDatabase, number: int) -> str:
@@ -89,13 +97,13 @@ CASES = (
     ReadCase("orders, first page", _orders(lambda *_: "")),
     ReadCase("orders, page before the last", _orders(lambda filled, number: f"&cursor={filled.cursor(number)}")),
     ReadCase("orders by status", _orders(lambda *_: "&status=completed")),
-    ReadCase("orders at a table", _orders(lambda filled, number: f"&table_id={filled.shop(number).table_ids[0]}")),
+    ReadCase("orders at a table", _orders(lambda filled, number: f"&table_id={filled.table_id(number)}")),
     ReadCase("an old order", _old_order, once=True),
     ReadCase("summary of 30 days", _summary),
     ReadCase("summary of 400 days", _long_summary),
-    ReadCase("payments", lambda *_: f"/api/payments?limit={_PAGE}"),
-    ReadCase("audit", lambda *_: f"/api/audit?limit={_PAGE}"),
-    ReadCase("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE}", judged=False),
+    ReadCase("payments", lambda *_: f"/api/payments?limit={_PAGE_ORDERS}"),
+    ReadCase("audit", lambda *_: f"/api/audit?limit={_PAGE_ORDERS}"),
+    ReadCase("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE_ORDERS}", judged=False),
 )  # fmt: skip
 
 
@@ -103,7 +111,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     restaurants, few, many = (20, 2_000, 10_000) if plan.quick else (200, 10_000, 1_000_000)
     filled = [_fill(rig, f"large_{orders}", restaurants, orders) for orders in (few, many)]
     try:
-        rig.rest(60.0)
+        rig.rest(_REST_SECONDS)
         with rig.rail():
             for one in filled:
                 one.running = rig.service("orders", database_api_url=rig.database_url("api", one.name))
@@ -120,8 +128,8 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     for case in CASES:
         for share, metric in ((0.5, "p50"), (0.99, "p99")):
             small, large = ([percentile(one, share) for one in slices] for slices in found[case.name])
-            judged = _ALLOWED if case.judged and metric == "p99" else None
-            rows.append(compared(QUESTION, case.name, metric, "ms", large, peer, small, at_most=judged))
+            at_most = _P99_RATIO_AT_MOST if case.judged and metric == "p99" else None
+            rows.append(compared(QUESTION, case.name, metric, "ms", large, peer, small, at_most=at_most))
     rows.append(compared(QUESTION, "what a lost mirror is filled with", "read in", "ms", rebuilt[1], peer, rebuilt[0]))
     return rows
 
@@ -129,7 +137,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 def _fill(rig: BenchmarkRig, name: str, restaurants: int, orders: int) -> FilledDatabase:
     rig.make_database(name)
     url = rig.database_url("owner", name)
-    settings = Settings(  # type: ignore[call-arg]
+    settings = Settings(
         _env_file=None,
         database_url=url,
         database_writer_url=rig.database_url("writer", name),
@@ -138,25 +146,29 @@ def _fill(rig: BenchmarkRig, name: str, restaurants: int, orders: int) -> Filled
     )
     run_async(migrate(settings))
     superuser = f"{rig.postgres.superuser_url.rpartition('/')[0]}/{name}"
-    shops = run_async(fill(superuser, History(name, restaurants, orders, datetime.now(UTC))))
+    past = run_async(fill(superuser, History(name, restaurants, orders, datetime.now(UTC))))
     execute(superuser, "checkpoint")
-    return run_async(_filled(superuser, name, shops))
+    return run_async(_filled(superuser, name, past))
 
 
-async def _filled(superuser: str, name: str, shops: list[PastRestaurant]) -> FilledDatabase:
+async def _filled(superuser: str, name: str, restaurants: list[PastRestaurant]) -> FilledDatabase:
     tokens = Tokens(SECRET, ttl_seconds=24 * 3600)
-    found = FilledDatabase(name, shops, [], [], [])
+    found = FilledDatabase(name, restaurants, [], [], [])
     connection = await asyncpg.connect(superuser)
     try:
-        for shop in shops:
-            # The audit is for admins.
-            found.tokens.append(tokens.issue(Identity(shop.user_id, Role.ADMIN, shop.id, "bench@example.org")))
+        for restaurant in restaurants:
+            # Only admins may read the audit.
+            found.tokens.append(
+                tokens.issue(Identity(restaurant.user_id, Role.ADMIN, restaurant.id, "bench@example.org"))
+            )
             oldest = await connection.fetch(
                 "select id::text, created_at from orders where restaurant_id = $1 and deleted_at is null"
-                " and status = 'completed' order by created_at, id limit 80",
-                shop.id,
+                " and status = 'completed' order by created_at, id limit $2",
+                restaurant.id,
+                _OLD_ORDERS,
             )
-            found.cursors.append(cursor_after(oldest[_DEEP]["created_at"], oldest[_DEEP]["id"]))
+            last = oldest[_ORDERS_AFTER_CURSOR]
+            found.cursors.append(cursor_after(last["created_at"], last["id"]))
             found.old.append([row["id"] for row in oldest])
     finally:
         await connection.close()
@@ -164,19 +176,19 @@ async def _filled(superuser: str, name: str, shops: list[PastRestaurant]) -> Fil
 
 
 async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dict[str, list[list[list[float]]]]:
-    """ReadCase -> for each database its slices of latencies in ms."""
+    """For each case and database, the slices of latencies in milliseconds."""
     found: dict[str, list[list[list[float]]]] = {case.name: [[] for _ in filled] for case in CASES}
     asked = 60 if plan.quick else _REQUESTS
-    next_one = dict.fromkeys(((one.name, case.name) for one in filled for case in CASES), 0)
+    next_request = dict.fromkeys(((one.name, case.name) for one in filled for case in CASES), 0)
 
     async def ask(one: FilledDatabase, case: ReadCase, count: int) -> list[float]:
-        begin = next_one[one.name, case.name]
-        next_one[one.name, case.name] += count
+        begin = next_request[one.name, case.name]
+        next_request[one.name, case.name] += count
         return await _closed_loop(one, case, range(begin, begin + count))
 
     for case in CASES:
         for one in filled:
-            await ask(one, case, len(one.shops))  # menus, statements, plans
+            await ask(one, case, len(one.restaurants))  # fills menus, statements and plans
     for number in range(plan.rounds):
         for case in CASES:
             for place in (0, 1) if number % 2 else (1, 0):
@@ -185,10 +197,10 @@ async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dic
 
 
 async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -> list[float]:
-    """Latencies in ms. Raises RuntimeError when an answer is not 200, or comes from the wrong store."""
+    """Latencies in milliseconds. Raises RuntimeError if a reply is not 200 or comes from the wrong store."""
     address = urlsplit(filled.running.url if filled.running else "")
     waiting = iter(numbers)
-    took: list[float] = []
+    took_ms: list[float] = []
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 22)
@@ -198,9 +210,9 @@ async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -
             began = time.perf_counter()
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
-            length = _LENGTH.search(head)
+            length = _CONTENT_LENGTH.search(head)
             body = await reader.readexactly(int(length[1]) if length else 0)
-            took.append((time.perf_counter() - began) * 1000)
+            took_ms.append((time.perf_counter() - began) * 1000)
             if not head.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(f"{path}: {head!r} {body[:500]!r}")
             if case.once and b"x-served-by: postgres" not in head.lower():
@@ -210,21 +222,21 @@ async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -
     async with asyncio.TaskGroup() as group:
         for _ in range(_CONNECTIONS):
             group.create_task(client())
-    return took
+    return took_ms
 
 
 async def _rebuild(rig: BenchmarkRig, name: str, rounds: int) -> list[float]:
-    """The reading part of it alone: orders of the live window, and what orders hold of the stock."""
+    """Milliseconds that a rebuild of the mirror reads: the live window, and the stock that orders hold."""
     connection: Any = await asyncpg.connect(rig.database_url("writer", name))
-    took = []
+    took_ms = []
     try:
         for _ in range(rounds):
             began = time.perf_counter()
-            async for _ in states.live_window(connection, order.ENTITY, datetime.now(UTC) - timedelta(days=3)):
+            async for _ in states.live_window(connection, order.ENTITY, datetime.now(UTC) - _LIVE_WINDOW):
                 pass
             async for _ in states.holds(connection):
                 pass
-            took.append((time.perf_counter() - began) * 1000)
+            took_ms.append((time.perf_counter() - began) * 1000)
     finally:
         await connection.close()
-    return took
+    return took_ms

@@ -1,5 +1,9 @@
-"""Load: a closed loop by wrk (each connection sends when it has its answer), and an open loop of constant arrivals,
-whose latency counts from the moment at which a request was due: a server that stalls cannot hide it."""
+"""The two kinds of load.
+
+Closed loop, by wrk: each connection sends its next request when it has the reply. It measures throughput.
+Open loop: requests are due at constant intervals, and latency counts from that moment. A server that stalls cannot hide
+it, so this measures latency.
+"""
 
 import asyncio
 import json
@@ -17,7 +21,7 @@ from benchmarks.restaurants import SeededRestaurant
 
 
 class ProgramMissing(Exception):
-    """A program that is needed is not installed; the message says how to get it."""
+    """A program that a benchmark needs is not installed or does not start; the message says what to do."""
 
 
 class LoadResult(Struct, frozen=True):
@@ -28,7 +32,7 @@ class LoadResult(Struct, frozen=True):
 
 
 def order_body(restaurant: SeededRestaurant, number: int = 0) -> bytes:
-    """Three items, a table and a name: what a terminal sends."""
+    """An order as a terminal sends it: three items, a table, a name and a tip. `number` varies the items."""
     dishes = restaurant.menu_item_ids
     items = [{"menu_item_id": dishes[(number + place) % len(dishes)], "quantity": 1 + place} for place in range(3)]
     return json.dumps(
@@ -38,7 +42,7 @@ def order_body(restaurant: SeededRestaurant, number: int = 0) -> bytes:
 
 
 def posts(restaurants: Sequence[SeededRestaurant]) -> str:
-    """A wrk script that orders at each of the restaurants in turn."""
+    """A wrk script that places orders at the restaurants in turn."""
     made = [
         f'  wrk.format("POST", "/api/orders", {{["Authorization"]="Bearer {one.token}",'
         f' ["Content-Type"]="application/json"}}, {json.dumps(order_body(one, number).decode())}),'
@@ -55,14 +59,17 @@ def gets(path: str, token: str) -> str:
 
 
 def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> LoadResult:
-    """Raises RuntimeError when any answer is not a 2xx."""
+    """Runs `script` for `seconds`, rounded to whole seconds, one at least.
+
+    Raises RuntimeError if any reply is not a 2xx or a socket fails, ProgramMissing without wrk.
+    """
     program = shutil.which("wrk")
     if program is None:
         raise ProgramMissing("wrk is not installed: apt-get install wrk")
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
-        said = subprocess.run(
+        output = subprocess.run(
             [
                 program,
                 "-t1",
@@ -79,20 +86,20 @@ def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Load
             text=True,
             check=True,
         ).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise RuntimeError(f"{url}: {said}")
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise RuntimeError(f"{url}: {output}")
     return LoadResult(
-        int(_found(r"(\d+) requests in", said)),
-        float(_found(r"Requests/sec:\s+([\d.]+)", said)),
-        _milliseconds(_found(r"(?m)^\s+50%\s+(\S+)", said)),
-        _milliseconds(_found(r"(?m)^\s+99%\s+(\S+)", said)),
+        int(_found(r"(\d+) requests in", output)),
+        float(_found(r"Requests/sec:\s+([\d.]+)", output)),
+        _milliseconds(_found(r"(?m)^\s+50%\s+(\S+)", output)),
+        _milliseconds(_found(r"(?m)^\s+99%\s+(\S+)", output)),
     )
 
 
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"wrk said something else: {text}")
+        raise RuntimeError(f"no {pattern!r} in: {text}")
     return match[1]
 
 
@@ -100,15 +107,16 @@ def _milliseconds(text: str) -> float:
     for unit, factor in (("us", 0.001), ("ms", 1.0), ("s", 1000.0), ("m", 60_000.0)):
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor
-    raise RuntimeError(f"not a time: {text}")
+    raise RuntimeError(f"wrk printed {text!r} where a time was expected")
 
 
 # -- the open loop -----------------------------------------------------------------------------------------------
 
 
 class SentOrder(Struct):
+    """`due` and `answered` are moments on the monotonic clock."""
+
     due: float
-    """On the monotonic clock."""
     order_id: str
     answered: float
 
@@ -121,14 +129,16 @@ async def open_loop(
     per_second: float,
     seconds: float,
     connections: int = 64,
-    told: list[SentOrder] | None = None,
+    into: list[SentOrder] | None = None,
 ) -> list[SentOrder]:
-    """Orders at constant intervals over kept connections; raises RuntimeError when one is not accepted. `told`: the
-    list to add to, for who wants to see each as it is answered."""
+    """Places orders at constant intervals over kept connections and returns them when all are answered.
+
+    Adds each order to `into` as soon as it is answered. Raises RuntimeError if one is not accepted.
+    """
     free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     for _ in range(connections):
         free.put_nowait(await asyncio.open_connection(host, port))
-    sent: list[SentOrder] = [] if told is None else told
+    sent: list[SentOrder] = [] if into is None else into
     requests = [
         b"POST /api/orders HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (one.token.encode(), len(body), body)
@@ -167,5 +177,5 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def here(name: str) -> Path:
-    """A peer's file or folder."""
+    """Path of a file or folder in benchmarks/peers."""
     return Path(__file__).parent / "peers" / name

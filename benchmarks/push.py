@@ -1,9 +1,9 @@
-"""How fast do 200 events reach 1,000 connections of one process, and what does an idle connection cost?
+"""How fast do 200 events reach 1,000 connections of one process, and how much memory does an idle connection take?
 
-One restaurant, 1,000 subscribers, 200 created orders of three items, sent as a load records them (25 a message); from
-the first byte of an event at any client to the last at all of them. The client is the same for every peer: one thread
-that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (websocket, one room, the same JSON), and nginx
-with nchan (C, event stream) where it is installed.
+One restaurant with 1,000 subscribers; 200 created orders of three items, 25 per message as a load records them. The
+time runs from the first event at any client to the last event at the last client. The client is the same for every
+peer: one thread that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (WebSocket, one room, the same
+JSON) and nginx with nchan (C, event stream). A peer that is not installed is reported in its row.
 """
 
 import base64
@@ -28,7 +28,7 @@ from benchmarks.load import ProgramMissing, here
 from benchmarks.peers.node import prepared
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, not_run
 from benchmarks.random_orders import encoded_orders
-from benchmarks.rig import BenchmarkRig, RunningProgram
+from benchmarks.rig import BenchmarkRig, NotReady, RunningProgram
 from benchmarks.rig import run as run_async
 from deploy.local.ports import find_free
 from shared.entities.contract import CONTENT_TYPE, encode_batch, split_batch
@@ -38,12 +38,22 @@ QUESTION = "push"
 _CONNECTIONS = 1_000
 _EVENTS = 200
 _PER_MESSAGE = 25
+_EVENT_MARK = b'"customer_name":"Ada"'
+"""Every event contains it once."""
+_CONNECT_SECONDS = 10.0
+_GREETING_SECONDS = 0.5
+"""Time for what a server sends before the first event."""
+_CROWD_SECONDS = 60.0
+"""Time limit for all deliveries."""
+_IDLE_SECONDS = 1.0
+"""Between the last connection and the measurement of memory."""
+_OPEN_FILES = 16_384
 _NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16_384), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES), hard))
     notifier = rig.service("notifier", client_buffer_events=5_000, client_buffer_bytes=16 << 20)
     cases: dict[str, Callable[[], float]] = {"rail": lambda: _ours(rig, notifier)}
     missing: dict[str, str] = {}
@@ -83,7 +93,7 @@ Join = Callable[[socket.socket], bytes]
 
 
 def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> float:
-    """Deliveries a second."""
+    """Deliveries per second of what `publish` sends."""
     selector = selectors.DefaultSelector()
     links = []
     mark = b""
@@ -94,13 +104,13 @@ def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> f
         link.setblocking(False)
         selector.register(link, selectors.EVENT_READ, [b""])
         links.append(link)
-    time.sleep(0.5)  # what the server says at the beginning
+    time.sleep(_GREETING_SECONDS)
     thread = threading.Thread(target=publish)
     first = last = 0.0
     wanted = _CONNECTIONS * _EVENTS
     seen = 0
     thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + _CROWD_SECONDS
     while seen < wanted:
         for key, _ in selector.select(1.0):
             try:
@@ -108,9 +118,9 @@ def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> f
             except BlockingIOError:
                 continue
             if not size:
-                raise RuntimeError("a connection ended")
+                raise RuntimeError("the server closed a connection")
             around = len(mark) - 1
-            # Whole marks in place, without a copy; one that was cut in two at the seam.
+            # Count whole marks in place, without a copy, and a mark that was split between two reads.
             count = buffer.count(mark, 0, size) + (key.data[0] + buffer[: min(around, size)]).count(mark)
             key.data[0] = (key.data[0] + bytes(buffer[max(0, size - around) : size]))[-around:]
             if count:
@@ -118,7 +128,7 @@ def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> f
                 first = first or last
                 seen += count
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{seen} of {wanted} deliveries within 60 s")
+            raise RuntimeError(f"{seen} of {wanted} deliveries within {_CROWD_SECONDS:.0f} s")
     thread.join()
     for link in links:
         link.close()
@@ -128,7 +138,7 @@ def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> f
 
 def _connect(server: RunningProgram) -> socket.socket:
     address = urlsplit(server.url)
-    return socket.create_connection((address.hostname, address.port), timeout=10)
+    return socket.create_connection((address.hostname, address.port), timeout=_CONNECT_SECONDS)
 
 
 def _join_stream(path: str, token: str) -> Join:
@@ -141,7 +151,7 @@ def _join_stream(path: str, token: str) -> Join:
     def join(link: socket.socket) -> bytes:
         link.sendall(head)
         _read_until(link, b"\r\n\r\n")
-        return b'"customer_name":"Ada"'
+        return _EVENT_MARK
 
     return join
 
@@ -153,9 +163,9 @@ def _join_socketio(link: socket.socket) -> bytes:
         f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
     )
     _read_until(link, b'"sid"')
-    link.sendall(bytes((0x81, 0x82, 0, 0, 0, 0)) + b"40")  # into the default namespace; masked with zeros
+    link.sendall(bytes((0x81, 0x82, 0, 0, 0, 0)) + b"40")  # joins the default namespace; masked with zeros
     _read_until(link, b"40{")
-    return b'"customer_name":"Ada"'
+    return _EVENT_MARK
 
 
 def _read_until(link: socket.socket, mark: bytes) -> None:
@@ -163,7 +173,7 @@ def _read_until(link: socket.socket, mark: bytes) -> None:
     while mark not in got:
         piece = link.recv(65_536)
         if not piece:
-            raise RuntimeError(f"hung up after {got!r}")
+            raise RuntimeError(f"the server closed the connection after {got!r}")
         got += piece
 
 
@@ -185,8 +195,10 @@ def _ours(rig: BenchmarkRig, notifier: RunningProgram) -> float:
 
 
 def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
-    """Kilobytes that the server's processes grow by for each of a second thousand of idle streams: the first make what
-    is made once for all."""
+    """Kilobytes by which the server's processes grow for each of the second 1,000 idle streams.
+
+    The first 1,000 are not counted: they allocate what all streams share.
+    """
 
     def used() -> int:
         total = 0
@@ -204,10 +216,10 @@ def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
         return links
 
     first = crowd()
-    time.sleep(1.0)
+    time.sleep(_IDLE_SECONDS)
     before = used()
     links = crowd()
-    time.sleep(1.0)
+    time.sleep(_IDLE_SECONDS)
     grown = (used() - before) / _CONNECTIONS / 1024
     for link in (*links, *first):
         link.close()
@@ -222,22 +234,28 @@ def _socketio(rig: BenchmarkRig) -> RunningProgram:
     node = prepared(folder)
     (port,) = find_free(1)
     env = {**os.environ, "BENCH_PORT": str(port), "NODE_ENV": "production"}
-    return rig.program([node, "server.js"], env, port, name="socketio", cwd=folder)
+    try:
+        return rig.program([node, "server.js"], env, port, name="socketio", cwd=folder)
+    except NotReady as error:
+        raise ProgramMissing(f"Socket.IO does not start: {error}") from error
 
 
 def _nchan(rig: BenchmarkRig) -> RunningProgram:
     nginx = shutil.which("nginx")
     if nginx is None or not _NCHAN.exists():
-        raise ProgramMissing("no nginx with nchan (apt-get install nginx libnginx-mod-nchan)")
+        raise ProgramMissing("nginx with nchan is not installed: apt-get install nginx libnginx-mod-nchan")
     (port,) = find_free(1)
     folder = rig.folder / "nchan"
     folder.mkdir(exist_ok=True)
-    folder.chmod(0o777)  # nginx's worker runs as another user when we are root
+    folder.chmod(0o777)  # as root, nginx runs its worker as another user
     config = folder / "nginx.conf"
     template = here("nchan.conf.template").read_text()
     config.write_text(template.format(module=_NCHAN, port=port, folder=folder))
     command = [nginx, "-p", str(folder), "-c", str(config), "-e", str(folder / "error.log")]
-    return rig.program(command, dict(os.environ), port, name="nchan")
+    try:
+        return rig.program(command, dict(os.environ), port, name="nchan")
+    except NotReady as error:
+        raise ProgramMissing(f"nginx with nchan does not start: {error}") from error
 
 
 def _post(server: RunningProgram, path: str, body: bytes) -> None:

@@ -1,7 +1,7 @@
 """How fast is an order read by its id, from the mirror and from PostgreSQL?
 
-Closed loop, 64 connections. From PostgreSQL: an orders service whose mirror does not answer, so that every read goes
-there. Against a bare Litestar route that returns the same bytes (peers/bare.py).
+Closed loop, 64 connections, no rate limits. For PostgreSQL, an orders service whose mirror does not answer sends every
+read there. The peer is a bare Litestar route that returns the same bytes (peers/bare.py).
 """
 
 import os
@@ -25,8 +25,8 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
             body = reply.read()
         id_ = body[body.index(b'"id":"') + 6 :][:36].decode()
         path = f"/api/orders/{id_}"
-        nowhere, port = find_free(2)
-        without_mirror = rig.service("orders", redis_url=f"redis://127.0.0.1:{nowhere}/0")
+        unused_port, port = find_free(2)
+        without_mirror = rig.service("orders", redis_url=f"redis://127.0.0.1:{unused_port}/0")
 
         def read(url: str) -> bytes:
             request = urllib.request.Request(url + path, headers=headers)  # noqa: S310
@@ -34,9 +34,9 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
                 return bytes(reply.read())
 
         rig.until(lambda: b'"synced"' in read(orders.url), "the order in PostgreSQL")
-        kept = rig.folder / "body.json"
-        kept.write_bytes(read(orders.url))
-        env = {**os.environ, "BENCH_BODY": str(kept), "BENCH_PORT": str(port)}
+        body_file = rig.folder / "body.json"
+        body_file.write_bytes(read(orders.url))
+        env = {**os.environ, "BENCH_BODY": str(body_file), "BENCH_PORT": str(port)}
         bare = rig.program([sys.executable, "-m", "benchmarks.peers.bare"], env, port, name="bare")
         script = gets(path, one.token)
         found = interleave(

@@ -1,7 +1,7 @@
 """Private servers, 50 restaurants and the services for a benchmark, in a folder that is removed at the end.
 
-The services run as in `make run`: the same settings, 10 % of the traces kept. Peers get a database of their own on the
-same PostgreSQL server, and the restaurants as a JSON file.
+The services have the settings of `make run`, with 10 % of the traces kept, but without rate limits. Each peer gets a
+database of its own on the same PostgreSQL server, and the restaurants as a JSON file.
 """
 
 import asyncio
@@ -44,6 +44,10 @@ WITHOUT_RATE_LIMITS = {"restaurant_per_second": 0, "address_per_second": 0}
 """Settings of every system under load. Readers of one restaurant reach more than its default 5,000 requests per second,
 and a 429 is not a figure."""
 _POLL_SECONDS = 0.1
+_READY_SECONDS = 60.0
+_STOP_SECONDS = 15.0
+_HTTP_SECONDS = 2.0
+_IDLE_CPU_PERCENT = 8
 T = TypeVar("T")
 
 
@@ -52,7 +56,7 @@ class NotReady(RuntimeError):
 
 
 class RunningProgram:
-    """A program under load."""
+    """A service or a peer under load, and its URL."""
 
     def __init__(self, child: Child, url: str) -> None:
         self.child = child
@@ -60,7 +64,7 @@ class RunningProgram:
         self.pid = child.pid
 
     def stop(self) -> None:
-        self.child.terminate(15)
+        self.child.terminate(_STOP_SECONDS)
 
     def kill(self) -> None:
         self.child.kill()
@@ -121,7 +125,7 @@ class BenchmarkRig:
         return f"postgresql://ticketrail_{role}:{servers.PASSWORD}@127.0.0.1:{self.postgres.port}/{name}"
 
     def environment(self, **settings: object) -> dict[str, str]:
-        """Of a service; `settings` as in shared/settings.py."""
+        """The environment of a service; `settings` are fields of shared/settings.py."""
         chosen: dict[str, object] = {
             "home": self.folder / "home",
             "rabbitmq_url": self.rabbitmq_url,
@@ -151,7 +155,10 @@ class BenchmarkRig:
         )
 
     def service(self, name: str, *, wait: bool = True, **settings: object) -> RunningProgram:
-        """Starts it and waits until it is ready. Each has a port, and each orders service an instance, of its own."""
+        """Starts a service and, unless `wait` is False, waits until it is ready.
+
+        Each has a port and an instance number of its own.
+        """
         (port,) = find_free(1)
         key = "worker_port" if name == "worker" else f"{name}_port"
         chosen = {key: port, "instance": 1 + sum(one.child.log.name.startswith(name) for one in self._running)}
@@ -173,18 +180,19 @@ class BenchmarkRig:
         ready: str = "/health/ready",
         cwd: Path = ROOT,
     ) -> RunningProgram:
+        """Starts a program and waits until its path `ready`, if not empty, answers 200. Raises NotReady."""
         log = self.folder / "logs" / f"{name}-{len(self._running)}.log"
         running = RunningProgram(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
         self._running.append(running)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _READY_SECONDS
         while ready and not _answers(running.url + ready):
             if running.child.returncode is not None or time.monotonic() > deadline:
                 raise NotReady(f"{name} does not become ready:\n{running.child.tail(30)}")
-            time.sleep(0.1)
+            time.sleep(_POLL_SECONDS)
         return running
 
     def warm(self, worker: RunningProgram) -> None:
-        """Waits until claims are taken on the mirror."""
+        """Waits until the mirror takes claims."""
         self.until(lambda: b'"mirror":"warm"' in _body(f"{worker.url}/health/ready"), "a warm mirror")
 
     def until(self, look: Callable[[], object], what: str, within: float = 120.0) -> None:
@@ -203,7 +211,7 @@ class BenchmarkRig:
 
     @contextlib.contextmanager
     def rail(self, **settings: object) -> Iterator[tuple[RunningProgram, RunningProgram]]:
-        """(orders, worker): the rail with a warm mirror and all menus known; ends both."""
+        """Runs the rail, with a warm mirror and all menus loaded. Yields (orders, worker) and stops both."""
         worker = self.service("worker")
         orders = self.service("orders", **settings)
         try:
@@ -218,13 +226,12 @@ class BenchmarkRig:
     # -- data --------------------------------------------------------------------------------------------------
 
     def make_database(self, name: str) -> str:
-        """A database for a peer; returns its URL, as the owner of everything in it."""
+        """Creates a database for a peer and returns its URL, with the owner's role."""
         run(_execute(self.postgres.superuser_url, f"create database {name} owner ticketrail_owner"))
         return self.database_url("owner", name)
 
     def depth(self, lane: Lane = Lane.CRITICAL) -> int:
-        """Messages in the queue of a lane that nobody has taken yet: from the queue itself, the management API is
-        seconds behind."""
+        """Messages that wait in the queue of a lane. Asks the queue: the management API is seconds behind."""
 
         async def ask_the_queue() -> int:
             async with await aio_pika.connect(self.rabbitmq_url) as connection:
@@ -234,18 +241,23 @@ class BenchmarkRig:
         return run(ask_the_queue())
 
     def purge(self) -> None:
-        """Empties the lanes: what a burst has left would cost the next one memory and disk. Nothing of it is on its way
-        any more, and no reconciler is to look for it for the rest of the run."""
+        """Empties the lanes, because the changes of one burst would cost the next one memory and disk.
+
+        The orders leave the mirror's pending lists too. Otherwise the reconciler would look for them during every later
+        question.
+        """
         for lane in Lane:
             ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
         with Redis.from_url(self.redis_url) as redis:
             redis.delete(*(keys.pending(one.id, "order") for one in self.restaurants))
 
     def rest(self, within: float = 6.0) -> None:
-        """Until the servers have done what the last question has left them (checkpoints, segments, files that are
-        written anew): the next one shares the machine with that."""
+        """Waits until the machine is idle, `within` seconds at most.
+
+        The servers still work for the last question (checkpoints, segments, rewritten files), at the cost of the next.
+        """
         deadline = time.monotonic() + within
-        while time.monotonic() < deadline and psutil.cpu_percent(interval=0.5) > 8:
+        while time.monotonic() < deadline and psutil.cpu_percent(interval=0.5) > _IDLE_CPU_PERCENT:
             pass
 
     def count_orders(self) -> int:
@@ -260,7 +272,7 @@ def run(work: Awaitable[T]) -> T:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """Of a process and its children, user and system, so far."""
+    """CPU seconds, user and system, that a process and its children have used so far."""
     total = 0.0
     for process in _tree(pid or 0):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -279,7 +291,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as reply:  # noqa: S310
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -287,7 +299,7 @@ def _answers(url: str) -> bool:
 
 def _body(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as reply:  # noqa: S310
             return bytes(reply.read())
     except urllib.error.HTTPError as error:
         return error.read()

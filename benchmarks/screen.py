@@ -1,5 +1,8 @@
-"""`python -m benchmarks.screen URL TOKENS FILE`: subscribes to each token's event stream and keeps writing into FILE
-how many different orders were created. A light client: it looks for marks in bytes and parses nothing."""
+"""`python -m benchmarks.screen URL TOKENS FILE`: counts the orders that a subscriber sees.
+
+Subscribes to the event stream of each token and writes to FILE, five times per second, how many different orders were
+created. FILE appears once all streams are open. The client is light: it searches bytes and parses nothing.
+"""
 
 import json
 import re
@@ -10,10 +13,13 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+_WRITE_INTERVAL_SECONDS = 0.2
+_CONNECT_SECONDS = 1.0
+"""Time for the streams to begin before FILE appears."""
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
 
 
-def main(url: str, tokens: Path, counted: Path) -> None:
+def main(url: str, tokens: Path, count_file: Path) -> None:
     address = urlsplit(url)
     selector = selectors.DefaultSelector()
     for token in json.loads(tokens.read_text()):
@@ -23,10 +29,10 @@ def main(url: str, tokens: Path, counted: Path) -> None:
         )
         selector.register(link, selectors.EVENT_READ, bytearray())
     seen: set[bytes] = set()
-    told = 0.0
-    connected = time.monotonic() + 1.0
+    written_at = 0.0
+    connected_at = time.monotonic() + _CONNECT_SECONDS
     while True:
-        for key, _ in selector.select(0.2):
+        for key, _ in selector.select(_WRITE_INTERVAL_SECONDS):
             got = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
             if not got:
                 raise SystemExit("a stream ended")
@@ -37,11 +43,11 @@ def main(url: str, tokens: Path, counted: Path) -> None:
                 seen.update(_CREATED.findall(rest, 0, end + 2))
                 del rest[: end + 2]
         now = time.monotonic()
-        if now - told > 0.2 and now > connected:
-            aside = counted.with_suffix(".new")
-            aside.write_text(str(len(seen)))
-            aside.rename(counted)
-            told = now
+        if now - written_at > _WRITE_INTERVAL_SECONDS and now > connected_at:
+            new = count_file.with_suffix(".new")
+            new.write_text(str(len(seen)))
+            new.rename(count_file)
+            written_at = now
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long does it take to start: `make run` until it is ready on a warm `.local/`, and the imports of each service?"""
+"""How long does `make run` take until it is ready on existing data, and how long do the imports of a service take?"""
 
 import os
 import re
@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 from benchmarks.question import BenchmarkPlan, ResultRow, compared
-from benchmarks.rig import ROOT, SERVICES, BenchmarkRig
+from benchmarks.rig import ROOT, SERVICES, WITHOUT_RATE_LIMITS, BenchmarkRig
 from deploy.local.child import Child
 from deploy.local.environment import LocalSettings
 from deploy.local.ports import find_free
 
 QUESTION = "start"
+_READY_SECONDS = 120.0
+_STOP_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 _MODULES = {
     "orders": "services.orders.app",
     "worker": "services.sync.worker",
@@ -33,15 +36,17 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     with tempfile.TemporaryDirectory(prefix="ticketrail-bench-run-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
         taken = [_ready_after(Path(folder)) for _ in range(1 if plan.quick else 3)]
-    note = f"the first, which makes the data: {taken[0]:.1f} s"
+    note = f"the first start, which creates the data: {taken[0]:.1f} s"
     return [compared(QUESTION, "make run, warm", "ready after", "s", taken[1:] or taken, note=note), *rows]
 
 
 def _ready_after(folder: Path) -> float:
+    """Seconds until `make run` says that it is ready, with its data in `folder`."""
     names = list(LocalSettings().ports)
     ports = {name: str(port) for name, port in zip(names, find_free(len(names)), strict=True)}
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},
+        **{f"TICKETRAIL_{name.upper()}": str(value) for name, value in WITHOUT_RATE_LIMITS.items()},
         **ports,
         "TICKETRAIL_HOME": str(folder / "home"),
     }
@@ -49,26 +54,27 @@ def _ready_after(folder: Path) -> float:
     log.unlink(missing_ok=True)
     child = Child.spawn([sys.executable, "-m", "deploy.local.run"], log=log, env=env, cwd=ROOT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + _READY_SECONDS
         while True:
-            said = log.read_text() if log.exists() else ""
-            if found := re.search(r"Ready after ([\d.]+) s", said):
+            output = log.read_text() if log.exists() else ""
+            if found := re.search(r"Ready after ([\d.]+) s", output):
                 return float(found[1])
             if child.returncode is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"make run does not get ready:\n{said[-2000:]}")
-            time.sleep(0.1)
+                raise RuntimeError(f"make run does not become ready:\n{output[-2000:]}")
+            time.sleep(_POLL_SECONDS)
     finally:
         os.kill(child.pid, signal.SIGINT)
-        child.terminate(30)
+        child.terminate(_STOP_SECONDS)
 
 
 def _imports(module: str) -> float:
-    said = subprocess.run(
+    """Milliseconds that importing the module and everything it imports takes."""
+    output = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"import {module}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stderr
-    last = [line for line in said.splitlines() if line.rstrip().endswith(f" {module}")][-1]
+    last = [line for line in output.splitlines() if line.rstrip().endswith(f" {module}")][-1]
     return float(last.split("|")[1]) / 1000

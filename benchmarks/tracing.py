@@ -1,5 +1,8 @@
-"""What do traces cost? Two orders services side by side, one with the default sampling (10 %, to files), one with
-tracing off, asked in turn; the sync worker is stopped."""
+"""What do traces cost?
+
+Two orders services run side by side and take turns: one with the default sampling (10 %, to files), one with tracing
+off. The sync worker is stopped.
+"""
 
 from benchmarks.load import posts, wrk
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave

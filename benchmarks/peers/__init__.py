@@ -1,1 +1,1 @@
-"""What people would use instead: each does the same work for the same request, as well as it can be done that way."""
+"""What people would use instead of the rail, each built as well as its design allows."""

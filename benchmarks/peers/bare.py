@@ -1,5 +1,7 @@
-"""The peer of the read benchmark: a bare Litestar route on the same server that returns the same bytes, without a
-token, a trace, a store or a header of its own: what the framework can do at most."""
+"""The peer of the read benchmark: a bare Litestar route on the same server that returns the same bytes.
+
+It has no token, trace, store or header of its own: the upper bound for the framework.
+"""
 
 import os
 from pathlib import Path

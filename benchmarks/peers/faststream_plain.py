@@ -1,6 +1,8 @@
-"""A peer of the drain benchmark: FastStream as its pages show it: a handler per message, acknowledged by hand after one
-transaction per message, a pool of 20, prefetch 20 so that the pool is busy. Four prepared statements a transaction: the
-order under the guard, its items, the change."""
+"""A peer of the drain benchmark: FastStream as its documentation shows it.
+
+A handler per message commits one transaction and then acknowledges by hand; a pool of 20, and a prefetch of 20 to keep
+the pool busy. Each transaction has three prepared statements: the order under the version guard, its items, the change.
+"""
 
 import asyncio
 import os
@@ -18,6 +20,8 @@ from shared.entities.signal import signal_in
 
 
 class _UndecodedBody:
+    """A codec that leaves the body alone: FastStream's own never calls a handler of bytes with JSON."""
+
     async def decode(self, message: RabbitMessage) -> RabbitMessage:
         return message
 
@@ -25,6 +29,8 @@ class _UndecodedBody:
         return message, None
 
 
+_CONCURRENCY = 20
+"""Connections of the pool, and messages under way."""
 _ORDER = """
 insert into orders as t (restaurant_id, id, version, change_id, order_number, business_day, status, customer_name,
     currency, subtotal, tax_basis_points, tax_amount, tip_amount, discount_amount, deposit_used, total, payment_status,
@@ -61,20 +67,22 @@ async def _write(connection: Any, change: Change, order: Order) -> None:
     )  # fmt: skip
     await connection.execute(
         _CHANGE, change.restaurantid, change.id, order.id, change.entityversion, change.type, change.source,
-        change.time,
-        data_of(change),
+        change.time, data_of(change),
     )  # fmt: skip
 
 
 async def main() -> None:
-    pool = await asyncpg.create_pool(os.environ["BENCH_DATABASE_URL"], min_size=20, max_size=20)
+    pool = await asyncpg.create_pool(os.environ["BENCH_DATABASE_URL"], min_size=_CONCURRENCY, max_size=_CONCURRENCY)
     broker = RabbitBroker(
-        os.environ["BENCH_RABBITMQ_URL"], default_channel=Channel(prefetch_count=20), apply_types=False, logger=None
+        os.environ["BENCH_RABBITMQ_URL"],
+        default_channel=Channel(prefetch_count=_CONCURRENCY),
+        apply_types=False,
+        logger=None,
     )
 
     @broker.subscriber(
         RabbitQueue(os.environ["BENCH_QUEUE"], declare=False, durable=True),
-        channel=Channel(prefetch_count=20),
+        channel=Channel(prefetch_count=_CONCURRENCY),
         ack_policy=AckPolicy.MANUAL,
         codec=_UndecodedBody(),
         no_reply=True,

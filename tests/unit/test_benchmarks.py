@@ -109,6 +109,6 @@ async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch
     for name, value in rig.environment().items():
         if name.startswith("TICKETRAIL_"):
             monkeypatch.setenv(name, value)
-    await ask_until_refused(Settings(_env_file=None))  # type: ignore[call-arg]
+    await ask_until_refused(Settings(_env_file=None))
     with pytest.raises(TooManyRequests):
-        await ask_until_refused(Settings(_env_file=None, restaurant_per_second=5.0))  # type: ignore[call-arg]
+        await ask_until_refused(Settings(_env_file=None, restaurant_per_second=5.0))

@@ -1,5 +1,6 @@
-// The peer in Node: Express with pg, one direct PostgreSQL transaction per order. The same checks, prices, token cache
-// and statements as peers/direct.py: a pool of 20, prepared statements, the menu in memory.
+// A peer of the accept benchmark: Express with pg, one PostgreSQL transaction per order. It has the checks, prices, token
+// cache and statements of peers/transaction.py: a pool of 20, prepared statements, the menu in memory. Unlike there, a
+// repeated Idempotency-Key, which the load never sends, is refused by the unique index.
 "use strict";
 const crypto = require("node:crypto");
 const fs = require("node:fs");

@@ -1,4 +1,4 @@
-// A peer of the push benchmark: Socket.IO, every client in one room, events broadcast to it as they come in one request.
+// A peer of the push benchmark: Socket.IO with every client in one room. One request brings events, each is broadcast.
 "use strict";
 const http = require("node:http");
 const { Server } = require("socket.io");
