@@ -23,8 +23,8 @@ from benchmarks.load import percentile
 from benchmarks.question import BenchmarkPlan, ResultRow, compared
 from benchmarks.rig import SECRET, BenchmarkRig, RunningProgram, execute
 from benchmarks.rig import run as run_async
-from shared.cursors import cursor_after
 from shared.entities import order
+from shared.http.cursors import cursor_after
 from shared.postgres import states
 from shared.postgres.migrate import migrate
 from shared.security.tokens import Identity, Role, Tokens
