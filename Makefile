@@ -40,6 +40,12 @@ bench: bootstrap ## measure against peers, 12 minutes on a quiet machine; ARGS="
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	$(PYTHON) -m benchmarks $(ARGS)
 
+docs: bootstrap ## build the documentation site into .local/site; a broken link is an error
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-docs.lock
+	@rm -rf .local/site .local/site-cache
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going -q -d .local/site-cache -b html docs .local/site
+	$(PYTHON) -m deploy.docs_site .local/site
+
 lint: bootstrap ## ruff, strict types, import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
