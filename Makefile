@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage fuzz chaos api bench docs lint format lock swagger secrets clean bootstrap
+.PHONY: help run test coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ chaos: bootstrap ## faults at random times under load, then the proof that nothi
 
 api: bootstrap ## freeze the documents of the APIs and of the events anew, in docs/api
 	$(PYTHON) -m tests.contract.documents
+
+settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
+	$(PYTHON) -m deploy.settings_docs
 
 bench: bootstrap ## measure against peers, 12 minutes on a quiet machine; ARGS="accept push" chooses
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock

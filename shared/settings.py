@@ -1,17 +1,47 @@
-"""Every setting of every service: environment variables `TICKETRAIL_*`, or a `.env` file in the working directory.
+"""Every setting of every service: environment variables `TICKETRAIL_*`, or `.env` in the working directory.
 
-Nothing reads the environment at import time: a process calls `Settings()` once, in its entry point, and passes the
-result down. Durations end in `_seconds` or `_ms`, sizes in `_bytes`.
+Nothing reads the environment at import time. A process calls `Settings.load()` once, in its entry point, and passes
+the result down. Durations end in `_seconds`, `_ms` or `_days`, sizes in `_bytes`. `make settings` writes `.env.example`
+and `docs/settings.md` from this file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.security.weak_secrets import passwords_in, weakness
+from shared.setting_fields import (
+    BACKENDS,
+    CLIENTS,
+    COMMIT,
+    LIMITS,
+    LISTENING,
+    NOTIFIER,
+    PREFIX,
+    PROCESS,
+    SIGN_IN,
+    TOPOLOGY,
+    TRACES,
+    WORKER,
+    BrokerUrls,
+    DatabaseUrl,
+    HttpUrl,
+    Networks,
+    Port,
+    RedisUrls,
+    Steps,
+    Urls,
+    variable,
+)
+from shared.settings_loading import load
 
+LEAST_SECRET_BYTES = 32
+"""An HMAC key of HS256 has at least the length of its hash (RFC 7518, section 3.2)."""
+
+_USE_RANDOM = "use a random text, such as the output of `openssl rand -hex 32`"
 _URLS_WITH_PASSWORDS = (
     "rabbitmq_url",
     "rabbitmq_management_url",
@@ -24,207 +54,372 @@ _URLS_WITH_PASSWORDS = (
 )
 
 
+def _default_trace_sample(validated: Mapping[str, Any]) -> float:
+    return 1.0 if validated.get("environment") == "development" else 0.1
+
+
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TICKETRAIL_", env_file=".env", extra="ignore", frozen=True)
+    # `extra`: one `.env` also holds settings of `make run` and docker-compose.yml; `load` refuses unknown names.
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
-    environment: Literal["development", "production"] = "development"
-    home: Path = Path(".local")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    instance: PositiveInt | Literal["auto"] = Field(
+    environment: Literal["development", "production"] = PROCESS.setting(
+        "development", "`production` refuses weak secrets and keeps fewer traces."
+    )
+    home: Path = PROCESS.setting(Path(".local"), "The directory of journals, traces and everything of `make run`.")
+    log_level: Literal["debug", "info", "warning", "error"] = PROCESS.setting(
+        "info", "Log lines below this level are dropped."
+    )
+    instance: PositiveInt | Literal["auto"] = PROCESS.setting(
         1,
-        description="number of this instance among its kind; names its journal and its own order number series. "
-        "`auto`: the lowest that is free in this home (shared/rail/instance.py), for replicas that share one",
+        "The number of this instance among those of its service names its journal and its series of order numbers; "
+        "`auto` leases the lowest number that is free in this home, for replicas that share it.",
+    )
+    status_urls: Urls = PROCESS.setting(
+        {},
+        "Where `ticketrail status` finds the services when they do not share a host.",
     )
 
-    # Backends. One URL per database role: `migrate` creates the roles with the passwords that stand here.
-    rabbitmq_url: str = Field(
+    rabbitmq_url: BrokerUrls = BACKENDS.setting(
         "amqp://ticketrail:ticketrail@127.0.0.1:56720/",
-        description="or several with commas between, of the nodes of one cluster: the first that answers",
+        "RabbitMQ; of several URLs, the nodes of one cluster, the first that answers is used.",
+        secret=True,
     )
-    rabbitmq_management_url: str = Field(
-        "http://ticketrail:ticketrail@127.0.0.1:56721", description="for `migrate`, which makes the user of the next"
+    rabbitmq_management_url: HttpUrl = BACKENDS.setting(
+        "http://ticketrail:ticketrail@127.0.0.1:56721",
+        "RabbitMQ's management API, with which `ticketrail migrate` creates the read-only user.",
+        secret=True,
     )
-    rabbitmq_watcher_url: str = Field(
-        "http://ticketrail_watcher:ticketrail@127.0.0.1:56721", description="of a user that may only look at queues"
+    rabbitmq_watcher_url: HttpUrl = BACKENDS.setting(
+        "http://ticketrail_watcher:ticketrail@127.0.0.1:56721",
+        "RabbitMQ's management API as a user that can only look at queues.",
+        secret=True,
     )
-    redis_url: str = Field(
+    redis_url: RedisUrls = BACKENDS.setting(
         "redis://127.0.0.1:56379/0",
-        description="or several with commas between, of a primary and its replicas: the one that is the primary",
+        "The mirror; of several URLs, a primary and its replicas, the current primary is used.",
+        secret=True,
     )
-    database_url: str = "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail"
-    database_writer_url: str = "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail"
-    database_api_url: str = "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail"
-    database_ops_url: str = "postgresql://ticketrail_ops:ticketrail@127.0.0.1:54320/ticketrail"
+    database_url: DatabaseUrl = BACKENDS.setting(
+        "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail",
+        "PostgreSQL as the owner of the schema, for `ticketrail migrate`.",
+        secret=True,
+    )
+    database_writer_url: DatabaseUrl = BACKENDS.setting(
+        "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail",
+        "PostgreSQL as the role of the sync worker.",
+        secret=True,
+    )
+    database_api_url: DatabaseUrl = BACKENDS.setting(
+        "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail",
+        "PostgreSQL as the role that answers clients, which sees one restaurant at a time.",
+        secret=True,
+    )
+    database_ops_url: DatabaseUrl = BACKENDS.setting(
+        "postgresql://ticketrail_ops:ticketrail@127.0.0.1:54320/ticketrail",
+        "PostgreSQL as the role of operators, who see every restaurant.",
+        secret=True,
+    )
 
-    # Where the services listen.
-    host: str = "127.0.0.1"
-    orders_port: PositiveInt = 8001
-    sync_port: PositiveInt = 8002
-    notifier_port: PositiveInt = 8003
-    worker_port: PositiveInt = Field(8004, description="health of the sync worker")
-    trusted_proxies: str = Field(
+    redis_timeout_seconds: PositiveFloat = CLIENTS.setting(
+        0.5, "A command of the mirror fails after this time.", unit="seconds"
+    )
+    database_timeout_seconds: PositiveFloat = CLIENTS.setting(
+        5.0, "A statement of PostgreSQL, or waiting for a connection, fails after this time.", unit="seconds"
+    )
+    database_pool_size: PositiveInt = CLIENTS.setting(
+        8, "The most connections that a process opens for a role.", unit="connections"
+    )
+
+    host: str = LISTENING.setting("127.0.0.1", "The address on which the services listen.", allowed="an address")
+    orders_port: Port = LISTENING.setting(8001, "The port of the orders API.")
+    sync_port: Port = LISTENING.setting(8002, "The port of the sync API.")
+    notifier_port: Port = LISTENING.setting(8003, "The port of the notifier.")
+    worker_port: Port = LISTENING.setting(8004, "The port for health and metrics of the sync worker.")
+    trusted_proxies: Networks = LISTENING.setting(
         "",
-        description="addresses or networks, with commas between, whose X-Forwarded-For is believed "
-        "(shared/http/client_address.py); empty: nobody's",
+        "Services believe X-Forwarded-For only from these peers; empty: from none.",
+    )
+    cors_origins: str = LISTENING.setting(
+        "",
+        "The origins whose pages may call the APIs; empty: none.",
+        allowed="origins separated by commas, or *",
     )
 
-    cors_origins: str = Field("", description="with commas between, or *; empty: no other origin's pages may call")
-    # Token buckets (shared/http/limits.py); 0 a second: no limit.
-    restaurant_per_second: NonNegativeFloat = 5_000.0
-    restaurant_burst: PositiveInt = 10_000
-    address_per_second: NonNegativeFloat = 5_000.0
-    address_burst: PositiveInt = 10_000
-
-    status_urls: dict[str, str] = Field(
-        {}, description="for `ticketrail status` where services do not share a host: JSON, by orders, sync-worker, …"
+    restaurant_per_second: NonNegativeFloat = LIMITS.setting(
+        5_000.0, "Requests that a restaurant may send in the long run.", unit="requests per second"
+    )
+    restaurant_burst: PositiveInt = LIMITS.setting(
+        10_000, "Requests that a restaurant may send at once.", unit="requests"
+    )
+    address_per_second: NonNegativeFloat = LIMITS.setting(
+        5_000.0, "Requests that a client address may send in the long run.", unit="requests per second"
+    )
+    address_burst: PositiveInt = LIMITS.setting(
+        10_000, "Requests that a client address may send at once.", unit="requests"
     )
 
-    # Who may call (shared/security/tokens.py).
-    jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = "HS256"
-    jwt_secret: str = Field("development-only-secret-change-me-please", description="for HS256: 32 bytes at least")
-    jwt_private_key: str = Field(
-        "", description="PEM, or the path of a file with it: for RS256 and EdDSA, where signed"
+    jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
+        "HS256", "HS256 signs with the secret, RS256 and EdDSA with the private key."
     )
-    jwt_public_key: str = Field("", description="the same, where tokens are only verified")
-    jwt_previous_key: str = Field(
-        "", description="secret or public key that signed before: its tokens are good until they expire"
+    jwt_secret: str = SIGN_IN.setting(
+        "development-only-secret-change-me-please",
+        "The secret of HS256.",
+        allowed=f"a text of at least {LEAST_SECRET_BYTES} bytes",
+        secret=True,
     )
-    jwt_ttl_seconds: PositiveInt = 7 * 24 * 3600
-    access_ttl_seconds: PositiveInt = Field(1_800, description="of the token that a sign-in gives")
-    refresh_ttl_seconds: PositiveInt = 30 * 24 * 3600
-    table_session_seconds: PositiveInt = Field(4 * 3600, description="how long a guest's token is good")
-    tries_per_account: PositiveInt = Field(10, description="sign-ins in five minutes, of one account")
-    tries_per_address: PositiveInt = Field(60, description="sign-ins in five minutes, from one address")
-    sync_token: str = "development-only-sync-token"  # noqa: S105  (a default for development, refused in production)
+    jwt_private_key: str = SIGN_IN.setting(
+        "",
+        "The key that signs with RS256 or EdDSA.",
+        allowed="a private key as PEM, or the path of a file with it",
+        secret=True,
+    )
+    jwt_public_key: str = SIGN_IN.setting(
+        "",
+        "The key that verifies tokens where no private key is set.",
+        allowed="a public key as PEM, or the path of a file with it",
+        secret=True,
+    )
+    jwt_previous_key: str = SIGN_IN.setting(
+        "",
+        "The secret or public key that signed before a rotation; its tokens stay valid until they expire.",
+        allowed="a secret, a key as PEM, or the path of a file with a key",
+        secret=True,
+    )
+    jwt_ttl_seconds: PositiveInt = SIGN_IN.setting(
+        7 * 24 * 3600, "The lifetime of a token that `ticketrail token` prints.", unit="seconds"
+    )
+    access_ttl_seconds: PositiveInt = SIGN_IN.setting(
+        1_800, "The lifetime of the access token that a sign-in returns.", unit="seconds"
+    )
+    refresh_ttl_seconds: PositiveInt = SIGN_IN.setting(
+        30 * 24 * 3600, "The lifetime of the refresh token that a sign-in returns.", unit="seconds"
+    )
+    table_session_seconds: PositiveInt = SIGN_IN.setting(4 * 3600, "The lifetime of a guest's token.", unit="seconds")
+    tries_per_account: PositiveInt = SIGN_IN.setting(
+        10, "Sign-in attempts for an account within five minutes.", unit="attempts"
+    )
+    tries_per_address: PositiveInt = SIGN_IN.setting(
+        60, "Sign-in attempts from a client address within five minutes.", unit="attempts"
+    )
+    sync_token: str = SIGN_IN.setting(
+        "development-only-sync-token", "What another system sends as x-sync-token to the sync API.", secret=True
+    )
 
-    # The commit (shared/rail).
-    publish_timeout_seconds: PositiveFloat = 1.5
-    publish_batch_changes: PositiveInt = 256
-    publishes_under_way: PositiveInt = Field(
-        1, description="per lane; fewer make larger messages, which cost less: 2 cost a fifth of the throughput"
+    publish_timeout_seconds: PositiveFloat = COMMIT.setting(
+        1.5, "Without a publisher confirm after this time a change goes to the journal.", unit="seconds"
     )
-    publishes_apart_ms: NonNegativeFloat = Field(
-        5.0, description="per lane, from the beginning of one publish to the next; alone, a change goes at once"
+    publish_batch_changes: PositiveInt = COMMIT.setting(256, "The most changes that share a message.", unit="changes")
+    publishes_under_way: PositiveInt = COMMIT.setting(
+        1,
+        "Publishes of a lane that wait for their confirm at once; fewer make larger messages, which cost less "
+        "(2 cost a fifth of the throughput).",
+        unit="publishes",
     )
-    claim_stale_seconds: PositiveFloat = 2.0
-    claim_seconds: PositiveFloat = Field(1.0, description="how long a claim without an answer is sent again")
-    reveal_seconds: PositiveFloat = 1.0
-    journal_max_bytes: PositiveInt = 1 << 30
-    journal_reserve_bytes: NonNegativeInt = Field(
-        4 << 20, description="what the journal leaves free on its disk: to drain it takes room too"
+    publishes_apart_ms: NonNegativeFloat = COMMIT.setting(
+        5.0,
+        "The least time between the starts of two publishes of a lane; a change that comes alone does not wait.",
+        unit="milliseconds",
     )
-    orphans_seconds: PositiveFloat = Field(
-        5.0, description="how often journals are looked for whose own instance is not there (shared/rail/orphans.py)"
+    claim_stale_seconds: PositiveFloat = COMMIT.setting(
+        2.0, "A claim of this age counts as abandoned, and the sync worker finishes it.", unit="seconds"
     )
-    settle_seconds: PositiveFloat = Field(
-        3.0, description="how long a mirror that was lost stays cold at least: twice the publish timeout"
+    claim_seconds: PositiveFloat = COMMIT.setting(
+        1.0, "A claim that gets no answer is repeated for this long.", unit="seconds"
     )
-    number_gap: PositiveInt = Field(
-        100, description="order numbers skipped when the mirror was lost: those that may have been under way"
+    reveal_seconds: PositiveFloat = COMMIT.setting(
+        1.0, "A reply waits at most this long for the mirror; later it says `visible: false`.", unit="seconds"
+    )
+    journal_max_bytes: PositiveInt = COMMIT.setting(
+        1 << 30, "A journal of this size refuses further changes with 503.", unit="bytes"
+    )
+    journal_reserve_bytes: NonNegativeInt = COMMIT.setting(
+        4 << 20, "What the journal leaves free on its disk, because draining it needs room too.", unit="bytes"
+    )
+    orphans_seconds: PositiveFloat = COMMIT.setting(
+        5.0, "The interval at which journals whose instance is gone are looked for and drained.", unit="seconds"
+    )
+    settle_seconds: PositiveFloat = COMMIT.setting(
+        3.0,
+        "A mirror that lost its data stays cold at least this long: twice the publish timeout, so that changes in "
+        "flight have arrived.",
+        unit="seconds",
+    )
+    number_gap: PositiveInt = COMMIT.setting(
+        100,
+        "Order numbers that are skipped after the mirror lost its data, because they may be in use already.",
+        unit="numbers",
     )
 
-    # Redis and PostgreSQL clients.
-    redis_timeout_seconds: PositiveFloat = 0.5
-    database_timeout_seconds: PositiveFloat = 5.0
-    database_pool_size: PositiveInt = 8
-
-    # Topology. Changing these names other queues; run `ticketrail migrate` afterwards.
-    retry_steps_ms: tuple[PositiveInt, ...] = (1_000, 10_000, 60_000, 300_000)
-    log_max_age: str = "7D"
-    log_max_bytes: PositiveInt = 20_000_000_000
-    log_segment_bytes: PositiveInt = 50_000_000
-
-    # The sync worker.
-    fence_interval_seconds: PositiveFloat = 5.0
-    lane_consumers: PositiveInt = 2
-    lane_prefetch: PositiveInt = 200
-    batch_changes: PositiveInt = 500
-    batch_wait_ms: PositiveFloat = Field(
-        20.0, description="from the first change of a batch until it is written; what it costs is lag of the database"
+    retry_steps_ms: Steps = TOPOLOGY.setting(
+        (1_000, 10_000, 60_000, 300_000),
+        "The delays before each retry of a change that could not be written.",
+        unit="milliseconds",
     )
-    ack_before_commit: bool = Field(
+    log_max_age: str = TOPOLOGY.setting(
+        "7D",
+        "The change log drops segments of this age.",
+        allowed="a whole number followed by Y, M, D, h, m or s, such as 7D",
+        pattern=r"^[1-9][0-9]*[YMDhms]$",
+    )
+    log_max_bytes: PositiveInt = TOPOLOGY.setting(
+        20_000_000_000, "The change log drops its oldest segments above this size.", unit="bytes"
+    )
+    log_segment_bytes: PositiveInt = TOPOLOGY.setting(
+        50_000_000, "The size of a segment of the change log.", unit="bytes"
+    )
+
+    fence_interval_seconds: PositiveFloat = WORKER.setting(
+        5.0,
+        "The interval of heartbeats through every lane and the change log; three missed ones count as a failure.",
+        unit="seconds",
+    )
+    lane_consumers: PositiveInt = WORKER.setting(2, "Consumers of each lane.", unit="consumers")
+    lane_prefetch: PositiveInt = WORKER.setting(
+        200, "Messages that a consumer of a lane may hold without having acknowledged them.", unit="messages"
+    )
+    batch_changes: PositiveInt = WORKER.setting(
+        500, "The most changes that are written in one transaction.", unit="changes"
+    )
+    batch_wait_ms: PositiveFloat = WORKER.setting(
+        20.0,
+        "How long a batch collects changes after its first one; it adds to the lag of PostgreSQL.",
+        unit="milliseconds",
+    )
+    ack_before_commit: bool = WORKER.setting(
         False,
-        description="for one test alone, and refused outside development: the PostgreSQL writer acknowledges what it "
-        "has not committed, so that a worker that is killed loses changes, and the proof of tests/chaos must say so",
+        "Only for a test, and refused in production: the writer acknowledges changes before it commits them, so a "
+        "worker that is killed loses changes and the proof of tests/chaos must report it.",
     )
-    sink_away_seconds: PositiveFloat = Field(
-        300.0, description="how long a batch is held before the consumers let go of their queues"
+    sink_away_seconds: PositiveFloat = WORKER.setting(
+        300.0, "While PostgreSQL is away a batch is held this long; then the consumers unsubscribe.", unit="seconds"
     )
-    mirror_window_days: PositiveInt = 3
-    reconcile_seconds: PositiveFloat = 2.0
-    heal_seconds: PositiveFloat = Field(
+    mirror_window_days: PositiveInt = WORKER.setting(
+        3, "The mirror keeps closed orders of so many days; older ones are read from PostgreSQL.", unit="days"
+    )
+    reconcile_seconds: PositiveFloat = WORKER.setting(
+        2.0, "The interval at which abandoned claims and pending changes are looked for.", unit="seconds"
+    )
+    heal_seconds: PositiveFloat = WORKER.setting(
         300.0,
-        description="how often, and after how long, what is pending is looked for behind lanes that are empty",
+        "How often changes that stay pending behind empty lanes are looked for, and how old they must be.",
+        unit="seconds",
     )
-    cleanup_seconds: PositiveFloat = Field(3_600.0, description="how often what is over is taken away")
-    dead_letter_retention_days: PositiveInt = Field(
-        30, description="how long a dead letter that is resolved or discarded is kept; an open one stays"
+    cleanup_seconds: PositiveFloat = WORKER.setting(
+        3_600.0, "The interval at which expired records are deleted.", unit="seconds"
     )
-    pending_too_long_seconds: PositiveFloat = Field(
-        10.0, description="after so long the reconciler asks PostgreSQL whether it has what the mirror calls pending"
+    dead_letter_retention_days: PositiveInt = WORKER.setting(
+        30, "A dead letter is deleted this long after it was resolved or discarded; open ones stay.", unit="days"
+    )
+    pending_too_long_seconds: PositiveFloat = WORKER.setting(
+        10.0,
+        "After this time the reconciler asks PostgreSQL for a change that the mirror shows as pending.",
+        unit="seconds",
+    )
+    pending_warning: PositiveInt = WORKER.setting(
+        100,
+        "Above so many pending changes of a restaurant the log, a metric and the sync status warn.",
+        unit="changes",
+    )
+    failed_warning: PositiveInt = WORKER.setting(
+        5, "Above so many failed changes of a restaurant the log, a metric and the sync status warn.", unit="changes"
+    )
+    threshold_seconds: PositiveFloat = WORKER.setting(
+        10.0, "The interval at which both warnings are checked.", unit="seconds"
     )
 
-    pending_warning: PositiveInt = Field(100, description="of a restaurant: when more changes are pending, it is told")
-    failed_warning: PositiveInt = Field(5, description="the same for those that have failed")
-    threshold_seconds: PositiveFloat = Field(10.0, description="how often the worker looks at both")
+    trace_sample: float = TRACES.setting(
+        sentence="The share of traces that is kept besides failed and slow ones; 0 switches tracing off.",
+        default_factory=_default_trace_sample,
+        default_text="1 in development, 0.1 in production",
+        ge=0,
+        le=1,
+    )
+    trace_slow_ms: PositiveFloat = TRACES.setting(
+        1_000.0, "A request, or the way of a change to PostgreSQL, is slow from here on.", unit="milliseconds"
+    )
+    trace_slow_per_second: PositiveInt = TRACES.setting(
+        20,
+        "The most slow traces that a process keeps, because in a backlog everything is slow.",
+        unit="traces per second",
+    )
+    otlp_endpoint: HttpUrl = TRACES.setting(
+        "",
+        "Where spans are sent, by OTLP over HTTP; empty: to files in <home>/traces.",
+    )
+    trace_query_url: HttpUrl = TRACES.setting(
+        "",
+        "Jaeger's query API, which `ticketrail trace` asks; empty: it reads the files.",
+    )
+    trace_file_bytes: PositiveInt = TRACES.setting(
+        20_000_000, "A trace file of this size is closed and the next one begins.", unit="bytes"
+    )
+    trace_files: PositiveInt = TRACES.setting(4, "Closed trace files that each process keeps.", unit="files")
 
-    # Traces (shared/observability/tracing.py).
-    trace_sample: float = Field(
-        0.1, ge=0, le=1, description="share of traces that are kept; failed and slow ones are kept beside them; 0: off"
+    window_seconds: PositiveFloat = NOTIFIER.setting(
+        600.0, "How far back a client can resume from its cursor.", unit="seconds"
     )
-    trace_slow_ms: PositiveFloat = Field(1_000.0, description="from when on a request, or a change's way, is slow")
-    trace_slow_per_second: PositiveInt = Field(
-        20, description="slow ones that a process keeps in a second at most: in a backlog everything is slow"
+    window_changes: PositiveInt = NOTIFIER.setting(
+        50_000, "The most changes that are held for clients that resume.", unit="changes"
     )
-    trace_file_bytes: PositiveInt = 20_000_000
-    trace_files: PositiveInt = Field(4, description="older files kept beside the one that is written")
-    otlp_endpoint: str = Field(
-        "", description="OTLP over HTTP, such as http://collector:4318; empty: files in <home>/traces"
+    window_bytes: PositiveInt = NOTIFIER.setting(256 << 20, "The most memory for these changes.", unit="bytes")
+    client_buffer_events: PositiveInt = NOTIFIER.setting(
+        1_000,
+        "Events that may wait for a client; one that reads too slowly is told to resync and disconnected.",
+        unit="events",
     )
-    trace_query_url: str = Field("", description="Jaeger's query API, for `ticketrail trace`; empty: the files")
+    client_buffer_bytes: PositiveInt = NOTIFIER.setting(
+        1 << 20, "The most memory for the events that wait for a client.", unit="bytes"
+    )
+    client_connections: PositiveInt = NOTIFIER.setting(
+        10_000, "Open connections at once; further ones wait.", unit="connections"
+    )
+    heartbeat_seconds: PositiveFloat = NOTIFIER.setting(
+        15.0,
+        "The interval at which an idle event stream sends a comment, so that proxies keep it open.",
+        unit="seconds",
+    )
 
-    # The notifier.
-    window_seconds: PositiveFloat = 600.0
-    window_changes: PositiveInt = 50_000
-    window_bytes: PositiveInt = 256 << 20
-    client_buffer_events: PositiveInt = Field(
-        1_000, description="what may wait for one client; one that leaves more lying is told to resync and let go"
-    )
-    client_buffer_bytes: PositiveInt = 1 << 20
-    client_connections: PositiveInt = Field(10_000, description="open connections at once; further ones wait")
-    heartbeat_seconds: PositiveFloat = 15.0
+    @classmethod
+    def load(cls) -> Self:
+        """From the environment and `.env`. Raises SettingsError, which names settings and allowed values."""
+        return load(cls)
 
     @model_validator(mode="after")
     def _no_weak_secrets(self) -> Self:
-        """In production. A URL that is set to nothing is none of this service's: it has no secret to be weak."""
-        if self.environment != "development" and len(self.jwt_secret.encode()) < 32 and self.jwt_algorithm == "HS256":
-            raise ValueError("TICKETRAIL_JWT_SECRET is shorter than 32 bytes")
+        """In production. An empty URL has no secret that could be weak: the service does not use it."""
+        if (
+            self.environment != "development"
+            and self.jwt_algorithm == "HS256"
+            and len(self.jwt_secret.encode()) < LEAST_SECRET_BYTES
+        ):
+            raise ValueError(f"{variable('jwt_secret')} is shorter than {LEAST_SECRET_BYTES} bytes; {_USE_RANDOM}")
         if self.environment == "production":
             for name in ("jwt_secret", "sync_token") if self.jwt_algorithm == "HS256" else ("sync_token",):
                 if wrong := weakness(getattr(self, name)):
-                    raise ValueError(f"TICKETRAIL_{name.upper()} {wrong}")
+                    raise ValueError(f"{variable(name)} {wrong}; {_USE_RANDOM}")
             for name in _URLS_WITH_PASSWORDS:
                 for password in passwords_in(url) if (url := getattr(self, name)) else ():
                     if wrong := weakness(password):
-                        raise ValueError(f"the password in TICKETRAIL_{name.upper()} {wrong}")
+                        raise ValueError(f"the password in {variable(name)} {wrong}; {_USE_RANDOM}")
         return self
 
     @model_validator(mode="after")
     def _nothing_that_loses_changes(self) -> Self:
         if self.ack_before_commit and self.environment != "development":
-            raise ValueError("TICKETRAIL_ACK_BEFORE_COMMIT is for a test alone: it loses changes")
+            raise ValueError(f"{variable('ack_before_commit')} is for a test alone: it loses changes")
         return self
 
     def numbered(self, instance: int) -> Self:
-        """The same for the instance that this process has become: where `auto` stood, its number."""
+        """A copy with the number that this process has leased in place of `auto`."""
         return self.model_copy(update={"instance": instance})
 
     @property
     def instance_number(self) -> int:
-        """Raises ValueError while it is still to be found (`auto`)."""
+        """Raises ValueError while the instance is `auto` and no number was leased."""
         if self.instance == "auto":
-            raise ValueError("TICKETRAIL_INSTANCE=auto, and no number was leased yet")
+            raise ValueError(f"{variable('instance')}=auto, and no number was leased yet")
         return self.instance
 
     @property

@@ -98,6 +98,7 @@ class System:
             "retry_steps_ms": "[50,100,200]",
             "settle_seconds": 1.0,
             "log_segment_bytes": 1_000_000,
+            "trace_sample": 0.1,  # as in production; development keeps every trace, which slows load tests
             **settings,
         }
         self.env = {

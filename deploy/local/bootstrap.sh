@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv from requirements.lock. Idempotent, and nothing but two small checks when there is nothing to do.
-# A run that was killed half way is mended by the next one: what pip left unfinished is thrown away, not trusted.
+# The next run repairs a run that was killed: it makes the environment again if pip did not finish.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd -P)
@@ -18,10 +18,11 @@ up_to_date() {
         [ -x "$venv/bin/ticketrail" ] && "$venv/bin/python" -S -c '' 2>/dev/null
 }
 
-# usable CODE: the first Python from 3.11 to 3.13 that can run CODE
+# usable CODE: the first Python from 3.11 on that can run CODE. `python3` comes last, because it may be older than 3.11
+# where a newer one is installed beside it.
 usable() {
-    for name in python3.13 python3.12 python3.11 python3; do
-        if "$name" -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13); $1" >/dev/null 2>&1; then
+    for name in python3.14 python3.13 python3.12 python3.11 python3; do
+        if "$name" -c "import sys; assert sys.version_info >= (3, 11); $1" >/dev/null 2>&1; then
             command -v "$name"
             return
         fi
@@ -43,7 +44,7 @@ find_python() {
         sh deploy/local/apt-install.sh python3 python3-venv
     fi
     python=$(usable 'import ensurepip, venv') && return
-    echo "ticketrail: needs Python 3.11, 3.12 or 3.13 with venv" >&2
+    echo "ticketrail: needs Python 3.11 or newer with venv" >&2
     exit 1
 }
 

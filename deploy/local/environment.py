@@ -9,23 +9,26 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import PositiveInt
-
 from deploy.local.servers import PASSWORD
+from shared.setting_fields import Group, Port
 from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+
+_SERVERS = Group(
+    "Servers of `make run`", "Ports of the private servers that `make run` starts. Nothing else reads them."
+)
 
 
 class LocalSettings(Settings):
     """The services' settings, and those of the private servers."""
 
-    postgres_port: PositiveInt = 54320
-    rabbitmq_port: PositiveInt = 56720
-    rabbitmq_management_port: PositiveInt = 56721
-    redis_port: PositiveInt = 56379
-    epmd_port: PositiveInt = 56722
-    rabbitmq_dist_port: PositiveInt = 56723
+    postgres_port: Port = _SERVERS.setting(54320, "The port of PostgreSQL.")
+    rabbitmq_port: Port = _SERVERS.setting(56720, "The port of RabbitMQ.")
+    rabbitmq_management_port: Port = _SERVERS.setting(56721, "The port of RabbitMQ's management API.")
+    redis_port: Port = _SERVERS.setting(56379, "The port of Redis.")
+    epmd_port: Port = _SERVERS.setting(56722, "The port of RabbitMQ's Erlang port mapper.")
+    rabbitmq_dist_port: Port = _SERVERS.setting(56723, "The port of RabbitMQ's Erlang distribution.")
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:

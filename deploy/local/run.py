@@ -26,6 +26,7 @@ from deploy.local.packages import PackagesMissing, Programs, ensure
 from deploy.local.ports import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
+from shared.settings_loading import exit_on_bad_settings
 
 READY_WITHIN = 60.0  # seconds
 GIVE_UP_AFTER = 3  # deaths of a service that was never ready
@@ -297,7 +298,8 @@ def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
 
 
 def main() -> int:
-    settings = LocalSettings()
+    with exit_on_bad_settings():
+        settings = LocalSettings.load()
     home = settings.home if settings.home.is_absolute() else ROOT / settings.home
     home.mkdir(parents=True, exist_ok=True)
     held = lock(home)

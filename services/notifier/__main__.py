@@ -1,10 +1,14 @@
 """`python -m services.notifier`"""
 
 from shared.http.server import serve
+from shared.security.tokens import Tokens
 from shared.settings import Settings
+from shared.settings_loading import exit_on_bad_settings
 
 if __name__ == "__main__":
-    settings = Settings()
+    with exit_on_bad_settings():
+        settings = Settings.load()
+        Tokens.of(settings)
     serve(
         "services.notifier.app:create",
         host=settings.host,

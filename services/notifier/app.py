@@ -80,7 +80,7 @@ async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
 
 
 def create(settings: Settings | None = None) -> Outer:
-    settings = settings or Settings()
+    settings = settings or Settings.load()
     configure_logging("notifier", settings.log_level)
     settings, lease = number_of_traces(settings, "notifier")
     parts = assemble(settings)

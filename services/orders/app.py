@@ -228,7 +228,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
 
 
 def create(settings: Settings | None = None) -> Outer:
-    settings = settings or Settings()
+    settings = settings or Settings.load()
     configure_logging("orders", settings.log_level)
     # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)

@@ -23,7 +23,7 @@ from shared.http.limits import Rate, TokenBucket, counted_as
 from shared.mirror.mirror import Mirror
 from shared.restaurants import Restaurant
 from shared.security.passwords import fits, hash_password
-from shared.security.tokens import BadKey, Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 
 _WINDOW = 300.0
@@ -50,9 +50,8 @@ class TableSession(Struct, frozen=True):
 
 class SignIn:
     def __init__(self, accounts: Accounts, reads: Reads, tokens: Tokens, mirror: Mirror, settings: Settings) -> None:
-        """Raises BadKey where tokens can only be verified."""
-        if not tokens.signs:
-            raise BadKey("TICKETRAIL_JWT_PRIVATE_KEY is needed where people sign in")
+        """Raises BadKey if `tokens` can only verify."""
+        tokens.require_signing()
         self._accounts = accounts
         self._reads = reads
         self._tokens = tokens

@@ -3,10 +3,15 @@
 import sys
 
 from shared.http.server import serve
+from shared.security.tokens import Tokens
 from shared.settings import Settings
+from shared.settings_loading import exit_on_bad_settings
 
 if __name__ == "__main__":
-    settings = Settings()
+    with exit_on_bad_settings():
+        settings = Settings.load()
+        if sys.argv[1:] == ["api"]:
+            Tokens.of(settings)
     match sys.argv[1:]:
         case ["worker"]:
             serve("services.sync.worker:create", host=settings.host, port=settings.worker_port)

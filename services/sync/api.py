@@ -164,7 +164,7 @@ def assemble(settings: Settings) -> Parts:
 
 
 def create(settings: Settings | None = None) -> Outer:
-    settings = settings or Settings()
+    settings = settings or Settings.load()
     configure_logging("sync-api", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-api")
     parts = assemble(settings)

@@ -25,7 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="print JSON, 
 
 def ask(question: Callable[[Connection], Awaitable[T]]) -> T:
     async def answer() -> T:
-        settings = Settings()
+        settings = Settings.load()
         async with connected(settings, settings.database_ops_url) as connection:
             return await question(connection)
 
@@ -37,7 +37,7 @@ def with_rail(deed: Callable[[Postgres, Mirror, Rail], Awaitable[T]]) -> T:
     """Of what commits a change; `Postgres` as the ops role."""
 
     async def done() -> T:
-        settings = Settings()
+        settings = Settings.load()
         ops = Postgres(settings.database_ops_url, settings, size=2)
         try:
             async with Session(settings) as session:

@@ -200,7 +200,7 @@ async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, di
 
 
 def create(settings: Settings | None = None) -> Litestar:
-    settings = settings or Settings()
+    settings = settings or Settings.load()
     configure_logging("sync-worker", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-worker")
     parts = assemble(settings)

@@ -14,6 +14,7 @@ from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.endpoint import Operation, View
 from shared.http.openapi_examples import example_of
 from shared.security.permissions import ACTIONS, PUBLIC
+from shared.version import VERSION
 
 _REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+):\w+\}")
@@ -45,7 +46,6 @@ _SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
     504: ("outcome_unknown", "perhaps it was recorded: repeat it with the same key", {}),
 }
 _TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-_VERSION = "1.0.0"
 _SYNC = {
     "type": "object",
     "description": "How far it has come on its way to PostgreSQL",
@@ -128,7 +128,7 @@ def document(api: Api) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": api.title,
-            "version": _VERSION,
+            "version": VERSION,
             "description": api.description,
             "license": {"name": "MIT", "identifier": "MIT"},
         },

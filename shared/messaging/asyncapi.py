@@ -14,6 +14,7 @@ from shared.entities.signal import FENCE, MARK, Signal
 from shared.messaging import topology
 from shared.messaging.topology import Queue
 from shared.settings import Settings
+from shared.version import VERSION
 
 _REF = "#/components/schemas/{name}"
 # Orders of other systems that nobody waits for, and imports: in the background whatever their own lane is.
@@ -42,7 +43,7 @@ def document(settings: Settings) -> dict[str, Any]:
         "asyncapi": "3.0.0",
         "info": {
             "title": "Ticketrail",
-            "version": "1.0.0",
+            "version": VERSION,
             "description": "Every change of every entity, as CloudEvents 1.0 in JSON batches. A change carries the"
             " whole state after it: applied in any order, any number of times, every reader ends in the same state.",
             "license": {"name": "MIT", "url": "https://opensource.org/license/mit"},

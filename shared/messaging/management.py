@@ -6,6 +6,7 @@ import urllib.request
 from urllib.parse import quote, unquote, urlsplit
 
 from shared.host_urls import host_urls
+from shared.version import USER_AGENT
 
 
 def ask(base_url: str, method: str, path: str, body: object = None, timeout: float = 10.0) -> object:
@@ -19,6 +20,7 @@ def ask(base_url: str, method: str, path: str, body: object = None, timeout: flo
         headers={
             "Authorization": "Basic " + base64.b64encode(credentials.encode()).decode(),
             "Content-Type": "application/json",
+            "User-Agent": USER_AGENT,
         },
     )
     with urllib.request.urlopen(request, timeout=timeout) as reply:  # noqa: S310

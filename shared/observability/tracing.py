@@ -30,6 +30,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 
 from shared.observability.trace_files import FileExporter
 from shared.settings import Settings
+from shared.version import VERSION
 
 # Ids of zeros alone are none (W3C Trace Context).
 _TRACEPARENT = re.compile(r"^00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})\Z")
@@ -144,7 +145,11 @@ class Tracer:
         self._slow_left = self._slow_per_second = settings.trace_slow_per_second
         self._second = 0
         self._resource = Resource.create(
-            {"service.name": f"ticketrail-{service}", "service.instance.id": f"{service}-{settings.instance}"}
+            {
+                "service.name": f"ticketrail-{service}",
+                "service.version": VERSION,
+                "service.instance.id": f"{service}-{settings.instance}",
+            }
         )
         self._processor: BatchSpanProcessor | None = None
         if self.on:

@@ -10,6 +10,7 @@ import asyncpg
 
 from shared.backoff import backoff
 from shared.settings import Settings
+from shared.version import USER_AGENT
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -80,7 +81,7 @@ class Postgres:
                     timeout=self._timeout,
                     command_timeout=self._timeout,
                     max_inactive_connection_lifetime=60,
-                    server_settings={"application_name": "ticketrail"},
+                    server_settings={"application_name": USER_AGENT},
                 )
         return self._pool
 

@@ -1,5 +1,8 @@
-"""Which role may do what: the whole of it. Every route names one of these actions; the gate asks here before the
-handler runs. Beyond it, a tenant sees itself alone, and a customer the orders of its own session."""
+"""Authorization: the complete table of roles and actions.
+
+Every route names one of these actions, and the gate checks it before the handler runs. Two more rules apply
+everywhere: a tenant sees only its own data, and a customer sees only the orders of its session.
+"""
 
 from shared.security.tokens import Role
 
@@ -10,7 +13,7 @@ _OPERATORS = frozenset({Role.OPERATOR})
 _ANYBODY = frozenset(Role)
 
 PUBLIC = "public"
-"""Without a token."""
+"""The action of routes that need no token."""
 
 ACTIONS: dict[str, frozenset[Role]] = {
     PUBLIC: _ANYBODY,
@@ -46,4 +49,5 @@ ACTIONS: dict[str, frozenset[Role]] = {
 
 
 def allowed(action: str, role: Role) -> bool:
+    """Raises KeyError for an unknown action."""
     return role in ACTIONS[action]

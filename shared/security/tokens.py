@@ -1,7 +1,7 @@
-"""Who calls: JSON Web Tokens in, an `Identity` out.
+"""Authentication: verifies JSON Web Tokens and returns an `Identity`; issues tokens.
 
-Claims: userId, restaurantId, email, role in {admin, staff, customer, operator}; for customers sessionId as well.
-Operators may have no restaurant.
+Claims: userId, restaurantId, email, role (admin, staff, customer or operator), and sessionId for customers.
+restaurantId is optional for operators.
 """
 
 import hashlib
@@ -21,11 +21,13 @@ from msgspec import Struct
 from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
 from shared.security.weak_secrets import weakness
-from shared.settings import Settings
+from shared.setting_fields import variable
+from shared.settings import LEAST_SECRET_BYTES, Settings
+from shared.settings_loading import SettingsError
 
-LEAST_SECRET_BYTES = 32
 LEAST_RSA_BITS = 2048
-_REMEMBERED = 4096
+"""RS256 requires at least this size (RFC 7518, section 3.3)."""
+_MAX_CACHED_TOKENS = 4096
 
 
 class Role(StrEnum):
@@ -41,27 +43,28 @@ class Identity(Struct, frozen=True):
     restaurant_id: str = ""
     email: str = ""
     session_id: str | None = None
-    """What a customer is bound to: it creates and sees the orders of this session alone."""
+    """Set for customers, who create and see only the orders of this session."""
 
     @property
     def tenant(self) -> str:
+        """The id of the restaurant. Raises Forbidden if the token has none."""
         if not self.restaurant_id:
             raise Forbidden("this token belongs to no restaurant")
         return self.restaurant_id
 
 
-class BadKey(ValueError):
-    """A setting holds no key that can be used."""
+class BadKey(SettingsError):
+    """A setting holds no usable key."""
 
 
 class Key(Struct, frozen=True):
-    """`id` is derived from the key itself, so that every service calls it the same without being told."""
+    """`id` is derived from the key, so every service computes the same one."""
 
     id: str
     algorithm: str
     verifying: Any
     signing: Any = None
-    """None where tokens are only verified."""
+    """None for a public key, which can only verify."""
 
 
 def secret_key(secret: str) -> Key:
@@ -69,7 +72,10 @@ def secret_key(secret: str) -> Key:
 
 
 def key_pair(algorithm: str, text: str) -> Key:
-    """Of a PEM, private or public, or of the path of a file that holds it. Raises BadKey."""
+    """Reads a private or public key.
+
+    `text` is a PEM or the path of a file with a PEM. Raises BadKey, which does not repeat `text`.
+    """
     try:
         pem = text.encode() if "-----BEGIN" in text else Path(text).read_bytes()
         signing = None
@@ -77,24 +83,33 @@ def key_pair(algorithm: str, text: str) -> Key:
             signing = serialization.load_pem_private_key(pem, password=None)
         public = signing.public_key() if signing else serialization.load_pem_public_key(pem)
         jwt.get_algorithm_by_name(algorithm).prepare_key(public)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
+    except OSError as error:  # its text holds the path, which may be a key without its first line
+        raise BadKey(f"no file with a key for {algorithm}: {error.strerror}") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
         raise BadKey(f"no key for {algorithm}: {error}") from error
     if isinstance(public, RSAPublicKey) and public.key_size < LEAST_RSA_BITS:
-        raise BadKey(f"an RSA key of {public.key_size} bits: {LEAST_RSA_BITS} at least")
+        raise BadKey(f"an RSA key of {public.key_size} bits; it must have at least {LEAST_RSA_BITS}")
     der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return Key(hashlib.sha256(der).hexdigest()[:16], algorithm, public, signing)
 
 
 def _any_key(text: str) -> Key:
-    """Whatever it is: the key before may have been of another kind. Raises BadKey."""
+    """A secret or a key of either algorithm: the previous key may be of another kind. Raises BadKey."""
     if "-----BEGIN" not in text and not _is_file(text):
-        if text.endswith((".pem", ".key", ".pub")):  # taken for a secret, the path would be one that can be guessed
-            raise BadKey("TICKETRAIL_JWT_PREVIOUS_KEY is the path of a file that is not there")
+        if text.endswith((".pem", ".key", ".pub")):  # as a secret, the path would be easy to guess
+            raise BadKey("the path of a file that does not exist")
         return secret_key(text)
     try:
         return key_pair("EdDSA", text)
     except BadKey:
         return key_pair("RS256", text)
+
+
+def _key_in(setting: str, text: str, algorithm: str) -> Key:
+    try:
+        return key_pair(algorithm, text)
+    except BadKey as error:
+        raise BadKey(f"{variable(setting)} holds {error}") from error
 
 
 def _is_file(text: str) -> bool:
@@ -105,11 +120,13 @@ def _is_file(text: str) -> bool:
 
 
 class Tokens:
-    """Issues and verifies. A token that was verified is remembered until it expires: a signature costs more than an
-    order's price.
+    """Issues and verifies tokens.
 
-    Two keys may be known at once, so that one can be replaced without signing anybody out: the first signs, both
-    verify, and the token's `kid` says which. A token without one is tried with the first."""
+    Verified tokens are cached until they expire, because checking a signature costs more than pricing an order.
+
+    A key can be replaced without signing out any user: the current key signs, the current and the previous key
+    verify, and `kid` in the header of the token selects between them. Without a `kid` the current key is used.
+    """
 
     def __init__(self, secret: str | Key, *, ttl_seconds: int, previous: Key | None = None) -> None:
         self._key = secret_key(secret) if isinstance(secret, str) else secret
@@ -119,15 +136,20 @@ class Tokens:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Raises BadKey."""
+        """Raises BadKey, which names the setting."""
         algorithm, before = settings.jwt_algorithm, settings.jwt_previous_key
         if algorithm == "HS256":
             key = secret_key(settings.jwt_secret)
-        elif text := settings.jwt_private_key or settings.jwt_public_key:
-            key = key_pair(algorithm, text)
+        elif settings.jwt_private_key:
+            key = _key_in("jwt_private_key", settings.jwt_private_key, algorithm)
+        elif settings.jwt_public_key:
+            key = _key_in("jwt_public_key", settings.jwt_public_key, algorithm)
         else:
             raise BadKey(f"TICKETRAIL_JWT_PRIVATE_KEY or TICKETRAIL_JWT_PUBLIC_KEY is needed for {algorithm}")
-        previous = _any_key(before) if before else None
+        try:
+            previous = _any_key(before) if before else None
+        except BadKey as error:
+            raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY holds {error}") from error
         if settings.environment != "development" and previous is not None and previous.algorithm == "HS256":
             if len(before.encode()) < LEAST_SECRET_BYTES:
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {LEAST_SECRET_BYTES} bytes")
@@ -137,13 +159,17 @@ class Tokens:
 
     @property
     def signs(self) -> bool:
-        """False where only the public key is known."""
+        """False if only the public key is known."""
         return self._key.signing is not None
 
-    def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
-        """Raises BadKey where only the public key is known."""
+    def require_signing(self) -> None:
+        """Raises BadKey if only the public key is known."""
         if not self.signs:
-            raise BadKey("this service has no private key: it only verifies")
+            raise BadKey("TICKETRAIL_JWT_PRIVATE_KEY is needed to sign tokens; TICKETRAIL_JWT_PUBLIC_KEY only verifies")
+
+    def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
+        """A token for an `Authorization: Bearer` header. Raises BadKey if only the public key is known."""
+        self.require_signing()
         now = int(time.time())
         claims: dict[str, Any] = {
             "userId": identity.user_id,
@@ -159,19 +185,19 @@ class Tokens:
         return jwt.encode(claims, self._key.signing, self._key.algorithm, headers={"kid": self._key.id})
 
     def verify(self, authorization: str | None) -> Identity:
-        """Of an `Authorization` header; raises Unauthenticated."""
+        """The caller of a request, from its `Authorization` header. Raises Unauthenticated."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("an Authorization header with a Bearer token is needed")
+            raise Unauthenticated("the request needs an Authorization header with a Bearer token")
         known = self._verified.get(token)
         if known and known[0] > time.time():
             return known[1]
         try:
-            # The algorithm is ours to say, not the token's: `none` and others are refused here.
+            # The key determines the algorithm. The one in the token is not trusted: an attacker could choose `none`.
             kid = jwt.get_unverified_header(token).get("kid", self._key.id)
             key = self._keys.get(str(kid))
             if key is None:
-                raise Unauthenticated("the token was signed with a key that is not known here")
+                raise Unauthenticated("the token was signed with an unknown key")
             claims = jwt.decode(
                 token, key.verifying, algorithms=[key.algorithm], options={"require": ["exp", "userId"]}
             )
@@ -180,7 +206,7 @@ class Tokens:
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"the token is not valid: {error}") from error
         identity = _identity(claims)
-        if len(self._verified) >= _REMEMBERED:
+        if len(self._verified) >= _MAX_CACHED_TOKENS:
             self._verified.clear()
         self._verified[token] = (float(claims["exp"]), identity)
         return identity
@@ -198,7 +224,7 @@ def _identity(claims: dict[str, Any]) -> Identity:
             session_id=str(claims["sessionId"]) if claims.get("sessionId") else None,
         )
         for name in (identity.user_id, identity.session_id or "-"):
-            msgspec.convert(name, Label)  # they are kept with the orders that they place
+            msgspec.convert(name, Label)  # orders store these ids
     except (ValueError, AttributeError, TypeError) as error:
         raise Unauthenticated("the token's role, userId, sessionId or restaurantId is not valid") from error
     if role is Role.CUSTOMER and not identity.session_id:

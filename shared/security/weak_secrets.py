@@ -1,4 +1,4 @@
-"""Which secrets are refused in production: those that a guesser tries first, or would soon get to."""
+"""Detects weak secrets, which production refuses: short ones, repetitive ones, and ones with common words."""
 
 from urllib.parse import unquote, urlsplit
 
@@ -6,8 +6,8 @@ from shared.host_urls import host_urls
 
 LEAST_LENGTH = 16
 LEAST_DIFFERENT = 8
-# Parts of examples, defaults and of what people type; in 43 random characters none of them turns up by chance.
-WELL_KNOWN = (
+# From examples, defaults and common passwords. A random text of 43 characters contains none of them by chance.
+COMMON_WORDS = (
     "12345",
     "admin",
     "changeme",
@@ -26,7 +26,10 @@ WELL_KNOWN = (
 
 
 def weakness(secret: str) -> str | None:
-    """What is wrong with it, in words that do not repeat it; None when nothing is."""
+    """Why `secret` is weak, as the end of a sentence that begins with the setting; None if it is strong.
+
+    The text does not repeat the secret.
+    """
     if not secret:
         return "is empty"
     if len(secret) < LEAST_LENGTH:
@@ -34,11 +37,11 @@ def weakness(secret: str) -> str | None:
     if len(set(secret)) < LEAST_DIFFERENT:
         return f"has fewer than {LEAST_DIFFERENT} different characters"
     plain = "".join(char for char in secret.lower() if char.isalnum())
-    if any(word in plain for word in WELL_KNOWN):
-        return "contains a word that guessers try first"
+    if any(word in plain for word in COMMON_WORDS):
+        return "contains a common word that is easy to guess"
     return None
 
 
 def passwords_in(urls: str) -> list[str]:
-    """The password of a URL, or of each of several, decoded; empty where there is none."""
+    """The decoded password of each URL in a setting; empty for a URL without one."""
     return [unquote(urlsplit(url).password or "") for url in host_urls(urls)]

@@ -21,6 +21,7 @@ from shared.messaging import topology
 from shared.mirror.mirror import Claimed, Mirror
 from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
+from shared.version import VERSION
 from tests import builders
 from tests.http import http_client
 from tests.integration.notifier_rig import Screen
@@ -456,6 +457,7 @@ async def test_with_an_endpoint_the_same_spans_go_out_by_otlp(
         for resource in request.resource_spans:
             attributes = {one.key: one.value.string_value for one in resource.resource.attributes}
             assert attributes["service.name"] == "ticketrail-orders"
+            assert attributes["service.version"] == VERSION
             assert attributes["service.instance.id"] == "orders-7"
             for scope in resource.scope_spans:
                 found.update({span.name: span for span in scope.spans if span.trace_id.hex() == caller.trace})

@@ -81,7 +81,7 @@ def test_a_service_holds_the_password_of_its_own_database_role_alone() -> None:
         name: {
             url
             for url, value in _settings_of(SERVICES[name]).items()
-            if url.startswith("TICKETRAIL_DATABASE") and value
+            if url.startswith("TICKETRAIL_DATABASE_") and value
         }
         for name in OURS
     }

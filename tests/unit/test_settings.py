@@ -1,27 +1,264 @@
-"""Settings that are refused together."""
+"""How settings are read, and what a process says when they cannot be used."""
 
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from pydantic import ValidationError
 
+from deploy import settings_docs
+from deploy.local.environment import LocalSettings
+from services.sync.cli.main import main
+from shared.setting_fields import description_of, variable
 from shared.settings import Settings
+from shared.settings_loading import LOCAL_RUN_NAMES, OTHER_NAMES, SettingsError
+from tests.system import ROOT
+
+ENTRY_POINTS = {
+    "orders": ["services.orders"],
+    "sync-worker": ["services.sync", "worker"],
+    "sync-api": ["services.sync", "api"],
+    "notifier": ["services.notifier"],
+    "ticketrail": ["services.sync.cli", "asyncapi"],
+    "make run": ["deploy.local.run"],
+}
+# Wrong on purpose, in tests of the refusal.
+_MISSPELT = {"TICKETRAIL_TRACE_SAMPEL", "TICKETRAIL_ORDER_PORT", "TICKETRAIL_EXTRA"}
+
+Load = Callable[..., Settings]
 
 
-@pytest.fixture(autouse=True)
-def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Load:
+    """Settings of this environment and this `.env` and nothing else."""
+    for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
+    def from_environment(file: str = "", **environment: str) -> Settings:
+        (tmp_path / ".env").write_text(file)
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return Settings.load()
 
-def test_what_loses_changes_is_off_and_refused_outside_development(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Settings().ack_before_commit
-    assert Settings(ack_before_commit=True).ack_before_commit
+    return from_environment
+
+
+# -- wrong values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("ORDERS_PORT", "eighty", "a whole number from 1 to 65535"),
+        ("ORDERS_PORT", "70000", "a whole number from 1 to 65535"),
+        ("ENVIRONMENT", "prod", "development or production"),
+        ("INSTANCE", "0", "a whole number above 0 or auto"),
+        ("TRACE_SAMPLE", "1.5", "a number from 0 to 1"),
+        ("TRACE_SAMPLE", "", "a number from 0 to 1"),
+        ("HEAL_SECONDS", "inf", "a number above 0"),
+        ("ADDRESS_PER_SECOND", "-1", "a number of 0 or more"),
+        ("RETRY_STEPS_MS", "1000,2000", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
+        ("RETRY_STEPS_MS", "[1000, -1]", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
+        ("STATUS_URLS", "http://orders:8001", "a JSON object such as"),
+        ("TRUSTED_PROXIES", "nginx", "addresses or networks separated by commas"),
+        ("LOG_MAX_AGE", "7 days", "a whole number followed by Y, M, D, h, m or s, such as 7D"),
+        ("OTLP_ENDPOINT", "collector:4318", "empty or a URL of http:// or https:// with a host"),
+    ],
+)
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_a_wrong_value_is_refused_with_setting_value_and_allowed_values(
+    load: Load, name: str, value: str, allowed: str, source: str
+) -> None:
+    variable = f"TICKETRAIL_{name}"
+    with pytest.raises(SettingsError) as refused:
+        if source == "file":
+            load(f"{variable}='{value}'\n")
+        else:
+            load(**{variable: value})
+    said = str(refused.value)
+    origin = " (in .env)" if source == "file" else ""
+    assert said.startswith(f"{variable}{origin} is {value!r}, which is not allowed: it must be {allowed}")
+    assert "\n" not in said
+
+
+def test_each_wrong_value_has_a_sentence_of_its_own(load: Load) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(TICKETRAIL_SYNC_PORT="x", TICKETRAIL_ENVIRONMENT="x", TICKETRAIL_HOST="0.0.0.0")
+    names = [line.split()[0] for line in str(refused.value).splitlines()]
+    assert names == ["TICKETRAIL_ENVIRONMENT", "TICKETRAIL_SYNC_PORT"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RABBITMQ_URL", "http://ticketrail:hunter2@mq/"),
+        ("RABBITMQ_URL", "amqp://ticketrail:hunter2@mq/,amqp://ticketrail:hunter2@mq:99999/"),
+        ("REDIS_URL", "redis://:hunter2@/0"),
+        ("DATABASE_OPS_URL", "mysql://u:hunter2@db/x"),
+        ("RABBITMQ_WATCHER_URL", "watcher:hunter2@mq:15672"),
+    ],
+)
+def test_a_wrong_value_of_a_secret_setting_is_not_repeated(load: Load, name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^TICKETRAIL_{name} has a value that is not allowed: it must be ") as seen:
+        load(**{f"TICKETRAIL_{name}": value})
+    assert "hunter2" not in str(seen.value)
+    assert seen.value.__cause__ is None
+    assert seen.value.__suppress_context__
+
+
+def test_every_setting_that_can_hold_a_password_or_key_counts_as_secret() -> None:
+    secret = {name for name, field in LocalSettings.model_fields.items() if description_of(field).secret}
+    assert secret == {
+        name
+        for name in LocalSettings.model_fields
+        if re.search(r"(secret|token|_key)$|^(database|redis|rabbitmq)_.*url$", name)
+    }
+
+
+def test_urls_of_several_hosts_and_empty_urls_are_accepted(load: Load) -> None:
+    several = "amqp://a:b@mq-1:5672/,amqps://a:b@mq-2/"
+    postgres = "postgresql://a:b@pg-1:5432,pg-2:5433/ticketrail?target_session_attrs=read-write"
+    found = load(TICKETRAIL_RABBITMQ_URL=several, TICKETRAIL_DATABASE_API_URL=postgres, TICKETRAIL_DATABASE_URL="")
+    assert (found.rabbitmq_url, found.database_api_url, found.database_url) == (several, postgres, "")
+    assert load(TICKETRAIL_DATABASE_URL="postgresql:///ticketrail?host=/run/postgresql").database_url
+
+
+def test_a_file_that_is_not_text_is_reported(load: Load, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"TICKETRAIL_HOST=\xff\xfe")
+    with pytest.raises(SettingsError, match=r"^\.env cannot be read: "):
+        Settings.load()
+
+
+# -- unknown names -----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(load: Load) -> None:
+    with pytest.raises(SettingsError, match=r"^TICKETRAIL_TRACE_SAMPEL is not a setting; .* TICKETRAIL_TRACE_SAMPLE$"):
+        load(TICKETRAIL_TRACE_SAMPEL="1")
+    with pytest.raises(SettingsError, match=r"^TICKETRAIL_ORDER_PORT \(in \.env\) .* TICKETRAIL_ORDERS_PORT$"):
+        load("TICKETRAIL_ORDER_PORT=1\nOTHER_NAME=2\n")
+
+
+def test_names_of_make_run_compose_and_tests_are_accepted(load: Load) -> None:
+    for name in [*OTHER_NAMES, *LOCAL_RUN_NAMES]:
+        assert load(**{name: "1"}) == load()
+    assert not {variable(name) for name in LocalSettings.model_fields} & OTHER_NAMES.keys()
+    assert {variable(name) for name in LocalSettings.model_fields.keys() - Settings.model_fields} == LOCAL_RUN_NAMES
+
+
+def test_every_name_in_the_repository_is_known() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    known = {variable(name) for name in LocalSettings.model_fields} | OTHER_NAMES.keys() | _MISSPELT
+    unknown = {}
+    for path in listed.split("\0"):
+        if not path or not (ROOT / path).is_file():
+            continue
+        text = (ROOT / path).read_text(errors="replace")
+        # A name that ends in `_` is the beginning of several, as in `TICKETRAIL_DATABASE_*URL`.
+        for name in re.findall(r"TICKETRAIL_[A-Z_]*[A-Z]\b(?![_{*])", text):
+            if name not in known:
+                unknown[name] = path
+    assert unknown == {}
+
+
+# -- entry points ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_every_entry_point_ends_with_one_sentence_for_a_wrong_setting(tmp_path: Path, source: str) -> None:
+    cases = {"TICKETRAIL_SYNC_PORT": "is 'x'.*, which is not allowed", "TICKETRAIL_EXTRA": "nearest one is TICKETRAIL_"}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")}
+    for name, said in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if source == "file":
+            (folder / ".env").write_text(f"{name}=x\n")
+        env = {**plain, "PYTHONPATH": str(ROOT), **({name: "x"} if source == "environment" else {})}
+        started = {
+            entry: subprocess.Popen(
+                [sys.executable, "-m", *module], cwd=folder, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True
+            )
+            for entry, module in ENTRY_POINTS.items()
+        }
+        for entry, process in started.items():
+            try:
+                told, _ = process.communicate(timeout=60)
+            finally:
+                process.kill()
+            assert process.returncode == 1, (entry, told)
+            assert re.fullmatch(rf"(ticketrail|Error): {name}\b.*{said}.*\n", told), (entry, told)
+
+
+def test_a_command_reports_a_wrong_setting_but_help_and_version_need_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TICKETRAIL_RETRY_STEPS_MS", "soon")
+    refused = CliRunner().invoke(main, ["asyncapi"])
+    assert refused.exit_code == 1
+    assert refused.output.startswith("Error: TICKETRAIL_RETRY_STEPS_MS is 'soon'")
+    for arguments in (["--help"], ["trace", "--help"], ["--version"]):
+        shown = CliRunner().invoke(main, arguments)
+        assert shown.exit_code == 0, shown.output
+        assert "ticketrail" in shown.output
+
+
+# -- defaults ----------------------------------------------------------------------------------------------------
+
+
+def test_every_trace_is_kept_in_development_and_a_tenth_in_production(load: Load) -> None:
+    production: dict[str, Any] = {name: "" for name in Settings.model_fields if name.endswith("_url")}
+    strong = "f3Zr0kq9wLx7TnVb2mYc"
+    production |= {"environment": "production", "jwt_secret": strong * 2, "sync_token": strong}
+    chosen = {variable(name): value for name, value in production.items()}
+    assert load().trace_sample == 1.0
+    assert load(**chosen).trace_sample == 0.1
+    assert load(**chosen, TICKETRAIL_TRACE_SAMPLE="0.5").trace_sample == 0.5
+    assert load(TICKETRAIL_TRACE_SAMPLE="0").trace_sample == 0
+
+
+def test_what_loses_changes_is_off_and_refused_outside_development(load: Load) -> None:
+    assert not load().ack_before_commit
+    assert load(TICKETRAIL_ACK_BEFORE_COMMIT="true").ack_before_commit
     strong = "f3Zr0kq9wLx7TnVb2mYc"
     production: dict[str, Any] = {name: "" for name in Settings.model_fields if name.endswith("_url")}
     production |= {"environment": "production", "jwt_secret": strong * 2, "sync_token": strong}
     assert Settings(**production)
     with pytest.raises(ValidationError, match="TICKETRAIL_ACK_BEFORE_COMMIT is for a test alone"):
         Settings(**production, ack_before_commit=True)
-    monkeypatch.setenv("TICKETRAIL_ACK_BEFORE_COMMIT", "true")
-    assert Settings().ack_before_commit, "as an operator would set it"
+
+
+# -- documents ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [".env.example", "docs/settings.md"])
+def test_the_documents_are_what_make_settings_writes(path: str) -> None:
+    assert (ROOT / path).read_text() == settings_docs.documents()[path], f"`make settings` writes {path}"
+
+
+def test_the_example_lists_every_setting_with_its_default(load: Load) -> None:
+    example = (ROOT / ".env.example").read_text()
+    lines = re.findall(r"^#(TICKETRAIL_\w+)=(.*)$", example, re.MULTILINE)
+    assert [name for name, _ in lines] == [variable(name) for name in LocalSettings.model_fields]
+    assert load(re.sub(r"^#(?=TICKETRAIL_)", "", example, flags=re.MULTILINE)) == load()
+    assert LocalSettings.load() == LocalSettings(_env_file=None)
+
+
+def test_every_setting_has_a_group_a_sentence_and_the_unit_of_its_name() -> None:
+    units = {"_seconds": "seconds", "_ms": "milliseconds", "_bytes": "bytes", "_days": "days"}
+    for name, field in LocalSettings.model_fields.items():
+        described = description_of(field)
+        assert described.group, name
+        assert re.fullmatch(r"\S.*\.", described.sentence), name
+        for ending, unit in units.items():
+            assert (described.unit == unit) == name.endswith(ending), name
+        if "number" in settings_docs.allowed_values(field) and name not in ("instance", "trace_sample"):
+            assert described.unit or name.endswith("_port") or name == "log_max_age", name

@@ -106,7 +106,7 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
     drains it itself.
 
     Exit code 1 when something is left, or is damaged and was not sent."""
-    done = run(_drain(Settings(), _path_of(path, instance)))
+    done = run(_drain(Settings.load(), _path_of(path, instance)))
     if as_json:
         click.echo(encode(done).decode())
     else:
@@ -125,7 +125,7 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
 def _path_of(path: Path | None, instance: int | None) -> Path:
     if (path is None) is (instance is None):
         raise click.UsageError("PATH or --instance, one of them")
-    chosen = path or Settings().numbered(instance or 0).journal_path
+    chosen = path or Settings.load().numbered(instance or 0).journal_path
     if not files_of(chosen):
         raise click.ClickException(f"there is no journal {chosen}")
     return chosen

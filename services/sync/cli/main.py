@@ -34,6 +34,8 @@ from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
 from shared.postgres.migrate import migrate, present_epoch
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
+from shared.settings_loading import SettingsError
+from shared.version import VERSION
 
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
@@ -42,7 +44,18 @@ _BROKER_READY_SECONDS = 60.0
 _MANAGEMENT_READY_SECONDS = 10.0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Reports a setting that cannot be used in one sentence, whichever command reads it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group("ticketrail", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="ticketrail")
 def main() -> None:
     """Ticketrail: the order backbone of restaurants and points of sale."""
 
@@ -50,7 +63,7 @@ def main() -> None:
 @main.command("migrate")
 def migrate_command() -> None:
     """Bring PostgreSQL and RabbitMQ to what this version needs. May be repeated."""
-    run(_migrate(Settings()))
+    run(_migrate(Settings.load()))
 
 
 async def _migrate(settings: Settings) -> None:
@@ -108,7 +121,7 @@ def _console() -> Console:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def seed_command(as_json: bool) -> None:
     """Make the demo restaurant: a menu, tables, a user for each role. May be repeated."""
-    settings = Settings()
+    settings = Settings.load()
     seeded = run(_seed(settings))
     if as_json:
         click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
@@ -132,7 +145,7 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 @click.option("--session", help="session of a customer")
 def token_command(role: str, restaurant: UUID | None, user: UUID | None, email: str, session: str | None) -> None:
     """Print a token that the services accept."""
-    settings = Settings()
+    settings = Settings.load()
     identity = Identity(str(user or uuid4()), Role(role), str(restaurant or ""), email, session)
     if identity.role is not Role.OPERATOR and restaurant is None:
         raise click.UsageError("--restaurant is needed for this role")
@@ -150,7 +163,7 @@ def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: boo
     """Change a dish: its price, or whether it can be ordered now."""
     if price is None and available is None:
         raise click.UsageError("--price, --available or --unavailable")
-    changed = run(_edit_dish(Settings(), str(restaurant), str(dish), price, available))
+    changed = run(_edit_dish(Settings.load(), str(restaurant), str(dish), price, available))
     click.echo(encode(changed).decode())
 
 
@@ -167,7 +180,7 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def status_command(watch: bool, interval: float, as_json: bool) -> None:
     """Show what every service says of itself now: rates, lags, depths, retries, connections."""
-    urls = status_screen.urls_of(Settings())
+    urls = status_screen.urls_of(Settings.load())
     before = status_screen.look(urls)
     if not watch:
         time.sleep(min(interval, 1.0))
@@ -190,7 +203,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def trace_command(order_id: UUID, as_json: bool) -> None:
     """Show what happened to an order: the trace of each of its changes, and what waited where."""
-    found = run(find_traces(Settings(), str(order_id)))
+    found = run(find_traces(Settings.load(), str(order_id)))
     if not (found.changes or found.letters or found.spans):
         for text in found.missing:
             click.echo(text, err=True)
@@ -207,7 +220,7 @@ def trace_command(order_id: UUID, as_json: bool) -> None:
 @main.command("asyncapi")
 def asyncapi_command() -> None:
     """Print the AsyncAPI document of all events and queues."""
-    click.echo(json.dumps(asyncapi.document(Settings()), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(asyncapi.document(Settings.load()), indent=2, ensure_ascii=False))
 
 
 for command in (

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.settings import Settings
+from shared.version import USER_AGENT
 
 _TIMEOUT = 2.0
 
@@ -88,7 +89,9 @@ def _look_at(url: str) -> Seen:
 
 
 def _get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:  # noqa: S310  (URLs from the operator's settings)
+
+    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:  # noqa: S310
         return bytes(reply.read())
 
 

@@ -16,6 +16,7 @@ from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import AWAY, Postgres
 from shared.settings import Settings
+from shared.version import USER_AGENT
 
 _TIMEOUT = 5.0
 
@@ -136,7 +137,8 @@ def _from_jaeger(url: str, ids: Sequence[str], order_id: str) -> list[SpanRow]:
 
 def _ask(url: str) -> list[dict[str, Any]]:
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:  # noqa: S310  (a URL from the operator's settings)
+        request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:  # noqa: S310
             answer = json.loads(reply.read())
     except urllib.error.HTTPError as error:
         if error.code == 404:  # not sampled, or older than what is kept

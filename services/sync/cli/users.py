@@ -41,7 +41,7 @@ def add_command(email: str, role: str, restaurant: Any, name: str) -> None:
                 name=name,
             )
 
-    settings, password = Settings(), _password()
+    settings, password = Settings.load(), _password()
     click.echo(run(add()))
 
 
@@ -54,7 +54,7 @@ def password_command(email: str) -> None:
         async with connected(settings, settings.database_writer_url) as connection:
             await set_password(connection, email, password)
 
-    settings, password = Settings(), _password()
+    settings, password = Settings.load(), _password()
     run(change())
 
 

@@ -295,7 +295,7 @@ def replay_command(
         )
     )
     if not detach:
-        job = run(_follow(Settings(), job, quiet=as_json))
+        job = run(_follow(Settings.load(), job, quiet=as_json))
     lines = ask(lambda connection: replay_jobs.letters(connection, job.id, limit=500))
     if as_json:
         print_json({"plan": plan, "job": job, "letters": lines})

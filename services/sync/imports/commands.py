@@ -29,7 +29,7 @@ def import_command(source: str, restaurant: Any, query: str | None, refused: Any
 
     Through the background lane, so that new orders are not delayed. What is interrupted goes on where it stopped. Exit
     code 1 when rows were refused."""
-    report, why = run(_import(Settings(), source, str(restaurant) if restaurant else None, query, again, as_json))
+    report, why = run(_import(Settings.load(), source, str(restaurant) if restaurant else None, query, again, as_json))
     if refused is not None:
         refused.writelines(encode(one) + b"\n" for one in why)
     if as_json:

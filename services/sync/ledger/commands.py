@@ -77,7 +77,7 @@ def ledger_command(
 
 @asynccontextmanager
 async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
-    settings = Settings()
+    settings = Settings.load()
     postgres = Postgres(settings.database_ops_url, settings, size=2)
     mirror = Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds

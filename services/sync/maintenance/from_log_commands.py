@@ -27,7 +27,7 @@ def replay_command(from_log: bool, since: datetime | None, dry_run: bool, as_jso
 
     It may run beside the services, be stopped and be repeated. Exit code 1 when something could not be written: it is
     on the retry ladder or among the dead letters then."""
-    report = run(_replay(Settings(), since, dry_run, quiet=as_json))
+    report = run(_replay(Settings.load(), since, dry_run, quiet=as_json))
     if as_json:
         click.echo(encode(report).decode())
     else:

@@ -19,7 +19,7 @@ _SHOWN = 50
 def full_sync_command(verify: bool, as_json: bool) -> None:
     """Compare the mirror with PostgreSQL, print what differs, and mend it."""
     differences: list[Difference] = []
-    found = run(_full_sync(Settings(), mend=not verify, tell=differences.append))
+    found = run(_full_sync(Settings.load(), mend=not verify, tell=differences.append))
     if as_json:
         click.echo(
             encode(

@@ -1,0 +1,218 @@
+"""How a setting is declared and described: its group, unit and sentence, and the values that it allows.
+
+`.env.example`, `docs/settings.md` and the message for a wrong value are made from these descriptions.
+"""
+
+import json
+from ipaddress import ip_network
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
+
+from annotated_types import Ge, Gt, Le, MinLen
+from msgspec import Struct
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
+from pydantic_settings import NoDecode
+
+from shared.host_urls import host_urls
+
+PREFIX = "TICKETRAIL_"
+
+
+class Group(Struct, frozen=True):
+    """Settings that belong together. `about`: a sentence that is printed below the title."""
+
+    title: str
+    about: str
+
+    def setting(
+        self,
+        default: Any = ...,
+        sentence: str = "",
+        *,
+        unit: str = "",
+        allowed: str = "",
+        default_text: str = "",
+        secret: bool = False,
+        **constraints: Any,
+    ) -> Any:
+        """A pydantic field.
+
+        sentence      one sentence about what the setting does
+        unit          of a number, in the plural: "seconds", "bytes"
+        allowed       overrides the text that `allowed_values` derives from the type
+        default_text  for a default that depends on another setting
+        secret        an error message does not repeat the value
+        constraints   further arguments of pydantic's `Field`
+        """
+        described = Described(self.title, self.about, sentence, unit, allowed, default_text, secret)
+        extra: Any = {"described": described}
+        if "default_factory" not in constraints:
+            constraints["default"] = default
+        return Field(description=sentence, json_schema_extra=extra, **constraints)
+
+
+class Words(Struct, frozen=True):
+    """Metadata of a type: what it allows, in words that complete the sentence "it must be …"."""
+
+    text: str
+
+
+class Described(Struct, frozen=True):
+    group: str
+    about: str
+    sentence: str
+    unit: str
+    allowed: str
+    default_text: str
+    secret: bool
+
+
+def description_of(field: FieldInfo) -> Described:
+    """Raises KeyError or TypeError for a field that no Group declared."""
+    extra: Any = field.json_schema_extra
+    described: Described = extra["described"]
+    return described
+
+
+def variable(name: str) -> str:
+    """The environment variable of the setting `name`."""
+    return PREFIX + name.upper()
+
+
+# -- groups, in the order of the documents -----------------------------------------------------------------------
+
+PROCESS = Group("Process", "What this process is and where it keeps its files.")
+BACKENDS = Group(
+    "Backends",
+    "Each role of the database has a URL of its own; `ticketrail migrate` creates the roles and the read-only user "
+    "of RabbitMQ with the passwords in these URLs. An empty URL means that the service does not use it. "
+    "docs/clusters-and-backups.md describes URLs of several hosts.",
+)
+CLIENTS = Group("Backend clients", "Time limits and connections.")
+LISTENING = Group("Listening", "Where the services accept connections.")
+LIMITS = Group("Rate limits", "Token buckets that all instances share. A rate of 0 switches the limit off.")
+SIGN_IN = Group(
+    "Tokens and sign-in",
+    "Every service needs the same secret, or the public key. With a key pair only the orders service, which signs, "
+    "needs the private key. Outside development weak secrets are refused.",
+)
+COMMIT = Group("Commit", "How the services claim, record and reveal a change (shared/rail).")
+TOPOLOGY = Group(
+    "Queues and change log", "Run `ticketrail migrate` after a change: other retry delays are other queues."
+)
+WORKER = Group("Sync worker", "How changes reach PostgreSQL and the mirror.")
+TRACES = Group("Traces", "See docs/tracing.md.")
+NOTIFIER = Group("Notifier", "Push to terminals and browsers.")
+
+
+# -- what is allowed ---------------------------------------------------------------------------------------------
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """In words that complete the sentence "it must be …": "a whole number from 1 to 65535"."""
+    return description_of(field).allowed or _words(field.annotation, field.metadata)
+
+
+def _words(kind: Any, limits: list[Any]) -> str:
+    for limit in limits:
+        if isinstance(limit, Words):
+            return limit.text
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _words(inner[0], [*inner[1:], *limits])
+    if origin is Literal:
+        return _either([str(value) for value in inner])
+    if origin in (Union, UnionType):
+        return _either([_words(part, limits) for part in inner if part is not NoneType])
+    if kind is bool:
+        return "true or false"
+    if kind in (int, float):
+        return ("a whole number" if kind is int else "a number") + _range(limits)
+    if kind is str:
+        return "a text"
+    return f"a {kind.__name__.lower()}"
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _range(limits: list[Any]) -> str:
+    least, above, most = None, None, None
+    for limit in limits:
+        # `Field(ge=…)` inside Annotated holds its limits in `metadata`.
+        for one in limit.metadata if isinstance(limit, FieldInfo) else [limit]:
+            least = one.ge if isinstance(one, Ge) else least
+            above = one.gt if isinstance(one, Gt) else above
+            most = one.le if isinstance(one, Le) else most
+    if most is not None and least is not None:
+        return f" from {least} to {most}"
+    if most is not None and above is not None:
+        return f" above {above} and up to {most}"
+    if least is not None:
+        return f" of {least} or more"
+    return "" if above is None else f" above {above}"
+
+
+# -- types -------------------------------------------------------------------------------------------------------
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+# Decoded here and not by pydantic-settings, whose error for broken JSON is not a ValidationError.
+Steps = Annotated[
+    tuple[Annotated[int, Gt(0)], ...],
+    MinLen(1),
+    NoDecode,
+    BeforeValidator(_from_json),
+    Words("a JSON list of whole numbers above 0, such as [1000, 10000]"),
+]
+Urls = Annotated[
+    dict[str, str],
+    NoDecode,
+    BeforeValidator(_from_json),
+    Words('a JSON object such as {"orders": "http://orders:8001"} with orders, sync-worker, sync-api and notifier'),
+]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+def url_of(*schemes: str, several: bool = False) -> AfterValidator:
+    """For a text: empty, or a URL of one of these schemes; `several`: or more than one, separated by commas."""
+
+    def check(value: str) -> str:
+        for url in host_urls(value) if several and value else [value] if value else []:
+            parts = urlsplit(url)
+            if parts.scheme not in schemes or "://" not in url:
+                raise ValueError(f"its scheme is not {_either(list(schemes))}")
+            # A URL of PostgreSQL may name several hosts, each with a port, or a directory of sockets.
+            if "postgresql" not in schemes and (not parts.hostname or (parts.port or 1) < 1):
+                raise ValueError("it names no host")
+        return value
+
+    return AfterValidator(check)
+
+
+def _are_networks(value: str) -> str:
+    for one in value.split(","):
+        if one.strip():
+            ip_network(one.strip(), strict=False)
+    return value
+
+
+Networks = Annotated[
+    str, AfterValidator(_are_networks), Words("addresses or networks separated by commas, such as 10.0.0.2,10.1.0.0/16")
+]
+HttpUrl = Annotated[str, url_of("http", "https"), Words("empty or a URL of http:// or https:// with a host")]
+BrokerUrls = Annotated[
+    str, url_of("amqp", "amqps", several=True), Words("URLs of amqp:// or amqps:// with a host, separated by commas")
+]
+RedisUrls = Annotated[
+    str,
+    url_of("redis", "rediss", several=True),
+    Words("URLs of redis:// or rediss:// with a host, separated by commas"),
+]
+DatabaseUrl = Annotated[str, url_of("postgresql", "postgres"), Words("empty or a URL of postgresql://")]

@@ -1,0 +1,129 @@
+"""Reads settings from the environment and `.env`, and reports what is wrong in sentences for people.
+
+Unknown `TICKETRAIL_…` names are refused: a misspelt setting would otherwise leave the default in force without a word.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings
+
+from shared.setting_fields import PREFIX, allowed_values, description_of, variable
+
+_MAX_SHOWN_CHARACTERS = 80
+
+LOCAL_RUN_NAMES = frozenset(
+    variable(name)
+    for name in (
+        "postgres_port",
+        "rabbitmq_port",
+        "rabbitmq_management_port",
+        "redis_port",
+        "epmd_port",
+        "rabbitmq_dist_port",
+    )
+)
+"""Settings of `make run` alone (deploy/local/environment.py). Its services inherit them."""
+
+OTHER_NAMES: Mapping[str, str] = {
+    "TICKETRAIL_BIND": "docker-compose.yml: the address on which the gateway listens",
+    "TICKETRAIL_PORT": "docker-compose.yml: the port on which the gateway listens",
+    "TICKETRAIL_IMAGE": "docker-compose.yml: the image of the services",
+    "TICKETRAIL_EDGE_SUBNET": "docker-compose.yml: the network of the gateway",
+    "TICKETRAIL_EDGE_RANGE": "docker-compose.yml: the part of that network from which services get their addresses",
+    "TICKETRAIL_GATEWAY_ADDRESS": "docker-compose.yml: the address of the gateway in that network",
+    "TICKETRAIL_RABBITMQ_PASSWORD": "docker-compose.yml: the password of RabbitMQ's administrator",
+    "TICKETRAIL_RABBITMQ_WATCHER_PASSWORD": "docker-compose.yml: the password of RabbitMQ's read-only user",
+    "TICKETRAIL_REDIS_PASSWORD": "docker-compose.yml: the password of the mirror",
+    "TICKETRAIL_POSTGRES_PASSWORD": "docker-compose.yml: the password of PostgreSQL's superuser",
+    "TICKETRAIL_DATABASE_OWNER_PASSWORD": "docker-compose.yml: the password of the role that migrates",
+    "TICKETRAIL_DATABASE_WRITER_PASSWORD": "docker-compose.yml: the password of the role that writes",
+    "TICKETRAIL_DATABASE_API_PASSWORD": "docker-compose.yml: the password of the role that answers clients",
+    "TICKETRAIL_DATABASE_OPS_PASSWORD": "docker-compose.yml: the password of the role for operators",
+    "TICKETRAIL_GRAFANA_PASSWORD": "docker-compose.yml: the password of Grafana's user admin",
+    "TICKETRAIL_GRAFANA_PORT": "docker-compose.yml: the port of Grafana",
+    "TICKETRAIL_JAEGER_PORT": "docker-compose.yml: the port of Jaeger",
+    "TICKETRAIL_PROMETHEUS_PORT": "docker-compose.yml: the port of Prometheus",
+    "TICKETRAIL_TEST_SERVERS": "tests: containers or processes for the servers of a test run",
+    "TICKETRAIL_FUZZ_GROUND": "tests: set by `make fuzz` for itself",
+    "TICKETRAIL_FUZZ_COUNTED": "tests: set by `make fuzz` for itself",
+}
+"""Names that are not settings of a service but may stand in the same environment or `.env`, and their readers."""
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+class SettingsError(ValueError):
+    """A setting cannot be used. The message has a sentence for each and repeats no secret."""
+
+
+def load(kind: type[S]) -> S:
+    """`kind` from the environment, then from `.env` in the working directory. Raises SettingsError."""
+    given = _given(kind)
+    known = {variable(name) for name in kind.model_fields} | LOCAL_RUN_NAMES | OTHER_NAMES.keys()
+    unknown = [_unknown(name, origin, known) for name, (_, origin) in sorted(given.items()) if name not in known]
+    if unknown:
+        raise SettingsError("\n".join(unknown))
+    try:
+        return kind()
+    except ValidationError as error:
+        # `from None`: the error of pydantic shows the values of secrets.
+        raise SettingsError("\n".join(_sentences(kind, error, given))) from None
+
+
+@contextmanager
+def exit_on_bad_settings() -> Iterator[None]:
+    """For the entry point of a process: prints a SettingsError without a traceback and exits with code 1."""
+    try:
+        yield
+    except SettingsError as error:
+        sys.exit("\n".join(f"ticketrail: {line}" for line in str(error).splitlines()))
+
+
+def _given(kind: type[BaseSettings]) -> dict[str, tuple[str, str]]:
+    """Every name with our prefix, in upper case: its text, and where it stands when that is a file."""
+    path = Path(str(kind.model_config.get("env_file") or ".env"))
+    try:
+        # The working directory may hold a directory of this name, which pydantic-settings skips.
+        in_file = dotenv_values(path) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    given = {name.upper(): (text or "", f" (in {path})") for name, text in in_file.items()}
+    given |= {name.upper(): (text, "") for name, text in os.environ.items()}
+    return {name: found for name, found in given.items() if name.startswith(PREFIX)}
+
+
+def _unknown(name: str, origin: str, known: set[str]) -> str:
+    (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return f"{name}{origin} is not a setting; the nearest one is {nearest}"
+
+
+def _sentences(kind: type[BaseSettings], error: ValidationError, given: Mapping[str, tuple[str, str]]) -> list[str]:
+    found: dict[str, str] = {}
+    for one in error.errors(include_url=False):
+        name = str(one["loc"][0]) if one["loc"] else ""
+        if one["type"] == "default_factory_not_called":  # follows from an error of another setting
+            continue
+        # A check of several settings together names them itself.
+        found.setdefault(name or str(one["msg"]), _sentence(kind, name, one, given) if name else _message(one))
+    return list(found.values())
+
+
+def _message(error: ErrorDetails) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _sentence(kind: type[BaseSettings], name: str, error: ErrorDetails, given: Mapping[str, tuple[str, str]]) -> str:
+    field = kind.model_fields[name]
+    text, origin = given.get(variable(name), (str(error["input"]), ""))
+    shown: Any = text if len(text) <= _MAX_SHOWN_CHARACTERS else text[:_MAX_SHOWN_CHARACTERS] + "…"
+    value = "has a value that is not allowed" if description_of(field).secret else f"is {shown!r}, which is not allowed"
+    return f"{variable(name)}{origin} {value}: it must be {allowed_values(field)}"

@@ -1,0 +1,5 @@
+"""The version of Ticketrail: the only place that holds it. pyproject.toml reads it from here."""
+
+VERSION = "0.1.0"
+USER_AGENT = f"ticketrail/{VERSION}"
+"""What our HTTP clients send."""
