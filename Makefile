@@ -39,7 +39,7 @@ api: bootstrap ## freeze the documents of the APIs and of the events anew, in do
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
 	$(PYTHON) -m deploy.settings_docs
 
-bench: bootstrap ## measure against peers, 12 minutes on a quiet machine; ARGS="accept push" chooses
+bench: bootstrap ## measure against peers, 14 minutes on a quiet machine; ARGS="accept push" chooses
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	$(PYTHON) -m benchmarks $(ARGS)
 

@@ -83,14 +83,7 @@ class DualWrite:
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
         ask(management, "PUT", f"/api/permissions/{_VHOST}/ticketrail", everything)
 
-        async def declare_stream() -> None:
-            async with await declare.connect(self._rabbitmq_url) as connection:
-                async with connection.channel() as channel:
-                    await channel.declare_exchange(CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
-                settings = Settings(_env_file=None)
-                await declare.declare_logs(connection, settings, str(uuid4()))
-
-        run(declare_stream())
+        run(declare_stream(self._rabbitmq_url))
 
     @contextlib.contextmanager
     def pushed(self) -> Iterator[Screen]:
@@ -117,6 +110,14 @@ class DualWrite:
         with Redis.from_url(self._redis_url) as redis:
             redis.flushdb()
         ask(self._rig.management_url, "DELETE", f"/api/vhosts/{_VHOST}")
+
+
+async def declare_stream(rabbitmq_url: str) -> None:
+    """Declares the exchange of the changes and the change log in a virtual host without lanes."""
+    async with await declare.connect(rabbitmq_url) as connection:
+        async with connection.channel() as channel:
+            await channel.declare_exchange(CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
+        await declare.declare_logs(connection, Settings(_env_file=None), str(uuid4()))
 
 
 def direct_peer(rig: BenchmarkRig) -> RunningProgram:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.__main__ import QUESTIONS, answer
 from benchmarks.load import ProgramMissing
+from benchmarks.peers.node import prepared
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, not_run
 from benchmarks.report import markdown_table
 from benchmarks.results import merged, read_rows, write_rows
@@ -112,3 +113,22 @@ async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch
     await ask_until_refused(Settings(_env_file=None))
     with pytest.raises(TooManyRequests):
         await ask_until_refused(Settings(_env_file=None, restaurant_per_second=5.0))
+
+
+def test_node_peers_without_node_are_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProgramMissing, match="Node is not installed"):
+        prepared(tmp_path)
+
+
+def test_packages_that_failed_to_install_leave_no_folder_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, script in (("node", ""), ("npm", "/bin/mkdir node_modules; echo offline >&2; exit 1")):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProgramMissing, match="offline"):
+        prepared(tmp_path)
+    assert not (tmp_path / "node_modules").exists()
