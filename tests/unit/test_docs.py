@@ -1,0 +1,51 @@
+"""The documents name files, tests and decisions: each of them exists under that name."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.system import ROOT
+
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    # What was true of a release stays in the changelog; the tutorial names files that its reader makes.
+    if path.name not in ("CHANGELOG.md", "add-an-entity.md")
+)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_FILE = re.compile(r"([\w./-]*\w\.(?:py|lua|sql|sh|conf|yaml|yml))(?:::(\w+))?(?:\[.*\])?")
+# No files of the repository: what an operator or a configuration calls its own.
+_ELSEWHERE = {"nginx.conf"}
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    return [f"/{name}" for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str]) -> None:
+    # Blocks are for the reader's terminal; spans are what the text refers to.
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = text.partition("\n## Names in the code\n")[0]  # of the glossary: what is to be renamed
+    for span in _SPAN.findall(text):
+        found = _FILE.fullmatch(span)
+        if found is None or found[1] in _ELSEWHERE:
+            continue
+        named = [path for path in tracked if path.endswith(f"/{found[1].removeprefix('./')}")]
+        assert named, f"{page.name} names {span}, which does not exist"
+        if function := found[2]:
+            assert any(f"def {function}(" in (ROOT / path[1:]).read_text() for path in named), span
+
+
+def test_the_index_of_decisions_has_every_record_under_its_title() -> None:
+    index = (ROOT / "docs/adr/index.md").read_text()
+    listed = re.findall(r"^\| (\d+) \| \[(.+)\]\((\S+)\) \|$", index, re.MULTILINE)
+    records = sorted((ROOT / "docs/adr").glob("0*.md"))
+    titles = [re.match(r"# (\d+)\. (.+)\n", path.read_text()) for path in records]
+    assert listed == [
+        (title[1], title[2], path.name) for title, path in zip(titles, records, strict=True) if title is not None
+    ]
