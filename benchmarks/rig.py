@@ -40,7 +40,7 @@ SERVICES = {
     "sync": ("services.sync", "api"),
     "notifier": ("services.notifier",),
 }
-WITHOUT_RATE_LIMITS = {"restaurant_per_second": 0, "address_per_second": 0}
+WITHOUT_RATE_LIMITS = {"restaurant_requests_per_second": 0, "address_requests_per_second": 0}
 """Settings of every system under load. Readers of one restaurant reach more than its default 5,000 requests per second,
 and a 429 is not a figure."""
 _POLL_SECONDS = 0.1
@@ -136,7 +136,7 @@ class BenchmarkRig:
             "database_api_url": self.database_url("api"),
             "database_ops_url": self.database_url("ops"),
             "jwt_secret": SECRET,
-            "fence_interval_seconds": 1.0,
+            "heartbeat_interval_seconds": 1.0,
             **WITHOUT_RATE_LIMITS,
             **settings,
         }

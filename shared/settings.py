@@ -147,16 +147,16 @@ class Settings(BaseSettings):
         allowed="origins separated by commas, or *",
     )
 
-    restaurant_per_second: NonNegativeFloat = LIMITS.setting(
+    restaurant_requests_per_second: NonNegativeFloat = LIMITS.setting(
         5_000.0, "Requests that a restaurant may send in the long run.", unit="requests per second"
     )
-    restaurant_burst: PositiveInt = LIMITS.setting(
+    restaurant_burst_requests: PositiveInt = LIMITS.setting(
         10_000, "Requests that a restaurant may send at once.", unit="requests"
     )
-    address_per_second: NonNegativeFloat = LIMITS.setting(
+    address_requests_per_second: NonNegativeFloat = LIMITS.setting(
         5_000.0, "Requests that a client address may send in the long run.", unit="requests per second"
     )
-    address_burst: PositiveInt = LIMITS.setting(
+    address_burst_requests: PositiveInt = LIMITS.setting(
         10_000, "Requests that a client address may send at once.", unit="requests"
     )
 
@@ -187,20 +187,20 @@ class Settings(BaseSettings):
         allowed="a secret, a key as PEM, or the path of a file with a key",
         secret=True,
     )
-    jwt_ttl_seconds: PositiveInt = SIGN_IN.setting(
+    cli_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
         7 * 24 * 3600, "The lifetime of a token that `ticketrail token` prints.", unit="seconds"
     )
-    access_ttl_seconds: PositiveInt = SIGN_IN.setting(
+    access_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
         1_800, "The lifetime of the access token that a sign-in returns.", unit="seconds"
     )
-    refresh_ttl_seconds: PositiveInt = SIGN_IN.setting(
+    refresh_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
         30 * 24 * 3600, "The lifetime of the refresh token that a sign-in returns.", unit="seconds"
     )
-    table_session_seconds: PositiveInt = SIGN_IN.setting(4 * 3600, "The lifetime of a guest's token.", unit="seconds")
-    tries_per_account: PositiveInt = SIGN_IN.setting(
+    guest_token_ttl_seconds: PositiveInt = SIGN_IN.setting(4 * 3600, "The lifetime of a guest's token.", unit="seconds")
+    sign_in_attempts_per_account: PositiveInt = SIGN_IN.setting(
         10, "Sign-in attempts for an account within five minutes.", unit="attempts"
     )
-    tries_per_address: PositiveInt = SIGN_IN.setting(
+    sign_in_attempts_per_address: PositiveInt = SIGN_IN.setting(
         60, "Sign-in attempts from a client address within five minutes.", unit="attempts"
     )
     sync_token: str = SIGN_IN.setting(
@@ -210,14 +210,14 @@ class Settings(BaseSettings):
     publish_timeout_seconds: PositiveFloat = COMMIT.setting(
         1.5, "Without a publisher confirm after this time a change goes to the journal.", unit="seconds"
     )
-    publish_batch_changes: PositiveInt = COMMIT.setting(256, "The most changes that share a message.", unit="changes")
-    publishes_under_way: PositiveInt = COMMIT.setting(
+    publish_max_changes: PositiveInt = COMMIT.setting(256, "The most changes that share a message.", unit="changes")
+    publish_concurrency: PositiveInt = COMMIT.setting(
         1,
         "Publishes of a lane that wait for their confirm at once; fewer make larger messages, which cost less "
         "(2 cost a fifth of the throughput).",
         unit="publishes",
     )
-    publishes_apart_ms: NonNegativeFloat = COMMIT.setting(
+    publish_interval_ms: NonNegativeFloat = COMMIT.setting(
         5.0,
         "The least time between the starts of two publishes of a lane; a change that comes alone does not wait.",
         unit="milliseconds",
@@ -225,10 +225,10 @@ class Settings(BaseSettings):
     claim_stale_seconds: PositiveFloat = COMMIT.setting(
         2.0, "A claim of this age counts as abandoned, and the sync worker finishes it.", unit="seconds"
     )
-    claim_seconds: PositiveFloat = COMMIT.setting(
+    claim_timeout_seconds: PositiveFloat = COMMIT.setting(
         1.0, "A claim that gets no answer is repeated for this long.", unit="seconds"
     )
-    reveal_seconds: PositiveFloat = COMMIT.setting(
+    reveal_timeout_seconds: PositiveFloat = COMMIT.setting(
         1.0, "A reply waits at most this long for the mirror; later it says `visible: false`.", unit="seconds"
     )
     journal_max_bytes: PositiveInt = COMMIT.setting(
@@ -237,16 +237,16 @@ class Settings(BaseSettings):
     journal_reserve_bytes: NonNegativeInt = COMMIT.setting(
         4 << 20, "What the journal leaves free on its disk, because draining it needs room too.", unit="bytes"
     )
-    orphans_seconds: PositiveFloat = COMMIT.setting(
+    orphaned_journal_scan_seconds: PositiveFloat = COMMIT.setting(
         5.0, "The interval at which journals whose instance is gone are looked for and drained.", unit="seconds"
     )
-    settle_seconds: PositiveFloat = COMMIT.setting(
+    mirror_settle_seconds: PositiveFloat = COMMIT.setting(
         3.0,
         "A mirror that lost its data stays cold at least this long: twice the publish timeout, so that changes in "
         "flight have arrived.",
         unit="seconds",
     )
-    number_gap: PositiveInt = COMMIT.setting(
+    order_number_gap: PositiveInt = COMMIT.setting(
         100,
         "Order numbers that are skipped after the mirror lost its data, because they may be in use already.",
         unit="numbers",
@@ -257,20 +257,20 @@ class Settings(BaseSettings):
         "The delays before each retry of a change that could not be written.",
         unit="milliseconds",
     )
-    log_max_age: str = TOPOLOGY.setting(
+    change_log_max_age: str = TOPOLOGY.setting(
         "7D",
         "The change log drops segments of this age.",
         allowed="a whole number followed by Y, M, D, h, m or s, such as 7D",
         pattern=r"^[1-9][0-9]*[YMDhms]$",
     )
-    log_max_bytes: PositiveInt = TOPOLOGY.setting(
+    change_log_max_bytes: PositiveInt = TOPOLOGY.setting(
         20_000_000_000, "The change log drops its oldest segments above this size.", unit="bytes"
     )
-    log_segment_bytes: PositiveInt = TOPOLOGY.setting(
+    change_log_segment_bytes: PositiveInt = TOPOLOGY.setting(
         50_000_000, "The size of a segment of the change log.", unit="bytes"
     )
 
-    fence_interval_seconds: PositiveFloat = WORKER.setting(
+    heartbeat_interval_seconds: PositiveFloat = WORKER.setting(
         5.0,
         "The interval of heartbeats through every lane and the change log; three missed ones count as a failure.",
         unit="seconds",
@@ -279,7 +279,7 @@ class Settings(BaseSettings):
     lane_prefetch: PositiveInt = WORKER.setting(
         200, "Messages that a consumer of a lane may hold without having acknowledged them.", unit="messages"
     )
-    batch_changes: PositiveInt = WORKER.setting(
+    batch_max_changes: PositiveInt = WORKER.setting(
         500, "The most changes that are written in one transaction.", unit="changes"
     )
     batch_wait_ms: PositiveFloat = WORKER.setting(
@@ -292,40 +292,40 @@ class Settings(BaseSettings):
         "Only for a test, and refused in production: the writer acknowledges changes before it commits them, so a "
         "worker that is killed loses changes and the proof of tests/chaos must report it.",
     )
-    sink_away_seconds: PositiveFloat = WORKER.setting(
+    sink_hold_seconds: PositiveFloat = WORKER.setting(
         300.0, "While PostgreSQL is away a batch is held this long; then the consumers unsubscribe.", unit="seconds"
     )
     mirror_window_days: PositiveInt = WORKER.setting(
         3, "The mirror keeps closed orders of so many days; older ones are read from PostgreSQL.", unit="days"
     )
-    reconcile_seconds: PositiveFloat = WORKER.setting(
+    reconcile_interval_seconds: PositiveFloat = WORKER.setting(
         2.0, "The interval at which abandoned claims and pending changes are looked for.", unit="seconds"
     )
-    heal_seconds: PositiveFloat = WORKER.setting(
+    lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
         "How often changes that stay pending behind empty lanes are looked for, and how old they must be.",
         unit="seconds",
     )
-    cleanup_seconds: PositiveFloat = WORKER.setting(
+    cleanup_interval_seconds: PositiveFloat = WORKER.setting(
         3_600.0, "The interval at which expired records are deleted.", unit="seconds"
     )
     dead_letter_retention_days: PositiveInt = WORKER.setting(
         30, "A dead letter is deleted this long after it was resolved or discarded; open ones stay.", unit="days"
     )
-    pending_too_long_seconds: PositiveFloat = WORKER.setting(
+    pending_check_after_seconds: PositiveFloat = WORKER.setting(
         10.0,
         "After this time the reconciler asks PostgreSQL for a change that the mirror shows as pending.",
         unit="seconds",
     )
-    pending_warning: PositiveInt = WORKER.setting(
+    pending_warning_changes: PositiveInt = WORKER.setting(
         100,
         "Above so many pending changes of a restaurant the log, a metric and the sync status warn.",
         unit="changes",
     )
-    failed_warning: PositiveInt = WORKER.setting(
+    failed_warning_changes: PositiveInt = WORKER.setting(
         5, "Above so many failed changes of a restaurant the log, a metric and the sync status warn.", unit="changes"
     )
-    threshold_seconds: PositiveFloat = WORKER.setting(
+    threshold_interval_seconds: PositiveFloat = WORKER.setting(
         10.0, "The interval at which both warnings are checked.", unit="seconds"
     )
 
@@ -357,13 +357,13 @@ class Settings(BaseSettings):
     )
     trace_files: PositiveInt = TRACES.setting(4, "Closed trace files that each process keeps.", unit="files")
 
-    window_seconds: PositiveFloat = NOTIFIER.setting(
+    replay_window_seconds: PositiveFloat = NOTIFIER.setting(
         600.0, "How far back a client can resume from its cursor.", unit="seconds"
     )
-    window_changes: PositiveInt = NOTIFIER.setting(
+    replay_window_changes: PositiveInt = NOTIFIER.setting(
         50_000, "The most changes that are held for clients that resume.", unit="changes"
     )
-    window_bytes: PositiveInt = NOTIFIER.setting(256 << 20, "The most memory for these changes.", unit="bytes")
+    replay_window_bytes: PositiveInt = NOTIFIER.setting(256 << 20, "The most memory for these changes.", unit="bytes")
     client_buffer_events: PositiveInt = NOTIFIER.setting(
         1_000,
         "Events that may wait for a client; one that reads too slowly is told to resync and disconnected.",
@@ -375,7 +375,7 @@ class Settings(BaseSettings):
     client_connections: PositiveInt = NOTIFIER.setting(
         10_000, "Open connections at once; further ones wait.", unit="connections"
     )
-    heartbeat_seconds: PositiveFloat = NOTIFIER.setting(
+    push_keepalive_seconds: PositiveFloat = NOTIFIER.setting(
         15.0,
         "The interval at which an idle event stream sends a comment, so that proxies keep it open.",
         unit="seconds",

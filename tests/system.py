@@ -34,10 +34,10 @@ SERVICES = {
 # For services whose servers nobody ends: where a machine stands still for a second, the defaults would make another
 # (correct) outcome of it, such as a 504 or a number of the instance's own.
 PATIENT = {
-    "fence_interval_seconds": 1.0,  # thrice that without a fence, and readers of the log connect anew
+    "heartbeat_interval_seconds": 1.0,  # thrice that without a fence, and readers of the log connect anew
     "redis_timeout_seconds": 3.0,
-    "claim_seconds": 5.0,
-    "reveal_seconds": 5.0,
+    "claim_timeout_seconds": 5.0,
+    "reveal_timeout_seconds": 5.0,
     "publish_timeout_seconds": 5.0,
     "database_timeout_seconds": 15.0,
 }
@@ -93,11 +93,11 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
-            "tries_per_address": 100_000,  # all tests come from one
-            "fence_interval_seconds": 0.3,
+            "sign_in_attempts_per_address": 100_000,  # all tests come from one
+            "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
-            "settle_seconds": 1.0,
-            "log_segment_bytes": 1_000_000,
+            "mirror_settle_seconds": 1.0,
+            "change_log_segment_bytes": 1_000_000,
             "trace_sample": 0.1,  # as in production; development keeps every trace, which slows load tests
             **settings,
         }

@@ -44,7 +44,11 @@ class Parts(Struct, frozen=True):
 
 
 def assemble(settings: Settings) -> Parts:
-    window = Window(seconds=settings.window_seconds, changes=settings.window_changes, size=settings.window_bytes)
+    window = Window(
+        seconds=settings.replay_window_seconds,
+        changes=settings.replay_window_changes,
+        size=settings.replay_window_bytes,
+    )
     hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
     tracer = Tracer("notifier", settings)
     metrics = Metrics()

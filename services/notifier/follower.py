@@ -1,9 +1,10 @@
 """Follows the log and feeds the hub.
 
-Guarantee: every change in the log reaches the hub once, in the order of the log, those of the last `window_seconds`
-again after a start. An entry that cannot be read is skipped with an error in the log (the writer dead-letters it) and
-still counts for the cursor; it stops nothing. While the broker is away the hub goes on serving what it holds. After a
-loss of the log it begins the hub anew. At shutdown it just stops: it holds nothing that the log has not.
+Guarantee: every change in the log reaches the hub once, in the order of the log, those of the last
+`replay_window_seconds` again after a start. An entry that cannot be read is skipped with an error in the log (the
+writer dead-letters it) and still counts for the cursor; it stops nothing. While the broker is away the hub continues to
+serve what it holds. After a loss of the log the follower starts a new hub. At shutdown it stops at once: it holds
+nothing that the log does not have.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ class Follower:
         self._reader = LogReader(
             settings.rabbitmq_url,
             name=f"notifier-{settings.instance}",
-            idle_seconds=settings.fence_interval_seconds * 3,
+            idle_seconds=settings.heartbeat_interval_seconds * 3,
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -86,7 +87,7 @@ class Follower:
         sync worker is down: push works without it, so that is only reported."""
         fenced_at = self._reader.fenced_at
         age = None if fenced_at is None else (now() - fenced_at).total_seconds()
-        stale = age is None or age > max(2.0, self._settings.fence_interval_seconds * 3)
+        stale = age is None or age > max(2.0, self._settings.heartbeat_interval_seconds * 3)
         return self.caught_up and self._begun, {
             "broker": self._reader.connected,
             "caught_up": self.caught_up,
@@ -99,12 +100,12 @@ class Follower:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.heartbeat_seconds)
+            await asyncio.sleep(self._settings.push_keepalive_seconds)
             self._hub.window.forget(time.monotonic())
             self._hub.beat()
 
     async def _follow(self) -> None:
-        since = now() - timedelta(seconds=self._settings.window_seconds)
+        since = now() - timedelta(seconds=self._settings.replay_window_seconds)
         async with aclosing(self._reader.read(since)) as batches:
             first = True
             async for batch in batches:

@@ -90,17 +90,17 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
     recorder = Recorder(
         publisher,
         journal,
-        under_way=settings.publishes_under_way,
-        apart_ms=settings.publishes_apart_ms,
-        batch_changes=settings.publish_batch_changes,
+        under_way=settings.publish_concurrency,
+        apart_ms=settings.publish_interval_ms,
+        batch_max_changes=settings.publish_max_changes,
         metrics=rail_metrics,
     )
     rail = Rail(
         mirror,
         recorder,
         journal,
-        claim_seconds=settings.claim_seconds,
-        reveal_seconds=settings.reveal_seconds,
+        claim_timeout_seconds=settings.claim_timeout_seconds,
+        reveal_timeout_seconds=settings.reveal_timeout_seconds,
         tracer=tracer,
         metrics=rail_metrics,
     )
@@ -108,7 +108,7 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
     reader = LogReader(
         settings.rabbitmq_url,
         name=f"orders-{settings.instance}",
-        idle_seconds=settings.fence_interval_seconds * 3,
+        idle_seconds=settings.heartbeat_interval_seconds * 3,
         stream=REFERENCE_LOG,
     )
     menus = Menus(postgres, mirror, reader)
@@ -137,7 +137,7 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
             tracer,
             own=settings.instance_number,
             max_bytes=settings.journal_max_bytes,
-            every=settings.orphans_seconds,
+            every=settings.orphaned_journal_scan_seconds,
         ),
         rail,
         menus,
@@ -210,7 +210,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
     reader = parts.menus.reader
     fenced = reader.fenced_at
     age = None if fenced is None else round((now() - fenced).total_seconds(), 3)
-    stale = age is None or age > max(2.0, parts.settings.fence_interval_seconds * 3)
+    stale = age is None or age > max(2.0, parts.settings.heartbeat_interval_seconds * 3)
     details = {
         "menus": parts.menus.loaded,
         "broker": parts.publisher.connected,

@@ -58,7 +58,7 @@ class SignIn:
         self._settings = settings
         self._nobody = hash_password(secrets.token_urlsafe(16))
         self._hashing = asyncio.Semaphore(_AT_ONCE)
-        of_account, of_address = settings.tries_per_account, settings.tries_per_address
+        of_account, of_address = settings.sign_in_attempts_per_account, settings.sign_in_attempts_per_address
         self._by_account = TokenBucket(mirror, "tries", Rate(of_account, of_account / _WINDOW))
         self._by_address = TokenBucket(mirror, "tries-from", Rate(of_address, of_address / _WINDOW))
 
@@ -71,7 +71,11 @@ class SignIn:
         await self._count(self._by_address, counted_as(address))
         if restaurant.time_zone not in await asyncio.to_thread(_time_zones):
             raise InvalidInput("not a time zone, such as Europe/Berlin", field="time_zone")
-        hashed, token, ttl = await self.hash(password), secrets.token_urlsafe(32), self._settings.refresh_ttl_seconds
+        hashed, token, ttl = (
+            await self.hash(password),
+            secrets.token_urlsafe(32),
+            self._settings.refresh_token_ttl_seconds,
+        )
         user = await self._accounts.register(restaurant, email, name, hashed, _digest(token), ttl)
         return self._session(user, token)
 
@@ -89,7 +93,7 @@ class SignIn:
         fits = await self._fits(known or self._nobody, password)
         if found is None or known is None or not fits:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
-        token, ttl = secrets.token_urlsafe(32), self._settings.refresh_ttl_seconds
+        token, ttl = secrets.token_urlsafe(32), self._settings.refresh_token_ttl_seconds
         if not await self._accounts.begin_session(_digest(token), found[0].id, known, ttl):
             # Its password was changed, or it was shut out, since it was looked up.
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
@@ -98,7 +102,9 @@ class SignIn:
     async def refresh(self, token: str) -> Session:
         """Raises Unauthenticated; of a token that was used before the session is over."""
         new = secrets.token_urlsafe(32)
-        rotated = await self._accounts.rotate_session(_digest(token), _digest(new), self._settings.refresh_ttl_seconds)
+        rotated = await self._accounts.rotate_session(
+            _digest(token), _digest(new), self._settings.refresh_token_ttl_seconds
+        )
         if rotated.user is None:
             code = "refresh_token_reused" if rotated.outcome == "reused" else "refresh_token_invalid"
             raise Unauthenticated("this refresh token is not good any more: sign in again", code=code)
@@ -116,7 +122,7 @@ class SignIn:
         found = await self._reads.one(table.ENTITY, restaurant.id, table_id)
         if found.seen().deleted_at is not None:
             raise NotFound("no such table")
-        session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.table_session_seconds
+        session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.guest_token_ttl_seconds
         who = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
         return TableSession(self._tokens.issue(who, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
 
@@ -132,7 +138,7 @@ class SignIn:
             raise TooManyRequests("too many tries: wait a while", retry_after=math.ceil(wait))
 
     def _session(self, user: User, refresh_token: str) -> Session:
-        role, ttl = Role(user.role), self._settings.access_ttl_seconds
+        role, ttl = Role(user.role), self._settings.access_token_ttl_seconds
         session = user.id if role is Role.CUSTOMER else None
         who = Identity(user.id, role, user.restaurant_id or "", user.email, session)
         return Session(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)

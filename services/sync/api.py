@@ -123,7 +123,7 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
         async with parts.postgres.connection() as connection:
             fences = await connection.fetch(_FENCES)
         ages = {row["lane"]: round((now() - row["sent_at"]).total_seconds(), 3) for row in fences}
-        limit = max(2.0, parts.settings.fence_interval_seconds * 3)
+        limit = max(2.0, parts.settings.heartbeat_interval_seconds * 3)
         details["fence_age_seconds"] = ages
         details["fences"] = "fresh" if ages and max(ages.values()) <= limit else "stale"
         details["postgres"] = True
@@ -148,13 +148,13 @@ def assemble(settings: Settings) -> Parts:
         settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
     )
     # Without a journal: what cannot be recorded now is refused, and the other system sends it again.
-    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way)
+    recorder = Recorder(publisher, None, under_way=settings.publish_concurrency)
     rail = Rail(
         mirror,
         recorder,
         None,
-        claim_seconds=settings.claim_seconds,
-        reveal_seconds=settings.reveal_seconds,
+        claim_timeout_seconds=settings.claim_timeout_seconds,
+        reveal_timeout_seconds=settings.reveal_timeout_seconds,
         tracer=tracer,
         metrics=RailMetrics(metrics),
     )

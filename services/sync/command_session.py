@@ -60,13 +60,13 @@ class Session:
         self.publisher = Publisher(
             settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
         )
-        recorder = Recorder(self.publisher, None, under_way=settings.publishes_under_way)
+        recorder = Recorder(self.publisher, None, under_way=settings.publish_concurrency)
         self.rail = Rail(
             self.mirror,
             recorder,
             None,
-            claim_seconds=settings.claim_seconds,
-            reveal_seconds=settings.reveal_seconds,
+            claim_timeout_seconds=settings.claim_timeout_seconds,
+            reveal_timeout_seconds=settings.reveal_timeout_seconds,
         )
 
     async def __aenter__(self) -> "Session":

@@ -62,7 +62,7 @@ class Way(Struct):
 
 class FenceWatch:
     def __init__(self, settings: Settings) -> None:
-        self._patience = max(3 * settings.fence_interval_seconds, _LEAST_READY)
+        self._patience = max(3 * settings.heartbeat_interval_seconds, _LEAST_READY)
         self._ways = {name: Way() for name in WAYS}
         self._idle: dict[str, Callable[[], bool]] = {}
         self._news = asyncio.Event()
@@ -185,7 +185,7 @@ class FenceSource:
         self._postgres = postgres
         self._publisher = publisher
         self._watch = watch
-        self._interval = settings.fence_interval_seconds
+        self._interval = settings.heartbeat_interval_seconds
         self._epoch: str | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -75,13 +75,13 @@ def assemble(settings: Settings) -> Parts:
     )
     watch = FenceWatch(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
-    recorder = Recorder(publisher, None, under_way=settings.publishes_under_way, metrics=rail_metrics)
+    recorder = Recorder(publisher, None, under_way=settings.publish_concurrency, metrics=rail_metrics)
     rail = Rail(
         mirror,
         recorder,
         None,
-        claim_seconds=settings.claim_seconds,
-        reveal_seconds=settings.reveal_seconds,
+        claim_timeout_seconds=settings.claim_timeout_seconds,
+        reveal_timeout_seconds=settings.reveal_timeout_seconds,
         tracer=tracer,
         metrics=rail_metrics,
     )
@@ -164,7 +164,7 @@ async def start(parts: Parts) -> None:
     parts.keeper.start()
     parts.mirror_writer.start()
     await parts.fences.start()
-    await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.fence_interval_seconds))
+    await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.heartbeat_interval_seconds))
     parts.reconciler.start()
     parts.replays.start()
     parts.thresholds.start()

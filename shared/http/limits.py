@@ -125,8 +125,12 @@ def counted_as(address: str) -> str:
 class Limits:
     def __init__(self, mirror: Mirror | None, settings: Settings) -> None:
         """A rate of 0 is no limit."""
-        self._address = _bucket(mirror, "address", settings.address_burst, settings.address_per_second)
-        self._restaurant = _bucket(mirror, "restaurant", settings.restaurant_burst, settings.restaurant_per_second)
+        self._address = _bucket(
+            mirror, "address", settings.address_burst_requests, settings.address_requests_per_second
+        )
+        self._restaurant = _bucket(
+            mirror, "restaurant", settings.restaurant_burst_requests, settings.restaurant_requests_per_second
+        )
 
     async def of_address(self, address: str, answer: list[tuple[bytes, bytes]]) -> None:
         """Raises TooManyRequests; adds headers to `answer`."""

@@ -83,9 +83,9 @@ def logs(settings: Settings) -> list[Queue]:
     """The streams, the log itself last: where it stands the others do."""
     arguments = {
         "x-queue-type": "stream",
-        "x-max-age": settings.log_max_age,
-        "x-max-length-bytes": settings.log_max_bytes,
-        "x-stream-max-segment-size-bytes": settings.log_segment_bytes,
+        "x-max-age": settings.change_log_max_age,
+        "x-max-length-bytes": settings.change_log_max_bytes,
+        "x-stream-max-segment-size-bytes": settings.change_log_segment_bytes,
     }
     return [Queue(REFERENCE_LOG, arguments, (Lane.NORMAL, Lane.BACKGROUND)), Queue(LOG, arguments, tuple(Lane))]
 

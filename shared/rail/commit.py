@@ -111,8 +111,8 @@ class Rail:
         recorder: Recorder,
         journal: Journal | None,
         *,
-        claim_seconds: float,
-        reveal_seconds: float,
+        claim_timeout_seconds: float,
+        reveal_timeout_seconds: float,
         tracer: Tracer | None = None,
         metrics: RailMetrics | None = None,
     ) -> None:
@@ -120,8 +120,8 @@ class Rail:
         self._mirror = mirror
         self._recorder = recorder
         self._journal = journal
-        self._claim_seconds = claim_seconds
-        self._reveal_seconds = reveal_seconds
+        self._claim_seconds = claim_timeout_seconds
+        self._reveal_seconds = reveal_timeout_seconds
         self._tracer = tracer
         self._metrics = metrics
         self._highest: dict[tuple[str, str], int] = {}

@@ -58,7 +58,7 @@ class Recorder:
         *,
         under_way: int,
         apart_ms: float = 0.0,
-        batch_changes: int = MAX_BATCH,
+        batch_max_changes: int = MAX_BATCH,
         metrics: RailMetrics | None = None,
     ) -> None:
         self._metrics = metrics
@@ -69,7 +69,7 @@ class Recorder:
         self._next_at = dict.fromkeys(Lane, 0.0)
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._draining = False
-        self._batch_changes = min(batch_changes, MAX_BATCH)
+        self._batch_changes = min(batch_max_changes, MAX_BATCH)
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
         self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
 

@@ -155,7 +155,7 @@ class Tokens:
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {LEAST_SECRET_BYTES} bytes")
             if wrong := weakness(before):
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY {wrong}")
-        return cls(key, ttl_seconds=settings.jwt_ttl_seconds, previous=previous)
+        return cls(key, ttl_seconds=settings.cli_token_ttl_seconds, previous=previous)
 
     @property
     def signs(self) -> bool:

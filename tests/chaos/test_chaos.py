@@ -35,7 +35,7 @@ async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
     """One for both, in this order: after the second nothing adds up in it any more. Nothing heals what is lost before
     it is found."""
     folder = tmp_path_factory.mktemp("chaos")
-    rig = Rig(with_own_redis(servers, folder), folder, heal_seconds=3_600)
+    rig = Rig(with_own_redis(servers, folder), folder, lost_message_seconds=3_600)
     await asyncio.to_thread(rig.servers.redis.start)
     try:
         await rig.up()

@@ -67,7 +67,7 @@ def test_documents_are_the_same_in_every_process_and_every_environment(tmp_path:
         "PYTHONPATH": str(ROOT),
         "PYTHONHASHSEED": "4711",
         "TICKETRAIL_RETRY_STEPS_MS": "[5]",
-        "TICKETRAIL_LOG_MAX_AGE": "1D",
+        "TICKETRAIL_CHANGE_LOG_MAX_AGE": "1D",
     }
     made = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -29,7 +29,7 @@ class Outage(Rig):
     def __init__(self, shared: Servers, folder: Path, **settings: object) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
         self.replica = local_redis(self._local)
-        super().__init__(with_own_redis(shared, self._local), folder, **{"settle_seconds": 3.0, **settings})
+        super().__init__(with_own_redis(shared, self._local), folder, **{"mirror_settle_seconds": 3.0, **settings})
 
     async def up(self) -> None:
         for one in (self.servers.redis, self.replica):

@@ -33,7 +33,7 @@ RUNS: list[tuple[str, str | None]] = [
 
 def patient() -> dict[str, Any]:
     """Settings of a system that lets itself be asked so often."""
-    return {**PATIENT, "tries_per_account": 1_000_000, "tries_per_address": 1_000_000}
+    return {**PATIENT, "sign_in_attempts_per_account": 1_000_000, "sign_in_attempts_per_address": 1_000_000}
 
 
 class Outcome(Struct, frozen=True):

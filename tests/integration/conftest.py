@@ -35,8 +35,8 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
             "database_ops_url": servers.postgres.url("ticketrail_ops", name),
             "database_timeout_seconds": 2.0,
             "retry_steps_ms": (50, 100),
-            "fence_interval_seconds": 0.2,
-            "log_segment_bytes": 1_000_000,
+            "heartbeat_interval_seconds": 0.2,
+            "change_log_segment_bytes": 1_000_000,
         }
         rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))  # type: ignore[call-arg]
         made.append((rig, name))

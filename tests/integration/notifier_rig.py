@@ -30,7 +30,7 @@ from tests.system import ROOT, eventually
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
 EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-TOPOLOGY = Settings(log_segment_bytes=1_000_000)
+TOPOLOGY = Settings(change_log_segment_bytes=1_000_000)
 TOKENS = Tokens(SECRET, ttl_seconds=3600)
 
 
@@ -162,7 +162,7 @@ class Notifier:
             "rabbitmq_url": rail.url,
             "notifier_port": port,
             "jwt_secret": SECRET,
-            "fence_interval_seconds": 0.3,
+            "heartbeat_interval_seconds": 0.3,
             **settings,
         }
         self.child = Child.spawn(

@@ -45,7 +45,9 @@ class RailRig:
         self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=PATIENCE)
         self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
         self.recorder = Recorder(self.publisher, self.journal, under_way=2)
-        self.rail = Rail(self.mirror, self.recorder, self.journal, claim_seconds=PATIENCE, reveal_seconds=PATIENCE)
+        self.rail = Rail(
+            self.mirror, self.recorder, self.journal, claim_timeout_seconds=PATIENCE, reveal_timeout_seconds=PATIENCE
+        )
         self.drainer = Drainer(self.journal, self.publisher) if self.journal else None
         self.restaurant = builders.RESTAURANT
 
@@ -157,7 +159,7 @@ async def rails(servers: Servers, folder: Path) -> AsyncIterator[MakeRail]:
     """Makes rigs that share one vhost and, unless told otherwise, the Redis of the run."""
     name = f"rail-{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
-    settings = Settings(_env_file=None, rabbitmq_url=url, log_segment_bytes=1_000_000)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, rabbitmq_url=url, change_log_segment_bytes=1_000_000)  # type: ignore[call-arg]
     async with await declare.connect(url) as connection:
         await declare.declare(connection, settings)
         await declare.declare_logs(connection, settings, "test")

@@ -69,9 +69,9 @@ async def guarded(system: System) -> AsyncIterator[str]:
         instance="auto",
         orders_port=port,
         trusted_proxies="127.0.0.1",
-        tries_per_account=PER_ACCOUNT,
-        tries_per_address=PER_ADDRESS,
-        table_session_seconds=TABLE_SECONDS,
+        sign_in_attempts_per_account=PER_ACCOUNT,
+        sign_in_attempts_per_address=PER_ADDRESS,
+        guest_token_ttl_seconds=TABLE_SECONDS,
     )
     try:
         await system.ready(name)

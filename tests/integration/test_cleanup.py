@@ -121,7 +121,7 @@ async def _leave_a_claim(shop: Shop) -> str:
 
 async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) -> None:
     async with link_to(shop.system.database_url("ticketrail_writer")) as database:
-        settings = settings_of(shop.system, cleanup_seconds=0.05, database_timeout_seconds=1.0)
+        settings = settings_of(shop.system, cleanup_interval_seconds=0.05, database_timeout_seconds=1.0)
         postgres = Postgres(database.url, settings)
         cleanup = Cleanup(settings, postgres)
         await cleanup.stop()  # without a start

@@ -33,7 +33,7 @@ async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) ->
     """A system that heals after a second. With one consumer for each lane: a fence that another takes passes orders
     which one is slow to commit, and a second is soon over."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    settings = {"heal_seconds": HEAL, "reconcile_seconds": 0.2, "lane_consumers": 1}
+    settings = {"lost_message_seconds": HEAL, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
     system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, **settings)
     try:
         await system.up("orders", "worker")
@@ -147,7 +147,7 @@ async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -
     """What was accepted while RabbitMQ was away is old when it comes back, and not lost: it waits in a journal."""
     shop = await open_shop(system)
     (old,) = await pending(shop)
-    async with reconciler_of(system, heal_seconds=HEAL) as reconciler:
+    async with reconciler_of(system, lost_message_seconds=HEAL) as reconciler:
         reconciler._healed_at = 0.0  # it has not looked for long
         emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
 
@@ -196,7 +196,7 @@ async def test_what_failed_or_is_young_or_cannot_be_healed_does_not_stop_the_oth
         assert document is not None
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
         await session.mirror.settle(shop.restaurant, "order", [(failed, document.standing)], failure=failure)
-    async with reconciler_of(system, heal_seconds=30.0) as reconciler:
+    async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.heal_pending() == 2
     await eventually(lambda: versions(shop, lost), what="healed", until=lambda found: found == [[2], [2]])
     assert await versions(shop, [failed, young, broken]) == [[], [], []]

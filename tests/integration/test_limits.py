@@ -64,7 +64,7 @@ async def test_two_clients_who_ask_at_once_get_what_is_there_and_no_more(mirrors
 async def test_two_processes_who_ask_at_once_get_what_is_there_and_no_more(servers: Servers) -> None:
     code = f"""
 import asyncio
-from shared.limits import Rate, TokenBucket
+from shared.http.limits import Rate, TokenBucket
 from shared.mirror.mirror import Mirror
 async def main():
     mirror = Mirror({servers.redis.url!r}, timeout=5.0, stale_seconds=2.0)
@@ -201,10 +201,10 @@ async def limited(system: System) -> AsyncIterator[str]:
         instance="auto",
         orders_port=port,
         trusted_proxies="127.0.0.1",
-        restaurant_burst=BURST,
-        restaurant_per_second=0.1,
-        address_burst=ADDRESS_BURST,
-        address_per_second=0.1,
+        restaurant_burst_requests=BURST,
+        restaurant_requests_per_second=0.1,
+        address_burst_requests=ADDRESS_BURST,
+        address_requests_per_second=0.1,
         cors_origins=f"{ORIGIN}, https://other.example",
     )
     try:
@@ -286,8 +286,8 @@ async def test_a_service_without_redis_still_limits(system: System, shop: Shop) 
         instance="auto",
         sync_port=port,
         redis_url=f"redis://127.0.0.1:{nothing}/0",
-        restaurant_burst=BURST,
-        restaurant_per_second=0.01,
+        restaurant_burst_requests=BURST,
+        restaurant_requests_per_second=0.01,
     )
     try:
         await system.ready(name)

@@ -19,7 +19,7 @@ from tests.servers import Servers
 from tests.system import eventually
 
 EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-SETTINGS = Settings(log_segment_bytes=1_000_000)
+SETTINGS = Settings(change_log_segment_bytes=1_000_000)
 
 
 class Broker:

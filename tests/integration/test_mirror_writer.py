@@ -69,7 +69,7 @@ class MirrorRig:
 
 @pytest.fixture
 async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
-    rig = await make_rig(redis_url=redis.url, settle_seconds=0.2)
+    rig = await make_rig(redis_url=redis.url, mirror_settle_seconds=0.2)
     await rig.mirror._redis.call("FLUSHALL")
     made = MirrorRig(rig)
     made.writer.start()

@@ -208,7 +208,7 @@ async def test_replay_goes_over_into_live_without_a_gap_or_a_repetition(rail: Ra
 
 
 async def test_a_cursor_older_than_the_window_gets_a_resync_and_then_goes_on_live(rail: Rail) -> None:
-    notifier = await rail.notifier(window_changes=5)
+    notifier = await rail.notifier(replay_window_changes=5)
     async with notifier.screen() as screen:
         await rail.say(*(change(order()) for _ in range(10)))
         seen = await screen.has(10)
@@ -357,7 +357,7 @@ async def test_a_client_that_leaves_is_forgotten(rail: Rail) -> None:
 
 
 async def test_heartbeats_carry_a_cursor_that_stays_young(rail: Rail) -> None:
-    notifier = await rail.notifier(heartbeat_seconds=0.2, window_changes=2)
+    notifier = await rail.notifier(push_keepalive_seconds=0.2, replay_window_changes=2)
     async with notifier.screen(eventTypes="order_deleted") as screen:
         await rail.say(*(change(order()) for _ in range(5)))
         await eventually(notifier.health, until=lambda health: health[1]["window"] == 2)
@@ -419,7 +419,7 @@ async def test_a_start_on_a_long_log_is_ready_only_with_all_of_it(rail: Rail) ->
 
 
 async def test_without_fences_it_pushes_all_the_same_and_says_that_they_are_stale(rail: Rail) -> None:
-    notifier = await rail.notifier(fence_interval_seconds=0.1)
+    notifier = await rail.notifier(heartbeat_interval_seconds=0.1)
     status, details = await eventually(notifier.health, until=lambda health: health[1]["fences"] == "stale")
     assert status == 200 and details["epoch"] == EPOCH
     async with notifier.screen() as screen:

@@ -340,7 +340,7 @@ async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothi
 
 
 async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_rig: MakeRig, servers: Servers) -> None:
-    rig = await make_rig(database_timeout_seconds=3.0, sink_away_seconds=0.5)
+    rig = await make_rig(database_timeout_seconds=3.0, sink_hold_seconds=0.5)
     await rig.writer.start()
     await rig.database.close()
     rig.database = None

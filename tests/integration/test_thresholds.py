@@ -51,7 +51,9 @@ async def settle(rig: Rig, changes: list[Change]) -> None:
 
 
 async def test_what_is_above_its_threshold_is_told_once_for_each_restaurant_and_when_it_is_over(rig: Rig) -> None:
-    watched = Thresholds(rig.settings.model_copy(update={"pending_warning": 2, "failed_warning": 1}), rig.mirror)
+    watched = Thresholds(
+        rig.settings.model_copy(update={"pending_warning_changes": 2, "failed_warning_changes": 1}), rig.mirror
+    )
     assert math.isnan(watched.pending), "nobody has looked yet"
     mine = await reveal(rig, 3)
     await reveal(rig, 2, OTHER_RESTAURANT)
@@ -78,7 +80,7 @@ async def test_what_is_above_its_threshold_is_told_once_for_each_restaurant_and_
 
 
 async def test_the_status_has_a_flag_and_says_what_is_above(rig: Rig) -> None:
-    settings = rig.settings.model_copy(update={"pending_warning": 1, "failed_warning": 1})
+    settings = rig.settings.model_copy(update={"pending_warning_changes": 1, "failed_warning_changes": 1})
     api = Postgres(settings.database_api_url, settings)
     try:
         status = await sync_status(settings, api, rig.mirror, RESTAURANT)

@@ -72,8 +72,8 @@ async def traced(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
         redis=own_redis,
         trace_sample="1e-12",
         trace_slow_ms=600_000,
-        reconcile_seconds=0.5,
-        publishes_under_way=1,
+        reconcile_interval_seconds=0.5,
+        publish_concurrency=1,
     )
     try:
         await system.up()

@@ -180,7 +180,7 @@ class Instance:
         publisher: Any = GatedPublisher(world, self)
         mirror: Any = GatedMirror(world, self)
         recorder = Recorder(publisher, journal, under_way=1)
-        self.rail = Rail(mirror, recorder, journal, claim_seconds=1.0, reveal_seconds=1.0)
+        self.rail = Rail(mirror, recorder, journal, claim_timeout_seconds=1.0, reveal_timeout_seconds=1.0)
         self.drainer = Drainer(journal, publisher)
 
 

@@ -103,7 +103,7 @@ def test_a_question_that_cannot_be_answered_keeps_the_run_going(
 async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask_until_refused(settings: Settings) -> None:
         limits = Limits(None, settings)
-        for _ in range(2 * max(settings.restaurant_burst, settings.address_burst)):
+        for _ in range(2 * max(settings.restaurant_burst_requests, settings.address_burst_requests)):
             await limits.of_restaurant("r", [])
             await limits.of_address("127.0.0.1", [])
 
@@ -112,7 +112,7 @@ async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch
             monkeypatch.setenv(name, value)
     await ask_until_refused(Settings(_env_file=None))
     with pytest.raises(TooManyRequests):
-        await ask_until_refused(Settings(_env_file=None, restaurant_per_second=5.0))
+        await ask_until_refused(Settings(_env_file=None, restaurant_requests_per_second=5.0))
 
 
 def test_node_peers_without_node_are_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_what_the_sync_api_answers_is_passed_to_it() -> None:
 
 
 def test_event_streams_are_not_buffered() -> None:
-    heartbeat = Settings.model_fields["heartbeat_seconds"].default
+    heartbeat = Settings.model_fields["push_keepalive_seconds"].default
     for name, body in _locations():
         if "$notifier" in body and not name.startswith("@"):
             assert "proxy_buffering off;" in body, name

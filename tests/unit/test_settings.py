@@ -63,13 +63,13 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Load:
         ("INSTANCE", "0", "a whole number above 0 or auto"),
         ("TRACE_SAMPLE", "1.5", "a number from 0 to 1"),
         ("TRACE_SAMPLE", "", "a number from 0 to 1"),
-        ("HEAL_SECONDS", "inf", "a number above 0"),
-        ("ADDRESS_PER_SECOND", "-1", "a number of 0 or more"),
+        ("LOST_MESSAGE_SECONDS", "inf", "a number above 0"),
+        ("ADDRESS_REQUESTS_PER_SECOND", "-1", "a number of 0 or more"),
         ("RETRY_STEPS_MS", "1000,2000", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
         ("RETRY_STEPS_MS", "[1000, -1]", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
         ("STATUS_URLS", "http://orders:8001", "a JSON object such as"),
         ("TRUSTED_PROXIES", "nginx", "addresses or networks separated by commas"),
-        ("LOG_MAX_AGE", "7 days", "a whole number followed by Y, M, D, h, m or s, such as 7D"),
+        ("CHANGE_LOG_MAX_AGE", "7 days", "a whole number followed by Y, M, D, h, m or s, such as 7D"),
         ("OTLP_ENDPOINT", "collector:4318", "empty or a URL of http:// or https:// with a host"),
     ],
 )
@@ -261,4 +261,4 @@ def test_every_setting_has_a_group_a_sentence_and_the_unit_of_its_name() -> None
         for ending, unit in units.items():
             assert (described.unit == unit) == name.endswith(ending), name
         if "number" in settings_docs.allowed_values(field) and name not in ("instance", "trace_sample"):
-            assert described.unit or name.endswith("_port") or name == "log_max_age", name
+            assert described.unit or name.endswith("_port") or name == "change_log_max_age", name

@@ -51,7 +51,7 @@ class AcceptedLog:
         self._reader = LogReader(
             settings.rabbitmq_url,
             name=f"ledger-{uuid4().hex[:6]}",
-            idle_seconds=max(settings.fence_interval_seconds * 3, 2.0),
+            idle_seconds=max(settings.heartbeat_interval_seconds * 3, 2.0),
         )
         self._task: asyncio.Task[None] | None = None
         self._news = asyncio.Event()

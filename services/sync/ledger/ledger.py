@@ -184,7 +184,7 @@ class Ledger:
 
     def _clear(self, one: Entry, fences: dict[str, Fence], depths: Depths) -> bool:
         fenced_for = self._fenced_for(one, fences)
-        if fenced_for is not None and fenced_for.total_seconds() > self._settings.sink_away_seconds:
+        if fenced_for is not None and fenced_for.total_seconds() > self._settings.sink_hold_seconds:
             return True
         return one.seen_in != "log" or depths.lanes.get(one.lane, 0) == 0
 

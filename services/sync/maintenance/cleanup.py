@@ -42,7 +42,7 @@ class Cleanup:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.cleanup_seconds)
+            await asyncio.sleep(self._settings.cleanup_interval_seconds)
             try:
                 removed = await self.clean()
             except AWAY as error:

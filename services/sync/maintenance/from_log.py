@@ -96,7 +96,7 @@ class FromLog:
     async def _entries(self, since: datetime | None) -> AsyncIterator[list[Entry]]:
         """What stands in the log now."""
         reader = LogReader(
-            self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.fence_interval_seconds * 3
+            self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.heartbeat_interval_seconds * 3
         )
         async with aclosing(reader.read(since or "first")) as batches:
             async for batch in batches:

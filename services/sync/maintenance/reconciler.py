@@ -84,7 +84,7 @@ class Reconciler:
                     await work()
                 except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
                     log.warning("reconciler_waits", work=work.__name__, error=str(error) or type(error).__name__)
-            await asyncio.sleep(self._settings.reconcile_seconds)
+            await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
     async def finish_claims(self) -> int:
         """Returns how many were finished."""
@@ -127,14 +127,17 @@ class Reconciler:
             return
         if self._empty_since is None:
             self._empty_since = began
-        if began - max(self._empty_since, self._healed_at) >= self._settings.heal_seconds:
+        if began - max(self._empty_since, self._healed_at) >= self._settings.lost_message_seconds:
             self._healed_at = began
             await self.heal_pending()
 
     @property
     def _behind(self) -> float:
         """Seconds: how old the last fence of a lane that is empty may be."""
-        return max(_LEAST_BEHIND, 3 * self._settings.fence_interval_seconds) + self._settings.reconcile_seconds
+        return (
+            max(_LEAST_BEHIND, 3 * self._settings.heartbeat_interval_seconds)
+            + self._settings.reconcile_interval_seconds
+        )
 
     async def _lanes_emptied(self) -> datetime | None:
         """What was sent before this has left its lane; None while nothing is known of one of them."""
@@ -147,7 +150,7 @@ class Reconciler:
         emptied = await self._lanes_emptied()
         if emptied is None:
             return 0
-        before = min(emptied, now()) - timedelta(seconds=self._settings.heal_seconds)
+        before = min(emptied, now()) - timedelta(seconds=self._settings.lost_message_seconds)
         healed = 0
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():

@@ -5,9 +5,9 @@ mirror and moves in the same script as the data, so a mirror that was wiped or c
 the offset that it still has, or, without one, the live window from PostgreSQL and then the log since PostgreSQL's last
 fence less ten minutes.
 
-A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before `settle_seconds`
-have passed since it was found cold: changes that were claimed on the mirror that is lost are recorded by then, and
-have been read. A fresh system, where nothing can be under way, does not wait.
+A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before
+`mirror_settle_seconds` have passed since it was found cold: changes that were claimed on the mirror that is lost are
+recorded by then, and have been read. A fresh system, where nothing can be under way, does not wait.
 
 A warm mirror is asked first which changes it lacks: most were revealed by the request that made them, and what the
 mirror has, at that version or above, is neither read nor sent. The answer holds for that mirror alone: where another
@@ -150,7 +150,7 @@ class MirrorWriter:
         if state is not None and state.offset != _NOWHERE:
             warm = await self._mirror.is_warm()
             log.info("mirror_resumes", offset=state.offset, warm=warm)
-            return _Begun(state, state.offset, warm, found_at + self._settings.settle_seconds)
+            return _Begun(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
         return await self._rebuild(found_at)
 
     async def _rebuild(self, found_at: float) -> _Begun:
@@ -175,12 +175,14 @@ class MirrorWriter:
                 await self._mirror.hold(rows)
         log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
         # On a fresh system nothing can be under way.
-        settled_at = found_at + self._settings.settle_seconds if loaded else found_at
+        settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
         return _Begun(state, fenced_at - _OVERLAP if fenced_at else "first", False, settled_at)
 
     def _reader(self) -> LogReader:
         return LogReader(
-            self._settings.rabbitmq_url, name="mirror-writer", idle_seconds=self._settings.fence_interval_seconds * 3
+            self._settings.rabbitmq_url,
+            name="mirror-writer",
+            idle_seconds=self._settings.heartbeat_interval_seconds * 3,
         )
 
     # -- following the log -------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ class MirrorWriter:
 
     async def _stamp(self, state: LogState) -> None:
         present = await self._mirror.log_state()
-        gap = self._settings.number_gap if present is not None and present.lost else 0
+        gap = self._settings.order_number_gap if present is not None and present.lost else 0
         series: list[tuple[str, str]] = []
         if gap:
             async with self._postgres.connection() as connection:

@@ -39,7 +39,7 @@ class SyncStates:
     async def settle_pending(self) -> int:
         """Returns how many states were found in PostgreSQL although the mirror called them pending."""
         settled = 0
-        before = now() - timedelta(seconds=self._settings.pending_too_long_seconds)
+        before = now() - timedelta(seconds=self._settings.pending_check_after_seconds)
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 ids = await self._mirror.pending_ids(restaurant, entity.name)

@@ -28,7 +28,7 @@ class Above(Struct, frozen=True):
 
 def warnings(settings: Settings, pending: int, failed: int) -> list[Above]:
     """What is above its threshold."""
-    seen = (("pending", pending, settings.pending_warning), ("failed", failed, settings.failed_warning))
+    seen = (("pending", pending, settings.pending_warning_changes), ("failed", failed, settings.failed_warning_changes))
     return [Above(state, count, threshold) for state, count, threshold in seen if count > threshold]
 
 
@@ -62,7 +62,7 @@ class Thresholds:
                 self.pending = self.failed = math.nan
                 self.over = {"pending": math.nan, "failed": math.nan}
                 log.debug("thresholds_wait", error=str(error) or type(error).__name__)
-            await asyncio.sleep(self._settings.threshold_seconds)
+            await asyncio.sleep(self._settings.threshold_interval_seconds)
 
     async def look(self) -> None:
         """Raises MirrorAway, MirrorInDoubt."""

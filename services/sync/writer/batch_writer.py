@@ -3,7 +3,7 @@
 Guarantee: when `write` returns, every change of the batch is committed, or returned as failed: for the ladder or dead.
 
     sink away           the batch is held and tried again, with jittered back-off; no attempt is burnt. When that has
-                        lasted for `sink_away_seconds`, SinkGone: the caller lets go of its messages, for a broker
+                        lasted for `sink_hold_seconds`, SinkGone: the caller lets go of its messages, for a broker
                         closes the channel of a consumer that holds them for ever
     anything else       the batch is tried change by change, each in a transaction of its own: only those that fail
                         again have failed, the rest is written
@@ -48,7 +48,7 @@ class SinkGone(Exception):
 class Store:
     def __init__(self, postgres: Postgres, settings: Settings) -> None:
         self._postgres = postgres
-        self._longest_hold = settings.sink_away_seconds
+        self._longest_hold = settings.sink_hold_seconds
         # Before the client's own timeout strikes, so that a slow statement is told from a frozen server.
         self._patience = settings.database_timeout_seconds * 0.7
         self.holding_since: datetime | None = None

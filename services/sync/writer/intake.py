@@ -152,7 +152,7 @@ class Intake:
         size = 0
         loop = asyncio.get_running_loop()
         until: float | None = None  # the wait begins with the first message
-        while size < self._settings.batch_changes:
+        while size < self._settings.batch_max_changes:
             try:
                 if not self._arrived.empty():
                     delivery = self._arrived.get_nowait()

@@ -11,7 +11,7 @@ What failed is sent on beside the writing, and the next batch does not wait for 
 when both are done with it. Many dead ones at once are kept as letters without the detour through their queue, which
 costs as much for each as a dozen good ones: of a flood of bad changes the good ones must hear little.
 
-PostgreSQL away: batches are held (`store`), and the prefetch bounds what waits here. After `sink_away_seconds` the
+PostgreSQL away: batches are held (`store`), and the prefetch bounds what waits here. After `sink_hold_seconds` the
 consumers let go of their messages, and subscribe again when it answers. RabbitMQ away: connections are renewed
 (`intake`). The mirror away: nobody waits for it (`settlement`).
 
