@@ -22,7 +22,7 @@ from collections.abc import Callable
 from msgspec import Struct
 from redis import Redis
 
-from benchmarks.accept_peers import DualWrite, Screen, direct_peer, express_peer
+from benchmarks.accept_peers import DualWrite, PushScreen, direct_peer, express_peer
 from benchmarks.load import LoadResult, ProgramMissing, posts, wrk
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, median, not_run
 from benchmarks.rig import BenchmarkRig, RunningProgram, cpu_seconds
@@ -188,7 +188,7 @@ def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, dual: DualWrite, direct: R
 def _sustained_rail(rig: BenchmarkRig, plan: BenchmarkPlan, script: str) -> SustainedRun:
     with rig.rail() as (orders, worker):
         notifier = rig.service("notifier")
-        screen = Screen(rig, notifier)
+        screen = PushScreen(rig, notifier)
         before, mirrored_before = rig.count_orders(), _mirrored(rig)
         processes = {
             "orders": orders.pid, "worker": worker.pid, "notifier": notifier.pid, "postgres": rig.postgres.pid,

@@ -29,7 +29,7 @@ _REDIS_DATABASE = 1
 _STOP_SECONDS = 5.0
 
 
-class Screen:
+class PushScreen:
     """A subscriber of every restaurant's event stream that counts the orders it sees, in a process of its own."""
 
     def __init__(self, rig: BenchmarkRig, notifier: RunningProgram) -> None:
@@ -86,10 +86,10 @@ class DualWrite:
         run(declare_stream(self._rabbitmq_url))
 
     @contextlib.contextmanager
-    def pushed(self) -> Iterator[Screen]:
+    def pushed(self) -> Iterator[PushScreen]:
         """A notifier that follows its stream, and a screen that is subscribed to it."""
         notifier = self._rig.service("notifier", rabbitmq_url=self._rabbitmq_url)
-        screen = Screen(self._rig, notifier)
+        screen = PushScreen(self._rig, notifier)
         try:
             yield screen
         finally:

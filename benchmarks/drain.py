@@ -47,7 +47,9 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     grouped = _ours(rig, many, _CHANGES_PER_MESSAGE)
     unnest = [run_async(unnest_batches.rate(rig, many // 5)) for _ in range(3)]
     rounds = range(1 if plan.quick else 3)
-    good, beside = zip(*((_ours(rig, mixed, 1), _ours(rig, mixed, 1, bad=True)) for _ in rounds), strict=True)
+    good_rates, mixed_rates = zip(
+        *((_ours(rig, mixed, 1), _ours(rig, mixed, 1, bad=True)) for _ in rounds), strict=True
+    )
     note = f"ours: {many} changes once; FastStream: {fewer} three times; unnest: {many // 5} three times"
     return [
         compared(QUESTION, "one change a message", "throughput", "changes/s", [alone], "plain FastStream", plain,
@@ -56,9 +58,10 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
                  at_least=4.0),
         compared(QUESTION, "as a load of 64 records", "throughput", "changes/s", [grouped], "unnest without a queue",
                  unnest, at_least=0.5),
-        compared(QUESTION, "as many bad ones beside", "throughput", "changes/s, good and bad",
-                 [2 * rate for rate in beside], "good ones alone", list(good), at_least=0.5,
-                 note=f"{mixed} good and {mixed} bad, one change a message: until the last good one is written"),
+        # The unit keeps this row out of the plot of peers.
+        compared(QUESTION, "one bad change per good one", "throughput", "changes/s, good and bad",
+                 [2 * rate for rate in mixed_rates], "good changes alone", list(good_rates), at_least=0.5,
+                 note=f"{mixed} good and {mixed} bad, one change a message, until the last good one is written"),
     ]  # fmt: skip
 
 

@@ -48,20 +48,20 @@ class ImportSlice(Struct, frozen=True):
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
-    alone, beside = [], []
+    alone, during = [], []
     with rig.rail() as (orders, _):
         for number in range(min(plan.rounds, _MAX_ROUNDS)):
             file = rig.folder / f"history-{number}.jsonl"
             _write(rig, file, 2_000 if plan.quick else _IMPORTED_ORDERS)
             rig.rest()
             alone.append(run_async(_alone(rig, plan, orders)))
-            beside.append(run_async(_beside(rig, plan, orders, file)))
-    case = f"{_ORDERS_PER_SECOND} orders/s beside it"
+            during.append(run_async(_during(rig, plan, orders, file)))
+    case = f"{_ORDERS_PER_SECOND} orders/s meanwhile"
     note = f"{case}, without an import: p50 {alone[0].p50_ms:.1f} ms, p99 {alone[0].p99_ms:.1f} ms"
     return [
-        compared(QUESTION, case, "p50 into PostgreSQL", "ms", [one.p50_ms for one in beside], at_most=100.0, note=note),
-        compared(QUESTION, case, "p99 into PostgreSQL", "ms", [one.p99_ms for one in beside]),
-        compared(QUESTION, "the import", "throughput", "orders/s", [one.imported_per_second for one in beside]),
+        compared(QUESTION, case, "p50 into PostgreSQL", "ms", [one.p50_ms for one in during], at_most=100.0, note=note),
+        compared(QUESTION, case, "p99 into PostgreSQL", "ms", [one.p99_ms for one in during]),
+        compared(QUESTION, "the import", "throughput", "orders/s", [one.imported_per_second for one in during]),
         compared(QUESTION, "no import", "p50 into PostgreSQL", "ms", [one.p50_ms for one in alone]),
     ]
 
@@ -108,7 +108,7 @@ async def _alone(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram)
     return ImportSlice(percentile(found, 0.5), percentile(found, 0.99))
 
 
-async def _beside(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, file: Path) -> ImportSlice:
+async def _during(rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, file: Path) -> ImportSlice:
     sent: list[SentOrder] = []
     watch = _DatabaseWatch(rig, sent)
     await watch.open()
