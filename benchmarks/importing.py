@@ -56,8 +56,8 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
             rig.rest()
             alone.append(run_async(_alone(rig, plan, orders)))
             during.append(run_async(_during(rig, plan, orders, file)))
-    case = f"{_ORDERS_PER_SECOND} orders/s meanwhile"
-    note = f"{case}, without an import: p50 {alone[0].p50_ms:.1f} ms, p99 {alone[0].p99_ms:.1f} ms"
+    case = f"{_ORDERS_PER_SECOND} orders/s during an import"
+    note = f"the same load without an import: p50 {alone[0].p50_ms:.1f} ms, p99 {alone[0].p99_ms:.1f} ms"
     return [
         compared(QUESTION, case, "p50 into PostgreSQL", "ms", [one.p50_ms for one in during], at_most=100.0, note=note),
         compared(QUESTION, case, "p99 into PostgreSQL", "ms", [one.p99_ms for one in during]),

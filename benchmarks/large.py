@@ -130,7 +130,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
             small, large = ([percentile(one, share) for one in slices] for slices in found[case.name])
             at_most = _P99_RATIO_AT_MOST if case.judged and metric == "p99" else None
             rows.append(compared(QUESTION, case.name, metric, "ms", large, peer, small, at_most=at_most))
-    rows.append(compared(QUESTION, "what a lost mirror is filled with", "read in", "ms", rebuilt[1], peer, rebuilt[0]))
+    rows.append(compared(QUESTION, "the rebuild of a lost mirror", "read time", "ms", rebuilt[1], peer, rebuilt[0]))
     return rows
 
 
