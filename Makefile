@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
+.PHONY: help run dev reset test coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,12 @@ help: ## list all targets
 # setpriv: a make that is killed takes the runner with it, and the runner stops what it started.
 run: bootstrap ## start the whole system under .local/ and send one order down the way; Ctrl-C stops it
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
+
+dev: bootstrap ## the same, and services start again when their files change
+	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run --reload
+
+reset: bootstrap ## remove the data of `make run`, and nothing else; not while it runs
+	@$(PYTHON) -m deploy.local.reset
 
 # Three processes also on two cores: tests wait for servers more than they work. In the order of the folders: what takes
 # long comes first, so that none of the three is left with it at the end.

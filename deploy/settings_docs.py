@@ -86,6 +86,8 @@ def _groups() -> Iterator[tuple[Described, list[tuple[str, FieldInfo]]]]:
 def _default(field: FieldInfo) -> str:
     """As text of an environment variable."""
     value: Any = field.get_default(call_default_factory=True, validated_data={"environment": "development"})
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -1,13 +1,17 @@
 """Where everything of one local system is: ports, directories, secrets, and the environment of its services.
 
-Each port and TICKETRAIL_HOME is a setting, by environment or `.env`, so that two systems run side by side. The services
-are always pointed at the private servers, whatever URLs stand in the environment.
+TICKETRAIL_HOME and TICKETRAIL_PORT_BASE, by environment or `.env`, move a whole system, so that two run side by side.
+The setting of one port overrides the base. The services always use the private servers, whatever URLs are set.
 """
 
+import json
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
 
 from deploy.local.servers import PASSWORD
 from shared.setting_fields import Group, Port
@@ -20,15 +24,55 @@ _SERVERS = Group(
 )
 
 
+_FROM_BASE = (
+    "orders_port",
+    "sync_port",
+    "notifier_port",
+    "worker_port",
+    "postgres_port",
+    "redis_port",
+    "rabbitmq_port",
+    "rabbitmq_management_port",
+    "epmd_port",
+    "rabbitmq_dist_port",
+)
+"""The first is one above the base, and so on."""
+
+
 class LocalSettings(Settings):
     """The services' settings, and those of the private servers."""
 
+    port_base: int | None = _SERVERS.setting(
+        None,
+        "Moves every port of a system: orders listens one above it, sync, notifier, worker, PostgreSQL, Redis, "
+        "RabbitMQ, its management API, epmd and Erlang distribution follow; the setting of one port overrides it.",
+        default_text="the ports below",
+        ge=1023,
+        le=65_525,
+    )
     postgres_port: Port = _SERVERS.setting(54320, "The port of PostgreSQL.")
     rabbitmq_port: Port = _SERVERS.setting(56720, "The port of RabbitMQ.")
     rabbitmq_management_port: Port = _SERVERS.setting(56721, "The port of RabbitMQ's management API.")
     redis_port: Port = _SERVERS.setting(56379, "The port of Redis.")
     epmd_port: Port = _SERVERS.setting(56722, "The port of RabbitMQ's Erlang port mapper.")
     rabbitmq_dist_port: Port = _SERVERS.setting(56723, "The port of RabbitMQ's Erlang distribution.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ports_from_base(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("port_base") == "":  # as in .env.example
+            given = {name: value for name, value in given.items() if name != "port_base"}
+        try:
+            base = int(given.get("port_base") or 0)
+        except ValueError:
+            return given  # the field's own check names it
+        derived = {name: base + place for place, name in enumerate(_FROM_BASE, 1)} if base else {}
+        return derived | given
+
+    @property
+    def home_path(self) -> Path:
+        """Absolute."""
+        return self.home if self.home.is_absolute() else ROOT / self.home
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:
@@ -72,6 +116,16 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
         "TICKETRAIL_JWT_SECRET": _secret(home / "secret", settings, "jwt_secret"),
         "TICKETRAIL_SYNC_TOKEN": _secret(home / "sync_token", settings, "sync_token"),
     }
+
+
+def command_environment(settings: LocalSettings, services: Mapping[str, str]) -> dict[str, str]:
+    """For the command line: what somebody set, by environment or `.env`, and what `service_environment` made of it."""
+    chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
+    told = {
+        f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for name, value in chosen.items()
+    }
+    return told | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
 
 
 def _secret(kept: Path, settings: Settings, name: str) -> str:

@@ -22,8 +22,8 @@ FIRST, LAST = 20_000, 32_000
 
 class PortTaken(Exception):
     def __init__(self, port: int, setting: str | None, what: str) -> None:
-        mend = f"stop what listens there, or set {setting} to another port" if setting else "stop what listens there"
-        super().__init__(f"port {port} ({what}) is taken: {mend}")
+        move = f", or move it with {setting}, or all ports with TICKETRAIL_PORT_BASE" if setting else ""
+        super().__init__(f"port {port} ({what}) is taken: stop what listens there{move}")
         self.port = port
         self.setting = setting
 

@@ -4,6 +4,8 @@
 - It ends with 0 after a Ctrl-C or SIGTERM, with 1 when something could not be started, and in both cases leaves nothing
   running that it started: first the services, then the servers, within 15 s. Killed with -9, the kernel ends them.
 - A service or server that dies is started again, and `demo.json` then has its new pid.
+- `system.env` in the home has the settings and secrets of the services, for the command line.
+- With `--reload` (`make dev`) a service is started again when a file changes that it runs from.
 """
 
 import asyncio
@@ -20,12 +22,14 @@ from typing import IO, Any
 
 import httpx
 
-from deploy.local import child, demo, leftovers
-from deploy.local.environment import ROOT, LocalSettings, service_environment
+from deploy.local import child, demo, layout, leftovers, reload
+from deploy.local.environment import ROOT, LocalSettings, command_environment, service_environment
 from deploy.local.packages import PackagesMissing, Programs, ensure
 from deploy.local.ports import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
+from shared.local_systems import LOCK_FILE, LocalSystem, list_system, write_environment
+from shared.messaging.recovery import until_ready
 from shared.settings_loading import exit_on_bad_settings
 
 READY_WITHIN = 60.0  # seconds
@@ -101,10 +105,12 @@ class System:
 
     async def start(self) -> None:
         """Raises StartFailed, ServerFailed or PortTaken; whoever calls it calls `stop` then."""
+        write_environment(self.home, command_environment(self.settings, self.env))
         with Step("PostgreSQL, Redis and RabbitMQ answer"):
             await self.servers.start()
             self.note_pids()
         with Step("schema and topology are up to date"):
+            await self._check_layout()
             await self.cli("migrate")
         with Step("orders, sync worker, sync API and notifier are ready"):
             await self.services.start()
@@ -126,6 +132,29 @@ class System:
             rabbitmq_management_url=self.env["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"],
         )
         self.note_pids()
+
+    async def _check_layout(self) -> None:
+        async def queues() -> None:
+            await asyncio.to_thread(layout.check_queues, self.rabbitmq.management_url, self.rabbitmq.url, self.settings)
+
+        try:
+            await layout.check_database(self.env["TICKETRAIL_DATABASE_URL"])
+            await until_ready(queues, within=READY_WITHIN)
+        except layout.OtherLayout as error:
+            reset = f"TICKETRAIL_HOME={self.home} make reset" if self.home != ROOT / ".local" else "make reset"
+            raise StartFailed(
+                f"the data in {self.home} has the layout of another version ({error}): `{reset}` removes it"
+            ) from error
+
+    async def reload(self) -> None:
+        """Without end."""
+        folders = {"orders": "services/orders", "notifier": "services/notifier"}
+        folders |= {"sync_worker": "services/sync", "sync_api": "services/sync"}
+        async for changed in reload.watch(ROOT, ("services", "shared")):
+            if names := reload.users_of(changed, folders):
+                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                say(f"{changed[0]}{more} changed: starting {', '.join(names)} again")
+                await self.services.restart(names)
 
     async def stop(self) -> None:
         """Services first: they settle what they hold, and for that they need the servers."""
@@ -195,7 +224,7 @@ class Step:
             say(f"  {time.monotonic() - self._began:5.1f} s  {self._done}")
 
 
-async def serve(settings: LocalSettings, home: Path, programs: Programs) -> int:
+async def serve(settings: LocalSettings, home: Path, programs: Programs, *, reloads: bool = False) -> int:
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -204,12 +233,18 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs) -> int:
     system = System(settings, home, programs)
     start = asyncio.create_task(_start_and_show(system, began))
     stop = asyncio.create_task(asked.wait())
+    reloading: asyncio.Task[None] | None = None
     try:
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not start.done():
             return 0
         await start
-        await stop
+        if reloads:
+            say("Services start again when a file in services/ or shared/ changes.")
+            reloading = asyncio.create_task(system.reload())
+        await asyncio.wait({stop, *([reloading] if reloading else [])}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done() and reloading:
+            reloading.result()
         return 0
     except (StartFailed, ServerFailed, PortTaken, demo.DemoFailed) as error:
         say(f"ticketrail: {error}")
@@ -220,10 +255,11 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs) -> int:
     finally:
         say("stopping")
         began = time.monotonic()
-        for task in (start, stop):
+        tasks = [task for task in (start, stop, reloading) if task]
+        for task in tasks:
             task.cancel()
         await system.stop()
-        await asyncio.gather(start, stop, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         say(f"everything is stopped, after {time.monotonic() - began:.1f} s; the data stays in {home}")
 
 
@@ -257,14 +293,7 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
 
 def _elsewhere(system: System) -> str:
     """What a command must be told of a system that is not where the defaults say."""
-    defaults = type(system.settings).model_fields
-    names = {"TICKETRAIL_HOME": "home", "TICKETRAIL_DATABASE_WRITER_URL": "database_writer_url"}
-    told = {
-        name: system.env[name]
-        for name, field in names.items()
-        if system.env[name] not in (str(defaults[field].default), str(ROOT / str(defaults[field].default)))
-    }
-    return "".join(f"{name}='{value}' " for name, value in told.items())
+    return "" if system.home == ROOT / ".local" else f"TICKETRAIL_HOME='{system.home}' "
 
 
 def write_private(path: Path, text: str) -> None:
@@ -278,13 +307,16 @@ def write_private(path: Path, text: str) -> None:
 
 def lock(home: Path) -> IO[str] | None:
     """Held as long as the file is open; None when another run has it."""
-    file = (home / "run.lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    file = (home / LOCK_FILE).open("a+")
+    for _ in range(3):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # a command that looks if the system runs holds it for a moment
+        else:
+            return file
+    file.close()
+    return None
 
 
 def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
@@ -297,14 +329,18 @@ def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
         require_free(port, setting, what)
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
+    reloads = "--reload" in arguments
     with exit_on_bad_settings():
         settings = LocalSettings.load()
-    home = settings.home if settings.home.is_absolute() else ROOT / settings.home
+    home = settings.home_path
     home.mkdir(parents=True, exist_ok=True)
     held = lock(home)
     if held is None:
-        say(f"ticketrail: already running on {home}: stop that run first, or set TICKETRAIL_HOME to another directory")
+        say(
+            f"ticketrail: already running on {home}: stop that run first, or set TICKETRAIL_HOME to another directory "
+            "and TICKETRAIL_PORT_BASE to other ports"
+        )
         return 1
     try:
         leftovers.clear(home / "run.pids", say)
@@ -315,9 +351,13 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    with held:
-        return asyncio.run(serve(settings, home, programs))
+    entry = list_system(LocalSystem(home, ROOT))
+    try:
+        with held:
+            return asyncio.run(serve(settings, home, programs, reloads=reloads))
+    finally:
+        entry.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

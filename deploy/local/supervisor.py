@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -86,6 +86,7 @@ class Supervisor:
         self._say, self._on_restart = say, on_restart
         self._first_pause, self._longest_pause, self._settled_seconds = first_pause, longest_pause, settled_seconds
         self._stopping = asyncio.Event()
+        self._asked = {program.name: asyncio.Event() for program in programs}
         self._watchers: list[asyncio.Task[None]] = []
         # Two calls per program may block at once: its watcher's wait, and the stop that ends it.
         self._threads = ThreadPoolExecutor(2 * len(programs), thread_name_prefix="supervisor")
@@ -104,6 +105,13 @@ class Supervisor:
                 raise result
         self._watchers = [asyncio.create_task(self._watch(program)) for program in self.programs]
 
+    async def restart(self, names: Collection[str]) -> None:
+        """Ends these programs; each is started again at once, without an announcement and also out of a pause."""
+        chosen = [program for program in self.programs if program.name in names]
+        for program in chosen:
+            self._asked[program.name].set()
+        await asyncio.gather(*(self._blocking(program.stop) for program in chosen))
+
     async def stop(self) -> None:
         self._stopping.set()
         ended = await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
@@ -115,7 +123,7 @@ class Supervisor:
         await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
 
     async def _watch(self, program: Program) -> None:
-        pause = self._first_pause
+        pause, asked = self._first_pause, self._asked[program.name]
         while not self._stopping.is_set():  # may have come while it was started again: `stop` ends it then
             started = time.monotonic()
             code = await self._blocking(program.wait)
@@ -125,11 +133,13 @@ class Supervisor:
                 pause = self._first_pause
             reason = describe(code)
             while True:
-                self._say(f"{program.name} ended ({reason}); starting it again in {pause:.1f} s")
-                if await self._stopped_within(pause):
-                    return
-                pause = min(pause * 2, self._longest_pause)
-                self.restarts[program.name] += 1
+                if not asked.is_set():
+                    self._say(f"{program.name} ended ({reason}); starting it again in {pause:.1f} s")
+                    if await self._stopped_within(pause, asked):
+                        return
+                    pause = min(pause * 2, self._longest_pause)
+                    self.restarts[program.name] += 1
+                asked.clear()
                 try:
                     await self._blocking(program.start)
                 except Exception as error:  # noqa: BLE001  (whatever it is, the next try may succeed)
@@ -140,12 +150,13 @@ class Supervisor:
                     break
             self._on_restart()
 
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+    async def _stopped_within(self, seconds: float, asked: asyncio.Event) -> bool:
+        """Earlier when a restart is asked for."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._stopping, asked)]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self._stopping.is_set()
 
     async def _blocking(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

@@ -10,6 +10,7 @@ import asyncpg
 import click
 import structlog
 
+from services.sync.command_system import system_label
 from shared.errors import TicketrailError
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
@@ -45,7 +46,9 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     except (MigrationError, declare.TopologyError) as error:
         raise click.ClickException(str(error)) from error
     except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
-        raise click.ClickException(f"a backend does not answer: {type(error).__name__}: {error}") from error
+        raise click.ClickException(
+            f"a backend does not answer: {type(error).__name__}: {error}; the system: {system_label()}"
+        ) from error
 
 
 class Session:

@@ -14,11 +14,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psutil
 import pytest
 
+from deploy.local import reset
 from deploy.local.packages import ensure
-from deploy.local.ports import find_free
+from deploy.local.ports import find_free, is_free
 from tests.http import http_client
 from tests.system import ROOT, eventually
 
@@ -85,8 +87,30 @@ def env(tmp_path: Path) -> dict[str, str]:
     return (
         clean
         | {f"TICKETRAIL_{name}": str(port) for name, port in ports.items()}
-        | {"TICKETRAIL_HOME": str(tmp_path / "home")}
+        # TMPDIR: with a list of running systems of its own, so that no other run of this user counts.
+        | {"TICKETRAIL_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     )
+
+
+async def command(env: dict[str, str], *arguments: str, **settings: str) -> tuple[int, str, str]:
+    """`ticketrail …` as somebody types it who has set only these settings: exit code, output, errors."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.sync.cli", *arguments),
+        cwd=env["TMPDIR"],  # without the .env of this checkout
+        env={name: value for name, value in env.items() if not name.startswith("TICKETRAIL_")} | settings,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+def free_base() -> int:
+    """Ten ports above it are free."""
+    while True:
+        (base,) = find_free(1)
+        if all(is_free(base + place) for place in range(1, 11)):
+            return base
 
 
 @asynccontextmanager
@@ -209,6 +233,64 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(run.process.wait, 60)
+
+
+async def test_a_second_system_runs_beside_the_first_and_the_command_line_follows_the_chosen_one(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    clean = {name: value for name, value in env.items() if not name.startswith("TICKETRAIL_")}
+    homes = {name: tmp_path / name / "system" / name for name in ("first", "second")}
+    environments = {
+        name: clean | {"TICKETRAIL_HOME": str(home), "TICKETRAIL_PORT_BASE": str(free_base())}
+        for name, home in homes.items()
+    }
+    for home in homes.values():
+        home.parent.mkdir(parents=True)
+    runs = [Run(home, environments[name]) for name, home in homes.items()]
+    try:
+        await asyncio.gather(*(run.ready(1) for run in runs))
+        code, _, said = await command(env, "status")
+        assert code == 1
+        for home in homes.values():
+            assert str(home) in said
+        assert "--system NAME" in said
+
+        for name, run in zip(homes, runs, strict=True):
+            _, out, _ = await command(env, "--system", name, "status")
+            assert out.splitlines()[0] == f"system: {name}, in {homes[name]}, runs"
+            assert "away" not in out, out
+            told = {"TICKETRAIL_HOME": str(homes[name])}
+            code, out, said = await command(env, "ledger", "--json", **told)
+            assert code == 0, said
+            restaurant = run.demo["restaurant_id"]
+            _, token, _ = await command(env, "token", "--restaurant", restaurant, **told)
+            async with http_client(headers={"Authorization": f"Bearer {token.strip()}"}) as client:
+                assert (await client.get(f"{run.demo['orders_url']}/api/orders")).status_code == 200
+                other = next(one for one in runs if one is not run).demo["orders_url"]
+                assert (await client.get(f"{other}/api/orders")).status_code == 401
+
+        assert not reset.reset(homes["second"]), "it removed the data of a system that runs"
+        await runs[1].stop()
+        code, out, _ = await command(env, "status")  # one is left
+        assert out.splitlines()[0].startswith("system: first")
+
+        connection = await asyncpg.connect(runs[0].demo["database_url"].replace("_writer", "_owner"))
+        await connection.execute("update migrations set sha256 = 'older' where name = '0001_the_rail.sql'")
+        await connection.close()
+        await runs[0].stop()
+        older = Run(homes["first"], environments["first"])
+        runs.append(older)
+        assert await asyncio.to_thread(older.process.wait, 120) == 1
+        (sentence,) = [line for line in older.text.splitlines() if line.startswith("ticketrail: ")]
+        assert f"`TICKETRAIL_HOME={homes['first']} make reset`" in sentence
+        assert "0001_the_rail.sql" in sentence
+        assert reset.reset(homes["first"])
+        assert [path.name for path in homes["first"].iterdir()] == ["run.lock"]
+    finally:
+        for run in runs:
+            if run.process.poll() is None:
+                run.process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(run.process.wait, 60)
 
 
 async def test_a_taken_port_is_named_with_its_setting(env: dict[str, str], tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import aio_pika
 import pytest
 from structlog.testing import capture_logs
 
+from deploy.local import layout
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.postgres import migrate
 from shared.settings import Settings
 from tests.servers import Servers
-from tests.system import System
+from tests.system import System, eventually
 
 
 @pytest.fixture
@@ -119,3 +120,37 @@ async def test_a_role_above_row_level_security_is_refused(empty: System) -> None
     )
     with pytest.raises(migrate.MigrationError, match="row-level security"):
         await migrate.migrate(superuser)
+
+
+async def test_data_of_this_layout_fits_and_what_another_version_made_is_named(empty: System) -> None:
+    settings, broker = settings_of(empty), empty.servers.rabbitmq
+    await layout.check_database(settings.database_url)  # empty
+    await empty.cli("migrate")
+    other_steps = settings.model_copy(update={"retry_steps_ms": (77,)})
+    await layout.check_database(settings.database_url)
+    for known in (settings, other_steps):
+        await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, known)
+
+    connection = await aio_pika.connect(empty.rabbitmq_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.declare_queue("somebody.elses", durable=True)
+        await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, settings)
+        await channel.declare_queue("sync.postgres.older.v0", durable=True)
+
+    async def named() -> str:
+        try:
+            await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, settings)
+        except layout.OtherLayout as error:
+            return str(error)
+        return ""  # the management API is a moment behind
+
+    assert "sync.postgres.older.v0" in await eventually(named)
+
+    async with empty.database("ticketrail_owner") as database:
+        await database.execute("update migrations set sha256 = 'x' where name = '0001_the_rail.sql'")
+        with pytest.raises(layout.OtherLayout, match=r"0001_the_rail\.sql.*another content"):
+            await layout.check_database(settings.database_url)
+        await database.execute("update migrations set name = '0000_older.sql' where name = '0001_the_rail.sql'")
+        with pytest.raises(layout.OtherLayout, match=r"0000_older\.sql"):
+            await layout.check_database(settings.database_url)

@@ -68,6 +68,25 @@ def test_a_taken_port_is_reported_with_its_number_and_its_setting(
         run.require_ports(chosen)
 
 
+def test_one_base_moves_every_port_and_the_setting_of_one_port_overrides_it(
+    settings: Callable[..., LocalSettings],
+) -> None:
+    ports = settings(TICKETRAIL_PORT_BASE="21000", TICKETRAIL_REDIS_PORT="6400").ports
+    found = {name: port for name, (port, _) in ports.items()}
+    assert found.pop("TICKETRAIL_REDIS_PORT") == 6400
+    assert sorted(found.values()) == [21001, 21002, 21003, 21004, 21005, 21007, 21008, 21009, 21010]
+    assert found["TICKETRAIL_ORDERS_PORT"] == 21001
+    defaults = {name: port for name, (port, _) in settings(TICKETRAIL_PORT_BASE="").ports.items()}
+    assert not set(defaults.values()) & set(found.values())
+    assert defaults["TICKETRAIL_ORDERS_PORT"] == 8001
+
+
+def test_a_base_that_is_no_port_is_refused_by_its_name(settings: Callable[..., LocalSettings]) -> None:
+    for wrong in ("many", "70000", "80"):
+        with pytest.raises(ValueError, match="port_base"):
+            settings(TICKETRAIL_PORT_BASE=wrong)
+
+
 def test_a_port_that_an_outgoing_connection_has_by_chance_is_waited_for(taken: int) -> None:
     (port,) = find_free(1)
     with socket.create_server((HOST, 0)) as server:

@@ -19,6 +19,7 @@ from services.sync.cli.menu import edit_dish
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
 from services.sync.command_session import Session, run
+from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
 from services.sync.conflicts import commands as conflict_commands
 from services.sync.dead_letters import commands as dead_letter_commands
 from services.sync.imports import commands as import_commands
@@ -53,11 +54,20 @@ class _Commands(click.Group):
         except SettingsError as error:
             raise click.ClickException(str(error)) from None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        ctx.meta[ASKS_FOR_HELP] = bool({"-h", "--help"} & set(args))
+        return super().resolve_command(ctx, args)
+
 
 @click.group("ticketrail", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="ticketrail")
-def main() -> None:
+@click.option("--system", "wanted", metavar="PATH|NAME", help="which system of `make run` to talk to")
+@click.pass_context
+def main(context: click.Context, wanted: str | None) -> None:
     """Ticketrail: the order backbone of restaurants and points of sale."""
+    follow_system(context, wanted)
 
 
 @main.command("migrate")
@@ -181,12 +191,15 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
 def status_command(watch: bool, interval: float, as_json: bool) -> None:
     """Show what every service says of itself now: rates, lags, depths, retries, connections."""
     urls = status_screen.urls_of(Settings.load())
+    system = system_label()
+    if not as_json:
+        click.echo(f"system: {system}")
     before = status_screen.look(urls)
     if not watch:
         time.sleep(min(interval, 1.0))
         found = status_screen.facts(before, status_screen.look(urls))
         if as_json:
-            click.echo(encode(found).decode())
+            click.echo(encode({"system": system, **found}).decode())
         else:
             _console().print(status_screen.screen(found))
         return

@@ -1,0 +1,106 @@
+"""Which system the command line talks to."""
+
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shared import local_systems
+from shared.local_systems import LOCK_FILE, LocalSystem, NoSystem, choose, list_system, read_environment
+
+Start = Callable[..., LocalSystem]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """A system that `make run` started; `stopped`: one whose run has ended."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ExitStack() as held:
+
+        def run(name: str, *, checkout: Path = tmp_path, stopped: bool = False) -> LocalSystem:
+            system = LocalSystem(tmp_path / name, checkout)
+            system.home.mkdir(parents=True)
+            local_systems.write_environment(system.home, {"TICKETRAIL_HOME": str(system.home)})
+            list_system(system)
+            lock = held.enter_context((system.home / LOCK_FILE).open("a+"))
+            if not stopped:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return system
+
+        yield run
+
+
+def test_settings_with_quotes_and_line_ends_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = {"TICKETRAIL_JWT_PRIVATE_KEY": '-----BEGIN-----\nit\'s # "quoted" $HOME\n', "TICKETRAIL_INSTANCE": "1"}
+    local_systems.write_environment(tmp_path, written)
+    assert read_environment(tmp_path) == written
+    assert (tmp_path / "system.env").stat().st_mode & 0o077 == 0
+    assert read_environment(tmp_path / "nowhere") is None
+
+
+def test_the_only_system_that_runs_is_chosen(start: Start, tmp_path: Path) -> None:
+    start("stopped", stopped=True)
+    one = start("one")
+    chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
+    assert chosen.environment == {"TICKETRAIL_HOME": str(one.home)}
+    assert "one" in chosen.label
+    assert "runs" in chosen.label
+
+
+def test_of_two_that_run_none_is_guessed_and_both_are_named(start: Start, tmp_path: Path) -> None:
+    one, two = start("one"), start("two")
+    with pytest.raises(NoSystem, match="--system NAME") as refused:
+        choose(None, {}, checkout=tmp_path, configured_home=None)
+    assert str(one.home) in str(refused.value)
+    assert str(two.home) in str(refused.value)
+
+
+@pytest.mark.parametrize("by", ["name", "path", "checkout of the path"])
+def test_system_chooses_by_name_or_path_and_replaces_the_environment(start: Start, tmp_path: Path, by: str) -> None:
+    start("one")
+    two = start("shop/.local")
+    wanted = {"name": "shop", "path": str(two.home), "checkout of the path": str(two.home.parent)}[by]
+    chosen = choose(wanted, {"TICKETRAIL_REDIS_URL": "redis://x"}, checkout=tmp_path, configured_home=None)
+    assert chosen.environment == {"TICKETRAIL_HOME": str(two.home)}
+    assert chosen.overrides
+
+
+def test_an_unknown_name_is_refused_with_those_that_run(start: Start, tmp_path: Path) -> None:
+    start("one")
+    with pytest.raises(NoSystem, match=r"--system tow: .*one"):
+        choose("tow", {}, checkout=tmp_path, configured_home=None)
+
+
+def test_backends_in_the_environment_are_a_choice_that_wins_over_what_runs(start: Start, tmp_path: Path) -> None:
+    one = start("one")
+    environment = {"TICKETRAIL_DATABASE_URL": "postgresql://x", "TICKETRAIL_HOME": str(one.home)}
+    assert not choose(None, environment, checkout=tmp_path, configured_home=None).environment
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_a_home_chooses_among_two_that_run(start: Start, tmp_path: Path, where: str) -> None:
+    start("one")
+    two = start("two")
+    environment = {"TICKETRAIL_HOME": str(two.home)} if where == "environment" else {}
+    configured = Path("two") if where == ".env" else None
+    chosen = choose(None, environment, checkout=tmp_path, configured_home=configured)
+    assert chosen.environment == {"TICKETRAIL_HOME": str(two.home)}
+    assert not chosen.overrides
+
+
+def test_the_system_of_this_checkout_comes_before_those_of_others(start: Start, tmp_path: Path) -> None:
+    start("other", checkout=tmp_path / "elsewhere")
+    one = start("one")
+    chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
+    assert chosen.environment == {"TICKETRAIL_HOME": str(one.home)}
+
+
+def test_with_none_that_runs_the_last_one_of_this_checkout_is_chosen_and_said_not_to_run(
+    start: Start, tmp_path: Path
+) -> None:
+    assert "default settings" in choose(None, {}, checkout=tmp_path, configured_home=None).label
+    start(".local", stopped=True)
+    assert "does not run" in choose(None, {}, checkout=tmp_path, configured_home=None).label
