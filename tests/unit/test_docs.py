@@ -41,6 +41,13 @@ def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str])
             assert any(f"def {function}(" in (ROOT / path[1:]).read_text() for path in named), span
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_setting_that_a_document_names_is_in_the_list_of_settings(page: Path) -> None:
+    known = set(re.findall(r"TICKETRAIL_[A-Z_]+", (ROOT / "docs/settings.md").read_text()))
+    named = set(re.findall(r"TICKETRAIL_[A-Z_]+\b(?!\*)", page.read_text().partition("\n## Names in the code\n")[0]))
+    assert named <= known, named - known
+
+
 def test_the_index_of_decisions_has_every_record_under_its_title() -> None:
     index = (ROOT / "docs/adr/index.md").read_text()
     listed = re.findall(r"^\| (\d+) \| \[(.+)\]\((\S+)\) \|$", index, re.MULTILINE)
