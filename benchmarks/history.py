@@ -24,7 +24,7 @@ from shared.entities.customer import Customer
 from shared.entities.entity import Entity
 from shared.entities.inventory_item import InventoryItem
 from shared.entities.menu_item import MenuItem
-from shared.entities.order import Order, OrderItem, Payment, Status, StockHold, payment_status
+from shared.entities.order import Order, OrderItem, OrderStatus, Payment, StockHold, payment_status
 from shared.entities.table import DiningTable
 
 DAYS = 400
@@ -112,7 +112,7 @@ class History(Struct, frozen=True):
         if place % 50 == 9:
             then("deleted", 5, deleted_at=at + timedelta(minutes=5))
         elif place % 20 == 7:
-            then("status_changed", 10, status=Status.CANCELLED)
+            then("status_changed", 10, status=OrderStatus.CANCELLED)
         else:
             amounts = [placed.total, -placed.total] if place % 40 == 3 else [placed.total]
             for which, amount in enumerate(amounts):
@@ -122,7 +122,7 @@ class History(Struct, frozen=True):
                 payments = (*made[-1].state.payments, payment)
                 then("payment_recorded", 40 + which, payments=payments,
                      payment_status=payment_status(payments, placed.total))  # fmt: skip
-            then("status_changed", 45, status=Status.COMPLETED)
+            then("status_changed", 45, status=OrderStatus.COMPLETED)
         return made
 
 
@@ -139,7 +139,7 @@ def _placed(restaurant: PastRestaurant, place: int, at: datetime, chance: random
         restaurant_id=restaurant.id,
         order_number=f"{place % 10_000:04}",
         business_day=(at - timedelta(hours=4)).date(),
-        status=Status.PENDING,
+        status=OrderStatus.PENDING,
         items=tuple(items),
         currency="EUR",
         subtotal=subtotal,

@@ -8,7 +8,7 @@ from benchmarks.created_changes import created
 from benchmarks.restaurants import SeededRestaurant
 from shared.entities import order as orders
 from shared.entities.contract import encode, now
-from shared.entities.order import Order, OrderItem, Status
+from shared.entities.order import Order, OrderItem, OrderStatus
 
 
 def random_order(restaurants: Sequence[SeededRestaurant]) -> Order:
@@ -24,7 +24,7 @@ def random_order(restaurants: Sequence[SeededRestaurant]) -> Order:
         restaurant_id=restaurant.id,
         order_number="0001",
         business_day=at.date(),
-        status=Status.PENDING,
+        status=OrderStatus.PENDING,
         items=items,
         currency="EUR",
         subtotal=3000,

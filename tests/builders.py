@@ -8,7 +8,7 @@ from msgspec import Raw, Struct, structs
 
 from shared.entities.contract import Change, ChangeData, change_id, changed_fields, encode, encode_batch, now
 from shared.entities.menu_item import MenuItem
-from shared.entities.order import Order, OrderItem, Payment, Status
+from shared.entities.order import Order, OrderItem, OrderStatus, Payment
 from shared.entities.registry import ENTITIES
 
 RESTAURANT = "11111111-1111-4111-8111-111111111111"
@@ -41,7 +41,7 @@ def order(*, items: int | tuple[OrderItem, ...] = 3, **fields: Any) -> Order:
         "restaurant_id": RESTAURANT,
         "order_number": "0001",
         "business_day": date(2026, 3, 14),
-        "status": Status.PENDING,
+        "status": OrderStatus.PENDING,
         "items": chosen,
         "currency": "EUR",
         "subtotal": subtotal,

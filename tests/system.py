@@ -34,7 +34,7 @@ SERVICES = {
 # For services whose servers nobody ends: where a machine stands still for a second, the defaults would make another
 # (correct) outcome of it, such as a 504 or a number of the instance's own.
 PATIENT = {
-    "heartbeat_interval_seconds": 1.0,  # thrice that without a fence, and readers of the log connect anew
+    "heartbeat_interval_seconds": 1.0,  # thrice that without a heartbeat, and readers of the log connect anew
     "redis_timeout_seconds": 3.0,
     "claim_timeout_seconds": 5.0,
     "reveal_timeout_seconds": 5.0,

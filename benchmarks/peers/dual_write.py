@@ -55,7 +55,7 @@ def live_key(restaurant: str) -> str:
 
 
 async def mirror(redis: MirrorConnection, order: Order) -> None:
-    """Raises MirrorAway or MirrorInDoubt; the order is in PostgreSQL by then."""
+    """Raises MirrorUnavailable or MirrorInDoubt; the order is in PostgreSQL by then."""
     restaurant = order.restaurant_id
     await asyncio.gather(
         redis.call("HSET", document_key(restaurant, order.id), "v", 1, "d", encode(order)),

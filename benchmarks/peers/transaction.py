@@ -24,10 +24,10 @@ from services.orders.menu import MenuBook
 from services.orders.pricing import priced_items, totals
 from services.orders.requests import PlaceOrder
 from services.orders.views import PENDING, state_view
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.menu_item import MenuItem
-from shared.entities.order import Order, OrderItem, Status
-from shared.http.authorization import gate
+from shared.entities.order import Order, OrderItem, OrderStatus
+from shared.http.authorization import authorization
 from shared.http.bodies import read_body
 from shared.http.server import EXCEPTION_HANDLERS, Call, Reply, success
 from shared.lifecycle import settle_memory
@@ -99,7 +99,7 @@ async def priced_order(request: Call) -> Order:
         restaurant_id=restaurant.id,
         order_number="",
         business_day=restaurant.business_day(at),
-        status=Status.PENDING,
+        status=OrderStatus.PENDING,
         items=items,
         currency=restaurant.currency,
         subtotal=sums.subtotal,
@@ -181,7 +181,7 @@ async def _earlier(pool: asyncpg.Pool, order: Order, key: str | None) -> Order |
             return None
         items = await connection.fetch(_EARLIER_ITEMS, order.restaurant_id, row["id"])
     return Order(
-        **{**row, "status": Status(row["status"])},
+        **{**row, "status": OrderStatus(row["status"])},
         restaurant_id=order.restaurant_id,
         items=tuple(OrderItem(**item) for item in items),
     )
@@ -189,7 +189,7 @@ async def _earlier(pool: asyncpg.Pool, order: Order, key: str | None) -> Order |
 
 def placed(order: Order) -> ASGIApp:
     """The reply of the orders service."""
-    return success(state_view(encode(order), Standing(1, order.id), PENDING), status=201, headers={"ETag": '"1"'})
+    return success(state_view(encode(order), Head(1, order.id), PENDING), status=201, headers={"ETag": '"1"'})
 
 
 @get("/health/ready")
@@ -216,7 +216,7 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
     return Litestar(
         route_handlers=[place, ready],
         state=state,
-        middleware=[gate(Tokens(described["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
+        middleware=[authorization(Tokens(described["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[*([resources] if resources else []), lifespan],
@@ -235,5 +235,5 @@ def _book(described: Mapping[str, Any]) -> MenuBook:
         dish = MenuItem(
             id=id_, restaurant_id=restaurant.id, name=name, price=price, category="Mains", created_at=at, updated_at=at
         )
-        book.put(Standing(1, id_), dish)
+        book.put(Head(1, id_), dish)
     return book

@@ -14,12 +14,12 @@ from litestar import Litestar
 from litestar.di import Provide
 from msgspec import Struct
 
-from services.notifier.follower import Follower
+from services.notifier.follower import LogFollower
 from services.notifier.hub import Hub
 from services.notifier.transports import API, TRANSPORTS
 from services.notifier.window import Window
 from shared.http.api_docs import pages
-from shared.http.authorization import Outer, cors, gate
+from shared.http.authorization import ResponseHeaders, authorization, cors
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.limits import Limits
 from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
@@ -35,15 +35,15 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-class Parts(Struct, frozen=True):
+class NotifierParts(Struct, frozen=True):
     settings: Settings
     hub: Hub
-    follower: Follower
+    follower: LogFollower
     tracer: Tracer
     metrics: Metrics
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings) -> NotifierParts:
     window = Window(
         seconds=settings.replay_window_seconds,
         changes=settings.replay_window_changes,
@@ -52,28 +52,30 @@ def assemble(settings: Settings) -> Parts:
     hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
     tracer = Tracer("notifier", settings)
     metrics = Metrics()
-    parts = Parts(settings, hub, Follower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
+    parts = NotifierParts(settings, hub, LogFollower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
     metrics.watch("ticketrail_subscribers", "Open event streams", lambda: len(hub))
     metrics.watch("ticketrail_window_changes", "Changes that can be replayed", lambda: len(hub.window))
     metrics.watch("ticketrail_slow_subscribers", "Let go because they did not read, since the start", lambda: hub.slow)
     metrics.watch("ticketrail_caught_up", "1 while the log is read to its end", lambda: parts.follower.caught_up)
-    metrics.watch("ticketrail_fence_age_seconds", "Since the last fence was sent", lambda: parts.follower.fence_age)
+    metrics.watch(
+        "ticketrail_heartbeat_age_seconds", "Since the last heartbeat was sent", lambda: parts.follower.heartbeat_age
+    )
     return parts
 
 
-async def start(parts: Parts) -> None:
+async def start(parts: NotifierParts) -> None:
     """Raises TopologyError when the broker answers and has no log."""
     await declare.check_log_at_start(parts.settings)
     parts.follower.start()
 
 
-async def stop(parts: Parts) -> None:
+async def stop(parts: NotifierParts) -> None:
     parts.hub.close()
     await parts.follower.stop()
     parts.tracer.close()
 
 
-async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
+async def readiness(parts: NotifierParts) -> tuple[bool, dict[str, Any]]:
     return parts.follower.readiness()
 
 
@@ -83,7 +85,7 @@ async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
     hub.close()
 
 
-def create(settings: Settings | None = None) -> Outer:
+def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings or Settings.load()
     configure_logging("notifier", settings.log_level)
     settings, lease = number_of_traces(settings, "notifier")
@@ -116,7 +118,7 @@ def create(settings: Settings | None = None) -> Outer:
             "follower": Provide(lambda: parts.follower, sync_to_thread=False),
         },
         middleware=[
-            gate(
+            authorization(
                 Tokens.of(settings),
                 parts.tracer,
                 HttpMetrics(parts.metrics),
@@ -133,4 +135,4 @@ def create(settings: Settings | None = None) -> Outer:
         openapi_config=None,
         logging_config=None,
     )
-    return Outer(app)
+    return ResponseHeaders(app)

@@ -27,7 +27,7 @@ from shared.entities.registry import read
 from shared.observability.tracing import trace_id_of
 
 
-class Kind(IntEnum):
+class PushKind(IntEnum):
     """A bit for each kind, so that a filter is one `&` of plain integers."""
 
     ORDER_CREATED = 1
@@ -37,24 +37,24 @@ class Kind(IntEnum):
     VALIDATED = 16
 
 
-EVERY_KIND = sum(Kind)
+EVERY_KIND = sum(PushKind)
 
 # What a subscriber may ask for. A stage change has two names, one for each kind of subscriber: either asks for it.
 KINDS = {
-    "order_created": Kind.ORDER_CREATED,
-    "order_deleted": Kind.ORDER_DELETED,
-    "stage_change": Kind.STAGE_CHANGE,
-    "order_stage_change": Kind.STAGE_CHANGE,
-    "status_update": Kind.STATUS_UPDATE,
-    "validated": Kind.VALIDATED,
+    "order_created": PushKind.ORDER_CREATED,
+    "order_deleted": PushKind.ORDER_DELETED,
+    "stage_change": PushKind.STAGE_CHANGE,
+    "order_stage_change": PushKind.STAGE_CHANGE,
+    "status_update": PushKind.STATUS_UPDATE,
+    "validated": PushKind.VALIDATED,
 }
 
 _OF_ORDER = {
-    "created": (Kind.ORDER_CREATED, "order_created"),
-    "deleted": (Kind.ORDER_DELETED, "order_deleted"),
-    "status_changed": (Kind.STAGE_CHANGE, "stage_change"),
+    "created": (PushKind.ORDER_CREATED, "order_created"),
+    "deleted": (PushKind.ORDER_DELETED, "order_deleted"),
+    "status_changed": (PushKind.STAGE_CHANGE, "stage_change"),
 }
-_OTHERWISE = (Kind.STATUS_UPDATE, "status_update")
+_OTHERWISE = (PushKind.STATUS_UPDATE, "status_update")
 
 # Internal to idempotency: no screen needs it, and a customer's could tell from it what else was asked.
 _INTERNAL = ("request_hash",)
@@ -69,7 +69,7 @@ class PushEvent(Struct, frozen=True):
     order_id: str
     session_id: str | None
     """The customer session that may see it."""
-    kind: Kind
+    kind: PushKind
     _name: str
     _rest: bytes
     """The JSON from behind the event's name on, which the two names of a stage change share."""
@@ -78,7 +78,7 @@ class PushEvent(Struct, frozen=True):
     """Seconds since the epoch."""
 
     def name(self, *, of_one_order: bool) -> str:
-        return "order_stage_change" if of_one_order and self.kind is Kind.STAGE_CHANGE else self._name
+        return "order_stage_change" if of_one_order and self.kind is PushKind.STAGE_CHANGE else self._name
 
     def payload(self, *, of_one_order: bool) -> bytes:
         """JSON on one line."""
@@ -100,7 +100,7 @@ def push_event(encoded: bytes, position: Position) -> PushEvent | None:
     data: dict[str, Any] = dict(_fields.decode(change.data.after))
     for field in _INTERNAL:
         data.pop(field, None)
-    if kind is Kind.STAGE_CHANGE:
+    if kind is PushKind.STAGE_CHANGE:
         data["previousStage"] = _previous_stage(change)
         data["newStage"] = state.status
     return PushEvent(

@@ -21,7 +21,7 @@ from services.notifier.events import PushEvent, push_event
 from services.notifier.hub import Hub
 from shared.entities.contract import BrokenContract, now, split_batch
 from shared.lifecycle import vital_task
-from shared.messaging.log import Batch, Entry, LogReader
+from shared.messaging.log import LogBatch, LogEntry, LogReader
 from shared.messaging.topology import LOG
 from shared.observability.metrics import PushMetrics
 from shared.observability.tracing import Tracer
@@ -41,7 +41,7 @@ _FROM_LOG = {
 _STEP = 256
 
 
-class Follower:
+class LogFollower:
     def __init__(self, settings: Settings, hub: Hub, tracer: Tracer, metrics: PushMetrics) -> None:
         self._metrics = metrics
         self._settings = settings
@@ -77,23 +77,23 @@ class Follower:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
-    def fence_age(self) -> float:
-        """Seconds since the last fence was sent; NaN when none was seen."""
-        fenced_at = self._reader.fenced_at
-        return float("nan") if fenced_at is None else (now() - fenced_at).total_seconds()
+    def heartbeat_age(self) -> float:
+        """Seconds since the last heartbeat was sent; NaN when none was seen."""
+        heartbeat_at = self._reader.heartbeat_at
+        return float("nan") if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Not ready while the window is being read back or the broker is away. Fences that stop coming say that the
+        """Not ready while the window is being read back or the broker is away. Heartbeats that stop coming say that the
         sync worker is down: push works without it, so that is only reported."""
-        fenced_at = self._reader.fenced_at
-        age = None if fenced_at is None else (now() - fenced_at).total_seconds()
+        heartbeat_at = self._reader.heartbeat_at
+        age = None if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
         stale = age is None or age > max(2.0, self._settings.heartbeat_interval_seconds * 3)
         return self.caught_up and self._begun, {
             "broker": self._reader.connected,
             "caught_up": self.caught_up,
             "epoch": self._hub.window.epoch,
-            "fences": "stale" if stale else "fresh",
-            "fence_age_seconds": None if age is None else round(age, 3),
+            "heartbeats": "stale" if stale else "fresh",
+            "heartbeat_age_seconds": None if age is None else round(age, 3),
             "window": len(self._hub.window),
             "subscribers": len(self._hub),
         }
@@ -117,7 +117,7 @@ class Follower:
                     log.info("caught_up", epoch=batch.epoch, window=len(self._hub.window))
                     self._begun = True
 
-    async def _take(self, batch: Batch) -> None:
+    async def _take(self, batch: LogBatch) -> None:
         began = time.time_ns()
         events: list[PushEvent] = []
         upto = Position(batch.first_offset, 0)
@@ -158,7 +158,7 @@ class Follower:
                 )
 
 
-def _events_in(entry: Entry) -> tuple[list[PushEvent], Position]:
+def _events_in(entry: LogEntry) -> tuple[list[PushEvent], Position]:
     """The push events of one message, and the position of its last change."""
     events = []
     index = 0

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from shared.entities.contract import encode
 from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
-from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.restaurants import Restaurant, find_restaurant, restaurant_called
 
 _FIELDS = "id::text, restaurant_id::text, email, name, role, is_active, created_at, updated_at, deleted_at"
@@ -64,7 +64,7 @@ class Accounts:
         try:
             async with self._postgres.connection() as connection:
                 yield connection
-        except AWAY as error:
+        except UNAVAILABLE as error:
             raise Unavailable("sign-in waits for the database", retry_after=2.0) from error
 
     @asynccontextmanager
@@ -74,7 +74,7 @@ class Accounts:
             async with self._postgres.tenant(restaurant, readonly=readonly) as connection:
                 yield connection
                 committing = not readonly
-        except AWAY as error:
+        except UNAVAILABLE as error:
             if committing:  # sent, and no answer: 503 would say that nothing happened
                 raise OutcomeUnknown("the database did not say whether it was done") from error
             raise Unavailable("users wait for the database", retry_after=2.0) from error

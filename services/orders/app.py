@@ -16,15 +16,15 @@ from msgspec import Struct
 from services.orders.accounts import Accounts
 from services.orders.changes import Changes
 from services.orders.commands import Commands
-from services.orders.insight import Insight
+from services.orders.derived_figures import DerivedFigures
 from services.orders.menu import Menus
 from services.orders.reads import Reads
+from services.orders.route_context import RouteContext
 from services.orders.routes import API
-from services.orders.shop import Shop
 from services.orders.sign_in import SignIn
 from shared.entities.contract import now
 from shared.http.api_docs import pages
-from shared.http.authorization import Outer, cors, gate
+from shared.http.authorization import ResponseHeaders, authorization, cors
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.limits import Limits
 from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options
@@ -33,7 +33,7 @@ from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, REFERENCE_LOG, bound_queues
-from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.connection import MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.observability.logs import configure_logging
 from shared.observability.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
@@ -43,7 +43,7 @@ from shared.rail.commit import Rail
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
-from shared.rail.orphans import Orphans
+from shared.rail.orphaned_journals import OrphanedJournals
 from shared.rail.record import Recorder
 from shared.rail.set_aside import count_aside
 from shared.security.tokens import Tokens
@@ -52,24 +52,24 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-class Parts(Struct, frozen=True):
+class OrdersParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
     mirror: Mirror
     publisher: Publisher
     journal: Journal
     drainer: Drainer
-    orphans: Orphans
+    orphans: OrphanedJournals
     rail: Rail
     menus: Menus
     reads: Reads
-    shop: Shop
+    shop: RouteContext
     tokens: Tokens
     tracer: Tracer
     metrics: Metrics
 
 
-def assemble(settings: Settings, lease: Lease) -> Parts:
+def assemble(settings: Settings, lease: Lease) -> OrdersParts:
     tracer = Tracer("orders", settings)
     metrics = Metrics()
     rail_metrics = RailMetrics(metrics)
@@ -113,25 +113,25 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
     )
     menus = Menus(postgres, mirror, reader)
     changes, accounts, tokens = Changes(rail, reads), Accounts(postgres), Tokens.of(settings)
-    shop = Shop(
+    shop = RouteContext(
         postgres,
         mirror,
         menus,
         reads,
         changes,
         Commands(changes, menus),
-        Insight(reads, postgres, mirror),
+        DerivedFigures(reads, postgres, mirror),
         accounts,
         SignIn(accounts, reads, tokens, mirror, settings),
     )
-    return Parts(
+    return OrdersParts(
         settings,
         postgres,
         mirror,
         publisher,
         journal,
         Drainer(journal, publisher, tracer),
-        Orphans(
+        OrphanedJournals(
             settings.journal_folder,
             publisher,
             tracer,
@@ -149,7 +149,7 @@ def assemble(settings: Settings, lease: Lease) -> Parts:
     )
 
 
-def _watch(parts: Parts) -> None:
+def _watch(parts: OrdersParts) -> None:
     watch = parts.metrics.watch
     watch("ticketrail_journal_entries", "Changes that wait in the journal", lambda: parts.journal.depth)
     watch("ticketrail_journal_bytes", "Their size", lambda: parts.journal.bytes)
@@ -162,16 +162,20 @@ def _watch(parts: Parts) -> None:
     )
     watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
     watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
-    watch("ticketrail_fence_age_seconds", "Since the last fence in the log was sent", lambda: _fence_age(parts))
+    watch(
+        "ticketrail_heartbeat_age_seconds",
+        "Since the last heartbeat in the log was sent",
+        lambda: _heartbeat_age(parts),
+    )
     watch_pool(parts.metrics, parts.postgres)
 
 
-def _fence_age(parts: Parts) -> float:
-    fenced = parts.menus.reader.fenced_at
-    return float("nan") if fenced is None else (now() - fenced).total_seconds()
+def _heartbeat_age(parts: OrdersParts) -> float:
+    after_heartbeat = parts.menus.reader.heartbeat_at
+    return float("nan") if after_heartbeat is None else (now() - after_heartbeat).total_seconds()
 
 
-async def start(parts: Parts) -> None:
+async def start(parts: OrdersParts) -> None:
     try:
         await parts.journal.open()
     except JournalBroken as error:
@@ -181,7 +185,7 @@ async def start(parts: Parts) -> None:
         await parts.mirror.check()
     except MirrorMisconfigured:
         raise
-    except (MirrorAway, MirrorInDoubt) as error:
+    except (MirrorUnavailable, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
     broker = await declare.check_at_start(parts.settings)
     await parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
@@ -191,7 +195,7 @@ async def start(parts: Parts) -> None:
     await parts.menus.load_all()
 
 
-async def stop(parts: Parts) -> None:
+async def stop(parts: OrdersParts) -> None:
     await parts.rail.drain()
     await parts.reads.drain()
     await parts.orphans.stop()
@@ -204,12 +208,12 @@ async def stop(parts: Parts) -> None:
     parts.tracer.close()
 
 
-async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
+async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
     """Fit to take orders: a menu to price from, and the broker or the journal to keep them. Backends that are away are
     named, not fatal: an order is accepted without any one of them."""
     reader = parts.menus.reader
-    fenced = reader.fenced_at
-    age = None if fenced is None else round((now() - fenced).total_seconds(), 3)
+    after_heartbeat = reader.heartbeat_at
+    age = None if after_heartbeat is None else round((now() - after_heartbeat).total_seconds(), 3)
     stale = age is None or age > max(2.0, parts.settings.heartbeat_interval_seconds * 3)
     details = {
         "menus": parts.menus.loaded,
@@ -221,13 +225,13 @@ async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
             "damaged": parts.journal.damaged,
             "set_aside": parts.journal.set_aside,
         },
-        "fence_age_seconds": age,
-        "fences": "stale" if stale else "fresh",
+        "heartbeat_age_seconds": age,
+        "heartbeats": "stale" if stale else "fresh",
     }
     return parts.menus.loaded and (parts.publisher.connected or parts.journal.opened), details
 
 
-def create(settings: Settings | None = None) -> Outer:
+def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings or Settings.load()
     configure_logging("orders", settings.log_level)
     # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
@@ -258,7 +262,7 @@ def create(settings: Settings | None = None) -> Outer:
         ],
         state=State({"shop": parts.shop}),
         middleware=[
-            gate(
+            authorization(
                 parts.tokens,
                 parts.tracer,
                 HttpMetrics(parts.metrics),
@@ -274,4 +278,4 @@ def create(settings: Settings | None = None) -> Outer:
         openapi_config=None,
         logging_config=None,
     )
-    return Outer(app)
+    return ResponseHeaders(app)

@@ -18,10 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from services.orders.reads import Reads
-from shared.entities.contract import Standing, now
+from shared.entities.contract import Head, now
 from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
-from shared.rail.commit import Committed, Draft, Lost, Rail
+from shared.rail.commit import ClaimLost, Committed, Draft, Rail
 from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
@@ -37,10 +37,10 @@ Change = Callable[[Any, datetime], tuple[str, Any]]
 """(the state that stands, the moment) -> (event, the state after it). The state itself: nothing is to be changed."""
 
 
-class Done(Struct, frozen=True):
+class Receipt(Struct, frozen=True):
     entity: Entity
     state: Any
-    standing: Standing
+    standing: Head
     durability: Durability | None
     """None for a replay."""
     visible: bool = True
@@ -75,7 +75,7 @@ class Changes:
         build: Callable[[datetime], Any],
         *,
         same: Callable[[Any], bool] = lambda _: True,
-    ) -> Done:
+    ) -> Receipt:
         """`same`: whether what stands under the key was asked for in the same words. Raises what `build` and the rail
         raise, and InvalidInput for a key that was used for something else."""
         at = now()
@@ -102,7 +102,7 @@ class Changes:
         while True:
             try:
                 return _done(entity, await self._rail.commit(draft))
-            except Lost as lost:
+            except ClaimLost as lost:
                 if lost.standing is not None and lost.state is None:
                     raise Unavailable("it was made before and cannot be read now", retry_after=2.0) from lost
                 if lost.standing is not None:
@@ -113,7 +113,7 @@ class Changes:
                     ) from lost
             await _pause(2)
 
-    async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Standing, Any] | None:
+    async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
         """What the same key has made before; raises Unavailable where no store can tell."""
         try:
             found = await self._reads.one(entity, restaurant, id_)
@@ -133,7 +133,7 @@ class Changes:
         *,
         deleted: bool = False,
         adds: bool = False,
-    ) -> Done:
+    ) -> Receipt:
         """Raises NotFound, Conflict (with the version that stands), Unavailable, and what `change` raises.
 
         `deleted`: also one that is deleted. `adds`: what others do at the same time does not forbid it."""
@@ -153,7 +153,7 @@ class Changes:
         *,
         deleted: bool,
         adds: bool = False,
-    ) -> Done:
+    ) -> Receipt:
         tried, deadline = 0, time.monotonic() + _FACT_SECONDS
         while True:
             found = await self._reads.base(entity, who.tenant, id_)
@@ -165,7 +165,7 @@ class Changes:
             at = max(now(), before.updated_at)
             event, after = change(before, at)
             if after is before:
-                return Done(entity, before, found.standing, None, replayed=True)
+                return Receipt(entity, before, found.standing, None, replayed=True)
             draft = Draft(
                 entity=entity,
                 event=event,
@@ -178,20 +178,20 @@ class Changes:
             )
             try:
                 return _done(entity, await self._rail.commit(draft))
-            except Lost as lost:
+            except ClaimLost as lost:
                 given_up = time.monotonic() > deadline if adds else tried == _TRIES_AGAIN
                 if version is not None or given_up:
                     raise _conflict(lost.standing) from lost
             tried += 1
             await _pause(min(tried, 5))
 
-    async def delete(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Done:
+    async def delete(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             return "deleted", msgspec.structs.replace(state, deleted_at=at, updated_at=at)
 
         return await self.change(who, entity, id_, version, change)
 
-    async def restore(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Done:
+    async def restore(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             if state.deleted_at is None:
                 raise Conflict(f"the {entity.name} is not deleted", code="not_deleted")
@@ -205,19 +205,19 @@ async def _pause(times: int) -> None:
     await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
 
-def _done(entity: Entity, committed: Committed) -> Done:
-    return Done(entity, committed.state, committed.standing, committed.durability, committed.visible)
+def _done(entity: Entity, committed: Committed) -> Receipt:
+    return Receipt(entity, committed.state, committed.standing, committed.durability, committed.visible)
 
 
-def _replay(entity: Entity, standing: Standing, state: Any, same: Callable[[Any], bool]) -> Done:
+def _replay(entity: Entity, standing: Head, state: Any, same: Callable[[Any], bool]) -> Receipt:
     if not same(state):
         raise InvalidInput(
             "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
         )
-    return Done(entity, state, standing, None, replayed=True)
+    return Receipt(entity, state, standing, None, replayed=True)
 
 
-def _conflict(standing: Standing | None) -> Conflict:
+def _conflict(standing: Head | None) -> Conflict:
     details: dict[str, Any] = {"field": "If-Match"}
     if standing is not None:
         details["version"] = standing.version

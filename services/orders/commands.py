@@ -10,18 +10,18 @@ from uuid import UUID, uuid4
 import msgspec
 from msgspec import UNSET
 
-from services.orders.changes import Changes, Done, actor_of, id_for
+from services.orders.changes import Changes, Receipt, actor_of, id_for
 from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import holds, priced_items, totals
-from services.orders.reads import Found
+from services.orders.reads import FoundState
 from services.orders.requests import PlaceOrder, RecordPayment, UpdateOrder
 from shared.entities import order as orders
 from shared.entities.contract import encode
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import (
     Order,
+    OrderStatus,
     Payment,
-    Status,
     allowed_next,
     items_may_change,
     payment_status,
@@ -39,7 +39,7 @@ class Commands:
         self._changes = changes
         self._menus = menus
 
-    async def place(self, who: Identity, wanted: PlaceOrder, key: str | None) -> Done:
+    async def place(self, who: Identity, wanted: PlaceOrder, key: str | None) -> Receipt:
         """Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
         session = _session(who, wanted)
         id_ = id_for(who, "POST /api/orders", key)
@@ -57,7 +57,7 @@ class Commands:
         except OutOfStock as error:
             raise _out_of_stock(error, wanted, book) from error
 
-    async def update(self, who: Identity, id_: str, wanted: UpdateOrder, version: int | None) -> Done:
+    async def update(self, who: Identity, id_: str, wanted: UpdateOrder, version: int | None) -> Receipt:
         """Raises NotFound, Conflict (with what is allowed, or the version that stands), InvalidInput, Unavailable."""
         book = await self._menus.book(who.tenant)
 
@@ -70,15 +70,15 @@ class Commands:
         except OutOfStock as error:
             raise _out_of_stock(error, wanted, book) from error
 
-    async def delete(self, who: Identity, id_: str, version: int | None) -> Done:
+    async def delete(self, who: Identity, id_: str, version: int | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
-            if order.status is Status.COMPLETED:
+            if order.status is OrderStatus.COMPLETED:
                 raise Conflict("a completed order is not deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
 
         return await self._changes.change(who, _ENTITY, id_, version, change)
 
-    async def restore(self, who: Identity, id_: str, version: int | None) -> Done:
+    async def restore(self, who: Identity, id_: str, version: int | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
@@ -91,7 +91,7 @@ class Commands:
         except OutOfStock as error:
             raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
 
-    async def send_again(self, who: Identity, found: Found) -> Done:
+    async def send_again(self, who: Identity, found: FoundState) -> Receipt:
         """The state as it stands, as a change of its own. Raises Conflict when it has changed since."""
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
@@ -100,7 +100,7 @@ class Commands:
         id_ = found.decoded().id
         return await self._changes.change(who, _ENTITY, id_, found.standing.version, change, deleted=True)
 
-    async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Done, Payment]:
+    async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Receipt, Payment]:
         """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""
         if wanted.amount == 0:
             raise InvalidInput("a payment of nothing", field="amount", code="invalid_input")
@@ -138,7 +138,7 @@ def _check_payment(order: Order, wanted: RecordPayment) -> None:
             field="amount",
             paid=paid,
         )
-    if wanted.amount > 0 and order.status is Status.CANCELLED:
+    if wanted.amount > 0 and order.status is OrderStatus.CANCELLED:
         raise Conflict("a cancelled order is not paid", code="order_cancelled", field="amount")
     if len(order.payments) >= _MOST_PAYMENTS or paid + wanted.amount > 10**12:
         raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
@@ -209,7 +209,7 @@ def _new_order(
         restaurant_id=restaurant.id,
         order_number="",
         business_day=restaurant.business_day(at),
-        status=Status.PENDING,
+        status=OrderStatus.PENDING,
         items=items,
         currency=restaurant.currency,
         subtotal=sums.subtotal,

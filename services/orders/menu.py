@@ -16,15 +16,15 @@ import structlog
 from msgspec import Struct
 
 from shared.entities import menu_item, registry
-from shared.entities.contract import BrokenContract, Standing, decode_change, now, split_batch
+from shared.entities.contract import BrokenContract, Head, decode_change, now, split_batch
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound, Unavailable
 from shared.lifecycle import vital_task
-from shared.messaging.log import Batch, LogReader
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.messaging.log import LogBatch, LogReader
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.restaurants import Restaurant, every_restaurant, find_restaurant
 
 log = structlog.get_logger(__name__)
@@ -35,10 +35,10 @@ _OVERLAP = timedelta(seconds=60)
 
 class MenuBook(Struct):
     restaurant: Restaurant
-    standing: dict[str, Standing]
+    standing: dict[str, Head]
     dishes: dict[str, MenuItem]
 
-    def put(self, standing: Standing, dish: MenuItem) -> None:
+    def put(self, standing: Head, dish: MenuItem) -> None:
         known = self.standing.get(dish.id)
         if known is None or standing > known:
             self.standing[dish.id] = standing
@@ -57,7 +57,7 @@ class Menus:
         self._books: dict[str, MenuBook] = {}
         self._loading: dict[str, asyncio.Lock] = {}
         # Dishes that the log brings while their restaurant is being loaded: neither store need have shown them.
-        self._meanwhile: dict[str, list[tuple[Standing, MenuItem]]] = {}
+        self._meanwhile: dict[str, list[tuple[Head, MenuItem]]] = {}
         self._task: asyncio.Task[None] | None = None
         self.loaded = False
 
@@ -89,7 +89,7 @@ class Menus:
             self._loading.pop(restaurant_id, None)
         return book
 
-    def put(self, standing: Standing, dish: MenuItem) -> None:
+    def put(self, standing: Head, dish: MenuItem) -> None:
         """What was committed here: its own instance need not wait for the log."""
         if (book := self._books.get(dish.restaurant_id)) is not None:
             book.put(standing, dish)
@@ -118,11 +118,11 @@ class Menus:
         try:
             async with self._postgres.connection() as connection:
                 return [restaurant.id for restaurant in await every_restaurant(connection)]
-        except AWAY as error:
+        except UNAVAILABLE as error:
             log.warning("menus_without_postgres", error=str(error) or type(error).__name__)
         try:
             return await self._mirror.restaurant_ids()
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return None
 
     async def _load(self, restaurant_id: str) -> MenuBook:
@@ -132,7 +132,7 @@ class Menus:
             async with self._postgres.tenant(restaurant_id) as connection:
                 restaurant = await find_restaurant(connection, restaurant_id)
                 stored = await states.every(connection, menu_item.ENTITY, restaurant_id)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             if not warm or mirrored is None:  # a cold mirror may hold half a menu, and nobody would look again
                 raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error
             restaurant, stored = mirrored, []
@@ -145,12 +145,12 @@ class Menus:
             book.put(standing, dish)
         return book
 
-    async def _from_mirror(self, restaurant_id: str) -> tuple[Restaurant | None, list[tuple[Standing, MenuItem]], bool]:
+    async def _from_mirror(self, restaurant_id: str) -> tuple[Restaurant | None, list[tuple[Head, MenuItem]], bool]:
         try:
             encoded = await self._mirror.restaurant(restaurant_id)
             ids = await self._mirror.live_ids(restaurant_id, menu_item.ENTITY.name)
             warm, documents = await self._mirror.read(restaurant_id, menu_item.ENTITY.name, ids)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return None, [], False
         restaurant = msgspec.json.decode(encoded, type=Restaurant) if encoded else None
         dishes = [
@@ -167,7 +167,7 @@ class Menus:
             async for batch in batches:
                 self._apply(batch)
 
-    def _apply(self, batch: Batch) -> None:
+    def _apply(self, batch: LogBatch) -> None:
         for entry in batch.entries:
             try:
                 events = split_batch(entry.body)

@@ -15,35 +15,35 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from shared.entities.contract import Standing, SyncState
+from shared.entities.contract import Head, SyncState
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import NotFound, Unavailable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Document, Mirror
 from shared.observability.metrics import ReadMetrics
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Connection, Postgres
-from shared.postgres.states import Stored
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
+from shared.postgres.states import StoredState
 
 log = structlog.get_logger(__name__)
 
 _BLOCK = 200
 
 
-class Seen(Struct, frozen=True):
+class AccessFields(Struct, frozen=True):
     """What decides who may see a state: the rest of what a store holds need not be read to be sent."""
 
     customer_session_id: str | None = None
     deleted_at: str | None = None
 
 
-_seen = msgspec.json.Decoder(Seen)
+_seen = msgspec.json.Decoder(AccessFields)
 
 
-class Found(Struct, frozen=True):
+class FoundState(Struct, frozen=True):
     entity: Entity
-    standing: Standing
+    standing: Head
     state: bytes
     served_by: str
     """mirror or postgres"""
@@ -65,22 +65,22 @@ class Found(Struct, frozen=True):
     def decoded(self) -> Any:
         return self.entity.decode_state(self.state)
 
-    def seen(self) -> Seen:
+    def seen(self) -> AccessFields:
         return _seen.decode(self.state)
 
 
-def _from_stored(entity: Entity, stored: Stored) -> Found:
-    return Found(entity, stored.standing, stored.state, "postgres", conflict=stored.conflict)
+def _from_stored(entity: Entity, stored: StoredState) -> FoundState:
+    return FoundState(entity, stored.standing, stored.state, "postgres", conflict=stored.conflict)
 
 
-def _matches(entity: Entity, document: Document, selection: Selection, state: SyncState | None) -> Found | None:
-    found = Found(entity, document.standing, document.state, "mirror", document)
+def _matches(entity: Entity, document: Document, selection: Selection, state: SyncState | None) -> FoundState | None:
+    found = FoundState(entity, document.standing, document.state, "mirror", document)
     fits = (state is None or found.sync_state is state) and selection.match(found.decoded())
     return found if fits else None
 
 
 class Page(Struct, frozen=True):
-    found: list[Found]
+    found: list[FoundState]
     more: bool
     complete: bool
     """False: only what the mirror's live window holds, because PostgreSQL is away."""
@@ -93,38 +93,38 @@ class Reads:
         self._mirror = mirror
         self._repairs: set[asyncio.Task[None]] = set()
 
-    async def one(self, entity: Entity, restaurant: str, id_: str) -> Found:
+    async def one(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
         """Raises NotFound, or Unavailable when no store that would have it answers."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
-            return Found(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.standing, document.state, "mirror", document)
         self._metrics.mirror.inc("miss" if warm else "away")
         try:
             stored = await self._from_postgres(entity, restaurant, id_)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             if document is not None:
-                return Found(entity, document.standing, document.state, "mirror", document)
+                return FoundState(entity, document.standing, document.state, "mirror", document)
             raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
         if stored is not None and (document is None or stored.standing >= document.standing):
             if document is None:
                 self._repair_later(entity, stored)
             return _from_stored(entity, stored)
         if document is not None:
-            return Found(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.standing, document.state, "mirror", document)
         raise NotFound(f"no such {entity.name}")
 
-    async def base(self, entity: Entity, restaurant: str, id_: str) -> Found:
+    async def base(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
         """What a change is built on; raises NotFound, or Unavailable: without a warm mirror nobody can say what stands,
         not even that there is no such thing."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if not warm:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
         if document is not None:
-            return Found(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.standing, document.state, "mirror", document)
         try:
             stored = await self._from_postgres(entity, restaurant, id_)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
         if stored is None:
             raise NotFound(f"no such {entity.name}")
@@ -137,7 +137,7 @@ class Reads:
         try:
             pending_ids = await self._mirror.pending_ids(restaurant, entity.name)
             warm, pending = await self._matching(entity, restaurant, pending_ids, selection, state)
-        except (MirrorAway, MirrorInDoubt) as error:
+        except (MirrorUnavailable, MirrorInDoubt) as error:
             log.info("list_without_mirror", error=str(error) or type(error).__name__)
             pending_ids, warm, pending = [], True, []
         try:
@@ -154,7 +154,7 @@ class Reads:
                     without=pending_ids,
                     conflict=None if state is None else state is SyncState.CONFLICT,
                 )
-        except AWAY as error:
+        except UNAVAILABLE as error:
             return await self._live_page(entity, restaurant, selection, state, error)
         found = pending + [_from_stored(entity, row) for row in stored]
         return self._cut(found, selection, complete=True)
@@ -167,11 +167,11 @@ class Reads:
     async def _from_mirror(self, entity: Entity, restaurant: str, id_: str) -> tuple[Document | None, bool]:
         try:
             warm, (document,) = await self._mirror.read(restaurant, entity.name, [id_])
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return None, False
         return document, warm
 
-    async def _from_postgres(self, entity: Entity, restaurant: str, id_: str) -> Stored | None:
+    async def _from_postgres(self, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
         async with self._postgres.tenant(restaurant) as connection:
             return await states.one(connection, entity, restaurant, id_)
 
@@ -182,7 +182,7 @@ class Reads:
             ids = await asked(restaurant, entity.name)
             warm, found = await self._matching(entity, restaurant, ids, selection, state)
             warm = warm and (bool(ids) or await self._mirror.is_warm())
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             warm, found = False, []
         if not warm:
             raise Unavailable("what is on its way is told by a warm mirror alone", retry_after=2.0)
@@ -195,7 +195,7 @@ class Reads:
             most = selection.before[0].timestamp() if selection.before else float("inf")
             ids = await self._mirror.live_ids(restaurant, entity.name, most=most)
             _, found = await self._matching(entity, restaurant, ids, selection, state)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("the list cannot be made now", retry_after=2.0) from error
         return self._cut(found, selection, complete=False)
 
@@ -207,14 +207,14 @@ class Reads:
         ids: list[str],
         selection: Selection,
         state: SyncState | None,
-    ) -> tuple[list[str], list[Found]]:
+    ) -> tuple[list[str], list[FoundState]]:
         """What a cold mirror calls pending may be older than what PostgreSQL has: only what is newer counts. Returns
         the ids of that, and those of them that match."""
         try:
             _, documents = await self._mirror.read(restaurant, entity.name, ids)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return [], []
-        stored = await states.standings(connection, entity, restaurant, ids)
+        stored = await states.heads(connection, entity, restaurant, ids)
         newer, matching = [], []
         for id_, document in zip(ids, documents, strict=True):
             if document is not None and (id_ not in stored or document.standing > stored[id_]):
@@ -225,9 +225,9 @@ class Reads:
 
     async def _matching(
         self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
-    ) -> tuple[bool, list[Found]]:
+    ) -> tuple[bool, list[FoundState]]:
         """Of ids, the newest first, as many as the page needs; and whether the mirror was warm all the while."""
-        found: list[Found] = []
+        found: list[FoundState] = []
         all_warm = True
         for start in range(0, len(ids), _BLOCK):
             warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK])
@@ -241,8 +241,8 @@ class Reads:
                 break
         return all_warm, found
 
-    def _cut(self, found: list[Found], selection: Selection, *, complete: bool) -> Page:
-        def newest(one: Found) -> tuple[float, str]:
+    def _cut(self, found: list[FoundState], selection: Selection, *, complete: bool) -> Page:
+        def newest(one: FoundState) -> tuple[float, str]:
             state = one.decoded()
             return state.created_at.timestamp(), state.id
 
@@ -251,18 +251,18 @@ class Reads:
 
     # -- repair ------------------------------------------------------------------------------------------------
 
-    def _repair_later(self, entity: Entity, stored: Stored) -> None:
+    def _repair_later(self, entity: Entity, stored: StoredState) -> None:
         if self._mirror.available and len(self._repairs) < 100:
             self._metrics.mirror.inc("repair")
             task = asyncio.create_task(self._repair(entity, stored), name="mirror-repair")
             self._repairs.add(task)
             task.add_done_callback(self._repairs.discard)
 
-    async def _repair(self, entity: Entity, stored: Stored) -> None:
+    async def _repair(self, entity: Entity, stored: StoredState) -> None:
         state = entity.decode_state(stored.state)
         try:
             await self._mirror.apply(
                 [Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")]
             )
-        except (MirrorAway, MirrorInDoubt) as error:
+        except (MirrorUnavailable, MirrorInDoubt) as error:
             log.info("repair_skipped", subject=f"{entity.name}/{state.id}", error=str(error) or type(error).__name__)

@@ -10,9 +10,9 @@ from shared.entities.contract import Amount, Label, Money, Text, Time
 from shared.entities.customer import Points
 from shared.entities.inventory_item import Count
 from shared.entities.inventory_item import Quantity as StockQuantity
-from shared.entities.job import Minutes, Stage
+from shared.entities.job import JobStage, Minutes
 from shared.entities.menu_item import Choices, Units, Url
-from shared.entities.order import Quantity, Status
+from shared.entities.order import OrderStatus, Quantity
 from shared.entities.table import Seats, TableState
 from shared.http.endpoint import ListQuery
 
@@ -67,11 +67,11 @@ class UpdateOrder(Struct, forbid_unknown_fields=True, frozen=True):
     payment_method: Label | UnsetType | None = UNSET
     notes: Text | UnsetType | None = UNSET
     special_instructions: Text | UnsetType | None = UNSET
-    status: Status | UnsetType = UNSET
+    status: OrderStatus | UnsetType = UNSET
 
 
 class OrdersQuery(ListQuery, kw_only=True):
-    status: Status | None = None
+    status: OrderStatus | None = None
     table_id: UUID | None = None
     customer_id: UUID | None = None
 
@@ -233,14 +233,14 @@ class UpdateJob(Request):
     expected_minutes: Minutes | UnsetType | None = UNSET
     notes: Text | UnsetType | None = UNSET
     assigned_to: Label | UnsetType | None = UNSET
-    stage: Stage | UnsetType = UNSET
+    stage: JobStage | UnsetType = UNSET
     position: Annotated[int, Meta(ge=1, le=10_000)] | UnsetType = UNSET
 
 
 class JobsQuery(ListQuery, kw_only=True):
     bay_id: UUID | None = None
     order_id: UUID | None = None
-    stage: Stage | None = None
+    stage: JobStage | None = None
 
 
 # -- customers and stock -----------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import phonenumbers
 from msgspec import Struct, field
 
 from services.orders import requests
-from services.orders.insight import Insight, OrderAtTable
+from services.orders.derived_figures import DerivedFigures, OrderAtTable
 from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, table
 from shared.entities.contract import in_range
 from shared.entities.entity import Entity
-from shared.entities.job import Job, Stage
+from shared.entities.job import BayJob, JobStage
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.http.endpoint import ListQuery
 from shared.restaurants import Restaurant
@@ -37,11 +37,11 @@ def _changed_as_wanted(state: Any, fields: Fields, _: Context) -> tuple[str, Fie
     return "updated", fields
 
 
-async def _nothing(insight: Insight, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
+async def _nothing(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
     return None
 
 
-async def _no_more(insight: Insight, restaurant: Restaurant, who: Identity, states: list[Any]) -> list[Fields]:
+async def _no_more(insight: DerivedFigures, restaurant: Restaurant, who: Identity, states: list[Any]) -> list[Fields]:
     return [{} for _ in states]
 
 
@@ -58,13 +58,13 @@ class Resource(Struct, frozen=True, kw_only=True):
     example: Fields = field(default_factory=dict)
     asked: Callable[[Any, Restaurant], Any] = lambda query, _: query
     """The query in the words of the states. Raises InvalidInput."""
-    prepare: Callable[[Insight, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
+    prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
     """Looks up what the rules need; raises InvalidInput."""
     made: Callable[[Fields, Context], Fields] = _as_wanted
     """The fields of a new one. Raises InvalidInput."""
     changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_wanted
     """(event, fields that change). Raises InvalidInput, Conflict."""
-    more: Callable[[Insight, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
+    more: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
     """What the caller is shown beside each state and is not part of it."""
     more_types: Mapping[str, Any] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ def _check_dish(fields: Fields) -> Fields:
     return fields
 
 
-async def _know_stock(insight: Insight, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
+async def _know_stock(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
     for place, one in enumerate(fields.get("consumes") or ()):
         await insight.must_exist(
             inventory_item.ENTITY, restaurant.id, str(one.inventory_item_id), f"consumes[{place}].inventory_item_id"
@@ -123,11 +123,11 @@ async def _know_stock(insight: Insight, restaurant: Restaurant, fields: Fields, 
 
 class _Queue(Struct, frozen=True):
     bay_open: bool
-    queued: list[Job]
+    queued: list[BayJob]
     """Without the job itself, the next one first."""
 
 
-async def _know_bay(insight: Insight, restaurant: Restaurant, fields: Fields, state: Job | None) -> _Queue:
+async def _know_bay(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None) -> _Queue:
     wanted = fields.get("bay_id")
     bay_id = str(wanted) if wanted is not None else state.bay_id if state is not None else ""
     try:
@@ -140,7 +140,7 @@ async def _know_bay(insight: Insight, restaurant: Restaurant, fields: Fields, st
         raise InvalidInput("no such bay", field="bay_id", code="unknown_bay")
     if fields.get("order_id") is not None:
         await insight.must_exist(insight.ORDER, restaurant.id, str(fields["order_id"]), "order_id")
-    queued: list[Job] = []
+    queued: list[BayJob] = []
     if "position" in fields:
         queued = [one for one in await insight.queue(restaurant.id, bay_id) if state is None or one.id != state.id]
     return _Queue(found is None or (found.is_open and found.deleted_at is None), queued)
@@ -156,7 +156,7 @@ def _new_job(fields: Fields, context: Context) -> Fields:
     return {**_in_time(fields), "place": job.place_at(fields.get("scheduled_at") or context.at, context.at)}
 
 
-def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fields]:
+def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, Fields]:
     found: Fields = dict(_in_time(fields))
     position = found.pop("position", None)
     event = "updated"
@@ -172,16 +172,16 @@ def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fie
                 stage=state.stage,
                 allowed=list(allowed),
             )
-        if stage is Stage.IN_PROGRESS:
+        if stage is JobStage.IN_PROGRESS:
             if not context.prepared.bay_open:
                 raise Conflict("the bay is closed", code="bay_closed", field="stage")
             found["started_at"] = context.at
-        elif stage is Stage.QUEUED:
+        elif stage is JobStage.QUEUED:
             found["started_at"] = None
         else:
             found["finished_at"] = context.at
     if position is not None:
-        if stage is not Stage.QUEUED:
+        if stage is not JobStage.QUEUED:
             raise Conflict(f"a job that is {stage} has no place in the queue", code="not_queued", field="position")
         found["place"] = _place(context.prepared.queued, position, state)
     elif found.get("scheduled_at") not in (None, state.scheduled_at):
@@ -189,7 +189,7 @@ def _changed_job(state: Job, fields: Fields, context: Context) -> tuple[str, Fie
     return event, found
 
 
-def _place(queued: list[Job], position: int, state: Job) -> str:
+def _place(queued: list[BayJob], position: int, state: BayJob) -> str:
     """`queued`: the others."""
     before = queued[: position - 1][-1:]
     after = queued[position - 1 :][:1]

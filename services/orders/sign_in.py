@@ -30,7 +30,7 @@ _WINDOW = 300.0
 _AT_ONCE = 2
 
 
-class Session(Struct, frozen=True):
+class SignInSession(Struct, frozen=True):
     access_token: str
     refresh_token: str
     expires_in: int
@@ -66,7 +66,9 @@ class SignIn:
         async with self._hashing:
             return await asyncio.to_thread(hash_password, password)
 
-    async def register(self, restaurant: Restaurant, email: str, name: str, password: str, address: str) -> Session:
+    async def register(
+        self, restaurant: Restaurant, email: str, name: str, password: str, address: str
+    ) -> SignInSession:
         """Raises Conflict, InvalidInput, TooManyRequests."""
         await self._count(self._by_address, counted_as(address))
         if restaurant.time_zone not in await asyncio.to_thread(_time_zones):
@@ -84,7 +86,7 @@ class SignIn:
         Raises TooManyRequests."""
         await self._count(self._by_address, f"users:{counted_as(address)}")
 
-    async def login(self, email: str, password: str, address: str) -> Session:
+    async def login(self, email: str, password: str, address: str) -> SignInSession:
         """Raises Unauthenticated, TooManyRequests."""
         await self._count(self._by_address, counted_as(address))
         await self._count(self._by_account, hashlib.sha256(plain_email(email).encode()).hexdigest()[:32])
@@ -99,7 +101,7 @@ class SignIn:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         return self._session(found[0], token)
 
-    async def refresh(self, token: str) -> Session:
+    async def refresh(self, token: str) -> SignInSession:
         """Raises Unauthenticated; of a token that was used before the session is over."""
         new = secrets.token_urlsafe(32)
         rotated = await self._accounts.rotate_session(
@@ -137,11 +139,11 @@ class SignIn:
         if wait:
             raise TooManyRequests("too many tries: wait a while", retry_after=math.ceil(wait))
 
-    def _session(self, user: User, refresh_token: str) -> Session:
+    def _session(self, user: User, refresh_token: str) -> SignInSession:
         role, ttl = Role(user.role), self._settings.access_token_ttl_seconds
         session = user.id if role is Role.CUSTOMER else None
         who = Identity(user.id, role, user.restaurant_id or "", user.email, session)
-        return Session(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)
+        return SignInSession(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from services.orders.reads import Found
-from shared.entities.contract import Standing, SyncState
+from services.orders.reads import FoundState
+from shared.entities.contract import Head, SyncState
 
 # Internal to idempotency. Inside a JSON text its quotes would be escaped, so only the field itself matches.
 _REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
@@ -18,7 +18,7 @@ _REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
 PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
-def sync_of(found: Found) -> dict[str, Any]:
+def sync_of(found: FoundState) -> dict[str, Any]:
     state = found.sync_state
     if state is SyncState.FAILED and found.document is not None:
         return {"state": state, **msgspec.json.decode(found.document.failure)}
@@ -26,7 +26,7 @@ def sync_of(found: Found) -> dict[str, Any]:
 
 
 def state_view(
-    state: bytes, standing: Standing, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
+    state: bytes, standing: Head, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
 ) -> Raw:
     """`state` is encoded already, and stays so: what is not part of it is appended. `chosen`: these fields alone."""
     extra = {"version": standing.version, "sync": sync, **more}

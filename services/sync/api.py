@@ -15,14 +15,14 @@ from msgspec import Struct
 
 from services.sync.conflicts import routes as conflict_routes
 from services.sync.dead_letters import routes as dead_letter_routes
-from services.sync.dead_letters.routes import Operators
-from services.sync.imports.external_order_upserts import Upserts
+from services.sync.dead_letters.routes import OperatorContext
+from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.external_orders import ExternalOrder
 from services.sync.mirror.sync_status import SyncStatus, sync_status
 from shared.entities.contract import now
 from shared.errors import Unauthenticated
 from shared.http.api_docs import pages
-from shared.http.authorization import Outer, cors, gate
+from shared.http.authorization import ResponseHeaders, authorization, cors
 from shared.http.bodies import MAX_BODY_BYTES, read_body
 from shared.http.endpoint import endpoint
 from shared.http.limits import Limits
@@ -30,12 +30,12 @@ from shared.http.openapi import Api
 from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, success
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.observability.logs import configure_logging
 from shared.observability.metrics import HttpMetrics, Metrics, RailMetrics, watch_pool
 from shared.observability.tracing import Tracer
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import Rail
 from shared.rail.instance import number_of_traces
 from shared.rail.record import Recorder
@@ -45,17 +45,17 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_FENCES = "select lane, sent_at from fences"
+_HEARTBEATS = "select lane, sent_at from heartbeats"
 
 
-class Parts(Struct, frozen=True):
+class SyncApiParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
     mirror: Mirror
     publisher: Publisher
     rail: Rail
-    upserts: Upserts
-    operators: Operators
+    upserts: ExternalOrderUpserts
+    operators: OperatorContext
     tracer: Tracer
     metrics: Metrics
 
@@ -89,7 +89,7 @@ class Synced(Struct, frozen=True):
         "payments": [{"id": "card-1", "amount": 2097, "method": "card"}],
     },
 )
-async def sync_order(request: Call, parts: Parts) -> ASGIApp:
+async def sync_order(request: Call, parts: SyncApiParts) -> ASGIApp:
     given = (request.header(b"x-sync-token") or "").encode("latin-1")
     # Of equal length whatever was sent: neither the time nor the length says how much of it is right.
     expected = hashlib.sha256(parts.settings.sync_token.encode()).digest()
@@ -108,7 +108,7 @@ async def sync_order(request: Call, parts: Parts) -> ASGIApp:
     summary="How far every entity has come on its way to PostgreSQL",
     answer=SyncStatus,
 )
-async def status(request: Call, parts: Parts) -> ASGIApp:
+async def status(request: Call, parts: SyncApiParts) -> ASGIApp:
     return success(await sync_status(parts.settings, parts.postgres, parts.mirror, request.identity.tenant))
 
 
@@ -116,28 +116,28 @@ ROUTES = [status, sync_order, *dead_letter_routes.ROUTES, *conflict_routes.ROUTE
 API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
 
 
-async def readiness(parts: Parts) -> tuple[bool, dict[str, Any]]:
-    """Ready while one of the stores answers; the age of PostgreSQL's last fence says how far the sync is behind."""
+async def readiness(parts: SyncApiParts) -> tuple[bool, dict[str, Any]]:
+    """Ready while one of the stores answers; the age of PostgreSQL's last heartbeat says how far the sync is behind."""
     details: dict[str, Any] = {"broker": parts.publisher.connected}
     try:
         async with parts.postgres.connection() as connection:
-            fences = await connection.fetch(_FENCES)
-        ages = {row["lane"]: round((now() - row["sent_at"]).total_seconds(), 3) for row in fences}
+            heartbeats = await connection.fetch(_HEARTBEATS)
+        ages = {row["lane"]: round((now() - row["sent_at"]).total_seconds(), 3) for row in heartbeats}
         limit = max(2.0, parts.settings.heartbeat_interval_seconds * 3)
-        details["fence_age_seconds"] = ages
-        details["fences"] = "fresh" if ages and max(ages.values()) <= limit else "stale"
+        details["heartbeat_age_seconds"] = ages
+        details["heartbeats"] = "fresh" if ages and max(ages.values()) <= limit else "stale"
         details["postgres"] = True
-    except AWAY as error:
+    except UNAVAILABLE as error:
         details["postgres"] = False
         details["postgres_error"] = str(error) or type(error).__name__
     try:
         details["mirror"] = "warm" if await parts.mirror.is_warm() else "cold"
-    except (MirrorAway, MirrorInDoubt):
+    except (MirrorUnavailable, MirrorInDoubt):
         details["mirror"] = "away"
     return details["postgres"] or details["mirror"] != "away", details
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings) -> SyncApiParts:
     tracer = Tracer("sync-api", settings)
     metrics = Metrics()
     postgres = Postgres(settings.database_api_url, settings)
@@ -158,12 +158,12 @@ def assemble(settings: Settings) -> Parts:
         tracer=tracer,
         metrics=RailMetrics(metrics),
     )
-    upserts = Upserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
-    operators = Operators.of(settings, postgres, mirror, rail)
-    return Parts(settings, postgres, mirror, publisher, rail, upserts, operators, tracer, metrics)
+    upserts = ExternalOrderUpserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
+    operators = OperatorContext.of(settings, postgres, mirror, rail)
+    return SyncApiParts(settings, postgres, mirror, publisher, rail, upserts, operators, tracer, metrics)
 
 
-def create(settings: Settings | None = None) -> Outer:
+def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings or Settings.load()
     configure_logging("sync-api", settings.log_level)
     settings, lease = number_of_traces(settings, "sync-api")
@@ -198,7 +198,7 @@ def create(settings: Settings | None = None) -> Outer:
         state=State({"operators": parts.operators}),
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False)},
         middleware=[
-            gate(
+            authorization(
                 Tokens.of(settings),
                 parts.tracer,
                 HttpMetrics(parts.metrics),
@@ -214,4 +214,4 @@ def create(settings: Settings | None = None) -> Outer:
         openapi_config=None,
         logging_config=None,
     )
-    return Outer(app)
+    return ResponseHeaders(app)

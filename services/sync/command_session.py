@@ -15,10 +15,10 @@ from shared.errors import TicketrailError
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.messaging.topology import CHANGES, bound_queues
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import MigrationError
-from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.rail.commit import Rail
 from shared.rail.record import Recorder
 from shared.settings import Settings
@@ -45,13 +45,13 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         raise click.ClickException(f"{field}: {error}" if field else str(error)) from error
     except (MigrationError, declare.TopologyError) as error:
         raise click.ClickException(str(error)) from error
-    except (MirrorAway, MirrorInDoubt, *BROKEN_LINK, *AWAY, asyncpg.PostgresError) as error:
+    except (MirrorUnavailable, MirrorInDoubt, *BROKEN_LINK, *UNAVAILABLE, asyncpg.PostgresError) as error:
         raise click.ClickException(
             f"a backend does not answer: {type(error).__name__}: {error}; the system: {system_label()}"
         ) from error
 
 
-class Session:
+class CommandSession:
     """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
 
     def __init__(self, settings: Settings) -> None:
@@ -72,7 +72,7 @@ class Session:
             reveal_timeout_seconds=settings.reveal_timeout_seconds,
         )
 
-    async def __aenter__(self) -> "Session":
+    async def __aenter__(self) -> "CommandSession":
         await self.publisher.start(wait=5.0)
         return self
 

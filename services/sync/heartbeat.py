@@ -1,8 +1,9 @@
-"""Fences: small messages that go through every lane and the log, so that silence can be told from loss.
+"""Heartbeats: small messages that go through every lane and the log, so that silence can be told from loss.
 
-`FenceSource` sends one through every lane every few seconds; each goes into the log too. `FenceWatch` remembers which
-ones came out. Arrived and noted are two things: a fence that arrived in a consumer proves the binding of its lane, one
-that was noted (committed by PostgreSQL, applied by the mirror writer) says how far that sink is.
+`HeartbeatSender` sends one through every lane every few seconds; each goes into the log too. `HeartbeatMonitor`
+remembers which ones came out. Arrived and noted are two things: a heartbeat that arrived in a consumer proves the
+binding of its lane, one that was noted (committed by PostgreSQL, applied by the mirror writer) says how far that sink
+is.
 
 Nothing here waits for PostgreSQL: while it is away the last known epoch of the log is sent, and nothing is sent before
 one is known. At shutdown nothing is owed.
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from services.sync.failures.classification import describe
 from shared.entities.contract import Lane, now
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.lifecycle import vital_task
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
@@ -32,38 +33,38 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-def log_way(lane: Lane) -> str:
+def log_path_of(lane: Lane) -> str:
     """The name of the way through a lane's routing key into the log."""
     return f"log/{lane}"
 
 
-WAYS = (*(lane.value for lane in Lane), *(log_way(lane) for lane in Lane))
+HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane in Lane))
 
 _LEAST_READY = 2.0  # seconds
 
 
-class Way(Struct):
+class HeartbeatPath(Struct):
     """What is known of one way: into a lane's queue, or into the log. Ages count on the monotonic clock, times are the
     sender's."""
 
     unanswered: float | None = None
-    """Since when fences that we sent this way have not come out."""
+    """Since when heartbeats that we sent this way have not come out."""
     arrived_at: datetime | None = None
-    """The time in the newest fence that came out at the other end."""
+    """The time in the newest heartbeat that came out at the other end."""
     arrived: float = 0.0
     active: float = 0.0
     """When anything came out."""
     noted_at: datetime | None = None
-    """The time in the newest fence that the sink has noted."""
+    """The time in the newest heartbeat that the sink has noted."""
     noted: float = 0.0
     lag: float = 0.0
-    """Seconds between the sending and the noting of that fence."""
+    """Seconds between the sending and the noting of that heartbeat."""
 
 
-class FenceWatch:
+class HeartbeatMonitor:
     def __init__(self, settings: Settings) -> None:
         self._patience = max(3 * settings.heartbeat_interval_seconds, _LEAST_READY)
-        self._ways = {name: Way() for name in WAYS}
+        self._ways = {name: HeartbeatPath() for name in HEARTBEAT_PATHS}
         self._idle: dict[str, Callable[[], bool]] = {}
         self._news = asyncio.Event()
 
@@ -74,8 +75,8 @@ class FenceWatch:
         self._idle[lane.value] = idle
 
     def sent(self, lane: Lane) -> None:
-        """The broker has confirmed a fence."""
-        for name in (lane.value, log_way(lane)):
+        """The broker has confirmed a heartbeat."""
+        for name in (lane.value, log_path_of(lane)):
             way = self._ways[name]
             way.unanswered = way.unanswered or time.monotonic()
 
@@ -91,46 +92,47 @@ class FenceWatch:
         self._note(self._ways[lane.value], sent_at, noted_at)
 
     def note_log_end(self) -> None:
-        """The reader of the log has read to its end: from here on a missing fence means a missing binding."""
+        """The reader of the log has read to its end: from here on a missing heartbeat means a missing binding."""
         for lane in Lane:
-            self._idle[log_way(lane)] = lambda: True
-            self._ways[log_way(lane)].active = time.monotonic()
+            self._idle[log_path_of(lane)] = lambda: True
+            self._ways[log_path_of(lane)].active = time.monotonic()
 
     def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
         """The mirror writer has read it: it proves the binding, also while the mirror is away."""
-        self._arrived(self._ways[log_way(lane)], sent_at)
+        self._arrived(self._ways[log_path_of(lane)], sent_at)
 
     def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
         """The mirror writer has applied the log up to it."""
-        self._note(self._ways[log_way(lane)], sent_at, noted_at)
+        self._note(self._ways[log_path_of(lane)], sent_at, noted_at)
 
     # -- what it says ------------------------------------------------------------------------------------------
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Ready when a fence came out of every way within three intervals; with what is known of each, in seconds."""
+        """Ready when a heartbeat came out of every way within three intervals; with what is known of each, in
+        seconds."""
         stale, ages, lags = self.stale(), self.ages(), self.lags()
         return not stale, {"stale": stale, "age_seconds": ages, "lag_seconds": lags}
 
     def stale(self) -> list[str]:
-        """The ways from which no fence came out for three intervals."""
+        """The ways from which no heartbeat came out for three intervals."""
         soonest = time.monotonic() - self._patience
         return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived < soonest]
 
     def ages(self) -> dict[str, float | None]:
-        """Seconds since each sink last noted a fence; None: it never has."""
+        """Seconds since each sink last noted a heartbeat; None: it never has."""
         at = time.monotonic()
         return {name: None if way.noted_at is None else at - way.noted for name, way in self._ways.items()}
 
     def lags(self) -> dict[str, float | None]:
-        """Seconds that the last fence took from its sending into each sink; None: none has."""
+        """Seconds that the last heartbeat took from its sending into each sink; None: none has."""
         return {name: None if way.noted_at is None else way.lag for name, way in self._ways.items()}
 
     async def prove(self, timeout: float) -> bool:
-        """Waits until a fence that was sent from now on has come out of every way. True: every binding is proved.
+        """Waits until a heartbeat that was sent from now on has come out of every way. True: every binding is proved.
 
         False: not all of them within `timeout` seconds, for which there may be an innocent reason: a backlog before
-        the fence, PostgreSQL or the broker away. `readiness` goes on watching. Raises TopologyError where there is
-        none: the fence was sent, its queue is empty and listened to, and the fence is not there.
+        the heartbeat, PostgreSQL or the broker away. `readiness` goes on watching. Raises TopologyError where there is
+        none: the heartbeat was sent, its queue is empty and listened to, and the heartbeat is not there.
         """
         began = now()
         for way in self._ways.values():
@@ -160,28 +162,28 @@ class FenceWatch:
                 of_the_log, _, lane = name.rpartition("/")
                 queue = topology.LOG if of_the_log else topology.lane_queue(Lane(lane))
                 raise TopologyError(
-                    f"a fence was sent and did not come out of queue {queue!r}: its binding to exchange"
+                    f"a heartbeat was sent and did not come out of queue {queue!r}: its binding to exchange"
                     f" {topology.CHANGES!r} with routing key {lane!r} is missing. Run `ticketrail migrate`"
                 )
         log.warning("bindings_not_proved_yet", missing=missing)
         return False
 
-    def _arrived(self, way: Way, sent_at: datetime) -> None:
+    def _arrived(self, way: HeartbeatPath, sent_at: datetime) -> None:
         # An old one says nothing of the present: the same row is read from PostgreSQL again and again.
         if way.arrived_at is None or sent_at > way.arrived_at:
             way.arrived_at, way.arrived = sent_at, time.monotonic()
             way.active, way.unanswered = way.arrived, None
             self._news.set()
 
-    def _note(self, way: Way, sent_at: datetime, noted_at: datetime) -> None:
+    def _note(self, way: HeartbeatPath, sent_at: datetime, noted_at: datetime) -> None:
         self._arrived(way, sent_at)
         if way.noted_at is None or sent_at > way.noted_at:
             way.noted_at, way.noted = sent_at, time.monotonic()
             way.lag = max(0.0, (noted_at - sent_at).total_seconds())
 
 
-class FenceSource:
-    def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, watch: FenceWatch) -> None:
+class HeartbeatSender:
+    def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, watch: HeartbeatMonitor) -> None:
         self._postgres = postgres
         self._publisher = publisher
         self._watch = watch
@@ -191,7 +193,7 @@ class FenceSource:
 
     async def start(self) -> None:
         if self._task is None:
-            self._task = vital_task(self._run(), name="fences")
+            self._task = vital_task(self._run(), name="heartbeats")
 
     async def stop(self) -> None:
         """May be called twice, and without a start."""
@@ -201,38 +203,38 @@ class FenceSource:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        looking = asyncio.create_task(self._look(), name="fences-look")
+        looking = asyncio.create_task(self._look(), name="heartbeats-look")
         try:
             while True:
                 if self._epoch is None:
                     await asyncio.wait([looking])
                 await asyncio.gather(*(self._send(lane) for lane in Lane))
                 await asyncio.sleep(self._interval)
-                # Beside the sending: a frozen PostgreSQL must not stop the fences.
+                # Beside the sending: a frozen PostgreSQL must not stop the heartbeats.
                 if looking.done():
-                    looking = asyncio.create_task(self._look(), name="fences-look")
+                    looking = asyncio.create_task(self._look(), name="heartbeats-look")
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _look(self) -> None:
-        """The epoch of the log; and the fences that other workers have noted, which prove our bindings too."""
+        """The epoch of the log; and the heartbeats that other workers have noted, which prove our bindings too."""
         try:
             async with self._postgres.connection() as connection:
                 self._epoch = await present_epoch(connection) or self._epoch
-                for row in await connection.fetch("select lane, sent_at, noted_at from fences"):
+                for row in await connection.fetch("select lane, sent_at, noted_at from heartbeats"):
                     if row["lane"] in set(Lane):
                         self._watch.note(Lane(row["lane"]), row["sent_at"], row["noted_at"])
         except Exception as error:  # noqa: BLE001  (without it the last known epoch is sent)
-            log.debug("fences_without_postgres", error=describe(error))
+            log.debug("heartbeats_without_postgres", error=describe(error))
 
     async def _send(self, lane: Lane) -> None:
         if self._epoch is None:
             return
-        fence = Signal(id=str(uuid4()), type=FENCE, time=now(), lane=lane.value, epoch=self._epoch)
+        heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), lane=lane.value, epoch=self._epoch)
         try:
-            await self._publisher.publish(lane.value, encode_signal(fence))
+            await self._publisher.publish(lane.value, encode_signal(heartbeat))
         except (NotSent, InDoubt) as error:
-            log.debug("fence_not_sent", lane=lane, error=str(error))
+            log.debug("heartbeat_not_sent", lane=lane, error=str(error))
             return
         self._watch.sent(lane)

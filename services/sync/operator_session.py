@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from services.sync.command_session import Session, connected, run
+from services.sync.command_session import CommandSession, connected, run
 from shared.entities.contract import encode
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Connection, Postgres
@@ -40,7 +40,7 @@ def with_rail(deed: Callable[[Postgres, Mirror, Rail], Awaitable[T]]) -> T:
         settings = Settings.load()
         ops = Postgres(settings.database_ops_url, settings, size=2)
         try:
-            async with Session(settings) as session:
+            async with CommandSession(settings) as session:
                 return await deed(ops, session.mirror, session.rail)
         finally:
             await ops.close()

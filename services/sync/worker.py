@@ -1,5 +1,5 @@
 """The sync worker, wired: the PostgreSQL writer, the mirror writer, the keeper of dead letters and their replays,
-fences and the reconciler, with a health endpoint.
+heartbeats and the reconciler, with a health endpoint.
 
 Starts while PostgreSQL, Redis or RabbitMQ is away and waits for them; refuses to start on a broker that answers and
 lacks a queue or a binding. Stops in this order: consumers let go and finish what they have taken, then the rest.
@@ -14,9 +14,9 @@ import structlog
 from litestar import Litestar
 from msgspec import Struct
 
-from services.sync.dead_letters.collector import Keeper
+from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.dead_letters.replays import Replays
-from services.sync.heartbeat import WAYS, FenceSource, FenceWatch
+from services.sync.heartbeat import HEARTBEAT_PATHS, HeartbeatMonitor, HeartbeatSender
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler
 from services.sync.mirror.mirror_writer import MirrorWriter
@@ -27,7 +27,7 @@ from shared.lifecycle import settle_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
-from shared.mirror.connection import MirrorAway, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.connection import MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.observability.logs import configure_logging
 from shared.observability.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
@@ -43,18 +43,18 @@ log = structlog.get_logger(__name__)
 _LEAST_PROOF = 5.0  # seconds
 
 
-class Parts(Struct, frozen=True):
+class WorkerParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
     mirror: Mirror
     publisher: Publisher
     rail: Rail
-    watch: FenceWatch
-    fences: FenceSource
+    watch: HeartbeatMonitor
+    heartbeats: HeartbeatSender
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
     reconciler: Reconciler
-    keeper: Keeper
+    collector: DeadLetterCollector
     replays: Replays
     thresholds: Thresholds
     cleanup: Cleanup
@@ -62,7 +62,7 @@ class Parts(Struct, frozen=True):
     metrics: Metrics
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings) -> WorkerParts:
     tracer = Tracer("sync-worker", settings)
     metrics = Metrics()
     rail_metrics, writer_metrics = RailMetrics(metrics), WriterMetrics(metrics)
@@ -73,7 +73,7 @@ def assemble(settings: Settings) -> Parts:
     publisher = Publisher(
         settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
     )
-    watch = FenceWatch(settings)
+    watch = HeartbeatMonitor(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
     recorder = Recorder(publisher, None, under_way=settings.publish_concurrency, metrics=rail_metrics)
     rail = Rail(
@@ -86,18 +86,18 @@ def assemble(settings: Settings) -> Parts:
         metrics=rail_metrics,
     )
     mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
-    return Parts(
+    return WorkerParts(
         settings,
         postgres,
         mirror,
         publisher,
         rail,
         watch,
-        FenceSource(settings, postgres, publisher, watch),
+        HeartbeatSender(settings, postgres, publisher, watch),
         PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
         mirror_writer,
         Reconciler(settings, postgres, mirror, rail),
-        Keeper(settings, postgres, writer_metrics),
+        DeadLetterCollector(settings, postgres, writer_metrics),
         Replays(settings, postgres, mirror_writer, publisher),
         Thresholds(settings, mirror),
         Cleanup(settings, postgres),
@@ -106,23 +106,23 @@ def assemble(settings: Settings) -> Parts:
     )
 
 
-def _watch(parts: Parts) -> None:
+def _watch(parts: WorkerParts) -> None:
     def seconds(found: dict[str, float | None], way: str) -> float:
         known = found[way]
         return float("nan") if known is None else known
 
-    watch, fences = parts.metrics.watch, parts.watch
+    watch, heartbeats = parts.metrics.watch, parts.watch
     parts.metrics.watch_each(
-        "ticketrail_fence_age_seconds",
-        "Since each sink noted a fence of this way",
+        "ticketrail_heartbeat_age_seconds",
+        "Since each sink noted a heartbeat of this way",
         "way",
-        {way: lambda way=way: seconds(fences.ages(), way) for way in WAYS},  # type: ignore[misc]
+        {way: lambda way=way: seconds(heartbeats.ages(), way) for way in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     parts.metrics.watch_each(
-        "ticketrail_fence_lag_seconds",
-        "What the last fence of this way took from its sending into its sink",
+        "ticketrail_heartbeat_lag_seconds",
+        "What the last heartbeat of this way took from its sending into its sink",
         "way",
-        {way: lambda way=way: seconds(fences.lags(), way) for way in WAYS},  # type: ignore[misc]
+        {way: lambda way=way: seconds(heartbeats.lags(), way) for way in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     watch(
         "ticketrail_held_messages", "Messages taken from the lanes and not settled", lambda: parts.postgres_writer.held
@@ -132,7 +132,7 @@ def _watch(parts: Parts) -> None:
     )
     watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
     watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
-    watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.keeper.open_letters)
+    watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.collector.open_letters)
     watch(
         "ticketrail_conflicts_open",
         "Entities with an open conflict",
@@ -150,20 +150,20 @@ def _watch(parts: Parts) -> None:
     watch_pool(parts.metrics, parts.postgres)
 
 
-async def start(parts: Parts) -> None:
+async def start(parts: WorkerParts) -> None:
     """Raises TopologyError when a queue or a binding is missing."""
     try:
         await parts.mirror.check()
     except MirrorMisconfigured:
         raise
-    except (MirrorAway, MirrorInDoubt) as error:
+    except (MirrorUnavailable, MirrorInDoubt) as error:
         log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
     await declare.check_at_start(parts.settings, within=None)  # without the broker this worker has nothing to do
     await parts.publisher.start(wait=5.0)
     await parts.postgres_writer.start()
-    parts.keeper.start()
+    parts.collector.start()
     parts.mirror_writer.start()
-    await parts.fences.start()
+    await parts.heartbeats.start()
     await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.heartbeat_interval_seconds))
     parts.reconciler.start()
     parts.replays.start()
@@ -172,14 +172,14 @@ async def start(parts: Parts) -> None:
     settle_memory()
 
 
-async def stop(parts: Parts) -> None:
+async def stop(parts: WorkerParts) -> None:
     await parts.cleanup.stop()
     await parts.thresholds.stop()
     await parts.replays.stop()
     await parts.reconciler.stop()
-    await parts.fences.stop()
+    await parts.heartbeats.stop()
     await parts.postgres_writer.stop()
-    await parts.keeper.stop()
+    await parts.collector.stop()
     await parts.mirror_writer.stop()
     await parts.rail.drain()
     await parts.publisher.stop()
@@ -188,12 +188,12 @@ async def stop(parts: Parts) -> None:
     parts.tracer.close()
 
 
-async def readiness(parts: Parts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:
-    """Ready when a fence has come through every lane and the log of late. A sink that is away is named."""
-    fresh, fences = parts.watch.readiness()
+async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:
+    """Ready when a heartbeat has come through every lane and the log of late. A sink that is away is named."""
+    fresh, heartbeats = parts.watch.readiness()
     proven = started.done() and not started.cancelled() and started.exception() is None
     return proven and fresh, {
-        "fences": fences,
+        "heartbeats": heartbeats,
         "postgres_writer": parts.postgres_writer.state(),
         "mirror": "warm" if parts.mirror_writer.warm else "cold",
     }

@@ -75,7 +75,7 @@ class BrokenContract(ValueError):
         self.reason = reason
 
 
-class Standing(Struct, frozen=True, order=True):
+class Head(Struct, frozen=True, order=True):
     """The guard: of two states of one entity the one with the larger (version, change id) stands, in every store."""
 
     version: int
@@ -115,8 +115,8 @@ class Change(Struct, frozen=True, kw_only=True):
         return self.subject.partition("/")[2]
 
     @property
-    def standing(self) -> Standing:
-        return Standing(self.entityversion, self.id)
+    def standing(self) -> Head:
+        return Head(self.entityversion, self.id)
 
 
 class Outline(Struct, frozen=True):

@@ -10,7 +10,7 @@ from shared.entities.contract import Id, Label, Lane, Text, Time
 from shared.entities.entity import Entity, OnConflict, Table, columns
 
 
-class Stage(StrEnum):
+class JobStage(StrEnum):
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
     DONE = "done"
@@ -18,14 +18,14 @@ class Stage(StrEnum):
 
 
 _NEXT = {
-    Stage.QUEUED: (Stage.IN_PROGRESS, Stage.CANCELLED),
-    Stage.IN_PROGRESS: (Stage.DONE, Stage.QUEUED, Stage.CANCELLED),
-    Stage.DONE: (),
-    Stage.CANCELLED: (),
+    JobStage.QUEUED: (JobStage.IN_PROGRESS, JobStage.CANCELLED),
+    JobStage.IN_PROGRESS: (JobStage.DONE, JobStage.QUEUED, JobStage.CANCELLED),
+    JobStage.DONE: (),
+    JobStage.CANCELLED: (),
 }
 
 
-def allowed_next(stage: Stage) -> tuple[Stage, ...]:
+def allowed_next(stage: JobStage) -> tuple[JobStage, ...]:
     """queued → in_progress → done; back to queued from in progress; cancelled from both."""
     return _NEXT[stage]
 
@@ -72,14 +72,14 @@ def _fraction(micros: int, created: datetime) -> str:
 Minutes = Annotated[int, Meta(ge=0, le=100_000)]
 
 
-class Job(Struct, frozen=True, kw_only=True):
+class BayJob(Struct, frozen=True, kw_only=True):
     id: Id
     restaurant_id: Id
     bay_id: Id
     title: Label
     created_at: Time
     updated_at: Time
-    stage: Stage = Stage.QUEUED
+    stage: JobStage = JobStage.QUEUED
     place: Annotated[str, Meta(max_length=_LONGEST, pattern="^[0-9]*$", examples=["1773491400250000"])] = ""
     """Where it stands in its queue: the smallest text comes first."""
     order_id: Id | None = None
@@ -94,11 +94,11 @@ class Job(Struct, frozen=True, kw_only=True):
 
 ENTITY = Entity(
     name="job",
-    state=Job,
+    state=BayJob,
     events=frozenset({"created", "updated", "stage_changed", "deleted", "restored"}),
     lane=Lane.NORMAL,
     on_conflict=OnConflict.TERMINAL_WINS,
-    live=lambda job: job.deleted_at is None and job.stage in (Stage.QUEUED, Stage.IN_PROGRESS),
+    live=lambda job: job.deleted_at is None and job.stage in (JobStage.QUEUED, JobStage.IN_PROGRESS),
     window_sql="(t.updated_at >= $1 or (t.stage in ('queued', 'in_progress') and t.deleted_at is null))",
     table=Table(
         "jobs",

@@ -15,7 +15,7 @@ from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time,
 from shared.entities.entity import Children, Column, Entity, Facts, Hold, Numbering, OnConflict, Table, columns
 
 
-class Status(StrEnum):
+class OrderStatus(StrEnum):
     PENDING = "pending"
     RECEIVED = "received"
     PREPARING = "preparing"
@@ -25,23 +25,23 @@ class Status(StrEnum):
 
 
 _NEXT = {
-    Status.PENDING: (Status.RECEIVED, Status.CANCELLED),
-    Status.RECEIVED: (Status.PREPARING, Status.CANCELLED),
-    Status.PREPARING: (Status.READY, Status.CANCELLED),
-    Status.READY: (Status.COMPLETED, Status.CANCELLED),
-    Status.COMPLETED: (),
-    Status.CANCELLED: (),
+    OrderStatus.PENDING: (OrderStatus.RECEIVED, OrderStatus.CANCELLED),
+    OrderStatus.RECEIVED: (OrderStatus.PREPARING, OrderStatus.CANCELLED),
+    OrderStatus.PREPARING: (OrderStatus.READY, OrderStatus.CANCELLED),
+    OrderStatus.READY: (OrderStatus.COMPLETED, OrderStatus.CANCELLED),
+    OrderStatus.COMPLETED: (),
+    OrderStatus.CANCELLED: (),
 }
 
 
-def allowed_next(status: Status) -> tuple[Status, ...]:
+def allowed_next(status: OrderStatus) -> tuple[OrderStatus, ...]:
     """pending → received → preparing → ready → completed; cancelled from any but completed."""
     return _NEXT[status]
 
 
-def items_may_change(status: Status) -> bool:
+def items_may_change(status: OrderStatus) -> bool:
     """Once the kitchen has begun, the items stand."""
-    return status in (Status.PENDING, Status.RECEIVED)
+    return status in (OrderStatus.PENDING, OrderStatus.RECEIVED)
 
 
 class PaymentStatus(StrEnum):
@@ -97,7 +97,7 @@ class Order(Struct, frozen=True, kw_only=True):
     restaurant_id: Id
     order_number: Annotated[str, Meta(max_length=40, pattern="^[^\\x00]*$")]
     business_day: date
-    status: Status
+    status: OrderStatus
     items: Annotated[tuple[OrderItem, ...], Meta(max_length=1_000)]
     currency: Annotated[str, Meta(pattern="^[A-Z]{3}$", examples=["EUR"])]
     subtotal: Money
@@ -142,7 +142,7 @@ def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
 
 def _held(order: Order) -> list[Hold]:
     """A cancelled or deleted order gives back what it held."""
-    gone = order.status is Status.CANCELLED or order.deleted_at is not None
+    gone = order.status is OrderStatus.CANCELLED or order.deleted_at is not None
     return [
         (hold.inventory_item_id, 0 if gone else hold.quantity, hold.held_at or order.created_at) for hold in order.holds
     ]
@@ -159,7 +159,7 @@ ENTITY = Entity(
     events=frozenset({"created", "updated", "status_changed", "payment_recorded", "deleted", "restored"}),
     lane=Lane.CRITICAL,
     on_conflict=OnConflict.TERMINAL_WINS,
-    live=lambda order: order.status not in (Status.COMPLETED, Status.CANCELLED) and order.deleted_at is None,
+    live=lambda order: order.status not in (OrderStatus.COMPLETED, OrderStatus.CANCELLED) and order.deleted_at is None,
     window_sql="(t.updated_at >= $1 or (t.status not in ('completed', 'cancelled') and t.deleted_at is null))",
     table=Table(
         "orders",

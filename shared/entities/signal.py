@@ -1,8 +1,8 @@
 """Signals: small events of the rail itself, which travel the same ways as changes and change nothing.
 
-A *fence* goes through every lane and the log every few seconds. Each sink notes it: it proves the bindings, gives the
-sync lag and carries the epoch of the log. A *mark* goes into the log alone: a reader that meets its own mark has read
-everything that stood before it.
+A *heartbeat* goes through every lane and the log every few seconds. Each sink notes it: it proves the bindings, gives
+the sync lag and carries the epoch of the log. A *mark* goes into the log alone: a reader that meets its own mark has
+read everything that stood before it.
 """
 
 from datetime import datetime
@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from shared.entities.contract import BrokenContract, Id, encode, encode_batch
 
-FENCE = "ticketrail.fence.v1"
+HEARTBEAT = "ticketrail.heartbeat.v1"
 MARK = "ticketrail.mark.v1"
 
 
@@ -21,7 +21,7 @@ class Signal(Struct, frozen=True, kw_only=True):
     type: str
     time: datetime
     lane: str = ""
-    """The lane that a fence went through; empty for a mark."""
+    """The lane that a heartbeat went through; empty for a mark."""
     epoch: str = ""
     """Of the log: made anew with the stream, so that a cursor into an older one is known as such."""
     source: str = "sync"
@@ -29,7 +29,7 @@ class Signal(Struct, frozen=True, kw_only=True):
 
 
 _signals = msgspec.json.Decoder(Signal)
-_PREFIXES = tuple(b'"type":"' + name.encode() + b'"' for name in (FENCE, MARK))
+_PREFIXES = tuple(b'"type":"' + name.encode() + b'"' for name in (HEARTBEAT, MARK))
 
 
 def encode_signal(signal: Signal) -> bytes:

@@ -41,7 +41,7 @@ _HEADERS = [
 ]
 
 
-class Outer:
+class ResponseHeaders:
     """ASGI: the outermost. A response may bring a content-security-policy of its own; all others get the strictest."""
 
     def __init__(self, app: Any) -> None:
@@ -72,7 +72,7 @@ class Outer:
         await self.app(scope, receive, sent)
 
 
-class Gate:
+class Authorization:
     """ASGI middleware, one for each route: says who calls (`request.user`; raises Unauthenticated, Forbidden or
     TooManyRequests), and ends the trace with the first byte of the answer, so that the span of an event stream says how
     long its client waited for it."""
@@ -211,8 +211,8 @@ def cors(settings: Settings) -> CORSConfig | None:
     )
 
 
-def gate(
+def authorization(
     tokens: Tokens, tracer: Tracer, metrics: HttpMetrics, limits: Limits | None = None, *, proxies: str = ""
 ) -> Callable[[ASGIApp], ASGIApp]:
     """The middleware, for Litestar's list."""
-    return lambda app: Gate(app, tokens, tracer, metrics, limits, proxies)
+    return lambda app: Authorization(app, tokens, tracer, metrics, limits, proxies)

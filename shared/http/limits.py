@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from msgspec import Struct
 
 from shared.errors import TooManyRequests
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.settings import Settings
 
@@ -64,7 +64,7 @@ class TokenBucket:
                         return spent
                     if self._mirror.available:
                         return await self._ask(self._mirror, whose)
-                except (MirrorAway, MirrorInDoubt):
+                except (MirrorUnavailable, MirrorInDoubt):
                     pass  # the local one takes over, as the docstring says
         return self._take_locally(whose, time.monotonic())
 

@@ -10,9 +10,9 @@ import msgspec
 
 from shared.entities import order, registry
 from shared.entities.contract import CONTENT_TYPE, MAX_BATCH, Change, Lane
-from shared.entities.signal import FENCE, MARK, Signal
+from shared.entities.signal import HEARTBEAT, MARK, Signal
 from shared.messaging import topology
-from shared.messaging.topology import Queue
+from shared.messaging.topology import QueueSpec
 from shared.settings import Settings
 from shared.version import VERSION
 
@@ -54,7 +54,9 @@ def document(settings: Settings) -> dict[str, Any]:
         "components": {
             "messages": {
                 **{type_: _message(type_, f"Of {name}; lane {_lane(name)}") for type_, name in events.items()},
-                FENCE: _message(FENCE, "Proves the way through a lane, or into a log, every few seconds", most=1),
+                HEARTBEAT: _message(
+                    HEARTBEAT, "Proves the way through a lane, or into a log, every few seconds", most=1
+                ),
                 MARK: _message(MARK, "Put into a log by one who reads it, to know when it has read to the end", most=1),
                 **_failed(),
             },
@@ -72,13 +74,13 @@ def _lane(entity: str) -> str:
     return f"{lane}, history {Lane.BACKGROUND}" if registry.ENTITIES[entity] is _HISTORY else lane
 
 
-def _held_by(queue: Queue, events: dict[str, str]) -> list[str]:
+def _held_by(queue: QueueSpec, events: dict[str, str]) -> list[str]:
     """The messages that may lie in it."""
     if not queue.bound_to:
         return [DEAD if queue.name.endswith(".dead.v1") else RETRIED]
     lanes = set(queue.bound_to)
     found = [type_ for type_, name in events.items() if lanes & _lanes(name)]
-    return [*found, FENCE, *([MARK] if queue.name in (topology.LOG, topology.REFERENCE_LOG) else [])]
+    return [*found, HEARTBEAT, *([MARK] if queue.name in (topology.LOG, topology.REFERENCE_LOG) else [])]
 
 
 def _lanes(entity: str) -> set[Lane]:
@@ -106,7 +108,7 @@ def _schemas(events: dict[str, str]) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     for type_, name in events.items():
         schemas[type_] = _event(type_, name)
-    for type_ in (FENCE, MARK):
+    for type_ in (HEARTBEAT, MARK):
         schemas[type_] = {
             "allOf": [
                 {"$ref": "#/components/schemas/Signal"},
@@ -163,7 +165,7 @@ def _exchange(events: dict[str, str]) -> dict[str, Any]:
         "address": topology.CHANGES,
         "description": f"Direct exchange; the routing key is the lane: {', '.join(Lane)}. Each message holds changes of"
         f" one lane, 1 to {MAX_BATCH} of them, perhaps of several types.",
-        "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in (*events, FENCE)},
+        "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in (*events, HEARTBEAT)},
         "bindings": {
             "amqp": {
                 "is": "routingKey",
@@ -174,7 +176,7 @@ def _exchange(events: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _queue(queue: Queue, held: list[str], settings: Settings) -> dict[str, Any]:
+def _queue(queue: QueueSpec, held: list[str], settings: Settings) -> dict[str, Any]:
     bound = f"Bound to {topology.CHANGES} by {', '.join(queue.bound_to)}." if queue.bound_to else ""
     return {
         "address": queue.name,
@@ -191,7 +193,7 @@ def _queue(queue: Queue, held: list[str], settings: Settings) -> dict[str, Any]:
     }
 
 
-def _purpose(queue: Queue, settings: Settings) -> str:
+def _purpose(queue: QueueSpec, settings: Settings) -> str:
     if queue.name == topology.LOG:
         return "Stream: everything, in the order in which the broker took it."
     if queue.name == topology.REFERENCE_LOG:

@@ -8,11 +8,11 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from shared.entities.contract import now
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.hosts import Hosts
 from shared.messaging.recovery import START_WAIT_SECONDS, BrokerNotReady, is_missing, when_ready
-from shared.messaging.topology import Queue
+from shared.messaging.topology import QueueSpec
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -41,7 +41,7 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
     return True
 
 
-async def _stands_as_before(connection: AbstractConnection, queue: Queue) -> bool:
+async def _stands_as_before(connection: AbstractConnection, queue: QueueSpec) -> bool:
     """Whether the queue was declared by an earlier version, with other arguments. Each question on a channel of its
     own: the broker closes it with the answer no."""
     for arguments in (queue.arguments, queue.older):
@@ -55,7 +55,7 @@ async def _stands_as_before(connection: AbstractConnection, queue: Queue) -> boo
     return False  # with arguments that we never gave: declaring it says so
 
 
-async def _declare(channel: AbstractChannel, queue: Queue) -> None:
+async def _declare(channel: AbstractChannel, queue: QueueSpec) -> None:
     try:
         await channel.declare_queue(queue.name, durable=True, arguments=queue.arguments)
     except ChannelPreconditionFailed as error:
@@ -88,7 +88,7 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
 
 
 async def declare_logs(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
-    """The streams and, before anything can reach a new one through a binding, a fence in each that says its epoch.
+    """The streams and, before anything can reach a new one through a binding, a heartbeat in each that says its epoch.
     Without the log all of them are made anew: they share its epoch."""
     anew = not await log_exists(connection)
     async with connection.channel() as channel:
@@ -97,15 +97,15 @@ async def declare_logs(connection: AbstractConnection, settings: Settings, epoch
             if anew:
                 await channel.queue_delete(queue.name)
             await _declare(channel, queue)
-            fence = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, source="migrate")
-            message = aio_pika.Message(encode_signal(fence), message_id=fence.id, delivery_mode=2)
+            heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, source="migrate")
+            message = aio_pika.Message(encode_signal(heartbeat), message_id=heartbeat.id, delivery_mode=2)
             await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
             for lane in queue.bound_to:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 
 
 async def check(connection: AbstractConnection, settings: Settings) -> None:
-    """Refuse to run on a broker that lacks a queue. Bindings cannot be asked for: the fences prove those."""
+    """Refuse to run on a broker that lacks a queue. Bindings cannot be asked for: the heartbeats prove those."""
     channel = await connection.channel()
     try:
         await channel.declare_exchange(topology.CHANGES, passive=True)

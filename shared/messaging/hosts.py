@@ -47,7 +47,9 @@ class Hosts:
                 self.turn()
                 if not left:
                     raise
-                log.info("broker_node_away", node=f"{url.host}:{url.port}", error=str(error) or type(error).__name__)
+                log.info(
+                    "broker_node_unavailable", node=f"{url.host}:{url.port}", error=str(error) or type(error).__name__
+                )
         raise AssertionError("there is at least one node")
 
 

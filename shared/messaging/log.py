@@ -2,8 +2,8 @@
 
 Guarantee: entries come in order of their offset, each once within a process, through any number of lost connections; a
 reader that starts from a remembered offset gets the entry of that offset once more. When the stream was deleted and
-made again (its first fence carries another epoch), or lost its end (the remembered offset does not exist), the reader
-begins at its first entry and says so once, by `Batch.restarted`: what the caller built from the old log is void.
+made again (its first heartbeat carries another epoch), or lost its end (the remembered offset does not exist), the
+reader begins at its first entry and says so once, by `Batch.restarted`: what the caller built from the old log is void.
 
 At every attach the reader puts a mark of its own into the log; the batch with that mark is `caught_up`: everything that
 stood in the log at the attach has been handed out. After a silence it puts in another: one that does not come back
@@ -32,7 +32,7 @@ from aiormq.channel import Channel
 
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
-from shared.entities.signal import FENCE, MARK, Signal, encode_signal, signal_in
+from shared.entities.signal import HEARTBEAT, MARK, Signal, encode_signal, signal_in
 from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK, closed_under_us
 from shared.messaging.topology import LOG
@@ -51,31 +51,31 @@ _LONGEST_SIGNAL = 1_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogEntry:
     offset: int
     lane: str
     body: bytes
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Signals are taken out; what they said is in `epoch`, `fences` and `caught_up`."""
+class LogBatch:
+    """Signals are taken out; what they said is in `epoch`, `heartbeats` and `caught_up`."""
 
-    entries: list[Entry]
+    entries: list[LogEntry]
     epoch: str | None
-    """None only when no fence has ever been in this log."""
-    fences: dict[str, datetime]
-    """Lane -> when the fence was sent, of those in this batch."""
+    """None only when no heartbeat has ever been in this log."""
+    heartbeats: dict[str, datetime]
+    """Lane -> when the heartbeat was sent, of those in this batch."""
     caught_up: bool
     last_offset: int
     first_offset: int = 0
     restarted: bool = False
     """The first batch of a log that is not the one we read before: it begins at its first entry."""
-    fence_offsets: dict[str, int] = field(default_factory=dict)
-    """Where those fences stand."""
+    heartbeat_offsets: dict[str, int] = field(default_factory=dict)
+    """Where those heartbeats stand."""
 
 
-class _ForeignFence(Exception):
+class _ForeignHeartbeat(Exception):
     def __init__(self, epoch: str) -> None:
         self.epoch = epoch
 
@@ -86,7 +86,8 @@ class _NoSuchOffset(Exception):
 
 class LogReader:
     def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
-        """`idle_seconds`: without any entry for so long (fences come every few seconds) it asks if the link lives."""
+        """`idle_seconds`: without any entry for so long (heartbeats come every few seconds) it asks if the link
+        lives."""
         self._hosts = Hosts(url)
         self._name = name
         self._stream = stream
@@ -96,12 +97,12 @@ class LogReader:
         self._strays: set[str] = set()
         self._restarted = False
         self.epoch: str | None = None
-        self.fenced_at: datetime | None = None
+        self.heartbeat_at: datetime | None = None
         self.connected = False
         self.caught_up = False
         """The caller has taken everything that stood in the log when this connection was made."""
 
-    async def read(self, start: Start, *, epoch: str | None = None) -> AsyncGenerator[Batch, None]:
+    async def read(self, start: Start, *, epoch: str | None = None) -> AsyncGenerator[LogBatch, None]:
         """Batches from `start` on, without end. `epoch`: of the log that `start` belongs to, when it is an offset."""
         self._last, self.epoch, self._restarted, self._strays = None, epoch, False, set()
         attempt = 0
@@ -115,13 +116,15 @@ class LogReader:
                         yield batch
                         start = batch.last_offset
                         self.caught_up = self.caught_up or batch.caught_up
-            except _ForeignFence as fence:
-                self._strays.add(fence.epoch)
+            except _ForeignHeartbeat as heartbeat:
+                self._strays.add(heartbeat.epoch)
             except _NoSuchOffset:
                 missing = True
             except BROKEN_LINK as error:
                 attempt += 1
-                log.warning("log_away", reader=self._name, error=str(error) or type(error).__name__, attempt=attempt)
+                log.warning(
+                    "log_unavailable", reader=self._name, error=str(error) or type(error).__name__, attempt=attempt
+                )
                 self._hosts.turn()
                 await asyncio.sleep(backoff(attempt))
             finally:
@@ -130,7 +133,7 @@ class LogReader:
     # -- is it the log that we know? -----------------------------------------------------------------------------
 
     async def _verify(self, start: Start, *, missing: bool) -> Start:
-        """Before every attach, because offsets of one log mean nothing in another: where to begin. The first fence
+        """Before every attach, because offsets of one log mean nothing in another: where to begin. The first heartbeat
         decides; a late one of an old epoch, from a worker that has not noticed yet, proves nothing."""
         found = await self.first_epoch()
         known, self.epoch = self.epoch, found or self.epoch
@@ -145,12 +148,13 @@ class LogReader:
         return "first"
 
     async def first_epoch(self) -> str | None:
-        """`migrate` puts a fence at the very beginning; retention may have cut it off, the next is a little further."""
+        """`migrate` puts a heartbeat at the very beginning; retention may have cut it off, the next is a little
+        further."""
         async with self._attach("first") as link:
             while True:
                 for message in await link.next(_MARK_RETURNS):
                     signal = _signal(message.body)
-                    if signal is not None and signal.type == FENCE and signal.epoch:
+                    if signal is not None and signal.type == HEARTBEAT and signal.epoch:
                         return signal.epoch
                     if signal is not None and signal.id == link.mark:
                         return None
@@ -162,7 +166,7 @@ class LogReader:
 
     # -- one connection ------------------------------------------------------------------------------------------
 
-    async def _attached(self, start: Start) -> AsyncGenerator[Batch, None]:
+    async def _attached(self, start: Start) -> AsyncGenerator[LogBatch, None]:
         async with self._attach(start) as link:
             self.connected = True
             try:
@@ -181,9 +185,9 @@ class LogReader:
                     await link.put_mark()
                     messages = await link.next(_MARK_RETURNS)
 
-    def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> Batch:
-        entries: list[Entry] = []
-        fences: dict[str, datetime] = {}
+    def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> LogBatch:
+        entries: list[LogEntry] = []
+        heartbeats: dict[str, datetime] = {}
         places: dict[str, int] = {}
         caught_up = False
         for message in messages:
@@ -191,31 +195,31 @@ class LogReader:
             if signal is None:
                 offset = _offset(message)
                 if self._last is None or offset > self._last:
-                    entries.append(Entry(offset, message.routing_key or "", message.body))
-            elif signal.type == FENCE:
+                    entries.append(LogEntry(offset, message.routing_key or "", message.body))
+            elif signal.type == HEARTBEAT:
                 self._note(signal)
-                fences[signal.lane], places[signal.lane] = signal.time, _offset(message)
+                heartbeats[signal.lane], places[signal.lane] = signal.time, _offset(message)
             else:
                 caught_up = caught_up or signal.id == mark
         # Only now: an exception above means that none of these was handed out, and all are read again.
         self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
         restarted, self._restarted = self._restarted, False
-        return Batch(entries, self.epoch, fences, caught_up, self._last, _offset(messages[0]), restarted, places)
+        return LogBatch(entries, self.epoch, heartbeats, caught_up, self._last, _offset(messages[0]), restarted, places)
 
-    def _note(self, fence: Signal) -> None:
-        if fence.epoch != self.epoch and fence.epoch not in self._strays:
+    def _note(self, heartbeat: Signal) -> None:
+        if heartbeat.epoch != self.epoch and heartbeat.epoch not in self._strays:
             if self.epoch is not None:
-                raise _ForeignFence(fence.epoch)
-            self.epoch = fence.epoch
-        if fence.epoch == self.epoch:
-            self.fenced_at = fence.time
+                raise _ForeignHeartbeat(heartbeat.epoch)
+            self.epoch = heartbeat.epoch
+        if heartbeat.epoch == self.epoch:
+            self.heartbeat_at = heartbeat.time
 
     @asynccontextmanager
-    async def _attach(self, start: Start) -> "AsyncIterator[_Link]":
+    async def _attach(self, start: Start) -> "AsyncIterator[_LogConnection]":
         connection = await self._hosts.connect()
         try:
             with closed_under_us():
-                link = _Link(connection, self._stream, self._name, self._prefetch)
+                link = _LogConnection(connection, self._stream, self._name, self._prefetch)
                 async with asyncio.timeout(10.0):
                     await link.open(start)
                 yield link
@@ -228,7 +232,7 @@ class LogReader:
                 log.debug("log_close", reader=self._name, error=str(error) or type(error).__name__)
 
 
-class _Link:
+class _LogConnection:
     """One consumer on a connection of its own, and the way to put a mark."""
 
     def __init__(self, connection: AbstractConnection, stream: str, name: str, prefetch: int) -> None:

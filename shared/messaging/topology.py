@@ -49,7 +49,7 @@ def bound_queues() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Queue:
+class QueueSpec:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     bound_to: tuple[Lane, ...] = ()
@@ -70,8 +70,8 @@ def _dead_lettering(target: str) -> dict[str, Any]:
     }
 
 
-def _dead(name: str) -> Queue:
-    return Queue(name, _quorum(delivery_limit=DEAD_DELIVERY_LIMIT), older=_quorum())
+def _dead(name: str) -> QueueSpec:
+    return QueueSpec(name, _quorum(delivery_limit=DEAD_DELIVERY_LIMIT), older=_quorum())
 
 
 def dead_queues() -> list[tuple[str, Lane | None]]:
@@ -79,7 +79,7 @@ def dead_queues() -> list[tuple[str, Lane | None]]:
     return [*((dead_queue(lane), lane) for lane in Lane), (MIRROR_DEAD, None)]
 
 
-def logs(settings: Settings) -> list[Queue]:
+def logs(settings: Settings) -> list[QueueSpec]:
     """The streams, the log itself last: where it stands the others do."""
     arguments = {
         "x-queue-type": "stream",
@@ -87,23 +87,23 @@ def logs(settings: Settings) -> list[Queue]:
         "x-max-length-bytes": settings.change_log_max_bytes,
         "x-stream-max-segment-size-bytes": settings.change_log_segment_bytes,
     }
-    return [Queue(REFERENCE_LOG, arguments, (Lane.NORMAL, Lane.BACKGROUND)), Queue(LOG, arguments, tuple(Lane))]
+    return [QueueSpec(REFERENCE_LOG, arguments, (Lane.NORMAL, Lane.BACKGROUND)), QueueSpec(LOG, arguments, tuple(Lane))]
 
 
-def queues(settings: Settings) -> list[Queue]:
+def queues(settings: Settings) -> list[QueueSpec]:
     """All queues but the logs, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
     found = [_dead(MIRROR_DEAD)]
     for lane in Lane:
         found.append(_dead(dead_queue(lane)))
         found.append(
-            Queue(
+            QueueSpec(
                 lane_queue(lane),
                 _quorum(delivery_limit=DELIVERY_LIMIT, **_dead_lettering(dead_queue(lane))),
                 (lane,),
             )
         )
         found.extend(
-            Queue(retry_queue(lane, step), _quorum(message_ttl=step, **_dead_lettering(lane_queue(lane))))
+            QueueSpec(retry_queue(lane, step), _quorum(message_ttl=step, **_dead_lettering(lane_queue(lane))))
             for step in settings.retry_steps_ms
         )
     return found

@@ -5,13 +5,13 @@ Of several hosts, a primary and its replicas, it is made to the one that is the 
 
 A call raises
 
-    MirrorAway     nothing was done: no connection, the breaker is open, or the server takes no writes
+    MirrorUnavailable     nothing was done: no connection, the breaker is open, or the server takes no writes
     MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
 
-After a failure the breaker opens for a growing, jittered while in which every call is MirrorAway at once. The first
-that comes after it starts a probe and waits for it a moment, the others are MirrorAway until that has come back: a dead
-or frozen server costs one call in many that moment, and none a timeout. Nothing is retried here: what may be sent twice
-only the caller knows.
+After a failure the breaker opens for a growing, jittered while in which every call is MirrorUnavailable at once. The
+first that comes after it starts a probe and waits for it a moment, the others are MirrorUnavailable until that has come
+back: a dead or frozen server costs one call in many that moment, and none a timeout. Nothing is retried here: what may
+be sent twice only the caller knows.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _MAX_PIPELINE = 512
 _PATIENCE = 0.1  # seconds: a server that is back answers a probe in a few milliseconds
 
 
-class MirrorAway(Exception):
+class MirrorUnavailable(Exception):
     """Nothing was sent."""
 
 
@@ -46,7 +46,7 @@ class MirrorInDoubt(Exception):
     """Sent without an answer: perhaps executed."""
 
 
-class MirrorMisconfigured(MirrorAway):
+class MirrorMisconfigured(MirrorUnavailable):
     """The server would lose what it holds: it is not used. A service that starts beside it refuses."""
 
 
@@ -109,7 +109,7 @@ class MirrorConnection:
     async def call(self, *command: Argument) -> Any:
         """One command; the reply in bytes, lists and integers, or `redis.ResponseError` as the server said it."""
         if not self.available:
-            raise MirrorAway("the mirror did not answer a moment ago")
+            raise MirrorUnavailable("the mirror did not answer a moment ago")
         if self._failures:
             await self._probed()
         call = _Call(command, asyncio.get_running_loop().create_future())
@@ -119,7 +119,7 @@ class MirrorConnection:
         return await call.reply
 
     async def _probed(self) -> None:
-        """Returns when the server answers again; raises MirrorAway."""
+        """Returns when the server answers again; raises MirrorUnavailable."""
         if self._task is None or self._task.done():
             self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
             await asyncio.wait({probe}, timeout=_PATIENCE)
@@ -127,13 +127,13 @@ class MirrorConnection:
                 if (away := probe.result()) is not None:
                     raise away
                 return
-        raise MirrorAway("whether the mirror answers again is being tried")
+        raise MirrorUnavailable("whether the mirror answers again is being tried")
 
-    async def _probe(self) -> MirrorAway | None:
+    async def _probe(self) -> MirrorUnavailable | None:
         """What came of it; not raised, for nobody may be waiting any more."""
         try:
             await self._connect_in_time()
-        except MirrorAway as away:
+        except MirrorUnavailable as away:
             return away
         self._failures = 0
         return None
@@ -149,16 +149,16 @@ class MirrorConnection:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
-        """Connects and refuses a server that evicts: raises MirrorMisconfigured or MirrorAway."""
+        """Connects and refuses a server that evicts: raises MirrorMisconfigured or MirrorUnavailable."""
         await self.call("PING")
 
     async def close(self) -> None:
-        """May be called twice. What still waits is MirrorAway."""
+        """May be called twice. What still waits is MirrorUnavailable."""
         task, self._task = self._task, None
         if task is not None and not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._fail(self._take(), MirrorAway("closed"))
+        self._fail(self._take(), MirrorUnavailable("closed"))
         self._drop()
 
     # -- one task at a time drains what waits ------------------------------------------------------------------
@@ -170,7 +170,7 @@ class MirrorConnection:
             try:
                 if self._connection is None:
                     await self._connect_in_time()
-            except MirrorAway as away:
+            except MirrorUnavailable as away:
                 self._fail(self._take(), away)
                 return
             calls = self._take(_MAX_PIPELINE)
@@ -183,7 +183,7 @@ class MirrorConnection:
                 self._trip()
                 log.warning("mirror_lost", error=str(error) or type(error).__name__, calls=len(calls))
                 self._fail(calls, MirrorInDoubt(str(error)))
-                self._fail(self._take(), MirrorAway(str(error)))
+                self._fail(self._take(), MirrorUnavailable(str(error)))
                 return
             except asyncio.CancelledError:
                 self._fail(calls, MirrorInDoubt("closed"))
@@ -202,7 +202,7 @@ class MirrorConnection:
                 if isinstance(error, ReadOnlyError):
                     self._forgotten = True  # a primary that became a replica: its address may lead to another now
                 if not call.reply.done():
-                    call.reply.set_exception(MirrorAway(str(error)) if _takes_no_writes(error) else error)
+                    call.reply.set_exception(MirrorUnavailable(str(error)) if _takes_no_writes(error) else error)
                 continue
             if not call.reply.done():
                 call.reply.set_result(reply)
@@ -214,16 +214,16 @@ class MirrorConnection:
         return command
 
     async def _connect_in_time(self) -> None:
-        """Raises MirrorAway, and opens the breaker."""
+        """Raises MirrorUnavailable, and opens the breaker."""
         try:
             async with asyncio.timeout(3 * self._timeout):
                 await self._connect()
         except Exception as error:
             self._trip()
-            log.warning("mirror_away", error=str(error) or type(error).__name__)
-            if isinstance(error, MirrorAway):
+            log.warning("mirror_unavailable", error=str(error) or type(error).__name__)
+            if isinstance(error, MirrorUnavailable):
                 raise
-            raise MirrorAway(str(error)) from error
+            raise MirrorUnavailable(str(error)) from error
 
     async def _connect(self) -> None:
         connection = await self._to_the_primary()
@@ -250,18 +250,18 @@ class MirrorConnection:
                 await one[1].disconnect(nowait=True)
         if best is None:
             errors = [one for one in found if isinstance(one, BaseException)]
-            raise next((error for error in errors if not isinstance(error, MirrorAway)), errors[0])
+            raise next((error for error in errors if not isinstance(error, MirrorUnavailable)), errors[0])
         return best[1]
 
     async def _look_at(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
-        """((whether it is warm, how far in the log), a connection); raises MirrorAway for a replica."""
+        """((whether it is warm, how far in the log), a connection); raises MirrorUnavailable for a replica."""
         options = {**host, **self._options}
         connection = options.pop("connection_class", Connection)(**options)
         try:
             async with asyncio.timeout(2 * self._timeout):
                 await connection.connect()
                 if b"role:master" not in await _ask(connection, "INFO", "replication"):
-                    raise MirrorAway("a replica: it takes no writes")
+                    raise MirrorUnavailable("a replica: it takes no writes")
                 if len(self._hosts) == 1:
                     return (False, 0), connection
                 server = await _ask(connection, "INFO", "server")

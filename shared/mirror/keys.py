@@ -15,7 +15,7 @@
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict, as PostgreSQL knows them
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<whose>        hash   t tokens, at (ms): for limits on requests
-    ticketrail:fences                hash   lane -> time at which its last fence was noted in PostgreSQL (ISO 8601)
+    ticketrail:heartbeats            hash   lane -> time at which PostgreSQL stored its last heartbeat (ISO 8601)
 
 Scripts touch both kinds, so the mirror is one primary with replicas, not a cluster.
 """
@@ -25,7 +25,7 @@ LOG = "ticketrail:log"
 CLAIMS = "ticketrail:claims"
 CONFLICTS = "ticketrail:conflicts"
 RESTAURANTS = "ticketrail:restaurants"
-FENCES = "ticketrail:fences"
+HEARTBEATS = "ticketrail:heartbeats"
 
 
 def doc(restaurant: str, entity: str, id_: str) -> str:

@@ -1,6 +1,6 @@
 """The mirror as the rest of the house sees it: claims, states and what is known of their way, in Redis or Valkey.
 
-Every method raises `MirrorAway` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
+Every method raises `MirrorUnavailable` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from shared.entities.contract import Change, Outline, Standing
+from shared.entities.contract import Change, Head, Outline
 from shared.entities.entity import Entity, Hold, micros
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
@@ -20,7 +20,7 @@ from shared.mirror.connection import MirrorConnection
 class Document(Struct, frozen=True):
     """A state in the mirror, undecoded, and what is known of its way to PostgreSQL."""
 
-    standing: Standing
+    standing: Head
     state: bytes
     pending: bool = False
     failure: bytes = b""
@@ -49,20 +49,20 @@ class Stale(Struct, frozen=True):
     number: str
 
 
-class Stands(Struct, frozen=True):
+class HeadMoved(Struct, frozen=True):
     """The base of the change is not what stands. Without a state: it left the live window, PostgreSQL has it."""
 
-    standing: Standing
+    standing: Head
     state: bytes | None
 
 
-class Short(Struct, frozen=True):
+class StockShort(Struct, frozen=True):
     """The stock has less than the change wants to hold: (inventory item, what is left)."""
 
     left: tuple[tuple[str, int], ...]
 
 
-ClaimReply = Claimed | Cold | Busy | Stale | Stands | Short
+ClaimReply = Claimed | Cold | Busy | Stale | HeadMoved | StockShort
 
 
 class Apply(Struct, frozen=True):
@@ -70,7 +70,7 @@ class Apply(Struct, frozen=True):
 
     entity: Entity
     state: Any
-    standing: Standing
+    standing: Head
     encoded: bytes
     accepted_at: datetime
     how: str = "reveal"
@@ -111,7 +111,7 @@ class Mirror:
         entity: Entity,
         change: Change,
         event: bytes,
-        base: Standing | None,
+        base: Head | None,
         series: str | None,
         floor: int,
         stock: str = "",
@@ -151,7 +151,7 @@ class Mirror:
                 self._redis.forget()  # it answers us, so it is not frozen: its clock has jumped
                 return Cold()
             case b"short":
-                return Short(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
+                return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
             case b"claimed":
                 return Claimed((reply[1] or b"").decode())
             case b"cold":
@@ -161,7 +161,7 @@ class Mirror:
             case b"stale":
                 return Stale(reply[1].decode(), reply[2], reply[3].decode())
             case _:
-                return Stands(Standing(int(reply[1]), reply[2].decode()), reply[3])
+                return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
 
     async def take_back(self, change: Change) -> bool:
         """True: the claim is gone and nobody will record its change."""
@@ -249,7 +249,7 @@ class Mirror:
         return [place - 1 for place in await self._redis.script("lacks", all_keys, arguments)]
 
     async def settle(
-        self, restaurant: str, entity: str, states: Sequence[tuple[str, Standing]], *, failure: bytes = b""
+        self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
     ) -> None:
         """`states` are (entity id, standing): committed by PostgreSQL, or failed on the way there."""
         all_keys: list[str] = []
@@ -283,7 +283,7 @@ class Mirror:
             found.append(
                 None
                 if version is None or state is None
-                else Document(Standing(int(version), change.decode()), state, bool(pending), failure, bool(conflict))
+                else Document(Head(int(version), change.decode()), state, bool(pending), failure, bool(conflict))
             )
         return bool(reply[0]), found
 
@@ -396,13 +396,13 @@ class Mirror:
         counters = [keys.number(restaurant, day) for restaurant, day in series]
         return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
 
-    async def note_fences(self, fences: dict[str, datetime]) -> None:
-        """When PostgreSQL has noted the last fence of each lane."""
-        pairs = [part for lane, at in fences.items() for part in (lane, at.isoformat())]
-        await self._redis.call("HSET", keys.FENCES, *pairs)
+    async def note_heartbeats(self, heartbeats: dict[str, datetime]) -> None:
+        """When PostgreSQL has noted the last heartbeat of each lane."""
+        pairs = [part for lane, at in heartbeats.items() for part in (lane, at.isoformat())]
+        await self._redis.call("HSET", keys.HEARTBEATS, *pairs)
 
-    async def fences(self) -> dict[str, datetime]:
-        reply = await self._redis.call("HGETALL", keys.FENCES)
+    async def heartbeats(self) -> dict[str, datetime]:
+        reply = await self._redis.call("HGETALL", keys.HEARTBEATS)
         return {
             reply[i].decode(): msgspec.convert(reply[i + 1].decode(), datetime, strict=False)
             for i in range(0, len(reply), 2)

@@ -20,7 +20,7 @@ else:
     Connection = object
 
 # The server is away, starting, stopping, failing over, full or frozen: nothing is wrong with what was asked.
-AWAY = (
+UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -38,7 +38,7 @@ AWAY = (
 )
 
 
-class PostgresAway(ConnectionError):
+class PostgresUnavailable(ConnectionError):
     """The breaker is open: PostgreSQL did not answer a moment ago."""
 
 
@@ -90,7 +90,7 @@ class Postgres:
         """Raises one of `AWAY` when there is none to be had in time."""
         began = time.monotonic()
         if began < self._closed_until:
-            raise PostgresAway("PostgreSQL did not answer a moment ago")
+            raise PostgresUnavailable("PostgreSQL did not answer a moment ago")
         if self._failures:  # a probe: until it is back the others go on being told
             self._closed_until = began + 2 * self._timeout
         try:
@@ -104,7 +104,7 @@ class Postgres:
                 yield connection
             finally:
                 await pool.release(connection)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             self._failed(error, began)
             raise
         except asyncpg.PostgresError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from shared.entities.contract import Standing
+from shared.entities.contract import Head
 from shared.entities.entity import Entity, Hold
 from shared.entities.selection import Selection
 from shared.postgres.conditions import Conditions
@@ -28,17 +28,17 @@ _LATERAL = (
 _FROM = f"{{table}} t {_LATERAL}"
 
 
-class Stored(Struct, frozen=True):
-    standing: Standing
+class StoredState(Struct, frozen=True):
+    standing: Head
     state: bytes
     accepted_at: datetime
     conflict: bool = False
     """An open one."""
 
 
-def _stored(row: "asyncpg.Record") -> Stored:
-    standing = Standing(row["version"], row["change_id"])
-    return Stored(standing, row["state"].encode(), row["accepted_at"], row["conflict"])
+def _stored(row: "asyncpg.Record") -> StoredState:
+    standing = Head(row["version"], row["change_id"])
+    return StoredState(standing, row["state"].encode(), row["accepted_at"], row["conflict"])
 
 
 _OPEN_CONFLICTS = (
@@ -60,7 +60,7 @@ def _columns(entity: Entity) -> str:
     )
 
 
-async def one(connection: Connection, entity: Entity, restaurant: str, id_: str) -> Stored | None:
+async def one(connection: Connection, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
     row = await connection.fetchrow(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.id = $2",
@@ -70,7 +70,7 @@ async def one(connection: Connection, entity: Entity, restaurant: str, id_: str)
     return _stored(row) if row else None
 
 
-async def every(connection: Connection, entity: Entity, restaurant: str) -> list[Stored]:
+async def every(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
     """All that are not deleted: for the small ones, such as a menu."""
     rows = await connection.fetch(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
@@ -80,7 +80,7 @@ async def every(connection: Connection, entity: Entity, restaurant: str) -> list
     return [_stored(row) for row in rows]
 
 
-async def live_window(connection: Connection, entity: Entity, since: datetime) -> AsyncIterator[list[Stored]]:
+async def live_window(connection: Connection, entity: Entity, since: datetime) -> AsyncIterator[list[StoredState]]:
     """What the mirror holds of an entity, over all tenants, in blocks: all small ones, and of orders the open ones and
     those changed `since`."""
     where = entity.window_sql or "$1::timestamptz is not null"
@@ -93,7 +93,7 @@ async def live_window(connection: Connection, entity: Entity, since: datetime) -
             yield [_stored(row) for row in rows]
 
 
-async def standings(connection: Connection, entity: Entity, restaurant: str, ids: Sequence[str]) -> dict[str, Standing]:
+async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Sequence[str]) -> dict[str, Head]:
     """Which change of each stands in PostgreSQL."""
     rows = await connection.fetch(
         f"select id::text, version, change_id::text from {entity.table.name}"  # noqa: S608
@@ -101,7 +101,7 @@ async def standings(connection: Connection, entity: Entity, restaurant: str, ids
         restaurant,
         list(ids),
     )
-    return {row["id"]: Standing(row["version"], row["change_id"]) for row in rows}
+    return {row["id"]: Head(row["version"], row["change_id"]) for row in rows}
 
 
 async def in_conflict(connection: Connection) -> list[tuple[str, str, str]]:
@@ -139,7 +139,7 @@ async def page(
     *,
     without: Sequence[str] = (),
     conflict: bool | None = None,
-) -> list[Stored]:
+) -> list[StoredState]:
     """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere; `conflict`: only
     those with an open one, or only those without."""
     where = Conditions(restaurant)

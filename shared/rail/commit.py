@@ -18,8 +18,8 @@ from shared.entities.contract import (
     BrokenContract,
     Change,
     ChangeData,
+    Head,
     Lane,
-    Standing,
     change_id,
     changed_fields,
     decode_change,
@@ -27,8 +27,8 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
-from shared.mirror.mirror import Apply, Busy, Claimed, Cold, Mirror, Short, Stale, Stands, stock_text
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
+from shared.mirror.mirror import Apply, Busy, Claimed, Cold, HeadMoved, Mirror, Stale, StockShort, stock_text
 from shared.observability import tracing
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
@@ -50,7 +50,7 @@ class Draft(Struct, kw_only=True):
     entity: Entity
     event: str
     state: Any
-    base: Standing | None
+    base: Head | None
     before: Struct | None
     at: datetime
     source: str
@@ -59,26 +59,26 @@ class Draft(Struct, kw_only=True):
     """Who asked for it."""
     traceparent: str | None = None
     """Context of the span that makes it durable; by default one below the current trace's."""
-    existing: Callable[[], Awaitable[tuple[Standing, Any] | None]] | None = None
+    existing: Callable[[], Awaitable[tuple[Head, Any] | None]] | None = None
     """Looks for an earlier creation under the same id where no mirror can answer for it; raises Unavailable where
     nobody can."""
 
 
 class Committed(Struct, frozen=True):
     state: Any
-    standing: Standing
+    standing: Head
     durability: Durability
     visible: bool
 
 
-class Lost(TicketrailError):
+class ClaimLost(TicketrailError):
     """Another change came first. `standing` is None while that is still on its way; `state` also where only PostgreSQL
     has it."""
 
     status = 409
     code = "version_conflict"
 
-    def __init__(self, standing: Standing | None = None, state: Any = None) -> None:
+    def __init__(self, standing: Head | None = None, state: Any = None) -> None:
         super().__init__("another change came first")
         self.standing = standing
         self.state = state
@@ -127,7 +127,7 @@ class Rail:
         self._highest: dict[tuple[str, str], int] = {}
         # Creations under a key that were made here without a claim of late; None: on its way. PostgreSQL learns of them
         # a moment later: until then nobody else can tell a repeat that it is one.
-        self._without_claim: dict[str, tuple[Standing, Any] | None] = {}
+        self._without_claim: dict[str, tuple[Head, Any] | None] = {}
         self._later: set[asyncio.Task[Any]] = set()
 
     async def commit(self, draft: Draft) -> Committed:
@@ -191,11 +191,11 @@ class Rail:
             durability = await self._record(change, claimed=claimed)
             if doubt.noted:
                 self._without_claim[draft.state.id] = (change.standing, state)
-        except (Lost, OutOfStock, Unavailable) as error:
-            if self._metrics is not None and isinstance(error, Lost):
+        except (ClaimLost, OutOfStock, Unavailable) as error:
+            if self._metrics is not None and isinstance(error, ClaimLost):
                 self._metrics.claims_lost.inc()
             # A creation that is told what stands is answered: its order exists. All else may still appear.
-            exists = draft.base is None and isinstance(error, Lost) and error.standing is not None
+            exists = draft.base is None and isinstance(error, ClaimLost) and error.standing is not None
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
             raise
@@ -229,7 +229,7 @@ class Rail:
                 )
             except MirrorInDoubt:
                 doubt.claim_sent = True
-            except MirrorAway as error:
+            except MirrorUnavailable as error:
                 if not doubt.claim_sent:
                     return await self._unclaimed(draft, series, error, doubt)
             else:
@@ -237,7 +237,7 @@ class Rail:
                     case Claimed(number):
                         self._remember(change.restaurantid, series, number)
                         return number, True
-                    case Stands(standing, bytes() as encoded) if standing.change_id == change.id:
+                    case HeadMoved(standing, bytes() as encoded) if standing.change_id == change.id:
                         return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
                     case Stale():
                         try:
@@ -246,15 +246,15 @@ class Rail:
                             raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
                     case Cold():
                         return await self._unclaimed(draft, series, None, doubt)
-                    case Stands(standing, None):
+                    case HeadMoved(standing, None):
                         if draft.existing and (found := await draft.existing()):
-                            raise Lost(*found)
-                        raise Lost(standing)
-                    case Stands(standing, bytes() as encoded):
-                        raise Lost(standing, draft.entity.decode_state(encoded))
+                            raise ClaimLost(*found)
+                        raise ClaimLost(standing)
+                    case HeadMoved(standing, bytes() as encoded):
+                        raise ClaimLost(standing, draft.entity.decode_state(encoded))
                     case Busy():
-                        raise Lost
-                    case Short(left):
+                        raise ClaimLost
+                    case StockShort(left):
                         raise OutOfStock(left)
                 continue
             if time.monotonic() > deadline:
@@ -275,7 +275,7 @@ class Rail:
         # Where no store can tell, creations go on: under the same id it stays one order.
         with contextlib.suppress(Unavailable):
             if draft.existing and (found := await draft.existing()):
-                raise Lost(*found)
+                raise ClaimLost(*found)
         if series is None:
             return "", False
         if self._journal is None:
@@ -296,7 +296,7 @@ class Rail:
     async def _take_back(self, change: Change) -> bool:
         try:
             return await self._mirror.take_back(change)
-        except (MirrorAway, MirrorInDoubt) as error:
+        except (MirrorUnavailable, MirrorInDoubt) as error:
             log.warning("take_back_failed", change_id=change.id, error=str(error))
             return False
 
@@ -309,7 +309,7 @@ class Rail:
             try:
                 await self._mirror.apply([revealed])
                 return True
-            except (MirrorAway, MirrorInDoubt) as error:
+            except (MirrorUnavailable, MirrorInDoubt) as error:
                 if not patient or self._mirror.down or time.monotonic() > deadline:
                     log.warning("not_revealed", change_id=change.id, error=str(error) or type(error).__name__)
                     return False
@@ -335,8 +335,8 @@ class Rail:
         if made is not None and draft.existing is not None:
             with contextlib.suppress(Unavailable):
                 if found := await draft.existing():  # it may have moved on
-                    raise Lost(*found)
-        raise Lost(*(made or ()))
+                    raise ClaimLost(*found)
+        raise ClaimLost(*(made or ()))
 
     def _keep(self, task: "asyncio.Task[T]") -> "asyncio.Task[T]":
         self._later.add(task)

@@ -38,7 +38,7 @@ class Lease:
     @classmethod
     def take(cls, folder: Path, kind: str, wanted: "int | Literal['auto']", *, within: float = 10.0) -> "Lease":
         """`auto`: the lowest number that is free. A number: that one, waited for up to `within` seconds, because
-        another instance may just be draining its journal (shared/rail/orphans.py). Raises NumberTaken."""
+        another instance may just be draining its journal (shared/rail/orphaned_journals.py). Raises NumberTaken."""
         if wanted == "auto":
             for number in range(1, _MOST + 1):
                 if (lease := cls.attempt(folder, kind, number)) is not None:

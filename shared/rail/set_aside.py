@@ -141,7 +141,7 @@ def _remembered(path: Path) -> tuple[int, list[Damaged]]:
             generation = int(db.execute("select max(generation) from series").fetchone()[0])
             damaged = list(damaged_in(db))
     except (sqlite3.Error, TypeError, ValueError) as error:
-        log.warning("journal_tells_nothing", journal=str(path), error=str(error))
+        log.warning("journal_unreadable", journal=str(path), error=str(error))
     return min(max(generation, 0), 1_000_000), damaged
 
 

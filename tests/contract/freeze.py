@@ -13,9 +13,9 @@ from shared.entities.contract import Change, ChangeData, Raw, change_id, changed
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.entity import event_of
 from shared.entities.inventory_item import InventoryItem, StockMove
-from shared.entities.job import Job, Stage
+from shared.entities.job import BayJob, JobStage
 from shared.entities.menu_item import Consumption, CustomizationGroup, MenuItem, Option
-from shared.entities.order import Customization, Order, OrderItem, Payment, PaymentStatus, Status, StockHold
+from shared.entities.order import Customization, Order, OrderItem, OrderStatus, Payment, PaymentStatus, StockHold
 from shared.entities.registry import ENTITIES
 from shared.entities.table import DiningTable, TableState
 
@@ -35,7 +35,7 @@ ORDER = Order(
     restaurant_id=RESTAURANT,
     order_number="0042",
     business_day=date(2026, 3, 14),
-    status=Status.PENDING,
+    status=OrderStatus.PENDING,
     items=(
         OrderItem(
             menu_item_id=_id(2),
@@ -91,7 +91,7 @@ CATEGORY = Category(
 )
 BRAND = Brand(id=_id(11), name="House", description="Ours", image_url="https://e.com/h.jpg", position=1, **_COMMON)
 BAY = Bay(id=_id(12), name="Grill", kind="kitchen", **_COMMON)
-JOB = Job(
+JOB = BayJob(
     id=_id(13),
     bay_id=_id(12),
     title="Two dosas",
@@ -171,8 +171,8 @@ UPDATED: dict[str, dict[str, Any]] = {
     "inventory_item": {"quantity": 64},
 }
 CHANGED: dict[str, dict[str, Any]] = {
-    "status_changed": {"status": Status.RECEIVED},
-    "stage_changed": {"stage": Stage.IN_PROGRESS, "started_at": LATER},
+    "status_changed": {"status": OrderStatus.RECEIVED},
+    "stage_changed": {"stage": JobStage.IN_PROGRESS, "started_at": LATER},
     "payment_recorded": {
         "payments": (*ORDER.payments, Payment(id=_id(17), amount=2_223, method="card", created_at=LATER))
     },

@@ -25,7 +25,7 @@ from services.sync.cli import main as cli_main
 from services.sync.failures import retry_ladder
 from shared.entities.contract import Lane
 from shared.entities.registry import ENTITIES
-from shared.entities.signal import FENCE, MARK
+from shared.entities.signal import HEARTBEAT, MARK
 from shared.http.openapi import operations
 from shared.messaging import asyncapi, topology
 from shared.security.permissions import PUBLIC
@@ -225,9 +225,9 @@ def test_it_has_every_queue_with_the_arguments_that_it_is_declared_with() -> Non
 def test_it_has_every_event_on_the_ways_that_the_event_takes() -> None:
     channels = {name: set(channel["messages"]) for name, channel in ASYNCAPI["channels"].items()}
     messages = ASYNCAPI["components"]["messages"]
-    assert set(messages) == {*EVENTS, FENCE, MARK, asyncapi.RETRIED, asyncapi.DEAD}
-    assert channels["changes"] == {*EVENTS, FENCE}
-    assert channels[topology.LOG] == {*EVENTS, FENCE, MARK}
+    assert set(messages) == {*EVENTS, HEARTBEAT, MARK, asyncapi.RETRIED, asyncapi.DEAD}
+    assert channels["changes"] == {*EVENTS, HEARTBEAT}
+    assert channels[topology.LOG] == {*EVENTS, HEARTBEAT, MARK}
     for entity in ENTITIES.values():
         for event in entity.events:
             assert entity.type(event) in channels[topology.lane_queue(entity.lane)]

@@ -62,7 +62,7 @@ async def test_a_missing_binding_refuses_readiness_and_start(victim: System, que
 
     await eventually(readiness, what="not ready", until=lambda status: status == 503)
     await victim.stop("worker")
-    # It judges once, thrice this after its start, by fences unanswered for two seconds: that leaves time to start.
+    # It judges once, thrice this after its start, by heartbeats unanswered for two seconds: that leaves time to start.
     victim.start("worker", heartbeat_interval_seconds=3)
 
     async def ended() -> int | None:

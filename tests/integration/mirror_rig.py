@@ -3,9 +3,9 @@
 from typing import Any
 from uuid import UUID
 
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY as ORDER
-from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt
+from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Mirror
 from tests import builders
 
@@ -13,7 +13,7 @@ from tests import builders
 async def answers(link: MirrorConnection) -> bool:
     try:
         return bool(await link.call("PING"))
-    except (MirrorAway, MirrorInDoubt):
+    except (MirrorUnavailable, MirrorInDoubt):
         return False
 
 
@@ -21,9 +21,9 @@ def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str 
     """One state of an order, whose notes say which."""
     notes = f"{version}/{change}"
     order = builders.order(items=0, id=id_, restaurant_id=restaurant, notes=notes, **fields)
-    return Apply(ORDER, order, Standing(version, str(UUID(int=change))), encode(order), now(), how)
+    return Apply(ORDER, order, Head(version, str(UUID(int=change))), encode(order), now(), how)
 
 
-async def standing(mirror: Mirror, restaurant: str, id_: str) -> Standing | None:
+async def standing(mirror: Mirror, restaurant: str, id_: str) -> Head | None:
     _, (document,) = await mirror.read(restaurant, "order", [id_])
     return document.standing if document else None

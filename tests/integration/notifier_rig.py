@@ -17,8 +17,8 @@ from msgspec import structs
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 from shared.entities.contract import Change, Lane, now
-from shared.entities.order import Order, Status
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.order import Order, OrderStatus
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import declare
 from shared.messaging.topology import CHANGES, LOG
 from shared.security.tokens import Identity, Role, Tokens
@@ -139,8 +139,10 @@ class Rail:
         """Each in a message of its own."""
         await self.send(*(message(change) for change in changes))
 
-    async def fence(self, epoch: str = EPOCH) -> None:
-        await self.send(encode_signal(Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, lane="critical")))
+    async def heartbeat(self, epoch: str = EPOCH) -> None:
+        await self.send(
+            encode_signal(Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, lane="critical"))
+        )
 
     async def remake_log(self) -> None:
         async with await declare.connect(self.url) as connection:
@@ -239,7 +241,7 @@ class Notifier:
                 await asyncio.gather(listening, return_exceptions=True)
 
 
-def moved(base: Change, state: Order, status: Status) -> tuple[Change, Order]:
+def moved(base: Change, state: Order, status: OrderStatus) -> tuple[Change, Order]:
     after = structs.replace(state, status=status)
     return change(after, event="status_changed", base=base, before=state), after
 

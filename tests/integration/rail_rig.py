@@ -11,7 +11,7 @@ from uuid import uuid4
 import aio_pika
 from msgspec import structs
 
-from shared.entities.contract import Change, Lane, Standing, decode_change, encode, now, split_batch
+from shared.entities.contract import Change, Head, Lane, decode_change, encode, now, split_batch
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order
 from shared.messaging import declare, topology
@@ -121,7 +121,7 @@ class RailRig:
 
     # -- what there is -----------------------------------------------------------------------------------------
 
-    async def read(self, id_: str) -> tuple[Standing, Order] | None:
+    async def read(self, id_: str) -> tuple[Head, Order] | None:
         _, (found,) = await self.mirror.read(self.restaurant, ORDER.name, [id_])
         return (found.standing, ORDER.decode_state(found.state)) if found else None
 

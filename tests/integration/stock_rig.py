@@ -14,16 +14,16 @@ from services.sync.maintenance.reconciler import Reconciler
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.upsert import Written, write_batch
 from shared.entities import registry
-from shared.entities.contract import Change, Standing, decode_change, encode, now
+from shared.entities.contract import Change, Head, decode_change, encode, now
 from shared.entities.entity import Entity
 from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.inventory_item import InventoryItem
 from shared.entities.menu_item import Consumption
 from shared.entities.order import ENTITY as ORDER
-from shared.entities.order import Order, OrderItem, Status, StockHold
+from shared.entities.order import Order, OrderItem, OrderStatus, StockHold
 from shared.entities.registry import ENTITIES
 from shared.mirror import keys
-from shared.mirror.mirror import Apply, Claimed, LogState, Mirror, Short, Stale, Stands, stock_text
+from shared.mirror.mirror import Apply, Claimed, HeadMoved, LogState, Mirror, Stale, StockShort, stock_text
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres import states
 from shared.rail import commit
@@ -49,7 +49,7 @@ class Shelf:
 
     # -- changes -----------------------------------------------------------------------------------------------
 
-    def draft(self, entity: Entity, state: Any, base: tuple[Standing, Any] | None = None) -> Draft:
+    def draft(self, entity: Entity, state: Any, base: tuple[Head, Any] | None = None) -> Draft:
         standing, before = base or (None, None)
         event = "updated" if base else "created"
         at = state.updated_at
@@ -73,7 +73,7 @@ class Shelf:
             if member.startswith(self.restaurant) and (left := await self.mirror.mark(member)):
                 await self.finish(left)
 
-    async def put(self, entity: Entity, state: Any, base: tuple[Standing, Any] | None = None) -> tuple[Standing, Any]:
+    async def put(self, entity: Entity, state: Any, base: tuple[Head, Any] | None = None) -> tuple[Head, Any]:
         """Claim, record, reveal: all goes well."""
         change, reply = await self.claim(self.draft(entity, state, base))
         assert isinstance(reply, Claimed), reply
@@ -118,7 +118,7 @@ class Shelf:
         return {name.decode(): text.decode() for name, text in pairs if b"@" in text}
 
 
-OVER = (Status.COMPLETED, Status.CANCELLED)
+OVER = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
 
 
 class Kitchen(Shelf):
@@ -201,18 +201,20 @@ class Kitchen(Shelf):
         await self.attempt(ORDER, order, None)
 
     async def change_items(self) -> None:
-        if (base := await self.any_order(Status.PENDING, Status.RECEIVED)) and base[1].deleted_at is None:
+        if (base := await self.any_order(OrderStatus.PENDING, OrderStatus.RECEIVED)) and base[1].deleted_at is None:
             items = self.dishes()
             held = holds(items, self.menu, base[1].holds, self.now)
             await self.attempt(ORDER, structs.replace(base[1], items=items, holds=held, updated_at=self.now), base)
 
     async def move_on(self) -> None:
-        if (base := await self.any_order(*Status)) and base[1].deleted_at is None and base[1].status not in OVER:
-            status = self.chance.choice((Status.RECEIVED, Status.COMPLETED, Status.COMPLETED, Status.CANCELLED))
+        if (base := await self.any_order(*OrderStatus)) and base[1].deleted_at is None and base[1].status not in OVER:
+            status = self.chance.choice(
+                (OrderStatus.RECEIVED, OrderStatus.COMPLETED, OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+            )
             await self.attempt(ORDER, structs.replace(base[1], status=status, updated_at=self.now), base)
 
     async def drop_or_restore(self) -> None:
-        if not (base := await self.any_order(*Status)):
+        if not (base := await self.any_order(*OrderStatus)):
             return
         order = base[1]
         if order.deleted_at is None:
@@ -290,11 +292,11 @@ class Kitchen(Shelf):
 
     # -- a change ----------------------------------------------------------------------------------------------
 
-    async def attempt(self, entity: Entity, state: Any, base: tuple[Standing, Any] | None) -> None:
+    async def attempt(self, entity: Entity, state: Any, base: tuple[Head, Any] | None) -> None:
         draft = self.draft(entity, state, base)
         change, reply = await self.claim(draft)
         match reply:
-            case Short(left):
+            case StockShort(left):
                 self.seen["short"] += 1
                 if base is None:
                     assert left == tuple([(item, max(0, await self.left(item))) for item, _ in left])
@@ -302,7 +304,7 @@ class Kitchen(Shelf):
             case Stale():
                 await self.finish(reply)
                 return
-            case Stands():
+            case HeadMoved():
                 return
         assert isinstance(reply, Claimed), reply
         if base is None:
@@ -323,13 +325,13 @@ class Kitchen(Shelf):
         chosen = self.chance.sample(list(self.menu), k=self.chance.randrange(3))
         return tuple(builders.item(menu_item_id=dish, quantity=self.chance.randrange(1, 3)) for dish in chosen)
 
-    async def any_order(self, *status: Status) -> tuple[Standing, Order] | None:
+    async def any_order(self, *status: OrderStatus) -> tuple[Head, Order] | None:
         if not self.orders:
             return None
         found = await self.standing(ORDER, self.chance.choice(self.orders))
         return found if found and found[1].status in status else None
 
-    async def standing(self, entity: Entity, id_: str) -> tuple[Standing, Any] | None:
+    async def standing(self, entity: Entity, id_: str) -> tuple[Head, Any] | None:
         _, (document,) = await self.mirror.read(self.restaurant, entity.name, [id_])
         if document is not None:
             return document.standing, entity.decode_state(document.state)
@@ -347,7 +349,7 @@ class Kitchen(Shelf):
     def held_by(self, order_id: str, item: str) -> int:
         """By what stands; said apart from the code that is tested."""
         order, counted = self.stands(ORDER).get(order_id), self.stands(ITEM)[item].counted_at
-        if order is None or order.status is Status.CANCELLED or order.deleted_at is not None:
+        if order is None or order.status is OrderStatus.CANCELLED or order.deleted_at is not None:
             return 0
         return sum(
             one.quantity

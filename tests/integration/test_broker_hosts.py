@@ -11,7 +11,7 @@ from faststream.rabbit import RabbitBroker
 from deploy.local.ports import find_free
 from services.sync.writer.intake import Intake
 from shared.entities.contract import Lane
-from shared.entities.signal import FENCE
+from shared.entities.signal import HEARTBEAT
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -114,7 +114,7 @@ async def test_a_reader_of_the_log_goes_on_with_the_next_node_and_hands_out_each
     async def read() -> None:
         async with aclosing(LogReader(url, name="test", idle_seconds=1.0).read("first")) as batches:
             async for batch in batches:
-                bodies.extend(entry.body for entry in batch.entries if FENCE.encode() not in entry.body)
+                bodies.extend(entry.body for entry in batch.entries if HEARTBEAT.encode() not in entry.body)
 
     async def seen() -> int:
         return len(bodies)

@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from services.sync.command_session import Session
+from services.sync.command_session import CommandSession
 from services.sync.maintenance.cleanup import Cleanup
 from shared.entities import order as orders
 from shared.entities.contract import encode, now
@@ -113,7 +113,7 @@ async def _leave_a_claim(shop: Shop) -> str:
     """Of an owner that died before it recorded the order; old enough to be finished."""
     order = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
     change = builders.change(order)
-    async with Session(settings_of(shop.system, claim_stale_seconds=0.001)) as session:
+    async with CommandSession(settings_of(shop.system, claim_stale_seconds=0.001)) as session:
         await session.mirror.claim(orders.ENTITY, change, encode(change), None, None, 0)
         await asyncio.sleep(2.1)  # the command line goes by the system's own setting
     return order.id

@@ -16,7 +16,7 @@ from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavail
 from shared.messaging import topology
 from shared.mirror.mirror import Apply, Busy, Claimed, Stale
 from shared.rail import commit
-from shared.rail.commit import Committed, Draft, Lost
+from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.record import Durability
 from tests import builders
@@ -91,7 +91,7 @@ async def test_of_two_claimants_of_a_version_one_commits_and_one_is_lost(rig: Ra
 async def test_who_is_lost_learns_what_stands(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     won = await rig.rail.commit(rig.update(created, notes="first"))
-    with pytest.raises(Lost) as lost:
+    with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="second"))
     assert (lost.value.standing, lost.value.state) == (won.standing, won.state)
 
@@ -117,7 +117,7 @@ async def test_a_claim_of_an_owner_that_may_still_live_keeps_its_version(rig: Ra
     rig.mirror._stale_ms = 60_000
     _, reply = await rig.claim(rig.update(created, notes="slow"))
     assert isinstance(reply, Claimed)
-    with pytest.raises(Lost) as lost:
+    with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="fast"))
     assert lost.value.standing is None
     assert (await rig.read(created.state.id)) == (created.standing, created.state)  # nobody sees a claim
@@ -138,7 +138,7 @@ async def test_the_next_comer_finishes_what_an_owner_left_behind_and_takes_the_v
         await owner.journal.append([(Lane.CRITICAL, encode(left))])
     await left_behind(rig)
 
-    with pytest.raises(Lost) as lost:  # its base is no longer what stands
+    with pytest.raises(ClaimLost) as lost:  # its base is no longer what stands
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.standing == left.standing
     stands, state = await rig.read(created.state.id) or pytest.fail("nothing stands")
@@ -426,7 +426,7 @@ async def test_a_creation_on_a_cold_mirror_that_was_made_before_is_found(rig: Ra
         return await rig.read(created.state.id)
 
     draft.existing = existing
-    with pytest.raises(Lost) as lost:
+    with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(draft)
     assert lost.value.standing == created.standing
 
@@ -446,8 +446,8 @@ async def test_a_repeat_without_a_mirror_is_told_what_this_instance_has_made(rig
     id_ = builders.new_id()
     outcomes = await asyncio.gather(*(rig.rail.commit(repeat()) for _ in range(5)), return_exceptions=True)
     [made] = [one for one in outcomes if isinstance(one, Committed)]
-    assert [type(one) for one in outcomes].count(Lost) == 4
-    with pytest.raises(Lost) as again:
+    assert [type(one) for one in outcomes].count(ClaimLost) == 4
+    with pytest.raises(ClaimLost) as again:
         await rig.rail.commit(repeat())
     assert (again.value.standing, again.value.state) == (made.standing, made.state)
     assert ids(await rig.queued(at_least=1)) == [made.standing.change_id]

@@ -7,9 +7,9 @@ import asyncpg
 import pytest
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.collector import Keeper
-from services.sync.failures.classification import Failure, Kind
-from services.sync.failures.retry_ladder import Failed, headers_for
+from services.sync.dead_letters.collector import DeadLetterCollector
+from services.sync.failures.classification import Failure, FailureKind
+from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode
 from shared.messaging import topology
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
@@ -63,7 +63,8 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_that_names_it(k
         assert found[reason].body == body
         assert found[reason].place.startswith("shared.entities."), found[reason].place
     groups = {
-        group.reason: group for group in await dead_letter_store.groups(kept.database, dead_letter_store.Wanted())
+        group.reason: group
+        for group in await dead_letter_store.groups(kept.database, dead_letter_store.DeadLetterQuery())
     }
     assert {reason: group.count for reason, group in groups.items()} == dict.fromkeys(bad, 1)
     assert ">= 0" in groups["negative_amount"].sample_error
@@ -297,7 +298,7 @@ async def test_two_keepers_share_the_letters_and_keep_each_once(make_rig: MakeRi
     bad = [poison() for _ in range(100)]
     for one in bad:  # past the writer, which keeps a flood itself
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
-    second = Keeper(rig.settings, rig.postgres, rig.keeper._metrics)
+    second = DeadLetterCollector(rig.settings, rig.postgres, rig.keeper._metrics)
     rig.keeper.start()
     second.start()
     letters = await rig.letters(100)
@@ -363,7 +364,7 @@ async def test_a_keeper_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
     """The client library turns a cancellation in the middle of a handshake into a failure of its own."""
     rig = await make_rig()
     for step in range(60):
-        keeper = Keeper(rig.settings, rig.postgres, rig.keeper._metrics, look_after=0.01, renew_after=0.2)
+        keeper = DeadLetterCollector(rig.settings, rig.postgres, rig.keeper._metrics, look_after=0.01, renew_after=0.2)
         keeper.start()
         await asyncio.sleep(step * 0.003)
         await asyncio.wait_for(keeper.stop(), 8)
@@ -406,8 +407,8 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     # Told by hand, and off its last rung: what the writer tells of the ladder may come after the letter.
     await dead_letter_store.retry_store.note(kept.database, [told(made, attempt=2)])
     assert await kept.count("retries") == 1
-    failure = Failure(Kind.TRANSIENT, "transient", "?")
-    headers = headers_for(Failed(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
+    failure = Failure(FailureKind.TRANSIENT, "transient", "?")
+    headers = headers_for(FailedChange(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
     await kept.publisher.publish_to_queue(topology.lane_queue(Lane.CRITICAL), message(made), headers=headers)
     await kept.letters(1)
     assert await kept.count("retries") == 0

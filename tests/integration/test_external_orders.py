@@ -13,8 +13,8 @@ import pytest
 
 from deploy.local.ports import find_free
 from services.sync import api
-from services.sync.command_session import Session
-from services.sync.imports.external_order_upserts import Upserts
+from services.sync.command_session import CommandSession
+from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.external_orders import ExternalOrder, order_id
 from shared.entities.contract import now
 from shared.errors import OutcomeUnknown, Unavailable
@@ -177,7 +177,10 @@ async def test_a_new_tax_rate_does_not_change_what_was_placed_before(shop: Shop,
     """By another instance than the one that remembers the old rate."""
     wanted = body(shop)
     id_ = (await send(other, wanted))["id"]
-    async with shop.system.database("ticketrail_writer") as connection, Session(settings_of(shop.system)) as session:
+    async with (
+        shop.system.database("ticketrail_writer") as connection,
+        CommandSession(settings_of(shop.system)) as session,
+    ):
         await connection.execute("update restaurants set tax_basis_points = 1900 where id = $1", shop.restaurant)
         try:
             again = await upserts_of(session).upsert(read_body(json.dumps(wanted).encode(), ExternalOrder))
@@ -293,8 +296,8 @@ def settings_of(system: System, **fields: Any) -> Settings:
     return Settings(_env_file=None, **{**chosen, **fields})  # type: ignore[call-arg]
 
 
-def upserts_of(session: Session) -> Upserts:
-    return Upserts(session.postgres, session.mirror, session.rail, source="sync", window_days=3)
+def upserts_of(session: CommandSession) -> ExternalOrderUpserts:
+    return ExternalOrderUpserts(session.postgres, session.mirror, session.rail, source="sync", window_days=3)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +420,7 @@ async def test_what_the_command_line_cannot_record_is_refused_and_not_lost(shop:
     """A session has no journal: nothing is claimed after a refusal, and what was sent in vain is finished later."""
     async with link_to(shop.system.rabbitmq_url) as broker:
         settings = settings_of(shop.system, rabbitmq_url=broker.url, publish_timeout_seconds=0.5)
-        async with Session(settings) as session:
+        async with CommandSession(settings) as session:
             upserts = upserts_of(session)
             wanted = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
             id_ = order_id(shop.restaurant, wanted.name)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.orders import insight
-from services.orders.insight import Insight
-from services.orders.reads import Found, Page
+from services.orders import derived_figures
+from services.orders.derived_figures import DerivedFigures
+from services.orders.reads import FoundState, Page
 from shared.entities import job
-from shared.entities.contract import Standing, encode
-from shared.entities.job import Job, Stage, place_at, place_beside, place_between
+from shared.entities.contract import Head, encode
+from shared.entities.job import BayJob, JobStage, place_at, place_beside, place_between
 from shared.entities.selection import Selection
 from shared.security.tokens import Role
 from tests.builders import CREATED_AT, RESTAURANT, new_id
@@ -152,7 +152,7 @@ async def test_a_job_goes_through_its_stages(shop: Shop) -> None:
         assert (await move(staff, other, stage="cancelled"))["finished_at"] is not None
         assert await queue_of(staff, bay) == []
         by_stage = {}
-        for stage in Stage:
+        for stage in JobStage:
             listed = expect(await staff.get("/api/jobs", params={"bay_id": bay, "stage": stage.value}))
             by_stage[stage.value] = [one["id"] for one in listed]
         assert by_stage == {"queued": [], "in_progress": [], "done": [job["id"]], "cancelled": [other["id"]]}
@@ -371,10 +371,10 @@ def test_before_the_first_and_behind_the_last_there_is_room(ends: list[int]) -> 
 
 
 async def test_a_queue_longer_than_a_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(insight, "_MOST", 3)
+    monkeypatch.setattr(derived_figures, "_MOST", 3)
     bay = new_id()
     jobs = [
-        Job(
+        BayJob(
             id=new_id(),
             restaurant_id=RESTAURANT,
             bay_id=bay,
@@ -389,8 +389,8 @@ async def test_a_queue_longer_than_a_page_is_whole(monkeypatch: pytest.MonkeyPat
     class Reads:
         async def page(self, entity: Any, restaurant: str, selection: Selection) -> Page:
             newest = [one for one in reversed(jobs) if selection.match(one)]
-            found = [Found(job.ENTITY, Standing(1, new_id()), encode(one), "postgres") for one in newest]
+            found = [FoundState(job.ENTITY, Head(1, new_id()), encode(one), "postgres") for one in newest]
             return Page(found[: selection.limit], len(found) > selection.limit, True)
 
-    queue = await Insight(Reads(), None, None).queue(RESTAURANT, bay)  # type: ignore[arg-type]
+    queue = await DerivedFigures(Reads(), None, None).queue(RESTAURANT, bay)  # type: ignore[arg-type]
     assert [one.title for one in queue] == [str(n) for n in range(10)]

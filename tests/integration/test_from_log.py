@@ -6,9 +6,9 @@ import asyncpg
 import pytest
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.failures.parsing import letters_of
+from services.sync.failures.parsing import parse_dead_letters
 from services.sync.maintenance import feed_epochs
-from services.sync.maintenance.from_log import FromLog, Report
+from services.sync.maintenance.from_log import LogReplay, LogReplayReport
 from shared.entities.contract import Change, Lane, encode, now
 from shared.messaging import topology
 from tests.builders import change, message, order, payment
@@ -34,8 +34,8 @@ async def forget(rig: Rig, servers: Servers, *changes: Change) -> None:
         await superuser.close()
 
 
-async def replay(rig: Rig, **options: Any) -> Report:
-    return await FromLog(rig.settings, rig.postgres, rig.publisher, **options).run()
+async def replay(rig: Rig, **options: Any) -> LogReplayReport:
+    return await LogReplay(rig.settings, rig.postgres, rig.publisher, **options).run()
 
 
 async def epoch(rig: Rig) -> str:
@@ -100,8 +100,8 @@ async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
     queue = topology.dead_queue(Lane.CRITICAL)
     if kept:
         async with rig.postgres.connection() as connection:
-            letters = letters_of(queue, Lane.CRITICAL, letter.body, letter.headers, now())
-            letters += letters_of(queue, Lane.CRITICAL, message(discarded), {}, now())
+            letters = parse_dead_letters(queue, Lane.CRITICAL, letter.body, letter.headers, now())
+            letters += parse_dead_letters(queue, Lane.CRITICAL, message(discarded), {}, now())
             await dead_letter_store.keep(connection, letters)
             await connection.execute("update dead_letters set status = 'discarded'")
 

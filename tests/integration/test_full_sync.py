@@ -14,12 +14,12 @@ import pytest
 import redis.asyncio
 from msgspec import structs
 
-from services.sync.command_session import Session
-from services.sync.heartbeat import log_way
+from services.sync.command_session import CommandSession
+from services.sync.heartbeat import log_path_of
 from services.sync.mirror import full_sync
 from services.sync.mirror.full_sync import Compared, Difference, FullSync
 from shared.entities import order as orders
-from shared.entities.contract import Lane, Standing, encode, now
+from shared.entities.contract import Head, Lane, encode, now
 from shared.mirror import keys
 from shared.mirror.mirror import Apply
 from shared.postgres import states
@@ -64,20 +64,20 @@ async def synced(shop: Shop, id_: str) -> None:
 
 async def read_from_the_log(shop: Shop) -> None:
     """The mirror writer has read all that was recorded until now: what is taken out of the mirror then stays out."""
-    began, way = time.monotonic(), log_way(Lane.CRITICAL)
+    began, way = time.monotonic(), log_path_of(Lane.CRITICAL)
 
     async def sent() -> float:
         asked = time.monotonic()
-        fences = (await asyncio.to_thread(shop.system.health, "worker"))["fences"]
-        return asked - float(fences["age_seconds"][way]) - float(fences["lag_seconds"][way])
+        heartbeats = (await asyncio.to_thread(shop.system.health, "worker"))["heartbeats"]
+        return asked - float(heartbeats["age_seconds"][way]) - float(heartbeats["lag_seconds"][way])
 
-    await eventually(sent, what="a fence from the log that was sent later", until=lambda at: at > began)
+    await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
 
 
 async def compare(shop: Shop, *, mend: bool) -> tuple[Compared, dict[str, str]]:
     """Also (id -> what differs) of this restaurant: others of the run are not ours to look at."""
     told: list[Difference] = []
-    async with Session(settings_of(shop.system)) as session:
+    async with CommandSession(settings_of(shop.system)) as session:
         found = await FullSync(session.settings, session.postgres, session.mirror).run(mend=mend, tell=told.append)
     return found, {one.id: one.what for one in told if one.restaurant_id == shop.restaurant}
 
@@ -153,10 +153,10 @@ async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(sho
     assert await raw.exists(doc(shop, unknown.id)) == 0
 
 
-async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Standing:
+async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Head:
     """A state into the mirror alone."""
-    standing = Standing(version, str(uuid4()))
-    async with Session(settings_of(shop.system)) as session:
+    standing = Head(version, str(uuid4()))
+    async with CommandSession(settings_of(shop.system)) as session:
         await session.mirror.apply([Apply(orders.ENTITY, state, standing, encode(state), at or now(), how)])
     return standing
 
@@ -171,7 +171,7 @@ async def test_what_is_pending_is_left_alone(shop: Shop, raw: Any) -> None:
     found, differing = await compare(shop, mend=True)
     assert differing == {}
     assert found.pending >= 2
-    async with Session(settings_of(shop.system)) as session:
+    async with CommandSession(settings_of(shop.system)) as session:
         _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
         assert [one and (one.standing, one.pending) for one in documents] == [(one, True) for one in standings]
         for id_, standing in zip([known, new.id], standings, strict=True):  # for the tests that come after
@@ -183,15 +183,15 @@ async def test_an_order_that_left_the_window_or_is_about_to_is_not_missing(shop:
     """What the reconciler takes out while we look was there when we began."""
     edge = now() - timedelta(days=3)
     settings = settings_of(shop.system)
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         comparing = FullSync(settings, session.postgres, session.mirror)
         for updated_at, status, what in (
             (edge - timedelta(seconds=1), "completed", ""),
             (edge + timedelta(minutes=1), "completed", "missing"),
             (edge - timedelta(days=9), "ready", "missing"),
         ):
-            state = builders.order(updated_at=updated_at, status=orders.Status(status))
-            stored = states.Stored(Standing(1, str(uuid4())), encode(state), updated_at)
+            state = builders.order(updated_at=updated_at, status=orders.OrderStatus(status))
+            stored = states.StoredState(Head(1, str(uuid4())), encode(state), updated_at)
             assert comparing._difference(orders.ENTITY, stored, None) == what
 
 

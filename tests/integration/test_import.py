@@ -17,9 +17,9 @@ import asyncpg
 import pytest
 from msgspec import Struct
 
-from services.sync.command_session import Session
-from services.sync.imports.external_order_upserts import Upserts
-from services.sync.imports.importer import Importer, Refused, Report
+from services.sync.command_session import CommandSession
+from services.sync.imports.external_order_upserts import ExternalOrderUpserts
+from services.sync.imports.importer import Importer, ImportReport, RefusedRow
 from services.sync.imports.sources import source_of
 from shared.errors import NotFound
 from tests.integration.link import link_to
@@ -60,16 +60,16 @@ def jsonl(path: Path, lines: Sequence[bytes]) -> str:
 
 async def bring(
     shop: Shop, name: str, *, query: str | None = None, again: bool = False, **urls: str
-) -> tuple[Report, list[Refused]]:
+) -> tuple[ImportReport, list[RefusedRow]]:
     """In this process."""
-    async with Session(settings_of(shop.system, **urls)) as session:
-        upserts = Upserts(session.postgres, session.mirror, session.rail, source="import", window_days=3)
+    async with CommandSession(settings_of(shop.system, **urls)) as session:
+        upserts = ExternalOrderUpserts(session.postgres, session.mirror, session.rail, source="import", window_days=3)
         return await Importer(session.postgres, upserts).run(
             source_of(name, query), shop.restaurant, again=again, progress=lambda _: None
         )
 
 
-def counts(report: Report) -> dict[str, int]:
+def counts(report: ImportReport) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__struct_fields__ if getattr(report, name)}
 
 

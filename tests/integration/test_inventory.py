@@ -11,7 +11,7 @@ import httpx
 import pytest
 from msgspec import structs
 
-from services.orders.insight import Insight
+from services.orders.derived_figures import DerivedFigures
 from shared.entities.contract import Change, Lane
 from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.inventory_item import StockMove
@@ -342,7 +342,7 @@ async def test_without_the_mirror_postgres_says_what_is_left_and_without_both_no
         ("postgresql://nobody@127.0.0.1:1/none", {"available": None, "held": None, "low": None}),
     ):
         postgres = Postgres(url, settings)
-        insight = Insight(None, postgres, away)  # type: ignore[arg-type]
+        insight = DerivedFigures(None, postgres, away)  # type: ignore[arg-type]
         assert await insight.available(shop.restaurant, [item]) == [expected]
         await postgres.close()
     await away.close()

@@ -16,7 +16,7 @@ import pytest
 
 from services.sync.dead_letters import actions
 from services.sync.ledger.balance import PLACES, Balance
-from services.sync.ledger.ledger import Ledger, draw_up
+from services.sync.ledger.ledger import Ledger, take_balance
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane, encode, now
 from shared.entities.order import ENTITY as ORDER
@@ -38,7 +38,7 @@ PATIENCE = 1.0
 
 
 class Books:
-    """A writer's rig with fences, a folder for journals, and the ledger over it."""
+    """A writer's rig with heartbeats, a folder for journals, and the ledger over it."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -46,7 +46,7 @@ class Books:
         self.journals: list[Journal] = []
 
     async def balance(self, **options: Any) -> Balance:
-        found = await draw_up(self.rig.settings, self.ops, **{"patience": PATIENCE, **options})
+        found = await take_balance(self.rig.settings, self.ops, **{"patience": PATIENCE, **options})
         wrong = [
             name
             for name in ("accepted", *PLACES)
@@ -113,7 +113,7 @@ async def make_books(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[Any]:
         books = Books(await make_rig(home=tmp_path, **{**urls, **settings}))
         made.append(books)
         await books.rig.writer.start()
-        await books.rig.fences.start()
+        await books.rig.heartbeats.start()
         return books
 
     yield make
@@ -146,10 +146,10 @@ async def test_what_is_written_is_synced_restaurant_by_restaurant_and_each_chang
     counts = {one.restaurant_id: (one.accepted, one.synced) for one in balance.restaurants}
     assert counts == {mine[0].restaurantid: (5, 5), OTHER_RESTAURANT: (1, 1)}
 
-    async def fenced() -> bool:
+    async def after_heartbeat() -> bool:
         return (await books.balance()).until is not None
 
-    await eventually(fenced, what="a fence out of every lane")
+    await eventually(after_heartbeat, what="a heartbeat out of every lane")
 
 
 async def test_what_waits_in_its_lane_is_queued(books: Books) -> None:
@@ -291,7 +291,7 @@ async def test_an_entry_that_is_gone_from_a_journal_is_named_and_so_is_one_that_
 async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_all_of_it_synced(
     make_books: Any,
 ) -> None:
-    # While a batch of one consumer is delayed, the other passes the fences behind it.
+    # While a batch of one consumer is delayed, the other passes the heartbeats behind it.
     books: Books = await make_books(database_timeout_seconds=15.0)
     stop = asyncio.Event()
     sent = 0

@@ -17,11 +17,11 @@ from msgspec import Struct
 from deploy.local.ports import find_free
 from shared.errors import InvalidInput
 from shared.http import limits
-from shared.http.authorization import Outer, cors
+from shared.http.authorization import ResponseHeaders, cors
 from shared.http.bodies import MAX_BODY_BYTES, read_body
 from shared.http.limits import Rate, TokenBucket, counted_as
 from shared.http.server import EXCEPTION_HANDLERS
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Role
 from shared.settings import Settings
@@ -151,7 +151,7 @@ async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers:
         async def away() -> bool:
             try:
                 await mirror.take_tokens(new_name(), 1, 1.0, 1)
-            except (MirrorAway, MirrorInDoubt):
+            except (MirrorUnavailable, MirrorInDoubt):
                 return True
             return False
 
@@ -440,7 +440,7 @@ async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> Non
     def broken() -> None:
         raise RuntimeError("postgresql://ticketrail:secret@db/")
 
-    app: Any = Outer(
+    app: Any = ResponseHeaders(
         Litestar([broken], exception_handlers=EXCEPTION_HANDLERS, openapi_config=None, logging_config=None)
     )
     async with http_client(transport=httpx.ASGITransport(app), base_url="http://here") as client:

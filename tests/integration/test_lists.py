@@ -10,7 +10,7 @@ import pytest
 
 from deploy.local.ports import find_free
 from services.orders.resources import RESOURCES, Resource
-from shared.entities.order import PaymentStatus, Status
+from shared.entities.order import OrderStatus, PaymentStatus
 from shared.security.tokens import Role
 from tests.builders import change, item, new_id, order
 from tests.http import http_client
@@ -383,8 +383,8 @@ async def test_the_summary_adds_up_each_business_day(system: System) -> None:
 
     states = [
         of(monday, 1_000, tip_amount=50, payment_status=PaymentStatus.PAID),
-        of(monday, 2_000, discount_amount=20, status=Status.COMPLETED),
-        of(monday, 4_000, status=Status.CANCELLED, payment_status=PaymentStatus.REFUNDED),
+        of(monday, 2_000, discount_amount=20, status=OrderStatus.COMPLETED),
+        of(monday, 4_000, status=OrderStatus.CANCELLED, payment_status=PaymentStatus.REFUNDED),
         of(monday, 8_000, deleted_at=datetime(2026, 3, 14, tzinfo=UTC)),
         of(tuesday, 100),
         of(friday, 10),

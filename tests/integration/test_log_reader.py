@@ -10,9 +10,9 @@ import aio_pika
 import pytest
 
 from shared.entities.contract import Lane, now
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import declare
-from shared.messaging.log import Batch, LogReader, Start
+from shared.messaging.log import LogBatch, LogReader, Start
 from shared.messaging.topology import CHANGES, LOG
 from shared.settings import Settings
 from tests.servers import Servers
@@ -50,8 +50,8 @@ class Broker:
                     )
                 )
 
-    async def fence(self, epoch: str) -> None:
-        signal = Signal(id=str(uuid4()), type=FENCE, time=now(), epoch=epoch, lane="critical")
+    async def heartbeat(self, epoch: str) -> None:
+        signal = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, lane="critical")
         await self.publish(encode_signal(signal))
 
     async def delete_log(self) -> None:
@@ -76,7 +76,7 @@ class Read:
 
     def __init__(self, reader: LogReader) -> None:
         self.reader = reader
-        self.batches: list[Batch] = []
+        self.batches: list[LogBatch] = []
         self._more = asyncio.Event()
 
     async def run(self, start: Start, epoch: str | None) -> None:
@@ -124,7 +124,7 @@ def numbered(begin: int, end: int) -> list[bytes]:
 
 async def test_entries_come_in_order_without_the_signals_between_them(broker: Broker) -> None:
     await broker.publish(*numbered(0, 300))
-    await broker.fence(EPOCH)
+    await broker.heartbeat(EPOCH)
     await broker.publish(*numbered(300, 600), lane=Lane.BACKGROUND)
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 600)
@@ -165,7 +165,7 @@ async def test_from_a_time_nothing_younger_is_missing_and_the_epoch_is_known_at_
     await broker.publish(*numbered(0, 5))
     async with reading(broker.url, now() + timedelta(seconds=60)) as read:
         await read.until(lambda: bool(read.batches))
-        # No fence is as young as that: the epoch comes from the first one in the log.
+        # No heartbeat is as young as that: the epoch comes from the first one in the log.
         assert read.batches[0].epoch == EPOCH
         await broker.publish(b"[5]")
         await read.until(lambda: read.bodies[-1:] == [b"[5]"])
@@ -279,12 +279,12 @@ async def test_a_log_that_lost_its_end_is_read_from_its_first_entry(broker: Brok
         assert read.bodies == numbered(0, 4)
 
 
-async def test_a_late_fence_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
+async def test_a_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
     async with reading(broker.url) as read:
         await broker.publish(b"[0]")
-        await broker.fence(OTHER_EPOCH)
+        await broker.heartbeat(OTHER_EPOCH)
         await broker.publish(b"[1]")
-        await broker.fence(OTHER_EPOCH)
+        await broker.heartbeat(OTHER_EPOCH)
         await broker.publish(b"[2]")
         await read.until(lambda: read.bodies[-1:] == [b"[2]"])
         assert read.bodies == numbered(0, 3)

@@ -129,7 +129,8 @@ async def test_status_shows_every_service_and_names_the_one_that_is_away(system:
             and said["sync-worker"].get("mirror warm") == 1
         )
 
-    # Asked again: a worker whose last fence is three seconds old is not ready, and an answer that takes two is none.
+    # Asked again: a worker whose last heartbeat is three seconds old is not ready, and an answer that takes two
+    # is none.
     await eventually(status, what="every service well", until=all_well)
     there = dict(system.env)
     try:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from msgspec import structs
 
-from shared.entities.contract import Outline, Standing, encode, outline
+from shared.entities.contract import Head, Outline, encode, outline
 from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
-from shared.mirror.mirror import Apply, Claimed, Cold, LogState, Mirror, Stands
+from shared.mirror.mirror import Apply, Claimed, Cold, HeadMoved, LogState, Mirror
 from tests import builders
 from tests.integration.mirror_rig import answers, standing, state
 from tests.servers import Redis, Servers
@@ -52,7 +52,7 @@ async def test_any_order_and_any_repetition_of_states_end_the_same_in_lua(
     version, change = max(arrivals)
     _, (found,) = await mirror.read(restaurant, "order", [id_])
     assert found is not None
-    assert found.standing == Standing(version, str(UUID(int=change)))
+    assert found.standing == Head(version, str(UUID(int=change)))
     assert ORDER.decode_state(found.state).notes == f"{version}/{change}"
     assert found.pending
 
@@ -158,7 +158,7 @@ async def test_what_postgres_committed_before_it_was_revealed_is_not_pending(mir
     for change in changes:
         assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY, 0), Claimed)
     quick, slow = changes
-    another = Standing(1, builders.new_id())  # the other side of a fork
+    another = Head(1, builders.new_id())  # the other side of a fork
     await mirror.settle(restaurant, "order", [(placed[0].id, quick.standing), (placed[1].id, another)])
     await mirror.apply(
         [
@@ -234,11 +234,11 @@ async def test_a_claim_on_another_base_than_what_stands_learns_what_stands(mirro
     await warmed(mirror, restaurant)
     one = state(2, 5, id_=id_, restaurant=restaurant)
     await mirror.apply([one])
-    for base in (None, Standing(1, one.standing.change_id), Standing(2, str(UUID(int=4)))):
+    for base in (None, Head(1, one.standing.change_id), Head(2, str(UUID(int=4)))):
         order = structs.replace(one.state, updated_at=one.state.updated_at + timedelta(seconds=1))
         change = builders.change(order, entityversion=(base.version if base else 0) + 1)
         reply = await mirror.claim(ORDER, change, encode(change), base, None, 0)
-        assert reply == Stands(one.standing, one.encoded)
+        assert reply == HeadMoved(one.standing, one.encoded)
 
 
 async def test_the_log_state_moves_forward_only_so_that_two_writers_do_not_fight(mirror: Mirror) -> None:
@@ -275,7 +275,7 @@ async def test_a_keyed_creation_that_left_the_window_is_remembered_without_its_s
     assert await mirror.trim(restaurant, "order", {placed.id: change.id}) == 1
     assert await standing(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
-    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == Stands(change.standing, None)
+    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.standing, None)
     await mirror.apply([stored])  # it is read, and comes back
     assert await standing(mirror, restaurant, placed.id) == change.standing
 

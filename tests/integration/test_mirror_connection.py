@@ -10,9 +10,9 @@ import pytest
 from redis.asyncio import from_url
 from redis.exceptions import ResponseError
 
-from shared.entities.contract import Standing
+from shared.entities.contract import Head
 from shared.mirror import connection
-from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt, MirrorMisconfigured
+from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from tests import builders
 from tests.integration.mirror_rig import answers, standing, state
@@ -91,7 +91,7 @@ async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_he
         refusals = set()
 
         async def down() -> bool:
-            with pytest.raises(MirrorAway) as away:  # probes fail too
+            with pytest.raises(MirrorUnavailable) as away:  # probes fail too
                 await hasty.call("PING")
             refusals.add(str(away.value))
             return hasty.down and BREAKER_OPEN in refusals
@@ -106,7 +106,7 @@ async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_he
     async def own_replies() -> list[Any] | None:
         try:
             return await asyncio.gather(hasty.call("GET", "k"), hasty.call("ECHO", "mine"))
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return None
 
     # Replies of what was in doubt went nowhere: the next caller gets its own.
@@ -117,7 +117,7 @@ async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_he
 async def test_a_server_that_is_gone_is_away_and_nothing_was_sent() -> None:
     link = MirrorConnection("redis://127.0.0.1:1/0", timeout=TIMEOUT)
     for _ in range(3):
-        with pytest.raises(MirrorAway):
+        with pytest.raises(MirrorUnavailable):
             await link.call("PING")
     await link.close()
     await link.close()
@@ -146,11 +146,11 @@ async def test_a_server_that_is_full_says_that_nothing_happened_and_still_answer
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.apply([state(1, id_=id_, restaurant=restaurant)])
     async with configured(redis, "maxmemory", 1):
-        with pytest.raises(MirrorAway):
+        with pytest.raises(MirrorUnavailable):
             await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
-        assert await standing(mirror, restaurant, id_) == Standing(1, str(UUID(int=1)))
+        assert await standing(mirror, restaurant, id_) == Head(1, str(UUID(int=1)))
     await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
-    assert await standing(mirror, restaurant, id_) == Standing(2, str(UUID(int=1)))
+    assert await standing(mirror, restaurant, id_) == Head(2, str(UUID(int=1)))
 
 
 async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypat
     await asyncio.sleep(0)
     await link.close()
     for one in await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30):
-        assert one == b"PONG" or isinstance(one, (MirrorAway, MirrorInDoubt))
+        assert one == b"PONG" or isinstance(one, (MirrorUnavailable, MirrorInDoubt))
 
 
 def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() -> None:
@@ -182,7 +182,7 @@ def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() 
         port = server.sockets[0].getsockname()[1]
         link = MirrorConnection(f"redis://127.0.0.1:{port}/0", timeout=0.5)
         for _ in range(5):
-            with pytest.raises((MirrorAway, MirrorInDoubt)):
+            with pytest.raises((MirrorUnavailable, MirrorInDoubt)):
                 await asyncio.wait_for(link.call("PING"), 30.0)
         await link.close()
         server.close()
@@ -209,20 +209,20 @@ async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_n
         calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
         done, waiting = await asyncio.wait(calls, timeout=10.0)
         assert not waiting, "the probe itself takes twenty seconds"
-        assert {type(call.exception()) for call in done} == {MirrorAway}
+        assert {type(call.exception()) for call in done} == {MirrorUnavailable}
 
         async def arrived() -> bool:
             return proxy.accepted > tried
 
         await eventually(arrived, what="the one that tries it at the server: the calls wait for it only a moment")
-        _, fence = await asyncio.open_connection("127.0.0.1", proxy.port)
+        _, heartbeat = await asyncio.open_connection("127.0.0.1", proxy.port)
 
         async def behind_all() -> bool:
             return proxy.accepted >= tried + 2
 
-        await eventually(behind_all, what="the fence: connections are accepted in the order in which they are made")
-        assert proxy.accepted == tried + 2, "the one that tries it, and the fence"
-        fence.transport.abort()
+        await eventually(behind_all, what="the heartbeat: connections are accepted in the order in which they are made")
+        assert proxy.accepted == tried + 2, "the one that tries it, and the heartbeat"
+        heartbeat.transport.abort()
         proxy.set(Mode.FORWARD)
 
         async def back() -> bool:
@@ -253,7 +253,7 @@ async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Re
             assert await link.call("PING") == b"PONG"
         proxy.set(Mode.REFUSE)
         await eventually(lambda: hung_up(link._connection), what="the end of the connection")
-        with pytest.raises(MirrorAway):
+        with pytest.raises(MirrorUnavailable):
             await link.call("PING")
     finally:
         await link.close()
@@ -263,6 +263,6 @@ async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Re
 async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
     link = MirrorConnection("redis://127.0.0.1:9/0", timeout=0.2)
     link._failures = 5_000
-    with pytest.raises(MirrorAway):
+    with pytest.raises(MirrorUnavailable):
         await asyncio.wait_for(link.call("PING"), 30.0)
     await link.close()

@@ -8,7 +8,7 @@ import redis.asyncio
 
 from deploy.local.ports import find_free
 from shared.mirror import keys
-from shared.mirror.connection import MirrorAway, MirrorConnection, MirrorInDoubt
+from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnavailable
 from tests.servers import Redis, Servers
 from tests.system import eventually
 
@@ -71,7 +71,7 @@ async def test_a_replica_alone_is_not_taken_for_a_mirror(pair: tuple[Redis, Redi
     await ask(pair[1], "REPLICAOF", "NO", "ONE")
     await replicate(pair[0], pair[1])
     mirror = MirrorConnection(pair[0].url, timeout=TIMEOUT)
-    with pytest.raises(MirrorAway, match="replica"):
+    with pytest.raises(MirrorUnavailable, match="replica"):
         await mirror.call("PING")
     await mirror.close()
 
@@ -87,7 +87,7 @@ async def test_a_primary_that_was_made_a_replica_is_left_for_the_new_one(pair: t
     async def written() -> bool:
         try:
             await mirror.call("SET", "after", 1)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return False
         return True
 
@@ -104,7 +104,7 @@ async def test_a_frozen_primary_is_left_for_the_one_that_was_promoted(pair: tupl
     async def found() -> int:
         try:
             return await where(mirror, pair)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return -1
 
     await eventually(found, what="the first one", until=lambda place: place == 0)

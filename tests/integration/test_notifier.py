@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from shared.entities.contract import Lane
-from shared.entities.order import Status
+from shared.entities.order import OrderStatus
 from shared.security.tokens import Role
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
 from tests.integration.notifier_rig import (
@@ -50,7 +50,7 @@ async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Ra
         created = [change(state) for state in placed]
         await rail.send(message(*created[:50]), *(message(one) for one in created[50:]))
         first, state = created[0], placed[0]
-        received, state = moved(first, state, Status.RECEIVED)
+        received, state = moved(first, state, OrderStatus.RECEIVED)
         noted = change(state, base=received)
         deleted = change(state, event="deleted", base=noted)
         restored = change(state, event="restored", base=deleted)
@@ -120,7 +120,10 @@ async def test_a_subscriber_of_one_order_hears_of_it_alone_and_by_the_other_name
     async with notifier.screen(orderID=wanted.id.upper()) as one, notifier.screen() as every:
         created, noise = change(wanted), change(other)
         await rail.say(
-            noise, created, moved(noise, other, Status.RECEIVED)[0], moved(created, wanted, Status.RECEIVED)[0]
+            noise,
+            created,
+            moved(noise, other, OrderStatus.RECEIVED)[0],
+            moved(created, wanted, OrderStatus.RECEIVED)[0],
         )
         await every.has(4)
         events = await one.has(2)
@@ -138,7 +141,7 @@ async def test_event_types_are_a_filter(rail: Rail) -> None:
     notifier = await rail.notifier()
     state = order()
     created = change(state)
-    received, state = moved(created, state, Status.RECEIVED)
+    received, state = moved(created, state, OrderStatus.RECEIVED)
     noted = change(state, base=received)
     async with (
         notifier.screen(eventTypes="stage_change,order_deleted") as stages,
@@ -418,20 +421,20 @@ async def test_a_start_on_a_long_log_is_ready_only_with_all_of_it(rail: Rail) ->
     assert {window for status, window in seen if status == 200} == {5_000}
 
 
-async def test_without_fences_it_pushes_all_the_same_and_says_that_they_are_stale(rail: Rail) -> None:
+async def test_without_heartbeats_it_pushes_all_the_same_and_says_that_they_are_stale(rail: Rail) -> None:
     notifier = await rail.notifier(heartbeat_interval_seconds=0.1)
-    status, details = await eventually(notifier.health, until=lambda health: health[1]["fences"] == "stale")
+    status, details = await eventually(notifier.health, until=lambda health: health[1]["heartbeats"] == "stale")
     assert status == 200 and details["epoch"] == EPOCH
     async with notifier.screen() as screen:
         await rail.say(change(order()))
         await screen.has(1)
 
-    async def after_a_fence() -> dict[str, Any]:
-        await rail.fence()
+    async def after_a_heartbeat() -> dict[str, Any]:
+        await rail.heartbeat()
         return (await notifier.health())[1]
 
     # One after the other: each is fresh for two seconds.
-    await eventually(after_a_fence, what="a fresh fence", until=lambda seen: seen["fences"] == "fresh")
+    await eventually(after_a_heartbeat, what="a fresh heartbeat", until=lambda seen: seen["heartbeats"] == "fresh")
 
 
 async def test_it_refuses_to_start_without_the_log_and_says_what_to_do(servers: Servers, tmp_path: Path) -> None:

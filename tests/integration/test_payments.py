@@ -12,11 +12,11 @@ import pytest
 from deploy.local.ports import find_free
 from services.orders.changes import Changes
 from services.orders.commands import Commands
-from services.orders.reads import Found
+from services.orders.reads import FoundState
 from services.orders.requests import RecordPayment
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY, Order, Payment, payment_status
-from shared.rail.commit import Committed, Draft, Lost
+from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.security.tokens import Identity, Role
 from tests import builders
 from tests.builders import new_id, payment
@@ -192,15 +192,17 @@ async def test_a_payment_that_loses_its_claim_is_tried_on_what_stands_then() -> 
     others: list[Payment] = []
 
     class Reads:
-        async def base(self, entity: Any, restaurant: str, id_: str) -> Found:
-            return Found(ENTITY, Standing(len(others) + 1, new_id()), encode(builders.order(payments=others)), "mirror")
+        async def base(self, entity: Any, restaurant: str, id_: str) -> FoundState:
+            return FoundState(
+                ENTITY, Head(len(others) + 1, new_id()), encode(builders.order(payments=others)), "mirror"
+            )
 
     class Rail:
         async def commit(self, draft: Draft) -> Committed:
             if len(others) < 10:
                 others.append(payment())
-                raise Lost
-            return Committed(draft.state, Standing(len(others) + 2, new_id()), "broker", True)
+                raise ClaimLost
+            return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)
 
     commands = Commands(Changes(Rail(), Reads()), None)  # type: ignore[arg-type]
     who = Identity(new_id(), Role.STAFF, builders.RESTAURANT)

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from benchmarks.history import DAYS, History, fill
 from services.orders import audit
-from services.orders.insight import Insight
+from services.orders.derived_figures import DerivedFigures
 from services.orders.reads import Reads
 from services.sync.mirror.sync_status import sync_status
 from services.sync.writer.upsert import write_batch
@@ -93,9 +93,9 @@ def summed(days: int) -> Callable[[Database], Awaitable[Any]]:
     return summary
 
 
-def insight(database: Database) -> Insight:
+def insight(database: Database) -> DerivedFigures:
     reads = Reads(database.api, database.mirror, ReadMetrics(Metrics()))
-    return Insight(reads, database.api, database.mirror)
+    return DerivedFigures(reads, database.api, database.mirror)
 
 
 async def one_order(database: Database) -> Any:
@@ -110,7 +110,7 @@ async def the_menu(database: Database) -> Any:
 
 async def which_stand(database: Database) -> Any:
     async with database.api.tenant(database.shop.id) as connection:
-        return await states.standings(connection, order.ENTITY, database.shop.id, [database.oldest[0].id] * 50)
+        return await states.heads(connection, order.ENTITY, database.shop.id, [database.oldest[0].id] * 50)
 
 
 async def orders_at_tables(database: Database) -> Any:

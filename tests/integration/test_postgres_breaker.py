@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from shared.postgres.pool import AWAY, Postgres, PostgresAway
+from shared.postgres.pool import UNAVAILABLE, Postgres, PostgresUnavailable
 from shared.settings import Settings
 from tests.proxy import Mode, Proxy
 from tests.servers import Servers
@@ -46,7 +46,7 @@ async def ask(postgres: Postgres) -> object:
 async def answers(postgres: Postgres) -> bool:
     try:
         return await ask(postgres) == 1
-    except AWAY:
+    except UNAVAILABLE:
         return False
 
 
@@ -56,9 +56,9 @@ async def refused_at_once(postgres: Postgres, calls: int) -> int:
     for _ in range(calls):
         try:
             await ask(postgres)
-        except PostgresAway:
+        except PostgresUnavailable:
             at_once += 1
-        except AWAY:
+        except UNAVAILABLE:
             pass
     return at_once
 
@@ -83,7 +83,7 @@ async def test_one_call_in_many_waits_for_a_server_that_is_away(hasty: Postgres,
 async def test_of_many_at_once_one_probes(servers: Servers, proxy: Proxy) -> None:
     async with pool(servers, proxy, 20.0) as postgres:
         proxy.set(Mode.REFUSE)
-        with pytest.raises(AWAY):
+        with pytest.raises(UNAVAILABLE):
             await ask(postgres)
         proxy.set(Mode.LOSE)
 
@@ -98,20 +98,20 @@ async def test_of_many_at_once_one_probes(servers: Servers, proxy: Proxy) -> Non
             return sum(call.done() for call in calls)
 
         await eventually(told, within=10.0, what="49 refused: the probe takes 20 s", until=lambda count: count >= 49)
-        assert {type(call.exception()) for call in calls if call.done()} == {PostgresAway}
+        assert {type(call.exception()) for call in calls if call.done()} == {PostgresUnavailable}
 
         async def arrived() -> int:
             return proxy.accepted
 
         await eventually(arrived, what="the probe at the server", until=lambda count: count > before)
-        _, fence = await asyncio.open_connection("127.0.0.1", proxy.port)
+        _, heartbeat = await asyncio.open_connection("127.0.0.1", proxy.port)
         # Connections are accepted in the order in which they are made: whatever else was sent is counted by now.
-        await eventually(arrived, what="the fence", until=lambda count: count >= before + 2)
-        assert proxy.accepted == before + 2, "the probe and the fence"
-        fence.transport.abort()
+        await eventually(arrived, what="the heartbeat", until=lambda count: count >= before + 2)
+        assert proxy.accepted == before + 2, "the probe and the heartbeat"
+        heartbeat.transport.abort()
         proxy.set(Mode.REFUSE)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        assert sum(isinstance(one, PostgresAway) for one in outcomes) == 49
+        assert sum(isinstance(one, PostgresUnavailable) for one in outcomes) == 49
 
 
 async def test_a_busy_pool_and_refused_statements_do_not_open_it(servers: Servers, proxy: Proxy) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from shared.entities.contract import Change, Lane, encode
-from shared.entities.order import ENTITY, Status
+from shared.entities.order import ENTITY, OrderStatus
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Apply
@@ -60,8 +60,8 @@ async def test_the_same_message_twice_changes_nothing(rig: Rig) -> None:
 
 async def test_versions_that_come_backwards_leave_the_newest(rig: Rig) -> None:
     first = change(order(items=1))
-    second = change(order(id=first.entity_id, items=4, status=Status.RECEIVED), base=first)
-    third = change(order(id=first.entity_id, items=2, status=Status.PREPARING), base=second)
+    second = change(order(id=first.entity_id, items=4, status=OrderStatus.RECEIVED), base=first)
+    third = change(order(id=first.entity_id, items=2, status=OrderStatus.PREPARING), base=second)
     for one in (third, second, first):
         await rig.publish(one)
         await rig.written(one)
@@ -408,4 +408,4 @@ async def test_a_stop_finishes_what_was_taken(rig: Rig) -> None:
 async def test_a_writer_that_was_never_started_can_be_stopped(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.writer.stop()
-    await rig.fences.stop()
+    await rig.heartbeats.stop()

@@ -10,12 +10,12 @@ import pytest
 
 from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.replay_jobs import Job, JobLetter
+from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob
 from services.sync.dead_letters.replays import Replays
-from services.sync.dead_letters.store import Wanted, WholeLetter
+from services.sync.dead_letters.store import DeadLetterQuery, FullDeadLetter
 from shared.entities.contract import Change, Lane, now
-from shared.entities.order import ENTITY, Status
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.order import ENTITY, OrderStatus
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import NotSent
@@ -45,38 +45,38 @@ async def dead(rig: Rig, count: int) -> list[Change]:
     return sorted(made, key=lambda one: order_of.index(one.id))
 
 
-async def ask(rig: Rig, kind: str = "replay", **settings: Any) -> Job:
+async def ask(rig: Rig, kind: str = "replay", **settings: Any) -> ReplayJob:
     """As an operator does; by default as fast as it goes, and all of it."""
     chosen: dict[str, Any] = {"per_second": 10_000.0, "canary": False, **settings}
-    wanted = chosen.pop("wanted", Wanted())
+    wanted = chosen.pop("wanted", DeadLetterQuery())
     ops = await asyncpg.connect(rig.settings.database_ops_url)
     job = await replay_jobs.make(ops, wanted, kind=kind, actor="nadia", role="operator", **chosen)
     await ops.close()
     return job
 
 
-async def cancel(rig: Rig, job: Job) -> None:
+async def cancel(rig: Rig, job: ReplayJob) -> None:
     ops = await asyncpg.connect(rig.settings.database_ops_url)
     await replay_jobs.cancel(ops, job.id, actor="nadia", role="operator")
     await ops.close()
 
 
-async def now_of(rig: Rig, job: Job) -> Job:
+async def now_of(rig: Rig, job: ReplayJob) -> ReplayJob:
     found = await replay_jobs.one(rig.database, job.id)
     assert found is not None
     return found
 
 
-async def ended(rig: Rig, job: Job, *, within: float = 30.0) -> Job:
+async def ended(rig: Rig, job: ReplayJob, *, within: float = 30.0) -> ReplayJob:
     return await eventually(lambda: now_of(rig, job), what="the job's end", within=within, until=lambda one: one.ended)
 
 
-async def outcomes(rig: Rig, job: Job) -> Sequence[JobLetter]:
+async def outcomes(rig: Rig, job: ReplayJob) -> Sequence[ReplayItem]:
     return await replay_jobs.letters(rig.database, job.id)
 
 
-async def letter_of(rig: Rig, made: Change) -> WholeLetter:
-    [found] = await dead_letter_store.page(rig.database, Wanted(change_id=made.id))
+async def letter_of(rig: Rig, made: Change) -> FullDeadLetter:
+    [found] = await dead_letter_store.page(rig.database, DeadLetterQuery(change_id=made.id))
     whole = await dead_letter_store.one(rig.database, found.id)
     assert whole is not None
     return whole
@@ -216,8 +216,8 @@ async def test_an_undecodable_letter_dies_again_and_says_so(kept: Rig) -> None:
 
 async def test_a_signal_that_died_is_laid_to_rest(make_rig: MakeRig) -> None:
     rig = await make_rig()
-    fence = Signal(id=change(order()).id, type=FENCE, time=now(), lane="critical", epoch="x")
-    await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), encode_signal(fence))
+    heartbeat = Signal(id=change(order()).id, type=HEARTBEAT, time=now(), lane="critical", epoch="x")
+    await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), encode_signal(heartbeat))
     rig.keeper.start()
     await rig.letters(1)
     rig.replays.start()
@@ -264,7 +264,7 @@ async def test_a_replay_that_is_lost_on_the_way_fails_when_its_lane_is_known_to_
     async with rig.channel() as channel:
         await (await channel.get_queue(topology.lane_queue(Lane.CRITICAL))).purge()
     await rig.writer.start()
-    await rig.fences.start()
+    await rig.heartbeats.start()
     job = await ended(rig, job)
     await replays.stop()
     assert job.outcomes == {"failed": 1}
@@ -432,15 +432,15 @@ async def test_a_job_of_a_worker_that_died_is_taken_over_and_what_it_had_begun_i
     job = await ask(rig)
     # As kill -9 leaves it, a while later: one letter was to be sent, and nobody knows whether it was.
     await rig.database.execute(
-        "update ops_jobs set state = 'running', worker = gen_random_uuid(), beat_at = now() - interval '1 minute'"
+        "update replay_jobs set state = 'running', worker = gen_random_uuid(), beat_at = now() - interval '1 minute'"
         " where id = $1",
         job.id,
     )
     await rig.database.execute(
         "update dead_letters set status = 'replaying' where id in"
-        " (select letter_id from ops_job_letters where position = 1)"
+        " (select letter_id from replay_job_items where position = 1)"
     )
-    await rig.database.execute("update ops_job_letters set outcome = 'sending', at = now() where position = 1")
+    await rig.database.execute("update replay_job_items set outcome = 'sending', at = now() where position = 1")
     await rig.writer.start()
     rig.replays.start()
     job = await ended(rig, job)
@@ -455,7 +455,7 @@ async def test_a_worker_that_was_frozen_and_lost_its_job_leaves_it_alone(make_ri
     job = await ask(rig, canary=True)
     await eventually(lambda: now_of(rig, job), what="the canary", until=lambda one: one.outcomes.get("sent") == 1)
     await rig.database.execute(
-        "update ops_jobs set worker = gen_random_uuid(), beat_at = now() + interval '1 hour' where id = $1", job.id
+        "update replay_jobs set worker = gen_random_uuid(), beat_at = now() + interval '1 hour' where id = $1", job.id
     )
     await rig.writer.start()
     settled = await eventually(
@@ -469,7 +469,7 @@ async def test_a_worker_that_was_frozen_and_lost_its_job_leaves_it_alone(make_ri
 async def test_two_workers_share_the_jobs_and_run_each_once(kept: Rig) -> None:
     made = await dead(kept, 20)
     await kept.as_owner(ALLOW)
-    jobs = [await ask(kept, wanted=Wanted(change_id=one.id)) for one in made]
+    jobs = [await ask(kept, wanted=DeadLetterQuery(change_id=one.id)) for one in made]
     second: Replays = kept.another_worker()
     kept.replays.start()
     second.start()
@@ -509,7 +509,9 @@ async def test_replays_that_were_never_started_can_be_stopped_twice(make_rig: Ma
 
 async def test_a_dry_run_says_what_would_happen_and_nothing_of_it_stays(kept: Rig) -> None:
     first = change(order(items=1))
-    newer = change(order(id=first.entity_id, items=1, status=Status.RECEIVED), entityversion=3, basechangeid=first.id)
+    newer = change(
+        order(id=first.entity_id, items=1, status=OrderStatus.RECEIVED), entityversion=3, basechangeid=first.id
+    )
     await kept.publish(first)
     await kept.written(first)
     await kept.publish(newer)

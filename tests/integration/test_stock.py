@@ -11,9 +11,9 @@ from msgspec import structs
 
 from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.order import ENTITY as ORDER
-from shared.entities.order import Status, StockHold
+from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
-from shared.mirror.mirror import Claimed, LogState, Mirror, Short, stock_text
+from shared.mirror.mirror import Claimed, LogState, Mirror, StockShort, stock_text
 from shared.rail import commit
 from tests import builders
 from tests.integration.stock_rig import EPOCH, Kitchen, Shelf, applied
@@ -51,7 +51,7 @@ async def test_what_would_go_below_zero_is_refused_with_what_is_left_of_each_and
     dough, cheese, basil = [await shelf.counted(n) for n in (5, 3, 100)]
     await shelf.put(ORDER, shelf.order((dough, 3), (cheese, 1)))
     _, reply = await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 3), (basil, 1), (cheese, 9))))
-    assert reply == Short(((dough, 2), (cheese, 2)))
+    assert reply == StockShort(((dough, 2), (cheese, 2)))
     assert [await shelf.left(one) for one in (dough, cheese, basil)] == [2, 2, 100]
     await shelf.put(ORDER, shelf.order((dough, 2), (cheese, 2)))
     assert [await shelf.left(one) for one in (dough, cheese)] == [0, 0]
@@ -86,7 +86,7 @@ async def test_what_a_change_gives_back_is_free_when_it_stands_and_not_before(sh
     dough = await shelf.counted(5)
     base = await shelf.put(ORDER, shelf.order((dough, 5)))
     change, _ = await shelf.claim(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 1),)), base))
-    assert isinstance((await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 1)))))[1], Short)
+    assert isinstance((await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 1)))))[1], StockShort)
     await shelf.mirror.apply([applied(change)])
     assert await shelf.left(dough) == 4
 
@@ -95,7 +95,7 @@ async def test_a_claim_left_behind_holds_its_stock_until_somebody_has_finished_i
     dough = await shelf.counted(5)
     draft = shelf.draft(ORDER, shelf.order((dough, 4)))
     await shelf.claim(draft)
-    assert (await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 2)))))[1] == Short(((dough, 1),))
+    assert (await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 2)))))[1] == StockShort(((dough, 1),))
     await shelf.finish_all()
     assert await shelf.left(dough) == 1
     assert list(await shelf.entries(dough)) == [draft.state.id]
@@ -118,7 +118,7 @@ async def test_an_order_that_changes_asks_for_what_it_takes_more_alone(shelf: Sh
     dough = await shelf.counted(5)
     base = await shelf.put(ORDER, shelf.order((dough, 3)))
     six = structs.replace(base[1], holds=(StockHold(dough, 6),))
-    assert (await shelf.claim(shelf.draft(ORDER, six, base)))[1] == Short(((dough, 5),))
+    assert (await shelf.claim(shelf.draft(ORDER, six, base)))[1] == StockShort(((dough, 5),))
     base = await shelf.put(ORDER, structs.replace(base[1], holds=(StockHold(dough, 5),)), base)
     base = await shelf.put(ORDER, structs.replace(base[1], notes="no more than it has"), base)
     assert await shelf.left(dough) == 0
@@ -152,7 +152,7 @@ async def test_a_cancelled_order_gives_back_once_however_often_and_in_which_orde
     other = await shelf.put(ORDER, shelf.order((dough, 2)))
     base = await shelf.put(ORDER, shelf.order((dough, 3)))
     base = await shelf.put(ORDER, structs.replace(base[1], holds=(StockHold(dough, 5),)), base)
-    await shelf.put(ORDER, structs.replace(base[1], status=Status.CANCELLED), base)
+    await shelf.put(ORDER, structs.replace(base[1], status=OrderStatus.CANCELLED), base)
     assert await shelf.left(dough) == 8
     events = [applied(change) for change in shelf.recorded.values()]
     for order in itertools.permutations(events):
@@ -216,11 +216,11 @@ async def test_orders_placed_before_a_recount_are_in_it_and_what_they_take_more_
     assert await shelf.left(dough) == 3
     later = counted + timedelta(minutes=1)
     much = structs.replace(base[1], holds=(StockHold(dough, 4), StockHold(dough, 4, later)))
-    assert (await shelf.claim(shelf.draft(ORDER, much, base)))[1] == Short(((dough, 3),))
+    assert (await shelf.claim(shelf.draft(ORDER, much, base)))[1] == StockShort(((dough, 3),))
     more = structs.replace(base[1], holds=(StockHold(dough, 4), StockHold(dough, 2, later)))
     base = await shelf.put(ORDER, more, base)
     assert await shelf.left(dough) == 1
-    await shelf.put(ORDER, structs.replace(base[1], status=Status.CANCELLED), base)
+    await shelf.put(ORDER, structs.replace(base[1], status=OrderStatus.CANCELLED), base)
     assert await shelf.left(dough) == 3
 
 

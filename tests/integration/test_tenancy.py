@@ -64,7 +64,7 @@ async def test_row_level_security_holds_for_the_owner_too(system: System) -> Non
         " values (gen_random_uuid(), 'order', gen_random_uuid(), 1, gen_random_uuid(), gen_random_uuid())",
         "select * from users",
         "select * from terminals",
-        "update fences set sent_at = now()",
+        "update heartbeats set sent_at = now()",
     ],
 )
 async def test_the_api_role_writes_nothing_and_knows_no_people(system: System, statement: str) -> None:

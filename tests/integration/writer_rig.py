@@ -9,10 +9,10 @@ import asyncpg
 from aio_pika.abc import AbstractIncomingMessage
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.collector import Keeper
+from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.dead_letters.replays import Replays
-from services.sync.dead_letters.store import Letter, Wanted, WholeLetter
-from services.sync.heartbeat import FenceSource, FenceWatch
+from services.sync.dead_letters.store import DeadLetter, DeadLetterQuery, FullDeadLetter
+from services.sync.heartbeat import HeartbeatMonitor, HeartbeatSender
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
@@ -35,8 +35,8 @@ class Rig:
         self.postgres = Postgres(settings.database_writer_url, settings)
         self.mirror = Mirror(settings.redis_url, timeout=5.0, stale_seconds=2.0)
         self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
-        self.watch = FenceWatch(settings)
-        self.fences = FenceSource(settings, self.postgres, self.publisher, self.watch)
+        self.watch = HeartbeatMonitor(settings)
+        self.heartbeats = HeartbeatSender(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
         self.metrics = Metrics()
         counts = WriterMetrics(self.metrics)
@@ -47,7 +47,7 @@ class Rig:
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
         """For what it does to single changes; not started."""
-        self.keeper = Keeper(settings, self.postgres, counts, look_after=0.3, renew_after=3.0)
+        self.keeper = DeadLetterCollector(settings, self.postgres, counts, look_after=0.3, renew_after=3.0)
         self.replays = self.another_worker()
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
@@ -58,7 +58,7 @@ class Rig:
 
     async def down(self) -> None:
         await self.replays.stop()
-        await self.fences.stop()
+        await self.heartbeats.stop()
         await self.writer.stop()
         await self.keeper.stop()
         await self.publisher.stop()
@@ -72,11 +72,11 @@ class Rig:
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
         return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
 
-    async def letters(self, count: int, *, within: float = 20.0, **wanted: Any) -> list[WholeLetter]:
+    async def letters(self, count: int, *, within: float = 20.0, **wanted: Any) -> list[FullDeadLetter]:
         """Once there are so many, the oldest first."""
 
-        async def look() -> list[Letter]:
-            return await dead_letter_store.page(self.database, Wanted(**wanted), limit=1_000)
+        async def look() -> list[DeadLetter]:
+            return await dead_letter_store.page(self.database, DeadLetterQuery(**wanted), limit=1_000)
 
         found = await eventually(look, within=within, what=f"{count} letters", until=lambda seen: len(seen) >= count)
         whole = [await dead_letter_store.one(self.database, one.id) for one in reversed(found)]

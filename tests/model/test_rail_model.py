@@ -35,14 +35,14 @@ from hypothesis.stateful import (
 )
 from msgspec import structs
 
-from shared.entities.contract import Change, Standing, encode
+from shared.entities.contract import Change, Head, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order
 from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Mirror
 from shared.rail import commit
-from shared.rail.commit import Committed, Draft, Lost
+from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.rail.drain import Drainer
 from shared.rail.journal import JournalBroken
 from tests import builders
@@ -64,7 +64,7 @@ class RailMachine(RuleBasedStateMachine):
         super().__init__()
         self.harness = harness
         self.world = World(harness)
-        self.bases: dict[str, list[tuple[Standing, Order]]] = {id_: [] for id_ in ENTITIES}
+        self.bases: dict[str, list[tuple[Head, Order]]] = {id_: [] for id_ in ENTITIES}
 
     @initialize(seed=st.integers(0, 2**16))
     def choose_the_end(self, seed: int) -> None:
@@ -91,7 +91,7 @@ class RailMachine(RuleBasedStateMachine):
         state = structs.replace(before, notes=tag, updated_at=moment)
         return self.drafted("updated", state, base, before, moment)
 
-    def drafted(self, event: str, state: Order, base: Standing | None, before: Order | None, at: Any) -> Draft:
+    def drafted(self, event: str, state: Order, base: Head | None, before: Order | None, at: Any) -> Draft:
         return Draft(
             entity=ORDER,
             event=event,
@@ -260,7 +260,7 @@ class RailMachine(RuleBasedStateMachine):
             error = attempt.task.exception()
             self.world.seen[f"commit: {type(error).__name__ if error else outcome_of(attempt.task.result())}"] += 1
             if error is not None:
-                assert isinstance(error, (Lost, Unavailable, OutcomeUnknown)), f"{attempt.tag} raised {error!r}"
+                assert isinstance(error, (ClaimLost, Unavailable, OutcomeUnknown)), f"{attempt.tag} raised {error!r}"
             elif (returned := attempt.task.result()).visible:
                 known = self.world.shown.get(returned.state.id)
                 self.world.shown[returned.state.id] = max(known, returned.standing) if known else returned.standing
@@ -274,7 +274,7 @@ class RailMachine(RuleBasedStateMachine):
         """A creation told what stands under its id is answered with that, as a repeat is: the order exists. After a
         doubtful claim it may be its own change, finished by somebody."""
         error = attempt.task.exception()
-        exists = isinstance(error, Lost) and error.standing is not None
+        exists = isinstance(error, ClaimLost) and error.standing is not None
         return exists and attempt.draft.base is None and attempt.change_id in self.world.doubted
 
     def check_forks(self, recorded: dict[str, Change]) -> None:
@@ -397,7 +397,9 @@ def outcome_of(committed: Committed) -> str:
 
 def absent(attempt: Attempt) -> bool:
     """Refused, so that its change may not appear."""
-    return not attempt.crashed and attempt.task.done() and isinstance(attempt.task.exception(), (Lost, Unavailable))
+    return (
+        not attempt.crashed and attempt.task.done() and isinstance(attempt.task.exception(), (ClaimLost, Unavailable))
+    )
 
 
 async def drained(drainer: Drainer) -> None:
@@ -453,6 +455,6 @@ def assert_reached(seen: Counter[str]) -> None:
     """A model that no longer comes where it is dangerous would check nothing."""
     wanted = {f"{kind}: {outcome}" for kind, outcomes in OUTCOMES.items() for outcome in outcomes}
     wanted |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
-    wanted |= {"commit: Lost", "commit: Unavailable", "commit: OutcomeUnknown", "crash", "fork"}
-    wanted |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "Stands")}
+    wanted |= {"commit: ClaimLost", "commit: Unavailable", "commit: OutcomeUnknown", "crash", "fork"}
+    wanted |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "HeadMoved")}
     assert not (missing := wanted - {name for name, count in seen.items() if count}), f"never happened: {missing}"

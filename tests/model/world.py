@@ -19,13 +19,13 @@ import redis
 from msgspec import structs
 
 from shared.entities import registry
-from shared.entities.contract import Change, Standing, decode_change, split_batch
+from shared.entities.contract import Change, Head, decode_change, split_batch
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order
 from shared.errors import Unavailable
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror import keys
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Claimed, LogState, Mirror, Stale
 from shared.rail.commit import Draft, Rail
 from shared.rail.drain import Drainer
@@ -234,7 +234,7 @@ class World:
         self.claimed_in: dict[str, set[int]] = defaultdict(set)
         self.doubted: set[str] = set()
         self.in_log_when_warm: dict[int, set[str]] = {}
-        self.shown: dict[str, Standing] = {}
+        self.shown: dict[str, Head] = {}
         self.snapshot: Copy | None = None
         self.redis.flushall()
         self.instances = [Instance(self, number, self._folder) for number in (1, 2)]
@@ -286,7 +286,7 @@ class World:
         elif step.kind == "publish":
             error = NotSent("no connection") if outcome == "not sent" else InDoubt("no confirm")
         else:
-            error = MirrorAway("away") if outcome == "away" else MirrorInDoubt("no answer")
+            error = MirrorUnavailable("away") if outcome == "away" else MirrorInDoubt("no answer")
         step.reply.set_exception(error)
 
     def go_on(self, owner: Instance, task: "asyncio.Task[Any]") -> None:
@@ -384,12 +384,12 @@ class World:
         entries = [entry for one in self.instances for entry in await one.journal.oldest(1_000)]
         return {decode_change(entry.event).id for entry in entries}
 
-    async def documents(self, ids: list[str]) -> dict[str, tuple[Standing, Order]]:
+    async def documents(self, ids: list[str]) -> dict[str, tuple[Head, Order]]:
         _, found = await self.patient.read(builders.RESTAURANT, ORDER.name, ids)
         pairs = zip(ids, found, strict=True)
         return {id_: (one.standing, ORDER.decode_state(one.state)) for id_, one in pairs if one is not None}
 
-    async def present(self, id_: str) -> tuple[Standing, Order] | None:
+    async def present(self, id_: str) -> tuple[Head, Order] | None:
         """What a reader gets: the mirror, and PostgreSQL where that has nothing."""
         found = (await self.documents([id_])).get(id_)
         if found is None and (change := self.postgres.standing.get(id_)):

@@ -5,12 +5,12 @@ from datetime import timedelta
 
 import pytest
 
-from services.sync.ledger.balance import Entry, Shelf, counted, is_id, judge
+from services.sync.ledger.balance import AcceptedChange, Placement, classify_missing, counted, is_id
 from tests.builders import CREATED_AT, RESTAURANT, new_id
 
 
-def suspect(age: int = 0, lane: str = "critical") -> Entry:
-    return Entry(
+def suspect(age: int = 0, lane: str = "critical") -> AcceptedChange:
+    return AcceptedChange(
         change_id=new_id(),
         restaurant_id=RESTAURANT,
         subject="order/1",
@@ -23,16 +23,16 @@ def suspect(age: int = 0, lane: str = "critical") -> Entry:
 
 
 def verdicts(
-    suspects: list[Entry],
+    suspects: list[AcceptedChange],
     *,
     waiting: dict[tuple[str, str], int] | None = None,
     missing_for: float = 10.0,
     cleared: bool = True,
 ) -> tuple[list[str], int]:
     """(the place of each, how many are not judged yet)"""
-    shelf = Shelf(suspects=suspects)
+    shelf = Placement(suspects=suspects)
     ids = [one.change_id for one in suspects]
-    unjudged = judge(shelf, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
+    unjudged = classify_missing(shelf, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
     places = {one.change_id: place for place, entries in shelf.places.items() for one in entries}
     return [places[id_] for id_ in ids], unjudged
 

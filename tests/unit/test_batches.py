@@ -8,12 +8,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sync.failures.classification import Kind
-from services.sync.writer.batches import sort_out
+from services.sync.failures.classification import FailureKind
+from services.sync.writer.batches import parse_batch
 from services.sync.writer.intake import Tags
 from services.sync.writer.upsert import highest
 from shared.entities.contract import Lane, encode, now
-from shared.entities.signal import FENCE, Signal, encode_signal
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from tests.builders import OTHER_RESTAURANT, change, message, new_id, order
 
 
@@ -26,7 +26,7 @@ class Sent:
 def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
     made = [change(order()) for _ in range(3)]
     odd = encode(made[1]).replace(b"{", b"{ ", 1)
-    batch = sort_out(Lane.NORMAL, [Sent(message(made[0], odd)), Sent(message(made[2]), {"a": 1})])
+    batch = parse_batch(Lane.NORMAL, [Sent(message(made[0], odd)), Sent(message(made[2]), {"a": 1})])
     assert [one.event for one in batch.changes] == [encode(made[0]), odd, encode(made[2])]
     assert [one.written.change.id for one in batch.changes] == [one.id for one in made]
     assert {one.written.lane for one in batch.changes} == {Lane.NORMAL}
@@ -37,21 +37,23 @@ def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
 def test_what_cannot_be_read_fails_alone() -> None:
     good = change(order())
     bad = encode(change(order(), restaurantid=OTHER_RESTAURANT))
-    batch = sort_out(Lane.CRITICAL, [Sent(message(good, bad, b"7")), Sent(b"no batch")])
+    batch = parse_batch(Lane.CRITICAL, [Sent(message(good, bad, b"7")), Sent(b"no batch")])
     assert [one.written.change for one in batch.changes] == [good]
     assert [(one.body, one.failure.reason) for one in batch.failed] == [
         (b"[" + bad + b"]", "wrong_tenant"),
         (b"[7]", "contract_broken"),
         (b"no batch", "undecodable"),
     ]
-    assert {one.failure.kind for one in batch.failed} == {Kind.POISON}
+    assert {one.failure.kind for one in batch.failed} == {FailureKind.POISON}
     assert batch.failed[0].change is not None  # readers can be told
 
 
-def test_a_fence_is_noted_by_its_own_lane_alone() -> None:
-    fences = [Signal(id=new_id(), type=FENCE, time=now(), lane=lane, epoch="e") for lane in ("critical", "normal")]
-    batch = sort_out(Lane.CRITICAL, [Sent(encode_signal(fence)) for fence in fences])
-    assert batch.fences == fences[:1]
+def test_a_heartbeat_is_noted_by_its_own_lane_alone() -> None:
+    heartbeats = [
+        Signal(id=new_id(), type=HEARTBEAT, time=now(), lane=lane, epoch="e") for lane in ("critical", "normal")
+    ]
+    batch = parse_batch(Lane.CRITICAL, [Sent(encode_signal(heartbeat)) for heartbeat in heartbeats])
+    assert batch.heartbeats == heartbeats[:1]
     assert not batch.failed and not batch.changes
 
 
@@ -61,7 +63,7 @@ def test_of_each_entity_the_highest_standing_is_upserted_in_order_of_the_keys() 
     fork = change(order(id=first.entity_id, notes="other"), base=first)
     elsewhere = change(order(id=first.entity_id, restaurant_id=OTHER_RESTAURANT))
     several = [second, change(order()), fork, elsewhere, first]
-    batch = sort_out(Lane.CRITICAL, [Sent(message(*several))])
+    batch = parse_batch(Lane.CRITICAL, [Sent(message(*several))])
     top = highest(one.written for one in batch.changes)
     assert [one.key for one in top] == sorted({(one.restaurantid, one.entity_id) for one in several})
     winner = max(second, fork, key=lambda one: one.id)

@@ -23,7 +23,7 @@ from shared.entities.contract import (
     split_batch,
 )
 from shared.entities.entity import event_of
-from shared.entities.order import Status
+from shared.entities.order import OrderStatus
 from tests import builders
 
 
@@ -165,7 +165,7 @@ def test_who_repeats_a_change_repeats_its_id_and_who_changes_anything_does_not()
 
 def test_before_holds_the_old_values_of_what_changed_alone() -> None:
     before = builders.order(items=1)
-    after = structs.replace(before, status=Status.RECEIVED, notes="hurry")
+    after = structs.replace(before, status=OrderStatus.RECEIVED, notes="hurry")
     assert changed_fields(before, after) == {"status": "pending", "notes": None}
     assert changed_fields(None, after) == {}
 

@@ -8,8 +8,15 @@ import asyncpg
 import msgspec
 import pytest
 
-from services.sync.failures.classification import Failure, Kind, classify, describe, fingerprint
-from services.sync.failures.retry_ladder import ATTEMPTS, Failed, attempts_in, destination, for_the_mirror, headers_for
+from services.sync.failures.classification import Failure, FailureKind, classify, describe, fingerprint
+from services.sync.failures.retry_ladder import (
+    ATTEMPTS,
+    FailedChange,
+    attempts_in,
+    destination,
+    for_the_mirror,
+    headers_for,
+)
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, decode_change, encode
 from shared.messaging import topology
@@ -22,31 +29,35 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("error", "kind", "reason"),
     [
-        (ConnectionRefusedError("refused"), Kind.AWAY, "postgres_away"),
-        (TimeoutError(), Kind.AWAY, "postgres_away"),  # a command timeout: not even an error came back
-        (asyncpg.CannotConnectNowError("starting up"), Kind.AWAY, "postgres_away"),
-        (asyncpg.AdminShutdownError("going down"), Kind.AWAY, "postgres_away"),
-        (asyncpg.ConnectionDoesNotExistError("closed in the middle"), Kind.AWAY, "postgres_away"),
-        (asyncpg.InterfaceError("connection is closed"), Kind.AWAY, "postgres_away"),
-        (asyncpg.TooManyConnectionsError("full"), Kind.AWAY, "postgres_away"),
-        (asyncpg.DiskFullError("full"), Kind.AWAY, "postgres_away"),
-        (asyncpg.ReadOnlySQLTransactionError("standby"), Kind.AWAY, "postgres_away"),
-        (asyncpg.UndefinedTableError("not migrated"), Kind.AWAY, "postgres_away"),
-        (asyncpg.InvalidPasswordError("not made yet"), Kind.AWAY, "postgres_away"),
-        (asyncpg.DeadlockDetectedError("deadlock"), Kind.TRANSIENT, "transient"),
-        (asyncpg.SerializationError("try again"), Kind.TRANSIENT, "transient"),
-        (asyncpg.QueryCanceledError("statement timeout"), Kind.TRANSIENT, "transient"),
-        (asyncpg.LockNotAvailableError("lock timeout"), Kind.TRANSIENT, "transient"),
-        (BrokenContract("wrong_tenant", "not yours"), Kind.POISON, "wrong_tenant"),
-        (asyncpg.CheckViolationError("no"), Kind.POISON, "refused_by_postgres"),
-        (asyncpg.NumericValueOutOfRangeError("too large"), Kind.POISON, "refused_by_postgres"),
-        (asyncpg.CharacterNotInRepertoireError("NUL"), Kind.POISON, "refused_by_postgres"),
-        (asyncpg.DataError("invalid input for query argument $1"), Kind.POISON, "refused_by_postgres"),
-        (KeyError("a bug of ours"), Kind.TRANSIENT, "unexpected"),
-        (asyncpg.PostgresSyntaxError("a bug of ours"), Kind.TRANSIENT, "unexpected"),
+        (ConnectionRefusedError("refused"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (
+            TimeoutError(),
+            FailureKind.UNAVAILABLE,
+            "postgres_unavailable",
+        ),  # a command timeout: not even an error came back
+        (asyncpg.CannotConnectNowError("starting up"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.AdminShutdownError("going down"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.ConnectionDoesNotExistError("closed in the middle"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.InterfaceError("connection is closed"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.TooManyConnectionsError("full"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.DiskFullError("full"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.ReadOnlySQLTransactionError("standby"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.UndefinedTableError("not migrated"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.InvalidPasswordError("not made yet"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
+        (asyncpg.DeadlockDetectedError("deadlock"), FailureKind.TRANSIENT, "transient"),
+        (asyncpg.SerializationError("try again"), FailureKind.TRANSIENT, "transient"),
+        (asyncpg.QueryCanceledError("statement timeout"), FailureKind.TRANSIENT, "transient"),
+        (asyncpg.LockNotAvailableError("lock timeout"), FailureKind.TRANSIENT, "transient"),
+        (BrokenContract("wrong_tenant", "not yours"), FailureKind.POISON, "wrong_tenant"),
+        (asyncpg.CheckViolationError("no"), FailureKind.POISON, "refused_by_postgres"),
+        (asyncpg.NumericValueOutOfRangeError("too large"), FailureKind.POISON, "refused_by_postgres"),
+        (asyncpg.CharacterNotInRepertoireError("NUL"), FailureKind.POISON, "refused_by_postgres"),
+        (asyncpg.DataError("invalid input for query argument $1"), FailureKind.POISON, "refused_by_postgres"),
+        (KeyError("a bug of ours"), FailureKind.TRANSIENT, "unexpected"),
+        (asyncpg.PostgresSyntaxError("a bug of ours"), FailureKind.TRANSIENT, "unexpected"),
     ],
 )
-def test_each_failure_has_its_class(error: Exception, kind: Kind, reason: str) -> None:
+def test_each_failure_has_its_class(error: Exception, kind: FailureKind, reason: str) -> None:
     failure = classify(error)
     assert (failure.kind, failure.reason) == (kind, reason)
     assert type(error).__name__ in failure.error
@@ -102,10 +113,10 @@ def test_a_fingerprint_tells_what_and_where_and_no_message_changes_it() -> None:
     )
 
 
-def failed(kind: Kind = Kind.TRANSIENT, **headers: Any) -> Failed:
+def failed(kind: FailureKind = FailureKind.TRANSIENT, **headers: Any) -> FailedChange:
     made = change(order())
     failure = Failure(kind, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch")
-    return Failed(message(made), headers, failure, AT, made)
+    return FailedChange(message(made), headers, failure, AT, made)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +135,7 @@ def test_each_attempt_is_a_rung_and_after_the_last_comes_the_dead_queue(headers:
 
 
 def test_poison_takes_no_rung() -> None:
-    assert destination(failed(Kind.POISON), Lane.CRITICAL, STEPS) == topology.dead_queue(Lane.CRITICAL)
+    assert destination(failed(FailureKind.POISON), Lane.CRITICAL, STEPS) == topology.dead_queue(Lane.CRITICAL)
 
 
 def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
@@ -165,7 +176,7 @@ def test_each_attempt_is_told_and_the_first_one_is_not_forgotten() -> None:
     headers: dict[str, Any] = {}
     for number in range(40):
         one = failed(**headers)
-        failure = Failure(Kind.TRANSIENT, f"reason {number}", "\x07" * 400, "a:b")
+        failure = Failure(FailureKind.TRANSIENT, f"reason {number}", "\x07" * 400, "a:b")
         one = msgspec.structs.replace(one, failure=failure, at=AT + timedelta(seconds=number))
         headers = dict(headers_for(one, Lane.CRITICAL))
     reasons = [attempt.reason for attempt in attempts_in(headers)]
@@ -188,7 +199,9 @@ def test_headers_of_others_never_fill_the_frame_and_never_push_out_ours() -> Non
 
 def test_a_body_that_says_nothing_gets_headers_all_the_same() -> None:
     for body in (b"", b"garbage", b"[{}, {}]", b'[{"id": 7, "restaurantid": null}]', b"[" * 50_000):
-        headers = headers_for(Failed(body, {}, Failure(Kind.POISON, "undecodable", "?"), AT), Lane.CRITICAL)
+        headers = headers_for(
+            FailedChange(body, {}, Failure(FailureKind.POISON, "undecodable", "?"), AT), Lane.CRITICAL
+        )
         assert headers["ticketrail-reason"] == "undecodable"
         assert "ticketrail-change-id" not in headers
 

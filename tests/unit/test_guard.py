@@ -6,20 +6,20 @@ from uuid import UUID
 import hypothesis.strategies as st
 from hypothesis import given
 
-from shared.entities.contract import Standing
+from shared.entities.contract import Head
 from shared.entities.registry import ENTITIES
 
 # Few versions and few ids, so that the same version and the same change meet often.
 change_ids = st.sampled_from([str(UUID(int=n << 96)) for n in (1, 2, 9, 10, 15, 16, 2**32 - 1)])
-standings = st.builds(Standing, st.integers(1, 4), change_ids)
+standings = st.builds(Head, st.integers(1, 4), change_ids)
 
 
-def applied(arrivals: list[Standing]) -> Standing:
+def applied(arrivals: list[Head]) -> Head:
     return functools.reduce(lambda stands, one: one if one > stands else stands, arrivals)
 
 
 @given(st.lists(standings, min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Standing], random: object) -> None:
+def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Head], random: object) -> None:
     again = arrivals + random.choices(arrivals, k=len(arrivals))  # type: ignore[attr-defined]
     random.shuffle(again)  # type: ignore[attr-defined]
     assert (
@@ -28,19 +28,19 @@ def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Stand
 
 
 @given(standings, standings)
-def test_exactly_one_of_two_different_changes_stands(one: Standing, other: Standing) -> None:
+def test_exactly_one_of_two_different_changes_stands(one: Head, other: Head) -> None:
     assert (one > other) + (other > one) == (one != other)
 
 
 @given(standings, standings)
-def test_a_higher_version_stands_whatever_its_change_id(one: Standing, other: Standing) -> None:
+def test_a_higher_version_stands_whatever_its_change_id(one: Head, other: Head) -> None:
     if one.version != other.version:
         assert (one > other) == (one.version > other.version)
 
 
 @given(st.uuids(), st.uuids())
 def test_text_order_of_ids_is_their_byte_order_so_that_every_store_agrees(one: UUID, other: UUID) -> None:
-    assert (Standing(1, str(one)) > Standing(1, str(other))) == (one.bytes > other.bytes)
+    assert (Head(1, str(one)) > Head(1, str(other))) == (one.bytes > other.bytes)
 
 
 def test_every_entity_is_named_once_and_says_its_lane() -> None:

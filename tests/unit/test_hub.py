@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.notifier.cursor import Cursor, Position
-from services.notifier.events import Kind, PushEvent
+from services.notifier.events import PushEvent, PushKind
 from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest
 from services.notifier.window import Window
@@ -27,7 +27,7 @@ def event(offset: int, place: int = 0, **fields: object) -> PushEvent:
         "tenant": "a",
         "order_id": "o",
         "session_id": None,
-        "kind": Kind.STATUS_UPDATE,
+        "kind": PushKind.STATUS_UPDATE,
         "_name": "status_update",
         "_rest": b"x" * 100,
     }
@@ -73,13 +73,13 @@ def test_narrow_interests_get_only_what_they_name() -> None:
     one = rail.subscribe(Interest("a", order_id="o1"), FORM, None)
     session = rail.subscribe(Interest("a", session_id="s1"), FORM, None)
     both = rail.subscribe(Interest("a", order_id="o1", session_id="s1"), FORM, None)
-    kinds = rail.subscribe(Interest("a", kinds=Kind.ORDER_CREATED | Kind.ORDER_DELETED), FORM, None)
+    kinds = rail.subscribe(Interest("a", kinds=PushKind.ORDER_CREATED | PushKind.ORDER_DELETED), FORM, None)
     publish(
         rail,
         event(1, order_id="o1", session_id="s1"),
         event(2, order_id="o1", session_id="s2"),
-        event(3, order_id="o2", session_id="s1", kind=Kind.ORDER_CREATED),
-        event(4, order_id="s1", session_id="o1", kind=Kind.ORDER_DELETED),
+        event(3, order_id="o2", session_id="s1", kind=PushKind.ORDER_CREATED),
+        event(4, order_id="s1", session_id="o1", kind=PushKind.ORDER_DELETED),
     )
     assert taken(one) == ["one", "c1.0", "one", "c2.0"]
     assert taken(session) == ["c1.0", "c3.0"]

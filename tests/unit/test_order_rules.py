@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from services.orders.requests import OrdersQuery
 from services.orders.views import state_view
-from shared.entities.contract import Standing, encode
-from shared.entities.order import Status, allowed_next, items_may_change
+from shared.entities.contract import Head, encode
+from shared.entities.order import OrderStatus, allowed_next, items_may_change
 from shared.entities.selection import Selection
 from shared.errors import InvalidInput
 from shared.http.cursors import cursor_after, read_cursor
@@ -21,14 +21,14 @@ from tests.builders import RESTAURANT, order
 
 
 def test_an_order_goes_forward_step_by_step_and_is_cancelled_from_any_but_completed() -> None:
-    way = [Status.PENDING, Status.RECEIVED, Status.PREPARING, Status.READY, Status.COMPLETED]
+    way = [OrderStatus.PENDING, OrderStatus.RECEIVED, OrderStatus.PREPARING, OrderStatus.READY, OrderStatus.COMPLETED]
     for now, then in itertools.pairwise(way):
-        assert allowed_next(now) == (then, Status.CANCELLED)
-    assert allowed_next(Status.COMPLETED) == allowed_next(Status.CANCELLED) == ()
+        assert allowed_next(now) == (then, OrderStatus.CANCELLED)
+    assert allowed_next(OrderStatus.COMPLETED) == allowed_next(OrderStatus.CANCELLED) == ()
 
 
 def test_items_stand_once_the_kitchen_has_begun() -> None:
-    assert [status for status in Status if items_may_change(status)] == [Status.PENDING, Status.RECEIVED]
+    assert [status for status in OrderStatus if items_may_change(status)] == [OrderStatus.PENDING, OrderStatus.RECEIVED]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_parameter_that_is_wrong_is_named(query: dict[str, str], field: str) -
 
 
 def test_filters_match_what_the_list_asks_for() -> None:
-    mine = order(customer_session_id="s1", status=Status.READY)
-    assert Selection(equal={"customer_session_id": "s1", "status": Status.READY}).match(mine)
+    mine = order(customer_session_id="s1", status=OrderStatus.READY)
+    assert Selection(equal={"customer_session_id": "s1", "status": OrderStatus.READY}).match(mine)
     assert not Selection(equal={"customer_session_id": "s2"}).match(mine)
     assert not Selection(among={"status": ("pending", "received")}).match(mine)
     assert not Selection(before=(mine.created_at, mine.id)).match(mine)
@@ -98,7 +98,7 @@ def test_filters_match_what_the_list_asks_for() -> None:
 
 def test_the_view_hides_the_request_hash_and_nothing_else() -> None:
     tricky = order(notes='","request_hash":"abc"', request_hash="ab" * 32)
-    view = bytes(state_view(encode(tricky), Standing(3, "c"), {"state": "pending"}))
+    view = bytes(state_view(encode(tricky), Head(3, "c"), {"state": "pending"}))
     assert b"ab" * 32 not in view
     assert b'\\"request_hash\\":\\"abc' in view
     assert view.endswith(b'"version":3,"sync":{"state":"pending"}}')

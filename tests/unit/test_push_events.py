@@ -8,12 +8,12 @@ import pytest
 from msgspec import Raw, structs
 
 from services.notifier.cursor import Cursor, Position
-from services.notifier.events import EVERY_KIND, KINDS, Kind, PushEvent, push_event
+from services.notifier.events import EVERY_KIND, KINDS, PushEvent, PushKind, push_event
 from services.notifier.interest import Interest, interest_of
 from services.notifier.transports.sse import FORM
 from shared.entities import order as order_module
 from shared.entities.contract import BrokenContract, Change, ChangeData, encode
-from shared.entities.order import Status
+from shared.entities.order import OrderStatus
 from shared.errors import Forbidden, InvalidInput
 from shared.security.tokens import Identity, Role
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
@@ -48,7 +48,7 @@ def test_each_event_of_an_order_becomes_one_event_of_its_name(event: str, name: 
 
 def test_no_event_of_an_order_was_forgotten() -> None:
     for event in order_module.ENTITY.events:
-        assert pushed(change(order(), event=event)).kind in Kind
+        assert pushed(change(order(), event=event)).kind in PushKind
 
 
 def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> None:
@@ -71,8 +71,8 @@ def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> Non
 
 
 def test_a_stage_change_says_from_where_to_where_under_the_name_that_fits_the_subscriber() -> None:
-    before = order(status=Status.RECEIVED)
-    after = structs.replace(before, status=Status.PREPARING)
+    before = order(status=OrderStatus.RECEIVED)
+    after = structs.replace(before, status=OrderStatus.PREPARING)
     event = pushed(change(after, event="status_changed", before=before, base=change(before)))
     every, one = payload(event), payload(event, of_one_order=True)
     assert (every["eventType"], one["eventType"]) == ("stage_change", "order_stage_change")
@@ -83,7 +83,7 @@ def test_a_stage_change_says_from_where_to_where_under_the_name_that_fits_the_su
 
 @pytest.mark.parametrize("before", [b"{}", b"[]", b"7", b'{"notes":null}'])
 def test_a_stage_change_without_its_old_stage_is_pushed_all_the_same(before: bytes) -> None:
-    made = change(order(status=Status.READY), event="status_changed")
+    made = change(order(status=OrderStatus.READY), event="status_changed")
     made = structs.replace(made, data=ChangeData(after=made.data.after, before=Raw(before)))
     data = payload(pushed(made))["data"]
     assert (data["previousStage"], data["newStage"]) == (None, "ready")

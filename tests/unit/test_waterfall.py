@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from deploy.local.ports import find_free
-from services.sync.cli.trace_search import DeadChange, Found, TracedChange, find_traces
+from services.sync.cli.trace_search import DeadChange, FoundTraces, TracedChange, find_traces
 from services.sync.cli.waterfall import Line, as_json, lines_of, render
 from shared.observability.trace_files import SpanRow
 from shared.settings import Settings
@@ -47,7 +47,7 @@ def change(**fields: Any) -> TracedChange:
 
 def shown(*changes: TracedChange, spans: list[SpanRow], missing: list[str] | None = None) -> str:
     screen = Console(file=StringIO(), width=180)
-    screen.print(render(ORDER, Found(list(changes), spans, missing or []), screen.width))
+    screen.print(render(ORDER, FoundTraces(list(changes), spans, missing or []), screen.width))
     assert isinstance(screen.file, StringIO)
     return screen.file.getvalue()
 
@@ -153,14 +153,14 @@ def test_a_trace_that_names_the_order_is_shown_though_postgres_has_no_change_of_
 
 
 def test_as_json_has_the_same_and_each_span_once() -> None:
-    found = Found([change(traceparent=f"00-{OTHER_TRACE}-b7ad6b7169203331-00")], WHOLE, ["x"])
+    found = FoundTraces([change(traceparent=f"00-{OTHER_TRACE}-b7ad6b7169203331-00")], WHOLE, ["x"])
     made = as_json(ORDER, found)
     (only,) = made["changes"]
     assert (only["trace_id"], [one.name for one in only["spans"]]) == (OTHER_TRACE, ["another"])
     (elsewhere,) = made["elsewhere"]
     assert (elsewhere["trace_id"], len(elsewhere["spans"])) == (TRACE, 7)
     assert made["missing"] == ["x"]
-    assert as_json(ORDER, Found([change()], WHOLE, []))["elsewhere"] == []
+    assert as_json(ORDER, FoundTraces([change()], WHOLE, []))["elsewhere"] == []
 
 
 def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
@@ -168,7 +168,7 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
         kind, queue = "ticketrail.order.created.v1", "sync.postgres.critical.dead.v1"
         return DeadChange(id_, "c-1", 1, kind, queue, "contract_broken", "total: below 0", "open", AT, trace)
 
-    found = Found([], WHOLE, [], [letter("one", TRACE), letter("two", "2bf7651916cd43dd8448eb211c80319c")])
+    found = FoundTraces([], WHOLE, [], [letter("one", TRACE), letter("two", "2bf7651916cd43dd8448eb211c80319c")])
     screen = Console(file=StringIO(), width=180)
     screen.print(render(ORDER, found, screen.width))
     text = screen.file.getvalue()  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     assert "not in PostgreSQL (yet)" not in text
     hostile = letter("three", TRACE)
     hostile.error = "\x1b[2J gone"
-    screen.print(render(ORDER, Found([], [], [], [hostile]), screen.width))
+    screen.print(render(ORDER, FoundTraces([], [], [], [hostile]), screen.width))
     assert "\x1b" not in screen.file.getvalue(), "what a stranger wrote steers the terminal"  # type: ignore[attr-defined]
     made = as_json(ORDER, found)
     assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from services.notifier.cursor import PATTERN, Cursor, parse_cursor
 from services.notifier.events import KINDS, PushEvent
-from services.notifier.follower import Follower
+from services.notifier.follower import LogFollower
 from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
 from shared.entities.contract import encode
@@ -108,7 +108,7 @@ class StreamEvent(Struct):
     headers=("Last-Event-ID",),
     errors=(422,),
 )
-async def events(request: Call, hub: Hub, follower: Follower) -> ASGIApp:
+async def events(request: Call, hub: Hub, follower: LogFollower) -> ASGIApp:
     """Query: `orderID`, `eventTypes` (comma list), `lastEventId`."""
     query = request.query_params
     interest = interest_of(request.identity, order_id=query.get("orderID"), event_types=query.get("eventTypes"))

@@ -2,8 +2,8 @@
 
 from services.orders.routes.audit import ROUTES as AUDIT
 from services.orders.routes.auth import ROUTES as AUTH
+from services.orders.routes.back_office import ROUTES as MOVES
 from services.orders.routes.entities import ROUTES as ENTITIES
-from services.orders.routes.moves import ROUTES as MOVES
 from services.orders.routes.orders import ROUTES as ORDERS
 from services.orders.routes.payments import ROUTES as PAYMENTS
 from services.orders.routes.users import ROUTES as USERS

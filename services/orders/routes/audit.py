@@ -10,13 +10,13 @@ from msgspec import Meta, Struct
 
 from services.orders import audit
 from services.orders.requests import Request
-from services.orders.shop import shop_of
+from services.orders.route_context import context_of
 from shared.entities.contract import Label, Time
 from shared.errors import Unavailable
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, read_query
 from shared.http.server import Call, success
-from shared.postgres.pool import AWAY
+from shared.postgres.pool import UNAVAILABLE
 
 
 class AuditQuery(Request, rename={"from_": "from"}):
@@ -57,7 +57,7 @@ async def list_audit(request: Call) -> ASGIApp:
     tenant = request.identity.tenant
     at, id_ = read_cursor(query.cursor) if query.cursor else (None, None)
     try:
-        async with shop_of(request).postgres.tenant(tenant) as connection:
+        async with context_of(request).postgres.tenant(tenant) as connection:
             rows = await audit.changes(
                 connection,
                 tenant,
@@ -69,7 +69,7 @@ async def list_audit(request: Call) -> ASGIApp:
                 before=(at, id_) if at is not None and id_ is not None else None,
                 limit=query.limit + 1,
             )
-    except AWAY as error:
+    except UNAVAILABLE as error:
         raise Unavailable("the audit waits for the database", retry_after=2.0) from error
     found = [_audited(row) for row in rows]
     page, pagination = page_of(found, query.limit, lambda one: (one.accepted_at, one.change_id))

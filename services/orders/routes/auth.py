@@ -8,13 +8,13 @@ from litestar.types import ASGIApp
 from msgspec import Meta, Struct, structs
 
 from services.orders.requests import Request
-from services.orders.shop import shop_of
-from services.orders.sign_in import Session, TableSession
+from services.orders.route_context import context_of
+from services.orders.sign_in import SignInSession, TableSession
 from shared.entities.contract import Label, encode
 from shared.http.bodies import read_body
 from shared.http.endpoint import endpoint
 from shared.http.server import Call, success
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.restaurants import Restaurant, RestaurantSettings
 from shared.security.permissions import PUBLIC
 from shared.security.tokens import Role
@@ -63,7 +63,7 @@ class OpenTableSession(Request):
 
 class Registered(Struct, frozen=True):
     restaurant: Restaurant
-    session: Session
+    session: SignInSession
 
 
 class Me(Struct, frozen=True):
@@ -101,7 +101,7 @@ class LoggedOut(Struct, frozen=True):
 )
 async def register_restaurant(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), RegisterRestaurant)
-    shop = shop_of(request)
+    shop = context_of(request)
     restaurant = Restaurant(
         id=str(uuid4()),
         slug=wanted.slug,
@@ -116,7 +116,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
     session = await shop.sign_in.register(
         restaurant, wanted.email, wanted.admin_name, wanted.password, address_of(request)
     )
-    with contextlib.suppress(MirrorAway, MirrorInDoubt):  # the reconciler brings it there
+    with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler brings it there
         await shop.mirror.keep_restaurant(restaurant.id, encode(restaurant))
     return success(Registered(restaurant, session), status=201)
 
@@ -129,13 +129,13 @@ async def register_restaurant(request: Call) -> ASGIApp:
     summary="Sign in",
     description="An unknown email and a wrong password get the same answer.",
     body=Login,
-    answer=Session,
+    answer=SignInSession,
     errors=(401,),
     example={"email": "ada@trattoria.example", "password": "a long one that nobody guesses"},
 )
 async def login(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Login)
-    return success(await shop_of(request).sign_in.login(wanted.email, wanted.password, address_of(request)))
+    return success(await context_of(request).sign_in.login(wanted.email, wanted.password, address_of(request)))
 
 
 @endpoint(
@@ -146,13 +146,13 @@ async def login(request: Call) -> ASGIApp:
     summary="Get a new token for a refresh token, which is used up by it",
     description="One that comes a second time ends its whole session.",
     body=Refresh,
-    answer=Session,
+    answer=SignInSession,
     errors=(401,),
     example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
 )
 async def refresh(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Refresh)
-    return success(await shop_of(request).sign_in.refresh(wanted.refresh_token))
+    return success(await context_of(request).sign_in.refresh(wanted.refresh_token))
 
 
 @endpoint(
@@ -167,13 +167,13 @@ async def refresh(request: Call) -> ASGIApp:
 )
 async def logout(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), Refresh)
-    await shop_of(request).sign_in.logout(wanted.refresh_token)
+    await context_of(request).sign_in.logout(wanted.refresh_token)
     return success(LoggedOut())
 
 
 @endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Who this token belongs to", answer=Me)
 async def me(request: Call) -> ASGIApp:
-    who, shop = request.identity, shop_of(request)
+    who, shop = request.identity, context_of(request)
     restaurant = (await shop.menus.book(who.restaurant_id)).restaurant if who.restaurant_id else None
     if restaurant is not None and who.role is Role.CUSTOMER:
         restaurant = structs.replace(restaurant, email=None)  # what its admin signs in with is no guest's to know
@@ -194,7 +194,7 @@ async def me(request: Call) -> ASGIApp:
 )
 async def table_session(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), OpenTableSession)
-    opened = await shop_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), address_of(request))
+    opened = await context_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), address_of(request))
     return success(opened, status=201)
 
 

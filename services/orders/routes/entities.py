@@ -8,11 +8,11 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET
 
-from services.orders.changes import Done, id_for
+from services.orders.changes import Receipt, id_for
 from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
+from services.orders.route_context import RouteContext, context_of, done_reply, found_reply
 from services.orders.routes.orders import idempotency_key, version_in
-from services.orders.shop import Shop, done_reply, found_reply, shop_of
 from shared.entities import menu_item
 from shared.errors import NotFound
 from shared.http.bodies import read_body
@@ -54,7 +54,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     async def create(request: Call) -> ASGIApp:
         key = idempotency_key(request)
         fields = fields_of(read_body(await request.whole_body(), resource.create))
-        who, shop = request.identity, shop_of(request)
+        who, shop = request.identity, context_of(request)
         restaurant = (await shop.menus.book(who.tenant)).restaurant
         prepared = await resource.prepare(shop.insight, restaurant, fields, None)
         id_ = id_for(who, f"POST {resource.path}", key)
@@ -70,7 +70,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
 
     @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)
     async def list_all(request: Call) -> ASGIApp:
-        who, shop = request.identity, shop_of(request)
+        who, shop = request.identity, context_of(request)
         restaurant = (await shop.menus.book(who.tenant)).restaurant
         query = resource.asked(read_query(request, resource.query), restaurant)
         page = await shop.reads.page(entity, who.tenant, selection(query, who), query.sync_state)
@@ -88,7 +88,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         not_modified=True,
     )
     async def read_one(request: Call) -> ASGIApp:
-        who, shop = request.identity, shop_of(request)
+        who, shop = request.identity, context_of(request)
         found = await shop.reads.one(entity, who.tenant, _id(request, resource))
         state = found.decoded()
         if state.deleted_at is not None:
@@ -100,7 +100,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
     async def update(request: Call) -> ASGIApp:
         fields = fields_of(read_body(await request.whole_body(), resource.update))
-        who, shop = request.identity, shop_of(request)
+        who, shop = request.identity, context_of(request)
         id_, version = _id(request, resource), version_in(request)
         restaurant = (await shop.menus.book(who.tenant)).restaurant
         before = (await shop.reads.one(entity, who.tenant, id_)).decoded()
@@ -117,15 +117,15 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
     async def delete(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(request, await shop_of(request).changes.delete(request.identity, entity, id_, version))
+        return await _done(request, await context_of(request).changes.delete(request.identity, entity, id_, version))
 
     @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
     async def restore(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(request, await shop_of(request).changes.restore(request.identity, entity, id_, version))
+        return await _done(request, await context_of(request).changes.restore(request.identity, entity, id_, version))
 
-    async def _done(request: Call, done: Done, *, status: int = 200) -> Reply:
-        shop = shop_of(request)
+    async def _done(request: Call, done: Receipt, *, status: int = 200) -> Reply:
+        shop = context_of(request)
         if entity is menu_item.ENTITY:
             shop.menus.put(done.standing, done.state)
         return done_reply(done, status=status, **await _more(shop, resource, request.identity, done.state))
@@ -133,7 +133,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     return [create, list_all, read_one, update, delete, restore]
 
 
-async def _more(shop: Shop, resource: Resource, who: Identity, state: Any) -> dict[str, Any]:
+async def _more(shop: RouteContext, resource: Resource, who: Identity, state: Any) -> dict[str, Any]:
     if not resource.more_types:
         return {}
     restaurant = (await shop.menus.book(state.restaurant_id)).restaurant

@@ -8,7 +8,7 @@ from litestar.types import ASGIApp
 
 from services.orders.lists import list_reply, selection
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
-from services.orders.shop import done_reply, found_reply, shop_of
+from services.orders.route_context import context_of, done_reply, found_reply
 from services.orders.views import sync_of
 from shared.entities import order as orders
 from shared.errors import InvalidInput, NotFound, Unavailable
@@ -68,7 +68,7 @@ def version_in(request: Call) -> int | None:
 async def place_order(request: Call) -> ASGIApp:
     key = idempotency_key(request)
     wanted = read_body(await request.whole_body(), PlaceOrder)
-    who, shop = request.identity, shop_of(request)
+    who, shop = request.identity, context_of(request)
     done = await shop.commands.place(who, wanted, key)
     more: dict[str, Any] = {}
     if done.replayed:
@@ -92,7 +92,7 @@ async def list_orders(request: Call) -> ASGIApp:
     who = request.identity
     query = read_query(request, OrdersQuery)
     own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
-    page = await shop_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own), query.sync_state)
+    page = await context_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own), query.sync_state)
     return list_reply(_ENTITY, page, query)
 
 
@@ -109,7 +109,7 @@ async def list_orders(request: Call) -> ASGIApp:
 )
 async def get_order(request: Call, order_id: str) -> ASGIApp:
     who = request.identity
-    found = await shop_of(request).reads.one(_ENTITY, who.tenant, path_id(order_id, "order_id"))
+    found = await context_of(request).reads.one(_ENTITY, who.tenant, path_id(order_id, "order_id"))
     order = found.seen()
     if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
         raise NotFound("no such order")
@@ -134,7 +134,7 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
 async def update_order(request: Call, order_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), UpdateOrder)
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await shop_of(request).commands.update(request.identity, id_, wanted, version))
+    return done_reply(await context_of(request).commands.update(request.identity, id_, wanted, version))
 
 
 @endpoint(
@@ -149,7 +149,7 @@ async def update_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def delete_order(request: Call, order_id: str) -> ASGIApp:
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await shop_of(request).commands.delete(request.identity, id_, version))
+    return done_reply(await context_of(request).commands.delete(request.identity, id_, version))
 
 
 @endpoint(
@@ -164,7 +164,7 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def restore_order(request: Call, order_id: str) -> ASGIApp:
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await shop_of(request).commands.restore(request.identity, id_, version))
+    return done_reply(await context_of(request).commands.restore(request.identity, id_, version))
 
 
 @endpoint(
@@ -179,7 +179,7 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     errors=(404,),
 )
 async def sync_order(request: Call, order_id: str) -> ASGIApp:
-    id_, shop = path_id(order_id, "order_id"), shop_of(request)
+    id_, shop = path_id(order_id, "order_id"), context_of(request)
     found = await shop.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
         return found_reply(found, None)

@@ -6,7 +6,7 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
-from services.orders.shop import Shop, done_reply, shop_of
+from services.orders.route_context import RouteContext, context_of, done_reply
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment
@@ -15,9 +15,9 @@ from shared.http.bodies import read_body
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import View, endpoint, path_id, read_query
 from shared.http.server import Call, success
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.postgres import money
-from shared.postgres.pool import AWAY
+from shared.postgres.pool import UNAVAILABLE
 
 _MOST_DAYS = 400
 _BLOCK = 200
@@ -68,7 +68,7 @@ class Summary(Struct, frozen=True):
 )
 async def record_payment(request: Call, order_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), RecordPayment)
-    done, payment = await shop_of(request).commands.pay(request.identity, path_id(order_id, "order_id"), wanted)
+    done, payment = await context_of(request).commands.pay(request.identity, path_id(order_id, "order_id"), wanted)
     return done_reply(done, status=201, payment=payment)
 
 
@@ -84,7 +84,7 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
 )
 async def list_payments(request: Call) -> ASGIApp:
     query = read_query(request, PaymentsQuery)
-    shop, tenant = shop_of(request), request.identity.tenant
+    shop, tenant = context_of(request), request.identity.tenant
     wanted = money.PaymentsWanted(
         start=query.from_,
         end=query.to,
@@ -96,16 +96,16 @@ async def list_payments(request: Call) -> ASGIApp:
     # Pending first, as in every list: what is committed in between is met at least once.
     try:
         seen = await _of_orders(shop, tenant, await shop.mirror.pending_ids(tenant, orders.ENTITY.name))
-    except (MirrorAway, MirrorInDoubt):
+    except (MirrorUnavailable, MirrorInDoubt):
         seen = []
     complete = True
     try:
         async with shop.postgres.tenant(tenant) as connection:
             seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, wanted)]
-    except AWAY as error:
+    except UNAVAILABLE as error:
         try:
             seen = await _of_orders(shop, tenant, await shop.mirror.live_ids(tenant, orders.ENTITY.name))
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
         complete = False
     found = {(one.order_id, one.id): one for one in seen if wanted.match(one)}
@@ -114,8 +114,8 @@ async def list_payments(request: Call) -> ASGIApp:
     return success(page, pagination=pagination, complete=complete)
 
 
-async def _of_orders(shop: Shop, tenant: str, ids: list[str]) -> list[ListedPayment]:
-    """As the mirror has them. Raises MirrorAway, MirrorInDoubt."""
+async def _of_orders(shop: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
+    """As the mirror has them. Raises MirrorUnavailable, MirrorInDoubt."""
     found = []
     for start in range(0, len(ids), _BLOCK):
         _, documents = await shop.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK])
@@ -141,7 +141,7 @@ async def _of_orders(shop: Shop, tenant: str, ids: list[str]) -> list[ListedPaym
 )
 async def summary(request: Call) -> ASGIApp:
     query = read_query(request, DaysQuery)
-    shop, tenant = shop_of(request), request.identity.tenant
+    shop, tenant = context_of(request), request.identity.tenant
     restaurant = (await shop.menus.book(tenant)).restaurant
     today = restaurant.business_day(now())
     for field, day in (("from", query.from_), ("to", query.to)):
@@ -154,7 +154,7 @@ async def summary(request: Call) -> ASGIApp:
     try:
         async with shop.postgres.tenant(tenant) as connection:
             days = [Day(**row) for row in await money.days(connection, tenant, start, end)]
-    except AWAY as error:
+    except UNAVAILABLE as error:
         raise Unavailable("sums wait for the database", retry_after=2.0) from error
     return success(Summary(days, sum(day.orders for day in days), sum(day.total for day in days), restaurant.currency))
 

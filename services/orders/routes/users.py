@@ -9,8 +9,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from services.orders.accounts import User
 from services.orders.requests import Request
+from services.orders.route_context import context_of
 from services.orders.routes.auth import Email, Password, address_of
-from services.orders.shop import shop_of
 from shared.entities.contract import Label, now
 from shared.errors import Unauthenticated
 from shared.http.bodies import read_body
@@ -65,7 +65,7 @@ class UsersQuery(Request):
 )
 async def create_user(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), CreateUser)
-    shop = shop_of(request)
+    shop = context_of(request)
     tenant = await _tenant(request)
     await shop.sign_in.count_user(address_of(request))
     hashed = await shop.sign_in.hash(wanted.password)
@@ -85,7 +85,7 @@ async def create_user(request: Call) -> ASGIApp:
 )
 async def list_users(request: Call) -> ASGIApp:
     query = read_query(request, UsersQuery)
-    found = await shop_of(request).accounts.users(
+    found = await context_of(request).accounts.users(
         await _tenant(request),
         limit=query.limit + 1,
         before=read_cursor(query.cursor) if query.cursor else None,
@@ -111,7 +111,7 @@ def _place(user: User) -> tuple[datetime, str]:
     errors=(404,),
 )
 async def get_user(request: Call, user_id: str) -> ASGIApp:
-    return success(await shop_of(request).accounts.user(await _tenant(request), path_id(user_id, "user_id")))
+    return success(await context_of(request).accounts.user(await _tenant(request), path_id(user_id, "user_id")))
 
 
 @endpoint(
@@ -127,7 +127,7 @@ async def get_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def update_user(request: Call, user_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), UpdateUser)
-    shop, id_, tenant = shop_of(request), path_id(user_id, "user_id"), await _tenant(request)
+    shop, id_, tenant = context_of(request), path_id(user_id, "user_id"), await _tenant(request)
     if wanted.email is not UNSET or wanted.password is not UNSET:
         await shop.sign_in.count_user(address_of(request))
     names = ("email", "role", "name", "is_active")
@@ -148,7 +148,7 @@ async def update_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def delete_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    return success(await shop_of(request).accounts.change(await _tenant(request), id_, {"deleted_at": now()}))
+    return success(await context_of(request).accounts.change(await _tenant(request), id_, {"deleted_at": now()}))
 
 
 @endpoint(
@@ -162,13 +162,13 @@ async def delete_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def restore_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    return success(await shop_of(request).accounts.restore(await _tenant(request), id_))
+    return success(await context_of(request).accounts.restore(await _tenant(request), id_))
 
 
 async def _tenant(request: Call) -> str:
     """Raises Unauthenticated for one who was an admin when its token was made: it would make itself another."""
     who = request.identity
-    if not await shop_of(request).accounts.may_administer(who.tenant, who.user_id):
+    if not await context_of(request).accounts.may_administer(who.tenant, who.user_id):
         raise Unauthenticated("this user is no admin any more: sign in again", code="not_admin_any_more")
     return who.tenant
 

@@ -55,7 +55,7 @@ class Broken(Struct, frozen=True, kw_only=True):
     bytes_left: int
 
 
-class Shown(Struct, frozen=True, kw_only=True):
+class JournalListing(Struct, frozen=True, kw_only=True):
     path: str
     held_by: str | None
     """Who has the journal open; None: nobody."""
@@ -134,12 +134,12 @@ def _path_of(path: Path | None, instance: int | None) -> Path:
 # -- show ------------------------------------------------------------------------------------------------------------
 
 
-def _look(path: Path, limit: int) -> Shown:
+def _look(path: Path, limit: int) -> JournalListing:
     found, problem = _contents(path)
     at = now()
     entries = [_waiting(lane, event, at) for lane, event in found.entries]
     ages = [one.age_seconds for one in entries if one.age_seconds is not None]
-    return Shown(
+    return JournalListing(
         path=str(path),
         held_by=Lease.holder(path),
         file_damaged=problem,
@@ -190,7 +190,7 @@ def _broken(one: Damaged) -> Broken:
     )
 
 
-def _print(found: Shown) -> None:
+def _print(found: JournalListing) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
         f"{found.path}: {f'held by {found.held_by}' if found.held_by else 'nobody has it open'}", soft_wrap=True

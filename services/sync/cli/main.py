@@ -18,7 +18,7 @@ from services.sync.cli import journal, status_screen, users, waterfall
 from services.sync.cli.menu import edit_dish
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
-from services.sync.command_session import Session, run
+from services.sync.command_session import CommandSession, run
 from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
 from services.sync.conflicts import commands as conflict_commands
 from services.sync.dead_letters import commands as dead_letter_commands
@@ -113,7 +113,7 @@ async def _declare_topology(broker: AbstractConnection, settings: Settings) -> t
                 epoch = carried
                 await database.execute(_NOTE_EPOCH, epoch)
         if epoch is None or created:
-            # Noted before the stream is made: a fence may not carry an epoch that is over.
+            # Noted before the stream is made: a heartbeat may not carry an epoch that is over.
             epoch = uuid4().hex[:12]
             await database.execute(_NOTE_EPOCH, epoch)
         await declare.declare_logs(broker, settings, epoch)
@@ -142,7 +142,7 @@ def seed_command(as_json: bool) -> None:
 
 async def _seed(settings: Settings) -> dict[str, Any]:
     tokens = Tokens.of(settings)
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
         return await seeder.seed()
 
@@ -178,7 +178,7 @@ def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: boo
 
 
 async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None) -> Any:
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         return await edit_dish(
             session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available
         )

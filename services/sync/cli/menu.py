@@ -3,7 +3,7 @@
 import msgspec
 
 from shared.entities import menu_item
-from shared.entities.contract import Standing, now
+from shared.entities.contract import Head, now
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound
 from shared.mirror.mirror import Mirror
@@ -39,7 +39,7 @@ async def edit_dish(
     return changed
 
 
-async def _standing(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Standing, MenuItem]:
+async def _standing(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Head, MenuItem]:
     _, (document,) = await mirror.read(restaurant, _ENTITY.name, [dish_id])
     if document is not None:
         return document.standing, _ENTITY.decode_state(document.state)

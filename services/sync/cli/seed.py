@@ -12,15 +12,15 @@ from uuid import NAMESPACE_URL, uuid5
 
 from services.sync.cli.user_accounts import add_user
 from shared.entities import menu_item, table
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.entity import Entity
 from shared.entities.menu_item import MenuItem
 from shared.entities.table import DiningTable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
-from shared.rail.commit import Draft, Lost, Rail
+from shared.rail.commit import ClaimLost, Draft, Rail
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role, Tokens
 
@@ -95,7 +95,7 @@ class Seeder:
         restaurant, terminal = _RESTAURANT, _id("terminal")
         async with self._postgres.connection() as connection:
             await self._identity(connection, restaurant, terminal)
-        with contextlib.suppress(MirrorAway, MirrorInDoubt):  # the mirror writer brings it with its next rebuild
+        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the mirror writer brings it with its next rebuild
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         at = datetime(2026, 1, 1, tzinfo=UTC)
         dishes = [
@@ -174,7 +174,7 @@ class Seeder:
     async def _create(self, entity: Entity, state: Any) -> bool:
         """False when it is there already, in whatever version."""
 
-        async def existing() -> tuple[Standing, Any] | None:
+        async def existing() -> tuple[Head, Any] | None:
             async with self._postgres.connection() as connection:
                 stored = await states.one(connection, entity, state.restaurant_id, state.id)
             return None if stored is None else (stored.standing, entity.decode_state(stored.state))
@@ -191,6 +191,6 @@ class Seeder:
         )
         try:
             await self._rail.commit(draft)
-        except Lost:
+        except ClaimLost:
             return False
         return True

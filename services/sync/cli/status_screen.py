@@ -25,7 +25,7 @@ _TIMEOUT = 2.0
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-class Seen(Struct):
+class ServiceSample(Struct):
     """One service at one moment; no samples when it was away."""
 
     url: str
@@ -64,28 +64,28 @@ def urls_of(settings: Settings) -> dict[str, str]:
     return settings.status_urls or own
 
 
-def look(urls: dict[str, str]) -> dict[str, Seen]:
+def look(urls: dict[str, str]) -> dict[str, ServiceSample]:
     with ThreadPoolExecutor(len(urls)) as threads:
         return dict(zip(urls, threads.map(_look_at, urls.values()), strict=True))
 
 
-def _look_at(url: str) -> Seen:
+def _look_at(url: str) -> ServiceSample:
     try:
         health, state = json.loads(_get(f"{url}/health/ready")), "ready"
     except urllib.error.HTTPError as error:
         health, state = _object(error.read()), "not ready"
     except (OSError, ValueError):
-        return Seen(url, time.monotonic(), "away", {}, {})
+        return ServiceSample(url, time.monotonic(), "away", {}, {})
     try:
         text = _get(f"{url}/metrics").decode()
     except OSError:
-        return Seen(url, time.monotonic(), "away", health, {})
+        return ServiceSample(url, time.monotonic(), "away", health, {})
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    return Seen(url, time.monotonic(), state, health, samples)
+    return ServiceSample(url, time.monotonic(), state, health, samples)
 
 
 def _get(url: str) -> bytes:
@@ -106,7 +106,7 @@ def _object(body: bytes) -> dict[str, Any]:
 # -- what is said ------------------------------------------------------------------------------------------------
 
 
-def percentile(before: Seen, after: Seen, name: str, share: float) -> float:
+def percentile(before: ServiceSample, after: ServiceSample, name: str, share: float) -> float:
     """Upper bound, in seconds, of the bucket in which this share of the interval's observations ends; NaN for none."""
     grown = {
         float(bound): after.by(f"{name}_bucket", "le")[bound] - before.by(f"{name}_bucket", "le").get(bound, 0.0)
@@ -118,7 +118,7 @@ def percentile(before: Seen, after: Seen, name: str, share: float) -> float:
     return min(bound for bound, count in grown.items() if count >= share * every)
 
 
-def facts(before: dict[str, Seen], after: dict[str, Seen]) -> dict[str, dict[str, Any]]:
+def facts(before: dict[str, ServiceSample], after: dict[str, ServiceSample]) -> dict[str, dict[str, Any]]:
     """By service: what the screen shows, and `--json` prints. Seconds, counts, shares from 0 to 1; None: not known."""
     found: dict[str, dict[str, Any]] = {}
     for name, seen in after.items():
@@ -132,38 +132,38 @@ def facts(before: dict[str, Seen], after: dict[str, Seen]) -> dict[str, dict[str
     return found
 
 
-def _rate(name: str) -> Callable[[Seen, Seen], float]:
+def _rate(name: str) -> Callable[[ServiceSample, ServiceSample], float]:
     return lambda before, after: (after.total(name) - before.total(name)) / max(after.at - before.at, 1e-6)
 
 
-def _mean(name: str) -> Callable[[Seen, Seen], float]:
-    def mean(before: Seen, after: Seen) -> float:
+def _mean(name: str) -> Callable[[ServiceSample, ServiceSample], float]:
+    def mean(before: ServiceSample, after: ServiceSample) -> float:
         count = after.total(f"{name}_count") - before.total(f"{name}_count")
         return (after.total(f"{name}_sum") - before.total(f"{name}_sum")) / count if count else math.nan
 
     return mean
 
 
-def _now(name: str, **labels: str) -> Callable[[Seen, Seen], float]:
+def _now(name: str, **labels: str) -> Callable[[ServiceSample, ServiceSample], float]:
     return lambda _, after: after.value(name, **labels)
 
 
-def _split(name: str, label: str) -> Callable[[Seen, Seen], dict[str, float]]:
+def _split(name: str, label: str) -> Callable[[ServiceSample, ServiceSample], dict[str, float]]:
     return lambda _, after: after.by(name, label)
 
 
-def _p(name: str, share: float) -> Callable[[Seen, Seen], float]:
+def _p(name: str, share: float) -> Callable[[ServiceSample, ServiceSample], float]:
     return lambda before, after: percentile(before, after, name, share)
 
 
-def _hits(_: Seen, after: Seen) -> float:
+def _hits(_: ServiceSample, after: ServiceSample) -> float:
     found = after.by("ticketrail_mirror_reads_total", "result")
     reads = sum(found.get(result, 0.0) for result in ("hit", "miss", "away"))
     return found.get("hit", 0.0) / reads if reads else math.nan
 
 
 _POOL = {"PostgreSQL connections": _split("ticketrail_postgres_connections", "state")}
-_FACTS: dict[str, dict[str, Callable[[Seen, Seen], Any]]] = {
+_FACTS: dict[str, dict[str, Callable[[ServiceSample, ServiceSample], Any]]] = {
     "orders": {
         "accepted per second": _rate("ticketrail_accepted_total"),
         "accepted": _split("ticketrail_accepted_total", "event"),
@@ -182,7 +182,7 @@ _FACTS: dict[str, dict[str, Callable[[Seen, Seen], Any]]] = {
         **_POOL,
     },
     "sync-worker": {
-        "fence lag seconds": _split("ticketrail_fence_lag_seconds", "way"),
+        "heartbeat lag seconds": _split("ticketrail_heartbeat_lag_seconds", "way"),
         "PostgreSQL lag p99 seconds": _p("ticketrail_postgres_lag_seconds", 0.99),
         "mirror lag p99 seconds": _p("ticketrail_mirror_lag_seconds", 0.99),
         "changes per second": lambda before, after: (

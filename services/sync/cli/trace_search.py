@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 from shared.version import USER_AGENT
 
@@ -67,7 +67,7 @@ class DeadChange(Struct):
     trace_id: str | None
 
 
-class Found(Struct):
+class FoundTraces(Struct):
     changes: list[TracedChange]
     """Those that PostgreSQL has; in order of their versions."""
     spans: list[SpanRow]
@@ -81,7 +81,7 @@ class SearchFailed(Exception):
     """The query API answers something else than traces."""
 
 
-async def find_traces(settings: Settings, order_id: str) -> Found:
+async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
     missing: list[str] = []
     changes: list[TracedChange] = []
     letters: list[DeadChange] = []
@@ -90,7 +90,7 @@ async def find_traces(settings: Settings, order_id: str) -> Found:
         async with postgres.connection() as connection:
             changes = [TracedChange(**dict(row)) for row in await connection.fetch(_CHANGES, order_id)]
             letters = [DeadChange(**dict(row)) for row in await connection.fetch(_LETTERS, order_id)]
-    except AWAY as error:
+    except UNAVAILABLE as error:
         missing.append(
             f"PostgreSQL does not answer ({str(error) or type(error).__name__}): what it has stored is not shown"
         )
@@ -108,7 +108,7 @@ async def find_traces(settings: Settings, order_id: str) -> Found:
         spans = await asyncio.to_thread(_from_files, settings, ids, order_id)
         if not spans and not settings.traces_path.exists():
             missing.append(f"no trace files in {settings.traces_path}")
-    return Found(changes, spans, missing, letters)
+    return FoundTraces(changes, spans, missing, letters)
 
 
 def _from_files(settings: Settings, ids: Sequence[str], order_id: str) -> list[SpanRow]:

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.sync.cli.trace_search import DeadChange, Found, TracedChange
+from services.sync.cli.trace_search import DeadChange, FoundTraces, TracedChange
 from services.sync.printable import printable
 from shared.observability.trace_files import SpanRow
 
@@ -85,7 +85,7 @@ def _note(span: SpanRow) -> str:
 # -- on the screen -----------------------------------------------------------------------------------------------
 
 
-def render(order_id: str, found: Found, width: int) -> RenderableType:
+def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
     """A part per change, in the order of their versions, then one per dead letter, then what is only in traces."""
     parts: list[RenderableType] = []
     shown: set[str] = set()
@@ -109,7 +109,7 @@ def render(order_id: str, found: Found, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def as_json(order_id: str, found: Found) -> dict[str, Any]:
+def as_json(order_id: str, found: FoundTraces) -> dict[str, Any]:
     known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.letters}
     return {
         "order_id": order_id,

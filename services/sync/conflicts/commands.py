@@ -12,7 +12,7 @@ import msgspec
 from rich.table import Table
 
 from services.sync.conflicts import store as conflict_store
-from services.sync.conflicts.decisions import Deciding, ShownFork, show
+from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
 from services.sync.conflicts.store import Side
 from services.sync.operator_session import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
 from services.sync.printable import printable
@@ -98,7 +98,9 @@ def _value(differs: dict[str, Any], side: str) -> str:
 def resolve_command(conflict: UUID, keep: UUID, why: str, as_json: bool) -> None:
     """Decide which of the two changes holds. What was changed since then stays; payments of both sides count."""
     done = with_rail(
-        lambda *parts: Deciding(*parts).resolve(str(conflict), keep=str(keep), why=why, actor=actor(), role=ROLE)
+        lambda *parts: ConflictDecisions(*parts).resolve(
+            str(conflict), keep=str(keep), why=why, actor=actor(), role=ROLE
+        )
     )
     brought = f", by change {done.resolved_change_id}" if done.resolved_change_id else ""
     print_json(done) if as_json else click.echo(f"resolved: {done.kept_change_id} holds{brought}")

@@ -20,12 +20,12 @@ from msgspec import UNSET, Struct
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.store import Fork, Side
 from services.sync.dead_letters.editing import difference
-from services.sync.head import commit, head, noted_afterwards
+from services.sync.head import commit, current_head, record_first
 from shared.entities import inventory_item, registry
 from shared.entities import order as orders
-from shared.entities.contract import Standing, encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.entity import Entity
-from shared.entities.order import Order, Status, payment_status
+from shared.entities.order import Order, OrderStatus, payment_status
 from shared.errors import Conflict, InvalidInput
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
@@ -49,7 +49,7 @@ class ShownFork(Struct, frozen=True, kw_only=True):
     """The side with the larger (version, change id)."""
     loser: Side
     differs: list[Differs]
-    head: Standing | None
+    head: Head | None
     """What stands in PostgreSQL now: the winner, or what was built since."""
 
 
@@ -71,7 +71,7 @@ async def show(connection: Connection, id_: str) -> ShownFork:
     )
 
 
-class Deciding:
+class ConflictDecisions:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
         """`postgres` as the ops role."""
         self._postgres = postgres
@@ -83,7 +83,7 @@ class Deciding:
         `version_conflict`, `out_of_stock`), Unavailable, OutcomeUnknown."""
         if not why.strip():
             raise InvalidInput("a reason is needed", field="why")
-        with noted_afterwards("the conflict") as recorded:
+        with record_first("the conflict") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 conflict = await conflict_store.take(connection, id_)
                 winner, loser = await conflict_store.sides(connection, conflict)
@@ -99,7 +99,7 @@ class Deciding:
     ) -> str | None:
         """The id of the change that was needed, or None."""
         entity = registry.ENTITIES[conflict.entity]
-        base = await head(connection, self._mirror, entity, conflict.restaurant_id, conflict.entity_id)
+        base = await current_head(connection, self._mirror, entity, conflict.restaurant_id, conflict.entity_id)
         if base is None:
             raise Conflict("nothing of it stands any more", code="changed_since", fields=[])
         if keep == winner.change_id:
@@ -154,7 +154,7 @@ def _order_again(before: Order, after: Order, at: datetime) -> Order:
 
 
 def _gone(order: Order) -> bool:
-    return order.deleted_at is not None or order.status is Status.CANCELLED
+    return order.deleted_at is not None or order.status is OrderStatus.CANCELLED
 
 
 def event_between(entity: Entity, before: Any, after: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from services.sync.head import head
+from services.sync.head import current_head
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment, payment_status
@@ -20,7 +20,7 @@ from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import money
 from shared.postgres.pool import Postgres
-from shared.rail.commit import Draft, Lost, Rail
+from shared.rail.commit import ClaimLost, Draft, Rail
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class ForkedPayments:
             payments = tuple(_payment(row) for row in rows)
             try:
                 brought += await self._add(restaurant, order, payments)
-            except (Lost, Unavailable):
+            except (ClaimLost, Unavailable):
                 every = False  # somebody changes the order at this moment, or the mirror is behind: next time
             except InvalidInput as error:
                 log.error("forked_payments_not_brought_back", id=order, restaurant_id=restaurant, error=str(error))
@@ -61,7 +61,7 @@ class ForkedPayments:
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
         """False: they are there already, and on their way to PostgreSQL."""
         async with self._postgres.connection() as connection:
-            found = await head(connection, self._mirror, _ENTITY, restaurant, id_)
+            found = await current_head(connection, self._mirror, _ENTITY, restaurant, id_)
         if found is None:
             return False
         base, order = found
@@ -85,7 +85,7 @@ class ForkedPayments:
                 actor="reconciler",
             )
         )
-        log.warning("forked_payments_brought_back", id=id_, restaurant_id=restaurant, payments=len(payments))
+        log.warning("forked_payments_restored", id=id_, restaurant_id=restaurant, payments=len(payments))
         return True
 
 

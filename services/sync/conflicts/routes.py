@@ -6,7 +6,7 @@ from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.decisions import ShownFork, show
 from services.sync.conflicts.store import Fork
 from services.sync.dead_letters.requests import ConflictsQuery, ResolveConflict
-from services.sync.dead_letters.routes import operators
+from services.sync.dead_letters.routes import operator_context
 from shared.http.bodies import read_body
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
@@ -27,7 +27,7 @@ _TAG = "Conflicts"
 )
 async def list_conflicts(request: Call) -> ASGIApp:
     query = read_query(request, ConflictsQuery)
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         found = await conflict_store.page(
             connection,
             restaurant_id=str(query.restaurant_id) if query.restaurant_id else None,
@@ -52,7 +52,7 @@ async def list_conflicts(request: Call) -> ASGIApp:
 )
 async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     id_ = path_id(conflict_id, "conflict_id")
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         return success(await show(connection, id_))
 
 
@@ -74,7 +74,7 @@ async def resolve_conflict(request: Call, conflict_id: str) -> ASGIApp:
     id_, who = path_id(conflict_id, "conflict_id"), request.identity
     wanted = read_body(await request.whole_body(), ResolveConflict)
     return success(
-        await operators(request).deciding.resolve(
+        await operator_context(request).deciding.resolve(
             id_, keep=str(wanted.keep), why=wanted.why, actor=who.email or who.user_id, role=who.role
         )
     )

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.dead_letters import actions
-from shared.entities.contract import Standing
+from shared.entities.contract import Head
 from shared.errors import Conflict, NotFound
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import Connection
@@ -70,8 +70,8 @@ class Side(Struct, frozen=True, kw_only=True):
     """The whole state after this change."""
 
     @property
-    def standing(self) -> Standing:
-        return Standing(self.version, self.change_id)
+    def standing(self) -> Head:
+        return Head(self.version, self.change_id)
 
 
 async def page(

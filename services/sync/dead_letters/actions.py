@@ -1,7 +1,7 @@
 """What operators do to a dead letter, each with its row in `audit`: discard, restore, replace by an edit.
 
 All of it by the ops role, in a transaction of the caller's, so that an act and its audit stand or fall together. Each
-says which revision of the letter was seen: when it has moved on meanwhile, Conflict `letter_changed`.
+says which revision of the letter was seen: when it has moved on meanwhile, Conflict `dead_letter_changed`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import Letter, WholeLetter
+from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
 from shared.errors import Conflict, NotFound
 from shared.postgres.pool import Connection
 
@@ -28,7 +28,7 @@ _REPLACE = """
 update dead_letters set status = 'resolved', replaced_by = $2, closed_at = now(), revision = revision + 1 where id = $1
 """
 _KEEP_EDIT = """
-insert into letter_edits (letter_id, actor, why, event, difference, change_id)
+insert into dead_letter_edits (letter_id, actor, why, event, difference, change_id)
 values ($1, $2, $3, $4::json, $5::json, $6)
 """
 _NOTE = """
@@ -41,7 +41,7 @@ from audit where target = $1 order by at desc, id desc limit $2
 """
 
 
-class Act(Struct, frozen=True, kw_only=True):
+class OperatorAction(Struct, frozen=True, kw_only=True):
     at: datetime
     actor: str
     role: str
@@ -54,16 +54,16 @@ class Act(Struct, frozen=True, kw_only=True):
     details: dict[str, Any]
 
 
-async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> WholeLetter:
+async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> FullDeadLetter:
     """Locks the letter until the transaction ends, when it is still as it was seen and open (or of that other status).
-    Raises NotFound, and Conflict: `letter_changed`, or `letter_not_open` (`letter_not_discarded`)."""
+    Raises NotFound, and Conflict: `dead_letter_changed`, or `letter_not_open` (`letter_not_discarded`)."""
     found = await connection.fetchrow(_LOCK, id_)
     if found is None:
         raise NotFound("no such dead letter")
     if found["revision"] != revision:
         raise Conflict(
             "this letter has changed since it was read: look at it again",
-            code="letter_changed",
+            code="dead_letter_changed",
             revision=found["revision"],
             status=found["status"],
         )
@@ -76,7 +76,7 @@ async def take(connection: Connection, id_: str, *, revision: int, status: str =
 
 async def discard(
     connection: Connection, id_: str, *, revision: int, why: str, actor: str, role: str, replaced_by: str | None = None
-) -> Letter:
+) -> DeadLetter:
     """open -> discarded. `replaced_by`: the change that takes back what the mirror shows of it. Raises as `take`."""
     letter = await take(connection, id_, revision=revision)
     await connection.execute(_DISCARD, id_, why, replaced_by)
@@ -84,7 +84,9 @@ async def discard(
     return await _done(connection, letter, "discard", why, actor, role, details)
 
 
-async def restore(connection: Connection, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> Letter:
+async def restore(
+    connection: Connection, id_: str, *, revision: int, why: str | None, actor: str, role: str
+) -> DeadLetter:
     """discarded -> open. Raises as `take`."""
     letter = await take(connection, id_, revision=revision, status="discarded")
     await connection.execute(_RESTORE, id_)
@@ -102,7 +104,7 @@ async def replace(
     why: str | None,
     actor: str,
     role: str,
-) -> Letter:
+) -> DeadLetter:
     """open -> resolved by an edit, which is kept beside it. Raises as `take`."""
     letter = await take(connection, id_, revision=revision)
     await connection.execute(_REPLACE, id_, change_id)
@@ -125,17 +127,23 @@ async def note(
     await connection.execute(_NOTE, actor, role, restaurant_id, action, target, why, _json(details or {}))
 
 
-async def acts(connection: Connection, target: str, *, limit: int = 100) -> list[Act]:
+async def acts(connection: Connection, target: str, *, limit: int = 100) -> list[OperatorAction]:
     """What was done to a target, the newest first."""
     return [
-        Act(**{**row, "details": msgspec.json.decode(row["details"])})
+        OperatorAction(**{**row, "details": msgspec.json.decode(row["details"])})
         for row in await connection.fetch(_ACTS, target, limit)
     ]
 
 
 async def _done(
-    connection: Connection, before: Letter, act: str, why: str | None, actor: str, role: str, details: dict[str, Any]
-) -> Letter:
+    connection: Connection,
+    before: DeadLetter,
+    act: str,
+    why: str | None,
+    actor: str,
+    role: str,
+    details: dict[str, Any],
+) -> DeadLetter:
     await note(
         connection,
         actor=actor,
@@ -146,7 +154,7 @@ async def _done(
         why=why,
         details={"status": before.status, "revision": before.revision, **details},
     )
-    [letter] = await dead_letter_store.page(connection, dead_letter_store.Wanted(ids=(before.id,)), limit=1)
+    [letter] = await dead_letter_store.page(connection, dead_letter_store.DeadLetterQuery(ids=(before.id,)), limit=1)
     return letter
 
 

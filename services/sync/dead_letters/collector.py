@@ -23,10 +23,10 @@ from aiormq.exceptions import ChannelInvalidStateError
 from msgspec import Struct, structs
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import NewLetter
+from services.sync.dead_letters.store import NewDeadLetter
 from services.sync.failures import retry_store
-from services.sync.failures.classification import Kind, classify, describe
-from services.sync.failures.parsing import letters_of
+from services.sync.failures.classification import FailureKind, classify, describe
+from services.sync.failures.parsing import parse_dead_letters
 from shared.backoff import backoff
 from shared.entities.contract import Lane, now
 from shared.lifecycle import end_tasks, vital_task
@@ -53,7 +53,7 @@ _TRIES = 5
 _STOCK_EVERY = 10.0
 
 
-class PostgresGone(Exception):
+class PostgresNotReady(Exception):
     """It does not take letters now."""
 
 
@@ -62,11 +62,11 @@ class _Arrived(Struct, frozen=True):
     lane: Lane | None
     message: AbstractIncomingMessage
 
-    def letters(self) -> list[NewLetter]:
-        return letters_of(self.queue, self.lane, self.message.body, self.message.headers, now())
+    def letters(self) -> list[NewDeadLetter]:
+        return parse_dead_letters(self.queue, self.lane, self.message.body, self.message.headers, now())
 
 
-class Keeper:
+class DeadLetterCollector:
     def __init__(
         self,
         settings: Settings,
@@ -107,16 +107,16 @@ class Keeper:
                 await self._drain()
                 attempt = 0
                 continue
-            except PostgresGone as error:
+            except PostgresNotReady as error:
                 log.warning("letters_wait_for_postgres", error=str(error))
                 attempt = 0  # the waiting is for PostgreSQL, not for the broker
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 attempt += 1
                 self._hosts.turn()
-                log.warning("keeper_lost_the_broker", error=describe(error), attempt=attempt)
+                log.warning("collector_lost_the_broker", error=describe(error), attempt=attempt)
             except Exception:
                 attempt += 1  # a bug of ours: the letters are still in their queues
-                log.exception("keeper_failed")
+                log.exception("collector_failed")
             await asyncio.sleep(backoff(attempt))
 
     async def _postgres_answers(self) -> None:
@@ -187,20 +187,20 @@ class Keeper:
         for one in batch:
             await one.message.ack()
 
-    async def _keep(self, letters: Sequence[NewLetter], tries: int = 0) -> list[NewLetter]:
+    async def _keep(self, letters: Sequence[NewDeadLetter], tries: int = 0) -> list[NewDeadLetter]:
         """Those whose death is news. Raises PostgresGone."""
         try:
             async with self._postgres.connection() as connection:
                 return await dead_letter_store.keep(connection, letters)
         except Exception as error:  # noqa: BLE001  (classified below)
             failure = classify(error)
-        if failure.kind is Kind.AWAY:
-            raise PostgresGone(failure.error)
+        if failure.kind is FailureKind.UNAVAILABLE:
+            raise PostgresNotReady(failure.error)
         if len(letters) > 1:
             return [one for letter in letters for one in await self._keep([letter])]
         if tries == _TRIES:
             log.error("letter_not_kept", error=failure.error, queue=letters[0].queue)
-            raise PostgresGone(failure.error)
+            raise PostgresNotReady(failure.error)
         await asyncio.sleep(backoff(tries))
         # At the last try without anything that could be what PostgreSQL does not like.
         return await self._keep([_bare(letters[0]) if tries == _TRIES - 1 else letters[0]], tries + 1)
@@ -237,7 +237,7 @@ def _batch(first: _Arrived | None, arrived: "asyncio.Queue[_Arrived | None]") ->
         first = arrived.get_nowait()
 
 
-def _bare(letter: NewLetter) -> NewLetter:
+def _bare(letter: NewDeadLetter) -> NewDeadLetter:
     """Only what our own code has made of it, and the body."""
     return structs.replace(
         letter,

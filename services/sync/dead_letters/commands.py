@@ -24,9 +24,9 @@ from services.sync.command_session import connected, run
 from services.sync.dead_letters import actions, replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.editing import difference, event_in
-from services.sync.dead_letters.repairs import Mending, shown_body
-from services.sync.dead_letters.replay_jobs import Job
-from services.sync.dead_letters.store import Group, Letter, Wanted
+from services.sync.dead_letters.repairs import DeadLetterRepairs, shown_body
+from services.sync.dead_letters.replay_jobs import ReplayJob
+from services.sync.dead_letters.store import DeadLetter, DeadLetterGroup, DeadLetterQuery
 from services.sync.operator_session import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
 from services.sync.printable import printable
 from shared.entities.contract import encode
@@ -72,8 +72,8 @@ def _wanted(
     since: float | None,
     text: str | None,
     ids: Sequence[UUID] = (),
-) -> Wanted:
-    return Wanted(
+) -> DeadLetterQuery:
+    return DeadLetterQuery(
         ids=tuple(str(id_) for id_ in ids),
         queue=queue,
         fingerprint=fingerprint,
@@ -138,7 +138,7 @@ def groups_command(as_json: bool, **filters: Any) -> None:
     console().print(table)
 
 
-def _sparkline(group: Group) -> str:
+def _sparkline(group: DeadLetterGroup) -> str:
     most = max(group.trend) or 1
     return "".join(_BARS[min(8, (8 * n + most - 1) // most)] for n in group.trend)
 
@@ -155,7 +155,7 @@ def show_command(letter: UUID, as_json: bool) -> None:
             raise NotFound("no such dead letter")
         event, body, cut = shown_body(found.body)
         return {
-            "letter": Letter(**{name: getattr(found, name) for name in Letter.__struct_fields__}),
+            "letter": DeadLetter(**{name: getattr(found, name) for name in DeadLetter.__struct_fields__}),
             "attempts": found.attempts,
             "headers": found.headers,
             "event": event,
@@ -270,7 +270,7 @@ def replay_command(
 
     Exit code 1 when not every letter came through, one that was named is not open, or the job stopped by itself."""
     wanted = _wanted(**filters, ids=letters)
-    if wanted == Wanted():
+    if wanted == DeadLetterQuery():
         raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
     plan = ask(lambda connection: replay_jobs.plan(connection, wanted))
     asks = plan.total > 0 and not dry_run and not yes
@@ -311,7 +311,7 @@ def replay_command(
         sys.exit(1)
 
 
-async def _follow(settings: Settings, job: Job, *, quiet: bool) -> Job:
+async def _follow(settings: Settings, job: ReplayJob, *, quiet: bool) -> ReplayJob:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task(job.kind, total=job.total, state=job.state)
@@ -364,7 +364,7 @@ def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool
             click.echo(printable(f"{one['path']}: {one.get('before')} → {one.get('after')}"))
 
     done = with_rail(
-        lambda *parts: Mending(*parts).edit(
+        lambda *parts: DeadLetterRepairs(*parts).edit(
             str(letter), wanted, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
@@ -382,7 +382,9 @@ def discard_command(letter: UUID, why: str, as_json: bool) -> None:
         raise click.ClickException("no such dead letter")
 
     done = with_rail(
-        lambda *parts: Mending(*parts).discard(str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE)
+        lambda *parts: DeadLetterRepairs(*parts).discard(
+            str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE
+        )
     )
     taken_back = f", taken back by change {done.replaced_by}" if done.replaced_by else ""
     print_json(done) if as_json else click.echo(f"discarded{taken_back}")
@@ -399,7 +401,9 @@ def restore_command(letter: UUID, why: str | None, as_json: bool) -> None:
         raise click.ClickException("no such dead letter")
 
     done = with_rail(
-        lambda *parts: Mending(*parts).restore(str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE)
+        lambda *parts: DeadLetterRepairs(*parts).restore(
+            str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE
+        )
     )
     print_json(done) if as_json else click.echo("open again")
 

@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from services.sync.dead_letters.replay_steps import ToReplay, is_written
-from services.sync.failures.classification import Kind, classify
+from services.sync.failures.classification import FailureKind, classify
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.upsert import Written, write_batch
 from shared.entities import registry
@@ -16,12 +16,12 @@ from shared.postgres import states
 from shared.postgres.pool import Connection
 
 
-class Foreseen(Struct, frozen=True):
+class Forecast(Struct, frozen=True):
     outcome: Literal["would_write", "superseded", "would_fail"]
     detail: str
 
 
-class Away(Exception):
+class PostgresUnavailable(Exception):
     """PostgreSQL cannot tell now."""
 
 
@@ -44,47 +44,47 @@ def read(body: bytes) -> Readable | None:
     return None
 
 
-async def foresee(
+async def forecast(
     connection: Connection, letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
-) -> Foreseen:
-    """Nothing of it stays. `patience`: as for `write_batch`. Raises Away, MirrorAway, MirrorInDoubt."""
+) -> Forecast:
+    """Nothing of it stays. `patience`: as for `write_batch`. Raises Away, MirrorUnavailable, MirrorInDoubt."""
     try:
         found = read(letter.body)
     except BrokenContract as error:
         return _would_fail(error)
     if found is None:
-        return Foreseen("superseded", "a signal: it says nothing any more")
+        return Forecast("superseded", "a signal: it says nothing any more")
     if letter.lane is None:
         if await mirror_writer.would_apply(found.event):
-            return Foreseen("would_write", f"version {found.change.entityversion}, into the mirror")
-        return Foreseen("superseded", "the mirror has it, or a later one")
+            return Forecast("would_write", f"version {found.change.entityversion}, into the mirror")
+        return Forecast("superseded", "the mirror has it, or a later one")
     try:
         return await _write(connection, Written(Lane(letter.lane), found.entity, found.change, found.state), patience)
     except Exception as error:
         failure = classify(error)
-        if failure.kind is Kind.AWAY:
-            raise Away(failure.error) from error
+        if failure.kind is FailureKind.UNAVAILABLE:
+            raise PostgresUnavailable(failure.error) from error
         return _would_fail(error)
 
 
-def _would_fail(error: Exception) -> Foreseen:
+def _would_fail(error: Exception) -> Forecast:
     failure = classify(error)
-    return Foreseen("would_fail", f"{failure.reason}: {failure.error}")
+    return Forecast("would_fail", f"{failure.reason}: {failure.error}")
 
 
-async def _write(connection: Connection, written: Written, patience: float) -> Foreseen:
+async def _write(connection: Connection, written: Written, patience: float) -> Forecast:
     change = written.change
     if await is_written(connection, change.restaurantid, change.id):
-        return Foreseen("superseded", "it is written already")
+        return Forecast("superseded", "it is written already")
     transaction = connection.transaction()
     await transaction.start()
     try:
         outcome = await write_batch(connection, [written], patience=patience)
-        found = await states.standings(connection, written.entity, change.restaurantid, [change.entity_id])
+        found = await states.heads(connection, written.entity, change.restaurantid, [change.entity_id])
     finally:
         await transaction.rollback()
     standing = found[change.entity_id]
     forks = ", and opens a conflict" if outcome.forks else ""
     if standing == change.standing:
-        return Foreseen("would_write", f"version {change.entityversion}{forks}")
-    return Foreseen("superseded", f"version {standing.version} stands; kept as version {change.entityversion}{forks}")
+        return Forecast("would_write", f"version {change.entityversion}{forks}")
+    return Forecast("superseded", f"version {standing.version} stands; kept as version {change.entityversion}{forks}")

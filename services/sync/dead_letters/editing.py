@@ -33,7 +33,7 @@ def event_in(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def edited(original: dict[str, Any] | None, wanted: dict[str, Any]) -> tuple[Entity, str, Any]:
+def edited_event(original: dict[str, Any] | None, wanted: dict[str, Any]) -> tuple[Entity, str, Any]:
     """(entity, event, state after it) of the event that an operator wants; raises InvalidInput that names the field."""
     for name in _NEEDED:
         if name not in wanted:

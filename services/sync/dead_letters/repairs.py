@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from services.sync.dead_letters import actions
-from services.sync.dead_letters.editing import difference, edited, event_in
-from services.sync.dead_letters.store import Letter, WholeLetter
-from services.sync.head import commit, head, mirrored, noted_afterwards, stored
+from services.sync.dead_letters.editing import difference, edited_event, event_in
+from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
+from services.sync.head import commit, current_head, head_in_mirror, head_in_postgres, record_first
 from shared.entities import registry
 from shared.entities.contract import now
 from shared.errors import InvalidInput
@@ -21,7 +21,7 @@ from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
 
 
-class Mending:
+class DeadLetterRepairs:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
         """`postgres` as the ops role."""
         self._postgres = postgres
@@ -30,15 +30,15 @@ class Mending:
 
     async def edit(
         self, id_: str, event: dict[str, Any], *, revision: int, why: str | None, actor: str, role: str
-    ) -> Letter:
+    ) -> DeadLetter:
         """Commits what the operator's event says as a new change at head + 1, and resolves the letter by it. Raises
         InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
-        with noted_afterwards("the letter") as recorded:
+        with record_first("the letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await actions.take(connection, id_, revision=revision)
                 original = event_in(letter.body)
-                entity, name, state = edited(original, event)
-                base = await head(connection, self._mirror, entity, state.restaurant_id, state.id)
+                entity, name, state = edited_event(original, event)
+                base = await current_head(connection, self._mirror, entity, state.restaurant_id, state.id)
                 recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor)
                 return await actions.replace(
                     connection,
@@ -52,12 +52,12 @@ class Mending:
                     role=role,
                 )
 
-    async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> Letter:
+    async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> DeadLetter:
         """What the mirror shows of it is taken back by a new change: to what PostgreSQL has, or deleted where that has
         none. Raises as `edit`."""
         if not why.strip():
             raise InvalidInput("a reason is needed", field="why")
-        with noted_afterwards("the letter") as recorded:
+        with record_first("the letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await actions.take(connection, id_, revision=revision)
                 recorded.change_id = await self._take_back(connection, letter, actor)
@@ -65,20 +65,20 @@ class Mending:
                     connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
                 )
 
-    async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> Letter:
-        with noted_afterwards("the letter"):
+    async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> DeadLetter:
+        with record_first("the letter"):
             async with self._postgres.connection() as connection, connection.transaction():
                 return await actions.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
 
-    async def _take_back(self, connection: Connection, letter: WholeLetter, actor: str) -> str | None:
+    async def _take_back(self, connection: Connection, letter: FullDeadLetter, actor: str) -> str | None:
         """The id of the change, or None where readers never saw the letter's."""
         entity = registry.ENTITIES.get(letter.entity or "")
         if entity is None or letter.restaurant_id is None or letter.entity_id is None or letter.change_id is None:
             return None
-        shown = await mirrored(self._mirror, entity, letter.restaurant_id, letter.entity_id)
+        shown = await head_in_mirror(self._mirror, entity, letter.restaurant_id, letter.entity_id)
         if shown is None or shown[0].change_id != letter.change_id:
             return None
-        before = await stored(connection, entity, letter.restaurant_id, letter.entity_id)
+        before = await head_in_postgres(connection, entity, letter.restaurant_id, letter.entity_id)
         if before is not None and before[0] >= shown[0]:
             return None  # PostgreSQL has it, or something later: nothing is left to take back
         if before is not None:

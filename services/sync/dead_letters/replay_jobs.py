@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.dead_letters import actions
-from services.sync.dead_letters.store import Wanted, conditions
+from services.sync.dead_letters.store import DeadLetterQuery, conditions
 from shared.entities.contract import Lane
 from shared.errors import Conflict, NotFound
 from shared.messaging.topology import lane_queue
@@ -34,46 +34,47 @@ _PLAN = (
 )
 _ANY = "select exists(select from dead_letters where id = any($1::uuid[]))"
 _MAKE = """
-insert into ops_jobs (kind, wanted, actor, why, per_second, canary) values ($1, $2::json, $3, $4, $5, $6)
+insert into replay_jobs (kind, wanted, actor, why, per_second, canary) values ($1, $2::json, $3, $4, $5, $6)
 returning id::text
 """
 # The oldest first: they have waited longest, and their successors are built on them.
 _CHOOSE = """
-insert into ops_job_letters (job_id, position, letter_id, fingerprint)
+insert into replay_job_items (job_id, position, letter_id, fingerprint)
 select {job}::uuid, row_number() over (order by l.first_failed_at, l.id), l.id, l.fingerprint
 from dead_letters l where {where} and l.status = 'open'
 """
-_TOTAL = "update ops_jobs set total = $2 where id = $1"
-_EMPTY = "update ops_jobs set state = 'done', message = 'no open letter matches', finished_at = now() where id = $1"
+_TOTAL = "update replay_jobs set total = $2 where id = $1"
+_EMPTY = "update replay_jobs set state = 'done', message = 'no open letter matches', finished_at = now() where id = $1"
 _COLUMNS = (
     "j.id::text, j.kind, j.state, j.wanted::text, j.actor, j.why, j.per_second, j.canary, j.total, j.cancel_asked,"
     " j.message, j.created_at, j.started_at, j.beat_at, j.finished_at"
 )
 _OUTCOMES = """
 select job_id::text, coalesce(outcome, 'waiting') as outcome, count(*)::int8 as n
-from ops_job_letters where job_id = any($1::uuid[]) group by 1, 2
+from replay_job_items where job_id = any($1::uuid[]) group by 1, 2
 """
-_LOCK = "select state from ops_jobs where id = $1 for update"
+_LOCK = "select state from replay_jobs where id = $1 for update"
 _CANCEL_WAITING = """
-update ops_jobs set cancel_asked = true, state = 'cancelled', message = 'cancelled before it began', finished_at = now()
+update replay_jobs
+set cancel_asked = true, state = 'cancelled', message = 'cancelled before it began', finished_at = now()
 where id = $1
 """
-_CANCEL = "update ops_jobs set cancel_asked = true where id = $1"
+_CANCEL = "update replay_jobs set cancel_asked = true where id = $1"
 _LETTERS = """
 select position, letter_id::text, outcome, again, detail, at
-from ops_job_letters
+from replay_job_items
 where job_id = $1 and position > $2
     and (cardinality($3::text[]) = 0 or coalesce(outcome, 'waiting') = any($3::text[]))
 order by position limit $4
 """
 _OF_LETTER = f"""
 select {_COLUMNS}, p.position, p.letter_id::text, p.outcome, p.again, p.detail, p.at
-from ops_job_letters p join ops_jobs j on j.id = p.job_id
+from replay_job_items p join replay_jobs j on j.id = p.job_id
 where p.letter_id = $1 order by j.created_at desc, j.id desc limit $2
 """  # noqa: S608
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class ReplayPlan(Struct, frozen=True, kw_only=True):
     """What a job would be about, now."""
 
     total: int
@@ -84,7 +85,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Those that were named and are not there, not open, or not among what the filter finds."""
 
 
-class Job(Struct, frozen=True, kw_only=True):
+class ReplayJob(Struct, frozen=True, kw_only=True):
     id: str
     kind: str
     """replay or dry_run"""
@@ -111,7 +112,7 @@ class Job(Struct, frozen=True, kw_only=True):
         return self.state in ("done", "cancelled", "stopped")
 
 
-class JobLetter(Struct, frozen=True, kw_only=True):
+class ReplayItem(Struct, frozen=True, kw_only=True):
     position: int
     letter_id: str
     outcome: str | None
@@ -121,7 +122,7 @@ class JobLetter(Struct, frozen=True, kw_only=True):
     at: datetime | None
 
 
-async def plan(connection: Connection, wanted: Wanted) -> Plan:
+async def plan(connection: Connection, wanted: DeadLetterQuery) -> ReplayPlan:
     """Of the open letters that match. Where letters are named and none of them is one: raises NotFound, or Conflict
     (`letter_not_open`) when there is at least one of them."""
     arguments: list[Any] = [list(wanted.ids)]
@@ -139,12 +140,12 @@ async def plan(connection: Connection, wanted: Wanted) -> Plan:
             raise NotFound("no such dead letter")
         raise Conflict("none of these letters is open and matches", code="letter_not_open")
     absent = tuple(id_ for id_ in dict.fromkeys(wanted.ids) if id_ not in named)
-    return Plan(total=sum(queues.values()), queues=queues, fingerprints=fingerprints, absent=absent)
+    return ReplayPlan(total=sum(queues.values()), queues=queues, fingerprints=fingerprints, absent=absent)
 
 
 async def make(
     connection: Connection,
-    wanted: Wanted,
+    wanted: DeadLetterQuery,
     *,
     kind: str,
     actor: str,
@@ -152,7 +153,7 @@ async def make(
     why: str | None = None,
     per_second: float = 50.0,
     canary: bool = True,
-) -> Job:
+) -> ReplayJob:
     """A job for the worker, with its audit, in a transaction of its own. With no letter that matches it is done at
     once. `kind`: replay or dry_run."""
     encoded = msgspec.json.encode(wanted).decode()
@@ -178,7 +179,7 @@ async def make(
     return await _known(connection, id_)
 
 
-async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why: str | None = None) -> Job:
+async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why: str | None = None) -> ReplayJob:
     """Nothing more of it is sent; what was sent takes its course. With its audit, in a transaction of its own. Raises
     NotFound, Conflict (`job_ended`)."""
     async with connection.transaction():
@@ -194,16 +195,19 @@ async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why
     return await _known(connection, id_)
 
 
-async def one(connection: Connection, id_: str) -> Job | None:
-    found = await _jobs(connection, await connection.fetch(f"select {_COLUMNS} from ops_jobs j where j.id = $1", id_))  # noqa: S608
+async def one(connection: Connection, id_: str) -> ReplayJob | None:
+    query = f"select {_COLUMNS} from replay_jobs j where j.id = $1"  # noqa: S608
+    found = await _jobs(connection, await connection.fetch(query, id_))
     return found[0] if found else None
 
 
-async def recent(connection: Connection, *, limit: int = 50, before: tuple[datetime, str] | None = None) -> list[Job]:
+async def recent(
+    connection: Connection, *, limit: int = 50, before: tuple[datetime, str] | None = None
+) -> list[ReplayJob]:
     """The newest first; `before`: (created_at, id) of the last one of the page before."""
     where = "(j.created_at, j.id) < ($2, $3::uuid)" if before else "true"
     rows = await connection.fetch(
-        f"select {_COLUMNS} from ops_jobs j where {where} order by j.created_at desc, j.id desc limit $1",  # noqa: S608
+        f"select {_COLUMNS} from replay_jobs j where {where} order by j.created_at desc, j.id desc limit $1",  # noqa: S608
         limit,
         *(before or ()),
     )
@@ -212,33 +216,33 @@ async def recent(connection: Connection, *, limit: int = 50, before: tuple[datet
 
 async def letters(
     connection: Connection, id_: str, *, outcomes: Sequence[str] = (), after: int = 0, limit: int = 200
-) -> list[JobLetter]:
+) -> list[ReplayItem]:
     """Of a job, in order, from the position behind `after` on."""
     rows = await connection.fetch(_LETTERS, id_, after, list(outcomes), limit)
-    return [JobLetter(**row) for row in rows]
+    return [ReplayItem(**row) for row in rows]
 
 
-async def of_letter(connection: Connection, letter_id: str, *, limit: int = 20) -> list[tuple[Job, JobLetter]]:
+async def of_letter(connection: Connection, letter_id: str, *, limit: int = 20) -> list[tuple[ReplayJob, ReplayItem]]:
     """The jobs that a letter was part of, the newest first."""
     rows = await connection.fetch(_OF_LETTER, letter_id, limit)
-    parts = [JobLetter(**{name: row[name] for name in JobLetter.__struct_fields__}) for row in rows]
+    parts = [ReplayItem(**{name: row[name] for name in ReplayItem.__struct_fields__}) for row in rows]
     return list(zip(await _jobs(connection, rows), parts, strict=True))
 
 
-async def _known(connection: Connection, id_: str) -> Job:
+async def _known(connection: Connection, id_: str) -> ReplayJob:
     job = await one(connection, id_)
     assert job is not None
     return job
 
 
-async def _jobs(connection: Connection, rows: "Iterable[asyncpg.Record]") -> list[Job]:
+async def _jobs(connection: Connection, rows: "Iterable[asyncpg.Record]") -> list[ReplayJob]:
     rows = list(rows)
     outcomes: dict[str, dict[str, int]] = {row["id"]: {} for row in rows}
     for job, outcome, n in await connection.fetch(_OUTCOMES, list(outcomes)):
         outcomes[job][outcome] = n
-    fields = [name for name in Job.__struct_fields__ if name != "outcomes"]
+    fields = [name for name in ReplayJob.__struct_fields__ if name != "outcomes"]
     return [
-        Job(
+        ReplayJob(
             **{**{name: row[name] for name in fields}, "wanted": msgspec.json.decode(row["wanted"])},
             outcomes=outcomes[row["id"]],
         )

@@ -16,9 +16,9 @@ from msgspec import Struct
 from shared.postgres.pool import Connection
 
 _CLAIM = """
-update ops_jobs set state = 'running', worker = $1, beat_at = now(), started_at = coalesce(started_at, now())
+update replay_jobs set state = 'running', worker = $1, beat_at = now(), started_at = coalesce(started_at, now())
 where id = (
-    select id from ops_jobs
+    select id from replay_jobs
     where state = 'waiting'
         or state = 'running' and worker is distinct from $1
             and (beat_at is null or beat_at < now() - make_interval(secs => $2))
@@ -27,22 +27,22 @@ where id = (
 returning id::text, kind, per_second, canary, total
 """
 _BEAT = """
-update ops_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'running' returning cancel_asked
+update replay_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'running' returning cancel_asked
 """
-_LET_GO = "update ops_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
+_LET_GO = "update replay_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
 _END = """
-update ops_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
+update replay_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
 returning true
 """
 # Nobody sends them any more, and nobody would open them again.
 _FREE = """
 with freed as (
     update dead_letters l set status = 'open', revision = l.revision + 1
-    from ops_job_letters p
+    from replay_job_items p
     where p.job_id = $1 and p.outcome = 'sending' and l.id = p.letter_id and l.status = 'replaying'
     returning l.id
 )
-update ops_job_letters p set outcome = 'failed', again = false, at = now(),
+update replay_job_items p set outcome = 'failed', again = false, at = now(),
     detail = 'the job ended before the broker had confirmed it'
 from freed where p.job_id = $1 and p.letter_id = freed.id and p.outcome = 'sending'
 """
@@ -51,37 +51,37 @@ select count(*) as letters, count(*) filter (where outcome is not null and outco
     count(*) filter (where outcome not in ('sending', 'sent')) as settled,
     count(*) filter (where outcome = 'failed') as failed,
     count(*) filter (where again) as again
-from ops_job_letters where job_id = $1
+from replay_job_items where job_id = $1
 """
 _NEXT = """
 select p.position, p.letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text, l.status
-from ops_job_letters p join dead_letters l on l.id = p.letter_id
+from replay_job_items p join dead_letters l on l.id = p.letter_id
 where p.job_id = $1 and (p.outcome is null or p.outcome = 'sending')
 order by p.position limit $2
 """
 _BEGIN = """
 with mine as (
     update dead_letters l set status = 'replaying', revision = l.revision + 1
-    from ops_job_letters p
+    from replay_job_items p
     where p.job_id = $1 and p.position = any($2::int[]) and l.id = p.letter_id
         and (l.status = 'open' and p.outcome is null or l.status = 'replaying' and p.outcome = 'sending')
     returning p.position
 )
-update ops_job_letters set outcome = 'sending', at = now()
+update replay_job_items set outcome = 'sending', at = now()
 where job_id = $1 and position in (select position from mine)
 returning position
 """
 _SENT = """
-update ops_job_letters set outcome = 'sent', at = now()
+update replay_job_items set outcome = 'sent', at = now()
 where job_id = $1 and position = any($2::int[]) and outcome = 'sending'
 """
 _NOTE = """
-update ops_job_letters set outcome = $3, detail = $4, again = $5, at = now()
+update replay_job_items set outcome = $3, detail = $4, again = $5, at = now()
 where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending' and $3 <> 'skipped')
 """
 _WRITTEN = "select true from changes where restaurant_id = $1 and change_id = $2"
 
-_ANY_UNDER_WAY = "select exists (select from ops_job_letters where outcome in ('sending', 'sent'))"
+_ANY_UNDER_WAY = "select exists (select from replay_job_items where outcome in ('sending', 'sent'))"
 _ALONE = "select pg_try_advisory_xact_lock(hashtext('ticketrail.replays.settle'))"
 
 # What is in `changes` is written, whichever copy of it was quicker.
@@ -89,7 +89,7 @@ _RESOLVE = """
 with written as (
     update dead_letters l set status = 'resolved', closed_at = now(), revision = l.revision + 1
     where l.status = 'replaying' and l.lane is not null
-        and exists (select from ops_job_letters p where p.letter_id = l.id and p.outcome = 'sent')
+        and exists (select from replay_job_items p where p.letter_id = l.id and p.outcome = 'sent')
         and exists (
             select from changes c where c.restaurant_id = l.restaurant_id and c.change_id = l.change_id
         )
@@ -98,7 +98,7 @@ with written as (
 select count(*) from written
 """
 _OUTCOMES = """
-update ops_job_letters p
+update replay_job_items p
 set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'resolved' else 'skipped' end,
     again = case l.status when 'open' then l.fingerprint = p.fingerprint end,
     detail = case l.status when 'open' then l.reason || ': ' || l.error when 'discarded' then 'discarded meanwhile' end,
@@ -106,11 +106,11 @@ set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'reso
 from dead_letters l
 where p.outcome in ('sending', 'sent') and l.id = p.letter_id and l.status <> 'replaying'
 """
-# A fence that went through the lane behind it, and after the whole ladder, would have come out behind it.
+# A heartbeat that went through the lane behind it, and after the whole ladder, would have come out behind it.
 _LOST = """
 with gone as (
     update dead_letters l set status = 'open', revision = l.revision + 1
-    from ops_job_letters p, fences f
+    from replay_job_items p, heartbeats f
     where p.outcome = 'sent' and l.id = p.letter_id and l.status = 'replaying' and f.lane = l.lane
         and f.sent_at > p.at + make_interval(secs => $1)
         and not exists (
@@ -118,7 +118,7 @@ with gone as (
         )
     returning l.id
 )
-update ops_job_letters p set outcome = 'failed', again = false, at = now(),
+update replay_job_items p set outcome = 'failed', again = false, at = now(),
     detail = 'nothing has come of it, although its lane was emptied since'
 from gone where p.letter_id = gone.id and p.outcome = 'sent'
 """
@@ -134,8 +134,8 @@ update dead_letters set status = 'resolved', closed_at = now(), revision = revis
 where id = $1 and status = 'replaying'
 """
 _OLD_JOBS = """
-delete from ops_jobs j where finished_at < now() - make_interval(days => $1)
-    and not exists (select from ops_job_letters p where p.job_id = j.id and p.outcome in ('sending', 'sent'))
+delete from replay_jobs j where finished_at < now() - make_interval(days => $1)
+    and not exists (select from replay_job_items p where p.job_id = j.id and p.outcome in ('sending', 'sent'))
 """
 
 

@@ -196,7 +196,7 @@ class Replays:
 
     async def _foresee(self, connection: Connection, job: Running, letter: ToReplay) -> None:
         if letter.status == "open":
-            found = await dry_run.foresee(connection, letter, self._mirror_writer, patience=self._patience)
+            found = await dry_run.forecast(connection, letter, self._mirror_writer, patience=self._patience)
             await steps.note(connection, job.id, letter.position, found.outcome, found.detail)
         else:
             await steps.note(connection, job.id, letter.position, "skipped", f"it is {letter.status}")
@@ -230,7 +230,8 @@ class Replays:
         return True
 
     async def _send(self, job: Running, letters: list[ToReplay]) -> None:
-        """Raises NotSent, InDoubt, MirrorAway, MirrorInDoubt: what is not noted as sent is sent at the next step."""
+        """Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt: what is not noted as sent is sent at the next
+        step."""
         of_lanes = [letter for letter in letters if letter.lane is not None]
         results = await asyncio.gather(*(self._publish(letter) for letter in of_lanes), return_exceptions=True)
         positions = [one.position for one, result in zip(of_lanes, results, strict=True) if result is None]

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from msgspec import Meta, Struct
 
-from services.sync.dead_letters.store import Wanted
+from services.sync.dead_letters.store import DeadLetterQuery
 from shared.entities.contract import Time, in_range
 from shared.errors import InvalidInput
 
@@ -16,14 +16,14 @@ Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=_NO_NUL)]
 Name = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 
 
-class Status(StrEnum):
+class DeadLetterStatus(StrEnum):
     OPEN = "open"
     REPLAYING = "replaying"
     RESOLVED = "resolved"
     DISCARDED = "discarded"
 
 
-class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": "from"}):
+class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": "from"}):
     queue: Name | None = None
     fingerprint: Name | None = None
     reason: Name | None = None
@@ -33,18 +33,18 @@ class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": 
     restaurant_id: UUID | None = None
     from_: Annotated[Time, Meta(description="by when it last failed")] | None = None
     to: Time | None = None
-    status: Status | None = None
+    status: DeadLetterStatus | None = None
     text: (
         Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL, description="in the error, place or body")]
         | None
     ) = None
 
-    def wanted(self, ids: tuple[str, ...] = ()) -> Wanted:
+    def wanted(self, ids: tuple[str, ...] = ()) -> DeadLetterQuery:
         """Raises InvalidInput."""
         for name, at in (("from", self.from_), ("to", self.to)):
             if at is not None and not in_range(at):
                 raise InvalidInput("a time between 1970 and 2200", field=name)
-        return Wanted(
+        return DeadLetterQuery(
             ids=ids,
             queue=self.queue,
             fingerprint=self.fingerprint,
@@ -60,12 +60,12 @@ class Filter(Struct, forbid_unknown_fields=True, kw_only=True, rename={"from_": 
         )
 
 
-class LettersQuery(Filter, kw_only=True, rename={"from_": "from"}):
+class DeadLettersQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
 
 
-class Replay(Filter, kw_only=True, rename={"from_": "from"}):
+class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
     """Which letters: `ids`, or a filter; of those the open ones. `dry_run`: what would happen, without doing it."""
 
     ids: Annotated[list[UUID], Meta(max_length=_MOST_IDS)] = []
@@ -75,7 +75,7 @@ class Replay(Filter, kw_only=True, rename={"from_": "from"}):
     why: Why | None = None
 
 
-class EditLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+class EditDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
     """`event`: restaurantid and subject as in the letter, type, and data.after with the whole state."""
 
     revision: Annotated[int, Meta(ge=1, description="of the letter as it was seen")]
@@ -83,17 +83,17 @@ class EditLetter(Struct, forbid_unknown_fields=True, kw_only=True):
     why: Why | None = None
 
 
-class DiscardLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+class DiscardDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
     revision: Annotated[int, Meta(ge=1)]
     why: Why
 
 
-class RestoreLetter(Struct, forbid_unknown_fields=True, kw_only=True):
+class RestoreDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
     revision: Annotated[int, Meta(ge=1)]
     why: Why | None = None
 
 
-class JobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+class ReplayJobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200)] | None = None
 
@@ -116,7 +116,7 @@ class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     since: Annotated[Time, Meta(description="without one the last hour")] | None = None
 
 
-class JobLettersQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+class ReplayItemsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     outcome: Name | None = None
     after: Annotated[int, Meta(ge=0)] = 0
     limit: Annotated[int, Meta(ge=1, le=500)] = 200

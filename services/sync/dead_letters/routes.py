@@ -12,27 +12,27 @@ from typing import Any
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.sync.conflicts.decisions import Deciding
+from services.sync.conflicts.decisions import ConflictDecisions
 from services.sync.dead_letters import actions, replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.actions import Act
-from services.sync.dead_letters.repairs import Mending, shown_body
-from services.sync.dead_letters.replay_jobs import Job, JobLetter, Plan
+from services.sync.dead_letters.actions import OperatorAction
+from services.sync.dead_letters.repairs import DeadLetterRepairs, shown_body
+from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob, ReplayPlan
 from services.sync.dead_letters.requests import (
-    DiscardLetter,
-    EditLetter,
-    Filter,
-    JobLettersQuery,
-    JobsQuery,
+    DeadLetterFilter,
+    DeadLettersQuery,
+    DiscardDeadLetter,
+    EditDeadLetter,
     LedgerQuery,
-    LettersQuery,
-    Replay,
-    RestoreLetter,
+    ReplayItemsQuery,
+    ReplayJobsQuery,
+    ReplayRequest,
+    RestoreDeadLetter,
 )
-from services.sync.dead_letters.store import Attempt, Edit, Group, Letter, Wanted
+from services.sync.dead_letters.store import Attempt, DeadLetter, DeadLetterEdit, DeadLetterGroup, DeadLetterQuery
 from services.sync.ledger import queues
 from services.sync.ledger.balance import Balance
-from services.sync.ledger.ledger import draw_up
+from services.sync.ledger.ledger import take_balance
 from shared.entities.contract import now
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http.bodies import read_body
@@ -40,7 +40,7 @@ from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
 from shared.http.server import Call, Reply, success
 from shared.mirror.mirror import Mirror
-from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.rail.commit import Rail
 from shared.security.tokens import Identity, Role
 from shared.settings import Settings
@@ -48,20 +48,22 @@ from shared.settings import Settings
 _TAG = "Dead letters"
 
 
-class Operators(Struct, frozen=True):
+class OperatorContext(Struct, frozen=True):
     """What these routes work with."""
 
     settings: Settings
     ops: Postgres
     api: Postgres
     mirror: Mirror
-    mending: Mending
-    deciding: Deciding
+    mending: DeadLetterRepairs
+    deciding: ConflictDecisions
 
     @classmethod
-    def of(cls, settings: Settings, api: Postgres, mirror: Mirror, rail: Rail) -> "Operators":
+    def of(cls, settings: Settings, api: Postgres, mirror: Mirror, rail: Rail) -> "OperatorContext":
         ops = Postgres(settings.database_ops_url, settings, size=4)
-        return cls(settings, ops, api, mirror, Mending(ops, mirror, rail), Deciding(ops, mirror, rail))
+        return cls(
+            settings, ops, api, mirror, DeadLetterRepairs(ops, mirror, rail), ConflictDecisions(ops, mirror, rail)
+        )
 
     @asynccontextmanager
     async def seen_by(self, who: Identity) -> AsyncIterator[Connection]:
@@ -73,24 +75,24 @@ class Operators(Struct, frozen=True):
             else:
                 async with self.api.tenant(who.tenant) as connection:
                     yield connection
-        except AWAY as error:
+        except UNAVAILABLE as error:
             raise Unavailable("this waits for the database", retry_after=2.0) from error
 
 
-def operators(request: Call) -> Operators:
-    found: Operators = request.app.state["operators"]
+def operator_context(request: Call) -> OperatorContext:
+    found: OperatorContext = request.app.state["operators"]
     return found
 
 
 class ReplayOf(Struct, frozen=True):
     """A job that this letter was part of."""
 
-    job: Job
-    letter: JobLetter
+    job: ReplayJob
+    letter: ReplayItem
 
 
-class Shown(Struct, frozen=True, kw_only=True):
-    letter: Letter
+class DeadLetterView(Struct, frozen=True, kw_only=True):
+    letter: DeadLetter
     attempts: tuple[Attempt, ...]
     headers: dict[str, Any]
     event: Any
@@ -98,14 +100,14 @@ class Shown(Struct, frozen=True, kw_only=True):
     body: str | None
     """As text where it is none, or too long; the whole of it, to the letter, at …/body."""
     body_cut: bool
-    edits: list[Edit]
+    edits: list[DeadLetterEdit]
     replays: list[ReplayOf]
-    acts: list[Act]
+    acts: list[OperatorAction]
 
 
 class Planned(Struct, frozen=True):
-    plan: Plan
-    job: Job
+    plan: ReplayPlan
+    job: ReplayJob
 
 
 # -- looking -----------------------------------------------------------------------------------------------------
@@ -117,14 +119,14 @@ class Planned(Struct, frozen=True):
     action="dead_letters.read",
     tag=_TAG,
     summary="List dead letters, the newest failure first",
-    query=LettersQuery,
-    answer=Letter,
+    query=DeadLettersQuery,
+    answer=DeadLetter,
     many=True,
 )
 async def list_letters(request: Call) -> ASGIApp:
-    query = read_query(request, LettersQuery)
+    query = read_query(request, DeadLettersQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         found = await dead_letter_store.page(connection, query.wanted(), before=before, limit=query.limit + 1)
     page, pagination = page_of(found, query.limit, lambda one: (one.last_failed_at, one.id))
     return success(page, pagination=pagination)
@@ -137,12 +139,12 @@ async def list_letters(request: Call) -> ASGIApp:
     tag=_TAG,
     summary="Dead letters by what they died of, the most first",
     description="`trend`: how many died last in each of the past 24 hours, the oldest hour first.",
-    query=Filter,
-    answer=list[Group],
+    query=DeadLetterFilter,
+    answer=list[DeadLetterGroup],
 )
 async def list_groups(request: Call) -> ASGIApp:
-    query = read_query(request, Filter)
-    async with operators(request).seen_by(request.identity) as connection:
+    query = read_query(request, DeadLetterFilter)
+    async with operator_context(request).seen_by(request.identity) as connection:
         return success(await dead_letter_store.groups(connection, query.wanted()))
 
 
@@ -152,13 +154,13 @@ async def list_groups(request: Call) -> ASGIApp:
     action="dead_letters.read",
     tag=_TAG,
     summary="Show a dead letter with all that is known of it",
-    answer=Shown,
+    answer=DeadLetterView,
     errors=(404,),
 )
 async def get_letter(request: Call, letter_id: str) -> ASGIApp:
     id_, who = path_id(letter_id, "letter_id"), request.identity
-    async with operators(request).seen_by(who) as connection:
-        return success(await show(connection, id_, operator=who.role is Role.OPERATOR))
+    async with operator_context(request).seen_by(who) as connection:
+        return success(await dead_letter_view(connection, id_, operator=who.role is Role.OPERATOR))
 
 
 @endpoint(
@@ -172,21 +174,21 @@ async def get_letter(request: Call, letter_id: str) -> ASGIApp:
 )
 async def get_body(request: Call, letter_id: str) -> ASGIApp:
     id_ = path_id(letter_id, "letter_id")
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         letter = await dead_letter_store.one(connection, id_)
     if letter is None:
         raise NotFound("no such dead letter")
     return Reply(letter.body, content_type=b"application/octet-stream")
 
 
-async def show(connection: Connection, id_: str, *, operator: bool) -> Shown:
+async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
     """What admins may not see (edits, replays and acts name other people's work) is left out. Raises NotFound."""
     letter = await dead_letter_store.one(connection, id_)
     if letter is None:
         raise NotFound("no such dead letter")
     event, body, cut = shown_body(letter.body)
-    return Shown(
-        letter=Letter(**{name: getattr(letter, name) for name in Letter.__struct_fields__}),
+    return DeadLetterView(
+        letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
         attempts=letter.attempts,
         headers=letter.headers,
         event=event,
@@ -210,19 +212,19 @@ async def show(connection: Connection, id_: str, *, operator: bool) -> Shown:
     description="Answers with the plan and the job that does it. A dry run executes each in a transaction that is"
     " rolled back, and says in the job's letters what would happen. Of letters that are named those that are not open"
     " are in the plan's `absent`; where none is, there is no job.",
-    body=Replay,
+    body=ReplayRequest,
     answer=Planned,
     status=202,
     errors=(404, 409),
     example={"fingerprint": "3f2a9c01d4be", "dry_run": True},
 )
 async def replay(request: Call) -> ASGIApp:
-    wanted, who = read_body(await request.whole_body(), Replay), request.identity
+    wanted, who = read_body(await request.whole_body(), ReplayRequest), request.identity
     chosen = wanted.wanted(tuple(str(id_) for id_ in wanted.ids))
-    if chosen == Wanted():
+    if chosen == DeadLetterQuery():
         raise InvalidInput("name letters by ids or by a filter, such as a fingerprint or a status", field="ids")
     async with (
-        operators(request).seen_by(who) as connection,
+        operator_context(request).seen_by(who) as connection,
         connection.transaction(isolation="repeatable_read"),  # the plan tells what the job is about
     ):
         plan = await replay_jobs.plan(connection, chosen)
@@ -245,14 +247,14 @@ async def replay(request: Call) -> ASGIApp:
     action="dead_letters.mend",
     tag=_TAG,
     summary="List replays and dry runs, the newest first",
-    query=JobsQuery,
-    answer=Job,
+    query=ReplayJobsQuery,
+    answer=ReplayJob,
     many=True,
 )
 async def list_jobs(request: Call) -> ASGIApp:
-    query = read_query(request, JobsQuery)
+    query = read_query(request, ReplayJobsQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         found = await replay_jobs.recent(connection, limit=query.limit + 1, before=before)
     page, pagination = page_of(found, query.limit, lambda one: (one.created_at, one.id))
     return success(page, pagination=pagination)
@@ -264,12 +266,12 @@ async def list_jobs(request: Call) -> ASGIApp:
     action="dead_letters.mend",
     tag=_TAG,
     summary="How far a replay has come",
-    answer=Job,
+    answer=ReplayJob,
     errors=(404,),
 )
 async def get_job(request: Call, replay_id: str) -> ASGIApp:
     id_ = path_id(replay_id, "replay_id")
-    async with operators(request).seen_by(request.identity) as connection:
+    async with operator_context(request).seen_by(request.identity) as connection:
         job = await replay_jobs.one(connection, id_)
     if job is None:
         raise NotFound("no such job")
@@ -282,13 +284,13 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.mend",
     tag=_TAG,
     summary="What became of each letter of a job",
-    query=JobLettersQuery,
-    answer=list[JobLetter],
+    query=ReplayItemsQuery,
+    answer=list[ReplayItem],
     errors=(404,),
 )
 async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
-    id_, query = path_id(replay_id, "replay_id"), read_query(request, JobLettersQuery)
-    async with operators(request).seen_by(request.identity) as connection:
+    id_, query = path_id(replay_id, "replay_id"), read_query(request, ReplayItemsQuery)
+    async with operator_context(request).seen_by(request.identity) as connection:
         if await replay_jobs.one(connection, id_) is None:
             raise NotFound("no such job")
         outcomes = (query.outcome,) if query.outcome else ()
@@ -302,12 +304,12 @@ async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.mend",
     tag=_TAG,
     summary="Cancel a replay: nothing more of it is sent",
-    answer=Job,
+    answer=ReplayJob,
     errors=(404, 409),
 )
 async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     id_, who = path_id(replay_id, "replay_id"), request.identity
-    async with operators(request).seen_by(who) as connection:
+    async with operator_context(request).seen_by(who) as connection:
         return success(await replay_jobs.cancel(connection, id_, actor=who.email or who.user_id, role=who.role))
 
 
@@ -321,8 +323,8 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     tag=_TAG,
     summary="Mend a dead letter by hand: a new change at head + 1",
     description="Checked against the contract. What says whose it is stays. The letter is kept, with what differs.",
-    body=EditLetter,
-    answer=Letter,
+    body=EditDeadLetter,
+    answer=DeadLetter,
     errors=(404, 409, 504),
     example={
         "revision": 1,
@@ -337,10 +339,10 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
 )
 async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
     id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), EditLetter)
+    wanted = read_body(await request.whole_body(), EditDeadLetter)
     actor = who.email or who.user_id
     return success(
-        await operators(request).mending.edit(
+        await operator_context(request).mending.edit(
             id_, wanted.event, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -353,17 +355,17 @@ async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
     tag=_TAG,
     summary="Discard a dead letter, with the reason",
     description="What readers saw of it is taken back by a new change. It can be restored within the retention.",
-    body=DiscardLetter,
-    answer=Letter,
+    body=DiscardDeadLetter,
+    answer=DeadLetter,
     errors=(404, 409, 504),
     example={"revision": 1, "why": "a test of the terminal"},
 )
 async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
     id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), DiscardLetter)
+    wanted = read_body(await request.whole_body(), DiscardDeadLetter)
     actor = who.email or who.user_id
     return success(
-        await operators(request).mending.discard(
+        await operator_context(request).mending.discard(
             id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -375,17 +377,17 @@ async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
     action="dead_letters.mend",
     tag=_TAG,
     summary="Restore a dead letter that was discarded",
-    body=RestoreLetter,
-    answer=Letter,
+    body=RestoreDeadLetter,
+    answer=DeadLetter,
     errors=(404, 409),
     example={"revision": 2},
 )
 async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
     id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), RestoreLetter)
+    wanted = read_body(await request.whole_body(), RestoreDeadLetter)
     actor = who.email or who.user_id
     return success(
-        await operators(request).mending.restore(
+        await operator_context(request).mending.restore(
             id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
         )
     )
@@ -398,10 +400,10 @@ async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
     tag="Operators",
     summary="How full the queues are",
     description="From the management API; where that is away from the broker, without rates.",
-    answer=queues.Queues,
+    answer=queues.QueuesReport,
 )
 async def get_queues(request: Call) -> ASGIApp:
-    parts = operators(request)
+    parts = operator_context(request)
     return success(await queues.look(parts.settings, parts.ops))
 
 
@@ -411,14 +413,14 @@ async def get_queues(request: Call) -> ASGIApp:
     action="ops.read",
     tag="Operators",
     summary="Where every accepted change is, and which are nowhere",
-    description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two fences.",
+    description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two heartbeats.",
     query=LedgerQuery,
     answer=Balance,
 )
 async def get_ledger(request: Call) -> ASGIApp:
-    query, parts = read_query(request, LedgerQuery), operators(request)
+    query, parts = read_query(request, LedgerQuery), operator_context(request)
     since = query.since or now() - timedelta(hours=1)
-    return success(await draw_up(parts.settings, parts.ops, parts.mirror, since=since))
+    return success(await take_balance(parts.settings, parts.ops, parts.mirror, since=since))
 
 
 ROUTES = [

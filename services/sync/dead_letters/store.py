@@ -3,7 +3,7 @@
 
 A letter is open, replaying (on its way through its lane again), resolved (what it carried is written, or was replaced
 by an edit) or discarded. Every act and every death moves its `revision`: whoever acts says which one they have seen,
-and of two the second is told (Conflict `letter_changed`).
+and of two the second is told (Conflict `dead_letter_changed`).
 
 Connections: of the writer role in the worker, of the ops role for operators; of the api role, inside `Postgres.tenant`,
 for the admins of a restaurant: row-level security shows them their own letters alone.
@@ -43,7 +43,7 @@ class Attempt(Struct, frozen=True):
     place: str
 
 
-class NewLetter(Struct, frozen=True, kw_only=True):
+class NewDeadLetter(Struct, frozen=True, kw_only=True):
     """What the keeper has read out of one dead message (services/sync/failures/parsing.py)."""
 
     digest: bytes
@@ -74,7 +74,7 @@ class NewLetter(Struct, frozen=True, kw_only=True):
     """The letter whose replay this is the end of."""
 
 
-class Letter(Struct, frozen=True, kw_only=True):
+class DeadLetter(Struct, frozen=True, kw_only=True):
     id: str
     queue: str
     lane: str | None
@@ -104,14 +104,14 @@ class Letter(Struct, frozen=True, kw_only=True):
     body_bytes: int
 
 
-class WholeLetter(Letter, frozen=True, kw_only=True):
+class FullDeadLetter(DeadLetter, frozen=True, kw_only=True):
     attempts: tuple[Attempt, ...]
     headers: dict[str, Any]
     body: bytes
     """As received."""
 
 
-class Edit(Struct, frozen=True, kw_only=True):
+class DeadLetterEdit(Struct, frozen=True, kw_only=True):
     id: str
     at: datetime
     actor: str
@@ -121,7 +121,7 @@ class Edit(Struct, frozen=True, kw_only=True):
     change_id: str
 
 
-class Group(Struct, frozen=True, kw_only=True):
+class DeadLetterGroup(Struct, frozen=True, kw_only=True):
     """Letters that died of the same."""
 
     fingerprint: str
@@ -139,7 +139,7 @@ class Group(Struct, frozen=True, kw_only=True):
     """How many died last in each of the past 24 hours, the oldest hour first."""
 
 
-class Wanted(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Which letters; what is not set does not narrow. Ids must be UUIDs as text."""
 
     ids: tuple[str, ...] = ()
@@ -170,13 +170,13 @@ _WHOLE = f"select {_COLUMNS}, attempts::text, headers::text, body from dead_lett
 _SAMPLES = "select id, reason, place, error from dead_letters where id = any($1)"
 _EDITS = """
 select id::text, at, actor, why, event::text, difference::text, change_id::text
-from letter_edits where letter_id = $1 order by at, id
+from dead_letter_edits where letter_id = $1 order by at, id
 """
 
 
 # -- keeping (the worker) --------------------------------------------------------------------------------------------
 
-_NEW: Sequence[tuple[str, str, Callable[[NewLetter], Any]]] = (
+_NEW: Sequence[tuple[str, str, Callable[[NewDeadLetter], Any]]] = (
     *((name, "text", attrgetter(name)) for name in ("queue", "lane", "entity", "type", "source", "terminal_id")),
     *((name, "text", attrgetter(name)) for name in ("trace_id", "reason", "error", "place", "fingerprint")),
     *((name, "uuid", attrgetter(name)) for name in ("restaurant_id", "change_id", "entity_id")),
@@ -207,12 +207,12 @@ where closed_at < now() - make_interval(days => $1) and status in ('resolved', '
 """
 
 
-async def keep(connection: Connection, letters: Sequence[NewLetter]) -> list[NewLetter]:
+async def keep(connection: Connection, letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter]:
     """Keeps them all or none, in a transaction of its own; returns those whose death is news.
 
     A letter that is here already has died again: attempts appended, one death more, open again, the revision moves. One
     that was delivered twice (its failure is here already) changes nothing. Takes it off `retries` in the same step."""
-    first: dict[bytes, NewLetter] = {}
+    first: dict[bytes, NewDeadLetter] = {}
     for letter in letters:
         first.setdefault(letter.digest, letter)
     fresh = [first[digest] for digest in sorted(first)]  # in one order everywhere: keepers must not deadlock
@@ -233,7 +233,7 @@ async def keep(connection: Connection, letters: Sequence[NewLetter]) -> list[New
     return news
 
 
-async def _died_again(connection: Connection, letter: NewLetter) -> bool:
+async def _died_again(connection: Connection, letter: NewDeadLetter) -> bool:
     known = await connection.fetchrow(_KNOWN, letter.digest)
     if known is None or letter.lane is None:
         return False
@@ -276,7 +276,7 @@ async def open_letters(connection: Connection) -> int:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def conditions(wanted: Wanted, arguments: list[Any]) -> str:
+def conditions(wanted: DeadLetterQuery, arguments: list[Any]) -> str:
     """Of a statement on `dead_letters l`, as SQL; adds to its arguments."""
     found = ["true"]
 
@@ -308,8 +308,8 @@ def conditions(wanted: Wanted, arguments: list[Any]) -> str:
 
 
 async def page(
-    connection: Connection, wanted: Wanted, *, before: Cursor | None = None, limit: int = 50
-) -> list[Letter]:
+    connection: Connection, wanted: DeadLetterQuery, *, before: Cursor | None = None, limit: int = 50
+) -> list[DeadLetter]:
     """The newest failure first. Ask for one more than a page to know whether there is another."""
     arguments: list[Any] = []
     where = conditions(wanted, arguments)
@@ -321,17 +321,17 @@ async def page(
         f" order by l.last_failed_at desc, l.id desc limit {int(limit)}",
         *arguments,
     )
-    return [Letter(**row) for row in rows]
+    return [DeadLetter(**row) for row in rows]
 
 
-async def count(connection: Connection, wanted: Wanted) -> int:
+async def count(connection: Connection, wanted: DeadLetterQuery) -> int:
     arguments: list[Any] = []
     where = conditions(wanted, arguments)
     found: int = await connection.fetchval(f"select count(*) from dead_letters l where {where}", *arguments)  # noqa: S608
     return found
 
 
-async def groups(connection: Connection, wanted: Wanted, *, limit: int = 100) -> list[Group]:
+async def groups(connection: Connection, wanted: DeadLetterQuery, *, limit: int = 100) -> list[DeadLetterGroup]:
     """By fingerprint, the most letters first."""
     arguments: list[Any] = []
     where = conditions(wanted, arguments)
@@ -357,7 +357,7 @@ async def groups(connection: Connection, wanted: Wanted, *, limit: int = 100) ->
         trends[fingerprint][_TREND_HOURS - 1 - max(ago, 0)] += n
     sampled = {row["id"]: row for row in samples}
     return [
-        Group(
+        DeadLetterGroup(
             fingerprint=row["fingerprint"],
             reason=sample["reason"],
             place=sample["place"],
@@ -375,22 +375,22 @@ async def groups(connection: Connection, wanted: Wanted, *, limit: int = 100) ->
     ]
 
 
-async def one(connection: Connection, id_: str) -> WholeLetter | None:
+async def one(connection: Connection, id_: str) -> FullDeadLetter | None:
     row = await connection.fetchrow(_WHOLE, id_)
     return None if row is None else _whole(row)
 
 
-async def edits(connection: Connection, id_: str) -> list[Edit]:
+async def edits(connection: Connection, id_: str) -> list[DeadLetterEdit]:
     """The oldest first. Not for the api role."""
     return [
-        Edit(**{**row, "event": _read(row["event"]), "difference": _read(row["difference"])})
+        DeadLetterEdit(**{**row, "event": _read(row["event"]), "difference": _read(row["difference"])})
         for row in await connection.fetch(_EDITS, id_)
     ]
 
 
-def _whole(row: "asyncpg.Record") -> WholeLetter:
+def _whole(row: "asyncpg.Record") -> FullDeadLetter:
     attempts = msgspec.json.decode(row["attempts"], type=tuple[Attempt, ...])
-    return WholeLetter(**{**row, "attempts": attempts, "headers": _read(row["headers"])})
+    return FullDeadLetter(**{**row, "attempts": attempts, "headers": _read(row["headers"])})
 
 
 def _json(value: Any) -> str:

@@ -18,7 +18,7 @@ import asyncpg
 from msgspec import Struct
 
 from shared.entities.contract import BrokenContract
-from shared.postgres.pool import AWAY
+from shared.postgres.pool import UNAVAILABLE
 
 UNKNOWN_PLACE = "unknown"
 _LONGEST_ERROR = 500
@@ -45,14 +45,14 @@ _BY_SQLSTATE = {
 }
 
 
-class Kind(StrEnum):
-    AWAY = "away"
+class FailureKind(StrEnum):
+    UNAVAILABLE = "away"
     TRANSIENT = "transient"
     POISON = "poison"
 
 
 class Failure(Struct, frozen=True):
-    kind: Kind
+    kind: FailureKind
     reason: str
     """Stable: dead letters are grouped by it."""
     error: str
@@ -66,16 +66,18 @@ class Failure(Struct, frozen=True):
 def classify(error: Exception) -> Failure:
     text, place = describe(error), place_of(error)
     if isinstance(error, BrokenContract):
-        return Failure(Kind.POISON, error.reason, text, place)
+        return Failure(FailureKind.POISON, error.reason, text, place)
     if isinstance(error, asyncpg.PostgresError):
         sqlstate = error.sqlstate or ""
         for length in (5, 2):
             if kind := _BY_SQLSTATE.get(sqlstate[:length]):
-                reason = {"away": "postgres_away", "transient": "transient", "poison": "refused_by_postgres"}[kind]
-                return Failure(Kind(kind), reason, text, place, timed_out=sqlstate in ("57014", "55P03"))
-    if isinstance(error, AWAY):
-        return Failure(Kind.AWAY, "postgres_away", text, place)
-    return Failure(Kind.TRANSIENT, "unexpected", text, place)
+                reason = {"away": "postgres_unavailable", "transient": "transient", "poison": "refused_by_postgres"}[
+                    kind
+                ]
+                return Failure(FailureKind(kind), reason, text, place, timed_out=sqlstate in ("57014", "55P03"))
+    if isinstance(error, UNAVAILABLE):
+        return Failure(FailureKind.UNAVAILABLE, "postgres_unavailable", text, place)
+    return Failure(FailureKind.TRANSIENT, "unexpected", text, place)
 
 
 def place_of(error: BaseException) -> str:

@@ -16,9 +16,18 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from services.sync.dead_letters.store import Attempt, NewLetter
+from services.sync.dead_letters.store import Attempt, NewDeadLetter
 from services.sync.failures.classification import UNKNOWN_PLACE, clip, fingerprint
-from services.sync.failures.retry_ladder import ATTEMPTS, ERROR, FAILED_AT, PLACE, REASON, REPLAY, alone, attempts_in
+from services.sync.failures.retry_ladder import (
+    ATTEMPTS,
+    ERROR,
+    FAILED_AT,
+    PLACE,
+    REASON,
+    REPLAY,
+    attempts_in,
+    single_change_body,
+)
 from shared.entities.contract import BrokenContract, Lane, in_range, split_batch
 from shared.observability.tracing import trace_id_of
 
@@ -32,16 +41,16 @@ _DEEPEST = 4
 _CANONICAL = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def letters_of(
+def parse_dead_letters(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], received_at: datetime
-) -> list[NewLetter]:
+) -> list[NewDeadLetter]:
     """`lane`: whose dead queue it is; None for that of the mirror writer. At least one letter."""
-    attempts = attempts_of(headers, received_at)
+    attempts = parse_attempts(headers, received_at)
     by_broker = attempts[-1].place == BROKER
     return [_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
 
 
-def attempts_of(headers: Mapping[str, Any], received_at: datetime) -> tuple[Attempt, ...]:
+def parse_attempts(headers: Mapping[str, Any], received_at: datetime) -> tuple[Attempt, ...]:
     """What is known of its failures, at least one. Our own publishes carry no `x-death`: with one the broker did it."""
     attempts = attempts_in(headers)
     reason = headers.get(REASON)
@@ -89,14 +98,14 @@ class _Glimpse(Struct):
 
 def _letter(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], attempts: tuple[Attempt, ...]
-) -> NewLetter:
+) -> NewDeadLetter:
     seen, last = _glimpse(body), attempts[-1]
     restaurant = _uuid(seen.restaurantid)
     entity, _, entity_id = seen.subject.partition("/") if isinstance(seen.subject, str) else ("", "", "")
     source = _name(seen.source)
     version = seen.entityversion
     replay = headers.get(REPLAY)
-    return NewLetter(
+    return NewDeadLetter(
         digest=digest(queue, body),
         queue=queue,
         lane=None if lane is None else lane.value,
@@ -131,7 +140,7 @@ def digest(queue: str, body: bytes) -> bytes:
 
 def _parts(body: bytes) -> list[bytes]:
     try:
-        return [alone(event) for event in split_batch(body)] or [body]
+        return [single_change_body(event) for event in split_batch(body)] or [body]
     except BrokenContract:
         return [body]
 

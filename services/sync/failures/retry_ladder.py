@@ -18,7 +18,7 @@ import structlog
 from msgspec import Struct
 
 from services.sync.dead_letters.store import Attempt, bounded
-from services.sync.failures.classification import Failure, Kind, clip
+from services.sync.failures.classification import Failure, FailureKind, clip
 from services.sync.failures.retry_store import Retry
 from shared.backoff import backoff
 from shared.entities.contract import Change, Lane, encode, encode_batch, in_range
@@ -57,7 +57,7 @@ _PATIENCE, _BYTES_PER_SECOND = 10.0, 1_000_000
 Headers = dict[str, int | str]
 
 
-class Failed(Struct, frozen=True):
+class FailedChange(Struct, frozen=True):
     """A change that could not be written, or a whole message that cannot be taken apart."""
 
     body: bytes
@@ -78,18 +78,18 @@ class Failed(Struct, frozen=True):
         return (before if isinstance(before, int) and before > 0 else 0) + 1
 
 
-def alone(event: bytes) -> bytes:
+def single_change_body(event: bytes) -> bytes:
     """The body of a message with one change in it."""
     return encode_batch((event,))
 
 
-def destination(failed: Failed, lane: Lane, steps_ms: tuple[int, ...]) -> str:
-    if failed.failure.kind is Kind.POISON or failed.attempt > len(steps_ms):
+def destination(failed: FailedChange, lane: Lane, steps_ms: tuple[int, ...]) -> str:
+    if failed.failure.kind is FailureKind.POISON or failed.attempt > len(steps_ms):
         return topology.dead_queue(lane)
     return topology.retry_queue(lane, steps_ms[failed.attempt - 1])
 
 
-def headers_for(failed: Failed, lane: str) -> Headers:
+def headers_for(failed: FailedChange, lane: str) -> Headers:
     kept = _kept(failed.headers)
     at = failed.at.isoformat()
     return {
@@ -134,13 +134,13 @@ def attempts_in(headers: Mapping[str, Any]) -> list[Attempt]:
     ]
 
 
-def _attempts(failed: Failed) -> list[Attempt]:
+def _attempts(failed: FailedChange) -> list[Attempt]:
     failure = failed.failure
     this = Attempt(failed.at, failure.reason, clip(failure.error, _LONGEST_ATTEMPT), failure.place)
     return bounded([*attempts_in(failed.headers), this], _MOST_ATTEMPTS)
 
 
-def for_the_mirror(failed: Failed) -> bytes:
+def for_the_mirror(failed: FailedChange) -> bytes:
     """What readers see of it: JSON {"error", "attempts", "last_attempt"}."""
     return encode({"error": failed.failure.error, "attempts": failed.attempt, "last_attempt": failed.at})
 
@@ -150,17 +150,17 @@ def patience(size: int) -> float:
     return _PATIENCE + size / _BYTES_PER_SECOND
 
 
-class Ladder:
+class RetryLadder:
     def __init__(self, publisher: Publisher, steps_ms: tuple[int, ...], metrics: WriterMetrics) -> None:
         self._metrics = metrics
         self._publisher = publisher
         self._steps_ms = steps_ms
 
-    def is_dead(self, failed: Failed, lane: Lane) -> bool:
+    def is_dead(self, failed: FailedChange, lane: Lane) -> bool:
         """It has no way up."""
         return destination(failed, lane, self._steps_ms) == topology.dead_queue(lane)
 
-    async def send(self, failed: Sequence[Failed], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
+    async def send(self, failed: Sequence[FailedChange], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
         """Returns when all are confirmed, or when their messages are not `ours` any more: the broker delivers those
         again. Gives those that are on a rung of the ladder now, as far as they can be read.
 
@@ -185,7 +185,7 @@ class Ladder:
             if one.change is not None and not self.is_dead(one, lane)
         ]
 
-    async def _send(self, failed: Failed, lane: Lane, ours: Callable[[], bool], timeout: float) -> None:
+    async def _send(self, failed: FailedChange, lane: Lane, ours: Callable[[], bool], timeout: float) -> None:
         queue = destination(failed, lane, self._steps_ms)
         headers = headers_for(failed, lane)
         log.warning(
@@ -209,8 +209,8 @@ class Ladder:
             await asyncio.sleep(backoff(attempt))
 
 
-def _groups(failed: Sequence[Failed]) -> Iterator[list[Failed]]:
-    group: list[Failed] = []
+def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:
+    group: list[FailedChange] = []
     size = 0
     for one in failed:
         if group and (size + len(one.body) > _MOST_BYTES or len(group) >= _MOST_UNDER_WAY):
@@ -230,7 +230,7 @@ class _Glimpse(Struct):
     subject: Any = None
 
 
-def _identity(failed: Failed) -> Headers:
+def _identity(failed: FailedChange) -> Headers:
     """Whose it is, as far as that can be read: operators search dead letters by it."""
     try:
         seen = msgspec.json.decode(failed.body, type=list[_Glimpse])

@@ -7,9 +7,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from services.sync.command_session import Session, run
-from services.sync.imports.external_order_upserts import Upserts
-from services.sync.imports.importer import Importer, Refused, Report
+from services.sync.command_session import CommandSession, run
+from services.sync.imports.external_order_upserts import ExternalOrderUpserts
+from services.sync.imports.importer import Importer, ImportReport, RefusedRow
 from services.sync.imports.sources import count, source_of
 from shared.entities.contract import encode
 from shared.settings import Settings
@@ -47,20 +47,20 @@ def import_command(source: str, restaurant: Any, query: str | None, refused: Any
         sys.exit(1)
 
 
-def _plain(report: Report) -> dict[str, int]:
+def _plain(report: ImportReport) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__struct_fields__}
 
 
 async def _import(
     settings: Settings, name: str, restaurant: str | None, query: str | None, again: bool, quiet: bool
-) -> tuple[Report, list[Refused]]:
+) -> tuple[ImportReport, list[RefusedRow]]:
     source = source_of(name, query)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     quiet = quiet or not console.is_terminal
     total = None if quiet else count(source)
-    async with Session(settings) as session:
-        upserts = Upserts(
+    async with CommandSession(settings) as session:
+        upserts = ExternalOrderUpserts(
             session.postgres, session.mirror, session.rail, source="import", window_days=settings.mirror_window_days
         )
         with Progress(*columns, console=console, disable=quiet) as bar:

@@ -12,14 +12,14 @@ from msgspec import Struct
 
 from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
 from shared.entities import order as orders
-from shared.entities.contract import Lane, Standing, now
+from shared.entities.contract import Head, Lane, now
 from shared.entities.order import Order
 from shared.errors import Conflict, NotFound, Unavailable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
-from shared.rail.commit import Draft, Lost, Rail
+from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.rail.commit import ClaimLost, Draft, Rail
 from shared.restaurants import Restaurant, find_restaurant
 
 _ENTITY = orders.ENTITY
@@ -28,13 +28,13 @@ _WAIT_SECONDS = 4.0
 _REMEMBER_SECONDS = 60.0
 
 
-class Upserted(Struct, frozen=True):
+class UpsertedOrder(Struct, frozen=True):
     outcome: Literal["created", "updated", "unchanged"]
     order: Order
-    standing: Standing
+    standing: Head
 
 
-class Upserts:
+class ExternalOrderUpserts:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, *, source: str, window_days: int) -> None:
         """`window_days`: of the mirror."""
         self._postgres = postgres
@@ -55,17 +55,17 @@ class Upserts:
             seen = await asyncio.gather(
                 *(self._mirror.read(restaurant, _ENTITY.name, ids) for restaurant, ids in by_restaurant.items())
             )
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return set()
         found: set[str] = set()
         async with self._postgres.connection() as connection:
             for (restaurant, ids), (warm, documents) in zip(by_restaurant.items(), seen, strict=True):
                 missing = [id_ for id_, document in zip(ids, documents, strict=True) if warm and document is None]
-                stored = await states.standings(connection, _ENTITY, restaurant, missing) if missing else {}
+                stored = await states.heads(connection, _ENTITY, restaurant, missing) if missing else {}
                 found.update(id_ for id_ in missing if id_ not in stored)
         return found
 
-    async def upsert(self, wanted: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> Upserted:
+    async def upsert(self, wanted: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> UpsertedOrder:
         """`lane`: by default the one that the order deserves; `new`: no store had it a moment ago, and a claim says if
         that has changed. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
         restaurant = await self.restaurant(str(wanted.restaurant_id))
@@ -84,7 +84,7 @@ class Upserts:
                     state = new_order(wanted, terms, at)
                 after = merged(before, state, dated=wanted.updated_at is not None, at=at)
                 if after is None:
-                    return Upserted("unchanged", before, base)
+                    return UpsertedOrder("unchanged", before, base)
                 state = after
             draft = Draft(
                 entity=_ENTITY,
@@ -99,13 +99,13 @@ class Upserts:
             )
             try:
                 done = await self._rail.commit(draft)
-            except Lost as lost:
+            except ClaimLost as lost:
                 if time.monotonic() > deadline:
                     raise Conflict("others change this order again and again", code="version_conflict") from lost
                 tried += 1
                 await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
                 continue
-            return Upserted("created" if before is None else "updated", done.state, done.standing)
+            return UpsertedOrder("created" if before is None else "updated", done.state, done.standing)
 
     async def restaurant(self, id_: str) -> Restaurant:
         """Raises NotFound, Unavailable."""
@@ -115,7 +115,7 @@ class Upserts:
         try:
             async with self._postgres.connection() as connection:
                 found = await find_restaurant(connection, id_)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             found = known or await self._mirrored(id_)
             if found is None:
                 raise Unavailable("the restaurant cannot be looked up now", retry_after=2.0) from error
@@ -127,23 +127,23 @@ class Upserts:
     async def _mirrored(self, id_: str) -> Restaurant | None:
         try:
             encoded = await self._mirror.restaurant(id_)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return None
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
-    async def _standing(self, state: Order, wanted: ExternalOrder) -> tuple[Standing, Order] | None:
+    async def _standing(self, state: Order, wanted: ExternalOrder) -> tuple[Head, Order] | None:
         """From a warm mirror, or from PostgreSQL where the mirror has not got it. Raises Unavailable."""
         restaurant, id_ = state.restaurant_id, state.id
         try:
             warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             warm, document = False, None
         if document is not None and warm:
             return document.standing, _ENTITY.decode_state(document.state)
         try:
             async with self._postgres.tenant(restaurant) as connection:
                 stored = await states.one(connection, _ENTITY, restaurant, id_)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             if warm and wanted.created_at is not None and now() - wanted.created_at < self._window:
                 return None  # it cannot have left the mirror yet
             raise Unavailable("the order cannot be looked up now", retry_after=2.0) from error

@@ -16,9 +16,9 @@ from shared.entities.order import (
     Customization,
     Order,
     OrderItem,
+    OrderStatus,
     Payment,
     Quantity,
-    Status,
     payment_status,
 )
 from shared.errors import Conflict, InvalidInput
@@ -28,8 +28,8 @@ _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/external-order")
 _MOST = 10**12
 _MOST_PAYMENTS = 1_000
 _TODAY = timedelta(days=1)
-_OVER = (Status.COMPLETED, Status.CANCELLED)
-_RANK = {status: rank for rank, status in enumerate(Status)}
+_OVER = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+_RANK = {status: rank for rank, status in enumerate(OrderStatus)}
 
 
 class _External(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -72,7 +72,7 @@ class ExternalOrder(_External):
     external_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
     convex_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
     order_number: Annotated[str, Meta(max_length=40, pattern="^[^\\x00]*$")] = ""
-    status: Status = Status.PENDING
+    status: OrderStatus = OrderStatus.PENDING
     table_id: UUID | None = None
     customer_id: UUID | None = None
     customer_name: Label | None = None

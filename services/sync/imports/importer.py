@@ -21,14 +21,14 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from services.sync.imports.external_order_upserts import Upserted, Upserts
+from services.sync.imports.external_order_upserts import ExternalOrderUpserts, UpsertedOrder
 from services.sync.imports.external_orders import ExternalOrder, order_id
-from services.sync.imports.sources import Row, Source, rows
+from services.sync.imports.sources import ImportRow, ImportSource, rows
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 
 # Measured by benchmarks/importing.py on a machine that was busy otherwise: with twice as many of each a new order took
 # nearly twice as long, and the import was no faster. Those that are at once share a message, which makes each cheap.
@@ -58,12 +58,12 @@ _FORGET = "delete from imports where source_sha256 = $1"
 _NOWHERE = "00000000-0000-0000-0000-000000000000"
 
 
-class Refused(Struct, frozen=True):
+class RefusedRow(Struct, frozen=True):
     line: int
     reason: str
 
 
-class Report(Struct):
+class ImportReport(Struct):
     read: int = 0
     skipped: int = 0
     """Done by an earlier run."""
@@ -82,14 +82,14 @@ class _Begun(Struct, frozen=True):
 
 
 class Importer:
-    def __init__(self, postgres: Postgres, upserts: Upserts) -> None:
+    def __init__(self, postgres: Postgres, upserts: ExternalOrderUpserts) -> None:
         """`postgres` as the writer role."""
         self._postgres = postgres
         self._upserts = upserts
 
     async def run(
-        self, source: Source, restaurant: str | None, *, again: bool, progress: Callable[[Report], None]
-    ) -> tuple[Report, list[Refused]]:
+        self, source: ImportSource, restaurant: str | None, *, again: bool, progress: Callable[[ImportReport], None]
+    ) -> tuple[ImportReport, list[RefusedRow]]:
         """`again`: from the beginning, also when it was done before. What was refused by earlier runs is told too.
         Raises NotFound (no such restaurant), InvalidInput (the source cannot be read), Unavailable, OutcomeUnknown or
         one of AWAY when a backend stays away: what is done stays noted."""
@@ -106,12 +106,12 @@ class Importer:
         return report, await _patiently(lambda: self._refusals(digest))
 
     async def _bring(
-        self, source: Source, restaurant: str | None, begun: _Begun, progress: Callable[[Report], None]
-    ) -> Report | None:
+        self, source: ImportSource, restaurant: str | None, begun: _Begun, progress: Callable[[ImportReport], None]
+    ) -> ImportReport | None:
         """None: the source is not what it was when its first rows were done."""
-        report = Report(refused=begun.refused)
+        report = ImportReport(refused=begun.refused)
         passed = hashlib.sha256()
-        block: list[Row] = []
+        block: list[ImportRow] = []
         async with contextlib.aclosing(rows(source, restaurant)) as found:
             async for row in found:
                 report.read += 1
@@ -138,9 +138,11 @@ class Importer:
             await self._bring_block(begun.digest, block, passed.hexdigest(), report)
         return report
 
-    async def _bring_block(self, digest: str, block: Sequence[Row], passed: str, report: Report) -> Upserted | None:
+    async def _bring_block(
+        self, digest: str, block: Sequence[ImportRow], passed: str, report: ImportReport
+    ) -> UpsertedOrder | None:
         """Returns the last change that it made."""
-        refused = [Refused(row.line, row.error) for row in block if row.order is None]
+        refused = [RefusedRow(row.line, row.error) for row in block if row.order is None]
         report.refused += len(refused)
         chains: dict[tuple[UUID, str], list[tuple[int, ExternalOrder]]] = {}
         for row in block:
@@ -150,7 +152,7 @@ class Importer:
         new = await _patiently(lambda: self._upserts.unknown(firsts))
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def bring(chain: list[tuple[int, ExternalOrder]]) -> Upserted | None:
+        async def bring(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
             """Rows of one order, one after the other."""
             last = None
             for line, order in chain:
@@ -160,14 +162,14 @@ class Importer:
                     raise
                 except TicketrailError as error:
                     field = error.details.get("field")
-                    refused.append(Refused(line, f"{field}: {error.message}" if field else error.message))
+                    refused.append(RefusedRow(line, f"{field}: {error.message}" if field else error.message))
                     report.refused += 1
                 else:
                     setattr(report, done.outcome, getattr(report, done.outcome) + 1)
                     last = last if done.outcome == "unchanged" else done
             return last
 
-        async def gated(chain: list[tuple[int, ExternalOrder]]) -> Upserted | None:
+        async def gated(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
             async with gate:
                 return await bring(chain)
 
@@ -175,27 +177,27 @@ class Importer:
         await _patiently(lambda: self._note(digest, report, passed, refused))
         return next((one for one in reversed(brought) if one is not None), None)
 
-    async def _upsert(self, order: ExternalOrder, new: set[str]) -> Upserted:
+    async def _upsert(self, order: ExternalOrder, new: set[str]) -> UpsertedOrder:
         id_ = order_id(str(order.restaurant_id), order.name)
         is_new = id_ in new
         new.discard(id_)  # what is asked again may have been done
         return await self._upserts.upsert(order, lane=Lane.BACKGROUND, new=is_new)
 
-    async def _in_step(self, last: Upserted | None) -> None:
+    async def _in_step(self, last: UpsertedOrder | None) -> None:
         """Waits until PostgreSQL has it. Not for ever: a worker that is stopped does not stop an import."""
         deadline = time.monotonic() + _IN_STEP_SECONDS
         while last is not None and time.monotonic() < deadline:
             order = last.order
-            with contextlib.suppress(*AWAY):
+            with contextlib.suppress(*UNAVAILABLE):
                 async with self._postgres.connection() as connection:
-                    found = await states.standings(connection, orders.ENTITY, order.restaurant_id, [order.id])
+                    found = await states.heads(connection, orders.ENTITY, order.restaurant_id, [order.id])
                 if (known := found.get(order.id)) is not None and known >= last.standing:
                     return
             await asyncio.sleep(0.02)
 
     # -- what is noted -----------------------------------------------------------------------------------------
 
-    async def _begin(self, digest: str, source: Source, restaurant: str | None, *, again: bool) -> _Begun:
+    async def _begin(self, digest: str, source: ImportSource, restaurant: str | None, *, again: bool) -> _Begun:
         async with self._postgres.connection() as connection, connection.transaction():
             if again:
                 await connection.execute(_FORGET, digest)
@@ -203,16 +205,16 @@ class Importer:
         assert row is not None
         return _Begun(digest, row["done"], row["refused"], row["passed_sha256"])
 
-    async def _note(self, digest: str, report: Report, passed: str, refused: Sequence[Refused]) -> None:
+    async def _note(self, digest: str, report: ImportReport, passed: str, refused: Sequence[RefusedRow]) -> None:
         async with self._postgres.connection() as connection, connection.transaction():
             await connection.execute(_NOTE, digest, report.read, report.refused, passed)
             if refused:
                 reasons = [_storable(one.reason) for one in refused]
                 await connection.execute(_REFUSE, digest, [one.line for one in refused], reasons)
 
-    async def _refusals(self, digest: str) -> list[Refused]:
+    async def _refusals(self, digest: str) -> list[RefusedRow]:
         async with self._postgres.connection() as connection:
-            return [Refused(row["line"], row["reason"]) for row in await connection.fetch(_REFUSED, digest)]
+            return [RefusedRow(row["line"], row["reason"]) for row in await connection.fetch(_REFUSED, digest)]
 
     async def _execute(self, statement: str, *arguments: str) -> None:
         async with self._postgres.connection() as connection:
@@ -225,7 +227,7 @@ async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await work()
-        except (Unavailable, OutcomeUnknown, *AWAY):
+        except (Unavailable, OutcomeUnknown, *UNAVAILABLE):
             if time.monotonic() > deadline:
                 raise
         except Conflict as error:

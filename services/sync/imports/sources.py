@@ -28,7 +28,7 @@ from msgspec import Struct
 from services.sync.imports.external_orders import ExternalOrder
 from shared.errors import InvalidInput
 from shared.http.bodies import MAX_BODY_BYTES, read_body
-from shared.postgres.pool import AWAY
+from shared.postgres.pool import UNAVAILABLE
 
 _INTS = ("tip_amount", "discount_amount", "deposit_used", "tax_amount", "total")
 _JSON = ("items", "payments")
@@ -37,7 +37,7 @@ _ITEM = {"item_name": "name", "item_quantity": "quantity", "item_unit_price": "u
 _QUERY = "select * from orders order by 1"
 
 
-class Row(Struct, frozen=True):
+class ImportRow(Struct, frozen=True):
     line: int
     """On which it begins in the file, from 1; of a query the row."""
     order: ExternalOrder | None
@@ -54,7 +54,7 @@ class _Order(ExternalOrder, kw_only=True):
     restaurant_id: UUID | None = None  # type: ignore[assignment]
 
 
-class Source(Struct, frozen=True):
+class ImportSource(Struct, frozen=True):
     name: str
     kind: str
     """jsonl, csv or postgres"""
@@ -80,10 +80,10 @@ def _without_password(url: str) -> str:
     return urlunsplit(("postgres", parts.netloc.rpartition("@")[2], parts.path, urlencode(sorted(options)), ""))
 
 
-def source_of(name: str, query: str | None) -> Source:
+def source_of(name: str, query: str | None) -> ImportSource:
     """Raises InvalidInput."""
     if name.startswith(("postgres://", "postgresql://")):
-        return Source(name, "postgres", query or _QUERY)
+        return ImportSource(name, "postgres", query or _QUERY)
     suffix = Path(name).suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".csv"):
         raise InvalidInput("a .jsonl or .csv file, or a postgres:// URL", field="source")
@@ -91,10 +91,10 @@ def source_of(name: str, query: str | None) -> Source:
         raise InvalidInput(f"no such file: {name}", field="source")
     if not os.access(name, os.R_OK):
         raise InvalidInput(f"not readable: {name}", field="source")
-    return Source(name, "csv" if suffix == ".csv" else "jsonl")
+    return ImportSource(name, "csv" if suffix == ".csv" else "jsonl")
 
 
-def count(source: Source) -> int | None:
+def count(source: ImportSource) -> int | None:
     """How many rows there are, for a progress bar; None where it is not known beforehand."""
     if source.kind == "jsonl":
         with Path(source.name).open("rb") as file:
@@ -102,12 +102,12 @@ def count(source: Source) -> int | None:
     return sum(1 for _ in _csv_groups(source.name)) if source.kind == "csv" else None
 
 
-def rows(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+def rows(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
     """`restaurant`: for rows that name none. Raises InvalidInput when the source as a whole cannot be read."""
     return (_from_postgres if source.kind == "postgres" else _from_file)(source, restaurant)
 
 
-async def _from_file(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+async def _from_file(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
     if source.kind == "jsonl":
         for row in _from_jsonl(source.name, restaurant):
             yield row
@@ -116,7 +116,7 @@ async def _from_file(source: Source, restaurant: str | None) -> AsyncGenerator[R
         yield _csv_row(group, restaurant)
 
 
-def _from_jsonl(name: str, restaurant: str | None) -> Iterator[Row]:
+def _from_jsonl(name: str, restaurant: str | None) -> Iterator[ImportRow]:
     with Path(name).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -203,12 +203,12 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
         yield group
 
 
-def _csv_row(group: list[_Cells], restaurant: str | None) -> Row:
+def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
     """The records of one order; of several, all but the first say no more than their item."""
     line = group[0].line
     for one in group:
         if one.error:
-            return Row(line, None, one.error if one.line == line else f"line {one.line}: {one.error}")
+            return ImportRow(line, None, one.error if one.line == line else f"line {one.line}: {one.error}")
     value: dict[str, Any] = dict(group[0].cells)
     try:
         for field in _JSON:
@@ -225,7 +225,7 @@ def _csv_row(group: list[_Cells], restaurant: str | None) -> Row:
             for column in _ITEM:
                 value.pop(column, None)
     except ValueError as error:
-        return Row(line, None, str(error))
+        return ImportRow(line, None, str(error))
     return _encoded_row(line, value, restaurant)
 
 
@@ -265,7 +265,7 @@ def _time(text: str) -> datetime | str:
 # -- a query -----------------------------------------------------------------------------------------------------
 
 
-async def _from_postgres(source: Source, restaurant: str | None) -> AsyncGenerator[Row, None]:
+async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
     connection = await asyncpg.connect(source.name, timeout=10)
     try:
         async with connection.transaction(readonly=True):
@@ -278,10 +278,10 @@ async def _from_postgres(source: Source, restaurant: str | None) -> AsyncGenerat
                         if isinstance(value.get(field), str):
                             value[field] = _json(field, value[field])
                 except ValueError as error:
-                    yield Row(number, None, str(error))
+                    yield ImportRow(number, None, str(error))
                     continue
                 yield _encoded_row(number, value, restaurant)
-    except AWAY:
+    except UNAVAILABLE:
         raise
     except asyncpg.PostgresError as error:
         raise InvalidInput(f"the source refuses the query: {error}", field="query") from error
@@ -301,13 +301,13 @@ def _cell(cell: Any) -> Any:
 # -- a row -------------------------------------------------------------------------------------------------------
 
 
-def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> Row:
+def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> ImportRow:
     try:
         encoded = msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return Row(line, None, f"{_unreadable(value)}: text that is not UTF-8")
+        return ImportRow(line, None, f"{_unreadable(value)}: text that is not UTF-8")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        return Row(line, None, str(error))
+        return ImportRow(line, None, str(error))
     return _row(line, encoded, restaurant)
 
 
@@ -322,9 +322,9 @@ def _unreadable(value: dict[str, Any]) -> str:
     return "body"
 
 
-def _row(line: int, encoded: bytes, restaurant: str | None) -> Row:
+def _row(line: int, encoded: bytes, restaurant: str | None) -> ImportRow:
     if len(encoded) > MAX_BODY_BYTES:
-        return Row(line, None, f"larger than {MAX_BODY_BYTES:,} bytes")
+        return ImportRow(line, None, f"larger than {MAX_BODY_BYTES:,} bytes")
     try:
         order = read_body(encoded, _Order)
         if order.restaurant_id is None:
@@ -333,7 +333,7 @@ def _row(line: int, encoded: bytes, restaurant: str | None) -> Row:
             order.restaurant_id = UUID(restaurant)
         _ = order.name
     except InvalidInput as error:
-        return Row(line, None, f"{error.details['field']}: {error.message}")
+        return ImportRow(line, None, f"{error.details['field']}: {error.message}")
     except RecursionError as error:
-        return Row(line, None, str(error))
-    return Row(line, order)
+        return ImportRow(line, None, str(error))
+    return ImportRow(line, order)

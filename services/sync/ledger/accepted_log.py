@@ -1,4 +1,4 @@
-"""What the log says was accepted, for the ledger: each change once, and the first fence that stands behind it.
+"""What the log says was accepted, for the ledger: each change once, and the first heartbeat that stands behind it.
 
 Reads on in the background for as long as it is open; what PostgreSQL has by now is taken out by `settle`, and only
 counted from then on. When the log was made anew all of it begins anew, and says so. While RabbitMQ is away it waits.
@@ -17,12 +17,12 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.ledger import sources
-from services.sync.ledger.balance import Entry, is_id
+from services.sync.ledger.balance import AcceptedChange, is_id
 from shared.entities.contract import BrokenContract, Lane, split_batch
 from shared.errors import Unavailable
-from shared.messaging.log import Batch, LogReader
+from shared.messaging.log import LogBatch, LogReader
 from shared.observability.tracing import trace_id_of
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
 _WITHIN = 20.0  # seconds without a word of the log
@@ -61,13 +61,13 @@ class AcceptedLog:
 
     def _begin_anew(self) -> None:
         self._seen: set[bytes] = set()
-        self._unfenced: dict[str, list[str]] = {lane.value: [] for lane in Lane}
+        self._unheartbeatd: dict[str, list[str]] = {lane.value: [] for lane in Lane}
         self.synced: Counter[str] = Counter()
         """Restaurant -> how many changes were found in PostgreSQL."""
-        self.open: dict[str, Entry] = {}
+        self.open: dict[str, AcceptedChange] = {}
         """The others, by change id."""
-        self.fenced: dict[str, datetime] = {}
-        """Change id -> when the first fence behind it, in its lane, was sent: of those that are open."""
+        self.after_heartbeat: dict[str, datetime] = {}
+        """Change id -> when the first heartbeat behind it, in its lane, was sent: of those that are open."""
         self.unreadable = 0
 
     @property
@@ -97,12 +97,12 @@ class AcceptedLog:
             except TimeoutError as error:
                 raise Unavailable("the log cannot be read now", retry_after=5.0) from error
 
-    async def settle(self, entries: Sequence[Entry]) -> None:
+    async def settle(self, entries: Sequence[AcceptedChange]) -> None:
         """Takes out those that PostgreSQL has. Raises one of AWAY."""
         found = await sources.synced(self._ops, entries)
         for one in entries:
             if one.change_id in found and self.open.pop(one.change_id, None) is not None:
-                self.fenced.pop(one.change_id, None)
+                self.after_heartbeat.pop(one.change_id, None)
                 self.synced[one.restaurant_id] += 1
 
     def has(self, change_id: str) -> bool:
@@ -114,30 +114,30 @@ class AcceptedLog:
             async for batch in batches:
                 self._take(batch)
                 if not self._caught_up and len(self.open) > _MANY:  # a long log is not held in memory
-                    with contextlib.suppress(*AWAY):
+                    with contextlib.suppress(*UNAVAILABLE):
                         await self.settle(list(self.open.values()))
                 self._caught_up = self._caught_up or batch.caught_up
                 self._news.set()
 
-    def _take(self, batch: Batch) -> None:
+    def _take(self, batch: LogBatch) -> None:
         if batch.restarted:
             self._begin_anew()
             self.restarted = True
-        behind: dict[str, list[str]] = {lane: [] for lane in self._unfenced}
+        behind: dict[str, list[str]] = {lane: [] for lane in self._unheartbeatd}
         for one in batch.entries:
-            unfenced = self._unfenced if one.offset < batch.fence_offsets.get(one.lane, -1) else behind
+            unheartbeatd = self._unheartbeatd if one.offset < batch.heartbeat_offsets.get(one.lane, -1) else behind
             for entry in self._read(one.lane, one.body):
                 if not self.has(entry.change_id):
                     self._seen.add(_packed(entry.change_id))
                     self.open[entry.change_id] = entry
-                    unfenced.setdefault(entry.lane, []).append(entry.change_id)
-        for lane, sent_at in batch.fences.items():
-            self.fenced.update((one, sent_at) for one in self._unfenced.get(lane, ()) if one in self.open)
-            self._unfenced[lane] = []
+                    unheartbeatd.setdefault(entry.lane, []).append(entry.change_id)
+        for lane, sent_at in batch.heartbeats.items():
+            self.after_heartbeat.update((one, sent_at) for one in self._unheartbeatd.get(lane, ()) if one in self.open)
+            self._unheartbeatd[lane] = []
         for lane, ids in behind.items():
-            self._unfenced.setdefault(lane, []).extend(ids)
+            self._unheartbeatd.setdefault(lane, []).extend(ids)
 
-    def _read(self, lane: str, body: bytes) -> Iterable[Entry]:
+    def _read(self, lane: str, body: bytes) -> Iterable[AcceptedChange]:
         try:
             events = split_batch(body)
         except BrokenContract:
@@ -151,7 +151,7 @@ class AcceptedLog:
             if not is_id(seen.id):
                 self.unreadable += 1
                 continue
-            yield Entry(
+            yield AcceptedChange(
                 change_id=seen.id,
                 restaurant_id=seen.restaurantid if is_id(seen.restaurantid) else "",
                 subject=str(seen.subject)[:200],

@@ -15,7 +15,7 @@ PLACES = ("synced", "dead", "retrying", "journaled", "queued", "unexplained")
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class AcceptedChange(Struct, frozen=True, kw_only=True):
     """An accepted change, as its event or the journal tells it."""
 
     change_id: str
@@ -74,7 +74,7 @@ class Balance(Count, kw_only=True):
     since: datetime | None
     """Where it begins; None: at the beginning of the log."""
     until: datetime | None
-    """The last fence that has come out of every lane: what was accepted before it can be unexplained."""
+    """The last heartbeat that has come out of every lane: what was accepted before it can be unexplained."""
     epoch: str | None
     restaurants: list[RestaurantCount]
     missing: list[Missing]
@@ -96,15 +96,15 @@ class Balance(Count, kw_only=True):
     """The log was made anew since this began: it begins there."""
 
 
-class Shelf(Struct):
+class Placement(Struct):
     """Changes by their place, while a balance is drawn up."""
 
-    places: dict[str, list[Entry]] = field(default_factory=lambda: {place: [] for place in PLACES})
-    suspects: list[Entry] = field(default_factory=list)
+    places: dict[str, list[AcceptedChange]] = field(default_factory=lambda: {place: [] for place in PLACES})
+    suspects: list[AcceptedChange] = field(default_factory=list)
 
 
-def judge(
-    shelf: Shelf,
+def classify_missing(
+    shelf: Placement,
     waiting: Mapping[tuple[str, str], int],
     missing_for: Mapping[str, float],
     cleared: Container[str],
@@ -132,12 +132,12 @@ def is_id(value: Any) -> bool:
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
-def _newest_first(one: Entry) -> tuple[float, str]:
+def _newest_first(one: AcceptedChange) -> tuple[float, str]:
     return (one.accepted_at.timestamp() if one.accepted_at else 0.0, one.change_id)
 
 
 def counted(
-    synced: Counter[str], places: Mapping[str, Iterable[Entry]], slugs: Mapping[str, str]
+    synced: Counter[str], places: Mapping[str, Iterable[AcceptedChange]], slugs: Mapping[str, str]
 ) -> tuple[Count, list[RestaurantCount]]:
     """(in all, by restaurant)"""
     total, each = Count(), dict[str, RestaurantCount]()
@@ -157,7 +157,7 @@ def counted(
     return total, sorted(each.values(), key=lambda one: (one.slug, one.restaurant_id))
 
 
-def missing_of(one: Entry, successor: str | None = None) -> Missing:
+def missing_of(one: AcceptedChange, successor: str | None = None) -> Missing:
     return Missing(
         change_id=one.change_id,
         restaurant_id=one.restaurant_id,

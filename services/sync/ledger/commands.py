@@ -16,7 +16,7 @@ from rich.text import Text
 
 from services.sync.command_session import run
 from services.sync.ledger.balance import Balance, Count, Missing
-from services.sync.ledger.ledger import Ledger, draw_up
+from services.sync.ledger.ledger import Ledger, take_balance
 from shared.entities.contract import encode, now
 from shared.errors import Unavailable
 from shared.mirror.mirror import Mirror
@@ -91,7 +91,7 @@ async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
 
 async def _once(since: datetime | None, patience: float | None) -> Balance:
     async with _backends() as (settings, postgres, mirror):
-        return await draw_up(settings, postgres, mirror, since=since, patience=patience)
+        return await take_balance(settings, postgres, mirror, since=since, patience=patience)
 
 
 def _watch(since: datetime | None, interval: float, as_json: bool, patience: float | None) -> Balance | None:
@@ -183,8 +183,8 @@ def _figures(count: Count) -> list[Text]:
 def _window(balance: Balance) -> str:
     begin = "the beginning of the log" if balance.since is None else _utc(balance.since)
     if balance.until is None:
-        return f"from {begin}; no fence has come out of every lane yet"
-    return f"from {begin}; the last fence out of every lane is of {_utc(balance.until)}"
+        return f"from {begin}; no heartbeat has come out of every lane yet"
+    return f"from {begin}; the last heartbeat out of every lane is of {_utc(balance.until)}"
 
 
 def _utc(at: datetime) -> str:

@@ -12,11 +12,11 @@
 
 A change that is in two places counts once, where it is furthest (balance.PLACES).
 
-When is a lane through with a change? A fence that stands behind it in the log has come out of the lane, and since then
-the lane was seen empty; or the fence came out longer ago than a consumer may hold a message. What is missing then is
-looked for again until it has been missing for `patience` seconds: the management API is seconds behind with its depths,
-and what was not committed when PostgreSQL was asked may be committed now. So it is right while a load runs, and late
-rather than wrong.
+When is a lane through with a change? A heartbeat that stands behind it in the log has come out of the lane, and since
+then the lane was seen empty; or the heartbeat came out longer ago than a consumer may hold a message. What is missing
+then is looked for again until it has been missing for `patience` seconds: the management API is seconds behind with its
+depths, and what was not committed when PostgreSQL was asked may be committed now. So it is right while a load runs, and
+late rather than wrong.
 
 `Ledger` goes on reading the log where it stands: watching costs what has happened since, and what PostgreSQL has is not
 asked for again. `draw_up` is one balance. While PostgreSQL or RabbitMQ is away there is none: Unavailable.
@@ -30,14 +30,23 @@ import structlog
 
 from services.sync.ledger import sources
 from services.sync.ledger.accepted_log import AcceptedLog
-from services.sync.ledger.balance import PLACES, Balance, Entry, Missing, Shelf, counted, judge, missing_of
+from services.sync.ledger.balance import (
+    PLACES,
+    AcceptedChange,
+    Balance,
+    Missing,
+    Placement,
+    classify_missing,
+    counted,
+    missing_of,
+)
 from services.sync.ledger.sources import Depths, Journals
-from services.sync.ledger.store import Fence
+from services.sync.ledger.store import LastHeartbeat
 from shared.entities.contract import Lane
 from shared.errors import Unavailable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -49,7 +58,7 @@ PATIENCE_BLIND = 30.0
 _LOOK_AGAIN = 0.5
 
 
-async def draw_up(
+async def take_balance(
     settings: Settings,
     ops: Postgres,
     mirror: Mirror | None = None,
@@ -100,7 +109,7 @@ class Ledger:
         """Raises Unavailable."""
         try:
             return await self._look()
-        except AWAY as error:
+        except UNAVAILABLE as error:
             raise Unavailable("the ledger needs PostgreSQL", retry_after=2.0) from error
 
     async def _look(self) -> Balance:
@@ -108,7 +117,7 @@ class Ledger:
         # what has left a queue is committed.
         journals = await asyncio.to_thread(sources.journals, self._settings.journal_folder)
         await self._log.read_to_the_end()
-        fences = await sources.fences(self._ops)
+        heartbeats = await sources.heartbeats(self._ops)
         depths = await sources.depths(self._settings, self._ops)
         known = list(self._log.open.values())
         await self._log.settle(known)
@@ -121,24 +130,24 @@ class Ledger:
         synced.update(one.restaurant_id for one in alone if one.change_id in found)
         unsettled += [one for one in alone if one.change_id not in found]
 
-        shelf, outcomes = await self._sort(unsettled, journals, fences)
+        shelf, outcomes = await self._sort(unsettled, journals, heartbeats)
         at = time.monotonic()
         self._missing = {one.change_id: self._missing.get(one.change_id, at) for one in shelf.suspects}
         self._cleared.intersection_update(self._missing)
-        self._cleared.update(one.change_id for one in shelf.suspects if self._clear(one, fences, depths))
+        self._cleared.update(one.change_id for one in shelf.suspects if self._clear(one, heartbeats, depths))
         missing_for = {change_id: at - since for change_id, since in self._missing.items()}
         patience = PATIENCE_BLIND if "management" in depths.away else PATIENCE
         if self._patience is not None:
             patience = self._patience
         counted_dead = len(shelf.places["dead"])
-        unjudged = judge(shelf, depths.unknown, missing_for, self._cleared, patience)
+        unjudged = classify_missing(shelf, depths.unknown, missing_for, self._cleared, patience)
         if in_queue := len(shelf.places["dead"]) - counted_dead:
             outcomes["in_queue"] = in_queue
         total, restaurants = counted(synced, shelf.places, await sources.slugs(self._ops))
         lost = shelf.places["unexplained"]
         successors = await sources.successors(self._ops, lost)
         hints, away = await self._hints()
-        noted = [fences[lane.value].sent_at for lane in Lane if lane.value in fences]
+        noted = [heartbeats[lane.value].sent_at for lane in Lane if lane.value in heartbeats]
         return Balance(
             **{name: getattr(total, name) for name in ("accepted", *PLACES)},
             since=self._since,
@@ -156,12 +165,12 @@ class Ledger:
         )
 
     async def _sort(
-        self, unsettled: list[Entry], journals: Journals, fences: dict[str, Fence]
-    ) -> tuple[Shelf, dict[str, int]]:
+        self, unsettled: list[AcceptedChange], journals: Journals, heartbeats: dict[str, LastHeartbeat]
+    ) -> tuple[Placement, dict[str, int]]:
         """(what is where, outcomes of the dead)"""
         dead = await sources.dead(self._ops, unsettled)
         retrying = await sources.retrying(self._ops, unsettled)
-        shelf = Shelf()
+        shelf = Placement()
         outcomes: dict[str, int] = {}
         for one in unsettled:
             if (outcome := dead.get(one.change_id)) is not None:
@@ -171,20 +180,20 @@ class Ledger:
                 shelf.places["retrying"].append(one)
             elif one.change_id in journals.waiting:
                 shelf.places["journaled"].append(one)
-            elif one.seen_in == "log" and self._fenced_for(one, fences) is None:
+            elif one.seen_in == "log" and self._heartbeatd_for(one, heartbeats) is None:
                 shelf.places["queued"].append(one)
             else:
                 shelf.suspects.append(one)
         return shelf, outcomes
 
-    def _fenced_for(self, one: Entry, fences: dict[str, Fence]) -> timedelta | None:
-        """How long ago the first fence behind it came out of its lane; None: none has."""
-        behind, noted = self._log.fenced.get(one.change_id), fences.get(one.lane)
+    def _heartbeatd_for(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat]) -> timedelta | None:
+        """How long ago the first heartbeat behind it came out of its lane; None: none has."""
+        behind, noted = self._log.after_heartbeat.get(one.change_id), heartbeats.get(one.lane)
         return noted.sent_at - behind if behind is not None and noted is not None and noted.sent_at >= behind else None
 
-    def _clear(self, one: Entry, fences: dict[str, Fence], depths: Depths) -> bool:
-        fenced_for = self._fenced_for(one, fences)
-        if fenced_for is not None and fenced_for.total_seconds() > self._settings.sink_hold_seconds:
+    def _clear(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat], depths: Depths) -> bool:
+        heartbeat_for = self._heartbeatd_for(one, heartbeats)
+        if heartbeat_for is not None and heartbeat_for.total_seconds() > self._settings.sink_hold_seconds:
             return True
         return one.seen_in != "log" or depths.lanes.get(one.lane, 0) == 0
 
@@ -194,7 +203,7 @@ class Ledger:
             return [], []
         try:
             pending = await sources.pending_in_mirror(self._mirror, self._since)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             return [], ["mirror"]
         unknown = [one for one in pending if not self._log.has(one.change_id)]
         elsewhere = {*await sources.synced(self._ops, unknown), *await sources.dead(self._ops, unknown)}

@@ -1,5 +1,5 @@
 """How full the queues are, for operators: from the management API as a user that may only look, and where that is away
-from the broker itself, without rates. With both away the ages that PostgreSQL and the fences tell are still there.
+from the broker itself, without rates. With both away the ages that PostgreSQL and the heartbeats tell are still there.
 
 Nothing here takes a message out of a queue: a look burns no delivery.
 """
@@ -17,7 +17,7 @@ from shared.entities.contract import Lane, now
 from shared.messaging import declare, topology
 from shared.messaging.management import ask, vhost_of
 from shared.messaging.publisher import BROKEN_LINK, closed_under_us
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -27,11 +27,11 @@ _COLUMNS = (
     "message_stats.publish_details.rate,message_stats.deliver_get_details.rate,message_stats.ack_details.rate"
 )
 _TIMEOUT = 3.0
-_FENCES = "select lane, sent_at from fences"
+_HEARTBEATS = "select lane, sent_at from heartbeats"
 _RETRYING = "select lane, count(*)::int8 as retrying, min(failed_at) as oldest from retries group by lane"
 
 
-class Queue(Struct, frozen=True, kw_only=True):
+class QueueStatus(Struct, frozen=True, kw_only=True):
     name: str
     kind: Literal["lane", "retry", "dead", "log"]
     lane: str | None
@@ -44,48 +44,48 @@ class Queue(Struct, frozen=True, kw_only=True):
     in_per_second: float | None = None
     out_per_second: float | None = None
     oldest_seconds: float | None = None
-    """Age of the oldest message at most; of a lane since the last fence that came out of it."""
+    """Age of the oldest message at most; of a lane since the last heartbeat that came out of it."""
 
 
-class Queues(Struct, frozen=True):
+class QueuesReport(Struct, frozen=True):
     source: Literal["management", "broker", "none"]
-    queues: list[Queue]
-    fence_age_seconds: dict[str, float]
+    queues: list[QueueStatus]
+    heartbeat_age_seconds: dict[str, float]
     retrying: dict[str, int]
     """Changes on the ladder, by lane, as PostgreSQL knows them."""
     away: list[str]
     """What could not be asked."""
 
 
-async def look(settings: Settings, postgres: Postgres) -> Queues:
+async def look(settings: Settings, postgres: Postgres) -> QueuesReport:
     away: list[str] = []
     source: Literal["management", "broker", "none"] = "management"
     try:
         found = await asyncio.to_thread(_from_management, settings)
     except (OSError, ValueError) as error:
-        log.warning("management_away", error=str(error) or type(error).__name__)
+        log.warning("management_unavailable", error=str(error) or type(error).__name__)
         away.append("management")
         source = "broker"
         try:
             with closed_under_us():
                 found = await _from_broker(settings)
         except BROKEN_LINK as broken:
-            log.warning("broker_away", error=str(broken) or type(broken).__name__)
+            log.warning("broker_unavailable", error=str(broken) or type(broken).__name__)
             away.append("rabbitmq")
             found, source = {}, "none"
-    fences: dict[str, datetime] = {}
+    heartbeats: dict[str, datetime] = {}
     retries: dict[str, tuple[int, datetime]] = {}
     try:
         async with postgres.connection() as connection:
-            fences = {row["lane"]: row["sent_at"] for row in await connection.fetch(_FENCES)}
+            heartbeats = {row["lane"]: row["sent_at"] for row in await connection.fetch(_HEARTBEATS)}
             retries = {row["lane"]: (row["retrying"], row["oldest"]) for row in await connection.fetch(_RETRYING)}
-    except AWAY:
+    except UNAVAILABLE:
         away.append("postgres")
     at = now()
-    ages = {lane: round((at - sent).total_seconds(), 1) for lane, sent in fences.items()}
+    ages = {lane: round((at - sent).total_seconds(), 1) for lane, sent in heartbeats.items()}
     oldest = {lane: round((at - failed).total_seconds(), 1) for lane, (_, failed) in retries.items()}
     queues = [_queue(name, kind, lane, found, ages, oldest) for name, kind, lane in _all(settings)]
-    return Queues(source, queues, ages, {lane: count for lane, (count, _) in retries.items()}, away)
+    return QueuesReport(source, queues, ages, {lane: count for lane, (count, _) in retries.items()}, away)
 
 
 def _all(settings: Settings) -> list[tuple[str, Literal["lane", "retry", "dead", "log"], str | None]]:
@@ -105,7 +105,7 @@ def _queue(
     found: dict[str, dict[str, Any]],
     ages: dict[str, float],
     oldest: dict[str, float],
-) -> Queue:
+) -> QueueStatus:
     seen = found.get(name, {})
     depth = seen.get("messages")
     waits = (depth or 0) + (seen.get("messages_dlx") or 0)
@@ -113,7 +113,7 @@ def _queue(
     if waits and lane is not None:
         age = ages.get(lane) if kind == "lane" else oldest.get(lane) if kind == "retry" else None
     stats = seen.get("message_stats") or {}
-    return Queue(
+    return QueueStatus(
         name=name,
         kind=kind,
         lane=lane,

@@ -10,8 +10,8 @@ from msgspec import Struct
 
 from services.sync.ledger import queues
 from services.sync.ledger import store as ledger_store
-from services.sync.ledger.balance import Entry, is_id
-from services.sync.ledger.store import Fence
+from services.sync.ledger.balance import AcceptedChange, is_id
+from services.sync.ledger.store import LastHeartbeat
 from shared.entities import registry
 from shared.entities.contract import now
 from shared.mirror.mirror import Mirror
@@ -30,8 +30,8 @@ _MOST_PENDING = 1_000
 
 
 class Journals(Struct, frozen=True):
-    waiting: dict[str, Entry]
-    damaged: dict[str, Entry]
+    waiting: dict[str, AcceptedChange]
+    damaged: dict[str, AcceptedChange]
     """By change id; what no journal has whole."""
     depths: dict[str, int]
     unread: list[str]
@@ -52,7 +52,7 @@ def journals(folder: Path) -> Journals:
         try:
             waiting, damaged = roll(readable(path))
         except (sqlite3.Error, ValueError) as error:
-            log.warning("journal_dug_through", journal=str(path), error=str(error))
+            log.warning("journal_salvaged", journal=str(path), error=str(error))
             try:
                 waiting, damaged = _dug_out(readable(path))
             except OSError:
@@ -71,9 +71,9 @@ def _dug_out(path: Path) -> tuple[list[Name], list[Damaged]]:
     return [name_of(lane, event) for lane, event in salvage.entries()], salvage.damaged()
 
 
-def _entries(names: Sequence[Name], journal: str) -> dict[str, Entry]:
+def _entries(names: Sequence[Name], journal: str) -> dict[str, AcceptedChange]:
     return {
-        one.change_id: Entry(
+        one.change_id: AcceptedChange(
             change_id=one.change_id,
             restaurant_id=one.restaurant_id if is_id(one.restaurant_id) else "",
             subject=one.subject,
@@ -110,9 +110,9 @@ async def depths(settings: Settings, ops: Postgres) -> Depths:
     return Depths(lanes, unknown, found.away)
 
 
-async def fences(ops: Postgres) -> dict[str, Fence]:
+async def heartbeats(ops: Postgres) -> dict[str, LastHeartbeat]:
     async with ops.connection() as connection:
-        return await ledger_store.fences(connection)
+        return await ledger_store.heartbeats(connection)
 
 
 async def slugs(ops: Postgres) -> dict[str, str]:
@@ -120,7 +120,7 @@ async def slugs(ops: Postgres) -> dict[str, str]:
         return await ledger_store.slugs(connection)
 
 
-async def synced(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
+async def synced(ops: Postgres, entries: Sequence[AcceptedChange]) -> set[str]:
     found: set[str] = set()
     for block in _blocks([one for one in entries if one.restaurant_id]):
         async with ops.connection() as connection:
@@ -128,7 +128,7 @@ async def synced(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
     return found
 
 
-async def dead(ops: Postgres, entries: Sequence[Entry]) -> dict[str, str]:
+async def dead(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[str, str]:
     """Change id -> its outcome."""
     found: dict[str, str] = {}
     for block in _blocks(entries):
@@ -137,7 +137,7 @@ async def dead(ops: Postgres, entries: Sequence[Entry]) -> dict[str, str]:
     return found
 
 
-async def retrying(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
+async def retrying(ops: Postgres, entries: Sequence[AcceptedChange]) -> set[str]:
     found: set[str] = set()
     for block in _blocks([one for one in entries if one.restaurant_id]):
         async with ops.connection() as connection:
@@ -145,17 +145,17 @@ async def retrying(ops: Postgres, entries: Sequence[Entry]) -> set[str]:
     return found
 
 
-async def successors(ops: Postgres, entries: Sequence[Entry]) -> dict[str, str]:
+async def successors(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[str, str]:
     if not entries:
         return {}
     async with ops.connection() as connection:
         return await ledger_store.successors(connection, [one.key for one in entries if one.restaurant_id])
 
 
-async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Entry]:
+async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[AcceptedChange]:
     """What the mirror shows as pending, for more than a minute, since then; of each entity the newest thousand. Raises
-    MirrorAway, MirrorInDoubt."""
-    found: list[Entry] = []
+    MirrorUnavailable, MirrorInDoubt."""
+    found: list[AcceptedChange] = []
     newest = now() - _OLD
     for restaurant in await mirror.restaurant_ids():
         for entity in registry.ENTITIES.values():
@@ -171,7 +171,7 @@ async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Entr
                 if at < newest and (since is None or at >= since):
                     standing = document.standing
                     found.append(
-                        Entry(
+                        AcceptedChange(
                             change_id=standing.change_id,
                             restaurant_id=restaurant,
                             subject=f"{entity.name}/{id_}",
@@ -185,6 +185,6 @@ async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Entr
     return found
 
 
-def _blocks(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+def _blocks(entries: Sequence[AcceptedChange]) -> Iterator[Sequence[AcceptedChange]]:
     for start in range(0, len(entries), _BLOCK):
         yield entries[start : start + _BLOCK]

@@ -29,7 +29,7 @@ select r.change_id::text from retries r
 join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 _ON_THE_LADDER = "select lane, count(*)::int8 from retries group by lane"
-_FENCES = "select lane, epoch, sent_at from fences"
+_HEARTBEATS = "select lane, epoch, sent_at from heartbeats"
 _SUCCESSORS = """
 select distinct on (c.base_change_id) c.base_change_id::text, c.change_id::text
 from changes c join unnest($1::uuid[], $2::uuid[]) as lost (restaurant_id, change_id)
@@ -53,7 +53,7 @@ Key = tuple[str, str]
 """(restaurant id, change id)"""
 
 
-class Failure(Struct, frozen=True):
+class LastFailure(Struct, frozen=True):
     """Of a change that is on the ladder or dead, as readers of its entity see it."""
 
     error: str
@@ -61,7 +61,7 @@ class Failure(Struct, frozen=True):
     last_attempt: datetime
 
 
-class Fence(Struct, frozen=True):
+class LastHeartbeat(Struct, frozen=True):
     """The last one that came out of a lane."""
 
     epoch: str
@@ -82,10 +82,10 @@ async def retrying(connection: Connection, changes: Sequence[Key]) -> set[str]:
     return {row[0] for row in await connection.fetch(_RETRYING, *_columns(changes))}
 
 
-async def failures(connection: Connection, changes: Sequence[Key]) -> dict[str, Failure]:
+async def failures(connection: Connection, changes: Sequence[Key]) -> dict[str, LastFailure]:
     """Change id -> how it failed the last time: of those that are on the ladder, or dead and not resolved."""
     rows = await connection.fetch(_FAILED, *_columns(changes))
-    return {row["change_id"]: Failure(row["error"], row["attempts"], row["failed_at"]) for row in rows}
+    return {row["change_id"]: LastFailure(row["error"], row["attempts"], row["failed_at"]) for row in rows}
 
 
 async def on_the_ladder(connection: Connection) -> dict[str, int]:
@@ -93,8 +93,8 @@ async def on_the_ladder(connection: Connection) -> dict[str, int]:
     return {row[0]: row[1] for row in await connection.fetch(_ON_THE_LADDER)}
 
 
-async def fences(connection: Connection) -> dict[str, Fence]:
-    return {row["lane"]: Fence(row["epoch"], row["sent_at"]) for row in await connection.fetch(_FENCES)}
+async def heartbeats(connection: Connection) -> dict[str, LastHeartbeat]:
+    return {row["lane"]: LastHeartbeat(row["epoch"], row["sent_at"]) for row in await connection.fetch(_HEARTBEATS)}
 
 
 async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:

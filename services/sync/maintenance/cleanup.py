@@ -10,7 +10,7 @@ import structlog
 from services.sync.dead_letters import replay_steps
 from services.sync.dead_letters import store as dead_letter_store
 from shared.lifecycle import vital_task
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,7 @@ class Cleanup:
             await asyncio.sleep(self._settings.cleanup_interval_seconds)
             try:
                 removed = await self.clean()
-            except AWAY as error:
+            except UNAVAILABLE as error:
                 log.warning("cleanup_waits", error=str(error) or type(error).__name__)
             else:
                 if any(removed.values()):

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from services.sync.command_session import Session, run
+from services.sync.command_session import CommandSession, run
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler
 from shared.settings import Settings
@@ -19,7 +19,7 @@ def cleanup_command(as_json: bool) -> None:
 
 
 async def _cleanup(settings: Settings) -> dict[str, int]:
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         reconciler = Reconciler(settings, session.postgres, session.mirror, session.rail)
         removed = await Cleanup(settings, session.postgres).clean()
         return {**removed, "claims": await reconciler.finish_claims()}

@@ -22,13 +22,13 @@ import structlog
 from msgspec import Struct, field
 
 from services.sync.failures.parsing import digest
-from services.sync.failures.retry_ladder import Failed, Ladder
+from services.sync.failures.retry_ladder import FailedChange, RetryLadder
 from services.sync.ledger import store as ledger_store
 from services.sync.maintenance import feed_epochs
-from services.sync.writer.batch_writer import Store
-from services.sync.writer.batches import Batch, Taken, sort_out
+from services.sync.writer.batch_writer import BatchWriter
+from services.sync.writer.batches import ReceivedChange, WriteBatch, parse_batch
 from shared.entities.contract import Lane
-from shared.messaging.log import Entry, LogReader
+from shared.messaging.log import LogEntry, LogReader
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import dead_queue
 from shared.observability.metrics import Metrics, WriterMetrics
@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 _PIECE = 500
 
 
-class Report(Struct):
+class LogReplayReport(Struct):
     read: int = 0
     """Changes in the log, each as often as it stands there."""
     missing: int = 0
@@ -65,27 +65,27 @@ class _Message(Struct, frozen=True):
     headers: Mapping[str, Any] = {}
 
 
-class FromLog:
+class LogReplay:
     def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, *, dry_run: bool = False) -> None:
         """`postgres` as the writer role; `publisher` of the exchange for changes, started. A dry run only counts."""
         self._settings = settings
         self._postgres = postgres
         self._dry_run = dry_run
-        self._store = Store(postgres, settings)
-        self._ladder = Ladder(publisher, settings.retry_steps_ms, WriterMetrics(Metrics()))
+        self._store = BatchWriter(postgres, settings)
+        self._ladder = RetryLadder(publisher, settings.retry_steps_ms, WriterMetrics(Metrics()))
 
     async def run(
-        self, *, since: datetime | None = None, progress: Callable[[Report], None] = lambda _: None
-    ) -> Report:
+        self, *, since: datetime | None = None, progress: Callable[[LogReplayReport], None] = lambda _: None
+    ) -> LogReplayReport:
         """`since`: a moment before the backup was taken; None is the beginning of the log. Raises SinkGone when
         PostgreSQL stays away, or one of AWAY."""
-        report = Report()
+        report = LogReplayReport()
         if not self._dry_run:
             async with self._postgres.connection() as connection:
                 report.feed_epoch = await feed_epochs.begin(connection, "replayed from the log")
         async for entries in self._entries(since):
             for lane in Lane:
-                found = sort_out(lane, [_Message(entry.body) for entry in entries if lane_of(entry) is lane])
+                found = parse_batch(lane, [_Message(entry.body) for entry in entries if lane_of(entry) is lane])
                 for start in range(0, len(found.changes), _PIECE):
                     await self._bring(lane, found.changes[start : start + _PIECE], report)
                     progress(report)
@@ -93,7 +93,7 @@ class FromLog:
                     await self._lament(lane, found.failed, report)
         return report
 
-    async def _entries(self, since: datetime | None) -> AsyncIterator[list[Entry]]:
+    async def _entries(self, since: datetime | None) -> AsyncIterator[list[LogEntry]]:
         """What stands in the log now."""
         reader = LogReader(
             self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.heartbeat_interval_seconds * 3
@@ -104,18 +104,18 @@ class FromLog:
                 if batch.caught_up:
                     return
 
-    async def _bring(self, lane: Lane, taken: Sequence[Taken], report: Report) -> None:
+    async def _bring(self, lane: Lane, taken: Sequence[ReceivedChange], report: LogReplayReport) -> None:
         report.read += len(taken)
         report.first = report.first or taken[0].written.change.time
         report.last = taken[-1].written.change.time
         missing = await self._missing(taken, report)
         if self._dry_run or not missing:
             return
-        refused = await self._store.write(Batch(lane, missing, [], []))
+        refused = await self._store.write(WriteBatch(lane, missing, [], []))
         report.written += len(missing) - len(refused)
         await self._send_on(lane, refused, report)
 
-    async def _missing(self, taken: Iterable[Taken], report: Report) -> list[Taken]:
+    async def _missing(self, taken: Iterable[ReceivedChange], report: LogReplayReport) -> list[ReceivedChange]:
         """Each once, without those that have a dead letter."""
         by_name = {one.name: one for one in taken}
         async with self._postgres.connection() as connection:
@@ -129,7 +129,7 @@ class FromLog:
         report.entities.update(one.written.entity.name for one in lacking.values())
         return [one for (_, change), one in lacking.items() if change not in dead]
 
-    async def _lament(self, lane: Lane, failed: Sequence[Failed], report: Report) -> None:
+    async def _lament(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
         """What cannot be read has a dead letter; one that was kept after the backup has none any more."""
         report.unreadable += len(failed)
         queue = dead_queue(lane)
@@ -140,13 +140,13 @@ class FromLog:
         if lost and not self._dry_run:
             await self._send_on(lane, lost, report)
 
-    async def _send_on(self, lane: Lane, failed: Sequence[Failed], report: Report) -> None:
+    async def _send_on(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
         if failed:
             report.failed += len(failed)
             if climbing := await self._ladder.send(failed, lane, ours=lambda: True):
                 await self._store.note_retries(climbing)
 
 
-def lane_of(entry: Entry) -> Lane:
+def lane_of(entry: LogEntry) -> Lane:
     """The routing key; what came another way was no change of a request."""
     return Lane(entry.lane) if entry.lane in set(Lane) else Lane.BACKGROUND

@@ -7,10 +7,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services.sync.command_session import Session, run
+from services.sync.command_session import CommandSession, run
 from services.sync.ledger.commands import Since
-from services.sync.maintenance.from_log import FromLog, Report
-from services.sync.writer.batch_writer import SinkGone
+from services.sync.maintenance.from_log import LogReplay, LogReplayReport
+from services.sync.writer.batch_writer import HoldExpired
 from shared.entities.contract import encode, now
 from shared.settings import Settings
 
@@ -36,14 +36,14 @@ def replay_command(from_log: bool, since: datetime | None, dry_run: bool, as_jso
         sys.exit(1)
 
 
-async def _replay(settings: Settings, since: datetime | None, dry_run: bool, *, quiet: bool) -> Report:
+async def _replay(settings: Settings, since: datetime | None, dry_run: bool, *, quiet: bool) -> LogReplayReport:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), TimeElapsedColumn())
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
             began = now()
             task = bar.add_task("reading the log", total=None, counts="")
 
-            def show(report: Report) -> None:
+            def show(report: LogReplayReport) -> None:
                 first, last = report.first or began, report.last or began
                 bar.update(
                     task,
@@ -53,14 +53,14 @@ async def _replay(settings: Settings, since: datetime | None, dry_run: bool, *, 
                 )
 
             try:
-                return await FromLog(settings, session.postgres, session.publisher, dry_run=dry_run).run(
+                return await LogReplay(settings, session.postgres, session.publisher, dry_run=dry_run).run(
                     since=since, progress=show
                 )
-            except SinkGone as error:
+            except HoldExpired as error:
                 raise click.ClickException(f"PostgreSQL does not answer; run it again when it does: {error}") from error
 
 
-def _show(report: Report, dry_run: bool) -> None:
+def _show(report: LogReplayReport, dry_run: bool) -> None:
     if report.first is None:
         return click.echo("the log holds no changes")
     click.echo(f"log: {report.read} changes, from {report.first:%Y-%m-%d %H:%M:%S} UTC on")

@@ -26,11 +26,11 @@ from shared.entities.contract import BrokenContract, Lane, encode, now
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, TicketrailError
 from shared.lifecycle import vital_task
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
-from shared.rail.commit import Draft, Lost, OutOfStock, Rail
+from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.rail.commit import ClaimLost, Draft, OutOfStock, Rail
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
@@ -42,7 +42,7 @@ _GAP_MINUTES = 10
 _REST = 9
 _MOST_BLOCKS = 20
 _LEAST_BEHIND = 2.0
-_LANES_EMPTIED = "select min(sent_at) from fences where lane = any($1) having count(*) = cardinality($1)"
+_LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 
 class Reconciler:
@@ -82,7 +82,7 @@ class Reconciler:
             ):
                 try:
                     await work()
-                except (MirrorAway, MirrorInDoubt, TicketrailError, *AWAY) as error:
+                except (MirrorUnavailable, MirrorInDoubt, TicketrailError, *UNAVAILABLE) as error:
                     log.warning("reconciler_waits", work=work.__name__, error=str(error) or type(error).__name__)
             await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
@@ -115,10 +115,10 @@ class Reconciler:
             self._settle_again_at = ended + _REST * (ended - began)
 
     async def _heal_sometimes(self) -> None:
-        """Asks at every round whether fences come through every lane, so that it knows since when they do."""
+        """Asks at every round whether heartbeats come through every lane, so that it knows since when they do."""
         try:
             emptied = await self._lanes_emptied()
-        except AWAY:
+        except UNAVAILABLE:
             self._empty_since = None
             raise
         began = time.monotonic()
@@ -133,7 +133,7 @@ class Reconciler:
 
     @property
     def _behind(self) -> float:
-        """Seconds: how old the last fence of a lane that is empty may be."""
+        """Seconds: how old the last heartbeat of a lane that is empty may be."""
         return (
             max(_LEAST_BEHIND, 3 * self._settings.heartbeat_interval_seconds)
             + self._settings.reconcile_interval_seconds
@@ -165,7 +165,7 @@ class Reconciler:
         if not old:
             return 0
         async with self._postgres.connection() as connection:
-            standing = await states.standings(connection, entity, restaurant, old)
+            standing = await states.heads(connection, entity, restaurant, old)
         _, documents = await self._mirror.read(restaurant, entity.name, old)
         healed = 0
         for id_, document in zip(old, documents, strict=True):
@@ -186,14 +186,14 @@ class Reconciler:
             )
             try:
                 await self._rail.commit(draft)
-            except Lost:
+            except ClaimLost:
                 continue  # somebody has changed it meanwhile: that change carries the whole state
             except (InvalidInput, OutOfStock) as error:
                 # It would be refused every time: it does not stop the others.
-                log.error("not_recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
+                log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
                 continue
             healed += 1
-            log.error("recorded_anew", entity=entity.name, id=id_, restaurant_id=restaurant)
+            log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
         return healed
 
     async def _trim_sometimes(self) -> None:

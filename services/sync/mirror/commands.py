@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from services.sync.command_session import Session, run
+from services.sync.command_session import CommandSession, run
 from services.sync.mirror.full_sync import Difference, FullSync
 from shared.entities.contract import encode
 from shared.settings import Settings
@@ -46,7 +46,7 @@ def full_sync_command(verify: bool, as_json: bool) -> None:
 
 
 async def _full_sync(settings: Settings, *, mend: bool, tell: Any) -> Any:
-    async with Session(settings) as session:
+    async with CommandSession(settings) as session:
         return await FullSync(settings, session.postgres, session.mirror).run(mend=mend, tell=tell)
 
 

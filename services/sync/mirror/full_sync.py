@@ -19,7 +19,7 @@ from shared.entities.entity import Entity
 from shared.mirror.mirror import Apply, Document, Mirror
 from shared.postgres import states
 from shared.postgres.pool import Postgres
-from shared.postgres.states import Stored
+from shared.postgres.states import StoredState
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
@@ -52,7 +52,7 @@ class FullSync:
         self._mirror = mirror
 
     async def run(self, *, mend: bool, tell: Callable[[Difference], None]) -> Compared:
-        """Raises MirrorAway, MirrorInDoubt, or one of AWAY; may be repeated."""
+        """Raises MirrorUnavailable, MirrorInDoubt, or one of AWAY; may be repeated."""
         found = Compared()
         async with self._postgres.connection() as connection:
             restaurants = await every_restaurant(connection)
@@ -76,7 +76,7 @@ class FullSync:
         young: dict[str, list[str]] = {}
         async with self._postgres.connection() as connection:
             async for block in states.live_window(connection, entity, now() - self._window):
-                by_restaurant: dict[str, list[tuple[str, Stored]]] = {}
+                by_restaurant: dict[str, list[tuple[str, StoredState]]] = {}
                 for stored in block:
                     state = entity.decode_state(stored.state)
                     known.add(state.id)
@@ -99,7 +99,7 @@ class FullSync:
                 await self._look_again(entity, restaurant, id_, found, mend=mend, tell=tell)
         return known
 
-    def _difference(self, entity: Entity, stored: Stored, document: Document | None) -> str | None:
+    def _difference(self, entity: Entity, stored: StoredState, document: Document | None) -> str | None:
         """Empty: none; None: the mirror is ahead."""
         if document is None:
             state = entity.decode_state(stored.state)
@@ -141,7 +141,7 @@ class FullSync:
         restaurant: str,
         id_: str,
         what: str,
-        stored: Stored,
+        stored: StoredState,
         found: Compared,
         *,
         mend: bool,
@@ -175,7 +175,7 @@ class FullSync:
             piece = ids[start : start + _BLOCK]
             _, documents = await self._mirror.read(restaurant, entity.name, piece)
             async with self._postgres.connection() as connection:
-                standing = await states.standings(connection, entity, restaurant, piece)
+                standing = await states.heads(connection, entity, restaurant, piece)
             for id_, document in zip(piece, documents, strict=True):
                 if document is None or id_ in standing:
                     continue

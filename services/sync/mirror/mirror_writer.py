@@ -3,7 +3,7 @@
 Guarantee: changes are applied in the order of the log, each at least once, under the guard. The offset lives in the
 mirror and moves in the same script as the data, so a mirror that was wiped or came back stale rewinds the writer: from
 the offset that it still has, or, without one, the live window from PostgreSQL and then the log since PostgreSQL's last
-fence less ten minutes.
+heartbeat less ten minutes.
 
 A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before
 `mirror_settle_seconds` have passed since it was found cold: changes that were claimed on the mirror that is lost are
@@ -29,8 +29,8 @@ from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
 from services.sync.failures.classification import classify
-from services.sync.failures.retry_ladder import Failed, headers_for, patience
-from services.sync.heartbeat import FenceWatch
+from services.sync.failures.retry_ladder import FailedChange, headers_for, patience
+from services.sync.heartbeat import HeartbeatMonitor
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import (
@@ -46,15 +46,15 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import Entity
 from shared.lifecycle import end_tasks, vital_task
-from shared.messaging.log import Batch, Entry, LogReader, Start
+from shared.messaging.log import LogBatch, LogEntry, LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, LogState, Mirror
 from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
@@ -73,7 +73,7 @@ _PIECE = 250  # changes in one script
 # fraction of the round trips. Whoever has more than so many waiting does not pause.
 _GATHER = 0.02
 _SMALL = 50
-_LAST_FENCE = "select min(sent_at) from fences where lane <> ''"
+_LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
 _EPOCH = "select epoch from log_epochs order by id desc limit 1"
 
 
@@ -92,7 +92,7 @@ class _Begun(Struct):
 class _Logged(Struct):
     """One change of the log, as far as it has been read."""
 
-    entry: Entry
+    entry: LogEntry
     event: bytes
     outline: Outline | None
     """None when it cannot be read."""
@@ -105,7 +105,7 @@ class MirrorWriter:
         postgres: Postgres,
         mirror: Mirror,
         publisher: Publisher,
-        watch: FenceWatch,
+        watch: HeartbeatMonitor,
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
@@ -136,7 +136,7 @@ class MirrorWriter:
                 await self._follow(await self._begin())
             except _Rewind as rewind:
                 log.warning("mirror_rewind", reason=str(rewind))
-            except (MirrorAway, MirrorInDoubt, *AWAY, *BROKEN_LINK) as error:
+            except (MirrorUnavailable, MirrorInDoubt, *UNAVAILABLE, *BROKEN_LINK) as error:
                 log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
             self.warm = False
             self._attempt += 1
@@ -158,7 +158,7 @@ class MirrorWriter:
         epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
             epoch = epoch or await connection.fetchval(_EPOCH)
-            fenced_at = await connection.fetchval(_LAST_FENCE)
+            heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
             if epoch is None:
                 raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
             state = LogState(epoch, _NOWHERE)
@@ -173,10 +173,10 @@ class MirrorWriter:
                     await self._apply([_stored(entity, stored) for stored in block], state, None)
             async for rows in states.holds(connection):
                 await self._mirror.hold(rows)
-        log.info("mirror_rebuilt", loaded=loaded, since=str(fenced_at))
+        log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
         # On a fresh system nothing can be under way.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
-        return _Begun(state, fenced_at - _OVERLAP if fenced_at else "first", False, settled_at)
+        return _Begun(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
     def _reader(self) -> LogReader:
         return LogReader(
@@ -195,8 +195,8 @@ class MirrorWriter:
         async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
             async for batch in batches:
                 for lane in Lane:
-                    if lane in batch.fences:
-                        self._watch.arrived_in_log(lane, batch.fences[lane])
+                    if lane in batch.heartbeats:
+                        self._watch.arrived_in_log(lane, batch.heartbeats[lane])
                 if batch.epoch != state.epoch:
                     await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
                     raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
@@ -227,19 +227,19 @@ class MirrorWriter:
                     attributes={**_ON_MIRROR, "ticketrail.change_id": one.id},
                 )
 
-    async def _tell(self, batch: Batch, state: LogState) -> None:
+    async def _tell(self, batch: LogBatch, state: LogState) -> None:
         """What a batch that is applied says beside its changes."""
         if batch.caught_up:
             self._watch.note_log_end()
             self._attempt = 0
             if not self.warm:
                 await self._stamp(state)
-        if batch.fences:
+        if batch.heartbeats:
             if self.warm and not await self._mirror.is_warm():
                 raise _Rewind("the mirror has lost its stamp")
             for lane in Lane:
-                if lane in batch.fences:
-                    self._watch.note_log(lane, batch.fences[lane], now())
+                if lane in batch.heartbeats:
+                    self._watch.note_log(lane, batch.heartbeats[lane], now())
 
     async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
         """In pieces: a script holds up everybody else's for as long as it runs. The offset moves with the last one, and
@@ -273,13 +273,13 @@ class MirrorWriter:
         return found
 
     async def would_apply(self, event: bytes) -> bool:
-        """False: the mirror has this change, or a later one. Raises MirrorAway, MirrorInDoubt."""
+        """False: the mirror has this change, or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
         seen = outline(event)
         return seen is not None and bool(await self._mirror.lacks([seen]))
 
     async def apply_anew(self, event: bytes) -> None:
-        """A change that could not be applied when its turn came. Raises BrokenContract, MirrorAway, MirrorInDoubt, one
-        of AWAY."""
+        """A change that could not be applied when its turn came. Raises BrokenContract, MirrorUnavailable,
+        MirrorInDoubt, one of AWAY."""
         change = decode_change(event)
         entity, state = registry.read(change)
         one = Apply(entity, state, change.standing, bytes(change.data.after), change.time, "late")
@@ -287,11 +287,11 @@ class MirrorWriter:
             await self._mirror.apply(await self._from_postgres([one]))
         # PostgreSQL had it when there was nothing here to settle.
         async with self._postgres.connection() as connection:
-            found = await states.standings(connection, entity, change.restaurantid, [change.entity_id])
+            found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
             await self._mirror.settle(change.restaurantid, entity.name, list(found.items()))
 
-    async def _split(self, batch: Batch) -> list[_Logged]:
+    async def _split(self, batch: LogBatch) -> list[_Logged]:
         found = []
         for entry in batch.entries:
             try:
@@ -327,8 +327,8 @@ class MirrorWriter:
             readable.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
         return readable
 
-    async def _dead(self, entry: Entry, body: bytes, error: BrokenContract) -> None:
-        failed = Failed(body, {}, classify(error), now())
+    async def _dead(self, entry: LogEntry, body: bytes, error: BrokenContract) -> None:
+        failed = FailedChange(body, {}, classify(error), now())
         headers = {**headers_for(failed, entry.lane), "ticketrail-log-offset": entry.offset}
         log.error("mirror_dead_letter", reason=error.reason, error=str(error), offset=entry.offset)
         while True:
@@ -354,5 +354,5 @@ class MirrorWriter:
         log.info("mirror_warm", offset=state.offset, gap=gap)
 
 
-def _stored(entity: Entity, stored: states.Stored) -> Apply:
+def _stored(entity: Entity, stored: states.StoredState) -> Apply:
     return Apply(entity, entity.decode_state(stored.state), stored.standing, stored.state, stored.accepted_at, "stored")

@@ -55,7 +55,7 @@ class SyncStates:
         if not old:
             return 0
         async with self._postgres.connection() as connection:
-            standing = await states.standings(connection, entity, restaurant, old)
+            standing = await states.heads(connection, entity, restaurant, old)
         if standing:
             await self._mirror.settle(restaurant, entity.name, list(standing.items()))
         await self._tell_failed(restaurant, entity, old)

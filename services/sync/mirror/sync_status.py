@@ -8,9 +8,9 @@ from msgspec import Struct
 from services.sync.mirror.thresholds import Above, warnings
 from shared.entities import registry
 from shared.entities.entity import Entity
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
-from shared.postgres.pool import AWAY, Connection, Postgres
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.settings import Settings
 
 
@@ -58,7 +58,7 @@ async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, re
         async with postgres.tenant(restaurant) as connection:
             stored = {name: await _stored(connection, one, restaurant) for name, one in registry.ENTITIES.items()}
             conflicts = {row["entity"]: row["open"] for row in await connection.fetch(_CONFLICTS, restaurant)}
-    except AWAY:
+    except UNAVAILABLE:
         unknown.append("postgres")
         stored, conflicts = {}, {}
     for name in registry.ENTITIES:
@@ -66,7 +66,7 @@ async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, re
         failed: int | None = None
         try:
             pending, failed = await mirror.counts(restaurant, name)
-        except (MirrorAway, MirrorInDoubt):
+        except (MirrorUnavailable, MirrorInDoubt):
             if "mirror" not in unknown:
                 unknown.append("mirror")
         tables[name] = {

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from shared.entities import registry
 from shared.lifecycle import vital_task
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.settings import Settings
 
@@ -58,14 +58,14 @@ class Thresholds:
         while True:
             try:
                 await self.look()
-            except (MirrorAway, MirrorInDoubt) as error:
+            except (MirrorUnavailable, MirrorInDoubt) as error:
                 self.pending = self.failed = math.nan
                 self.over = {"pending": math.nan, "failed": math.nan}
                 log.debug("thresholds_wait", error=str(error) or type(error).__name__)
             await asyncio.sleep(self._settings.threshold_interval_seconds)
 
     async def look(self) -> None:
-        """Raises MirrorAway, MirrorInDoubt."""
+        """Raises MirrorUnavailable, MirrorInDoubt."""
         pending = failed = 0
         above: dict[tuple[str, str], Above] = {}
         for restaurant in await self._mirror.restaurant_ids():

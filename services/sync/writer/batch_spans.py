@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from opentelemetry.trace import SpanKind
 
-from services.sync.failures.retry_ladder import Failed
-from services.sync.writer.batches import Batch, Taken
+from services.sync.failures.retry_ladder import FailedChange
+from services.sync.writer.batches import ReceivedChange, WriteBatch
 from shared.entities.contract import Change
 from shared.messaging import topology
 from shared.observability.tracing import Tracer
@@ -22,10 +22,10 @@ def _names(change: Change) -> dict[str, str]:
 
 def trace_batch(
     tracer: Tracer,
-    batch: Batch,
+    batch: WriteBatch,
     messages: int,
-    written: Sequence[Taken],
-    failed: Sequence[Failed],
+    written: Sequence[ReceivedChange],
+    failed: Sequence[FailedChange],
     began: int,
     ended: int,
 ) -> None:

@@ -23,12 +23,12 @@ from datetime import datetime
 import structlog
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import NewLetter
+from services.sync.dead_letters.store import NewDeadLetter
 from services.sync.failures import retry_store
-from services.sync.failures.classification import Failure, Kind, classify, describe
-from services.sync.failures.retry_ladder import Failed
+from services.sync.failures.classification import Failure, FailureKind, classify, describe
+from services.sync.failures.retry_ladder import FailedChange
 from services.sync.failures.retry_store import Retry
-from services.sync.writer.batches import Batch, Taken
+from services.sync.writer.batches import ReceivedChange, WriteBatch
 from services.sync.writer.upsert import write_batch
 from shared.backoff import backoff
 from shared.entities.contract import now
@@ -41,11 +41,11 @@ log = structlog.get_logger(__name__)
 _STUCK = 5  # so many timeouts with nothing getting through: look at the server, not at the changes
 
 
-class SinkGone(Exception):
+class HoldExpired(Exception):
     """PostgreSQL has been away for longer than messages may be held."""
 
 
-class Store:
+class BatchWriter:
     def __init__(self, postgres: Postgres, settings: Settings) -> None:
         self._postgres = postgres
         self._longest_hold = settings.sink_hold_seconds
@@ -55,25 +55,25 @@ class Store:
         self._hold_began = 0.0
         self._holds = 0
 
-    async def write(self, batch: Batch) -> list[Failed]:
+    async def write(self, batch: WriteBatch) -> list[FailedChange]:
         """The changes that failed. Raises SinkGone."""
-        if not batch.changes and not batch.fences:
+        if not batch.changes and not batch.heartbeats:
             return []
         while True:
             try:
-                await self._commit(batch.changes, batch.fences)
+                await self._commit(batch.changes, batch.heartbeats)
                 return []
             except Exception as error:  # noqa: BLE001  (each is classified; none is swallowed)
                 failure = classify(error)
-            if failure.kind is Kind.AWAY:
+            if failure.kind is FailureKind.UNAVAILABLE:
                 await self._hold(failure)
                 continue
-            if len(batch.changes) == 1 and not batch.fences:
+            if len(batch.changes) == 1 and not batch.heartbeats:
                 return [batch.changes[0].failed(failure)]
             log.info("batch_taken_apart", lane=batch.lane, changes=len(batch.changes), error=failure.error)
             return await self._one_by_one(batch)
 
-    async def keep_dead(self, letters: Sequence[NewLetter]) -> list[NewLetter] | None:
+    async def keep_dead(self, letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter] | None:
         """Those that are news. None: they must take their way through the dead queue, whose keeper is more patient."""
         try:
             async with self._postgres.connection() as connection:
@@ -98,24 +98,24 @@ class Store:
                 async with self._postgres.connection() as connection:
                     await connection.fetchval("select 1 from changes limit 1")
             except Exception as error:  # noqa: BLE001  (any of them means no)
-                log.debug("postgres_still_away", error=describe(error))
+                log.debug("postgres_still_unavailable", error=describe(error))
             else:
                 return self._served()
 
-    async def _commit(self, changes: Sequence[Taken], fences: Sequence[Signal] = ()) -> None:
+    async def _commit(self, changes: Sequence[ReceivedChange], heartbeats: Sequence[Signal] = ()) -> None:
         async with self._postgres.connection() as connection:
             await write_batch(
                 connection,
                 [one.written for one in changes],
-                fences,
+                heartbeats,
                 patience=self._patience,
                 retried=[one.name for one in changes if one.retried],
             )
         self._served()
 
-    async def _one_by_one(self, batch: Batch) -> list[Failed]:
-        failed: list[Failed] = []
-        timed_out: list[tuple[Taken, Failure]] = []
+    async def _one_by_one(self, batch: WriteBatch) -> list[FailedChange]:
+        failed: list[FailedChange] = []
+        timed_out: list[tuple[ReceivedChange, Failure]] = []
         served = False  # something got through: the server is not what is slow
         waiting = deque(batch.changes)
         while waiting:
@@ -126,7 +126,7 @@ class Store:
                 continue
             except Exception as error:  # noqa: BLE001  (the same)
                 failure = classify(error)
-            if failure.kind is Kind.AWAY:
+            if failure.kind is FailureKind.UNAVAILABLE:
                 waiting.appendleft(change)
                 await self._hold(failure)
             elif failure.timed_out and not served:
@@ -139,28 +139,28 @@ class Store:
             else:
                 failed.append(change.failed(failure))
         failed.extend(change.failed(failure) for change, failure in timed_out)
-        await self._note_fences(batch)
+        await self._note_heartbeats(batch)
         return failed
 
-    async def _note_fences(self, batch: Batch) -> None:
-        while batch.fences:
+    async def _note_heartbeats(self, batch: WriteBatch) -> None:
+        while batch.heartbeats:
             try:
-                await self._commit([], batch.fences)
+                await self._commit([], batch.heartbeats)
                 return
             except Exception as error:  # noqa: BLE001  (the same)
                 failure = classify(error)
-            if failure.kind is Kind.AWAY:
+            if failure.kind is FailureKind.UNAVAILABLE:
                 await self._hold(failure)
-            else:  # the next fence comes in seconds
-                log.error("fence_not_noted", lane=batch.lane, error=failure.error)
-                batch.fences = []
+            else:  # the next heartbeat comes in seconds
+                log.error("heartbeat_not_stored", lane=batch.lane, error=failure.error)
+                batch.heartbeats = []
 
     async def _hold(self, failure: Failure) -> None:
         if self.holding_since is None:
             self.holding_since, self._hold_began = now(), time.monotonic()
-            log.warning("postgres_away", error=failure.error)
+            log.warning("postgres_unavailable", error=failure.error)
         elif time.monotonic() - self._hold_began > self._longest_hold:
-            raise SinkGone(failure.error)
+            raise HoldExpired(failure.error)
         self._holds += 1
         await asyncio.sleep(backoff(self._holds))
 

@@ -1,4 +1,4 @@
-"""What was taken from a lane, taken apart: changes to write, fences to note, and what cannot be read. Pure."""
+"""What was taken from a lane, taken apart: changes to write, heartbeats to note, and what cannot be read. Pure."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -6,11 +6,11 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from services.sync.failures.classification import Failure, classify
-from services.sync.failures.retry_ladder import Failed, alone
+from services.sync.failures.retry_ladder import FailedChange, single_change_body
 from services.sync.writer.upsert import Written
 from shared.entities import registry
 from shared.entities.contract import Change, Lane, decode_change, now, split_batch
-from shared.entities.signal import FENCE, Signal, signal_in
+from shared.entities.signal import HEARTBEAT, Signal, signal_in
 from shared.messaging import topology
 
 
@@ -21,7 +21,7 @@ class Message(Protocol):
     def headers(self) -> Mapping[str, Any]: ...
 
 
-class Taken(Struct, frozen=True):
+class ReceivedChange(Struct, frozen=True):
     """One change, with what is needed to send it on alone."""
 
     event: bytes
@@ -38,41 +38,45 @@ class Taken(Struct, frozen=True):
         """(restaurant, change)"""
         return (self.written.change.restaurantid, self.written.change.id)
 
-    def failed(self, failure: Failure) -> Failed:
-        return Failed(alone(self.event), self.message.headers, failure, now(), self.written.change, self.message)
+    def failed(self, failure: Failure) -> FailedChange:
+        return FailedChange(
+            single_change_body(self.event), self.message.headers, failure, now(), self.written.change, self.message
+        )
 
 
-class Batch(Struct):
+class WriteBatch(Struct):
     lane: Lane
-    changes: list[Taken]
-    fences: list[Signal]
-    failed: list[Failed]
+    changes: list[ReceivedChange]
+    heartbeats: list[Signal]
+    failed: list[FailedChange]
     """What cannot even be read; it does not hold back the rest of its message."""
 
 
-def how_many(body: bytes) -> int:
+def estimate_changes(body: bytes) -> int:
     """A rough count of the changes in a message, without taking it apart: bounds a batch, decides nothing."""
     return max(1, body.count(b'"entityversion"'))
 
 
-def sort_out(lane: Lane, messages: Iterable[Message]) -> Batch:
-    batch = Batch(lane, [], [], [])
+def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
+    batch = WriteBatch(lane, [], [], [])
     for message in messages:
         try:
             events = split_batch(message.body)
         except Exception as error:  # noqa: BLE001  (whatever it is, it goes where failures go)
-            batch.failed.append(Failed(message.body, message.headers, classify(error), now(), None, message))
+            batch.failed.append(FailedChange(message.body, message.headers, classify(error), now(), None, message))
             continue
         for event in events:
             change: Change | None = None
             try:
                 if (signal := signal_in(event)) is not None:
-                    if signal.type == FENCE and signal.lane == lane:
-                        batch.fences.append(signal)
+                    if signal.type == HEARTBEAT and signal.lane == lane:
+                        batch.heartbeats.append(signal)
                     continue
                 change = decode_change(event)
                 entity, state = registry.read(change)
-                batch.changes.append(Taken(event, message, Written(lane, entity, change, state)))
+                batch.changes.append(ReceivedChange(event, message, Written(lane, entity, change, state)))
             except Exception as error:  # noqa: BLE001  (the same)
-                batch.failed.append(Failed(alone(event), message.headers, classify(error), now(), change, message))
+                batch.failed.append(
+                    FailedChange(single_change_body(event), message.headers, classify(error), now(), change, message)
+                )
     return batch

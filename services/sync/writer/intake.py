@@ -23,11 +23,11 @@ from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
 from services.sync.failures.classification import describe
-from services.sync.heartbeat import FenceWatch
-from services.sync.writer.batches import how_many
+from services.sync.heartbeat import HeartbeatMonitor
+from services.sync.writer.batches import estimate_changes
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
-from shared.entities.signal import FENCE, signal_in
+from shared.entities.signal import HEARTBEAT, signal_in
 from shared.lifecycle import vital_task
 from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK
@@ -85,7 +85,7 @@ class _Raw:
         return message, None
 
 
-class _Link:
+class _LaneConnection:
     """One connection. Each broker object has its own: a late callback tells of its own alone."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _Link:
 
 
 class Intake:
-    def __init__(self, settings: Settings, lane: Lane, watch: FenceWatch) -> None:
+    def __init__(self, settings: Settings, lane: Lane, watch: HeartbeatMonitor) -> None:
         self.lane = lane
         self._settings = settings
         self._watch = watch
@@ -101,7 +101,7 @@ class Intake:
         self._tags: dict[AbstractChannel, Tags] = {}
         self._broker: RabbitBroker | None = None
         self._hosts = Hosts(settings.rabbitmq_url)
-        self._link = _Link()
+        self._link = _LaneConnection()
         self._reopening: asyncio.Task[None] | None = None
         self._ending = False
         self._held: set[Delivery] = set()
@@ -131,7 +131,7 @@ class Intake:
                 return
             except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client: it is tried again)
                 attempt += 1
-                log.warning("lane_away", lane=self.lane, error=describe(error), attempt=attempt)
+                log.warning("lane_unavailable", lane=self.lane, error=describe(error), attempt=attempt)
                 await self._stop(broker)
             except asyncio.CancelledError:
                 await self._stop(broker)
@@ -166,7 +166,7 @@ class Intake:
                 break
             if delivery.ours:
                 taken.append(delivery)
-                size += how_many(delivery.body)
+                size += estimate_changes(delivery.body)
             until = until if until is not None or not taken else loop.time() + self._settings.batch_wait_ms / 1000
         return taken
 
@@ -215,7 +215,7 @@ class Intake:
         self._held.clear()
 
     def _make(self) -> RabbitBroker:
-        link = self._link = _Link()
+        link = self._link = _LaneConnection()
         broker = RabbitBroker(
             self._hosts.url,
             default_channel=Channel(prefetch_count=1),
@@ -246,10 +246,10 @@ class Intake:
         if len(delivery.body) < _LONGEST_SIGNAL:
             with contextlib.suppress(BrokenContract):  # found again, and sent on, when the batch is taken apart
                 signal = signal_in(delivery.body[1:-1])
-                if signal is not None and signal.type == FENCE and signal.lane == self.lane:
+                if signal is not None and signal.type == HEARTBEAT and signal.lane == self.lane:
                     self._watch.arrived(self.lane, signal.time)
 
-    def _lost(self, link: "_Link") -> None:
+    def _lost(self, link: "_LaneConnection") -> None:
         if not link.up:
             return
         link.up = False

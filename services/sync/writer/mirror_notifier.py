@@ -14,12 +14,12 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 
 from services.sync.failures.classification import describe
-from services.sync.failures.retry_ladder import Failed, for_the_mirror
+from services.sync.failures.retry_ladder import FailedChange, for_the_mirror
 from services.sync.writer.upsert import Written, highest
 from shared.entities import registry
-from shared.entities.contract import Lane, Standing
+from shared.entities.contract import Head, Lane
 from shared.lifecycle import vital_task
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -28,18 +28,18 @@ _MOST_WAITING = 100  # batches
 _LAST_WORDS = 1.0
 
 
-class Settled(Struct, frozen=True):
+class WriteResult(Struct, frozen=True):
     """What became of one batch."""
 
     committed: Sequence[Written]
-    failed: Sequence[Failed]
-    fences: dict[Lane, datetime]
+    failed: Sequence[FailedChange]
+    heartbeats: dict[Lane, datetime]
 
 
-class Settlement:
+class MirrorNotifier:
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._waiting: asyncio.Queue[Settled] = asyncio.Queue(_MOST_WAITING)
+        self._waiting: asyncio.Queue[WriteResult] = asyncio.Queue(_MOST_WAITING)
         self._task: asyncio.Task[None] | None = None
         self._away = False
 
@@ -56,11 +56,11 @@ class Settlement:
             async with asyncio.timeout(_LAST_WORDS):
                 await self._waiting.join()
         except TimeoutError:
-            log.warning("mirror_not_told", batches=self._waiting.qsize())
+            log.warning("mirror_update_dropped", batches=self._waiting.qsize())
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    def tell(self, settled: Settled) -> None:
+    def tell(self, settled: WriteResult) -> None:
         try:
             self._waiting.put_nowait(settled)
         except asyncio.QueueFull:
@@ -73,17 +73,17 @@ class Settlement:
                 await self._tell(settled)
                 if self._away:
                     self._away = False
-                    log.info("mirror_told_again")
-            except (MirrorAway, MirrorInDoubt, RedisError) as error:
+                    log.info("mirror_updates_resumed")
+            except (MirrorUnavailable, MirrorInDoubt, RedisError) as error:
                 self._missed(describe(error))
             except Exception:
-                log.exception("mirror_not_told")
+                log.exception("mirror_update_dropped")
             finally:
                 self._waiting.task_done()
 
-    async def _tell(self, settled: Settled) -> None:
+    async def _tell(self, settled: WriteResult) -> None:
         """All calls at once: they share one pipeline."""
-        groups: dict[tuple[str, str], list[tuple[str, Standing]]] = {}
+        groups: dict[tuple[str, str], list[tuple[str, Head]]] = {}
         for entity in {one.entity.name for one in settled.committed}:
             for one in highest(each for each in settled.committed if each.entity.name == entity):
                 groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.standing))
@@ -91,8 +91,8 @@ class Settlement:
         for (restaurant, entity, _, _), alike in _alike(settled.failed).items():
             states = [(one.change.entity_id, one.change.standing) for one in alike if one.change is not None]
             calls.append(self._mirror.settle(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
-        if settled.fences:
-            calls.append(self._mirror.note_fences({lane.value: at for lane, at in settled.fences.items()}))
+        if settled.heartbeats:
+            calls.append(self._mirror.note_heartbeats({lane.value: at for lane, at in settled.heartbeats.items()}))
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -100,12 +100,12 @@ class Settlement:
     def _missed(self, error: str) -> None:
         if not self._away:
             self._away = True
-            log.warning("mirror_not_told", error=error)
+            log.warning("mirror_update_dropped", error=error)
 
 
-def _alike(failed: Sequence[Failed]) -> dict[tuple[str, str, str, int], list[Failed]]:
+def _alike(failed: Sequence[FailedChange]) -> dict[tuple[str, str, str, int], list[FailedChange]]:
     """What failed in one batch of the same, told in one call: of a flood of bad changes the mirror must hear little."""
-    groups: dict[tuple[str, str, str, int], list[Failed]] = {}
+    groups: dict[tuple[str, str, str, int], list[FailedChange]] = {}
     for one in failed:
         change = one.change
         if change is not None and change.entity in registry.ENTITIES:

@@ -28,14 +28,14 @@ from typing import Any
 import structlog
 
 from services.sync.failures.classification import describe
-from services.sync.failures.parsing import letters_of
-from services.sync.failures.retry_ladder import Failed, Ladder, headers_for
-from services.sync.heartbeat import FenceWatch
+from services.sync.failures.parsing import parse_dead_letters
+from services.sync.failures.retry_ladder import FailedChange, RetryLadder, headers_for
+from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.writer.batch_spans import trace_batch
-from services.sync.writer.batch_writer import SinkGone, Store
-from services.sync.writer.batches import Batch, sort_out
+from services.sync.writer.batch_writer import BatchWriter, HoldExpired
+from services.sync.writer.batches import WriteBatch, parse_batch
 from services.sync.writer.intake import Delivery, Intake
-from services.sync.writer.mirror_notifier import Settled, Settlement
+from services.sync.writer.mirror_notifier import MirrorNotifier, WriteResult
 from shared.entities.contract import Lane, now
 from shared.lifecycle import vital_task
 from shared.messaging.publisher import Publisher
@@ -62,8 +62,8 @@ class Batcher:
         lane: Lane,
         postgres: Postgres,
         publisher: Publisher,
-        watch: FenceWatch,
-        settlement: Settlement,
+        watch: HeartbeatMonitor,
+        settlement: MirrorNotifier,
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
@@ -71,8 +71,8 @@ class Batcher:
         self._metrics = metrics
         self._tracer = tracer
         self.intake = Intake(settings, lane, watch)
-        self.store = Store(postgres, settings)
-        self._ladder = Ladder(publisher, settings.retry_steps_ms, metrics)
+        self.store = BatchWriter(postgres, settings)
+        self._ladder = RetryLadder(publisher, settings.retry_steps_ms, metrics)
         self._owed: Counter[Delivery] = Counter()
         """What must still be done with each message before it may be acknowledged."""
         self._sending: set[asyncio.Task[None]] = set()
@@ -98,7 +98,7 @@ class Batcher:
                         await self._handle(taken)
                     elif not self._broken.is_set():
                         break
-                except SinkGone as error:
+                except HoldExpired as error:
                     log.warning("lane_let_go", lane=self.lane, error=str(error))
                     self._broken.set()
                 except Exception:
@@ -136,7 +136,7 @@ class Batcher:
         while self._sending:
             await asyncio.wait(self._sending)
 
-    def _send_on(self, failed: list[Failed]) -> "asyncio.Task[None]":
+    def _send_on(self, failed: list[FailedChange]) -> "asyncio.Task[None]":
         """In the background. Their messages owe it from now on."""
         owing: list[Delivery] = list({one.message: None for one in failed})  # type: ignore[misc]
         self._owed.update(owing)
@@ -145,7 +145,7 @@ class Batcher:
         task.add_done_callback(self._sending.discard)
         return task
 
-    async def _send(self, failed: list[Failed], owing: list[Delivery]) -> None:
+    async def _send(self, failed: list[FailedChange], owing: list[Delivery]) -> None:
         def ours() -> bool:
             return any(delivery.ours for delivery in owing)
 
@@ -158,12 +158,14 @@ class Batcher:
             log.exception("failed_changes_not_sent", lane=self.lane, changes=len(failed), error=describe(error))
             self._broken.set()
 
-    async def _keep(self, failed: list[Failed]) -> list[Failed]:
+    async def _keep(self, failed: list[FailedChange]) -> list[FailedChange]:
         """The dead ones among many, as their keeper would; returns those that must be sent."""
         dead = [one for one in failed if self._ladder.is_dead(one, self.lane)]
         queue, lane = dead_queue(self.lane), self.lane
         letters = [
-            letter for one in dead for letter in letters_of(queue, lane, one.body, headers_for(one, lane), one.at)
+            letter
+            for one in dead
+            for letter in parse_dead_letters(queue, lane, one.body, headers_for(one, lane), one.at)
         ]
         news = await self.store.keep_dead(letters) if letters else None
         if news is None:
@@ -191,7 +193,7 @@ class Batcher:
 
     async def _handle(self, taken: list[Delivery]) -> None:
         began = time.time_ns()
-        batch = sort_out(self.lane, taken)
+        batch = parse_batch(self.lane, taken)
         self._owed.update(taken)
         sending = self._send_on(batch.failed) if batch.failed else None
         if self._loses_changes:  # a test wants to see that it is noticed
@@ -215,12 +217,12 @@ class Batcher:
         self.written += len(committed)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()
-        fenced_at = max((fence.time for fence in batch.fences), default=None)
-        if fenced_at is not None:
-            self._watch.note(self.lane, fenced_at, self.last_commit_at)
-        self._settlement.tell(Settled(committed, failed, {self.lane: fenced_at} if fenced_at else {}))
+        heartbeat_at = max((heartbeat.time for heartbeat in batch.heartbeats), default=None)
+        if heartbeat_at is not None:
+            self._watch.note(self.lane, heartbeat_at, self.last_commit_at)
+        self._settlement.tell(WriteResult(committed, failed, {self.lane: heartbeat_at} if heartbeat_at else {}))
 
-    def _measure(self, batch: Batch, ended: int, seconds: float) -> None:
+    def _measure(self, batch: WriteBatch, ended: int, seconds: float) -> None:
         if not batch.changes:
             return
         self._metrics.batch.observe(len(batch.changes))
@@ -236,11 +238,11 @@ class PostgresWriter:
         postgres: Postgres,
         mirror: Mirror,
         publisher: Publisher,
-        watch: FenceWatch,
+        watch: HeartbeatMonitor,
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
-        self._settlement = Settlement(mirror)
+        self._settlement = MirrorNotifier(mirror)
         self._batchers = [
             Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer, metrics)
             for lane in Lane

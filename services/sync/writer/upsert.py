@@ -1,4 +1,4 @@
-"""Writing batches of changes: the one place that writes the readers' tables, `changes`, `conflicts` and `fences`.
+"""Writing batches of changes: the one place that writes the readers' tables, `changes`, `conflicts` and `heartbeats`.
 
 Guarantee: `write_batch` is one transaction, and the tables end the same whatever the order of the batches, however
 often each comes, and however many writers are at work at once:
@@ -147,12 +147,12 @@ order by 1, 5, 6
 on conflict do nothing
 """
 
-# A fence may overtake an earlier one on another channel: the one that was sent last is the last.
-_NOTE_FENCES = """
-insert into fences as t (lane, fence_id, epoch, sent_at)
+# A heartbeat may overtake an earlier one on another channel: the one that was sent last is the last.
+_NOTE_HEARTBEATS = """
+insert into heartbeats as t (lane, heartbeat_id, epoch, sent_at)
 select * from unnest($1::text[], $2::uuid[], $3::text[], $4::timestamptz[])
 on conflict (lane) do update
-set fence_id = excluded.fence_id, epoch = excluded.epoch, sent_at = excluded.sent_at, noted_at = now()
+set heartbeat_id = excluded.heartbeat_id, epoch = excluded.epoch, sent_at = excluded.sent_at, noted_at = now()
 where excluded.sent_at > t.sent_at
 """
 
@@ -175,7 +175,7 @@ def highest(written: Iterable[Written]) -> list[Written]:
 async def write_batch(
     connection: Connection,
     written: Sequence[Written],
-    fences: Sequence[Signal] = (),
+    heartbeats: Sequence[Signal] = (),
     *,
     patience: float,
     retried: Sequence[tuple[str, str]] = (),
@@ -196,8 +196,8 @@ async def write_batch(
             if mine := [one for one in written if one.entity.name == name]:
                 await _write_entities(connection, entity, mine)
         new, forks = await _write_changes(connection, written) if written else (0, 0)
-        if fences:
-            await _note_fences(connection, fences)
+        if heartbeats:
+            await _note_heartbeats(connection, heartbeats)
         if retried:
             await retry_store.forget(connection, retried)
     return Outcome(new, forks)
@@ -256,15 +256,15 @@ async def _write_changes(connection: Connection, written: Sequence[Written]) -> 
     return len(new), int(status.rpartition(" ")[2])
 
 
-async def _note_fences(connection: Connection, fences: Sequence[Signal]) -> None:
-    last = {fence.lane: fence for fence in sorted(fences, key=lambda fence: fence.time)}
+async def _note_heartbeats(connection: Connection, heartbeats: Sequence[Signal]) -> None:
+    last = {heartbeat.lane: heartbeat for heartbeat in sorted(heartbeats, key=lambda heartbeat: heartbeat.time)}
     ordered = [last[lane] for lane in sorted(last)]
     await connection.execute(
-        _NOTE_FENCES,
-        [fence.lane for fence in ordered],
-        [fence.id for fence in ordered],
-        [fence.epoch for fence in ordered],
-        [fence.time for fence in ordered],
+        _NOTE_HEARTBEATS,
+        [heartbeat.lane for heartbeat in ordered],
+        [heartbeat.id for heartbeat in ordered],
+        [heartbeat.epoch for heartbeat in ordered],
+        [heartbeat.time for heartbeat in ordered],
     )
 
 

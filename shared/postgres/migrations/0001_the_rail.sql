@@ -70,10 +70,10 @@ create table conflicts (
     primary key (restaurant_id, change_id, other_change_id)
 );
 
--- The last fence that this sink has seen, of every lane; `epoch` is the log's.
-create table fences (
+-- The last heartbeat that this sink has seen, of every lane; `epoch` is the log's.
+create table heartbeats (
     lane text primary key,
-    fence_id uuid not null,
+    heartbeat_id uuid not null,
     epoch text not null,
     sent_at timestamptz not null,
     noted_at timestamptz not null default now()
@@ -193,8 +193,8 @@ end $$;
 -- The log of changes is append-only for everybody.
 revoke update, delete on changes from ticketrail_writer;
 
-grant select, insert, update on fences to ticketrail_writer;
-grant select on fences, log_epochs to ticketrail_api, ticketrail_ops;
+grant select, insert, update on heartbeats to ticketrail_writer;
+grant select on heartbeats, log_epochs to ticketrail_api, ticketrail_ops;
 grant select, insert on log_epochs to ticketrail_writer;
 -- What the services must know of a restaurant before they know the caller's tenant; who its people are they need not.
 grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;

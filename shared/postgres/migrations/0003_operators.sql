@@ -42,7 +42,7 @@ create index dead_letters_of_entity on dead_letters (restaurant_id, entity, enti
 create index dead_letters_closed on dead_letters (closed_at) where closed_at is not null;
 
 -- An edit: the event as it was made anew, and what differs from the letter.
-create table letter_edits (
+create table dead_letter_edits (
     id uuid primary key default gen_random_uuid(),
     letter_id uuid not null references dead_letters on delete cascade,
     at timestamptz not null default now(),
@@ -52,10 +52,10 @@ create table letter_edits (
     difference json not null,      -- [{"path", "before", "after"}]
     change_id uuid not null
 );
-create index letter_edits_of_letter on letter_edits (letter_id, at);
+create index letter_edits_of_letter on dead_letter_edits (letter_id, at);
 
 -- Replays run in the sync worker, a row each, so that they survive it.
-create table ops_jobs (
+create table replay_jobs (
     id uuid primary key default gen_random_uuid(),
     kind text not null check (kind in ('replay', 'dry_run')),
     state text not null default 'waiting'
@@ -74,9 +74,9 @@ create table ops_jobs (
     beat_at timestamptz,           -- of that worker: one that is silent for a while has died
     finished_at timestamptz
 );
-create index ops_jobs_open on ops_jobs (created_at) where state in ('waiting', 'running');
-create table ops_job_letters (
-    job_id uuid not null references ops_jobs on delete cascade,
+create index ops_jobs_open on replay_jobs (created_at) where state in ('waiting', 'running');
+create table replay_job_items (
+    job_id uuid not null references replay_jobs on delete cascade,
     position int not null,
     letter_id uuid not null references dead_letters on delete cascade,
     fingerprint text not null,     -- when the job was made
@@ -86,8 +86,8 @@ create table ops_job_letters (
     at timestamptz,
     primary key (job_id, position)
 );
-create index ops_job_letters_under_way on ops_job_letters (letter_id) where outcome in ('sending', 'sent');
-create index ops_job_letters_of_letter on ops_job_letters (letter_id);
+create index ops_job_letters_under_way on replay_job_items (letter_id) where outcome in ('sending', 'sent');
+create index ops_job_letters_of_letter on replay_job_items (letter_id);
 
 -- What people did: read by operators, and by admins where it is about their restaurant.
 create table audit (
@@ -149,8 +149,8 @@ begin
         execute format('grant select on %I to ticketrail_api', t);
     end loop;
 end $$;
-grant select, insert, update, delete on dead_letters, letter_edits, ops_jobs, ops_job_letters, retries to ticketrail_writer;
+grant select, insert, update, delete on dead_letters, dead_letter_edits, replay_jobs, replay_job_items, retries to ticketrail_writer;
 grant select, insert on audit to ticketrail_writer, ticketrail_ops;
 grant select on retries to ticketrail_ops;
 grant select, update on dead_letters to ticketrail_ops;
-grant select, insert, update on letter_edits, ops_jobs, ops_job_letters to ticketrail_ops;
+grant select, insert, update on dead_letter_edits, replay_jobs, replay_job_items to ticketrail_ops;

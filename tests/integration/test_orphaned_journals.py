@@ -15,7 +15,7 @@ from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import NotSent
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
-from shared.rail.orphans import Orphans
+from shared.rail.orphaned_journals import OrphanedJournals
 from shared.rail.set_aside import files_aside
 from tests import builders
 from tests.system import eventually
@@ -37,8 +37,8 @@ class Broker:
         self.events += split_batch(body)
 
 
-def orphans_of(folder: Path, broker: Any, *, own: int = 1) -> Orphans:
-    return Orphans(folder, broker, None, own=own, max_bytes=1 << 20, every=0.05)
+def orphans_of(folder: Path, broker: Any, *, own: int = 1) -> OrphanedJournals:
+    return OrphanedJournals(folder, broker, None, own=own, max_bytes=1 << 20, every=0.05)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from typing import Any
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
-from services.orders.changes import Changes, Done
+from services.orders.changes import Changes, Receipt
 from services.orders.commands import Commands
-from services.orders.insight import Insight
+from services.orders.derived_figures import DerivedFigures
 from services.orders.menu import Menus
-from services.orders.reads import Found, Reads
+from services.orders.reads import FoundState, Reads
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
 from shared.entities.contract import encode
@@ -18,25 +18,25 @@ from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 
 
-class Shop(Struct, frozen=True):
+class RouteContext(Struct, frozen=True):
     postgres: Postgres
     mirror: Mirror
     menus: Menus
     reads: Reads
     changes: Changes
     commands: Commands
-    insight: Insight
+    insight: DerivedFigures
     accounts: Accounts
     sign_in: SignIn
 
 
-def shop_of(request: Call) -> Shop:
+def context_of(request: Call) -> RouteContext:
     """From the application's state: Litestar's dependency injection opens a task group for every request."""
-    shop: Shop = request.app.state["shop"]
+    shop: RouteContext = request.app.state["shop"]
     return shop
 
 
-def done_reply(done: Done, *, status: int = 200, **more: Any) -> Reply:
+def done_reply(done: Receipt, *, status: int = 200, **more: Any) -> Reply:
     headers = {"ETag": f'"{done.standing.version}"'}
     sync = more.pop("sync", PENDING)
     more["visible"] = done.visible
@@ -48,7 +48,7 @@ def done_reply(done: Done, *, status: int = 200, **more: Any) -> Reply:
     return success(view, status=status, headers=headers)
 
 
-def found_reply(found: Found, known: str | None, **more: Any) -> Reply:
+def found_reply(found: FoundState, known: str | None, **more: Any) -> Reply:
     """`known`: the If-None-Match of the request."""
     headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
     if known == headers["ETag"]:

@@ -1,8 +1,8 @@
-"""Fences on real servers: they prove the bindings, and a missing one refuses."""
+"""Heartbeats on real servers: they prove the bindings, and a missing one refuses."""
 
 import asyncio
 
-from services.sync.heartbeat import log_way
+from services.sync.heartbeat import log_path_of
 from shared.entities.contract import Lane, now
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
@@ -11,7 +11,7 @@ from tests.servers import Servers
 from tests.system import eventually
 
 LANES = [lane.value for lane in Lane]
-LOG_WAYS = [log_way(lane) for lane in Lane]
+LOG_WAYS = [log_path_of(lane) for lane in Lane]
 
 
 async def stale(rig: Rig) -> list[str]:
@@ -35,15 +35,15 @@ async def refusal_of(rig: Rig, queue: str) -> None:
     await eventually(lambda: proof(rig, 3.0), what=f"{queue} refused", until=lambda said: repr(queue) in str(said))
 
 
-async def test_a_fence_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
-    await rig.fences.start()
+async def test_a_heartbeat_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
+    await rig.heartbeats.start()
 
     async def noted() -> set[str]:
-        return {row["lane"] for row in await rig.database.fetch("select lane from fences")}
+        return {row["lane"] for row in await rig.database.fetch("select lane from heartbeats")}
 
-    await eventually(noted, what="fences noted", until=lambda seen: seen == set(LANES))
+    await eventually(noted, what="heartbeats noted", until=lambda seen: seen == set(LANES))
     epoch = await rig.database.fetchval("select epoch from log_epochs")
-    assert await rig.database.fetchval("select bool_and(epoch = $1) from fences", epoch)
+    assert await rig.database.fetchval("select bool_and(epoch = $1) from heartbeats", epoch)
 
     async def lags() -> list[float | None]:
         return [rig.watch.lags()[lane] for lane in LANES]
@@ -52,13 +52,13 @@ async def test_a_fence_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
     await eventually(lambda: stale(rig), what="the lanes heard of", until=heard_of_the_lanes)
 
     async def told() -> set[str]:
-        return set(await rig.mirror.fences())
+        return set(await rig.mirror.heartbeats())
 
     await eventually(told, what="the mirror told", until=lambda seen: seen >= set(LANES))
 
 
-async def test_bindings_are_proved_by_fences_that_come_through(rig: Rig) -> None:
-    await rig.fences.start()
+async def test_bindings_are_proved_by_heartbeats_that_come_through(rig: Rig) -> None:
+    await rig.heartbeats.start()
 
     async def read_the_log() -> None:
         while True:
@@ -80,13 +80,13 @@ async def test_a_missing_binding_refuses_and_names_the_queue(rig: Rig) -> None:
     async with rig.channel() as channel:
         queue = await channel.get_queue(topology.lane_queue(Lane.NORMAL), ensure=False)
         await queue.unbind(topology.CHANGES, Lane.NORMAL.value)
-    await rig.fences.start()
+    await rig.heartbeats.start()
     await refusal_of(rig, topology.lane_queue(Lane.NORMAL))
     assert "normal" in rig.watch.stale()
 
 
 async def test_a_missing_binding_of_the_log_refuses_once_its_reader_is_at_the_end(rig: Rig) -> None:
-    await rig.fences.start()
+    await rig.heartbeats.start()
     said = await proof(rig, 1.0)
     assert said is not True
     assert repr(topology.LOG) not in str(said), "the reader may still be on its way"
@@ -95,7 +95,7 @@ async def test_a_missing_binding_of_the_log_refuses_once_its_reader_is_at_the_en
 
 
 async def test_while_postgres_is_away_the_bindings_are_proved_all_the_same(rig: Rig, servers: Servers) -> None:
-    await rig.fences.start()
+    await rig.heartbeats.start()
 
     async def noted() -> bool:
         return None not in [rig.watch.lags()[lane] for lane in LANES]

@@ -12,21 +12,21 @@ from shared.entities import job, order
 from shared.entities.customer import Customer
 from shared.entities.entity import Entity, Facts
 from shared.entities.inventory_item import InventoryItem
-from shared.entities.job import Job, Stage
-from shared.entities.order import Status
+from shared.entities.job import BayJob, JobStage
+from shared.entities.order import OrderStatus
 from shared.entities.selection import Selection
 from shared.entities.table import DiningTable
 from shared.errors import InvalidInput, NotFound, Unavailable
-from shared.mirror.connection import MirrorAway, MirrorInDoubt
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import AWAY, Postgres
+from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role
 
 T = TypeVar("T")
 
-_OPEN = tuple(status.value for status in Status if status not in (Status.COMPLETED, Status.CANCELLED))
+_OPEN = tuple(status.value for status in OrderStatus if status not in (OrderStatus.COMPLETED, OrderStatus.CANCELLED))
 _MOST = 1_000
 
 # An order counts once it was paid in full, with what was not given back; one that costs nothing unless it is cancelled.
@@ -57,12 +57,12 @@ group by 1
 class OrderAtTable(Struct, frozen=True):
     id: str
     order_number: str
-    status: Status
+    status: OrderStatus
     total: int
     created_at: datetime
 
 
-class Insight:
+class DerivedFigures:
     ORDER: ClassVar[Entity] = order.ENTITY
 
     def __init__(self, reads: Reads, postgres: Postgres, mirror: Mirror) -> None:
@@ -96,22 +96,22 @@ class Insight:
             found.setdefault(state.table_id, []).append(brief)
         return [{"current_orders": found.get(id_, [])} for id_ in ids]
 
-    async def queue(self, restaurant: str, bay_id: str) -> list[Job]:
+    async def queue(self, restaurant: str, bay_id: str) -> list[BayJob]:
         """The next one first."""
-        found: list[Job] = []
+        found: list[BayJob] = []
         before = None
         while True:
-            wanted = Selection(equal={"bay_id": bay_id, "stage": Stage.QUEUED}, before=before, limit=_MOST)
+            wanted = Selection(equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_MOST)
             page = await self._reads.page(job.ENTITY, restaurant, wanted)
             found += [one.decoded() for one in page.found]
             if not page.more:
                 return sorted(found, key=lambda one: (one.place, one.created_at, one.id))
             before = (found[-1].created_at, found[-1].id)
 
-    async def positions(self, restaurant: str, jobs: list[Job]) -> list[dict[str, Any]]:
+    async def positions(self, restaurant: str, jobs: list[BayJob]) -> list[dict[str, Any]]:
         queues = {
             bay_id: {one.id: place for place, one in enumerate(await self.queue(restaurant, bay_id), start=1)}
-            for bay_id in sorted({one.bay_id for one in jobs if one.stage is Stage.QUEUED})
+            for bay_id in sorted({one.bay_id for one in jobs if one.stage is JobStage.QUEUED})
         }
         return [{"position": queues.get(one.bay_id, {}).get(one.id)} for one in jobs]
 
@@ -125,7 +125,7 @@ class Insight:
             async with self._postgres.tenant(restaurant.id) as connection:
                 paid = {row["customer_id"]: row for row in await connection.fetch(_TOTALS, restaurant.id, ids)}
                 rows = await connection.fetch(_POINTS, restaurant.id, ids, *known)
-        except AWAY:
+        except UNAVAILABLE:
             return [{"loyalty_points": None, "total_spent": None, "visits": None} for _ in ids]
         moved = {row["customer_id"]: row["points"] for row in rows}
         found = []
@@ -143,7 +143,7 @@ class Insight:
         try:
             async with self._postgres.tenant(restaurant) as connection:
                 row = await connection.fetchrow(sql, restaurant, parent, id_)
-        except AWAY as error:
+        except UNAVAILABLE as error:
             raise Unavailable("nobody can say now whether this id was used", retry_after=2.0) from error
         return None if row is None else type_(**row)
 
@@ -151,10 +151,10 @@ class Insight:
         """From the mirror, which refuses what would go below; where it cannot say from PostgreSQL, behind by the sync
         lag. `low`: it is to be ordered anew."""
         stock: dict[str, tuple[int, int] | None] = dict.fromkeys(one.id for one in items)
-        with contextlib.suppress(MirrorAway, MirrorInDoubt):
+        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
             stock = dict(zip(stock, await self._mirror.stock(restaurant, list(stock)), strict=True))
         if unknown := [one for one in items if stock[one.id] is None]:
-            with contextlib.suppress(*AWAY):
+            with contextlib.suppress(*UNAVAILABLE):
                 async with self._postgres.tenant(restaurant) as connection:
                     held = await states.held(connection, restaurant, [one.id for one in unknown])
                 stock |= {one.id: (one.quantity, held.get(one.id, 0)) for one in unknown}

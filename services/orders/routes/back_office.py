@@ -10,13 +10,13 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.orders.changes import Done
+from services.orders.changes import Receipt
 from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
-from services.orders.shop import Shop, done_reply, shop_of
+from services.orders.route_context import RouteContext, context_of, done_reply
 from shared.entities import bay, customer, inventory_item, menu_item
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.inventory_item import InventoryItem, StockMove
-from shared.entities.job import Job
+from shared.entities.job import BayJob
 from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
 from shared.http.bodies import read_body
 from shared.http.endpoint import View, endpoint, path_id
@@ -48,7 +48,7 @@ class Availability(Struct, frozen=True):
 )
 async def set_availability(request: Call) -> ASGIApp:
     wanted = read_body(await request.whole_body(), SetAvailability)
-    who, shop = request.identity, shop_of(request)
+    who, shop = request.identity, context_of(request)
     book = await shop.menus.book(who.tenant)
     ids = list(dict.fromkeys(str(id_) for id_ in wanted.menu_item_ids))
     for place, id_ in enumerate(ids):
@@ -58,7 +58,7 @@ async def set_availability(request: Call) -> ASGIApp:
     return success(found)
 
 
-async def _set_one(shop: Shop, who: Identity, id_: str, available: bool) -> Availability:
+async def _set_one(shop: RouteContext, who: Identity, id_: str, available: bool) -> Availability:
     def change(dish: menu_item.MenuItem, at: datetime) -> tuple[str, menu_item.MenuItem]:
         if dish.is_available is available:
             return "updated", dish
@@ -96,7 +96,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
 
     done = await _move(request, inventory_item.ENTITY, id_, wanted, "moves", StockMove, "quantity", apply)
-    shop = shop_of(request)
+    shop = context_of(request)
     return done_reply(done, **(await shop.insight.available(done.state.restaurant_id, [done.state]))[0])
 
 
@@ -113,7 +113,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
 )
 async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
     wanted = read_body(await request.whole_body(), MoveLoyalty)
-    id_, shop, tenant = path_id(customer_id, "customer_id"), shop_of(request), request.identity.tenant
+    id_, shop, tenant = path_id(customer_id, "customer_id"), context_of(request), request.identity.tenant
     restaurant = (await shop.menus.book(tenant)).restaurant
     points, counted = 0, frozenset[str]()
     if wanted.points < 0:
@@ -150,12 +150,12 @@ async def _move(
     type_: Any,
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
-) -> Done:
+) -> Receipt:
     """Two at once both count; one that is repeated counts once."""
     value = getattr(wanted, amount)
     if value == 0:
         raise InvalidInput("a move of nothing", field=amount)
-    shop, tenant, move_id = shop_of(request), request.identity.tenant, str(wanted.id or uuid4())
+    shop, tenant, move_id = context_of(request), request.identity.tenant, str(wanted.id or uuid4())
     old = None
     if wanted.id is not None:
         before = await shop.insight.standing(entity, tenant, id_)
@@ -176,7 +176,7 @@ async def _move(
 
 class QueuedJob(Struct, frozen=True):
     position: int
-    job: Job
+    job: BayJob
 
 
 @endpoint(
@@ -189,7 +189,7 @@ class QueuedJob(Struct, frozen=True):
     errors=(404,),
 )
 async def bay_queue(request: Call, bay_id: str) -> ASGIApp:
-    id_, shop, tenant = path_id(bay_id, "bay_id"), shop_of(request), request.identity.tenant
+    id_, shop, tenant = path_id(bay_id, "bay_id"), context_of(request), request.identity.tenant
     await shop.insight.standing(bay.ENTITY, tenant, id_)
     queue = await shop.insight.queue(tenant, id_)
     return success([QueuedJob(place, one) for place, one in enumerate(queue, start=1)])

@@ -22,7 +22,7 @@ from shared.rail.set_aside import files_of, journals_in
 log = structlog.get_logger(__name__)
 
 
-class Orphans:
+class OrphanedJournals:
     def __init__(
         self, folder: Path, publisher: Publisher, tracer: Tracer | None, *, own: int, max_bytes: int, every: float
     ) -> None:

@@ -234,7 +234,7 @@ async def test_of_two_operators_who_saw_the_same_letter_the_second_is_told(
         )
     assert sorted(reply.status_code for reply in replies) == [200, 409]
     [late] = [reply for reply in replies if reply.status_code == 409]
-    assert refused(late, 409, "letter_changed")["revision"] == 2
+    assert refused(late, 409, "dead_letter_changed")["revision"] == 2
     assert len((await seen(nadia, letter))["edits"]) == 1
 
 
@@ -251,7 +251,7 @@ async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
     async with desk.client(name="omar") as omar:
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
-            refused(await omar.post(f"{path}/{act}", json=body), 409, "letter_changed")
+            refused(await omar.post(f"{path}/{act}", json=body), 409, "dead_letter_changed")
             refused(await omar.post(f"{path}/{act}", json={**body, "revision": 2}), 409, "letter_not_open")
         refused(await omar.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "letter_not_open")
         back = expect(await omar.post(f"{path}/restore", json={"revision": 2, "why": "it was none"}))
@@ -308,7 +308,7 @@ async def test_queues_are_told_by_the_management_api_and_without_it_by_the_broke
         look, what="a count of every queue", until=lambda told: told["source"] == "management" and tells_all(told)
     )
     assert told["away"] == []
-    assert set(told["fence_age_seconds"]) == {lane.value for lane in Lane}
+    assert set(told["heartbeat_age_seconds"]) == {lane.value for lane in Lane}
     wrong = "http://nobody:wrong@127.0.0.1:9"
     async with desk.another_api(rabbitmq_watcher_url=wrong) as url, desk.client(url=url) as client:
         blind = expect(await client.get("/api/ops/queues"))

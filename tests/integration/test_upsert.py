@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from services.sync.writer.upsert import Outcome, Written, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
-from shared.entities.order import Customization, Order, PaymentStatus, Status
+from shared.entities.order import Customization, Order, OrderStatus, PaymentStatus
 from shared.entities.table import DiningTable
 from shared.postgres import states
 from shared.postgres.migrate import migrate
@@ -230,7 +230,7 @@ def _history() -> list[Change]:
     first = change(order(items=2))
     second = change(order(id=first.entity_id, items=1, payments=(payment(),)), base=first)
     fork = change(order(id=first.entity_id, items=4, payments=(payment(), payment())), base=first)
-    after = change(order(id=first.entity_id, items=3, status=Status.RECEIVED), base=second)
+    after = change(order(id=first.entity_id, items=3, status=OrderStatus.RECEIVED), base=second)
     other = change(order(items=1))
     jump = change(order(id=other.entity_id, items=2, deleted_at=CREATED_AT), base=other, entityversion=5)
     dish = change(menu_item())
@@ -301,7 +301,7 @@ ORDERS: st.SearchStrategy[Order] = st.builds(
     items=st.lists(ITEMS, max_size=3).map(tuple),
     order_number=st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=40),
     business_day=st.dates() | st.sampled_from([date.min, date.max]),
-    status=st.sampled_from(Status),
+    status=st.sampled_from(OrderStatus),
     currency=st.from_regex("^[A-Z]{3}$", fullmatch=True),
     subtotal=MONEY,
     tax_basis_points=st.integers(0, 10_000),

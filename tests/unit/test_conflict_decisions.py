@@ -11,7 +11,7 @@ from shared.entities import inventory_item
 from shared.entities import order as orders
 from shared.entities.contract import encode
 from shared.entities.inventory_item import InventoryItem
-from shared.entities.order import Order, PaymentStatus, Status, StockHold
+from shared.entities.order import Order, OrderStatus, PaymentStatus, StockHold
 from shared.errors import Conflict
 from tests.builders import new_id, order, payment
 
@@ -77,7 +77,10 @@ def test_when_each_side_was_written_does_not_matter() -> None:
 def test_an_order_that_comes_back_takes_anew_what_it_gave_back() -> None:
     hold = StockHold(inventory_item_id=new_id(), quantity=2)
     loser = structs.replace(BASE, holds=(hold,))
-    for winner in (structs.replace(loser, status=Status.CANCELLED), structs.replace(loser, deleted_at=BASE.updated_at)):
+    for winner in (
+        structs.replace(loser, status=OrderStatus.CANCELLED),
+        structs.replace(loser, deleted_at=BASE.updated_at),
+    ):
         after = chosen(winner, winner, loser)
         [held] = after.holds
         assert (held.quantity, after.deleted_at, after.status) == (2, None, loser.status)

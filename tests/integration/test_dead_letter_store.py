@@ -11,9 +11,9 @@ from msgspec import structs
 
 from services.sync.dead_letters import actions, replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import Attempt, NewLetter, Wanted
+from services.sync.dead_letters.store import Attempt, DeadLetterQuery, NewDeadLetter
 from services.sync.failures.classification import fingerprint
-from services.sync.failures.parsing import letters_of
+from services.sync.failures.parsing import parse_dead_letters
 from shared.entities.contract import Lane, encode, now
 from shared.errors import Conflict, NotFound
 from shared.messaging import topology
@@ -44,9 +44,9 @@ def letter(
     body: bytes | None = None,
     error: str = "BrokenContract: no",
     **fields: Any,
-) -> NewLetter:
+) -> NewDeadLetter:
     made = body or message(change(order(**fields)))
-    [read] = letters_of(topology.dead_queue(lane), lane, made, {}, now())
+    [read] = parse_dead_letters(topology.dead_queue(lane), lane, made, {}, now())
     place = "shared.entities.entity:decode"
     return structs.replace(
         read,
@@ -58,13 +58,13 @@ def letter(
     )
 
 
-async def keep(rig: Rig, *letters: NewLetter) -> None:
+async def keep(rig: Rig, *letters: NewDeadLetter) -> None:
     assert len(await dead_letter_store.keep(rig.database, letters)) == len(letters)
 
 
 async def found(rig: Rig, **wanted: Any) -> set[bytes]:
-    page = await dead_letter_store.page(rig.database, Wanted(**wanted), limit=100)
-    assert len(page) == await dead_letter_store.count(rig.database, Wanted(**wanted))
+    page = await dead_letter_store.page(rig.database, DeadLetterQuery(**wanted), limit=100)
+    assert len(page) == await dead_letter_store.count(rig.database, DeadLetterQuery(**wanted))
     whole = [await dead_letter_store.one(rig.database, one.id) for one in page]
     return {one.body for one in whole if one}
 
@@ -74,10 +74,10 @@ async def test_pages_come_newest_first_and_hold_everything_once(store: Rig) -> N
     # Several at the same moment: the cursor must tell them apart.
     made = [letter(at=at + timedelta(seconds=number // 4)) for number in range(10)]
     await keep(store, *made)
-    seen: list[dead_letter_store.Letter] = []
+    seen: list[dead_letter_store.DeadLetter] = []
     while True:
         before = (seen[-1].last_failed_at, seen[-1].id) if seen else None
-        page = await dead_letter_store.page(store.database, Wanted(), before=before, limit=3)
+        page = await dead_letter_store.page(store.database, DeadLetterQuery(), before=before, limit=3)
         if not page:
             break
         seen += page
@@ -111,7 +111,7 @@ async def test_each_filter_narrows_to_what_it_says(store: Rig) -> None:
     assert await found(store, text="100% _Özgür") == mine, "in the body, with what `like` would take for its own"
     assert await found(store, text="100%Ö") == set()
     assert await found(store, text=str(ours.entity_id)) == mine
-    page = await dead_letter_store.page(store.database, Wanted(restaurant_id=RESTAURANT))
+    page = await dead_letter_store.page(store.database, DeadLetterQuery(restaurant_id=RESTAURANT))
     assert await found(store, ids=(page[0].id,)) == mine
     assert await found(store, ids=(str(uuid4()),)) == set()
 
@@ -123,14 +123,14 @@ async def test_groups_count_and_tell_first_last_sample_and_trend(store: Rig) -> 
     other = letter(reason="too_large", restaurant_id=OTHER_RESTAURANT, lane=Lane.NORMAL)
     await keep(store, early, late, newest, other)
     await store.database.execute("update dead_letters set status = 'discarded' where digest = $1", late.digest)
-    first, second = await dead_letter_store.groups(store.database, Wanted())
+    first, second = await dead_letter_store.groups(store.database, DeadLetterQuery())
     assert (first.fingerprint, first.reason, first.place) == (newest.fingerprint, newest.reason, newest.place)
     assert (first.count, first.open, first.queues) == (3, 2, (newest.queue,))
     assert (first.first_failed_at, first.last_failed_at) == (early.attempts[0].at, newest.attempts[0].at)
     assert first.sample_error == "BrokenContract: the newest"
     assert first.trend == (*[0] * 21, 1, 0, 1)
     assert (second.count, second.queues, sum(second.trend)) == (1, (other.queue,), 1)
-    [only] = await dead_letter_store.groups(store.database, Wanted(restaurant_id=OTHER_RESTAURANT))
+    [only] = await dead_letter_store.groups(store.database, DeadLetterQuery(restaurant_id=OTHER_RESTAURANT))
     assert only.fingerprint == other.fingerprint
 
 
@@ -143,10 +143,10 @@ async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_anoth
     for tenant, expected in ((RESTAURANT, {ours.change_id}), (OTHER_RESTAURANT, {theirs.change_id}), ("", set())):
         async with api.transaction():
             await api.execute("select set_config('app.tenant', $1, true)", tenant)
-            page = await dead_letter_store.page(api, Wanted())
+            page = await dead_letter_store.page(api, DeadLetterQuery())
             assert {one.change_id for one in page} == expected
-            assert sum(group.count for group in await dead_letter_store.groups(api, Wanted())) == len(expected)
-    for table in ("letter_edits", "ops_jobs", "ops_job_letters"):
+            assert sum(group.count for group in await dead_letter_store.groups(api, DeadLetterQuery())) == len(expected)
+    for table in ("dead_letter_edits", "replay_jobs", "replay_job_items"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await api.execute(f"select * from {table}")
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -156,14 +156,14 @@ async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_anoth
 
 async def test_of_two_operators_the_second_is_told(store: Rig, ops: Any) -> None:
     await keep(store, letter())
-    [seen] = await dead_letter_store.page(ops, Wanted())
+    [seen] = await dead_letter_store.page(ops, DeadLetterQuery())
     async with ops.transaction():
         done = await actions.discard(ops, seen.id, revision=seen.revision, why="a test", **WHO)
     assert (done.status, done.why, done.revision) == ("discarded", "a test", 2)
     assert done.closed_at is not None
     with pytest.raises(Conflict) as told:
         await actions.discard(ops, seen.id, revision=seen.revision, why="me too", **WHO)
-    assert told.value.error_code == "letter_changed"
+    assert told.value.error_code == "dead_letter_changed"
     assert told.value.details["revision"] == 2
     with pytest.raises(Conflict) as told:
         await actions.discard(ops, seen.id, revision=2, why="again", **WHO)
@@ -177,7 +177,7 @@ async def test_of_two_operators_the_second_is_told(store: Rig, ops: Any) -> None
 
 async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store: Rig, ops: Any) -> None:
     await keep(store, letter())
-    [seen] = await dead_letter_store.page(ops, Wanted())
+    [seen] = await dead_letter_store.page(ops, DeadLetterQuery())
     change_id = str(uuid4())
     difference = [{"path": "total", "before": -1, "after": 1}]
     async with ops.transaction():
@@ -201,7 +201,9 @@ async def test_a_death_moves_the_revision_under_an_operators_hands(store: Rig, o
     await keep(store, first)
     await keep(store, structs.replace(first, attempts=(Attempt(now(), "too_large", "?", "a:b"),)))
     with pytest.raises(Conflict):
-        await actions.discard(ops, (await dead_letter_store.page(ops, Wanted()))[0].id, revision=1, why="late", **WHO)
+        await actions.discard(
+            ops, (await dead_letter_store.page(ops, DeadLetterQuery()))[0].id, revision=1, why="late", **WHO
+        )
 
 
 async def test_attempts_stay_bounded_and_the_first_one_is_not_forgotten(store: Rig) -> None:
@@ -228,21 +230,21 @@ async def test_only_what_was_closed_long_ago_is_taken_away(store: Rig, ops: Any)
 
 async def test_a_plan_counts_what_is_open_by_where_it_would_go(store: Rig, ops: Any) -> None:
     closed = letter()
-    [mirrored] = letters_of(topology.MIRROR_DEAD, None, message(change(order())), {}, now())
+    [mirrored] = parse_dead_letters(topology.MIRROR_DEAD, None, message(change(order())), {}, now())
     await keep(store, letter(), letter(lane=Lane.NORMAL, reason="too_large"), closed, mirrored)
     await store.database.execute("update dead_letters set status = 'discarded' where digest = $1", closed.digest)
-    plan = await replay_jobs.plan(ops, Wanted())
+    plan = await replay_jobs.plan(ops, DeadLetterQuery())
     assert plan.total == 3
     assert plan.queues == {"sync.postgres.critical.v1": 1, "sync.postgres.normal.v1": 1, "mirror": 1}
     assert sum(plan.fingerprints.values()) == 3
-    assert (await replay_jobs.plan(ops, Wanted(reason="too_large"))).total == 1
+    assert (await replay_jobs.plan(ops, DeadLetterQuery(reason="too_large"))).total == 1
 
 
 async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: Any) -> None:
     at = datetime(2026, 3, 14, tzinfo=UTC)
     older, newer = letter(at=at), letter(at=at + timedelta(hours=1))
     await keep(store, newer, older)
-    wanted = Wanted(reason="negative_amount")
+    wanted = DeadLetterQuery(reason="negative_amount")
     job = await replay_jobs.make(ops, wanted, kind="replay", why="fixed", per_second=5.0, canary=False, **WHO)
     await keep(store, letter())
     assert (job.kind, job.state, job.total, job.outcomes, job.ended) == ("replay", "waiting", 2, {"waiting": 2}, False)
@@ -264,7 +266,7 @@ async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: An
     with pytest.raises(NotFound):
         await replay_jobs.cancel(ops, str(uuid4()), **WHO)
 
-    nothing = await replay_jobs.make(ops, Wanted(reason="no such"), kind="dry_run", **WHO)
+    nothing = await replay_jobs.make(ops, DeadLetterQuery(reason="no such"), kind="dry_run", **WHO)
     assert (nothing.state, nothing.total) == ("done", 0)
     jobs = await replay_jobs.recent(ops, limit=1)
     assert [one.id for one in jobs] == [nothing.id]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sync.dead_letters.store import NewLetter
-from services.sync.failures.classification import Failure, Kind
-from services.sync.failures.parsing import letters_of
-from services.sync.failures.retry_ladder import Failed, headers_for
+from services.sync.dead_letters.store import NewDeadLetter
+from services.sync.failures.classification import Failure, FailureKind
+from services.sync.failures.parsing import parse_dead_letters
+from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import Lane, encode
 from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 
@@ -21,16 +21,16 @@ AT = datetime(2026, 3, 14, 12, 30, 1, 234_567, tzinfo=UTC)
 NOW = AT + timedelta(minutes=1)
 QUEUE = "sync.postgres.critical.dead.v1"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-FAILURE = Failure(Kind.POISON, "wrong_tenant", "BrokenContract: not yours", "shared.entities.entity:decode")
+FAILURE = Failure(FailureKind.POISON, "wrong_tenant", "BrokenContract: not yours", "shared.entities.entity:decode")
 
 
-def letter(body: bytes, headers: dict[str, Any] | None = None, lane: Lane | None = Lane.CRITICAL) -> NewLetter:
-    [found] = letters_of(QUEUE, lane, body, headers or {}, NOW)
+def letter(body: bytes, headers: dict[str, Any] | None = None, lane: Lane | None = Lane.CRITICAL) -> NewDeadLetter:
+    [found] = parse_dead_letters(QUEUE, lane, body, headers or {}, NOW)
     return found
 
 
 def died(body: bytes, failure: Failure = FAILURE, at: datetime = AT, **headers: Any) -> dict[str, Any]:
-    return dict(headers_for(Failed(body, headers, failure, at), Lane.CRITICAL))
+    return dict(headers_for(FailedChange(body, headers, failure, at), Lane.CRITICAL))
 
 
 def test_a_letter_names_what_died_where_and_of_what() -> None:
@@ -52,7 +52,7 @@ def test_a_letter_names_what_died_where_and_of_what() -> None:
 def test_every_attempt_of_the_ladder_is_in_it() -> None:
     body = message(change(order()))
     slow = Failure(
-        Kind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
+        FailureKind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
     )
     first = died(body, slow)
     found = letter(body, died(body, at=AT + timedelta(seconds=9), **first))
@@ -65,7 +65,7 @@ def test_the_same_letter_has_the_same_digest_and_another_queue_makes_another() -
     one = message(change(order()))
     assert letter(one).digest == letter(one, died(one)).digest
     assert letter(one).digest == letter(b"[ " + one[1:-1] + b" ]").digest, "a replay comes back without the spaces"
-    [elsewhere] = letters_of("sync.mirror.dead.v1", None, one, {}, NOW)
+    [elsewhere] = parse_dead_letters("sync.mirror.dead.v1", None, one, {}, NOW)
     assert elsewhere.digest != letter(one).digest
     assert letter(message(change(order()))).digest != letter(one).digest
 
@@ -80,7 +80,7 @@ def by_broker(reason: str = "delivery_limit") -> dict[str, Any]:
 
 def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
     several = [change(order()) for _ in range(3)]
-    found = letters_of(QUEUE, Lane.CRITICAL, message(*several), by_broker(), NOW)
+    found = parse_dead_letters(QUEUE, Lane.CRITICAL, message(*several), by_broker(), NOW)
     assert [one.change_id for one in found] == [made.id for made in several]
     assert [one.body for one in found] == [message(made) for made in several]
     assert len({one.digest for one in found}) == 3
@@ -93,7 +93,7 @@ def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
 def test_what_the_broker_gave_up_on_its_way_from_the_ladder_keeps_its_attempts() -> None:
     body = message(change(order()))
     slow = Failure(
-        Kind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
+        FailureKind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
     )
     found = letter(body, {**died(body, slow), **by_broker()})
     assert [one.reason for one in found.attempts] == ["transient", "delivery_limit"]
@@ -168,7 +168,7 @@ _NAMES = st.sampled_from(
 
 @given(st.binary() | st.text().map(str.encode), st.dictionaries(_NAMES, _VALUES, max_size=6))
 def test_whatever_comes_something_is_kept_of_it(body: bytes, headers: dict[str, Any]) -> None:
-    found = letters_of(QUEUE, Lane.CRITICAL, body, headers, NOW)
+    found = parse_dead_letters(QUEUE, Lane.CRITICAL, body, headers, NOW)
     assert found
     for one in found:
         assert one.attempts

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.sync.imports.sources import Row, _cell, count, rows, source_of
+from services.sync.imports.sources import ImportRow, _cell, count, rows, source_of
 from shared.errors import InvalidInput
 from tests.builders import OTHER_RESTAURANT, RESTAURANT
 
@@ -19,7 +19,7 @@ def body(name: str, **fields: Any) -> dict[str, Any]:
     return {"external_id": name, "items": ITEMS, **fields}
 
 
-async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAURANT) -> list[Row]:
+async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAURANT) -> list[ImportRow]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)  # noqa: ASYNC240  (a small file)
     source = source_of(str(path), None)
     found = [row async for row in rows(source, restaurant)]
@@ -27,7 +27,7 @@ async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAU
     return found
 
 
-def seen(found: list[Row]) -> list[tuple[int, str]]:
+def seen(found: list[ImportRow]) -> list[tuple[int, str]]:
     """(line, name of the order, or what is wrong with it)"""
     return [(row.line, row.error if row.order is None else row.order.name) for row in found]
 

@@ -8,7 +8,7 @@ import pytest
 
 from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
 from shared.entities.contract import Lane
-from shared.entities.order import Order, PaymentStatus, Status
+from shared.entities.order import Order, OrderStatus, PaymentStatus
 from shared.errors import Conflict, InvalidInput, TicketrailError
 from shared.restaurants import Restaurant
 from tests.builders import CREATED_AT, RESTAURANT, order
@@ -103,7 +103,7 @@ def test_a_later_update_stands_and_keeps_what_is_ours() -> None:
     before = msgspec.structs.replace(known(), order_number="0042", placed_by="someone", customer_session_id="s")
     made = after(before, status="ready", notes="no salt")
     assert made is not None
-    assert (made.status, made.notes, made.updated_at) == (Status.READY, "no salt", NOW)
+    assert (made.status, made.notes, made.updated_at) == (OrderStatus.READY, "no salt", NOW)
     assert (made.id, made.order_number, made.placed_by, made.customer_session_id, made.created_at) == (
         before.id,
         "0042",
@@ -125,7 +125,7 @@ def test_of_an_older_update_that_comes_late_the_payments_count() -> None:
     late = {"created_at": CREATED_AT, "updated_at": CREATED_AT + MINUTE, "payments": [paid("a", 1097)]}
     made = after(before, status="preparing", **late)
     assert made is not None
-    assert (made.status, made.updated_at) == (Status.READY, before.updated_at)
+    assert (made.status, made.updated_at) == (OrderStatus.READY, before.updated_at)
     assert sorted(one.amount for one in made.payments) == [1000, 1097]
     assert made.payment_status is PaymentStatus.PAID
     assert after(made, status="preparing", **late) is None
@@ -141,17 +141,17 @@ def test_updates_end_the_same_in_whatever_order_they_come() -> None:
         standing = known(**said[first])
         for place in (second, third):
             standing = after(standing, **said[place]) or standing
-        assert (standing.status, standing.updated_at) == (Status.READY, CREATED_AT + 2 * MINUTE)
+        assert (standing.status, standing.updated_at) == (OrderStatus.READY, CREATED_AT + 2 * MINUTE)
 
 
 def test_without_a_time_a_status_does_not_go_back() -> None:
     """What comes again may have been sent before our own people went on with it."""
-    before = msgspec.structs.replace(known(), status=Status.PREPARING)
+    before = msgspec.structs.replace(known(), status=OrderStatus.PREPARING)
     assert after(before, status="pending") is None
     assert after(before, status="ready") is not None
     back = after(before, status="received", updated_at=NOW)
     assert back is not None
-    assert back.status is Status.RECEIVED
+    assert back.status is OrderStatus.RECEIVED
 
 
 def test_payments_are_added_and_never_taken_away() -> None:

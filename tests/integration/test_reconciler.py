@@ -12,10 +12,10 @@ from uuid import uuid4
 
 import pytest
 
-from services.sync.command_session import Session
+from services.sync.command_session import CommandSession
 from services.sync.maintenance.reconciler import _LANES_EMPTIED, Reconciler
 from shared.entities import order as orders
-from shared.entities.contract import Lane, Standing, encode, now
+from shared.entities.contract import Head, Lane, encode, now
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror.mirror import Apply
@@ -30,7 +30,7 @@ HEAL = 1.0
 
 @pytest.fixture(scope="module")
 async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that heals after a second. With one consumer for each lane: a fence that another takes passes orders
+    """A system that heals after a second. With one consumer for each lane: a heartbeat that another takes passes orders
     which one is slow to commit, and a second is soon over."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     settings = {"lost_message_seconds": HEAL, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
@@ -116,7 +116,7 @@ async def stored_dish(shop: Shop, dish: str) -> bool:
 @asynccontextmanager
 async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconciler]:
     """A reconciler in this process, for a system whose worker is stopped or has nothing to do with it."""
-    async with Session(settings_of(system, **settings)) as session:
+    async with CommandSession(settings_of(system, **settings)) as session:
         yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
 
 
@@ -133,11 +133,11 @@ async def pending(shop: Shop, *, count: int = 1, age: float = 120, **fields: Any
 
 
 async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) -> None:
-    async with Session(settings_of(shop.system)) as session:
+    async with CommandSession(settings_of(shop.system)) as session:
         for start in range(0, len(states), 100):
             await session.mirror.apply(
                 [
-                    Apply(orders.ENTITY, state, Standing(1, str(uuid4())), encode(state), at, how)
+                    Apply(orders.ENTITY, state, Head(1, str(uuid4())), encode(state), at, how)
                     for state in states[start : start + 100]
                 ]
             )
@@ -155,7 +155,7 @@ async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -
             return emptied[0]
 
         reconciler._lanes_emptied = lanes_emptied  # type: ignore[method-assign]
-        await reconciler._heal_sometimes()  # RabbitMQ is away: no fence comes
+        await reconciler._heal_sometimes()  # RabbitMQ is away: no heartbeat comes
         await asyncio.sleep(1.2 * HEAL)
         began = time.monotonic()
         emptied[0] = now()  # and is back
@@ -174,13 +174,13 @@ async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -
         assert reconciler._empty_since is None, "of one of the lanes nothing is known any more"
 
 
-async def test_lanes_are_empty_only_when_a_fence_came_through_each(system: System) -> None:
+async def test_lanes_are_empty_only_when_a_heartbeat_came_through_each(system: System) -> None:
     lanes = [lane.value for lane in Lane]
     async with system.database("ticketrail_owner") as connection:
         assert await connection.fetchval(_LANES_EMPTIED, lanes) is not None
         undone = connection.transaction()
         await undone.start()
-        await connection.execute("delete from fences where lane = 'background'")
+        await connection.execute("delete from heartbeats where lane = 'background'")
         assert await connection.fetchval(_LANES_EMPTIED, lanes) is None
         await undone.rollback()
 
@@ -191,7 +191,7 @@ async def test_what_failed_or_is_young_or_cannot_be_healed_does_not_stop_the_oth
     (young,) = await pending(shop, age=0)
     (broken,) = await pending(shop, created_at=datetime(2300, 1, 1, tzinfo=UTC))
     lost = await pending(shop, count=2)
-    async with Session(settings_of(system)) as session:
+    async with CommandSession(settings_of(system)) as session:
         _, (document,) = await session.mirror.read(shop.restaurant, "order", [failed])
         assert document is not None
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
@@ -208,11 +208,11 @@ async def test_old_open_orders_do_not_keep_older_ones_in_the_mirror(system: Syst
     at = now() - timedelta(days=30)
     fields: dict[str, Any] = {"restaurant_id": shop.restaurant, "items": 1, "updated_at": at}
     stay = [
-        builders.order(**fields, created_at=at + timedelta(seconds=number), status=orders.Status.READY)
+        builders.order(**fields, created_at=at + timedelta(seconds=number), status=orders.OrderStatus.READY)
         for number in range(620)
     ]
     go = [
-        builders.order(**fields, created_at=at - timedelta(seconds=number), status=orders.Status.COMPLETED)
+        builders.order(**fields, created_at=at - timedelta(seconds=number), status=orders.OrderStatus.COMPLETED)
         for number in range(3)
     ]
     await put(shop, stay + go, at, "stored")
