@@ -45,6 +45,8 @@ _SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
     503: ("unavailable", "changes wait until the mirror is warm", {}),
     504: ("outcome_unknown", "perhaps it was recorded: repeat it with the same key", {}),
 }
+# RFC 9110's names. Python has them from 3.13 on, and older ones before.
+_PHRASES = {413: "ContentTooLarge", 422: "UnprocessableContent"}
 _TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 _SYNC = {
     "type": "object",
@@ -113,6 +115,8 @@ def document(api: Api) -> dict[str, Any]:
     schema_of = dict(zip([id(type_) for type_ in types], schemas, strict=True))
     for component in components.values():
         component.get("properties", {}).pop("request_hash", None)
+        if text := component.get("description"):
+            component["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently
     components |= {"Error": _error_schema(), "Sync": _SYNC}
     # What creates an entity, which is at the shortest of its paths, says what one looks like.
     made: dict[Any, Any] = {}
@@ -268,7 +272,7 @@ def _responses(
 
 def _error_name(status: int) -> str:
     """405 -> "MethodNotAllowed"."""
-    return re.sub(r"\W", "", HTTPStatus(status).phrase.title())
+    return _PHRASES.get(status) or re.sub(r"\W", "", HTTPStatus(status).phrase.title())
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -106,6 +106,9 @@ def _message(type_: str, summary: str, most: int = MAX_BATCH) -> dict[str, Any]:
 def _schemas(events: dict[str, str]) -> dict[str, Any]:
     types = [Change, Signal, *(entity.state for entity in registry.ENTITIES.values())]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
+    for schema in schemas.values():
+        if text := schema.get("description"):
+            schema["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently
     for type_, name in events.items():
         schemas[type_] = _event(type_, name)
     for type_ in (HEARTBEAT, MARK):
