@@ -1,0 +1,106 @@
+"""Waiting for a broker that is not ready yet: which answers are asked again, and which are final."""
+
+from collections.abc import Callable
+from email.message import Message
+from urllib.error import HTTPError
+
+import pytest
+from aiormq.exceptions import (
+    ChannelInvalidStateError,
+    ChannelNotFoundEntity,
+    ConnectionInternalError,
+    ConnectionNotAllowed,
+    ProbableAuthenticationError,
+)
+
+from shared.messaging import recovery
+from shared.messaging.declare import TopologyError
+from shared.messaging.recovery import BrokerNotReady, until_ready
+
+HOUR = 3_600.0  # a deadline that no answer here may wait for: the test's own timeout is shorter
+
+
+def http(code: int) -> HTTPError:
+    return HTTPError("http://127.0.0.1/api/users/x", code, "", Message(), None)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], "Broker"]:
+    monkeypatch.setattr(recovery, "backoff", lambda _: 0.0)
+    return Broker
+
+
+class Broker:
+    """Answers with an error so many times, and is ready then."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.left, self.questions = error, times, 0
+
+    async def __call__(self) -> str:
+        self.questions += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return "ready"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(111, "Connect call failed"),
+        ConnectionNotAllowed("NOT_ALLOWED - vhost '/' is down"),
+        ChannelNotFoundEntity("NOT_FOUND - home node 'a@b' of durable queue 'changes.log.v1' is down or inaccessible"),
+        ConnectionInternalError("INTERNAL_ERROR"),
+        ChannelInvalidStateError("writer is None"),
+        TimeoutError(),
+        EOFError(),
+        StopAsyncIteration(),
+        Exception(),  # what aiormq gives those whose channel is closed while they wait
+        http(503),
+        http(404),
+    ],
+    ids=str,
+)
+async def test_an_answer_of_a_broker_that_recovers_is_asked_again(
+    error: Exception, asked: Callable[[Exception, int], Broker]
+) -> None:
+    broker = asked(error, 3)
+    assert await until_ready(broker, within=HOUR) == "ready"
+    assert broker.questions == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ChannelNotFoundEntity("NOT_FOUND - no queue 'changes.log.v1' in vhost '/'"),
+        ChannelNotFoundEntity("NOT_FOUND - no exchange 'ticketrail.changes' in vhost '/'"),
+        TopologyError("queue is missing"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("within", [HOUR, None])
+async def test_what_is_missing_is_refused_at_once(
+    error: Exception, within: float | None, asked: Callable[[Exception, int], Broker]
+) -> None:
+    broker = asked(error, 3)
+    with pytest.raises(type(error)):
+        await until_ready(broker, within=within)
+    assert broker.questions == 1
+
+
+@pytest.mark.parametrize("error", [ProbableAuthenticationError("ACCESS_REFUSED"), http(401)], ids=str)
+async def test_refused_credentials_end_a_wait_that_has_a_deadline_and_no_other(
+    error: Exception, asked: Callable[[Exception, int], Broker]
+) -> None:
+    broker = asked(error, 3)
+    with pytest.raises(BrokerNotReady):
+        await until_ready(broker, within=HOUR)
+    assert broker.questions == 1
+    assert await until_ready(broker, within=None) == "ready"
+
+
+async def test_the_deadline_ends_the_wait_with_the_last_answer() -> None:
+    broker = Broker(ConnectionRefusedError(111, "Connect call failed"), 10**9)
+    with pytest.raises(BrokerNotReady, match="Connect call failed"):
+        await until_ready(broker, within=0.5)
+    assert broker.questions > 1
