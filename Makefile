@@ -2,7 +2,7 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
-# Also where the environment says otherwise: services start a hundred times in the tests, and are compiled once.
+# Unset even if the environment sets it: services start a hundred times in the tests, and should be compiled once.
 export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
@@ -12,40 +12,40 @@ EXAMPLES ?= 50
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# setpriv: a make that is killed takes the runner with it, and the runner stops what it started.
-run: bootstrap ## start the whole system under .local/ and send one order down the way; Ctrl-C stops it
+# setpriv: if make is killed, the kernel stops the runner, and the runner stops what it started.
+run: bootstrap ## start the whole system under .local/ and send one order through it; Ctrl-C stops it
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
 
-dev: bootstrap ## the same, and services start again when their files change
+dev: bootstrap ## the same, and restart services when their files change
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run --reload
 
 reset: bootstrap ## remove the data of `make run`, and nothing else; not while it runs
 	@$(PYTHON) -m deploy.local.reset
 
-# Three processes also on two cores: tests wait for servers more than they work. In the order of the folders: what takes
-# long comes first, so that none of the three is left with it at the end.
-test: bootstrap ## run the tests on servers of their own; ARGS="-k name" chooses
+# Three processes even on two cores, because tests mostly wait for servers. They run in the order of the folders: long tests come
+# first, so that none of the three processes is left with one at the end.
+test: bootstrap ## run the tests on servers of their own; ARGS="-k name" selects
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-coverage: bootstrap ## run the tests and say which lines they reach, in services too; HTML in .local/coverage
+coverage: bootstrap ## run the tests and report which lines they reach, in services too; HTML in .local/coverage
 	@rm -rf .local/coverage && mkdir -p .local/coverage
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS); status=$$?; \
 		$(PYTHON) -m coverage report --format=total >.local/coverage/total && $(PYTHON) -m coverage html -q && \
 		$(PYTHON) -m coverage report | tail -40 && exit $$status
 
-fuzz: bootstrap ## what no client should send, to all services; EXAMPLES=50 for each route, ARGS="orders" chooses
+fuzz: bootstrap ## send invalid requests to all services; EXAMPLES=50 per route, ARGS="orders" selects
 	$(PYTHON) -m tests.fuzz --examples $(EXAMPLES) $(ARGS)
 
-chaos: bootstrap ## faults at random times under load, then the proof that nothing was lost; SEED=7 MINUTES=10 CLIENTS=6
+chaos: bootstrap ## cause faults at random times under load and prove that nothing was lost; SEED=7 MINUTES=10 CLIENTS=6
 	SEED=$(SEED) MINUTES=$(MINUTES) CLIENTS=$(CLIENTS) $(PYTHON) -m tests.chaos
 
-api: bootstrap ## freeze the documents of the APIs and of the events anew, in docs/api
+api: bootstrap ## write the frozen documents of the APIs and events in docs/api again
 	$(PYTHON) -m tests.contract.documents
 
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
 	$(PYTHON) -m deploy.settings_docs
 
-bench: bootstrap ## measure against peers, 14 minutes on a quiet machine; ARGS="accept push" chooses
+bench: bootstrap ## measure against peers, 14 minutes on a quiet machine; ARGS="accept push" selects
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	$(PYTHON) -m benchmarks $(ARGS)
 
@@ -55,29 +55,29 @@ docs: bootstrap ## build the documentation site into .local/site; a broken link 
 	$(PYTHON) -m sphinx --fail-on-warning --keep-going -q -d .local/site-cache -b html docs .local/site
 	$(PYTHON) -m deploy.docs_site .local/site
 
-lint: bootstrap ## ruff, strict types, import rules
+lint: bootstrap ## check with ruff, strict types and import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports
 
-format: bootstrap ## let ruff format and fix what it can
+format: bootstrap ## format, and fix what ruff can fix
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
 COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--no-header pyproject.toml
 
-lock: ## make the locks anew from pyproject.toml (needs uv): all for development, what an image needs, what the plots need
+lock: ## make the locks from pyproject.toml again (needs uv): development, image, plots, documentation
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
 	$(COMPILE) -c requirements.lock --extra docs -o requirements-docs.lock
 
-swagger: ## replace the files of /api-docs by those of another Swagger UI; VERSION=5.35.0 (needs npm)
+swagger: ## replace the vendored files of Swagger UI; VERSION=5.35.0 (needs npm)
 	@sh deploy/vendor/swagger-ui.sh $(VERSION)
 
-secrets: ## make strong secrets for docker-compose.yml in .env; those that are set stay
+secrets: ## write strong secrets for docker-compose.yml into .env; keep those that are set
 	@sh deploy/secrets.sh
 
 clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs

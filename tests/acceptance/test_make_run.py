@@ -147,17 +147,19 @@ async def curl(words: list[str]) -> dict[str, Any]:
     return found
 
 
-async def readme_calls(run: Run) -> str:
-    """What the README's ten calls print here. The last one follows the events, and is ended once it is connected."""
-    block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+async def calls_of(page: str, *places: int, run: Run) -> str:
+    """Runs shell blocks of a document, by their places in it, against this system; returns what they print. A block
+    that follows the events is ended once it is connected."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    block = "\n".join(blocks[place] for place in places)
     for there, here in (
         (".local/demo.json", str(run.home / "demo.json")),
         (".venv/bin/python", sys.executable),
         ("http://127.0.0.1:8001", run.demo["orders_url"]),
         ("http://127.0.0.1:8003", run.demo["notifier_url"]),
     ):
-        assert there in block, there
         block = block.replace(there, here)
+    assert "127.0.0.1:800" not in block, "a port that is not replaced"
     process = await asyncio.create_subprocess_exec(
         "sh",
         "-c",
@@ -222,7 +224,16 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
             found = await client.get(f"{run.demo['orders_url']}/api/orders/{placed['id']}")
         assert found.json()["data"]["order_number"] == placed["order_number"]
 
-        printed = await readme_calls(run)
+        quickstart = [
+            json.loads(line)
+            for line in (await calls_of("docs/quickstart.md", 0, 2, run=run)).splitlines()
+            if line.startswith('{"success"')
+        ]
+        placed_first, read_while_frozen = (answer["data"] for answer in quickstart)
+        assert placed_first["durability"] == "broker"
+        assert read_while_frozen["sync"]["state"] == "pending", "PostgreSQL is frozen"
+
+        printed = await calls_of("README.md", 0, run=run)
         answers = [json.loads(line) for line in printed.splitlines() if line.startswith('{"success"')]
         assert [answer["success"] for answer in answers] == [True] * 8, printed
         _, read_back, moved, paid, *_ = (answer["data"] for answer in answers)
