@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import settings
 
-from tests.servers import Servers, prepare_servers
-from tests.system import PATIENT, System
+from tests.rigs.servers import Servers, prepare_servers
+from tests.rigs.system import PATIENT, System
 
 # The same examples at every run: what a property test finds, it finds for everybody and every time.
 settings.register_profile("ticketrail", derandomize=True, database=None, deadline=None, print_blob=True)

@@ -21,8 +21,8 @@ import pytest
 from deploy.local import reset
 from deploy.local.packages import ensure
 from deploy.local.ports import find_free, is_free
-from tests.http import http_client
-from tests.system import ROOT, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.system import ROOT, eventually
 
 pytestmark = pytest.mark.timeout(600)
 

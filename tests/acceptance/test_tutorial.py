@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Servers
-from tests.system import PATIENT, ROOT, System, eventually
+from tests.rigs.servers import Servers
+from tests.rigs.system import PATIENT, ROOT, System, eventually
 
 _STEP = re.compile(
     r"^<!-- (?P<order>[a-z ]+?)(?: (?P<target>\S+))? -->\n```\w+\n(?P<block>.*?)^```$", re.DOTALL | re.MULTILINE

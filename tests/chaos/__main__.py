@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.chaos.rig import Rig
 from tests.chaos.run import run, show
 from tests.chaos.schedule import schedule
-from tests.servers.processes import prepare
+from tests.rigs.servers.processes import prepare
 
 
 async def main() -> int:

@@ -14,7 +14,7 @@ import httpx
 from msgspec import Struct
 
 from tests.chaos.rig import Rig
-from tests.http import http_client
+from tests.rigs.http_client import http_client
 
 _TIMEOUT = 8.0
 _REPEATS = 4

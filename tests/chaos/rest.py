@@ -6,8 +6,8 @@ import redis.asyncio
 
 from shared.messaging import topology
 from tests.chaos.rig import Rig
-from tests.http import http_client
-from tests.system import eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.system import eventually
 
 _WITHIN = 120.0
 # Facts that the standing state of their order lacks (services/sync/conflicts/forked_payments.py).

@@ -17,10 +17,10 @@ import redis.asyncio
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 from tests.chaos.schedule import SERVERS, Fault, Kind
-from tests.http import http_client
-from tests.proxy import Mode, Proxy
-from tests.servers import Server, Servers
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Server, Servers
+from tests.rigs.system import System, eventually
 
 _JOURNAL_DISK = "16m"
 _COPY_EVERY = 2.5
@@ -214,7 +214,7 @@ class Rig:
 
     @property
     def _redis_folder(self) -> Path:
-        # A method of the local server (tests/servers/processes.py).
+        # A method of the local server (tests/rigs/servers/processes.py).
         kill: Any = self.servers.redis.kill
         found: Path = kill.__self__.directory
         return found

@@ -13,9 +13,9 @@ from tests.chaos.rig import Rig
 from tests.chaos.run import run, show
 from tests.chaos.schedule import Kind, schedule
 from tests.chaos.seen import look
-from tests.servers import Servers
-from tests.servers.processes import with_own_redis
-from tests.system import eventually
+from tests.rigs.servers import Servers
+from tests.rigs.servers.processes import with_own_redis
+from tests.rigs.system import eventually
 
 pytestmark = pytest.mark.timeout(300)
 

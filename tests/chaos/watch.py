@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.rig import Rig
-from tests.http import http_client
+from tests.rigs.http_client import http_client
 
 # Heartbeats come every 15 seconds: a link that is silent for longer is dead.
 _TIMEOUT = httpx.Timeout(5.0, read=20.0)

@@ -12,7 +12,7 @@ from services.sync.api import API as SYNC
 from shared.http import openapi
 from shared.messaging import asyncapi
 from shared.settings import Settings
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 FOLDER = ROOT / "docs" / "api"
 OPENAPI = {"orders": ORDERS, "sync": SYNC, "notifier": NOTIFIER}

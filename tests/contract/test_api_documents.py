@@ -32,7 +32,7 @@ from shared.security.permissions import PUBLIC
 from shared.settings import Settings
 from tests.contract import documents
 from tests.contract.freeze import SAMPLES, path_of, revisions
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 FROZEN: dict[str, dict[str, Any]] = {
     name: json.loads(path.read_text()) if (path := documents.FOLDER / name).exists() else {} for name in documents.NAMES

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.faults.outage import Outage
-from tests.servers import Servers
-from tests.system import System
+from tests.rigs.outage import Outage
+from tests.rigs.servers import Servers
+from tests.rigs.system import System
 
 
 @pytest.fixture(scope="module")

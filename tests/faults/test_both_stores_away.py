@@ -6,7 +6,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.faults.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.outage import Outage, acknowledged, proven, under_load
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,12 +11,12 @@ import pytest
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.chaos.rig import Rig
-from tests.faults.outage import acknowledged, proven, under_load
-from tests.proxy import Mode, Proxy
-from tests.servers import Servers
-from tests.servers.cluster import SIZE, Cluster
-from tests.servers.processes import local_redis
-from tests.system import eventually
+from tests.rigs.outage import acknowledged, proven, under_load
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Servers
+from tests.rigs.servers.cluster import SIZE, Cluster
+from tests.rigs.servers.processes import local_redis
+from tests.rigs.system import eventually
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,8 +12,8 @@ import pytest
 from msgspec import Struct
 
 from tests.chaos.watch import Watch
-from tests.faults.outage import Outage, acknowledged, proven, under_load
-from tests.system import eventually
+from tests.rigs.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.system import eventually
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,9 +14,9 @@ from msgspec import Struct
 
 from shared.entities.contract import now
 from shared.rail.set_aside import files_aside
-from tests.faults.load import Load
-from tests.http import http_client
-from tests.system import PATIENT, System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.order_load import Load
+from tests.rigs.system import PATIENT, System, eventually
 
 pytestmark = pytest.mark.timeout(150)
 

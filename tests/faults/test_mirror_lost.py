@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.chaos.rig import _COPY_AGE
-from tests.faults.outage import Outage, acknowledged, ask, no_version_was_claimed_twice, proven, under_load
+from tests.rigs.outage import Outage, acknowledged, ask, no_version_was_claimed_twice, proven, under_load
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -17,9 +17,9 @@ from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.messaging.recovery import BrokerNotReady, when_ready
 from shared.settings import Settings
-from tests.servers import RabbitMQ, Servers
-from tests.servers.processes import LocalProcess
-from tests.system import System
+from tests.rigs.servers import RabbitMQ, Servers
+from tests.rigs.servers.processes import LocalProcess
+from tests.rigs.system import System
 
 pytestmark = pytest.mark.timeout(600)
 

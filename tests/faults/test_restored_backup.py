@@ -12,9 +12,9 @@ import pytest
 
 from deploy.local.database import run_sql
 from tests.chaos.load import Load
-from tests.faults.outage import Outage, acknowledged, proven, under_load
-from tests.proxy import Mode
-from tests.system import eventually
+from tests.rigs.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.proxy import Mode
+from tests.rigs.system import eventually
 
 pytestmark = pytest.mark.timeout(300)
 

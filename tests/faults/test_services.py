@@ -8,9 +8,9 @@ import pytest
 
 from shared.entities.contract import Lane
 from shared.messaging import topology
-from tests.faults.outage import Outage, acknowledged, proven, under_load
-from tests.http import http_client
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(300)
 

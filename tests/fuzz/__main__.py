@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 from tests.fuzz.run import RUNS, fuzz, patient
-from tests.servers import prepare_servers
-from tests.system import System
+from tests.rigs.servers import prepare_servers
+from tests.rigs.system import System
 
 
 async def main() -> int:

@@ -7,8 +7,8 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
-from tests.http import http_client
-from tests.system import System
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System
 
 _PASSWORD = "a long one that nobody guesses"
 _SIZES = {"name": "size", "options": [{"name": "regular"}, {"name": "large", "price": 200}], "max_choices": 100}

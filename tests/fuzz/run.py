@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from tests.fuzz.ground import prepare
-from tests.system import PATIENT, ROOT, System
+from tests.rigs.system import PATIENT, ROOT, System
 
 # Names of what hooks.py, in the process of schemathesis, reads and writes.
 GROUND = "TICKETRAIL_FUZZ_GROUND"

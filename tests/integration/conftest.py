@@ -12,11 +12,11 @@ import pytest
 
 from services.sync.cli.main import _migrate
 from shared.settings import Settings
-from tests.integration.letters_rig import Desk, open_desk
-from tests.integration.sign_in_rig import Place, guarded, register
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
-from tests.system import System
+from tests.rigs.dead_letters import Desk, open_desk
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
+from tests.rigs.sign_in import Place, guarded, register
+from tests.rigs.system import System
 
 
 @pytest.fixture

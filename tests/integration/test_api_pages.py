@@ -6,8 +6,8 @@ import re
 import pytest
 
 from tests.contract import documents
-from tests.http import http_client
-from tests.system import System
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System
 
 _LOADED = re.compile(r'(?:src|href)="([^"]*)"')
 

@@ -24,9 +24,9 @@ from shared.entities import registry
 from shared.entities.contract import decode_change, split_batch
 from shared.messaging.log import LogReader
 from shared.security.tokens import Identity, Role, Tokens
-from tests.http import http_client
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
 RESTAURANT, DISH, USER = (str(uuid4()) for _ in range(3))

@@ -15,11 +15,11 @@ from shared.entities.signal import HEARTBEAT
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from tests.builders import change, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.proxy import Mode, Proxy
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.builders import change, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 
 @pytest.fixture

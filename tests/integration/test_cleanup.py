@@ -15,12 +15,11 @@ from services.sync.maintenance.cleanup import Cleanup
 from shared.entities import order as orders
 from shared.entities.contract import encode, now
 from shared.postgres.pool import Postgres
-from tests import builders
-from tests.integration.link import link_to
-from tests.integration.shop_rig import Shop, expect, open_shop
-from tests.integration.test_external_orders import settings_of
-from tests.integration.test_import import ticketrail
-from tests.system import System, eventually
+from tests.rigs import builders
+from tests.rigs.command_line import ticketrail
+from tests.rigs.link import link_to
+from tests.rigs.restaurant import Shop, expect, open_shop
+from tests.rigs.system import System, eventually, settings_of
 
 _TOKEN = (
     "insert into refresh_tokens (token_sha256, family, user_id, expires_at, revoked_at, used_at)"

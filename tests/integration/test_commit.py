@@ -19,10 +19,10 @@ from shared.rail import commit
 from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.record import Durability
-from tests import builders
-from tests.integration.rail_rig import LANE, STALE, MakeRail, RailRig, ids, rails
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs import builders
+from tests.rigs.rail import LANE, STALE, MakeRail, RailRig, ids, rails
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from msgspec import Struct, structs
 from shared.entities import order as orders
 from shared.entities.contract import Change, Lane
 from shared.security.tokens import Role
-from tests.builders import change, message, payment
-from tests.http import http_client
-from tests.integration.forks_rig import fork, stands
-from tests.integration.letters_rig import Desk
-from tests.integration.shop_rig import expect, refused
-from tests.system import eventually
+from tests.rigs.builders import change, message, payment
+from tests.rigs.dead_letters import Desk
+from tests.rigs.forks import fork, stands
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import expect, refused
+from tests.rigs.system import eventually
 
 CONFLICTS = "/api/ops/conflicts"
 

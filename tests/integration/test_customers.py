@@ -10,9 +10,9 @@ import pytest
 
 from services.orders.resources import e164
 from shared.errors import InvalidInput
-from tests.integration.recorded import recorded
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.recorded_changes import recorded
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from aiormq.exceptions import ChannelAccessRefused
 from services.sync.ledger.balance import PLACES
 from shared.entities.contract import Lane, encode
 from shared.messaging import management, topology
-from tests.builders import change, message, order
-from tests.integration.letters_rig import JOBS, LETTERS, Desk, seen
-from tests.integration.shop_rig import expect, refused
-from tests.system import System, eventually
+from tests.rigs.builders import change, message, order
+from tests.rigs.dead_letters import JOBS, LETTERS, Desk, seen
+from tests.rigs.restaurant import expect, refused
+from tests.rigs.system import System, eventually
 
 # -- replaying -------------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ import pytest
 from shared.entities.contract import Lane, encode, now
 from shared.messaging import topology
 from shared.security.tokens import Role
-from tests.builders import change, message, order
-from tests.integration.letters_rig import JOBS, LETTERS, Desk, seen
-from tests.integration.shop_rig import expect, refused
-from tests.system import eventually
+from tests.rigs.builders import change, message, order
+from tests.rigs.dead_letters import JOBS, LETTERS, Desk, seen
+from tests.rigs.restaurant import expect, refused
+from tests.rigs.system import eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 NOT_UTF8 = b"\x00\xff\xfe \x80 not UTF-8"

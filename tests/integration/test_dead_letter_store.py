@@ -17,8 +17,8 @@ from services.sync.failures.parsing import parse_dead_letters
 from shared.entities.contract import Lane, encode, now
 from shared.errors import Conflict, NotFound
 from shared.messaging import topology
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
-from tests.integration.writer_rig import MakeRig, Rig
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
+from tests.rigs.postgres_writer import MakeRig, Rig
 
 WHO: dict[str, Any] = {"actor": "nadia", "role": "operator"}
 

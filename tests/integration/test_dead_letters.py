@@ -12,10 +12,10 @@ from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode
 from shared.messaging import topology
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NEGATIVE = (b'"total":', b'"total":-')

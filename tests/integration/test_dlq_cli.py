@@ -11,10 +11,10 @@ import pytest
 from services.sync.dead_letters.editing import event_in
 from shared.entities.contract import Lane, encode
 from shared.messaging import topology
-from tests.builders import change, message, order
-from tests.integration.letters_rig import LETTERS, Desk, seen
-from tests.integration.shop_rig import expect
-from tests.system import eventually
+from tests.rigs.builders import change, message, order
+from tests.rigs.dead_letters import LETTERS, Desk, seen
+from tests.rigs.restaurant import expect
+from tests.rigs.system import eventually
 
 UNKNOWN = "7d0c5f1e-4c11-4c0a-9b1d-7f0c3b526f1e"
 NOT_UTF8 = b"\x00\xff\xfe \x80 not \x1b[31mUTF-8 "

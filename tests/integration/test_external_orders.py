@@ -21,10 +21,10 @@ from shared.errors import OutcomeUnknown, Unavailable
 from shared.http.bodies import read_body
 from shared.mirror import keys
 from shared.settings import Settings
-from tests.http import http_client
-from tests.integration.link import Link, link_to
-from tests.integration.shop_rig import Shop, expect, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.link import Link, link_to
+from tests.rigs.restaurant import Shop, expect, open_shop, refused
+from tests.rigs.system import System, eventually, settings_of
 
 TOKEN = Settings.model_fields["sync_token"].default
 NAMES = ["Margherita", "House red"]
@@ -285,15 +285,6 @@ async def test_a_payment_that_contradicts_one_that_is_known_is_a_conflict(shop: 
 
 
 # -- backends away: an instance of its own, whose links the test cuts ------------------------------------------------
-
-
-def settings_of(system: System, **fields: Any) -> Settings:
-    """As the processes of the system have them."""
-    chosen = {
-        name.removeprefix("TICKETRAIL_").lower(): text for name, text in system.env.items() if "TICKETRAIL" in name
-    }
-    chosen["retry_steps_ms"] = json.loads(chosen["retry_steps_ms"])
-    return Settings(_env_file=None, **{**chosen, **fields})  # type: ignore[call-arg]
 
 
 def upserts_of(session: CommandSession) -> ExternalOrderUpserts:

@@ -18,9 +18,9 @@ from shared.entities.contract import Head, encode
 from shared.entities.job import BayJob, JobStage, place_at, place_beside, place_between
 from shared.entities.selection import Selection
 from shared.security.tokens import Role
-from tests.builders import CREATED_AT, RESTAURANT, new_id
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.builders import CREATED_AT, RESTAURANT, new_id
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from shared.entities.entity import Entity
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
-from tests.builders import change, message, payment
-from tests.http import http_client
-from tests.integration.forks_rig import fork, stands
-from tests.system import System, eventually
+from tests.rigs.builders import change, message, payment
+from tests.rigs.forks import fork, stands
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System, eventually
 
 ARRIVALS = ["the winner first", "the loser first", "both in one message"]
 

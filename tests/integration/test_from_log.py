@@ -11,9 +11,9 @@ from services.sync.maintenance import feed_epochs
 from services.sync.maintenance.from_log import LogReplay, LogReplayReport
 from shared.entities.contract import Change, Lane, encode, now
 from shared.messaging import topology
-from tests.builders import change, message, order, payment
-from tests.integration.writer_rig import Rig
-from tests.servers import Servers
+from tests.rigs.builders import change, message, order, payment
+from tests.rigs.postgres_writer import Rig
+from tests.rigs.servers import Servers
 
 
 async def forget(rig: Rig, servers: Servers, *changes: Change) -> None:

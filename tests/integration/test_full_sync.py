@@ -23,11 +23,10 @@ from shared.entities.contract import Head, Lane, encode, now
 from shared.mirror import keys
 from shared.mirror.mirror import Apply
 from shared.postgres import states
-from tests import builders
-from tests.integration.shop_rig import Shop, expect, made, open_shop
-from tests.integration.test_external_orders import settings_of
-from tests.integration.test_import import ticketrail
-from tests.system import System, eventually
+from tests.rigs import builders
+from tests.rigs.command_line import ticketrail
+from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.system import System, eventually, settings_of
 
 
 @pytest.fixture

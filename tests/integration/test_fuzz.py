@@ -9,9 +9,9 @@ import pytest
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
 from tests.fuzz.run import fuzz, patient
-from tests.http import http_client
-from tests.servers import Servers
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.servers import Servers
+from tests.rigs.system import System, eventually
 
 SAME_EVERY_TIME = ("--seed=1", "--generation-deterministic")
 RUNS = [

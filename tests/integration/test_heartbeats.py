@@ -6,9 +6,9 @@ from services.sync.heartbeat import log_path_of
 from shared.entities.contract import Lane, now
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
-from tests.integration.writer_rig import Rig
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.postgres_writer import Rig
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 LANES = [lane.value for lane in Lane]
 LOG_WAYS = [log_path_of(lane) for lane in Lane]

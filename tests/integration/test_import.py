@@ -15,17 +15,16 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from msgspec import Struct
 
 from services.sync.command_session import CommandSession
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.importer import Importer, ImportReport, RefusedRow
 from services.sync.imports.sources import source_of
 from shared.errors import NotFound
-from tests.integration.link import link_to
-from tests.integration.shop_rig import Shop, open_shop
-from tests.integration.test_external_orders import settings_of
-from tests.system import ROOT, System, eventually
+from tests.rigs.command_line import ticketrail
+from tests.rigs.link import link_to
+from tests.rigs.restaurant import Shop, open_shop
+from tests.rigs.system import ROOT, System, eventually, settings_of
 
 LAST_YEAR = datetime(2025, 6, 1, 12, tzinfo=UTC)
 
@@ -71,29 +70,6 @@ async def bring(
 
 def counts(report: ImportReport) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__struct_fields__ if getattr(report, name)}
-
-
-class Ended(Struct):
-    code: int | None
-    out: str
-    err: str
-
-    @property
-    def told(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-async def ticketrail(system: System, *arguments: str) -> Ended:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.sync.cli", *arguments),
-        cwd=ROOT,
-        env=system.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return Ended(process.returncode, out.decode(), err.decode())
 
 
 async def stored(shop: Shop) -> list[dict[str, Any]]:

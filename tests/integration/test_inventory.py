@@ -19,10 +19,10 @@ from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 from shared.security.tokens import Role
 from shared.settings import Settings
-from tests.builders import change
-from tests.integration.recorded import recorded
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.builders import change
+from tests.rigs.recorded_changes import recorded
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken, JournalFull
-from tests import builders
-from tests.system import ROOT, eventually
+from tests.rigs import builders
+from tests.rigs.system import ROOT, eventually
 
 APPENDER = """
 import asyncio, sys

@@ -22,8 +22,8 @@ from shared.rail.journal_file import contents, name_of, sum_of, sum_of_name
 from shared.rail.record import Recorder, Unrecorded
 from shared.rail.salvage import wal_of
 from shared.rail.set_aside import count_aside, files_aside
-from tests import builders
-from tests.system import ROOT
+from tests.rigs import builders
+from tests.rigs.system import ROOT
 
 PAGE = 4096
 FRAME = 24 + PAGE

@@ -28,10 +28,10 @@ from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal
 from shared.rail.set_aside import files_aside
-from tests.builders import OTHER_RESTAURANT, change, menu_item, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
-from tests.system import ROOT, eventually
+from tests.rigs.builders import OTHER_RESTAURANT, change, menu_item, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
+from tests.rigs.system import ROOT, eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PATIENCE = 1.0

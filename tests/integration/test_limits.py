@@ -25,10 +25,10 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Role
 from shared.settings import Settings
-from tests.http import http_client
-from tests.integration.shop_rig import Shop, made
-from tests.servers import Servers
-from tests.system import ROOT, System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import Shop, made
+from tests.rigs.servers import Servers
+from tests.rigs.system import ROOT, System, eventually
 
 BURST, ADDRESS_BURST = 6, 12
 ORIGIN = "https://app.example"

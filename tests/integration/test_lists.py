@@ -12,10 +12,10 @@ from deploy.local.ports import find_free
 from services.orders.resources import RESOURCES, Resource
 from shared.entities.order import OrderStatus, PaymentStatus
 from shared.security.tokens import Role
-from tests.builders import change, item, new_id, order
-from tests.http import http_client
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.builders import change, item, new_id, order
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 EVERY = pytest.mark.parametrize("resource", RESOURCES, ids=[one.entity.name for one in RESOURCES])
 # What each is made of, one field of it as it is changed, and what one that is made of something else is called.

@@ -15,8 +15,8 @@ from shared.messaging import declare
 from shared.messaging.log import LogBatch, LogReader, Start
 from shared.messaging.topology import CHANGES, LOG
 from shared.settings import Settings
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 SETTINGS = Settings(change_log_segment_bytes=1_000_000)

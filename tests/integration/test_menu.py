@@ -10,9 +10,9 @@ import pytest
 
 from deploy.local.ports import find_free
 from shared.security.tokens import Role
-from tests.http import http_client
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 SIZE = {
     "name": "size",

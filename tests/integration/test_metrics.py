@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from shared.observability.metrics import Metrics, watch_pool
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
-from tests.http import http_client
-from tests.system import ROOT, SERVICES, System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.system import ROOT, SERVICES, System, eventually
 
 Samples = dict[str, float]
 _PAGE = (ROOT / "docs" / "metrics.md").read_text()

@@ -14,9 +14,8 @@ from shared.entities.contract import Lane
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.postgres import migrate
-from shared.settings import Settings
-from tests.servers import Servers
-from tests.system import System, eventually
+from tests.rigs.servers import Servers
+from tests.rigs.system import System, eventually, settings_of
 
 
 @pytest.fixture
@@ -24,13 +23,6 @@ async def empty(servers: Servers, tmp_path: Path) -> AsyncIterator[System]:
     system = System(servers, tmp_path)
     yield system
     await system.down()
-
-
-def settings_of(system: System) -> Settings:
-    given = {
-        key.removeprefix("TICKETRAIL_").lower(): value for key, value in system.env.items() if "TICKETRAIL_" in key
-    }
-    return Settings(**{**given, "retry_steps_ms": (50, 100, 200)})  # type: ignore[arg-type]
 
 
 async def test_it_may_be_repeated_and_run_twice_at_once(empty: System) -> None:

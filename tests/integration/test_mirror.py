@@ -15,10 +15,10 @@ from shared.entities.contract import Head, Outline, encode, outline
 from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Claimed, Cold, HeadMoved, LogState, Mirror
-from tests import builders
-from tests.integration.mirror_rig import answers, standing, state
-from tests.servers import Redis, Servers
-from tests.system import eventually
+from tests.rigs import builders
+from tests.rigs.mirror import answers, standing, state
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.system import eventually
 
 DAY = "2026-03-14"
 

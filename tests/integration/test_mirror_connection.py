@@ -14,11 +14,11 @@ from shared.entities.contract import Head
 from shared.mirror import connection
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
-from tests import builders
-from tests.integration.mirror_rig import answers, standing, state
-from tests.proxy import Mode, Proxy
-from tests.servers import Redis, Servers
-from tests.system import eventually
+from tests.rigs import builders
+from tests.rigs.mirror import answers, standing, state
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.system import eventually
 
 BREAKER_OPEN = "the mirror did not answer a moment ago"
 TIMEOUT = 5.0

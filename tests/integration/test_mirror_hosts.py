@@ -9,8 +9,8 @@ import redis.asyncio
 from deploy.local.ports import find_free
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnavailable
-from tests.servers import Redis, Servers
-from tests.system import eventually
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.system import eventually
 
 TIMEOUT = 5.0
 IMPATIENT = 0.5  # for a server that is frozen

@@ -12,10 +12,10 @@ from shared.messaging import topology
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Document
 from shared.observability.metrics import Metrics, WriterMetrics
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Redis, Servers
-from tests.system import eventually
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.system import eventually
 
 
 @pytest.fixture(scope="module")

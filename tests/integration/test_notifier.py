@@ -11,8 +11,8 @@ import pytest
 from shared.entities.contract import Lane
 from shared.entities.order import OrderStatus
 from shared.security.tokens import Role
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
-from tests.integration.notifier_rig import (
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.rigs.notifier import (
     EPOCH,
     OTHER_EPOCH,
     Notifier,
@@ -24,8 +24,8 @@ from tests.integration.notifier_rig import (
     moved,
     token,
 )
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 
 @pytest.fixture

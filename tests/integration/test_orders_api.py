@@ -13,9 +13,9 @@ import pytest
 from services.orders.changes import _TRIES_AGAIN
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Identity, Role, Tokens
-from tests.builders import RESTAURANT
-from tests.http import http_client
-from tests.system import System, eventually
+from tests.rigs.builders import RESTAURANT
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System, eventually
 
 
 async def place(client: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphaned_journals import OrphanedJournals
 from shared.rail.set_aside import files_aside
-from tests import builders
-from tests.system import eventually
+from tests.rigs import builders
+from tests.rigs.system import eventually
 
 
 class Broker:

@@ -18,10 +18,10 @@ from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY, Order, Payment, payment_status
 from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.security.tokens import Identity, Role
-from tests import builders
-from tests.builders import new_id, payment
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs import builders
+from tests.rigs.builders import new_id, payment
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")

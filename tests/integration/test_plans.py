@@ -29,8 +29,8 @@ from shared.postgres import money, states
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role
 from shared.settings import Settings
-from tests.integration.plans_rig import BIG, MODES, Database, Plan, empty_database, filled_database
-from tests.servers import Servers
+from tests.rigs.query_plans import BIG, MODES, Database, Plan, empty_database, filled_database
+from tests.rigs.servers import Servers
 
 RESTAURANTS, EACH = 25, 1_000
 PAGE = 51

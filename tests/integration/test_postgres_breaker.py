@@ -9,9 +9,9 @@ import pytest
 
 from shared.postgres.pool import UNAVAILABLE, Postgres, PostgresUnavailable
 from shared.settings import Settings
-from tests.proxy import Mode, Proxy
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 
 @pytest.fixture

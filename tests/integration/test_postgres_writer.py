@@ -12,10 +12,10 @@ from shared.entities.order import ENTITY, OrderStatus
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Apply
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 # -- what is written -----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ import pytest
 from shared.messaging.management import ask
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 EXCHANGE, QUEUE = "exchange", "queue"
 TIMEOUT = 10.0

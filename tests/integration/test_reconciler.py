@@ -19,11 +19,10 @@ from shared.entities.contract import Head, Lane, encode, now
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror.mirror import Apply
-from tests import builders
-from tests.integration.shop_rig import Shop, expect, made, open_shop
-from tests.integration.test_external_orders import settings_of
-from tests.servers import Servers
-from tests.system import System, eventually
+from tests.rigs import builders
+from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.servers import Servers
+from tests.rigs.system import System, eventually, settings_of
 
 HEAL = 1.0
 

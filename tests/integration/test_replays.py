@@ -20,10 +20,10 @@ from shared.messaging import topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import NotSent
 from shared.mirror.mirror import Apply
-from tests.builders import RESTAURANT, change, menu_item, message, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.builders import RESTAURANT, change, menu_item, message, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 NO_FORBIDDEN = "alter table orders add constraint no_forbidden check (notes is distinct from 'forbidden')"
 ALLOW = "alter table orders drop constraint no_forbidden"

@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 
-from tests.system import System
+from tests.rigs.system import System
 
 
 async def raw(url: str, *lines: bytes, path: bytes = b"/health/live") -> bytes:

@@ -27,9 +27,9 @@ from shared.http.server import OPEN_PATHS
 from shared.security.permissions import ACTIONS, PUBLIC, allowed
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
-from tests.http import http_client
-from tests.integration.shop_rig import Shop, expect, made, open_shop
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.system import System, eventually
 
 HANDLERS: dict[str, list[HTTPRouteHandler]] = {"orders": ORDERS, "sync": sync.ROUTES, "notifier": TRANSPORTS}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")

@@ -11,7 +11,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from tests.servers import Servers
+from tests.rigs.servers import Servers
 
 IMPATIENT = 1.5  # seconds until a client gives up on a frozen server
 

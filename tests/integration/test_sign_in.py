@@ -20,7 +20,7 @@ from shared.postgres.pool import Postgres
 from shared.security.passwords import hash_password
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
-from tests.integration.sign_in_rig import (
+from tests.rigs.sign_in import (
     PASSWORD,
     PER_ACCOUNT,
     PER_ADDRESS,
@@ -35,7 +35,7 @@ from tests.integration.sign_in_rig import (
     told,
     wanted,
 )
-from tests.system import System, eventually
+from tests.rigs.system import System, eventually
 
 # -- registering -------------------------------------------------------------------------------------------------
 

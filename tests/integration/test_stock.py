@@ -15,10 +15,10 @@ from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
 from shared.mirror.mirror import Claimed, LogState, Mirror, StockShort, stock_text
 from shared.rail import commit
-from tests import builders
-from tests.integration.stock_rig import EPOCH, Kitchen, Shelf, applied
-from tests.integration.writer_rig import MakeRig
-from tests.servers import Redis, Servers
+from tests.rigs import builders
+from tests.rigs.postgres_writer import MakeRig
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.stock import EPOCH, Kitchen, Shelf, applied
 
 _SEEDS = 25
 

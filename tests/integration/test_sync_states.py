@@ -15,9 +15,9 @@ from msgspec import structs
 from shared.entities import order as orders
 from shared.mirror import keys
 from shared.security.tokens import Role
-from tests.builders import change
-from tests.integration.shop_rig import Shop, expect, made, open_shop, refused
-from tests.system import System, eventually
+from tests.rigs.builders import change
+from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.system import System, eventually
 
 
 @pytest.fixture

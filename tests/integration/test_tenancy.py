@@ -6,8 +6,8 @@ import pytest
 from services.sync.writer.upsert import Written, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Lane
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, order, payment
-from tests.system import System
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, order, payment
+from tests.rigs.system import System
 
 TABLES = ("orders", "order_items", "payments", "changes")
 

@@ -14,9 +14,9 @@ from shared.entities.contract import Change, encode, now
 from shared.entities.order import ENTITY
 from shared.mirror.mirror import Apply
 from shared.postgres.pool import Postgres
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, order
-from tests.integration.writer_rig import MakeRig, Rig
-from tests.servers import Servers
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, order
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.servers import Servers
 
 FAILURE = encode({"error": "boom", "attempts": 1, "last_attempt": now()})
 

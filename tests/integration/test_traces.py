@@ -22,11 +22,11 @@ from shared.mirror.mirror import Claimed, Mirror
 from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
 from shared.version import VERSION
-from tests import builders
-from tests.http import http_client
-from tests.integration.notifier_rig import Screen
-from tests.servers import Servers
-from tests.system import System, eventually
+from tests.rigs import builders
+from tests.rigs.http_client import http_client
+from tests.rigs.notifier import Screen
+from tests.rigs.servers import Servers
+from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(150)
 

@@ -22,9 +22,9 @@ from shared.entities.table import DiningTable
 from shared.postgres import states
 from shared.postgres.migrate import migrate
 from shared.settings import Settings
-from tests.builders import CREATED_AT, RESTAURANT, change, item, menu_item, order, payment
-from tests.servers import Servers
-from tests.system import eventually
+from tests.rigs.builders import CREATED_AT, RESTAURANT, change, item, menu_item, order, payment
+from tests.rigs.servers import Servers
+from tests.rigs.system import eventually
 
 Database = Any
 PROPERTY = settings(

@@ -7,7 +7,7 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.integration.sign_in_rig import (
+from tests.rigs.sign_in import (
     PASSWORD,
     Place,
     new_email,
@@ -16,7 +16,7 @@ from tests.integration.sign_in_rig import (
     sign_in,
     told,
 )
-from tests.system import System
+from tests.rigs.system import System
 
 
 async def test_users_are_made_listed_changed_deleted_and_restored(url: str, system: System) -> None:

@@ -45,9 +45,9 @@ from shared.rail import commit
 from shared.rail.commit import ClaimLost, Committed, Draft
 from shared.rail.drain import Drainer
 from shared.rail.journal import JournalBroken
-from tests import builders
 from tests.model.world import GAP, OUTCOMES, Attempt, Clock, Harness, Instance, World, applies
-from tests.servers import Servers
+from tests.rigs import builders
+from tests.rigs.servers import Servers
 
 ENTITIES = [f"{n}0000000-0000-4000-8000-000000000000" for n in (1, 2, 3, 4)]
 BLANK = builders.order(items=0, order_number="")

@@ -31,7 +31,7 @@ from shared.rail.commit import Draft, Rail
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.record import Recorder
-from tests import builders
+from tests.rigs import builders
 
 T = TypeVar("T")
 Copy = list[tuple[bytes, int, bytes]]

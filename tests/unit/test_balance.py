@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from services.sync.ledger.balance import AcceptedChange, Placement, classify_missing, counted, is_id
-from tests.builders import CREATED_AT, RESTAURANT, new_id
+from tests.rigs.builders import CREATED_AT, RESTAURANT, new_id
 
 
 def suspect(age: int = 0, lane: str = "critical") -> AcceptedChange:

@@ -14,7 +14,7 @@ from services.sync.writer.intake import Tags
 from services.sync.writer.upsert import highest
 from shared.entities.contract import Lane, encode, now
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
-from tests.builders import OTHER_RESTAURANT, change, message, new_id, order
+from tests.rigs.builders import OTHER_RESTAURANT, change, message, new_id, order
 
 
 @dataclass

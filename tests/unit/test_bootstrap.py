@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 _SCRIPT = (ROOT / "deploy/local/bootstrap.sh").read_text()
 

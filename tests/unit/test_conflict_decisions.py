@@ -13,7 +13,7 @@ from shared.entities.contract import encode
 from shared.entities.inventory_item import InventoryItem
 from shared.entities.order import Order, OrderStatus, PaymentStatus, StockHold
 from shared.errors import Conflict
-from tests.builders import new_id, order, payment
+from tests.rigs.builders import new_id, order, payment
 
 BASE = order(notes="as it was", customer_name="Ada")
 

@@ -13,7 +13,7 @@ from services.sync.api import API
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.security.weak_secrets import weakness
 from shared.settings import Settings
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]

@@ -24,7 +24,7 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import event_of
 from shared.entities.order import OrderStatus
-from tests import builders
+from tests.rigs import builders
 
 
 def edited(**attributes: Any) -> bytes:

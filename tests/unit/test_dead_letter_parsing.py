@@ -15,7 +15,7 @@ from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.parsing import parse_dead_letters
 from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import Lane, encode
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 
 AT = datetime(2026, 3, 14, 12, 30, 1, 234_567, tzinfo=UTC)
 NOW = AT + timedelta(minutes=1)

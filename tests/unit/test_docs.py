@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 PAGES = sorted(
     path

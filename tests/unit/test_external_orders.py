@@ -11,7 +11,7 @@ from shared.entities.contract import Lane
 from shared.entities.order import Order, OrderStatus, PaymentStatus
 from shared.errors import Conflict, InvalidInput, TicketrailError
 from shared.restaurants import Restaurant
-from tests.builders import CREATED_AT, RESTAURANT, order
+from tests.rigs.builders import CREATED_AT, RESTAURANT, order
 
 SHOP = Restaurant(id=RESTAURANT, slug="r", name="R", tax_basis_points=700, time_zone="Europe/Berlin")
 NOW = CREATED_AT + timedelta(minutes=30)

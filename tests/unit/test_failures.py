@@ -20,7 +20,7 @@ from services.sync.failures.retry_ladder import (
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, decode_change, encode
 from shared.messaging import topology
-from tests.builders import RESTAURANT, change, message, order
+from tests.rigs.builders import RESTAURANT, change, message, order
 
 STEPS = (1_000, 10_000)
 AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)

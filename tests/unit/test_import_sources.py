@@ -10,7 +10,7 @@ import pytest
 
 from services.sync.imports.sources import ImportRow, _cell, count, rows, source_of
 from shared.errors import InvalidInput
-from tests.builders import OTHER_RESTAURANT, RESTAURANT
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT
 
 ITEMS = [{"name": "Soup", "quantity": 1, "unit_price": 620}]
 

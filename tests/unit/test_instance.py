@@ -9,7 +9,7 @@ import pytest
 
 from shared.rail.instance import Lease, NumberTaken, number_of_traces
 from shared.settings import Settings
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 HOLDER = """
 import sys

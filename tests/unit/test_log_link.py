@@ -7,7 +7,7 @@ import pytest
 
 from shared.messaging.hosts import Hosts
 from shared.messaging.log import LogReader
-from tests.system import eventually
+from tests.rigs.system import eventually
 
 
 class Broken:

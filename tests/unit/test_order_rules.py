@@ -17,7 +17,7 @@ from shared.errors import InvalidInput
 from shared.http.cursors import cursor_after, read_cursor
 from shared.http.endpoint import read_query
 from shared.restaurants import Restaurant
-from tests.builders import RESTAURANT, order
+from tests.rigs.builders import RESTAURANT, order
 
 
 def test_an_order_goes_forward_step_by_step_and_is_cancelled_from_any_but_completed() -> None:

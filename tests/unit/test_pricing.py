@@ -10,7 +10,7 @@ from services.orders.requests import RequestedCustomization, RequestedItem
 from shared.entities.menu_item import Consumption, CustomizationGroup, Option
 from shared.entities.order import StockHold
 from shared.errors import InvalidInput
-from tests.builders import CREATED_AT, item, menu_item, new_id
+from tests.rigs.builders import CREATED_AT, item, menu_item, new_id
 
 DISH = menu_item(name="Dosa", price=933)
 

@@ -16,7 +16,7 @@ from shared.entities.contract import BrokenContract, Change, ChangeData, encode
 from shared.entities.order import OrderStatus
 from shared.errors import Forbidden, InvalidInput
 from shared.security.tokens import Identity, Role
-from tests.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
 
 AT = Position(7, 2)
 

@@ -5,7 +5,7 @@ import pytest
 
 from shared.errors import Unauthenticated
 from shared.security.tokens import Identity, Role, Tokens
-from tests.builders import RESTAURANT
+from tests.rigs.builders import RESTAURANT
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
 TOKENS = Tokens(SECRET, ttl_seconds=60)

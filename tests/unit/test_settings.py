@@ -18,7 +18,7 @@ from services.sync.cli.main import main
 from shared.setting_fields import description_of, variable
 from shared.settings import Settings
 from shared.settings_loading import LOCAL_RUN_NAMES, OTHER_NAMES, SettingsError
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 ENTRY_POINTS = {
     "orders": ["services.orders"],

@@ -4,7 +4,7 @@ import hashlib
 import re
 
 from shared.http.api_docs import _FILES
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 FOLDER = ROOT / "shared/http/swagger_ui"
 SUMS = dict(reversed(line.split(maxsplit=1)) for line in (FOLDER / "SHA256SUMS").read_text().splitlines())

@@ -28,8 +28,8 @@ from pydantic import ValidationError
 from shared.errors import Unauthenticated
 from shared.security.tokens import BadKey, Identity, Role, Tokens
 from shared.settings import Settings
-from tests.builders import RESTAURANT
-from tests.system import ROOT
+from tests.rigs.builders import RESTAURANT
+from tests.rigs.system import ROOT
 
 STAFF = Identity("u1", Role.STAFF, RESTAURANT, "a@b.example")
 SECRET, OTHER_SECRET = (secrets.token_urlsafe(40) for _ in range(2))

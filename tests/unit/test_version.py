@@ -11,7 +11,7 @@ from services.sync.cli.main import main
 from shared.messaging import management
 from shared.version import VERSION
 from tests.contract import documents
-from tests.system import ROOT
+from tests.rigs.system import ROOT
 
 
 def test_pyproject_reads_the_version_from_the_module() -> None:

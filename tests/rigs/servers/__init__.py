@@ -139,7 +139,7 @@ class Servers:
 
 def prepare_servers() -> Servers:
     """The servers of this run, not yet started."""
-    from tests.servers import containers, processes
+    from tests.rigs.servers import containers, processes
 
     way = os.environ.get("TICKETRAIL_TEST_SERVERS") or ("containers" if containers.engine_answers() else "processes")
     ways = {"containers": containers.prepare, "processes": processes.prepare}

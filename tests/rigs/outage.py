@@ -17,10 +17,10 @@ from tests.chaos.proof import Proof, prove
 from tests.chaos.rest import rest
 from tests.chaos.rig import Rig
 from tests.chaos.schedule import SERVERS
-from tests.proxy import Mode, Proxy
-from tests.servers import Redis, Server, Servers
-from tests.servers.processes import local_redis, with_own_redis
-from tests.system import eventually
+from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.servers import Redis, Server, Servers
+from tests.rigs.servers.processes import local_redis, with_own_redis
+from tests.rigs.system import eventually
 
 
 class Outage(Rig):

@@ -28,8 +28,8 @@ from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres import states
 from shared.rail import commit
 from shared.rail.commit import Draft
-from tests import builders
-from tests.integration.writer_rig import Rig
+from tests.rigs import builders
+from tests.rigs.postgres_writer import Rig
 
 EPOCH = "stock"
 

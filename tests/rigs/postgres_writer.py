@@ -23,8 +23,8 @@ from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
-from tests.builders import message
-from tests.system import eventually
+from tests.rigs.builders import message
+from tests.rigs.system import eventually
 
 
 class Rig:

@@ -20,10 +20,10 @@ from shared.entities.table import DiningTable
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
 from shared.security.tokens import Identity, Role, Tokens
-from tests.builders import change, message
-from tests.http import http_client
-from tests.integration.shop_rig import Shop, expect, made, open_shop
-from tests.system import ROOT, System, eventually
+from tests.rigs.builders import change, message
+from tests.rigs.http_client import http_client
+from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.system import ROOT, System, eventually
 
 LETTERS = "/api/ops/dead-letters"
 JOBS = "/api/ops/jobs"

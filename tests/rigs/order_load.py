@@ -11,8 +11,8 @@ import httpx
 
 from shared.entities.contract import now
 from shared.messaging import topology
-from tests.http import http_client
-from tests.system import System, eventually
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System, eventually
 
 
 class Load:

@@ -5,8 +5,8 @@ from typing import Any
 from msgspec import Raw
 
 from shared.entities.contract import Change, ChangeData, Lane
-from tests.integration.shop_rig import Shop
-from tests.system import eventually
+from tests.rigs.restaurant import Shop
+from tests.rigs.system import eventually
 
 _CHANGES = """
 select change_id::text as id, source, type, entity || '/' || entity_id as subject, accepted_at as time,

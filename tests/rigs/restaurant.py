@@ -11,9 +11,9 @@ from shared.entities.contract import Change, Lane
 from shared.messaging import topology
 from shared.messaging.publisher import Publisher
 from shared.security.tokens import Identity, Role, Tokens
-from tests.builders import message
-from tests.http import http_client
-from tests.system import System
+from tests.rigs.builders import message
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System
 
 
 class Shop(Struct, frozen=True):

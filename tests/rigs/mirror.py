@@ -7,7 +7,7 @@ from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY as ORDER
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Mirror
-from tests import builders
+from tests.rigs import builders
 
 
 async def answers(link: MirrorConnection) -> bool:

@@ -18,7 +18,7 @@ from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import migrate
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
-from tests.servers import Servers
+from tests.rigs.servers import Servers
 
 BIG = ("orders", "order_items", "order_holds", "payments", "changes")
 EXPLAIN = {

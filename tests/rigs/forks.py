@@ -4,7 +4,7 @@ from typing import Any
 
 from shared.entities.contract import Change
 from shared.entities.entity import Entity
-from tests.system import System, eventually
+from tests.rigs.system import System, eventually
 
 
 async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:

@@ -16,8 +16,8 @@ from deploy.local.child import Child
 from deploy.local.packages import Programs
 from deploy.local.ports import HOST, find_free
 from shared.messaging.management import ask
-from tests.servers import RabbitMQ
-from tests.servers.processes import LocalProcess
+from tests.rigs.servers import RabbitMQ
+from tests.rigs.servers.processes import LocalProcess
 
 SIZE = 3
 _TICK = 8  # seconds: a node that says nothing for so long is down

@@ -10,8 +10,8 @@ import httpx
 from msgspec import Struct
 
 from deploy.local.ports import find_free
-from tests.http import http_client
-from tests.system import System
+from tests.rigs.http_client import http_client
+from tests.rigs.system import System
 
 PASSWORD = "long enough to be good"
 PER_ACCOUNT, PER_ADDRESS, TABLE_SECONDS = 5, 8, 900

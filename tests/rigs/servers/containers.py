@@ -15,7 +15,7 @@ from deploy.local import database
 from deploy.local.ports import find_free
 from deploy.local.servers import PASSWORD
 from shared.messaging.management import ask
-from tests.servers import PostgreSQL, RabbitMQ, Redis, Servers
+from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
 START_WITHIN = 90.0  # seconds; images are there already
 

@@ -24,9 +24,9 @@ from shared.rail.drain import Drainer
 from shared.rail.journal import Journal
 from shared.rail.record import Recorder
 from shared.settings import Settings
-from tests import builders
-from tests.servers import RabbitMQ, Redis, Servers
-from tests.system import eventually
+from tests.rigs import builders
+from tests.rigs.servers import RabbitMQ, Redis, Servers
+from tests.rigs.system import eventually
 
 DAY = "2026-03-14"
 STALE = 0.15

@@ -21,10 +21,11 @@ import httpx
 from deploy.local.child import Child
 from deploy.local.ports import find_free
 from shared.messaging.management import ask
-from tests.http import http_client
-from tests.servers import Redis, Servers
+from shared.settings import Settings
+from tests.rigs.http_client import http_client
+from tests.rigs.servers import Redis, Servers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SERVICES = {
     "orders": ["services.orders"],
     "worker": ["services.sync", "worker"],
@@ -248,3 +249,12 @@ class System:
         """Messages per queue, from the management API, which is seconds behind."""
         queues: Any = ask(self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages")
         return {queue["name"]: queue.get("messages", 0) for queue in queues}
+
+
+def settings_of(system: System, **fields: Any) -> Settings:
+    """The settings that the processes of the system have."""
+    chosen = {
+        name.removeprefix("TICKETRAIL_").lower(): text for name, text in system.env.items() if "TICKETRAIL" in name
+    }
+    chosen["retry_steps_ms"] = json.loads(chosen["retry_steps_ms"])
+    return Settings(_env_file=None, **{**chosen, **fields})  # type: ignore[call-arg]

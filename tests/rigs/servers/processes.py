@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy.local import packages, servers
 from deploy.local.ports import find_free
-from tests.servers import PostgreSQL, RabbitMQ, Redis, Servers
+from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
 
 class LocalProcess:

@@ -23,10 +23,10 @@ from shared.messaging import declare
 from shared.messaging.topology import CHANGES, LOG
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
-from tests.builders import RESTAURANT, change, message, order
-from tests.http import http_client
-from tests.servers import Servers
-from tests.system import ROOT, eventually
+from tests.rigs.builders import RESTAURANT, change, message, order
+from tests.rigs.http_client import http_client
+from tests.rigs.servers import Servers
+from tests.rigs.system import ROOT, eventually
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
 EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
