@@ -4,8 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
+from services.sync.cli.main import main
 from tests.rigs.system import ROOT
 
 PAGES = sorted(
@@ -46,6 +48,19 @@ def test_every_setting_that_a_document_names_is_in_the_list_of_settings(page: Pa
     known = set(re.findall(r"TICKETRAIL_[A-Z_]+", (ROOT / "docs/settings.md").read_text()))
     named = set(re.findall(r"TICKETRAIL_[A-Z_]+\b(?!\*)", page.read_text().partition("\n## Names in the code\n")[0]))
     assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_that_a_document_names_exists(page: Path) -> None:
+    # In a block at the beginning of a command, in the text as a span of its own.
+    found = re.findall(
+        r"(?:^\$ |^|`|\$\(|bin/)ticketrail ([a-z][\w-]*)(?: ([a-z][\w-]*))?", page.read_text(), re.MULTILINE
+    )
+    for name, sub in found:
+        command = main.get_command(click.Context(main), name)
+        assert command is not None, f"ticketrail {name}"
+        if isinstance(command, click.Group) and sub:
+            assert command.get_command(click.Context(command), sub) is not None, f"ticketrail {name} {sub}"
 
 
 def test_the_index_of_decisions_has_every_record_under_its_title() -> None:
