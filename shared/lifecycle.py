@@ -1,45 +1,121 @@
-"""What holds a process together: the tasks without which it must not look alive, and its memory."""
+"""What keeps a process honest: background loops whose crash ends it, and how its memory is collected."""
 
 import asyncio
 import gc
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
 
 log = structlog.get_logger(__name__)
 
+_CANCEL_AGAIN_SECONDS = 0.5
 
-def settle_memory(*, rarely: bool = True) -> None:
-    """Once, when everything that lives as long as the process has been made: the cycle collector leaves that alone
-    from now on, and runs more rarely. Requests leave next to no cycles behind; looking for them took a seventh of the
-    time of an order. `rarely` False: where thousands of connections come and go, what each leaves counts for more."""
-    gc.collect()
-    gc.freeze()
-    if rarely:
-        gc.set_threshold(50_000, 20, 50)
+
+class BackgroundLoop:
+    """Work that a service does in the background from its start to its stop, such as following the log.
+
+    Contract, tested in tests/unit/test_lifecycle.py:
+
+    | call                  | what happens                                                                             |
+    |-----------------------|------------------------------------------------------------------------------------------|
+    | start                 | the work begins in a task of its own; needs a running event loop                         |
+    | start while it runs   | nothing                                                                                  |
+    | start after a stop    | the work begins again from its first line                                                |
+    | stop                  | the work is cancelled; returns when it has ended, also when the work delays cancellation |
+    | stop, grace_seconds=n | the work has n seconds to return by itself before it is cancelled                        |
+    | stop without a start  | nothing                                                                                  |
+    | stop twice            | the second call does nothing; at the same time, both return when the work has ended      |
+    | the work raises       | `task_broke` in the log, then SIGTERM to this process: its supervisor starts a new one   |
+    | the work returns      | the loop is no longer running, and may be started again                                  |
+
+    The work calls `turned` when it has finished one round. Tests await `turn_after`, so that they wait for an outcome
+    and not for time.
+    """
+
+    def __init__(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """`name`: of the task, as the log shows it. `work`: called once for each start."""
+        self.name = name
+        self.turns = 0
+        """Rounds that the work has finished since this object was made."""
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def running(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def start(self) -> None:
+        if not self.running:
+            self._task = vital_task(self._work(), name=self.name)
+            self._task.add_done_callback(lambda _: self._wake())
+
+    async def stop(self, *, grace_seconds: float = 0.0) -> None:
+        task = self._task
+        if task is None:
+            return
+        if grace_seconds:
+            await asyncio.wait({task}, timeout=grace_seconds)
+        await end_tasks(task)
+        if self._task is task:
+            self._task = None
+
+    def turned(self) -> None:
+        """The work calls this at the end of each round."""
+        self.turns += 1
+        self._wake()
+
+    async def turn_after(self, turns: int) -> int:
+        """Waits until more than `turns` rounds are finished; returns how many are.
+
+        `turn_after(loop.turns)` waits for the round that is under way; `turn_after(loop.turns + 1)` also for one that
+        begins after the call, which therefore sees what the caller did before it. Raises RuntimeError when the loop
+        does not run, or ends first."""
+        while self.turns <= turns:
+            if not self.running:
+                raise RuntimeError(f"the loop {self.name} ended after {self.turns} rounds")
+            await self._changed.wait()
+        return self.turns
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
-    """Runs a loop of the service in the background. One that breaks, for whatever reason it did not foresee, ends the
-    process in order (SIGTERM): whoever supervises it sees why in the log and starts a new one."""
+    """Runs `work` once in a task whose crash ends the process: it logs `task_broke` and sends SIGTERM to this process,
+    so that the supervisor starts a new one. For work that lasts as long as the service, use BackgroundLoop."""
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(_end_process)
     return task
 
 
 async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
-    """Cancels them and waits until they have ended. Again and again: a client library in the middle of a failure of its
-    own may turn a cancellation into that failure, and the loop goes on."""
-    for task in tasks:
+    """Cancels the tasks and returns when all of them have ended. Cancels again every half second: a client library that
+    is handling a failure of its own may turn a cancellation into that failure, and the task would go on."""
+    left = {task for task in tasks if not task.done()}
+    for task in left:
         task.cancel()
-    left = set(tasks)
     while left:
-        _, left = await asyncio.wait(left, timeout=0.5)
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
         for task in left:
             task.cancel()
+
+
+def freeze_memory(*, collect_rarely: bool = True) -> None:
+    """Excludes everything that exists now from garbage collection. Call it once, when all that lives as long as the
+    process has been made.
+
+    `collect_rarely`: also runs the cycle collector less often. Requests leave almost no cycles behind, and looking for
+    them took a seventh of the time of an order. False for services with thousands of connections that come and go,
+    because each connection leaves cycles."""
+    gc.collect()
+    gc.freeze()
+    if collect_rarely:
+        gc.set_threshold(50_000, 20, 50)
 
 
 def _end_process(task: "asyncio.Task[None]") -> None:

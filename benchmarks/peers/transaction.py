@@ -30,7 +30,7 @@ from shared.entities.order import Order, OrderItem, OrderStatus
 from shared.http.authorization import authorization
 from shared.http.bodies import read_body
 from shared.http.server import EXCEPTION_HANDLERS, Call, Reply, success
-from shared.lifecycle import settle_memory
+from shared.lifecycle import freeze_memory
 from shared.observability.metrics import HttpMetrics, Metrics
 from shared.observability.tracing import Tracer
 from shared.restaurants import Restaurant
@@ -210,7 +210,7 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
         ) as pool:
             await pool.execute(SCHEMA)
             app.state["pool"] = pool
-            settle_memory()
+            freeze_memory()
             yield
 
     return Litestar(

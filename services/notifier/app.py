@@ -23,7 +23,7 @@ from shared.http.authorization import ResponseHeaders, authorization, cors
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.limits import Limits
 from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
-from shared.lifecycle import settle_memory
+from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.observability.logs import configure_logging
 from shared.observability.metrics import HttpMetrics, Metrics, PushMetrics
@@ -96,7 +96,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         closing = asyncio.create_task(_close_on(stop_event(), parts.hub), name="close-on-stop")
         try:
             await start(parts)
-            settle_memory(rarely=False)
+            freeze_memory(collect_rarely=False)
             log.info("started", instance=settings.instance, port=settings.notifier_port)
             yield
         finally:

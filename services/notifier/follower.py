@@ -20,7 +20,7 @@ from services.notifier.cursor import Position
 from services.notifier.events import PushEvent, push_event
 from services.notifier.hub import Hub
 from shared.entities.contract import BrokenContract, now, split_batch
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.log import LogBatch, LogEntry, LogReader
 from shared.messaging.topology import LOG
 from shared.observability.metrics import PushMetrics
@@ -53,7 +53,8 @@ class LogFollower:
             name=f"notifier-{settings.instance}",
             idle_seconds=settings.heartbeat_interval_seconds * 3,
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self.loop = BackgroundLoop("log-follower", self._follow)
+        self._keep_alive_loop = BackgroundLoop("push-keep-alive", self._keep_alive)
 
     @property
     def caught_up(self) -> bool:
@@ -66,15 +67,12 @@ class LogFollower:
         return self._begun and self._hub.window.epoch is not None
 
     def start(self) -> None:
-        # A hub that is no longer fed must not look alive.
-        self._tasks = [vital_task(self._follow(), name="follower"), vital_task(self._beat(), name="heartbeats")]
+        self.loop.start()
+        self._keep_alive_loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.loop.stop()
+        await self._keep_alive_loop.stop()
 
     @property
     def heartbeat_age(self) -> float:
@@ -98,7 +96,7 @@ class LogFollower:
             "subscribers": len(self._hub),
         }
 
-    async def _beat(self) -> None:
+    async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(self._settings.push_keepalive_seconds)
             self._hub.window.forget(time.monotonic())
@@ -116,6 +114,7 @@ class LogFollower:
                 if batch.caught_up and not self._begun:
                     log.info("caught_up", epoch=batch.epoch, window=len(self._hub.window))
                     self._begun = True
+                self.loop.turned()
 
     async def _take(self, batch: LogBatch) -> None:
         began = time.time_ns()

@@ -28,7 +28,7 @@ from shared.http.authorization import ResponseHeaders, authorization, cors
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.limits import Limits
 from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options
-from shared.lifecycle import settle_memory
+from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import Publisher
@@ -191,7 +191,7 @@ async def start(parts: OrdersParts) -> None:
     await parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
     parts.drainer.start()
     parts.orphans.start()
-    await parts.menus.start()
+    parts.menus.start()
     await parts.menus.load_all()
 
 
@@ -243,7 +243,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         await start(parts)
-        settle_memory()
+        freeze_memory()
         log.info("started", instance=settings.instance, port=settings.orders_port)
         try:
             yield

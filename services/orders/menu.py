@@ -9,7 +9,7 @@ A restaurant that is not known yet is looked up when its first order comes.
 import asyncio
 from collections.abc import Mapping
 from contextlib import aclosing
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import msgspec
 import structlog
@@ -19,7 +19,7 @@ from shared.entities import menu_item, registry
 from shared.entities.contract import BrokenContract, Head, decode_change, now, split_batch
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound, Unavailable
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.log import LogBatch, LogReader
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
@@ -58,18 +58,14 @@ class Menus:
         self._loading: dict[str, asyncio.Lock] = {}
         # Dishes that the log brings while their restaurant is being loaded: neither store need have shown them.
         self._meanwhile: dict[str, list[tuple[Head, MenuItem]]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("menus", self._follow)
         self.loaded = False
 
-    async def start(self) -> None:
-        self._task = vital_task(self._follow(now() - _OVERLAP), name="menus")
+    def start(self) -> None:
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def book(self, restaurant_id: str) -> MenuBook:
         """Raises NotFound for a restaurant that does not exist, Unavailable when neither store can tell."""
@@ -162,10 +158,11 @@ class Menus:
 
     # -- following the log -------------------------------------------------------------------------------------
 
-    async def _follow(self, since: datetime) -> None:
-        async with aclosing(self.reader.read(since)) as batches:
+    async def _follow(self) -> None:
+        async with aclosing(self.reader.read(now() - _OVERLAP)) as batches:
             async for batch in batches:
                 self._apply(batch)
+                self.loop.turned()
 
     def _apply(self, batch: LogBatch) -> None:
         for entry in batch.entries:

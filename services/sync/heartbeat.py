@@ -22,7 +22,7 @@ from msgspec import Struct
 from services.sync.failures.classification import describe
 from shared.entities.contract import Lane, now
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -189,18 +189,13 @@ class HeartbeatSender:
         self._watch = watch
         self._interval = settings.heartbeat_interval_seconds
         self._epoch: str | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("heartbeats", self._run)
 
     async def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="heartbeats")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         looking = asyncio.create_task(self._look(), name="heartbeats-look")
@@ -209,6 +204,7 @@ class HeartbeatSender:
                 if self._epoch is None:
                     await asyncio.wait([looking])
                 await asyncio.gather(*(self._send(lane) for lane in Lane))
+                self.loop.turned()
                 await asyncio.sleep(self._interval)
                 # Beside the sending: a frozen PostgreSQL must not stop the heartbeats.
                 if looking.done():

@@ -23,7 +23,7 @@ from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.mirror.thresholds import Thresholds
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.http.server import EXCEPTION_HANDLERS, health, metrics_route
-from shared.lifecycle import settle_memory, vital_task
+from shared.lifecycle import freeze_memory, vital_task
 from shared.messaging import declare
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
@@ -169,7 +169,7 @@ async def start(parts: WorkerParts) -> None:
     parts.replays.start()
     parts.thresholds.start()
     parts.cleanup.start()
-    settle_memory()
+    freeze_memory()
 
 
 async def stop(parts: WorkerParts) -> None:

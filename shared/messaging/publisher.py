@@ -28,7 +28,7 @@ from aiormq.exceptions import AMQPException, PublishError
 
 from shared.backoff import backoff
 from shared.entities.contract import CONTENT_TYPE
-from shared.lifecycle import end_tasks, vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.hosts import Hosts
 
 log = structlog.get_logger(__name__)
@@ -75,7 +75,7 @@ class Publisher:
         self._broken = asyncio.Event()
         self._nacked = asyncio.Event()
         self._connected = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("publisher", self._keep_connected)
 
     @property
     def connected(self) -> bool:
@@ -83,17 +83,13 @@ class Publisher:
 
     async def start(self, *, wait: float = 0.0) -> None:
         """Begins to connect; waits up to `wait` seconds for the first connection and returns either way."""
-        if self._task is None:
-            self._task = vital_task(self._keep_connected(), name="publisher")
+        self.loop.start()
         if wait:
             with contextlib.suppress(TimeoutError):  # the caller goes on without: the journal is for that
                 await asyncio.wait_for(self._connected.wait(), wait)
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            await end_tasks(task)
+        await self.loop.stop()
         await self._drop()
 
     async def wait_connected(self) -> None:

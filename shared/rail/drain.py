@@ -11,7 +11,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from shared.entities.contract import MAX_BATCH, Lane, encode_batch, traceparent_in
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.observability.tracing import Tracer
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
@@ -29,20 +29,15 @@ class Drainer:
         self._journal = journal
         self._publisher = publisher
         self._tracer = tracer
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("journal-drain", self._run)
         self.drained = dict.fromkeys(Lane, 0)
         """How many entries of each lane have left the journal."""
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="journal-drain")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         pause = _PAUSE
@@ -52,11 +47,13 @@ class Drainer:
             if self._journal.depth or not self._journal.opened:
                 try:
                     await self.drain_some()
+                    self.loop.turned()
                     pause = _PAUSE
                     continue
                 except (NotSent, InDoubt, JournalBroken) as error:
                     log.warning("journal_drain_waits", depth=self._journal.depth, error=str(error))
                     pause = min(2 * pause, _LONGEST_PAUSE)
+            self.loop.turned()
             await asyncio.sleep(pause)
 
     async def drain_some(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.observability.tracing import Tracer
 from shared.rail.drain import Drainer
@@ -34,18 +34,13 @@ class OrphanedJournals:
         self._max_bytes = max_bytes
         self._every = every
         self._empty: dict[int, int] = {}  # what an empty one looked like: it is not opened again before it changes
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("orphaned-journals", self._run)
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="orphans")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         while True:
@@ -54,6 +49,7 @@ class OrphanedJournals:
                 await self.drain()
             except (NotSent, InDoubt, JournalBroken, NumberTaken, OSError) as error:
                 log.warning("orphans_wait", error=str(error) or type(error).__name__)
+            self.loop.turned()
             await asyncio.sleep(self._every)
 
     async def drain(self) -> int:

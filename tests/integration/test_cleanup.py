@@ -20,6 +20,7 @@ from tests.rigs.command_line import ticketrail
 from tests.rigs.link import link_to
 from tests.rigs.restaurant import Shop, expect, open_shop
 from tests.rigs.system import System, eventually, settings_of
+from tests.rigs.turns import whole_turn
 
 _TOKEN = (
     "insert into refresh_tokens (token_sha256, family, user_id, expires_at, revoked_at, used_at)"
@@ -123,12 +124,11 @@ async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) 
         settings = settings_of(shop.system, cleanup_interval_seconds=0.05, database_timeout_seconds=1.0)
         postgres = Postgres(database.url, settings)
         cleanup = Cleanup(settings, postgres)
-        await cleanup.stop()  # without a start
         await database.cut()
         cleanup.start()
         try:
             gone, _ = await add_tokens(shop)
-            await asyncio.sleep(0.3)
+            await whole_turn(cleanup.loop)
             assert gone <= await tokens(shop)
             await database.restore()
 
@@ -137,6 +137,5 @@ async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) 
 
             await eventually(left, what="tokens gone", until=lambda found: not found)
         finally:
-            await cleanup.stop()
             await cleanup.stop()
             await postgres.close()

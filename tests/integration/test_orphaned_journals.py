@@ -18,7 +18,7 @@ from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphaned_journals import OrphanedJournals
 from shared.rail.set_aside import files_aside
 from tests.rigs import builders
-from tests.rigs.system import eventually
+from tests.rigs.turns import whole_turn
 
 
 class Broker:
@@ -111,9 +111,8 @@ async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tm
     orphans.start()
     try:
         broker.away = False
-        await eventually(lambda: _result(len(broker.events)), what="the orphan", until=lambda n: n == 3)
+        await whole_turn(orphans.loop)
     finally:
-        await orphans.stop()
         await orphans.stop()
     assert broker.events == left
 
@@ -168,7 +167,3 @@ async def test_one_whose_file_is_gone_is_found_by_its_log_or_by_what_was_to_take
     assert sorted(broker.events) == sorted(events)
     assert await orphans.drain() == 0
     assert journals(tmp_path).depths == {"orders-2.sqlite": 0}
-
-
-async def _result(value: int) -> int:
-    return value

@@ -29,7 +29,7 @@ from services.sync.failures.classification import FailureKind, classify, describ
 from services.sync.failures.parsing import parse_dead_letters
 from shared.backoff import backoff
 from shared.entities.contract import Lane, now
-from shared.lifecycle import end_tasks, vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging import topology
 from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK
@@ -82,22 +82,18 @@ class DeadLetterCollector:
         self._metrics = metrics
         self._look_after = look_after
         self._renew_after = renew_after
-        self._tasks: list[asyncio.Task[None]] = []
+        self.loop = BackgroundLoop("dead-letter-collector", self._run)
+        self.stock_loop = BackgroundLoop("dead-letter-stock", self._take_stock)
         self.open_letters = math.nan
         """As they were counted last; NaN while nobody knows."""
         self.attached = False
 
     def start(self) -> None:
-        if not self._tasks:
-            self._tasks = [
-                vital_task(self._run(), name="keeper"),
-                vital_task(self._take_stock(), name="keeper-stock"),
-            ]
+        self.loop.start()
+        self.stock_loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        tasks, self._tasks = self._tasks, []
-        await end_tasks(*tasks)
+        await asyncio.gather(self.loop.stop(), self.stock_loop.stop())
 
     async def _run(self) -> None:
         attempt = 0
@@ -152,6 +148,7 @@ class DeadLetterCollector:
                     await self._look(connection)
                     continue
                 await self._settle(_batch(first, arrived))
+                self.loop.turned()
         finally:
             self.attached = False
             with contextlib.suppress(*BROKEN_LINK):
@@ -214,6 +211,7 @@ class DeadLetterCollector:
             except Exception as error:  # noqa: BLE001  (then nobody knows)
                 self.open_letters = math.nan
                 log.debug("letters_not_counted", error=describe(error))
+            self.stock_loop.turned()
             await asyncio.sleep(_STOCK_EVERY)
 
 

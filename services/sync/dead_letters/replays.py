@@ -30,7 +30,7 @@ from services.sync.failures.retry_ladder import REPLAY, patience
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
-from shared.lifecycle import end_tasks, vital_task
+from shared.lifecycle import BackgroundLoop, end_tasks, vital_task
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import lane_queue
 from shared.postgres.pool import Connection, Postgres
@@ -113,19 +113,17 @@ class Replays:
         self._lost = sum(settings.retry_steps_ms) / 1000 + slack_seconds
         self._patience = settings.database_timeout_seconds * 0.7
         self._worker = str(uuid4())
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("replays", self._run)
         self._jobs: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="replays")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is None:
+        if not self.loop.running and not self._jobs:
             return
-        await end_tasks(task, *self._jobs)
+        await self.loop.stop()
+        await end_tasks(*self._jobs)
         try:
             async with asyncio.timeout(_LET_GO_WITHIN), self._postgres.connection() as connection:
                 await steps.let_go(connection, self._worker)
@@ -152,6 +150,7 @@ class Replays:
                 working = vital_task(self._work(job), name=f"replay-{job.id}")
                 self._jobs.add(working)
                 working.add_done_callback(self._jobs.discard)
+            self.loop.turned()
             await asyncio.sleep(self._poll)
 
     async def _work(self, job: Running) -> None:

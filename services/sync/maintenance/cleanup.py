@@ -9,7 +9,7 @@ import structlog
 
 from services.sync.dead_letters import replay_steps
 from services.sync.dead_letters import store as dead_letter_store
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
@@ -27,18 +27,13 @@ class Cleanup:
         """`postgres` as the writer role."""
         self._settings = settings
         self._postgres = postgres
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("cleanup", self._run)
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="cleanup")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         while True:
@@ -50,6 +45,7 @@ class Cleanup:
             else:
                 if any(removed.values()):
                     log.info("cleaned_up", **removed)
+            self.loop.turned()
 
     async def clean(self) -> dict[str, int]:
         """How many of each were removed. Raises one of AWAY."""

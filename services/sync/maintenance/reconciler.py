@@ -25,7 +25,7 @@ from shared.entities import registry
 from shared.entities.contract import BrokenContract, Lane, encode, now
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, TicketrailError
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
@@ -53,22 +53,17 @@ class Reconciler:
         self._rail = rail
         self._forked_payments = ForkedPayments(postgres, mirror, rail)
         self.states = SyncStates(settings, postgres, mirror)
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("reconciler", self._run)
         self._trimmed_at = 0.0
         self._settle_again_at = 0.0
         self._healed_at = time.monotonic()
         self._empty_since: float | None = None
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="reconciler")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         while True:
@@ -84,6 +79,7 @@ class Reconciler:
                     await work()
                 except (MirrorUnavailable, MirrorInDoubt, TicketrailError, *UNAVAILABLE) as error:
                     log.warning("reconciler_waits", work=work.__name__, error=str(error) or type(error).__name__)
+            self.loop.turned()
             await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
     async def finish_claims(self) -> int:

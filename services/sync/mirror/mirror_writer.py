@@ -45,7 +45,7 @@ from shared.entities.contract import (
     split_batch,
 )
 from shared.entities.entity import Entity
-from shared.lifecycle import end_tasks, vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.log import LogBatch, LogEntry, LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
@@ -116,19 +116,15 @@ class MirrorWriter:
         self._mirror = mirror
         self._publisher = publisher
         self._watch = watch
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("mirror-writer", self._run)
         self._attempt = 0
         self.warm = False
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="mirror-writer")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            await end_tasks(task)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         while True:
@@ -207,6 +203,7 @@ class MirrorWriter:
                 self._tell_of([one.outline for one in found if one.outline is not None], began)
                 state = noted
                 await self._tell(batch, state)
+                self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL:
                     await asyncio.sleep(_GATHER)
 

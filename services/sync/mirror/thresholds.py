@@ -12,7 +12,7 @@ import structlog
 from msgspec import Struct
 
 from shared.entities import registry
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.settings import Settings
@@ -36,7 +36,7 @@ class Thresholds:
     def __init__(self, settings: Settings, mirror: Mirror) -> None:
         self._settings = settings
         self._mirror = mirror
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("thresholds", self._run)
         self._told: set[tuple[str, str]] = set()
         self.pending = self.failed = math.nan
         """Over all restaurants."""
@@ -44,15 +44,10 @@ class Thresholds:
         """How many restaurants are above each threshold."""
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="thresholds")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self.loop.stop()
 
     async def _run(self) -> None:
         while True:
@@ -62,6 +57,7 @@ class Thresholds:
                 self.pending = self.failed = math.nan
                 self.over = {"pending": math.nan, "failed": math.nan}
                 log.debug("thresholds_wait", error=str(error) or type(error).__name__)
+            self.loop.turned()
             await asyncio.sleep(self._settings.threshold_interval_seconds)
 
     async def look(self) -> None:

@@ -18,7 +18,7 @@ from services.sync.failures.retry_ladder import FailedChange, for_the_mirror
 from services.sync.writer.upsert import Written, highest
 from shared.entities import registry
 from shared.entities.contract import Head, Lane
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 
@@ -40,25 +40,20 @@ class MirrorNotifier:
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
         self._waiting: asyncio.Queue[WriteResult] = asyncio.Queue(_MOST_WAITING)
-        self._task: asyncio.Task[None] | None = None
+        self.loop = BackgroundLoop("mirror-notifier", self._run)
         self._away = False
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = vital_task(self._run(), name="settlement")
+        self.loop.start()
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
-        task, self._task = self._task, None
-        if task is None:
-            return
-        try:
-            async with asyncio.timeout(_LAST_WORDS):
-                await self._waiting.join()
-        except TimeoutError:
-            log.warning("mirror_update_dropped", batches=self._waiting.qsize())
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        if self.loop.running:
+            try:
+                async with asyncio.timeout(_LAST_WORDS):
+                    await self._waiting.join()
+            except TimeoutError:
+                log.warning("mirror_update_dropped", batches=self._waiting.qsize())
+        await self.loop.stop()
 
     def tell(self, settled: WriteResult) -> None:
         try:
@@ -80,6 +75,7 @@ class MirrorNotifier:
                 log.exception("mirror_update_dropped")
             finally:
                 self._waiting.task_done()
+                self.loop.turned()
 
     async def _tell(self, settled: WriteResult) -> None:
         """All calls at once: they share one pipeline."""

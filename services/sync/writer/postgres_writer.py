@@ -37,7 +37,7 @@ from services.sync.writer.batches import WriteBatch, parse_batch
 from services.sync.writer.intake import Delivery, Intake
 from services.sync.writer.mirror_notifier import MirrorNotifier, WriteResult
 from shared.entities.contract import Lane, now
-from shared.lifecycle import vital_task
+from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import dead_queue
 from shared.mirror.mirror import Mirror
@@ -68,6 +68,7 @@ class Batcher:
         metrics: WriterMetrics,
     ) -> None:
         self.lane = lane
+        self.loop = BackgroundLoop(f"postgres-writer-{lane}", self.run)
         self._metrics = metrics
         self._tracer = tracer
         self.intake = Intake(settings, lane, watch)
@@ -96,6 +97,7 @@ class Batcher:
                     taken = await self._take()
                     if taken:
                         await self._handle(taken)
+                        self.loop.turned()
                     elif not self._broken.is_set():
                         break
                 except HoldExpired as error:
@@ -250,28 +252,17 @@ class PostgresWriter:
         ]
         for lane in Lane:
             watch.watch_lane(lane, lambda lane=lane: self._idle(lane))  # type: ignore[misc]
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Returns at once; the consumers subscribe as soon as the broker is there."""
-        if not self._tasks:
-            self._settlement.start()
-            self._tasks = [
-                vital_task(batcher.run(), name=f"postgres-writer-{batcher.lane}") for batcher in self._batchers
-            ]
+        self._settlement.start()
+        for batcher in self._batchers:
+            batcher.loop.start()
 
     async def stop(self) -> None:
-        """Within 10 seconds. May be called twice, and without a start; it is not started again."""
-        tasks, self._tasks = self._tasks, []
-        if not tasks:
-            return
+        """Takes at most 10 seconds. The writer cannot be started again."""
         await asyncio.gather(*(batcher.intake.end() for batcher in self._batchers))
-        _, unfinished = await asyncio.wait(tasks, timeout=_FINISH_WITHIN)
-        for task in unfinished:
-            task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, Exception):
-                log.error("postgres_writer_broke", error=repr(result))
+        await asyncio.gather(*(batcher.loop.stop(grace_seconds=_FINISH_WITHIN) for batcher in self._batchers))
         await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._settlement.stop())
 
     @property
