@@ -1,4 +1,4 @@
-"""The commit on a real RabbitMQ and a real Redis: claims, owners that die, brokers that are silent or half full."""
+"""The commit on a real RabbitMQ and a real Redis: claims, owners that die, and brokers that are frozen or half full."""
 
 import asyncio
 from collections import Counter
@@ -50,20 +50,20 @@ def kinds(outcomes: list[Committed | TicketrailError]) -> Counter[str]:
     return Counter(type(one).__name__ for one in outcomes)
 
 
-async def left_behind(rig: RailRig) -> list[str]:
-    """Waits until a claim is old enough to be finished by another. Only ours: the Redis of the run has others."""
+async def stale_claims(rig: RailRig) -> list[str]:
+    """Waits for a stale claim. Returns only claims of this restaurant, since other tests use the same Redis."""
 
     async def ours() -> list[str]:
         found = await rig.mirror.claims_left_behind(most=10_000)
         return [member for member in found if member.startswith(rig.restaurant)]
 
-    return await eventually(ours, what="a claim that is left behind")
+    return await eventually(ours, what="a stale claim")
 
 
-# -- the way of a change ---------------------------------------------------------------------------------------
+# -- the path of a change --------------------------------------------------------------------------------------
 
 
-async def test_a_commit_is_confirmed_shown_and_leaves_no_claim(rig: RailRig) -> None:
+async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: RailRig) -> None:
     done = await rig.rail.commit(rig.creation())
     assert (done.durability, done.visible, done.standing.version) == (Durability.BROKER, True, 1)
     assert await rig.read(done.state.id) == (done.standing, done.state)
@@ -73,22 +73,22 @@ async def test_a_commit_is_confirmed_shown_and_leaves_no_claim(rig: RailRig) -> 
     assert await rig.claims() == 0
 
 
-async def test_of_two_claimants_of_a_version_one_commits_and_one_is_lost(rig: RailRig, make_rail: MakeRail) -> None:
+async def test_two_claimants_of_one_version_commit_once_and_lose_once(rig: RailRig, make_rail: MakeRail) -> None:
     other = await make_rail()
-    # However long the one of them takes, the other does not take it for dead and finish its change.
+    # However long one of them takes, the other must not treat its claim as stale and finish its change.
     rig.mirror._stale_ms = other.mirror._stale_ms = 60_000
     created = await rig.rail.commit(rig.creation())
     outcomes = await asyncio.gather(
         outcome(rig.rail.commit(rig.update(created, notes="mine"))),
         outcome(other.rail.commit(other.update(created, notes="yours"))),
     )
-    assert kinds(outcomes) == {"Committed": 1, "Lost": 1}
+    assert kinds(outcomes) == {"Committed": 1, "ClaimLost": 1}
     (won,) = [one for one in outcomes if isinstance(one, Committed)]
     assert await rig.read(created.state.id) == (won.standing, won.state)
     assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.standing.change_id, won.standing.change_id])
 
 
-async def test_who_is_lost_learns_what_stands(rig: RailRig) -> None:
+async def test_lost_claimant_gets_the_current_head(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     won = await rig.rail.commit(rig.update(created, notes="first"))
     with pytest.raises(ClaimLost) as lost:
@@ -96,9 +96,7 @@ async def test_who_is_lost_learns_what_stands(rig: RailRig) -> None:
     assert (lost.value.standing, lost.value.state) == (won.standing, won.state)
 
 
-async def test_numbers_are_unique_and_dense_under_200_concurrent_creations_which_travel_in_few_messages(
-    rig: RailRig, make_rail: MakeRail
-) -> None:
+async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig: RailRig, make_rail: MakeRail) -> None:
     other = await make_rail()
     both = [rig, other]
     done = await asyncio.gather(*(both[n % 2].rail.commit(both[n % 2].creation()) for n in range(200)))
@@ -112,7 +110,7 @@ async def test_numbers_are_unique_and_dense_under_200_concurrent_creations_which
 # -- owners that die -------------------------------------------------------------------------------------------
 
 
-async def test_a_claim_of_an_owner_that_may_still_live_keeps_its_version(rig: RailRig) -> None:
+async def test_live_claim_keeps_its_version(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     rig.mirror._stale_ms = 60_000
     _, reply = await rig.claim(rig.update(created, notes="slow"))
@@ -120,11 +118,11 @@ async def test_a_claim_of_an_owner_that_may_still_live_keeps_its_version(rig: Ra
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="fast"))
     assert lost.value.standing is None
-    assert (await rig.read(created.state.id)) == (created.standing, created.state)  # nobody sees a claim
+    assert (await rig.read(created.state.id)) == (created.standing, created.state)  # a claim is not visible to readers
 
 
 @pytest.mark.parametrize("died", ["before recording", "after recording", "before revealing, in the journal"])
-async def test_the_next_comer_finishes_what_an_owner_left_behind_and_takes_the_version_after(
+async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_version(
     rig: RailRig, make_rail: MakeRail, died: str
 ) -> None:
     owner = await make_rail()
@@ -136,9 +134,9 @@ async def test_the_next_comer_finishes_what_an_owner_left_behind_and_takes_the_v
         assert await owner.recorder.record(Lane.CRITICAL, encode(left)) is Durability.BROKER
     elif died == "before revealing, in the journal":
         await owner.journal.append([(Lane.CRITICAL, encode(left))])
-    await left_behind(rig)
+    await stale_claims(rig)
 
-    with pytest.raises(ClaimLost) as lost:  # its base is no longer what stands
+    with pytest.raises(ClaimLost) as lost:  # its base is no longer the head
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.standing == left.standing
     stands, state = await rig.read(created.state.id) or pytest.fail("nothing stands")
@@ -153,10 +151,10 @@ async def test_the_next_comer_finishes_what_an_owner_left_behind_and_takes_the_v
     assert await rig.claims() == 0
 
 
-async def test_a_creation_that_its_owner_left_behind_keeps_its_number_when_it_is_finished(rig: RailRig) -> None:
+async def test_finished_creation_keeps_the_number_of_its_claim(rig: RailRig) -> None:
     left, reply = await rig.claim(rig.creation())
     assert reply == Claimed("0001")
-    (member,) = await left_behind(rig)
+    (member,) = await stale_claims(rig)
     marked = await rig.mirror.mark(member)
     assert isinstance(marked, Stale)
     await rig.rail.finish(marked)
@@ -167,34 +165,32 @@ async def test_a_creation_that_its_owner_left_behind_keeps_its_number_when_it_is
     assert (await rig.rail.commit(rig.creation())).state.order_number == "0002"
 
 
-async def test_an_owner_that_stalled_and_wakes_records_the_same_change_that_was_finished_for_it(
-    rig: RailRig, make_rail: MakeRail
-) -> None:
+async def test_stalled_owner_records_the_same_change_as_its_finisher(rig: RailRig, make_rail: MakeRail) -> None:
     owner = await make_rail()
     created = await rig.rail.commit(rig.creation())
-    waits = asyncio.Event()
+    resumed = asyncio.Event()
     publish = owner.publisher.publish
 
     async def stalled(*message: Any) -> None:
-        await waits.wait()
+        await resumed.wait()
         await publish(*message)
 
     owner.publisher.publish = stalled
     slow = asyncio.create_task(owner.rail.commit(owner.update(created, notes="slow")))
-    await left_behind(rig)
-    assert kinds([await outcome(rig.rail.commit(rig.update(created, notes="next")))]) == {"Lost": 1}
-    waits.set()
+    await stale_claims(rig)
+    assert kinds([await outcome(rig.rail.commit(rig.update(created, notes="next")))]) == {"ClaimLost": 1}
+    resumed.set()
     done = await slow
     assert (await rig.read(created.state.id)) == (done.standing, done.state)
     found = ids(await rig.queued(at_least=3))
     assert Counter(found) == {created.standing.change_id: 1, done.standing.change_id: 2}
 
 
-async def test_a_marked_claim_is_not_taken_back_so_that_nobody_says_absent_of_what_another_finishes(
+async def test_marked_claim_cannot_be_taken_back(
     rig: RailRig,
 ) -> None:
     change, _ = await rig.claim(rig.creation())
-    (member,) = await left_behind(rig)
+    (member,) = await stale_claims(rig)
     assert await rig.mirror.mark(member) is not None
     assert await rig.mirror.take_back(change) is False
     other, _ = await rig.claim(rig.creation())
@@ -202,10 +198,8 @@ async def test_a_marked_claim_is_not_taken_back_so_that_nobody_says_absent_of_wh
     assert await rig.mirror.take_back(other) is False
 
 
-async def test_a_claim_of_a_mirror_that_was_lost_is_dropped_and_not_finished(
-    servers: Servers, make_rail: MakeRail
-) -> None:
-    """It may have been taken back, and its 503 told, after the copy was made that this mirror came back with."""
+async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Servers, make_rail: MakeRail) -> None:
+    """The mirror comes back with an older copy. After that copy the claim may have been taken back with a 503."""
     redis = await asyncio.to_thread(servers.extra_redis)
     rig = await make_rail(redis=redis)
     await rig.warm()
@@ -215,8 +209,8 @@ async def test_a_claim_of_a_mirror_that_was_lost_is_dropped_and_not_finished(
     await asyncio.to_thread(redis.stop)
     await asyncio.to_thread(redis.start)
     await eventually(lambda: reachable(rig), what="the mirror again")
-    (member,) = await left_behind(rig)
-    assert await rig.mirror.take_back(left) is False  # a mark may have been lost: who finishes it then goes on
+    (member,) = await stale_claims(rig)
+    assert await rig.mirror.take_back(left) is False  # a mark may be lost, and its finisher would go on
     assert await rig.mirror.mark(member) is None
     assert await rig.claims() == 0
     await rig.warm()
@@ -236,7 +230,7 @@ async def reachable(rig: RailRig) -> bool:
 # -- brokers ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_publish_frozen_longer_than_its_timeout_goes_to_the_journal_and_arrives_twice_as_one_change(
+async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_change(
     servers: Servers, rig: RailRig
 ) -> None:
     async with rig.frozen(servers.rabbitmq):
@@ -244,7 +238,7 @@ async def test_a_publish_frozen_longer_than_its_timeout_goes_to_the_journal_and_
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert await rig.read(done.state.id) == (done.standing, done.state)
         assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
-        # Until a new connection stands nothing is sent: no second timeout is paid.
+        # Nothing is sent until there is a new connection, so a second commit does not wait for a timeout.
         assert not rig.publisher.connected
         rig.publisher._timeout = 600.0
         second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 60)
@@ -265,7 +259,7 @@ async def empty(rig: RailRig) -> bool:
     return rig.journal.depth == 0
 
 
-async def test_a_nack_from_one_full_queue_while_the_others_took_the_message_goes_to_the_journal(rig: RailRig) -> None:
+async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailRig) -> None:
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
         arguments = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
@@ -278,22 +272,24 @@ async def test_a_nack_from_one_full_queue_while_the_others_took_the_message_goes
         await eventually(refused, what="a nack")  # a quorum queue takes a few beyond its bound
         done = await rig.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
-        assert rig.publisher.connected  # the link is fine
+        assert rig.publisher.connected  # the connection is fine
 
-        async def taken() -> list[str]:  # those before it too, and a nack may come before the others have their copy
+        async def taken() -> list[
+            str
+        ]:  # earlier changes too; a nack may arrive before the other queues have their copy
             return ids(await rig.queued())
 
-        def has_it(found: list[str]) -> bool:
+        def has_change(found: list[str]) -> bool:
             return done.standing.change_id in found
 
-        await eventually(taken, what="the copy of the lane", until=has_it)
+        await eventually(taken, what="the copy of the lane", until=has_change)
         await channel.queue_delete("full")
     rig.drainer.start()
     await eventually(lambda: empty(rig), what="the journal drained")
-    await eventually(taken, what="the one from the journal", until=has_it)
+    await eventually(taken, what="the change from the journal", until=has_change)
 
 
-async def test_a_change_that_no_queue_takes_goes_to_the_journal(rig: RailRig) -> None:
+async def test_unroutable_change_goes_to_the_journal(rig: RailRig) -> None:
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
         exchange = await channel.get_exchange(topology.CHANGES)
@@ -304,7 +300,9 @@ async def test_a_change_that_no_queue_takes_goes_to_the_journal(rig: RailRig) ->
         assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
 
 
-async def test_not_connected_and_the_journal_full_is_unavailable_and_the_claim_is_gone(make_rail: MakeRail) -> None:
+async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_removes_its_claim(
+    make_rail: MakeRail,
+) -> None:
     rig = await make_rail(publisher=False)
     await rig.warm()
     rig.journal._max_bytes = 10
@@ -319,7 +317,7 @@ async def test_not_connected_and_the_journal_full_is_unavailable_and_the_claim_i
     assert ids(await rig.queued(at_least=1)) == [done.standing.change_id]
 
 
-async def test_not_connected_and_no_journal_is_unavailable_and_the_version_is_free(make_rail: MakeRail) -> None:
+async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_version(make_rail: MakeRail) -> None:
     rig = await make_rail(journal=False)
     await rig.warm()
     created = await rig.rail.commit(rig.creation())
@@ -333,7 +331,7 @@ async def test_not_connected_and_no_journal_is_unavailable_and_the_version_is_fr
     assert set(ids(await rig.queued(at_least=2))) == {created.standing.change_id, done.standing.change_id}
 
 
-async def test_sent_without_a_confirm_and_the_journal_broken_is_outcome_unknown_and_the_claim_stands(
+async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_keeps_the_claim(
     rig: RailRig, servers: Servers
 ) -> None:
     async def broken(entries: Any) -> None:
@@ -343,7 +341,7 @@ async def test_sent_without_a_confirm_and_the_journal_broken_is_outcome_unknown_
     async with rig.frozen(servers.rabbitmq):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(rig.creation())
-    (member,) = await left_behind(rig)  # whoever meets it finishes it
+    (member,) = await stale_claims(rig)  # the next writer or the claim finisher finishes it
     left = await rig.mirror.mark(member)
     assert left is not None
     await eventually(lambda: connected(rig), what="a connection to the broker")
@@ -358,7 +356,7 @@ async def connected(rig: RailRig) -> bool:
 # -- mirrors ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavailable_while_the_breaker_is_open(
+async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_is_unavailable(
     rig: RailRig, servers: Servers
 ) -> None:
     created = await rig.rail.commit(rig.creation())
@@ -368,7 +366,7 @@ async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavai
             await rig.rail.commit(draft)
         with pytest.raises(Unavailable):
             await rig.rail.commit(rig.update(created, notes="refused"))
-    # The script that was sent is executed when the server wakes, and claims nothing: it comes too late.
+    # The server runs the sent script when it wakes. The script claims nothing, because it runs too late.
     await eventually(lambda: reachable(rig), what="the mirror again")
     assert await rig.claims() == 0
     stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
@@ -377,9 +375,7 @@ async def test_a_claim_that_a_frozen_mirror_did_not_answer_is_unknown_and_unavai
     assert again.standing.version == 2
 
 
-async def test_a_creation_while_the_mirror_is_frozen_goes_on_with_a_number_of_its_own_series(
-    rig: RailRig, servers: Servers
-) -> None:
+async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: RailRig, servers: Servers) -> None:
     async with rig.frozen(servers.redis):
         done = await rig.rail.commit(rig.creation())
         assert (done.state.order_number, done.durability, done.visible) == ("J1-0001", Durability.BROKER, False)
@@ -388,12 +384,12 @@ async def test_a_creation_while_the_mirror_is_frozen_goes_on_with_a_number_of_it
         (done.standing.change_id, done.state)
     ]
     await eventually(lambda: reachable(rig), what="the mirror again")
-    # The claim that was sent came too late: nobody finishes it, so that there is no second creation.
+    # The sent claim ran too late and left nothing to finish, so there is no second creation.
     assert await rig.claims() == 0
 
 
-async def test_a_creation_whose_claim_may_stand_is_never_called_absent(rig: RailRig, servers: Servers) -> None:
-    """The frozen mirror may have executed the claim; without broker, journal and number nothing else can be said."""
+async def test_creation_whose_claim_may_exist_is_outcome_unknown(rig: RailRig, servers: Servers) -> None:
+    """The frozen mirror may have run the claim. Without journal and number the service cannot answer that it failed."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")
@@ -404,7 +400,7 @@ async def test_a_creation_whose_claim_may_stand_is_never_called_absent(rig: Rail
             await rig.rail.commit(rig.creation())
 
 
-async def test_on_a_cold_mirror_creations_go_on_and_changes_wait(rig: RailRig) -> None:
+async def test_cold_mirror_takes_creations_and_refuses_updates(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     await rig.chill()
     done = await rig.rail.commit(rig.creation())
@@ -417,7 +413,7 @@ async def test_on_a_cold_mirror_creations_go_on_and_changes_wait(rig: RailRig) -
     assert (await rig.rail.commit(rig.update(created, notes="taken"))).standing.version == 2
 
 
-async def test_a_creation_on_a_cold_mirror_that_was_made_before_is_found(rig: RailRig) -> None:
+async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     await rig.chill()
     draft = rig.creation(id=created.state.id)
@@ -431,8 +427,8 @@ async def test_a_creation_on_a_cold_mirror_that_was_made_before_is_found(rig: Ra
     assert lost.value.standing == created.standing
 
 
-async def test_a_repeat_without_a_mirror_is_told_what_this_instance_has_made(rig: RailRig) -> None:
-    """PostgreSQL does not have it yet, so nobody else could tell."""
+async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(rig: RailRig) -> None:
+    """PostgreSQL does not have the order yet, so only the memory of the instance has it."""
 
     async def existing() -> Any:
         return None
@@ -453,10 +449,10 @@ async def test_a_repeat_without_a_mirror_is_told_what_this_instance_has_made(rig
     assert ids(await rig.queued(at_least=1)) == [made.standing.change_id]
 
 
-async def test_a_commit_goes_on_when_its_caller_goes_away(rig: RailRig) -> None:
+async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> None:
     draft = rig.creation()
     caller = asyncio.create_task(rig.rail.commit(draft))
-    await asyncio.sleep(0)  # it has begun
+    await asyncio.sleep(0)  # the commit has started
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -465,7 +461,7 @@ async def test_a_commit_goes_on_when_its_caller_goes_away(rig: RailRig) -> None:
     assert await rig.read(draft.state.id) is not None
 
 
-async def test_a_fork_that_a_lost_mirror_let_through_ends_the_same_in_whatever_order_it_arrives(rig: RailRig) -> None:
+async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     drafts = [rig.update(created, notes=notes) for notes in ("one", "two")]
     forked = [(commit._change(draft).standing, draft.state) for draft in drafts]
@@ -480,7 +476,7 @@ def applied(standing: Any, state: Order, at: Any) -> Apply:
     return Apply(ORDER, state, standing, encode(state), at)
 
 
-async def test_a_busy_version_is_free_again_once_its_claim_was_taken_back(rig: RailRig) -> None:
+async def test_busy_version_is_free_after_its_claim_is_taken_back(rig: RailRig) -> None:
     rig.mirror._stale_ms = 60_000
     created = await rig.rail.commit(rig.creation())
     taken, _ = await rig.claim(rig.update(created, notes="one"))
@@ -491,8 +487,8 @@ async def test_a_busy_version_is_free_again_once_its_claim_was_taken_back(rig: R
     assert STALE < 1
 
 
-async def test_a_state_that_no_store_could_read_is_refused_before_it_is_claimed(rig: RailRig) -> None:
-    """Constructing a state checks nothing: what is acknowledged must be readable by everybody."""
+async def test_unreadable_state_is_refused_before_it_is_claimed(rig: RailRig) -> None:
+    """The constructor of a state checks nothing, but every reader must be able to decode an accepted state."""
     await rig.warm()
     draft = rig.creation(customer_name="x" * 201)
     with pytest.raises(InvalidInput):

@@ -1,4 +1,4 @@
-"""The journal: what it has acknowledged survives, it has one owner, it has a bound, and its numbers are given once."""
+"""The journal: acknowledged entries survive, it has one owner and a bound, and it gives each number once."""
 
 import asyncio
 import signal
@@ -63,32 +63,30 @@ async def contents(journal: Journal) -> list[bytes]:
     return [entry.event for entry in await journal.oldest(1_000_000)]
 
 
-async def test_nothing_that_was_acknowledged_is_missing_after_a_kill_9(
-    make: Callable[..., Any], tmp_path: Path
-) -> None:
+async def test_acknowledged_entries_survive_a_kill_9(make: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", APPENDER, str(path), stdout=asyncio.subprocess.PIPE, cwd=ROOT
     )
     assert process.stdout is not None
-    said: list[str] = []
-    while len(said) < 200:
-        said.append((await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip())
+    lines: list[str] = []
+    while len(lines) < 200:
+        lines.append((await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip())
     process.send_signal(signal.SIGKILL)
-    said += (await process.stdout.read()).decode().split("\n")[:-1]
+    lines += (await process.stdout.read()).decode().split("\n")[:-1]
     await process.wait()
 
     journal = await make()
-    acknowledged = {f"entry {line}".encode() for line in said if line.isdecimal()}
+    acknowledged = {f"entry {line}".encode() for line in lines if line.isdecimal()}
     assert len(acknowledged) > 150
     assert acknowledged <= set(await contents(journal))
     assert journal.depth == len(await contents(journal))
-    numbers = {line.removeprefix("number ") for line in said if line.startswith("number")}
+    numbers = {line.removeprefix("number ") for line in lines if line.startswith("number")}
     assert len(numbers) > 15
     assert await journal.next_number("r", "d") not in numbers
 
 
-async def test_a_second_process_is_refused_while_the_first_lives(make: Callable[..., Any], tmp_path: Path) -> None:
+async def test_second_process_is_refused_while_the_first_one_runs(make: Callable[..., Any], tmp_path: Path) -> None:
     first = await make()
     await append(first, b"one")
     opener = (
@@ -105,12 +103,12 @@ async def test_a_second_process_is_refused_while_the_first_lives(make: Callable[
         return out.decode()
 
     assert (await open_elsewhere()).startswith("refused")
-    await append(first, b"two")  # and the first goes on
+    await append(first, b"two")  # the first process continues
     await first.close()
     assert await open_elsewhere() == "opened\n"
 
 
-async def test_a_full_journal_keeps_nothing_of_what_it_refuses_and_takes_again_when_drained(
+async def test_full_journal_keeps_nothing_of_a_refused_append_and_accepts_again_when_drained(
     make: Callable[..., Any],
 ) -> None:
     journal = await make(max_bytes=100)
@@ -125,7 +123,7 @@ async def test_a_full_journal_keeps_nothing_of_what_it_refuses_and_takes_again_w
     assert await contents(journal) == [b"z" * 10, b"y" * 90]
 
 
-async def test_depth_and_bytes_are_known_again_after_a_reopen(make: Callable[..., Any]) -> None:
+async def test_reopened_journal_knows_its_depth_and_bytes(make: Callable[..., Any]) -> None:
     journal = await make()
     await append(journal, b"one", b"three")
     await journal.close()
@@ -134,7 +132,7 @@ async def test_depth_and_bytes_are_known_again_after_a_reopen(make: Callable[...
     assert await contents(again) == [b"one", b"three"]
 
 
-async def test_numbers_never_repeat_across_reopens_and_count_each_day_and_restaurant_alone(
+async def test_numbers_never_repeat_after_a_reopen_and_count_per_day_and_restaurant(
     make: Callable[..., Any],
 ) -> None:
     given: list[str] = []
@@ -148,7 +146,7 @@ async def test_numbers_never_repeat_across_reopens_and_count_each_day_and_restau
     assert await journal.next_number("r", "tuesday") == await journal.next_number("s", "monday") == "J1-0001"
 
 
-async def test_appends_that_wait_at_the_same_moment_share_a_commit(make: Callable[..., Any]) -> None:
+async def test_appends_that_wait_at_the_same_moment_share_a_transaction(make: Callable[..., Any]) -> None:
     journal = await make()
     commits: list[int] = []
     append_now = journal._append
@@ -163,7 +161,7 @@ async def test_appends_that_wait_at_the_same_moment_share_a_commit(make: Callabl
     assert len(commits) <= 3
 
 
-async def test_a_journal_that_is_closed_or_was_never_opened_is_broken_and_closes_twice(
+async def test_closed_or_unopened_journal_is_broken_and_may_be_closed_twice(
     make: Callable[..., Any],
 ) -> None:
     journal = await make(opened=False)
@@ -178,9 +176,7 @@ async def test_a_journal_that_is_closed_or_was_never_opened_is_broken_and_closes
 
 
 @pytest.mark.parametrize("failing", ["insert", "delete", "commit"])
-async def test_after_an_error_of_the_disk_the_journal_takes_changes_again(
-    make: Callable[..., Any], failing: str
-) -> None:
+async def test_journal_takes_changes_again_after_a_disk_error(make: Callable[..., Any], failing: str) -> None:
     journal = await make()
     await append(journal, b"first")
     real = journal._db
@@ -215,11 +211,11 @@ async def test_after_an_error_of_the_disk_the_journal_takes_changes_again(
     assert journal.depth == 2
 
 
-# -- the drainer, against a publisher that we own --------------------------------------------------------------
+# -- the drainer, with a fake publisher ------------------------------------------------------------------------
 
 
 class Broker:
-    """Takes messages, or refuses those of a lane."""
+    """Takes messages, and refuses those of the given lanes."""
 
     def __init__(self, *refuses: Lane) -> None:
         self.refuses = refuses
@@ -243,7 +239,7 @@ def drainer_of(journal: Journal, broker: Any) -> Drainer:
     return Drainer(journal, broker)
 
 
-async def test_an_entry_leaves_the_journal_only_after_its_confirm(make: Callable[..., Any]) -> None:
+async def test_entry_leaves_the_journal_only_after_its_confirm(make: Callable[..., Any]) -> None:
     journal = await make()
     event = encode(builders.change(builders.order(items=0)))
     await append(journal, event)
@@ -251,12 +247,12 @@ async def test_an_entry_leaves_the_journal_only_after_its_confirm(make: Callable
         await drainer_of(journal, Broker(Lane.CRITICAL)).drain_some()
     assert await contents(journal) == [event]
 
-    class Away:
+    class UnavailableBroker:
         async def publish(self, *_: Any) -> None:
-            raise NotSent("away")
+            raise NotSent("unavailable")
 
     with pytest.raises(NotSent):
-        await drainer_of(journal, Away()).drain_some()
+        await drainer_of(journal, UnavailableBroker()).drain_some()
     assert await contents(journal) == [event]
     broker = Broker()
     await drainer_of(journal, broker).drain_some()
@@ -265,7 +261,7 @@ async def test_an_entry_leaves_the_journal_only_after_its_confirm(make: Callable
 
 
 async def test_large_changes_are_drained_in_messages_that_the_broker_takes(make: Callable[..., Any]) -> None:
-    """RabbitMQ 4 closes the channel of a message over 16 MiB: drained as one, this journal would be stuck for ever."""
+    """RabbitMQ 4 closes the channel when a message is over 16 MiB, so one large message would block the journal."""
     journal = await make(max_bytes=1 << 26)
     events = [b'"' + b"x" * 700_000 + b'"' for _ in range(30)]
     await append(journal, *events)
@@ -279,7 +275,7 @@ async def test_large_changes_are_drained_in_messages_that_the_broker_takes(make:
     assert broker.largest <= 1 << 20
 
 
-async def test_a_lane_whose_queue_refuses_does_not_hold_back_the_others(make: Callable[..., Any]) -> None:
+async def test_lane_with_a_refusing_queue_does_not_hold_back_other_lanes(make: Callable[..., Any]) -> None:
     journal = await make()
     await append(journal, b'"order"', lane=Lane.CRITICAL)
     await append(journal, b'"dish"', lane=Lane.NORMAL)

@@ -1,4 +1,4 @@
-"""A damaged journal: whatever becomes of its file, what is whole in it is kept, the rest is told, and it works on."""
+"""A damaged journal: it keeps every intact entry, reports every other one, and continues to work."""
 
 import asyncio
 import hashlib
@@ -42,7 +42,7 @@ def varint(value: int) -> bytes:
 
 
 def record(lane: Lane, event: bytes) -> bytes:
-    """As SQLite lays it down; written apart from the code that looks for it."""
+    """An entry in SQLite's record format, written independently of the code that salvages it."""
     types = b"\x00\x2c" + varint(13 + 2 * len(lane)) + varint(12 + 2 * len(event))
     return bytes([len(types) + 1]) + types + sum_of(lane, event) + lane.encode() + event
 
@@ -58,7 +58,7 @@ def journal_of(path: Path) -> Journal:
 
 
 async def opened(path: Path, work: Callable[[Journal], Any] | None = None) -> Journal:
-    """Opens it, does something, closes it; what it says of itself stays."""
+    """Opens the journal, does the work and closes it; its counters stay readable."""
     journal = journal_of(path)
     await journal.open()
     try:
@@ -70,7 +70,7 @@ async def opened(path: Path, work: Callable[[Journal], Any] | None = None) -> Jo
 
 
 class Image(Struct, frozen=True):
-    """A journal as it lies on the disk, and what waits in it."""
+    """The files of a journal, and the entries that wait in it."""
 
     main: bytes
     wal: bytes
@@ -88,7 +88,7 @@ class Image(Struct, frozen=True):
 
 
 async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
-    """`killed`: as kill -9 leaves it, with a write-ahead log; what came so early is in the file itself already."""
+    """`killed`: leaves the files as kill -9 does, with a write-ahead log; earlier batches are in the main file."""
     journal = journal_of(path)
     await journal.open()
     waiting: list[Entry] = []
@@ -104,14 +104,14 @@ async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
         if n == checkpointed:
             assert journal._db
             journal._db.execute("pragma wal_checkpoint(TRUNCATE)")
-    alive = look(path)
+    alive = read_files(path)
     await journal.close()
-    main, wal = alive if killed else look(path)
+    main, wal = alive if killed else read_files(path)
     return Image(main, wal, waiting)
 
 
-def look(path: Path) -> tuple[bytes, bytes]:
-    """(the file, its log)"""
+def read_files(path: Path) -> tuple[bytes, bytes]:
+    """Returns the content of the file and of its write-ahead log."""
     return path.read_bytes(), wal_of(path).read_bytes() if wal_of(path).exists() else b""
 
 
@@ -130,7 +130,7 @@ class Harm(Struct, frozen=True):
     kind: str
     file: str
     where: float
-    """Share of the file."""
+    """Position of the damage as a share of the file's length, from 0 to 1."""
     length: int
     content: bytes
 
@@ -170,7 +170,7 @@ HARM = st.builds(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.integers(0, 2), harms=st.lists(HARM, min_size=1, max_size=4))
-def test_of_a_damaged_journal_every_entry_that_is_whole_is_kept_and_every_other_is_told(
+def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
     images: list[Image], tmp_path: Path, which: int, harms: list[Harm]
 ) -> None:
     main, wal = images[which].main, images[which].wal
@@ -180,24 +180,24 @@ def test_of_a_damaged_journal_every_entry_that_is_whole_is_kept_and_every_other_
     journal = asyncio.run(opened(path))
     found = contents(path)
 
-    kept, told = set(found.entries), {one.name.change_id for one in found.damaged if one.name}
+    kept, reported = set(found.entries), {one.name.change_id for one in found.damaged if one.name}
     for lane, event in images[which].waiting:
-        whole = record(lane, event) in main or record(lane, event) in wal
-        if whole:
-            assert (lane, event) in kept, "an entry that is whole was lost"
+        intact = record(lane, event) in main or record(lane, event) in wal
+        if intact:
+            assert (lane, event) in kept, "an intact entry was lost"
         elif (lane, event) not in kept:
             named = record_of_name(lane, event) in main or record_of_name(lane, event) in wal
-            # Where a file was cut off nobody can tell an append that was never finished from one that was.
+            # In a truncated file an append that never finished looks the same as one that did.
             cut = any(harm.kind == "truncate" for harm in harms)
-            assert cut or not named or name_of(lane, event).change_id in told, "a lost entry was not told"
-            assert cut or journal.damaged or journal.set_aside, "silence"
+            assert cut or not named or name_of(lane, event).change_id in reported, "a lost entry was not reported"
+            assert cut or journal.damaged or journal.set_aside, "the damage was not reported"
     assert journal.depth == len(found.entries)
     asyncio.run(opened(path, lambda again: again.append([entry()])))
     assert len(contents(path).entries) == journal.depth + 1
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_journal_that_was_killed_and_not_damaged_opens_with_all_of_it_and_without_a_word(
+def test_undamaged_journal_opens_completely_and_silently_after_a_kill(
     images: list[Image], tmp_path: Path, which: int
 ) -> None:
     path = images[which].lay(tmp_path)
@@ -208,7 +208,7 @@ def test_a_journal_that_was_killed_and_not_damaged_opens_with_all_of_it_and_with
     assert contents(path).entries == images[which].waiting
 
 
-async def test_a_log_that_has_begun_anew_many_times_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damaged(tmp_path: Path) -> None:
     journal = journal_of(tmp_path / "orders-1.sqlite")
     await journal.open()
     assert journal._db
@@ -218,7 +218,7 @@ async def test_a_log_that_has_begun_anew_many_times_is_not_taken_for_a_damaged_o
         journal._db.execute(f"pragma journal_size_limit={limit}")
         for n, batch in enumerate(made):
             await journal.append(batch)
-            path = Image(*look(journal._path), []).lay(tmp_path / "copy")
+            path = Image(*read_files(journal._path), []).lay(tmp_path / "copy")
             with capture_logs() as logs:
                 again = await opened(path)
             assert not logs
@@ -232,38 +232,36 @@ async def test_a_log_that_has_begun_anew_many_times_is_not_taken_for_a_damaged_o
     [b"", b"not a database at all" * 500, b"SQLite format 3\0" + bytes(5_000)],
     ids=["empty", "garbage", "a header and zeroes"],
 )
-def test_a_file_that_is_no_journal_is_set_aside_with_a_loud_word_and_the_journal_works(
-    tmp_path: Path, main: bytes
-) -> None:
+def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_works(tmp_path: Path, main: bytes) -> None:
     path = Image(main, b"", []).lay(tmp_path)
     with capture_logs() as logs:
         journal = asyncio.run(opened(path, lambda one: one.append([entry()])))
-    [said] = [one for one in logs if one["log_level"] == "error"]
-    assert (said["event"], said["kept"]) == ("journal_set_aside", 0)
+    [logged] = [one for one in logs if one["log_level"] == "error"]
+    assert (logged["event"], logged["kept"]) == ("journal_set_aside", 0)
     [aside] = files_aside(path)
     assert aside.read_bytes() == main
-    assert said["aside"] == str(aside)
+    assert logged["aside"] == str(aside)
     assert (journal.set_aside, count_aside(tmp_path), journal.depth) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("empty", [True, False], ids=["empty", "gone"])
-def test_when_the_file_is_empty_or_gone_what_its_log_holds_is_kept(
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
+def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
     images: list[Image], tmp_path: Path, empty: bool
 ) -> None:
     path = Image(b"", images[1].wal, []).lay(tmp_path)
     if empty:
         with pytest.raises(sqlite3.Error):
-            contents(path)  # which leaves the log alone
+            contents(path)  # this read does not change the log
     else:
         path.unlink()
     journal = asyncio.run(opened(path))
-    first, *others = images[1].waiting  # of which the first was in the file alone
+    first, *others = images[1].waiting  # only the file held the first one
     assert set(others) <= set(contents(path).entries)
     assert (journal.set_aside, journal.damaged) == (1, 1)
     assert [one.name for one in contents(path).damaged] == [name_of(*first)]
 
 
-def test_numbers_go_on_in_a_series_of_their_own_when_the_highest_may_be_lost(tmp_path: Path) -> None:
+def test_numbers_start_a_new_series_when_the_highest_may_be_lost(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.sqlite"
     given: list[str] = []
 
@@ -282,10 +280,10 @@ def test_numbers_go_on_in_a_series_of_their_own_when_the_highest_may_be_lost(tmp
 
 
 @pytest.mark.parametrize("step", range(6))
-async def test_a_crash_while_a_file_is_set_aside_loses_nothing(
+async def test_crash_while_a_file_is_set_aside_loses_nothing(
     images: list[Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """At any of its renames, or before the first."""
+    """The crash comes at one of the renames, or before the first one."""
     half = images[2]
     path = Image(b"harmed" + half.main[6:], half.wal, []).lay(tmp_path)
 
@@ -321,10 +319,10 @@ async def test_a_crash_while_a_file_is_set_aside_loses_nothing(
     assert not path.with_name(f"{path.name}.mended").exists()
 
 
-# -- an entry that goes bad while the journal is open ----------------------------------------------------------------
+# -- damage while the journal is open --------------------------------------------------------------------------------
 
 
-async def test_a_bit_that_flips_in_an_event_takes_that_entry_out_by_name_and_no_other(tmp_path: Path) -> None:
+async def test_flipped_bit_in_an_event_removes_only_that_entry_and_names_it(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.sqlite"
     journal = journal_of(path)
     await journal.open()
@@ -336,17 +334,17 @@ async def test_a_bit_that_flips_in_an_event_takes_that_entry_out_by_name_and_no_
     with capture_logs() as logs:
         found = await journal.oldest(10)
     assert [(one.lane, one.event) for one in found] == [good, last]
-    [said] = [one for one in logs if one["log_level"] == "error"]
-    assert said["name"].change_id == name_of(*bad).change_id
+    [logged] = [one for one in logs if one["log_level"] == "error"]
+    assert logged["name"].change_id == name_of(*bad).change_id
     assert (journal.depth, journal.damaged) == (2, 1)
     await journal.remove(found)
     assert (journal.depth, journal.bytes, journal.damaged) == (0, 0, 1)
     await journal.close()
     assert contents(path).damaged[0].event == flipped
-    assert (await opened(path)).damaged == 1  # and it stays told
+    assert (await opened(path)).damaged == 1  # the damage stays reported
 
 
-async def test_a_page_that_goes_bad_under_an_open_journal_is_met_by_setting_the_file_aside(tmp_path: Path) -> None:
+async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.sqlite"
     made = [entry() for _ in range(60)]
     await opened(path, lambda one: one.append(made))
@@ -354,7 +352,7 @@ async def test_a_page_that_goes_bad_under_an_open_journal_is_met_by_setting_the_
     await journal.open()
     assert journal._db
     journal._db.execute("pragma shrink_memory")
-    page = look(path)[0].index(made[30][1][:200]) // PAGE
+    page = read_files(path)[0].index(made[30][1][:200]) // PAGE
     harm = "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", harm, str(path), str(page))
     assert await process.wait() == 0
@@ -366,15 +364,15 @@ async def test_a_page_that_goes_bad_under_an_open_journal_is_met_by_setting_the_
         name_of(*one).change_id for one in made if one not in [(each.lane, each.event) for each in found]
     }
     await journal.append([entry()])
-    await journal.remove(found)  # numbered anew meanwhile, or not: they go
+    await journal.remove(found)  # the entries go, whether or not they were renumbered meanwhile
     assert journal.depth == 1
     await journal.close()
 
 
-# -- no room ---------------------------------------------------------------------------------------------------------
+# -- disk full -------------------------------------------------------------------------------------------------------
 
 
-async def test_the_journal_leaves_room_on_its_disk_for_draining_it(tmp_path: Path) -> None:
+async def test_journal_leaves_disk_space_to_drain_it(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "orders-1.sqlite", instance=1, max_bytes=1 << 20, reserve_bytes=1 << 60)
     await journal.open()
     with pytest.raises(JournalFull, match="bytes left"):
@@ -415,15 +413,13 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("then", ["go on", "die"])
-async def test_an_append_that_the_disk_refused_in_the_middle_is_not_brought_back_by_a_crash(
-    tmp_path: Path, then: str
-) -> None:
+async def test_append_that_the_disk_refused_half_way_does_not_return_after_a_crash(tmp_path: Path, then: str) -> None:
     path = tmp_path / "orders-1.sqlite"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", REFUSED, str(path), then, stdout=asyncio.subprocess.PIPE, cwd=ROOT
     )
-    said = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
-    assert said == "refused\n"
+    output = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
+    assert output == "refused\n"
     with capture_logs() as logs:
         await opened(path)
     events = [event for _, event in contents(path).entries]
@@ -431,7 +427,7 @@ async def test_an_append_that_the_disk_refused_in_the_middle_is_not_brought_back
     assert not logs
 
 
-async def test_an_append_of_which_nobody_can_say_whether_it_was_kept_is_not_called_absent(tmp_path: Path) -> None:
+async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp_path: Path) -> None:
     journal = journal_of(tmp_path / "orders-1.sqlite")
     await journal.open()
     real: Any = journal._db
@@ -447,8 +443,8 @@ async def test_an_append_of_which_nobody_can_say_whether_it_was_kept_is_not_call
     journal._db = Failing()  # type: ignore[assignment]
     with pytest.raises(JournalInDoubt):
         await journal.append([entry()])
-    recorder = Recorder(Away(), journal, under_way=1)  # type: ignore[arg-type]
-    with pytest.raises(JournalBroken):  # not before it is tidy again
+    recorder = Recorder(UnavailableBroker(), journal, under_way=1)  # type: ignore[arg-type]
+    with pytest.raises(JournalBroken):  # refused until the journal has cleaned up
         await journal.append([entry()])
     journal._untidy = False
     with pytest.raises(Unrecorded) as unrecorded:
@@ -460,14 +456,14 @@ async def test_an_append_of_which_nobody_can_say_whether_it_was_kept_is_not_call
     await journal.close()
 
 
-class Away:
+class UnavailableBroker:
     async def publish(self, *_: Any) -> None:
         from shared.messaging.publisher import NotSent
 
-        raise NotSent("away")
+        raise NotSent("unavailable")
 
 
-async def test_a_journal_that_cannot_be_opened_is_tried_again_with_its_use(
+async def test_use_opens_a_journal_that_could_not_be_opened_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "orders-1.sqlite"
@@ -485,10 +481,10 @@ async def test_a_journal_that_cannot_be_opened_is_tried_again_with_its_use(
     await journal.close()
 
 
-# -- from before there were sums -------------------------------------------------------------------------------------
+# -- files of the version without sums -------------------------------------------------------------------------------
 
 
-async def test_a_journal_of_the_version_without_sums_keeps_what_waits_in_it_and_its_numbers(tmp_path: Path) -> None:
+async def test_journal_without_sums_keeps_its_entries_and_numbers(tmp_path: Path) -> None:
     path, made = tmp_path / "orders-1.sqlite", [entry() for _ in range(5)]
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("pragma journal_mode=WAL")
@@ -511,7 +507,7 @@ async def test_a_journal_of_the_version_without_sums_keeps_what_waits_in_it_and_
     assert given == ["J1-0041"]
 
 
-def test_sums_tell_lanes_and_contents_apart() -> None:
+def test_sums_differ_between_lanes_and_contents() -> None:
     sums = {sum_of(lane, event) for lane in ("critical", "normal") for event in (b"a", b"b")}
     assert len(sums) == 4
     assert sum_of("critical", b"a") == hashlib.blake2b(b"critical\0a", digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Journals whose instance is gone: what lies in them is recorded, once, by whoever lives beside them."""
+"""Orphaned journals: another instance records their entries, once."""
 
 import asyncio
 import json
@@ -22,18 +22,18 @@ from tests.rigs.turns import whole_turn
 
 
 class Broker:
-    """Takes messages, or is away."""
+    """Takes messages, or is unavailable."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.unavailable = False
         self.events: list[bytes] = []
 
     async def wait_connected(self) -> None:
         return
 
     async def publish(self, _: str, body: bytes) -> None:
-        if self.away:
-            raise NotSent("away")
+        if self.unavailable:
+            raise NotSent("unavailable")
         self.events += split_batch(body)
 
 
@@ -44,7 +44,7 @@ def orphans_of(folder: Path, broker: Any, *, own: int = 1) -> OrphanedJournals:
 @pytest.fixture
 def leave(tmp_path: Path) -> Callable[..., Awaitable[list[bytes]]]:
     async def leave(number: int, count: int) -> list[bytes]:
-        """An instance of this number came, journaled so many changes and went."""
+        """Leaves the journal of an instance that wrote `count` changes and ended."""
         events = [encode(builders.change(builders.order(items=0))) for _ in range(count)]
         journal = Journal(tmp_path / f"orders-{number}.sqlite", instance=number, max_bytes=1 << 20)
         await journal.open()
@@ -63,9 +63,7 @@ async def depth(folder: Path, number: int) -> int:
     return journal.depth
 
 
-async def test_what_an_instance_that_is_gone_left_behind_is_recorded_and_its_number_is_free_again(
-    tmp_path: Path, leave: Any
-) -> None:
+async def test_orphaned_journal_is_recorded_and_its_instance_number_is_free_again(tmp_path: Path, leave: Any) -> None:
     left = await leave(2, 3) + await leave(5, 400)
     broker = Broker()
     orphans = orphans_of(tmp_path, broker)
@@ -77,19 +75,19 @@ async def test_what_an_instance_that_is_gone_left_behind_is_recorded_and_its_num
         pass
 
 
-async def test_the_journals_of_those_that_live_are_left_alone(tmp_path: Path, leave: Any) -> None:
+async def test_journals_of_running_instances_are_left_alone(tmp_path: Path, leave: Any) -> None:
     await leave(1, 2)
     await leave(2, 2)
     broker = Broker()
     with Lease.take(tmp_path, "orders", 2):
         assert await orphans_of(tmp_path, broker).drain() == 0
     assert not broker.events
-    # The first one's own is for its own drainer.
+    # Instance 1 drains its own journal with its own drainer.
     assert await orphans_of(tmp_path, broker).drain() == 2
     assert await depth(tmp_path, 1) == 2
 
 
-async def test_a_journal_that_was_empty_is_looked_at_again_when_it_was_written(tmp_path: Path, leave: Any) -> None:
+async def test_empty_orphaned_journal_is_checked_again_after_a_write(tmp_path: Path, leave: Any) -> None:
     await leave(2, 0)
     broker = Broker()
     orphans = orphans_of(tmp_path, broker)
@@ -99,10 +97,10 @@ async def test_a_journal_that_was_empty_is_looked_at_again_when_it_was_written(t
     assert broker.events == left
 
 
-async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tmp_path: Path, leave: Any) -> None:
+async def test_unavailable_broker_loses_nothing_and_holds_no_instance_number(tmp_path: Path, leave: Any) -> None:
     left = await leave(2, 3)
     broker = Broker()
-    broker.away = True
+    broker.unavailable = True
     orphans = orphans_of(tmp_path, broker)
     with pytest.raises(NotSent):
         await orphans.drain()
@@ -110,14 +108,14 @@ async def test_while_the_broker_is_away_nothing_is_lost_and_no_number_is_held(tm
         pass
     orphans.start()
     try:
-        broker.away = False
+        broker.unavailable = False
         await whole_turn(orphans.loop)
     finally:
         await orphans.stop()
     assert broker.events == left
 
 
-async def test_one_that_cannot_be_read_does_not_hold_back_the_others(tmp_path: Path, leave: Any) -> None:
+async def test_unreadable_journal_does_not_hold_back_the_others(tmp_path: Path, leave: Any) -> None:
     (tmp_path / "orders-2.sqlite").mkdir()
     left = await leave(3, 2)
     broker = Broker()
@@ -126,7 +124,9 @@ async def test_one_that_cannot_be_read_does_not_hold_back_the_others(tmp_path: P
     assert broker.events == left
 
 
-async def test_of_a_damaged_one_what_is_whole_is_recorded_and_the_file_is_set_aside(tmp_path: Path, leave: Any) -> None:
+async def test_intact_entries_of_a_damaged_journal_are_recorded_and_the_file_is_set_aside(
+    tmp_path: Path, leave: Any
+) -> None:
     first, second, third = await leave(2, 3)
     path = tmp_path / "orders-2.sqlite"
     data = bytearray(path.read_bytes())
@@ -141,15 +141,13 @@ async def test_of_a_damaged_one_what_is_whole_is_recorded_and_the_file_is_set_as
 
 
 @pytest.mark.parametrize("ending", ["-wal", ".mended"])
-async def test_one_whose_file_is_gone_is_found_by_its_log_or_by_what_was_to_take_its_place(
-    tmp_path: Path, ending: str
-) -> None:
+async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacement(tmp_path: Path, ending: str) -> None:
     events = [encode(builders.change(builders.order(items=0))) for _ in range(3)]
     (living := tmp_path / "living").mkdir()
     journal = Journal(living / "orders-2.sqlite", instance=2, max_bytes=1 << 20)
     await journal.open()
     await journal.append([(Lane.CRITICAL, event) for event in events])
-    if ending == "-wal":  # as it is while the instance lives
+    if ending == "-wal":  # the log as it is while the instance runs
         log = (living / "orders-2.sqlite-wal").read_bytes()
         await journal.close()
         (tmp_path / "orders-2.sqlite-wal").write_bytes(log)
