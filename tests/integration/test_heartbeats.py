@@ -1,4 +1,4 @@
-"""Heartbeats on real servers: they prove the bindings, and a missing one refuses."""
+"""Heartbeats on real servers: they prove the bindings, and a missing binding refuses the start."""
 
 import asyncio
 
@@ -11,20 +11,20 @@ from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 LANES = [lane.value for lane in Lane]
-LOG_WAYS = [log_path_of(lane) for lane in Lane]
+LOG_PATHS = [log_path_of(lane) for lane in Lane]
 
 
 async def stale(rig: Rig) -> list[str]:
     return rig.watch.stale()
 
 
-def heard_of_the_lanes(stale: list[str]) -> bool:
-    return stale == LOG_WAYS  # nobody reads the log here
+def lanes_are_fresh(stale: list[str]) -> bool:
+    return stale == LOG_PATHS  # these tests do not read the log
 
 
 async def proof(rig: Rig, within: float) -> bool | str:
-    """What comes of it; why it is refused, where it is. One that began as the machine stood still may refuse a lane in
-    which nothing is wrong."""
+    """Returns the result of the proof, or the reason of its refusal. While the machine stalls, a proof may refuse a
+    healthy lane."""
     try:
         return await rig.watch.prove(within)
     except TopologyError as refused:
@@ -32,16 +32,16 @@ async def proof(rig: Rig, within: float) -> bool | str:
 
 
 async def refusal_of(rig: Rig, queue: str) -> None:
-    await eventually(lambda: proof(rig, 3.0), what=f"{queue} refused", until=lambda said: repr(queue) in str(said))
+    await eventually(lambda: proof(rig, 3.0), what=f"{queue} refused", until=lambda result: repr(queue) in str(result))
 
 
-async def test_a_heartbeat_goes_through_each_lane_and_is_noted(rig: Rig) -> None:
+async def test_heartbeat_goes_through_each_lane_and_is_stored(rig: Rig) -> None:
     await rig.heartbeats.start()
 
-    async def noted() -> set[str]:
+    async def stored() -> set[str]:
         return {row["lane"] for row in await rig.database.fetch("select lane from heartbeats")}
 
-    await eventually(noted, what="heartbeats noted", until=lambda seen: seen == set(LANES))
+    await eventually(stored, what="stored heartbeats", until=lambda seen: seen == set(LANES))
     epoch = await rig.database.fetchval("select epoch from log_epochs")
     assert await rig.database.fetchval("select bool_and(epoch = $1) from heartbeats", epoch)
 
@@ -49,15 +49,15 @@ async def test_a_heartbeat_goes_through_each_lane_and_is_noted(rig: Rig) -> None
         return [rig.watch.lags()[lane] for lane in LANES]
 
     await eventually(lags, what="lags", until=lambda seen: None not in seen)
-    await eventually(lambda: stale(rig), what="the lanes heard of", until=heard_of_the_lanes)
+    await eventually(lambda: stale(rig), what="fresh lanes", until=lanes_are_fresh)
 
-    async def told() -> set[str]:
+    async def in_mirror() -> set[str]:
         return set(await rig.mirror.heartbeats())
 
-    await eventually(told, what="the mirror told", until=lambda seen: seen >= set(LANES))
+    await eventually(in_mirror, what="heartbeats in the mirror", until=lambda seen: seen >= set(LANES))
 
 
-async def test_bindings_are_proved_by_heartbeats_that_come_through(rig: Rig) -> None:
+async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None:
     await rig.heartbeats.start()
 
     async def read_the_log() -> None:
@@ -76,7 +76,7 @@ async def test_bindings_are_proved_by_heartbeats_that_come_through(rig: Rig) -> 
     reading.cancel()
 
 
-async def test_a_missing_binding_refuses_and_names_the_queue(rig: Rig) -> None:
+async def test_missing_binding_is_refused_and_names_the_queue(rig: Rig) -> None:
     async with rig.channel() as channel:
         queue = await channel.get_queue(topology.lane_queue(Lane.NORMAL), ensure=False)
         await queue.unbind(topology.CHANGES, Lane.NORMAL.value)
@@ -85,27 +85,27 @@ async def test_a_missing_binding_refuses_and_names_the_queue(rig: Rig) -> None:
     assert "normal" in rig.watch.stale()
 
 
-async def test_a_missing_binding_of_the_log_refuses_once_its_reader_is_at_the_end(rig: Rig) -> None:
+async def test_missing_binding_of_the_log_is_refused_once_the_log_reader_is_at_the_end(rig: Rig) -> None:
     await rig.heartbeats.start()
-    said = await proof(rig, 1.0)
-    assert said is not True
-    assert repr(topology.LOG) not in str(said), "the reader may still be on its way"
+    result = await proof(rig, 1.0)
+    assert result is not True
+    assert repr(topology.LOG) not in str(result), "the reader may not have reached the end yet"
     rig.watch.note_log_end()
     await refusal_of(rig, topology.LOG)
 
 
-async def test_while_postgres_is_away_the_bindings_are_proved_all_the_same(rig: Rig, servers: Servers) -> None:
+async def test_bindings_are_proved_while_postgres_is_unavailable(rig: Rig, servers: Servers) -> None:
     await rig.heartbeats.start()
 
-    async def noted() -> bool:
+    async def epoch_known() -> bool:
         return None not in [rig.watch.lags()[lane] for lane in LANES]
 
-    await eventually(noted, what="an epoch known")
+    await eventually(epoch_known, what="a known epoch")
     await rig.database.close()
     rig.database = None
     await asyncio.to_thread(servers.postgres.stop)
     try:
-        await eventually(lambda: proof(rig, 2.0), what="nothing refused", until=lambda said: said is False)
-        await eventually(lambda: stale(rig), what="the lanes heard of", until=heard_of_the_lanes)
+        await eventually(lambda: proof(rig, 2.0), what="no refusal", until=lambda result: result is False)
+        await eventually(lambda: stale(rig), what="fresh lanes", until=lanes_are_fresh)
     finally:
         await asyncio.to_thread(servers.postgres.start)

@@ -1,4 +1,4 @@
-"""The mirror's scripts on a real Redis: the guard in Lua, claims, numbers, the window, and a mirror that is cold."""
+"""The mirror's scripts on a real Redis: the guard in Lua, claims, numbers, the live window, and cold mirrors."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ DAY = "2026-03-14"
 
 @pytest.fixture(scope="module")
 def redis(servers: Servers) -> Redis:
-    """One for this module: its tests stop it and make it forget."""
+    """A Redis for this module only, because its tests stop it and clear it."""
     return servers.extra_redis()
 
 
@@ -41,14 +41,14 @@ arrivals = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4)), min_size=1
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(arrivals=arrivals, more=st.lists(st.integers(0, 9), max_size=6), split=st.integers(1, 10))
-async def test_any_order_and_any_repetition_of_states_end_the_same_in_lua(
+async def test_states_in_any_order_and_repetition_end_the_same_in_lua(
     mirror: Mirror, arrivals: list[tuple[int, int]], more: list[int], split: int
 ) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     arrivals = arrivals + [arrivals[n % len(arrivals)] for n in more]
     states = [state(version, change, id_=id_, restaurant=restaurant) for version, change in arrivals]
     for start in range(0, len(states), split):
-        await mirror.apply(states[start : start + split])  # several of one order in a batch too
+        await mirror.apply(states[start : start + split])  # one batch may hold several states of one order
     version, change = max(arrivals)
     _, (found,) = await mirror.read(restaurant, "order", [id_])
     assert found is not None
@@ -65,20 +65,20 @@ def _outline(one: Apply) -> Outline:
 
 @settings(max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(arrivals=arrivals, next_one=st.tuples(st.integers(1, 12), st.integers(1, 4)))
-async def test_the_mirror_lacks_exactly_what_would_change_it(
+async def test_mirror_lacks_exactly_the_changes_that_would_alter_it(
     mirror: Mirror, arrivals: list[tuple[int, int]], next_one: tuple[int, int]
 ) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.apply([state(*one, id_=id_, restaurant=restaurant) for one in arrivals])
     other = state(1, id_=builders.new_id(), restaurant=restaurant)
-    wanted = [state(*next_one, id_=id_, restaurant=restaurant), other]
-    places = [1] if next_one <= max(arrivals) else [0, 1]
-    assert await mirror.lacks([_outline(one) for one in wanted]) == places
-    await mirror.apply(wanted)
-    assert await mirror.lacks([_outline(one) for one in wanted]) == []
+    requested = [state(*next_one, id_=id_, restaurant=restaurant), other]
+    missing = [1] if next_one <= max(arrivals) else [0, 1]
+    assert await mirror.lacks([_outline(one) for one in requested]) == missing
+    await mirror.apply(requested)
+    assert await mirror.lacks([_outline(one) for one in requested]) == []
 
 
-async def test_a_state_that_left_the_window_or_whose_claim_was_left_standing_is_lacking(mirror: Mirror) -> None:
+async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirror: Mirror) -> None:
     restaurant, series = builders.new_id(), DAY
     await warmed(mirror, restaurant)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32, order_number="")
@@ -91,26 +91,26 @@ async def test_a_state_that_left_the_window_or_whose_claim_was_left_standing_is_
     await mirror.apply([reveal])
     assert await mirror.lacks([found]) == []
     await mirror.trim(restaurant, "order", {placed.id: change.id})
-    assert await mirror.lacks([found]) == [0], "only its version is remembered"
+    assert await mirror.lacks([found]) == [0], "the mirror remembers only its version"
     await mirror.apply([reveal])
     await mirror._redis.call("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
-    assert await mirror.lacks([found]) == [0], "a claim whose version is taken is cleared by apply"
+    assert await mirror.lacks([found]) == [0], "apply removes a claim whose version is taken"
 
 
-async def test_what_one_mirror_lacks_is_not_applied_to_another_that_is_cold(mirror: Mirror) -> None:
+async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     at = await mirror.log_state()
     assert at is not None
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
     note = LogState(at.epoch, at.offset + 1)
-    await mirror._redis.call("DEL", keys.WARM)  # as a replica that was promoted: it has the log state and no stamp
+    await mirror._redis.call("DEL", keys.WARM)  # like a promoted replica: it has the log state and no stamp
     assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
     assert await mirror.log_state() == at
     assert await mirror.apply([one], at=at, note=note) == []
 
 
-async def test_a_late_state_of_a_missing_document_is_reported_and_not_written(mirror: Mirror) -> None:
+async def test_late_state_of_a_missing_document_is_reported_and_not_written(mirror: Mirror) -> None:
     restaurant, there, missing = (builders.new_id() for _ in range(3))
     await mirror.apply([state(1, id_=there, restaurant=restaurant)])
     late = [state(2, id_=id_, restaurant=restaurant, how="late") for id_ in (missing, there)]
@@ -119,7 +119,7 @@ async def test_a_late_state_of_a_missing_document_is_reported_and_not_written(mi
     assert await standing(mirror, restaurant, there) == late[1].standing
 
 
-async def test_states_for_another_mirror_than_the_one_that_was_filled_are_refused(mirror: Mirror) -> None:
+async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.begin_log(LogState("epoch", 7))
     one = state(1, id_=id_, restaurant=restaurant)
@@ -130,7 +130,7 @@ async def test_states_for_another_mirror_than_the_one_that_was_filled_are_refuse
     assert await mirror.log_state() == LogState("epoch", 8, lost=True)
 
 
-async def test_what_postgres_committed_settles_what_stands_and_not_what_came_after(mirror: Mirror) -> None:
+async def test_sync_of_an_older_version_leaves_the_newer_head_pending(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     first, second = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
 
@@ -150,7 +150,7 @@ async def test_what_postgres_committed_settles_what_stands_and_not_what_came_aft
     assert await mirror.counts(restaurant, "order") == (0, 0)
 
 
-async def test_what_postgres_committed_before_it_was_revealed_is_not_pending(mirror: Mirror) -> None:
+async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     placed = [builders.order(items=0, restaurant_id=restaurant, order_number="") for _ in range(2)]
@@ -173,7 +173,7 @@ async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
     epoch = builders.new_id()
     await mirror.begin_log(LogState(epoch, 0))
     assert not await mirror.is_warm()
-    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # not the mirror that was filled
+    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # another log state than the one that was filled
     assert await mirror.warm(LogState(epoch, 0), [(restaurant, DAY)], gap)
     assert await mirror.is_warm()
 
@@ -183,9 +183,7 @@ async def claimed(mirror: Mirror, restaurant: str, series: str | None = DAY, flo
     return await mirror.claim(ORDER, change, encode(change), None, series, floor)
 
 
-async def test_claims_are_taken_on_a_warm_mirror_alone_and_a_restart_makes_it_cold(
-    mirror: Mirror, redis: Redis
-) -> None:
+async def test_only_a_warm_mirror_takes_claims_and_a_restart_makes_it_cold(mirror: Mirror, redis: Redis) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     assert await claimed(mirror, restaurant) == Claimed("0001")
@@ -197,7 +195,7 @@ async def test_claims_are_taken_on_a_warm_mirror_alone_and_a_restart_makes_it_co
     assert await claimed(mirror, restaurant) == Claimed("0102")
 
 
-async def test_a_number_that_was_seen_or_is_below_the_floor_is_not_given(mirror: Mirror) -> None:
+async def test_numbers_that_were_seen_or_are_below_the_floor_are_not_given(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     seen = [
@@ -210,8 +208,8 @@ async def test_a_number_that_was_seen_or_is_below_the_floor_is_not_given(mirror:
     assert await claimed(mirror, restaurant, series=None) == Claimed("")
 
 
-async def test_a_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
-    """The contract takes any 40 digits; as a counter they would end order numbers, and the warming of every mirror."""
+async def test_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
+    """The contract allows 40 digits. As a counter they would stop order numbers, and no mirror would become warm."""
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     await mirror.apply([state(1, id_=builders.new_id(), restaurant=restaurant, order_number="9" * 40)])
@@ -220,7 +218,7 @@ async def test_a_number_too_long_to_count_from_does_not_spoil_the_series(mirror:
     assert await claimed(mirror, restaurant) == Claimed("0012")
 
 
-async def test_the_same_claim_sent_again_is_the_same_claim(mirror: Mirror) -> None:
+async def test_repeated_claim_is_the_same_claim(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     change = builders.change(builders.order(items=0, restaurant_id=restaurant))
@@ -229,7 +227,7 @@ async def test_the_same_claim_sent_again_is_the_same_claim(mirror: Mirror) -> No
     assert await claimed(mirror, restaurant) == Claimed("0002")
 
 
-async def test_a_claim_on_another_base_than_what_stands_learns_what_stands(mirror: Mirror) -> None:
+async def test_claim_on_another_base_than_the_head_gets_the_head(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     await warmed(mirror, restaurant)
     one = state(2, 5, id_=id_, restaurant=restaurant)
@@ -241,17 +239,17 @@ async def test_a_claim_on_another_base_than_what_stands_learns_what_stands(mirro
         assert reply == HeadMoved(one.standing, one.encoded)
 
 
-async def test_the_log_state_moves_forward_only_so_that_two_writers_do_not_fight(mirror: Mirror) -> None:
+async def test_log_state_only_moves_forward_when_two_writers_write_it(mirror: Mirror) -> None:
     epoch = builders.new_id()
     await mirror.begin_log(LogState(epoch, 5))
     assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 9)) == []
     assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 7)) == []
     assert await mirror.log_state() == LogState(epoch, 9)
-    await mirror.begin_log(LogState(epoch, -1))  # the other one found the same log: it does not begin again
+    await mirror.begin_log(LogState(epoch, -1))  # the other writer found the same log, so it does not start over
     assert await mirror.log_state() == LogState(epoch, 9)
 
 
-async def test_numbered_orders_that_the_log_brings_to_a_cold_mirror_say_that_numbers_were_lost(mirror: Mirror) -> None:
+async def test_numbered_orders_from_the_log_mark_a_cold_mirror_as_lost(mirror: Mirror) -> None:
     epoch, restaurant = builders.new_id(), builders.new_id()
     await mirror.begin_log(LogState(epoch, 0))
     one = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0001")
@@ -262,10 +260,10 @@ async def test_numbered_orders_that_the_log_brings_to_a_cold_mirror_say_that_num
     again = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0002")
     await mirror.apply([again], at=LogState(epoch, 1), note=LogState(epoch, 2))
     found = await mirror.log_state()
-    assert found is not None and not found.lost, "a warm mirror that is told of an order has lost nothing"
+    assert found is not None and not found.lost, "a warm mirror that gets an order has lost nothing"
 
 
-async def test_a_keyed_creation_that_left_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:
+async def test_keyed_creation_outside_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32)
@@ -276,11 +274,11 @@ async def test_a_keyed_creation_that_left_the_window_is_remembered_without_its_s
     assert await standing(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
     assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.standing, None)
-    await mirror.apply([stored])  # it is read, and comes back
+    await mirror.apply([stored])  # a read brings it back
     assert await standing(mirror, restaurant, placed.id) == change.standing
 
 
-async def test_trimming_leaves_what_changed_since_it_was_looked_at_and_what_is_pending(mirror: Mirror) -> None:
+async def test_trimming_keeps_entities_that_changed_or_are_pending(mirror: Mirror) -> None:
     restaurant = builders.new_id()
     old, changed, waiting = (builders.new_id() for _ in range(3))
     await mirror.apply([state(1, id_=id_, restaurant=restaurant, how="stored") for id_ in (old, changed)])

@@ -1,4 +1,4 @@
-"""The connection to the mirror on a real Redis: silence, breakers, forgotten scripts, and what is left in doubt."""
+"""The connection to the mirror on a real Redis: frozen servers, breakers, lost scripts, and calls in doubt."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,19 +21,19 @@ from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
 BREAKER_OPEN = "the mirror did not answer a moment ago"
-TIMEOUT = 5.0
-IMPATIENT = 0.3  # for a server that is frozen
+TIMEOUT_SECONDS = 5.0
+SHORT_TIMEOUT_SECONDS = 0.3  # for a server that is frozen
 
 
 @pytest.fixture(scope="module")
 def redis(servers: Servers) -> Redis:
-    """One for this module: its tests freeze it, stop it and make it forget."""
+    """A Redis for this module only, because its tests freeze it, stop it and clear it."""
     return servers.extra_redis()
 
 
 @pytest.fixture
 async def link(redis: Redis) -> AsyncIterator[MirrorConnection]:
-    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    link = MirrorConnection(redis.url, timeout=TIMEOUT_SECONDS)
     yield link
     await link.close()
 
@@ -47,8 +47,8 @@ async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
 
 @asynccontextmanager
 async def configured(redis: Redis, setting: str, value: str | int) -> AsyncIterator[None]:
-    """As long as the block lasts. By a client of its own, which waits for the server: left as it is, the setting would
-    fail every test that comes after."""
+    """Changes a setting of the server for the block. Uses its own client, which waits for the server: a setting that
+    stayed changed would fail every later test."""
     async with from_url(redis.url) as client:
         before = (await client.config_get(setting))[setting]
         await client.config_set(setting, value)
@@ -63,7 +63,7 @@ async def test_calls_that_wait_at_the_same_moment_get_their_own_replies(link: Mi
     assert replies == [f"{n}".encode() for n in range(2_000)]
 
 
-async def test_an_error_of_the_server_reaches_its_own_caller_alone(link: MirrorConnection) -> None:
+async def test_server_error_reaches_only_its_own_caller(link: MirrorConnection) -> None:
     good, bad, also = await asyncio.gather(
         link.call("ECHO", "a"), link.call("NO SUCH COMMAND"), link.call("ECHO", "b"), return_exceptions=True
     )
@@ -73,13 +73,13 @@ async def test_an_error_of_the_server_reaches_its_own_caller_alone(link: MirrorC
 
 @pytest.fixture
 async def hasty(redis: Redis) -> AsyncIterator[MirrorConnection]:
-    """Does not wait long for a server that is frozen."""
-    hasty = MirrorConnection(redis.url, timeout=IMPATIENT)
+    """A connection that does not wait long for a frozen server."""
+    hasty = MirrorConnection(redis.url, timeout=SHORT_TIMEOUT_SECONDS)
     yield hasty
     await hasty.close()
 
 
-async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_heals(
+async def test_frozen_server_is_in_doubt_once_then_unavailable_at_once_until_a_probe_succeeds(
     link: MirrorConnection, hasty: MirrorConnection, redis: Redis
 ) -> None:
     await link.call("SET", "k", "before")
@@ -91,15 +91,15 @@ async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_he
         refusals = set()
 
         async def down() -> bool:
-            with pytest.raises(MirrorUnavailable) as away:  # probes fail too
+            with pytest.raises(MirrorUnavailable) as refused:  # probes fail too
                 await hasty.call("PING")
-            refusals.add(str(away.value))
+            refusals.add(str(refused.value))
             return hasty.down and BREAKER_OPEN in refusals
 
-        await eventually(down, what="several attempts in a row failed, and calls between them refused without one")
+        await eventually(down, what="several failed attempts in a row, and calls refused without an attempt")
     finally:
         await asyncio.to_thread(redis.thaw)
-    await eventually(lambda: answers(hasty), what="a probe that heals")
+    await eventually(lambda: answers(hasty), what="a successful probe")
     assert hasty.available
     assert not hasty.down
 
@@ -109,13 +109,13 @@ async def test_a_frozen_server_is_in_doubt_once_then_away_at_once_and_a_probe_he
         except (MirrorUnavailable, MirrorInDoubt):
             return None
 
-    # Replies of what was in doubt went nowhere: the next caller gets its own.
+    # The replies to calls in doubt are dropped: the next caller gets its own reply.
     replies = await eventually(own_replies, what="two replies", until=lambda seen: seen is not None)
     assert replies == [b"before", b"mine"]
 
 
-async def test_a_server_that_is_gone_is_away_and_nothing_was_sent() -> None:
-    link = MirrorConnection("redis://127.0.0.1:1/0", timeout=TIMEOUT)
+async def test_missing_server_is_unavailable_and_nothing_was_sent() -> None:
+    link = MirrorConnection("redis://127.0.0.1:1/0", timeout=TIMEOUT_SECONDS)
     for _ in range(3):
         with pytest.raises(MirrorUnavailable):
             await link.call("PING")
@@ -123,7 +123,7 @@ async def test_a_server_that_is_gone_is_away_and_nothing_was_sent() -> None:
     await link.close()
 
 
-async def test_scripts_that_the_server_forgot_are_loaded_again_for_everybody_who_waits(mirror: Mirror) -> None:
+async def test_scripts_that_the_server_lost_are_loaded_again_for_all_callers(mirror: Mirror) -> None:
     await mirror.check()
     for _ in range(5):
         await mirror._redis.call("SCRIPT", "FLUSH")
@@ -134,15 +134,13 @@ async def test_scripts_that_the_server_forgot_are_loaded_again_for_everybody_who
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-async def test_a_server_that_evicts_is_refused(redis: Redis, link: MirrorConnection, policy: str) -> None:
+async def test_server_that_evicts_keys_is_refused(redis: Redis, link: MirrorConnection, policy: str) -> None:
     async with configured(redis, "maxmemory-policy", policy):
         with pytest.raises(MirrorMisconfigured):
             await link.check()
 
 
-async def test_a_server_that_is_full_says_that_nothing_happened_and_still_answers_readers(
-    mirror: Mirror, redis: Redis
-) -> None:
+async def test_full_server_refuses_writes_without_effect_and_still_serves_reads(mirror: Mirror, redis: Redis) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.apply([state(1, id_=id_, restaurant=restaurant)])
     async with configured(redis, "maxmemory", 1):
@@ -153,9 +151,9 @@ async def test_a_server_that_is_full_says_that_nothing_happened_and_still_answer
     assert await standing(mirror, restaurant, id_) == Head(2, str(UUID(int=1)))
 
 
-async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_answers_all_waiting_calls(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_MAX_PIPELINE", 1)
-    link = MirrorConnection(redis.url, timeout=TIMEOUT)
+    link = MirrorConnection(redis.url, timeout=TIMEOUT_SECONDS)
     calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
     await asyncio.sleep(0)
     await link.close()
@@ -163,8 +161,8 @@ async def test_closing_answers_everybody_who_still_waits(redis: Redis, monkeypat
         assert one == b"PONG" or isinstance(one, (MirrorUnavailable, MirrorInDoubt))
 
 
-def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() -> None:
-    """uvloop has an error of its own for a write to a transport that a reset has closed."""
+def test_reset_connection_answers_every_caller_under_uvloop() -> None:
+    """uvloop raises its own kind of error for a write to a transport that a reset has closed."""
     import socket
     import struct
 
@@ -173,7 +171,7 @@ def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() 
     async def reset_at_once() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             sent = writer.get_extra_info("socket")
-            writer.write(b"+OK\r\n" * 8)  # whatever the client says first
+            writer.write(b"+OK\r\n" * 8)  # answers to the first commands of the client
             await reader.read(1)
             sent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
@@ -191,7 +189,7 @@ def test_a_link_that_was_reset_answers_every_caller_on_the_loop_of_production() 
         runner.run(reset_at_once())
 
 
-async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_none_waits_for_it(redis: Redis) -> None:
+async def test_only_one_of_many_calls_probes_a_silent_server_and_none_waits_for_it(redis: Redis) -> None:
     proxy = Proxy(redis.port)
     await proxy.start()
     link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=20.0)
@@ -204,7 +202,7 @@ async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_n
         async def half_open() -> bool:
             return link.available
 
-        await eventually(half_open, what="the breaker to let one through")
+        await eventually(half_open, what="the breaker to allow a probe")
         tried = proxy.accepted
         calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
         done, waiting = await asyncio.wait(calls, timeout=10.0)
@@ -214,15 +212,17 @@ async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_n
         async def arrived() -> bool:
             return proxy.accepted > tried
 
-        await eventually(arrived, what="the one that tries it at the server: the calls wait for it only a moment")
-        _, heartbeat = await asyncio.open_connection("127.0.0.1", proxy.port)
+        await eventually(arrived, what="the probe at the server: the calls wait for it only a moment")
+        _, second = await asyncio.open_connection("127.0.0.1", proxy.port)
 
-        async def behind_all() -> bool:
+        async def second_accepted() -> bool:
             return proxy.accepted >= tried + 2
 
-        await eventually(behind_all, what="the heartbeat: connections are accepted in the order in which they are made")
-        assert proxy.accepted == tried + 2, "the one that tries it, and the heartbeat"
-        heartbeat.transport.abort()
+        await eventually(
+            second_accepted, what="the second connection: connections are accepted in the order in which they are made"
+        )
+        assert proxy.accepted == tried + 2, "the probe and the second connection"
+        second.transport.abort()
         proxy.set(Mode.FORWARD)
 
         async def back() -> bool:
@@ -235,7 +235,7 @@ async def test_of_many_calls_to_a_server_that_does_not_answer_one_tries_it_and_n
         await proxy.stop()
 
 
-async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Redis) -> None:
+async def test_call_that_a_closed_connection_never_sent_is_not_in_doubt(redis: Redis) -> None:
     proxy = Proxy(redis.port)
     await proxy.start()
     link = MirrorConnection(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0)
@@ -260,7 +260,7 @@ async def test_what_a_server_that_hung_up_was_not_sent_is_not_in_doubt(redis: Re
         await proxy.stop()
 
 
-async def test_a_breaker_that_was_tripped_a_thousand_times_still_answers() -> None:
+async def test_breaker_that_tripped_thousands_of_times_still_answers() -> None:
     link = MirrorConnection("redis://127.0.0.1:9/0", timeout=0.2)
     link._failures = 5_000
     with pytest.raises(MirrorUnavailable):

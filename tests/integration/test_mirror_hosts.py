@@ -1,4 +1,4 @@
-"""A mirror of several hosts: the primary is found, and found again when it has moved."""
+"""A mirror of several hosts: the connection finds the primary, and finds it again after a failover."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,8 +12,8 @@ from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnav
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
-TIMEOUT = 5.0
-IMPATIENT = 0.5  # for a server that is frozen
+TIMEOUT_SECONDS = 5.0
+SHORT_TIMEOUT_SECONDS = 0.5  # for a server that is frozen
 
 
 @pytest.fixture(scope="module")
@@ -34,53 +34,53 @@ async def replicate(replica: Redis, primary: Redis) -> None:
     await ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
 
     async def linked() -> bool:
-        said = await ask(replica, "INFO", "replication")
-        assert isinstance(said, dict)
-        return bool(said["role"] == "slave" and said["master_link_status"] == "up")
+        info = await ask(replica, "INFO", "replication")
+        assert isinstance(info, dict)
+        return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
-    await eventually(linked, what="a replica in step")
+    await eventually(linked, what="a replica in sync")
 
 
 async def stamp(server: Redis, offset: int, *, warm: bool = True) -> None:
-    said = await ask(server, "INFO", "server")
-    assert isinstance(said, dict)
-    await ask(server, "SET", keys.WARM, said["run_id"] if warm else "of-another")
+    info = await ask(server, "INFO", "server")
+    assert isinstance(info, dict)
+    await ask(server, "SET", keys.WARM, info["run_id"] if warm else "of-another")
     await ask(server, "HSET", keys.LOG, "offset", offset)
 
 
-def both(pair: tuple[Redis, Redis], *more: str, timeout: float = TIMEOUT) -> MirrorConnection:
+def both(pair: tuple[Redis, Redis], *more: str, timeout: float = TIMEOUT_SECONDS) -> MirrorConnection:
     return MirrorConnection(",".join([*more, pair[0].url, pair[1].url]), timeout=timeout)
 
 
-async def where(mirror: MirrorConnection, pair: tuple[Redis, Redis]) -> int:
-    """Which of the pair it is connected to."""
-    said = await mirror.call("CONFIG", "GET", "port")
-    return [one.port for one in pair].index(int(said[1]))
+async def connected_index(mirror: MirrorConnection, pair: tuple[Redis, Redis]) -> int:
+    """Returns the index of the server in the pair that the mirror is connected to."""
+    info = await mirror.call("CONFIG", "GET", "port")
+    return [one.port for one in pair].index(int(info[1]))
 
 
-async def test_the_primary_is_taken_wherever_it_stands_in_the_setting(pair: tuple[Redis, Redis]) -> None:
-    (nobody,) = find_free(1)
+async def test_primary_is_found_at_any_place_in_the_setting(pair: tuple[Redis, Redis]) -> None:
+    (unused_port,) = find_free(1)
     await ask(pair[1], "REPLICAOF", "NO", "ONE")
     await replicate(pair[0], pair[1])
-    mirror = both(pair, f"redis://127.0.0.1:{nobody}/0")
-    assert await where(mirror, pair) == 1
+    mirror = both(pair, f"redis://127.0.0.1:{unused_port}/0")
+    assert await connected_index(mirror, pair) == 1
     await mirror.close()
 
 
-async def test_a_replica_alone_is_not_taken_for_a_mirror(pair: tuple[Redis, Redis]) -> None:
+async def test_replica_alone_is_not_used_as_a_mirror(pair: tuple[Redis, Redis]) -> None:
     await ask(pair[1], "REPLICAOF", "NO", "ONE")
     await replicate(pair[0], pair[1])
-    mirror = MirrorConnection(pair[0].url, timeout=TIMEOUT)
+    mirror = MirrorConnection(pair[0].url, timeout=TIMEOUT_SECONDS)
     with pytest.raises(MirrorUnavailable, match="replica"):
         await mirror.call("PING")
     await mirror.close()
 
 
-async def test_a_primary_that_was_made_a_replica_is_left_for_the_new_one(pair: tuple[Redis, Redis]) -> None:
+async def test_primary_that_became_a_replica_is_left_for_the_new_primary(pair: tuple[Redis, Redis]) -> None:
     await ask(pair[0], "REPLICAOF", "NO", "ONE")
     await replicate(pair[1], pair[0])
     mirror = both(pair)
-    assert await where(mirror, pair) == 0
+    assert await connected_index(mirror, pair) == 0
     await ask(pair[1], "REPLICAOF", "NO", "ONE")
     await replicate(pair[0], pair[1])
 
@@ -96,28 +96,28 @@ async def test_a_primary_that_was_made_a_replica_is_left_for_the_new_one(pair: t
     await mirror.close()
 
 
-async def test_a_frozen_primary_is_left_for_the_one_that_was_promoted(pair: tuple[Redis, Redis]) -> None:
+async def test_frozen_primary_is_left_for_the_promoted_replica(pair: tuple[Redis, Redis]) -> None:
     await ask(pair[0], "REPLICAOF", "NO", "ONE")
     await replicate(pair[1], pair[0])
-    mirror = both(pair, timeout=IMPATIENT)
+    mirror = both(pair, timeout=SHORT_TIMEOUT_SECONDS)
 
     async def found() -> int:
         try:
-            return await where(mirror, pair)
+            return await connected_index(mirror, pair)
         except (MirrorUnavailable, MirrorInDoubt):
             return -1
 
-    await eventually(found, what="the first one", until=lambda place: place == 0)
+    await eventually(found, what="the first server", until=lambda place: place == 0)
     await asyncio.to_thread(pair[0].freeze)
     try:
         await ask(pair[1], "REPLICAOF", "NO", "ONE")
-        await eventually(found, what="the promoted one", until=lambda place: place == 1)
+        await eventually(found, what="the promoted server", until=lambda place: place == 1)
     finally:
         await asyncio.to_thread(pair[0].thaw)
         await mirror.close()
 
 
-async def test_of_two_primaries_the_warm_one_is_taken_and_of_those_the_one_further_in_the_log(
+async def test_warm_primary_wins_over_a_cold_one_and_the_later_log_offset_decides_between_two(
     pair: tuple[Redis, Redis],
 ) -> None:
     for one in pair:
@@ -126,5 +126,5 @@ async def test_of_two_primaries_the_warm_one_is_taken_and_of_those_the_one_furth
         for one, offset, is_warm in zip(pair, offsets, warm, strict=True):
             await stamp(one, offset, warm=is_warm)
         mirror = both(pair)
-        assert await where(mirror, pair) == expected
+        assert await connected_index(mirror, pair) == expected
         await mirror.close()

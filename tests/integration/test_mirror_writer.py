@@ -1,4 +1,4 @@
-"""The mirror writer on real servers: what the log holds comes into the mirror, what it has already is left alone."""
+"""The mirror writer on real servers: it applies the log to the mirror and skips what the mirror already has."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from tests.rigs.system import eventually
 
 @pytest.fixture(scope="module")
 def redis(servers: Servers) -> Redis:
-    """Of this module: the log state in it is that of one log."""
+    """A Redis for this module only, because a mirror keeps the log state of one log."""
     return servers.extra_redis()
 
 
@@ -50,12 +50,12 @@ class MirrorRig:
         )
 
     async def reveal(self, made: Change) -> None:
-        """As the commit does."""
+        """Writes the state to the mirror as a commit does."""
         state = ENTITY.decode(made)
         await self.mirror.apply([Apply(ENTITY, state, made.standing, bytes(made.data.after), made.time)])
 
     def watch_applied(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Change ids of the states that are sent to the mirror from now on."""
+        """Returns a list that receives the change id of each state that is sent to the mirror from now on."""
         sent: list[str] = []
         apply = self.mirror.apply
 
@@ -78,15 +78,13 @@ async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
     await made.writer.stop()
 
 
-async def test_a_change_that_nobody_revealed_comes_from_the_log(mirrored: MirrorRig) -> None:
+async def test_unrevealed_change_comes_from_the_log(mirrored: MirrorRig) -> None:
     made = change(order(items=2))
     await mirrored.rig.publish(made)
     await mirrored.shown(made)
 
 
-async def test_what_its_request_has_revealed_is_not_sent_again(
-    mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_revealed_change_is_not_sent_again(mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch) -> None:
     revealed, newer, lacking = (change(order(items=1)) for _ in range(3))
     older = newer
     newer = change(order(items=1, id=older.entity_id), base=older)
@@ -100,10 +98,10 @@ async def test_what_its_request_has_revealed_is_not_sent_again(
     assert found is not None and found.standing == newer.standing
 
 
-async def test_another_mirror_in_its_place_gets_what_the_first_one_had(
+async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
     mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica that is promoted between question and answer: it has the log state, and not yet the last reveals."""
+    """A replica is promoted between question and answer: it has the log state but not yet the last reveals."""
     made = change(order(items=1))
     await mirrored.reveal(made)
     lacks = mirrored.mirror.lacks
@@ -121,10 +119,10 @@ async def test_another_mirror_in_its_place_gets_what_the_first_one_had(
     monkeypatch.setattr(mirrored.mirror, "lacks", lost_meanwhile)
     await mirrored.rig.publish(made)
 
-    async def gone() -> bool:
+    async def replaced() -> bool:
         return failed_over
 
-    await eventually(gone, what="the other mirror")
+    await eventually(replaced, what="the other mirror")
     await mirrored.shown(made)
 
 
@@ -143,7 +141,7 @@ _POISON = {
 
 
 @pytest.mark.parametrize("name", _POISON)
-async def test_what_cannot_be_read_is_dead_lettered_and_the_writer_goes_on(mirrored: MirrorRig, name: str) -> None:
+async def test_unreadable_entry_is_dead_lettered_and_the_writer_continues(mirrored: MirrorRig, name: str) -> None:
     body, reason = _POISON[name]
     rig = mirrored.rig
     await rig.publisher.publish("critical", body)

@@ -1,4 +1,4 @@
-"""The breaker of the PostgreSQL pool: what is away costs one caller in many its timeout, until it is back."""
+"""The breaker of the PostgreSQL pool: while PostgreSQL is unavailable, only one caller in many waits for a timeout."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -51,7 +51,7 @@ async def answers(postgres: Postgres) -> bool:
 
 
 async def refused_at_once(postgres: Postgres, calls: int) -> int:
-    """Of so many calls, one after the other."""
+    """Makes the calls one after the other; returns how many the breaker refused at once."""
     at_once = 0
     for _ in range(calls):
         try:
@@ -64,7 +64,7 @@ async def refused_at_once(postgres: Postgres, calls: int) -> int:
 
 
 @pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.LOSE, Mode.STALL])
-async def test_one_call_in_many_waits_for_a_server_that_is_away(hasty: Postgres, proxy: Proxy, mode: Mode) -> None:
+async def test_one_call_in_many_waits_for_an_unavailable_server(hasty: Postgres, proxy: Proxy, mode: Mode) -> None:
     await eventually(lambda: answers(hasty), what="a connection")
     proxy.set(mode)
     assert await refused_at_once(hasty, 200) >= 190
@@ -80,7 +80,7 @@ async def test_one_call_in_many_waits_for_a_server_that_is_away(hasty: Postgres,
     assert hasty.available
 
 
-async def test_of_many_at_once_one_probes(servers: Servers, proxy: Proxy) -> None:
+async def test_one_of_many_concurrent_calls_probes(servers: Servers, proxy: Proxy) -> None:
     async with pool(servers, proxy, 20.0) as postgres:
         proxy.set(Mode.REFUSE)
         with pytest.raises(UNAVAILABLE):
@@ -90,31 +90,33 @@ async def test_of_many_at_once_one_probes(servers: Servers, proxy: Proxy) -> Non
         async def half_open() -> bool:
             return postgres.available
 
-        await eventually(half_open, what="the breaker to let one through")
+        await eventually(half_open, what="the breaker to allow a probe")
         before = proxy.accepted
         calls = [asyncio.create_task(ask(postgres)) for _ in range(50)]
 
-        async def told() -> int:
+        async def finished() -> int:
             return sum(call.done() for call in calls)
 
-        await eventually(told, within=10.0, what="49 refused: the probe takes 20 s", until=lambda count: count >= 49)
+        await eventually(
+            finished, within=10.0, what="49 refused calls while the probe takes 20 s", until=lambda count: count >= 49
+        )
         assert {type(call.exception()) for call in calls if call.done()} == {PostgresUnavailable}
 
         async def arrived() -> int:
             return proxy.accepted
 
         await eventually(arrived, what="the probe at the server", until=lambda count: count > before)
-        _, heartbeat = await asyncio.open_connection("127.0.0.1", proxy.port)
-        # Connections are accepted in the order in which they are made: whatever else was sent is counted by now.
-        await eventually(arrived, what="the heartbeat", until=lambda count: count >= before + 2)
-        assert proxy.accepted == before + 2, "the probe and the heartbeat"
-        heartbeat.transport.abort()
+        _, second = await asyncio.open_connection("127.0.0.1", proxy.port)
+        # The server accepts connections in the order in which they are made, so earlier ones are counted by now.
+        await eventually(arrived, what="the second connection", until=lambda count: count >= before + 2)
+        assert proxy.accepted == before + 2, "the probe and the second connection"
+        second.transport.abort()
         proxy.set(Mode.REFUSE)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(one, PostgresUnavailable) for one in outcomes) == 49
 
 
-async def test_a_busy_pool_and_refused_statements_do_not_open_it(servers: Servers, proxy: Proxy) -> None:
+async def test_busy_pool_and_refused_statements_do_not_open_the_breaker(servers: Servers, proxy: Proxy) -> None:
     async with pool(servers, proxy, 2.0) as postgres:
 
         async def hold() -> None:
@@ -122,7 +124,9 @@ async def test_a_busy_pool_and_refused_statements_do_not_open_it(servers: Server
                 await connection.fetchval("select pg_sleep(0.3)")
 
         outcomes = await asyncio.gather(*(hold() for _ in range(100)), return_exceptions=True)
-        assert any(isinstance(one, TimeoutError) for one in outcomes), "more than the pool serves in its timeout"
+        assert any(isinstance(one, TimeoutError) for one in outcomes), (
+            "there must be more calls than the pool serves within its timeout"
+        )
         assert postgres.available
         with pytest.raises(asyncpg.PostgresError):
             async with postgres.connection() as connection:

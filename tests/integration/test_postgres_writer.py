@@ -1,4 +1,4 @@
-"""The PostgreSQL writer on real servers: what is acknowledged is in the tables, on the ladder or dead."""
+"""The PostgreSQL writer on real servers: a settled change is in the tables, in a retry queue or dead-lettered."""
 
 import asyncio
 from typing import Any
@@ -17,10 +17,10 @@ from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
-# -- what is written -----------------------------------------------------------------------------------------------
+# -- writes --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_change_reaches_its_table_its_items_and_the_log_of_changes(rig: Rig) -> None:
+async def test_change_reaches_its_table_its_items_and_the_table_of_changes(rig: Rig) -> None:
     made = change(order(items=3, payments=(payment(amount=700),), customer_name="Ünal 🍜"), traceparent="00-ab-cd-01")
     await rig.publish(made)
     await rig.written(made)
@@ -38,8 +38,8 @@ async def test_a_change_reaches_its_table_its_items_and_the_log_of_changes(rig: 
     await rig.all_acknowledged()
 
 
-async def test_what_waited_before_the_start_is_written_to_the_last_message(make_rig: MakeRig) -> None:
-    """FastStream would drop, unsettled, what is delivered before it marks its subscriber as running."""
+async def test_messages_that_wait_before_the_start_are_all_written(make_rig: MakeRig) -> None:
+    """FastStream would drop a message, unsettled, that arrives before it marks its subscriber as running."""
     rig = await make_rig(lane_prefetch=500)
     made = [change(order(items=1)) for _ in range(400)]
     await asyncio.gather(*(rig.publish(one) for one in made))
@@ -48,7 +48,7 @@ async def test_what_waited_before_the_start_is_written_to_the_last_message(make_
     await rig.all_acknowledged()
 
 
-async def test_the_same_message_twice_changes_nothing(rig: Rig) -> None:
+async def test_repeated_message_changes_nothing(rig: Rig) -> None:
     made = change(order(items=2, payments=(payment(),)))
     await rig.publish(made, made)
     await rig.publish(made)
@@ -58,7 +58,7 @@ async def test_the_same_message_twice_changes_nothing(rig: Rig) -> None:
     ]  # fmt: skip
 
 
-async def test_versions_that_come_backwards_leave_the_newest(rig: Rig) -> None:
+async def test_versions_in_reverse_order_leave_the_newest(rig: Rig) -> None:
     first = change(order(items=1))
     second = change(order(id=first.entity_id, items=4, status=OrderStatus.RECEIVED), base=first)
     third = change(order(id=first.entity_id, items=2, status=OrderStatus.PREPARING), base=second)
@@ -79,7 +79,7 @@ async def test_two_versions_of_one_order_in_one_batch_leave_the_newer(rig: Rig) 
     assert await rig.count("order_items") == 2
 
 
-async def test_every_lane_is_read(rig: Rig) -> None:
+async def test_every_lane_is_consumed(rig: Rig) -> None:
     critical, normal, background = change(order()), change(menu_item()), change(order())
     await rig.publish(critical)
     await rig.publish(normal, lane=Lane.NORMAL)
@@ -90,7 +90,7 @@ async def test_every_lane_is_read(rig: Rig) -> None:
     assert [row["lane"] for row in lanes] == ["background", "critical", "normal"]
 
 
-async def test_an_event_that_names_another_tenants_order_touches_nothing_of_that_tenant(rig: Rig) -> None:
+async def test_event_that_names_an_order_of_another_tenant_does_not_touch_that_tenant(rig: Rig) -> None:
     theirs = change(order(restaurant_id=OTHER_RESTAURANT, notes="theirs", payments=(payment(),)))
     await rig.publish(theirs)
     await rig.written(theirs)
@@ -108,7 +108,7 @@ async def test_an_event_that_names_another_tenants_order_touches_nothing_of_that
 # -- poison --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_poison_change_does_not_hold_back_its_batch(rig: Rig) -> None:
+async def test_poison_change_does_not_hold_back_its_batch(rig: Rig) -> None:
     made = [change(order(items=1)) for _ in range(200)]
     poison = encode(made[100]).replace(b'"status":"pending"', b'"status":"hungry"')
     await rig.publish(*made[:100], poison, *made[101:])
@@ -139,7 +139,7 @@ def _wrong_tenant() -> bytes:
         (encode(change(order())).replace(b'"before":{}', rb'"before":{"x":"\u0000"}'), "contract_broken"),
     ],
 )
-async def test_poison_is_dead_lettered_untouched_with_its_reason(rig: Rig, event: bytes, reason: str) -> None:
+async def test_poison_is_dead_lettered_unchanged_with_its_reason(rig: Rig, event: bytes, reason: str) -> None:
     await rig.publish(event)
     [dead] = await rig.dead()
     assert (dead.body, dead.headers["ticketrail-reason"]) == (b"[" + event + b"]", reason)
@@ -148,7 +148,7 @@ async def test_poison_is_dead_lettered_untouched_with_its_reason(rig: Rig, event
 
 
 @pytest.mark.parametrize("body", [b"garbage \xff", b'{"not": "a batch"}', b"", b"[" * 50_000 + b"]" * 50_000])
-async def test_a_message_that_is_no_batch_is_dead_lettered_as_it_came(rig: Rig, body: bytes) -> None:
+async def test_message_that_is_no_batch_is_dead_lettered_unchanged(rig: Rig, body: bytes) -> None:
     made = change(order())
     await rig.publisher.publish(Lane.CRITICAL.value, body)
     await rig.publish(made)
@@ -157,7 +157,7 @@ async def test_a_message_that_is_no_batch_is_dead_lettered_as_it_came(rig: Rig, 
     assert (dead.body, dead.headers["ticketrail-reason"]) == (body, "undecodable")
 
 
-async def test_what_postgres_refuses_is_poison_and_the_rest_of_the_batch_is_written(rig: Rig) -> None:
+async def test_change_that_postgres_refuses_is_poison_and_the_rest_of_its_batch_is_written(rig: Rig) -> None:
     await rig.as_owner("alter table orders add check (notes is distinct from 'forbidden')")
     made = [change(order(items=1)) for _ in range(20)]
     refused = change(order(notes="forbidden"))
@@ -169,12 +169,12 @@ async def test_what_postgres_refuses_is_poison_and_the_rest_of_the_batch_is_writ
     assert dead.body == message(refused)
 
 
-# -- transient -----------------------------------------------------------------------------------------------------
+# -- transient failures--------------------------------------------------------------------------------------------
 
 
 async def fail_transiently(rig: Rig, times: int) -> None:
-    """Writing an order with notes 'unlucky' fails so many times with a serialization failure. A sequence survives the
-    rollback, so it can count."""
+    """Makes the write of an order with notes 'unlucky' fail `times` times with a serialization failure. A sequence
+    counts, because it survives the rollback."""
     await rig.as_owner(
         f"""
         create sequence failures;
@@ -193,22 +193,22 @@ async def fail_transiently(rig: Rig, times: int) -> None:
     )
 
 
-async def test_a_transient_failure_travels_alone_over_the_ladder_and_arrives(rig: Rig) -> None:
-    await fail_transiently(rig, 3)  # with its batch, alone, and once more from the first rung
+async def test_transient_failure_is_retried_alone_through_the_retry_ladder_and_succeeds(rig: Rig) -> None:
+    await fail_transiently(rig, 3)  # in its batch, alone, and once more from the first retry queue
     made = [change(order(items=1)) for _ in range(10)]
     unlucky = change(order(notes="unlucky"))
     await rig.publish(*made, unlucky)
     await rig.written(*made, unlucky)
     await rig.all_acknowledged()
     assert await rig.database.fetchval("select last_value from failures") == 4
-    assert rig.writer.state()["failed"] == 2  # two attempts burnt, by one change
+    assert rig.writer.state()["failed"] == 2  # one change burned two attempts
     assert [rig.counted(f'ticketrail_retries_total{{attempt="{attempt}"}}') for attempt in (1, 2, 3)] == [1, 1, 0]
     assert rig.counted("ticketrail_batch_changes_sum") >= 11
     assert rig.counted("ticketrail_postgres_lag_seconds_count") >= 11
     assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
 
 
-async def test_a_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) -> None:
+async def test_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) -> None:
     await fail_transiently(rig, 1)
     made = [change(order()), change(order(notes="unlucky"))]
     await rig.publish(*made)
@@ -217,32 +217,32 @@ async def test_a_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig
 
 
 async def reveal(rig: Rig, made: Change) -> None:
-    """As the commit does: the mirror shows it as pending."""
+    """Writes the state to the mirror as a commit does, so that it is pending."""
     await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.standing, bytes(made.data.after), made.time)])
 
 
-async def test_an_exhausted_ladder_ends_in_the_dead_queue_and_the_reader_sees_why(rig: Rig) -> None:
+async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_shows_why(rig: Rig) -> None:
     await fail_transiently(rig, 100)
     unlucky = change(order(notes="unlucky"))
     await reveal(rig, unlucky)
     await rig.publish(unlucky)
     [dead] = await rig.dead()
     assert dead.body == message(unlucky)
-    assert dead.headers["ticketrail-attempt"] == 3  # the first, and one from each rung
+    assert dead.headers["ticketrail-attempt"] == 3  # the first attempt, and one from each retry queue
     assert "try again" in dead.headers["ticketrail-error"]
     assert dead.headers["ticketrail-first-failed-at"] < dead.headers["ticketrail-failed-at"]
-    # The queue's own stamp; a copied x-death could lose a message at its next expiry.
+    # Only the queue's own header is allowed: a copied x-death could lose a message at its next expiry.
     assert {name for name in dead.headers if name.startswith("x-")} <= {"x-delivery-count"}
 
     async def failure() -> dict[str, Any]:
         _, [found] = await rig.mirror.read(RESTAURANT, "order", [unlucky.entity_id])
         return msgspec.json.decode(found.failure) if found and found.failure else {}
 
-    seen = await eventually(failure, what="failed in the mirror", until=lambda seen: seen.get("attempts") == 3)
+    seen = await eventually(failure, what="the failure in the mirror", until=lambda seen: seen.get("attempts") == 3)
     assert "try again" in seen["error"]
 
 
-async def test_a_commit_settles_the_order_in_the_mirror(rig: Rig) -> None:
+async def test_write_in_postgres_marks_the_order_synced_in_the_mirror(rig: Rig) -> None:
     made = change(order())
     await reveal(rig, made)
     _, [before] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
@@ -256,7 +256,7 @@ async def test_a_commit_settles_the_order_in_the_mirror(rig: Rig) -> None:
     await eventually(synced, what="synced in the mirror")
 
 
-async def test_one_change_behind_a_lock_goes_up_the_ladder_while_the_others_are_written(make_rig: MakeRig) -> None:
+async def test_change_behind_a_lock_is_retried_while_others_are_written(make_rig: MakeRig) -> None:
     rig = await make_rig(database_timeout_seconds=1.0, retry_steps_ms=(300, 300, 300, 300, 300, 300, 300, 300))
     await rig.writer.start()
     first = change(order())
@@ -265,7 +265,7 @@ async def test_one_change_behind_a_lock_goes_up_the_ladder_while_the_others_are_
     locker = await asyncpg.connect(rig.settings.database_url)
     holding = locker.transaction()
     await holding.start()
-    await locker.execute("lock table menu_items in access exclusive mode")  # as another transaction would
+    await locker.execute("lock table menu_items in access exclusive mode")  # as another transaction could
     stuck = change(menu_item())
     others = [change(order(items=1)) for _ in range(5)]
     await rig.publish(*others[:2], stuck, *others[2:])
@@ -277,7 +277,7 @@ async def test_one_change_behind_a_lock_goes_up_the_ladder_while_the_others_are_
     assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
 
 
-async def test_when_everything_times_out_the_batch_is_held_and_nothing_fails(make_rig: MakeRig) -> None:
+async def test_batch_is_held_without_failures_when_everything_times_out(make_rig: MakeRig) -> None:
     rig = await make_rig(database_timeout_seconds=1.5)
     await rig.writer.start()
     locker = await asyncpg.connect(rig.settings.database_url)
@@ -289,19 +289,19 @@ async def test_when_everything_times_out_the_batch_is_held_and_nothing_fails(mak
         async def holding() -> Any:
             return rig.writer.state()["holding_since"]
 
-        await eventually(holding, what="holding")
+        await eventually(holding, what="a held batch")
     await locker.close()
     await rig.written(*made)
     await rig.all_acknowledged()
     assert rig.writer.state()["failed"] == 0
 
 
-# -- PostgreSQL away -----------------------------------------------------------------------------------------------
+# -- PostgreSQL unavailable-----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["stop", "kill", "freeze"])
-async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothing_dead(
-    make_rig: MakeRig, servers: Servers, way: str
+@pytest.mark.parametrize("outage", ["stop", "kill", "freeze"])
+async def test_unavailable_postgres_loses_nothing_burns_no_attempt_and_dead_letters_nothing(
+    make_rig: MakeRig, servers: Servers, outage: str
 ) -> None:
     rig = await make_rig(database_timeout_seconds=3.0)
     await rig.writer.start()
@@ -316,19 +316,19 @@ async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothi
             await asyncio.sleep(0.01)
 
     task = asyncio.create_task(load())
-    await eventually(lambda: rig.count("changes"), what="some written")
+    await eventually(lambda: rig.count("changes"), what="some written changes")
     await rig.database.close()
 
     async def holding() -> Any:
         return rig.writer.state()["holding_since"]
 
-    await asyncio.to_thread(getattr(servers.postgres, way))
+    await asyncio.to_thread(getattr(servers.postgres, outage))
     try:
         await eventually(holding, what="holding")
         before = len(made)
-        await eventually(lambda: asyncio.sleep(0, len(made)), what="load goes on", until=lambda n: n > before + 200)
+        await eventually(lambda: asyncio.sleep(0, len(made)), what="continued load", until=lambda n: n > before + 200)
     finally:
-        await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
+        await asyncio.to_thread(servers.postgres.thaw if outage == "freeze" else servers.postgres.start)
     loading = False
     await task
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
@@ -339,7 +339,7 @@ async def test_while_postgres_is_away_nothing_is_lost_no_attempt_burnt_and_nothi
     assert await rig.depth(topology.dead_queue(Lane.CRITICAL)) == 0
 
 
-async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_rig: MakeRig, servers: Servers) -> None:
+async def test_long_outage_releases_the_messages_and_consumes_them_again(make_rig: MakeRig, servers: Servers) -> None:
     rig = await make_rig(database_timeout_seconds=3.0, sink_hold_seconds=0.5)
     await rig.writer.start()
     await rig.database.close()
@@ -349,7 +349,7 @@ async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_r
         made = [change(order(items=1)) for _ in range(10)]
         await rig.publish(*made)
         lane = topology.lane_queue(Lane.CRITICAL)
-        # Ready again in the queue, with no consumer that holds it.
+        # The messages are ready in the queue again, and no consumer holds them.
         await eventually(lambda: rig.depth(lane), what="back in the queue", within=30)
 
         async def consumers() -> int:
@@ -364,10 +364,10 @@ async def test_a_long_outage_lets_go_of_the_messages_and_takes_them_again(make_r
     assert rig.writer.state()["failed"] == 0
 
 
-# -- RabbitMQ away, start and stop ---------------------------------------------------------------------------------
+# -- RabbitMQ unavailable, start and stop---------------------------------------------------------------------------
 
 
-async def test_a_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers: Servers) -> None:
+async def test_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers: Servers) -> None:
     made = [change(order(items=1)) for _ in range(50)]
     await rig.publish(*made[:25])
     await rig.written(*made[:25])
@@ -375,7 +375,7 @@ async def test_a_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, server
     await asyncio.to_thread(servers.rabbitmq.start)
 
     async def published() -> bool:
-        """Twice is harmless."""
+        """Publishes, and may publish twice, which changes nothing."""
         try:
             await rig.publish(*made[25:])
         except (NotSent, InDoubt):
@@ -385,18 +385,18 @@ async def test_a_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, server
     await eventually(published, what="a confirm of the broker that has started again")
     await rig.written(*made, within=90)
     await rig.drained()
-    await rig.publish(made[0])  # acknowledgements work on the new channel
+    await rig.publish(made[0])  # shows that acknowledgements work on the new channel
     await rig.all_acknowledged()
 
 
-async def test_a_stop_finishes_what_was_taken(rig: Rig) -> None:
+async def test_stop_finishes_messages_that_were_taken(rig: Rig) -> None:
     made = [change(order(items=1)) for _ in range(300)]
     for start in range(0, 300, 10):
         await rig.publish(*made[start : start + 10])
     await rig.writer.stop()
     written = await rig.count("changes")
 
-    async def left() -> int:  # what was not settled is back in the queue a moment after the channel has closed
+    async def left() -> int:  # unsettled messages return to the queue a moment after the channel closes
         return await rig.depth(topology.lane_queue(Lane.CRITICAL))
 
     await eventually(
@@ -405,7 +405,7 @@ async def test_a_stop_finishes_what_was_taken(rig: Rig) -> None:
     await rig.writer.stop()
 
 
-async def test_a_writer_that_was_never_started_can_be_stopped(make_rig: MakeRig) -> None:
+async def test_writer_may_be_stopped_without_a_start(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.writer.stop()
     await rig.heartbeats.stop()

@@ -1,4 +1,4 @@
-"""The publisher on a real RabbitMQ: confirmed means there, and a broker that is away or frozen costs one timeout."""
+"""The publisher on a real RabbitMQ: a confirmed message is stored, and an unavailable broker costs one timeout."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 EXCHANGE, QUEUE = "exchange", "queue"
-TIMEOUT = 10.0
-IMPATIENT = 0.6  # for a broker that is frozen
+TIMEOUT_SECONDS = 10.0
+SHORT_TIMEOUT_SECONDS = 0.6  # for a broker that is frozen
 
 
 @pytest.fixture
 async def vhost(servers: Servers) -> AsyncIterator[str]:
-    """With an exchange and a queue that is bound to it by the key `key`."""
+    """URL of a vhost with an exchange and a queue that is bound to it by the key `key`."""
     name = f"publisher-{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
     async with await aio_pika.connect(url) as connection:
@@ -46,19 +46,19 @@ async def started(vhost: str, timeout: float) -> AsyncIterator[Publisher]:
 
 @pytest.fixture
 async def publisher(vhost: str) -> AsyncIterator[Publisher]:
-    async with started(vhost, TIMEOUT) as publisher:
+    async with started(vhost, TIMEOUT_SECONDS) as publisher:
         yield publisher
 
 
 @pytest.fixture
 async def hasty(vhost: str) -> AsyncIterator[Publisher]:
-    async with started(vhost, IMPATIENT) as publisher:
+    async with started(vhost, SHORT_TIMEOUT_SECONDS) as publisher:
         yield publisher
 
 
-async def test_to_a_broker_that_lacks_one_of_its_queues_nothing_is_sent(vhost: str) -> None:
-    # It would confirm all the same: what is bound and not there is not routed to.
-    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE, "log"], timeout=TIMEOUT)
+async def test_nothing_is_sent_to_a_broker_without_one_of_the_queues(vhost: str) -> None:
+    # The broker would confirm anyway, because it does not route to a queue that does not exist.
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE, "log"], timeout=TIMEOUT_SECONDS)
     await publisher.start(wait=1)
     try:
         with pytest.raises(NotSent):
@@ -73,8 +73,8 @@ async def test_to_a_broker_that_lacks_one_of_its_queues_nothing_is_sent(vhost: s
     assert await queued(vhost, b"two") == [b"two"]
 
 
-async def queued(url: str, *wanted: bytes) -> list[bytes]:
-    """What the queue held, once all that is wanted was among it."""
+async def queued(url: str, *expected: bytes) -> list[bytes]:
+    """Waits until the queue has held all expected bodies; returns every body that it held."""
     bodies: list[bytes] = []
 
     async def take() -> set[bytes]:
@@ -85,12 +85,12 @@ async def queued(url: str, *wanted: bytes) -> list[bytes]:
                 await message.ack()
         return set(bodies)
 
-    await eventually(take, what=f"{wanted}", until=lambda taken: taken >= set(wanted))
+    await eventually(take, what=f"{expected}", until=lambda taken: taken >= set(expected))
     return bodies
 
 
 def close_connections(servers: Servers, url: str) -> int:
-    """Those to our vhost; returns how many."""
+    """Closes the connections to the vhost; returns their number."""
     vhost, api = url.rsplit("/", 1)[1], servers.rabbitmq.management_url
     found = ask(api, "GET", f"/api/vhosts/{vhost}/connections")
     assert isinstance(found, list)
@@ -107,7 +107,7 @@ async def confirmed(publisher: Publisher, body: bytes) -> bool:
     return True
 
 
-async def test_what_is_confirmed_is_in_the_queue_persistent_and_with_a_message_id_of_its_own(
+async def test_confirmed_message_is_queued_persistently_with_its_own_message_id(
     publisher: Publisher, vhost: str
 ) -> None:
     await publisher.publish("key", b"[1]", headers={"ticketrail-attempt": 2})
@@ -123,18 +123,16 @@ async def test_what_is_confirmed_is_in_the_queue_persistent_and_with_a_message_i
         await second.ack()
 
 
-async def test_a_message_that_no_queue_takes_is_in_doubt_and_the_connection_stays(
-    publisher: Publisher, vhost: str
-) -> None:
+async def test_unroutable_message_is_in_doubt_and_the_connection_stays(publisher: Publisher, vhost: str) -> None:
     with pytest.raises(InDoubt):
-        await publisher.publish("nobody's key", b"[]")
+        await publisher.publish("unbound key", b"[]")
     assert publisher.connected
     await publisher.publish("key", b"[]")
     assert await queued(vhost, b"[]") == [b"[]"]
 
 
-async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
-    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=TIMEOUT)
+async def test_nothing_is_sent_without_a_connection(vhost: str) -> None:
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=TIMEOUT_SECONDS)
     with pytest.raises(NotSent):
         await publisher.publish("key", b"[]")
     await publisher.stop()
@@ -145,14 +143,14 @@ async def test_without_a_connection_nothing_is_sent(vhost: str) -> None:
         await publisher.publish("key", b"[]")
 
 
-async def test_a_start_beside_a_broker_that_is_away_returns_when_its_wait_is_over(servers: Servers) -> None:
+async def test_start_with_an_unavailable_broker_returns_after_its_wait(servers: Servers) -> None:
     publisher = Publisher("amqp://nobody:none@127.0.0.1:1/", EXCHANGE, queues=[QUEUE], timeout=600.0)
     await asyncio.wait_for(publisher.start(wait=0.3), 30)
     assert not publisher.connected
     await publisher.stop()
 
 
-async def test_a_frozen_broker_costs_one_timeout_and_then_nothing_is_sent_at_once(
+async def test_frozen_broker_costs_one_timeout_and_later_publishes_fail_at_once(
     servers: Servers, hasty: Publisher, vhost: str
 ) -> None:
     await asyncio.to_thread(servers.rabbitmq.freeze)
@@ -163,23 +161,23 @@ async def test_a_frozen_broker_costs_one_timeout_and_then_nothing_is_sent_at_onc
                 *(hasty.publish("key", b"[%d]" % n) for n in range(3)), return_exceptions=True
             )
         assert [type(one) for one in together] == [InDoubt] * 3
-        assert time.monotonic() - began > IMPATIENT * 0.9
+        assert time.monotonic() - began > SHORT_TIMEOUT_SECONDS * 0.9
         for _ in range(20):
             with pytest.raises(NotSent):
                 await hasty.publish("key", b"[never]")
     finally:
         await asyncio.to_thread(servers.rabbitmq.thaw)
     await eventually(lambda: confirmed(hasty, b"[after]"), what="a confirm")
-    wanted = {b"[0]", b"[1]", b"[2]", b"[after]"}  # what was in doubt did arrive
-    assert set(await queued(vhost, *wanted)) == wanted
+    expected = {b"[0]", b"[1]", b"[2]", b"[after]"}  # the messages in doubt did arrive
+    assert set(await queued(vhost, *expected)) == expected
 
 
-async def test_a_lost_connection_is_noticed_without_a_publish_and_made_anew(
+async def test_lost_connection_is_noticed_without_a_publish_and_replaced(
     servers: Servers, publisher: Publisher, vhost: str
 ) -> None:
     connection = publisher._connection
     assert connection is not None
-    # By the broker, and only when its list of connections has it: that takes seconds.
+    # The broker closes the connection. Its list of connections shows it only after some seconds.
     await eventually(
         lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection closed"
     )
@@ -192,7 +190,7 @@ async def test_a_lost_connection_is_noticed_without_a_publish_and_made_anew(
     assert await queued(vhost, b"[]") == [b"[]"]
 
 
-async def test_the_publisher_returns_after_the_broker_was_stopped_and_started(
+async def test_publisher_reconnects_after_the_broker_was_stopped_and_started(
     servers: Servers, publisher: Publisher, vhost: str
 ) -> None:
     await publisher.publish("key", b"[before]")
@@ -204,10 +202,10 @@ async def test_the_publisher_returns_after_the_broker_was_stopped_and_started(
     assert set(await queued(vhost, b"[before]", b"[after]")) == {b"[before]", b"[after]"}
 
 
-async def test_whatever_the_client_makes_of_a_broken_handshake_the_publisher_tries_again(
+async def test_publisher_retries_after_any_error_of_a_broken_handshake(
     monkeypatch: pytest.MonkeyPatch, servers: Servers
 ) -> None:
-    """A proxy before a broker that is still starting hangs up in the middle: seen as StopAsyncIteration."""
+    """A proxy in front of a starting broker hangs up half way; aio-pika reports that as StopAsyncIteration."""
     errors: list[Exception] = [StopAsyncIteration(), ValueError("half a frame")]
     connect = aio_pika.connect
 
