@@ -1,4 +1,4 @@
-"""Tables with what is ordered at them, bays with their queues, and jobs in their places."""
+"""Tables with their open orders, bays with their queues, and jobs with their positions."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -31,7 +31,7 @@ async def shop(system: System) -> Shop:
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_table_is_free_occupied_or_reserved(shop: Shop) -> None:
+async def test_table_is_free_occupied_or_reserved(shop: Shop) -> None:
     async with shop.client() as staff:
         table = made(await staff.post("/api/tables", json={"label": "Window 4", "seats": 4}))
         url = f"/api/tables/{table['id']}"
@@ -52,7 +52,7 @@ async def at_table(client: httpx.AsyncClient, table: str, dish: str) -> dict[str
 
 
 async def shown_at(client: httpx.AsyncClient, table: str) -> list[dict[str, Any]]:
-    """The same by id and in the list."""
+    """Returns the current orders of a table, after a check that the list shows the same ones."""
     one = expect(await client.get(f"/api/tables/{table}"))["current_orders"]
     listed = expect(await client.get("/api/tables", params={"limit": 200}))
     assert next(each for each in listed if each["id"] == table)["current_orders"] == one
@@ -60,7 +60,7 @@ async def shown_at(client: httpx.AsyncClient, table: str) -> list[dict[str, Any]
     return found
 
 
-async def test_a_table_shows_the_orders_that_are_open_at_it(shop: Shop) -> None:
+async def test_table_shows_its_open_orders(shop: Shop) -> None:
     dish = (await shop.dish(price=700))["id"]
     async with shop.client() as staff:
         table, other = [made(await staff.post("/api/tables", json={"label": x, "seats": 2}))["id"] for x in "AB"]
@@ -81,7 +81,7 @@ async def test_a_table_shows_the_orders_that_are_open_at_it(shop: Shop) -> None:
         assert len(await shown_at(staff, other)) == 2
 
 
-async def test_a_guest_sees_its_own_orders_at_a_table_and_nothing_of_others(shop: Shop) -> None:
+async def test_guest_sees_only_its_own_orders_at_a_table(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client() as staff:
         table = made(await staff.post("/api/tables", json={"label": "Corner", "seats": 6}))["id"]
@@ -112,7 +112,7 @@ async def queue_up(client: httpx.AsyncClient, bay: str, title: str = "Wash", **f
 
 
 async def queue_of(client: httpx.AsyncClient, bay: str) -> list[str]:
-    """Titles, the next one first; the same by the queue and by the positions in the list."""
+    """Returns the titles in the order of the queue, after a check that the positions in the list agree."""
     queue = expect(await client.get(f"/api/bays/{bay}/queue"))
     assert [one["position"] for one in queue] == list(range(1, len(queue) + 1))
     listed = expect(await client.get("/api/jobs", params={"bay_id": bay, "stage": "queued", "limit": 200}))
@@ -127,7 +127,7 @@ async def move(client: httpx.AsyncClient, job: dict[str, Any], **fields: Any) ->
     return found
 
 
-async def test_a_job_goes_through_its_stages(shop: Shop) -> None:
+async def test_job_goes_through_its_stages(shop: Shop) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff)
         job = await queue_up(staff, bay)
@@ -158,7 +158,7 @@ async def test_a_job_goes_through_its_stages(shop: Shop) -> None:
         assert by_stage == {"queued": [], "in_progress": [], "done": [job["id"]], "cancelled": [other["id"]]}
 
 
-async def test_a_closed_bay_begins_no_job_and_keeps_its_queue(shop: Shop) -> None:
+async def test_closed_bay_starts_no_job_and_keeps_its_queue(shop: Shop) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff, is_open=False)
         job = await queue_up(staff, bay, "Dry")
@@ -169,7 +169,7 @@ async def test_a_closed_bay_begins_no_job_and_keeps_its_queue(shop: Shop) -> Non
         assert (await move(staff, job, stage="in_progress"))["stage"] == "in_progress"
 
 
-async def test_jobs_of_a_bay_that_is_deleted_wait_for_another(shop: Shop) -> None:
+async def test_jobs_of_a_deleted_bay_wait_for_another_bay(shop: Shop) -> None:
     async with shop.client() as staff:
         bay, other = await open_bay(staff), await open_bay(staff)
         job = await queue_up(staff, bay, "Dry")
@@ -181,7 +181,7 @@ async def test_jobs_of_a_bay_that_is_deleted_wait_for_another(shop: Shop) -> Non
         assert (await move(staff, job, bay_id=other, stage="in_progress"))["bay_id"] == other
 
 
-async def test_a_job_moves_to_the_place_that_it_is_given(shop: Shop) -> None:
+async def test_job_moves_to_the_given_position(shop: Shop) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABCDE"}
@@ -202,13 +202,13 @@ async def test_a_job_moves_to_the_place_that_it_is_given(shop: Shop) -> None:
         refused(await staff.put(f"/api/jobs/{jobs['A']['id']}", json={"position": 0}), 422, "invalid_input", "position")
         await move(staff, jobs["A"], stage="in_progress")
         refused(await staff.put(f"/api/jobs/{jobs['A']['id']}", json={"position": 1}), 409, "not_queued", "position")
-        # Back in the queue, and to its head, in one step.
+        # One call puts the job back into the queue, at its first position.
         assert (await move(staff, jobs["A"], stage="queued", position=1))["position"] == 1
         await queue_up(staff, bay, "F")
         assert await queue_of(staff, bay) == list("ACBDEF")
 
 
-async def test_a_job_moves_into_the_queue_of_another_bay(shop: Shop) -> None:
+async def test_job_moves_into_the_queue_of_another_bay(shop: Shop) -> None:
     async with shop.client() as staff:
         one, other = await open_bay(staff), await open_bay(staff)
         jobs = {title: await queue_up(staff, one if title in "ABC" else other, title) for title in "ABCXYZ"}
@@ -218,7 +218,7 @@ async def test_a_job_moves_into_the_queue_of_another_bay(shop: Shop) -> None:
         assert await queue_of(staff, other) == list("AXBYZ")
 
 
-async def test_moves_into_the_same_gap_never_use_it_up(shop: Shop) -> None:
+async def test_moves_into_the_same_gap_never_exhaust_it(shop: Shop) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABC"}
@@ -228,7 +228,7 @@ async def test_moves_into_the_same_gap_never_use_it_up(shop: Shop) -> None:
         assert await queue_of(staff, bay) == list("ABC")
 
 
-async def test_jobs_for_one_moment_stand_in_the_order_in_which_they_came_and_can_be_moved(shop: Shop) -> None:
+async def test_jobs_scheduled_for_one_moment_keep_their_order_of_creation_and_can_be_moved(shop: Shop) -> None:
     at = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     async with shop.client() as staff:
         bay = await open_bay(staff)
@@ -238,7 +238,7 @@ async def test_jobs_for_one_moment_stand_in_the_order_in_which_they_came_and_can
         assert await queue_of(staff, bay) == list("ADBC")
 
 
-async def test_moves_at_the_same_moment_leave_every_job_in_a_place_of_its_own(shop: Shop) -> None:
+async def test_concurrent_moves_leave_every_job_at_its_own_position(shop: Shop) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABCDEF"}
@@ -247,14 +247,14 @@ async def test_moves_at_the_same_moment_leave_every_job_in_a_place_of_its_own(sh
             queue = await queue_of(staff, bay)
             assert sorted(queue) == list("ABCDEF")
             assert [title for title in queue if title in "ABC"] == list("ABC")
-            # What came to stand in one gap can still be told apart: another one fits between any two.
+            # Jobs that moved into one gap still differ: another job fits between any two of them.
             for place in range(1, 7):
                 assert (await move(staff, jobs["C"], position=place))["position"] == place
             await move(staff, jobs["C"], position=queue.index("C") + 1)
             assert await queue_of(staff, bay) == queue
 
 
-async def test_a_job_that_is_scheduled_stands_where_its_time_is(shop: Shop) -> None:
+async def test_scheduled_job_is_queued_at_its_time(shop: Shop) -> None:
     now = datetime.now(UTC)
 
     def in_minutes(minutes: int) -> str:
@@ -276,7 +276,7 @@ async def test_a_job_that_is_scheduled_stands_where_its_time_is(shop: Shop) -> N
 @pytest.mark.parametrize(
     "at", ["1969-12-31T23:59:59Z", "2200-01-01T00:00:00Z", "0001-01-01T00:00:00Z", "2026-01-01T00:00:00"]
 )
-async def test_a_time_that_no_calendar_has_is_refused(shop: Shop, at: str) -> None:
+async def test_time_outside_the_calendar_is_refused(shop: Shop, at: str) -> None:
     async with shop.client() as staff:
         bay = await open_bay(staff)
         job = await queue_up(staff, bay)
@@ -286,7 +286,7 @@ async def test_a_time_that_no_calendar_has_is_refused(shop: Shop, at: str) -> No
         refused(reply, 422, "invalid_input", "scheduled_at")
 
 
-async def test_a_job_belongs_to_an_order(shop: Shop) -> None:
+async def test_job_belongs_to_an_order(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client() as staff:
         bay = await open_bay(staff)
@@ -301,8 +301,8 @@ async def test_a_job_belongs_to_an_order(shop: Shop) -> None:
         await move(staff, later, order_id=None)
         assert len(expect(await staff.get("/api/jobs", params={"order_id": order}))) == 1
         for wrong in (deleted, str(uuid4())):
-            wanted = {"bay_id": bay, "title": "x", "order_id": wrong}
-            refused(await staff.post("/api/jobs", json=wanted), 422, "unknown_order", "order_id")
+            body = {"bay_id": bay, "title": "x", "order_id": wrong}
+            refused(await staff.post("/api/jobs", json=body), 422, "unknown_order", "order_id")
             reply = await staff.put(f"/api/jobs/{linked['id']}", json={"order_id": wrong})
             refused(reply, 422, "unknown_order", "order_id")
 
@@ -316,13 +316,13 @@ async def test_a_job_belongs_to_an_order(shop: Shop) -> None:
     assert tuple(row) == (order, "queued", linked["place"])
 
 
-async def test_guests_see_nothing_of_the_work(shop: Shop) -> None:
+async def test_guests_see_neither_bays_nor_jobs(shop: Shop) -> None:
     async with shop.client(Role.CUSTOMER, session="guest") as guest:
         for path in ("/api/bays", "/api/jobs", f"/api/bays/{uuid4()}/queue"):
             refused(await guest.get(path), 403, "forbidden")
 
 
-# -- places, as a rule -------------------------------------------------------------------------------------------
+# -- the rule of places ------------------------------------------------------------------------------------------
 
 MOMENTS = st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2199, 12, 31), timezones=st.just(UTC))
 
@@ -333,17 +333,17 @@ def test_places_are_ordered_by_moment_and_then_by_creation(a: datetime, b: datet
 
 
 @given(st.lists(st.tuples(st.integers(min_value=0, max_value=10_000), st.uuids()), max_size=150))
-def test_between_two_places_there_is_always_another(moves: list[tuple[int, UUID]]) -> None:
+def test_there_is_always_a_place_between_two_places(moves: list[tuple[int, UUID]]) -> None:
     places = [place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT, CREATED_AT + timedelta(microseconds=1))]
-    for where, share in moves:
-        gap = where % (len(places) - 1)
+    for position, share in moves:
+        gap = position % (len(places) - 1)
         found = place_between(places[gap], places[gap + 1], share=str(share))
         assert places[gap] < found < places[gap + 1]
         assert not found.endswith("0")
         places.insert(gap + 1, found)
 
 
-def test_the_narrowest_gap_takes_hundreds_of_moves() -> None:
+def test_narrowest_gap_takes_hundreds_of_moves() -> None:
     low, high = place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT, CREATED_AT + timedelta(microseconds=1))
     for _ in range(500):
         found = place_between(low, high, share=new_id())
@@ -353,7 +353,7 @@ def test_the_narrowest_gap_takes_hundreds_of_moves() -> None:
     assert place_between(low, low, share=new_id()) == low
 
 
-def test_two_that_are_put_into_one_gap_at_the_same_moment_stand_apart() -> None:
+def test_concurrent_places_in_one_gap_differ() -> None:
     low, high = place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT + timedelta(seconds=1), CREATED_AT)
     found = {place_between(low, high, share=new_id()) for _ in range(20)}
     assert len(found) == 20
@@ -362,7 +362,7 @@ def test_two_that_are_put_into_one_gap_at_the_same_moment_stand_apart() -> None:
 
 
 @given(st.lists(st.sampled_from((-1, 1)), max_size=50))
-def test_before_the_first_and_behind_the_last_there_is_room(ends: list[int]) -> None:
+def test_there_is_a_place_before_the_first_and_after_the_last(ends: list[int]) -> None:
     places = [place_at(CREATED_AT, CREATED_AT)]
     for end in ends:
         found = place_beside(places[0] if end < 0 else places[-1], end, CREATED_AT)
@@ -370,7 +370,7 @@ def test_before_the_first_and_behind_the_last_there_is_room(ends: list[int]) -> 
     assert places == sorted(set(places))
 
 
-async def test_a_queue_longer_than_a_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_queue_longer_than_a_page_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derived_figures, "_MOST", 3)
     bay = new_id()
     jobs = [

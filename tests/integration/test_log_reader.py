@@ -1,4 +1,4 @@
-"""The log reader against a real stream: in order, each once, whatever happens to the connection or to the stream."""
+"""The log reader on a real stream: entries in order and once, whatever happens to the connection or the stream."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +23,7 @@ SETTINGS = Settings(change_log_segment_bytes=1_000_000)
 
 
 class Broker:
-    """A vhost of one test, with the topology; what a worker and a publisher would do to it."""
+    """The vhost of one test with the topology, and the operations of a worker and a publisher on it."""
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
@@ -72,7 +72,7 @@ async def broker(servers: Servers) -> AsyncIterator[Broker]:
 
 
 class Read:
-    """What a reader has handed out so far."""
+    """Collects the batches of a reader."""
 
     def __init__(self, reader: LogReader) -> None:
         self.reader = reader
@@ -137,9 +137,9 @@ async def test_entries_come_in_order_without_the_signals_between_them(broker: Br
         await read.until(lambda: len(read.bodies) == 610)
 
 
-async def test_caught_up_comes_with_or_after_the_last_entry_that_stood_in_the_log(broker: Broker) -> None:
+async def test_caught_up_comes_with_or_after_the_last_entry_that_was_in_the_log(broker: Broker) -> None:
     async with reading(broker.url) as other:
-        await other.until(lambda: bool(other.batches))  # whose mark is not ours
+        await other.until(lambda: bool(other.batches))  # its mark is not the mark of the second reader
     await broker.publish(*numbered(0, 2_000), to_log_alone=True)
     async with reading(broker.url, prefetch=50) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
@@ -150,7 +150,7 @@ async def test_caught_up_comes_with_or_after_the_last_entry_that_stood_in_the_lo
         assert read.reader.caught_up and read.reader.connected
 
 
-async def test_from_an_offset_that_entry_comes_once_more_and_then_what_follows(broker: Broker) -> None:
+async def test_start_at_an_offset_repeats_that_entry_and_then_continues(broker: Broker) -> None:
     await broker.publish(*numbered(0, 20))
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 20)
@@ -161,11 +161,11 @@ async def test_from_an_offset_that_entry_comes_once_more_and_then_what_follows(b
         assert not any(batch.restarted for batch in read.batches)
 
 
-async def test_from_a_time_nothing_younger_is_missing_and_the_epoch_is_known_at_once(broker: Broker) -> None:
+async def test_start_at_a_time_misses_nothing_younger_and_knows_the_epoch_at_once(broker: Broker) -> None:
     await broker.publish(*numbered(0, 5))
     async with reading(broker.url, now() + timedelta(seconds=60)) as read:
         await read.until(lambda: bool(read.batches))
-        # No heartbeat is as young as that: the epoch comes from the first one in the log.
+        # No heartbeat is that young, so the epoch comes from the first heartbeat in the log.
         assert read.batches[0].epoch == EPOCH
         await broker.publish(b"[5]")
         await read.until(lambda: read.bodies[-1:] == [b"[5]"])
@@ -173,7 +173,7 @@ async def test_from_a_time_nothing_younger_is_missing_and_the_epoch_is_known_at_
         await read.until(lambda: len(read.bodies) == 6)
 
 
-async def test_from_next_only_what_comes_later_is_read(broker: Broker) -> None:
+async def test_start_at_next_reads_only_later_entries(broker: Broker) -> None:
     await broker.publish(*numbered(0, 5))
     async with reading(broker.url, "next") as read:
         await read.until(lambda: bool(read.batches))
@@ -183,7 +183,7 @@ async def test_from_next_only_what_comes_later_is_read(broker: Broker) -> None:
 
 
 class Proxy:
-    """Between a reader and the broker, to cut the connection at any byte."""
+    """A proxy between a reader and the broker that can cut the connection at any byte."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -224,7 +224,7 @@ class Proxy:
             writer.close()
 
 
-async def test_cut_connections_lose_nothing_and_repeat_nothing(broker: Broker) -> None:
+async def test_cut_connections_lose_and_repeat_nothing(broker: Broker) -> None:
     total, cuts = 6_000, 12
     async with Proxy(broker.servers.rabbitmq.port) as proxy, reading(proxy.url(broker.url), prefetch=100) as read:
         publishing = asyncio.create_task(broker.publish(*numbered(0, total), to_log_alone=True))
@@ -235,10 +235,10 @@ async def test_cut_connections_lose_nothing_and_repeat_nothing(broker: Broker) -
         await read.until(lambda: len(read.bodies) >= total, within=60)
         assert read.bodies == numbered(0, total)
         assert not any(batch.restarted for batch in read.batches)
-        assert proxy.accepted >= 2 * cuts, "for every cut one to verify the log, one to read it"
+        assert proxy.accepted >= 2 * cuts, "each cut needs one connection to verify the log and one to read it"
 
 
-async def test_a_stream_deleted_and_made_again_is_read_from_its_first_entry_and_says_so(broker: Broker) -> None:
+async def test_recreated_stream_is_read_from_its_first_entry_and_reported_as_restarted(broker: Broker) -> None:
     await broker.publish(*numbered(0, 50))
     async with reading(broker.url, idle=60.0) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
@@ -253,8 +253,8 @@ async def test_a_stream_deleted_and_made_again_is_read_from_its_first_entry_and_
         assert read.bodies[50:] == numbered(100, 103)
 
 
-async def test_a_longer_stream_under_the_same_name_is_not_taken_for_the_old_one(broker: Broker) -> None:
-    """The remembered offset exists in the new stream too: only the epoch tells them apart."""
+async def test_longer_stream_of_the_same_name_is_not_confused_with_the_old_one(broker: Broker) -> None:
+    """The remembered offset exists in the new stream too, so only the epoch shows the difference."""
     await broker.publish(*numbered(0, 3))
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 3)
@@ -268,8 +268,8 @@ async def test_a_longer_stream_under_the_same_name_is_not_taken_for_the_old_one(
         assert read.batches[0].restarted and read.batches[0].epoch == OTHER_EPOCH
 
 
-async def test_a_log_that_lost_its_end_is_read_from_its_first_entry(broker: Broker) -> None:
-    """The same epoch, but the remembered offset does not exist (any more)."""
+async def test_log_that_lost_its_end_is_read_from_its_first_entry(broker: Broker) -> None:
+    """The epoch is the same, but the remembered offset does not exist any more."""
     await broker.publish(*numbered(0, 3))
     async with reading(broker.url, 5_000, epoch=EPOCH) as read:
         await read.until(lambda: len(read.bodies) == 3)
@@ -279,7 +279,7 @@ async def test_a_log_that_lost_its_end_is_read_from_its_first_entry(broker: Brok
         assert read.bodies == numbered(0, 4)
 
 
-async def test_a_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
+async def test_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
     async with reading(broker.url) as read:
         await broker.publish(b"[0]")
         await broker.heartbeat(OTHER_EPOCH)
@@ -292,16 +292,16 @@ async def test_a_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) 
         assert not any(batch.restarted for batch in read.batches)
 
 
-async def test_an_idle_reader_asks_if_the_link_lives_and_stays_connected(broker: Broker) -> None:
+async def test_idle_reader_checks_its_connection_and_stays_connected(broker: Broker) -> None:
     async with reading(broker.url, idle=0.3) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
-        await read.until(lambda: len(read.batches) >= 5)  # its own marks, three silences later
-        assert sum(batch.caught_up for batch in read.batches) == 1, "it attached anew"
+        await read.until(lambda: len(read.batches) >= 5)  # its own marks, after three idle periods
+        assert sum(batch.caught_up for batch in read.batches) == 1, "the reader attached again"
         await broker.publish(b"[0]")
         await read.until(lambda: read.bodies == [b"[0]"])
 
 
-async def test_a_frozen_broker_is_noticed_and_nothing_is_lost_when_it_thaws(broker: Broker) -> None:
+async def test_frozen_broker_is_noticed_and_nothing_is_lost_when_it_thaws(broker: Broker) -> None:
     await broker.publish(*numbered(0, 10))
     async with reading(broker.url, idle=0.5) as read:
         await read.until(lambda: len(read.bodies) == 10)
@@ -315,7 +315,7 @@ async def test_a_frozen_broker_is_noticed_and_nothing_is_lost_when_it_thaws(brok
         assert read.bodies == numbered(0, 20)
 
 
-async def test_a_missing_stream_is_waited_for(servers: Servers) -> None:
+async def test_reader_waits_for_a_missing_stream(servers: Servers) -> None:
     broker = Broker(servers)
     await broker.make(with_log=False)
     async with reading(broker.url) as read:

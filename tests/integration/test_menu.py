@@ -1,4 +1,4 @@
-"""The menu over HTTP: dishes, categories, brands, what they cost and whether they can be had."""
+"""The menu over HTTP: dishes, categories, brands, prices and availability."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -44,7 +44,7 @@ def chosen(*options: tuple[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "option": option} for name, option in options]
 
 
-async def test_a_dish_keeps_everything_that_was_said_of_it(shop: Shop) -> None:
+async def test_dish_keeps_all_its_fields(shop: Shop) -> None:
     fields = {
         "name": "Pizza",
         "price": 980,
@@ -79,7 +79,7 @@ async def test_a_dish_keeps_everything_that_was_said_of_it(shop: Shop) -> None:
     assert {name: row[name] for name in fields} == fields
 
 
-async def test_headings_of_the_menu_are_kept_apart(shop: Shop) -> None:
+async def test_categories_and_brands_are_separate(shop: Shop) -> None:
     async with shop.client(Role.ADMIN) as admin:
         category = made(await admin.post("/api/menu/categories", json={"name": "Soups", "position": 3}))
         brand = made(await admin.post("/api/menu/brands", json={"name": "Fritz", "description": "from Hamburg"}))
@@ -89,7 +89,7 @@ async def test_headings_of_the_menu_are_kept_apart(shop: Shop) -> None:
         refused(await admin.get(f"/api/menu/brands/{category['id']}"), 404, "not_found")
 
 
-async def test_only_an_admin_changes_the_menu(shop: Shop) -> None:
+async def test_only_an_admin_may_change_the_menu(shop: Shop) -> None:
     dish = await shop.dish()
     for client in (shop.client(Role.STAFF), shop.client(Role.CUSTOMER, session="guest")):
         async with client as caller:
@@ -123,7 +123,7 @@ async def test_only_an_admin_changes_the_menu(shop: Shop) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-async def test_a_dish_that_makes_no_sense_is_refused_by_the_field(
+async def test_invalid_dish_is_refused_with_the_name_of_the_field(
     shop: Shop, fields: dict[str, Any], field: str
 ) -> None:
     dish = await shop.dish()
@@ -135,7 +135,7 @@ async def test_a_dish_that_makes_no_sense_is_refused_by_the_field(
             assert expect(reply, 422)["details"]["field"] == field
 
 
-async def test_prices_of_orders_that_were_placed_never_change(shop: Shop) -> None:
+async def test_prices_of_placed_orders_never_change(shop: Shop) -> None:
     dish = await shop.dish(name="Thali", price=1_000, customizations=[SIZE])
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
         placed = made(
@@ -164,7 +164,7 @@ async def test_prices_of_orders_that_were_placed_never_change(shop: Shop) -> Non
     assert tuple(row) == (2, 2_500, "Thali", 1_250, 2_500)
 
 
-async def test_a_new_price_counts_from_the_next_order_on(shop: Shop) -> None:
+async def test_new_price_counts_from_the_next_order_on(shop: Shop) -> None:
     dish = await shop.dish(price=1_000)
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
         for price in (1_100, 1_200, 1_300):
@@ -172,7 +172,7 @@ async def test_a_new_price_counts_from_the_next_order_on(shop: Shop) -> None:
             assert made(await staff.post("/api/orders", json=body(dish["id"])))["items"][0]["unit_price"] == price
 
 
-async def test_a_dish_that_is_deleted_is_not_sold_until_it_is_restored(shop: Shop) -> None:
+async def test_deleted_dish_is_not_sold_until_it_is_restored(shop: Shop) -> None:
     dish = await shop.dish()
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
         expect(await admin.delete(f"/api/menu/{dish['id']}"))
@@ -183,7 +183,7 @@ async def test_a_dish_that_is_deleted_is_not_sold_until_it_is_restored(shop: Sho
         made(await staff.post("/api/orders", json=body(dish["id"])))
 
 
-async def test_choices_are_priced_by_the_server(shop: Shop) -> None:
+async def test_server_prices_the_choices(shop: Shop) -> None:
     dish = await shop.dish(price=1_000, customizations=[SIZE, EXTRAS])
     options = chosen(("size", "large"), ("extras", "egg"), ("extras", "cheese"))
     async with shop.client(Role.CUSTOMER, session="guest") as guest:
@@ -192,13 +192,13 @@ async def test_choices_are_priced_by_the_server(shop: Shop) -> None:
         ]
         assert (item["unit_price"], item["line_total"]) == (1_450, 4_350)
         assert [one["price"] for one in item["customizations"]] == [250, 120, 80]
-        # Twice the same is twice as much, where two may be chosen.
+        # The same option twice costs twice as much, if two choices are allowed.
         twice = chosen(("size", "regular"), ("extras", "egg"), ("extras", "egg"))
         (item,) = made(await guest.post("/api/orders", json=body(dish["id"], customizations=twice)))["items"]
         assert item["unit_price"] == 1_240
         for price in ({"price": 1}, {"unit_price": 1}):
-            wanted = [{**options[0], **price}]
-            reply = await guest.post("/api/orders", json=body(dish["id"], customizations=wanted))
+            priced = [{**options[0], **price}]
+            reply = await guest.post("/api/orders", json=body(dish["id"], customizations=priced))
             assert expect(reply, 422)["details"]["field"] == f"items[0].customizations[0].{next(iter(price))}"
 
 
@@ -217,7 +217,7 @@ async def test_choices_are_priced_by_the_server(shop: Shop) -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-async def test_a_choice_that_the_dish_does_not_offer_is_refused(
+async def test_choice_that_the_dish_does_not_offer_is_refused(
     shop: Shop, options: tuple[tuple[str, str], ...], code: str, field: str
 ) -> None:
     plain, dish = await shop.dish(), await shop.dish(customizations=[SIZE, EXTRAS])
@@ -240,25 +240,25 @@ async def test_choices_are_checked_when_the_items_of_an_order_change(shop: Shop)
 
 
 async def set_availability(client: httpx.AsyncClient, dishes: list[str], available: bool) -> dict[str, str]:
-    wanted = {"menu_item_ids": dishes, "is_available": available}
-    found = expect(await client.post("/api/menu/availability", json=wanted))
+    body = {"menu_item_ids": dishes, "is_available": available}
+    found = expect(await client.post("/api/menu/availability", json=body))
     return {one["id"]: one["outcome"] for one in found}
 
 
-async def test_many_dishes_are_taken_off_in_one_call_and_cannot_be_ordered_from_then_on(shop: Shop) -> None:
+async def test_dishes_made_unavailable_in_one_call_cannot_be_ordered_from_then_on(shop: Shop) -> None:
     dishes = [(await shop.dish())["id"] for _ in range(12)]
-    gone, left = dishes[:11], dishes[11]
+    sold_out, left = dishes[:11], dishes[11]
     async with shop.client() as staff, shop.client(Role.CUSTOMER, session="guest") as guest:
         placed = made(await guest.post("/api/orders", json=body(*dishes)))
-        assert await set_availability(staff, [*gone, gone[0]], False) == dict.fromkeys(gone, "changed")
-        for place, dish in enumerate(gone):
+        assert await set_availability(staff, [*sold_out, sold_out[0]], False) == dict.fromkeys(sold_out, "changed")
+        for place, dish in enumerate(sold_out):
             reply = await guest.post("/api/orders", json=body(left, dish))
             refused(reply, 422, "menu_item_unavailable", "items[1].menu_item_id")
             shown = expect(await guest.get(f"/api/menu/{dish}"))
             assert (shown["is_available"], shown["price"]) == (False, 1_000), place
         made(await guest.post("/api/orders", json=body(left)))
         assert expect(await guest.get(f"/api/orders/{placed['id']}"))["items"] == placed["items"]
-        assert await set_availability(staff, gone, False) == dict.fromkeys(gone, "unchanged")
+        assert await set_availability(staff, sold_out, False) == dict.fromkeys(sold_out, "unchanged")
         assert set((await set_availability(staff, dishes, True)).values()) == {"changed", "unchanged"}
         made(await guest.post("/api/orders", json=body(*dishes)))
         refused(await guest.post("/api/menu/availability", json={}), 403, "forbidden")
@@ -266,10 +266,12 @@ async def test_many_dishes_are_taken_off_in_one_call_and_cannot_be_ordered_from_
 
 @pytest.fixture
 async def without_broker(system: System) -> AsyncIterator[str]:
-    """URL of a second instance of the orders service, to which RabbitMQ does not answer: it hears no log."""
-    port, nobody = find_free(2)
+    """URL of a second instance of the orders service that cannot reach RabbitMQ, so it reads no log."""
+    port, unused_port = find_free(2)
     system.urls["mute"] = f"http://127.0.0.1:{port}"
-    system.start("orders", alias="mute", instance=3, orders_port=port, rabbitmq_url=f"amqp://x:x@127.0.0.1:{nobody}/")
+    system.start(
+        "orders", alias="mute", instance=3, orders_port=port, rabbitmq_url=f"amqp://x:x@127.0.0.1:{unused_port}/"
+    )
     try:
         await system.ready("mute")
         yield system.urls["mute"]
@@ -278,7 +280,7 @@ async def without_broker(system: System) -> AsyncIterator[str]:
         del system.urls["mute"]
 
 
-async def test_an_instance_prices_by_what_it_has_changed_itself_without_waiting_for_the_log(
+async def test_instance_prices_by_its_own_menu_changes_without_waiting_for_the_log(
     shop: Shop, without_broker: str
 ) -> None:
     headers = {"Authorization": f"Bearer {shop.token}"}
@@ -294,18 +296,18 @@ async def test_an_instance_prices_by_what_it_has_changed_itself_without_waiting_
         assert made(await admin.post("/api/orders", json=body(dishes[2])))["subtotal"] == 1_234
 
 
-async def test_one_unknown_dish_leaves_all_as_they_are(shop: Shop) -> None:
+async def test_one_unknown_dish_changes_the_availability_of_none(shop: Shop) -> None:
     dish, deleted = (await shop.dish())["id"], (await shop.dish())["id"]
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
         expect(await admin.delete(f"/api/menu/{deleted}"))
         for wrong in (str(uuid4()), deleted):
-            wanted = {"menu_item_ids": [dish, wrong], "is_available": False}
-            reply = await staff.post("/api/menu/availability", json=wanted)
+            request = {"menu_item_ids": [dish, wrong], "is_available": False}
+            reply = await staff.post("/api/menu/availability", json=request)
             refused(reply, 422, "unknown_menu_item", "menu_item_ids[1]")
         assert expect(await staff.get(f"/api/menu/{dish}"))["version"] == 1
 
 
-async def test_a_dish_that_is_taken_off_while_its_price_changes_keeps_both(shop: Shop) -> None:
+async def test_concurrent_changes_of_availability_and_price_keep_both(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
 
@@ -318,7 +320,7 @@ async def test_a_dish_that_is_taken_off_while_its_price_changes_keeps_both(shop:
 
             expect(await eventually(send, what=str(fields), until=lambda reply: reply.status_code != 409))
 
-        # Who loses several times in a row is refused, and comes again.
+        # A caller that loses several times in a row is refused and retries.
         taken_off, *_ = await asyncio.gather(
             eventually(take_off, what="taken off", until=lambda outcome: outcome != "version_conflict"),
             change(price=1_500),

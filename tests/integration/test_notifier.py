@@ -1,4 +1,4 @@
-"""The notifier as a process, on a real stream, over real HTTP."""
+"""The notifier as a process, on a real stream and over real HTTP."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -70,7 +70,7 @@ async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Ra
         assert len({event.id for event in screen.events}) == 65
 
 
-async def test_a_change_that_is_recorded_twice_is_pushed_once(rail: Rail) -> None:
+async def test_change_that_is_recorded_twice_is_pushed_once(rail: Rail) -> None:
     notifier = await rail.notifier()
     async with notifier.screen() as screen:
         one, other = change(order()), change(order())
@@ -80,7 +80,7 @@ async def test_a_change_that_is_recorded_twice_is_pushed_once(rail: Rail) -> Non
         assert [event.data["orderID"] for event in events] == [one.entity_id, other.entity_id, last.entity_id]
 
 
-async def test_a_tenant_sees_itself_alone_also_when_an_event_names_anothers_order(rail: Rail) -> None:
+async def test_tenant_sees_only_its_own_changes_even_if_events_name_foreign_orders(rail: Rail) -> None:
     notifier = await rail.notifier()
     theirs = order(restaurant_id=OTHER_RESTAURANT)
     async with (
@@ -100,7 +100,7 @@ async def test_a_tenant_sees_itself_alone_also_when_an_event_names_anothers_orde
         assert (await curious.has(1))[0].data["data"]["restaurant_id"] == RESTAURANT
 
 
-async def test_a_customer_sees_the_orders_of_its_session_alone_live_and_replayed(rail: Rail) -> None:
+async def test_customer_sees_only_orders_of_its_session_live_and_replayed(rail: Rail) -> None:
     notifier = await rail.notifier()
     customer = token(Role.CUSTOMER, session="table-7")
     own, others, staff = (order(customer_session_id=session) for session in ("table-7", "table-8", None))
@@ -114,30 +114,30 @@ async def test_a_customer_sees_the_orders_of_its_session_alone_live_and_replayed
     assert len(curious.events) == 1
 
 
-async def test_a_subscriber_of_one_order_hears_of_it_alone_and_by_the_other_name(rail: Rail) -> None:
+async def test_subscriber_of_one_order_gets_only_its_events_under_their_order_names(rail: Rail) -> None:
     notifier = await rail.notifier()
-    wanted, other = order(), order()
-    async with notifier.screen(orderID=wanted.id.upper()) as one, notifier.screen() as every:
-        created, noise = change(wanted), change(other)
+    followed, other = order(), order()
+    async with notifier.screen(orderID=followed.id.upper()) as one, notifier.screen() as every:
+        created, noise = change(followed), change(other)
         await rail.say(
             noise,
             created,
             moved(noise, other, OrderStatus.RECEIVED)[0],
-            moved(created, wanted, OrderStatus.RECEIVED)[0],
+            moved(created, followed, OrderStatus.RECEIVED)[0],
         )
         await every.has(4)
         events = await one.has(2)
         assert one.names == ["order_created", "order_stage_change"]
-        assert {event.data["orderID"] for event in events} == {wanted.id}
+        assert {event.data["orderID"] for event in events} == {followed.id}
         assert events[1].data["eventType"] == "order_stage_change"
         assert every.names == ["order_created", "order_created", "stage_change", "stage_change"]
         assert events[1].id == every.events[4].id
-    async with notifier.screen(orderID=wanted.id, lastEventId=one.events[0].id) as again:
+    async with notifier.screen(orderID=followed.id, lastEventId=one.events[0].id) as again:
         await again.has(2)
         assert again.names == one.names and [event.id for event in again.events[1:]] == [event.id for event in events]
 
 
-async def test_event_types_are_a_filter(rail: Rail) -> None:
+async def test_event_types_filter_the_stream(rail: Rail) -> None:
     notifier = await rail.notifier()
     state = order()
     created = change(state)
@@ -159,7 +159,7 @@ async def test_event_types_are_a_filter(rail: Rail) -> None:
         assert replayed.names == ["status_update"]
 
 
-async def test_a_cursor_holds_across_a_restart_and_on_a_second_instance(rail: Rail) -> None:
+async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rail: Rail) -> None:
     first = await rail.notifier()
     changes = [change(order()) for _ in range(10)]
     async with first.screen() as screen:
@@ -169,7 +169,7 @@ async def test_a_cursor_holds_across_a_restart_and_on_a_second_instance(rail: Ra
     await asyncio.to_thread(first.child.terminate, 10)
     second, third = await asyncio.gather(rail.notifier(), rail.notifier(instance=2))
     for notifier in (second, third):
-        # A browser that reconnects repeats the query of its first request: the header wins.
+        # A browser that reconnects repeats the query of its first request, so the header takes precedence.
         async with notifier.screen(lastEventId=seen[0].id, after=cursor) as screen:
             assert screen.events[0].data["cursor"] == cursor
             events = await screen.has(5)
@@ -181,7 +181,7 @@ async def test_a_cursor_holds_across_a_restart_and_on_a_second_instance(rail: Ra
         assert "resync" not in on_second.names + on_third.names
 
 
-async def test_the_cursor_of_connected_resumes_before_any_event_has_come(rail: Rail) -> None:
+async def test_cursor_of_connected_resumes_before_any_event_has_come(rail: Rail) -> None:
     notifier = await rail.notifier()
     await rail.say(change(order()))
     await eventually(notifier.health, until=lambda health: health[1]["window"] == 1)
@@ -192,12 +192,12 @@ async def test_the_cursor_of_connected_resumes_before_any_event_has_come(rail: R
         assert [event.data["orderID"] for event in await screen.has(1)] == [missed.entity_id]
 
 
-async def test_replay_goes_over_into_live_without_a_gap_or_a_repetition(rail: Rail) -> None:
+async def test_replay_continues_live_without_a_gap_or_a_repetition(rail: Rail) -> None:
     notifier = await rail.notifier(client_buffer_events=100_000, client_buffer_bytes=1 << 30)
     await rail.say(change(order()))
     async with notifier.screen() as screen:
         start = screen.events[0].id
-    # Fewer events than one step of a replay holds would not show the seam.
+    # There must be more events than one step of a replay holds, or the switch to live would not be tested.
     changes = [change(order(items=1)) for _ in range(3_000)]
     saying = asyncio.create_task(rail.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
 
@@ -210,7 +210,7 @@ async def test_replay_goes_over_into_live_without_a_gap_or_a_repetition(rail: Ra
         assert seen[1:] == [change.entity_id for change in changes]
 
 
-async def test_a_cursor_older_than_the_window_gets_a_resync_and_then_goes_on_live(rail: Rail) -> None:
+async def test_cursor_older_than_the_window_gets_a_resync_and_continues_live(rail: Rail) -> None:
     notifier = await rail.notifier(replay_window_changes=5)
     async with notifier.screen() as screen:
         await rail.say(*(change(order()) for _ in range(10)))
@@ -228,13 +228,13 @@ async def test_a_cursor_older_than_the_window_gets_a_resync_and_then_goes_on_liv
         assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
 
 
-async def test_a_cursor_beyond_the_log_gets_a_resync(rail: Rail) -> None:
+async def test_cursor_beyond_the_log_gets_a_resync(rail: Rail) -> None:
     notifier = await rail.notifier()
     async with notifier.screen(after=f"{EPOCH}-999999-0") as screen:
         assert (await screen.has(1))[0].data["reason"] == "other_epoch"
 
 
-async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
+async def test_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
     notifier = await rail.notifier()
     async with notifier.screen() as screen, rail.publishing() as publish:
         await publish(message(change(order())))
@@ -246,7 +246,7 @@ async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
             await publish(message(change(order())), message(last := change(order())))
             seen = await coming
             if "resync" not in seen:
-                break  # else, perhaps, the machine stood still for the two seconds in which it is waited for
+                break  # otherwise the machine may have stalled for the two seconds that the notifier waits
     assert seen == ["connected", last.entity_id]
 
 
@@ -262,7 +262,7 @@ async def test_a_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
         ({"eventTypes": "order_created,dessert"}, {}, "eventTypes"),
     ],
 )
-async def test_a_parameter_that_is_garbage_is_named(
+async def test_garbage_parameter_is_refused_by_name(
     one_notifier: Notifier, params: dict[str, str], headers: dict[str, str], field: str
 ) -> None:
     answer = await one_notifier.get(params=params, headers=headers)
@@ -270,7 +270,7 @@ async def test_a_parameter_that_is_garbage_is_named(
     assert answer.json()["error"]["details"]["field"] == field
 
 
-async def test_without_a_token_or_a_restaurant_there_is_no_stream(one_notifier: Notifier) -> None:
+async def test_stream_needs_a_token_and_a_restaurant(one_notifier: Notifier) -> None:
     assert (await one_notifier.get(headers={"Authorization": ""})).status_code == 401
     assert (await one_notifier.get(by=token(Role.OPERATOR, restaurant=""))).status_code == 403
     assert (await one_notifier.get("/api/v1/sync/nothing")).status_code == 404
@@ -284,7 +284,7 @@ async def one_notifier(servers: Servers, tmp_path_factory: pytest.TempPathFactor
     await rail.clean()
 
 
-async def test_a_log_made_anew_resyncs_who_is_connected_and_whoever_comes_with_an_old_cursor(rail: Rail) -> None:
+async def test_recreated_log_resyncs_connected_clients_and_clients_with_an_old_cursor(rail: Rail) -> None:
     notifier = await rail.notifier()
     async with notifier.screen() as screen:
         await rail.say(change(order()), change(order()))
@@ -324,11 +324,11 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> Non
         assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
 
 
-async def test_a_slow_client_is_told_to_resync_and_let_go_while_others_go_on(rail: Rail) -> None:
+async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_continue(rail: Rail) -> None:
     notifier = await rail.notifier(client_buffer_events=30)
     async with notifier.screen() as quick:
         sent = 0
-        for _ in range(3):  # a machine that stands still for two seconds has it cut, although it would read on in time
+        for _ in range(3):  # a machine that stalls for two seconds cuts the client, although it would read in time
             async with deaf(notifier) as reader:
                 sent += await flood(rail, notifier)
                 if received := await last_words(reader):
@@ -340,7 +340,7 @@ async def test_a_slow_client_is_told_to_resync_and_let_go_while_others_go_on(rai
         assert set(quick.names) == {"order_created"}
 
 
-async def test_a_slow_client_that_never_reads_again_is_cut(rail: Rail) -> None:
+async def test_slow_client_that_never_reads_again_is_cut(rail: Rail) -> None:
     notifier = await rail.notifier(client_buffer_bytes=1_000_000)
     async with deaf(notifier) as reader:
         await flood(rail, notifier)
@@ -352,25 +352,25 @@ async def test_a_slow_client_that_never_reads_again_is_cut(rail: Rail) -> None:
         assert b"resync" not in received
 
 
-async def test_a_client_that_leaves_is_forgotten(rail: Rail) -> None:
+async def test_client_that_leaves_is_removed(rail: Rail) -> None:
     notifier = await rail.notifier()
     async with notifier.screen(), notifier.screen(orderID=str(uuid4())):
         assert await notifier.subscribers() == 2
     await eventually(notifier.subscribers, until=lambda count: count == 0)
 
 
-async def test_heartbeats_carry_a_cursor_that_stays_young(rail: Rail) -> None:
+async def test_keep_alives_carry_a_cursor_inside_the_window(rail: Rail) -> None:
     notifier = await rail.notifier(push_keepalive_seconds=0.2, replay_window_changes=2)
     async with notifier.screen(eventTypes="order_deleted") as screen:
         await rail.say(*(change(order()) for _ in range(5)))
         await eventually(notifier.health, until=lambda health: health[1]["window"] == 2)
-        beats = screen.comments
-        await screen.until(lambda: screen.comments >= beats + 2)
+        keep_alives = screen.comments
+        await screen.until(lambda: screen.comments >= keep_alives + 2)
         assert screen.names == []
         assert screen.last_event_id != screen.events[0].id
     async with notifier.screen(eventTypes="order_deleted", after=screen.last_event_id) as back:
-        beats = back.comments
-        await back.until(lambda: back.comments > beats)
+        keep_alives = back.comments
+        await back.until(lambda: back.comments > keep_alives)
         assert back.names == []
 
 
@@ -384,7 +384,7 @@ async def test_sigterm_ends_open_streams_and_the_process(rail: Rail) -> None:
     assert notifier.child.returncode == 0
 
 
-async def test_a_client_that_does_not_read_does_not_hold_a_stopping_process(rail: Rail) -> None:
+async def test_client_that_does_not_read_does_not_block_the_shutdown(rail: Rail) -> None:
     notifier = await rail.notifier(client_buffer_events=1_000_000, client_buffer_bytes=1 << 30)
     async with deaf(notifier), notifier.screen() as other:
         await rail.say(*(change(order(items=400)) for _ in range(150)))
@@ -392,7 +392,7 @@ async def test_a_client_that_does_not_read_does_not_hold_a_stopping_process(rail
         assert await asyncio.to_thread(notifier.child.terminate, 20.0), notifier.child.tail()
 
 
-async def test_not_ready_and_no_stream_before_the_window_is_read_back(rail: Rail, servers: Servers) -> None:
+async def test_notifier_is_not_ready_before_its_window_is_filled(rail: Rail, servers: Servers) -> None:
     await asyncio.to_thread(servers.rabbitmq.freeze)
     try:
         notifier = await rail.notifier(wait=False)
@@ -407,7 +407,7 @@ async def test_not_ready_and_no_stream_before_the_window_is_read_back(rail: Rail
     await notifier.ready()
 
 
-async def test_a_start_on_a_long_log_is_ready_only_with_all_of_it(rail: Rail) -> None:
+async def test_start_on_a_long_log_is_ready_only_after_all_of_it_is_read(rail: Rail) -> None:
     await rail.send(*(message(*(change(order(items=1)) for _ in range(250))) for _ in range(20)))
     notifier = await rail.notifier(wait=False)
     seen: list[tuple[int, int]] = []
@@ -421,7 +421,7 @@ async def test_a_start_on_a_long_log_is_ready_only_with_all_of_it(rail: Rail) ->
     assert {window for status, window in seen if status == 200} == {5_000}
 
 
-async def test_without_heartbeats_it_pushes_all_the_same_and_says_that_they_are_stale(rail: Rail) -> None:
+async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rail: Rail) -> None:
     notifier = await rail.notifier(heartbeat_interval_seconds=0.1)
     status, details = await eventually(notifier.health, until=lambda health: health[1]["heartbeats"] == "stale")
     assert status == 200 and details["epoch"] == EPOCH
@@ -433,11 +433,11 @@ async def test_without_heartbeats_it_pushes_all_the_same_and_says_that_they_are_
         await rail.heartbeat()
         return (await notifier.health())[1]
 
-    # One after the other: each is fresh for two seconds.
+    # One look after the other, because each heartbeat is fresh for two seconds.
     await eventually(after_a_heartbeat, what="a fresh heartbeat", until=lambda seen: seen["heartbeats"] == "fresh")
 
 
-async def test_it_refuses_to_start_without_the_log_and_says_what_to_do(servers: Servers, tmp_path: Path) -> None:
+async def test_start_without_the_log_is_refused_and_names_the_command(servers: Servers, tmp_path: Path) -> None:
     rail = Rail(servers, tmp_path)
     await rail.make(with_log=False)
     notifier = await rail.notifier(wait=False)

@@ -25,7 +25,7 @@ async def place(client: httpx.AsyncClient, body: dict[str, Any], **headers: str)
     return data
 
 
-async def test_an_order_goes_the_whole_way(system: System) -> None:
+async def test_order_goes_from_the_request_to_postgres(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body(customer_name="Ada", table_id=system.demo["table_ids"][0]))
         assert placed["version"] == 1
@@ -50,7 +50,7 @@ async def test_an_order_goes_the_whole_way(system: System) -> None:
     assert [tuple(item) for item in items] == [(placed["items"][0]["name"], 2)]
 
 
-async def test_the_price_is_the_servers(system: System) -> None:
+async def test_server_computes_the_price(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body(tip_amount=100, discount_amount=40, deposit_used=10))
     price = placed["items"][0]["unit_price"]
@@ -60,7 +60,7 @@ async def test_the_price_is_the_servers(system: System) -> None:
     assert placed["total"] == subtotal + tax + 100 - 40 - 10
 
 
-async def test_a_repeat_with_the_same_key_is_the_same_order(system: System) -> None:
+async def test_repeat_with_the_same_key_returns_the_same_order(system: System) -> None:
     key = str(uuid4())
     async with system.client() as client:
         first, *others = await asyncio.gather(
@@ -77,7 +77,7 @@ async def test_a_repeat_with_the_same_key_is_the_same_order(system: System) -> N
     assert other.json()["error"]["details"]["field"] == "Idempotency-Key"
 
 
-async def test_of_two_who_update_the_same_version_one_wins(system: System) -> None:
+async def test_two_concurrent_updates_of_one_version_succeed_once(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         replies = await asyncio.gather(
@@ -97,15 +97,15 @@ async def claims_lost(client: httpx.AsyncClient) -> float:
     return float(line)
 
 
-async def test_without_a_version_a_lost_claim_is_tried_again(system: System) -> None:
+async def test_lost_claim_of_an_update_without_a_version_is_retried(system: System) -> None:
     refused = 0
     async with system.client() as client:
         url = f"/api/orders/{(await place(client, system.order_body()))['id']}"
         lost_before = await claims_lost(client)
 
         async def change(tip: int) -> int:
-            """Its version. The service tries again a few times, within a tenth of a second: where the winner takes
-            longer, the caller is refused and comes back."""
+            """Returns the new version. The service retries a few times within a tenth of a second; if the winner takes
+            longer, the service refuses and the caller retries."""
 
             async def send() -> httpx.Response:
                 nonlocal refused
@@ -120,10 +120,10 @@ async def test_without_a_version_a_lost_claim_is_tried_again(system: System) -> 
         versions = await asyncio.gather(*(change(tip) for tip in range(3)))
         lost = await claims_lost(client) - lost_before
     assert sorted(versions) == [2, 3, 4]
-    assert lost >= (_TRIES_AGAIN + 1) * refused, "refused before it had tried so often"
+    assert lost >= (_TRIES_AGAIN + 1) * refused, "the service refused before its last retry"
 
 
-async def test_status_goes_forward_only(system: System) -> None:
+async def test_status_only_goes_forward(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         url = f"/api/orders/{placed['id']}"
@@ -140,7 +140,7 @@ async def test_status_goes_forward_only(system: System) -> None:
         assert (await client.put(url, json={"status": "cancelled"})).status_code == 409
 
 
-async def test_items_are_priced_anew_while_the_kitchen_has_not_begun(system: System) -> None:
+async def test_changed_items_are_priced_again_before_the_kitchen_starts(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         items = [{"menu_item_id": system.dish(1), "quantity": 3}]
@@ -149,7 +149,7 @@ async def test_items_are_priced_anew_while_the_kitchen_has_not_begun(system: Sys
     assert changed["order_number"] == placed["order_number"]
 
 
-async def test_a_deleted_order_is_gone_until_it_is_restored(system: System) -> None:
+async def test_deleted_order_is_hidden_until_it_is_restored(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         url = f"/api/orders/{placed['id']}"
@@ -163,7 +163,7 @@ async def test_a_deleted_order_is_gone_until_it_is_restored(system: System) -> N
         assert (await client.post(f"{url}/restore")).status_code == 409
 
 
-async def test_a_list_pages_newest_first_without_gap_or_repetition(system: System) -> None:
+async def test_list_pages_newest_first_without_gap_or_repetition(system: System) -> None:
     table = str(uuid4())
     async with system.client() as client:
         placed = [(await place(client, system.order_body(table_id=table)))["id"] for _ in range(7)]
@@ -179,7 +179,7 @@ async def test_a_list_pages_newest_first_without_gap_or_repetition(system: Syste
     assert found == placed[::-1]
 
 
-async def test_a_list_contains_what_was_just_acknowledged(system: System) -> None:
+async def test_list_contains_every_accepted_order_at_once(system: System) -> None:
     table = str(uuid4())
     async with system.client() as client:
         for count in range(1, 15):
@@ -190,7 +190,7 @@ async def test_a_list_contains_what_was_just_acknowledged(system: System) -> Non
             assert page["data"][0]["id"] == placed["id"]
 
 
-async def test_numbers_are_given_once(system: System) -> None:
+async def test_order_numbers_are_given_once(system: System) -> None:
     async with system.client() as client:
         orders = await asyncio.gather(*(place(client, system.order_body()) for _ in range(40)))
     numbers = [one["order_number"] for one in orders]
@@ -225,7 +225,7 @@ BAD_BODIES: list[tuple[dict[str, Any] | str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "field"), BAD_BODIES, ids=lambda value: str(value)[:40])
-async def test_bad_input_is_refused_by_the_name_of_the_field(
+async def test_bad_input_is_refused_with_the_name_of_the_field(
     system: System, body: dict[str, Any] | str, field: str
 ) -> None:
     import json
@@ -241,7 +241,7 @@ async def test_bad_input_is_refused_by_the_name_of_the_field(
     assert error["trace_id"]
 
 
-async def test_a_body_of_two_megabytes_is_refused(system: System) -> None:
+async def test_body_of_two_megabytes_is_refused(system: System) -> None:
     async with system.client() as client:
         reply = await client.post("/api/orders", content=b"x" * 2_000_000)
     assert reply.status_code == 413
@@ -258,14 +258,14 @@ async def test_a_body_of_two_megabytes_is_refused(system: System) -> None:
         ("/api/orders/not-a-uuid", "order_id"),
     ],
 )
-async def test_a_garbage_parameter_is_named(system: System, path: str, field: str) -> None:
+async def test_garbage_parameter_is_named(system: System, path: str, field: str) -> None:
     async with system.client() as client:
         reply = await client.get(path)
     assert 400 <= reply.status_code < 500
     assert reply.json()["error"]["details"]["field"] == field
 
 
-async def test_a_garbage_version_is_named(system: System) -> None:
+async def test_garbage_version_is_named(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         reply = await client.put(f"/api/orders/{placed['id']}", json={"notes": "x"}, headers={"If-Match": '"new"'})
@@ -273,7 +273,7 @@ async def test_a_garbage_version_is_named(system: System) -> None:
     assert reply.json()["error"]["details"]["field"] == "If-Match"
 
 
-async def test_without_a_token_that_is_ours_every_route_says_401(system: System) -> None:
+async def test_every_route_answers_401_without_a_valid_token(system: System) -> None:
     claims = {"userId": "u", "restaurantId": system.restaurant, "role": "admin", "exp": int(time.time()) + 60}
     tokens = [None, "x", jwt.encode(claims, None, algorithm="none"), jwt.encode(claims, "k" * 40, algorithm="HS256")]
     routes = [
@@ -298,7 +298,7 @@ def token_for(system: System, role: Role, *, restaurant: str | None = None, sess
     return tokens.issue(Identity(str(uuid4()), role, restaurant or system.restaurant, "", session))
 
 
-async def test_a_customer_creates_and_sees_orders_of_its_own_session_alone(system: System) -> None:
+async def test_customer_creates_and_sees_only_orders_of_its_own_session(system: System) -> None:
     mine, other = (token_for(system, Role.CUSTOMER, session=name) for name in (f"s{uuid4()}", f"s{uuid4()}"))
     async with system.client(token=mine) as client, system.client(token=other) as stranger:
         placed = await place(client, system.order_body())
@@ -312,7 +312,7 @@ async def test_a_customer_creates_and_sees_orders_of_its_own_session_alone(syste
         assert (await client.put(f"/api/orders/{placed['id']}", json={"notes": "x"})).status_code == 403
 
 
-async def test_another_restaurant_sees_nothing(system: System) -> None:
+async def test_other_restaurants_see_nothing(system: System) -> None:
     other = str(uuid4())
     async with system.database("ticketrail_owner") as connection:
         await connection.execute(
@@ -333,7 +333,7 @@ async def test_another_restaurant_sees_nothing(system: System) -> None:
         assert foreign.json()["error"]["code"] == "unknown_menu_item"
 
 
-async def test_a_changed_price_counts_without_a_restart(system: System) -> None:
+async def test_changed_price_counts_without_a_restart(system: System) -> None:
     dish = system.dish(5)
     body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
     async with system.client() as client:
@@ -353,7 +353,7 @@ async def test_a_changed_price_counts_without_a_restart(system: System) -> None:
         await system.cli("dish", system.restaurant, dish, "--available", "--price", str(before))
 
 
-async def test_an_order_that_left_the_mirror_is_read_from_postgresql_and_repaired(system: System) -> None:
+async def test_order_that_left_the_mirror_is_read_from_postgres_and_repaired(system: System) -> None:
     import redis.asyncio
 
     async with system.client() as client:
@@ -364,7 +364,7 @@ async def test_an_order_that_left_the_mirror_is_read_from_postgresql_and_repaire
             return bool((await client.get(url)).json()["data"]["sync"]["state"] == "synced")
 
         await eventually(synced, what="synced")
-        # While the worker stands still: it may not have read of the order yet, and would bring it back to the mirror.
+        # The worker is frozen: it may not have read the order yet, and would write it to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(f"{{{system.restaurant}}}:order:{placed['id']}")
             reply = await client.get(url)
@@ -379,7 +379,7 @@ async def test_an_order_that_left_the_mirror_is_read_from_postgresql_and_repaire
             await eventually(served_by, what="repaired", until=lambda by: by == "mirror")
 
 
-async def test_the_sync_status_counts_what_is_on_its_way(system: System) -> None:
+async def test_sync_status_counts_pending_changes(system: System) -> None:
     async with system.client() as client, system.client(service="sync") as sync:
         await place(client, system.order_body())
 
@@ -392,7 +392,7 @@ async def test_the_sync_status_counts_what_is_on_its_way(system: System) -> None
         assert found["totals"]["conflict"] == 0
 
 
-async def test_a_repeat_finds_its_order_when_that_has_left_the_mirror(system: System) -> None:
+async def test_repeat_finds_its_order_after_the_order_left_the_mirror(system: System) -> None:
     key = {"Idempotency-Key": str(uuid4())}
     async with system.client() as client:
         placed = await place(client, system.order_body(), **key)
@@ -413,8 +413,8 @@ async def test_a_repeat_finds_its_order_when_that_has_left_the_mirror(system: Sy
     assert again.json()["data"]["version"] == 1
 
 
-async def test_a_list_on_a_cold_mirror_does_not_go_back_behind_postgresql(system: System) -> None:
-    """A mirror that came back from a dump calls an old state pending that PostgreSQL has long passed."""
+async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) -> None:
+    """A mirror that was restored from a dump shows an old state as pending, although PostgreSQL has a newer one."""
     import redis.asyncio
 
     async with system.client() as client, redis.asyncio.from_url(system.redis.url) as raw:
@@ -428,7 +428,7 @@ async def test_a_list_on_a_cold_mirror_does_not_go_back_behind_postgresql(system
             return (await system.stored_orders()).get(placed["id"], 0)
 
         await eventually(stored, what="version 2", until=lambda version: version == 2)
-        # The worker stands still: it would see that the stamp is missing, and make the mirror warm again.
+        # The worker is frozen: it would see the missing stamp and make the mirror warm again.
         async with system.frozen("worker"):
             stamp = await raw.getdel("ticketrail:warm")
             try:

@@ -1,4 +1,4 @@
-"""Payments: facts inside orders, from which what is paid is derived."""
+"""Payments: facts inside orders, from which the payment status is derived."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -26,7 +26,7 @@ from tests.rigs.system import System, eventually
 
 @pytest.fixture(scope="module")
 async def shop(system: System) -> Shop:
-    """No tax: an order costs what its items cost."""
+    """A restaurant without tax: an order costs the sum of its items."""
     return await open_shop(system, tax_basis_points=0)
 
 
@@ -57,7 +57,7 @@ async def stored_payments(shop: Shop, order: str) -> list[int]:
     return [row["amount"] for row in rows]
 
 
-async def test_what_is_paid_says_the_payment_status(shop: Shop) -> None:
+async def test_payments_determine_the_payment_status(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         assert await state(staff, order) == ("pending", [])
@@ -92,7 +92,7 @@ async def test_what_is_paid_says_the_payment_status(shop: Shop) -> None:
         assert stored == "refunded"
 
 
-async def test_the_status_follows_what_the_order_comes_to(shop: Shop) -> None:
+async def test_payment_status_follows_changes_of_the_total(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         await pay(staff, order, 1_000)
@@ -104,7 +104,7 @@ async def test_the_status_follows_what_the_order_comes_to(shop: Shop) -> None:
         assert await state(staff, order) == ("paid", [1_000])
 
 
-async def test_where_nothing_is_to_be_paid_it_is_paid(shop: Shop) -> None:
+async def test_order_with_nothing_to_pay_is_paid(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000, deposit_used=1_000)
         assert expect(await staff.get(order))["total"] == 0
@@ -131,26 +131,26 @@ async def test_where_nothing_is_to_be_paid_it_is_paid(shop: Shop) -> None:
         ((100, -60, -60), 100, "refunded"),  # two refunds that a fork let through
     ],
 )
-def test_the_payment_status_is_derived(amounts: Sequence[int], total: int, status: str) -> None:
+def test_payment_status_is_derived_from_payments_and_total(amounts: Sequence[int], total: int, status: str) -> None:
     assert payment_status(tuple(payment(amount=amount) for amount in amounts), total) == status
 
 
-async def test_a_payment_that_is_sent_again_counts_once(shop: Shop) -> None:
+async def test_repeated_payment_counts_once(shop: Shop) -> None:
     async with shop.client() as staff:
         order, other = await place(shop, staff, 1_000), await place(shop, staff, 1_000)
-        wanted = {"id": new_id(), "amount": 300, "method": "card", "reference": "auth 7"}
-        replies = await asyncio.gather(*(staff.post(f"{order}/payments", json=wanted) for _ in range(10)))
-        assert {made(reply)["payment"]["id"] for reply in replies} == {wanted["id"]}
+        body = {"id": new_id(), "amount": 300, "method": "card", "reference": "auth 7"}
+        replies = await asyncio.gather(*(staff.post(f"{order}/payments", json=body) for _ in range(10)))
+        assert {made(reply)["payment"]["id"] for reply in replies} == {body["id"]}
         assert sum("idempotency-replayed" in reply.headers for reply in replies) == 9
-        again = made(await staff.post(f"{order}/payments", json={**wanted, "id": wanted["id"].upper()}))
+        again = made(await staff.post(f"{order}/payments", json={**body, "id": body["id"].upper()}))
         assert again["version"] == 2
         assert await state(staff, order) == ("partially_paid", [300])
         for other_fields in ({"amount": 301}, {"amount": -300}, {"method": "cash"}, {"reference": None}):
-            reply = await staff.post(f"{order}/payments", json={**wanted, **other_fields})
+            reply = await staff.post(f"{order}/payments", json={**body, **other_fields})
             refused(reply, 409, "payment_id_reused", "id")
         assert await state(staff, order) == ("partially_paid", [300])
-        # Its id is the client's: known within the order alone.
-        await pay(staff, other, 1_000, id=wanted["id"])
+        # The client chooses the id, so it is unique only within the order.
+        await pay(staff, other, 1_000, id=body["id"])
         assert await state(staff, other) == ("paid", [1_000])
 
 
@@ -168,8 +168,8 @@ async def second(system: System) -> AsyncIterator[str]:
         del system.urls["second"]
 
 
-async def test_payments_at_the_same_moment_all_count(shop: Shop, second: str) -> None:
-    """At one instance and at two, and beside other changes."""
+async def test_concurrent_payments_all_count(shop: Shop, second: str) -> None:
+    """The payments go to two instances, at the same time as other changes."""
     async with shop.client() as staff, shop.system.client(service="second", token=shop.token) as other:
         order = await place(shop, staff, 20_000)
         amounts = [1_000 + n for n in range(20)]
@@ -187,8 +187,8 @@ async def test_payments_at_the_same_moment_all_count(shop: Shop, second: str) ->
         await eventually(stored, what="all payments in PostgreSQL", until=lambda seen: seen == amounts)
 
 
-async def test_a_payment_that_loses_its_claim_is_tried_on_what_stands_then() -> None:
-    """Others of the order go on and on: after ten of them, on top of all of them."""
+async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> None:
+    """Ten other payments of the order come first; the payment is added after all of them."""
     others: list[Payment] = []
 
     class Reads:
@@ -205,13 +205,13 @@ async def test_a_payment_that_loses_its_claim_is_tried_on_what_stands_then() -> 
             return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)
 
     commands = Commands(Changes(Rail(), Reads()), None)  # type: ignore[arg-type]
-    who = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
-    done, made = await commands.pay(who, new_id(), RecordPayment(amount=7, method="cash"))
+    identity = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
+    done, made = await commands.pay(identity, new_id(), RecordPayment(amount=7, method="cash"))
     assert done.state.payments == (*others, made)
     assert len(done.state.payments) == 11
 
 
-async def test_a_refund_is_never_more_than_what_was_paid(shop: Shop) -> None:
+async def test_refund_is_never_more_than_the_paid_amount(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         reply = await staff.post(f"{order}/payments", json={"amount": -1, "method": "card"})
@@ -220,14 +220,14 @@ async def test_a_refund_is_never_more_than_what_was_paid(shop: Shop) -> None:
         await pay(staff, order, -200)
         reply = await staff.post(f"{order}/payments", json={"amount": -501, "method": "card"})
         assert refused(reply, 409, "refund_above_paid", "amount")["paid"] == 500
-        # A repeat of one that was made is the same one, though it would be too much now.
+        # A repeated refund is the same refund, although a new one of this amount would be too much now.
         refund = {"id": new_id(), "amount": -500, "method": "card"}
         for _ in range(2):
             made(await staff.post(f"{order}/payments", json=refund))
         assert await state(staff, order) == ("refunded", [700, -200, -500])
 
 
-async def test_refunds_that_race_give_back_no_more_than_was_paid(shop: Shop) -> None:
+async def test_concurrent_refunds_never_exceed_the_paid_amount(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         await pay(staff, order, 1_000)
@@ -253,7 +253,7 @@ async def test_refunds_that_race_give_back_no_more_than_was_paid(shop: Shop) -> 
     ],
     ids=str,
 )
-async def test_a_payment_that_makes_no_sense_is_refused(shop: Shop, fields: dict[str, Any], field: str) -> None:
+async def test_invalid_payment_is_refused(shop: Shop, fields: dict[str, Any], field: str) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         reply = await staff.post(f"{order}/payments", json={"amount": 100, "method": "card", **fields})
@@ -261,7 +261,7 @@ async def test_a_payment_that_makes_no_sense_is_refused(shop: Shop, fields: dict
         assert await state(staff, order) == ("pending", [])
 
 
-async def test_a_cancelled_order_is_given_back_and_not_paid(shop: Shop) -> None:
+async def test_cancelled_order_can_be_refunded_but_not_paid(shop: Shop) -> None:
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         await pay(staff, order, 1_000)
@@ -271,18 +271,18 @@ async def test_a_cancelled_order_is_given_back_and_not_paid(shop: Shop) -> None:
         assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"
 
 
-async def test_nobody_pays_what_is_not_there(shop: Shop) -> None:
-    wanted = {"amount": 100, "method": "card"}
+async def test_missing_or_foreign_order_cannot_be_paid(shop: Shop) -> None:
+    body = {"amount": 100, "method": "card"}
     stranger = await open_shop(shop.system)
     async with shop.client() as staff, stranger.client(Role.ADMIN) as them:
         order = await place(shop, staff, 1_000)
-        refused(await them.post(f"{order}/payments", json=wanted), 404, "not_found")
+        refused(await them.post(f"{order}/payments", json=body), 404, "not_found")
         assert expect(await them.get("/api/payments")) == []
-        refused(await staff.post(f"/api/orders/{uuid4()}/payments", json=wanted), 404, "not_found")
+        refused(await staff.post(f"/api/orders/{uuid4()}/payments", json=body), 404, "not_found")
         expect(await staff.delete(order))
-        refused(await staff.post(f"{order}/payments", json=wanted), 404, "order_deleted")
+        refused(await staff.post(f"{order}/payments", json=body), 404, "order_deleted")
     async with shop.client(Role.CUSTOMER, session="guest") as guest:
-        refused(await guest.post(f"{order}/payments", json=wanted), 403, "forbidden")
+        refused(await guest.post(f"{order}/payments", json=body), 403, "forbidden")
         refused(await guest.get("/api/payments"), 403, "forbidden")
 
 
@@ -290,7 +290,7 @@ async def test_nobody_pays_what_is_not_there(shop: Shop) -> None:
 
 
 async def pages(client: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]:
-    """All of them, page by page."""
+    """Reads all pages of the list."""
     found: list[dict[str, Any]] = []
     cursor = None
     while True:
@@ -301,7 +301,7 @@ async def pages(client: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]
             return found
 
 
-async def test_the_list_has_every_payment_once_also_those_on_their_way(system: System) -> None:
+async def test_list_has_every_payment_once_including_pending_ones(system: System) -> None:
     shop = await open_shop(system)
     async with shop.client() as staff:
         paid: list[tuple[str, str]] = []
@@ -321,7 +321,7 @@ async def test_the_list_has_every_payment_once_also_those_on_their_way(system: S
                 until=lambda count: count == 12,
             )
         assert [(one["order_id"], one["id"]) for one in await pages(staff, limit=5)] == paid
-        # What comes in between does not push others onto the next page.
+        # A payment that arrives between two pages does not move others to the next page.
         first = await staff.get("/api/payments", params={"limit": 5})
         await pay(staff, orders[0], 1)
         second = await staff.get(
@@ -330,7 +330,7 @@ async def test_the_list_has_every_payment_once_also_those_on_their_way(system: S
         assert [(one["order_id"], one["id"]) for one in expect(first) + expect(second)] == paid
 
 
-async def test_the_list_is_chosen_by_time_method_and_order(system: System) -> None:
+async def test_list_filters_by_time_method_and_order(system: System) -> None:
     shop = await open_shop(system)
     async with shop.client() as staff:
         one, other = await place(shop, staff, 5_000), await place(shop, staff, 5_000)
@@ -343,7 +343,7 @@ async def test_the_list_is_chosen_by_time_method_and_order(system: System) -> No
         async def amounts(**query: str) -> list[int]:
             return [one["amount"] for one in await pages(staff, limit=1, **query)]
 
-        for _ in range(2):  # while some are pending, and when none is
+        for _ in range(2):  # while some payments are pending, and when none is
             assert await amounts(method="cash") == [1]
             assert await amounts(order_id=one.rpartition("/")[2]) == [3, 1]
             assert await amounts(**{"from": third}) == [-2, 3]
@@ -364,9 +364,9 @@ async def test_the_list_is_chosen_by_time_method_and_order(system: System) -> No
 # -- forks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["00000000", "ffffffff"], ids=["it is superseded", "it stands"])
-async def test_what_was_paid_in_both_states_of_a_fork_counts(shop: Shop, prefix: str) -> None:
-    """A lost mirror let two terminals claim one version: each recorded a payment, and one of the two states stands."""
+@pytest.mark.parametrize("prefix", ["00000000", "ffffffff"], ids=["superseded", "head"])
+async def test_payments_in_both_states_of_a_fork_count(shop: Shop, prefix: str) -> None:
+    """After a lost mirror two terminals claimed one version. Each recorded a payment, and one state is the head."""
     async with shop.client() as staff:
         order = await place(shop, staff, 1_000)
         await pay(staff, order, 400)
@@ -388,7 +388,7 @@ async def test_what_was_paid_in_both_states_of_a_fork_counts(shop: Shop, prefix:
         theirs = Payment(id=new_id(), amount=600, method="cash", created_at=at)
         fork = msgspec.structs.replace(ours, payments=(theirs,), updated_at=at)
         base = builders.change(before, id=row["base"], entityversion=1)
-        # Of one version the larger change id stands.
+        # If two changes have one version, the larger change id wins.
         id_of_change = prefix + new_id()[8:]
         await shop.publish(
             builders.change(fork, event="payment_recorded", base=base, before=before, id=id_of_change, time=at)
@@ -411,7 +411,7 @@ async def test_what_was_paid_in_both_states_of_a_fork_counts(shop: Shop, prefix:
         async with shop.system.database() as connection:
             conflicts = await connection.fetch("select resolved_at from conflicts where entity_id = $1", id_)
         assert [one["resolved_at"] for one in conflicts] == [None]
-        # All of it can be given back, and no more.
+        # The whole sum can be refunded, and no more.
         reply = await staff.post(f"{order}/payments", json={"amount": -1_001, "method": "card"})
         refused(reply, 409, "refund_above_paid", "amount")
         assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"

@@ -1,4 +1,4 @@
-"""Row-level security and the roles, as PostgreSQL enforces them."""
+"""Row-level security and the database roles, as PostgreSQL enforces them."""
 
 import asyncpg
 import pytest
@@ -36,14 +36,14 @@ async def counts(connection: "asyncpg.Connection[asyncpg.Record]", tenant: str |
 
 
 @pytest.mark.usefixtures("of_two_tenants")
-async def test_the_api_role_sees_the_tenant_of_its_transaction_alone(system: System) -> None:
+async def test_api_role_sees_only_the_tenant_of_its_transaction(system: System) -> None:
     async with system.database("ticketrail_api") as connection:
         for tenant in (RESTAURANT, OTHER_RESTAURANT):
             assert await counts(connection, tenant) == {table: {tenant} for table in TABLES}
 
 
 @pytest.mark.usefixtures("of_two_tenants")
-async def test_the_api_role_sees_nothing_without_a_tenant(system: System) -> None:
+async def test_api_role_sees_nothing_without_a_tenant(system: System) -> None:
     async with system.database("ticketrail_api") as connection:
         for tenant in (None, ""):
             assert await counts(connection, tenant) == {table: set() for table in TABLES}
@@ -67,21 +67,21 @@ async def test_row_level_security_holds_for_the_owner_too(system: System) -> Non
         "update heartbeats set sent_at = now()",
     ],
 )
-async def test_the_api_role_writes_nothing_and_knows_no_people(system: System, statement: str) -> None:
+async def test_api_role_cannot_write_or_read_accounts(system: System, statement: str) -> None:
     async with system.database("ticketrail_api") as connection:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute(statement)
 
 
 @pytest.mark.usefixtures("of_two_tenants")
-async def test_the_log_of_changes_is_append_only_for_the_writer_too(system: System) -> None:
+async def test_table_of_changes_is_append_only_for_the_writer_too(system: System) -> None:
     async with system.database("ticketrail_writer") as connection:
         for statement in ("delete from changes", "update changes set version = 7"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
 
 
-async def test_the_tenant_of_a_transaction_ends_with_it(system: System) -> None:
+async def test_tenant_of_a_transaction_ends_with_it(system: System) -> None:
     async with system.database("ticketrail_api") as connection:
         await counts(connection, RESTAURANT)
         assert await counts(connection, None) == {table: set() for table in TABLES}

@@ -1,4 +1,4 @@
-"""The users of a restaurant over HTTP: who makes whom, who stays an admin, who is signed out by what."""
+"""The users of a restaurant over HTTP: creation, the last admin, and changes that revoke sessions."""
 
 import asyncio
 from typing import Any
@@ -19,7 +19,7 @@ from tests.rigs.sign_in import (
 from tests.rigs.system import System
 
 
-async def test_users_are_made_listed_changed_deleted_and_restored(url: str, system: System) -> None:
+async def test_users_are_created_listed_changed_deleted_and_restored(url: str, system: System) -> None:
     place = await register(system, url)
     kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
     async with place.client() as admin:
@@ -54,7 +54,7 @@ async def test_users_are_made_listed_changed_deleted_and_restored(url: str, syst
     told(await sign_in(url, kim["email"]))
 
 
-async def test_the_email_of_a_deleted_user_is_free_and_may_be_taken_meanwhile(url: str, place: Place) -> None:
+async def test_email_of_a_deleted_user_is_free_for_another_user(url: str, place: Place) -> None:
     user = await place.user()
     async with place.client() as admin:
         told(await admin.delete(f"/api/users/{user['id']}"))
@@ -65,7 +65,9 @@ async def test_the_email_of_a_deleted_user_is_free_and_may_be_taken_meanwhile(ur
 @pytest.mark.parametrize(
     "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
 )
-async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dict[str, Any] | None) -> None:
+async def test_last_admin_of_a_restaurant_cannot_be_removed(
+    system: System, url: str, change: dict[str, Any] | None
+) -> None:
     place = await register(system, url)
     await place.user()
 
@@ -77,7 +79,7 @@ async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dic
         assert told(await without(admin, place.admin_id), 409)["code"] == "last_admin"
         told(await admin.get("/api/users"))
         second = await place.user("admin")
-        # Two who do it to one another at once: one of them stays.
+        # Two admins remove each other at the same moment: one of them stays.
         token = told(await sign_in(url, second["email"]))["access_token"]
         async with place.client(token) as other:
             replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
@@ -96,7 +98,7 @@ async def test_a_restaurant_keeps_an_admin(system: System, url: str, change: dic
     [{"is_active": False}, {"password": "another one that is good"}, {"role": "admin"}, None],
     ids=["shut-out", "password", "role", "deleted"],
 )
-async def test_who_may_not_go_on_as_before_is_signed_out_everywhere(
+async def test_reduced_access_or_a_new_password_revokes_all_sessions(
     url: str, place: Place, change: dict[str, Any] | None
 ) -> None:
     user = await place.user()
@@ -115,14 +117,14 @@ async def test_who_may_not_go_on_as_before_is_signed_out_everywhere(
 @pytest.mark.parametrize(
     "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
 )
-async def test_one_who_was_an_admin_makes_no_users_with_the_token_that_is_left(
+async def test_former_admin_cannot_manage_users_with_its_old_token(
     url: str, place: Place, change: dict[str, Any] | None
 ) -> None:
-    once = await place.user("admin")
-    token = told(await sign_in(url, once["email"]))["access_token"]
+    former = await place.user("admin")
+    token = told(await sign_in(url, former["email"]))["access_token"]
     async with place.client() as admin, place.client(token) as left:
         told(await left.get("/api/users"))
-        path = f"/api/users/{once['id']}"
+        path = f"/api/users/{former['id']}"
         told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
         body = {"email": new_email(), "password": PASSWORD, "role": "admin"}
         for reply in (
@@ -136,7 +138,7 @@ async def test_one_who_was_an_admin_makes_no_users_with_the_token_that_is_left(
             assert told(reply, 401)["code"] == "not_admin_any_more"
 
 
-async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: str, place: Place) -> None:
+async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: str, place: Place) -> None:
     other = await register(system, url)
     theirs, ours = await other.user(), await place.user()
     async with place.client() as admin:
@@ -151,7 +153,7 @@ async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: st
             assert told(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
             changed = await admin.put(f"/api/users/{ours['id']}", json=body)
             assert told(changed, 422)["details"]["field"] == field
-        # Of another restaurant's users it sees and changes nothing; to it they are not there.
+        # The admin can neither see nor change the users of another restaurant: the API answers that they do not exist.
         path = f"/api/users/{theirs['id']}"
         for reply in (
             await admin.get(path),
@@ -166,8 +168,8 @@ async def test_an_admin_makes_nobody_greater_than_itself(system: System, url: st
         assert told(await them.get(path)) == theirs
 
 
-async def test_the_database_itself_keeps_users_apart(system: System, url: str, place: Place) -> None:
-    """Were there a hole in the API, this is what stands behind it."""
+async def test_database_itself_keeps_users_of_tenants_apart(system: System, url: str, place: Place) -> None:
+    """The database refuses these statements even if the API has a hole."""
     other = await register(system, url)
     add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
     async with system.database("ticketrail_api") as connection:
@@ -188,7 +190,7 @@ async def test_the_database_itself_keeps_users_apart(system: System, url: str, p
         async with connection.transaction():
             await connection.execute("select set_config('app.tenant', $1, true)", place.id)
             assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
-        # A function that runs as the owner is not led to a table of the caller's.
+        # A function that runs as the owner must not use a table of the caller.
         await connection.execute(
             "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
             " password_hash text, is_active boolean, deleted_at timestamptz)"
