@@ -1,4 +1,4 @@
-"""Customers: their phone numbers, and what they have spent and earned, each payment and each move counted once."""
+"""Customers: phone numbers, spending and loyalty points; each payment and each move of points counts once."""
 
 import asyncio
 from collections import Counter
@@ -17,12 +17,12 @@ from tests.rigs.system import System, eventually
 
 @pytest.fixture(scope="module")
 async def shop(system: System) -> Shop:
-    """In Germany, without tax; a point for each euro."""
+    """A restaurant in Germany without tax, with one point for each euro."""
     return await open_shop(system, tax_basis_points=0, settings={"country": "DE", "minor_units_per_point": 100})
 
 
 async def customer(client: httpx.AsyncClient, **fields: Any) -> str:
-    """The path of a new one."""
+    """Creates a customer and returns its path."""
     found = made(await client.post("/api/customers", json={"name": "Ada", **fields}))
     assert (found["loyalty_points"], found["total_spent"], found["visits"]) == (0, 0, 0)
     return f"/api/customers/{found['id']}"
@@ -47,8 +47,8 @@ async def totals(client: httpx.AsyncClient, customer: str) -> tuple[int, int, in
     return found["total_spent"], found["visits"], found["loyalty_points"]
 
 
-async def become(client: httpx.AsyncClient, customer: str, *expected: int) -> None:
-    """(spent, visits, points), once PostgreSQL has what was paid."""
+async def totals_become(client: httpx.AsyncClient, customer: str, *expected: int) -> None:
+    """Waits until the customer's totals are (spent, visits, points), which needs the payments in PostgreSQL."""
     await eventually(lambda: totals(client, customer), what=f"{expected}", until=lambda found: found == expected)
 
 
@@ -75,7 +75,7 @@ async def synced(client: httpx.AsyncClient, *paths: str) -> None:
         ("+4930123456", "US", "+4930123456"),
     ],
 )
-def test_a_phone_number_is_kept_in_e164_whatever_it_was_dialled_as(text: str, country: str | None, number: str) -> None:
+def test_phone_number_is_stored_in_e164_whatever_its_written_form(text: str, country: str | None, number: str) -> None:
     assert e164(text, country) == number
     assert e164(number, country) == number
 
@@ -83,25 +83,25 @@ def test_a_phone_number_is_kept_in_e164_whatever_it_was_dialled_as(text: str, co
 @pytest.mark.parametrize(
     ("text", "country"),
     [
-        ("030 123456", None),  # of which country?
+        ("030 123456", None),  # no country is known
         ("", "DE"),
         ("call me", "DE"),
         ("+49", "DE"),
         ("+999 123456789", "DE"),
-        ("555-2671", "US"),  # within its own town alone
+        ("555-2671", "US"),  # valid only within its own town
         ("12", "DE"),
         ("0" * 200, "DE"),
         ("+49 123456789012345", "DE"),  # possible in Germany, and longer than E.164 allows
         ("+1 415 555 2671 2671", "US"),
     ],
 )
-def test_what_is_no_phone_number_is_refused(text: str, country: str | None) -> None:
+def test_invalid_phone_number_is_refused(text: str, country: str | None) -> None:
     with pytest.raises(InvalidInput) as refused:
         e164(text, country)
     assert (refused.value.details["field"], refused.value.error_code) == ("phone", "invalid_phone")
 
 
-async def test_customers_are_kept_and_found_by_their_number_in_whatever_form(shop: Shop) -> None:
+async def test_customers_are_found_by_their_phone_number_in_any_form(shop: Shop) -> None:
     other = await open_shop(shop.system)
     async with shop.client() as staff, other.client() as stranger:
         made_ = made(await staff.post("/api/customers", json={"name": "Ada", "phone": "030 9876543"}))
@@ -110,24 +110,24 @@ async def test_customers_are_kept_and_found_by_their_number_in_whatever_form(sho
             found = expect(await staff.get("/api/customers", params={"phone": text}))
             assert [one["id"] for one in found] == [made_["id"]]
         made(await staff.post("/api/customers", json={"name": "Bea", "phone": "+1 415 555 2671"}))
-        found = expect(await staff.get("/api/customers?phone=+14155552671"))  # not escaped
+        found = expect(await staff.get("/api/customers?phone=+14155552671"))  # the plus sign is not escaped
         assert [one["name"] for one in found] == ["Bea"]
         assert expect(await stranger.get("/api/customers", params={"phone": "+49309876543"})) == []
-        refused(await staff.get("/api/customers", params={"phone": "nobody"}), 422, "invalid_phone", "phone")
+        refused(await staff.get("/api/customers", params={"phone": "no number"}), 422, "invalid_phone", "phone")
         refused(await staff.post("/api/customers", json={"name": "A", "phone": "nope"}), 422, "invalid_phone", "phone")
         path = f"/api/customers/{made_['id']}"
         refused(await staff.put(path, json={"phone": "12"}), 422, "invalid_phone", "phone")
         assert expect(await staff.put(path, json={"phone": "089 1234567"}))["phone"] == "+49891234567"
         assert expect(await staff.put(path, json={"phone": None}))["phone"] is None
-        # Where nobody said which country it is in, a number says it itself.
+        # If the restaurant has no country, the number must name its own.
         refused(await stranger.post("/api/customers", json={"name": "A", "phone": "030 98765"}), 422, "invalid_phone")
         made(await stranger.post("/api/customers", json={"name": "A", "phone": "+49 30 9876543"}))
 
 
-# -- what was spent ----------------------------------------------------------------------------------------------
+# -- spending ----------------------------------------------------------------------------------------------------
 
 
-async def test_an_order_counts_when_it_is_paid_and_for_what_was_not_given_back(shop: Shop) -> None:
+async def test_order_counts_when_it_is_paid_and_without_its_refunds(shop: Shop) -> None:
     async with shop.client() as staff:
         ada, bea = await customer(staff), await customer(staff, name="Bea")
         first = await order(shop, staff, ada, 1_250)
@@ -136,36 +136,36 @@ async def test_an_order_counts_when_it_is_paid_and_for_what_was_not_given_back(s
         await synced(staff, first)
         assert await totals(staff, ada) == (0, 0, 0)
         await pay(staff, first, 250)
-        await become(staff, ada, 1_250, 1, 12)
+        await totals_become(staff, ada, 1_250, 1, 12)
         second = await order(shop, staff, ada, 760)
         await pay(staff, second, 760)
-        await become(staff, ada, 2_010, 2, 20)
+        await totals_become(staff, ada, 2_010, 2, 20)
         await pay(staff, second, -60)
-        await become(staff, ada, 1_950, 2, 19)
+        await totals_become(staff, ada, 1_950, 2, 19)
         await pay(staff, second, -700)
-        await become(staff, ada, 1_250, 1, 12)
+        await totals_become(staff, ada, 1_250, 1, 12)
         assert await totals(staff, bea) == (0, 0, 0)
         found = expect(await staff.get("/api/customers?limit=200&fields=total_spent,visits"))
         assert {one["id"]: one["total_spent"] for one in found}[id_of(ada)] == 1_250
-        expect(await staff.put(first, json={"customer_id": id_of(bea)}))  # it was hers
-        await become(staff, ada, 0, 0, 0)
-        await become(staff, bea, 1_250, 1, 12)
+        expect(await staff.put(first, json={"customer_id": id_of(bea)}))  # the order was Bea's
+        await totals_become(staff, ada, 0, 0, 0)
+        await totals_become(staff, bea, 1_250, 1, 12)
 
 
-async def test_what_costs_nothing_is_a_visit_and_what_is_deleted_is_none(shop: Shop) -> None:
+async def test_free_order_counts_as_a_visit_and_a_deleted_order_does_not(shop: Shop) -> None:
     async with shop.client() as staff:
         ada = await customer(staff)
         free = await order(shop, staff, ada, 500, deposit_used=500)
-        await become(staff, ada, 0, 1, 0)
+        await totals_become(staff, ada, 0, 1, 0)
         expect(await staff.put(free, json={"status": "cancelled"}))
-        await become(staff, ada, 0, 0, 0)
+        await totals_become(staff, ada, 0, 0, 0)
         paid = await order(shop, staff, ada, 800)
         await pay(staff, paid, 800)
-        await become(staff, ada, 800, 1, 8)
+        await totals_become(staff, ada, 800, 1, 8)
         expect(await staff.delete(paid))
-        await become(staff, ada, 0, 0, 0)
+        await totals_become(staff, ada, 0, 0, 0)
         expect(await staff.post(f"{paid}/restore"))
-        await become(staff, ada, 800, 1, 8)
+        await totals_become(staff, ada, 800, 1, 8)
         expect(await staff.delete(ada))
         refused(await staff.get(ada), 404, "customer_deleted")
         refused(await staff.post(f"{ada}/loyalty", json={"points": 1}), 404, "customer_deleted")
@@ -173,20 +173,20 @@ async def test_what_costs_nothing_is_a_visit_and_what_is_deleted_is_none(shop: S
         assert await totals(staff, ada) == (800, 1, 8)
 
 
-async def test_an_order_counts_once_however_often_its_events_come(shop: Shop) -> None:
+async def test_order_counts_once_however_often_its_events_arrive(shop: Shop) -> None:
     async with shop.client() as staff:
         ada = await customer(staff)
         expect(await staff.post(f"{ada}/loyalty", json={"points": 5, "id": str(uuid4())}))
         paid = await order(shop, staff, ada, 1_000)
         for amount in (400, 600, -100):
             await pay(staff, paid, amount)
-        await become(staff, ada, 900, 1, 14)
+        await totals_become(staff, ada, 900, 1, 14)
         events = [*await recorded(shop, id_of(paid), 4), *await recorded(shop, id_of(ada), 2)]
         async with shop.system.database() as connection:
             for _ in range(3):
                 await shop.publish(*reversed(events), *events)
             last = await order(shop, staff, ada, 1)
-            await synced(staff, last)  # behind them in the lane
+            await synced(staff, last)  # after them in the lane
             assert await connection.fetchval("select count(*) from payments where order_id = $1", id_of(paid)) == 3
         assert await totals(staff, ada) == (900, 1, 14)
 
@@ -194,7 +194,7 @@ async def test_an_order_counts_once_however_often_its_events_come(shop: Shop) ->
 # -- points ------------------------------------------------------------------------------------------------------
 
 
-async def test_moves_of_points_count_once_each_and_are_seen_at_once(shop: Shop) -> None:
+async def test_moves_of_points_count_once_and_are_visible_at_once(shop: Shop) -> None:
     ids = [str(uuid4()) for _ in range(15)]
     async with shop.client() as staff:
         ada = await customer(staff)
@@ -202,14 +202,14 @@ async def test_moves_of_points_count_once_each_and_are_seen_at_once(shop: Shop) 
         replies = await asyncio.gather(*moves)
         assert Counter(reply.status_code for reply in replies) == {200: 30}
         assert sum("idempotency-replayed" in reply.headers for reply in replies) == 15
-        assert await totals(staff, ada) == (0, 0, 45)  # at once: before PostgreSQL need have it
+        assert await totals(staff, ada) == (0, 0, 45)  # visible at once, possibly before PostgreSQL has them
         found = expect(await staff.post(f"{ada}/loyalty", json={"points": -5, "reason": "coffee"}))
         assert found["loyalty_points"] == 40
         again = {"points": 4, "id": ids[0], "reason": "quiz"}
         refused(await staff.post(f"{ada}/loyalty", json=again), 409, "move_id_reused", "id")
         refused(await staff.post(f"{ada}/loyalty", json={"points": 0}), 422, "invalid_input", "points")
         bea = await customer(staff)
-        expect(await staff.post(f"{bea}/loyalty", json={**again}))  # an id is its customer's own
+        expect(await staff.post(f"{bea}/loyalty", json={**again}))  # the id is unique only within a customer
         assert (await totals(staff, bea), await totals(staff, ada)) == ((0, 0, 4), (0, 0, 40))
         await synced(staff, ada, bea)
         assert (await totals(staff, bea), await totals(staff, ada)) == ((0, 0, 4), (0, 0, 40))
@@ -220,12 +220,12 @@ async def test_moves_of_points_count_once_each_and_are_seen_at_once(shop: Shop) 
     assert tuple(found) == (16, 40)
 
 
-async def test_nobody_redeems_more_points_than_there_are_however_many_try_at_once(shop: Shop) -> None:
+async def test_concurrent_redemptions_never_exceed_the_points(shop: Shop) -> None:
     async with shop.client() as staff:
         ada = await customer(staff)
         paid = await order(shop, staff, ada, 5_000)
         await pay(staff, paid, 5_000)
-        await become(staff, ada, 5_000, 1, 50)
+        await totals_become(staff, ada, 5_000, 1, 50)
         expect(await staff.post(f"{ada}/loyalty", json={"points": 20}))
         details = refused(await staff.post(f"{ada}/loyalty", json={"points": -71}), 409, "not_enough_points", "points")
         assert details["loyalty_points"] == 70
@@ -236,9 +236,9 @@ async def test_nobody_redeems_more_points_than_there_are_however_many_try_at_onc
         assert {reply.json()["error"]["code"] for reply in replies if reply.is_error} == {"not_enough_points"}
         assert await totals(staff, ada) == (5_000, 1, 0)
         done = next(one for one, reply in zip(redeems, replies, strict=True) if reply.is_success)
-        expect(await staff.post(f"{ada}/loyalty", json=done))  # a repeat is answered, not refused
+        expect(await staff.post(f"{ada}/loyalty", json=done))  # a repeat gets the first reply and no refusal
         assert await totals(staff, ada) == (5_000, 1, 0)
-        # What was spent is given back after its points are gone: less than nothing, and nothing to redeem.
+        # The payment is refunded after its points were redeemed: the balance is negative, so nothing can be redeemed.
         await pay(staff, paid, -5_000)
-        await become(staff, ada, 0, 0, -50)
+        await totals_become(staff, ada, 0, 0, -50)
         refused(await staff.post(f"{ada}/loyalty", json={"points": -1, "id": key}), 409, "not_enough_points", "points")

@@ -1,4 +1,4 @@
-"""What is in the store room, over HTTP: orders take it, deliveries bring it, nobody sells what is not there."""
+"""The inventory over HTTP: orders reduce the stock, deliveries increase it, and no order takes more than there is."""
 
 import asyncio
 from collections import Counter
@@ -31,7 +31,7 @@ async def shop(system: System) -> Shop:
 
 
 async def stock(shop: Shop, quantity: int, **fields: Any) -> str:
-    """The path of a new inventory item."""
+    """Creates an inventory item and returns its path."""
     async with shop.client() as staff:
         found = made(await staff.post("/api/inventory", json={"name": "Dough", "quantity": quantity, **fields}))
     assert (found["available"], found["held"]) == (quantity, 0)
@@ -57,13 +57,13 @@ async def place(client: httpx.AsyncClient, *items: tuple[str, int]) -> str:
 
 async def left(client: httpx.AsyncClient, item: str) -> int:
     found = expect(await client.get(item))
-    if found["available"] != found["quantity"] - found["held"]:  # at every moment
+    if found["available"] != found["quantity"] - found["held"]:  # must hold at every moment
         pytest.fail(str(found))
     return int(found["available"])
 
 
 async def stored(shop: Shop, item: str) -> int:
-    """What PostgreSQL says is left, once it has everything."""
+    """Returns the available amount according to PostgreSQL, once it has all changes."""
     async with shop.system.database() as connection:
 
         async def pending() -> int:
@@ -85,7 +85,7 @@ async def stored(shop: Shop, item: str) -> int:
 
 
 async def repeat(shop: Shop, changes: Sequence[Change]) -> None:
-    """The same events again, in another order, several times; returns when both writers are past them."""
+    """Publishes the events again, several times in another order; returns when both writers have consumed them."""
     for _ in range(3):
         await shop.publish(*reversed(changes), *changes)
     async with shop.client() as staff:
@@ -101,7 +101,7 @@ async def repeat(shop: Shop, changes: Sequence[Change]) -> None:
 # -- accepting ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_order_that_would_take_the_stock_below_zero_is_refused_with_what_is_left_and_who_needs_it(
+async def test_order_that_exceeds_the_stock_is_refused_and_lists_what_is_left(
     shop: Shop,
 ) -> None:
     dough, basil = await stock(shop, 5), await stock(shop, 100, name="Basil")
@@ -121,7 +121,7 @@ async def test_an_order_that_would_take_the_stock_below_zero_is_refused_with_wha
         await place(staff, (cola, 1))
 
 
-async def test_a_hot_dish_sells_exactly_what_there_is_to_those_who_come_at_once(shop: Shop) -> None:
+async def test_concurrent_orders_of_one_dish_sell_exactly_the_stock(shop: Shop) -> None:
     dough = await stock(shop, 50)
     pizza = await dish(shop, (dough, 1))
     async with shop.client() as staff:
@@ -136,7 +136,7 @@ async def test_a_hot_dish_sells_exactly_what_there_is_to_those_who_come_at_once(
     assert await stored(shop, dough) == 0
 
 
-async def test_two_dishes_that_share_an_ingredient_share_what_there_is_of_it(shop: Shop) -> None:
+async def test_dishes_with_a_shared_ingredient_share_its_stock(shop: Shop) -> None:
     dough = await stock(shop, 60)
     small, large = await dish(shop, (dough, 1)), await dish(shop, (dough, 3))
     async with shop.client() as staff:
@@ -150,7 +150,7 @@ async def test_two_dishes_that_share_an_ingredient_share_what_there_is_of_it(sho
         assert [one.status_code for one in [await staff.post("/api/orders", json=of((small, 60 - sold + 1)))]] == [409]
 
 
-async def test_a_repeat_with_the_same_key_takes_once_and_is_answered_when_nothing_is_left(shop: Shop) -> None:
+async def test_repeat_with_the_same_key_takes_stock_once_and_succeeds_when_none_is_left(shop: Shop) -> None:
     dough = await stock(shop, 3)
     pizza = await dish(shop, (dough, 1))
     key = {"Idempotency-Key": str(uuid4())}
@@ -167,7 +167,7 @@ async def test_a_repeat_with_the_same_key_takes_once_and_is_answered_when_nothin
 # -- changing ----------------------------------------------------------------------------------------------------
 
 
-async def test_items_that_change_take_and_give_back_the_difference(shop: Shop) -> None:
+async def test_changed_items_take_and_return_the_difference(shop: Shop) -> None:
     dough, cheese = await stock(shop, 5), await stock(shop, 5, name="Cheese")
     pizza, toast, cola = await dish(shop, (dough, 1)), await dish(shop, (cheese, 2)), await dish(shop)
     async with shop.client() as staff:
@@ -175,7 +175,7 @@ async def test_items_that_change_take_and_give_back_the_difference(shop: Shop) -
         expect(await staff.put(order, json=of((pizza, 5))))
         assert await left(staff, dough) == 0
         details = refused(await staff.put(order, json=of((pizza, 6))), 409, "out_of_stock", "items[0].quantity")
-        assert details["items"][0]["available"] == 5  # its own among them
+        assert details["items"][0]["available"] == 5  # the order's own amount is included
         expect(await staff.put(order, json=of((pizza, 1), (toast, 2))))
         assert [await left(staff, one) for one in (dough, cheese)] == [4, 1]
         expect(await staff.put(order, json=of((cola, 1))))
@@ -184,7 +184,7 @@ async def test_items_that_change_take_and_give_back_the_difference(shop: Shop) -
     assert [await stored(shop, one) for one in (dough, cheese)] == [5, 5]
 
 
-async def test_a_cancelled_order_gives_back_once_however_often_its_events_come(shop: Shop) -> None:
+async def test_cancelled_order_returns_its_stock_once_however_often_its_events_arrive(shop: Shop) -> None:
     dough = await stock(shop, 10)
     pizza = await dish(shop, (dough, 1))
     async with shop.client() as staff:
@@ -198,7 +198,7 @@ async def test_a_cancelled_order_gives_back_once_however_often_its_events_come(s
     assert await stored(shop, dough) == 7
 
 
-async def test_an_order_is_restored_while_there_is_enough_and_refused_when_it_was_sold_meanwhile(shop: Shop) -> None:
+async def test_order_is_restored_if_the_stock_suffices_and_refused_otherwise(shop: Shop) -> None:
     dough = await stock(shop, 3)
     pizza = await dish(shop, (dough, 1))
     async with shop.client() as staff:
@@ -220,28 +220,28 @@ async def test_an_order_is_restored_while_there_is_enough_and_refused_when_it_wa
 # -- counting and moving -----------------------------------------------------------------------------------------
 
 
-async def test_a_recount_says_what_is_there_now_and_orders_from_then_on_take_of_it(shop: Shop) -> None:
+async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(shop: Shop) -> None:
     dough = await stock(shop, 10)
     pizza = await dish(shop, (dough, 1))
     async with shop.client() as staff:
-        before, gone = await place(staff, (pizza, 4)), await place(staff, (pizza, 2))
-        expect(await staff.delete(gone))
+        before, deleted = await place(staff, (pizza, 4)), await place(staff, (pizza, 2))
+        expect(await staff.delete(deleted))
         renamed = expect(await staff.put(dough, json={"name": "Fresh dough", "low_at": 2}))
-        assert (renamed["available"], renamed["held"]) == (6, 4)  # nobody counted
+        assert (renamed["available"], renamed["held"]) == (6, 4)  # no recount
         counted = expect(await staff.put(dough, json={"quantity": 3}))
         assert (counted["available"], counted["held"]) == (3, 0)
         refused(await staff.put(before, json=of((pizza, 8))), 409, "out_of_stock")
         expect(await staff.put(before, json=of((pizza, 5))))
         assert await left(staff, dough) == 2
-        expect(await staff.post(f"{gone}/restore"))
+        expect(await staff.post(f"{deleted}/restore"))
         assert await left(staff, dough) == 0
         expect(await staff.put(before, json={"status": "cancelled"}))
         assert await left(staff, dough) == 1
-        assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3  # the same number, counted anew
+        assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3  # a recount with the same number
     assert await stored(shop, dough) == 3
 
 
-async def test_moves_count_once_each_whoever_makes_them_at_the_same_moment(shop: Shop) -> None:
+async def test_concurrent_moves_count_once_each(shop: Shop) -> None:
     dough = await stock(shop, 10)
     pizza = await dish(shop, (dough, 1))
     ids = [str(uuid4()) for _ in range(12)]
@@ -270,7 +270,7 @@ async def test_moves_count_once_each_whoever_makes_them_at_the_same_moment(shop:
     assert [row["quantity"] for row in found] == [-4, *[2] * 12]
 
 
-async def test_a_move_is_known_again_after_so_many_others_that_it_has_left_the_state(shop: Shop) -> None:
+async def test_old_move_is_recognised_after_it_has_left_the_state(shop: Shop) -> None:
     dough, first = await stock(shop, 0), {"quantity": 5, "id": str(uuid4()), "reason": "the first"}
     async with shop.client() as staff:
         expect(await staff.post(f"{dough}/moves", json=first))
@@ -278,13 +278,13 @@ async def test_a_move_is_known_again_after_so_many_others_that_it_has_left_the_s
         item = ITEM.decode(base)
         others = tuple(StockMove(id=str(uuid4()), quantity=1, created_at=item.updated_at) for _ in range(200))
         await shop.publish(change(structs.replace(item, quantity=205, moves=others), base=base), lane=Lane.NORMAL)
-        await eventually(lambda: left(staff, dough), what="the others", until=lambda found: found == 205)
+        await eventually(lambda: left(staff, dough), what="the other moves", until=lambda found: found == 205)
         assert await stored(shop, dough) == 205
         assert expect(await staff.post(f"{dough}/moves", json=first))["quantity"] == 205
         refused(await staff.post(f"{dough}/moves", json={**first, "quantity": 6}), 409, "move_id_reused", "id")
 
 
-async def test_what_is_low_says_so(shop: Shop) -> None:
+async def test_low_stock_is_marked(shop: Shop) -> None:
     dough, salt = await stock(shop, 5, low_at=3), await stock(shop, 0)
     pizza = await dish(shop, (dough, 1))
     async with shop.client() as staff:
@@ -297,12 +297,12 @@ async def test_what_is_low_says_so(shop: Shop) -> None:
         assert not (await low())[id_of(dough)]
         await place(staff, (pizza, 2))
         assert (await low())[id_of(dough)]
-        assert not (await low())[id_of(salt)]  # nobody said when
+        assert not (await low())[id_of(salt)]  # it has no `low_at`
         assert not expect(await staff.post(f"{dough}/moves", json={"quantity": 1}))["low"]
         refused(await staff.put(dough, json={"low_at": -1}), 422, "invalid_input", "low_at")
 
 
-async def test_a_dish_that_needs_what_is_not_in_the_store_room_is_refused(shop: Shop) -> None:
+async def test_dish_that_consumes_an_unknown_inventory_item_is_refused(shop: Shop) -> None:
     dough, other = await stock(shop, 1), await open_shop(shop.system)
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin, other.client(Role.ADMIN) as stranger:
         body = {"name": "Pizza", "price": 1, "category": "Mains"}
@@ -320,10 +320,10 @@ async def test_a_dish_that_needs_what_is_not_in_the_store_room_is_refused(shop: 
         assert await left(staff, dough) == 1
 
 
-# -- where it is read --------------------------------------------------------------------------------------------
+# -- reads -------------------------------------------------------------------------------------------------------
 
 
-async def test_without_the_mirror_postgres_says_what_is_left_and_without_both_nobody_does(shop: Shop) -> None:
+async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_without_both(shop: Shop) -> None:
     dough = await stock(shop, 9, low_at=7)
     async with shop.client() as staff:
         await place(staff, (await dish(shop, (dough, 1)), 2))
@@ -336,55 +336,54 @@ async def test_without_the_mirror_postgres_says_what_is_left_and_without_both_no
             id_of(dough),
         )
     item = ITEM.decode_state(state.encode())
-    away = Mirror("redis://127.0.0.1:1/0", timeout=0.2, stale_seconds=60)
+    unavailable = Mirror("redis://127.0.0.1:1/0", timeout=0.2, stale_seconds=60)
     for url, expected in (
         (shop.system.database_url("ticketrail_api"), {"available": 7, "held": 2, "low": True}),
         ("postgresql://nobody@127.0.0.1:1/none", {"available": None, "held": None, "low": None}),
     ):
         postgres = Postgres(url, settings)
-        insight = DerivedFigures(None, postgres, away)  # type: ignore[arg-type]
-        assert await insight.available(shop.restaurant, [item]) == [expected]
+        figures = DerivedFigures(None, postgres, unavailable)  # type: ignore[arg-type]
+        assert await figures.available(shop.restaurant, [item]) == [expected]
         await postgres.close()
-    await away.close()
+    await unavailable.close()
 
 
-# -- whatever happens --------------------------------------------------------------------------------------------
+# -- random operations -------------------------------------------------------------------------------------------
 
 
-async def test_many_hands_at_once_leave_what_postgres_says_is_left(shop: Shop) -> None:
+async def test_concurrent_random_operations_leave_the_stock_that_postgres_has(shop: Shop) -> None:
     chance = Random(7)
     items = [await stock(shop, 25) for _ in range(3)]
     dishes = [await dish(shop, (items[0], 1)), await dish(shop, (items[0], 2), (items[1], 1)), await dish(shop)]
     dishes.append(await dish(shop, (items[2], 3)))
     codes: Counter[str] = Counter()
 
-    async def hand(staff: httpx.AsyncClient, seed: int) -> None:
+    async def work(staff: httpx.AsyncClient, seed: int) -> None:
         chance, mine = Random(seed), list[str]()
         for _ in range(12):
-            wanted = of(*((one, chance.randrange(1, 4)) for one in chance.sample(dishes, k=chance.randrange(1, 3))))
-            body: Any = wanted
-            what = chance.choice(("place", "place", "items", "status", "delete", "restore", "deliver", "count"))
-            if what == "place" or not mine:
+            body: Any = of(*((one, chance.randrange(1, 4)) for one in chance.sample(dishes, k=chance.randrange(1, 3))))
+            action = chance.choice(("place", "place", "items", "status", "delete", "restore", "deliver", "count"))
+            if action == "place" or not mine:
                 reply = await staff.post("/api/orders", json=body, headers={"Idempotency-Key": str(uuid4())})
                 if reply.status_code == 201:
                     mine.append(f"/api/orders/{reply.json()['data']['id']}")
-            elif what == "items":
+            elif action == "items":
                 reply = await staff.put(chance.choice(mine), json=body)
-            elif what == "status":
+            elif action == "status":
                 status = chance.choice(("received", "cancelled"))
                 reply = await staff.put(chance.choice(mine), json={"status": status})
-            elif what == "delete":
+            elif action == "delete":
                 reply = await staff.delete(chance.choice(mine))
-            elif what == "restore":
+            elif action == "restore":
                 reply = await staff.post(f"{chance.choice(mine)}/restore")
-            elif what == "deliver":
+            elif action == "deliver":
                 reply = await staff.post(f"{chance.choice(items)}/moves", json={"quantity": chance.randrange(1, 5)})
             else:
                 reply = await staff.put(chance.choice(items), json={"quantity": chance.randrange(20)})
             codes["done" if reply.is_success else reply.json()["error"]["code"]] += 1
 
     async with shop.client() as staff:
-        await asyncio.gather(*(hand(staff, chance.randrange(10**6)) for _ in range(12)))
+        await asyncio.gather(*(work(staff, chance.randrange(10**6)) for _ in range(12)))
         assert codes["done"] > 50
         assert codes["out_of_stock"] > 5
         assert not codes["internal"]

@@ -1,5 +1,5 @@
-"""What stands before every handler: limits, body sizes, other origins and the headers that browsers heed. On the
-running system, and on a second orders instance with small limits and a trusted proxy."""
+"""The checks before every handler: rate limits, body sizes, other origins and security headers. They run on the
+shared system, and on a second orders instance with small limits and a trusted proxy."""
 
 import asyncio
 import itertools
@@ -32,13 +32,13 @@ from tests.rigs.system import ROOT, System, eventually
 
 BURST, ADDRESS_BURST = 6, 12
 ORIGIN = "https://app.example"
-NEVER = 0.000_001  # tokens a second: within a test none comes back
+NO_REFILL_PER_SECOND = 0.000_001  # tokens per second: none returns during a test
 _addresses = (f"203.0.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
 
 @pytest.fixture
 async def mirrors(servers: Servers) -> AsyncIterator[list[Mirror]]:
-    """Two clients of one server."""
+    """Two clients of one Redis server."""
     found = [Mirror(servers.redis.url, timeout=5.0, stale_seconds=2.0) for _ in range(2)]
     yield found
     for mirror in found:
@@ -52,23 +52,23 @@ def new_name() -> str:
 # -- the bucket --------------------------------------------------------------------------------------------------
 
 
-async def test_two_clients_who_ask_at_once_get_what_is_there_and_no_more(mirrors: list[Mirror]) -> None:
+async def test_two_clients_together_take_no_more_tokens_than_there_are(mirrors: list[Mirror]) -> None:
     name = new_name()
-    replies = await asyncio.gather(*(mirrors[n % 2].take_tokens(name, 100, NEVER, 7) for n in range(40)))
+    replies = await asyncio.gather(*(mirrors[n % 2].take_tokens(name, 100, NO_REFILL_PER_SECOND, 7) for n in range(40)))
     assert sum(taken for taken, _, _ in replies) == 100
-    # The last one got what was left of a share; after it there was nothing.
+    # The last successful call got the rest of a share; later calls got nothing.
     assert sorted(taken for taken, _, _ in replies) == [0] * 25 + [2] + [7] * 14
     assert all(wait > 0 for taken, _, wait in replies if not taken)
 
 
-async def test_two_processes_who_ask_at_once_get_what_is_there_and_no_more(servers: Servers) -> None:
+async def test_two_processes_together_take_no_more_tokens_than_there_are(servers: Servers) -> None:
     code = f"""
 import asyncio
 from shared.http.limits import Rate, TokenBucket
 from shared.mirror.mirror import Mirror
 async def main():
     mirror = Mirror({servers.redis.url!r}, timeout=5.0, stale_seconds=2.0)
-    bucket = TokenBucket(mirror, "test", Rate(200, {NEVER}))
+    bucket = TokenBucket(mirror, "test", Rate(200, {NO_REFILL_PER_SECOND}))
     waits = [(await bucket.take({new_name()!r}))[0] for _ in range(200)]
     print(waits.count(0.0))
 asyncio.run(main())
@@ -81,8 +81,8 @@ asyncio.run(main())
     assert sum(got) == 200, got
 
 
-async def test_a_bucket_fills_steadily_and_says_when_there_is_one(mirrors: list[Mirror]) -> None:
-    # So slowly that none comes back while it is asked.
+async def test_bucket_fills_steadily_and_reports_the_wait(mirrors: list[Mirror]) -> None:
+    # The bucket fills so slowly that no token returns during these calls.
     bucket, name = TokenBucket(mirrors[0], "test", Rate(2, 0.01)), new_name()
     assert [await bucket.take(name) for _ in range(2)] == [(0.0, 1), (0.0, 0)]
     wait, left = await bucket.take(name)
@@ -93,11 +93,11 @@ async def test_a_bucket_fills_steadily_and_says_when_there_is_one(mirrors: list[
     async def again() -> bool:
         return (await quick.take(name))[0] == 0.0
 
-    await eventually(again, what="one that has come back")
+    await eventually(again, what="a returned token")
 
 
 async def counted(bucket: TokenBucket, monkeypatch: pytest.MonkeyPatch, mirror: Mirror) -> list[int]:
-    """What each call of the shared bucket has taken."""
+    """Returns a list that receives the number of tokens that each call of the shared bucket takes."""
     taken: list[int] = []
     really_take = mirror.take_tokens
 
@@ -110,11 +110,13 @@ async def counted(bucket: TokenBucket, monkeypatch: pytest.MonkeyPatch, mirror: 
     return taken
 
 
-async def test_many_who_find_a_share_spent_take_one_new_share(
+async def test_many_callers_of_a_spent_share_take_one_new_share(
     mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them would take one of its own, forget all but the last, and the limit would come too early."""
-    monkeypatch.setattr(limits, "_FRESH_SECONDS", 60.0)  # a share that is forgotten amid them is asked for again
+    """If each caller took its own share and only the last one was kept, the limit would apply too early."""
+    monkeypatch.setattr(
+        limits, "_FRESH_SECONDS", 60.0
+    )  # a share that expires during the calls would be requested again
     bucket, name = TokenBucket(mirrors[0], "test", Rate(10_000, 5_000.0)), new_name()
     taken = await counted(bucket, monkeypatch, mirrors[0])
     waits = await asyncio.gather(*(bucket.take(name) for _ in range(1_000)))
@@ -123,7 +125,7 @@ async def test_many_who_find_a_share_spent_take_one_new_share(
     assert len(taken) == 10
 
 
-async def test_a_bucket_that_is_empty_is_not_asked_again_before_it_has_one(
+async def test_empty_bucket_is_not_asked_again_before_it_has_a_token(
     mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, name = TokenBucket(mirrors[0], "test", Rate(1, 0.01)), new_name()
@@ -134,10 +136,10 @@ async def test_a_bucket_that_is_empty_is_not_asked_again_before_it_has_one(
     assert taken == [1, 0]
 
 
-async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers: Servers) -> None:
+async def test_each_process_has_its_own_bucket_while_redis_is_unavailable(servers: Servers) -> None:
     redis = await asyncio.to_thread(servers.extra_redis)
     mirror = Mirror(redis.url, timeout=5.0, stale_seconds=2.0)
-    name, rate = new_name(), Rate(5, NEVER)
+    name, rate = new_name(), Rate(5, NO_REFILL_PER_SECOND)
     one, other = TokenBucket(mirror, "test", rate), TokenBucket(mirror, "test", rate)
 
     async def taken(bucket: TokenBucket) -> int:
@@ -148,23 +150,23 @@ async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers:
         assert await taken(other) == 0
         await asyncio.to_thread(redis.stop)
 
-        async def away() -> bool:
+        async def unavailable() -> bool:
             try:
                 await mirror.take_tokens(new_name(), 1, 1.0, 1)
             except (MirrorUnavailable, MirrorInDoubt):
                 return True
             return False
 
-        await eventually(away, what="Redis away")
+        await eventually(unavailable, what="Redis unavailable")
         fresh = [TokenBucket(mirror, "test", rate) for _ in range(2)]
         assert [await taken(bucket) for bucket in fresh] == [5, 5]
         await asyncio.to_thread(redis.start)
 
         async def back() -> bool:
-            return not await away()
+            return not await unavailable()
 
         await eventually(back, what="Redis back")
-        # Empty, or filled anew where the server forgot: one bucket for both again.
+        # Both use one bucket again, which is empty, or full if the server lost it.
         assert await taken(one) + await taken(other) in (0, 5)
     finally:
         await mirror.close()
@@ -172,7 +174,7 @@ async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers:
 
 
 @pytest.mark.parametrize(
-    ("address", "whose"),
+    ("address", "counted"),
     [
         ("198.51.100.7", "198.51.100.7"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
@@ -183,8 +185,8 @@ async def test_while_redis_is_away_each_process_has_a_bucket_of_its_own(servers:
         ("a-unix-socket", "a-unix-socket"),
     ],
 )
-def test_of_ipv6_a_network_is_counted(address: str, whose: str) -> None:
-    assert counted_as(address) == whose
+def test_ipv6_addresses_are_counted_by_network(address: str, counted: str) -> None:
+    assert counted_as(address) == counted
 
 
 # -- limits of requests ------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def test_of_ipv6_a_network_is_counted(address: str, whose: str) -> None:
 
 @pytest.fixture(scope="module")
 async def limited(system: System) -> AsyncIterator[str]:
-    """An orders instance with small limits that serves pages of other origins."""
+    """URL of an orders instance with small limits that accepts pages of other origins."""
     name, port = "limited", find_free(1)[0]
     system.urls[name] = f"http://127.0.0.1:{port}"
     system.start(
@@ -220,7 +222,7 @@ async def shop(system: System, limited: str) -> Shop:
 
 
 async def new_shop(system: System, limited: str) -> Shop:
-    """Registered from an address of its own: not even registering is without a limit."""
+    """Registers a restaurant from a new address, because registrations are limited too."""
     slug = f"shop-{uuid4().hex[:12]}"
     body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good"}
     async with http_client(base_url=limited, headers=headers_of(), timeout=10.0) as client:
@@ -235,9 +237,7 @@ def headers_of(token: str | None = None, *, address: str | None = None) -> dict[
     return found if token is None else {**found, "Authorization": f"Bearer {token}"}
 
 
-async def test_requests_of_a_restaurant_are_limited_wherever_they_come_from(
-    limited: str, shop: Shop, system: System
-) -> None:
+async def test_requests_of_a_restaurant_are_limited_across_addresses(limited: str, shop: Shop, system: System) -> None:
     tokens = [shop.token, shop.token_of(Role.STAFF), shop.token_of(Role.CUSTOMER, session="s1")]
     async with http_client(base_url=limited) as client:
         for place in range(BURST):
@@ -251,17 +251,17 @@ async def test_requests_of_a_restaurant_are_limited_wherever_they_come_from(
         assert reply.json()["error"]["code"] == "rate_limited"
         assert 1 <= int(reply.headers["retry-after"]) <= 10
         assert (reply.headers["ratelimit-limit"], reply.headers["ratelimit-remaining"]) == (str(BURST), "0")
-        # Others go on, and who has no token is not counted as the restaurant.
+        # Other restaurants continue, and requests without a valid token do not count for the restaurant.
         other = await new_shop(system, limited)
         assert (await client.get("/api/menu", headers=headers_of(other.token))).status_code == 200
         assert (await client.get("/api/menu", headers=headers_of("garbage"))).status_code == 401
 
 
-async def test_requests_from_an_address_are_limited_whoever_asks(limited: str, shop: Shop) -> None:
+async def test_requests_from_an_address_are_limited_across_callers(limited: str, shop: Shop) -> None:
     address = next(_addresses)
     async with http_client(base_url=limited) as client:
         for place in range(ADDRESS_BURST):
-            # What the client itself writes before it changes nothing.
+            # An address that the client itself puts in front changes nothing.
             headers = headers_of(address=f"{next(_addresses)}, {address}")
             reply = await client.get("/api/menu", headers=headers)
             assert reply.status_code == 401
@@ -271,21 +271,21 @@ async def test_requests_from_an_address_are_limited_whoever_asks(limited: str, s
             assert reply.status_code == 429
             assert 1 <= int(reply.headers["retry-after"]) <= 10
         assert (await client.get("/api/menu", headers=headers_of(shop.token))).status_code == 200
-        # Who watches is not counted.
+        # Health checks are not counted.
         for _ in range(ADDRESS_BURST + 1):
             reply = await client.get("/health/live", headers=headers_of(address=address))
             assert reply.status_code == 200
 
 
-async def test_a_service_without_redis_still_limits(system: System, shop: Shop) -> None:
-    name, (port, nothing) = "alone", find_free(2)
+async def test_service_without_redis_still_limits(system: System, shop: Shop) -> None:
+    name, (port, unused_port) = "alone", find_free(2)
     system.urls[name] = f"http://127.0.0.1:{port}"
     system.start(
         "sync",
         alias=name,
         instance="auto",
         sync_port=port,
-        redis_url=f"redis://127.0.0.1:{nothing}/0",
+        redis_url=f"redis://127.0.0.1:{unused_port}/0",
         restaurant_burst_requests=BURST,
         restaurant_requests_per_second=0.01,
     )
@@ -313,7 +313,7 @@ async def preflight(url: str, origin: str) -> httpx.Response:
         return await client.options(f"/api/orders/{uuid4()}", headers={**headers_of(), **asked})
 
 
-async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Shop) -> None:
+async def test_pages_of_configured_origins_may_call(limited: str, shop: Shop) -> None:
     for origin in (ORIGIN, "https://other.example"):
         reply = await preflight(limited, origin)
         assert reply.status_code == 204
@@ -322,7 +322,7 @@ async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Sh
         assert {"authorization", "idempotency-key", "if-match", "last-event-id"} <= set(re.split(", *", allowed))
         assert "access-control-allow-credentials" not in reply.headers
     async with http_client(base_url=limited) as client:
-        # Errors too: a page that may not read them cannot tell its user what was wrong.
+        # Errors need the headers too, or a page could not show its user what was wrong.
         for path, token, status in (
             ("/api/menu", shop.token, 200),
             ("/api/menu", None, 401),
@@ -340,7 +340,7 @@ async def test_pages_of_the_origins_that_are_set_may_call(limited: str, shop: Sh
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "https://app.example.evil.example", "null", "http://app.example"]
 )
-async def test_pages_of_other_origins_may_not(limited: str, shop: Shop, origin: str) -> None:
+async def test_pages_of_other_origins_may_not_call(limited: str, shop: Shop, origin: str) -> None:
     assert "access-control-allow-origin" not in (await preflight(limited, origin)).headers
     async with http_client(base_url=limited) as client:
         reply = await client.get("/api/menu", headers={**headers_of(shop.token), "Origin": origin})
@@ -348,19 +348,19 @@ async def test_pages_of_other_origins_may_not(limited: str, shop: Shop, origin: 
 
 
 @pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
-async def test_where_none_is_set_no_page_of_another_origin_may_call(system: System, service: str) -> None:
+async def test_no_other_origin_may_call_without_configured_origins(system: System, service: str) -> None:
     reply = await preflight(system.urls[service], ORIGIN)
     assert not [name for name in reply.headers if name.startswith("access-control")]
 
 
-def test_a_star_lets_every_page_call() -> None:
+def test_star_allows_every_origin() -> None:
     found = cors(Settings(_env_file=None, cors_origins="*"))  # type: ignore[call-arg]
     assert found is not None
     assert found.is_allow_all_origins
     assert not found.allow_credentials
 
 
-# -- headers of every answer -------------------------------------------------------------------------------------
+# -- headers of every reply --------------------------------------------------------------------------------------
 
 SAFE = {
     "strict-transport-security": re.compile(r"max-age=\d{8}; includeSubDomains"),
@@ -374,14 +374,14 @@ SAFE = {
 
 
 def check(reply: httpx.Response) -> None:
-    for name, wanted in SAFE.items():
+    for name, pattern in SAFE.items():
         found = reply.headers.get_list(name)
         assert len(found) == 1, (reply.request.url, reply.status_code, name, found)
-        assert wanted.fullmatch(found[0]), (name, found)
+        assert pattern.fullmatch(found[0]), (name, found)
 
 
 @pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
-async def test_every_kind_of_answer_has_the_headers_that_browsers_heed(system: System, service: str) -> None:
+async def test_every_kind_of_reply_has_the_security_headers(system: System, service: str) -> None:
     async with system.client(service=service) as client:
         for method, path, status in (
             ("GET", "/health/live", 200),
@@ -404,7 +404,7 @@ async def test_every_kind_of_answer_has_the_headers_that_browsers_heed(system: S
         check(await client.get("/health/live", headers={"Host": "a b"}))
 
 
-async def test_so_have_answers_of_the_orders_api(system: System, shop: Shop) -> None:
+async def test_replies_of_the_orders_api_have_the_security_headers(system: System, shop: Shop) -> None:
     dish = await shop.dish()
     async with shop.client(Role.ADMIN) as client:
         path = f"/api/menu/{dish['id']}"
@@ -429,13 +429,13 @@ async def test_so_have_answers_of_the_orders_api(system: System, shop: Shop) -> 
             assert reply.json()["error"]["trace_id"] == reply.headers["x-trace-id"]
 
 
-async def test_so_has_a_stream(system: System) -> None:
+async def test_event_stream_has_the_security_headers(system: System) -> None:
     async with system.client(service="notifier") as client, client.stream("GET", "/api/v1/sync/events") as reply:
         assert reply.status_code == 200
         check(reply)
 
 
-async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> None:
+async def test_internal_error_has_the_security_headers_and_hides_its_cause() -> None:
     @get("/broken", sync_to_thread=False)
     def broken() -> None:
         raise RuntimeError("postgresql://ticketrail:secret@db/")
@@ -453,9 +453,7 @@ async def test_so_has_a_failure_of_ours_which_says_nothing_of_its_cause() -> Non
 
 
 @pytest.mark.parametrize("service", ["orders", "sync", "notifier"])
-async def test_the_page_of_the_api_runs_by_its_policy_and_loads_nothing_from_elsewhere(
-    system: System, service: str
-) -> None:
+async def test_api_page_obeys_its_own_policy_and_loads_nothing_from_other_hosts(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         assert page.headers["content-type"].startswith("text/html")
@@ -466,7 +464,7 @@ async def test_the_page_of_the_api_runs_by_its_policy_and_loads_nothing_from_els
         loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
         assert len(loaded) == 4
         assert all(path.startswith("/api-docs/files/") for path in loaded)
-        # No script within the page: the policy would not run it.
+        # The page has no inline script, because the policy would not run it.
         assert not re.search(r"<script(?![^>]* src=)", page.text)
         assert " on" not in re.sub(r">[^<]*<", "><", page.text)
         for path in loaded:
@@ -484,16 +482,14 @@ async def in_chunks(size: int) -> AsyncIterator[bytes]:
 
 @pytest.mark.parametrize(("service", "path"), [("orders", "/api/orders"), ("sync", "/api/sync/order")])
 @pytest.mark.parametrize("chunked", [False, True], ids=["announced", "in-chunks"])
-async def test_a_body_of_more_than_a_megabyte_is_refused(
-    system: System, service: str, path: str, chunked: bool
-) -> None:
+async def test_body_over_a_megabyte_is_refused(system: System, service: str, path: str, chunked: bool) -> None:
     def body(size: int) -> Any:
         return in_chunks(size) if chunked else b" " * size
 
     token = {"x-sync-token": Settings(_env_file=None).sync_token}  # type: ignore[call-arg]
     async with system.client(service=service) as client:
         for size, status in (
-            (MAX_BODY_BYTES, 422),  # blanks are no JSON
+            (MAX_BODY_BYTES, 422),  # blanks are not JSON
             (MAX_BODY_BYTES + 1, 413),
             (12 * MAX_BODY_BYTES, 413),
         ):
@@ -503,7 +499,7 @@ async def test_a_body_of_more_than_a_megabyte_is_refused(
             check(reply)
 
 
-def test_a_body_that_is_nested_without_end_is_refused() -> None:
+def test_endlessly_nested_body_is_refused() -> None:
     class Tolerant(Struct):
         name: str = ""
 
@@ -513,15 +509,15 @@ def test_a_body_that_is_nested_without_end_is_refused() -> None:
         assert refused.value.details["field"] == "body"
 
 
-async def test_a_body_that_nobody_reads_is_measured_too(system: System) -> None:
+async def test_body_that_no_handler_reads_is_limited_too(system: System) -> None:
     async with system.client() as client:
         reply = await client.request("DELETE", f"/api/orders/{uuid4()}", content=b" " * (MAX_BODY_BYTES + 1))
         assert reply.status_code == 413
-        # And the service goes on.
+        # The service continues.
         assert (await client.get("/api/orders?limit=1")).status_code == 200
 
 
-async def test_who_is_refused_before_the_body_was_read_is_told_so(system: System) -> None:
+async def test_refusal_before_the_body_was_read_reaches_the_client(system: System) -> None:
     async with system.client(token="garbage") as client:
         for size in (MAX_BODY_BYTES, 3 * MAX_BODY_BYTES):
             for body in (b" " * size, in_chunks(size)):

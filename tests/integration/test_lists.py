@@ -1,4 +1,4 @@
-"""What every entity has alike: lists, soft delete and restore, repeats, the audit; and what days came to."""
+"""What all entities share: lists, soft delete and restore, repeats and the audit; also the summary of days."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime
@@ -18,7 +18,7 @@ from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
 from tests.rigs.system import System, eventually
 
 EVERY = pytest.mark.parametrize("resource", RESOURCES, ids=[one.entity.name for one in RESOURCES])
-# What each is made of, one field of it as it is changed, and what one that is made of something else is called.
+# BODIES: the body that creates each entity. CHANGES: one field of each entity and its changed value.
 BODIES: dict[str, dict[str, Any]] = {
     "category": {"name": "Mains", "position": 2},
     "brand": {"name": "Fritz", "description": "from Hamburg"},
@@ -62,12 +62,12 @@ def body_of(resource: Resource, bay: str) -> dict[str, Any]:
     return {**found, "bay_id": bay} if resource.entity.name == "job" else found
 
 
-def test_no_entity_is_left_out() -> None:
+def test_every_entity_is_tested() -> None:
     assert {one.entity.name for one in RESOURCES} == set(BODIES) == set(CHANGES)
 
 
 async def ids(client: httpx.AsyncClient, path: str, **query: Any) -> list[str]:
-    """All of them, page by page."""
+    """Reads all pages and returns the ids."""
     found: list[str] = []
     cursor = None
     while True:
@@ -80,11 +80,11 @@ async def ids(client: httpx.AsyncClient, path: str, **query: Any) -> list[str]:
             return found
 
 
-# -- made, changed, deleted, restored ----------------------------------------------------------------------------
+# -- create, change, delete, restore -----------------------------------------------------------------------------
 
 
 @EVERY
-async def test_everything_can_be_deleted_and_restored(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, resource: Resource) -> None:
     path, name = resource.path, resource.entity.name
     field, value = CHANGES[name]
     async with shop.client(Role.ADMIN) as admin, shop.client() as staff:
@@ -137,7 +137,7 @@ async def test_everything_can_be_deleted_and_restored(shop: Shop, bay: str, reso
 
 
 @EVERY
-async def test_what_is_asked_for_again_under_its_key_is_the_same(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_repeated_creation_with_its_key_returns_the_same_entity(shop: Shop, bay: str, resource: Resource) -> None:
     key = {"Idempotency-Key": str(uuid4())}
     body = body_of(resource, bay)
     async with shop.client(Role.ADMIN) as admin:
@@ -147,7 +147,7 @@ async def test_what_is_asked_for_again_under_its_key_is_the_same(shop: Shop, bay
         assert again.headers["idempotency-replayed"] == "true"
         other = {**body, next(iter(BODIES[resource.entity.name])): "Another"}
         refused(await admin.post(resource.path, json=other, headers=key), 422, "idempotency_key_reused")
-        # It may have changed since: then it is answered as it stands.
+        # The entity may have changed since; then the reply shows its current state.
         field, value = CHANGES[resource.entity.name]
         expect(await admin.put(f"{resource.path}/{made(first)['id']}", json={field: value}))
         assert made(await admin.post(resource.path, json=body, headers=key))[field] == value
@@ -155,10 +155,10 @@ async def test_what_is_asked_for_again_under_its_key_is_the_same(shop: Shop, bay
 
 
 @EVERY
-async def test_a_change_that_changes_nothing_makes_no_version(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_change_without_effect_creates_no_version(shop: Shop, bay: str, resource: Resource) -> None:
     body = body_of(resource, bay)
     if resource.entity.name == "inventory_item":
-        body = {name: value for name, value in body.items() if name != "quantity"}  # to count is to change
+        body = {name: value for name, value in body.items() if name != "quantity"}  # a count is always a change
     async with shop.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         same = await admin.put(f"{resource.path}/{one['id']}", json=body)
@@ -170,7 +170,7 @@ async def test_a_change_that_changes_nothing_makes_no_version(shop: Shop, bay: s
 
 
 @EVERY
-async def test_pages_have_everything_once_the_newest_first(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_pages_list_every_entity_once_newest_first(shop: Shop, bay: str, resource: Resource) -> None:
     path = resource.path
     async with shop.client(Role.ADMIN) as admin:
         new = [made(await admin.post(path, json=body_of(resource, bay))) for _ in range(5)]
@@ -180,13 +180,13 @@ async def test_pages_have_everything_once_the_newest_first(shop: Shop, bay: str,
         async def states() -> set[str]:
             return {one["sync"]["state"] for one in expect(await admin.get(path, params={"created_from": since}))}
 
-        for _ in range(2):  # on their way, and out of PostgreSQL
+        for _ in range(2):  # first while they are pending, then from PostgreSQL
             for limit in (1, 2, 5, 6):
                 assert await ids(admin, path, created_from=since, limit=limit) == newest
             await eventually(states, what="synced", until=lambda seen: seen == {"synced"})
         first = await admin.get(path, params={"limit": 2, "created_from": since})
         cursor = first.json()["pagination"]["next_cursor"]
-        # What comes, changes or goes in between shifts nothing.
+        # Entities that are created, changed or deleted between two pages do not shift the pages.
         made(await admin.post(path, json=body_of(resource, bay)))
         field, value = CHANGES[resource.entity.name]
         expect(await admin.put(f"{path}/{newest[2]}", json={field: value}))
@@ -201,22 +201,22 @@ async def test_pages_have_everything_once_the_newest_first(shop: Shop, bay: str,
 
 
 @EVERY
-async def test_fields_choose_what_is_sent(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_fields_select_what_is_returned(shop: Shop, bay: str, resource: Resource) -> None:
     field, _ = CHANGES[resource.entity.name]
     nothing = {"created_to": "1999-01-01T00:00:00Z"}
     async with shop.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
-        wanted = [field, "version", *resource.more_types]
-        listed = expect(await admin.get(resource.path, params={"fields": ", ".join(wanted), "limit": 1}))
-        assert listed == [{"id": one["id"], **{name: one[name] for name in wanted}}]
-        # Also where there is none to take the names from.
-        assert expect(await admin.get(resource.path, params={"fields": ",".join(wanted), **nothing})) == []
+        requested = [field, "version", *resource.more_types]
+        listed = expect(await admin.get(resource.path, params={"fields": ", ".join(requested), "limit": 1}))
+        assert listed == [{"id": one["id"], **{name: one[name] for name in requested}}]
+        # The names are checked even if the list is empty.
+        assert expect(await admin.get(resource.path, params={"fields": ",".join(requested), **nothing})) == []
         for query in ({}, nothing):
             reply = await admin.get(resource.path, params={"fields": f"id,{field},secret", **query})
             refused(reply, 422, "invalid_input", "fields")
 
 
-async def test_orders_are_chosen_and_shown_as_they_are_asked_for(shop: Shop) -> None:
+async def test_orders_are_filtered_and_shown_as_requested(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     body = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": str(uuid4())}
     async with shop.client(Role.ADMIN) as admin, shop.client() as staff:
@@ -234,11 +234,11 @@ async def test_orders_are_chosen_and_shown_as_they_are_asked_for(shop: Shop) -> 
         refused(await staff.get("/api/orders", params={"include_deleted": "true"}), 403, "forbidden", "include_deleted")
         listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))
         assert listed[0] == {"id": newest[0], "total": 1_000, "payment_status": "pending"}
-        # What only idempotency needs is nobody's to ask for.
+        # No client may request the field that only idempotency needs.
         refused(await staff.get("/api/orders", params={"fields": "request_hash"}), 422, "invalid_input", "fields")
 
 
-async def test_a_guest_learns_nothing_of_other_guests(shop: Shop) -> None:
+async def test_guest_sees_nothing_of_other_guests(shop: Shop) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client(Role.ADMIN) as admin:
         table = made(await admin.post("/api/tables", json={"label": "Bar", "seats": 9}))["id"]
@@ -253,13 +253,13 @@ async def test_a_guest_learns_nothing_of_other_guests(shop: Shop) -> None:
                 },
             )
         )
-        gone = made(await admin.post("/api/menu", json={"name": "Old dish", "price": 1, "category": "x"}))["id"]
-        expect(await admin.delete(f"/api/menu/{gone}"))
+        deleted = made(await admin.post("/api/menu", json={"name": "Old dish", "price": 1, "category": "x"}))["id"]
+        expect(await admin.delete(f"/api/menu/{deleted}"))
     async with shop.client(Role.CUSTOMER, session="session-of-ada") as guest:
         for path in ("/api/orders", "/api/menu", "/api/menu/categories", "/api/menu/brands", "/api/tables"):
             seen = await guest.get(path, params={"limit": 200})
             expect(seen)
-            for secret in (others["id"], "Grace", "session-of-grace", gone):
+            for secret in (others["id"], "Grace", "session-of-grace", deleted):
                 assert secret not in seen.text, path
             refused(await guest.get(path, params={"include_deleted": "true"}), 403, "forbidden", "include_deleted")
         assert expect(await guest.get("/api/orders", params={"table_id": table})) == []
@@ -271,7 +271,7 @@ async def test_a_guest_learns_nothing_of_other_guests(shop: Shop) -> None:
 
 
 async def audit(client: httpx.AsyncClient, count: int, **query: Any) -> list[dict[str, Any]]:
-    """As soon as so many are there: it is read from PostgreSQL."""
+    """Waits until the audit, which is read from PostgreSQL, has `count` rows; returns them."""
 
     async def look() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = expect(await client.get("/api/audit", params=query))
@@ -281,7 +281,7 @@ async def audit(client: httpx.AsyncClient, count: int, **query: Any) -> list[dic
 
 
 @EVERY
-async def test_the_audit_says_who_changed_what(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resource: Resource) -> None:
     field, value = CHANGES[resource.entity.name]
     async with shop.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
@@ -302,7 +302,7 @@ async def test_the_audit_says_who_changed_what(shop: Shop, bay: str, resource: R
     assert restored == {"deleted_at": {"before": gone["deleted_at"], "after": None}}
 
 
-async def test_the_audit_names_guests_by_session_and_staff_by_user(system: System) -> None:
+async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -> None:
     shop = await open_shop(system)
     dish = (await shop.dish())["id"]
     session = f"table-{uuid4()}"
@@ -362,10 +362,10 @@ async def test_the_audit_names_guests_by_session_and_staff_by_user(system: Syste
         assert expect(await stranger.get("/api/audit")) == []
 
 
-# -- what days came to -------------------------------------------------------------------------------------------
+# -- the summary -------------------------------------------------------------------------------------------------
 
 
-async def test_the_summary_adds_up_each_business_day(system: System) -> None:
+async def test_summary_adds_up_each_business_day(system: System) -> None:
     shop = await open_shop(system, currency="CHF", tax_basis_points=0)
     monday, tuesday, friday = date(2026, 3, 2), date(2026, 3, 3), date(2026, 3, 6)
 
@@ -415,7 +415,7 @@ async def test_the_summary_adds_up_each_business_day(system: System) -> None:
         assert [day["total"] for day in expect(reply)["days"]] == [110]
         assert expect(await staff.get("/api/orders/summary", params={"to": "2026-03-03"}))["orders"] == 4
 
-        # Without dates: up to today, the day that the order itself was given.
+        # Without dates the summary ends today, which is the business day of the new order.
         dish = (await shop.dish(price=700))["id"]
         placed = made(await staff.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
 
@@ -439,14 +439,14 @@ async def test_the_summary_adds_up_each_business_day(system: System) -> None:
 
 @pytest.fixture(scope="module")
 async def blind(system: System, shop: Shop) -> AsyncIterator[str]:
-    """URL of a second instance of the orders service, to which PostgreSQL does not answer."""
-    port, nobody = find_free(2)
+    """URL of a second instance of the orders service that cannot reach PostgreSQL."""
+    port, unused_port = find_free(2)
     system.start(
         "orders",
         alias="blind",
         instance=2,
         orders_port=port,
-        database_api_url=f"postgresql://ticketrail_api:x@127.0.0.1:{nobody}/none",
+        database_api_url=f"postgresql://ticketrail_api:x@127.0.0.1:{unused_port}/none",
     )
     system.urls["blind"] = f"http://127.0.0.1:{port}"
     try:
@@ -457,7 +457,9 @@ async def blind(system: System, shop: Shop) -> AsyncIterator[str]:
         del system.urls["blind"]
 
 
-async def test_without_postgresql_lists_come_from_the_mirror_and_say_so(shop: Shop, bay: str, blind: str) -> None:
+async def test_lists_without_postgres_come_from_the_mirror_and_are_marked_incomplete(
+    shop: Shop, bay: str, blind: str
+) -> None:
     dish = (await shop.dish())["id"]
     async with shop.client() as staff:
         body = {"items": [{"menu_item_id": dish, "quantity": 1}]}

@@ -1,5 +1,5 @@
-"""Who may call what: every route of every service, walked with every role, without a token, as a guest at a table and
-from another restaurant. What is expected is derived from `shared/permissions.py`; a route without an action fails."""
+"""Access control: the tests call every route of every service with every role, without a token, as a guest at a table
+and from another restaurant. `shared/permissions.py` gives the expected result; a route without an action fails."""
 
 import asyncio
 import json
@@ -33,17 +33,17 @@ from tests.rigs.system import System, eventually
 
 HANDLERS: dict[str, list[HTTPRouteHandler]] = {"orders": ORDERS, "sync": sync.ROUTES, "notifier": TRANSPORTS}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-# Without a token. One more of them is decided on here, not by accident.
+# Routes without a token. A new one must be added here on purpose.
 OPEN_TO_ALL = {
     ("orders", "POST", "/api/auth/register-restaurant"),
     ("orders", "POST", "/api/auth/login"),
     ("orders", "POST", "/api/auth/refresh"),
     ("orders", "POST", "/api/auth/logout"),
     ("orders", "POST", "/api/auth/table-session"),
-    ("sync", "POST", "/api/sync/order"),  # by a secret of its own
+    ("sync", "POST", "/api/sync/order"),  # checks its own secret
 }
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
-_AT_ONCE = 8
+_CONCURRENCY = 8
 
 
 class Route(Struct, frozen=True):
@@ -66,31 +66,31 @@ ROUTES = [
     for service, handlers in HANDLERS.items()
     for method, path, operation in operations(handlers)
 ]
-# Readers before writers: what is created on the way is no surprise to them.
+# Readers come before writers, so that they do not see what the writers create.
 ROUTES.sort(key=lambda route: (["GET", "POST", "PUT", "DELETE"].index(route.method), route.path))
 GUARDED = [route for route in ROUTES if route.operation.action != PUBLIC]
 
 
 class Ours(Struct, frozen=True):
-    """A restaurant with one of everything."""
+    """A restaurant with one entity of every kind."""
 
     shop: Shop
     ids: dict[str, str]
     """Parameter of a path -> id."""
     shown: str
-    """Stands in all that guests may see: the menu, the tables."""
+    """A text in everything that guests may see: the menu and the tables."""
     hidden: str
-    """Stands in all else."""
+    """A text in everything else."""
 
     def path(self, route: Route) -> str:
-        """A parameter that nothing of ours belongs to is a KeyError: give it something to find."""
+        """Fills in the parameters. A new parameter raises a KeyError: add an entity to `ids` for it."""
         return _PARAMETER.sub(lambda found: self.ids[found[1]], route.path)
 
     def body(self, route: Route) -> dict[str, Any] | None:
-        """One that is right: what refuses it is not its form."""
+        """Returns a valid body, so that no call is refused because of its body."""
         if route.operation.body is None:
             return None
-        wanted = {
+        bodies: dict[str, dict[str, Any]] = {
             "/api/orders": {"items": [{"menu_item_id": self.ids["menu_item_id"], "quantity": 1}]},
             "/api/menu/availability": {"menu_item_ids": [self.ids["menu_item_id"]], "is_available": True},
             "/api/jobs": {"bay_id": self.ids["bay_id"], "title": "Wash"},
@@ -100,12 +100,12 @@ class Ours(Struct, frozen=True):
             "/api/auth/refresh": {"refresh_token": "none"},
             "/api/auth/logout": {"refresh_token": "none"},
             "/api/ops/conflicts/{conflict_id:str}/resolve": {"keep": self.ids["change_id"], "why": "it was the first"},
-        }.get(route.path)
-        found: dict[str, Any] = wanted or route.operation.example
+        }
+        found: dict[str, Any] = bodies.get(route.path) or route.operation.example
         return found
 
     def leaks(self, text: str, *, path: str, guest: bool = False) -> list[str]:
-        """What of ours stands in an answer; what the caller has named itself may be said again."""
+        """Returns our secrets that a reply contains; ids that the caller named in the path are allowed."""
         public = ("menu_item_id", "category_id", "brand_id", "table_id") if guest else ()
         secret = [id_ for name, id_ in self.ids.items() if name not in public and id_ not in path]
         secret += [self.hidden] if guest else [self.hidden, self.shown, self.shop.restaurant, self.shop.slug]
@@ -165,7 +165,7 @@ async def ours(system: System) -> Ours:
         async def pending() -> int:
             return int(expect(await watcher.get("/api/sync/status"))["totals"]["pending"])
 
-        # In both stores, so that each is seen to keep it to itself.
+        # Both stores must have the data, so that the tests cover both.
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
     async with shop.system.database() as connection:
         ids["letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
@@ -181,15 +181,15 @@ class Answer(Struct, frozen=True):
     text: str
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"{self.route.name}: {self.status} {self.text[:300]}"
 
 
 async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, ordered: bool = True) -> list[Answer]:
-    """In their order, or, like those that only read, at once; of an event stream no more than its beginning is read."""
+    """Calls the routes: GET routes concurrently, others one by one if `ordered`. Reads only the start of a stream."""
     headers = {} if authorization is None else {"Authorization": authorization}
     async with http_client(headers=headers, timeout=20.0) as client:
-        gate = asyncio.Semaphore(_AT_ONCE)
+        gate = asyncio.Semaphore(_CONCURRENCY)
 
         async def call(route: Route) -> Answer:
             path = ours.path(route)
@@ -219,11 +219,11 @@ def bearer(ours: Ours, role: Role, *, restaurant: str | None = None, session: st
 
 def every(answers: list[Answer], right: Callable[[Answer], bool]) -> None:
     assert answers
-    wrong = [answer.told for answer in answers if not right(answer)]
+    wrong = [answer.summary for answer in answers if not right(answer)]
     assert not wrong, "\n".join(wrong)
 
 
-# -- nothing is forgotten ----------------------------------------------------------------------------------------
+# -- completeness ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -242,26 +242,26 @@ def test_every_route_has_an_action(service: Any, tmp_path: Path, monkeypatch: py
         operation = handler.opt.get("operation")
         assert operation is not None, f"{path} is not declared by `endpoint`"
         assert operation.action in ACTIONS
-        # Walked below, too.
+        # The tests below call it too.
         assert {(method, one) for method in handler.http_methods for one in handler.paths} <= declared
 
 
-def test_an_action_that_nobody_has_decided_on_is_refused() -> None:
+def test_undeclared_action_is_refused() -> None:
     with pytest.raises(ValueError, match=r"orders\.burn"):
         endpoint("POST", "/api/burn", action="orders.burn", summary="x", tag="x")
 
 
-def test_what_is_open_to_all_was_decided_on() -> None:
+def test_public_routes_are_exactly_the_listed_ones() -> None:
     assert {(one.service, one.method, one.path) for one in ROUTES if one.operation.action == PUBLIC} == OPEN_TO_ALL
     assert ACTIONS[PUBLIC] == frozenset(Role)
 
 
-def test_every_action_but_those_within_a_handler_belongs_to_a_route() -> None:
+def test_every_action_except_those_inside_a_handler_has_a_route() -> None:
     assert set(ACTIONS) - {route.operation.action for route in ROUTES} == {"deleted.read"}
 
 
 @pytest.mark.parametrize("service", HANDLERS)
-async def test_the_document_names_every_route_and_who_may_call_it(system: System, service: str) -> None:
+async def test_api_document_names_every_route_and_its_roles(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         document = (await client.get("/api-docs/openapi.json")).json()
     described = {
@@ -280,10 +280,10 @@ async def test_the_document_names_every_route_and_who_may_call_it(system: System
             assert f"For: {roles}." in described[key]["description"], key
 
 
-# -- who calls ---------------------------------------------------------------------------------------------------
+# -- callers -----------------------------------------------------------------------------------------------------
 
 
-async def test_without_a_token_of_ours_no_route_says_anything(ours: Ours) -> None:
+async def test_no_route_answers_without_a_valid_token(ours: Ours) -> None:
     claims = {"userId": "u", "restaurantId": ours.shop.restaurant, "role": "admin", "exp": int(time.time()) + 600}
     expired = Tokens(ours.shop.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-5)
     strangers = [
@@ -302,8 +302,8 @@ async def test_without_a_token_of_ours_no_route_says_anything(ours: Ours) -> Non
 
 
 @pytest.mark.parametrize("role", Role)
-async def test_a_role_does_what_it_may_and_nothing_else(ours: Ours, role: Role) -> None:
-    """In a restaurant of its own that has the same: what it may do it does there."""
+async def test_role_can_do_exactly_what_its_permissions_allow(ours: Ours, role: Role) -> None:
+    """The role calls the routes in its own restaurant, which has entities of the same kinds."""
     theirs = await open_shop(ours.shop.system)
     async with theirs.client(Role.ADMIN) as admin:
         dish = await theirs.dish()
@@ -319,13 +319,13 @@ async def test_a_role_does_what_it_may_and_nothing_else(ours: Ours, role: Role) 
 
     every(answers, right)
     may = [answer for answer in answers if allowed(answer.route.operation.action, role)]
-    # Most of what it may do was done, not refused for another reason.
+    # Most allowed calls must succeed, and not be refused for another reason.
     done = [answer for answer in may if answer.status < 300]
-    assert len(done) >= sum(not answer.route.of_one for answer in may), [answer.told for answer in may]
+    assert len(done) >= sum(not answer.route.of_one for answer in may), [answer.summary for answer in may]
 
 
 @pytest.mark.parametrize("role", [Role.ADMIN, Role.STAFF, Role.CUSTOMER])
-async def test_another_restaurant_is_shown_nothing_and_changes_nothing(ours: Ours, role: Role) -> None:
+async def test_another_restaurant_can_see_and_change_nothing(ours: Ours, role: Role) -> None:
     theirs = await open_shop(ours.shop.system)
     before = await _all_of(ours)
     token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(ours, role, restaurant=theirs.restaurant)
@@ -342,20 +342,20 @@ async def test_another_restaurant_is_shown_nothing_and_changes_nothing(ours: Our
     for answer in answers:
         if answer.route.method == "GET" and answer.route.operation.many and answer.status == 200:
             rows = json.loads(answer.text)["data"]
-            # Alone with its first admin.
-            assert rows == [] or answer.route.path == "/api/users", answer.told
+            # The other restaurant has only its first admin.
+            assert rows == [] or answer.route.path == "/api/users", answer.summary
     assert await _all_of(ours) == before
 
 
 async def _all_of(ours: Ours) -> dict[str, tuple[int, str]]:
-    """Everything of ours as its admin reads it; how far it has come on its way is not part of it."""
+    """Returns all data of our restaurant as its admin reads it, without the sync states."""
     readers = [route for route in GUARDED if route.method == "GET" and route.service == "orders"]
     answers = await walk(ours, readers, f"Bearer {ours.shop.token}")
     every(answers, lambda answer: answer.status == 200)
     return {answer.path: (answer.status, re.sub(r'"sync":\{[^}]*\}', "", answer.text)) for answer in answers}
 
 
-async def test_what_another_restaurant_names_in_a_request_is_not_there(ours: Ours) -> None:
+async def test_entities_of_another_restaurant_are_unknown_in_requests(ours: Ours) -> None:
     theirs = await open_shop(ours.shop.system)
     ids = ours.ids
     dish = await theirs.dish()
@@ -391,7 +391,7 @@ async def test_what_another_restaurant_names_in_a_request_is_not_there(ours: Our
             f"/api/menu?category={ours.shown}",
         ):
             assert expect(await admin.get(query)) == [], query
-        # An order may name a table that is not there: it is theirs, and ours has no order more.
+        # An order may name an unknown table. It belongs to their restaurant, and our table shows no new order.
         body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], "table_id": ids["table_id"]}
         placed = made(await admin.post("/api/orders", json=body))["id"]
     async with ours.shop.client() as staff:
@@ -400,7 +400,7 @@ async def test_what_another_restaurant_names_in_a_request_is_not_there(ours: Our
     assert placed != ids["order_id"]
 
 
-async def test_a_guest_sees_the_menu_and_the_tables_and_of_others_nothing(ours: Ours) -> None:
+async def test_guest_sees_menu_and_tables_and_nothing_of_others(ours: Ours) -> None:
     async with http_client(base_url=ours.shop.system.urls["orders"]) as client:
         body = {"slug": ours.shop.slug, "table_id": ours.ids["table_id"]}
         opened = made(await client.post("/api/auth/table-session", json=body))
@@ -415,13 +415,13 @@ async def test_a_guest_sees_the_menu_and_the_tables_and_of_others_nothing(ours: 
 
     every(answers, right)
     assert sum(ours.shown in answer.text for answer in answers) >= 6
-    # What is deleted is for admins.
+    # Only admins see deleted entities.
     async with ours.shop.system.client(token=opened["access_token"]) as guest:
         for path in ("/api/menu", "/api/orders", "/api/tables", "/api/menu/categories"):
             assert (await guest.get(f"{path}?include_deleted=true")).status_code == 403
 
 
-async def test_staff_do_not_see_what_is_deleted(ours: Ours) -> None:
+async def test_staff_do_not_see_deleted_entities(ours: Ours) -> None:
     readers = [
         one for one in ROUTES if one.operation.many and "include_deleted" in one.operation.query.__struct_fields__
     ]
@@ -432,7 +432,7 @@ async def test_staff_do_not_see_what_is_deleted(ours: Ours) -> None:
             assert (await admin.get(f"{route.path}?include_deleted=true")).status_code == 200, route.name
 
 
-async def test_a_token_of_a_restaurant_that_is_not_there_finds_nothing(ours: Ours) -> None:
+async def test_token_of_an_unknown_restaurant_finds_nothing(ours: Ours) -> None:
     answers = await walk(ours, GUARDED, bearer(ours, Role.ADMIN, restaurant=str(uuid4())))
     every(
         answers,
@@ -448,7 +448,7 @@ async def test_a_token_of_a_restaurant_that_is_not_there_finds_nothing(ours: Our
     )
 
 
-async def test_no_other_method_answers(ours: Ours) -> None:
+async def test_routes_answer_no_other_method(ours: Ours) -> None:
     known: dict[tuple[str, str], set[str]] = {}
     for route in ROUTES:
         known.setdefault((route.service, route.path), set()).add(route.method)

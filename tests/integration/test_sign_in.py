@@ -1,4 +1,4 @@
-"""Signing in, by people and by guests at a table, over HTTP."""
+"""Sign-in over HTTP, by accounts and by guests at a table."""
 
 import asyncio
 import hashlib
@@ -37,10 +37,10 @@ from tests.rigs.sign_in import (
 )
 from tests.rigs.system import System, eventually
 
-# -- registering -------------------------------------------------------------------------------------------------
+# -- registration ------------------------------------------------------------------------------------------------
 
 
-async def test_who_registers_a_restaurant_is_its_admin(system: System, url: str) -> None:
+async def test_account_that_registers_a_restaurant_is_its_admin(system: System, url: str) -> None:
     place = await register(
         system, url, currency="CHF", time_zone="Europe/Zurich", tax_basis_points=810, settings={"country": "CH"}
     )
@@ -81,7 +81,7 @@ async def test_who_registers_a_restaurant_is_its_admin(system: System, url: str)
     ],
     ids=str,
 )
-async def test_a_registration_that_is_wrong_is_refused_by_the_name_of_the_field(
+async def test_invalid_registration_is_refused_with_the_name_of_the_field(
     url: str, fields: dict[str, Any], field: str
 ) -> None:
     async with client(url) as anybody:
@@ -89,7 +89,7 @@ async def test_a_registration_that_is_wrong_is_refused_by_the_name_of_the_field(
     assert error["details"]["field"] == field
 
 
-async def test_a_slug_and_an_email_are_taken_once(system: System, url: str, place: Place) -> None:
+async def test_slug_and_email_can_be_taken_only_once(system: System, url: str, place: Place) -> None:
     async with client(url) as anybody:
         for fields, code in (
             ({"slug": place.slug}, "slug_taken"),
@@ -99,7 +99,7 @@ async def test_a_slug_and_an_email_are_taken_once(system: System, url: str, plac
             body = wanted(**fields)
             error = told(await anybody.post("/api/auth/register-restaurant", json=body), 409)
             assert error["code"] == code
-            # Nothing of it is left: the slug is free still.
+            # The refused registration left nothing, so the slug is still free.
             if code == "email_taken":
                 assert (await register(system, url, slug=body["slug"])).slug == body["slug"]
         body = wanted()
@@ -112,7 +112,7 @@ async def test_a_slug_and_an_email_are_taken_once(system: System, url: str, plac
 # -- sessions ----------------------------------------------------------------------------------------------------
 
 
-async def test_an_email_is_one_account_however_it_is_spelled(url: str, place: Place) -> None:
+async def test_email_is_one_account_in_any_spelling(url: str, place: Place) -> None:
     name = uuid4().hex[:8]
     user = await place.user(email=f"Ada.{name}@People.EXAMPLE")
     for spelled in (f"ada.{name}@people.example", f"ADA.{name.upper()}@PEOPLE.example"):
@@ -123,14 +123,14 @@ async def test_an_email_is_one_account_however_it_is_spelled(url: str, place: Pl
     assert claims["exp"] - claims["iat"] == session["expires_in"]
 
 
-async def test_a_refresh_token_is_used_once(url: str, place: Place) -> None:
+async def test_refresh_token_is_used_once(url: str, place: Place) -> None:
     first = told(await sign_in(url, (await place.user())["email"]))
     second = told(await refresh(url, first["refresh_token"]))
     assert second["refresh_token"] != first["refresh_token"]
     async with place.client(second["access_token"]) as staff:
         assert told(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
     third = told(await refresh(url, second["refresh_token"]))
-    # The first one comes again: somebody has stolen it, or its owner was robbed. Nobody goes on.
+    # The first token is used again, so it or its successor was stolen. The whole session ends.
     for token, code in (
         (first["refresh_token"], "refresh_token_reused"),
         (third["refresh_token"], "refresh_token_invalid"),
@@ -139,9 +139,7 @@ async def test_a_refresh_token_is_used_once(url: str, place: Place) -> None:
         assert told(await refresh(url, token), 401)["code"] == code
 
 
-async def test_of_two_who_bring_the_same_refresh_token_at_once_one_goes_on_and_the_session_ends(
-    url: str, place: Place
-) -> None:
+async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_session(url: str, place: Place) -> None:
     user = await place.user()
     for _ in range(3):
         token = told(await sign_in(url, user["email"]))["refresh_token"]
@@ -151,30 +149,30 @@ async def test_of_two_who_bring_the_same_refresh_token_at_once_one_goes_on_and_t
         assert (await refresh(url, winner["refresh_token"])).status_code == 401
 
 
-async def test_another_session_of_the_user_is_not_ended_by_the_reuse_of_a_token(url: str, place: Place) -> None:
+async def test_reused_token_does_not_end_other_sessions_of_the_user(url: str, place: Place) -> None:
     user = await place.user()
-    robbed, other = [told(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
-    told(await refresh(url, robbed))
-    told(await refresh(url, robbed), 401)
+    stolen, other = [told(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
+    told(await refresh(url, stolen))
+    told(await refresh(url, stolen), 401)
     told(await refresh(url, other))
 
 
-async def test_logging_out_ends_the_session_and_says_nothing_about_tokens(url: str, place: Place) -> None:
+async def test_logout_ends_the_session_and_reveals_nothing_about_tokens(url: str, place: Place) -> None:
     first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     second = told(await refresh(url, first))["refresh_token"]
     async with client(url) as anybody:
-        # By an old token of it too; an unknown one and a second time get the same answer.
+        # An old token of the session works too; a repeated and an unknown token get the same reply.
         for token in (first, first, "no-such-token"):
             assert told(await anybody.post("/api/auth/logout", json={"refresh_token": token})) == {"logged_out": True}
     assert told(await refresh(url, second), 401)["code"] == "refresh_token_invalid"
 
 
 @pytest.mark.parametrize("token", ["unknown", "", "x" * 201, "a\0b", "line\n"])
-async def test_a_refresh_token_that_is_none_is_refused(url: str, token: str) -> None:
+async def test_invalid_refresh_token_is_refused(url: str, token: str) -> None:
     assert (await refresh(url, token)).status_code in (401, 422)
 
 
-async def test_a_refresh_token_expires(system: System, url: str, place: Place) -> None:
+async def test_refresh_token_expires(system: System, url: str, place: Place) -> None:
     token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         await connection.execute("update refresh_tokens set expires_at = now() where token_sha256 = $1", digest(token))
@@ -185,7 +183,7 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-async def test_the_database_holds_no_token_that_opens_anything(system: System, url: str, place: Place) -> None:
+async def test_database_stores_no_usable_token(system: System, url: str, place: Place) -> None:
     token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         rows = await connection.fetch("select t::text as row from refresh_tokens t")
@@ -193,16 +191,14 @@ async def test_the_database_holds_no_token_that_opens_anything(system: System, u
     assert not any(token in row["row"] for row in rows)
 
 
-# -- who guesses -------------------------------------------------------------------------------------------------
+# -- guesses -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_unknown_email_and_a_wrong_password_get_the_same_answer(
-    system: System, url: str, place: Place
-) -> None:
-    known, shut_out, gone = [await place.user() for _ in range(3)]
+async def test_unknown_email_and_wrong_password_get_the_same_answer(system: System, url: str, place: Place) -> None:
+    known, inactive, deleted = [await place.user() for _ in range(3)]
     async with place.client() as admin:
-        told(await admin.put(f"/api/users/{shut_out['id']}", json={"is_active": False}))
-        told(await admin.delete(f"/api/users/{gone['id']}"))
+        told(await admin.put(f"/api/users/{inactive['id']}", json={"is_active": False}))
+        told(await admin.delete(f"/api/users/{deleted['id']}"))
     without = new_email()
     async with system.database("ticketrail_owner") as connection:
         await connection.execute(
@@ -214,8 +210,8 @@ async def test_an_unknown_email_and_a_wrong_password_get_the_same_answer(
     for email, password in (
         (known["email"], "a wrong one that is long"),
         (new_email(), PASSWORD),
-        (shut_out["email"], PASSWORD),
-        (gone["email"], PASSWORD),
+        (inactive["email"], PASSWORD),
+        (deleted["email"], PASSWORD),
         (without, PASSWORD),
         (known["email"] + "\n", PASSWORD),
         ("no email at all", ""),
@@ -229,10 +225,10 @@ async def test_an_unknown_email_and_a_wrong_password_get_the_same_answer(
     assert answers[0][0] == {"message": "email or password is wrong", "code": "wrong_credentials", "details": {}}
 
 
-async def test_whether_an_email_is_known_costs_the_same_work(
+async def test_unknown_email_costs_the_same_work_as_a_known_one(
     system: System, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One verification of a hash of the same cost, whoever asks."""
+    """Each sign-in verifies one hash of the same cost."""
     verified: list[tuple[str, str]] = []
     really_fits = signing_in.fits
 
@@ -252,7 +248,7 @@ async def test_whether_an_email_is_known_costs_the_same_work(
             (user["email"], PASSWORD),
             (user["email"], "a wrong one that is long"),
             (new_email(), "a wrong one that is long"),
-            ("nobody", ""),
+            ("no account", ""),
         ):
             try:
                 await signs.login(email, password, next(addresses))
@@ -267,21 +263,21 @@ async def test_whether_an_email_is_known_costs_the_same_work(
     assert {cost for cost, _ in verified} == {"$argon2id$v=19$m=19456,t=2,p=1"}
 
 
-async def test_tries_of_an_account_are_limited_wherever_they_come_from(url: str, place: Place) -> None:
+async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, place: Place) -> None:
     user, other = await place.user(email=f"kim-{new_email()}"), await place.user()
     guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(PER_ACCOUNT)]
     assert {reply.status_code for reply in guesses} == {401}
-    # Not with the right password either.
+    # The right password is refused too.
     for email in (user["email"], user["email"].upper()):
         reply = await sign_in(url, email)
         assert told(reply, 429)["code"] == "rate_limited"
         assert 1 <= int(reply.headers["retry-after"]) <= 300
-    # No spelling of the email has tries of its own: what to PostgreSQL is the same letter opens nothing.
+    # Another spelling of the email has no attempts of its own, even if PostgreSQL treats the letters as equal.
     assert (await sign_in(url, user["email"].replace("i", "İ", 1))).status_code in (401, 429)
     told(await sign_in(url, other["email"]))
 
 
-async def test_tries_from_an_address_are_limited_whoever_they_are_for(url: str, place: Place) -> None:
+async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, place: Place) -> None:
     address = next(addresses)
     replies = [await sign_in(url, new_email(), address=address) for _ in range(PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
@@ -293,15 +289,15 @@ async def test_tries_from_an_address_are_limited_whoever_they_are_for(url: str, 
     told(await sign_in(url, email))
 
 
-async def test_of_an_ipv6_network_all_addresses_count_as_one(url: str) -> None:
+async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
     network = f"2001:db8:{secrets.randbelow(65_536):x}:{secrets.randbelow(65_536):x}"
     replies = [await sign_in(url, new_email(), address=f"{network}:7::{n:x}") for n in range(PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
     assert (await sign_in(url, new_email(), address=f"{network}:8::1")).status_code == 429
 
 
-async def test_emails_that_are_taken_are_not_told_without_end(url: str, place: Place) -> None:
-    """An admin, which anybody may become, asks for the emails of others by taking them."""
+async def test_answers_that_reveal_taken_emails_are_limited(url: str, place: Place) -> None:
+    """Any registered admin could test for emails of other accounts by trying to take them."""
     user = await place.user()
     async with client(url, place.session["access_token"], address=next(addresses)) as admin:
         asked = [
@@ -309,19 +305,19 @@ async def test_emails_that_are_taken_are_not_told_without_end(url: str, place: P
         ]
         body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
         made = await admin.post("/api/users", json=body)
-        # What costs and tells nothing goes on.
+        # A change that reveals nothing is not limited.
         told(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
     assert [reply.status_code for reply in asked] == [409] * PER_ADDRESS + [429]
     assert made.status_code == 429
 
 
 @pytest.mark.parametrize("password", ["x" * 201, "ä" * 100_000], ids=["201", "200 KB"])
-async def test_a_password_beyond_measure_is_not_hashed(url: str, place: Place, password: str) -> None:
+async def test_overlong_password_is_not_hashed(url: str, place: Place, password: str) -> None:
     assert told(await sign_in(url, place.email, password), 422)["details"]["field"] == "password"
 
 
-async def test_a_long_password_counts_to_its_last_character(url: str, place: Place) -> None:
-    """No hash that stops at 72 bytes, or at a NUL."""
+async def test_long_password_counts_to_its_last_character(url: str, place: Place) -> None:
+    """The hash must not stop at 72 bytes or at a NUL."""
     password = "\0" + "🍕" * 199
     user = await place.user(password=password)
     told(await sign_in(url, user["email"], password))
@@ -329,11 +325,11 @@ async def test_a_long_password_counts_to_its_last_character(url: str, place: Pla
     told(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
 
 
-# -- who is quicker ----------------------------------------------------------------------------------------------
+# -- races -------------------------------------------------------------------------------------------------------
 
 
 async def waited_for(system: System, pid: int) -> bool:
-    """Whether another backend waits for a lock of this one."""
+    """Returns True if another backend waits for a lock of the backend `pid`."""
     async with system.database("ticketrail_owner") as connection:
         found: bool = await connection.fetchval(
             "select exists (select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)))", pid
@@ -341,9 +337,7 @@ async def waited_for(system: System, pid: int) -> bool:
     return found
 
 
-async def test_a_new_password_ends_the_session_that_is_just_being_refreshed(
-    system: System, url: str, place: Place
-) -> None:
+async def test_new_password_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
     user = await place.user()
     old, new = told(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief, place.client() as admin:
@@ -359,9 +353,7 @@ async def test_a_new_password_ends_the_session_that_is_just_being_refreshed(
     told(await refresh(url, new), 401)
 
 
-async def test_the_reuse_of_a_token_ends_the_session_that_is_just_being_refreshed(
-    system: System, url: str, place: Place
-) -> None:
+async def test_reused_token_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
     first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     second, third = told(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief:
@@ -373,7 +365,7 @@ async def test_the_reuse_of_a_token_ends_the_session_that_is_just_being_refreshe
     told(await refresh(url, third), 401)
 
 
-async def test_a_password_that_is_changed_while_it_is_checked_begins_no_session(system: System, place: Place) -> None:
+async def test_password_changed_during_its_check_starts_no_session(system: System, place: Place) -> None:
     user = await place.user()
     begin = "select begin_session($1, $2, $3, interval '1 day')"
     async with system.database("ticketrail_owner") as connection:
@@ -397,7 +389,7 @@ async def scan(place: Place, table: str, *, slug: str | None = None) -> httpx.Re
         return await guest.post("/api/auth/table-session", json=body)
 
 
-async def test_a_guest_gets_a_short_lived_token_of_a_session_of_its_own(url: str, place: Place) -> None:
+async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, place: Place) -> None:
     table = await table_of(place)
     first, second = [told(await scan(place, table), 201) for _ in range(2)]
     assert first["customer_session_id"] != second["customer_session_id"]
@@ -411,7 +403,7 @@ async def test_a_guest_gets_a_short_lived_token_of_a_session_of_its_own(url: str
     async with place.client(first["access_token"]) as guest, place.client(second["access_token"]) as neighbour:
         me = told(await guest.get("/api/auth/me"))
         assert me["customer_session_id"] == first["customer_session_id"]
-        assert place.email not in json.dumps(me)  # what its admin signs in with
+        assert place.email not in json.dumps(me)  # the email that the admin signs in with
         order = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": table}
         placed = told(await guest.post("/api/orders", json=order), 201)
         assert placed["customer_session_id"] == first["customer_session_id"]
@@ -420,7 +412,7 @@ async def test_a_guest_gets_a_short_lived_token_of_a_session_of_its_own(url: str
         told(await neighbour.get(f"/api/orders/{placed['id']}"), 404)
 
 
-async def test_no_table_no_token(system: System, url: str, place: Place) -> None:
+async def test_guest_gets_no_token_without_a_table_of_the_restaurant(system: System, url: str, place: Place) -> None:
     other = await register(system, url)
     deleted, theirs = await table_of(place), await table_of(other)
     async with place.client() as admin:
@@ -428,7 +420,7 @@ async def test_no_table_no_token(system: System, url: str, place: Place) -> None
     errors = [told(await scan(place, table), 404) for table in (str(uuid4()), deleted, theirs)]
     for error in errors:
         error.pop("trace_id")
-    # Whose it is, or that it once was, nobody learns.
+    # The reply must not reveal whether another restaurant has the table, or whether it was deleted.
     assert errors[0] == errors[1] == errors[2]
     told(await scan(place, theirs, slug="no-such-place"), 404)
     told(await scan(place, "1"), 422)
@@ -440,14 +432,14 @@ async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None
         body = {"slug": place.slug, "table_id": table}
         replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(PER_ADDRESS + 1)]
     assert [reply.status_code for reply in replies] == [404] * PER_ADDRESS + [429]
-    # A busy guest room signs nobody out.
+    # Many scans do not block sign-ins from the same address.
     told(await sign_in(url, (await place.user())["email"], address=address))
 
 
-# -- who am I ----------------------------------------------------------------------------------------------------
+# -- me ----------------------------------------------------------------------------------------------------------
 
 
-async def test_me_is_whoever_the_token_says(system: System, url: str) -> None:
+async def test_me_returns_the_identity_of_the_token(system: System, url: str) -> None:
     tokens = Tokens(system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=60)
     async with client(url, system.token("operator")) as operator:
         me = told(await operator.get("/api/auth/me"))

@@ -1,4 +1,4 @@
-"""What orders hold of the stock: the scripts on a real Redis, beside a real PostgreSQL that says what it should be."""
+"""The stock that orders hold: the scripts on a real Redis, compared with the result of a real PostgreSQL."""
 
 import itertools
 from collections import Counter
@@ -25,13 +25,13 @@ _SEEDS = 25
 
 @pytest.fixture(scope="module")
 def redis(servers: Servers) -> Redis:
-    """Of this module: its tests wipe it."""
+    """A Redis for this module only, because its tests wipe it."""
     return servers.extra_redis()
 
 
 @pytest.fixture
 async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
-    """Warm, and every claim on it is left behind as soon as it stands."""
+    """A warm mirror on which every claim is stale at once."""
     mirror = Mirror(redis.url, timeout=5.0, stale_seconds=0.0)
     await mirror.begin_log(LogState(EPOCH, -1))
     assert await mirror.warm(LogState(EPOCH, -1), [], 0)
@@ -47,7 +47,7 @@ async def shelf(mirror: Mirror) -> Shelf:
 # -- accepting ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_would_go_below_zero_is_refused_with_what_is_left_of_each_and_holds_nothing(shelf: Shelf) -> None:
+async def test_claim_beyond_the_stock_is_refused_lists_what_is_left_and_holds_nothing(shelf: Shelf) -> None:
     dough, cheese, basil = [await shelf.counted(n) for n in (5, 3, 100)]
     await shelf.put(ORDER, shelf.order((dough, 3), (cheese, 1)))
     _, reply = await shelf.claim(shelf.draft(ORDER, shelf.order((dough, 3), (basil, 1), (cheese, 9))))
@@ -57,7 +57,7 @@ async def test_what_would_go_below_zero_is_refused_with_what_is_left_of_each_and
     assert [await shelf.left(one) for one in (dough, cheese)] == [0, 0]
 
 
-async def test_a_claim_reserves_before_anybody_sees_it_and_once_however_often_it_is_sent(shelf: Shelf) -> None:
+async def test_claim_reserves_before_its_reveal_and_once_however_often_it_is_sent(shelf: Shelf) -> None:
     dough = await shelf.counted(5)
     draft = shelf.draft(ORDER, shelf.order((dough, 3)))
     for _ in range(3):
@@ -70,7 +70,7 @@ async def test_a_claim_reserves_before_anybody_sees_it_and_once_however_often_it
     assert await shelf.entries(dough) == {draft.state.id: stock_text(ORDER, draft.state).partition("=")[2]}
 
 
-async def test_a_claim_that_is_taken_back_gives_back_what_it_wanted_and_keeps_what_its_order_has(shelf: Shelf) -> None:
+async def test_claim_that_is_taken_back_returns_its_own_holds_and_keeps_those_of_the_order(shelf: Shelf) -> None:
     dough, cheese = await shelf.counted(10), await shelf.counted(10)
     base = await shelf.put(ORDER, shelf.order((dough, 3)))
     more = structs.replace(base[1], holds=(StockHold(dough, 3), StockHold(dough, 4), StockHold(cheese, 2)))
@@ -82,7 +82,7 @@ async def test_a_claim_that_is_taken_back_gives_back_what_it_wanted_and_keeps_wh
     assert (await shelf.left(dough), await shelf.left(cheese)) == (7, 10)
 
 
-async def test_what_a_change_gives_back_is_free_when_it_stands_and_not_before(shelf: Shelf) -> None:
+async def test_stock_that_a_change_returns_is_free_at_the_reveal_and_not_before(shelf: Shelf) -> None:
     dough = await shelf.counted(5)
     base = await shelf.put(ORDER, shelf.order((dough, 5)))
     change, _ = await shelf.claim(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 1),)), base))
@@ -91,7 +91,7 @@ async def test_what_a_change_gives_back_is_free_when_it_stands_and_not_before(sh
     assert await shelf.left(dough) == 4
 
 
-async def test_a_claim_left_behind_holds_its_stock_until_somebody_has_finished_it(shelf: Shelf) -> None:
+async def test_stale_claim_holds_its_stock_until_it_is_finished(shelf: Shelf) -> None:
     dough = await shelf.counted(5)
     draft = shelf.draft(ORDER, shelf.order((dough, 4)))
     await shelf.claim(draft)
@@ -102,7 +102,7 @@ async def test_a_claim_left_behind_holds_its_stock_until_somebody_has_finished_i
 
 
 @pytest.mark.parametrize("by", ["mark", "claim"])
-async def test_a_claim_of_a_mirror_that_was_lost_gives_back_when_it_is_dropped(shelf: Shelf, by: str) -> None:
+async def test_dropped_claim_of_a_lost_mirror_returns_its_stock(shelf: Shelf, by: str) -> None:
     dough = await shelf.counted(5)
     order = shelf.order((dough, 4))
     await shelf.claim(shelf.draft(ORDER, order))
@@ -114,7 +114,7 @@ async def test_a_claim_of_a_mirror_that_was_lost_gives_back_when_it_is_dropped(s
     assert await shelf.left(dough) == 5
 
 
-async def test_an_order_that_changes_asks_for_what_it_takes_more_alone(shelf: Shelf) -> None:
+async def test_changed_order_asks_only_for_its_additional_stock(shelf: Shelf) -> None:
     dough = await shelf.counted(5)
     base = await shelf.put(ORDER, shelf.order((dough, 3)))
     six = structs.replace(base[1], holds=(StockHold(dough, 6),))
@@ -124,30 +124,30 @@ async def test_an_order_that_changes_asks_for_what_it_takes_more_alone(shelf: Sh
     assert await shelf.left(dough) == 0
 
 
-async def test_what_is_not_counted_is_never_short_and_what_was_deleted_counts_again_when_it_is_restored(
+async def test_uncounted_item_is_never_short_and_a_restored_item_counts_again(
     shelf: Shelf,
 ) -> None:
     item = shelf.item(2)
     await shelf.put(ORDER, shelf.order((item.id, 1), created_at=item.counted_at + timedelta(hours=1)))
     base = await shelf.put(ITEM, item)
     assert await shelf.left(item.id) == 1
-    gone = await shelf.put(ITEM, structs.replace(item, deleted_at=item.updated_at), base)
+    deleted = await shelf.put(ITEM, structs.replace(item, deleted_at=item.updated_at), base)
     await shelf.put(ORDER, shelf.order((item.id, 7), created_at=item.counted_at + timedelta(hours=1)))
     assert await shelf.mirror.stock(shelf.restaurant, [item.id]) == [None]
-    await shelf.put(ITEM, item, gone)
+    await shelf.put(ITEM, item, deleted)
     assert await shelf.left(item.id) == 2 - 1 - 7
 
 
-async def test_a_mirror_that_is_not_filled_yet_does_not_say_what_is_left(shelf: Shelf) -> None:
+async def test_cold_mirror_does_not_say_what_is_left(shelf: Shelf) -> None:
     dough = await shelf.counted(5)
     await shelf.mirror._redis.call("DEL", keys.WARM)
     assert await shelf.mirror.stock(shelf.restaurant, [dough]) == [None]
 
 
-# -- giving back -------------------------------------------------------------------------------------------------
+# -- returned stock ----------------------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_order_gives_back_once_however_often_and_in_which_order_its_events_come(shelf: Shelf) -> None:
+async def test_cancelled_order_returns_its_stock_once_in_any_order_of_its_events(shelf: Shelf) -> None:
     dough = await shelf.counted(10)
     other = await shelf.put(ORDER, shelf.order((dough, 2)))
     base = await shelf.put(ORDER, shelf.order((dough, 3)))
@@ -161,7 +161,7 @@ async def test_a_cancelled_order_gives_back_once_however_often_and_in_which_orde
     assert list(await shelf.entries(dough)) == [other[1].id]
 
 
-async def test_the_side_of_a_fork_that_falls_gives_back_what_the_other_does_not_take(shelf: Shelf) -> None:
+async def test_superseded_side_of_a_fork_returns_what_the_head_does_not_take(shelf: Shelf) -> None:
     dough, cheese, basil = [await shelf.counted(10) for _ in range(3)]
     base = await shelf.put(ORDER, shelf.order((dough, 1)))
     taken = [((dough, 1), (cheese, 2)), ((basil, 3),)]
@@ -169,15 +169,15 @@ async def test_the_side_of_a_fork_that_falls_gives_back_what_the_other_does_not_
         commit._change(shelf.draft(ORDER, structs.replace(base[1], holds=tuple(StockHold(*x) for x in one)), base))
         for one in taken
     ]
-    falls, stands = sorted(forks, key=lambda one: one.standing)
-    await shelf.mirror.apply([applied(falls)])
-    await shelf.mirror.apply([applied(stands)])
-    await shelf.mirror.apply([applied(falls)])
+    superseded, head = sorted(forks, key=lambda one: one.standing)
+    await shelf.mirror.apply([applied(superseded)])
+    await shelf.mirror.apply([applied(head)])
+    await shelf.mirror.apply([applied(superseded)])
     found = [await shelf.left(one) for one in (dough, cheese, basil)]
-    assert found == ([10, 10, 7] if stands is forks[1] else [9, 8, 10])
+    assert found == ([10, 10, 7] if head is forks[1] else [9, 8, 10])
 
 
-async def test_a_claim_that_loses_to_a_fork_holds_nothing(shelf: Shelf) -> None:
+async def test_claim_that_loses_to_a_fork_holds_nothing(shelf: Shelf) -> None:
     dough = await shelf.counted(10)
     base = await shelf.put(ORDER, shelf.order((dough, 1)))
     mine, reply = await shelf.claim(
@@ -188,11 +188,11 @@ async def test_a_claim_that_loses_to_a_fork_holds_nothing(shelf: Shelf) -> None:
     yours = structs.replace(yours, id=f"ffffffff{yours.id[8:]}")
     await shelf.mirror.apply([applied(yours)])
     assert await shelf.left(dough) == 8
-    await shelf.mirror.apply([applied(mine)])  # its owner reveals it all the same
+    await shelf.mirror.apply([applied(mine)])  # its owner reveals it anyway
     assert await shelf.left(dough) == 8
 
 
-async def test_a_change_under_way_keeps_its_reservation_when_a_fork_of_its_base_arrives(shelf: Shelf) -> None:
+async def test_claimed_change_keeps_its_reservation_when_a_fork_of_its_base_arrives(shelf: Shelf) -> None:
     dough = await shelf.counted(10)
     base = await shelf.put(ORDER, shelf.order((dough, 1)))
     change, _ = await shelf.claim(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 6),)), base))
@@ -204,10 +204,10 @@ async def test_a_change_under_way_keeps_its_reservation_when_a_fork_of_its_base_
     assert await shelf.left(dough) == 8
 
 
-# -- counting anew -----------------------------------------------------------------------------------------------
+# -- recounts ----------------------------------------------------------------------------------------------------
 
 
-async def test_orders_placed_before_a_recount_are_in_it_and_what_they_take_more_is_not(shelf: Shelf) -> None:
+async def test_recount_includes_earlier_orders_but_not_what_they_take_later(shelf: Shelf) -> None:
     counted = builders.CREATED_AT + timedelta(hours=1)
     item = await shelf.put(ITEM, shelf.item(10))
     base = await shelf.put(ORDER, shelf.order((item[1].id, 4)))
@@ -224,7 +224,7 @@ async def test_orders_placed_before_a_recount_are_in_it_and_what_they_take_more_
     assert await shelf.left(dough) == 3
 
 
-async def test_the_count_and_the_hold_agree_to_the_last_microsecond(shelf: Shelf) -> None:
+async def test_count_and_hold_agree_to_the_microsecond(shelf: Shelf) -> None:
     at = datetime.fromisoformat("2026-03-14T12:30:00.001001+00:00")
     item = await shelf.put(ITEM, shelf.item(10, at))
     dough = item[1].id
@@ -233,7 +233,7 @@ async def test_the_count_and_the_hold_agree_to_the_last_microsecond(shelf: Shelf
         assert await shelf.left(dough) == left
 
 
-async def test_a_recount_while_a_claim_stands_drops_neither_its_reservation_nor_counts_it_twice(shelf: Shelf) -> None:
+async def test_recount_during_a_claim_neither_drops_its_reservation_nor_counts_it_twice(shelf: Shelf) -> None:
     item = await shelf.put(ITEM, shelf.item(10))
     dough, counted = item[1].id, builders.CREATED_AT + timedelta(hours=1)
     base = await shelf.put(ORDER, shelf.order((dough, 2), created_at=counted + timedelta(minutes=1)))
@@ -244,7 +244,7 @@ async def test_a_recount_while_a_claim_stands_drops_neither_its_reservation_nor_
     assert await shelf.left(dough) == 15
 
 
-async def test_an_order_that_takes_nothing_of_the_stock_costs_what_it_did_before_there_was_any(shelf: Shelf) -> None:
+async def test_order_without_stock_costs_no_additional_redis_commands(shelf: Shelf) -> None:
     async def calls() -> Counter[str]:
         reply = await shelf.mirror._redis.call("INFO", "commandstats")
         lines = [line.partition(":") for line in reply.decode().splitlines() if line.startswith("cmdstat_")]
@@ -255,14 +255,14 @@ async def test_an_order_that_takes_nothing_of_the_stock_costs_what_it_did_before
     before = await calls()
     await shelf.put(ORDER, shelf.order())
     used = await calls() - before
-    assert (used["evalsha"], used["hmget"]) == (2, 4)  # doc and claim, of claim and of apply
+    assert (used["evalsha"], used["hmget"]) == (2, 4)  # the document and the claim, once in `claim` and once in `apply`
     assert not {"hget", "hgetall", "hdel", "hincrby"} & used.keys()
 
 
-# -- whatever happens --------------------------------------------------------------------------------------------
+# -- random operations -------------------------------------------------------------------------------------------
 
 
-async def test_whatever_happens_the_mirror_holds_what_postgres_says_that_orders_hold(
+async def test_random_operations_leave_the_same_holds_in_mirror_and_postgres(
     make_rig: MakeRig, mirror: Mirror, redis: Redis
 ) -> None:
     rig = await make_rig(redis_url=redis.url)

@@ -1,5 +1,5 @@
-"""How far an order has come on its way to PostgreSQL, as its readers see it: pending, synced, failed, in conflict;
-listed by it, and sent once more by hand."""
+"""The sync state of an order as readers see it: pending, synced, failed or conflict. Lists by sync state, and the
+request that records an order again."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,7 +33,7 @@ async def staff(shop: Shop) -> AsyncIterator[httpx.AsyncClient]:
 
 @asynccontextmanager
 async def refusing(system: System, notes: str) -> AsyncIterator[None]:
-    """A database that refuses orders with these notes, as long as the block lasts."""
+    """Makes the database refuse orders with these notes for the block."""
     name = f"no_{uuid4().hex}"
     owner = await asyncpg.connect(system.database_url("ticketrail_owner"))
     try:
@@ -70,7 +70,7 @@ async def listed(client: httpx.AsyncClient, state: str) -> list[str]:
     return [one["id"] for one in expect(await client.get("/api/orders", params={"sync_state": state}))]
 
 
-async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
+async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_on_request(
     system: System, shop: Shop, staff: httpx.AsyncClient
 ) -> None:
     notes = f"refused {uuid4()}"
@@ -96,8 +96,8 @@ async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
         async with system.frozen("worker"):
             again = expect(await staff.post(f"/api/orders/{bad}/sync"))
             assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
-            assert await sync_of(staff, bad) == {"state": "pending"}, "what failed was the state before it"
-        await becomes(staff, bad, "failed")  # PostgreSQL has not changed its mind
+            assert await sync_of(staff, bad) == {"state": "pending"}, "the failure belongs to the previous version"
+        await becomes(staff, bad, "failed")  # PostgreSQL still refuses it
     assert expect(await staff.post(f"/api/orders/{bad}/sync"))["version"] == 3
     await becomes(staff, bad, "synced")
     assert await listed(staff, "failed") == []
@@ -109,20 +109,18 @@ async def test_what_postgresql_refuses_is_failed_and_sent_again_by_hand(
     refused(await staff.post(f"/api/orders/{uuid4()}/sync"), 404, "not_found")
 
 
-async def test_what_failed_is_told_to_a_mirror_that_has_forgotten_it(
-    system: System, shop: Shop, staff: httpx.AsyncClient
-) -> None:
+async def test_failure_returns_to_a_mirror_that_lost_it(system: System, shop: Shop, staff: httpx.AsyncClient) -> None:
     notes = f"refused {uuid4()}"
     async with refusing(system, notes):
         bad = await place(shop, staff, notes=notes)
         known = await becomes(staff, bad, "failed")
         async with redis.asyncio.from_url(system.redis.url) as mirror:
             assert await mirror.delete(keys.failed(shop.restaurant, "order")) == 1
-        # The reconciler asks after ten seconds, and rests nine times as long as a look at all restaurants takes.
+        # The reconciler checks after ten seconds, then pauses nine times as long as a pass over all restaurants takes.
         assert await becomes(staff, bad, "failed", within=120.0) == known
 
 
-async def test_what_is_pending_is_listed_page_by_page_and_by_a_warm_mirror_alone(
+async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
     system: System, shop: Shop, staff: httpx.AsyncClient
 ) -> None:
     first = await place(shop, staff)
@@ -158,7 +156,7 @@ async def test_what_is_pending_is_listed_page_by_page_and_by_a_warm_mirror_alone
     refused(await staff.get("/api/orders", params={"sync_state": "lost"}), 422, "invalid_input", "sync_state")
 
 
-async def test_an_open_conflict_is_shown_by_both_stores_until_it_is_resolved(
+async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
     system: System, shop: Shop, staff: httpx.AsyncClient
 ) -> None:
     other, id_ = await place(shop, staff), await place(shop, staff)
@@ -176,7 +174,7 @@ async def test_an_open_conflict_is_shown_by_both_stores_until_it_is_resolved(
         assert await listed(staff, "conflict") == [id_]
         assert await listed(staff, "synced") == [other]
 
-        # While the worker stands still: it may not have read both sides yet, and would bring one back to the mirror.
+        # The worker is frozen: it may not have read both sides yet, and would write one to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(keys.doc(shop.restaurant, "order", id_))
             from_postgres = await staff.get(f"/api/orders/{id_}")
