@@ -1,4 +1,4 @@
-"""What the tests of the sync worker's parts share."""
+"""Fixtures of the integration tests, and the wait for the shared system before each test."""
 
 import asyncio
 import time
@@ -40,7 +40,7 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
         }
         rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))  # type: ignore[call-arg]
         made.append((rig, name))
-        # With time to connect: some tests give the worker very little.
+        # The migration gets enough time to connect: some tests give the worker very little.
         await _migrate(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))
         await rig.up()
         return rig
@@ -61,7 +61,7 @@ async def rig(make_rig: MakeRig) -> Rig:
 
 @pytest.fixture(scope="module")
 async def desk(system: System) -> AsyncIterator[Desk]:
-    """A restaurant whose dead letters operators look at."""
+    """A restaurant whose dead letters operators see."""
     async with open_desk(system) as desk:
         yield desk
 
@@ -75,7 +75,7 @@ async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture(scope="module")
 async def url(system: System) -> AsyncIterator[str]:
-    """Where people sign in."""
+    """URL of an orders instance with small limits on sign-ins."""
     async with guarded(system) as url:
         yield url
 
@@ -87,18 +87,18 @@ async def place(system: System, url: str) -> Place:
 
 @pytest.fixture
 def marker() -> str:
-    """By which a test finds its own letters."""
+    """A unique text by which a test finds its own dead letters."""
     return f"m{uuid4().hex}"
 
 
 def _wait_for(system: System) -> None:
     deadline = time.monotonic() + 30
-    while not (seen := _whole(system))[0]:
+    while not (seen := _ready(system))[0]:
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
 
 
-def _whole(system: System) -> tuple[bool, Any]:
+def _ready(system: System) -> tuple[bool, Any]:
     try:
         orders, sync, worker = (system.health(name) for name in ("orders", "sync", "worker"))
     except URLError as error:
@@ -108,15 +108,15 @@ def _whole(system: System) -> tuple[bool, Any]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def the_system_is_whole(request: pytest.FixtureRequest) -> None:
-    """Before what a file makes for all its tests; see `the_system_is_whole_again`."""
+def the_system_is_ready(request: pytest.FixtureRequest) -> None:
+    """Waits before the module's own fixtures start; see `the_system_is_ready_again`."""
     if any("system" in one.fixturenames for one in request.session.items if one.path == request.path):  # type: ignore[attr-defined]
         _wait_for(request.getfixturevalue("system"))
 
 
 @pytest.fixture(autouse=True)
-def the_system_is_whole_again(request: pytest.FixtureRequest) -> None:
-    """A test before may have ended the servers that all share: what the services of the system make of that for a while
-    (orders go to the journal, other commits are refused) is no part of the next one."""
+def the_system_is_ready_again(request: pytest.FixtureRequest) -> None:
+    """Waits until the system has recovered. An earlier test may have stopped the shared servers; meanwhile orders go to
+    the journal and other commits are refused, which the next test does not expect."""
     if "system" in request.fixturenames:
         _wait_for(request.getfixturevalue("system"))

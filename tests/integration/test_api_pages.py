@@ -1,4 +1,4 @@
-"""/api-docs of every service: the page, what it loads, and the document that it shows."""
+"""/api-docs of every service: the page, its files, and the document that it shows."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _LOADED = re.compile(r'(?:src|href)="([^"]*)"')
 
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
-async def test_the_page_loads_nothing_but_files_of_its_own(system: System, service: str) -> None:
+async def test_page_loads_only_its_own_files(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         assert page.status_code == 200
@@ -31,11 +31,11 @@ async def test_the_page_loads_nothing_but_files_of_its_own(system: System, servi
                 assert set(re.findall(r"""url\(["']?(\w+:)""", file.text)) == {"data:"}
         start = (await client.get("/api-docs/files/start.js")).text
         assert 'location.pathname.replace(/[/]+$/, "") + "/openapi.json"' in start
-        assert "validatorUrl: null" in start  # by default it would ask a host of Swagger's
+        assert "validatorUrl: null" in start  # by default the page would call a host of Swagger
 
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
-async def test_the_page_may_not_do_more_than_it_must(system: System, service: str) -> None:
+async def test_page_policy_allows_only_what_the_page_needs(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
@@ -48,7 +48,7 @@ async def test_the_page_may_not_do_more_than_it_must(system: System, service: st
 
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
-async def test_a_service_shows_the_document_that_is_frozen(system: System, service: str) -> None:
+async def test_service_shows_the_frozen_document(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         shown = await client.get("/api-docs/openapi.json")
     assert shown.headers["content-type"].startswith("application/json")
@@ -56,7 +56,7 @@ async def test_a_service_shows_the_document_that_is_frozen(system: System, servi
 
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
-async def test_a_path_says_which_methods_it_knows(system: System, service: str) -> None:
+async def test_path_names_its_allowed_methods(system: System, service: str) -> None:
     async with system.client("admin", service=service) as client:
         for path, item in documents.document(f"{service}.openapi.json")["paths"].items():
             known = {"OPTIONS", *(method.upper() for method in item)}

@@ -1,5 +1,5 @@
-"""Several nodes in the setting: whoever is connected goes on with the next one. The nodes are proxies before one
-broker; tests/faults/test_cluster.py has a real cluster."""
+"""Several broker nodes in the setting: each client continues with the next node. The nodes are proxies in front of
+one broker; tests/faults/test_cluster.py has a real cluster."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -36,14 +36,14 @@ def through(url: str, servers: Servers, *ports: int, query: str = "") -> str:
     return ",".join(url.replace(f":{servers.rabbitmq.port}/", f":{port}/") + query for port in ports)
 
 
-async def test_the_first_node_that_answers_is_taken(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
-    (nobody,) = find_free(1)
-    url = through(rig.settings.rabbitmq_url, servers, nobody, nodes[0].port, nodes[1].port)
+async def test_first_node_that_answers_is_used(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
+    (unused_port,) = find_free(1)
+    url = through(rig.settings.rabbitmq_url, servers, unused_port, nodes[0].port, nodes[1].port)
     async with await declare.connect(url):
         assert (nodes[0].accepted, nodes[1].accepted) == (1, 0)
 
 
-async def test_a_node_that_takes_connections_and_never_speaks_is_passed_over(
+async def test_node_that_accepts_connections_but_never_answers_is_skipped(
     rig: Rig, servers: Servers, nodes: list[Proxy]
 ) -> None:
     nodes[0].set(Mode.LOSE)
@@ -52,7 +52,7 @@ async def test_a_node_that_takes_connections_and_never_speaks_is_passed_over(
         assert nodes[1].accepted == 1
 
 
-async def test_a_publisher_goes_on_with_the_next_node(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
+async def test_publisher_continues_with_the_next_node(rig: Rig, servers: Servers, nodes: list[Proxy]) -> None:
     url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes))
     publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=3.0)
     await publisher.start(wait=10)
@@ -69,15 +69,15 @@ async def test_a_publisher_goes_on_with_the_next_node(rig: Rig, servers: Servers
                     return False
                 return True
 
-            await eventually(publishes, what="a publish by way of the other node")
-            assert lost.accepted == accepted, "it began with the node that it had lost"
+            await eventually(publishes, what="a publish through the other node")
+            assert lost.accepted == accepted, "the publisher tried the lost node first"
             lost.set(Mode.FORWARD)
     finally:
         await publisher.stop()
 
 
-async def test_after_a_nack_the_next_publishes_go_over_a_new_channel(rig: Rig) -> None:
-    """One that was opened amid an election of leaders nacks for ever."""
+async def test_publishes_after_a_nack_use_a_new_channel(rig: Rig) -> None:
+    """A channel that was opened during an election of leaders nacks for ever."""
     async with rig.channel() as channel:
         full = {"x-max-length": 1, "x-overflow": "reject-publish"}
         await channel.declare_queue("full", durable=True, arguments=full)
@@ -101,14 +101,14 @@ async def test_after_a_nack_the_next_publishes_go_over_a_new_channel(rig: Rig) -
     await rig.publish(change(order()))
     with pytest.raises(InDoubt):
         await rig.publisher.publish_to_queue("nowhere", b"[]")
-    assert rig.publisher.connected, "a return says nothing of the channel"
+    assert rig.publisher.connected, "a return must not close the connection"
 
 
-async def test_a_reader_of_the_log_goes_on_with_the_next_node_and_hands_out_each_entry_once(
+async def test_log_reader_continues_with_the_next_node_and_yields_each_entry_once(
     rig: Rig, servers: Servers, nodes: list[Proxy]
 ) -> None:
     url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes))
-    wanted = [change(order(items=1)) for _ in range(6)]
+    changes = [change(order(items=1)) for _ in range(6)]
     bodies: list[bytes] = []
 
     async def read() -> None:
@@ -122,34 +122,34 @@ async def test_a_reader_of_the_log_goes_on_with_the_next_node_and_hands_out_each
     reading = asyncio.create_task(read())
     try:
         for place, lost in enumerate((nodes[0], nodes[1]), 1):
-            await rig.publish(wanted[2 * place - 2])
+            await rig.publish(changes[2 * place - 2])
             await eventually(seen, what="an entry", until=lambda count: count == 2 * place - 1)  # noqa: B023
             accepted = lost.accepted
             lost.set(Mode.LOSE if place == 1 else Mode.REFUSE)
-            await rig.publish(wanted[2 * place - 1])
-            await eventually(seen, what="the next", until=lambda count: count == 2 * place)  # noqa: B023
-            assert lost.accepted == accepted, "it began with the node that it had lost"
+            await rig.publish(changes[2 * place - 1])
+            await eventually(seen, what="the next entry", until=lambda count: count == 2 * place)  # noqa: B023
+            assert lost.accepted == accepted, "the reader tried the lost node first"
             lost.set(Mode.FORWARD)
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-    assert [one.id.encode() in body for one, body in zip(wanted, bodies, strict=False)] == [True] * 4
+    assert [one.id.encode() in body for one, body in zip(changes, bodies, strict=False)] == [True] * 4
 
 
 @pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.LOSE])
-async def test_consumers_of_the_lanes_go_on_with_the_next_node(
+async def test_lane_consumers_continue_with_the_next_node(
     make_rig: MakeRig, servers: Servers, nodes: list[Proxy], mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig: Rig = await make_rig()
-    # Only a heartbeat notices what is lost without a word; one that is too frequent ends links that are well.
+    # Only a heartbeat notices a silently lost connection. A too frequent one closes healthy connections.
     query = "?heartbeat=3" if mode is Mode.LOSE else ""
     url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes), query=query)
     second: Rig = Rig(rig.settings.model_copy(update={"rabbitmq_url": url}))
     await second.up()
     await second.writer.start()
     again: dict[Intake, str] = {}
-    """Where each consumer that has lost its node began to look for another. What a node accepts says less: a connection
-    of some age renews itself, to the same node, until its consumer has let go of it."""
+    """The URL that each consumer tried first after it lost its node. The connections that a node accepts show less: an
+    older connection reconnects to the same node by itself until its consumer releases it."""
     make = Intake._make
 
     def noted(intake: Intake) -> RabbitBroker:
@@ -169,7 +169,7 @@ async def test_consumers_of_the_lanes_go_on_with_the_next_node(
         await second.written(*more, within=60)
         assert second.writer.state()["consumers"]["critical"] > 0
         assert again
-        assert all(f":{nodes[1].port}/" in url for url in again.values()), "it began with the node that it had lost"
+        assert all(f":{nodes[1].port}/" in url for url in again.values()), "a consumer tried the lost node first"
         await rig.drained()
         await second.writer.stop()
         assert await rig.depth(topology.lane_queue(Lane.CRITICAL)) == 0

@@ -1,4 +1,4 @@
-"""The cleanup: what is over goes, what is needed stays."""
+"""The cleanup: it removes expired rows and files and keeps all others."""
 
 import asyncio
 import os
@@ -39,21 +39,21 @@ async def shop(system: System) -> Shop:
 
 
 async def add_tokens(shop: Shop) -> tuple[set[bytes], set[bytes]]:
-    """(those that are to go, those that are to stay)"""
+    """Adds refresh tokens; returns the ones that the cleanup must remove and the ones that it must keep."""
     cases: list[tuple[timedelta, timedelta | None, bool]] = [
         (-8 * DAY, None, True),
         (30 * DAY, -8 * DAY, True),
-        (-6 * DAY, None, False),  # that it was stolen must still be noticed
+        (-6 * DAY, None, False),  # its reuse must still be noticed
         (30 * DAY, -6 * DAY, False),
         (30 * DAY, None, False),
     ]
-    gone, kept = set(), set()
+    removed, kept = set(), set()
     async with shop.system.database("ticketrail_owner") as connection:
-        for expires, revoked, goes in cases:
+        for expires, revoked, expired in cases:
             token = uuid4().bytes
             await connection.execute(_TOKEN, token, shop.admin, expires, revoked)
-            (gone if goes else kept).add(token)
-    return gone, kept
+            (removed if expired else kept).add(token)
+    return removed, kept
 
 
 async def tokens(shop: Shop) -> set[bytes]:
@@ -61,8 +61,8 @@ async def tokens(shop: Shop) -> set[bytes]:
         return {row[0] for row in await connection.fetch(_TOKENS, shop.admin)}
 
 
-async def test_what_is_over_is_taken_away_and_told(shop: Shop) -> None:
-    gone, kept = await add_tokens(shop)
+async def test_expired_data_is_removed_and_counted_per_kind(shop: Shop) -> None:
+    removed, kept = await add_tokens(shop)
     before = await tokens(shop)
     async with shop.system.database() as connection:
         for name, updated, finished in (("old", 31, 31), ("given-up", 31, None), ("new", 29, 29)):
@@ -77,10 +77,10 @@ async def test_what_is_over_is_taken_away_and_told(shop: Shop) -> None:
 
     ended = await ticketrail(shop.system, "cleanup", "--json")
     assert ended.code == 0, ended.err
-    told = ended.told
-    assert told.keys() == {"tokens", "imports", "dead_letters", "replays", "trace_files", "claims"}
-    assert (told["tokens"] >= 2, told["imports"] >= 2, told["trace_files"] >= 1) == (True, True, True)
-    assert await tokens(shop) == before - gone
+    counts = ended.told
+    assert counts.keys() == {"tokens", "imports", "dead_letters", "replays", "trace_files", "claims"}
+    assert (counts["tokens"] >= 2, counts["imports"] >= 2, counts["trace_files"] >= 1) == (True, True, True)
+    assert await tokens(shop) == before - removed
     assert kept < before
     async with shop.system.database() as connection:
         left = await connection.fetch("select source_sha256 from imports where restaurant_id = $1", shop.restaurant)
@@ -89,7 +89,7 @@ async def test_what_is_over_is_taken_away_and_told(shop: Shop) -> None:
         )
     assert ([row[0] for row in left], reasons) == ([f"{shop.restaurant}new"], 1)
     assert (await asyncio.to_thread(old.exists), await asyncio.to_thread(new.exists)) == (False, True)
-    # Finished by it, or by the reconciler that was quicker: the order that its owner left behind is there.
+    # The cleanup or the faster reconciler has finished the stale claim, so the order exists.
     async with shop.client() as staff:
         await eventually(lambda: _status(staff, claimed), what="the claimed order", until=lambda status: status == 200)
         assert expect(await staff.get(f"/api/orders/{claimed}"))["version"] == 1
@@ -110,16 +110,16 @@ def _trace_files(folder: Path) -> tuple[Path, Path]:
 
 
 async def _leave_a_claim(shop: Shop) -> str:
-    """Of an owner that died before it recorded the order; old enough to be finished."""
+    """Leaves a stale claim, as an owner does that died before it recorded the order; returns the order's id."""
     order = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
     change = builders.change(order)
     async with CommandSession(settings_of(shop.system, claim_stale_seconds=0.001)) as session:
         await session.mirror.claim(orders.ENTITY, change, encode(change), None, None, 0)
-        await asyncio.sleep(2.1)  # the command line goes by the system's own setting
+        await asyncio.sleep(2.1)  # the command uses the system's own setting
     return order.id
 
 
-async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) -> None:
+async def test_cleanup_runs_by_itself_and_waits_while_postgres_is_unavailable(shop: Shop) -> None:
     async with link_to(shop.system.database_url("ticketrail_writer")) as database:
         settings = settings_of(shop.system, cleanup_interval_seconds=0.05, database_timeout_seconds=1.0)
         postgres = Postgres(database.url, settings)
@@ -127,15 +127,15 @@ async def test_it_runs_by_itself_and_waits_while_postgresql_is_away(shop: Shop) 
         await database.cut()
         cleanup.start()
         try:
-            gone, _ = await add_tokens(shop)
+            expired, _ = await add_tokens(shop)
             await whole_turn(cleanup.loop)
-            assert gone <= await tokens(shop)
+            assert expired <= await tokens(shop)
             await database.restore()
 
             async def left() -> set[bytes]:
-                return gone & await tokens(shop)
+                return expired & await tokens(shop)
 
-            await eventually(left, what="tokens gone", until=lambda found: not found)
+            await eventually(left, what="the removal of the tokens", until=lambda found: not found)
         finally:
             await cleanup.stop()
             await postgres.close()

@@ -1,4 +1,4 @@
-"""Writing to PostgreSQL what the log has and `changes` lacks: what a backup did not have, what was put away."""
+"""`replay --from-log` writes the changes that the log has and PostgreSQL lacks, for example after a restore."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.rigs.servers import Servers
 
 
 async def forget(rig: Rig, servers: Servers, *changes: Change) -> None:
-    """As if the backup had been taken before them: gone, with all that they have made."""
+    """Deletes the changes and everything that they wrote, as if the backup was older than they are."""
     name = rig.settings.database_url.rpartition("/")[2]
     superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
     try:
@@ -43,7 +43,7 @@ async def epoch(rig: Rig) -> str:
         return await feed_epochs.present(connection)
 
 
-async def test_what_postgres_lacks_is_written_once_with_every_payment_and_no_version_goes_down(
+async def test_missing_changes_are_written_once_with_every_payment_and_no_version_goes_down(
     rig: Rig, servers: Servers
 ) -> None:
     kept, paid = order(), payment()
@@ -55,7 +55,7 @@ async def test_what_postgres_lacks_is_written_once_with_every_payment_and_no_ver
     await rig.publish(whole)
     await rig.written(first, second, whole)
     await forget(rig, servers, second, whole)
-    # It went on after the restore: a jump in versions.
+    # The order changed after the restore, so its versions have a gap.
     third = change(order(id=kept.id, items=kept.items, notes="three"), base=second, before=lost)
     await rig.publish(third)
     await rig.written(third)
@@ -74,7 +74,7 @@ async def test_what_postgres_lacks_is_written_once_with_every_payment_and_no_ver
     assert (again.read, again.missing, again.written) == (4, 0, 0)
 
 
-async def test_a_dry_run_counts_and_touches_nothing(rig: Rig, servers: Servers) -> None:
+async def test_dry_run_counts_and_changes_nothing(rig: Rig, servers: Servers) -> None:
     one = change(order())
     await rig.publish(one)
     await rig.written(one)
@@ -86,8 +86,8 @@ async def test_a_dry_run_counts_and_touches_nothing(rig: Rig, servers: Servers) 
     assert await epoch(rig) == before
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept before the backup", "kept after it"])
-async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
+@pytest.mark.parametrize("kept", [True, False], ids=["kept before the backup", "kept after the backup"])
+async def test_discarded_dead_letter_is_skipped_and_a_lost_one_is_dead_lettered_again(
     rig: Rig, servers: Servers, kept: bool
 ) -> None:
     good = change(order())
@@ -96,13 +96,13 @@ async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
     await rig.publish(good, poison, discarded)
     await rig.written(good, discarded)
     await forget(rig, servers, good, discarded)
-    (letter,) = await rig.dead(Lane.CRITICAL)
+    (dead_letter,) = await rig.dead(Lane.CRITICAL)
     queue = topology.dead_queue(Lane.CRITICAL)
     if kept:
         async with rig.postgres.connection() as connection:
-            letters = parse_dead_letters(queue, Lane.CRITICAL, letter.body, letter.headers, now())
-            letters += parse_dead_letters(queue, Lane.CRITICAL, message(discarded), {}, now())
-            await dead_letter_store.keep(connection, letters)
+            dead_letters = parse_dead_letters(queue, Lane.CRITICAL, dead_letter.body, dead_letter.headers, now())
+            dead_letters += parse_dead_letters(queue, Lane.CRITICAL, message(discarded), {}, now())
+            await dead_letter_store.keep(connection, dead_letters)
             await connection.execute("update dead_letters set status = 'discarded'")
 
     report = await replay(rig)
@@ -114,4 +114,4 @@ async def test_what_is_dead_stays_away_and_what_has_lost_its_letter_dies_again(
     else:
         assert (report.written, report.dead, report.failed) == (2, 0, 1)
         (again,) = await rig.dead(Lane.CRITICAL)
-        assert again.body == letter.body
+        assert again.body == dead_letter.body

@@ -1,4 +1,4 @@
-"""`ticketrail full-sync` on a running system: what of the mirror differs from PostgreSQL, and mending it."""
+"""`ticketrail full-sync` on a running system: it finds differences of the mirror from PostgreSQL and repairs them."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ async def raw(system: System) -> AsyncIterator[Any]:
 
 
 async def place(shop: Shop, count: int = 1) -> list[str]:
-    """Ids of orders that PostgreSQL has and the mirror calls synced."""
+    """Places orders, waits until they are synced and returns their ids."""
     dish = (await shop.dish())["id"]
     async with shop.client() as staff:
         ids = [
@@ -62,23 +62,25 @@ async def synced(shop: Shop, id_: str) -> None:
 
 
 async def read_from_the_log(shop: Shop) -> None:
-    """The mirror writer has read all that was recorded until now: what is taken out of the mirror then stays out."""
-    began, way = time.monotonic(), log_path_of(Lane.CRITICAL)
+    """Waits until the mirror writer has read everything recorded so far, so that it restores nothing removed later."""
+    began, path = time.monotonic(), log_path_of(Lane.CRITICAL)
 
     async def sent() -> float:
         asked = time.monotonic()
         heartbeats = (await asyncio.to_thread(shop.system.health, "worker"))["heartbeats"]
-        return asked - float(heartbeats["age_seconds"][way]) - float(heartbeats["lag_seconds"][way])
+        return asked - float(heartbeats["age_seconds"][path]) - float(heartbeats["lag_seconds"][path])
 
     await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
 
 
 async def compare(shop: Shop, *, mend: bool) -> tuple[Compared, dict[str, str]]:
-    """Also (id -> what differs) of this restaurant: others of the run are not ours to look at."""
-    told: list[Difference] = []
+    """Returns the result, and {id: kind of difference} of this restaurant only, since other tests use the system."""
+    differences: list[Difference] = []
     async with CommandSession(settings_of(shop.system)) as session:
-        found = await FullSync(session.settings, session.postgres, session.mirror).run(mend=mend, tell=told.append)
-    return found, {one.id: one.what for one in told if one.restaurant_id == shop.restaurant}
+        found = await FullSync(session.settings, session.postgres, session.mirror).run(
+            mend=mend, tell=differences.append
+        )
+    return found, {one.id: one.what for one in differences if one.restaurant_id == shop.restaurant}
 
 
 def doc(shop: Shop, id_: str, entity: str = "order") -> str:
@@ -91,14 +93,14 @@ async def served(shop: Shop, id_: str) -> dict[str, Any]:
     return {"by": reply.headers["x-served-by"], **expect(reply)}
 
 
-async def test_a_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> None:
+async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> None:
     ids = await place(shop, 3)
     dish = (await shop.dish(name="Gone from the mirror"))["id"]
     before = [await served(shop, id_) for id_ in ids]
     found, differing = await compare(shop, mend=False)
-    assert differing == {}, "a mirror that is whole"
+    assert differing == {}, "the mirror is complete before the test"
     assert found.compared > 3
-    # What created them may be on its way to the mirror still, by the log.
+    # The worker is frozen: their creations may still come from the log.
     async with shop.system.frozen("worker"):
         await raw.delete(
             *(doc(shop, id_) for id_ in ids[:2]), doc(shop, dish, "menu_item"), keys.restaurant(shop.restaurant)
@@ -110,33 +112,33 @@ async def test_a_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> N
             [["missing", "menu_item", dish], *(["missing", "order", id_] for id_ in ids[:2])]
         )
         assert ", 0 mended" in verified.out
-        assert await raw.exists(doc(shop, ids[0])) == 0, "to verify changes nothing"
+        assert await raw.exists(doc(shop, ids[0])) == 0, "--verify changes nothing"
 
-        mended = await ticketrail(shop.system, "full-sync", "--json")
-        assert mended.code == 0
-        told = [one for one in mended.told["differences"] if one["restaurant_id"] == shop.restaurant]
-        assert {one["id"]: one["what"] for one in told} == dict.fromkeys([*ids[:2], dish], "missing")
-    assert mended.told["mended"] >= 3
+        repaired = await ticketrail(shop.system, "full-sync", "--json")
+        assert repaired.code == 0
+        differences = [one for one in repaired.told["differences"] if one["restaurant_id"] == shop.restaurant]
+        assert {one["id"]: one["what"] for one in differences} == dict.fromkeys([*ids[:2], dish], "missing")
+    assert repaired.told["mended"] >= 3
     assert [await served(shop, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
     assert await raw.exists(keys.restaurant(shop.restaurant)) == 1
     assert (await compare(shop, mend=False))[1] == {}
 
 
-async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(shop: Shop, raw: Any) -> None:
+async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaired(shop: Shop, raw: Any) -> None:
     behind, differs, pending_too = await place(shop, 3)
     old = await raw.hgetall(doc(shop, behind))
     async with shop.client() as staff:
         expect(await staff.put(f"/api/orders/{behind}", json={"notes": "new"}))
     await synced(shop, behind)
-    # What changed it may be on its way to the mirror still, by the log.
+    # The worker is frozen: the change may still come from the log.
     async with shop.system.frozen("worker"):
         await raw.delete(doc(shop, behind))
         await raw.hset(doc(shop, behind), mapping=old)
         for id_ in (differs, pending_too):
             state = json.loads(await raw.hget(doc(shop, id_), "d"))
             await raw.hset(doc(shop, id_), "d", json.dumps({**state, "total": 1}))
-        # Called pending by mistake: PostgreSQL has this very change.
+        # The mirror marks it as pending by mistake: PostgreSQL has this very change.
         await raw.zadd(keys.pending(shop.restaurant, "order"), {pending_too: 1.0})
         unknown = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
         await put(shop, unknown, "stored")
@@ -153,15 +155,15 @@ async def test_what_is_behind_differs_or_is_unknown_is_told_apart_and_mended(sho
 
 
 async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Head:
-    """A state into the mirror alone."""
+    """Writes a state to the mirror only; returns its head."""
     standing = Head(version, str(uuid4()))
     async with CommandSession(settings_of(shop.system)) as session:
         await session.mirror.apply([Apply(orders.ENTITY, state, standing, encode(state), at or now(), how)])
     return standing
 
 
-async def test_what_is_pending_is_left_alone(shop: Shop, raw: Any) -> None:
-    """New, and ahead of PostgreSQL: on its way there."""
+async def test_pending_states_are_left_alone(shop: Shop, raw: Any) -> None:
+    """One order is new and one is ahead of PostgreSQL; both are pending."""
     (known,) = await place(shop)
     state = msgspec.json.decode(await raw.hget(doc(shop, known), "d"), type=orders.Order)
     ahead = structs.replace(state, notes="ahead")
@@ -173,13 +175,13 @@ async def test_what_is_pending_is_left_alone(shop: Shop, raw: Any) -> None:
     async with CommandSession(settings_of(shop.system)) as session:
         _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
         assert [one and (one.standing, one.pending) for one in documents] == [(one, True) for one in standings]
-        for id_, standing in zip([known, new.id], standings, strict=True):  # for the tests that come after
+        for id_, standing in zip([known, new.id], standings, strict=True):  # for later tests
             await session.mirror.settle(shop.restaurant, "order", [(id_, standing)])
             await session.mirror.trim(shop.restaurant, "order", {id_: standing.change_id})
 
 
-async def test_an_order_that_left_the_window_or_is_about_to_is_not_missing(shop: Shop) -> None:
-    """What the reconciler takes out while we look was there when we began."""
+async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(shop: Shop) -> None:
+    """The reconciler may trim an order during the comparison."""
     edge = now() - timedelta(days=3)
     settings = settings_of(shop.system)
     async with CommandSession(settings) as session:
@@ -194,10 +196,10 @@ async def test_an_order_that_left_the_window_or_is_about_to_is_not_missing(shop:
             assert comparing._difference(orders.ENTITY, stored, None) == what
 
 
-async def test_changes_under_way_are_not_taken_for_differences(
+async def test_changes_in_progress_are_not_treated_as_differences(
     shop: Shop, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change may be in PostgreSQL a moment before it is revealed; and orders go on while it compares."""
+    """A change may be in PostgreSQL a moment before its reveal, and new orders arrive during the comparison."""
     monkeypatch.setattr(full_sync, "_UNDER_WAY", timedelta(minutes=5))  # longer than this test
     (known,) = await place(shop)
     await read_from_the_log(shop)
@@ -208,18 +210,18 @@ async def test_changes_under_way_are_not_taken_for_differences(
     stop = asyncio.Event()
     placed: list[str] = []
     under_way = asyncio.Lock()
-    rests: list[float] = []
+    pauses: list[float] = []
 
-    async def rest(seconds: float) -> None:
-        """Before it looks again: by then all that was under way is revealed."""
-        rests.append(seconds)
+    async def pause(seconds: float) -> None:
+        """Runs before the second look: by then every change in progress is revealed."""
+        pauses.append(seconds)
         await raw.hset(doc(shop, known), mapping=current)
         async with under_way:
             pass
 
-    monkeypatch.setattr(full_sync, "asyncio", SimpleNamespace(sleep=rest))
+    monkeypatch.setattr(full_sync, "asyncio", SimpleNamespace(sleep=pause))
 
-    async def go_on() -> None:
+    async def place_orders() -> None:
         async with shop.client() as staff:
             while not stop.is_set():
                 body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
@@ -228,13 +230,13 @@ async def test_changes_under_way_are_not_taken_for_differences(
                     expect(await staff.put(f"/api/orders/{placed[-1]}", json={"notes": "x"}))
                 await asyncio.sleep(0.02)
 
-    going = asyncio.create_task(go_on())
+    placing = asyncio.create_task(place_orders())
     try:
         assert (await compare(shop, mend=False))[1] == {}
-        assert 300.0 in rests, "it looked at the one that was not revealed, and then again"
+        assert 300.0 in pauses, "the unrevealed change was compared a second time"
         assert (await compare(shop, mend=True))[1] == {}
     finally:
         stop.set()
-        await going
+        await placing
     for id_ in placed:
         assert (await served(shop, id_))["version"] == 2

@@ -1,4 +1,4 @@
-"""What `/metrics` and `ticketrail status` say of a real system."""
+"""`/metrics` and `ticketrail status` of a real system."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ async def scraped(system: System, name: str) -> Samples:
     }
 
 
-async def test_orders_that_are_accepted_and_refused_are_counted(system: System) -> None:
+async def test_accepted_and_refused_orders_are_counted(system: System) -> None:
     before = await scraped(system, "orders")
     async with system.client() as client:
         for _ in range(3):
@@ -50,25 +50,25 @@ async def test_orders_that_are_accepted_and_refused_are_counted(system: System) 
     assert after["ticketrail_broker_connected"] == 1
 
 
-async def test_the_way_of_a_change_is_measured_to_every_sink(system: System) -> None:
+async def test_lag_of_a_change_is_measured_at_every_sink(system: System) -> None:
     before = {name: await scraped(system, name) for name in ("worker", "notifier")}
     async with system.client() as client:
         assert (await client.post("/api/orders", json=system.order_body())).status_code == 201
 
     async def grown() -> list[float]:
         after = {name: await scraped(system, name) for name in ("worker", "notifier")}
-        wanted = (
+        sinks = (
             ("worker", "ticketrail_postgres_lag_seconds_count"),
             ("worker", "ticketrail_mirror_lag_seconds_count"),
             ("worker", "ticketrail_batch_changes_sum"),
             ("notifier", "ticketrail_push_lag_seconds_count"),
         )
-        return [after[service][name] - before[service][name] for service, name in wanted]
+        return [after[service][name] - before[service][name] for service, name in sinks]
 
     await eventually(grown, what="one change at every sink", until=lambda counts: min(counts) >= 1)
 
 
-async def test_reads_tell_whether_the_mirror_had_the_order(system: System) -> None:
+async def test_reads_are_counted_as_hits_and_misses_of_the_mirror(system: System) -> None:
     async with system.client() as client:
         id_ = (await client.post("/api/orders", json=system.order_body())).json()["data"]["id"]
         before = await scraped(system, "orders")
@@ -80,7 +80,7 @@ async def test_reads_tell_whether_the_mirror_had_the_order(system: System) -> No
         assert after[name] - before.get(name, 0.0) == 1, result
 
 
-async def test_changes_that_lose_the_race_for_a_version_are_counted(system: System) -> None:
+async def test_lost_claims_are_counted(system: System) -> None:
     before = await scraped(system, "orders")
     async with system.client() as client:
         id_ = (await client.post("/api/orders", json=system.order_body())).json()["data"]["id"]
@@ -90,10 +90,10 @@ async def test_changes_that_lose_the_race_for_a_version_are_counted(system: Syst
             after = await scraped(system, "orders")
             return after["ticketrail_claims_lost_total"] - before["ticketrail_claims_lost_total"]
 
-        assert await eventually(race, what="a claim that is lost") >= 1
+        assert await eventually(race, what="a lost claim") >= 1
 
 
-async def test_callers_that_wait_for_a_connection_are_seen(system: System) -> None:
+async def test_callers_that_wait_for_a_connection_are_counted(system: System) -> None:
     postgres = Postgres(system.database_url("ticketrail_api"), Settings(), size=1)
     metrics = Metrics()
     watch_pool(metrics, postgres)
@@ -109,48 +109,50 @@ async def test_callers_that_wait_for_a_connection_are_seen(system: System) -> No
         async with postgres.connection():
             assert await seen("in_use") and not await seen("waiting")
             second = asyncio.create_task(also())
-            await eventually(lambda: seen("waiting"), what="the second caller waits")
+            await eventually(lambda: seen("waiting"), what="a second caller that waits")
         await second
         assert await seen("idle") and not await seen("waiting")
     finally:
         await postgres.close()
 
 
-async def test_status_shows_every_service_and_names_the_one_that_is_away(system: System) -> None:
+async def test_status_shows_every_service_and_names_the_unavailable_one(system: System) -> None:
     async def status() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await system.cli("status", "--json"))
         return found
 
-    def all_well(said: dict[str, Any]) -> bool:
-        states = {name: one["state"] for name, one in said.items()}
+    def all_ready(status: dict[str, Any]) -> bool:
+        states = {name: one["state"] for name, one in status.items()}
         return (
             states == dict.fromkeys(("orders", "sync-worker", "sync-api", "notifier"), "ready")
-            and said["orders"].get("broker connected") == 1
-            and said["sync-worker"].get("mirror warm") == 1
+            and status["orders"].get("broker connected") == 1
+            and status["sync-worker"].get("mirror warm") == 1
         )
 
-    # Asked again: a worker whose last heartbeat is three seconds old is not ready, and an answer that takes two
-    # is none.
-    await eventually(status, what="every service well", until=all_well)
-    there = dict(system.env)
+    # Asked again and again: a worker is not ready if its last heartbeat is three seconds old, and `status` ignores
+    # an answer that takes two seconds.
+    await eventually(status, what="every service ready", until=all_ready)
+    env = dict(system.env)
     try:
         system.env["TICKETRAIL_NOTIFIER_PORT"] = "1"
-        away = await eventually(status, what="orders", until=lambda said: said["orders"]["state"] == "ready")
+        found = await eventually(status, what="orders", until=lambda seen: seen["orders"]["state"] == "ready")
     finally:
-        system.env = there
-    assert away["notifier"]["state"] == "away"
+        system.env = env
+    assert found["notifier"]["state"] == "away"
 
 
-async def test_every_metric_is_documented_and_every_documented_one_exists(system: System) -> None:
+async def test_documented_and_existing_metrics_are_the_same(system: System) -> None:
     async with http_client() as client:
         texts = [(await client.get(f"{url}/metrics")).text for url in (system.urls[name] for name in SERVICES)]
-    told = {name for text in texts for name in re.findall(r"^# TYPE (ticketrail_\w+) (?!gauge.*_created)", text, re.M)}
-    told = {name.removesuffix("_total") for name in told if not name.endswith("_created")}
-    written = {name.removesuffix("_total") for name in re.findall(r"`(ticketrail_\w+)`", _PAGE)}
-    assert told == written
+    exported = {
+        name for text in texts for name in re.findall(r"^# TYPE (ticketrail_\w+) (?!gauge.*_created)", text, re.M)
+    }
+    exported = {name.removesuffix("_total") for name in exported if not name.endswith("_created")}
+    documented = {name.removesuffix("_total") for name in re.findall(r"`(ticketrail_\w+)`", _PAGE)}
+    assert exported == documented
 
 
-def test_labels_beyond_the_bound_are_counted_together() -> None:
+def test_labels_beyond_the_limit_are_counted_together() -> None:
     metrics = Metrics()
     counted = metrics.counter_by("ticketrail_test", "For this test", "code")
     for number in range(100):

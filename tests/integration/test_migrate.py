@@ -1,4 +1,4 @@
-"""`ticketrail migrate`, on a database and a vhost of their own."""
+"""`ticketrail migrate` on a separate database and vhost."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,19 +25,19 @@ async def empty(servers: Servers, tmp_path: Path) -> AsyncIterator[System]:
     await system.down()
 
 
-async def test_it_may_be_repeated_and_run_twice_at_once(empty: System) -> None:
+async def test_migrate_may_be_repeated_and_run_concurrently(empty: System) -> None:
     first = await asyncio.gather(empty.cli("migrate"), empty.cli("migrate"))
-    assert sum("0001_the_rail.sql" in said for said in first) == 1
+    assert sum("0001_the_rail.sql" in output for output in first) == 1
     assert "up to date" in await empty.cli("migrate")
 
 
-async def test_services_find_all_that_they_need(empty: System) -> None:
+async def test_migrated_broker_passes_the_startup_check_of_services(empty: System) -> None:
     await empty.cli("migrate")
     async with await declare.connect(empty.rabbitmq_url) as connection:
         await declare.check(connection, settings_of(empty))
 
 
-async def test_a_missing_queue_is_named(empty: System) -> None:
+async def test_missing_queue_is_named(empty: System) -> None:
     await empty.cli("migrate")
     async with await declare.connect(empty.rabbitmq_url) as connection:
         channel = await connection.channel()
@@ -46,7 +46,7 @@ async def test_a_missing_queue_is_named(empty: System) -> None:
             await declare.check(connection, settings_of(empty))
 
 
-async def test_a_queue_with_other_arguments_is_named_and_kept(empty: System) -> None:
+async def test_queue_with_other_arguments_is_named_and_kept(empty: System) -> None:
     connection = await aio_pika.connect(empty.rabbitmq_url)
     async with connection:
         channel = await connection.channel()
@@ -55,7 +55,7 @@ async def test_a_queue_with_other_arguments_is_named_and_kept(empty: System) -> 
         await empty.cli("migrate")
 
 
-async def test_dead_queues_of_an_earlier_version_go_on_as_they_are_and_new_ones_never_drop_a_letter(
+async def test_older_dead_letter_queues_are_kept_and_new_ones_never_drop_a_dead_letter(
     empty: System,
 ) -> None:
     connection = await aio_pika.connect(empty.rabbitmq_url)
@@ -64,9 +64,9 @@ async def test_dead_queues_of_an_earlier_version_go_on_as_they_are_and_new_ones_
         older = topology.dead_queue(Lane.CRITICAL)
         await channel.declare_queue(older, durable=True, arguments={"x-queue-type": "quorum"})
         for _ in range(2):
-            with capture_logs() as said:
+            with capture_logs() as logs:
                 await declare.declare(connection, settings_of(empty))
-            assert [one["queue"] for one in said if one["event"] == "queue_keeps_older_arguments"] == [older]
+            assert [one["queue"] for one in logs if one["event"] == "queue_keeps_older_arguments"] == [older]
         for name, lane in topology.dead_queues():
             arguments: Any = {"x-queue-type": "quorum"}
             if lane is not Lane.CRITICAL:
@@ -74,7 +74,7 @@ async def test_dead_queues_of_an_earlier_version_go_on_as_they_are_and_new_ones_
             await (await connection.channel()).declare_queue(name, durable=True, arguments=arguments)
 
 
-async def test_a_new_log_gets_a_new_epoch_and_an_old_one_keeps_its_own(empty: System) -> None:
+async def test_new_log_gets_a_new_epoch_and_an_existing_log_keeps_its_epoch(empty: System) -> None:
     async def epoch() -> str:
         return (await empty.cli("migrate")).rpartition("epoch ")[2].strip()
 
@@ -90,14 +90,14 @@ async def test_a_new_log_gets_a_new_epoch_and_an_old_one_keeps_its_own(empty: Sy
         assert await reader.first_epoch() == second, stream
 
 
-async def test_a_database_that_lost_the_epoch_learns_it_from_the_log(empty: System) -> None:
+async def test_database_without_the_epoch_reads_it_from_the_log(empty: System) -> None:
     first = (await empty.cli("migrate")).rpartition("epoch ")[2]
     async with empty.database("ticketrail_owner") as connection:
         await connection.execute("delete from log_epochs")
     assert (await empty.cli("migrate")).rpartition("epoch ")[2] == first
 
 
-async def test_a_migration_that_changed_after_it_was_applied_is_refused(
+async def test_migration_that_changed_after_it_was_applied_is_refused(
     empty: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await migrate.migrate(settings_of(empty))
@@ -106,7 +106,7 @@ async def test_a_migration_that_changed_after_it_was_applied_is_refused(
         await migrate.migrate(settings_of(empty))
 
 
-async def test_a_role_above_row_level_security_is_refused(empty: System) -> None:
+async def test_role_that_bypasses_row_level_security_is_refused(empty: System) -> None:
     superuser = settings_of(empty).model_copy(
         update={"database_api_url": "postgresql://postgres:x@127.0.0.1/ticketrail"}
     )
@@ -114,7 +114,7 @@ async def test_a_role_above_row_level_security_is_refused(empty: System) -> None
         await migrate.migrate(superuser)
 
 
-async def test_data_of_this_layout_fits_and_what_another_version_made_is_named(empty: System) -> None:
+async def test_data_of_this_layout_is_accepted_and_parts_of_another_layout_are_named(empty: System) -> None:
     settings, broker = settings_of(empty), empty.servers.rabbitmq
     await layout.check_database(settings.database_url)  # empty
     await empty.cli("migrate")
@@ -126,7 +126,7 @@ async def test_data_of_this_layout_fits_and_what_another_version_made_is_named(e
     connection = await aio_pika.connect(empty.rabbitmq_url)
     async with connection:
         channel = await connection.channel()
-        await channel.declare_queue("somebody.elses", durable=True)
+        await channel.declare_queue("another.system", durable=True)
         await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, settings)
         await channel.declare_queue("sync.postgres.older.v0", durable=True)
 
@@ -135,7 +135,7 @@ async def test_data_of_this_layout_fits_and_what_another_version_made_is_named(e
             await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, settings)
         except layout.OtherLayout as error:
             return str(error)
-        return ""  # the management API is a moment behind
+        return ""  # the management API lags a moment behind
 
     assert "sync.postgres.older.v0" in await eventually(named)
 

@@ -1,9 +1,8 @@
-"""What PostgreSQL reads for a request of one restaurant: by an index, and no more than that restaurant's share.
+"""The query plans of a request of one restaurant: PostgreSQL uses an index and reads only that restaurant's rows.
 
-The real functions run on connections of the real roles; the server itself says how it went about each statement
-(auto_explain). A statement's first runs are planned for their values; later ones, when that seems as cheap, by one plan
-for all values, which knows none of them. Both are looked at: what runs for the first time, what has run ten times, and
-what the plan for all values would be.
+The real functions run on connections of the real roles; auto_explain logs the plan of each statement. PostgreSQL plans
+the first runs of a statement for their values. Later it may use one plan for all values, if that plan seems as cheap.
+The tests check both: the first run, the run after ten others, and the plan for all values.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -46,40 +45,40 @@ async def database(servers: Servers) -> AsyncIterator[Database]:
 class Case(Struct, frozen=True):
     work: Callable[[Database], Awaitable[Any]]
     rows: int
-    """At most, of all big tables together."""
+    """The most rows that may be read, of all big tables together."""
     not_when: str = ""
-    """One of MODES. `for all values`: that plan reads more, and PostgreSQL must not come to choose it. `at first`: it
-    knows how few there are, and reads them all."""
+    """One of MODES that is not tested. `for all values`: that plan reads more, and PostgreSQL must not choose it.
+    `at first`: the planner knows how few rows there are, and reads them all."""
 
 
-def orders(**wanted: Any) -> Callable[[Database], Awaitable[Any]]:
-    """`wanted`: fields of a Selection, or what makes them of a database."""
+def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
+    """`fields`: fields of a Selection, or functions that take the database and return them."""
 
     async def page(database: Database) -> list[Any]:
-        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
-        without = fields.pop("without", [])
+        chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
+        without = chosen.pop("without", [])
         async with database.api.tenant(database.shop.id) as connection:
-            return await states.page(connection, order.ENTITY, database.shop.id, Selection(**fields), without=without)
+            return await states.page(connection, order.ENTITY, database.shop.id, Selection(**chosen), without=without)
 
     return page
 
 
-def payments(**wanted: Any) -> Callable[[Database], Awaitable[Any]]:
+def payments(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
     async def listed(database: Database) -> list[Any]:
-        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
+        chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         async with database.api.tenant(database.shop.id) as connection:
-            return await money.payments(connection, database.shop.id, money.PaymentsWanted(**fields))
+            return await money.payments(connection, database.shop.id, money.PaymentsWanted(**chosen))
 
     return listed
 
 
-def audited(limit: int = PAGE, **wanted: Any) -> Callable[[Database], Awaitable[Any]]:
+def audited(limit: int = PAGE, **fields: Any) -> Callable[[Database], Awaitable[Any]]:
     nothing = dict.fromkeys(("start", "end", "entity", "entity_id", "actor", "before"))
 
     async def listed(database: Database) -> list[Any]:
-        fields = {name: value(database) if callable(value) else value for name, value in wanted.items()}
+        chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         async with database.api.tenant(database.shop.id) as connection:
-            return await audit.changes(connection, database.shop.id, **{**nothing, **fields}, limit=limit)
+            return await audit.changes(connection, database.shop.id, **{**nothing, **chosen}, limit=limit)
 
     return listed
 
@@ -93,7 +92,7 @@ def summed(days: int) -> Callable[[Database], Awaitable[Any]]:
     return summary
 
 
-def insight(database: Database) -> DerivedFigures:
+def derived_figures(database: Database) -> DerivedFigures:
     reads = Reads(database.api, database.mirror, ReadMetrics(Metrics()))
     return DerivedFigures(reads, database.api, database.mirror)
 
@@ -108,15 +107,15 @@ async def the_menu(database: Database) -> Any:
         return await states.every(connection, menu_item.ENTITY, database.shop.id)
 
 
-async def which_stand(database: Database) -> Any:
+async def heads_of_orders(database: Database) -> Any:
     async with database.api.tenant(database.shop.id) as connection:
         return await states.heads(connection, order.ENTITY, database.shop.id, [database.oldest[0].id] * 50)
 
 
 async def orders_at_tables(database: Database) -> Any:
-    who = Identity(database.shop.user_id, Role.STAFF, database.shop.id, "a@example.org")
+    identity = Identity(database.shop.user_id, Role.STAFF, database.shop.id, "a@example.org")
     tables: Any = [SimpleNamespace(id=id_) for id_ in database.shop.table_ids]
-    return await insight(database).orders_at(database.shop.id, who, tables)
+    return await derived_figures(database).orders_at(database.shop.id, identity, tables)
 
 
 async def totals_of_customers(database: Database) -> Any:
@@ -125,15 +124,15 @@ async def totals_of_customers(database: Database) -> Any:
         customer.Customer(id=id_, restaurant_id=database.shop.id, name="Ada", created_at=at, updated_at=at)
         for id_ in database.shop.customer_ids[:3]
     ]
-    return await insight(database).totals(Restaurant(id=database.shop.id, slug="a", name="A"), of)
+    return await derived_figures(database).totals(Restaurant(id=database.shop.id, slug="a", name="A"), of)
 
 
-async def what_is_held(database: Database) -> Any:
+async def held_stock(database: Database) -> Any:
     async with database.api.tenant(database.shop.id) as connection:
         return await states.held(connection, database.shop.id, [database.shop.stock_id])
 
 
-async def how_far_it_has_come(database: Database) -> Any:
+async def status_of_sync(database: Database) -> Any:
     return await sync_status(Settings(), database.api, database.mirror, database.shop.id)
 
 
@@ -151,14 +150,14 @@ def at_first_table(database: Database) -> dict[str, Any]:
 
 
 STATES = 2 * PAGE + 6
-"""A page with the state of each; of the orders that are passed over, one in fifty is deleted."""
+"""The rows of a page and their states, and a few deleted orders that are skipped: one order in fifty is deleted."""
 
 CASES = {
     "the newest orders": Case(orders(), STATES),
-    "the newest orders without those that are pending": Case(
+    "the newest orders without the pending ones": Case(
         orders(without=lambda database: [database.oldest[0].id] * 20), STATES
     ),
-    "orders, deleted ones too": Case(orders(include_deleted=True), STATES),
+    "orders with the deleted ones": Case(orders(include_deleted=True), STATES),
     "orders behind a cursor": Case(orders(before=before_the_last_page), STATES),
     "orders of ten days": Case(orders(created_from=ago(100), created_to=ago(90)), STATES),
     "orders of a year": Case(orders(created_from=ago(380), created_to=ago(10)), STATES),
@@ -176,14 +175,14 @@ CASES = {
         orders(equal=lambda database: {"status": "pending", **at_first_table(database)}), 12, not_when="for all values"
     ),
     "orders of a customer": Case(orders(equal=lambda database: {"customer_id": database.shop.customer_ids[0]}), STATES),
-    "orders of a guest": Case(orders(equal={"customer_session_id": "nobody"}), 0),
+    "orders of a guest": Case(orders(equal={"customer_session_id": "unknown"}), 0),
     "an order": Case(one_order, 2),
     "the menu": Case(the_menu, 12),
-    "which of fifty orders stand": Case(which_stand, 50),
+    "heads of fifty orders": Case(heads_of_orders, 50),
     "open orders at all tables": Case(orders_at_tables, 12, not_when="for all values"),
     "totals of three customers": Case(totals_of_customers, 70),
-    "what is held of the stock": Case(what_is_held, 60),
-    "how far the sync has come": Case(how_far_it_has_come, EACH),
+    "held stock": Case(held_stock, 60),
+    "sync status": Case(status_of_sync, EACH),
     "a summary of thirty days": Case(summed(30), 80),
     "a summary of all days": Case(summed(DAYS), EACH),
     "the newest payments": Case(payments(), PAGE),
@@ -197,23 +196,23 @@ CASES = {
     "changes of orders": Case(audited(entity="order"), PAGE),
     "the newest changes of customers": Case(audited(5, entity="customer"), 5, not_when="at first"),
     "changes of an entity": Case(audited(entity="order", entity_id=lambda database: database.oldest[0].id), 4),
-    "changes by an id alone": Case(audited(entity_id=lambda database: database.oldest[0].id), 4),
-    "changes by somebody": Case(audited(actor=lambda database: database.shop.user_id), PAGE),
-    "changes by nobody": Case(audited(actor="nobody"), 0),
+    "changes by an id only": Case(audited(entity_id=lambda database: database.oldest[0].id), 4),
+    "changes by one actor": Case(audited(actor=lambda database: database.shop.user_id), PAGE),
+    "changes by an unknown actor": Case(audited(actor="unknown"), 0),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in MODES if mode != case.not_when]
 )
-async def test_a_request_reads_by_an_index_what_it_answers_and_little_more(
+async def test_request_uses_an_index_and_reads_little_more_than_it_returns(
     database: Database, name: str, mode: str
 ) -> None:
     case = CASES[name]
     plans = await database.plans(lambda: case.work(database), mode)
     _by_index(plans)
     assert sum(plan.read() for plan in plans) <= case.rows, [plan.text for plan in plans]
-    # Four pages of an index and one of its table for each row, at the most.
+    # At most four pages of an index and one page of its table for each row.
     assert sum(plan.pages for plan in plans) <= 5 * case.rows + 40, [plan.text for plan in plans]
 
 
@@ -221,16 +220,16 @@ def _by_index(plans: list[Plan]) -> None:
     for plan in plans:
         for scan in plan.scans:
             assert "Seq Scan" not in scan["Node Type"], plan.text
-        assert "JIT" not in plan.text, plan.text  # compiled for longer than it runs
+        assert "JIT" not in plan.text, plan.text  # the compilation takes longer than the query
 
 
-async def test_a_summary_is_read_from_the_index_alone(database: Database) -> None:
+async def test_summary_is_read_from_the_index_only(database: Database) -> None:
     (plan,) = await database.plans(lambda: summed(30)(database), "at first")
     (scan,) = plan.scans
     assert (scan["Node Type"], scan["Heap Fetches"]) == ("Index Only Scan", 0)
 
 
-async def test_row_level_security_is_on_in_all_of_it(database: Database) -> None:
+async def test_row_level_security_is_active_in_these_tests(database: Database) -> None:
     async with database.api.connection() as connection:
         for table in BIG:
             assert await connection.fetchval("select row_security_active($1)", table), table
@@ -244,7 +243,7 @@ async def _drained(blocks: AsyncIterator[list[Any]]) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_lost_mirror_is_filled_from_what_is_live_alone(database: Database, mode: str) -> None:
+async def test_lost_mirror_is_filled_by_reading_only_live_rows(database: Database, mode: str) -> None:
     since = database.history.until - timedelta(days=3)
     found = []
 
@@ -260,7 +259,7 @@ async def test_a_lost_mirror_is_filled_from_what_is_live_alone(database: Databas
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_what_was_held_before_the_stock_was_counted_is_not_looked_at(database: Database, mode: str) -> None:
+async def test_holds_before_the_recount_are_not_read(database: Database, mode: str) -> None:
     found = []
 
     async def work() -> None:
@@ -276,8 +275,8 @@ async def test_what_was_held_before_the_stock_was_counted_is_not_looked_at(datab
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_gaps_are_looked_for_in_the_changes_of_an_hour(database: Database, mode: str) -> None:
-    # Four days ago: of the last two the history has creations alone.
+async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, mode: str) -> None:
+    # Four days ago, because the last two days of the history have only creations.
     until = 4 * 24 * 60
 
     async def work() -> None:
@@ -295,7 +294,7 @@ async def _rows(connection: Any, table: str) -> list[str]:
     return sorted(row[0] for row in rows)
 
 
-async def test_what_is_filled_in_bulk_is_what_the_writer_writes(servers: Servers) -> None:
+async def test_bulk_fill_writes_the_same_rows_as_the_writer(servers: Servers) -> None:
     history = History("same", 2, 120, datetime.now(UTC))
     async with empty_database(servers) as (_, superuser_url, settings):
         shops = await fill(superuser_url, history)

@@ -1,4 +1,4 @@
-"""The reconciler heals what was lost on the way to PostgreSQL, and takes nothing for lost that is only late."""
+"""The reconciler records changes again whose message is lost, and does not treat late changes as lost."""
 
 import asyncio
 import json
@@ -24,15 +24,15 @@ from tests.rigs.restaurant import Shop, expect, made, open_shop
 from tests.rigs.servers import Servers
 from tests.rigs.system import System, eventually, settings_of
 
-HEAL = 1.0
+LOST_MESSAGE_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
 async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that heals after a second. With one consumer for each lane: a heartbeat that another takes passes orders
-    which one is slow to commit, and a second is soon over."""
+    """A system that records lost changes again after a second. It has one consumer for each lane: with two, a heartbeat
+    could overtake orders that the other consumer is slow to commit, and a second passes soon."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    settings = {"lost_message_seconds": HEAL, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
+    settings = {"lost_message_seconds": LOST_MESSAGE_SECONDS, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
     system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, **settings)
     try:
         await system.up("orders", "worker")
@@ -49,7 +49,7 @@ async def place(shop: Shop, count: int, dish: str) -> list[str]:
 
 
 async def versions(shop: Shop, ids: list[str]) -> list[list[int]]:
-    """Of each order the versions that `changes` has."""
+    """Returns the versions that `changes` has of each order."""
     async with shop.system.database() as connection:
         rows = await connection.fetch(
             "select entity_id::text, array_agg(version order by version) from changes"
@@ -60,7 +60,7 @@ async def versions(shop: Shop, ids: list[str]) -> list[list[int]]:
     return [found.get(id_, []) for id_ in ids]
 
 
-async def test_what_a_purged_queue_has_lost_is_healed_and_what_is_behind_is_not(patient: System) -> None:
+async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are_not(patient: System) -> None:
     shop = await open_shop(patient)
     dish = (await shop.dish())["id"]
     await eventually(lambda: stored_dish(shop, dish), what="the dish in PostgreSQL")
@@ -68,11 +68,11 @@ async def test_what_a_purged_queue_has_lost_is_healed_and_what_is_behind_is_not(
 
     behind = await place(shop, 3, dish)
     async with reconciler_of(patient) as reconciler:
-        await asyncio.sleep(2 * HEAL)  # much later than they were accepted
-        assert await reconciler.heal_pending() == 0, "the lanes have not been emptied since"
+        await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # much longer than the threshold
+        assert await reconciler.heal_pending() == 0, "the lanes were not empty since then"
     patient.start("worker")
     await patient.ready("worker")
-    await eventually(lambda: versions(shop, behind), what="those behind", until=lambda found: found == [[1]] * 3)
+    await eventually(lambda: versions(shop, behind), what="the waiting orders", until=lambda found: found == [[1]] * 3)
 
     await patient.stop("worker")
     lost = await place(shop, 3, dish)
@@ -83,7 +83,7 @@ async def test_what_a_purged_queue_has_lost_is_healed_and_what_is_behind_is_not(
     patient.start("worker")
     await patient.ready("worker")
     await eventually(
-        lambda: versions(shop, lost), within=30, what="healed", until=lambda found: found == [[3], [2], [2]]
+        lambda: versions(shop, lost), within=30, what="recorded again", until=lambda found: found == [[3], [2], [2]]
     )
     async with shop.client() as staff:
         for id_, version in zip(lost, (3, 2, 2), strict=True):
@@ -102,9 +102,9 @@ async def test_what_a_purged_queue_has_lost_is_healed_and_what_is_behind_is_not(
         )
     assert {tuple(row) for row in rows} == {("sync", "reconciler", "critical")}
     assert [tuple(row) for row in payments] == [(paid["payment"]["id"], 300)]
-    # By then it has looked several times at those that were only late.
+    # Meanwhile the reconciler has checked the late orders several times.
     assert await versions(shop, behind) == [[1]] * 3
-    assert await versions(shop, lost) == [[3], [2], [2]], "healed once"
+    assert await versions(shop, lost) == [[3], [2], [2]], "each order must be recorded again only once"
 
 
 async def stored_dish(shop: Shop, dish: str) -> bool:
@@ -114,14 +114,14 @@ async def stored_dish(shop: Shop, dish: str) -> bool:
 
 @asynccontextmanager
 async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconciler]:
-    """A reconciler in this process, for a system whose worker is stopped or has nothing to do with it."""
+    """A reconciler in this process, for a system whose worker is stopped or not involved."""
     async with CommandSession(settings_of(system, **settings)) as session:
         yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
 
 
 async def pending(shop: Shop, *, count: int = 1, age: float = 120, **fields: Any) -> list[str]:
-    """Orders that the mirror alone has, accepted so many seconds ago: not so many that the system's own worker heals
-    them."""
+    """Writes orders that only the mirror has, accepted `age` seconds ago; returns their ids. The age is below the
+    threshold of the system's own worker, which must not record them again."""
     at = now() - timedelta(seconds=age)
     states = [
         builders.order(restaurant_id=shop.restaurant, **{"created_at": at, "updated_at": at, **fields})
@@ -142,22 +142,22 @@ async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) ->
             )
 
 
-async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -> None:
-    """What was accepted while RabbitMQ was away is old when it comes back, and not lost: it waits in a journal."""
+async def test_journals_get_time_to_drain_after_an_outage(system: System) -> None:
+    """Changes that were accepted while RabbitMQ was unavailable are old when it returns, but they wait in a journal."""
     shop = await open_shop(system)
     (old,) = await pending(shop)
-    async with reconciler_of(system, lost_message_seconds=HEAL) as reconciler:
-        reconciler._healed_at = 0.0  # it has not looked for long
+    async with reconciler_of(system, lost_message_seconds=LOST_MESSAGE_SECONDS) as reconciler:
+        reconciler._healed_at = 0.0  # its last pass was long ago
         emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
 
         async def lanes_emptied() -> datetime | None:
             return emptied[0]
 
         reconciler._lanes_emptied = lanes_emptied  # type: ignore[method-assign]
-        await reconciler._heal_sometimes()  # RabbitMQ is away: no heartbeat comes
-        await asyncio.sleep(1.2 * HEAL)
+        await reconciler._heal_sometimes()  # RabbitMQ is unavailable: no heartbeat arrives
+        await asyncio.sleep(1.2 * LOST_MESSAGE_SECONDS)
         began = time.monotonic()
-        emptied[0] = now()  # and is back
+        emptied[0] = now()  # RabbitMQ is back
         await reconciler._heal_sometimes()
         assert await versions(shop, [old]) == [[]]
 
@@ -167,13 +167,13 @@ async def test_after_an_outage_the_journals_have_time_to_drain(system: System) -
             return await versions(shop, [old])
 
         await eventually(healed, what="healed", until=lambda found: found == [[2]])
-        assert time.monotonic() - began >= HEAL
+        assert time.monotonic() - began >= LOST_MESSAGE_SECONDS
         emptied[0] = None
         await reconciler._heal_sometimes()
-        assert reconciler._empty_since is None, "of one of the lanes nothing is known any more"
+        assert reconciler._empty_since is None, "one lane has no known heartbeat any more"
 
 
-async def test_lanes_are_empty_only_when_a_heartbeat_came_through_each(system: System) -> None:
+async def test_lanes_are_empty_only_after_a_heartbeat_came_through_each(system: System) -> None:
     lanes = [lane.value for lane in Lane]
     async with system.database("ticketrail_owner") as connection:
         assert await connection.fetchval(_LANES_EMPTIED, lanes) is not None
@@ -184,7 +184,7 @@ async def test_lanes_are_empty_only_when_a_heartbeat_came_through_each(system: S
         await undone.rollback()
 
 
-async def test_what_failed_or_is_young_or_cannot_be_healed_does_not_stop_the_others(system: System) -> None:
+async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(system: System) -> None:
     shop = await open_shop(system)
     (failed,) = await pending(shop)
     (young,) = await pending(shop, age=0)
@@ -197,12 +197,12 @@ async def test_what_failed_or_is_young_or_cannot_be_healed_does_not_stop_the_oth
         await session.mirror.settle(shop.restaurant, "order", [(failed, document.standing)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.heal_pending() == 2
-    await eventually(lambda: versions(shop, lost), what="healed", until=lambda found: found == [[2], [2]])
+    await eventually(lambda: versions(shop, lost), what="recorded again", until=lambda found: found == [[2], [2]])
     assert await versions(shop, [failed, young, broken]) == [[], [], []]
 
 
-async def test_old_open_orders_do_not_keep_older_ones_in_the_mirror(system: System) -> None:
-    """As an import leaves them: more than one block of what stays, and behind it what goes."""
+async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(system: System) -> None:
+    """The mirror is as after an import: more than one block of orders that stay, then orders that must go."""
     shop = await open_shop(system)
     at = now() - timedelta(days=30)
     fields: dict[str, Any] = {"restaurant_id": shop.restaurant, "items": 1, "updated_at": at}

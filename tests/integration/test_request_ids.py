@@ -1,5 +1,4 @@
-"""The ids that come in with a request and go out with its answer: a request id of the caller, a trace. On the running
-system."""
+"""The ids of a request and its reply on the running system: the request id of the caller, and the trace."""
 
 import asyncio
 import secrets
@@ -10,7 +9,7 @@ from tests.rigs.system import System
 
 
 async def raw(url: str, *lines: bytes, path: bytes = b"/health/live") -> bytes:
-    """The head of the answer to a request that no client library would send."""
+    """Sends a request that no client library would send; returns the head of the reply."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"\r\n".join([b"GET " + path + b" HTTP/1.1", b"Host: x", b"Connection: close", *lines, b"", b""]))
@@ -29,7 +28,7 @@ PATHS: list[tuple[str, int]] = [("/api/orders?limit=1", 200), ("/api/orders?limi
 
 
 @pytest.mark.parametrize("asked", ["order-4711", "a" * 128, "{!~}", "8873ec35-8c64-44ad-964d-29d824a653b8"])
-async def test_a_request_id_comes_back(system: System, asked: str) -> None:
+async def test_request_id_is_returned(system: System, asked: str) -> None:
     async with system.client() as client:
         for path, status in [*PATHS, ("/health/live", 200)]:
             reply = await client.get(path, headers={"X-Request-Id": asked})
@@ -42,10 +41,10 @@ async def test_a_request_id_comes_back(system: System, asked: str) -> None:
     [b"", b"a b", b"a\tb", b"a" * 129, "ü".encode(), b"\xff\xfe", b"<script>\x01"],
     ids=lambda value: repr(value)[:12],
 )
-async def test_a_request_id_that_could_mean_something_else_does_not_come_back(system: System, asked: bytes) -> None:
+async def test_unsafe_request_id_is_not_returned(system: System, asked: bytes) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: " + asked)
     if b"\x01" in asked:
-        assert b" 400 " in head.split(b"\r\n")[0]  # the server itself takes no such header
+        assert b" 400 " in head.split(b"\r\n")[0]  # the server itself refuses such a header
         return
     (own,) = header_in(head, b"x-trace-id")
     assert header_in(head, b"x-request-id") == [own]
@@ -53,19 +52,19 @@ async def test_a_request_id_that_could_mean_something_else_does_not_come_back(sy
 
 
 @pytest.mark.parametrize("line_end", [b"\r\n ", b"\r\n\t", b"\r", b"\n", b"\r\n\r\n", b"%0d%0a", b"\\r\\n", b"\0"])
-async def test_no_header_is_smuggled_in_by_a_request_id(system: System, line_end: bytes) -> None:
+async def test_request_id_cannot_inject_a_header(system: System, line_end: bytes) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: x" + line_end + b"Set-Cookie: a=b")
     refused = b" 400 " in head.split(b"\r\n")[0]
     assert header_in(head, b"set-cookie") == []
     assert len(header_in(head, b"x-request-id")) == (0 if refused else 1)
 
 
-async def test_of_several_request_ids_one_comes_back(system: System) -> None:
+async def test_first_of_several_request_ids_is_returned(system: System) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: first", b"X-Request-Id: second")
     assert header_in(head, b"x-request-id") == [b"first"]
 
 
-async def test_a_trace_that_comes_in_goes_on(system: System) -> None:
+async def test_incoming_trace_is_continued(system: System) -> None:
     async with system.client() as client:
         for path, status in PATHS[:2]:
             trace_id = secrets.token_hex(16)
@@ -74,7 +73,7 @@ async def test_a_trace_that_comes_in_goes_on(system: System) -> None:
             assert reply.status_code == status
             assert reply.headers["x-trace-id"] == trace_id
             assert reply.headers["x-request-id"] == trace_id
-        # Without a right one each request has a trace of its own.
+        # Without a valid `traceparent` each request gets its own trace.
         seen = set()
         for bad in (None, "", "garbage", f"00-{'0' * 32}-{'1' * 16}-01", f"00-{'g' * 32}-{'1' * 16}-01", "a" * 9_000):
             reply = await client.get("/api/orders?limit=1", headers={} if bad is None else {"traceparent": bad})
@@ -83,12 +82,12 @@ async def test_a_trace_that_comes_in_goes_on(system: System) -> None:
         assert len(seen) == 6
 
 
-async def test_an_error_names_the_trace_of_its_answer(system: System) -> None:
+async def test_error_names_the_trace_of_its_reply(system: System) -> None:
     async with system.client() as client:
         for path, status in PATHS[1:]:
             reply = await client.get(path)
             assert reply.status_code == status
             assert reply.json()["error"]["trace_id"] == reply.headers["x-trace-id"]
-        # On one connection too each has its own.
+        # Requests on one connection get different traces too.
         ids = {(await client.get("/no/such/path")).headers["x-trace-id"] for _ in range(3)}
         assert len(ids) == 3

@@ -1,4 +1,4 @@
-"""The harness keeps its word on both ways: what the fault tests build on is proved here once."""
+"""The test servers behave as the fault tests expect, whether they are processes or containers."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,16 +13,16 @@ from redis.backoff import NoBackoff
 
 from tests.rigs.servers import Servers
 
-IMPATIENT = 1.5  # seconds until a client gives up on a frozen server
+SHORT_TIMEOUT_SECONDS = 1.5  # until a client gives up on a frozen server
 
 
 def connect_redis(url: str) -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(url, socket_timeout=IMPATIENT, retry=Retry(NoBackoff(), 0))
+    return redis.asyncio.Redis.from_url(url, socket_timeout=SHORT_TIMEOUT_SECONDS, retry=Retry(NoBackoff(), 0))
 
 
 @pytest.fixture
 async def vhost(servers: Servers) -> AsyncIterator[str]:
-    """The URL of a vhost of this test alone."""
+    """The URL of a vhost for one test."""
     name = f"test-{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
     yield url
@@ -31,7 +31,7 @@ async def vhost(servers: Servers) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def database(servers: Servers) -> AsyncIterator[str]:
-    """The URL of a database of this test alone."""
+    """The URL of a database for one test."""
     name = f"test_{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.postgres.make_database, name)
     yield url
@@ -54,10 +54,10 @@ async def take(url: str, queue: str) -> bytes:
         return message.body
 
 
-async def test_rabbitmq_killed_and_started_again_still_has_its_confirmed_messages(servers: Servers, vhost: str) -> None:
+async def test_killed_rabbitmq_keeps_its_confirmed_messages(servers: Servers, vhost: str) -> None:
     await publish(vhost, "kept", b"an order")
-    # RabbitMQ writes the list of its quorum queues every 500 ms, and nothing shows when it did: a queue declared right
-    # before a kill -9 comes back unusable. Messages have no such gap, as the second one shows.
+    # RabbitMQ writes the list of its quorum queues every 500 ms and does not show when. A queue that was declared
+    # right before a kill -9 comes back unusable. Messages have no such gap, as the second one shows.
     await asyncio.sleep(6)
     await publish(vhost, "kept", b"another order")
     await asyncio.to_thread(servers.rabbitmq.kill)
@@ -75,17 +75,17 @@ async def test_rabbitmq_stopped_twice_starts_again_with_its_data(servers: Server
     assert await take(vhost, "kept") == b"an order"
 
 
-async def test_rabbitmq_frozen_confirms_nothing_until_it_is_thawed(servers: Servers, vhost: str) -> None:
+async def test_frozen_rabbitmq_confirms_nothing_until_it_is_thawed(servers: Servers, vhost: str) -> None:
     async with await aio_pika.connect(vhost, timeout=10) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue("slow", durable=True, arguments={"x-queue-type": "quorum"})
         await asyncio.to_thread(servers.rabbitmq.freeze)
         try:
             with pytest.raises(TimeoutError):
-                await channel.default_exchange.publish(aio_pika.Message(b"late"), "slow", timeout=IMPATIENT)
+                await channel.default_exchange.publish(aio_pika.Message(b"late"), "slow", timeout=SHORT_TIMEOUT_SECONDS)
         finally:
             await asyncio.to_thread(servers.rabbitmq.thaw)
-        # What the frozen server had in its socket arrives after all: a timeout means "perhaps".
+        # The message in the socket of the frozen server arrives after all: a timeout means "in doubt".
         message = await queue.get(timeout=10, fail=False)
         while message is None:
             message = await queue.get(timeout=10, fail=False)
@@ -93,7 +93,7 @@ async def test_rabbitmq_frozen_confirms_nothing_until_it_is_thawed(servers: Serv
         await message.ack()
 
 
-async def test_postgres_killed_and_started_again_still_has_a_committed_row(servers: Servers, database: str) -> None:
+async def test_killed_postgres_keeps_a_committed_row(servers: Servers, database: str) -> None:
     connection = await asyncpg.connect(database)
     await connection.execute("create table kept (id int primary key)")
     await connection.execute("insert into kept values (42)")
@@ -107,12 +107,12 @@ async def test_postgres_killed_and_started_again_still_has_a_committed_row(serve
     await connection.close()
 
 
-async def test_postgres_frozen_times_out_and_answers_when_thawed(servers: Servers, database: str) -> None:
+async def test_frozen_postgres_times_out_and_answers_when_thawed(servers: Servers, database: str) -> None:
     connection = await asyncpg.connect(database)
     await asyncio.to_thread(servers.postgres.freeze)
     try:
         with pytest.raises(TimeoutError):
-            await connection.fetchval("select 1", timeout=IMPATIENT)
+            await connection.fetchval("select 1", timeout=SHORT_TIMEOUT_SECONDS)
     finally:
         await asyncio.to_thread(servers.postgres.thaw)
         connection.terminate()
@@ -121,7 +121,7 @@ async def test_postgres_frozen_times_out_and_answers_when_thawed(servers: Server
     await connection.close()
 
 
-async def test_a_database_made_from_a_template_has_its_tables_and_the_owner_may_make_roles(
+async def test_database_from_a_template_has_its_tables_and_its_owner_may_create_roles(
     servers: Servers, database: str
 ) -> None:
     connection = await asyncpg.connect(database)
@@ -138,7 +138,7 @@ async def test_a_database_made_from_a_template_has_its_tables_and_the_owner_may_
         await asyncio.to_thread(servers.postgres.drop_database, name)
 
 
-async def test_redis_killed_and_started_again_still_has_its_keys_and_another_run_id(servers: Servers) -> None:
+async def test_killed_redis_keeps_its_keys_and_gets_another_run_id(servers: Servers) -> None:
     extra = await asyncio.to_thread(servers.extra_redis)
     client = connect_redis(extra.url)
     await client.set("kept", "an order")
@@ -153,7 +153,7 @@ async def test_redis_killed_and_started_again_still_has_its_keys_and_another_run
     await asyncio.to_thread(extra.discard)
 
 
-async def test_redis_frozen_times_out_and_answers_when_thawed_and_never_evicts(servers: Servers) -> None:
+async def test_frozen_redis_times_out_answers_when_thawed_and_never_evicts(servers: Servers) -> None:
     client = connect_redis(servers.redis.url)
     assert (await client.config_get("maxmemory-policy"))["maxmemory-policy"] == "noeviction"
     await asyncio.to_thread(servers.redis.freeze)

@@ -1,5 +1,5 @@
-"""Too much pending, or failed: told in the log, in the metrics and in the status, of each restaurant, and when it is
-over."""
+"""Thresholds of pending and failed changes: log, metrics and status of each restaurant show when one is exceeded and
+when it no longer is."""
 
 import asyncio
 import math
@@ -23,7 +23,7 @@ FAILURE = encode({"error": "boom", "attempts": 1, "last_attempt": now()})
 
 @pytest.fixture
 async def rig(make_rig: MakeRig, servers: Servers) -> AsyncIterator[Rig]:
-    """With a Redis of its own: all restaurants count."""
+    """A rig with its own Redis, because all restaurants in it count."""
     own = await asyncio.to_thread(servers.extra_redis)
     try:
         yield await make_rig(redis_url=own.url)
@@ -50,19 +50,19 @@ async def settle(rig: Rig, changes: list[Change]) -> None:
     await rig.mirror.settle(RESTAURANT, "order", [(one.entity_id, one.standing) for one in changes])
 
 
-async def test_what_is_above_its_threshold_is_told_once_for_each_restaurant_and_when_it_is_over(rig: Rig) -> None:
+async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_it_ends(rig: Rig) -> None:
     watched = Thresholds(
         rig.settings.model_copy(update={"pending_warning_changes": 2, "failed_warning_changes": 1}), rig.mirror
     )
-    assert math.isnan(watched.pending), "nobody has looked yet"
+    assert math.isnan(watched.pending), "no look has happened yet"
     mine = await reveal(rig, 3)
     await reveal(rig, 2, OTHER_RESTAURANT)
     await fail(rig, mine[:2])
     with capture_logs() as logs:
         await watched.look()
         await watched.look()
-    told = [(one["event"], one["restaurant_id"], one["state"], one["count"], one["threshold"]) for one in logs]
-    assert told == [
+    logged = [(one["event"], one["restaurant_id"], one["state"], one["count"], one["threshold"]) for one in logs]
+    assert logged == [
         ("sync_above_threshold", RESTAURANT, "failed", 2, 1),
         ("sync_above_threshold", RESTAURANT, "pending", 3, 2),
     ]
@@ -79,7 +79,7 @@ async def test_what_is_above_its_threshold_is_told_once_for_each_restaurant_and_
     assert (watched.pending, watched.failed, watched.over) == (3, 0, {"pending": 0.0, "failed": 0.0})
 
 
-async def test_the_status_has_a_flag_and_says_what_is_above(rig: Rig) -> None:
+async def test_status_flags_and_lists_exceeded_thresholds(rig: Rig) -> None:
     settings = rig.settings.model_copy(update={"pending_warning_changes": 1, "failed_warning_changes": 1})
     api = Postgres(settings.database_api_url, settings)
     try:

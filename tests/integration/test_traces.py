@@ -1,4 +1,4 @@
-"""One trace per change, over real processes: whose child each span is, which are kept, and how they are found."""
+"""One trace per change across real processes: the parents of spans, the sampling, and the search."""
 
 import asyncio
 import gzip
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(150)
 
 SEND = f"send {topology.CHANGES}:critical"
 QUEUE = "sync.postgres.critical.v1"
-# What a change does on its way, and in which service.
+# The spans of a new order, and the service of each.
 PLACED = {
     "POST /api/orders": "orders",
     "claim": "orders",
@@ -51,7 +51,7 @@ begin
     if new.notes = 'doomed' then
         raise exception 'never' using errcode = 'serialization_failure';
     end if;
-    if new.notes = 'unlucky' then  -- alone or with its batch before, so on two rungs at least
+    if new.notes = 'unlucky' then  -- fails in its batch and alone, so it passes two retry queues at least
         if nextval('failures') <= 3 then
             raise exception 'try again' using errcode = 'serialization_failure';
         end if;
@@ -64,7 +64,7 @@ create trigger fail before insert or update on orders for each row execute funct
 
 @pytest.fixture(scope="module")
 async def traced(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system where chance samples nothing and nothing is slow: kept is what a caller asks for, and what fails."""
+    """A system that keeps only traces that the caller samples or that fail: chance samples none, and none is slow."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     system = System(
         servers,
@@ -86,7 +86,7 @@ async def traced(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Caller:
-    """Who sends a request with a context of its own."""
+    """The trace context of a caller."""
 
     def __init__(self, *, sampled: bool = True) -> None:
         self.trace, self.span = uuid4().hex, uuid4().hex[:16]
@@ -99,7 +99,7 @@ def written(system: System, trace: str) -> list[SpanRow]:
 
 
 async def spans_of(system: System, trace: str, *names: str, times: int = 1) -> dict[str, SpanRow]:
-    """By name, as soon as all of `names` are there; the first of each name."""
+    """Waits until each name occurs `times` times; returns the first span of each name."""
 
     async def look() -> list[SpanRow]:
         return written(system, trace)
@@ -112,7 +112,7 @@ async def spans_of(system: System, trace: str, *names: str, times: int = 1) -> d
 
 
 def links_to(system: System, span: SpanRow) -> list[SpanRow]:
-    """The batches that processed it."""
+    """Returns the batch spans that link to the span."""
     rows = read_spans(system.directory / "traces", [span.span_id.encode()])
     return [row for row in rows if (span.trace_id, span.span_id) in row.links and row.trace_id != span.trace_id]
 
@@ -139,12 +139,12 @@ def logged(system: System, name: str, event: str) -> list[dict[str, Any]]:
 # -- one trace ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_order_has_one_trace_from_the_request_to_the_push(traced: System) -> None:
+async def test_order_has_one_trace_from_the_request_to_the_push(traced: System) -> None:
     caller = Caller()
     id_ = await place(traced, caller)
     spans = await spans_of(traced, caller.trace, *PLACED)
     assert {name: span.service.removeprefix("ticketrail-") for name, span in spans.items()} == PLACED
-    assert len(written(traced, caller.trace)) == len(PLACED), "each once"
+    assert len(written(traced, caller.trace)) == len(PLACED), "each span must occur once"
     root, record, send = spans["POST /api/orders"], spans["record"], spans[SEND]
     parents = {name: span.parent_id for name, span in spans.items()}
     assert parents == {
@@ -168,7 +168,7 @@ async def test_an_order_has_one_trace_from_the_request_to_the_push(traced: Syste
     assert len(change_ids) == 1
 
 
-async def test_the_batch_write_is_a_span_of_its_own_linked_to_its_changes(traced: System) -> None:
+async def test_batch_write_is_a_span_with_links_to_its_changes(traced: System) -> None:
     caller = Caller()
     await place(traced, caller)
     spans = await spans_of(traced, caller.trace, SEND, "write order")
@@ -180,7 +180,7 @@ async def test_the_batch_write_is_a_span_of_its_own_linked_to_its_changes(traced
     assert (batch.start_ns, batch.end_ns) == (spans["write order"].start_ns, spans["write order"].end_ns)
 
 
-async def test_changes_that_share_a_message_keep_their_own_traces_and_the_batch_links_to_each(traced: System) -> None:
+async def test_changes_in_one_message_keep_their_traces_and_the_batch_links_to_each(traced: System) -> None:
     for _ in range(20):
         callers = [Caller() for _ in range(24)]
         await asyncio.gather(*(place(traced, caller) for caller in callers))
@@ -200,10 +200,10 @@ async def test_changes_that_share_a_message_keep_their_own_traces_and_the_batch_
             spans[SEND].span_id
         }
     batches = {(batch.trace_id, batch.span_id) for spans in together for batch in links_to(traced, spans[SEND])}
-    assert len(batches) == 1, "they came in one message, so they were written in one batch"
+    assert len(batches) == 1, "changes of one message must be written in one batch"
 
 
-async def test_the_push_event_carries_the_trace_id(traced: System) -> None:
+async def test_push_event_carries_the_trace_id(traced: System) -> None:
     caller = Caller()
     async with traced.client(service="notifier") as client, client.stream("GET", "/api/v1/sync/events") as response:
         screen = Screen(response)
@@ -219,10 +219,10 @@ async def test_the_push_event_carries_the_trace_id(traced: System) -> None:
     assert spans["push order_created"].attributes["ticketrail.push.subscribers"] == 1
 
 
-# -- finding them ------------------------------------------------------------------------------------------------
+# -- search ------------------------------------------------------------------------------------------------------
 
 
-async def test_ticketrail_trace_shows_the_trace_of_each_change_of_an_order(traced: System) -> None:
+async def test_trace_command_shows_the_trace_of_each_change_of_an_order(traced: System) -> None:
     callers = [Caller() for _ in range(3)]
     id_ = await place(traced, callers[0])
     async with traced.client() as client:
@@ -232,13 +232,13 @@ async def test_ticketrail_trace_shows_the_trace_of_each_change_of_an_order(trace
     for caller, push in zip(callers, ("order_created", "stage_change", "order_deleted"), strict=True):
         await spans_of(traced, caller.trace, "write order", "mirror order", f"push {push}", "reveal")
 
-    told = json.loads(await traced.cli("trace", id_, "--json"))
-    assert told["order_id"] == id_
-    assert (told["elsewhere"], told["missing"]) == ([], [])
-    assert [(change["version"], change["trace_id"]) for change in told["changes"]] == [
+    shown = json.loads(await traced.cli("trace", id_, "--json"))
+    assert shown["order_id"] == id_
+    assert (shown["elsewhere"], shown["missing"]) == ([], [])
+    assert [(change["version"], change["trace_id"]) for change in shown["changes"]] == [
         (version, caller.trace) for version, caller in enumerate(callers, start=1)
     ]
-    roots = [change["spans"] for change in told["changes"]]
+    roots = [change["spans"] for change in shown["changes"]]
     assert [next(span["name"] for span in spans if span["kind"] == "server") for spans in roots] == [
         "POST /api/orders",
         "PUT /api/orders/{order_id}",
@@ -252,32 +252,36 @@ async def test_ticketrail_trace_shows_the_trace_of_each_change_of_an_order(trace
         assert name in text
 
 
-async def test_an_order_that_nobody_knows_is_an_error(traced: System) -> None:
-    async with traced.client() as client:  # its trace names the id, and is none of an order
+async def test_unknown_order_is_an_error(traced: System) -> None:
+    async with traced.client() as client:  # this trace names the id but belongs to no order
         unknown = str(uuid4())
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
     await spans_of(traced, caller.trace, "GET /api/orders/{order_id}")
-    with pytest.raises(AssertionError, match="no change, no dead letter and no trace"):  # it ended with 1, and said so
+    with pytest.raises(
+        AssertionError, match="no change, no dead letter and no trace"
+    ):  # the command ends with exit code 1
         await traced.cli("trace", unknown)
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_nobody_sampled_and_went_well_is_not_written(traced: System) -> None:
+async def test_unsampled_traces_without_errors_are_not_written(traced: System) -> None:
     silent, loud = Caller(sampled=False), Caller()
     id_ = await place(traced, silent)
     await stored(traced, id_)
     async with traced.client() as client:
-        assert (await client.get(f"/api/orders/{uuid4()}", headers=silent.headers)).status_code == 404  # an answer
+        assert (
+            await client.get(f"/api/orders/{uuid4()}", headers=silent.headers)
+        ).status_code == 404  # a reply, not an error
     await place(traced, loud)
-    await spans_of(traced, loud.trace, *PLACED)  # whatever was made before it has been written by now
+    await spans_of(traced, loud.trace, *PLACED)  # earlier traces would be written by now
     assert written(traced, silent.trace) == []
     assert "not sampled" in await traced.cli("trace", id_)
 
 
-async def test_a_change_on_the_ladder_is_told_with_each_attempt_though_it_was_not_sampled(traced: System) -> None:
+async def test_each_attempt_of_a_retried_change_is_kept_without_sampling(traced: System) -> None:
     caller = Caller(sampled=False)
     id_ = await place(traced, caller, notes="unlucky")
     await stored(traced, id_)
@@ -296,7 +300,7 @@ async def test_a_change_on_the_ladder_is_told_with_each_attempt_though_it_was_no
     assert "attempt 2" in await traced.cli("trace", id_)
 
 
-async def test_a_change_that_dies_is_found_by_its_order_and_its_log_lines_by_its_trace(traced: System) -> None:
+async def test_dead_letter_is_found_by_its_order_and_its_log_lines_by_its_trace(traced: System) -> None:
     caller = Caller(sampled=False)
     id_ = await place(traced, caller, notes="doomed")
     await spans_of(traced, caller.trace, "write order", times=4)
@@ -308,22 +312,22 @@ async def test_a_change_that_dies_is_found_by_its_order_and_its_log_lines_by_its
     assert [line["attempt"] for line in found] == [1, 2, 3, 4]
     assert {line["subject"] for line in found} == {f"order/{id_}"}
     assert found[-1]["queue"] == "sync.postgres.critical.dead.v1"
-    told = json.loads(await traced.cli("trace", id_, "--json"))
-    assert told["changes"] == []
+    shown = json.loads(await traced.cli("trace", id_, "--json"))
+    assert shown["changes"] == []
 
-    async def buried() -> dict[str, Any]:
+    async def looked_up() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await traced.cli("trace", id_, "--json"))
         return found
 
-    told = await eventually(buried, what="its dead letter", until=lambda seen: seen["dead_letters"])
-    assert told["elsewhere"] == []
-    (letter,) = told["dead_letters"]
-    assert (letter["trace_id"], letter["status"], letter["version"]) == (caller.trace, "open", 1)
-    assert [span["attributes"]["ticketrail.attempt"] for span in letter["spans"]] == [1, 2, 3, 4]
-    assert f"ticketrail dlq show {letter['id']}" in await traced.cli("trace", id_)
+    shown = await eventually(looked_up, what="the dead letter", until=lambda seen: seen["dead_letters"])
+    assert shown["elsewhere"] == []
+    (dead_letter,) = shown["dead_letters"]
+    assert (dead_letter["trace_id"], dead_letter["status"], dead_letter["version"]) == (caller.trace, "open", 1)
+    assert [span["attributes"]["ticketrail.attempt"] for span in dead_letter["spans"]] == [1, 2, 3, 4]
+    assert f"ticketrail dlq show {dead_letter['id']}" in await traced.cli("trace", id_)
 
 
-async def test_a_request_that_fails_is_kept_though_it_was_not_sampled(traced: System) -> None:
+async def test_failed_request_is_kept_without_sampling(traced: System) -> None:
     id_ = await place(traced, Caller(sampled=False))
     await stored(traced, id_)
     await asyncio.to_thread(traced.redis.kill)
@@ -338,13 +342,13 @@ async def test_a_request_that_fails_is_kept_though_it_was_not_sampled(traced: Sy
     assert root.parent_id is None
     assert (root.error, root.attributes["error.type"]) == ("503", "503")
     assert root.attributes["http.response.status_code"] == 503
-    await eventually(traced.warm, within=30, what="warm again", until=lambda state: state == "warm")
+    await eventually(traced.warm, within=30, what="a warm mirror again", until=lambda state: state == "warm")
 
 
-# -- other ways --------------------------------------------------------------------------------------------------
+# -- other paths -------------------------------------------------------------------------------------------------
 
 
-async def test_a_journaled_order_keeps_its_trace(traced: System) -> None:
+async def test_journaled_order_keeps_its_trace(traced: System) -> None:
     caller = Caller()
     await asyncio.to_thread(traced.servers.rabbitmq.freeze)
     try:
@@ -360,7 +364,7 @@ async def test_a_journaled_order_keeps_its_trace(traced: System) -> None:
     async def from_journal() -> list[SpanRow]:
         return [row for row in written(traced, caller.trace) if row.attributes.get("ticketrail.from_journal")]
 
-    (sent,) = await eventually(from_journal, within=30, what="sent from the journal")
+    (sent,) = await eventually(from_journal, within=30, what="the publish from the journal")
     assert (sent.name, sent.parent_id, sent.kind) == (SEND, journal.span_id, "client")
     assert spans["write order"].parent_id == spans["push order_created"].parent_id == journal.span_id
     (doubt,) = (row for row in written(traced, caller.trace) if row.name == SEND and row.error)
@@ -372,13 +376,13 @@ async def test_a_journaled_order_keeps_its_trace(traced: System) -> None:
         await traced.ready(name)
 
 
-async def test_a_claim_that_somebody_else_finishes_shows_in_its_own_trace(traced: System) -> None:
+async def test_finished_claim_shows_in_the_trace_of_its_change(traced: System) -> None:
     await eventually(traced.warm, within=30, what="a warm mirror", until=lambda state: state == "warm")
     caller = Caller(sampled=False)
     order = builders.order(items=1, order_number="", restaurant_id=traced.restaurant)
     left = builders.change(order, traceparent=caller.headers["traceparent"])
     mirror = Mirror(traced.redis.url, timeout=5.0, stale_seconds=2.0)
-    try:  # and then its owner dies
+    try:  # then its owner dies
         reply = await mirror.claim(ORDER, left, encode(left), None, order.business_day.isoformat(), 0)
     finally:
         await mirror.close()
@@ -390,7 +394,7 @@ async def test_a_claim_that_somebody_else_finishes_shows_in_its_own_trace(traced
     assert "finish claim" in await traced.cli("trace", order.id)
 
 
-# -- where they go -----------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------------------------
 
 
 class _Collector(BaseHTTPRequestHandler):
@@ -400,10 +404,10 @@ class _Collector(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        fits = self.path == "/v1/traces" and self.headers["Content-Type"] == "application/x-protobuf"
-        if fits:
+        valid = self.path == "/v1/traces" and self.headers["Content-Type"] == "application/x-protobuf"
+        if valid:
             self.received.append(ExportTraceServiceRequest.FromString(body))
-        self.send_response(200 if fits else 404)
+        self.send_response(200 if valid else 404)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -426,7 +430,7 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
 
 @asynccontextmanager
 async def second_orders(system: System, **settings: object) -> AsyncIterator[str]:
-    """Another orders service on the same backends."""
+    """Starts another orders instance on the same backends; returns its name in the system."""
     name = f"orders-{uuid4().hex[:4]}"
     port = find_free(1)[0]
     system.urls[name] = f"http://127.0.0.1:{port}"
@@ -443,14 +447,14 @@ def trace_file(system: System) -> Path:
     return system.directory / "traces" / "orders-7.jsonl"
 
 
-async def test_with_an_endpoint_the_same_spans_go_out_by_otlp(
+async def test_spans_are_sent_by_otlp_to_a_configured_endpoint(
     traced: System, collector: tuple[str, list[ExportTraceServiceRequest]]
 ) -> None:
     endpoint, received = collector
     caller = Caller()
     async with second_orders(traced, otlp_endpoint=endpoint) as name:
         await place(traced, caller, service=name)
-    taken_up = await spans_of(traced, caller.trace, "write order", "push order_created")
+    later_spans = await spans_of(traced, caller.trace, "write order", "push order_created")
     assert not trace_file(traced).exists()
     found = {}
     for request in received:
@@ -466,12 +470,12 @@ async def test_with_an_endpoint_the_same_spans_go_out_by_otlp(
     assert root.parent_span_id.hex() == caller.span
     assert {found[name].parent_span_id for name in ("claim", "record", "reveal")} == {root.span_id}
     assert send.parent_span_id == record.span_id
-    assert taken_up["write order"].parent_id == taken_up["push order_created"].parent_id == send.span_id.hex()
+    assert later_spans["write order"].parent_id == later_spans["push order_created"].parent_id == send.span_id.hex()
     numbers = {one.key: one.value.int_value for one in root.attributes}
     assert numbers["http.response.status_code"] == 201
 
 
-async def test_off_nothing_is_written_and_errors_still_carry_a_trace_id(traced: System) -> None:
+async def test_disabled_tracing_writes_nothing_and_errors_still_carry_a_trace_id(traced: System) -> None:
     caller = Caller()
     async with second_orders(traced, trace_sample=0) as name:
         id_ = await place(traced, caller, service=name)
@@ -487,5 +491,5 @@ async def test_off_nothing_is_written_and_errors_still_carry_a_trace_id(traced: 
     await stored(traced, id_)
     async with traced.database() as connection:
         kept = await connection.fetchval("select traceparent from changes where entity_id = $1", id_)
-    assert trace_id_of(kept) == caller.trace, "the id goes on with the change"
+    assert trace_id_of(kept) == caller.trace, "the change keeps the trace id"
     assert kept is not None and kept[36:52] != caller.span

@@ -1,4 +1,4 @@
-"""`write_batch` on a real PostgreSQL: forks, facts, any order and any repetition, and all that the contract accepts."""
+"""`write_batch` on a real PostgreSQL: forks, facts, any order of arrival, repetition, and every contract value."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ async def owner(urls: Settings) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def database(urls: Settings, owner: Database) -> AsyncIterator[Database]:
-    """As the writer, with empty tables."""
+    """A connection as the writer, with empty tables."""
     await empty(owner)
     connection = await asyncpg.connect(urls.database_writer_url)
     yield connection
@@ -94,14 +94,14 @@ TABLES = {
     "conflicts": "restaurant_id, change_id, other_change_id",
     "changes": "restaurant_id, change_id",
 }
-# When and where a row was written is not what it says.
-OURS = {"id of conflicts", "opened_at", "written_at", "xid", "seq", "lane"}
+# Columns that depend on when and where a row was written.
+IGNORED = {"id of conflicts", "opened_at", "written_at", "xid", "seq", "lane"}
 
 
 async def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
     return {
         table: [
-            {name: value for name, value in row.items() if not {name, f"{name} of {table}"} & OURS}
+            {name: value for name, value in row.items() if not {name, f"{name} of {table}"} & IGNORED}
             for row in await database.fetch(f"select * from {table} order by {key}")
         ]
         for table, key in TABLES.items()
@@ -119,7 +119,7 @@ def pair(one: Change, other: Change) -> tuple[str, ...]:
     return tuple(sorted((one.id, other.id)))
 
 
-async def test_two_versions_of_one_order_in_one_batch_leave_the_newer(database: Database) -> None:
+async def test_older_version_in_the_same_batch_leaves_the_newer(database: Database) -> None:
     first = change(order(items=5))
     second = change(order(id=first.entity_id, items=2), base=first)
     assert await write(database, second, first) == Outcome(2, 0)
@@ -130,25 +130,25 @@ async def test_two_versions_of_one_order_in_one_batch_leave_the_newer(database: 
 # -- forks ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_fork_opens_one_conflict_and_the_larger_change_stands(database: Database) -> None:
+async def test_fork_opens_one_conflict_and_the_larger_change_wins(database: Database) -> None:
     base = change(order())
     ours, theirs = (change(order(id=base.entity_id, notes=notes), base=base) for notes in ("ours", "theirs"))
     assert await write(database, base, ours) == Outcome(2, 0)
     assert await write(database, theirs) == Outcome(1, 1)
     assert await write(database, ours, theirs, base) == Outcome(0, 0)
     assert await conflicts(database) == [(2, *pair(ours, theirs))]
-    standing = await database.fetchval("select change_id::text from orders")
-    assert standing == max(ours.id, theirs.id)
+    head = await database.fetchval("select change_id::text from orders")
+    assert head == max(ours.id, theirs.id)
 
 
-async def test_a_fork_inside_one_batch_opens_one_conflict(database: Database) -> None:
+async def test_fork_inside_one_batch_opens_one_conflict(database: Database) -> None:
     base = change(order())
     ours, theirs = (change(order(id=base.entity_id, notes=notes), base=base) for notes in ("ours", "theirs"))
     assert await write(database, theirs, base, ours) == Outcome(3, 1)
     assert await conflicts(database) == [(2, *pair(ours, theirs))]
 
 
-async def test_two_forks_in_concurrent_transactions_open_one_conflict(urls: Settings, database: Database) -> None:
+async def test_concurrent_forks_open_one_conflict(urls: Settings, database: Database) -> None:
     base = change(order())
     await write(database, base)
     ours, theirs = (change(order(id=base.entity_id, notes=notes), base=base) for notes in ("ours", "theirs"))
@@ -162,7 +162,7 @@ async def test_two_forks_in_concurrent_transactions_open_one_conflict(urls: Sett
     async def waits() -> int:
         return int(await watcher.fetchval("select count(*) from pg_locks where not granted"))
 
-    await eventually(waits, what="the second fork waiting for the first")
+    await eventually(waits, what="a second fork that waits for the first")
     await transaction.commit()
     assert await second == Outcome(1, 1)
     assert await conflicts(watcher) == [(2, *pair(ours, theirs))]
@@ -179,17 +179,17 @@ async def test_two_first_versions_of_one_entity_are_a_fork(database: Database) -
     assert await conflicts(database) == [(1, *pair(one, other))]
 
 
-async def test_two_changes_built_on_one_are_a_fork_at_whatever_version(database: Database) -> None:
+async def test_two_changes_with_one_base_are_a_fork_at_any_version(database: Database) -> None:
     base = change(order())
     ours = change(order(id=base.entity_id, notes="ours"), base=base)
     jumped = change(order(id=base.entity_id, notes="jumped"), base=base, entityversion=7)
     await write(database, base, jumped)
-    assert await conflicts(database) == []  # a jump alone is legal
+    assert await conflicts(database) == []  # a version gap alone is allowed
     await write(database, ours)
     assert await conflicts(database) == [(7, *pair(ours, jumped))]
 
 
-async def test_payments_are_kept_from_the_superseded_side_of_a_fork_too(database: Database) -> None:
+async def test_payments_of_the_superseded_side_of_a_fork_are_kept(database: Database) -> None:
     base = change(order())
     ours, theirs = (
         change(order(id=base.entity_id, payments=(payment(amount=amount),)), base=base) for amount in (100, 200)
@@ -201,7 +201,7 @@ async def test_payments_are_kept_from_the_superseded_side_of_a_fork_too(database
     assert [row["amount"] for row in amounts] == [100, 200]
 
 
-async def test_items_go_with_the_state_that_stands(database: Database) -> None:
+async def test_items_follow_the_head(database: Database) -> None:
     base = change(order(items=5))
     fewer = change(order(id=base.entity_id, items=(item(name="only one"),)), base=base)
     none = change(order(id=base.entity_id, items=0), base=fewer)
@@ -212,7 +212,7 @@ async def test_items_go_with_the_state_that_stands(database: Database) -> None:
     assert await database.fetchval("select count(*) from order_items") == 0
 
 
-async def test_a_batch_of_several_entities_is_all_or_nothing(database: Database) -> None:
+async def test_batch_of_several_entities_is_all_or_nothing(database: Database) -> None:
     dish, bill = change(menu_item()), change(order())
     broken = msgspec.structs.replace(written(dish)[0], state=msgspec.structs.replace(menu_item(), price="no price"))
     with pytest.raises(asyncpg.DataError):
@@ -226,7 +226,7 @@ async def test_a_batch_of_several_entities_is_all_or_nothing(database: Database)
 
 
 def _history() -> list[Change]:
-    """Two orders and a dish: updates, a fork with a payment on each side, a jump, a deletion."""
+    """Two orders and a dish: updates, a fork with a payment on each side, a version gap, a deletion."""
     first = change(order(items=2))
     second = change(order(id=first.entity_id, items=1, payments=(payment(),)), base=first)
     fork = change(order(id=first.entity_id, items=4, payments=(payment(), payment())), base=first)
@@ -253,14 +253,14 @@ async def test_any_order_and_any_repetition_end_in_the_same_tables(
     await empty(owner)
     for one in HISTORY:
         await write(database, one)
-    wanted = await everything(database)
-    assert len(wanted["conflicts"]) == 1 and len(wanted["payments"]) == 3
+    expected = await everything(database)
+    assert len(expected["conflicts"]) == 1 and len(expected["payments"]) == 3
     await empty(owner)
     arriving: Sequence[int] = [*order_of_arrival, *again]
     edges = [0, *sorted(cut for cut in cuts if cut < len(arriving)), len(arriving)]
     for begin, end in pairwise(edges):
         await write(database, *(HISTORY[place] for place in arriving[begin:end]))
-    assert await everything(database) == wanted
+    assert await everything(database) == expected
 
 
 IDS = st.uuids().map(str)
@@ -335,7 +335,7 @@ TABLES_OF_A_RESTAURANT = st.builds(
     updated_at=TIMES,
 )
 DISHES = st.builds(menu_item, id=IDS, name=LABELS, price=MONEY, category=LABELS, description=st.none() | TEXTS)
-# Text that JSON can write as an escape and PostgreSQL cannot read again, and text that only looks like it.
+# Text that JSON can write as an escape but PostgreSQL cannot read, and text that only looks like it.
 TRAPS = st.sampled_from(["\x00", "\\u0000", "\\\x00", "\ud800", "\udc00\ud800", "\ud83c\udf5c", "\x01", "\ufffe"])
 ANYTHING = TRAPS | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -354,7 +354,7 @@ ANYTHING = TRAPS | st.recursive(
     before=ANYTHING,
     ascii_only=st.booleans(),
 )
-async def test_what_the_contract_accepts_postgres_accepts_and_gives_back(
+async def test_postgres_stores_and_returns_every_value_that_the_contract_accepts(
     database: Database,
     owner: Database,
     state: Any,
@@ -371,7 +371,7 @@ async def test_what_the_contract_accepts_postgres_accepts_and_gives_back(
         accepted = decode_change(event)
         batch = written(accepted)
     except BrokenContract:
-        return  # refused at the door: nothing that PostgreSQL has to take
+        return  # the decoder refused it, so PostgreSQL does not get it
     await empty(owner)
     await write_batch(database, batch, patience=5.0)
     row = await database.fetchrow(
@@ -386,11 +386,11 @@ async def test_what_the_contract_accepts_postgres_accepts_and_gives_back(
 
 
 def _json(value: Any, *, ascii_only: bool) -> bytes:
-    """With escapes, as other producers write it, or without."""
+    """Encodes with escapes, as some producers do, or without."""
     return json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
 
 
-async def test_a_version_without_its_predecessor_is_a_gap_once_it_is_ten_minutes_old(database: Database) -> None:
+async def test_version_without_its_predecessor_is_a_gap_after_ten_minutes(database: Database) -> None:
     first = change(order())
     second = change(order(id=first.entity_id, notes="2"), base=first)
     third = change(order(id=first.entity_id, notes="3"), base=second, time=now() - timedelta(minutes=20))
