@@ -287,11 +287,6 @@ class Settings(BaseSettings):
         "How long a batch collects changes after its first one; it adds to the lag of PostgreSQL.",
         unit="milliseconds",
     )
-    ack_before_commit: bool = WORKER.setting(
-        False,
-        "Only for a test, and refused in production: the writer acknowledges changes before it commits them, so a "
-        "worker that is killed loses changes and the proof of tests/chaos must report it.",
-    )
     sink_hold_seconds: PositiveFloat = WORKER.setting(
         300.0, "While PostgreSQL is away a batch is held this long; then the consumers unsubscribe.", unit="seconds"
     )
@@ -403,12 +398,6 @@ class Settings(BaseSettings):
                 for password in passwords_in(url) if (url := getattr(self, name)) else ():
                     if wrong := weakness(password):
                         raise ValueError(f"the password in {variable(name)} {wrong}; {_USE_RANDOM}")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_that_loses_changes(self) -> Self:
-        if self.ack_before_commit and self.environment != "development":
-            raise ValueError(f"{variable('ack_before_commit')} is for a test alone: it loses changes")
         return self
 
     def numbered(self, instance: int) -> Self:

@@ -15,7 +15,7 @@ from tests.chaos.schedule import Kind, schedule
 from tests.chaos.seen import look
 from tests.rigs.servers import Servers
 from tests.rigs.servers.processes import with_own_redis
-from tests.rigs.system import eventually
+from tests.rigs.system import SERVICES, eventually
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,11 +65,12 @@ async def test_faults_at_random_times_lose_nothing_and_double_nothing(rig: Rig) 
 
 
 async def test_a_worker_that_acknowledges_before_it_commits_loses_changes_and_they_are_named(
-    rig: Rig, servers: Servers
+    rig: Rig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await rig.system.stop("worker")
-    # With patience: it is to be killed while it waits for a lock, however long that takes.
-    rig.system.env |= {"TICKETRAIL_ACK_BEFORE_COMMIT": "true", "TICKETRAIL_DATABASE_TIMEOUT_SECONDS": "60"}
+    monkeypatch.setitem(SERVICES, "worker", ["tests.chaos.broken_worker"])
+    # A long timeout: the worker is to be killed while it waits for a lock, however long that takes.
+    rig.system.env |= {"TICKETRAIL_DATABASE_TIMEOUT_SECONDS": "60"}
     rig.system.start("worker")
     await rig.system.ready("worker")
     load = Load(rig, SEED, clients=2)

@@ -4,9 +4,9 @@ one broker; tests/faults/test_cluster.py has a real cluster."""
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
-from faststream.rabbit import RabbitBroker
 
 from deploy.local.ports import find_free
 from services.sync.writer.intake import Intake
@@ -15,6 +15,7 @@ from shared.entities.signal import HEARTBEAT
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
+from shared.messaging.subscription import Subscription
 from tests.rigs.builders import change, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.proxy import Mode, Proxy
@@ -150,18 +151,17 @@ async def test_lane_consumers_continue_with_the_next_node(
     again: dict[Intake, str] = {}
     """The URL that each consumer tried first after it lost its node. The connections that a node accepts show less: an
     older connection reconnects to the same node by itself until its consumer releases it."""
-    make = Intake._make
 
-    def noted(intake: Intake) -> RabbitBroker:
-        again.setdefault(intake, intake._hosts.url)
-        return make(intake)
+    def noted(url: str, queues: list[str], *, on_lost: Any, **options: Any) -> Subscription:
+        again.setdefault(on_lost.__self__, url)
+        return Subscription(url, queues, on_lost=on_lost, **options)
 
     try:
         first = change(order())
         await rig.publish(first)
         await second.written(first)
         assert nodes[0].accepted > 0
-        monkeypatch.setattr(Intake, "_make", noted)
+        monkeypatch.setattr("services.sync.writer.intake.Subscription", noted)
         nodes[0].set(mode)
         more = [change(order()) for _ in range(20)]
         for one in more:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from pydantic import ValidationError
 
 from deploy import settings_docs
 from deploy.local.environment import LocalSettings
@@ -223,17 +222,6 @@ def test_every_trace_is_kept_in_development_and_a_tenth_in_production(load: Load
     assert load(**chosen).trace_sample == 0.1
     assert load(**chosen, TICKETRAIL_TRACE_SAMPLE="0.5").trace_sample == 0.5
     assert load(TICKETRAIL_TRACE_SAMPLE="0").trace_sample == 0
-
-
-def test_what_loses_changes_is_off_and_refused_outside_development(load: Load) -> None:
-    assert not load().ack_before_commit
-    assert load(TICKETRAIL_ACK_BEFORE_COMMIT="true").ack_before_commit
-    strong = "f3Zr0kq9wLx7TnVb2mYc"
-    production: dict[str, Any] = {name: "" for name in Settings.model_fields if name.endswith("_url")}
-    production |= {"environment": "production", "jwt_secret": strong * 2, "sync_token": strong}
-    assert Settings(**production)
-    with pytest.raises(ValidationError, match="TICKETRAIL_ACK_BEFORE_COMMIT is for a test alone"):
-        Settings(**production, ack_before_commit=True)
 
 
 # -- documents ---------------------------------------------------------------------------------------------------

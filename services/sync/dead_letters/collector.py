@@ -10,17 +10,14 @@ At shutdown what is not committed goes back.
 """
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 
 import structlog
-from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aiormq.exceptions import ChannelInvalidStateError
-from msgspec import Struct, structs
+from msgspec import structs
 
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.store import NewDeadLetter
@@ -28,22 +25,22 @@ from services.sync.failures import retry_store
 from services.sync.failures.classification import FailureKind, classify, describe
 from services.sync.failures.parsing import parse_dead_letters
 from shared.backoff import backoff
-from shared.entities.contract import Lane, now
+from shared.entities.contract import now
 from shared.lifecycle import BackgroundLoop
 from shared.messaging import topology
 from shared.messaging.hosts import Hosts
 from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.subscription import Delivery, Subscription
 from shared.observability.metrics import WriterMetrics
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+_LANES = dict(topology.dead_queues())
 # Of each queue. A letter may be of 16 MB, which RabbitMQ and this process hold until PostgreSQL has it.
 _PREFETCH = 16
 _BATCH_BYTES = 16_000_000
-_OPEN_WITHIN = 10.0
-_CLOSE_WITHIN = 1.0
 # After so much silence it looks whether its consumers are still there: one whose queue was deleted ends without a word.
 _LOOK_AFTER = 10.0
 # One whose queue was deleted and made anew at once is counted and is sent letters, but never gets them (RabbitMQ 3.10):
@@ -55,15 +52,6 @@ _STOCK_EVERY = 10.0
 
 class PostgresNotReady(Exception):
     """It does not take letters now."""
-
-
-class _Arrived(Struct, frozen=True):
-    queue: str
-    lane: Lane | None
-    message: AbstractIncomingMessage
-
-    def letters(self) -> list[NewDeadLetter]:
-        return parse_dead_letters(self.queue, self.lane, self.message.body, self.message.headers, now())
 
 
 class DeadLetterCollector:
@@ -130,13 +118,18 @@ class DeadLetterCollector:
     # -- draining ----------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Ends when it is time for a new connection, in a silence. Raises PostgresGone, or one of BROKEN_LINK."""
-        arrived: asyncio.Queue[_Arrived | None] = asyncio.Queue()
-        async with asyncio.timeout(_OPEN_WITHIN):
-            connection = await self._hosts.connect()
+        """Returns when it is time for a new connection, while no message is under way. Raises PostgresNotReady, or one
+        of BROKEN_LINK."""
+        arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        subscription = Subscription(
+            self._hosts.url,
+            list(_LANES),
+            prefetch=_PREFETCH,
+            on_message=arrived.put_nowait,
+            on_lost=lambda: arrived.put_nowait(None),
+        )
         try:
-            async with asyncio.timeout(_OPEN_WITHIN):
-                await self._attach(connection, arrived)
+            await subscription.open()
             self.attached, until = True, time.monotonic() + self._renew_after
             while True:
                 try:
@@ -145,44 +138,31 @@ class DeadLetterCollector:
                 except TimeoutError:
                     if time.monotonic() > until:
                         return
-                    await self._look(connection)
+                    await self._look(subscription)
                     continue
                 await self._settle(_batch(first, arrived))
                 self.loop.turned()
         finally:
             self.attached = False
-            with contextlib.suppress(*BROKEN_LINK):
-                async with asyncio.timeout(_CLOSE_WITHIN):
-                    await connection.close()
+            await subscription.close()
 
-    async def _attach(self, connection: AbstractConnection, arrived: "asyncio.Queue[_Arrived | None]") -> None:
-        # Plain, not robust: a loss must end the loop above. Each queue on a channel of its own, so that what closes one
-        # (a delivery that took too long, a queue that is gone) is seen as the loss of that one.
-        for name, lane in topology.dead_queues():
-            channel = await connection.channel(publisher_confirms=False)
-            channel.close_callbacks.add(lambda *_: arrived.put_nowait(None))
-            await channel.set_qos(prefetch_count=_PREFETCH)
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.consume(partial(_enqueue, arrived, name, lane))
-        connection.close_callbacks.add(lambda *_: arrived.put_nowait(None))
+    async def _look(self, subscription: Subscription) -> None:
+        for queue in _LANES:
+            if not await subscription.consumers(queue):
+                raise ConnectionError(f"queue {queue} has no consumer any more")
 
-    async def _look(self, connection: AbstractConnection) -> None:
-        async with asyncio.timeout(_OPEN_WITHIN):
-            channel = await connection.channel(publisher_confirms=False)
-            for name, _ in topology.dead_queues():
-                declared = (await channel.declare_queue(name, passive=True)).declaration_result
-                if not declared.consumer_count:
-                    raise ConnectionError(f"nobody consumes {name} any more")
-            await channel.close()
-
-    async def _settle(self, batch: "list[_Arrived]") -> None:
-        letters = [letter for one in batch for letter in one.letters()]
+    async def _settle(self, batch: list[Delivery]) -> None:
+        letters = [
+            letter
+            for one in batch
+            for letter in parse_dead_letters(one.queue, _LANES[one.queue], one.body, one.headers, now())
+        ]
         if reasons := Counter(letter.reason for letter in await self._keep(letters)):
             for reason, count in reasons.items():
                 self._metrics.letters.inc(reason, count)
             log.warning("dead_letters_kept", letters=reasons.total(), reasons=dict(reasons))
         for one in batch:
-            await one.message.ack()
+            await one.ack()
 
     async def _keep(self, letters: Sequence[NewDeadLetter], tries: int = 0) -> list[NewDeadLetter]:
         """Those whose death is news. Raises PostgresGone."""
@@ -215,21 +195,15 @@ class DeadLetterCollector:
             await asyncio.sleep(_STOCK_EVERY)
 
 
-async def _enqueue(
-    arrived: "asyncio.Queue[_Arrived | None]", queue: str, lane: Lane | None, message: AbstractIncomingMessage
-) -> None:
-    arrived.put_nowait(_Arrived(queue, lane, message))
-
-
-def _batch(first: _Arrived | None, arrived: "asyncio.Queue[_Arrived | None]") -> list[_Arrived]:
+def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") -> list[Delivery]:
     """With what else is here, as far as it fits into one transaction. Raises ConnectionError: a channel is gone."""
-    batch: list[_Arrived] = []
+    batch: list[Delivery] = []
     size = 0
     while True:
         if first is None:
             raise ConnectionError("a channel was closed")
         batch.append(first)
-        size += len(first.message.body)
+        size += len(first.body)
         if size >= _BATCH_BYTES or arrived.empty():
             return batch
         first = arrived.get_nowait()

@@ -34,11 +34,12 @@ from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.writer.batch_spans import trace_batch
 from services.sync.writer.batch_writer import BatchWriter, HoldExpired
 from services.sync.writer.batches import WriteBatch, parse_batch
-from services.sync.writer.intake import Delivery, Intake
+from services.sync.writer.intake import Intake
 from services.sync.writer.mirror_notifier import MirrorNotifier, WriteResult
 from shared.entities.contract import Lane, now
 from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import Publisher
+from shared.messaging.subscription import Delivery
 from shared.messaging.topology import dead_queue
 from shared.mirror.mirror import Mirror
 from shared.observability.metrics import WriterMetrics
@@ -82,7 +83,6 @@ class Batcher:
         """Sending on has failed: everything is given back, and taken anew."""
         self._watch = watch
         self._settlement = settlement
-        self._loses_changes = settings.ack_before_commit
         self.written = 0
         self.failed = 0
         self.last_batch = 0
@@ -198,8 +198,6 @@ class Batcher:
         batch = parse_batch(self.lane, taken)
         self._owed.update(taken)
         sending = self._send_on(batch.failed) if batch.failed else None
-        if self._loses_changes:  # a test wants to see that it is noticed
-            await self._done(taken)
         refused = await self.store.write(batch)
         ended = time.time_ns()
         failed = [*batch.failed, *refused]
@@ -208,8 +206,7 @@ class Batcher:
         if sending is not None and len(batch.failed) > _MANY:
             # Kept by now, or soon: one acknowledgement for all, not one for each.
             await asyncio.wait({sending}, timeout=_TOGETHER)
-        if not self._loses_changes:
-            await self._done(taken)
+        await self._done(taken)
 
         lost = {one.change.id for one in refused if one.change}
         through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes

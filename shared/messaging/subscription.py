@@ -1,0 +1,175 @@
+"""Consuming queues through FastStream, for every consumer for which the order of messages does not matter.
+
+Guarantee: each delivery is passed to `on_message` once, as raw bytes, and stays unacknowledged until its consumer
+acknowledges it. `close` gives back everything that was not acknowledged.
+
+Messages are read by iterating over the subscriber. With a handler, FastStream starts to accept deliveries only after it
+has subscribed: what arrives in between is dropped and stays unacknowledged for ever. An iterator has no such moment,
+starts no handler task per delivery and decodes nothing.
+
+A subscription lives as long as one connection. When that is lost, `on_lost` is called once, and the owner makes a new
+subscription, perhaps to another node: the connection that FastStream makes would renew itself to the same node only.
+A second subscriber of a queue would share the channel of the first one, so a queue stands here once.
+
+See docs/adr/0014-faststream-consumes-where-order-does-not-matter.md.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from aiormq.abc import AbstractChannel
+from faststream import AckPolicy
+from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
+
+from shared.messaging.publisher import BROKEN_LINK
+
+log = structlog.get_logger(__name__)
+
+_OPEN_TIMEOUT_SECONDS = 10.0
+_CONNECT_TIMEOUT_SECONDS = 5.0
+_CLOSE_TIMEOUT_SECONDS = 1.0
+
+
+class Delivery:
+    """One message of a queue, with what is needed to acknowledge it."""
+
+    __slots__ = ("body", "channel", "headers", "queue", "tag")
+
+    def __init__(self, queue: str, message: RabbitMessage) -> None:
+        raw = message.raw_message
+        assert raw.delivery_tag is not None
+        self.queue = queue
+        self.body: bytes = raw.body
+        self.headers: Mapping[str, Any] = raw.headers
+        self.channel: AbstractChannel = raw.channel
+        self.tag: int = raw.delivery_tag
+
+    @property
+    def ours(self) -> bool:
+        """False when its channel is closed: the broker delivers it again, to any consumer."""
+        return not self.channel.is_closed
+
+    async def ack(self) -> None:
+        """Raises ChannelInvalidStateError or one of BROKEN_LINK when the channel is gone."""
+        await self.channel.basic_ack(self.tag)
+
+
+class Subscription:
+    def __init__(
+        self,
+        url: str,
+        queues: Sequence[str],
+        *,
+        prefetch: int,
+        on_message: Callable[[Delivery], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """`url`: of one node. `prefetch`: unacknowledged messages of each queue, which has a channel of its own.
+
+        Both callbacks must not block. `on_lost` is called when the connection or a subscriber ends without `end` or
+        `close`."""
+        self.up = True
+        """False once the connection is lost or closed."""
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._broker = RabbitBroker(
+            url,
+            default_channel=Channel(prefetch_count=1),
+            apply_types=False,
+            logger=None,
+            graceful_timeout=_CLOSE_TIMEOUT_SECONDS,
+            timeout=_CONNECT_TIMEOUT_SECONDS,
+            on_close=(lambda *_: self._lost(),),
+        )
+        self._subscribers = {
+            queue: self._broker.subscriber(
+                RabbitQueue(queue, declare=False, durable=True),
+                channel=Channel(prefetch_count=prefetch),
+                ack_policy=AckPolicy.MANUAL,
+                no_reply=True,
+                include_in_schema=False,
+            )
+            for queue in queues
+        }
+        self._opening: asyncio.Task[None] | None = None
+        self._readers: list[asyncio.Task[None]] = []
+        self._late: asyncio.Task[None] | None = None
+        self._ending = False
+
+    async def open(self) -> None:
+        """Connects and subscribes; once. Raises what the client libraries raise: close it then, also after a
+        cancellation."""
+        self._opening = asyncio.create_task(self._start(), name="subscription-open")
+        async with asyncio.timeout(_OPEN_TIMEOUT_SECONDS):
+            # Shielded: a handshake that is cancelled half-way waits for a peer that may be frozen.
+            await asyncio.shield(self._opening)
+        if not self.up:
+            raise ConnectionError("the connection was lost as soon as it was open")
+
+    async def consumers(self, queue: str) -> int:
+        """The number of consumers that the broker counts for a queue, in all processes. Raises one of BROKEN_LINK."""
+        async with asyncio.timeout(_OPEN_TIMEOUT_SECONDS):
+            connection = await self._broker.connect()
+            # On a new channel: one that has asked before answers from its memory.
+            channel = await connection.channel(publisher_confirms=False)
+            declared = await channel.declare_queue(queue, passive=True, robust=False)
+            await channel.close()
+        return declared.declaration_result.consumer_count or 0
+
+    async def end(self) -> None:
+        """No more deliveries; those that were passed on can still be acknowledged. May be called twice, or before
+        `open`. Takes about a second at most."""
+        self._ending = True
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            reader.cancel()
+        if readers:
+            _, unfinished = await asyncio.wait(readers, timeout=_CLOSE_TIMEOUT_SECONDS)
+            for reader in unfinished:  # the broker does not answer the cancellation of the consumer
+                reader.cancel()
+
+    async def close(self) -> None:
+        """Gives back what was not acknowledged. May be called twice, or before `open`. Takes about three seconds at
+        most."""
+        await self.end()
+        opening, self._opening = self._opening, None
+        if opening is not None and not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening}, timeout=_CLOSE_TIMEOUT_SECONDS)
+            opening.add_done_callback(self._stop_late)
+        await self._stop()
+        self.up = False
+
+    async def _start(self) -> None:
+        await self._broker.start()
+        if not self._ending:
+            self._readers = [
+                asyncio.create_task(self._read(queue, subscriber), name=f"consume-{queue}")
+                for queue, subscriber in self._subscribers.items()
+            ]
+
+    async def _read(self, queue: str, subscriber: Any) -> None:
+        try:
+            async for message in subscriber:
+                self._on_message(Delivery(queue, message))
+        except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client: the owner connects again)
+            log.warning("subscription_broke", queue=queue, error=f"{type(error).__name__}: {error}")
+        self._lost()
+
+    def _lost(self) -> None:
+        if self.up:
+            self.up = False
+            if not self._ending:
+                self._on_lost()
+
+    def _stop_late(self, _: "asyncio.Task[None]") -> None:
+        self._late = asyncio.ensure_future(self._stop())
+
+    async def _stop(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+                await self._broker.stop()
+        except BROKEN_LINK as error:
+            log.debug("subscription_close", error=f"{type(error).__name__}: {error}")
