@@ -40,7 +40,7 @@ Change = Callable[[Any, datetime], tuple[str, Any]]
 class Receipt(Struct, frozen=True):
     entity: Entity
     state: Any
-    standing: Head
+    head: Head
     durability: Durability | None
     """None for a replay."""
     visible: bool = True
@@ -103,10 +103,10 @@ class Changes:
             try:
                 return _done(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
-                if lost.standing is not None and lost.state is None:
+                if lost.head is not None and lost.state is None:
                     raise Unavailable("it was made before and cannot be read now", retry_after=2.0) from lost
-                if lost.standing is not None:
-                    return _replay(entity, lost.standing, lost.state, same)
+                if lost.head is not None:
+                    return _replay(entity, lost.head, lost.state, same)
                 if time.monotonic() > deadline:
                     raise Conflict(
                         "the same request is under way", code="in_progress", field="Idempotency-Key"
@@ -119,7 +119,7 @@ class Changes:
             found = await self._reads.one(entity, restaurant, id_)
         except NotFound:
             return None
-        return found.standing, found.decoded()
+        return found.head, found.decoded()
 
     # -- change ------------------------------------------------------------------------------------------------
 
@@ -160,17 +160,17 @@ class Changes:
             before = found.decoded()
             if before.deleted_at is not None and not deleted:
                 raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
-            if version is not None and version != found.standing.version:
-                raise _conflict(found.standing)
+            if version is not None and version != found.head.version:
+                raise _conflict(found.head)
             at = max(now(), before.updated_at)
             event, after = change(before, at)
             if after is before:
-                return Receipt(entity, before, found.standing, None, replayed=True)
+                return Receipt(entity, before, found.head, None, replayed=True)
             draft = Draft(
                 entity=entity,
                 event=event,
                 state=after,
-                base=found.standing,
+                base=found.head,
                 before=before,
                 at=at,
                 source="orders",
@@ -181,7 +181,7 @@ class Changes:
             except ClaimLost as lost:
                 given_up = time.monotonic() > deadline if adds else tried == _TRIES_AGAIN
                 if version is not None or given_up:
-                    raise _conflict(lost.standing) from lost
+                    raise _conflict(lost.head) from lost
             tried += 1
             await _pause(min(tried, 5))
 
@@ -206,19 +206,19 @@ async def _pause(times: int) -> None:
 
 
 def _done(entity: Entity, committed: Committed) -> Receipt:
-    return Receipt(entity, committed.state, committed.standing, committed.durability, committed.visible)
+    return Receipt(entity, committed.state, committed.head, committed.durability, committed.visible)
 
 
-def _replay(entity: Entity, standing: Head, state: Any, same: Callable[[Any], bool]) -> Receipt:
+def _replay(entity: Entity, head: Head, state: Any, same: Callable[[Any], bool]) -> Receipt:
     if not same(state):
         raise InvalidInput(
             "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
         )
-    return Receipt(entity, state, standing, None, replayed=True)
+    return Receipt(entity, state, head, None, replayed=True)
 
 
-def _conflict(standing: Head | None) -> Conflict:
+def _conflict(head: Head | None) -> Conflict:
     details: dict[str, Any] = {"field": "If-Match"}
-    if standing is not None:
-        details["version"] = standing.version
+    if head is not None:
+        details["version"] = head.version
     return Conflict("another change came first", code="version_conflict", **details)

@@ -98,7 +98,7 @@ class Commands:
             return "updated", msgspec.structs.replace(order, updated_at=at)
 
         id_ = found.decoded().id
-        return await self._changes.change(who, _ENTITY, id_, found.standing.version, change, deleted=True)
+        return await self._changes.change(who, _ENTITY, id_, found.head.version, change, deleted=True)
 
     async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Receipt, Payment]:
         """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""

@@ -70,14 +70,14 @@ class DerivedFigures:
         self._postgres = postgres
         self._mirror = mirror
 
-    async def standing(self, entity: Entity, restaurant: str, id_: str) -> Any:
+    async def current_state(self, entity: Entity, restaurant: str, id_: str) -> Any:
         """Raises NotFound, Unavailable."""
         return (await self._reads.one(entity, restaurant, id_)).decoded()
 
     async def must_exist(self, entity: Entity, restaurant: str, id_: str, field: str) -> None:
         """Raises InvalidInput that names the field."""
         try:
-            found = await self.standing(entity, restaurant, id_)
+            found = await self.current_state(entity, restaurant, id_)
         except NotFound as error:
             raise InvalidInput(f"no such {entity.name}", field=field, code=f"unknown_{entity.name}") from error
         if found.deleted_at is not None:

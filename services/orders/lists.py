@@ -49,7 +49,7 @@ def list_reply(
     rows = [
         state_view(
             one.state,
-            one.standing,
+            one.head,
             sync_of(one),
             chosen=chosen,
             **(more[place] if more else {}),

@@ -35,13 +35,13 @@ _OVERLAP = timedelta(seconds=60)
 
 class MenuBook(Struct):
     restaurant: Restaurant
-    standing: dict[str, Head]
+    heads: dict[str, Head]
     dishes: dict[str, MenuItem]
 
-    def put(self, standing: Head, dish: MenuItem) -> None:
-        known = self.standing.get(dish.id)
-        if known is None or standing > known:
-            self.standing[dish.id] = standing
+    def put(self, head: Head, dish: MenuItem) -> None:
+        known = self.heads.get(dish.id)
+        if known is None or head > known:
+            self.heads[dish.id] = head
             self.dishes[dish.id] = dish
 
     @property
@@ -79,16 +79,16 @@ class Menus:
                         book = await self._load(restaurant_id)
                     finally:
                         meanwhile = self._meanwhile.pop(restaurant_id)
-                    for standing, dish in meanwhile:
-                        book.put(standing, dish)
+                    for head, dish in meanwhile:
+                        book.put(head, dish)
                     self._books[restaurant_id] = book
             self._loading.pop(restaurant_id, None)
         return book
 
-    def put(self, standing: Head, dish: MenuItem) -> None:
+    def put(self, head: Head, dish: MenuItem) -> None:
         """What was committed here: its own instance need not wait for the log."""
         if (book := self._books.get(dish.restaurant_id)) is not None:
-            book.put(standing, dish)
+            book.put(head, dish)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -136,9 +136,9 @@ class Menus:
             raise NotFound("no such restaurant")
         book = MenuBook(restaurant, {}, {})
         for found in stored:
-            book.put(found.standing, msgspec.json.decode(found.state, type=MenuItem))
-        for standing, dish in dishes:
-            book.put(standing, dish)
+            book.put(found.head, msgspec.json.decode(found.state, type=MenuItem))
+        for head, dish in dishes:
+            book.put(head, dish)
         return book
 
     async def _from_mirror(self, restaurant_id: str) -> tuple[Restaurant | None, list[tuple[Head, MenuItem]], bool]:
@@ -150,7 +150,7 @@ class Menus:
             return None, [], False
         restaurant = msgspec.json.decode(encoded, type=Restaurant) if encoded else None
         dishes = [
-            (document.standing, msgspec.json.decode(document.state, type=MenuItem))
+            (document.head, msgspec.json.decode(document.state, type=MenuItem))
             for document in documents
             if document is not None
         ]
@@ -180,9 +180,9 @@ class Menus:
             if change.entity != menu_item.ENTITY.name:
                 return
             if (book := self._books.get(change.restaurantid)) is not None:
-                book.put(change.standing, registry.read(change)[1])
+                book.put(change.head, registry.read(change)[1])
             elif (meanwhile := self._meanwhile.get(change.restaurantid)) is not None:
-                meanwhile.append((change.standing, registry.read(change)[1]))
+                meanwhile.append((change.head, registry.read(change)[1]))
         except BrokenContract as error:
             # The PostgreSQL writer dead-letters it; here it only must not stop the menu.
             log.warning("menus_skip", offset=offset, reason=error.reason, error=str(error))

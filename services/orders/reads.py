@@ -43,7 +43,7 @@ _seen = msgspec.json.Decoder(AccessFields)
 
 class FoundState(Struct, frozen=True):
     entity: Entity
-    standing: Head
+    head: Head
     state: bytes
     served_by: str
     """mirror or postgres"""
@@ -70,11 +70,11 @@ class FoundState(Struct, frozen=True):
 
 
 def _from_stored(entity: Entity, stored: StoredState) -> FoundState:
-    return FoundState(entity, stored.standing, stored.state, "postgres", conflict=stored.conflict)
+    return FoundState(entity, stored.head, stored.state, "postgres", conflict=stored.conflict)
 
 
 def _matches(entity: Entity, document: Document, selection: Selection, state: SyncState | None) -> FoundState | None:
-    found = FoundState(entity, document.standing, document.state, "mirror", document)
+    found = FoundState(entity, document.head, document.state, "mirror", document)
     fits = (state is None or found.sync_state is state) and selection.match(found.decoded())
     return found if fits else None
 
@@ -98,20 +98,20 @@ class Reads:
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
-            return FoundState(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.head, document.state, "mirror", document)
         self._metrics.mirror.inc("miss" if warm else "away")
         try:
             stored = await self._from_postgres(entity, restaurant, id_)
         except UNAVAILABLE as error:
             if document is not None:
-                return FoundState(entity, document.standing, document.state, "mirror", document)
+                return FoundState(entity, document.head, document.state, "mirror", document)
             raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
-        if stored is not None and (document is None or stored.standing >= document.standing):
+        if stored is not None and (document is None or stored.head >= document.head):
             if document is None:
                 self._repair_later(entity, stored)
             return _from_stored(entity, stored)
         if document is not None:
-            return FoundState(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.head, document.state, "mirror", document)
         raise NotFound(f"no such {entity.name}")
 
     async def base(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
@@ -121,7 +121,7 @@ class Reads:
         if not warm:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
         if document is not None:
-            return FoundState(entity, document.standing, document.state, "mirror", document)
+            return FoundState(entity, document.head, document.state, "mirror", document)
         try:
             stored = await self._from_postgres(entity, restaurant, id_)
         except UNAVAILABLE as error:
@@ -217,7 +217,7 @@ class Reads:
         stored = await states.heads(connection, entity, restaurant, ids)
         newer, matching = [], []
         for id_, document in zip(ids, documents, strict=True):
-            if document is not None and (id_ not in stored or document.standing > stored[id_]):
+            if document is not None and (id_ not in stored or document.head > stored[id_]):
                 newer.append(id_)
                 if (found := _matches(entity, document, selection, state)) is not None:
                     matching.append(found)
@@ -261,8 +261,6 @@ class Reads:
     async def _repair(self, entity: Entity, stored: StoredState) -> None:
         state = entity.decode_state(stored.state)
         try:
-            await self._mirror.apply(
-                [Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")]
-            )
+            await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])
         except (MirrorUnavailable, MirrorInDoubt) as error:
             log.info("repair_skipped", subject=f"{entity.name}/{state.id}", error=str(error) or type(error).__name__)

@@ -131,7 +131,7 @@ async def _know_bay(insight: DerivedFigures, restaurant: Restaurant, fields: Fie
     wanted = fields.get("bay_id")
     bay_id = str(wanted) if wanted is not None else state.bay_id if state is not None else ""
     try:
-        found = await insight.standing(bay.ENTITY, restaurant.id, bay_id)
+        found = await insight.current_state(bay.ENTITY, restaurant.id, bay_id)
     except NotFound as error:
         if wanted is not None:
             raise InvalidInput("no such bay", field="bay_id", code="unknown_bay") from error

@@ -37,20 +37,20 @@ def context_of(request: Call) -> RouteContext:
 
 
 def done_reply(done: Receipt, *, status: int = 200, **more: Any) -> Reply:
-    headers = {"ETag": f'"{done.standing.version}"'}
+    headers = {"ETag": f'"{done.head.version}"'}
     sync = more.pop("sync", PENDING)
     more["visible"] = done.visible
     if done.replayed:
         headers["Idempotency-Replayed"] = "true"
     if done.durability is not None:
         more["durability"] = done.durability
-    view = state_view(encode(done.state), done.standing, sync, **more)
+    view = state_view(encode(done.state), done.head, sync, **more)
     return success(view, status=status, headers=headers)
 
 
 def found_reply(found: FoundState, known: str | None, **more: Any) -> Reply:
     """`known`: the If-None-Match of the request."""
-    headers = {"ETag": f'"{found.standing.version}"', "X-Served-By": found.served_by}
+    headers = {"ETag": f'"{found.head.version}"', "X-Served-By": found.served_by}
     if known == headers["ETag"]:
         return Reply(b"", status=304, headers=headers)
-    return success(state_view(found.state, found.standing, sync_of(found), **more), headers=headers)
+    return success(state_view(found.state, found.head, sync_of(found), **more), headers=headers)

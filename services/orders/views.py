@@ -26,10 +26,10 @@ def sync_of(found: FoundState) -> dict[str, Any]:
 
 
 def state_view(
-    state: bytes, standing: Head, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
+    state: bytes, head: Head, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
 ) -> Raw:
     """`state` is encoded already, and stays so: what is not part of it is appended. `chosen`: these fields alone."""
-    extra = {"version": standing.version, "sync": sync, **more}
+    extra = {"version": head.version, "sync": sync, **more}
     if chosen is not None:
         found = {**msgspec.json.decode(state), **extra}
         return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in chosen}))

@@ -97,7 +97,7 @@ async def sync_order(request: Call, parts: SyncApiParts) -> ASGIApp:
         raise Unauthenticated("x-sync-token is missing or wrong", field="x-sync-token")
     wanted = read_body(await request.whole_body(), ExternalOrder)
     done = await parts.upserts.upsert(wanted)
-    return success(Synced(done.outcome, done.order.id, done.order.order_number, done.standing.version))
+    return success(Synced(done.outcome, done.order.id, done.order.order_number, done.head.version))
 
 
 @endpoint(

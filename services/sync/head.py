@@ -27,7 +27,7 @@ async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: s
         raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
     if not warm:
         raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
-    return None if document is None else (document.standing, entity.decode_state(document.state))
+    return None if document is None else (document.head, entity.decode_state(document.state))
 
 
 async def head_in_postgres(
@@ -35,7 +35,7 @@ async def head_in_postgres(
 ) -> tuple[Head, Any] | None:
     """What PostgreSQL has; `connection` as a role that sees this restaurant."""
     found = await states.one(connection, entity, restaurant, id_)
-    return None if found is None else (found.standing, entity.decode_state(found.state))
+    return None if found is None else (found.head, entity.decode_state(found.state))
 
 
 async def current_head(
@@ -73,7 +73,7 @@ async def commit(
         actor=actor,
     )
     try:
-        return (await rail.commit(draft)).standing.change_id
+        return (await rail.commit(draft)).head.change_id
     except ClaimLost as error:
         raise Conflict("another change came first: try again", code="version_conflict") from error
     except OutOfStock as error:

@@ -115,7 +115,7 @@ class Change(Struct, frozen=True, kw_only=True):
         return self.subject.partition("/")[2]
 
     @property
-    def standing(self) -> Head:
+    def head(self) -> Head:
         return Head(self.entityversion, self.id)
 
 

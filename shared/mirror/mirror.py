@@ -20,7 +20,7 @@ from shared.mirror.connection import MirrorConnection
 class Document(Struct, frozen=True):
     """A state in the mirror, undecoded, and what is known of its way to PostgreSQL."""
 
-    standing: Head
+    head: Head
     state: bytes
     pending: bool = False
     failure: bytes = b""
@@ -52,7 +52,7 @@ class Stale(Struct, frozen=True):
 class HeadMoved(Struct, frozen=True):
     """The base of the change is not what stands. Without a state: it left the live window, PostgreSQL has it."""
 
-    standing: Head
+    head: Head
     state: bytes | None
 
 
@@ -70,7 +70,7 @@ class Apply(Struct, frozen=True):
 
     entity: Entity
     state: Any
-    standing: Head
+    head: Head
     encoded: bytes
     accepted_at: datetime
     how: str = "reveal"
@@ -201,7 +201,7 @@ class Mirror:
         only_warm: bool = False,
     ) -> list[int] | None:
         """Writes what stands by the guard. With `at`, only on a mirror that has come so far; with `note`, its log state
-        moves in the same step; `only_warm`: `lacks` was asked, and what it said holds for no other mirror. Returns the
+        moves in the same step; `only_warm`: `missing` was asked, and what it said holds for no other mirror. Returns the
         places of late states whose doc is missing; None: wrong mirror."""
         all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
         epoch = note.epoch if note else at.epoch if at else ""
@@ -224,8 +224,8 @@ class Mirror:
                 keys.number(restaurant, series),
             ]
             arguments += [
-                state.standing.version,
-                state.standing.change_id,
+                state.head.version,
+                state.head.change_id,
                 state.encoded,
                 state.entity.score(state.state),
                 int(state.accepted_at.timestamp() * 1000),
@@ -238,7 +238,7 @@ class Mirror:
         reply = await self._redis.script("apply", all_keys, arguments)
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
 
-    async def lacks(self, changes: Sequence[Outline]) -> list[int]:
+    async def missing(self, changes: Sequence[Outline]) -> list[int]:
         """Places of those for which `apply` would do anything."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = []
@@ -246,23 +246,23 @@ class Mirror:
             restaurant, (name, _, id_) = one.restaurantid, one.subject.partition("/")
             all_keys += [keys.doc(restaurant, name, id_), keys.claim(restaurant, name, id_)]
             arguments += [one.entityversion, one.id]
-        return [place - 1 for place in await self._redis.script("lacks", all_keys, arguments)]
+        return [place - 1 for place in await self._redis.script("missing", all_keys, arguments)]
 
-    async def settle(
+    async def note_sync_states(
         self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
     ) -> None:
-        """`states` are (entity id, standing): committed by PostgreSQL, or failed on the way there."""
+        """`states` are (entity id, head): committed by PostgreSQL, or failed on the way there."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = [failure]
-        for id_, standing in states:
+        for id_, head in states:
             all_keys += [
                 keys.doc(restaurant, entity, id_),
                 keys.pending(restaurant, entity),
                 keys.failed(restaurant, entity),
                 keys.claim(restaurant, entity, id_),
             ]
-            arguments += [standing.version, standing.change_id]
-        await self._redis.script("settle", all_keys, arguments)
+            arguments += [head.version, head.change_id]
+        await self._redis.script("sync_state", all_keys, arguments)
 
     async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
         """(warm, documents in the order of the ids). A document that a cold mirror lacks may exist all the same."""
@@ -355,7 +355,7 @@ class Mirror:
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
         """(restaurant, order, what it takes) of orders; those in the live window are passed over."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
-        await self._redis.script("hold", docs, [_hold_text(holds) for _, _, holds in orders])
+        await self._redis.script("stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
 
     async def take_tokens(self, whose: str, capacity: int, rate: float, wanted: int) -> tuple[int, int, float]:
         """Out of the bucket `whose`, at least one and at most `wanted`: (taken, left, seconds until there is one)."""
@@ -384,7 +384,7 @@ class Mirror:
     async def begin_log(self, state: LogState) -> None:
         """The first step of a rebuild: from here on `apply` with `at` tells this mirror from the next. Nothing happens
         when it has begun already."""
-        await self._redis.script("begin", [keys.LOG, keys.WARM], [state.epoch, state.offset])
+        await self._redis.script("begin_log", [keys.LOG, keys.WARM], [state.epoch, state.offset])
 
     async def is_warm(self) -> bool:
         warm, _ = await self.read("-", "-", [])

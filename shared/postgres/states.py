@@ -29,7 +29,7 @@ _FROM = f"{{table}} t {_LATERAL}"
 
 
 class StoredState(Struct, frozen=True):
-    standing: Head
+    head: Head
     state: bytes
     accepted_at: datetime
     conflict: bool = False
@@ -37,8 +37,8 @@ class StoredState(Struct, frozen=True):
 
 
 def _stored(row: "asyncpg.Record") -> StoredState:
-    standing = Head(row["version"], row["change_id"])
-    return StoredState(standing, row["state"].encode(), row["accepted_at"], row["conflict"])
+    head = Head(row["version"], row["change_id"])
+    return StoredState(head, row["state"].encode(), row["accepted_at"], row["conflict"])
 
 
 _OPEN_CONFLICTS = (

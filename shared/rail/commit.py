@@ -66,21 +66,21 @@ class Draft(Struct, kw_only=True):
 
 class Committed(Struct, frozen=True):
     state: Any
-    standing: Head
+    head: Head
     durability: Durability
     visible: bool
 
 
 class ClaimLost(TicketrailError):
-    """Another change came first. `standing` is None while that is still on its way; `state` also where only PostgreSQL
+    """Another change came first. `head` is None while that is still on its way; `state` also where only PostgreSQL
     has it."""
 
     status = 409
     code = "version_conflict"
 
-    def __init__(self, standing: Head | None = None, state: Any = None) -> None:
+    def __init__(self, head: Head | None = None, state: Any = None) -> None:
         super().__init__("another change came first")
-        self.standing = standing
+        self.head = head
         self.state = state
 
 
@@ -190,12 +190,12 @@ class Rail:
                 change = _change(draft)  # an id that covers the number: the claim of a mirror that is lost had another
             durability = await self._record(change, claimed=claimed)
             if doubt.noted:
-                self._without_claim[draft.state.id] = (change.standing, state)
+                self._without_claim[draft.state.id] = (change.head, state)
         except (ClaimLost, OutOfStock, Unavailable) as error:
             if self._metrics is not None and isinstance(error, ClaimLost):
                 self._metrics.claims_lost.inc()
             # A creation that is told what stands is answered: its order exists. All else may still appear.
-            exists = draft.base is None and isinstance(error, ClaimLost) and error.standing is not None
+            exists = draft.base is None and isinstance(error, ClaimLost) and error.head is not None
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
             raise
@@ -209,7 +209,7 @@ class Rail:
             self._keep(asyncio.create_task(self._reveal(draft.entity, change, state), name="reveal"))
         if self._metrics is not None:
             self._metrics.accepted.inc(change.type)
-        return Committed(state, change.standing, durability, visible)
+        return Committed(state, change.head, durability, visible)
 
     async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:
         """(number, claimed). Not claimed: a creation without a warm mirror, with a number of our own series."""
@@ -237,7 +237,7 @@ class Rail:
                     case Claimed(number):
                         self._remember(change.restaurantid, series, number)
                         return number, True
-                    case HeadMoved(standing, bytes() as encoded) if standing.change_id == change.id:
+                    case HeadMoved(head, bytes() as encoded) if head.change_id == change.id:
                         return _number_in(draft.entity, encoded), True  # finished by somebody who thought us dead
                     case Stale():
                         try:
@@ -246,12 +246,12 @@ class Rail:
                             raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
                     case Cold():
                         return await self._unclaimed(draft, series, None, doubt)
-                    case HeadMoved(standing, None):
+                    case HeadMoved(head, None):
                         if draft.existing and (found := await draft.existing()):
                             raise ClaimLost(*found)
-                        raise ClaimLost(standing)
-                    case HeadMoved(standing, bytes() as encoded):
-                        raise ClaimLost(standing, draft.entity.decode_state(encoded))
+                        raise ClaimLost(head)
+                    case HeadMoved(head, bytes() as encoded):
+                        raise ClaimLost(head, draft.entity.decode_state(encoded))
                     case Busy():
                         raise ClaimLost
                     case StockShort(left):
@@ -303,7 +303,7 @@ class Rail:
     async def _reveal(self, entity: Entity, change: Change, state: Any, *, patient: bool = True) -> bool:
         """Tried for a second, or, where the mirror took no claim a moment ago, once; where it fails the mirror writer
         does it, from the log."""
-        revealed = Apply(entity, state, change.standing, bytes(change.data.after), change.time)
+        revealed = Apply(entity, state, change.head, bytes(change.data.after), change.time)
         deadline = time.monotonic() + self._reveal_seconds
         while True:
             try:

@@ -176,10 +176,8 @@ async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, Standing]:
                 for id_, document in zip(block, documents, strict=True):
                     if document is not None:
                         state = msgspec.json.decode(document.state)
-                        standing = document.standing
-                        found[id_] = Standing(
-                            standing.version, standing.change_id, state.get("notes"), _payments(state)
-                        )
+                        head = document.head
+                        found[id_] = Standing(head.version, head.change_id, state.get("notes"), _payments(state))
     finally:
         await mirror.close()
     return found

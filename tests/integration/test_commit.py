@@ -65,10 +65,10 @@ async def stale_claims(rig: RailRig) -> list[str]:
 
 async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: RailRig) -> None:
     done = await rig.rail.commit(rig.creation())
-    assert (done.durability, done.visible, done.standing.version) == (Durability.BROKER, True, 1)
-    assert await rig.read(done.state.id) == (done.standing, done.state)
+    assert (done.durability, done.visible, done.head.version) == (Durability.BROKER, True, 1)
+    assert await rig.read(done.state.id) == (done.head, done.state)
     (message,) = await rig.queued(at_least=1)
-    assert [change.id for change in message] == [done.standing.change_id]
+    assert [change.id for change in message] == [done.head.change_id]
     assert bytes(message[0].data.after) == encode(done.state)
     assert await rig.claims() == 0
 
@@ -84,8 +84,8 @@ async def test_two_claimants_of_one_version_commit_once_and_lose_once(rig: RailR
     )
     assert kinds(outcomes) == {"Committed": 1, "ClaimLost": 1}
     (won,) = [one for one in outcomes if isinstance(one, Committed)]
-    assert await rig.read(created.state.id) == (won.standing, won.state)
-    assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.standing.change_id, won.standing.change_id])
+    assert await rig.read(created.state.id) == (won.head, won.state)
+    assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.head.change_id, won.head.change_id])
 
 
 async def test_lost_claimant_gets_the_current_head(rig: RailRig) -> None:
@@ -93,7 +93,7 @@ async def test_lost_claimant_gets_the_current_head(rig: RailRig) -> None:
     won = await rig.rail.commit(rig.update(created, notes="first"))
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="second"))
-    assert (lost.value.standing, lost.value.state) == (won.standing, won.state)
+    assert (lost.value.head, lost.value.state) == (won.head, won.state)
 
 
 async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig: RailRig, make_rail: MakeRail) -> None:
@@ -103,7 +103,7 @@ async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig
     assert sorted(one.state.order_number for one in done) == [f"{n:04d}" for n in range(1, 201)]
     assert all(one.durability is Durability.BROKER and one.visible for one in done)
     messages = await rig.queued(at_least=1)
-    assert sorted(ids(messages)) == sorted(one.standing.change_id for one in done)
+    assert sorted(ids(messages)) == sorted(one.head.change_id for one in done)
     assert len(messages) <= 40
 
 
@@ -117,8 +117,8 @@ async def test_live_claim_keeps_its_version(rig: RailRig) -> None:
     assert isinstance(reply, Claimed)
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="fast"))
-    assert lost.value.standing is None
-    assert (await rig.read(created.state.id)) == (created.standing, created.state)  # a claim is not visible to readers
+    assert lost.value.head is None
+    assert (await rig.read(created.state.id)) == (created.head, created.state)  # a claim is not visible to readers
 
 
 @pytest.mark.parametrize("died", ["before recording", "after recording", "before revealing, in the journal"])
@@ -138,15 +138,15 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
 
     with pytest.raises(ClaimLost) as lost:  # its base is no longer the head
         await rig.rail.commit(rig.update(created, notes="next"))
-    assert lost.value.standing == left.standing
+    assert lost.value.head == left.head
     stands, state = await rig.read(created.state.id) or pytest.fail("nothing stands")
-    assert (stands, state.notes) == (left.standing, "left behind")
+    assert (stands, state.notes) == (left.head, "left behind")
     next_one = await rig.rail.commit(rig.update(Committed(state, stands, Durability.BROKER, True), notes="next"))
-    assert next_one.standing.version == 3
+    assert next_one.head.version == 3
     if died == "before revealing, in the journal":
         await owner.drainer.drain_some()
     queued = await rig.queued(at_least=2 if died == "before recording" else 3)
-    assert set(ids(queued)) == {left.id, next_one.standing.change_id}
+    assert set(ids(queued)) == {left.id, next_one.head.change_id}
     assert {change.entityversion for message in queued for change in message} == {2, 3}
     assert await rig.claims() == 0
 
@@ -159,7 +159,7 @@ async def test_finished_creation_keeps_the_number_of_its_claim(rig: RailRig) -> 
     assert isinstance(marked, Stale)
     await rig.rail.finish(marked)
     stands, order = await rig.read(left.entity_id) or pytest.fail("nothing stands")
-    assert (stands, order.order_number) == (left.standing, "0001")
+    assert (stands, order.order_number) == (left.head, "0001")
     (message,) = await rig.queued(at_least=1)
     assert [bytes(change.data.after) for change in message] == [encode(order)]
     assert (await rig.rail.commit(rig.creation())).state.order_number == "0002"
@@ -181,9 +181,9 @@ async def test_stalled_owner_records_the_same_change_as_its_finisher(rig: RailRi
     assert kinds([await outcome(rig.rail.commit(rig.update(created, notes="next")))]) == {"ClaimLost": 1}
     resumed.set()
     done = await slow
-    assert (await rig.read(created.state.id)) == (done.standing, done.state)
+    assert (await rig.read(created.state.id)) == (done.head, done.state)
     found = ids(await rig.queued(at_least=3))
-    assert Counter(found) == {created.standing.change_id: 1, done.standing.change_id: 2}
+    assert Counter(found) == {created.head.change_id: 1, done.head.change_id: 2}
 
 
 async def test_marked_claim_cannot_be_taken_back(
@@ -215,7 +215,7 @@ async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Serve
     assert await rig.claims() == 0
     await rig.warm()
     won = await rig.rail.commit(rig.update(created, notes="won"))
-    assert (won.standing.version, won.state.notes) == (2, "won")
+    assert (won.head.version, won.state.notes) == (2, "won")
     await asyncio.to_thread(redis.discard)
 
 
@@ -236,8 +236,8 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
     async with rig.frozen(servers.rabbitmq):
         done = await rig.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
-        assert await rig.read(done.state.id) == (done.standing, done.state)
-        assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
+        assert await rig.read(done.state.id) == (done.head, done.state)
+        assert [change.id for change in await rig.journaled()] == [done.head.change_id]
         # Nothing is sent until there is a new connection, so a second commit does not wait for a timeout.
         assert not rig.publisher.connected
         rig.publisher._timeout = 600.0
@@ -249,10 +249,10 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
 
     async def twice() -> bool:
         found.update(ids(await rig.queued()))
-        return found[done.standing.change_id] >= 2 and found[second.standing.change_id] >= 1
+        return found[done.head.change_id] >= 2 and found[second.head.change_id] >= 1
 
     await eventually(twice, what="the late publish and the drained ones")
-    assert set(found) == {done.standing.change_id, second.standing.change_id}
+    assert set(found) == {done.head.change_id, second.head.change_id}
 
 
 async def empty(rig: RailRig) -> bool:
@@ -280,7 +280,7 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailR
             return ids(await rig.queued())
 
         def has_change(found: list[str]) -> bool:
-            return done.standing.change_id in found
+            return done.head.change_id in found
 
         await eventually(taken, what="the copy of the lane", until=has_change)
         await channel.queue_delete("full")
@@ -297,7 +297,7 @@ async def test_unroutable_change_goes_to_the_journal(rig: RailRig) -> None:
             await (await channel.get_queue(name, ensure=False)).unbind(exchange, Lane.CRITICAL.value)
         done = await rig.rail.commit(rig.creation())
         assert done.durability is Durability.JOURNAL
-        assert [change.id for change in await rig.journaled()] == [done.standing.change_id]
+        assert [change.id for change in await rig.journaled()] == [done.head.change_id]
 
 
 async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_removes_its_claim(
@@ -314,7 +314,7 @@ async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_re
     assert await rig.read(draft.state.id) is None
     await rig.publisher.start(wait=10)
     done = await rig.rail.commit(draft)  # the same change may be tried again
-    assert ids(await rig.queued(at_least=1)) == [done.standing.change_id]
+    assert ids(await rig.queued(at_least=1)) == [done.head.change_id]
 
 
 async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_version(make_rail: MakeRail) -> None:
@@ -327,8 +327,8 @@ async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_ve
     assert await rig.claims() == 0
     await rig.publisher.start(wait=10)
     done = await rig.rail.commit(rig.update(created, notes="taken"))
-    assert done.standing.version == 2
-    assert set(ids(await rig.queued(at_least=2))) == {created.standing.change_id, done.standing.change_id}
+    assert done.head.version == 2
+    assert set(ids(await rig.queued(at_least=2))) == {created.head.change_id, done.head.change_id}
 
 
 async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_keeps_the_claim(
@@ -372,7 +372,7 @@ async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_i
     stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
     assert stands.version == 1
     again = await rig.rail.commit(draft)
-    assert again.standing.version == 2
+    assert again.head.version == 2
 
 
 async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: RailRig, servers: Servers) -> None:
@@ -381,7 +381,7 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: R
         assert (done.state.order_number, done.durability, done.visible) == ("J1-0001", Durability.BROKER, False)
     (message,) = await rig.queued(at_least=1)
     assert [(change.id, ORDER.decode_state(bytes(change.data.after))) for change in message] == [
-        (done.standing.change_id, done.state)
+        (done.head.change_id, done.state)
     ]
     await eventually(lambda: reachable(rig), what="the mirror again")
     # The sent claim ran too late and left nothing to finish, so there is no second creation.
@@ -406,11 +406,11 @@ async def test_cold_mirror_takes_creations_and_refuses_updates(rig: RailRig) -> 
     done = await rig.rail.commit(rig.creation())
     again = await rig.rail.commit(rig.creation())
     assert [done.state.order_number, again.state.order_number] == ["J1-0001", "J1-0002"]
-    assert done.visible and await rig.read(done.state.id) == (done.standing, done.state)
+    assert done.visible and await rig.read(done.state.id) == (done.head, done.state)
     with pytest.raises(Unavailable):
         await rig.rail.commit(rig.update(created, notes="refused"))
     await rig.warm()
-    assert (await rig.rail.commit(rig.update(created, notes="taken"))).standing.version == 2
+    assert (await rig.rail.commit(rig.update(created, notes="taken"))).head.version == 2
 
 
 async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: RailRig) -> None:
@@ -424,7 +424,7 @@ async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: RailR
     draft.existing = existing
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(draft)
-    assert lost.value.standing == created.standing
+    assert lost.value.head == created.head
 
 
 async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(rig: RailRig) -> None:
@@ -445,8 +445,8 @@ async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_sa
     assert [type(one) for one in outcomes].count(ClaimLost) == 4
     with pytest.raises(ClaimLost) as again:
         await rig.rail.commit(repeat())
-    assert (again.value.standing, again.value.state) == (made.standing, made.state)
-    assert ids(await rig.queued(at_least=1)) == [made.standing.change_id]
+    assert (again.value.head, again.value.state) == (made.head, made.state)
+    assert ids(await rig.queued(at_least=1)) == [made.head.change_id]
 
 
 async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> None:
@@ -464,16 +464,16 @@ async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> N
 async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     drafts = [rig.update(created, notes=notes) for notes in ("one", "two")]
-    forked = [(commit._change(draft).standing, draft.state) for draft in drafts]
+    forked = [(commit._change(draft).head, draft.state) for draft in drafts]
     for order in (forked, forked[::-1], forked + forked):
-        for standing, state in order:
-            await rig.mirror.apply([applied(standing, state, drafts[0].at)])
+        for head, state in order:
+            await rig.mirror.apply([applied(head, state, drafts[0].at)])
         stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
-        assert stands == max(standing for standing, _ in forked)
+        assert stands == max(head for head, _ in forked)
 
 
-def applied(standing: Any, state: Order, at: Any) -> Apply:
-    return Apply(ORDER, state, standing, encode(state), at)
+def applied(head: Any, state: Order, at: Any) -> Apply:
+    return Apply(ORDER, state, head, encode(state), at)
 
 
 async def test_busy_version_is_free_after_its_claim_is_taken_back(rig: RailRig) -> None:

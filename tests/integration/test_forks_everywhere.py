@@ -92,7 +92,7 @@ async def both_are_kept(system: System, winner: Change, loser: Change) -> None:
     assert (conflict["version"], conflict["resolved_at"]) == (2, None)
 
 
-async def standing(system: System, entity: Entity, winner: Change) -> None:
+async def winner_is_the_head(system: System, entity: Entity, winner: Change) -> None:
     """In both stores: itself, or what was built on it since (a payment of the loser comes back within seconds)."""
     async with (
         system.database() as connection,
@@ -154,7 +154,7 @@ async def test_of_two_changes_of_an_order_one_stands_everywhere_and_both_payment
         async with pushed(system, shop.token, {winner.id, loser.id}) as told:
             await send(system, Lane.CRITICAL, arrival, winner, loser)
         await both_are_kept(system, winner, loser)
-        await standing(system, orders.ENTITY, winner)
+        await winner_is_the_head(system, orders.ENTITY, winner)
 
         wanted = orders.ENTITY.decode(winner)
         reply = await client.get(f"/api/orders/{id_}")
@@ -188,7 +188,7 @@ async def test_of_two_prices_of_a_dish_one_is_charged(system: System, shop: Shop
     await send(system, Lane.NORMAL, arrival, winner, loser)
     await publish(system, Lane.NORMAL, message(change(marker)))
     await both_are_kept(system, winner, loser)
-    await standing(system, menu_item.ENTITY, winner)
+    await winner_is_the_head(system, menu_item.ENTITY, winner)
 
     async with system.client(token=shop.token) as client:
 

@@ -156,10 +156,10 @@ async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaire
 
 async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Head:
     """Writes a state to the mirror only; returns its head."""
-    standing = Head(version, str(uuid4()))
+    head = Head(version, str(uuid4()))
     async with CommandSession(settings_of(shop.system)) as session:
-        await session.mirror.apply([Apply(orders.ENTITY, state, standing, encode(state), at or now(), how)])
-    return standing
+        await session.mirror.apply([Apply(orders.ENTITY, state, head, encode(state), at or now(), how)])
+    return head
 
 
 async def test_pending_states_are_left_alone(shop: Shop, raw: Any) -> None:
@@ -174,10 +174,10 @@ async def test_pending_states_are_left_alone(shop: Shop, raw: Any) -> None:
     assert found.pending >= 2
     async with CommandSession(settings_of(shop.system)) as session:
         _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
-        assert [one and (one.standing, one.pending) for one in documents] == [(one, True) for one in standings]
-        for id_, standing in zip([known, new.id], standings, strict=True):  # for later tests
-            await session.mirror.settle(shop.restaurant, "order", [(id_, standing)])
-            await session.mirror.trim(shop.restaurant, "order", {id_: standing.change_id})
+        assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in standings]
+        for id_, head in zip([known, new.id], standings, strict=True):  # for later tests
+            await session.mirror.note_sync_states(shop.restaurant, "order", [(id_, head)])
+            await session.mirror.trim(shop.restaurant, "order", {id_: head.change_id})
 
 
 async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(shop: Shop) -> None:

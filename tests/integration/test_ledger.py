@@ -367,7 +367,7 @@ async def test_what_the_mirror_alone_shows_as_pending_is_a_hint_and_no_more(
     state = order(items=1, restaurant_id=restaurant)
     one = change(state)
     await books.rig.mirror.keep_restaurant(restaurant, b"{}")
-    await books.rig.mirror.apply([Apply(ORDER, state, one.standing, bytes(one.data.after), one.time)])
+    await books.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
     monkeypatch.setattr(sources, "_OLD", sources._OLD * 0)
     found = await books.balance(mirror=books.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}

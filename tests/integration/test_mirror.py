@@ -16,7 +16,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Claimed, Cold, HeadMoved, LogState, Mirror
 from tests.rigs import builders
-from tests.rigs.mirror import answers, standing, state
+from tests.rigs.mirror import answers, head_of, state
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
@@ -52,15 +52,15 @@ async def test_states_in_any_order_and_repetition_end_the_same_in_lua(
     version, change = max(arrivals)
     _, (found,) = await mirror.read(restaurant, "order", [id_])
     assert found is not None
-    assert found.standing == Head(version, str(UUID(int=change)))
+    assert found.head == Head(version, str(UUID(int=change)))
     assert ORDER.decode_state(found.state).notes == f"{version}/{change}"
     assert found.pending
 
 
 def _outline(one: Apply) -> Outline:
-    found = outline(encode(builders.change(one.state, entityversion=one.standing.version)))
+    found = outline(encode(builders.change(one.state, entityversion=one.head.version)))
     assert found is not None
-    return structs.replace(found, id=one.standing.change_id)
+    return structs.replace(found, id=one.head.change_id)
 
 
 @settings(max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -73,9 +73,9 @@ async def test_mirror_lacks_exactly_the_changes_that_would_alter_it(
     other = state(1, id_=builders.new_id(), restaurant=restaurant)
     requested = [state(*next_one, id_=id_, restaurant=restaurant), other]
     missing = [1] if next_one <= max(arrivals) else [0, 1]
-    assert await mirror.lacks([_outline(one) for one in requested]) == missing
+    assert await mirror.missing([_outline(one) for one in requested]) == missing
     await mirror.apply(requested)
-    assert await mirror.lacks([_outline(one) for one in requested]) == []
+    assert await mirror.missing([_outline(one) for one in requested]) == []
 
 
 async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirror: Mirror) -> None:
@@ -86,15 +86,15 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
     assert isinstance(await mirror.claim(ORDER, change, encode(change), None, series, 0), Claimed)
     found = outline(encode(change))
     assert found is not None
-    assert await mirror.lacks([found]) == [0]
-    reveal = Apply(ORDER, placed, change.standing, bytes(change.data.after), change.time, "stored")
+    assert await mirror.missing([found]) == [0]
+    reveal = Apply(ORDER, placed, change.head, bytes(change.data.after), change.time, "stored")
     await mirror.apply([reveal])
-    assert await mirror.lacks([found]) == []
+    assert await mirror.missing([found]) == []
     await mirror.trim(restaurant, "order", {placed.id: change.id})
-    assert await mirror.lacks([found]) == [0], "the mirror remembers only its version"
+    assert await mirror.missing([found]) == [0], "the mirror remembers only its version"
     await mirror.apply([reveal])
     await mirror._redis.call("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
-    assert await mirror.lacks([found]) == [0], "apply removes a claim whose version is taken"
+    assert await mirror.missing([found]) == [0], "apply removes a claim whose version is taken"
 
 
 async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror) -> None:
@@ -115,8 +115,8 @@ async def test_late_state_of_a_missing_document_is_reported_and_not_written(mirr
     await mirror.apply([state(1, id_=there, restaurant=restaurant)])
     late = [state(2, id_=id_, restaurant=restaurant, how="late") for id_ in (missing, there)]
     assert await mirror.apply(late) == [0]
-    assert await standing(mirror, restaurant, missing) is None
-    assert await standing(mirror, restaurant, there) == late[1].standing
+    assert await head_of(mirror, restaurant, missing) is None
+    assert await head_of(mirror, restaurant, there) == late[1].head
 
 
 async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
@@ -125,7 +125,7 @@ async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     one = state(1, id_=id_, restaurant=restaurant)
     assert await mirror.apply([one], at=LogState("epoch", 8), note=LogState("epoch", 9)) is None
     assert await mirror.apply([one], at=LogState("other", 7), note=LogState("other", 8)) is None
-    assert await standing(mirror, restaurant, id_) is None
+    assert await head_of(mirror, restaurant, id_) is None
     assert await mirror.apply([one], at=LogState("epoch", 7), note=LogState("epoch", 8)) == []
     assert await mirror.log_state() == LogState("epoch", 8, lost=True)
 
@@ -140,12 +140,12 @@ async def test_sync_of_an_older_version_leaves_the_newer_head_pending(mirror: Mi
         return document.pending
 
     await mirror.apply([first, second])
-    await mirror.settle(restaurant, "order", [(id_, first.standing)], failure=b'{"error": "old"}')
-    await mirror.settle(restaurant, "order", [(id_, first.standing)])
+    await mirror.note_sync_states(restaurant, "order", [(id_, first.head)], failure=b'{"error": "old"}')
+    await mirror.note_sync_states(restaurant, "order", [(id_, first.head)])
     assert await pending()
-    await mirror.settle(restaurant, "order", [(id_, second.standing)], failure=b'{"error": "x"}')
+    await mirror.note_sync_states(restaurant, "order", [(id_, second.head)], failure=b'{"error": "x"}')
     assert await mirror.counts(restaurant, "order") == (1, 1)
-    await mirror.settle(restaurant, "order", [(id_, second.standing)])
+    await mirror.note_sync_states(restaurant, "order", [(id_, second.head)])
     assert not await pending()
     assert await mirror.counts(restaurant, "order") == (0, 0)
 
@@ -159,10 +159,10 @@ async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mi
         assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY, 0), Claimed)
     quick, slow = changes
     another = Head(1, builders.new_id())  # the other side of a fork
-    await mirror.settle(restaurant, "order", [(placed[0].id, quick.standing), (placed[1].id, another)])
+    await mirror.note_sync_states(restaurant, "order", [(placed[0].id, quick.head), (placed[1].id, another)])
     await mirror.apply(
         [
-            Apply(ORDER, order, change.standing, bytes(change.data.after), change.time)
+            Apply(ORDER, order, change.head, bytes(change.data.after), change.time)
             for order, change in zip(placed, changes, strict=True)
         ]
     )
@@ -232,11 +232,11 @@ async def test_claim_on_another_base_than_the_head_gets_the_head(mirror: Mirror)
     await warmed(mirror, restaurant)
     one = state(2, 5, id_=id_, restaurant=restaurant)
     await mirror.apply([one])
-    for base in (None, Head(1, one.standing.change_id), Head(2, str(UUID(int=4)))):
+    for base in (None, Head(1, one.head.change_id), Head(2, str(UUID(int=4)))):
         order = structs.replace(one.state, updated_at=one.state.updated_at + timedelta(seconds=1))
         change = builders.change(order, entityversion=(base.version if base else 0) + 1)
         reply = await mirror.claim(ORDER, change, encode(change), base, None, 0)
-        assert reply == HeadMoved(one.standing, one.encoded)
+        assert reply == HeadMoved(one.head, one.encoded)
 
 
 async def test_log_state_only_moves_forward_when_two_writers_write_it(mirror: Mirror) -> None:
@@ -268,14 +268,14 @@ async def test_keyed_creation_outside_the_window_is_remembered_without_its_state
     await warmed(mirror, restaurant)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32)
     change = builders.change(placed)
-    stored = Apply(ORDER, placed, change.standing, bytes(change.data.after), change.time, "stored")
+    stored = Apply(ORDER, placed, change.head, bytes(change.data.after), change.time, "stored")
     await mirror.apply([stored])
     assert await mirror.trim(restaurant, "order", {placed.id: change.id}) == 1
-    assert await standing(mirror, restaurant, placed.id) is None
+    assert await head_of(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
-    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.standing, None)
+    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.head, None)
     await mirror.apply([stored])  # a read brings it back
-    assert await standing(mirror, restaurant, placed.id) == change.standing
+    assert await head_of(mirror, restaurant, placed.id) == change.head
 
 
 async def test_trimming_keeps_entities_that_changed_or_are_pending(mirror: Mirror) -> None:
@@ -286,7 +286,7 @@ async def test_trimming_keeps_entities_that_changed_or_are_pending(mirror: Mirro
     seen = dict.fromkeys((old, changed, waiting), str(UUID(int=1)))
     await mirror.apply([state(2, 2, id_=changed, restaurant=restaurant, how="stored")])
     assert await mirror.trim(restaurant, "order", seen) == 1
-    assert await standing(mirror, restaurant, old) is None
-    assert await standing(mirror, restaurant, changed) is not None
-    assert await standing(mirror, restaurant, waiting) is not None
+    assert await head_of(mirror, restaurant, old) is None
+    assert await head_of(mirror, restaurant, changed) is not None
+    assert await head_of(mirror, restaurant, waiting) is not None
     assert set(await mirror.live_ids(restaurant, "order")) == {changed, waiting}

@@ -15,7 +15,7 @@ from shared.mirror import connection
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from tests.rigs import builders
-from tests.rigs.mirror import answers, standing, state
+from tests.rigs.mirror import answers, head_of, state
 from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
@@ -146,9 +146,9 @@ async def test_full_server_refuses_writes_without_effect_and_still_serves_reads(
     async with configured(redis, "maxmemory", 1):
         with pytest.raises(MirrorUnavailable):
             await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
-        assert await standing(mirror, restaurant, id_) == Head(1, str(UUID(int=1)))
+        assert await head_of(mirror, restaurant, id_) == Head(1, str(UUID(int=1)))
     await mirror.apply([state(2, id_=id_, restaurant=restaurant)])
-    assert await standing(mirror, restaurant, id_) == Head(2, str(UUID(int=1)))
+    assert await head_of(mirror, restaurant, id_) == Head(2, str(UUID(int=1)))
 
 
 async def test_close_answers_all_waiting_calls(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

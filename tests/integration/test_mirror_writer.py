@@ -46,13 +46,13 @@ class MirrorRig:
         await eventually(
             lambda: self.document(made),
             what="the change in the mirror",
-            until=lambda found: found is not None and found.standing == made.standing,
+            until=lambda found: found is not None and found.head == made.head,
         )
 
     async def reveal(self, made: Change) -> None:
         """Writes the state to the mirror as a commit does."""
         state = ENTITY.decode(made)
-        await self.mirror.apply([Apply(ENTITY, state, made.standing, bytes(made.data.after), made.time)])
+        await self.mirror.apply([Apply(ENTITY, state, made.head, bytes(made.data.after), made.time)])
 
     def watch_applied(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Returns a list that receives the change id of each state that is sent to the mirror from now on."""
@@ -60,7 +60,7 @@ class MirrorRig:
         apply = self.mirror.apply
 
         async def noted(states: Sequence[Apply], **more: Any) -> list[int] | None:
-            sent.extend(one.standing.change_id for one in states)
+            sent.extend(one.head.change_id for one in states)
             return await apply(states, **more)
 
         monkeypatch.setattr(self.mirror, "apply", noted)
@@ -95,7 +95,7 @@ async def test_revealed_change_is_not_sent_again(mirrored: MirrorRig, monkeypatc
     await mirrored.shown(lacking)
     assert sent == [lacking.id]
     found = await mirrored.document(older)
-    assert found is not None and found.standing == newer.standing
+    assert found is not None and found.head == newer.head
 
 
 async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
@@ -104,19 +104,19 @@ async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
     """A replica is promoted between question and answer: it has the log state but not yet the last reveals."""
     made = change(order(items=1))
     await mirrored.reveal(made)
-    lacks = mirrored.mirror.lacks
+    missing = mirrored.mirror.missing
     failed_over = False
 
     async def lost_meanwhile(changes: Sequence[Outline]) -> list[int]:
         nonlocal failed_over
-        answer = await lacks(changes)
+        answer = await missing(changes)
         if not failed_over and any(one.id == made.id for one in changes):
             failed_over = True
             assert answer == []
             await mirrored.mirror._redis.call("DEL", keys.WARM, keys.doc(RESTAURANT, "order", made.entity_id))
         return answer
 
-    monkeypatch.setattr(mirrored.mirror, "lacks", lost_meanwhile)
+    monkeypatch.setattr(mirrored.mirror, "missing", lost_meanwhile)
     await mirrored.rig.publish(made)
 
     async def replaced() -> bool:

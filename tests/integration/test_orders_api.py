@@ -405,7 +405,7 @@ async def test_repeat_finds_its_order_after_the_order_left_the_mirror(system: Sy
         mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
         _, (document,) = await mirror.read(system.restaurant, "order", [placed["id"]])
         assert document is not None
-        assert await mirror.trim(system.restaurant, "order", {placed["id"]: document.standing.change_id}) == 1
+        assert await mirror.trim(system.restaurant, "order", {placed["id"]: document.head.change_id}) == 1
         await mirror.close()
         again = await client.post("/api/orders", json=system.order_body(), headers=key)
     assert again.headers["idempotency-replayed"] == "true"

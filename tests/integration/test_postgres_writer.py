@@ -218,7 +218,7 @@ async def test_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) 
 
 async def reveal(rig: Rig, made: Change) -> None:
     """Writes the state to the mirror as a commit does, so that it is pending."""
-    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.standing, bytes(made.data.after), made.time)])
+    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.head, bytes(made.data.after), made.time)])
 
 
 async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_shows_why(rig: Rig) -> None:

@@ -194,7 +194,7 @@ async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(syst
         _, (document,) = await session.mirror.read(shop.restaurant, "order", [failed])
         assert document is not None
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
-        await session.mirror.settle(shop.restaurant, "order", [(failed, document.standing)], failure=failure)
+        await session.mirror.note_sync_states(shop.restaurant, "order", [(failed, document.head)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.heal_pending() == 2
     await eventually(lambda: versions(shop, lost), what="recorded again", until=lambda found: found == [[2], [2]])

@@ -105,7 +105,7 @@ async def test_a_replay_that_is_written_resolves_its_letter_and_the_mirror_says_
 
 async def reveal_and_kill(rig: Rig) -> list[Change]:
     made = change(order(items=1, notes="forbidden"))
-    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.standing, bytes(made.data.after), made.time)])
+    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.head, bytes(made.data.after), made.time)])
     await rig.publish(made)
     await rig.letters(1)
 

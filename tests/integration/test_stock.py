@@ -169,7 +169,7 @@ async def test_superseded_side_of_a_fork_returns_what_the_head_does_not_take(she
         commit._change(shelf.draft(ORDER, structs.replace(base[1], holds=tuple(StockHold(*x) for x in one)), base))
         for one in taken
     ]
-    superseded, head = sorted(forks, key=lambda one: one.standing)
+    superseded, head = sorted(forks, key=lambda one: one.head)
     await shelf.mirror.apply([applied(superseded)])
     await shelf.mirror.apply([applied(head)])
     await shelf.mirror.apply([applied(superseded)])

@@ -34,7 +34,7 @@ async def rig(make_rig: MakeRig, servers: Servers) -> AsyncIterator[Rig]:
 async def reveal(rig: Rig, count: int, restaurant: str = RESTAURANT) -> list[Change]:
     made = [change(order(restaurant_id=restaurant)) for _ in range(count)]
     await rig.mirror.apply(
-        [Apply(ENTITY, ENTITY.decode(one), one.standing, bytes(one.data.after), one.time) for one in made]
+        [Apply(ENTITY, ENTITY.decode(one), one.head, bytes(one.data.after), one.time) for one in made]
     )
     for id_ in {RESTAURANT, OTHER_RESTAURANT}:
         await rig.mirror.keep_restaurant(id_, b"{}")
@@ -42,12 +42,12 @@ async def reveal(rig: Rig, count: int, restaurant: str = RESTAURANT) -> list[Cha
 
 
 async def fail(rig: Rig, changes: list[Change]) -> None:
-    states = [(one.entity_id, one.standing) for one in changes]
-    await rig.mirror.settle(RESTAURANT, "order", states, failure=FAILURE)
+    states = [(one.entity_id, one.head) for one in changes]
+    await rig.mirror.note_sync_states(RESTAURANT, "order", states, failure=FAILURE)
 
 
 async def settle(rig: Rig, changes: list[Change]) -> None:
-    await rig.mirror.settle(RESTAURANT, "order", [(one.entity_id, one.standing) for one in changes])
+    await rig.mirror.note_sync_states(RESTAURANT, "order", [(one.entity_id, one.head) for one in changes])
 
 
 async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_it_ends(rig: Rig) -> None:

@@ -243,10 +243,10 @@ class RailMachine(RuleBasedStateMachine):
         documents = self.world.run(self.world.documents(ENTITIES))
         for attempt in self.world.attempts:
             if returned := result(attempt):
-                assert returned.standing.change_id in sent, f"law 1: {attempt.tag} was acknowledged and is nowhere"
-        for id_, standing in self.world.shown.items():
+                assert returned.head.change_id in sent, f"law 1: {attempt.tag} was acknowledged and is nowhere"
+        for id_, head in self.world.shown.items():
             assert id_ in documents, f"law 2: {id_} was acknowledged as visible and is not there"
-            assert documents[id_][0] >= standing, f"law 2: {id_} was shown at {standing}, is at {documents[id_][0]}"
+            assert documents[id_][0] >= head, f"law 2: {id_} was shown at {head}, is at {documents[id_][0]}"
         absent = self.absent()
         for _, order in documents.values():
             assert order.notes not in absent, f"law 3: {order.notes} was refused and a reader sees it"
@@ -263,7 +263,7 @@ class RailMachine(RuleBasedStateMachine):
                 assert isinstance(error, (ClaimLost, Unavailable, OutcomeUnknown)), f"{attempt.tag} raised {error!r}"
             elif (returned := attempt.task.result()).visible:
                 known = self.world.shown.get(returned.state.id)
-                self.world.shown[returned.state.id] = max(known, returned.standing) if known else returned.standing
+                self.world.shown[returned.state.id] = max(known, returned.head) if known else returned.head
 
     def absent(self) -> set[str]:
         """Tags of the changes that nobody may ever see: every attempt at them was refused."""
@@ -274,7 +274,7 @@ class RailMachine(RuleBasedStateMachine):
         """A creation told what stands under its id is answered with that, as a repeat is: the order exists. After a
         doubtful claim it may be its own change, finished by somebody."""
         error = attempt.task.exception()
-        exists = isinstance(error, ClaimLost) and error.standing is not None
+        exists = isinstance(error, ClaimLost) and error.head is not None
         return exists and attempt.draft.base is None and attempt.change_id in self.world.doubted
 
     def check_forks(self, recorded: dict[str, Change]) -> None:
@@ -370,18 +370,16 @@ class RailMachine(RuleBasedStateMachine):
         contents: dict[str, bytes] = {}
         for body in self.world.log:
             for one in applies(body):
-                known = contents.setdefault(one.standing.change_id, one.encoded)
-                assert known == one.encoded, f"law 5: {one.standing.change_id} has two contents"
+                known = contents.setdefault(one.head.change_id, one.encoded)
+                assert known == one.encoded, f"law 5: {one.head.change_id} has two contents"
         for attempt in self.world.attempts:
             if returned := result(attempt):
-                assert contents[returned.standing.change_id] == encode(returned.state), "law 5: the reply was another"
+                assert contents[returned.head.change_id] == encode(returned.state), "law 5: the reply was another"
         assert self.world.postgres.changes.keys() == recorded.keys(), "law 5: PostgreSQL lacks a change, or made one up"
         documents = self.world.run(self.world.documents(ENTITIES))
-        standing = {
-            id_: (change.standing, bytes(change.data.after)) for id_, change in self.world.postgres.standing.items()
-        }
+        heads = {id_: (change.head, bytes(change.data.after)) for id_, change in self.world.postgres.heads.items()}
         found = {id_: (at, encode(order)) for id_, (at, order) in documents.items()}
-        assert found == standing, "law 5: the mirror and PostgreSQL disagree"
+        assert found == heads, "law 5: the mirror and PostgreSQL disagree"
 
 
 def result(attempt: Attempt) -> Committed | None:

@@ -189,15 +189,15 @@ class PostgresModel:
     """Promise 5 in ten lines, written apart from the code that it checks."""
 
     changes: dict[str, Change] = field(default_factory=dict)
-    standing: dict[str, Change] = field(default_factory=dict)
+    heads: dict[str, Change] = field(default_factory=dict)
 
     def take(self, body: bytes) -> None:
         for event in split_batch(body):
             change = decode_change(event)
             self.changes.setdefault(change.id, change)
-            known = self.standing.get(change.entity_id)
+            known = self.heads.get(change.entity_id)
             if known is None or (change.entityversion, change.id) > (known.entityversion, known.id):
-                self.standing[change.entity_id] = change
+                self.heads[change.entity_id] = change
 
 
 @dataclass
@@ -353,9 +353,7 @@ class World:
         if state is None:
             state = LogState(EPOCH, NOWHERE)
             await self.patient.begin_log(state)
-            stored = [
-                replace_how(one, "stored") for change in self.postgres.standing.values() for one in [apply(change)]
-            ]
+            stored = [replace_how(one, "stored") for change in self.postgres.heads.values() for one in [apply(change)]]
             await self.patient.apply(stored, at=state)
         for offset in range(state.offset + 1, min(state.offset + 1 + count, len(self.log))):
             noted = LogState(EPOCH, offset)
@@ -387,13 +385,13 @@ class World:
     async def documents(self, ids: list[str]) -> dict[str, tuple[Head, Order]]:
         _, found = await self.patient.read(builders.RESTAURANT, ORDER.name, ids)
         pairs = zip(ids, found, strict=True)
-        return {id_: (one.standing, ORDER.decode_state(one.state)) for id_, one in pairs if one is not None}
+        return {id_: (one.head, ORDER.decode_state(one.state)) for id_, one in pairs if one is not None}
 
     async def present(self, id_: str) -> tuple[Head, Order] | None:
         """What a reader gets: the mirror, and PostgreSQL where that has nothing."""
         found = (await self.documents([id_])).get(id_)
-        if found is None and (change := self.postgres.standing.get(id_)):
-            return change.standing, registry.read(change)[1]
+        if found is None and (change := self.postgres.heads.get(id_)):
+            return change.head, registry.read(change)[1]
         return found
 
     def close(self) -> None:
@@ -413,7 +411,7 @@ def changes(body: bytes) -> list[Change]:
 
 def apply(change: Change) -> Apply:
     entity, state = registry.read(change)
-    return Apply(entity, state, change.standing, bytes(change.data.after), change.time)
+    return Apply(entity, state, change.head, bytes(change.data.after), change.time)
 
 
 def replace_how(one: Apply, how: str) -> Apply:

@@ -22,4 +22,4 @@ async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
 
 def fork(first: Change, second: Change) -> tuple[Change, Change]:
     """(winner, loser)"""
-    return (first, second) if first.standing > second.standing else (second, first)
+    return (first, second) if first.head > second.head else (second, first)

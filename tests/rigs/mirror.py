@@ -24,6 +24,6 @@ def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str 
     return Apply(ORDER, order, Head(version, str(UUID(int=change))), encode(order), now(), how)
 
 
-async def standing(mirror: Mirror, restaurant: str, id_: str) -> Head | None:
+async def head_of(mirror: Mirror, restaurant: str, id_: str) -> Head | None:
     _, (document,) = await mirror.read(restaurant, "order", [id_])
-    return document.standing if document else None
+    return document.head if document else None

@@ -106,7 +106,7 @@ class RailRig:
             entity=ORDER,
             event="updated",
             state=state,
-            base=on.standing,
+            base=on.head,
             before=on.state,
             at=now(),
             source="orders",
@@ -123,7 +123,7 @@ class RailRig:
 
     async def read(self, id_: str) -> tuple[Head, Order] | None:
         _, (found,) = await self.mirror.read(self.restaurant, ORDER.name, [id_])
-        return (found.standing, ORDER.decode_state(found.state)) if found else None
+        return (found.head, ORDER.decode_state(found.state)) if found else None
 
     async def claims(self) -> int:
         """How many claims of ours stand in the index, old enough or not."""

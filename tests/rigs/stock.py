@@ -36,7 +36,7 @@ EPOCH = "stock"
 
 def applied(change: Change, how: str = "reveal") -> Apply:
     entity, state = registry.read(change)
-    return Apply(entity, state, change.standing, bytes(change.data.after), change.time, how)
+    return Apply(entity, state, change.head, bytes(change.data.after), change.time, how)
 
 
 class Shelf:
@@ -50,10 +50,10 @@ class Shelf:
     # -- changes -----------------------------------------------------------------------------------------------
 
     def draft(self, entity: Entity, state: Any, base: tuple[Head, Any] | None = None) -> Draft:
-        standing, before = base or (None, None)
+        head, before = base or (None, None)
         event = "updated" if base else "created"
         at = state.updated_at
-        return Draft(entity=entity, event=event, state=state, base=standing, before=before, at=at, source="orders")
+        return Draft(entity=entity, event=event, state=state, base=head, before=before, at=at, source="orders")
 
     async def claim(self, draft: Draft) -> tuple[Change, Any]:
         change = commit._change(draft)
@@ -79,7 +79,7 @@ class Shelf:
         assert isinstance(reply, Claimed), reply
         self.record(change)
         await self.mirror.apply([applied(change)])
-        return change.standing, state
+        return change.head, state
 
     # -- what there is -----------------------------------------------------------------------------------------
 
@@ -225,19 +225,19 @@ class Kitchen(Shelf):
         await self.attempt(ORDER, after, base)
 
     async def count_anew(self) -> None:
-        if base := await self.standing(ITEM, self.chance.choice(self.items)):
+        if base := await self.head_and_state(ITEM, self.chance.choice(self.items)):
             after = structs.replace(
                 base[1], quantity=self.chance.randrange(12), counted_at=self.now, updated_at=self.now
             )
             await self.attempt(ITEM, after, base)
 
     async def deliver_goods(self) -> None:
-        if base := await self.standing(ITEM, self.chance.choice(self.items)):
+        if base := await self.head_and_state(ITEM, self.chance.choice(self.items)):
             more = base[1].quantity + self.chance.randrange(1, 9)
             await self.attempt(ITEM, structs.replace(base[1], quantity=more, updated_at=self.now), base)
 
     async def take_off_or_restore(self) -> None:
-        if base := await self.standing(ITEM, self.chance.choice(self.items)):
+        if base := await self.head_and_state(ITEM, self.chance.choice(self.items)):
             gone = None if base[1].deleted_at else self.now
             await self.attempt(ITEM, structs.replace(base[1], deleted_at=gone, updated_at=self.now), base)
 
@@ -270,7 +270,9 @@ class Kitchen(Shelf):
         async with self.rig.postgres.connection() as connection:
             await write_batch(connection, unique, patience=5.0)
         for one in unique:
-            await self.mirror.settle(self.restaurant, one.entity.name, [(one.change.entity_id, one.change.standing)])
+            await self.mirror.note_sync_states(
+                self.restaurant, one.entity.name, [(one.change.entity_id, one.change.head)]
+            )
 
     async def trim(self) -> None:
         """Orders that are over leave the mirror, once PostgreSQL has them; what they hold stays."""
@@ -328,22 +330,22 @@ class Kitchen(Shelf):
     async def any_order(self, *status: OrderStatus) -> tuple[Head, Order] | None:
         if not self.orders:
             return None
-        found = await self.standing(ORDER, self.chance.choice(self.orders))
+        found = await self.head_and_state(ORDER, self.chance.choice(self.orders))
         return found if found and found[1].status in status else None
 
-    async def standing(self, entity: Entity, id_: str) -> tuple[Head, Any] | None:
+    async def head_and_state(self, entity: Entity, id_: str) -> tuple[Head, Any] | None:
         _, (document,) = await self.mirror.read(self.restaurant, entity.name, [id_])
         if document is not None:
-            return document.standing, entity.decode_state(document.state)
+            return document.head, entity.decode_state(document.state)
         async with self.rig.postgres.connection() as connection:
             stored = await states.one(connection, entity, self.restaurant, id_)
-        return (stored.standing, entity.decode_state(stored.state)) if stored else None
+        return (stored.head, entity.decode_state(stored.state)) if stored else None
 
     # -- what should be ----------------------------------------------------------------------------------------
 
     def stands(self, entity: Entity) -> dict[str, Any]:
         mine = [one for one in self.recorded.values() if one.entity == entity.name]
-        mine.sort(key=lambda one: one.standing)
+        mine.sort(key=lambda one: one.head)
         return {one.entity_id: entity.decode(one) for one in mine}
 
     def held_by(self, order_id: str, item: str) -> int:

@@ -184,5 +184,5 @@ def test_an_unknown_event_of_an_entity_cannot_be_made() -> None:
 
 def test_standing_is_version_and_change_id() -> None:
     change: Change = builders.change(builders.order(items=0), entityversion=7)
-    assert (change.standing.version, change.standing.change_id) == (7, change.id)
+    assert (change.head.version, change.head.change_id) == (7, change.id)
     assert change.subject == f"order/{change.entity_id}"

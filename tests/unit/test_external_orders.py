@@ -138,10 +138,10 @@ def test_updates_end_the_same_in_whatever_order_they_come() -> None:
         for place, status in enumerate(("ready", "preparing", "ready"))
     ]
     for first, second, third in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
-        standing = known(**said[first])
+        head = known(**said[first])
         for place in (second, third):
-            standing = after(standing, **said[place]) or standing
-        assert (standing.status, standing.updated_at) == (OrderStatus.READY, CREATED_AT + 2 * MINUTE)
+            head = after(head, **said[place]) or head
+        assert (head.status, head.updated_at) == (OrderStatus.READY, CREATED_AT + 2 * MINUTE)
 
 
 def test_without_a_time_a_status_does_not_go_back() -> None:
@@ -237,5 +237,5 @@ def test_an_order_of_today_goes_with_the_orders_and_history_in_the_background(
     fields: dict[str, Any], before: datetime | None, lane: Lane
 ) -> None:
     wanted = sent(**fields)
-    standing = None if before is None else order(created_at=before, updated_at=before)
-    assert lane_of(wanted, standing, new_order(wanted, SHOP, NOW), NOW) is lane
+    head = None if before is None else order(created_at=before, updated_at=before)
+    assert lane_of(wanted, head, new_order(wanted, SHOP, NOW), NOW) is lane

@@ -68,8 +68,8 @@ async def _set_one(shop: RouteContext, who: Identity, id_: str, available: bool)
         done = await shop.changes.change(who, menu_item.ENTITY, id_, None, change)
     except TicketrailError as error:
         return Availability(id_, error.error_code)
-    shop.menus.put(done.standing, done.state)
-    return Availability(id_, "unchanged" if done.replayed else "changed", done.standing.version)
+    shop.menus.put(done.head, done.state)
+    return Availability(id_, "unchanged" if done.replayed else "changed", done.head.version)
 
 
 @endpoint(
@@ -117,7 +117,7 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
     restaurant = (await shop.menus.book(tenant)).restaurant
     points, counted = 0, frozenset[str]()
     if wanted.points < 0:
-        before = await shop.insight.standing(customer.ENTITY, tenant, id_)
+        before = await shop.insight.current_state(customer.ENTITY, tenant, id_)
         counted = frozenset(move.id for move in before.loyalty_moves)
         found = (await shop.insight.totals(restaurant, [before]))[0]["loyalty_points"]
         if found is None and str(wanted.id) not in counted:
@@ -158,7 +158,7 @@ async def _move(
     shop, tenant, move_id = context_of(request), request.identity.tenant, str(wanted.id or uuid4())
     old = None
     if wanted.id is not None:
-        before = await shop.insight.standing(entity, tenant, id_)
+        before = await shop.insight.current_state(entity, tenant, id_)
         if len(getattr(before, kept_in)) >= _KEPT_MOVES:
             old = await shop.insight.move(entity.facts[0], type_, tenant, id_, move_id)
 
@@ -190,7 +190,7 @@ class QueuedJob(Struct, frozen=True):
 )
 async def bay_queue(request: Call, bay_id: str) -> ASGIApp:
     id_, shop, tenant = path_id(bay_id, "bay_id"), context_of(request), request.identity.tenant
-    await shop.insight.standing(bay.ENTITY, tenant, id_)
+    await shop.insight.current_state(bay.ENTITY, tenant, id_)
     queue = await shop.insight.queue(tenant, id_)
     return success([QueuedJob(place, one) for place, one in enumerate(queue, start=1)])
 

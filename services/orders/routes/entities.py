@@ -127,7 +127,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     async def _done(request: Call, done: Receipt, *, status: int = 200) -> Reply:
         shop = context_of(request)
         if entity is menu_item.ENTITY:
-            shop.menus.put(done.standing, done.state)
+            shop.menus.put(done.head, done.state)
         return done_reply(done, status=status, **await _more(shop, resource, request.identity, done.state))
 
     return [create, list_all, read_one, update, delete, restore]

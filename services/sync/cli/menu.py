@@ -42,9 +42,9 @@ async def edit_dish(
 async def _standing(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Head, MenuItem]:
     _, (document,) = await mirror.read(restaurant, _ENTITY.name, [dish_id])
     if document is not None:
-        return document.standing, _ENTITY.decode_state(document.state)
+        return document.head, _ENTITY.decode_state(document.state)
     async with postgres.connection() as connection:
         stored = await states.one(connection, _ENTITY, restaurant, dish_id)
     if stored is None:
         raise NotFound("no such dish")
-    return stored.standing, _ENTITY.decode_state(stored.state)
+    return stored.head, _ENTITY.decode_state(stored.state)

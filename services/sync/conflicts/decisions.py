@@ -67,7 +67,7 @@ async def show(connection: Connection, id_: str) -> ShownFork:
             Differs(one["path"], one.get("before", UNSET), one.get("after", UNSET))
             for one in difference(winner.state, loser.state)
         ],
-        head=None if stored is None else stored.standing,
+        head=None if stored is None else stored.head,
     )
 
 

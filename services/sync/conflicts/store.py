@@ -70,7 +70,7 @@ class Side(Struct, frozen=True, kw_only=True):
     """The whole state after this change."""
 
     @property
-    def standing(self) -> Head:
+    def head(self) -> Head:
         return Head(self.version, self.change_id)
 
 
@@ -119,7 +119,7 @@ async def sides(connection: Connection, conflict: Fork) -> tuple[Side, Side]:
     """(the winner by the guard, the loser)"""
     ids = [conflict.change_id, conflict.other_change_id]
     found = [_side(row) for row in await connection.fetch(_SIDES, conflict.restaurant_id, ids)]
-    loser, winner = sorted(found, key=lambda side: side.standing)
+    loser, winner = sorted(found, key=lambda side: side.head)
     return winner, loser
 
 

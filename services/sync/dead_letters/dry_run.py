@@ -83,8 +83,8 @@ async def _write(connection: Connection, written: Written, patience: float) -> F
         found = await states.heads(connection, written.entity, change.restaurantid, [change.entity_id])
     finally:
         await transaction.rollback()
-    standing = found[change.entity_id]
+    head = found[change.entity_id]
     forks = ", and opens a conflict" if outcome.forks else ""
-    if standing == change.standing:
+    if head == change.head:
         return Forecast("would_write", f"version {change.entityversion}{forks}")
-    return Forecast("superseded", f"version {standing.version} stands; kept as version {change.entityversion}{forks}")
+    return Forecast("superseded", f"version {head.version} stands; kept as version {change.entityversion}{forks}")

@@ -31,7 +31,7 @@ _REMEMBER_SECONDS = 60.0
 class UpsertedOrder(Struct, frozen=True):
     outcome: Literal["created", "updated", "unchanged"]
     order: Order
-    standing: Head
+    head: Head
 
 
 class ExternalOrderUpserts:
@@ -105,7 +105,7 @@ class ExternalOrderUpserts:
                 tried += 1
                 await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
                 continue
-            return UpsertedOrder("created" if before is None else "updated", done.state, done.standing)
+            return UpsertedOrder("created" if before is None else "updated", done.state, done.head)
 
     async def restaurant(self, id_: str) -> Restaurant:
         """Raises NotFound, Unavailable."""
@@ -139,7 +139,7 @@ class ExternalOrderUpserts:
         except (MirrorUnavailable, MirrorInDoubt):
             warm, document = False, None
         if document is not None and warm:
-            return document.standing, _ENTITY.decode_state(document.state)
+            return document.head, _ENTITY.decode_state(document.state)
         try:
             async with self._postgres.tenant(restaurant) as connection:
                 stored = await states.one(connection, _ENTITY, restaurant, id_)
@@ -147,4 +147,4 @@ class ExternalOrderUpserts:
             if warm and wanted.created_at is not None and now() - wanted.created_at < self._window:
                 return None  # it cannot have left the mirror yet
             raise Unavailable("the order cannot be looked up now", retry_after=2.0) from error
-        return None if stored is None else (stored.standing, _ENTITY.decode_state(stored.state))
+        return None if stored is None else (stored.head, _ENTITY.decode_state(stored.state))

@@ -191,7 +191,7 @@ class Importer:
             with contextlib.suppress(*UNAVAILABLE):
                 async with self._postgres.connection() as connection:
                     found = await states.heads(connection, orders.ENTITY, order.restaurant_id, [order.id])
-                if (known := found.get(order.id)) is not None and known >= last.standing:
+                if (known := found.get(order.id)) is not None and known >= last.head:
                     return
             await asyncio.sleep(0.02)
 

@@ -169,13 +169,13 @@ async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Acce
                     continue
                 at = datetime.fromtimestamp(seconds, UTC)
                 if at < newest and (since is None or at >= since):
-                    standing = document.standing
+                    head = document.head
                     found.append(
                         AcceptedChange(
-                            change_id=standing.change_id,
+                            change_id=head.change_id,
                             restaurant_id=restaurant,
                             subject=f"{entity.name}/{id_}",
-                            version=standing.version,
+                            version=head.version,
                             lane=entity.lane.value,
                             accepted_at=at,
                             trace_id=None,

@@ -161,20 +161,20 @@ class Reconciler:
         if not old:
             return 0
         async with self._postgres.connection() as connection:
-            standing = await states.heads(connection, entity, restaurant, old)
+            head = await states.heads(connection, entity, restaurant, old)
         _, documents = await self._mirror.read(restaurant, entity.name, old)
         healed = 0
         for id_, document in zip(old, documents, strict=True):
             if document is None or not document.pending or document.failure:
                 continue
-            if id_ in standing and standing[id_] >= document.standing:
+            if id_ in head and head[id_] >= document.head:
                 continue
             state = entity.decode_state(document.state)
             draft = Draft(
                 entity=entity,
                 event="updated",
                 state=state,
-                base=document.standing,
+                base=document.head,
                 before=state,
                 at=now(),
                 source="sync",
@@ -246,5 +246,5 @@ class Reconciler:
             elif not document.pending:
                 state = entity.decode_state(document.state)
                 if not entity.live(state) and state.updated_at < before:
-                    old[id_] = document.standing.change_id
+                    old[id_] = document.head.change_id
         return len(ids), await self._mirror.trim(restaurant, entity.name, old) if old else 0

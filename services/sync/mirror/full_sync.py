@@ -108,9 +108,9 @@ class FullSync:
             # A dish that was deleted the mirror need not know; an order may have left the window meanwhile.
             needed = entity.window_sql and state.updated_at >= now() - self._window
             return "missing" if needed else ""
-        if document.standing > stored.standing:
+        if document.head > stored.head:
             return None
-        if document.standing < stored.standing:
+        if document.head < stored.head:
             return "behind"
         return "" if entity.decode_state(document.state) == entity.decode_state(stored.state) else "differs"
 
@@ -153,10 +153,10 @@ class FullSync:
             return
         if what == "differs":
             # PostgreSQL has this very change: it is not pending, and only what is not pending is taken out.
-            await self._mirror.settle(restaurant, entity.name, [(id_, stored.standing)])
-            await self._mirror.trim(restaurant, entity.name, {id_: stored.standing.change_id})
+            await self._mirror.note_sync_states(restaurant, entity.name, [(id_, stored.head)])
+            await self._mirror.trim(restaurant, entity.name, {id_: stored.head.change_id})
         state = entity.decode_state(stored.state)
-        await self._mirror.apply([Apply(entity, state, stored.standing, stored.state, stored.accepted_at, "stored")])
+        await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])
         found.mended += 1
 
     async def _unknown(
@@ -175,9 +175,9 @@ class FullSync:
             piece = ids[start : start + _BLOCK]
             _, documents = await self._mirror.read(restaurant, entity.name, piece)
             async with self._postgres.connection() as connection:
-                standing = await states.heads(connection, entity, restaurant, piece)
+                head = await states.heads(connection, entity, restaurant, piece)
             for id_, document in zip(piece, documents, strict=True):
-                if document is None or id_ in standing:
+                if document is None or id_ in head:
                     continue
                 if document.pending:
                     found.pending += 1
@@ -185,4 +185,4 @@ class FullSync:
                 found.differences["unknown"] += 1
                 tell(Difference(entity.name, id_, restaurant, "unknown"))
                 if mend:
-                    found.mended += await self._mirror.trim(restaurant, entity.name, {id_: document.standing.change_id})
+                    found.mended += await self._mirror.trim(restaurant, entity.name, {id_: document.head.change_id})

@@ -263,7 +263,7 @@ class MirrorWriter:
         async with self._postgres.connection() as connection:
             for one in late:
                 stored = await states.one(connection, one.entity, one.state.restaurant_id, one.state.id)
-                if stored is None or stored.standing < one.standing:
+                if stored is None or stored.head < one.head:
                     found.append(msgspec.structs.replace(one, how="reveal"))
                 elif one.entity.live(one.entity.decode_state(stored.state)):
                     found.append(_stored(one.entity, stored))
@@ -272,21 +272,21 @@ class MirrorWriter:
     async def would_apply(self, event: bytes) -> bool:
         """False: the mirror has this change, or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
         seen = outline(event)
-        return seen is not None and bool(await self._mirror.lacks([seen]))
+        return seen is not None and bool(await self._mirror.missing([seen]))
 
     async def apply_anew(self, event: bytes) -> None:
         """A change that could not be applied when its turn came. Raises BrokenContract, MirrorUnavailable,
         MirrorInDoubt, one of AWAY."""
         change = decode_change(event)
         entity, state = registry.read(change)
-        one = Apply(entity, state, change.standing, bytes(change.data.after), change.time, "late")
+        one = Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")
         if await self._mirror.apply([one]):
             await self._mirror.apply(await self._from_postgres([one]))
         # PostgreSQL had it when there was nothing here to settle.
         async with self._postgres.connection() as connection:
             found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
-            await self._mirror.settle(change.restaurantid, entity.name, list(found.items()))
+            await self._mirror.note_sync_states(change.restaurantid, entity.name, list(found.items()))
 
     async def _split(self, batch: LogBatch) -> list[_Logged]:
         found = []
@@ -306,7 +306,7 @@ class MirrorWriter:
         has = {place for place, _ in known}
         for start in range(0, len(known), _PIECE):
             piece = known[start : start + _PIECE]
-            has -= {piece[one][0] for one in await self._mirror.lacks([outline for _, outline in piece])}
+            has -= {piece[one][0] for one in await self._mirror.missing([outline for _, outline in piece])}
         return [one for place, one in enumerate(found) if place not in has]
 
     async def _readable(self, found: list[_Logged]) -> list[Apply]:
@@ -321,7 +321,7 @@ class MirrorWriter:
                 one.outline = None
                 continue
             how = "late" if change.time < late_before else "reveal"
-            readable.append(Apply(entity, state, change.standing, bytes(change.data.after), change.time, how))
+            readable.append(Apply(entity, state, change.head, bytes(change.data.after), change.time, how))
         return readable
 
     async def _dead(self, entry: LogEntry, body: bytes, error: BrokenContract) -> None:
@@ -352,4 +352,4 @@ class MirrorWriter:
 
 
 def _stored(entity: Entity, stored: states.StoredState) -> Apply:
-    return Apply(entity, entity.decode_state(stored.state), stored.standing, stored.state, stored.accepted_at, "stored")
+    return Apply(entity, entity.decode_state(stored.state), stored.head, stored.state, stored.accepted_at, "stored")

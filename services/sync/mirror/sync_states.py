@@ -55,17 +55,17 @@ class SyncStates:
         if not old:
             return 0
         async with self._postgres.connection() as connection:
-            standing = await states.heads(connection, entity, restaurant, old)
-        if standing:
-            await self._mirror.settle(restaurant, entity.name, list(standing.items()))
+            head = await states.heads(connection, entity, restaurant, old)
+        if head:
+            await self._mirror.note_sync_states(restaurant, entity.name, list(head.items()))
         await self._tell_failed(restaurant, entity, old)
-        return len(standing)
+        return len(head)
 
     async def _tell_failed(self, restaurant: str, entity: Entity, ids: list[str]) -> None:
         """A mirror that was filled anew has forgotten what failed."""
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         waiting = {
-            document.standing.change_id: (id_, document.standing)
+            document.head.change_id: (id_, document.head)
             for id_, document in zip(ids, documents, strict=True)
             if document is not None and document.pending and not document.failure
         }
@@ -74,7 +74,7 @@ class SyncStates:
         async with self._postgres.connection() as connection:
             failed = await ledger_store.failures(connection, [(restaurant, change) for change in waiting])
         for change, failure in failed.items():
-            await self._mirror.settle(restaurant, entity.name, [waiting[change]], failure=encode(failure))
+            await self._mirror.note_sync_states(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 
     async def note_conflicts(self) -> None:
         # In this order: what is closed by the second look was open, or told, before the first.

@@ -1,8 +1,8 @@
-"""Telling the mirror what became of changes: committed by PostgreSQL, or failed on the way there.
+"""Tells the mirror what became of changes: committed by PostgreSQL, or failed on the way there.
 
-Best effort, beside the writing and never before it: `tell` only enqueues. What the mirror does not take is dropped, and
-the reconciler mends the sync states later. An outage is logged when it begins and when it ends. At shutdown a second is
-given to what still waits.
+Best effort, next to the writing and never before it: `notify` only enqueues. What the mirror does not take is dropped,
+and the reconciler repairs the sync states later. The log names an outage when it begins and when it ends. At shutdown
+what still waits gets one second.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from shared.mirror.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
-_MOST_WAITING = 100  # batches
-_LAST_WORDS = 1.0
+_MAX_WAITING_BATCHES = 100
+_SHUTDOWN_GRACE_SECONDS = 1.0
 
 
 class WriteResult(Struct, frozen=True):
@@ -39,9 +39,9 @@ class WriteResult(Struct, frozen=True):
 class MirrorNotifier:
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._waiting: asyncio.Queue[WriteResult] = asyncio.Queue(_MOST_WAITING)
+        self._waiting: asyncio.Queue[WriteResult] = asyncio.Queue(_MAX_WAITING_BATCHES)
         self.loop = BackgroundLoop("mirror-notifier", self._run)
-        self._away = False
+        self._unavailable = False
 
     def start(self) -> None:
         self.loop.start()
@@ -49,58 +49,61 @@ class MirrorNotifier:
     async def stop(self) -> None:
         if self.loop.running:
             try:
-                async with asyncio.timeout(_LAST_WORDS):
+                async with asyncio.timeout(_SHUTDOWN_GRACE_SECONDS):
                     await self._waiting.join()
             except TimeoutError:
                 log.warning("mirror_update_dropped", batches=self._waiting.qsize())
         await self.loop.stop()
 
-    def tell(self, settled: WriteResult) -> None:
+    def notify(self, result: WriteResult) -> None:
         try:
-            self._waiting.put_nowait(settled)
+            self._waiting.put_nowait(result)
         except asyncio.QueueFull:
-            self._missed("the mirror is slower than PostgreSQL")
+            self._dropped("the mirror is slower than PostgreSQL")
 
     async def _run(self) -> None:
         while True:
-            settled = await self._waiting.get()
+            result = await self._waiting.get()
             try:
-                await self._tell(settled)
-                if self._away:
-                    self._away = False
+                await self._send(result)
+                if self._unavailable:
+                    self._unavailable = False
                     log.info("mirror_updates_resumed")
             except (MirrorUnavailable, MirrorInDoubt, RedisError) as error:
-                self._missed(describe(error))
+                self._dropped(describe(error))
             except Exception:
                 log.exception("mirror_update_dropped")
             finally:
                 self._waiting.task_done()
                 self.loop.turned()
 
-    async def _tell(self, settled: WriteResult) -> None:
-        """All calls at once: they share one pipeline."""
+    async def _send(self, result: WriteResult) -> None:
+        """Sends all calls at once, in one pipeline."""
         groups: dict[tuple[str, str], list[tuple[str, Head]]] = {}
-        for entity in {one.entity.name for one in settled.committed}:
-            for one in highest(each for each in settled.committed if each.entity.name == entity):
-                groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.standing))
-        calls = [self._mirror.settle(restaurant, entity, states) for (restaurant, entity), states in groups.items()]
-        for (restaurant, entity, _, _), alike in _alike(settled.failed).items():
-            states = [(one.change.entity_id, one.change.standing) for one in alike if one.change is not None]
-            calls.append(self._mirror.settle(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
-        if settled.heartbeats:
-            calls.append(self._mirror.note_heartbeats({lane.value: at for lane, at in settled.heartbeats.items()}))
-        for result in await asyncio.gather(*calls, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
+        for entity in {one.entity.name for one in result.committed}:
+            for one in highest(each for each in result.committed if each.entity.name == entity):
+                groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.head))
+        calls = [
+            self._mirror.note_sync_states(restaurant, entity, states) for (restaurant, entity), states in groups.items()
+        ]
+        for (restaurant, entity, _, _), alike in _by_cause(result.failed).items():
+            states = [(one.change.entity_id, one.change.head) for one in alike if one.change is not None]
+            calls.append(self._mirror.note_sync_states(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
+        if result.heartbeats:
+            calls.append(self._mirror.note_heartbeats({lane.value: at for lane, at in result.heartbeats.items()}))
+        for reply in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(reply, BaseException):
+                raise reply
 
-    def _missed(self, error: str) -> None:
-        if not self._away:
-            self._away = True
+    def _dropped(self, error: str) -> None:
+        if not self._unavailable:
+            self._unavailable = True
             log.warning("mirror_update_dropped", error=error)
 
 
-def _alike(failed: Sequence[FailedChange]) -> dict[tuple[str, str, str, int], list[FailedChange]]:
-    """What failed in one batch of the same, told in one call: of a flood of bad changes the mirror must hear little."""
+def _by_cause(failed: Sequence[FailedChange]) -> dict[tuple[str, str, str, int], list[FailedChange]]:
+    """The failures of one batch that have the same cause, by that cause: one call for each, so that a burst of failures
+    does not load the mirror."""
     groups: dict[tuple[str, str, str, int], list[FailedChange]] = {}
     for one in failed:
         change = one.change

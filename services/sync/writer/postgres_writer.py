@@ -64,7 +64,7 @@ class Batcher:
         postgres: Postgres,
         publisher: Publisher,
         watch: HeartbeatMonitor,
-        settlement: MirrorNotifier,
+        notifier: MirrorNotifier,
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
@@ -82,7 +82,7 @@ class Batcher:
         self._broken = asyncio.Event()
         """Sending on has failed: everything is given back, and taken anew."""
         self._watch = watch
-        self._settlement = settlement
+        self._notifier = notifier
         self.written = 0
         self.failed = 0
         self.last_batch = 0
@@ -219,7 +219,7 @@ class Batcher:
         heartbeat_at = max((heartbeat.time for heartbeat in batch.heartbeats), default=None)
         if heartbeat_at is not None:
             self._watch.note(self.lane, heartbeat_at, self.last_commit_at)
-        self._settlement.tell(WriteResult(committed, failed, {self.lane: heartbeat_at} if heartbeat_at else {}))
+        self._notifier.notify(WriteResult(committed, failed, {self.lane: heartbeat_at} if heartbeat_at else {}))
 
     def _measure(self, batch: WriteBatch, ended: int, seconds: float) -> None:
         if not batch.changes:
@@ -241,9 +241,9 @@ class PostgresWriter:
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
-        self._settlement = MirrorNotifier(mirror)
+        self._notifier = MirrorNotifier(mirror)
         self._batchers = [
-            Batcher(settings, lane, postgres, publisher, watch, self._settlement, tracer, metrics)
+            Batcher(settings, lane, postgres, publisher, watch, self._notifier, tracer, metrics)
             for lane in Lane
             for _ in range(settings.lane_consumers)
         ]
@@ -252,7 +252,7 @@ class PostgresWriter:
 
     async def start(self) -> None:
         """Returns at once; the consumers subscribe as soon as the broker is there."""
-        self._settlement.start()
+        self._notifier.start()
         for batcher in self._batchers:
             batcher.loop.start()
 
@@ -260,7 +260,7 @@ class PostgresWriter:
         """Takes at most 10 seconds. The writer cannot be started again."""
         await asyncio.gather(*(batcher.intake.end() for batcher in self._batchers))
         await asyncio.gather(*(batcher.loop.stop(grace_seconds=_FINISH_WITHIN) for batcher in self._batchers))
-        await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._settlement.stop())
+        await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._notifier.stop())
 
     @property
     def held(self) -> int:

@@ -167,7 +167,7 @@ def highest(written: Iterable[Written]) -> list[Written]:
     found: dict[Key, Written] = {}
     for one in written:
         known = found.get(one.key)
-        if known is None or one.change.standing > known.change.standing:
+        if known is None or one.change.head > known.change.head:
             found[one.key] = one
     return [found[key] for key in sorted(found)]
 

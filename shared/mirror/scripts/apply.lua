@@ -1,19 +1,19 @@
 -- with stock.lua
--- apply: states into the mirror, each under the guard (version, change id). Reveals after a commit, the mirror writer's
--- batches and its rebuild all come this way, so that the guard stands in one place.
+-- apply: writes states into the mirror, each under the guard (version, change id). Reveals after a commit, the batches of
+-- the mirror writer and its rebuild all use this script, so that the guard exists once.
 -- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
 -- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 offset to note ('': none)
---       4 only where warm (0/1): the caller has asked this mirror what it lacks, and left out the rest
+--       4 only where warm (0/1): the caller has asked this mirror what is missing, and sends nothing else
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
---       what it holds of the stock, or is of it (see stock.lua)
---       how: 'reveal'  new to PostgreSQL as far as we know: pending, unless settle was here first (see there)
+--       what it holds of the stock, or the count of its item (see stock.lua)
+--       how: 'reveal'  new to PostgreSQL as far as we know: pending, unless sync_state ran first (see there)
 --            'stored'  comes from PostgreSQL
 --            'late'    an old event: not written where the doc is missing, reported instead
 -- Replies {'rewind'} when the mirror is not the one that the caller filled, else
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[2] ~= '' then
   local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-  -- Ahead of the caller is fine: another mirror writer was quicker, and to apply a change twice is harmless.
+  -- A mirror ahead of the caller is fine: another mirror writer was faster, and applying a change twice is idempotent.
   if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
     return {'rewind'}
   end
@@ -30,28 +30,28 @@ for i = 1, count do
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
   local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h', 'c', 'stored')
-  local standing = tonumber(doc[1])
+  local head = tonumber(doc[1])
   local how = ARGV[a + 7]
-  if not standing and how == 'late' then
+  if not head and how == 'late' then
     reply[#reply + 1] = i
   else
-    -- Equal counts where the state is gone: it left the live window, and comes back.
+    -- An equal head is written too where the state is gone: it had left the live window and returns.
     if
-      not standing
-      or version > standing
-      or (version == standing and (change > doc[2] or (change == doc[2] and not doc[3])))
+      not head
+      or version > head
+      or (version == head and (change > doc[2] or (change == doc[2] and not doc[3])))
     then
       if cold and tonumber(ARGV[a + 8]) then
-        -- It was filled once and has not got this order: numbers were lost with it (see warm.lua).
+        -- It was filled once and lacks this order: a mirror was lost, and order numbers with it (see warm.lua).
         redis.call('HSET', KEYS[1], 'lost', 1)
       end
-      -- This first: a server that is full refuses a script at its first write only if that write could grow.
+      -- Write this first: a full server refuses a script only at its first write, and only if that write may grow.
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
       redis.call('PERSIST', KEYS[k + 1])
       local id = string.match(KEYS[k + 1], '[^:]+$')
       redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
-      -- What failed was the state before it.
-      if standing then
+      -- The noted failure belongs to the state before it.
+      if head then
         redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
       end
       if how == 'stored' or (claimed[4] and claimed[3] == change) then
@@ -59,21 +59,21 @@ for i = 1, count do
       else
         redis.call('ZADD', KEYS[k + 4], ARGV[a + 4], id)
       end
-      standing = version
+      head = version
       doc[2] = change
     end
-    if version == standing and change == doc[2] and (ARGV[a + 9] ~= '' or doc[4]) then
+    if version == head and change == doc[2] and (ARGV[a + 9] ~= '' or doc[4]) then
       keep(KEYS[k + 1], ARGV[a + 9], doc[4])
       redis.call('HSET', KEYS[k + 1], 'h', ARGV[a + 9])
     end
-    -- A claim whose version is taken is done with, whoever took it.
-    if claimed[1] and tonumber(claimed[1]) <= standing then
+    -- A claim whose version is taken is finished, by any change.
+    if claimed[1] and tonumber(claimed[1]) <= head then
       give_back(KEYS[k + 1], claimed[2])
       redis.call('DEL', KEYS[k + 2])
       redis.call('ZREM', KEYS[2], ARGV[a + 6])
     end
   end
-  -- A number that was seen is not given again.
+  -- A number that was seen is never given again.
   local number = tonumber(ARGV[a + 8])
   if number and number > tonumber(redis.call('GET', KEYS[k + 5]) or 0) then
     redis.call('SET', KEYS[k + 5], number, 'EX', 691200)

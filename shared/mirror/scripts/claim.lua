@@ -1,18 +1,18 @@
 -- with stock.lua
--- claim: one change takes the next version of its entity, or learns why it cannot.
+-- claim: reserves the next version of an entity for one change, or says why it cannot.
 -- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
 -- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event  6 wants a number (0/1)
---       7 floor of the number  8 claims member  9 stale after (ms)  10 what it wants to hold of the stock (see stock.lua)
---       11 not after (ms, by this server's clock; '': whenever): a server that was frozen gets to it when the caller has
---          long gone on without it, and a creation would be there twice
+--       7 floor of the number  8 claims member  9 stale after (ms)  10 the stock that it wants to hold (see stock.lua)
+--       11 deadline (ms, on this server's clock; '': none): a server that was frozen would execute the claim long after
+--          the caller has given up, and a creation would exist twice
 -- Replies
---   {"claimed", number}                     ours (also when this very call was executed before)
---   {"cold"}                                nobody has filled this mirror since it started
---   {"late"}                                nothing was claimed
---   {"busy"}                                another change is on its way
---   {"stale", change id, event, number}     another change was left behind; now marked: finish it, then come again
---   {"standing", version, change id, state} the base is not what stands (for a creation: it exists)
---   {"short", item, left, item, left...}    the stock has less than it wants
+--   {"claimed", number}                     the claim is the caller's (also when this call was executed before)
+--   {"cold"}                                the mirror was not filled since it started
+--   {"late"}                                the deadline has passed; nothing was claimed
+--   {"busy"}                                another change holds a fresh claim
+--   {"stale", change id, event, number}     another change holds a stale claim, now marked: finish it, then try again
+--   {"head_moved", version, change id, state}  the base is not the head (for a creation: the entity exists)
+--   {"short", item, left, item, left...}    the stock has less than the change wants
 local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 if redis.call('GET', KEYS[4]) ~= server then
   return {'cold'}
@@ -24,7 +24,7 @@ local doc = redis.call('HMGET', KEYS[1], 'v', 'c', 'd')
 local version = tonumber(doc[1]) or 0
 local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
 if claim[1] and claim[6] ~= server then
-  -- Of a mirror that was lost. It may have been taken back since this copy was made: nobody may finish it.
+  -- From a mirror that was lost. It may have been taken back after this copy was made, so it must not be finished.
   give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[8])
@@ -35,7 +35,7 @@ if claim[1] == ARGV[1] then
 end
 if claim[1] then
   if tonumber(claim[2]) <= version then
-    -- Its version is taken by a state that stands: recorded by others, nothing to finish.
+    -- The head has taken its version: it was recorded elsewhere, and there is nothing to finish.
     give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
     redis.call('DEL', KEYS[2])
     redis.call('ZREM', KEYS[3], ARGV[8])
@@ -46,9 +46,9 @@ if claim[1] then
     return {'stale', claim[1], claim[3], claim[4]}
   end
 end
--- Without a doc (it left the live window) the base comes from PostgreSQL, and the caller is believed.
+-- Without a doc (it left the live window) the caller has read the base from PostgreSQL: its word counts.
 if doc[1] and (version ~= tonumber(ARGV[3]) or doc[2] ~= ARGV[4]) then
-  return {'standing', doc[1], doc[2], doc[3]}
+  return {'head_moved', doc[1], doc[2], doc[3]}
 end
 
 if ARGV[11] ~= '' and now > tonumber(ARGV[11]) then

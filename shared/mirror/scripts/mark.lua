@@ -1,8 +1,8 @@
 -- with stock.lua
--- mark: take a claim that its owner left behind, to finish it.
+-- mark: marks a stale claim, so that the caller can finish it.
 -- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 stale after (ms)
--- Replies {} when there is nothing to finish, else {change id, event, number}.
--- A claim of a mirror that was lost is not finished: it may have been taken back since this copy was made.
+-- Replies {} when there is nothing to finish, otherwise {change id, event, number}.
+-- A claim of a lost mirror is removed, not finished: it may have been taken back after this copy was made.
 local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
 if
   not claim[1]

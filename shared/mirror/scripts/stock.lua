@@ -1,13 +1,13 @@
--- stock: what orders hold of it. Stands before the scripts that begin with "with stock.lua".
+-- stock: holds of orders. It is put in front of the scripts that begin with "with stock.lua".
 -- {restaurant}:stock:<item>  hash  count, since (µs): as counted;  sum of what is held;
 --                                  <order id>  -> "<quantity>@<µs>,..."  what its state takes, and since when
---                                  <order id>+ -> the same, of what its claim wants beyond that
--- An order holds the larger of the two. Left is count - sum, and sum is always that over all orders: an entry is set and
--- never added to, so that whatever comes twice, or late, changes nothing. What was taken before the count holds nothing:
--- it was counted as gone.
+--                                  <order id>+ -> the same for its claim
+-- An order holds the larger of the two. What is left is count - sum, where sum adds the holds of all orders. Entries are
+-- set, never added to, so that a repeated or late call changes nothing. What an order took before the count holds
+-- nothing, because the count already lacks it.
 --
--- Texts:  h<item>=<quantity>@<µs>,...  what an order takes; an item may stand there several times
---         s<count>|<µs>                the count of an inventory item; s alone: it is not counted any more
+-- Texts:  h<item>=<quantity>@<µs>,...  what an order takes; an item may occur several times
+--         s<count>|<µs>                the count of an inventory item; s alone: it is no longer counted
 local function stock_key(doc, item)
   return string.match(doc, '^{[^}]*}') .. ':stock:' .. item
 end
@@ -36,16 +36,16 @@ local function taken(pieces, since)
   return sum
 end
 
--- whose: '' the state's, '+' the claim's.
-local function put(doc, item, whose, pieces)
+-- suffix: '' for the hold of the state, '+' for that of the claim.
+local function put(doc, item, suffix, pieces)
   local key, id = stock_key(doc, item), string.match(doc, '[^:]+$')
   local found = redis.call('HMGET', key, 'since', id, id .. '+')
-  local since, place = found[1], whose == '+' and 3 or 2
+  local since, place = found[1], suffix == '+' and 3 or 2
   local before = math.max(taken(found[2], since), taken(found[3], since))
   if taken(pieces, since) > 0 then
-    redis.call('HSET', key, id .. whose, pieces)
+    redis.call('HSET', key, id .. suffix, pieces)
   elseif found[place] then
-    redis.call('HDEL', key, id .. whose)
+    redis.call('HDEL', key, id .. suffix)
   end
   found[place] = pieces
   local after = math.max(taken(found[2], since), taken(found[3], since))
@@ -54,8 +54,8 @@ local function put(doc, item, whose, pieces)
   end
 end
 
--- Only what grows: what a change gives back is free when it is revealed.
--- Returns {'short', item, left, ...} or nil, and the items that it reserved of, for give_back.
+-- Reserves only what grows: what a change gives back becomes free when it is revealed.
+-- Returns {'short', item, left, ...} or nil, and the items that it reserved, for give_back.
 local function reserve(doc, wanted)
   local short, grown = {'short'}, {}
   local items, pieces = parts(wanted)
@@ -114,7 +114,7 @@ local function count(doc, text)
   redis.call('HSET', key, 'sum', string.format('%.0f', sum))
 end
 
--- What a state says that stands now; before: what the one said that stood here until now.
+-- Sets the holds (or the count) of the new head. text: of its state; before: of the state of the previous head.
 local function keep(doc, text, before)
   if string.sub(text, 1, 1) == 's' then
     count(doc, text)

@@ -1,8 +1,8 @@
 -- with stock.lua
--- take back: nothing of this change was sent, so its claim may go; unless somebody marked it to finish it.
+-- take back: removes the claim of a change that was never sent, unless it is marked and being finished.
 -- KEYS  1 claim  2 claims  3 doc    ARGV  1 change id  2 claims member
--- Replies 1: it is gone, and nobody will record it; 0: somebody may.
--- On a mirror that came back after a loss nobody can tell: the mark may have been lost with it.
+-- Replies 1: the claim is gone, and the change will not be recorded; 0: it may be recorded.
+-- On a mirror that came back after a loss the reply is 0: a mark may have been lost too.
 local claim = redis.call('HMGET', KEYS[1], 'c', 'marked', 'server')
 if
   claim[1] ~= ARGV[1]

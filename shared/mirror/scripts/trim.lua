@@ -1,7 +1,7 @@
--- trim: documents out of the live window, unless they changed since they were looked at. Of a creation that carries an
--- Idempotency-Key version and change id stay for a while, without the state: a repeat must not make it anew.
--- KEYS  1 live  2 pending  then docs    ARGV  change ids that the docs were seen with
--- Replies how many left.
+-- trim: removes docs from the live window, unless they have changed since the caller looked at them. Of a creation with an
+-- Idempotency-Key, version and change id stay for 30 days, without the state, so that a repeat does not create it again.
+-- KEYS  1 live  2 pending  then docs    ARGV  change ids that the caller saw
+-- Replies how many docs were removed.
 local left = 0
 for i = 1, #ARGV do
   local key = KEYS[2 + i]

@@ -1,7 +1,7 @@
 -- with stock.lua
--- hold: what orders beyond the live window hold of the stock, for a mirror that is being filled.
+-- stock holds: sets the holds of orders outside the live window, while a mirror is being filled.
 -- KEYS  docs of orders    ARGV  per order: what it holds (see stock.lua)
--- An order whose doc is here holds what its state says.
+-- Skips an order whose doc is here: it holds what its state says.
 for i = 1, #ARGV do
   if redis.call('EXISTS', KEYS[i]) == 0 then
     keep(KEYS[i], ARGV[i])

@@ -1,6 +1,6 @@
--- begin: a mirror that holds nothing of this log is to be filled. Cold from here on, until `warm`.
+-- begin log: starts to fill a mirror that holds nothing of this log. It is cold from here on, until `warm`.
 -- KEYS  1 ticketrail:log  2 warm stamp    ARGV  1 epoch  2 offset
--- Replies 1, or 0 when somebody has begun it already: two writers fill it side by side.
+-- Replies 1, or 0 when another writer has started already: two writers fill it at the same time.
 if redis.call('HGET', KEYS[1], 'epoch') == ARGV[1] then
   return 0
 end

@@ -1,0 +1,23 @@
+-- missing: for which changes would `apply` do anything? The mirror writer asks before it decodes states and sends them,
+-- because the request that made a change has revealed most of them.
+-- KEYS  per change: doc, claim    ARGV  per change: version, change id
+-- Replies positions (from 1) of those whose state is missing here, or whose claim still exists.
+local reply = {}
+for i = 1, #KEYS / 2 do
+  local doc, version, change = KEYS[2 * i - 1], tonumber(ARGV[2 * i - 1]), ARGV[2 * i]
+  local found = redis.call('HMGET', doc, 'v', 'c')
+  local head = tonumber(found[1])
+  if
+    not head
+    or version > head
+    or (version == head and (change > found[2] or (change == found[2] and redis.call('HEXISTS', doc, 'd') == 0)))
+  then
+    reply[#reply + 1] = i
+  else
+    local claimed = tonumber(redis.call('HGET', KEYS[2 * i], 'v'))
+    if claimed and claimed <= head then
+      reply[#reply + 1] = i
+    end
+  end
+end
+return reply
