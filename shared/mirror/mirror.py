@@ -200,9 +200,11 @@ class Mirror:
         note: LogState | None = None,
         only_warm: bool = False,
     ) -> list[int] | None:
-        """Writes what stands by the guard. With `at`, only on a mirror that has come so far; with `note`, its log state
-        moves in the same step; `only_warm`: `missing` was asked, and what it said holds for no other mirror. Returns the
-        places of late states whose doc is missing; None: wrong mirror."""
+        """Writes states under the guard, in one atomic step.
+
+        `at`: only on a mirror that has applied the log at least that far. `note`: moves its log state in the same step.
+        `only_warm`: only on a warm mirror, because the caller has left out what `missing` did not name. Returns the
+        indexes of late states whose doc is missing; None: this is not the mirror that the caller has filled."""
         all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
         epoch = note.epoch if note else at.epoch if at else ""
         arguments: list[str | bytes | int | float] = [
