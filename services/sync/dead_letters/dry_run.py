@@ -21,7 +21,7 @@ class Forecast(Struct, frozen=True):
     detail: str
 
 
-class PostgresUnavailable(Exception):
+class ForecastUnavailable(Exception):
     """PostgreSQL cannot tell now."""
 
 
@@ -63,7 +63,7 @@ async def forecast(
     except Exception as error:
         failure = classify(error)
         if failure.kind is FailureKind.UNAVAILABLE:
-            raise PostgresUnavailable(failure.error) from error
+            raise ForecastUnavailable(failure.error) from error
         return _would_fail(error)
 
 

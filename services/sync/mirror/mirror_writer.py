@@ -81,7 +81,7 @@ class _Rewind(Exception):
     """The mirror is not the one that we filled, or the log is not the one that we read."""
 
 
-class _Begun(Struct):
+class _StartPoint(Struct):
     state: LogState
     start: Start
     warm: bool
@@ -140,16 +140,16 @@ class MirrorWriter:
 
     # -- where to begin ----------------------------------------------------------------------------------------
 
-    async def _begin(self) -> _Begun:
+    async def _begin(self) -> _StartPoint:
         found_at = time.monotonic()
         state = await self._mirror.log_state()
         if state is not None and state.offset != _NOWHERE:
             warm = await self._mirror.is_warm()
             log.info("mirror_resumes", offset=state.offset, warm=warm)
-            return _Begun(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
+            return _StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
         return await self._rebuild(found_at)
 
-    async def _rebuild(self, found_at: float) -> _Begun:
+    async def _rebuild(self, found_at: float) -> _StartPoint:
         # The epoch that the log itself carries: PostgreSQL's may be that of a backup.
         epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
@@ -172,7 +172,7 @@ class MirrorWriter:
         log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
         # On a fresh system nothing can be under way.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
-        return _Begun(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
+        return _StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
     def _reader(self) -> LogReader:
         return LogReader(
@@ -183,7 +183,7 @@ class MirrorWriter:
 
     # -- following the log -------------------------------------------------------------------------------------
 
-    async def _follow(self, begun: _Begun) -> None:
+    async def _follow(self, begun: _StartPoint) -> None:
         state, self.warm = begun.state, begun.warm
         if not self.warm:
             # The mark that proves the end of the log must be younger than what was under way.
