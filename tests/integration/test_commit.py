@@ -139,9 +139,9 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
     with pytest.raises(ClaimLost) as lost:  # its base is no longer the head
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.head == left.head
-    stands, state = await rig.read(created.state.id) or pytest.fail("nothing stands")
-    assert (stands, state.notes) == (left.head, "left behind")
-    next_one = await rig.rail.commit(rig.update(Committed(state, stands, Durability.BROKER, True), notes="next"))
+    head, state = await rig.read(created.state.id) or pytest.fail("no document")
+    assert (head, state.notes) == (left.head, "left behind")
+    next_one = await rig.rail.commit(rig.update(Committed(state, head, Durability.BROKER, True), notes="next"))
     assert next_one.head.version == 3
     if died == "before revealing, in the journal":
         await owner.drainer.drain_some()
@@ -158,8 +158,8 @@ async def test_finished_creation_keeps_the_number_of_its_claim(rig: RailRig) -> 
     marked = await rig.mirror.mark(member)
     assert isinstance(marked, Stale)
     await rig.rail.finish(marked)
-    stands, order = await rig.read(left.entity_id) or pytest.fail("nothing stands")
-    assert (stands, order.order_number) == (left.head, "0001")
+    head, order = await rig.read(left.entity_id) or pytest.fail("no document")
+    assert (head, order.order_number) == (left.head, "0001")
     (message,) = await rig.queued(at_least=1)
     assert [bytes(change.data.after) for change in message] == [encode(order)]
     assert (await rig.rail.commit(rig.creation())).state.order_number == "0002"
@@ -274,9 +274,8 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailR
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert rig.publisher.connected  # the connection is fine
 
-        async def taken() -> list[
-            str
-        ]:  # earlier changes too; a nack may arrive before the other queues have their copy
+        # Includes earlier changes. A nack may arrive before the other queues have their copy.
+        async def taken() -> list[str]:
             return ids(await rig.queued())
 
         def has_change(found: list[str]) -> bool:
@@ -369,8 +368,8 @@ async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_i
     # The server runs the sent script when it wakes. The script claims nothing, because it runs too late.
     await eventually(lambda: reachable(rig), what="the mirror again")
     assert await rig.claims() == 0
-    stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
-    assert stands.version == 1
+    head, _ = await rig.read(created.state.id) or pytest.fail("no document")
+    assert head.version == 1
     again = await rig.rail.commit(draft)
     assert again.head.version == 2
 
@@ -389,7 +388,7 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: R
 
 
 async def test_creation_whose_claim_may_exist_is_outcome_unknown(rig: RailRig, servers: Servers) -> None:
-    """The frozen mirror may have run the claim. Without journal and number the service cannot answer that it failed."""
+    """The frozen mirror may have run the claim. Without a journal and a number it must not report a failure."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")
@@ -468,8 +467,8 @@ async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(ri
     for order in (forked, forked[::-1], forked + forked):
         for head, state in order:
             await rig.mirror.apply([applied(head, state, drafts[0].at)])
-        stands, _ = await rig.read(created.state.id) or pytest.fail("nothing stands")
-        assert stands == max(head for head, _ in forked)
+        head, _ = await rig.read(created.state.id) or pytest.fail("no document")
+        assert head == max(head for head, _ in forked)
 
 
 def applied(head: Any, state: Order, at: Any) -> Apply:

@@ -73,12 +73,12 @@ async def read_from_the_log(shop: Shop) -> None:
     await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
 
 
-async def compare(shop: Shop, *, mend: bool) -> tuple[Compared, dict[str, str]]:
+async def compare(shop: Shop, *, repair: bool) -> tuple[Compared, dict[str, str]]:
     """Returns the result, and {id: kind of difference} of this restaurant only, since other tests use the system."""
     differences: list[Difference] = []
     async with CommandSession(settings_of(shop.system)) as session:
         found = await FullSync(session.settings, session.postgres, session.mirror).run(
-            mend=mend, tell=differences.append
+            mend=repair, tell=differences.append
         )
     return found, {one.id: one.what for one in differences if one.restaurant_id == shop.restaurant}
 
@@ -97,7 +97,7 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> Non
     ids = await place(shop, 3)
     dish = (await shop.dish(name="Gone from the mirror"))["id"]
     before = [await served(shop, id_) for id_ in ids]
-    found, differing = await compare(shop, mend=False)
+    found, differing = await compare(shop, repair=False)
     assert differing == {}, "the mirror is complete before the test"
     assert found.compared > 3
     # The worker is frozen: their creations may still come from the log.
@@ -122,7 +122,7 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> Non
     assert [await served(shop, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
     assert await raw.exists(keys.restaurant(shop.restaurant)) == 1
-    assert (await compare(shop, mend=False))[1] == {}
+    assert (await compare(shop, repair=False))[1] == {}
 
 
 async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaired(shop: Shop, raw: Any) -> None:
@@ -144,11 +144,11 @@ async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaire
         await put(shop, unknown, "stored")
 
         expected = {behind: "behind", differs: "differs", pending_too: "differs", unknown.id: "unknown"}
-        assert (await compare(shop, mend=False))[1] == expected
-        found, differing = await compare(shop, mend=True)
+        assert (await compare(shop, repair=False))[1] == expected
+        found, differing = await compare(shop, repair=True)
         assert differing == expected
     assert found.mended >= 4
-    assert (await compare(shop, mend=False))[1] == {}
+    assert (await compare(shop, repair=False))[1] == {}
     assert (await served(shop, behind))["notes"] == "new"
     assert [(await served(shop, id_))["total"] for id_ in (differs, pending_too)] == [1050, 1050]
     assert await raw.exists(doc(shop, unknown.id)) == 0
@@ -168,14 +168,14 @@ async def test_pending_states_are_left_alone(shop: Shop, raw: Any) -> None:
     state = msgspec.json.decode(await raw.hget(doc(shop, known), "d"), type=orders.Order)
     ahead = structs.replace(state, notes="ahead")
     new = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
-    standings = [await put(shop, ahead, "reveal", 2), await put(shop, new, "reveal")]
-    found, differing = await compare(shop, mend=True)
+    heads = [await put(shop, ahead, "reveal", 2), await put(shop, new, "reveal")]
+    found, differing = await compare(shop, repair=True)
     assert differing == {}
     assert found.pending >= 2
     async with CommandSession(settings_of(shop.system)) as session:
         _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
-        assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in standings]
-        for id_, head in zip([known, new.id], standings, strict=True):  # for later tests
+        assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in heads]
+        for id_, head in zip([known, new.id], heads, strict=True):  # for later tests
             await session.mirror.note_sync_states(shop.restaurant, "order", [(id_, head)])
             await session.mirror.trim(shop.restaurant, "order", {id_: head.change_id})
 
@@ -232,9 +232,9 @@ async def test_changes_in_progress_are_not_treated_as_differences(
 
     placing = asyncio.create_task(place_orders())
     try:
-        assert (await compare(shop, mend=False))[1] == {}
+        assert (await compare(shop, repair=False))[1] == {}
         assert 300.0 in pauses, "the unrevealed change was compared a second time"
-        assert (await compare(shop, mend=True))[1] == {}
+        assert (await compare(shop, repair=True))[1] == {}
     finally:
         stop.set()
         await placing

@@ -1,4 +1,4 @@
-"""Heartbeats on real servers: they prove the bindings, and a missing binding refuses the start."""
+"""Heartbeats on real servers: they prove the bindings, and the start fails if a binding is missing."""
 
 import asyncio
 

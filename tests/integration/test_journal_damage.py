@@ -25,8 +25,7 @@ from shared.rail.set_aside import count_aside, files_aside
 from tests.rigs import builders
 from tests.rigs.system import ROOT
 
-PAGE = 4096
-FRAME = 24 + PAGE
+PAGE_BYTES = 4096
 Entry = tuple[Lane, bytes]
 
 
@@ -76,7 +75,7 @@ class Image(Struct, frozen=True):
     wal: bytes
     waiting: list[Entry]
 
-    def lay(self, folder: Path) -> Path:
+    def write_files(self, folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         path = folder / "orders-1.sqlite"
         for one in folder.glob("orders-1*"):
@@ -98,9 +97,9 @@ async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
         await journal.append(batch)
         waiting += batch
         if n % 10 == 9:
-            gone = (await journal.oldest(1_000))[3:8]
-            await journal.remove(gone)
-            waiting = [one for one in waiting if one not in [(each.lane, each.event) for each in gone]]
+            removed = (await journal.oldest(1_000))[3:8]
+            await journal.remove(removed)
+            waiting = [one for one in waiting if one not in [(each.lane, each.event) for each in removed]]
         if n == checkpointed:
             assert journal._db
             journal._db.execute("pragma wal_checkpoint(TRUNCATE)")
@@ -126,7 +125,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Image]:
     return [asyncio.run(one) for one in made]
 
 
-class Harm(Struct, frozen=True):
+class Damage(Struct, frozen=True):
     kind: str
     file: str
     where: float
@@ -134,7 +133,7 @@ class Harm(Struct, frozen=True):
     length: int
     content: bytes
 
-    def to(self, data: bytes) -> bytes:
+    def apply_to(self, data: bytes) -> bytes:
         at = int(self.where * len(data))
         match self.kind:
             case "overwrite":
@@ -147,19 +146,23 @@ class Harm(Struct, frozen=True):
                 at = min(at, len(data) - 1)
                 return data[:at] + bytes([data[at] ^ (1 << self.length % 8)]) + data[at + 1 :]
             case "zero pages":
-                start, count = at // PAGE * PAGE, 1 + self.length % 3
-                return data[:start] + bytes(len(data[start : start + count * PAGE])) + data[start + count * PAGE :]
+                start, count = at // PAGE_BYTES * PAGE_BYTES, 1 + self.length % 3
+                return (
+                    data[:start]
+                    + bytes(len(data[start : start + count * PAGE_BYTES]))
+                    + data[start + count * PAGE_BYTES :]
+                )
             case "swap pages":
-                start = at // PAGE * PAGE
-                one, two = data[start : start + PAGE], data[start + PAGE : start + 2 * PAGE]
-                return data[:start] + two + one + data[start + 2 * PAGE :]
+                start = at // PAGE_BYTES * PAGE_BYTES
+                one, two = data[start : start + PAGE_BYTES], data[start + PAGE_BYTES : start + 2 * PAGE_BYTES]
+                return data[:start] + two + one + data[start + 2 * PAGE_BYTES :]
             case "truncate":
                 return data[:at]
         return data
 
 
-HARM = st.builds(
-    Harm,
+DAMAGE = st.builds(
+    Damage,
     kind=st.sampled_from(["overwrite", "flip", "zero pages", "swap pages", "truncate"]),
     file=st.sampled_from(["main", "wal"]),
     where=st.floats(0, 1, exclude_max=True),
@@ -169,14 +172,14 @@ HARM = st.builds(
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(which=st.integers(0, 2), harms=st.lists(HARM, min_size=1, max_size=4))
+@given(which=st.integers(0, 2), damages=st.lists(DAMAGE, min_size=1, max_size=4))
 def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
-    images: list[Image], tmp_path: Path, which: int, harms: list[Harm]
+    images: list[Image], tmp_path: Path, which: int, damages: list[Damage]
 ) -> None:
     main, wal = images[which].main, images[which].wal
-    for harm in harms:
-        main, wal = (harm.to(main), wal) if harm.file == "main" else (main, harm.to(wal))
-    path = Image(main, wal, []).lay(tmp_path)
+    for damage in damages:
+        main, wal = (damage.apply_to(main), wal) if damage.file == "main" else (main, damage.apply_to(wal))
+    path = Image(main, wal, []).write_files(tmp_path)
     journal = asyncio.run(opened(path))
     found = contents(path)
 
@@ -188,7 +191,7 @@ def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
         elif (lane, event) not in kept:
             named = record_of_name(lane, event) in main or record_of_name(lane, event) in wal
             # In a truncated file an append that never finished looks the same as one that did.
-            cut = any(harm.kind == "truncate" for harm in harms)
+            cut = any(damage.kind == "truncate" for damage in damages)
             assert cut or not named or name_of(lane, event).change_id in reported, "a lost entry was not reported"
             assert cut or journal.damaged or journal.set_aside, "the damage was not reported"
     assert journal.depth == len(found.entries)
@@ -200,7 +203,7 @@ def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
 def test_undamaged_journal_opens_completely_and_silently_after_a_kill(
     images: list[Image], tmp_path: Path, which: int
 ) -> None:
-    path = images[which].lay(tmp_path)
+    path = images[which].write_files(tmp_path)
     with capture_logs() as logs:
         journal = asyncio.run(opened(path))
     assert not logs
@@ -218,7 +221,7 @@ async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damag
         journal._db.execute(f"pragma journal_size_limit={limit}")
         for n, batch in enumerate(made):
             await journal.append(batch)
-            path = Image(*read_files(journal._path), []).lay(tmp_path / "copy")
+            path = Image(*read_files(journal._path), []).write_files(tmp_path / "copy")
             with capture_logs() as logs:
                 again = await opened(path)
             assert not logs
@@ -233,7 +236,7 @@ async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damag
     ids=["empty", "garbage", "a header and zeroes"],
 )
 def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_works(tmp_path: Path, main: bytes) -> None:
-    path = Image(main, b"", []).lay(tmp_path)
+    path = Image(main, b"", []).write_files(tmp_path)
     with capture_logs() as logs:
         journal = asyncio.run(opened(path, lambda one: one.append([entry()])))
     [logged] = [one for one in logs if one["log_level"] == "error"]
@@ -248,7 +251,7 @@ def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_work
 def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
     images: list[Image], tmp_path: Path, empty: bool
 ) -> None:
-    path = Image(b"", images[1].wal, []).lay(tmp_path)
+    path = Image(b"", images[1].wal, []).write_files(tmp_path)
     if empty:
         with pytest.raises(sqlite3.Error):
             contents(path)  # this read does not change the log
@@ -285,7 +288,7 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
 ) -> None:
     """The crash comes at one of the renames, or before the first one."""
     half = images[2]
-    path = Image(b"harmed" + half.main[6:], half.wal, []).lay(tmp_path)
+    path = Image(b"harmed" + half.main[6:], half.wal, []).write_files(tmp_path)
 
     class Crash(Exception):
         pass
@@ -352,9 +355,11 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
     await journal.open()
     assert journal._db
     journal._db.execute("pragma shrink_memory")
-    page = read_files(path)[0].index(made[30][1][:200]) // PAGE
-    harm = "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", harm, str(path), str(page))
+    page = read_files(path)[0].index(made[30][1][:200]) // PAGE_BYTES
+    damage = (
+        "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", damage, str(path), str(page))
     assert await process.wait() == 0
     found = await journal.oldest(1_000)
     assert 50 < len(found) < 60

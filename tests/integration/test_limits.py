@@ -30,7 +30,7 @@ from tests.rigs.restaurant import Shop, made
 from tests.rigs.servers import Servers
 from tests.rigs.system import ROOT, System, eventually
 
-BURST, ADDRESS_BURST = 6, 12
+BURST_REQUESTS, ADDRESS_BURST_REQUESTS = 6, 12
 ORIGIN = "https://app.example"
 NO_REFILL_PER_SECOND = 0.000_001  # tokens per second: none returns during a test
 _addresses = (f"203.0.{number // 250}.{number % 250 + 1}" for number in itertools.count())
@@ -114,9 +114,8 @@ async def test_many_callers_of_a_spent_share_take_one_new_share(
     mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If each caller took its own share and only the last one was kept, the limit would apply too early."""
-    monkeypatch.setattr(
-        limits, "_FRESH_SECONDS", 60.0
-    )  # a share that expires during the calls would be requested again
+    # A share that expires during the calls would be requested again.
+    monkeypatch.setattr(limits, "_FRESH_SECONDS", 60.0)
     bucket, name = TokenBucket(mirrors[0], "test", Rate(10_000, 5_000.0)), new_name()
     taken = await counted(bucket, monkeypatch, mirrors[0])
     waits = await asyncio.gather(*(bucket.take(name) for _ in range(1_000)))
@@ -203,9 +202,9 @@ async def limited(system: System) -> AsyncIterator[str]:
         instance="auto",
         orders_port=port,
         trusted_proxies="127.0.0.1",
-        restaurant_burst_requests=BURST,
+        restaurant_burst_requests=BURST_REQUESTS,
         restaurant_requests_per_second=0.1,
-        address_burst_requests=ADDRESS_BURST,
+        address_burst_requests=ADDRESS_BURST_REQUESTS,
         address_requests_per_second=0.1,
         cors_origins=f"{ORIGIN}, https://other.example",
     )
@@ -240,17 +239,17 @@ def headers_of(token: str | None = None, *, address: str | None = None) -> dict[
 async def test_requests_of_a_restaurant_are_limited_across_addresses(limited: str, shop: Shop, system: System) -> None:
     tokens = [shop.token, shop.token_of(Role.STAFF), shop.token_of(Role.CUSTOMER, session="s1")]
     async with http_client(base_url=limited) as client:
-        for place in range(BURST):
+        for place in range(BURST_REQUESTS):
             reply = await client.get("/api/menu", headers=headers_of(tokens[place % 3]))
             assert reply.status_code == 200
-            assert reply.headers["ratelimit-limit"] == str(BURST)
-            assert reply.headers["ratelimit-remaining"] == str(BURST - 1 - place)
+            assert reply.headers["ratelimit-limit"] == str(BURST_REQUESTS)
+            assert reply.headers["ratelimit-remaining"] == str(BURST_REQUESTS - 1 - place)
             assert int(reply.headers["ratelimit-reset"]) == (place + 1) * 10
         reply = await client.get("/api/menu", headers=headers_of(shop.token))
         assert reply.status_code == 429
         assert reply.json()["error"]["code"] == "rate_limited"
         assert 1 <= int(reply.headers["retry-after"]) <= 10
-        assert (reply.headers["ratelimit-limit"], reply.headers["ratelimit-remaining"]) == (str(BURST), "0")
+        assert (reply.headers["ratelimit-limit"], reply.headers["ratelimit-remaining"]) == (str(BURST_REQUESTS), "0")
         # Other restaurants continue, and requests without a valid token do not count for the restaurant.
         other = await new_shop(system, limited)
         assert (await client.get("/api/menu", headers=headers_of(other.token))).status_code == 200
@@ -260,19 +259,19 @@ async def test_requests_of_a_restaurant_are_limited_across_addresses(limited: st
 async def test_requests_from_an_address_are_limited_across_callers(limited: str, shop: Shop) -> None:
     address = next(_addresses)
     async with http_client(base_url=limited) as client:
-        for place in range(ADDRESS_BURST):
+        for place in range(ADDRESS_BURST_REQUESTS):
             # An address that the client itself puts in front changes nothing.
             headers = headers_of(address=f"{next(_addresses)}, {address}")
             reply = await client.get("/api/menu", headers=headers)
             assert reply.status_code == 401
-            assert reply.headers["ratelimit-remaining"] == str(ADDRESS_BURST - 1 - place)
+            assert reply.headers["ratelimit-remaining"] == str(ADDRESS_BURST_REQUESTS - 1 - place)
         for token in (None, shop.token):
             reply = await client.get("/api/menu", headers=headers_of(token, address=address))
             assert reply.status_code == 429
             assert 1 <= int(reply.headers["retry-after"]) <= 10
         assert (await client.get("/api/menu", headers=headers_of(shop.token))).status_code == 200
         # Health checks are not counted.
-        for _ in range(ADDRESS_BURST + 1):
+        for _ in range(ADDRESS_BURST_REQUESTS + 1):
             reply = await client.get("/health/live", headers=headers_of(address=address))
             assert reply.status_code == 200
 
@@ -286,18 +285,18 @@ async def test_service_without_redis_still_limits(system: System, shop: Shop) ->
         instance="auto",
         sync_port=port,
         redis_url=f"redis://127.0.0.1:{unused_port}/0",
-        restaurant_burst_requests=BURST,
+        restaurant_burst_requests=BURST_REQUESTS,
         restaurant_requests_per_second=0.01,
     )
     try:
         await system.ready(name)
         async with http_client(base_url=system.urls[name], headers=headers_of(shop.token)) as client:
-            replies = [await client.get("/api/sync/status") for _ in range(BURST + 2)]
+            replies = [await client.get("/api/sync/status") for _ in range(BURST_REQUESTS + 2)]
     finally:
         await system.stop(name)
-    assert [reply.status_code for reply in replies] == [200] * BURST + [429] * 2
+    assert [reply.status_code for reply in replies] == [200] * BURST_REQUESTS + [429] * 2
     left = [int(reply.headers["ratelimit-remaining"]) for reply in replies]
-    assert left == [*reversed(range(BURST)), 0, 0]
+    assert left == [*reversed(range(BURST_REQUESTS)), 0, 0]
 
 
 # -- pages of other origins --------------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, re
         ):
             assert refused(late, 409, "version_conflict", "If-Match")["version"] == 2
 
-        gone = expect(await admin.delete(url))
-        assert gone["version"] == 3
-        assert gone["deleted_at"] is not None
+        removed = expect(await admin.delete(url))
+        assert removed["version"] == 3
+        assert removed["deleted_at"] is not None
         assert one["id"] not in await ids(staff, path)
         refused(await admin.get(url), 404, f"{name}_deleted")
         refused(await admin.put(url, json={field: value}), 404, f"{name}_deleted")
@@ -120,7 +120,7 @@ async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, re
         row = await eventually(
             stored, what="deleted in PostgreSQL", until=lambda found: found and found["version"] == 3
         )
-        assert row["deleted_at"] == datetime.fromisoformat(gone["deleted_at"])
+        assert row["deleted_at"] == datetime.fromisoformat(removed["deleted_at"])
         assert one["id"] not in await ids(staff, path)
         assert (await ids(admin, path, include_deleted="true"))[0] == one["id"]
 
@@ -287,7 +287,7 @@ async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resour
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         url = f"{resource.path}/{one['id']}"
         expect(await admin.put(url, json={field: value}))
-        gone = expect(await admin.delete(url))
+        removed = expect(await admin.delete(url))
         expect(await admin.post(f"{url}/restore"))
         found = await audit(admin, 4, entity=resource.entity.name, entity_id=one["id"])
     name = resource.entity.name
@@ -298,8 +298,8 @@ async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resour
     restored, deleted, updated, created = (each["changed"] for each in found)
     assert created == {}
     assert updated == {field: {"before": one[field], "after": value}}
-    assert deleted == {"deleted_at": {"before": None, "after": gone["deleted_at"]}}
-    assert restored == {"deleted_at": {"before": gone["deleted_at"], "after": None}}
+    assert deleted == {"deleted_at": {"before": None, "after": removed["deleted_at"]}}
+    assert restored == {"deleted_at": {"before": removed["deleted_at"], "after": None}}
 
 
 async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -> None:

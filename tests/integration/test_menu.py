@@ -322,7 +322,7 @@ async def test_concurrent_changes_of_availability_and_price_keep_both(shop: Shop
 
         # A caller that loses several times in a row is refused and retries.
         taken_off, *_ = await asyncio.gather(
-            eventually(take_off, what="taken off", until=lambda outcome: outcome != "version_conflict"),
+            eventually(take_off, what="an unavailable dish", until=lambda outcome: outcome != "version_conflict"),
             change(price=1_500),
             change(description="hot"),
         )

@@ -101,7 +101,7 @@ async def test_revealed_change_is_not_sent_again(mirrored: MirrorRig, monkeypatc
 async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
     mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica is promoted between question and answer: it has the log state but not yet the last reveals."""
+    """A replica is promoted between the request and its reply: it has the log state but not yet the last reveals."""
     made = change(order(items=1))
     await mirrored.reveal(made)
     missing = mirrored.mirror.missing

@@ -37,7 +37,7 @@ class Broker:
         self.events += split_batch(body)
 
 
-def orphans_of(folder: Path, broker: Any, *, own: int = 1) -> OrphanedJournals:
+def orphaned_journals_of(folder: Path, broker: Any, *, own: int = 1) -> OrphanedJournals:
     return OrphanedJournals(folder, broker, None, own=own, max_bytes=1 << 20, every=0.05)
 
 
@@ -66,10 +66,10 @@ async def depth(folder: Path, number: int) -> int:
 async def test_orphaned_journal_is_recorded_and_its_instance_number_is_free_again(tmp_path: Path, leave: Any) -> None:
     left = await leave(2, 3) + await leave(5, 400)
     broker = Broker()
-    orphans = orphans_of(tmp_path, broker)
-    assert await orphans.drain() == 403
+    orphaned = orphaned_journals_of(tmp_path, broker)
+    assert await orphaned.drain() == 403
     assert sorted(broker.events) == sorted(left)
-    assert await orphans.drain() == 0
+    assert await orphaned.drain() == 0
     assert await depth(tmp_path, 2) == await depth(tmp_path, 5) == 0
     with Lease.take(tmp_path, "orders", 5, within=0.0):
         pass
@@ -80,20 +80,20 @@ async def test_journals_of_running_instances_are_left_alone(tmp_path: Path, leav
     await leave(2, 2)
     broker = Broker()
     with Lease.take(tmp_path, "orders", 2):
-        assert await orphans_of(tmp_path, broker).drain() == 0
+        assert await orphaned_journals_of(tmp_path, broker).drain() == 0
     assert not broker.events
     # Instance 1 drains its own journal with its own drainer.
-    assert await orphans_of(tmp_path, broker).drain() == 2
+    assert await orphaned_journals_of(tmp_path, broker).drain() == 2
     assert await depth(tmp_path, 1) == 2
 
 
 async def test_empty_orphaned_journal_is_checked_again_after_a_write(tmp_path: Path, leave: Any) -> None:
     await leave(2, 0)
     broker = Broker()
-    orphans = orphans_of(tmp_path, broker)
-    assert await orphans.drain() == 0
+    orphaned = orphaned_journals_of(tmp_path, broker)
+    assert await orphaned.drain() == 0
     left = await leave(2, 4)
-    assert await orphans.drain() == 4
+    assert await orphaned.drain() == 4
     assert broker.events == left
 
 
@@ -101,17 +101,17 @@ async def test_unavailable_broker_loses_nothing_and_holds_no_instance_number(tmp
     left = await leave(2, 3)
     broker = Broker()
     broker.unavailable = True
-    orphans = orphans_of(tmp_path, broker)
+    orphaned = orphaned_journals_of(tmp_path, broker)
     with pytest.raises(NotSent):
-        await orphans.drain()
+        await orphaned.drain()
     with Lease.take(tmp_path, "orders", 2, within=0.0):
         pass
-    orphans.start()
+    orphaned.start()
     try:
         broker.unavailable = False
-        await whole_turn(orphans.loop)
+        await whole_turn(orphaned.loop)
     finally:
-        await orphans.stop()
+        await orphaned.stop()
     assert broker.events == left
 
 
@@ -120,7 +120,7 @@ async def test_unreadable_journal_does_not_hold_back_the_others(tmp_path: Path, 
     left = await leave(3, 2)
     broker = Broker()
     with pytest.raises(JournalBroken):
-        await orphans_of(tmp_path, broker).drain()
+        await orphaned_journals_of(tmp_path, broker).drain()
     assert broker.events == left
 
 
@@ -133,11 +133,11 @@ async def test_intact_entries_of_a_damaged_journal_are_recorded_and_the_file_is_
     data[data.index(second) + 200] ^= 1
     path.write_bytes(bytes(data))
     broker = Broker()
-    orphans = orphans_of(tmp_path, broker)
-    assert await orphans.drain() == 2
+    orphaned = orphaned_journals_of(tmp_path, broker)
+    assert await orphaned.drain() == 2
     assert sorted(broker.events) == sorted([first, third])
     assert [one.read_bytes() for one in files_aside(path)] == [bytes(data)]
-    assert await orphans.drain() == 0
+    assert await orphaned.drain() == 0
 
 
 @pytest.mark.parametrize("ending", ["-wal", ".mended"])
@@ -160,8 +160,8 @@ async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacemen
     )
     assert json.loads(shown.stdout)["count"] == 3, shown.stderr
     broker = Broker()
-    orphans = orphans_of(tmp_path, broker)
-    assert await orphans.drain() == 3
+    orphaned = orphaned_journals_of(tmp_path, broker)
+    assert await orphaned.drain() == 3
     assert sorted(broker.events) == sorted(events)
-    assert await orphans.drain() == 0
+    assert await orphaned.drain() == 0
     assert journals(tmp_path).depths == {"orders-2.sqlite": 0}

@@ -31,13 +31,13 @@ from shared.settings import Settings
 from tests.rigs.query_plans import BIG, MODES, Database, Plan, empty_database, filled_database
 from tests.rigs.servers import Servers
 
-RESTAURANTS, EACH = 25, 1_000
-PAGE = 51
+RESTAURANTS, ORDERS_PER_RESTAURANT = 25, 1_000
+PAGE_ROWS = 51
 
 
 @pytest.fixture(scope="module")
 async def database(servers: Servers) -> AsyncIterator[Database]:
-    history = History("plans", RESTAURANTS, RESTAURANTS * EACH, datetime.now(UTC))
+    history = History("plans", RESTAURANTS, RESTAURANTS * ORDERS_PER_RESTAURANT, datetime.now(UTC))
     async with filled_database(servers, history) as database:
         yield database
 
@@ -72,7 +72,7 @@ def payments(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
     return listed
 
 
-def audited(limit: int = PAGE, **fields: Any) -> Callable[[Database], Awaitable[Any]]:
+def audited(limit: int = PAGE_ROWS, **fields: Any) -> Callable[[Database], Awaitable[Any]]:
     nothing = dict.fromkeys(("start", "end", "entity", "entity_id", "actor", "before"))
 
     async def listed(database: Database) -> list[Any]:
@@ -149,32 +149,34 @@ def at_first_table(database: Database) -> dict[str, Any]:
     return {"table_id": database.shop.table_ids[0]}
 
 
-STATES = 2 * PAGE + 6
+STATE_ROWS = 2 * PAGE_ROWS + 6
 """The rows of a page and their states, and a few deleted orders that are skipped: one order in fifty is deleted."""
 
 CASES = {
-    "the newest orders": Case(orders(), STATES),
+    "the newest orders": Case(orders(), STATE_ROWS),
     "the newest orders without the pending ones": Case(
-        orders(without=lambda database: [database.oldest[0].id] * 20), STATES
+        orders(without=lambda database: [database.oldest[0].id] * 20), STATE_ROWS
     ),
-    "orders with the deleted ones": Case(orders(include_deleted=True), STATES),
-    "orders behind a cursor": Case(orders(before=before_the_last_page), STATES),
-    "orders of ten days": Case(orders(created_from=ago(100), created_to=ago(90)), STATES),
-    "orders of a year": Case(orders(created_from=ago(380), created_to=ago(10)), STATES),
+    "orders with the deleted ones": Case(orders(include_deleted=True), STATE_ROWS),
+    "orders behind a cursor": Case(orders(before=before_the_last_page), STATE_ROWS),
+    "orders of ten days": Case(orders(created_from=ago(100), created_to=ago(90)), STATE_ROWS),
+    "orders of a year": Case(orders(created_from=ago(380), created_to=ago(10)), STATE_ROWS),
     "orders of a year behind a cursor": Case(
         orders(created_from=ago(380), created_to=ago(10), before=lambda database: (ago(20)(database), str(uuid4()))),
-        STATES,
+        STATE_ROWS,
     ),
-    "orders by a status that many have": Case(orders(equal={"status": "completed"}), STATES),
+    "orders by a status that many have": Case(orders(equal={"status": "completed"}), STATE_ROWS),
     "orders by a status that few have": Case(orders(equal={"status": "pending"}), 10),
     "orders by a status behind a cursor": Case(
-        orders(equal={"status": "completed"}, before=before_the_last_page), STATES
+        orders(equal={"status": "completed"}, before=before_the_last_page), STATE_ROWS
     ),
-    "orders at a table": Case(orders(equal=at_first_table), STATES),
+    "orders at a table": Case(orders(equal=at_first_table), STATE_ROWS),
     "open orders at a table": Case(
         orders(equal=lambda database: {"status": "pending", **at_first_table(database)}), 12, not_when="for all values"
     ),
-    "orders of a customer": Case(orders(equal=lambda database: {"customer_id": database.shop.customer_ids[0]}), STATES),
+    "orders of a customer": Case(
+        orders(equal=lambda database: {"customer_id": database.shop.customer_ids[0]}), STATE_ROWS
+    ),
     "orders of a guest": Case(orders(equal={"customer_session_id": "unknown"}), 0),
     "an order": Case(one_order, 2),
     "the menu": Case(the_menu, 12),
@@ -182,22 +184,22 @@ CASES = {
     "open orders at all tables": Case(orders_at_tables, 12, not_when="for all values"),
     "totals of three customers": Case(totals_of_customers, 70),
     "held stock": Case(held_stock, 60),
-    "sync status": Case(status_of_sync, EACH),
+    "sync status": Case(status_of_sync, ORDERS_PER_RESTAURANT),
     "a summary of thirty days": Case(summed(30), 80),
-    "a summary of all days": Case(summed(DAYS), EACH),
-    "the newest payments": Case(payments(), PAGE),
-    "payments behind a cursor": Case(payments(before=before_the_last_page), PAGE),
-    "payments of a year": Case(payments(start=ago(380), end=ago(10)), PAGE),
-    "payments by method": Case(payments(method="card"), 3 * PAGE),
+    "a summary of all days": Case(summed(DAYS), ORDERS_PER_RESTAURANT),
+    "the newest payments": Case(payments(), PAGE_ROWS),
+    "payments behind a cursor": Case(payments(before=before_the_last_page), PAGE_ROWS),
+    "payments of a year": Case(payments(start=ago(380), end=ago(10)), PAGE_ROWS),
+    "payments by method": Case(payments(method="card"), 3 * PAGE_ROWS),
     "payments of an order": Case(payments(order_id=lambda database: database.oldest[0].id), 2),
-    "the newest changes": Case(audited(), PAGE),
-    "changes behind a cursor": Case(audited(before=before_the_last_page), PAGE),
-    "changes of a year": Case(audited(start=ago(380), end=ago(10)), PAGE),
-    "changes of orders": Case(audited(entity="order"), PAGE),
+    "the newest changes": Case(audited(), PAGE_ROWS),
+    "changes behind a cursor": Case(audited(before=before_the_last_page), PAGE_ROWS),
+    "changes of a year": Case(audited(start=ago(380), end=ago(10)), PAGE_ROWS),
+    "changes of orders": Case(audited(entity="order"), PAGE_ROWS),
     "the newest changes of customers": Case(audited(5, entity="customer"), 5, not_when="at first"),
     "changes of an entity": Case(audited(entity="order", entity_id=lambda database: database.oldest[0].id), 4),
     "changes by an id only": Case(audited(entity_id=lambda database: database.oldest[0].id), 4),
-    "changes by one actor": Case(audited(actor=lambda database: database.shop.user_id), PAGE),
+    "changes by one actor": Case(audited(actor=lambda database: database.shop.user_id), PAGE_ROWS),
     "changes by an unknown actor": Case(audited(actor="unknown"), 0),
 }
 
@@ -235,7 +237,7 @@ async def test_row_level_security_is_active_in_these_tests(database: Database) -
             assert await connection.fetchval("select row_security_active($1)", table), table
         assert await connection.fetchval("select current_user") == "ticketrail_api"
     async with database.api.tenant(database.shop.id) as connection:
-        assert await connection.fetchval("select count(*) from orders") == EACH
+        assert await connection.fetchval("select count(*) from orders") == ORDERS_PER_RESTAURANT
 
 
 async def _drained(blocks: AsyncIterator[list[Any]]) -> int:
@@ -252,7 +254,7 @@ async def test_lost_mirror_is_filled_by_reading_only_live_rows(database: Databas
             found.append(await _drained(states.live_window(connection, order.ENTITY, since)))
 
     (plan,) = await database.plans(work, mode)
-    assert RESTAURANTS * 5 < found[0] < RESTAURANTS * EACH / 50
+    assert RESTAURANTS * 5 < found[0] < RESTAURANTS * ORDERS_PER_RESTAURANT / 50
     _by_index([plan])
     assert plan.read("orders") <= 2 * found[0]
     assert plan.read("changes") == found[0]
@@ -267,7 +269,7 @@ async def test_holds_before_the_recount_are_not_read(database: Database, mode: s
             found.append(await _drained(states.holds(connection)))
 
     (plan,) = await database.plans(work, mode)
-    of_thirty_days = RESTAURANTS * EACH * 30 / DAYS / 3
+    of_thirty_days = RESTAURANTS * ORDERS_PER_RESTAURANT * 30 / DAYS / 3
     assert 0 < found[0] <= of_thirty_days
     _by_index([plan])
     assert plan.read("order_holds") <= of_thirty_days * 1.1
@@ -285,7 +287,7 @@ async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, 
 
     (plan,) = await database.plans(work, mode)
     _by_index([plan])
-    of_an_hour = RESTAURANTS * EACH * 2 / DAYS / 24
+    of_an_hour = RESTAURANTS * ORDERS_PER_RESTAURANT * 2 / DAYS / 24
     assert 0 < plan.read("changes") <= 5 * of_an_hour, plan.text
 
 

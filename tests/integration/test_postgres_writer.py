@@ -169,7 +169,7 @@ async def test_change_that_postgres_refuses_is_poison_and_the_rest_of_its_batch_
     assert dead.body == message(refused)
 
 
-# -- transient failures--------------------------------------------------------------------------------------------
+# -- transient failures --------------------------------------------------------------------------------------------
 
 
 async def fail_transiently(rig: Rig, times: int) -> None:
@@ -296,7 +296,7 @@ async def test_batch_is_held_without_failures_when_everything_times_out(make_rig
     assert rig.writer.state()["failed"] == 0
 
 
-# -- PostgreSQL unavailable-----------------------------------------------------------------------------------------
+# -- PostgreSQL unavailable ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outage", ["stop", "kill", "freeze"])
@@ -324,7 +324,7 @@ async def test_unavailable_postgres_loses_nothing_burns_no_attempt_and_dead_lett
 
     await asyncio.to_thread(getattr(servers.postgres, outage))
     try:
-        await eventually(holding, what="holding")
+        await eventually(holding, what="a held batch")
         before = len(made)
         await eventually(lambda: asyncio.sleep(0, len(made)), what="continued load", until=lambda n: n > before + 200)
     finally:
@@ -364,7 +364,7 @@ async def test_long_outage_releases_the_messages_and_consumes_them_again(make_ri
     assert rig.writer.state()["failed"] == 0
 
 
-# -- RabbitMQ unavailable, start and stop---------------------------------------------------------------------------
+# -- RabbitMQ unavailable, start and stop --------------------------------------------------------------------------
 
 
 async def test_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers: Servers) -> None:

@@ -166,7 +166,7 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
             await reconciler._heal_sometimes()
             return await versions(shop, [old])
 
-        await eventually(healed, what="healed", until=lambda found: found == [[2]])
+        await eventually(healed, what="recorded again", until=lambda found: found == [[2]])
         assert time.monotonic() - began >= LOST_MESSAGE_SECONDS
         emptied[0] = None
         await reconciler._heal_sometimes()

@@ -1,5 +1,6 @@
 """Access control: the tests call every route of every service with every role, without a token, as a guest at a table
-and from another restaurant. `shared/permissions.py` gives the expected result; a route without an action fails."""
+and from another restaurant. shared/security/permissions.py gives the expected results; a route without an action
+fails."""
 
 import asyncio
 import json

@@ -258,9 +258,8 @@ async def test_unknown_order_is_an_error(traced: System) -> None:
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
     await spans_of(traced, caller.trace, "GET /api/orders/{order_id}")
-    with pytest.raises(
-        AssertionError, match="no change, no dead letter and no trace"
-    ):  # the command ends with exit code 1
+    # The command ends with exit code 1 and this message.
+    with pytest.raises(AssertionError, match="no change, no dead letter and no trace"):
         await traced.cli("trace", unknown)
 
 
@@ -272,9 +271,8 @@ async def test_unsampled_traces_without_errors_are_not_written(traced: System) -
     id_ = await place(traced, silent)
     await stored(traced, id_)
     async with traced.client() as client:
-        assert (
-            await client.get(f"/api/orders/{uuid4()}", headers=silent.headers)
-        ).status_code == 404  # a reply, not an error
+        # A 404 is a reply and not an error.
+        assert (await client.get(f"/api/orders/{uuid4()}", headers=silent.headers)).status_code == 404
     await place(traced, loud)
     await spans_of(traced, loud.trace, *PLACED)  # earlier traces would be written by now
     assert written(traced, silent.trace) == []
