@@ -225,7 +225,9 @@ async def _write_references(connection: Any, history: History, restaurants: Sequ
         stock = InventoryItem(id=restaurant.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
         states.append((inventory_item.ENTITY, stock))
         await write_batch(
-            connection, [_written(entity, state, "created", at) for entity, state in states], patience=_WRITE_SECONDS
+            connection,
+            [_written(entity, state, "created", at) for entity, state in states],
+            timeout_seconds=_WRITE_SECONDS,
         )
 
 

@@ -47,7 +47,7 @@ async def seed(database_url: str, secret: str) -> tuple[list[SeededRestaurant], 
             await connection.execute(_INSERT, id_, f"bench-{number}", f"Restaurant {number}", _TAX_BASIS_POINTS)
             dishes = [(_id("dish", number, place), f"Dish {place}", 500 + 75 * place) for place in range(_DISHES)]
             async with connection.transaction():
-                await write_batch(connection, [_dish(id_, *dish) for dish in dishes], patience=_MENU_SECONDS)
+                await write_batch(connection, [_dish(id_, *dish) for dish in dishes], timeout_seconds=_MENU_SECONDS)
             token = tokens.issue(Identity(_id("user", number), Role.STAFF, id_, "bench@example.org"))
             seeded.append(SeededRestaurant(id_, token, [dish for dish, _, _ in dishes], _id("table", number)))
             descriptions.append({"id": id_, "dishes": [list(dish) for dish in dishes]})

@@ -27,7 +27,7 @@ async def rate(rig: BenchmarkRig, changes: int) -> float:
     try:
         began = time.monotonic()
         for start in range(0, changes, _BATCH_CHANGES):
-            await write_batch(connection, made[start : start + _BATCH_CHANGES], patience=_BATCH_SECONDS)
+            await write_batch(connection, made[start : start + _BATCH_CHANGES], timeout_seconds=_BATCH_SECONDS)
         return changes / (time.monotonic() - began)
     finally:
         await connection.close()

@@ -307,7 +307,7 @@ async def test_bulk_fill_writes_the_same_rows_as_the_writer(servers: Servers) ->
         writer: Any = await asyncpg.connect(settings.database_writer_url)
         written = sorted((one for of_one in history.written(shops) for one in of_one), key=lambda one: one.change.time)
         for start in range(0, len(written), 50):
-            await write_batch(writer, written[start : start + 50], patience=10.0)
+            await write_batch(writer, written[start : start + 50], timeout_seconds=10.0)
         assert {table: await _rows(superuser, table) for table in BIG} == filled
         assert await superuser.fetchval("select count(*) from conflicts") == 0
         await writer.close()

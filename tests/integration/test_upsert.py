@@ -82,7 +82,7 @@ def _read(one: Change) -> tuple[Any, Change, Any]:
 
 
 async def write(database: Database, *changes: Change) -> Outcome:
-    return await write_batch(database, written(*changes), patience=5.0)
+    return await write_batch(database, written(*changes), timeout_seconds=5.0)
 
 
 TABLES = {
@@ -216,7 +216,7 @@ async def test_batch_of_several_entities_is_all_or_nothing(database: Database) -
     dish, bill = change(menu_item()), change(order())
     broken = msgspec.structs.replace(written(dish)[0], state=msgspec.structs.replace(menu_item(), price="no price"))
     with pytest.raises(asyncpg.DataError):
-        await write_batch(database, [*written(bill), broken], patience=5.0)
+        await write_batch(database, [*written(bill), broken], timeout_seconds=5.0)
     assert await database.fetchval("select count(*) from orders") == 0
     await write(database, dish, bill)
     assert await database.fetchval("select count(*) from menu_items") == 1
@@ -373,7 +373,7 @@ async def test_postgres_stores_and_returns_every_value_that_the_contract_accepts
     except BrokenContract:
         return  # the decoder refused it, so PostgreSQL does not get it
     await empty(owner)
-    await write_batch(database, batch, patience=5.0)
+    await write_batch(database, batch, timeout_seconds=5.0)
     row = await database.fetchrow(
         "select data->'before' as before, (data->'after')::text as after, accepted_at from changes"
         " where restaurant_id = $1 and change_id = $2",

@@ -268,7 +268,7 @@ class Kitchen(Shelf):
         written = [Written(ENTITIES[one.entity].lane, ENTITIES[one.entity], one, registry.read(one)[1]) for one in some]
         unique = list({one.change.id: one for one in written}.values())
         async with self.rig.postgres.connection() as connection:
-            await write_batch(connection, unique, patience=5.0)
+            await write_batch(connection, unique, timeout_seconds=5.0)
         for one in unique:
             await self.mirror.note_sync_states(
                 self.restaurant, one.entity.name, [(one.change.entity_id, one.change.head)]

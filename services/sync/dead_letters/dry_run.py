@@ -79,7 +79,7 @@ async def _write(connection: Connection, written: Written, patience: float) -> F
     transaction = connection.transaction()
     await transaction.start()
     try:
-        outcome = await write_batch(connection, [written], patience=patience)
+        outcome = await write_batch(connection, [written], timeout_seconds=patience)
         found = await states.heads(connection, written.entity, change.restaurantid, [change.entity_id])
     finally:
         await transaction.rollback()

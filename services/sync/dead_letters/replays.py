@@ -26,7 +26,7 @@ from services.sync.dead_letters import dry_run
 from services.sync.dead_letters import replay_steps as steps
 from services.sync.dead_letters.replay_steps import Progress, Running, ToReplay
 from services.sync.failures.classification import classify, describe, fingerprint
-from services.sync.failures.retry_ladder import REPLAY, patience
+from services.sync.failures.retry_ladder import REPLAY, publish_timeout_seconds
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
@@ -250,7 +250,7 @@ class Replays:
             lane_queue(Lane(letter.lane)),
             letter.body,
             headers={REPLAY: letter.letter_id},
-            timeout=patience(len(letter.body)),
+            timeout=publish_timeout_seconds(len(letter.body)),
         )
 
     async def _apply(self, job: Running, letter: ToReplay) -> None:

@@ -1,14 +1,14 @@
-"""What a failure to write means for the change that met it. Pure: no waiting, no sending.
+"""Classifies the failure of a change. Pure: does not wait and sends nothing.
 
-    away       the sink does not take anything now: hold the batch, no attempt burnt
-    transient  this change may pass later: the retry ladder
-    poison     no retry can mend it: dead letter at once, untouched
+    unavailable  the sink accepts nothing now: hold the batch, burn no attempt
+    transient    the failure may pass by itself: use the retry ladder
+    poison       no retry can succeed: dead letter at once, bytes unchanged
 
-A frozen server and one slow statement look alike to a client that only waits. So the server is told to give up on a
-statement before the client does (`write_batch(patience=…)`): a QueryCanceledError is an answer, so the server lives and
-the statement is slow; a TimeoutError of ours means that not even that answer came.
+A client that only waits cannot distinguish a frozen server from a slow statement. Therefore the server must cancel a
+statement before the client gives up (`write_batch(timeout_seconds=…)`): a QueryCanceledError is an answer, so the
+server lives and the statement is slow; our own TimeoutError means that not even this answer arrived.
 
-What we do not know is our own bug: it goes up the ladder, and dies there with its name, never silently.
+An unknown error is a bug of ours: it takes the retry ladder and ends as a dead letter with its name, never silently.
 """
 
 import hashlib
@@ -21,49 +21,57 @@ from shared.entities.contract import BrokenContract
 from shared.postgres.pool import UNAVAILABLE
 
 UNKNOWN_PLACE = "unknown"
-_LONGEST_ERROR = 500
+_MAX_ERROR_CHARS = 500
 _OURS = ("services.", "shared.")
 _BROKEN = BrokenContract.__name__
 
-# SQLSTATE classes and codes, https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest match counts.
-_BY_SQLSTATE = {
-    "08": "away",  # connection
-    "22": "poison",  # data
-    "23": "poison",  # constraint
-    "25006": "away",  # read-only: a standby, or a primary that has just been demoted
-    "28": "away",  # who we are is not known (yet)
-    "3D": "away",  # no such database
-    "40": "transient",  # deadlock, serialization failure
-    "42501": "away",  # not permitted: `ticketrail migrate` has not run, no change is to blame
-    "42703": "away",  # no such column: the same
-    "42P01": "away",  # no such table: the same
-    "53": "away",  # out of disk, memory, connections
-    "55P03": "transient",  # lock not available in time
-    "57": "away",  # shutting down, starting, crashed
-    "57014": "transient",  # statement timeout
-    "58": "away",  # the server's own input and output
-}
-
 
 class FailureKind(StrEnum):
-    UNAVAILABLE = "away"
+    UNAVAILABLE = "unavailable"
     TRANSIENT = "transient"
     POISON = "poison"
+
+
+# SQLSTATE classes and codes, https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest match applies.
+_BY_SQLSTATE = {
+    "08": FailureKind.UNAVAILABLE,  # connection
+    "22": FailureKind.POISON,  # data
+    "23": FailureKind.POISON,  # constraint
+    "25006": FailureKind.UNAVAILABLE,  # read-only: a standby, or a primary that has just been demoted
+    "28": FailureKind.UNAVAILABLE,  # our role is not known (yet)
+    "3D": FailureKind.UNAVAILABLE,  # no such database
+    "40": FailureKind.TRANSIENT,  # deadlock, serialization failure
+    "42501": FailureKind.UNAVAILABLE,  # not permitted: `ticketrail migrate` has not run; no change is at fault
+    "42703": FailureKind.UNAVAILABLE,  # no such column: the same
+    "42P01": FailureKind.UNAVAILABLE,  # no such table: the same
+    "53": FailureKind.UNAVAILABLE,  # out of disk, memory, connections
+    "55P03": FailureKind.TRANSIENT,  # lock not available in time
+    "57": FailureKind.UNAVAILABLE,  # shutting down, starting, crashed
+    "57014": FailureKind.TRANSIENT,  # statement timeout
+    "58": FailureKind.UNAVAILABLE,  # the server's own input and output
+}
+_REASONS = {
+    FailureKind.UNAVAILABLE: "postgres_unavailable",
+    FailureKind.TRANSIENT: "transient",
+    FailureKind.POISON: "refused_by_postgres",
+}
 
 
 class Failure(Struct, frozen=True):
     kind: FailureKind
     reason: str
-    """Stable: dead letters are grouped by it."""
+    """Stable name of the cause; dead letters are grouped by it."""
     error: str
-    """For people; short."""
+    """For people: error type and message, at most 500 characters."""
     place: str = UNKNOWN_PLACE
     """Where in our code: `module:function`."""
     timed_out: bool = False
-    """The server gave up waiting, for a lock or for itself: if nothing else gets through either, it is the server."""
+    """The server cancelled the statement or stopped waiting for a lock. When nothing else succeeds either, the server
+    is slow, not this change."""
 
 
 def classify(error: Exception) -> Failure:
+    """What an error while decoding or writing a change means. Never raises."""
     text, place = describe(error), place_of(error)
     if isinstance(error, BrokenContract):
         return Failure(FailureKind.POISON, error.reason, text, place)
@@ -71,18 +79,15 @@ def classify(error: Exception) -> Failure:
         sqlstate = error.sqlstate or ""
         for length in (5, 2):
             if kind := _BY_SQLSTATE.get(sqlstate[:length]):
-                reason = {"away": "postgres_unavailable", "transient": "transient", "poison": "refused_by_postgres"}[
-                    kind
-                ]
-                return Failure(FailureKind(kind), reason, text, place, timed_out=sqlstate in ("57014", "55P03"))
+                return Failure(kind, _REASONS[kind], text, place, timed_out=sqlstate in ("57014", "55P03"))
     if isinstance(error, UNAVAILABLE):
         return Failure(FailureKind.UNAVAILABLE, "postgres_unavailable", text, place)
     return Failure(FailureKind.TRANSIENT, "unexpected", text, place)
 
 
 def place_of(error: BaseException) -> str:
-    """The last frame of our own code in its traceback, such as `shared.entities.entity:decode`: without line numbers,
-    so that a failure has the same place after the next edit of the file."""
+    """The last frame of our own code in the traceback, such as `shared.entities.entity:decode`. Without line numbers,
+    so that a failure keeps its place after the next edit of the file."""
     place, step = UNKNOWN_PLACE, error.__traceback__
     while step is not None:
         module = step.tb_frame.f_globals.get("__name__", "")
@@ -93,20 +98,21 @@ def place_of(error: BaseException) -> str:
 
 
 def fingerprint(reason: str, error: str, place: str) -> str:
-    """What dead letters are grouped by. Of the error (`describe`) only its type counts: messages name ids."""
+    """The fingerprint that groups dead letters: 12 hex digits. Uses only the type of the error (`describe`), because
+    messages contain ids."""
     kind = error.partition(":")[0].strip()
-    # One type for all that breaks the contract: there the reason says which.
+    # All violations of the contract have one type: their reason distinguishes them.
     named = reason if kind == _BROKEN else kind
     return hashlib.sha256(f"{reason}|{named}|{place}".encode(errors="replace")).hexdigest()[:12]
 
 
 def describe(error: Exception) -> str:
-    """Type and message, in a form that fits a header whatever it is made of."""
-    return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _LONGEST_ERROR)
+    """Error type and message, as text that always fits into a header."""
+    return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _MAX_ERROR_CHARS)
 
 
 def clip(text: str, most: int) -> str:
-    """So much of it, as text that UTF-8 and PostgreSQL can hold."""
+    """The first `most` characters, as text that UTF-8 and PostgreSQL can hold."""
     if len(text) <= most and text.isascii() and "\x00" not in text:
         return text
     return text[:most].encode(errors="replace").decode().replace("\x00", "�")

@@ -1,11 +1,12 @@
-"""Where a change goes that could not be written: up the retry ladder, or to the dead queue of its lane.
+"""The retry ladder: sends a change that could not be written to the next retry queue, or to the dead-letter queue of
+its lane.
 
-Guarantee: `send` returns only when the broker has confirmed, so that the original may be acknowledged then; while the
-broker does not, it tries again. A change can thus be on the ladder twice, which is harmless, and is never nowhere.
+Guarantee: `send` returns only when the broker has confirmed, so that the original may be acknowledged then. While the
+broker does not confirm, it tries again. A change may therefore be enqueued twice (idempotent) but is never lost.
 
-Each travels alone, its bytes untouched, with what is known of its failures in headers of ours: the attempt number, the
-last failure, and the list of all of them. No `x-*` header is copied: with a copied `x-death` a message can be lost at
-its next expiry.
+Each change travels by itself, with its bytes unchanged. Our headers carry what is known of its failures: the attempt
+number, the last failure and the list of all failures. No `x-*` header is copied: RabbitMQ may silently lose a message
+with a copied `x-death` at its next expiry.
 """
 
 import asyncio
@@ -33,9 +34,9 @@ REASON = "ticketrail-reason"
 ERROR = "ticketrail-error"
 PLACE = "ticketrail-place"
 ATTEMPTS = "ticketrail-attempts"
-"""JSON: [{"at", "reason", "error", "place"}], the first failure first."""
+"""JSON: [{"at", "reason", "error", "place"}], oldest failure first."""
 REPLAY = "ticketrail-replay"
-"""The dead letter that this is the replay of. It stays with the change until its end, up the ladder too."""
+"""Id of the dead letter that this message replays. It stays with the change through all retry queues."""
 LANE = "ticketrail-lane"
 FAILED_AT = "ticketrail-failed-at"
 FIRST_FAILED_AT = "ticketrail-first-failed-at"
@@ -43,43 +44,43 @@ CHANGE_ID = "ticketrail-change-id"
 RESTAURANT = "ticketrail-restaurant"
 SUBJECT = "ticketrail-subject"
 
-# All headers of a message must fit into one frame of 128 KiB, or the broker closes the connection over them.
-_MOST_ATTEMPTS = 16
-_LONGEST_ATTEMPT = 300
-_MOST_KEPT = 16_384  # bytes of headers that came with it
-# Not all of a message's headers: what others have named theirs is not ours to write into the log.
-_TOLD = (topology.ATTEMPT, REASON, ERROR, PLACE, LANE, FIRST_FAILED_AT, CHANGE_ID, RESTAURANT, SUBJECT, REPLAY)
-_MOST_UNDER_WAY = 256
-_MOST_BYTES = 4_000_000
-# A broker that is only slow must not lose its connection over it: what is under way would all be sent once more.
-_PATIENCE, _BYTES_PER_SECOND = 10.0, 1_000_000
+# All headers of a message must fit into one frame of 128 KiB, or the broker closes the connection.
+_MAX_ATTEMPTS = 16
+_MAX_ATTEMPT_ERROR_CHARS = 300
+_MAX_KEPT_HEADER_BYTES = 16_384
+# Only our own headers are logged: other senders choose the names of theirs.
+_LOGGED = (topology.ATTEMPT, REASON, ERROR, PLACE, LANE, FIRST_FAILED_AT, CHANGE_ID, RESTAURANT, SUBJECT, REPLAY)
+_MAX_PUBLISHES_IN_FLIGHT = 256
+_MAX_BYTES_IN_FLIGHT = 4_000_000
+# Long enough for a broker that is only slow: after a timeout everything in flight would be sent again.
+_PUBLISH_TIMEOUT_SECONDS, _BYTES_PER_SECOND = 10.0, 1_000_000
 
 Headers = dict[str, int | str]
 
 
 class FailedChange(Struct, frozen=True):
-    """A change that could not be written, or a whole message that cannot be taken apart."""
+    """A change that could not be written, or a whole message that cannot be parsed."""
 
     body: bytes
-    """A message body: the change to the letter, in a batch of its own."""
+    """A message body: a batch with only this change, bytes unchanged."""
     headers: Mapping[str, Any]
-    """Of the message in which it came."""
+    """Headers of the message that carried it."""
     failure: Failure
     at: datetime
     change: Change | None = None
-    """When it can be read."""
+    """None when it cannot be read."""
     message: object = None
-    """In which it came: settled when this is where it belongs."""
+    """The message that carried it, which is acknowledged when this change is committed or confirmed elsewhere."""
 
     @property
     def attempt(self) -> int:
-        """How many attempts there were, with this one."""
+        """The number of attempts so far, including this one."""
         before = self.headers.get(topology.ATTEMPT)
         return (before if isinstance(before, int) and before > 0 else 0) + 1
 
 
 def single_change_body(event: bytes) -> bytes:
-    """The body of a message with one change in it."""
+    """A message body with one change in it."""
     return encode_batch((event,))
 
 
@@ -109,45 +110,46 @@ def headers_for(failed: FailedChange, lane: str) -> Headers:
 def _kept(headers: Mapping[str, Any]) -> Headers:
     kept: Headers = {}
     size = 0
-    # Our own first: they must not be left out for what others have added.
+    # Our own headers first: those of others must not displace them.
     for name in sorted(headers, key=lambda name: not name.startswith("ticketrail-")):
         value = headers[name]
         if name.startswith("x-") or name == ATTEMPTS or not isinstance(value, int | str):
             continue
         its = len(name) + (len(value.encode(errors="replace")) if isinstance(value, str) else 8)
-        if size + its <= _MOST_KEPT:
+        if size + its <= _MAX_KEPT_HEADER_BYTES:
             size += its
             kept[name] = value
     return kept
 
 
 def attempts_in(headers: Mapping[str, Any]) -> list[Attempt]:
-    """Those that are in a message's headers; none where they cannot be read."""
+    """The attempts in the headers of a message; empty when they cannot be read."""
     try:
         found = msgspec.json.decode(headers.get(ATTEMPTS) or b"[]", type=list[Attempt])
     except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError):
         return []
     return [
-        Attempt(one.at, clip(one.reason, 100), clip(one.error, _LONGEST_ATTEMPT), clip(one.place, 200))
-        for one in bounded(found, _MOST_ATTEMPTS)
+        Attempt(one.at, clip(one.reason, 100), clip(one.error, _MAX_ATTEMPT_ERROR_CHARS), clip(one.place, 200))
+        for one in bounded(found, _MAX_ATTEMPTS)
         if in_range(one.at)
     ]
 
 
 def _attempts(failed: FailedChange) -> list[Attempt]:
     failure = failed.failure
-    this = Attempt(failed.at, failure.reason, clip(failure.error, _LONGEST_ATTEMPT), failure.place)
-    return bounded([*attempts_in(failed.headers), this], _MOST_ATTEMPTS)
+    this = Attempt(failed.at, failure.reason, clip(failure.error, _MAX_ATTEMPT_ERROR_CHARS), failure.place)
+    return bounded([*attempts_in(failed.headers), this], _MAX_ATTEMPTS)
 
 
 def for_the_mirror(failed: FailedChange) -> bytes:
-    """What readers see of it: JSON {"error", "attempts", "last_attempt"}."""
+    """The failure as the mirror shows it: JSON {"error", "attempts", "last_attempt"}."""
     return encode({"error": failed.failure.error, "attempts": failed.attempt, "last_attempt": failed.at})
 
 
-def patience(size: int) -> float:
-    """Seconds until a publish of so many bytes is given up on: more than for a small one."""
-    return _PATIENCE + size / _BYTES_PER_SECOND
+def publish_timeout_seconds(size: int) -> float:
+    """The timeout of a publish of `size` bytes. It grows with the size: a slow broker must not look like an unavailable
+    one."""
+    return _PUBLISH_TIMEOUT_SECONDS + size / _BYTES_PER_SECOND
 
 
 class RetryLadder:
@@ -157,17 +159,17 @@ class RetryLadder:
         self._steps_ms = steps_ms
 
     def is_dead(self, failed: FailedChange, lane: Lane) -> bool:
-        """It has no way up."""
+        """Whether it goes straight to the dead-letter queue."""
         return destination(failed, lane, self._steps_ms) == topology.dead_queue(lane)
 
     async def send(self, failed: Sequence[FailedChange], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
         """Returns when all are confirmed, or when their messages are not `ours` any more: the broker delivers those
-        again. Gives those that are on a rung of the ladder now, as far as they can be read.
+        again. The result lists the readable changes that are in a retry queue now.
 
-        All at once, as one after the other would hold up the lane for a confirm each; but so many bytes at most, which
-        must get through the broker before its confirm is given up on."""
+        Publishes many at the same time, because waiting for each confirm would delay the lane. The bytes in flight are
+        limited: all of them must reach the broker before a publish times out."""
         for group in _groups(failed):
-            timeout = patience(sum(len(one.body) for one in group))
+            timeout = publish_timeout_seconds(sum(len(one.body) for one in group))
             await asyncio.gather(*(self._send(one, lane, ours, timeout) for one in group))
         return [
             Retry(
@@ -192,7 +194,7 @@ class RetryLadder:
             "change_failed",
             queue=queue,
             **({"trace_id": trace} if failed.change and (trace := trace_id_of(failed.change.traceparent)) else {}),
-            **{name.removeprefix("ticketrail-"): headers[name] for name in _TOLD if name in headers},
+            **{name.removeprefix("ticketrail-"): headers[name] for name in _LOGGED if name in headers},
         )
         attempt = 0
         while ours():
@@ -213,7 +215,7 @@ def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:
     group: list[FailedChange] = []
     size = 0
     for one in failed:
-        if group and (size + len(one.body) > _MOST_BYTES or len(group) >= _MOST_UNDER_WAY):
+        if group and (size + len(one.body) > _MAX_BYTES_IN_FLIGHT or len(group) >= _MAX_PUBLISHES_IN_FLIGHT):
             yield group
             group, size = [], 0
         group.append(one)
@@ -231,7 +233,8 @@ class _Glimpse(Struct):
 
 
 def _identity(failed: FailedChange) -> Headers:
-    """Whose it is, as far as that can be read: operators search dead letters by it."""
+    """Ids of change, restaurant and entity as headers, as far as they can be read. Operators search dead letters by
+    them."""
     try:
         seen = msgspec.json.decode(failed.body, type=list[_Glimpse])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

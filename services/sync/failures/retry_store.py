@@ -1,10 +1,10 @@
-"""What is on the retry ladder now, by change: so that every change can be accounted for while it is neither in
-`changes` nor dead.
+"""The table `retries`: which changes are on the retry ladder. With it every change can be accounted for while it is
+neither in `changes` nor a dead letter.
 
-A row is written when the broker has confirmed the change on its rung, and goes in the transaction that commits it or
-keeps its dead letter. Between the confirm and the row the change may have come back already, and another copy of it may
-have been committed: `sweep`, every now and then, takes away what that leaves. A row that could not be written, because
-PostgreSQL went away just then, is only missed by the ledger: the change is on its rung all the same.
+A row is inserted when the broker has confirmed the change in its retry queue, and deleted in the transaction that
+commits the change or stores its dead letter. Between the confirm and the row, the change may have returned, and another
+copy of it may have been committed: `sweep` regularly deletes such leftover rows. A row that could not be inserted
+because PostgreSQL was unavailable is missing only in the ledger: the change is in its retry queue anyway.
 """
 
 from collections.abc import Sequence
@@ -52,19 +52,20 @@ class Retry(Struct, frozen=True, kw_only=True):
     failed_at: datetime
 
 
-async def note(connection: Connection, climbing: Sequence[Retry]) -> None:
-    """These are on a rung now. What is in `changes` is not noted any more."""
-    last = {(one.restaurant_id, one.change_id): one for one in climbing}
+async def note(connection: Connection, retries: Sequence[Retry]) -> None:
+    """Inserts or updates the rows of changes that are in a retry queue now. Skips those that are in `changes`
+    already."""
+    last = {(one.restaurant_id, one.change_id): one for one in retries}
     rows = list(last.values())
     await connection.execute(_NOTE, *([getattr(one, name) for one in rows] for name in Retry.__struct_fields__))
 
 
 async def forget(connection: Connection, changes: Sequence[tuple[str, str]]) -> None:
-    """`changes` are (restaurant, change): committed, or dead."""
+    """Deletes the rows of changes that are committed or dead. `changes`: (restaurant id, change id)."""
     ordered = sorted(changes)
     await connection.execute(_FORGET, [one for one, _ in ordered], [one for _, one in ordered])
 
 
 async def sweep(connection: Connection) -> int:
-    """How many rows were left over."""
+    """Deletes leftover rows and returns how many there were."""
     return int((await connection.execute(_SWEEP)).rpartition(" ")[2])

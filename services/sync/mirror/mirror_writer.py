@@ -29,7 +29,7 @@ from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
 from services.sync.failures.classification import classify
-from services.sync.failures.retry_ladder import FailedChange, headers_for, patience
+from services.sync.failures.retry_ladder import FailedChange, headers_for, publish_timeout_seconds
 from services.sync.heartbeat import HeartbeatMonitor
 from shared.backoff import backoff
 from shared.entities import registry
@@ -331,7 +331,7 @@ class MirrorWriter:
         while True:
             try:
                 return await self._publisher.publish_to_queue(
-                    MIRROR_DEAD, body, headers=headers, timeout=patience(len(body))
+                    MIRROR_DEAD, body, headers=headers, timeout=publish_timeout_seconds(len(body))
                 )
             except (NotSent, InDoubt) as away:
                 log.warning("mirror_dead_letter_waits", error=str(away))

@@ -1,5 +1,5 @@
-"""What the writer tells of a batch in traces: a span for the batch, linked to every change of it that is traced, and
-one in each of those changes' own traces. One that failed is always told."""
+"""Traces of the writer: a span for a batch, linked to each of its changes that is traced, and a span in the trace of
+each of those changes. A change that failed is always traced."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "BATCH"}
 
 
 def _names(change: Change) -> dict[str, str]:
-    """By the order's id its traces are found, also those of a change that never gets into PostgreSQL."""
+    """Traces of an order are found by its id, also for a change that never reaches PostgreSQL."""
     return {"ticketrail.change_id": change.id, f"ticketrail.{change.entity}_id": change.entity_id}
 
 
@@ -29,7 +29,8 @@ def trace_batch(
     began: int,
     ended: int,
 ) -> None:
-    """`began`, `ended`: from when its `messages` were taken to the commit, in nanoseconds since the epoch."""
+    """`messages`: how many the batch was made of. `began`, `ended`: from taking them to the commit, in nanoseconds
+    since 1970."""
     if not tracer.on:
         return
     traced = [

@@ -1,16 +1,18 @@
-"""Getting one batch into PostgreSQL, whatever it takes.
+"""Writes one batch into PostgreSQL, and waits while PostgreSQL is unavailable.
 
-Guarantee: when `write` returns, every change of the batch is committed, or returned as failed: for the ladder or dead.
+Guarantee: when `write` returns, every change of the batch is committed or returned as failed. A failed change belongs
+in a retry queue or among the dead letters.
 
-    sink away           the batch is held and tried again, with jittered back-off; no attempt is burnt. When that has
-                        lasted for `sink_hold_seconds`, SinkGone: the caller lets go of its messages, for a broker
-                        closes the channel of a consumer that holds them for ever
-    anything else       the batch is tried change by change, each in a transaction of its own: only those that fail
-                        again have failed, the rest is written
-    timeouts only       when changes run into timeouts and nothing else gets through, then the server is slow, not these
-                        changes: held like a sink away. One commit in between, and they have failed
+    unavailable      the batch is held and tried again, with jittered backoff; no attempt is burned. After
+                     `sink_hold_seconds`, HoldExpired: the caller must release its messages, because a broker closes the
+                     channel of a consumer that holds them too long
+    any other error  every change is tried in a transaction of its own: those that fail again have failed, the others
+                     are written
+    only timeouts    when changes time out and nothing else succeeds, the server is slow and not these changes: the
+                     batch is held as if PostgreSQL were unavailable. After one commit in between, they have failed
 
-It may be cancelled at any time: what was not acknowledged is delivered again, and writing it twice changes nothing.
+Shutdown: it may be cancelled at any time. What was not acknowledged is delivered again, and writing it twice is
+idempotent.
 """
 
 import asyncio
@@ -38,66 +40,68 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_STUCK = 5  # so many timeouts with nothing getting through: look at the server, not at the changes
+_TIMEOUTS_OF_SLOW_SERVER = 5
+"""After so many timeouts without a commit, the server is slow, not the changes."""
 
 
 class HoldExpired(Exception):
-    """PostgreSQL has been away for longer than messages may be held."""
+    """PostgreSQL was unavailable for longer than messages may be held."""
 
 
 class BatchWriter:
     def __init__(self, postgres: Postgres, settings: Settings) -> None:
         self._postgres = postgres
         self._longest_hold = settings.sink_hold_seconds
-        # Before the client's own timeout strikes, so that a slow statement is told from a frozen server.
-        self._patience = settings.database_timeout_seconds * 0.7
+        # Shorter than the client's own timeout, so that a slow statement differs from a frozen server.
+        self._timeout_seconds = settings.database_timeout_seconds * 0.7
         self.holding_since: datetime | None = None
         self._hold_began = 0.0
         self._holds = 0
 
     async def write(self, batch: WriteBatch) -> list[FailedChange]:
-        """The changes that failed. Raises SinkGone."""
+        """Returns the changes that failed. Raises HoldExpired."""
         if not batch.changes and not batch.heartbeats:
             return []
         while True:
             try:
                 await self._commit(batch.changes, batch.heartbeats)
                 return []
-            except Exception as error:  # noqa: BLE001  (each is classified; none is swallowed)
+            except Exception as error:  # noqa: BLE001  (each error is classified, none is ignored)
                 failure = classify(error)
             if failure.kind is FailureKind.UNAVAILABLE:
                 await self._hold(failure)
                 continue
             if len(batch.changes) == 1 and not batch.heartbeats:
                 return [batch.changes[0].failed(failure)]
-            log.info("batch_taken_apart", lane=batch.lane, changes=len(batch.changes), error=failure.error)
+            log.info("batch_split", lane=batch.lane, changes=len(batch.changes), error=failure.error)
             return await self._one_by_one(batch)
 
-    async def keep_dead(self, letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter] | None:
-        """Those that are news. None: they must take their way through the dead queue, whose keeper is more patient."""
+    async def store_dead_letters(self, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter] | None:
+        """Returns those whose death is new. None: nothing is stored, and they must go through the dead-letter queue,
+        whose collector tries longer."""
         try:
             async with self._postgres.connection() as connection:
-                return await dead_letter_store.keep(connection, letters)
-        except Exception as error:  # noqa: BLE001  (whatever it is, there is that other way)
-            log.warning("letters_not_kept_at_once", letters=len(letters), error=describe(error))
+                return await dead_letter_store.keep(connection, dead_letters)
+        except Exception as error:  # noqa: BLE001  (after any error there is the other way)
+            log.warning("dead_letters_not_stored_directly", dead_letters=len(dead_letters), error=describe(error))
             return None
 
-    async def note_retries(self, climbing: Sequence[Retry]) -> None:
-        """Tells the ledger; nobody waits for it when it cannot be told."""
+    async def note_retries(self, retries: Sequence[Retry]) -> None:
+        """Stores for the ledger what is on the retry ladder. Best effort: an error is only logged."""
         try:
             async with self._postgres.connection() as connection:
-                await retry_store.note(connection, climbing)
-        except Exception as error:  # noqa: BLE001  (they are on the ladder all the same)
-            log.warning("retries_not_noted", changes=len(climbing), error=describe(error))
+                await retry_store.note(connection, retries)
+        except Exception as error:  # noqa: BLE001  (they are on the ladder anyway)
+            log.warning("retries_not_stored", changes=len(retries), error=describe(error))
 
     async def wait_for_an_answer(self) -> None:
-        """Returns when PostgreSQL has answered a question; after a second at the earliest."""
+        """Returns when PostgreSQL has answered a query; after a second at the earliest."""
         while True:
             await asyncio.sleep(random.uniform(1.0, 2.0))  # noqa: S311  (jitter)
             try:
                 async with self._postgres.connection() as connection:
                     await connection.fetchval("select 1 from changes limit 1")
-            except Exception as error:  # noqa: BLE001  (any of them means no)
+            except Exception as error:  # noqa: BLE001  (any error means: not yet)
                 log.debug("postgres_still_unavailable", error=describe(error))
             else:
                 return self._served()
@@ -108,7 +112,7 @@ class BatchWriter:
                 connection,
                 [one.written for one in changes],
                 heartbeats,
-                patience=self._patience,
+                timeout_seconds=self._timeout_seconds,
                 retried=[one.name for one in changes if one.retried],
             )
         self._served()
@@ -116,7 +120,7 @@ class BatchWriter:
     async def _one_by_one(self, batch: WriteBatch) -> list[FailedChange]:
         failed: list[FailedChange] = []
         timed_out: list[tuple[ReceivedChange, Failure]] = []
-        served = False  # something got through: the server is not what is slow
+        served = False  # a commit succeeded: the server is not slow
         waiting = deque(batch.changes)
         while waiting:
             change = waiting.popleft()
@@ -124,34 +128,34 @@ class BatchWriter:
                 await self._commit([change])
                 served = True
                 continue
-            except Exception as error:  # noqa: BLE001  (the same)
+            except Exception as error:  # noqa: BLE001  (it is classified)
                 failure = classify(error)
             if failure.kind is FailureKind.UNAVAILABLE:
                 waiting.appendleft(change)
                 await self._hold(failure)
             elif failure.timed_out and not served:
                 timed_out.append((change, failure))
-                if len(timed_out) == _STUCK:
-                    # Behind the others, so that those come first next time whose turn it has not been.
+                if len(timed_out) == _TIMEOUTS_OF_SLOW_SERVER:
+                    # Append them, so that the changes that were not tried yet come first.
                     waiting.extend(one for one, _ in timed_out)
                     timed_out.clear()
                     await self._hold(failure)
             else:
                 failed.append(change.failed(failure))
         failed.extend(change.failed(failure) for change, failure in timed_out)
-        await self._note_heartbeats(batch)
+        await self._write_heartbeats(batch)
         return failed
 
-    async def _note_heartbeats(self, batch: WriteBatch) -> None:
+    async def _write_heartbeats(self, batch: WriteBatch) -> None:
         while batch.heartbeats:
             try:
                 await self._commit([], batch.heartbeats)
                 return
-            except Exception as error:  # noqa: BLE001  (the same)
+            except Exception as error:  # noqa: BLE001  (it is classified)
                 failure = classify(error)
             if failure.kind is FailureKind.UNAVAILABLE:
                 await self._hold(failure)
-            else:  # the next heartbeat comes in seconds
+            else:  # the next heartbeat follows in seconds
                 log.error("heartbeat_not_stored", lane=batch.lane, error=failure.error)
                 batch.heartbeats = []
 

@@ -1,4 +1,4 @@
-"""What was taken from a lane, taken apart: changes to write, heartbeats to note, and what cannot be read. Pure."""
+"""Parsing of messages from a lane: changes to write, heartbeats to store, and what cannot be read. Pure."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Message(Protocol):
 
 
 class ReceivedChange(Struct, frozen=True):
-    """One change, with what is needed to send it on alone."""
+    """One change, with what is needed to send it on by itself."""
 
     event: bytes
     message: Message
@@ -49,20 +49,21 @@ class WriteBatch(Struct):
     changes: list[ReceivedChange]
     heartbeats: list[Signal]
     failed: list[FailedChange]
-    """What cannot even be read; it does not hold back the rest of its message."""
+    """Changes that cannot be read. They do not delay the rest of their message."""
 
 
 def estimate_changes(body: bytes) -> int:
-    """A rough count of the changes in a message, without taking it apart: bounds a batch, decides nothing."""
+    """About how many changes are in a message body, without parsing it. Only limits the size of a batch."""
     return max(1, body.count(b'"entityversion"'))
 
 
 def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
+    """Never raises: what cannot be read is in `failed`."""
     batch = WriteBatch(lane, [], [], [])
     for message in messages:
         try:
             events = split_batch(message.body)
-        except Exception as error:  # noqa: BLE001  (whatever it is, it goes where failures go)
+        except Exception as error:  # noqa: BLE001  (any error is a failure of this message)
             batch.failed.append(FailedChange(message.body, message.headers, classify(error), now(), None, message))
             continue
         for event in events:
@@ -75,7 +76,7 @@ def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
                 change = decode_change(event)
                 entity, state = registry.read(change)
                 batch.changes.append(ReceivedChange(event, message, Written(lane, entity, change, state)))
-            except Exception as error:  # noqa: BLE001  (the same)
+            except Exception as error:  # noqa: BLE001  (of this change)
                 batch.failed.append(
                     FailedChange(single_change_body(event), message.headers, classify(error), now(), change, message)
                 )

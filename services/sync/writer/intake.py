@@ -37,19 +37,19 @@ _MAX_SIGNAL_BYTES = 1_000
 
 
 class Tags:
-    """The delivery tags of one channel: which acknowledgements say that exactly the settled messages are settled."""
+    """The delivery tags of one channel, and which acknowledgements cover exactly the settled messages."""
 
     def __init__(self) -> None:
         self._all_up_to = 0
         self._beyond: set[int] = set()
 
     def settle(self, tags: Sequence[int]) -> tuple[int | None, list[int]]:
-        """(a tag to acknowledge with all before it, tags to acknowledge one by one)"""
+        """Returns (a tag to acknowledge with all before it, or None; tags to acknowledge one by one)."""
         self._beyond.update(tags)
         while self._all_up_to + 1 in self._beyond:
             self._all_up_to += 1
             self._beyond.discard(self._all_up_to)
-        # Never one that was acknowledged before: the broker answers an unknown tag by closing the channel.
+        # Never acknowledge a tag twice: the broker closes the channel over an unknown tag.
         multiple = max((tag for tag in tags if tag <= self._all_up_to), default=None)
         return multiple, sorted(tag for tag in tags if tag > self._all_up_to)
 
@@ -94,7 +94,7 @@ class Intake:
                 if self._ending:
                     await self.end()
                 return
-            except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client: it is tried again)
+            except Exception as error:  # noqa: BLE001  (a broken peer may cause any error; try again)
                 attempt += 1
                 log.warning("lane_unavailable", lane=self.lane, error=describe(error), attempt=attempt)
                 await subscription.close()
@@ -115,7 +115,8 @@ class Intake:
             await subscription.close()
 
     async def take(self) -> list[Delivery]:
-        """At least one message, then what comes until the batch is large enough or its wait is over. Empty: ended."""
+        """Waits for one message, then collects more until the batch is large enough or its wait is over. Empty:
+        ended."""
         taken: list[Delivery] = []
         size = 0
         loop = asyncio.get_running_loop()
@@ -130,7 +131,7 @@ class Intake:
             except TimeoutError:
                 break
             if delivery is None:
-                self._arrived.put_nowait(None)  # for the next call, which finds nothing before it
+                self._arrived.put_nowait(None)  # for the next call
                 break
             if delivery.ours:
                 taken.append(delivery)
@@ -139,7 +140,7 @@ class Intake:
         return taken
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledges. What cannot be acknowledged any more comes again, which changes nothing."""
+        """Acknowledges the messages. Those of a closed channel are delivered again, which is harmless."""
         by_channel: dict[AbstractChannel, list[int]] = {}
         for delivery in deliveries:
             by_channel.setdefault(delivery.channel, []).append(delivery.tag)
@@ -156,7 +157,7 @@ class Intake:
         self._held.difference_update(deliveries)
 
     async def end(self) -> None:
-        """No more deliveries; `take` hands out what is here, then nothing. May be called twice, or before `open`."""
+        """Stops deliveries; `take` hands out what has arrived, then nothing. May be called twice, or before `open`."""
         self._ending = True
         if self._subscription is not None:
             await self._subscription.end()

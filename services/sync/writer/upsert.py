@@ -1,19 +1,20 @@
-"""Writing batches of changes: the one place that writes the readers' tables, `changes`, `conflicts` and `heartbeats`.
+"""Writes batches of changes into PostgreSQL. No other module writes the entities' tables, `changes`, `conflicts` and
+`heartbeats`.
 
-Guarantee: `write_batch` is one transaction, and the tables end the same whatever the order of the batches, however
-often each comes, and however many writers are at work at once:
+Guarantee: `write_batch` is one transaction. The tables end the same for every order of the batches, however often each
+one is written, and for any number of writers at the same time:
 
-    readers' tables   the state with the largest (version, change id) stands; its children stand with it
-    facts             every one that any state has ever carried
-    changes           every change once, to the letter
-    conflicts         every pair of changes that claim one version, or that were built on one change
+    entities' tables  the state with the largest (version, change id) wins, and its children with it
+    facts             every fact that any state has ever carried
+    changes           every change once, verbatim
+    conflicts         every pair of changes that claim one version, or that have one base
 
-Order inside the transaction. Entities come first: their row locks make two forks that are written at the same moment
-wait for one another, so that the second, when it looks for forks, sees the first. Tables are always visited in the
-same order and rows sorted by key, or two writers would deadlock. Two versions of one row in one upsert are an error in
-PostgreSQL, so that only the highest of a batch goes there.
+Order inside the transaction: entities come first. Their row locks serialize two forks that are written at the same
+time, so that the second sees the first when it looks for forks. Tables are always visited in the same order and rows
+are sorted by key, or two writers would deadlock. PostgreSQL refuses two versions of one row in one upsert, so only the
+highest version of a batch is sent.
 
-The statements are built once from the declarations in `shared/entities`; values travel as one array per column.
+The statements are built once, from the declarations in `shared/entities`. Values travel as one array per column.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +34,7 @@ Key = tuple[str, str]
 
 
 class Written(Struct, frozen=True):
-    """One change to write: checked, and with the state after it."""
+    """One validated change to write, with the state after it."""
 
     lane: Lane
     entity: Entity
@@ -47,9 +48,9 @@ class Written(Struct, frozen=True):
 
 class Outcome(Struct, frozen=True):
     new: int
-    """Changes that `changes` did not have."""
+    """The number of changes that were not in `changes` yet."""
     forks: int
-    """Conflicts that were opened."""
+    """The number of conflicts that were opened."""
 
 
 class _Statements(Struct, frozen=True):
@@ -78,7 +79,7 @@ def _statements(entity: Entity) -> _Statements:
         upsert=_insert(entity.table.name, (*owner, *guard), entity.table.columns)
         + f" on conflict (restaurant_id, id) do update set {assignments}"
         " where (excluded.version, excluded.change_id) > (t.version, t.change_id)"
-        # xmax is 0 in a row that was inserted, not updated: it cannot have children yet.
+        # xmax is 0 in a row that was inserted and not updated: such a row has no children yet.
         " returning t.restaurant_id::text, t.id::text, t.xmax = 0 as inserted",
         forget_children=tuple(
             f"delete from {child.name} t using unnest($1::uuid[], $2::uuid[]) as gone (restaurant_id, parent)"  # noqa: S608
@@ -122,7 +123,8 @@ _INSERT_CHANGES = (
     + " on conflict do nothing returning restaurant_id, change_id"
 )
 
-# Pairs in order of their ids, so that each opens once whoever comes second. Two legs, each with an index of its own.
+# Each pair is ordered by its ids, so that it opens one conflict, whichever change comes second. Each half of the union
+# uses an index of its own.
 _INSERT_CONFLICTS = """
 with mine as (
     select c.restaurant_id, c.entity, c.entity_id, c.version, c.change_id, c.base_change_id
@@ -147,8 +149,8 @@ order by 1, 5, 6
 on conflict do nothing
 """
 
-# A heartbeat may overtake an earlier one on another channel: the one that was sent last is the last.
-_NOTE_HEARTBEATS = """
+# A heartbeat may overtake an earlier one on another channel: the one with the latest time counts.
+_STORE_HEARTBEATS = """
 insert into heartbeats as t (lane, heartbeat_id, epoch, sent_at)
 select * from unnest($1::text[], $2::uuid[], $3::text[], $4::timestamptz[])
 on conflict (lane) do update
@@ -158,12 +160,12 @@ where excluded.sent_at > t.sent_at
 
 
 def data_of(change: Change) -> str:
-    """Before and after as they came, to the letter. `decode_change` has seen to it that they are text."""
+    """JSON with before and after exactly as received. `decode_change` has checked that they are text."""
     return f'{{"before":{bytes(change.data.before).decode()},"after":{bytes(change.data.after).decode()}}}'
 
 
 def highest(written: Iterable[Written]) -> list[Written]:
-    """Of each entity the change that stands among these, sorted by key."""
+    """The change with the highest head of each entity, sorted by key."""
     found: dict[Key, Written] = {}
     for one in written:
         known = found.get(one.key)
@@ -177,10 +179,10 @@ async def write_batch(
     written: Sequence[Written],
     heartbeats: Sequence[Signal] = (),
     *,
-    patience: float,
+    timeout_seconds: float,
     retried: Sequence[tuple[str, str]] = (),
 ) -> Outcome:
-    """Writes all or nothing. `patience`: seconds after which the server is to give up on a statement or a lock.
+    """Writes everything or nothing. `timeout_seconds`: when the server cancels a statement or stops waiting for a lock.
     `retried`: those of them, as (restaurant, change), that come from the retry ladder.
 
     Give it less than the connection's own command timeout: then a slow statement ends as an answer of the server
@@ -188,8 +190,9 @@ async def write_batch(
     """
     async with connection.transaction():
         # Without statistics (a young database) the planner would read all of `changes` for every batch.
+        milliseconds = int(timeout_seconds * 1000)
         await connection.execute(
-            f"set local statement_timeout = {int(patience * 1000)}; set local lock_timeout = {int(patience * 900)};"
+            f"set local statement_timeout = {milliseconds}; set local lock_timeout = {milliseconds * 9 // 10};"
             " set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off"
         )
         for name, entity in registry.ENTITIES.items():
@@ -197,7 +200,7 @@ async def write_batch(
                 await _write_entities(connection, entity, mine)
         new, forks = await _write_changes(connection, written) if written else (0, 0)
         if heartbeats:
-            await _note_heartbeats(connection, heartbeats)
+            await _store_heartbeats(connection, heartbeats)
         if retried:
             await retry_store.forget(connection, retried)
     return Outcome(new, forks)
@@ -251,16 +254,16 @@ async def _write_changes(connection: Connection, written: Sequence[Written]) -> 
     arrays = [[value(one) for one in ordered] for _, _, value in _CHANGES]
     new = await connection.fetch(_INSERT_CHANGES, *arrays)
     if not new:
-        return 0, 0  # who wrote them has looked for forks
+        return 0, 0  # the writer of these changes has looked for forks
     status = await connection.execute(_INSERT_CONFLICTS, [row[0] for row in new], [row[1] for row in new])
     return len(new), int(status.rpartition(" ")[2])
 
 
-async def _note_heartbeats(connection: Connection, heartbeats: Sequence[Signal]) -> None:
+async def _store_heartbeats(connection: Connection, heartbeats: Sequence[Signal]) -> None:
     last = {heartbeat.lane: heartbeat for heartbeat in sorted(heartbeats, key=lambda heartbeat: heartbeat.time)}
     ordered = [last[lane] for lane in sorted(last)]
     await connection.execute(
-        _NOTE_HEARTBEATS,
+        _STORE_HEARTBEATS,
         [heartbeat.lane for heartbeat in ordered],
         [heartbeat.id for heartbeat in ordered],
         [heartbeat.epoch for heartbeat in ordered],
