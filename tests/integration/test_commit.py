@@ -73,7 +73,7 @@ async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: RailRig)
     assert await rig.claims() == 0
 
 
-async def test_two_claimants_of_one_version_commit_once_and_lose_once(rig: RailRig, make_rail: MakeRail) -> None:
+async def test_only_one_of_two_claimants_of_a_version_commits(rig: RailRig, make_rail: MakeRail) -> None:
     other = await make_rail()
     # However long one of them takes, the other must not treat its claim as stale and finish its change.
     rig.mirror._stale_ms = other.mirror._stale_ms = 60_000

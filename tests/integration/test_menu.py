@@ -296,7 +296,7 @@ async def test_instance_prices_by_its_own_menu_changes_without_waiting_for_the_l
         assert made(await admin.post("/api/orders", json=body(dishes[2])))["subtotal"] == 1_234
 
 
-async def test_one_unknown_dish_changes_the_availability_of_none(shop: Shop) -> None:
+async def test_unknown_dish_leaves_the_availability_of_all_dishes_unchanged(shop: Shop) -> None:
     dish, deleted = (await shop.dish())["id"], (await shop.dish())["id"]
     async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
         expect(await admin.delete(f"/api/menu/{deleted}"))

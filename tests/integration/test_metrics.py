@@ -119,14 +119,15 @@ async def test_callers_that_wait_for_a_connection_are_counted(system: System) ->
 async def test_status_shows_every_service_and_names_the_unavailable_one(system: System) -> None:
     async def status() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await system.cli("status", "--json"))
+        assert found.pop("system") == "the backends that the environment names"  # all others are services
         return found
 
-    def all_ready(status: dict[str, Any]) -> bool:
-        states = {name: one["state"] for name, one in status.items()}
+    def all_ready(found: dict[str, Any]) -> bool:
+        states = {name: one["state"] for name, one in found.items()}
         return (
             states == dict.fromkeys(("orders", "sync-worker", "sync-api", "notifier"), "ready")
-            and status["orders"].get("broker connected") == 1
-            and status["sync-worker"].get("mirror warm") == 1
+            and found["orders"].get("broker connected") == 1
+            and found["sync-worker"].get("mirror warm") == 1
         )
 
     # Asked again and again: a worker is not ready if its last heartbeat is three seconds old, and `status` ignores

@@ -72,40 +72,40 @@ async def test_server_error_reaches_only_its_own_caller(link: MirrorConnection) 
 
 
 @pytest.fixture
-async def hasty(redis: Redis) -> AsyncIterator[MirrorConnection]:
+async def impatient(redis: Redis) -> AsyncIterator[MirrorConnection]:
     """A connection that does not wait long for a frozen server."""
-    hasty = MirrorConnection(redis.url, timeout=SHORT_TIMEOUT_SECONDS)
-    yield hasty
-    await hasty.close()
+    impatient = MirrorConnection(redis.url, timeout=SHORT_TIMEOUT_SECONDS)
+    yield impatient
+    await impatient.close()
 
 
 async def test_frozen_server_is_in_doubt_once_then_unavailable_at_once_until_a_probe_succeeds(
-    link: MirrorConnection, hasty: MirrorConnection, redis: Redis
+    link: MirrorConnection, impatient: MirrorConnection, redis: Redis
 ) -> None:
     await link.call("SET", "k", "before")
-    await eventually(lambda: answers(hasty), what="a connection")
+    await eventually(lambda: answers(impatient), what="a connection")
     await asyncio.to_thread(redis.freeze)
     try:
-        sent = await asyncio.gather(hasty.call("INCR", "n"), hasty.call("GET", "k"), return_exceptions=True)
+        sent = await asyncio.gather(impatient.call("INCR", "n"), impatient.call("GET", "k"), return_exceptions=True)
         assert [type(one) for one in sent] == [MirrorInDoubt, MirrorInDoubt]
         refusals = set()
 
         async def down() -> bool:
             with pytest.raises(MirrorUnavailable) as refused:  # probes fail too
-                await hasty.call("PING")
+                await impatient.call("PING")
             refusals.add(str(refused.value))
-            return hasty.down and BREAKER_OPEN in refusals
+            return impatient.down and BREAKER_OPEN in refusals
 
         await eventually(down, what="several failed attempts in a row, and calls refused without an attempt")
     finally:
         await asyncio.to_thread(redis.thaw)
-    await eventually(lambda: answers(hasty), what="a successful probe")
-    assert hasty.available
-    assert not hasty.down
+    await eventually(lambda: answers(impatient), what="a successful probe")
+    assert impatient.available
+    assert not impatient.down
 
     async def own_replies() -> list[Any] | None:
         try:
-            return await asyncio.gather(hasty.call("GET", "k"), hasty.call("ECHO", "mine"))
+            return await asyncio.gather(impatient.call("GET", "k"), impatient.call("ECHO", "mine"))
         except (MirrorUnavailable, MirrorInDoubt):
             return None
 

@@ -77,7 +77,7 @@ async def test_repeat_with_the_same_key_returns_the_same_order(system: System) -
     assert other.json()["error"]["details"]["field"] == "Idempotency-Key"
 
 
-async def test_two_concurrent_updates_of_one_version_succeed_once(system: System) -> None:
+async def test_only_one_of_two_concurrent_updates_of_a_version_succeeds(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
         replies = await asyncio.gather(

@@ -33,7 +33,7 @@ async def pool(servers: Servers, proxy: Proxy, timeout: float) -> AsyncIterator[
 
 
 @pytest.fixture
-async def hasty(servers: Servers, proxy: Proxy) -> AsyncIterator[Postgres]:
+async def impatient(servers: Servers, proxy: Proxy) -> AsyncIterator[Postgres]:
     async with pool(servers, proxy, 0.5) as postgres:
         yield postgres
 
@@ -64,20 +64,20 @@ async def refused_at_once(postgres: Postgres, calls: int) -> int:
 
 
 @pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.LOSE, Mode.STALL])
-async def test_one_call_in_many_waits_for_an_unavailable_server(hasty: Postgres, proxy: Proxy, mode: Mode) -> None:
-    await eventually(lambda: answers(hasty), what="a connection")
+async def test_one_call_in_many_waits_for_an_unavailable_server(impatient: Postgres, proxy: Proxy, mode: Mode) -> None:
+    await eventually(lambda: answers(impatient), what="a connection")
     proxy.set(mode)
-    assert await refused_at_once(hasty, 200) >= 190
+    assert await refused_at_once(impatient, 200) >= 190
     accepted = proxy.accepted
 
     async def probed() -> int:
-        await refused_at_once(hasty, 1)
+        await refused_at_once(impatient, 1)
         return proxy.accepted
 
     await eventually(probed, what="another probe", until=lambda seen: seen > accepted)
     proxy.set(Mode.FORWARD)
-    await eventually(lambda: answers(hasty), what="an answer")
-    assert hasty.available
+    await eventually(lambda: answers(impatient), what="an answer")
+    assert impatient.available
 
 
 async def test_one_of_many_concurrent_calls_probes(servers: Servers, proxy: Proxy) -> None:

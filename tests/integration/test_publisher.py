@@ -51,7 +51,7 @@ async def publisher(vhost: str) -> AsyncIterator[Publisher]:
 
 
 @pytest.fixture
-async def hasty(vhost: str) -> AsyncIterator[Publisher]:
+async def impatient(vhost: str) -> AsyncIterator[Publisher]:
     async with started(vhost, SHORT_TIMEOUT_SECONDS) as publisher:
         yield publisher
 
@@ -151,23 +151,23 @@ async def test_start_with_an_unavailable_broker_returns_after_its_wait(servers: 
 
 
 async def test_frozen_broker_costs_one_timeout_and_later_publishes_fail_at_once(
-    servers: Servers, hasty: Publisher, vhost: str
+    servers: Servers, impatient: Publisher, vhost: str
 ) -> None:
     await asyncio.to_thread(servers.rabbitmq.freeze)
     try:
         began = time.monotonic()
         async with asyncio.timeout(20):
             together = await asyncio.gather(
-                *(hasty.publish("key", b"[%d]" % n) for n in range(3)), return_exceptions=True
+                *(impatient.publish("key", b"[%d]" % n) for n in range(3)), return_exceptions=True
             )
         assert [type(one) for one in together] == [InDoubt] * 3
         assert time.monotonic() - began > SHORT_TIMEOUT_SECONDS * 0.9
         for _ in range(20):
             with pytest.raises(NotSent):
-                await hasty.publish("key", b"[never]")
+                await impatient.publish("key", b"[never]")
     finally:
         await asyncio.to_thread(servers.rabbitmq.thaw)
-    await eventually(lambda: confirmed(hasty, b"[after]"), what="a confirm")
+    await eventually(lambda: confirmed(impatient, b"[after]"), what="a confirm")
     expected = {b"[0]", b"[1]", b"[2]", b"[after]"}  # the messages in doubt did arrive
     assert set(await queued(vhost, *expected)) == expected
 
