@@ -9,7 +9,7 @@ from litestar import Litestar, post
 from litestar.types import ASGIApp
 
 from benchmarks.peers.transaction import application, placed, priced_order, store
-from shared.http.server import Call
+from shared.http.call import Call
 
 
 @post("/api/orders")

@@ -28,7 +28,7 @@ from shared.entities import order as orders
 from shared.entities.contract import encode, encode_batch
 from shared.entities.entity import micros
 from shared.entities.order import Order
-from shared.http.server import Call
+from shared.http.call import Call
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, LOG
 from shared.mirror.connection import MirrorConnection

@@ -29,7 +29,9 @@ from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, OrderItem, OrderStatus
 from shared.http.authorization import authorization
 from shared.http.bodies import read_body
-from shared.http.server import EXCEPTION_HANDLERS, Call, Reply, success
+from shared.http.call import Call
+from shared.http.error_replies import EXCEPTION_HANDLERS
+from shared.http.replies import Reply, success
 from shared.lifecycle import freeze_memory
 from shared.observability.metrics import HttpMetrics, Metrics
 from shared.observability.tracing import Tracer

@@ -11,22 +11,18 @@ from typing import Any
 
 import structlog
 from litestar import Litestar
-from litestar.di import Provide
 from msgspec import Struct
 
 from services.notifier.follower import LogFollower
 from services.notifier.hub import Hub
-from services.notifier.transports import API, TRANSPORTS
+from services.notifier.transports import API
 from services.notifier.window import Window
-from shared.http.api_docs import pages
-from shared.http.authorization import ResponseHeaders, authorization, cors
-from shared.http.bodies import MAX_BODY_BYTES
-from shared.http.limits import Limits
-from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options, stop_event
+from shared.http.response_headers import ResponseHeaders
+from shared.http.server import stop_event
+from shared.http.service import create_service, settings_of_service
 from shared.lifecycle import freeze_memory
 from shared.messaging import declare
-from shared.observability.logs import configure_logging
-from shared.observability.metrics import HttpMetrics, Metrics, PushMetrics
+from shared.observability.metrics import Metrics, PushMetrics
 from shared.observability.tracing import Tracer
 from shared.rail.instance import number_of_traces
 from shared.security.tokens import Tokens
@@ -86,8 +82,7 @@ async def _close_on(stopping: asyncio.Event, hub: Hub) -> None:
 
 
 def create(settings: Settings | None = None) -> ResponseHeaders:
-    settings = settings or Settings.load()
-    configure_logging("notifier", settings.log_level)
+    settings = settings_of_service("notifier", settings)
     settings, lease = number_of_traces(settings, "notifier")
     parts = assemble(settings)
 
@@ -105,34 +100,14 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
             lease.release()
             log.info("stopped")
 
-    app = Litestar(
-        route_handlers=[
-            *options(TRANSPORTS),
-            *TRANSPORTS,
-            *health(lambda: readiness(parts)),
-            metrics_route(parts.metrics),
-            *pages(API),
-        ],
-        dependencies={
-            "hub": Provide(lambda: parts.hub, sync_to_thread=False),
-            "follower": Provide(lambda: parts.follower, sync_to_thread=False),
-        },
-        middleware=[
-            authorization(
-                Tokens.of(settings),
-                parts.tracer,
-                HttpMetrics(parts.metrics),
-                # Of its own: it reads the log and needs no mirror.
-                Limits(None, settings),
-                proxies=settings.trusted_proxies,
-            )
-        ],
-        cors_config=cors(settings),
-        exception_handlers=EXCEPTION_HANDLERS,
-        request_class=Call,
-        lifespan=[lifespan],
-        request_max_body_size=MAX_BODY_BYTES,
-        openapi_config=None,
-        logging_config=None,
+    return create_service(
+        settings,
+        API,
+        state={"hub": parts.hub, "follower": parts.follower},
+        readiness=lambda: readiness(parts),
+        lifespan=lifespan,
+        tokens=Tokens.of(settings),
+        tracer=parts.tracer,
+        metrics=parts.metrics,
+        limits_mirror=None,  # the notifier reads the log and needs no mirror
     )
-    return ResponseHeaders(app)

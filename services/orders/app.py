@@ -10,7 +10,6 @@ from typing import Any
 
 import structlog
 from litestar import Litestar
-from litestar.datastructures import State
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
@@ -23,28 +22,20 @@ from services.orders.route_context import RouteContext
 from services.orders.routes import API
 from services.orders.sign_in import SignIn
 from shared.entities.contract import now
-from shared.http.api_docs import pages
-from shared.http.authorization import ResponseHeaders, authorization, cors
-from shared.http.bodies import MAX_BODY_BYTES
-from shared.http.limits import Limits
-from shared.http.server import EXCEPTION_HANDLERS, Call, health, metrics_route, options
+from shared.http.response_headers import ResponseHeaders
+from shared.http.service import create_service, settings_of_service
 from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
-from shared.messaging.publisher import Publisher
-from shared.messaging.topology import CHANGES, REFERENCE_LOG, bound_queues
-from shared.mirror.connection import MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
-from shared.mirror.mirror import Mirror
-from shared.observability.logs import configure_logging
-from shared.observability.metrics import HttpMetrics, Metrics, RailMetrics, ReadMetrics, watch_pool
+from shared.messaging.topology import REFERENCE_LOG
+from shared.observability.metrics import Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
-from shared.rail.commit import Rail
+from shared.rail.assemble import RailParts, assemble_rail
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphaned_journals import OrphanedJournals
-from shared.rail.record import Recorder
 from shared.rail.set_aside import count_aside
 from shared.security.tokens import Tokens
 from shared.settings import Settings
@@ -55,15 +46,13 @@ log = structlog.get_logger(__name__)
 class OrdersParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
-    mirror: Mirror
-    publisher: Publisher
+    rail_parts: RailParts
     journal: Journal
     drainer: Drainer
-    orphans: OrphanedJournals
-    rail: Rail
+    orphaned_journals: OrphanedJournals
     menus: Menus
     reads: Reads
-    shop: RouteContext
+    context: RouteContext
     tokens: Tokens
     tracer: Tracer
     metrics: Metrics
@@ -72,14 +61,7 @@ class OrdersParts(Struct, frozen=True):
 def assemble(settings: Settings, lease: Lease) -> OrdersParts:
     tracer = Tracer("orders", settings)
     metrics = Metrics()
-    rail_metrics = RailMetrics(metrics)
     postgres = Postgres(settings.database_api_url, settings)
-    mirror = Mirror(
-        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
-    )
-    publisher = Publisher(
-        settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
-    )
     journal = Journal(
         settings.journal_path,
         instance=settings.instance_number,
@@ -87,23 +69,14 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         reserve_bytes=settings.journal_reserve_bytes,
         lease=lease,
     )
-    recorder = Recorder(
-        publisher,
-        journal,
-        under_way=settings.publish_concurrency,
-        apart_ms=settings.publish_interval_ms,
-        batch_max_changes=settings.publish_max_changes,
-        metrics=rail_metrics,
-    )
-    rail = Rail(
-        mirror,
-        recorder,
-        journal,
-        claim_timeout_seconds=settings.claim_timeout_seconds,
-        reveal_timeout_seconds=settings.reveal_timeout_seconds,
+    rail_parts = assemble_rail(
+        settings,
+        journal=journal,
+        publish_interval_ms=settings.publish_interval_ms,
         tracer=tracer,
-        metrics=rail_metrics,
+        metrics=RailMetrics(metrics),
     )
+    mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     reads = Reads(postgres, mirror, ReadMetrics(metrics))
     reader = LogReader(
         settings.rabbitmq_url,
@@ -113,7 +86,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
     )
     menus = Menus(postgres, mirror, reader)
     changes, accounts, tokens = Changes(rail, reads), Accounts(postgres), Tokens.of(settings)
-    shop = RouteContext(
+    context = RouteContext(
         postgres,
         mirror,
         menus,
@@ -127,8 +100,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
     return OrdersParts(
         settings,
         postgres,
-        mirror,
-        publisher,
+        rail_parts,
         journal,
         Drainer(journal, publisher, tracer),
         OrphanedJournals(
@@ -139,10 +111,9 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
             max_bytes=settings.journal_max_bytes,
             every=settings.orphaned_journal_scan_seconds,
         ),
-        rail,
         menus,
         reads,
-        shop,
+        context,
         tokens,
         tracer,
         metrics,
@@ -160,8 +131,7 @@ def _watch(parts: OrdersParts) -> None:
         "Damaged files of all journals in the folder, set aside and waiting for somebody to look",
         lambda: count_aside(parts.settings.journal_folder),
     )
-    watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
-    watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
+    parts.rail_parts.watch(parts.metrics)
     watch(
         "ticketrail_heartbeat_age_seconds",
         "Since the last heartbeat in the log was sent",
@@ -181,29 +151,23 @@ async def start(parts: OrdersParts) -> None:
     except JournalBroken as error:
         # The broker may take every order all the same; the journal is tried again when it is needed.
         log.error("starting_without_journal", error=str(error))
-    try:
-        await parts.mirror.check()
-    except MirrorMisconfigured:
-        raise
-    except (MirrorUnavailable, MirrorInDoubt) as error:
-        log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+    await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
-    await parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
+    await parts.rail_parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
     parts.drainer.start()
-    parts.orphans.start()
+    parts.orphaned_journals.start()
     parts.menus.start()
     await parts.menus.load_all()
 
 
 async def stop(parts: OrdersParts) -> None:
-    await parts.rail.drain()
+    await parts.rail_parts.rail.drain()
     await parts.reads.drain()
-    await parts.orphans.stop()
+    await parts.orphaned_journals.stop()
     await parts.drainer.stop()
     await parts.menus.stop()
-    await parts.publisher.stop()
+    await parts.rail_parts.close()
     await parts.journal.close()
-    await parts.mirror.close()
     await parts.postgres.close()
     parts.tracer.close()
 
@@ -217,8 +181,8 @@ async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
     stale = age is None or age > max(2.0, parts.settings.heartbeat_interval_seconds * 3)
     details = {
         "menus": parts.menus.loaded,
-        "broker": parts.publisher.connected,
-        "mirror": parts.mirror.available,
+        "broker": parts.rail_parts.publisher.connected,
+        "mirror": parts.rail_parts.mirror.available,
         "journal": {
             "open": parts.journal.opened,
             "depth": parts.journal.depth,
@@ -228,13 +192,12 @@ async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
         "heartbeat_age_seconds": age,
         "heartbeats": "stale" if stale else "fresh",
     }
-    return parts.menus.loaded and (parts.publisher.connected or parts.journal.opened), details
+    return parts.menus.loaded and (parts.rail_parts.publisher.connected or parts.journal.opened), details
 
 
 def create(settings: Settings | None = None) -> ResponseHeaders:
-    settings = settings or Settings.load()
-    configure_logging("orders", settings.log_level)
-    # Beside the journals: who holds the number owns the journal. Given back after the journal is closed, or by death.
+    settings = settings_of_service("orders", settings)
+    # The holder of the number owns the journal beside it. Released after the journal is closed, or by death.
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)
     settings = settings.numbered(lease.number)
     parts = assemble(settings, lease)
@@ -252,30 +215,14 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
             lease.release()
             log.info("stopped")
 
-    app = Litestar(
-        route_handlers=[
-            *options(API.handlers),
-            *API.handlers,
-            *health(lambda: readiness(parts)),
-            metrics_route(parts.metrics),
-            *pages(API),
-        ],
-        state=State({"shop": parts.shop}),
-        middleware=[
-            authorization(
-                parts.tokens,
-                parts.tracer,
-                HttpMetrics(parts.metrics),
-                Limits(parts.mirror, settings),
-                proxies=settings.trusted_proxies,
-            )
-        ],
-        cors_config=cors(settings),
-        exception_handlers=EXCEPTION_HANDLERS,
-        request_class=Call,
-        lifespan=[lifespan],
-        request_max_body_size=MAX_BODY_BYTES,
-        openapi_config=None,
-        logging_config=None,
+    return create_service(
+        settings,
+        API,
+        state={"context": parts.context},
+        readiness=lambda: readiness(parts),
+        lifespan=lifespan,
+        tokens=parts.tokens,
+        tracer=parts.tracer,
+        metrics=parts.metrics,
+        limits_mirror=parts.rail_parts.mirror,
     )
-    return ResponseHeaders(app)

@@ -11,7 +11,7 @@ from shared.entities.selection import Selection
 from shared.errors import Forbidden, InvalidInput
 from shared.http.cursors import cursor_after, read_cursor
 from shared.http.endpoint import ListQuery
-from shared.http.server import Reply, success
+from shared.http.replies import Reply, success
 from shared.security.permissions import allowed
 from shared.security.tokens import Identity
 

@@ -13,7 +13,8 @@ from services.orders.reads import FoundState, Reads
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
 from shared.entities.contract import encode
-from shared.http.server import Call, Reply, success
+from shared.http.call import Call
+from shared.http.replies import Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
 
@@ -32,8 +33,8 @@ class RouteContext(Struct, frozen=True):
 
 def context_of(request: Call) -> RouteContext:
     """From the application's state: Litestar's dependency injection opens a task group for every request."""
-    shop: RouteContext = request.app.state["shop"]
-    return shop
+    context: RouteContext = request.app.state["context"]
+    return context
 
 
 def done_reply(done: Receipt, *, status: int = 200, **more: Any) -> Reply:

@@ -13,14 +13,11 @@ import structlog
 from services.sync.command_system import system_label
 from shared.errors import TicketrailError
 from shared.messaging import declare
-from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.messaging.topology import CHANGES, bound_queues
+from shared.messaging.publisher import BROKEN_LINK
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
-from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import MigrationError
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
-from shared.rail.commit import Rail
-from shared.rail.record import Recorder
+from shared.rail.assemble import assemble_rail
 from shared.settings import Settings
 
 
@@ -57,19 +54,11 @@ class CommandSession:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.postgres = Postgres(settings.database_writer_url, settings, size=2)
-        self.mirror = Mirror(
-            settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
-        )
-        self.publisher = Publisher(
-            settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
-        )
-        recorder = Recorder(self.publisher, None, under_way=settings.publish_concurrency)
-        self.rail = Rail(
-            self.mirror,
-            recorder,
-            None,
-            claim_timeout_seconds=settings.claim_timeout_seconds,
-            reveal_timeout_seconds=settings.reveal_timeout_seconds,
+        self._rail_parts = assemble_rail(settings)
+        self.mirror, self.publisher, self.rail = (
+            self._rail_parts.mirror,
+            self._rail_parts.publisher,
+            self._rail_parts.rail,
         )
 
     async def __aenter__(self) -> "CommandSession":
@@ -77,7 +66,5 @@ class CommandSession:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.rail.drain()
-        await self.publisher.stop()
-        await self.mirror.close()
+        await self._rail_parts.close()
         await self.postgres.close()

@@ -22,20 +22,14 @@ from services.sync.maintenance.reconciler import Reconciler
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.mirror.thresholds import Thresholds
 from services.sync.writer.postgres_writer import PostgresWriter
-from shared.http.server import EXCEPTION_HANDLERS, health, metrics_route
+from shared.http.service import create_health_service, settings_of_service
 from shared.lifecycle import freeze_memory, vital_task
 from shared.messaging import declare
-from shared.messaging.publisher import Publisher
-from shared.messaging.topology import CHANGES, bound_queues
-from shared.mirror.connection import MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
-from shared.mirror.mirror import Mirror
-from shared.observability.logs import configure_logging
 from shared.observability.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
-from shared.rail.commit import Rail
+from shared.rail.assemble import RailParts, assemble_rail
 from shared.rail.instance import number_of_traces
-from shared.rail.record import Recorder
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -46,9 +40,7 @@ _LEAST_PROOF = 5.0  # seconds
 class WorkerParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
-    mirror: Mirror
-    publisher: Publisher
-    rail: Rail
+    rail_parts: RailParts
     watch: HeartbeatMonitor
     heartbeats: HeartbeatSender
     postgres_writer: PostgresWriter
@@ -65,33 +57,17 @@ class WorkerParts(Struct, frozen=True):
 def assemble(settings: Settings) -> WorkerParts:
     tracer = Tracer("sync-worker", settings)
     metrics = Metrics()
-    rail_metrics, writer_metrics = RailMetrics(metrics), WriterMetrics(metrics)
+    writer_metrics = WriterMetrics(metrics)
     postgres = Postgres(settings.database_writer_url, settings)
-    mirror = Mirror(
-        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
-    )
-    publisher = Publisher(
-        settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
-    )
-    watch = HeartbeatMonitor(settings)
     # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
-    recorder = Recorder(publisher, None, under_way=settings.publish_concurrency, metrics=rail_metrics)
-    rail = Rail(
-        mirror,
-        recorder,
-        None,
-        claim_timeout_seconds=settings.claim_timeout_seconds,
-        reveal_timeout_seconds=settings.reveal_timeout_seconds,
-        tracer=tracer,
-        metrics=rail_metrics,
-    )
+    rail_parts = assemble_rail(settings, tracer=tracer, metrics=RailMetrics(metrics))
+    mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
+    watch = HeartbeatMonitor(settings)
     mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
     return WorkerParts(
         settings,
         postgres,
-        mirror,
-        publisher,
-        rail,
+        rail_parts,
         watch,
         HeartbeatSender(settings, postgres, publisher, watch),
         PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
@@ -130,8 +106,7 @@ def _watch(parts: WorkerParts) -> None:
     watch(
         "ticketrail_holding", "1 while PostgreSQL is away and batches are held", lambda: parts.postgres_writer.holding
     )
-    watch("ticketrail_broker_connected", "1 while the publisher is connected", lambda: parts.publisher.connected)
-    watch("ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: parts.mirror.available)
+    parts.rail_parts.watch(parts.metrics)
     watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.collector.open_letters)
     watch(
         "ticketrail_conflicts_open",
@@ -152,14 +127,9 @@ def _watch(parts: WorkerParts) -> None:
 
 async def start(parts: WorkerParts) -> None:
     """Raises TopologyError when a queue or a binding is missing."""
-    try:
-        await parts.mirror.check()
-    except MirrorMisconfigured:
-        raise
-    except (MirrorUnavailable, MirrorInDoubt) as error:
-        log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+    await parts.rail_parts.check_mirror()
     await declare.check_at_start(parts.settings, within=None)  # without the broker this worker has nothing to do
-    await parts.publisher.start(wait=5.0)
+    await parts.rail_parts.publisher.start(wait=5.0)
     await parts.postgres_writer.start()
     parts.collector.start()
     parts.mirror_writer.start()
@@ -181,9 +151,7 @@ async def stop(parts: WorkerParts) -> None:
     await parts.postgres_writer.stop()
     await parts.collector.stop()
     await parts.mirror_writer.stop()
-    await parts.rail.drain()
-    await parts.publisher.stop()
-    await parts.mirror.close()
+    await parts.rail_parts.close()
     await parts.postgres.close()
     parts.tracer.close()
 
@@ -200,8 +168,7 @@ async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bo
 
 
 def create(settings: Settings | None = None) -> Litestar:
-    settings = settings or Settings.load()
-    configure_logging("sync-worker", settings.log_level)
+    settings = settings_of_service("sync-worker", settings)
     settings, lease = number_of_traces(settings, "sync-worker")
     parts = assemble(settings)
     _watch(parts)
@@ -221,10 +188,4 @@ def create(settings: Settings | None = None) -> Litestar:
             lease.release()
             log.info("stopped")
 
-    return Litestar(
-        route_handlers=[*health(lambda: readiness(parts, started[0])), metrics_route(parts.metrics)],
-        exception_handlers=EXCEPTION_HANDLERS,
-        lifespan=[lifespan],
-        openapi_config=None,
-        logging_config=None,
-    )
+    return create_health_service(lambda: readiness(parts, started[0]), parts.metrics, lifespan)

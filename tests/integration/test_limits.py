@@ -17,10 +17,11 @@ from msgspec import Struct
 from deploy.local.ports import find_free
 from shared.errors import InvalidInput
 from shared.http import limits
-from shared.http.authorization import ResponseHeaders, cors
 from shared.http.bodies import MAX_BODY_BYTES, read_body
+from shared.http.cors import cors
+from shared.http.error_replies import EXCEPTION_HANDLERS
 from shared.http.limits import Rate, TokenBucket, counted_as
-from shared.http.server import EXCEPTION_HANDLERS
+from shared.http.response_headers import ResponseHeaders
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Role

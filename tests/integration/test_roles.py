@@ -22,9 +22,9 @@ from services.notifier.transports import TRANSPORTS
 from services.orders import app as orders
 from services.orders.routes import ROUTES as ORDERS
 from services.sync import api as sync
+from shared.http.authorization import OPEN_PATHS
 from shared.http.endpoint import Operation, endpoint
 from shared.http.openapi import operations
-from shared.http.server import OPEN_PATHS
 from shared.security.permissions import ACTIONS, PUBLIC, allowed
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings

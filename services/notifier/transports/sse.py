@@ -21,8 +21,8 @@ from services.notifier.hub import Form, Hub, Subscriber
 from services.notifier.interest import Interest, interest_of
 from shared.entities.contract import encode
 from shared.errors import Unavailable
+from shared.http.call import Call
 from shared.http.endpoint import endpoint
-from shared.http.server import Call
 
 # Seconds that a cursor ahead of this instance is waited for: another instance may have been quicker.
 _AHEAD = 2.0
@@ -108,8 +108,10 @@ class StreamEvent(Struct):
     headers=("Last-Event-ID",),
     errors=(422,),
 )
-async def events(request: Call, hub: Hub, follower: LogFollower) -> ASGIApp:
-    """Query: `orderID`, `eventTypes` (comma list), `lastEventId`."""
+async def events(request: Call) -> ASGIApp:
+    # From the application's state: Litestar's dependency injection opens a task group for every request.
+    hub: Hub = request.app.state["hub"]
+    follower: LogFollower = request.app.state["follower"]
     query = request.query_params
     interest = interest_of(request.identity, order_id=query.get("orderID"), event_types=query.get("eventTypes"))
     cursor = _cursor(request.header(b"last-event-id"), query.get("lastEventId"))

@@ -12,8 +12,9 @@ from services.orders.route_context import context_of
 from services.orders.sign_in import SignInSession, TableSession
 from shared.entities.contract import Label, encode
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.endpoint import endpoint
-from shared.http.server import Call, success
+from shared.http.replies import success
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.restaurants import Restaurant, RestaurantSettings
 from shared.security.permissions import PUBLIC

@@ -19,8 +19,9 @@ from shared.entities.inventory_item import InventoryItem, StockMove
 from shared.entities.job import BayJob
 from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id
-from shared.http.server import Call, success
+from shared.http.replies import success
 from shared.security.tokens import Identity
 
 # Of each, so many stay in the state, to know a move that is repeated; all of them stay in PostgreSQL.

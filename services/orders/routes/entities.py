@@ -16,8 +16,9 @@ from services.orders.routes.orders import idempotency_key, version_in
 from shared.entities import menu_item
 from shared.errors import NotFound
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id, read_query
-from shared.http.server import Call, Reply
+from shared.http.replies import Reply
 from shared.security.tokens import Identity
 
 

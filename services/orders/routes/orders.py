@@ -13,8 +13,8 @@ from services.orders.views import sync_of
 from shared.entities import order as orders
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id, read_query
-from shared.http.server import Call
 from shared.security.tokens import Role
 
 _TAG = "Orders"

@@ -12,9 +12,10 @@ from shared.entities.contract import now
 from shared.entities.order import Payment
 from shared.errors import InvalidInput, Unavailable
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import View, endpoint, path_id, read_query
-from shared.http.server import Call, success
+from shared.http.replies import success
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.postgres import money
 from shared.postgres.pool import UNAVAILABLE

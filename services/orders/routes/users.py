@@ -14,9 +14,10 @@ from services.orders.routes.auth import Email, Password, address_of
 from shared.entities.contract import Label, now
 from shared.errors import Unauthenticated
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
-from shared.http.server import Call, success
+from shared.http.replies import success
 
 _TAG = "Users"
 

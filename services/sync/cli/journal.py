@@ -17,9 +17,9 @@ from rich.table import Table
 
 from services.sync.command_session import run
 from shared.entities.contract import Lane, encode, now
-from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from shared.messaging.topology import CHANGES, bound_queues
+from shared.messaging.publisher import InDoubt, NotSent
 from shared.observability.tracing import trace_id_of
+from shared.rail.assemble import publisher_of
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
@@ -237,9 +237,7 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
     with lease:
         before = set(files_aside(path))
         journal = Journal(path, instance=lease.number, max_bytes=settings.journal_max_bytes, lease=lease)
-        publisher = Publisher(
-            settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds
-        )
+        publisher = publisher_of(settings)
         drainer = Drainer(journal, publisher)
         try:
             await journal.open()

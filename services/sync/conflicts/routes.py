@@ -8,9 +8,10 @@ from services.sync.conflicts.store import Fork
 from services.sync.dead_letters.requests import ConflictsQuery, ResolveConflict
 from services.sync.dead_letters.routes import operator_context
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
-from shared.http.server import Call, success
+from shared.http.replies import success
 
 _TAG = "Conflicts"
 

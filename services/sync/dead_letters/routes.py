@@ -36,9 +36,10 @@ from services.sync.ledger.ledger import take_balance
 from shared.entities.contract import now
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.http.bodies import read_body
+from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
-from shared.http.server import Call, Reply, success
+from shared.http.replies import Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.rail.commit import Rail

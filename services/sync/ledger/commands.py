@@ -21,6 +21,7 @@ from shared.entities.contract import encode, now
 from shared.errors import Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
+from shared.rail.assemble import mirror_of
 from shared.settings import Settings
 
 _COLUMNS = ("accepted", "synced", "queued", "retrying", "journaled", "dead", "unexplained")
@@ -79,9 +80,7 @@ def ledger_command(
 async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
     settings = Settings.load()
     postgres = Postgres(settings.database_ops_url, settings, size=2)
-    mirror = Mirror(
-        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
-    )
+    mirror = mirror_of(settings)
     try:
         yield settings, postgres, mirror
     finally:

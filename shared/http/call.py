@@ -1,0 +1,67 @@
+"""The request as handlers get it."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from litestar import Request
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
+from litestar.types import Receive
+
+from shared.errors import InvalidInput
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.security.tokens import Identity
+
+_MAX_DISCARDED_BYTES = 16_000_000
+_DISCARD_TIMEOUT_SECONDS = 2.0
+
+
+class Call(Request[Identity, Any, Any]):
+    """A request whose body and headers are read directly from the ASGI messages. Litestar's own class streams the body
+    and builds a multidict of the headers, which together took a tenth of the time of an order."""
+
+    __slots__ = ()
+
+    def header(self, name: bytes) -> str | None:
+        """The first header called `name` (lower case), or None."""
+        for found, value in self.scope["headers"]:
+            if found == name:
+                return value.decode("latin-1")
+        return None
+
+    @property
+    def identity(self) -> Identity:
+        """The caller, as the authorization middleware found it."""
+        found: Identity = self.scope["user"]
+        return found
+
+    async def whole_body(self) -> bytes:
+        """The body, which can be read only once. Raises RequestEntityTooLarge above MAX_BODY_BYTES, InvalidInput when
+        the client disconnects before the end."""
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] != "http.request":
+                raise InvalidInput("the client disconnected before the end of its request", field="body")
+            pieces.append(message["body"])
+            size += len(message["body"])
+            if size > MAX_BODY_BYTES:
+                if message.get("more_body"):
+                    await discard_body(self.receive)
+                raise RequestEntityTooLarge
+            if not message.get("more_body"):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def discard_body(receive: Receive) -> None:
+    """Reads the rest of a body without keeping it, for two seconds and 16 MB at most. The connection is reset when it
+    closes while its client still sends, and the client would never see the reply."""
+    left = _MAX_DISCARDED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_TIMEOUT_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                left -= len(message["body"])

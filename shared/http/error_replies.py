@@ -1,0 +1,68 @@
+"""Turns errors into replies: `{"success": false, "error": {"message", "code", "details", "trace_id"}}`."""
+
+from typing import Any
+
+import msgspec
+import structlog
+from litestar import MediaType, Request, Response
+from litestar.exceptions import HTTPException
+from litestar.types import ExceptionHandlersMap
+
+from shared.errors import TicketrailError
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.observability import tracing
+from shared.observability.metrics import HttpMetrics
+
+log = structlog.get_logger(__name__)
+
+METRICS = "ticketrail.metrics"
+"""Key of the scope where the authorization middleware leaves HttpMetrics, so that errors are counted."""
+
+
+def _error_reply(
+    status: int, message: str, code: str, details: dict[str, Any] | None = None, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    error = {"message": message, "code": code, "details": details or {}, "trace_id": tracing.begun().trace_id}
+    return Response(
+        msgspec.json.encode({"success": False, "error": error}),
+        status_code=status,
+        media_type=MediaType.JSON,
+        headers=headers or {},
+    )
+
+
+def _ticketrail_error(request: Request[Any, Any, Any], error: TicketrailError) -> Response[bytes]:
+    _count(request, error.error_code)
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    return _error_reply(error.status, error.message, error.error_code, error.details, headers)
+
+
+def _count(request: Request[Any, Any, Any], code: str) -> None:
+    metrics = request.scope.get(METRICS)
+    if isinstance(metrics, HttpMetrics):  # a request without a route never reaches the middleware that puts them there
+        metrics.refused(code)
+
+
+def _http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    codes = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    details: dict[str, Any] = {}
+    if error.status_code == 413:
+        details = {"field": "body", "max_bytes": MAX_BODY_BYTES}
+    elif isinstance(error.extra, list):
+        details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
+    _count(request, codes.get(error.status_code, "http_error"))
+    headers = dict(error.headers or {})  # such as `Allow` of a 405
+    return _error_reply(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details, headers)
+
+
+def _unexpected_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    log.error("unexpected_error", path=request.url.path, method=request.method, exc_info=error)
+    _count(request, "internal")
+    return _error_reply(500, "something went wrong on our side", "internal")
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    TicketrailError: _ticketrail_error,
+    HTTPException: _http_exception,
+    Exception: _unexpected_error,
+}

@@ -1,0 +1,50 @@
+"""Headers that every response of a service gets."""
+
+import re
+from typing import Any
+
+from shared.observability import tracing
+
+REPLY_HEADERS = "ticketrail.reply_headers"
+"""Key of the scope with a list of (name, value), to which inner layers add headers of the response."""
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_CSP = b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_HEADERS = [
+    (b"strict-transport-security", b"max-age=63072000; includeSubDomains"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class ResponseHeaders:
+    """ASGI, around the whole application: adds the request id, the trace id and the security headers to every response,
+    also where no route matches. A response may have a Content-Security-Policy of its own; all others get the strictest.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else b""
+        added: list[tuple[bytes, bytes]] = []
+        scope[REPLY_HEADERS] = added
+
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], *_HEADERS, *added]
+                if not any(name == b"content-security-policy" for name, _ in message["headers"]):
+                    headers.append((b"content-security-policy", _CSP))
+                trace_id = next((value for name, value in added if name == b"x-trace-id"), b"")
+                if not trace_id:  # the authorization middleware has not run: an unknown or open path
+                    trace_id = tracing.begun().trace_id.encode()
+                    headers.append((b"x-trace-id", trace_id))
+                headers.append((b"x-request-id", request_id or trace_id))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, sent)

@@ -1,0 +1,106 @@
+"""Creates the application of a service, in one way for all of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from litestar import Litestar, Response, route
+from litestar.datastructures import State
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
+
+from shared.http.api_docs import pages
+from shared.http.authorization import authorization
+from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.call import Call
+from shared.http.cors import cors
+from shared.http.error_replies import EXCEPTION_HANDLERS
+from shared.http.health import Readiness, health, metrics_route
+from shared.http.limits import Limits
+from shared.http.openapi import Api
+from shared.http.response_headers import ResponseHeaders
+from shared.mirror.mirror import Mirror
+from shared.observability.logs import configure_logging
+from shared.observability.metrics import HttpMetrics, Metrics
+from shared.observability.tracing import Tracer
+from shared.security.tokens import Tokens
+from shared.settings import Settings
+
+Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
+
+
+def settings_of_service(name: str, settings: Settings | None) -> Settings:
+    """The first step of every service: reads the settings unless a test brings them, and configures the log."""
+    settings = settings or Settings.load()
+    configure_logging(name, settings.log_level)
+    return settings
+
+
+def create_service(
+    settings: Settings,
+    api: Api,
+    *,
+    state: Mapping[str, Any],
+    readiness: Readiness,
+    lifespan: Lifespan,
+    tokens: Tokens,
+    tracer: Tracer,
+    metrics: Metrics,
+    limits_mirror: Mirror | None,
+) -> ResponseHeaders:
+    """An application with the routes of `api`, their documentation, health and metrics.
+
+    `state`: what handlers find in `request.app.state`, by name.
+    `limits_mirror`: shares the rate limits between instances; None limits each instance by itself."""
+    app = Litestar(
+        route_handlers=[
+            *_options(api.handlers),
+            *api.handlers,
+            *health(readiness),
+            metrics_route(metrics),
+            *pages(api),
+        ],
+        state=State(dict(state)),
+        middleware=[
+            authorization(
+                tokens, tracer, HttpMetrics(metrics), Limits(limits_mirror, settings), proxies=settings.trusted_proxies
+            )
+        ],
+        cors_config=cors(settings),
+        exception_handlers=EXCEPTION_HANDLERS,
+        request_class=Call,
+        lifespan=[lifespan],
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+    )
+    return ResponseHeaders(app)
+
+
+def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> Litestar:
+    """An application for a process without an API: health and metrics alone."""
+    return Litestar(
+        route_handlers=[*health(readiness), metrics_route(metrics)],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """Handlers of OPTIONS, one for each path, which must stand before `handlers`. Litestar's own names the methods of
+    only one handler of a path that has several."""
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
+    return [_options_of(path, ", ".join(sorted(found))) for path, found in methods.items()]
+
+
+def _options_of(path: str, allowed: str) -> HTTPRouteHandler:
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, sync_to_thread=False)
+    def answer() -> Response[None]:
+        return Response(None, status_code=204, headers={"Allow": allowed})
+
+    return answer

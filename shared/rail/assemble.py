@@ -1,0 +1,93 @@
+"""Builds the rail's parts from the settings, in one way for every process that commits changes."""
+
+import structlog
+from msgspec import Struct
+
+from shared.messaging.publisher import Publisher
+from shared.messaging.topology import CHANGES, bound_queues
+from shared.mirror.connection import MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
+from shared.mirror.mirror import Mirror
+from shared.observability.metrics import Metrics, RailMetrics
+from shared.observability.tracing import Tracer
+from shared.rail.commit import Rail
+from shared.rail.journal import Journal
+from shared.rail.record import Recorder
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+class RailParts(Struct, frozen=True):
+    """The rail and the two connections that it commits through."""
+
+    mirror: Mirror
+    publisher: Publisher
+    rail: Rail
+
+    def watch(self, metrics: Metrics) -> None:
+        metrics.watch(
+            "ticketrail_broker_connected", "1 while the publisher is connected", lambda: self.publisher.connected
+        )
+        metrics.watch(
+            "ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: self.mirror.available
+        )
+
+    async def check_mirror(self) -> None:
+        """Raises MirrorMisconfigured for a server that cannot be a mirror; an unavailable one is only logged."""
+        try:
+            await self.mirror.check()
+        except MirrorMisconfigured:
+            raise
+        except (MirrorUnavailable, MirrorInDoubt) as error:
+            log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+
+    async def close(self) -> None:
+        """Waits for the commits that are under way, then closes both connections."""
+        await self.rail.drain()
+        await self.publisher.stop()
+        await self.mirror.close()
+
+
+def assemble_rail(
+    settings: Settings,
+    *,
+    journal: Journal | None = None,
+    publish_interval_ms: float = 0.0,
+    tracer: Tracer | None = None,
+    metrics: RailMetrics | None = None,
+) -> RailParts:
+    """Nothing connects before `publisher.start` and the first call of the mirror.
+
+    `journal`: takes changes while the broker cannot. Without one, a change that cannot be recorded is refused, and a
+    claim that cannot be finished stays in the mirror for the next round.
+    `publish_interval_ms`: the least time between two publishes of one lane, so that changes share a message."""
+    mirror, publisher = mirror_of(settings), publisher_of(settings)
+    recorder = Recorder(
+        publisher,
+        journal,
+        under_way=settings.publish_concurrency,
+        apart_ms=publish_interval_ms,
+        batch_max_changes=settings.publish_max_changes,
+        metrics=metrics,
+    )
+    rail = Rail(
+        mirror,
+        recorder,
+        journal,
+        claim_timeout_seconds=settings.claim_timeout_seconds,
+        reveal_timeout_seconds=settings.reveal_timeout_seconds,
+        tracer=tracer,
+        metrics=metrics,
+    )
+    return RailParts(mirror, publisher, rail)
+
+
+def mirror_of(settings: Settings) -> Mirror:
+    return Mirror(
+        settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
+    )
+
+
+def publisher_of(settings: Settings) -> Publisher:
+    """Publishes to `ticketrail.changes`, after it has seen that every queue bound to it exists."""
+    return Publisher(settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds)
