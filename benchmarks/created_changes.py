@@ -4,7 +4,8 @@ from typing import Any
 
 from msgspec import Raw
 
-from shared.entities.contract import Change, ChangeData, change_id, encode
+from shared.entities.change_id import change_id
+from shared.entities.contract import Change, ChangeData, encode
 from shared.entities.entity import Entity
 
 

@@ -19,7 +19,8 @@ from msgspec import Raw, Struct, structs
 
 from services.sync.writer.upsert import Written, data_of, write_batch
 from shared.entities import customer, inventory_item, menu_item, order, table
-from shared.entities.contract import Change, ChangeData, change_id, changed_fields, encode
+from shared.entities.change_id import change_id
+from shared.entities.contract import Change, ChangeData, changed_fields, encode
 from shared.entities.customer import Customer
 from shared.entities.entity import Entity
 from shared.entities.inventory_item import InventoryItem

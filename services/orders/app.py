@@ -13,11 +13,11 @@ from litestar import Litestar
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
-from services.orders.changes import Changes
-from services.orders.commands import Commands
 from services.orders.derived_figures import DerivedFigures
+from services.orders.entity_changes import EntityChanges
+from services.orders.entity_reads import EntityReads
 from services.orders.menu import Menus
-from services.orders.reads import Reads
+from services.orders.order_commands import OrderCommands
 from services.orders.route_context import RouteContext
 from services.orders.routes import API
 from services.orders.sign_in import SignIn
@@ -51,7 +51,7 @@ class OrdersParts(Struct, frozen=True):
     drainer: Drainer
     orphaned_journals: OrphanedJournals
     menus: Menus
-    reads: Reads
+    reads: EntityReads
     context: RouteContext
     tokens: Tokens
     tracer: Tracer
@@ -77,7 +77,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         metrics=RailMetrics(metrics),
     )
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
-    reads = Reads(postgres, mirror, ReadMetrics(metrics))
+    reads = EntityReads(postgres, mirror, ReadMetrics(metrics))
     reader = LogReader(
         settings.rabbitmq_url,
         name=f"orders-{settings.instance}",
@@ -85,14 +85,14 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         stream=REFERENCE_LOG,
     )
     menus = Menus(postgres, mirror, reader)
-    changes, accounts, tokens = Changes(rail, reads), Accounts(postgres), Tokens.of(settings)
+    changes, accounts, tokens = EntityChanges(rail, reads), Accounts(postgres), Tokens.of(settings)
     context = RouteContext(
         postgres,
         mirror,
         menus,
         reads,
         changes,
-        Commands(changes, menus),
+        OrderCommands(changes, menus),
         DerivedFigures(reads, postgres, mirror),
         accounts,
         SignIn(accounts, reads, tokens, mirror, settings),

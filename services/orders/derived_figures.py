@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from msgspec import Struct
 
-from services.orders.reads import Reads
+from services.orders.entity_reads import EntityReads
 from shared.entities import job, order
 from shared.entities.customer import Customer
 from shared.entities.entity import Entity, Facts
@@ -65,7 +65,7 @@ class OrderAtTable(Struct, frozen=True):
 class DerivedFigures:
     ORDER: ClassVar[Entity] = order.ENTITY
 
-    def __init__(self, reads: Reads, postgres: Postgres, mirror: Mirror) -> None:
+    def __init__(self, reads: EntityReads, postgres: Postgres, mirror: Mirror) -> None:
         self._reads = reads
         self._postgres = postgres
         self._mirror = mirror
@@ -83,12 +83,12 @@ class DerivedFigures:
         if found.deleted_at is not None:
             raise InvalidInput(f"the {entity.name} is deleted", field=field, code=f"unknown_{entity.name}")
 
-    async def orders_at(self, restaurant: str, who: Identity, tables: list[DiningTable]) -> list[dict[str, Any]]:
+    async def orders_at(self, restaurant: str, identity: Identity, tables: list[DiningTable]) -> list[dict[str, Any]]:
         """The open ones, the newest first; a customer is shown those of its own session alone."""
         ids = tuple(one.id for one in tables)
-        own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
-        wanted = Selection(equal=own, among={"table_id": ids, "status": _OPEN}, limit=_MOST)
-        page = await self._reads.page(order.ENTITY, restaurant, wanted) if ids else None
+        own = {"customer_session_id": identity.session_id} if identity.role is Role.CUSTOMER else {}
+        requested = Selection(equal=own, among={"table_id": ids, "status": _OPEN}, limit=_MOST)
+        page = await self._reads.page(order.ENTITY, restaurant, requested) if ids else None
         found: dict[str | None, list[OrderAtTable]] = {}
         for one in page.found if page is not None else ():
             state = one.decoded()
@@ -101,8 +101,8 @@ class DerivedFigures:
         found: list[BayJob] = []
         before = None
         while True:
-            wanted = Selection(equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_MOST)
-            page = await self._reads.page(job.ENTITY, restaurant, wanted)
+            requested = Selection(equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_MOST)
+            page = await self._reads.page(job.ENTITY, restaurant, requested)
             found += [one.decoded() for one in page.found]
             if not page.more:
                 return sorted(found, key=lambda one: (one.place, one.created_at, one.id))

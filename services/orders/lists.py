@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
 
-from services.orders.reads import Page
+from services.orders.entity_reads import Page
 from services.orders.views import state_view, sync_of
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
@@ -19,9 +19,9 @@ _BESIDE = ("version", "sync")
 _OF_EVERY_LIST = frozenset(ListQuery.__struct_fields__)
 
 
-def selection(query: ListQuery, who: Identity, **equal: Any) -> Selection:
+def selection(query: ListQuery, identity: Identity, **equal: Any) -> Selection:
     """The parameters that are no `ListQuery`'s are columns that must be equal. Raises Forbidden, InvalidInput."""
-    if query.include_deleted and not allowed("deleted.read", who.role):
+    if query.include_deleted and not allowed("deleted.read", identity.role):
         raise Forbidden("only admins see what is deleted", field="include_deleted")
     for name in query.__struct_fields__:
         if name not in _OF_EVERY_LIST and (value := getattr(query, name)) is not None:
@@ -72,7 +72,7 @@ def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozense
     if fields is None:
         return None
     known = {*entity.state.__struct_fields__, *_BESIDE, *more} - {"request_hash"}
-    wanted = {name.strip() for name in fields.split(",") if name.strip()}
-    for name in sorted(wanted - known):
+    requested = {name.strip() for name in fields.split(",") if name.strip()}
+    for name in sorted(requested - known):
         raise InvalidInput(f"no field {name!r}; there are {', '.join(sorted(known))}", field="fields")
-    return frozenset({"id", *wanted})
+    return frozenset({"id", *requested})

@@ -29,19 +29,21 @@ class Context(Struct, frozen=True):
     prepared: Any = None
 
 
-def _as_wanted(fields: Fields, _: Context) -> Fields:
+def _as_requested(fields: Fields, _: Context) -> Fields:
     return fields
 
 
-def _changed_as_wanted(state: Any, fields: Fields, _: Context) -> tuple[str, Fields]:
+def _changed_as_requested(state: Any, fields: Fields, _: Context) -> tuple[str, Fields]:
     return "updated", fields
 
 
-async def _nothing(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
+async def _nothing(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
     return None
 
 
-async def _no_more(insight: DerivedFigures, restaurant: Restaurant, who: Identity, states: list[Any]) -> list[Fields]:
+async def _no_more(
+    figures: DerivedFigures, restaurant: Restaurant, identity: Identity, states: list[Any]
+) -> list[Fields]:
     return [{} for _ in states]
 
 
@@ -60,9 +62,9 @@ class Resource(Struct, frozen=True, kw_only=True):
     """The query in the words of the states. Raises InvalidInput."""
     prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
     """Looks up what the rules need; raises InvalidInput."""
-    made: Callable[[Fields, Context], Fields] = _as_wanted
+    made: Callable[[Fields, Context], Fields] = _as_requested
     """The fields of a new one. Raises InvalidInput."""
-    changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_wanted
+    changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_requested
     """(event, fields that change). Raises InvalidInput, Conflict."""
     more: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
     """What the caller is shown beside each state and is not part of it."""
@@ -111,9 +113,9 @@ def _check_dish(fields: Fields) -> Fields:
     return fields
 
 
-async def _know_stock(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
+async def _know_stock(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
     for place, one in enumerate(fields.get("consumes") or ()):
-        await insight.must_exist(
+        await figures.must_exist(
             inventory_item.ENTITY, restaurant.id, str(one.inventory_item_id), f"consumes[{place}].inventory_item_id"
         )
 
@@ -127,22 +129,22 @@ class _Queue(Struct, frozen=True):
     """Without the job itself, the next one first."""
 
 
-async def _know_bay(insight: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None) -> _Queue:
-    wanted = fields.get("bay_id")
-    bay_id = str(wanted) if wanted is not None else state.bay_id if state is not None else ""
+async def _know_bay(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None) -> _Queue:
+    requested = fields.get("bay_id")
+    bay_id = str(requested) if requested is not None else state.bay_id if state is not None else ""
     try:
-        found = await insight.current_state(bay.ENTITY, restaurant.id, bay_id)
+        found = await figures.current_state(bay.ENTITY, restaurant.id, bay_id)
     except NotFound as error:
-        if wanted is not None:
+        if requested is not None:
             raise InvalidInput("no such bay", field="bay_id", code="unknown_bay") from error
         found = None
-    if wanted is not None and found is not None and found.deleted_at is not None:
+    if requested is not None and found is not None and found.deleted_at is not None:
         raise InvalidInput("no such bay", field="bay_id", code="unknown_bay")
     if fields.get("order_id") is not None:
-        await insight.must_exist(insight.ORDER, restaurant.id, str(fields["order_id"]), "order_id")
+        await figures.must_exist(figures.ORDER, restaurant.id, str(fields["order_id"]), "order_id")
     queued: list[BayJob] = []
     if "position" in fields:
-        queued = [one for one in await insight.queue(restaurant.id, bay_id) if state is None or one.id != state.id]
+        queued = [one for one in await figures.queue(restaurant.id, bay_id) if state is None or one.id != state.id]
     return _Queue(found is None or (found.is_open and found.deleted_at is None), queued)
 
 
@@ -230,7 +232,7 @@ def e164(text: str, country: str | None) -> str:
     return number
 
 
-def _asked_customers(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
+def _requested_customers(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
     if query.phone is None:
         return query
     # In a query a plus that is not escaped means a space.
@@ -299,7 +301,7 @@ RESOURCES = (
         update=requests.UpdateTable,
         query=requests.TablesQuery,
         example={"label": "Window 4", "seats": 4},
-        more=lambda insight, restaurant, who, states: insight.orders_at(restaurant.id, who, states),
+        more=lambda figures, restaurant, identity, states: figures.orders_at(restaurant.id, identity, states),
         more_types={"current_orders": list[OrderAtTable]},
     ),
     Resource(
@@ -326,7 +328,7 @@ RESOURCES = (
         prepare=_know_bay,
         made=_new_job,
         changed=_changed_job,
-        more=lambda insight, restaurant, _, states: insight.positions(restaurant.id, states),
+        more=lambda figures, restaurant, _, states: figures.positions(restaurant.id, states),
         more_types={"position": int | None},
     ),
     Resource(
@@ -338,11 +340,11 @@ RESOURCES = (
         create=requests.CreateCustomer,
         update=requests.UpdateCustomer,
         query=requests.CustomersQuery,
-        asked=_asked_customers,
+        asked=_requested_customers,
         example={"name": "Ada", "phone": "+4930123456"},
         made=_customer,
         changed=lambda _, fields, context: ("updated", _customer(fields, context)),
-        more=lambda insight, restaurant, _, states: insight.totals(restaurant, states),
+        more=lambda figures, restaurant, _, states: figures.totals(restaurant, states),
         more_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
     ),
     Resource(
@@ -356,7 +358,7 @@ RESOURCES = (
         example={"name": "Pizza dough", "quantity": 40, "unit": "piece", "low_at": 10},
         made=_counted,
         changed=lambda _, fields, context: ("updated", _counted(fields, context)),
-        more=lambda insight, restaurant, _, states: insight.available(restaurant.id, states),
+        more=lambda figures, restaurant, _, states: figures.available(restaurant.id, states),
         more_types={"available": int | None, "held": int | None, "low": bool | None},
     ),
 )

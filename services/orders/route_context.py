@@ -5,11 +5,11 @@ from typing import Any
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
-from services.orders.changes import Changes, Receipt
-from services.orders.commands import Commands
 from services.orders.derived_figures import DerivedFigures
+from services.orders.entity_changes import EntityChanges, Receipt
+from services.orders.entity_reads import EntityReads, FoundState
 from services.orders.menu import Menus
-from services.orders.reads import FoundState, Reads
+from services.orders.order_commands import OrderCommands
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
 from shared.entities.contract import encode
@@ -23,10 +23,10 @@ class RouteContext(Struct, frozen=True):
     postgres: Postgres
     mirror: Mirror
     menus: Menus
-    reads: Reads
-    changes: Changes
-    commands: Commands
-    insight: DerivedFigures
+    reads: EntityReads
+    changes: EntityChanges
+    order_commands: OrderCommands
+    figures: DerivedFigures
     accounts: Accounts
     sign_in: SignIn
 
@@ -37,15 +37,15 @@ def context_of(request: Call) -> RouteContext:
     return context
 
 
-def done_reply(done: Receipt, *, status: int = 200, **more: Any) -> Reply:
-    headers = {"ETag": f'"{done.head.version}"'}
+def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
+    headers = {"ETag": f'"{receipt.head.version}"'}
     sync = more.pop("sync", PENDING)
-    more["visible"] = done.visible
-    if done.replayed:
+    more["visible"] = receipt.visible
+    if receipt.replayed:
         headers["Idempotency-Replayed"] = "true"
-    if done.durability is not None:
-        more["durability"] = done.durability
-    view = state_view(encode(done.state), done.head, sync, **more)
+    if receipt.durability is not None:
+        more["durability"] = receipt.durability
+    view = state_view(encode(receipt.state), receipt.head, sync, **more)
     return success(view, status=status, headers=headers)
 
 

@@ -16,7 +16,7 @@ from zoneinfo import available_timezones
 from msgspec import Struct
 
 from services.orders.accounts import Accounts, User, plain_email
-from services.orders.reads import Reads
+from services.orders.entity_reads import EntityReads
 from shared.entities import table
 from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
 from shared.http.limits import Rate, TokenBucket, counted_as
@@ -49,7 +49,9 @@ class TableSession(Struct, frozen=True):
 
 
 class SignIn:
-    def __init__(self, accounts: Accounts, reads: Reads, tokens: Tokens, mirror: Mirror, settings: Settings) -> None:
+    def __init__(
+        self, accounts: Accounts, reads: EntityReads, tokens: Tokens, mirror: Mirror, settings: Settings
+    ) -> None:
         """Raises BadKey if `tokens` can only verify."""
         tokens.require_signing()
         self._accounts = accounts
@@ -125,8 +127,8 @@ class SignIn:
         if found.seen().deleted_at is not None:
             raise NotFound("no such table")
         session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.guest_token_ttl_seconds
-        who = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
-        return TableSession(self._tokens.issue(who, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
+        identity = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
+        return TableSession(self._tokens.issue(identity, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -142,8 +144,8 @@ class SignIn:
     def _session(self, user: User, refresh_token: str) -> SignInSession:
         role, ttl = Role(user.role), self._settings.access_token_ttl_seconds
         session = user.id if role is Role.CUSTOMER else None
-        who = Identity(user.id, role, user.restaurant_id or "", user.email, session)
-        return SignInSession(self._tokens.issue(who, ttl_seconds=ttl), refresh_token, ttl, user)
+        identity = Identity(user.id, role, user.restaurant_id or "", user.email, session)
+        return SignInSession(self._tokens.issue(identity, ttl_seconds=ttl), refresh_token, ttl, user)
 
 
 @cache

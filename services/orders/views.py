@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from services.orders.reads import FoundState
+from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
 
 # Internal to idempotency. Inside a JSON text its quotes would be escaped, so only the field itself matches.

@@ -15,7 +15,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Connection
-from shared.rail.commit import ClaimLost, Draft, OutOfStock, Rail
+from shared.rail.commit import ClaimLost, OutOfStock, Rail
+from shared.rail.draft import Draft
 
 
 async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:

@@ -8,7 +8,6 @@ Decoding is tolerant (unknown attributes are ignored) but strict in types; what 
 with the reason that its dead letter will show.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -210,17 +209,6 @@ def changed_fields(before: Struct | None, after: Struct) -> dict[str, Any]:
     old: Mapping[str, Any] = msgspec.to_builtins(before)
     new: Mapping[str, Any] = msgspec.to_builtins(after)
     return {name: value for name, value in old.items() if new.get(name) != value}
-
-
-def change_id(entity_id: str, version: int, content: bytes) -> str:
-    """UUIDv5 of (entity id, version, content hash): who repeats a change repeats its id."""
-    name = f"{version}:{hashlib.sha256(content).hexdigest()}"
-    # As uuid.uuid5 makes it, without its objects: every change passes here.
-    digest = bytearray(hashlib.sha1(bytes.fromhex(entity_id.replace("-", "")) + name.encode()).digest()[:16])  # noqa: S324
-    digest[6] = digest[6] & 0x0F | 0x50
-    digest[8] = digest[8] & 0x3F | 0x80
-    text = digest.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def now() -> datetime:

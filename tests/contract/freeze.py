@@ -9,7 +9,8 @@ from msgspec import Struct, structs
 from shared.entities.bay import Bay
 from shared.entities.brand import Brand
 from shared.entities.category import Category
-from shared.entities.contract import Change, ChangeData, Raw, change_id, changed_fields, encode
+from shared.entities.change_id import change_id
+from shared.entities.contract import Change, ChangeData, Raw, changed_fields, encode
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.entity import event_of
 from shared.entities.inventory_item import InventoryItem, StockMove

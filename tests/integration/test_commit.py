@@ -15,8 +15,8 @@ from shared.entities.order import Order
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging import topology
 from shared.mirror.mirror import Apply, Busy, Claimed, Stale
-from shared.rail import commit
-from shared.rail.commit import ClaimLost, Committed, Draft
+from shared.rail.commit import ClaimLost, Committed
+from shared.rail.draft import Draft, change_of
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.record import Durability
 from tests.rigs import builders
@@ -463,7 +463,7 @@ async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> N
 async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(rig: RailRig) -> None:
     created = await rig.rail.commit(rig.creation())
     drafts = [rig.update(created, notes=notes) for notes in ("one", "two")]
-    forked = [(commit._change(draft).head, draft.state) for draft in drafts]
+    forked = [(change_of(draft).head, draft.state) for draft in drafts]
     for order in (forked, forked[::-1], forked + forked):
         for head, state in order:
             await rig.mirror.apply([applied(head, state, drafts[0].at)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.orders import derived_figures
 from services.orders.derived_figures import DerivedFigures
-from services.orders.reads import FoundState, Page
+from services.orders.entity_reads import FoundState, Page
 from shared.entities import job
 from shared.entities.contract import Head, encode
 from shared.entities.job import BayJob, JobStage, place_at, place_beside, place_between

@@ -10,13 +10,14 @@ import msgspec
 import pytest
 
 from deploy.local.ports import find_free
-from services.orders.changes import Changes
-from services.orders.commands import Commands
-from services.orders.reads import FoundState
+from services.orders.entity_changes import EntityChanges
+from services.orders.entity_reads import FoundState
+from services.orders.order_commands import OrderCommands
 from services.orders.requests import RecordPayment
 from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY, Order, Payment, payment_status
-from shared.rail.commit import ClaimLost, Committed, Draft
+from shared.rail.commit import ClaimLost, Committed
+from shared.rail.draft import Draft
 from shared.security.tokens import Identity, Role
 from tests.rigs import builders
 from tests.rigs.builders import new_id, payment
@@ -204,7 +205,7 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
                 raise ClaimLost
             return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)
 
-    commands = Commands(Changes(Rail(), Reads()), None)  # type: ignore[arg-type]
+    commands = OrderCommands(EntityChanges(Rail(), Reads()), None)  # type: ignore[arg-type]
     identity = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
     done, made = await commands.pay(identity, new_id(), RecordPayment(amount=7, method="cash"))
     assert done.state.payments == (*others, made)

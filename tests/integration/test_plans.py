@@ -18,7 +18,7 @@ from msgspec import Struct
 from benchmarks.history import DAYS, History, fill
 from services.orders import audit
 from services.orders.derived_figures import DerivedFigures
-from services.orders.reads import Reads
+from services.orders.entity_reads import EntityReads
 from services.sync.mirror.sync_status import sync_status
 from services.sync.writer.upsert import write_batch
 from shared.entities import customer, menu_item, order
@@ -93,7 +93,7 @@ def summed(days: int) -> Callable[[Database], Awaitable[Any]]:
 
 
 def derived_figures(database: Database) -> DerivedFigures:
-    reads = Reads(database.api, database.mirror, ReadMetrics(Metrics()))
+    reads = EntityReads(database.api, database.mirror, ReadMetrics(Metrics()))
     return DerivedFigures(reads, database.api, database.mirror)
 
 

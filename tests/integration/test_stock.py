@@ -14,7 +14,6 @@ from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
 from shared.mirror.mirror import Claimed, LogState, Mirror, StockShort, stock_text
-from shared.rail import commit
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig
 from tests.rigs.servers import Redis, Servers
@@ -166,7 +165,7 @@ async def test_superseded_side_of_a_fork_returns_what_the_head_does_not_take(she
     base = await shelf.put(ORDER, shelf.order((dough, 1)))
     taken = [((dough, 1), (cheese, 2)), ((basil, 3),)]
     forks = [
-        commit._change(shelf.draft(ORDER, structs.replace(base[1], holds=tuple(StockHold(*x) for x in one)), base))
+        change_of(shelf.draft(ORDER, structs.replace(base[1], holds=tuple(StockHold(*x) for x in one)), base))
         for one in taken
     ]
     superseded, head = sorted(forks, key=lambda one: one.head)
@@ -184,7 +183,7 @@ async def test_claim_that_loses_to_a_fork_holds_nothing(shelf: Shelf) -> None:
         shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 9),), notes="mine"), base)
     )
     assert isinstance(reply, Claimed)
-    yours = commit._change(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 2),)), base))
+    yours = change_of(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 2),)), base))
     yours = structs.replace(yours, id=f"ffffffff{yours.id[8:]}")
     await shelf.mirror.apply([applied(yours)])
     assert await shelf.left(dough) == 8
@@ -196,7 +195,7 @@ async def test_claimed_change_keeps_its_reservation_when_a_fork_of_its_base_arri
     dough = await shelf.counted(10)
     base = await shelf.put(ORDER, shelf.order((dough, 1)))
     change, _ = await shelf.claim(shelf.draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 6),)), base))
-    fork = commit._change(shelf.draft(ORDER, shelf.order((dough, 2), id=base[1].id)))
+    fork = change_of(shelf.draft(ORDER, shelf.order((dough, 2), id=base[1].id)))
     fork = structs.replace(fork, id=f"ffffffff{fork.id[8:]}")
     await shelf.mirror.apply([applied(fork)])
     assert await shelf.left(dough) == 4

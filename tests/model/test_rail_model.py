@@ -42,7 +42,8 @@ from shared.errors import OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Mirror
 from shared.rail import commit
-from shared.rail.commit import ClaimLost, Committed, Draft
+from shared.rail.commit import ClaimLost, Committed
+from shared.rail.draft import Draft, change_of
 from shared.rail.drain import Drainer
 from shared.rail.journal import JournalBroken
 from tests.model.world import GAP, OUTCOMES, Attempt, Clock, Harness, Instance, World, applies
@@ -104,7 +105,7 @@ class RailMachine(RuleBasedStateMachine):
 
     def commit(self, owner: Instance, draft: Draft) -> Attempt:
         look = partial(self.world.ask, owner, "look", lambda _: self.world.present(draft.state.id))
-        change_id = commit._change(draft).id
+        change_id = change_of(draft).id
         task = self.world.start(owner, owner.rail.commit(structs.replace(draft, existing=look)))
         attempt = Attempt(draft.state.notes, draft, change_id, task, owner)
         self.world.attempts.append(attempt)
@@ -415,7 +416,7 @@ def harness(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harne
     server = servers.extra_redis()
     loop, clock = asyncio.new_event_loop(), Clock()
     monkeypatch.setattr(commit, "time", clock)
-    monkeypatch.setattr(commit, "_PAUSE", 0)
+    monkeypatch.setattr(commit, "_RETRY_PAUSE_SECONDS", 0)
     logging = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     patient = Mirror(server.url, timeout=5.0, stale_seconds=3600.0)

@@ -27,7 +27,8 @@ from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror import keys
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Claimed, LogState, Mirror, Stale
-from shared.rail.commit import Draft, Rail
+from shared.rail.commit import Rail
+from shared.rail.draft import Draft
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.record import Recorder

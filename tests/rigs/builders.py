@@ -6,7 +6,8 @@ from uuid import uuid4
 
 from msgspec import Raw, Struct, structs
 
-from shared.entities.contract import Change, ChangeData, change_id, changed_fields, encode, encode_batch, now
+from shared.entities.change_id import change_id
+from shared.entities.contract import Change, ChangeData, changed_fields, encode, encode_batch, now
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Order, OrderItem, OrderStatus, Payment
 from shared.entities.registry import ENTITIES

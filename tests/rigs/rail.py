@@ -18,8 +18,8 @@ from shared.messaging import declare, topology
 from shared.messaging.publisher import Publisher
 from shared.mirror import keys
 from shared.mirror.mirror import LogState, Mirror
-from shared.rail import commit
-from shared.rail.commit import Committed, Draft, Rail
+from shared.rail.commit import Committed, Rail
+from shared.rail.draft import Draft, change_of
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal
 from shared.rail.record import Recorder
@@ -114,7 +114,7 @@ class RailRig:
 
     async def claim(self, draft: Draft) -> tuple[Change, Any]:
         """The first step alone: an owner that dies after it, or stalls."""
-        change = commit._change(draft)
+        change = change_of(draft)
         numbered = draft.base is None
         reply = await self.mirror.claim(ORDER, change, encode(change), draft.base, DAY if numbered else None, 0)
         return change, reply

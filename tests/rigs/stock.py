@@ -26,8 +26,7 @@ from shared.mirror import keys
 from shared.mirror.mirror import Apply, Claimed, HeadMoved, LogState, Mirror, Stale, StockShort, stock_text
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres import states
-from shared.rail import commit
-from shared.rail.commit import Draft
+from shared.rail.draft import Draft, change_of
 from tests.rigs import builders
 from tests.rigs.postgres_writer import Rig
 
@@ -56,7 +55,7 @@ class Shelf:
         return Draft(entity=entity, event=event, state=state, base=head, before=before, at=at, source="orders")
 
     async def claim(self, draft: Draft) -> tuple[Change, Any]:
-        change = commit._change(draft)
+        change = change_of(draft)
         stock = stock_text(draft.entity, draft.state)
         return change, await self.mirror.claim(draft.entity, change, encode(change), draft.base, None, 0, stock)
 

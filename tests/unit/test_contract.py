@@ -10,12 +10,12 @@ from hypothesis import given
 from msgspec import Raw, structs
 
 from shared.entities import registry
+from shared.entities.change_id import change_id
 from shared.entities.contract import (
     MAX_EVENT_BYTES,
     BrokenContract,
     Change,
     ChangeData,
-    change_id,
     changed_fields,
     decode_change,
     encode,

@@ -101,24 +101,24 @@ class LoggedOut(Struct, frozen=True):
     },
 )
 async def register_restaurant(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), RegisterRestaurant)
-    shop = context_of(request)
+    requested = read_body(await request.whole_body(), RegisterRestaurant)
+    context = context_of(request)
     restaurant = Restaurant(
         id=str(uuid4()),
-        slug=wanted.slug,
-        name=wanted.name,
-        currency=wanted.currency,
-        time_zone=wanted.time_zone,
-        cutoff_hour=wanted.cutoff_hour,
-        tax_basis_points=wanted.tax_basis_points,
-        email=wanted.email,
-        settings=wanted.settings,
+        slug=requested.slug,
+        name=requested.name,
+        currency=requested.currency,
+        time_zone=requested.time_zone,
+        cutoff_hour=requested.cutoff_hour,
+        tax_basis_points=requested.tax_basis_points,
+        email=requested.email,
+        settings=requested.settings,
     )
-    session = await shop.sign_in.register(
-        restaurant, wanted.email, wanted.admin_name, wanted.password, address_of(request)
+    session = await context.sign_in.register(
+        restaurant, requested.email, requested.admin_name, requested.password, address_of(request)
     )
     with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler brings it there
-        await shop.mirror.keep_restaurant(restaurant.id, encode(restaurant))
+        await context.mirror.keep_restaurant(restaurant.id, encode(restaurant))
     return success(Registered(restaurant, session), status=201)
 
 
@@ -135,8 +135,8 @@ async def register_restaurant(request: Call) -> ASGIApp:
     example={"email": "ada@trattoria.example", "password": "a long one that nobody guesses"},
 )
 async def login(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), Login)
-    return success(await context_of(request).sign_in.login(wanted.email, wanted.password, address_of(request)))
+    requested = read_body(await request.whole_body(), Login)
+    return success(await context_of(request).sign_in.login(requested.email, requested.password, address_of(request)))
 
 
 @endpoint(
@@ -152,8 +152,8 @@ async def login(request: Call) -> ASGIApp:
     example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
 )
 async def refresh(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), Refresh)
-    return success(await context_of(request).sign_in.refresh(wanted.refresh_token))
+    requested = read_body(await request.whole_body(), Refresh)
+    return success(await context_of(request).sign_in.refresh(requested.refresh_token))
 
 
 @endpoint(
@@ -167,18 +167,18 @@ async def refresh(request: Call) -> ASGIApp:
     example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
 )
 async def logout(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), Refresh)
-    await context_of(request).sign_in.logout(wanted.refresh_token)
+    requested = read_body(await request.whole_body(), Refresh)
+    await context_of(request).sign_in.logout(requested.refresh_token)
     return success(LoggedOut())
 
 
 @endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Who this token belongs to", answer=Me)
 async def me(request: Call) -> ASGIApp:
-    who, shop = request.identity, context_of(request)
-    restaurant = (await shop.menus.book(who.restaurant_id)).restaurant if who.restaurant_id else None
-    if restaurant is not None and who.role is Role.CUSTOMER:
+    identity, context = request.identity, context_of(request)
+    restaurant = (await context.menus.book(identity.restaurant_id)).restaurant if identity.restaurant_id else None
+    if restaurant is not None and identity.role is Role.CUSTOMER:
         restaurant = structs.replace(restaurant, email=None)  # what its admin signs in with is no guest's to know
-    return success(Me(who.user_id, who.role, who.email, restaurant, who.session_id))
+    return success(Me(identity.user_id, identity.role, identity.email, restaurant, identity.session_id))
 
 
 @endpoint(
@@ -194,8 +194,8 @@ async def me(request: Call) -> ASGIApp:
     example={"slug": "trattoria-ada", "table_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e"},
 )
 async def table_session(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), OpenTableSession)
-    opened = await context_of(request).sign_in.at_table(wanted.slug, str(wanted.table_id), address_of(request))
+    requested = read_body(await request.whole_body(), OpenTableSession)
+    opened = await context_of(request).sign_in.at_table(requested.slug, str(requested.table_id), address_of(request))
     return success(opened, status=201)
 
 

@@ -10,9 +10,9 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.orders.changes import Receipt
+from services.orders.entity_changes import Receipt
 from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
-from services.orders.route_context import RouteContext, context_of, done_reply
+from services.orders.route_context import RouteContext, context_of, receipt_reply
 from shared.entities import bay, customer, inventory_item, menu_item
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.inventory_item import InventoryItem, StockMove
@@ -48,29 +48,29 @@ class Availability(Struct, frozen=True):
     example={"menu_item_ids": ["7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"], "is_available": False},
 )
 async def set_availability(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), SetAvailability)
-    who, shop = request.identity, context_of(request)
-    book = await shop.menus.book(who.tenant)
-    ids = list(dict.fromkeys(str(id_) for id_ in wanted.menu_item_ids))
+    requested = read_body(await request.whole_body(), SetAvailability)
+    identity, context = request.identity, context_of(request)
+    book = await context.menus.book(identity.tenant)
+    ids = list(dict.fromkeys(str(id_) for id_ in requested.menu_item_ids))
     for place, id_ in enumerate(ids):
         if id_ not in book.menu or book.menu[id_].deleted_at is not None:
             raise InvalidInput("no such dish", field=f"menu_item_ids[{place}]", code="unknown_menu_item")
-    found = await asyncio.gather(*(_set_one(shop, who, id_, wanted.is_available) for id_ in ids))
+    found = await asyncio.gather(*(_set_one(context, identity, id_, requested.is_available) for id_ in ids))
     return success(found)
 
 
-async def _set_one(shop: RouteContext, who: Identity, id_: str, available: bool) -> Availability:
+async def _set_one(context: RouteContext, identity: Identity, id_: str, available: bool) -> Availability:
     def change(dish: menu_item.MenuItem, at: datetime) -> tuple[str, menu_item.MenuItem]:
         if dish.is_available is available:
             return "updated", dish
         return "updated", msgspec.structs.replace(dish, is_available=available, updated_at=at)
 
     try:
-        done = await shop.changes.change(who, menu_item.ENTITY, id_, None, change)
+        receipt = await context.changes.change(identity, menu_item.ENTITY, id_, None, change)
     except TicketrailError as error:
         return Availability(id_, error.error_code)
-    shop.menus.put(done.head, done.state)
-    return Availability(id_, "unchanged" if done.replayed else "changed", done.head.version)
+    context.menus.put(receipt.head, receipt.state)
+    return Availability(id_, "unchanged" if receipt.replayed else "changed", receipt.head.version)
 
 
 @endpoint(
@@ -85,7 +85,7 @@ async def _set_one(shop: RouteContext, who: Identity, id_: str, available: bool)
     example={"quantity": 24, "reason": "delivery 4711"},
 )
 async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), MoveStock)
+    requested = read_body(await request.whole_body(), MoveStock)
     id_ = path_id(inventory_item_id, "inventory_item_id")
 
     def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
@@ -96,9 +96,9 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
         moves = (*item.moves, move)[-_KEPT_MOVES:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
 
-    done = await _move(request, inventory_item.ENTITY, id_, wanted, "moves", StockMove, "quantity", apply)
-    shop = context_of(request)
-    return done_reply(done, **(await shop.insight.available(done.state.restaurant_id, [done.state]))[0])
+    receipt = await _move(request, inventory_item.ENTITY, id_, requested, "moves", StockMove, "quantity", apply)
+    context = context_of(request)
+    return receipt_reply(receipt, **(await context.figures.available(receipt.state.restaurant_id, [receipt.state]))[0])
 
 
 @endpoint(
@@ -113,15 +113,15 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     example={"points": -50, "reason": "free coffee"},
 )
 async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), MoveLoyalty)
-    id_, shop, tenant = path_id(customer_id, "customer_id"), context_of(request), request.identity.tenant
-    restaurant = (await shop.menus.book(tenant)).restaurant
+    requested = read_body(await request.whole_body(), MoveLoyalty)
+    id_, context, tenant = path_id(customer_id, "customer_id"), context_of(request), request.identity.tenant
+    restaurant = (await context.menus.book(tenant)).restaurant
     points, counted = 0, frozenset[str]()
-    if wanted.points < 0:
-        before = await shop.insight.current_state(customer.ENTITY, tenant, id_)
+    if requested.points < 0:
+        before = await context.figures.current_state(customer.ENTITY, tenant, id_)
         counted = frozenset(move.id for move in before.loyalty_moves)
-        found = (await shop.insight.totals(restaurant, [before]))[0]["loyalty_points"]
-        if found is None and str(wanted.id) not in counted:
+        found = (await context.figures.totals(restaurant, [before]))[0]["loyalty_points"]
+        if found is None and str(requested.id) not in counted:
             raise Unavailable("points are redeemed when the database can be asked", retry_after=2.0)
         points = found or 0
 
@@ -138,41 +138,41 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         moves = (*one.loyalty_moves, move)[-_KEPT_MOVES:]
         return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
 
-    done = await _move(request, customer.ENTITY, id_, wanted, "loyalty_moves", LoyaltyMove, "points", apply)
-    return done_reply(done, **(await shop.insight.totals(restaurant, [done.state]))[0])
+    receipt = await _move(request, customer.ENTITY, id_, requested, "loyalty_moves", LoyaltyMove, "points", apply)
+    return receipt_reply(receipt, **(await context.figures.totals(restaurant, [receipt.state]))[0])
 
 
 async def _move(
     request: Call,
     entity: Any,
     id_: str,
-    wanted: Any,
+    requested: Any,
     kept_in: str,
     type_: Any,
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
 ) -> Receipt:
     """Two at once both count; one that is repeated counts once."""
-    value = getattr(wanted, amount)
+    value = getattr(requested, amount)
     if value == 0:
         raise InvalidInput("a move of nothing", field=amount)
-    shop, tenant, move_id = context_of(request), request.identity.tenant, str(wanted.id or uuid4())
+    context, tenant, move_id = context_of(request), request.identity.tenant, str(requested.id or uuid4())
     old = None
-    if wanted.id is not None:
-        before = await shop.insight.current_state(entity, tenant, id_)
+    if requested.id is not None:
+        before = await context.figures.current_state(entity, tenant, id_)
         if len(getattr(before, kept_in)) >= _KEPT_MOVES:
-            old = await shop.insight.move(entity.facts[0], type_, tenant, id_, move_id)
+            old = await context.figures.move(entity.facts[0], type_, tenant, id_, move_id)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
         earlier = next((one for one in getattr(state, kept_in) if one.id == move_id), old)
         if earlier is None:
-            move = type_(id=move_id, created_at=at, reason=wanted.reason, **{amount: value})
+            move = type_(id=move_id, created_at=at, reason=requested.reason, **{amount: value})
             return "updated", apply(state, move, at)
-        if (getattr(earlier, amount), earlier.reason) != (value, wanted.reason):
+        if (getattr(earlier, amount), earlier.reason) != (value, requested.reason):
             raise Conflict("this id was used for another move", code="move_id_reused", field="id")
         return "updated", state
 
-    return await shop.changes.change(request.identity, entity, id_, None, change, adds=True)
+    return await context.changes.change(request.identity, entity, id_, None, change, adds=True)
 
 
 class QueuedJob(Struct, frozen=True):
@@ -190,9 +190,9 @@ class QueuedJob(Struct, frozen=True):
     errors=(404,),
 )
 async def bay_queue(request: Call, bay_id: str) -> ASGIApp:
-    id_, shop, tenant = path_id(bay_id, "bay_id"), context_of(request), request.identity.tenant
-    await shop.insight.current_state(bay.ENTITY, tenant, id_)
-    queue = await shop.insight.queue(tenant, id_)
+    id_, context, tenant = path_id(bay_id, "bay_id"), context_of(request), request.identity.tenant
+    await context.figures.current_state(bay.ENTITY, tenant, id_)
+    queue = await context.figures.queue(tenant, id_)
     return success([QueuedJob(place, one) for place, one in enumerate(queue, start=1)])
 
 

@@ -8,11 +8,12 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET
 
-from services.orders.changes import Receipt, id_for
+from services.orders.entity_changes import Receipt
+from services.orders.idempotency import id_for, idempotency_key
 from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
-from services.orders.route_context import RouteContext, context_of, done_reply, found_reply
-from services.orders.routes.orders import idempotency_key, version_in
+from services.orders.route_context import RouteContext, context_of, found_reply, receipt_reply
+from services.orders.routes.orders import version_in
 from shared.entities import menu_item
 from shared.errors import NotFound
 from shared.http.bodies import read_body
@@ -22,9 +23,9 @@ from shared.http.replies import Reply
 from shared.security.tokens import Identity
 
 
-def fields_of(wanted: Any) -> dict[str, Any]:
+def fields_of(requested: Any) -> dict[str, Any]:
     """What was sent; ids as text."""
-    found = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+    found = {name: getattr(requested, name) for name in requested.__struct_fields__}
     return {
         name: str(value) if isinstance(value, UUID) else value for name, value in found.items() if value is not UNSET
     }
@@ -55,27 +56,32 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     async def create(request: Call) -> ASGIApp:
         key = idempotency_key(request)
         fields = fields_of(read_body(await request.whole_body(), resource.create))
-        who, shop = request.identity, context_of(request)
-        restaurant = (await shop.menus.book(who.tenant)).restaurant
-        prepared = await resource.prepare(shop.insight, restaurant, fields, None)
-        id_ = id_for(who, f"POST {resource.path}", key)
+        identity, context = request.identity, context_of(request)
+        restaurant = (await context.menus.book(identity.tenant)).restaurant
+        prepared = await resource.prepare(context.figures, restaurant, fields, None)
+        id_ = id_for(identity, f"POST {resource.path}", key)
 
         def made(at: datetime) -> Any:
             return resource.new(id_, fields, Context(restaurant, at, prepared))
 
         # What was changed since says no more what it was made of.
-        done = await shop.changes.create(
-            who, entity, id_, key, made, same=lambda one: one.updated_at > one.created_at or one == made(one.created_at)
+        receipt = await context.changes.create(
+            identity,
+            entity,
+            id_,
+            key,
+            made,
+            same=lambda one: one.updated_at > one.created_at or one == made(one.created_at),
         )
-        return await _done(request, done, status=201)
+        return await _done(request, receipt, status=201)
 
     @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)
     async def list_all(request: Call) -> ASGIApp:
-        who, shop = request.identity, context_of(request)
-        restaurant = (await shop.menus.book(who.tenant)).restaurant
+        identity, context = request.identity, context_of(request)
+        restaurant = (await context.menus.book(identity.tenant)).restaurant
         query = resource.asked(read_query(request, resource.query), restaurant)
-        page = await shop.reads.page(entity, who.tenant, selection(query, who), query.sync_state)
-        more = await resource.more(shop.insight, restaurant, who, [found.decoded() for found in page.found])
+        page = await context.reads.page(entity, identity.tenant, selection(query, identity), query.sync_state)
+        more = await resource.more(context.figures, restaurant, identity, [found.decoded() for found in page.found])
         return list_reply(entity, page, query, more, names=resource.more_types)
 
     @endpoint(
@@ -89,31 +95,31 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         not_modified=True,
     )
     async def read_one(request: Call) -> ASGIApp:
-        who, shop = request.identity, context_of(request)
-        found = await shop.reads.one(entity, who.tenant, _id(request, resource))
+        identity, context = request.identity, context_of(request)
+        found = await context.reads.one(entity, identity.tenant, _id(request, resource))
         state = found.decoded()
         if state.deleted_at is not None:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
         # What is derived changes without a new version: only what has nothing of it can be known already.
         known = None if resource.more_types else request.header(b"if-none-match")
-        return found_reply(found, known, **await _more(shop, resource, who, state))
+        return found_reply(found, known, **await _more(context, resource, identity, state))
 
     @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
     async def update(request: Call) -> ASGIApp:
         fields = fields_of(read_body(await request.whole_body(), resource.update))
-        who, shop = request.identity, context_of(request)
+        identity, context = request.identity, context_of(request)
         id_, version = _id(request, resource), version_in(request)
-        restaurant = (await shop.menus.book(who.tenant)).restaurant
-        before = (await shop.reads.one(entity, who.tenant, id_)).decoded()
-        prepared = await resource.prepare(shop.insight, restaurant, fields, before)
-        done = await shop.changes.change(
-            who,
+        restaurant = (await context.menus.book(identity.tenant)).restaurant
+        before = (await context.reads.one(entity, identity.tenant, id_)).decoded()
+        prepared = await resource.prepare(context.figures, restaurant, fields, before)
+        receipt = await context.changes.change(
+            identity,
             entity,
             id_,
             version,
             lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
         )
-        return await _done(request, done)
+        return await _done(request, receipt)
 
     @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
     async def delete(request: Call) -> ASGIApp:
@@ -125,20 +131,20 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         id_, version = _id(request, resource), version_in(request)
         return await _done(request, await context_of(request).changes.restore(request.identity, entity, id_, version))
 
-    async def _done(request: Call, done: Receipt, *, status: int = 200) -> Reply:
-        shop = context_of(request)
+    async def _done(request: Call, receipt: Receipt, *, status: int = 200) -> Reply:
+        context = context_of(request)
         if entity is menu_item.ENTITY:
-            shop.menus.put(done.head, done.state)
-        return done_reply(done, status=status, **await _more(shop, resource, request.identity, done.state))
+            context.menus.put(receipt.head, receipt.state)
+        return receipt_reply(receipt, status=status, **await _more(context, resource, request.identity, receipt.state))
 
     return [create, list_all, read_one, update, delete, restore]
 
 
-async def _more(shop: RouteContext, resource: Resource, who: Identity, state: Any) -> dict[str, Any]:
+async def _more(context: RouteContext, resource: Resource, identity: Identity, state: Any) -> dict[str, Any]:
     if not resource.more_types:
         return {}
-    restaurant = (await shop.menus.book(state.restaurant_id)).restaurant
-    return (await resource.more(shop.insight, restaurant, who, [state]))[0]
+    restaurant = (await context.menus.book(state.restaurant_id)).restaurant
+    return (await resource.more(context.figures, restaurant, identity, [state]))[0]
 
 
 def _id(request: Call, resource: Resource) -> str:

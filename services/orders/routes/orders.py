@@ -6,9 +6,10 @@ from typing import Any
 
 from litestar.types import ASGIApp
 
+from services.orders.idempotency import idempotency_key
 from services.orders.lists import list_reply, selection
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
-from services.orders.route_context import context_of, done_reply, found_reply
+from services.orders.route_context import context_of, found_reply, receipt_reply
 from services.orders.views import sync_of
 from shared.entities import order as orders
 from shared.errors import InvalidInput, NotFound, Unavailable
@@ -21,16 +22,7 @@ _TAG = "Orders"
 _ENTITY = orders.ENTITY
 _VIEW = View(_ENTITY)
 _ETAG = re.compile(r'^(?:W/)?"?([1-9][0-9]{0,8})"?$')
-_KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 _ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
-
-
-def idempotency_key(request: Call) -> str | None:
-    """Raises InvalidInput."""
-    key = request.header(b"idempotency-key")
-    if key is not None and not _KEY.match(key):
-        raise InvalidInput("1 to 200 visible ASCII characters", field="Idempotency-Key")
-    return key
 
 
 def version_in(request: Call) -> int | None:
@@ -67,15 +59,15 @@ def version_in(request: Call) -> int | None:
 )
 async def place_order(request: Call) -> ASGIApp:
     key = idempotency_key(request)
-    wanted = read_body(await request.whole_body(), PlaceOrder)
-    who, shop = request.identity, context_of(request)
-    done = await shop.commands.place(who, wanted, key)
+    requested = read_body(await request.whole_body(), PlaceOrder)
+    identity, context = request.identity, context_of(request)
+    receipt = await context.order_commands.place(identity, requested, key)
     more: dict[str, Any] = {}
-    if done.replayed:
+    if receipt.replayed:
         # It was found a moment ago, or is remembered: how far it has come need not be known.
         with contextlib.suppress(Unavailable, NotFound):
-            more["sync"] = sync_of(await shop.reads.one(_ENTITY, who.tenant, done.state.id))
-    return done_reply(done, status=201, **more)
+            more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id))
+    return receipt_reply(receipt, status=201, **more)
 
 
 @endpoint(
@@ -89,10 +81,12 @@ async def place_order(request: Call) -> ASGIApp:
     many=True,
 )
 async def list_orders(request: Call) -> ASGIApp:
-    who = request.identity
+    identity = request.identity
     query = read_query(request, OrdersQuery)
-    own = {"customer_session_id": who.session_id} if who.role is Role.CUSTOMER else {}
-    page = await context_of(request).reads.page(_ENTITY, who.tenant, selection(query, who, **own), query.sync_state)
+    own = {"customer_session_id": identity.session_id} if identity.role is Role.CUSTOMER else {}
+    page = await context_of(request).reads.page(
+        _ENTITY, identity.tenant, selection(query, identity, **own), query.sync_state
+    )
     return list_reply(_ENTITY, page, query)
 
 
@@ -108,10 +102,10 @@ async def list_orders(request: Call) -> ASGIApp:
     not_modified=True,
 )
 async def get_order(request: Call, order_id: str) -> ASGIApp:
-    who = request.identity
-    found = await context_of(request).reads.one(_ENTITY, who.tenant, path_id(order_id, "order_id"))
+    identity = request.identity
+    found = await context_of(request).reads.one(_ENTITY, identity.tenant, path_id(order_id, "order_id"))
     order = found.seen()
-    if who.role is Role.CUSTOMER and order.customer_session_id != who.session_id:
+    if identity.role is Role.CUSTOMER and order.customer_session_id != identity.session_id:
         raise NotFound("no such order")
     if order.deleted_at is not None:
         raise NotFound("the order is deleted", code="order_deleted")
@@ -132,9 +126,9 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
     example={"status": "received"},
 )
 async def update_order(request: Call, order_id: str) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), UpdateOrder)
+    requested = read_body(await request.whole_body(), UpdateOrder)
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await context_of(request).commands.update(request.identity, id_, wanted, version))
+    return receipt_reply(await context_of(request).order_commands.update(request.identity, id_, requested, version))
 
 
 @endpoint(
@@ -149,7 +143,7 @@ async def update_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def delete_order(request: Call, order_id: str) -> ASGIApp:
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await context_of(request).commands.delete(request.identity, id_, version))
+    return receipt_reply(await context_of(request).order_commands.delete(request.identity, id_, version))
 
 
 @endpoint(
@@ -164,7 +158,7 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def restore_order(request: Call, order_id: str) -> ASGIApp:
     id_, version = path_id(order_id, "order_id"), version_in(request)
-    return done_reply(await context_of(request).commands.restore(request.identity, id_, version))
+    return receipt_reply(await context_of(request).order_commands.restore(request.identity, id_, version))
 
 
 @endpoint(
@@ -179,11 +173,11 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     errors=(404,),
 )
 async def sync_order(request: Call, order_id: str) -> ASGIApp:
-    id_, shop = path_id(order_id, "order_id"), context_of(request)
-    found = await shop.reads.one(_ENTITY, request.identity.tenant, id_)
+    id_, context = path_id(order_id, "order_id"), context_of(request)
+    found = await context.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
         return found_reply(found, None)
-    return done_reply(await shop.commands.send_again(request.identity, found))
+    return receipt_reply(await context.order_commands.send_again(request.identity, found))
 
 
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order, sync_order]

@@ -6,7 +6,7 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
-from services.orders.route_context import RouteContext, context_of, done_reply
+from services.orders.route_context import RouteContext, context_of, receipt_reply
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment
@@ -68,9 +68,11 @@ class Summary(Struct, frozen=True):
     example={"id": "0b9df4a0-93b2-4c55-9a5e-5f1a6c1d9a11", "amount": 1500, "method": "card", "reference": "auth 77"},
 )
 async def record_payment(request: Call, order_id: str) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), RecordPayment)
-    done, payment = await context_of(request).commands.pay(request.identity, path_id(order_id, "order_id"), wanted)
-    return done_reply(done, status=201, payment=payment)
+    requested = read_body(await request.whole_body(), RecordPayment)
+    receipt, payment = await context_of(request).order_commands.pay(
+        request.identity, path_id(order_id, "order_id"), requested
+    )
+    return receipt_reply(receipt, status=201, payment=payment)
 
 
 @endpoint(
@@ -85,8 +87,8 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
 )
 async def list_payments(request: Call) -> ASGIApp:
     query = read_query(request, PaymentsQuery)
-    shop, tenant = context_of(request), request.identity.tenant
-    wanted = money.PaymentsWanted(
+    context, tenant = context_of(request), request.identity.tenant
+    requested = money.PaymentsWanted(
         start=query.from_,
         end=query.to,
         method=query.method,
@@ -96,30 +98,30 @@ async def list_payments(request: Call) -> ASGIApp:
     )
     # Pending first, as in every list: what is committed in between is met at least once.
     try:
-        seen = await _of_orders(shop, tenant, await shop.mirror.pending_ids(tenant, orders.ENTITY.name))
+        seen = await _of_orders(context, tenant, await context.mirror.pending_ids(tenant, orders.ENTITY.name))
     except (MirrorUnavailable, MirrorInDoubt):
         seen = []
     complete = True
     try:
-        async with shop.postgres.tenant(tenant) as connection:
-            seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, wanted)]
+        async with context.postgres.tenant(tenant) as connection:
+            seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, requested)]
     except UNAVAILABLE as error:
         try:
-            seen = await _of_orders(shop, tenant, await shop.mirror.live_ids(tenant, orders.ENTITY.name))
+            seen = await _of_orders(context, tenant, await context.mirror.live_ids(tenant, orders.ENTITY.name))
         except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
         complete = False
-    found = {(one.order_id, one.id): one for one in seen if wanted.match(one)}
+    found = {(one.order_id, one.id): one for one in seen if requested.match(one)}
     newest = sorted(found.values(), key=lambda one: (one.created_at, one.id), reverse=True)
     page, pagination = page_of(newest, query.limit, lambda one: (one.created_at, one.id))
     return success(page, pagination=pagination, complete=complete)
 
 
-async def _of_orders(shop: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
+async def _of_orders(context: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
     """As the mirror has them. Raises MirrorUnavailable, MirrorInDoubt."""
     found = []
     for start in range(0, len(ids), _BLOCK):
-        _, documents = await shop.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK])
+        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK])
         for document in documents:
             if document is not None:
                 order = orders.ENTITY.decode_state(document.state)
@@ -142,8 +144,8 @@ async def _of_orders(shop: RouteContext, tenant: str, ids: list[str]) -> list[Li
 )
 async def summary(request: Call) -> ASGIApp:
     query = read_query(request, DaysQuery)
-    shop, tenant = context_of(request), request.identity.tenant
-    restaurant = (await shop.menus.book(tenant)).restaurant
+    context, tenant = context_of(request), request.identity.tenant
+    restaurant = (await context.menus.book(tenant)).restaurant
     today = restaurant.business_day(now())
     for field, day in (("from", query.from_), ("to", query.to)):
         if day is not None and not 1970 <= day.year < 2200:
@@ -153,7 +155,7 @@ async def summary(request: Call) -> ASGIApp:
     if not 0 <= (end - start).days < _MOST_DAYS:
         raise InvalidInput(f"1 to {_MOST_DAYS} days, not {(end - start).days + 1}", field="from")
     try:
-        async with shop.postgres.tenant(tenant) as connection:
+        async with context.postgres.tenant(tenant) as connection:
             days = [Day(**row) for row in await money.days(connection, tenant, start, end)]
     except UNAVAILABLE as error:
         raise Unavailable("sums wait for the database", retry_after=2.0) from error

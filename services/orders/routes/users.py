@@ -65,12 +65,12 @@ class UsersQuery(Request):
     example={"email": "kim@trattoria.example", "password": "another long one", "role": "staff", "name": "Kim"},
 )
 async def create_user(request: Call) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), CreateUser)
-    shop = context_of(request)
+    requested = read_body(await request.whole_body(), CreateUser)
+    context = context_of(request)
     tenant = await _tenant(request)
-    await shop.sign_in.count_user(address_of(request))
-    hashed = await shop.sign_in.hash(wanted.password)
-    user = await shop.accounts.add(tenant, wanted.email, wanted.name, wanted.role, hashed)
+    await context.sign_in.count_user(address_of(request))
+    hashed = await context.sign_in.hash(requested.password)
+    user = await context.accounts.add(tenant, requested.email, requested.name, requested.role, hashed)
     return success(user, status=201)
 
 
@@ -127,15 +127,15 @@ async def get_user(request: Call, user_id: str) -> ASGIApp:
     example={"role": "admin"},
 )
 async def update_user(request: Call, user_id: str) -> ASGIApp:
-    wanted = read_body(await request.whole_body(), UpdateUser)
-    shop, id_, tenant = context_of(request), path_id(user_id, "user_id"), await _tenant(request)
-    if wanted.email is not UNSET or wanted.password is not UNSET:
-        await shop.sign_in.count_user(address_of(request))
+    requested = read_body(await request.whole_body(), UpdateUser)
+    context, id_, tenant = context_of(request), path_id(user_id, "user_id"), await _tenant(request)
+    if requested.email is not UNSET or requested.password is not UNSET:
+        await context.sign_in.count_user(address_of(request))
     names = ("email", "role", "name", "is_active")
-    fields = {name: value for name in names if (value := getattr(wanted, name)) is not UNSET}
-    if wanted.password is not UNSET:
-        fields["password_hash"] = await shop.sign_in.hash(wanted.password)
-    return success(await shop.accounts.change(tenant, id_, fields))
+    fields = {name: value for name in names if (value := getattr(requested, name)) is not UNSET}
+    if requested.password is not UNSET:
+        fields["password_hash"] = await context.sign_in.hash(requested.password)
+    return success(await context.accounts.change(tenant, id_, fields))
 
 
 @endpoint(
@@ -168,10 +168,10 @@ async def restore_user(request: Call, user_id: str) -> ASGIApp:
 
 async def _tenant(request: Call) -> str:
     """Raises Unauthenticated for one who was an admin when its token was made: it would make itself another."""
-    who = request.identity
-    if not await context_of(request).accounts.may_administer(who.tenant, who.user_id):
+    identity = request.identity
+    if not await context_of(request).accounts.may_administer(identity.tenant, identity.user_id):
         raise Unauthenticated("this user is no admin any more: sign in again", code="not_admin_any_more")
-    return who.tenant
+    return identity.tenant
 
 
 ROUTES = [create_user, list_users, get_user, update_user, delete_user, restore_user]

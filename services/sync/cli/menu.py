@@ -9,7 +9,8 @@ from shared.errors import NotFound
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Postgres
-from shared.rail.commit import Draft, Rail
+from shared.rail.commit import Rail
+from shared.rail.draft import Draft
 
 _ENTITY = menu_item.ENTITY
 

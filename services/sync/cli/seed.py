@@ -20,7 +20,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
-from shared.rail.commit import ClaimLost, Draft, Rail
+from shared.rail.commit import ClaimLost, Rail
+from shared.rail.draft import Draft
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role, Tokens
 

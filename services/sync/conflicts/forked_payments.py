@@ -20,7 +20,8 @@ from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import money
 from shared.postgres.pool import Postgres
-from shared.rail.commit import ClaimLost, Draft, Rail
+from shared.rail.commit import ClaimLost, Rail
+from shared.rail.draft import Draft
 
 log = structlog.get_logger(__name__)
 

@@ -19,7 +19,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.rail.commit import ClaimLost, Draft, Rail
+from shared.rail.commit import ClaimLost, Rail
+from shared.rail.draft import Draft
 from shared.restaurants import Restaurant, find_restaurant
 
 _ENTITY = orders.ENTITY

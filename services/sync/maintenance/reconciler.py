@@ -30,7 +30,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.rail.commit import ClaimLost, Draft, OutOfStock, Rail
+from shared.rail.commit import ClaimLost, OutOfStock, Rail
+from shared.rail.draft import Draft
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 

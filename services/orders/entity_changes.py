@@ -11,21 +11,21 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
-from uuid import NAMESPACE_URL, uuid4, uuid5
 from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Struct
 
-from services.orders.reads import Reads
+from services.orders.entity_reads import EntityReads
+from services.orders.idempotency import check_replay
 from shared.entities.contract import Head, now
 from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
-from shared.rail.commit import ClaimLost, Committed, Draft, Rail
+from shared.rail.commit import ClaimLost, Committed, Rail
+from shared.rail.draft import Draft
 from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
-_NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
 _TRIES_AGAIN = 3
 # Changes that add to what is there, such as payments, go on longer: each of many at once must count, also while the
 # broker does not answer and the one before waits for the journal.
@@ -47,19 +47,12 @@ class Receipt(Struct, frozen=True):
     replayed: bool = False
 
 
-def id_for(who: Identity, route: str, key: str | None) -> str:
-    """Of what is to be created: the same for the same key of the same caller."""
-    if key is None:
-        return str(uuid4())
-    return str(uuid5(_NAMESPACE, f"{who.tenant}|{who.user_id}|{who.session_id or ''}|{route}|{key}"))
+def actor_of(identity: Identity) -> str:
+    return identity.session_id or identity.user_id
 
 
-def actor_of(who: Identity) -> str:
-    return who.session_id or who.user_id
-
-
-class Changes:
-    def __init__(self, rail: Rail, reads: Reads) -> None:
+class EntityChanges:
+    def __init__(self, rail: Rail, reads: EntityReads) -> None:
         self._rail = rail
         self._reads = reads
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -68,7 +61,7 @@ class Changes:
 
     async def create(
         self,
-        who: Identity,
+        identity: Identity,
         entity: Entity,
         id_: str,
         key: str | None,
@@ -84,7 +77,7 @@ class Changes:
         except InvalidInput:
             # What it was checked against may have changed since this very request was accepted: then it is a repeat.
             with contextlib.suppress(Unavailable):
-                if key is not None and (earlier := await self._earlier(entity, who.tenant, id_)):
+                if key is not None and (earlier := await self._earlier(entity, identity.tenant, id_)):
                     return _replay(entity, *earlier, same)
             raise
         draft = Draft(
@@ -95,8 +88,8 @@ class Changes:
             before=None,
             at=at,
             source="orders",
-            actor=actor_of(who),
-            existing=None if key is None else lambda: self._earlier(entity, who.tenant, id_),
+            actor=actor_of(identity),
+            existing=None if key is None else lambda: self._earlier(entity, identity.tenant, id_),
         )
         deadline = time.monotonic() + _TWIN_SECONDS
         while True:
@@ -125,7 +118,7 @@ class Changes:
 
     async def change(
         self,
-        who: Identity,
+        identity: Identity,
         entity: Entity,
         id_: str,
         version: int | None,
@@ -138,14 +131,14 @@ class Changes:
 
         `deleted`: also one that is deleted. `adds`: what others do at the same time does not forbid it."""
         if not adds:
-            return await self._change(who, entity, id_, version, change, deleted=deleted)
+            return await self._change(identity, entity, id_, version, change, deleted=deleted)
         # Those of this instance take turns: in a race each claim that is lost costs as much as one that is won.
         async with self._turns.setdefault(id_, asyncio.Lock()):
-            return await self._change(who, entity, id_, version, change, deleted=deleted, adds=True)
+            return await self._change(identity, entity, id_, version, change, deleted=deleted, adds=True)
 
     async def _change(
         self,
-        who: Identity,
+        identity: Identity,
         entity: Entity,
         id_: str,
         version: int | None,
@@ -156,7 +149,7 @@ class Changes:
     ) -> Receipt:
         tried, deadline = 0, time.monotonic() + _FACT_SECONDS
         while True:
-            found = await self._reads.base(entity, who.tenant, id_)
+            found = await self._reads.base(entity, identity.tenant, id_)
             before = found.decoded()
             if before.deleted_at is not None and not deleted:
                 raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
@@ -174,7 +167,7 @@ class Changes:
                 before=before,
                 at=at,
                 source="orders",
-                actor=actor_of(who),
+                actor=actor_of(identity),
             )
             try:
                 return _done(entity, await self._rail.commit(draft))
@@ -185,19 +178,19 @@ class Changes:
             tried += 1
             await _pause(min(tried, 5))
 
-    async def delete(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
+    async def delete(self, identity: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             return "deleted", msgspec.structs.replace(state, deleted_at=at, updated_at=at)
 
-        return await self.change(who, entity, id_, version, change)
+        return await self.change(identity, entity, id_, version, change)
 
-    async def restore(self, who: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
+    async def restore(self, identity: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             if state.deleted_at is None:
                 raise Conflict(f"the {entity.name} is not deleted", code="not_deleted")
             return "restored", msgspec.structs.replace(state, deleted_at=None, updated_at=at)
 
-        return await self.change(who, entity, id_, version, change, deleted=True)
+        return await self.change(identity, entity, id_, version, change, deleted=True)
 
 
 async def _pause(times: int) -> None:
@@ -210,10 +203,7 @@ def _done(entity: Entity, committed: Committed) -> Receipt:
 
 
 def _replay(entity: Entity, head: Head, state: Any, same: Callable[[Any], bool]) -> Receipt:
-    if not same(state):
-        raise InvalidInput(
-            "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
-        )
+    check_replay(state, same)
     return Receipt(entity, state, head, None, replayed=True)
 
 

@@ -10,10 +10,11 @@ from uuid import UUID, uuid4
 import msgspec
 from msgspec import UNSET
 
-from services.orders.changes import Changes, Receipt, actor_of, id_for
+from services.orders.entity_changes import EntityChanges, Receipt, actor_of
+from services.orders.entity_reads import FoundState
+from services.orders.idempotency import id_for
 from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import holds, priced_items, totals
-from services.orders.reads import FoundState
 from services.orders.requests import PlaceOrder, RecordPayment, UpdateOrder
 from shared.entities import order as orders
 from shared.entities.contract import encode
@@ -34,51 +35,51 @@ _ENTITY = orders.ENTITY
 _MOST_PAYMENTS = 1_000
 
 
-class Commands:
-    def __init__(self, changes: Changes, menus: Menus) -> None:
+class OrderCommands:
+    def __init__(self, changes: EntityChanges, menus: Menus) -> None:
         self._changes = changes
         self._menus = menus
 
-    async def place(self, who: Identity, wanted: PlaceOrder, key: str | None) -> Receipt:
+    async def place(self, identity: Identity, requested: PlaceOrder, key: str | None) -> Receipt:
         """Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
-        session = _session(who, wanted)
-        id_ = id_for(who, "POST /api/orders", key)
-        request_hash = None if key is None else hashlib.sha256(encode(wanted)).hexdigest()
-        book = await self._menus.book(who.tenant)
+        session = _session(identity, requested)
+        id_ = id_for(identity, "POST /api/orders", key)
+        request_hash = None if key is None else hashlib.sha256(encode(requested)).hexdigest()
+        book = await self._menus.book(identity.tenant)
         try:
             return await self._changes.create(
-                who,
+                identity,
                 _ENTITY,
                 id_,
                 key,
-                lambda at: _new_order(id_, book, wanted, at, session, who, request_hash),
+                lambda at: _new_order(id_, book, requested, at, session, identity, request_hash),
                 same=lambda order: order.request_hash == request_hash,
             )
         except OutOfStock as error:
-            raise _out_of_stock(error, wanted, book) from error
+            raise _out_of_stock(error, requested, book) from error
 
-    async def update(self, who: Identity, id_: str, wanted: UpdateOrder, version: int | None) -> Receipt:
+    async def update(self, identity: Identity, id_: str, requested: UpdateOrder, version: int | None) -> Receipt:
         """Raises NotFound, Conflict (with what is allowed, or the version that stands), InvalidInput, Unavailable."""
-        book = await self._menus.book(who.tenant)
+        book = await self._menus.book(identity.tenant)
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
-            changed = _updated(order, wanted, book, at)
+            changed = _updated(order, requested, book, at)
             return ("status_changed" if changed.status is not order.status else "updated"), changed
 
         try:
-            return await self._changes.change(who, _ENTITY, id_, version, change)
+            return await self._changes.change(identity, _ENTITY, id_, version, change)
         except OutOfStock as error:
-            raise _out_of_stock(error, wanted, book) from error
+            raise _out_of_stock(error, requested, book) from error
 
-    async def delete(self, who: Identity, id_: str, version: int | None) -> Receipt:
+    async def delete(self, identity: Identity, id_: str, version: int | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.status is OrderStatus.COMPLETED:
                 raise Conflict("a completed order is not deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
 
-        return await self._changes.change(who, _ENTITY, id_, version, change)
+        return await self._changes.change(identity, _ENTITY, id_, version, change)
 
-    async def restore(self, who: Identity, id_: str, version: int | None) -> Receipt:
+    async def restore(self, identity: Identity, id_: str, version: int | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
@@ -87,66 +88,70 @@ class Commands:
             return "restored", msgspec.structs.replace(order, deleted_at=None, updated_at=at, holds=holds)
 
         try:
-            return await self._changes.change(who, _ENTITY, id_, version, change, deleted=True)
+            return await self._changes.change(identity, _ENTITY, id_, version, change, deleted=True)
         except OutOfStock as error:
             raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
 
-    async def send_again(self, who: Identity, found: FoundState) -> Receipt:
+    async def send_again(self, identity: Identity, found: FoundState) -> Receipt:
         """The state as it stands, as a change of its own. Raises Conflict when it has changed since."""
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             return "updated", msgspec.structs.replace(order, updated_at=at)
 
         id_ = found.decoded().id
-        return await self._changes.change(who, _ENTITY, id_, found.head.version, change, deleted=True)
+        return await self._changes.change(identity, _ENTITY, id_, found.head.version, change, deleted=True)
 
-    async def pay(self, who: Identity, id_: str, wanted: RecordPayment) -> tuple[Receipt, Payment]:
+    async def pay(self, identity: Identity, id_: str, requested: RecordPayment) -> tuple[Receipt, Payment]:
         """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""
-        if wanted.amount == 0:
+        if requested.amount == 0:
             raise InvalidInput("a payment of nothing", field="amount", code="invalid_input")
-        payment_id = str(wanted.id or uuid4())
+        payment_id = str(requested.id or uuid4())
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             earlier = next((one for one in order.payments if one.id == payment_id), None)
             if earlier is not None:
                 if (earlier.amount, earlier.method, earlier.reference) != (
-                    wanted.amount,
-                    wanted.method,
-                    wanted.reference,
+                    requested.amount,
+                    requested.method,
+                    requested.reference,
                 ):
                     raise Conflict("this id was used for another payment", code="payment_id_reused", field="id")
                 return "payment_recorded", order
-            _check_payment(order, wanted)
+            _check_payment(order, requested)
             made = Payment(
-                id=payment_id, amount=wanted.amount, method=wanted.method, created_at=at, reference=wanted.reference
+                id=payment_id,
+                amount=requested.amount,
+                method=requested.method,
+                created_at=at,
+                reference=requested.reference,
             )
             payments = (*order.payments, made)
             return "payment_recorded", msgspec.structs.replace(
                 order, payments=payments, payment_status=payment_status(payments, order.total), updated_at=at
             )
 
-        done = await self._changes.change(who, _ENTITY, id_, None, change, adds=True)
-        return done, next(one for one in done.state.payments if one.id == payment_id)
+        receipt = await self._changes.change(identity, _ENTITY, id_, None, change, adds=True)
+        return receipt, next(one for one in receipt.state.payments if one.id == payment_id)
 
 
-def _check_payment(order: Order, wanted: RecordPayment) -> None:
+def _check_payment(order: Order, requested: RecordPayment) -> None:
     paid = sum(one.amount for one in order.payments)
-    if wanted.amount < 0 and -wanted.amount > paid:
+    if requested.amount < 0 and -requested.amount > paid:
         raise Conflict(
-            f"{-wanted.amount} is more than the {paid} that was paid",
+            f"{-requested.amount} is more than the {paid} that was paid",
             code="refund_above_paid",
             field="amount",
             paid=paid,
         )
-    if wanted.amount > 0 and order.status is OrderStatus.CANCELLED:
+    if requested.amount > 0 and order.status is OrderStatus.CANCELLED:
         raise Conflict("a cancelled order is not paid", code="order_cancelled", field="amount")
-    if len(order.payments) >= _MOST_PAYMENTS or paid + wanted.amount > 10**12:
+    if len(order.payments) >= _MOST_PAYMENTS or paid + requested.amount > 10**12:
         raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
 
 
-def _out_of_stock(error: OutOfStock, wanted: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
+def _out_of_stock(error: OutOfStock, requested: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
     """What is left of each, and which of the wanted items needs it."""
-    items = wanted.items if wanted.items is not UNSET else []
+    items = requested.items if requested.items is not UNSET else []
     short = {id_ for id_, _ in error.left}
     places = [place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)]
     names = dict.fromkeys(book.menu[str(items[place].menu_item_id)].name for place in places)
@@ -175,34 +180,34 @@ def _dishes_of(inventory_item: str, menu: Mapping[str, MenuItem], items: Any) ->
     return {str(item.menu_item_id) for item in items if inventory_item in _needs(item.menu_item_id, menu)}
 
 
-def _session(who: Identity, wanted: PlaceOrder) -> str | None:
-    if who.role is not Role.CUSTOMER:
-        return wanted.customer_session_id
-    if wanted.customer_session_id not in (None, who.session_id):
+def _session(identity: Identity, requested: PlaceOrder) -> str | None:
+    if identity.role is not Role.CUSTOMER:
+        return requested.customer_session_id
+    if requested.customer_session_id not in (None, identity.session_id):
         raise Forbidden("a customer orders for its own session", field="customer_session_id")
     for field in ("discount_amount", "deposit_used", "customer_id"):
-        if getattr(wanted, field):
+        if getattr(requested, field):
             raise Forbidden("only staff and admins say this", field=field)
-    return who.session_id
+    return identity.session_id
 
 
 def _new_order(
     id_: str,
     book: MenuBook,
-    wanted: PlaceOrder,
+    requested: PlaceOrder,
     at: datetime,
     session: str | None,
-    who: Identity,
+    identity: Identity,
     request_hash: str | None,
 ) -> Order:
     restaurant = book.restaurant
-    items = priced_items(wanted.items, book.menu)
+    items = priced_items(requested.items, book.menu)
     sums = totals(
         items,
         basis_points=restaurant.tax_basis_points,
-        tip=wanted.tip_amount,
-        discount=wanted.discount_amount,
-        deposit=wanted.deposit_used,
+        tip=requested.tip_amount,
+        discount=requested.discount_amount,
+        deposit=requested.deposit_used,
     )
     return Order(
         id=id_,
@@ -215,47 +220,47 @@ def _new_order(
         subtotal=sums.subtotal,
         tax_basis_points=restaurant.tax_basis_points,
         tax_amount=sums.tax_amount,
-        tip_amount=wanted.tip_amount,
-        discount_amount=wanted.discount_amount,
-        deposit_used=wanted.deposit_used,
+        tip_amount=requested.tip_amount,
+        discount_amount=requested.discount_amount,
+        deposit_used=requested.deposit_used,
         total=sums.total,
         created_at=at,
         updated_at=at,
-        table_id=str(wanted.table_id) if wanted.table_id else None,
-        customer_id=str(wanted.customer_id) if wanted.customer_id else None,
-        customer_name=wanted.customer_name,
-        customer_phone=wanted.customer_phone,
+        table_id=str(requested.table_id) if requested.table_id else None,
+        customer_id=str(requested.customer_id) if requested.customer_id else None,
+        customer_name=requested.customer_name,
+        customer_phone=requested.customer_phone,
         customer_session_id=session,
-        payment_method=wanted.payment_method,
+        payment_method=requested.payment_method,
         payment_status=payment_status((), sums.total),
-        notes=wanted.notes,
-        special_instructions=wanted.special_instructions,
-        placed_by=actor_of(who),
+        notes=requested.notes,
+        special_instructions=requested.special_instructions,
+        placed_by=actor_of(identity),
         request_hash=request_hash,
         holds=holds(items, book.menu),
     )
 
 
-def _updated(order: Order, wanted: UpdateOrder, book: MenuBook, at: datetime) -> Order:
+def _updated(order: Order, requested: UpdateOrder, book: MenuBook, at: datetime) -> Order:
     fields: dict[str, Any] = {
         name: str(value) if isinstance(value, UUID) else value
-        for name in wanted.__struct_fields__
-        if (value := getattr(wanted, name)) is not UNSET
+        for name in requested.__struct_fields__
+        if (value := getattr(requested, name)) is not UNSET
     }
-    if wanted.status is not UNSET and wanted.status is not order.status:
+    if requested.status is not UNSET and requested.status is not order.status:
         allowed = allowed_next(order.status)
-        if wanted.status not in allowed:
+        if requested.status not in allowed:
             raise Conflict(
-                f"an order that is {order.status} cannot become {wanted.status}",
+                f"an order that is {order.status} cannot become {requested.status}",
                 code="illegal_status",
                 field="status",
                 status=order.status,
                 allowed=list(allowed),
             )
-    if wanted.items is not UNSET:
+    if requested.items is not UNSET:
         if not items_may_change(order.status):
             raise Conflict(f"the items of an order that is {order.status} stand", code="items_are_fixed", field="items")
-        fields["items"] = priced_items(wanted.items, book.menu)
+        fields["items"] = priced_items(requested.items, book.menu)
         fields["holds"] = holds(fields["items"], book.menu, order.holds, at)
     changed = msgspec.structs.replace(order, **fields, updated_at=at)
     sums = totals(

@@ -86,7 +86,7 @@ class Page(Struct, frozen=True):
     """False: only what the mirror's live window holds, because PostgreSQL is away."""
 
 
-class Reads:
+class EntityReads:
     def __init__(self, postgres: Postgres, mirror: Mirror, metrics: ReadMetrics) -> None:
         self._metrics = metrics
         self._postgres = postgres

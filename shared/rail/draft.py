@@ -1,0 +1,66 @@
+"""A change before it is committed, and the event that it becomes."""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+from msgspec import Raw, Struct
+
+from shared.entities.change_id import change_id
+from shared.entities.contract import Change, ChangeData, Head, Lane, changed_fields, encode
+from shared.entities.entity import Entity
+
+
+class Draft(Struct, kw_only=True):
+    """A requested change: the whole state after it, and the change that it is built on."""
+
+    entity: Entity
+    event: str
+    """The kind of change, in the past tense, such as `created`."""
+    state: Any
+    """The Struct of the entity after the change."""
+    base: Head | None
+    """None for a creation."""
+    before: Struct | None
+    """The state of the base; None for a creation."""
+    at: datetime
+    """When the change was accepted."""
+    source: str
+    """The component that makes it, such as `orders` or `sync`."""
+    lane: Lane | None = None
+    """None for the entity's own lane."""
+    actor: str | None = None
+    """Id of the user, or of the guest's session, that asked for it."""
+    traceparent: str | None = None
+    """Context of the span that makes the change durable. By default a new span of the current trace."""
+    existing: Callable[[], Awaitable[tuple[Head, Any] | None]] | None = None
+    """Looks for an earlier creation with the same id, for the time without a warm mirror. Returns its head and state.
+    Raises Unavailable when no store can tell."""
+
+
+def change_of(draft: Draft) -> Change:
+    """The event of a draft. Its id covers type, base and both states, so that the same draft gives the same id."""
+    after = encode(draft.state)
+    before = encode(changed_fields(draft.before, draft.state))
+    version = draft.base.version + 1 if draft.base else 1
+    base = draft.base.change_id if draft.base else None
+    type_ = draft.entity.type(draft.event)
+    return Change(
+        id=change_id(draft.state.id, version, b"\0".join((type_.encode(), (base or "").encode(), before, after))),
+        source=draft.source,
+        type=type_,
+        subject=f"{draft.entity.name}/{draft.state.id}",
+        time=draft.at,
+        restaurantid=draft.state.restaurant_id,
+        priority=(draft.lane or draft.entity.lane).priority,
+        entityversion=version,
+        basechangeid=base,
+        traceparent=draft.traceparent,
+        actor=draft.actor,
+        data=ChangeData(after=Raw(after), before=Raw(before)),
+    )
+
+
+def lane_of(change: Change) -> Lane:
+    """The lane with the highest priority that the change's own priority reaches."""
+    return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)

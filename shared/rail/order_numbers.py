@@ -1,0 +1,54 @@
+"""Order numbers: how a change gets the number of its series (one series per restaurant and business day).
+
+The claim script (shared/mirror/scripts/claim.lua) increments the series in the mirror: "0042". Without a warm mirror
+the journal gives a number of the instance's own series: "J1-0007" (`Journal.next_number`).
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from shared.entities.contract import Change, ChangeData, encode
+from shared.entities.entity import Entity
+
+_MAX_SERIES = 10_000
+
+
+class HighestNumbers:
+    """The highest number of each series that this instance was given. Every claim carries it, so that a mirror without
+    its counters does not give the same number again."""
+
+    def __init__(self) -> None:
+        self._highest: dict[tuple[str, str], int] = {}
+
+    def of(self, restaurant: str, series: str | None) -> int:
+        """0 for a series that is not known here."""
+        return self._highest.get((restaurant, series), 0) if series else 0
+
+    def note(self, restaurant: str, series: str | None, number: str) -> None:
+        if series:
+            if len(self._highest) > _MAX_SERIES:  # mostly of past business days
+                self._highest.clear()
+            self._highest[restaurant, series] = max(int(number), self.of(restaurant, series))
+
+
+def series_of(entity: Entity, state: Any) -> str | None:
+    """The business day whose series the state needs a number of; None when it has a number or needs none."""
+    numbering = entity.numbering
+    return numbering.business_day(state) if numbering and not numbering.number(state) else None
+
+
+def with_number(entity: Entity, change: Change, state: Any, number: str) -> tuple[Change, Any]:
+    """Change and state with the number that the claim gave. The change keeps the id that it had before the claim."""
+    if not number or entity.numbering is None:
+        return change, state
+    state = entity.numbering.with_number(state, number)
+    data = ChangeData(after=Raw(encode(state)), before=change.data.before)
+    return msgspec.structs.replace(change, data=data), state
+
+
+def number_in(entity: Entity, encoded: bytes) -> str:
+    """The number in an encoded state; empty for an entity without numbers."""
+    state = entity.decode_state(encoded)
+    return entity.numbering.number(state) if entity.numbering else ""
