@@ -1,8 +1,7 @@
-"""Who may sign in: users and restaurants in PostgreSQL, as plain rows; the only module that touches them for the API.
+"""Users and restaurants in PostgreSQL, as plain rows. The API touches these tables only here.
 
-Runs as the api role: it sees the users of the tenant that is set. What must be known before that (whom an email
-belongs to, whose a refresh token is), functions of the database tell, one row at a time.
-"""
+The api role sees only the users of the tenant that is set. Before the tenant is known, functions of the database look
+up one row at a time: the user of an email, the session of a refresh token."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,8 +31,9 @@ _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_a
 
 
 def plain_email(email: str) -> str:
-    """As it is kept, counted and looked for: in lower case, by Python alone. PostgreSQL's `lower` makes one account of
-    more spellings than Python's (İ is i to it), and each spelling would have tries of its own."""
+    """The form in which an email is stored, counted and searched: lower case, always by Python. PostgreSQL's `lower`
+    maps more spellings to one account than Python's does (İ becomes i), and each spelling would have attempts of its
+    own."""
     return email.lower()
 
 
@@ -51,8 +51,9 @@ class User(Struct, frozen=True, kw_only=True):
 
 class Rotated(Struct, frozen=True):
     outcome: str
-    """rotated, reused or invalid"""
+    """`rotated`, `reused` or `invalid`."""
     user: User | None
+    """None unless the token was rotated."""
 
 
 class Accounts:
@@ -65,7 +66,7 @@ class Accounts:
             async with self._postgres.connection() as connection:
                 yield connection
         except UNAVAILABLE as error:
-            raise Unavailable("sign-in waits for the database", retry_after=2.0) from error
+            raise Unavailable("sign-in needs the database, which is unavailable", retry_after=2.0) from error
 
     @asynccontextmanager
     async def _of(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
@@ -75,9 +76,9 @@ class Accounts:
                 yield connection
                 committing = not readonly
         except UNAVAILABLE as error:
-            if committing:  # sent, and no answer: 503 would say that nothing happened
-                raise OutcomeUnknown("the database did not say whether it was done") from error
-            raise Unavailable("users wait for the database", retry_after=2.0) from error
+            if committing:  # the commit was sent without an answer; a 503 would say that nothing happened
+                raise OutcomeUnknown("the database did not confirm the change; it may have been made") from error
+            raise Unavailable("users need the database, which is unavailable", retry_after=2.0) from error
         except asyncpg.UniqueViolationError as error:
             field = "slug" if "slug" in (error.constraint_name or "") else "email"
             raise Conflict(f"this {field} is taken", code=f"{field}_taken", field=field) from error
@@ -87,7 +88,7 @@ class Accounts:
     # -- before the tenant is known ----------------------------------------------------------------------------
 
     async def by_email(self, email: str) -> tuple[User, str | None] | None:
-        """(user, password hash)"""
+        """(user, password hash), or None for an unknown email."""
         async with self._anyone() as connection:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
@@ -97,7 +98,7 @@ class Accounts:
             return await restaurant_called(connection, slug)
 
     async def begin_session(self, token_sha256: bytes, user: str, known: str, ttl_seconds: int) -> bool:
-        """False when `known`, the hash that the password fitted, is not the user's any more, or it is shut out."""
+        """False when the user is inactive, or `known` (the hash that the password matched) is no longer its hash."""
         async with self._anyone() as connection:
             begun: bool = await connection.fetchval(
                 _BEGIN_SESSION, token_sha256, user, known, timedelta(seconds=ttl_seconds)
@@ -121,8 +122,8 @@ class Accounts:
     async def register(
         self, restaurant: Restaurant, email: str, name: str, password_hash: str, token_sha256: bytes, ttl_seconds: int
     ) -> User:
-        """The restaurant, its first admin and a session, or nothing. Raises Conflict when the slug or the email is
-        taken."""
+        """Creates the restaurant, its first admin and a session in one transaction. Raises Conflict when the slug or
+        the email is taken, InvalidInput for a time zone that the database does not know."""
         try:
             async with self._of(restaurant.id, readonly=False) as connection:
                 await connection.execute(
@@ -145,7 +146,7 @@ class Accounts:
                     _BEGIN_SESSION, token_sha256, user.id, password_hash, timedelta(seconds=ttl_seconds)
                 )
         except asyncpg.InvalidParameterValueError as error:
-            raise InvalidInput("a time zone that the database does not know", field="time_zone") from error
+            raise InvalidInput("the database does not know this time zone", field="time_zone") from error
         return user
 
     async def restaurant(self, restaurant_id: str) -> Restaurant | None:
@@ -155,8 +156,8 @@ class Accounts:
     # -- users of a restaurant ---------------------------------------------------------------------------------
 
     async def may_administer(self, restaurant: str, user_id: str) -> bool:
-        """False for a user that is no admin any more, or is shut out: a token lives longer than that. Whom the tokens'
-        key alone speaks for is no user, and may."""
+        """False for a user that is no longer an active admin, whose token may still be valid. True for a subject that
+        is no user: the key that signed its token vouches for it."""
         async with self._of(restaurant) as connection:
             known: bool | None = await connection.fetchval(
                 "select role = 'admin' and is_active and deleted_at is null from users where id::text = $1", user_id
@@ -166,7 +167,7 @@ class Accounts:
     async def users(
         self, restaurant: str, *, limit: int, before: tuple[datetime, str] | None, role: str | None, deleted: bool
     ) -> list[User]:
-        """The newest first."""
+        """Newest first. `before`: (created_at, id) of the previous page's last user. `deleted`: also deleted ones."""
         at, id_ = before or (None, None)
         async with self._of(restaurant) as connection:
             rows = await connection.fetch(
@@ -195,17 +196,17 @@ class Accounts:
         return _user(row)
 
     async def restore(self, restaurant: str, id_: str) -> User:
-        """Raises NotFound, and Conflict when it is not deleted or its email is taken meanwhile."""
+        """Raises NotFound, and Conflict when the user is not deleted or its email is taken by now."""
         if (await self.user(restaurant, id_, deleted=True)).deleted_at is None:
             raise Conflict("the user is not deleted", code="not_deleted")
         return await self.change(restaurant, id_, {"deleted_at": None}, deleted=True)
 
     async def change(self, restaurant: str, id_: str, fields: dict[str, Any], *, deleted: bool = False) -> User:
-        """Raises NotFound, and Conflict when the email is taken or nobody would be left to administer. Who may not go
-        on as before is signed out everywhere."""
+        """Changes columns of a user. Revokes all sessions if access was reduced or the password changed. Raises
+        NotFound, and Conflict when the email is taken or the restaurant would have no admin left."""
         assert set(fields) <= set(_CHANGEABLE)
         async with self._of(restaurant, readonly=False) as connection:
-            # One at a time: two admins who remove one another would leave nobody.
+            # One change at a time: two admins who remove each other would leave none.
             await connection.execute("select pg_advisory_xact_lock(hashtextextended($1, 0))", restaurant)
             before = await _one(connection, id_, deleted=deleted)
             if "email" in fields:

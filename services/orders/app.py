@@ -1,7 +1,7 @@
-"""The orders service, wired: the one place that sees all its parts.
+"""The wiring of the orders service.
 
-Starts without any one backend. Stops in this order: the server takes no more requests, what is under way is committed,
-the drainer and the readers stop, connections close.
+Starts while any one backend is unavailable. Stops in this order: the server accepts no more requests, commits under way
+end, the drainer and the log reader stop, the connections close.
 """
 
 from collections.abc import AsyncIterator
@@ -123,37 +123,43 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
 def _watch(parts: OrdersParts) -> None:
     watch = parts.metrics.watch
     watch("ticketrail_journal_entries", "Changes that wait in the journal", lambda: parts.journal.depth)
-    watch("ticketrail_journal_bytes", "Their size", lambda: parts.journal.bytes)
+    watch("ticketrail_journal_bytes", "Bytes of the changes that wait in the journal", lambda: parts.journal.bytes)
     watch("ticketrail_journal_open", "0 while the journal cannot be used", lambda: parts.journal.opened)
-    watch("ticketrail_journal_damaged", "Entries that are not whole, and are not sent", lambda: parts.journal.damaged)
+    watch(
+        "ticketrail_journal_damaged",
+        "Damaged entries of the journal, which are not sent",
+        lambda: parts.journal.damaged,
+    )
     watch(
         "ticketrail_journal_files_aside",
-        "Damaged files of all journals in the folder, set aside and waiting for somebody to look",
+        "Set-aside files of all journals in the folder, which an operator must look at",
         lambda: count_aside(parts.settings.journal_folder),
     )
     parts.rail_parts.watch(parts.metrics)
     watch(
         "ticketrail_heartbeat_age_seconds",
-        "Since the last heartbeat in the log was sent",
+        "Seconds since the last heartbeat in the log was sent",
         lambda: _heartbeat_age(parts),
     )
     watch_pool(parts.metrics, parts.postgres)
 
 
 def _heartbeat_age(parts: OrdersParts) -> float:
-    after_heartbeat = parts.menus.reader.heartbeat_at
-    return float("nan") if after_heartbeat is None else (now() - after_heartbeat).total_seconds()
+    heartbeat_at = parts.menus.reader.heartbeat_at
+    return float("nan") if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
 
 
 async def start(parts: OrdersParts) -> None:
     try:
         await parts.journal.open()
     except JournalBroken as error:
-        # The broker may take every order all the same; the journal is tried again when it is needed.
+        # The broker alone can take every order. The journal is opened again when it is needed.
         log.error("starting_without_journal", error=str(error))
     await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
-    await parts.rail_parts.publisher.start(wait=3.0 if broker else 0.0)  # a broker that is away delays the start once
+    await parts.rail_parts.publisher.start(
+        wait=3.0 if broker else 0.0
+    )  # an unavailable broker delays the start once, not twice
     parts.drainer.start()
     parts.orphaned_journals.start()
     parts.menus.start()
@@ -173,11 +179,11 @@ async def stop(parts: OrdersParts) -> None:
 
 
 async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
-    """Fit to take orders: a menu to price from, and the broker or the journal to keep them. Backends that are away are
-    named, not fatal: an order is accepted without any one of them."""
+    """Ready to accept orders: the menus are loaded, and the broker or the journal can record changes. The details name
+    unavailable backends, because orders are accepted without any one of them."""
     reader = parts.menus.reader
-    after_heartbeat = reader.heartbeat_at
-    age = None if after_heartbeat is None else round((now() - after_heartbeat).total_seconds(), 3)
+    heartbeat_at = reader.heartbeat_at
+    age = None if heartbeat_at is None else round((now() - heartbeat_at).total_seconds(), 3)
     stale = age is None or age > max(2.0, parts.settings.heartbeat_interval_seconds * 3)
     details = {
         "menus": parts.menus.loaded,

@@ -1,4 +1,4 @@
-"""Reading the log of changes as an audit."""
+"""Reads the changes in PostgreSQL for the audit."""
 
 from datetime import datetime
 from typing import Any
@@ -8,7 +8,7 @@ from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
 _BULK = order.ENTITY.name
-"""Nearly all changes are of orders: of the others there is an index of their own (changes_newest_of)."""
+"""Nearly all changes are of orders; the others have an index of their own (changes_newest_of)."""
 
 
 async def changes(
@@ -23,14 +23,14 @@ async def changes(
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """The newest first. `before`: (accepted_at, change id) of the last one of the page before."""
+    """Newest first. `before`: (accepted_at, change id) of the last change of the previous page."""
     where = Conditions(restaurant)
     if entity is not None:
         where.add("t.entity = {}", entity)
         if entity != _BULK:
             where.add(f"t.entity <> '{_BULK}'")
     elif entity_id is not None:
-        where.add("t.entity = any({})", list(registry.ENTITIES))  # what the index begins with
+        where.add("t.entity = any({})", list(registry.ENTITIES))  # the first column of the index
     if entity_id is not None:
         where.add("t.entity_id = {}", entity_id)
     if actor is not None:

@@ -1,7 +1,7 @@
-"""Creating and changing entities, whatever they are: build the state that is wanted, commit it, answer for it.
+"""Creates and changes entities of every kind: builds the new state, commits it and returns a receipt.
 
-A lost claim is tried again on what stands then, where the caller named no version and the change is still legal. A
-repeat with the same Idempotency-Key has the same id, and finds what the first one has made.
+After a lost claim the change is built again on the new head, unless the caller named a version. A repeat with the same
+Idempotency-Key has the same id, so it finds what the first request created (idempotency.py).
 """
 
 import asyncio
@@ -26,23 +26,25 @@ from shared.rail.draft import Draft
 from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
-_TRIES_AGAIN = 3
-# Changes that add to what is there, such as payments, go on longer: each of many at once must count, also while the
-# broker does not answer and the one before waits for the journal.
-_FACT_SECONDS = 4.0
-# How long a repeat waits for its twin: longer than a claim takes to be called stale, so that it can finish it.
-_TWIN_SECONDS = 4.0
+_MAX_RETRIES = 3
+# Changes that add a fact, such as a payment, are retried longer: each of many concurrent ones must count, also while
+# the broker does not answer and the previous one waits for the journal.
+_FACT_TIMEOUT_SECONDS = 4.0
+# A repeat waits this long for the first request: longer than a claim takes to become stale, so that it can finish it.
+_REPEAT_TIMEOUT_SECONDS = 4.0
 
 Change = Callable[[Any, datetime], tuple[str, Any]]
-"""(the state that stands, the moment) -> (event, the state after it). The state itself: nothing is to be changed."""
+"""(current state, time) -> (event, new state). Returning the current state itself means that nothing changes."""
 
 
 class Receipt(Struct, frozen=True):
+    """What a write returns: the state after it and how durable it is."""
+
     entity: Entity
     state: Any
     head: Head
     durability: Durability | None
-    """None for a replay."""
+    """None when nothing was recorded: for a replay, or a change of nothing."""
     visible: bool = True
     replayed: bool = False
 
@@ -69,13 +71,14 @@ class EntityChanges:
         *,
         same: Callable[[Any], bool] = lambda _: True,
     ) -> Receipt:
-        """`same`: whether what stands under the key was asked for in the same words. Raises what `build` and the rail
-        raise, and InvalidInput for a key that was used for something else."""
+        """`key`: the Idempotency-Key that `id_` was made from. `same`: whether an existing state was created by an
+        equal request. Raises what `build` and the rail raise, and InvalidInput for a key that was used for another
+        request."""
         at = now()
         try:
             state = build(at)
         except InvalidInput:
-            # What it was checked against may have changed since this very request was accepted: then it is a repeat.
+            # A repeat may be invalid by now, because the menu has changed since the first request was accepted.
             with contextlib.suppress(Unavailable):
                 if key is not None and (earlier := await self._earlier(entity, identity.tenant, id_)):
                     return _replay(entity, *earlier, same)
@@ -91,23 +94,23 @@ class EntityChanges:
             actor=actor_of(identity),
             existing=None if key is None else lambda: self._earlier(entity, identity.tenant, id_),
         )
-        deadline = time.monotonic() + _TWIN_SECONDS
+        deadline = time.monotonic() + _REPEAT_TIMEOUT_SECONDS
         while True:
             try:
                 return _done(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
                 if lost.head is not None and lost.state is None:
-                    raise Unavailable("it was made before and cannot be read now", retry_after=2.0) from lost
+                    raise Unavailable("it was created before and cannot be read now", retry_after=2.0) from lost
                 if lost.head is not None:
                     return _replay(entity, lost.head, lost.state, same)
                 if time.monotonic() > deadline:
                     raise Conflict(
-                        "the same request is under way", code="in_progress", field="Idempotency-Key"
+                        "the same request is still being processed", code="in_progress", field="Idempotency-Key"
                     ) from lost
             await _pause(2)
 
     async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-        """What the same key has made before; raises Unavailable where no store can tell."""
+        """What an earlier request with the same key created, or None. Raises Unavailable when no store can tell."""
         try:
             found = await self._reads.one(entity, restaurant, id_)
         except NotFound:
@@ -127,12 +130,12 @@ class EntityChanges:
         deleted: bool = False,
         adds: bool = False,
     ) -> Receipt:
-        """Raises NotFound, Conflict (with the version that stands), Unavailable, and what `change` raises.
-
-        `deleted`: also one that is deleted. `adds`: what others do at the same time does not forbid it."""
+        """`version`: the head version that the caller requires; None for any. `deleted`: the entity may be deleted.
+        `adds`: the change adds a fact, so concurrent changes do not forbid it. Raises NotFound, Conflict (with the head
+        version), Unavailable, and what `change` raises."""
         if not adds:
             return await self._change(identity, entity, id_, version, change, deleted=deleted)
-        # Those of this instance take turns: in a race each claim that is lost costs as much as one that is won.
+        # Changes of this instance take turns, because a lost claim costs as much as a won one.
         async with self._turns.setdefault(id_, asyncio.Lock()):
             return await self._change(identity, entity, id_, version, change, deleted=deleted, adds=True)
 
@@ -147,7 +150,7 @@ class EntityChanges:
         deleted: bool,
         adds: bool = False,
     ) -> Receipt:
-        tried, deadline = 0, time.monotonic() + _FACT_SECONDS
+        retries, deadline = 0, time.monotonic() + _FACT_TIMEOUT_SECONDS
         while True:
             found = await self._reads.base(entity, identity.tenant, id_)
             before = found.decoded()
@@ -172,11 +175,11 @@ class EntityChanges:
             try:
                 return _done(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
-                given_up = time.monotonic() > deadline if adds else tried == _TRIES_AGAIN
-                if version is not None or given_up:
+                gives_up = time.monotonic() > deadline if adds else retries == _MAX_RETRIES
+                if version is not None or gives_up:
                     raise _conflict(lost.head) from lost
-            tried += 1
-            await _pause(min(tried, 5))
+            retries += 1
+            await _pause(min(retries, 5))
 
     async def delete(self, identity: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
@@ -194,7 +197,7 @@ class EntityChanges:
 
 
 async def _pause(times: int) -> None:
-    """Jittered, about as long as a commit takes, so that those who lost do not meet again."""
+    """Jittered, about as long as a commit takes, so that the losers of a race do not collide again."""
     await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
 

@@ -1,11 +1,11 @@
-"""Reading entities: the mirror first, PostgreSQL behind it, and what is found there goes back to the mirror.
+"""Reads entities from the mirror, and from PostgreSQL what the mirror does not have.
 
-By id: a warm mirror that has the entity has the truth. A cold one may be behind, or ahead, of PostgreSQL: then both are
-asked and the guard decides.
+By id: a warm mirror that has the entity has its current state. A cold mirror may be behind or ahead of PostgreSQL, so
+both are read and the guard decides. A state that the mirror lacks is put back into it.
 
-Lists: what is pending (acknowledged, not in PostgreSQL yet) is taken first, then the page from PostgreSQL without
-those, and the two are merged: what is committed in between is met at least once. Without PostgreSQL the list
-comes from the mirror's live window, and says so.
+Lists: the pending entities are read from the mirror first, then the page from PostgreSQL without them; the two are
+merged. A change that is committed in between is therefore found at least once. Without PostgreSQL a list comes from the
+mirror's live window and is marked as incomplete.
 """
 
 import asyncio
@@ -28,17 +28,18 @@ from shared.postgres.states import StoredState
 
 log = structlog.get_logger(__name__)
 
-_BLOCK = 200
+_BLOCK_SIZE = 200
+_MAX_REPAIRS = 100
 
 
 class AccessFields(Struct, frozen=True):
-    """What decides who may see a state: the rest of what a store holds need not be read to be sent."""
+    """The fields that decide who may see a state. The others stay encoded."""
 
     customer_session_id: str | None = None
     deleted_at: str | None = None
 
 
-_seen = msgspec.json.Decoder(AccessFields)
+_access_fields = msgspec.json.Decoder(AccessFields)
 
 
 class FoundState(Struct, frozen=True):
@@ -46,15 +47,15 @@ class FoundState(Struct, frozen=True):
     head: Head
     state: bytes
     served_by: str
-    """mirror or postgres"""
+    """`mirror` or `postgres`, for the header X-Served-By."""
     document: Document | None = None
-    """As the mirror has it."""
+    """The mirror's document, which carries the sync state; None when the state comes from PostgreSQL."""
     conflict: bool = False
-    """An open one, as PostgreSQL knows; the mirror says so in its document."""
+    """PostgreSQL has an open conflict of the entity. For a state from the mirror, `document` says so."""
 
     @property
     def sync_state(self) -> SyncState:
-        """A conflict first: it is what waits for somebody."""
+        """An open conflict comes before every other state, because an operator must decide it."""
         known = self.document
         if self.conflict or (known is not None and known.conflict):
             return SyncState.CONFLICT
@@ -65,8 +66,8 @@ class FoundState(Struct, frozen=True):
     def decoded(self) -> Any:
         return self.entity.decode_state(self.state)
 
-    def seen(self) -> AccessFields:
-        return _seen.decode(self.state)
+    def access_fields(self) -> AccessFields:
+        return _access_fields.decode(self.state)
 
 
 def _from_stored(entity: Entity, stored: StoredState) -> FoundState:
@@ -81,9 +82,11 @@ def _matches(entity: Entity, document: Document, selection: Selection, state: Sy
 
 class Page(Struct, frozen=True):
     found: list[FoundState]
+    """Newest first."""
     more: bool
+    """There is a next page."""
     complete: bool
-    """False: only what the mirror's live window holds, because PostgreSQL is away."""
+    """False when PostgreSQL is unavailable and the page covers only the mirror's live window."""
 
 
 class EntityReads:
@@ -94,12 +97,12 @@ class EntityReads:
         self._repairs: set[asyncio.Task[None]] = set()
 
     async def one(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """Raises NotFound, or Unavailable when no store that would have it answers."""
+        """The current state of an entity. Raises NotFound, and Unavailable when no store can tell."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
             return FoundState(entity, document.head, document.state, "mirror", document)
-        self._metrics.mirror.inc("miss" if warm else "away")
+        self._metrics.mirror.inc("miss" if warm else "unavailable")
         try:
             stored = await self._from_postgres(entity, restaurant, id_)
         except UNAVAILABLE as error:
@@ -115,8 +118,8 @@ class EntityReads:
         raise NotFound(f"no such {entity.name}")
 
     async def base(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """What a change is built on; raises NotFound, or Unavailable: without a warm mirror nobody can say what stands,
-        not even that there is no such thing."""
+        """The head that a change is built on. Raises NotFound, and Unavailable without a warm mirror: only a warm
+        mirror knows the head, or that there is none."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if not warm:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
@@ -131,9 +134,10 @@ class EntityReads:
         return _from_stored(entity, stored)
 
     async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:
-        """`state`: only those that have come so far. Raises Unavailable when neither store answers."""
+        """One page of a list. `state`: only entities with this sync state. Raises Unavailable when neither store
+        answers."""
         if state in (SyncState.PENDING, SyncState.FAILED):
-            return await self._on_their_way(entity, restaurant, selection, state)
+            return await self._pending_page(entity, restaurant, selection, state)
         try:
             pending_ids = await self._mirror.pending_ids(restaurant, entity.name)
             warm, pending = await self._matching(entity, restaurant, pending_ids, selection, state)
@@ -160,9 +164,10 @@ class EntityReads:
         return self._cut(found, selection, complete=True)
 
     async def drain(self) -> None:
+        """Waits for the repairs of the mirror that are under way."""
         await asyncio.gather(*self._repairs, return_exceptions=True)
 
-    # -- the parts ---------------------------------------------------------------------------------------------
+    # -- the two stores ------------------------------------------------------------------------------------------
 
     async def _from_mirror(self, entity: Entity, restaurant: str, id_: str) -> tuple[Document | None, bool]:
         try:
@@ -175,17 +180,17 @@ class EntityReads:
         async with self._postgres.tenant(restaurant) as connection:
             return await states.one(connection, entity, restaurant, id_)
 
-    async def _on_their_way(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState) -> Page:
-        """Only a warm mirror knows what is pending."""
+    async def _pending_page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState) -> Page:
+        """A page of pending or failed entities, which only a warm mirror knows. Raises Unavailable."""
         try:
-            asked = self._mirror.failed_ids if state is SyncState.FAILED else self._mirror.pending_ids
-            ids = await asked(restaurant, entity.name)
+            read_ids = self._mirror.failed_ids if state is SyncState.FAILED else self._mirror.pending_ids
+            ids = await read_ids(restaurant, entity.name)
             warm, found = await self._matching(entity, restaurant, ids, selection, state)
             warm = warm and (bool(ids) or await self._mirror.is_warm())
         except (MirrorUnavailable, MirrorInDoubt):
             warm, found = False, []
         if not warm:
-            raise Unavailable("what is on its way is told by a warm mirror alone", retry_after=2.0)
+            raise Unavailable("only a warm mirror can list pending changes", retry_after=2.0)
         return self._cut(found, selection, complete=True)
 
     async def _live_page(
@@ -196,7 +201,7 @@ class EntityReads:
             ids = await self._mirror.live_ids(restaurant, entity.name, most=most)
             _, found = await self._matching(entity, restaurant, ids, selection, state)
         except (MirrorUnavailable, MirrorInDoubt):
-            raise Unavailable("the list cannot be made now", retry_after=2.0) from error
+            raise Unavailable("the list cannot be read now", retry_after=2.0) from error
         return self._cut(found, selection, complete=False)
 
     async def _newer_than_stored(
@@ -208,8 +213,8 @@ class EntityReads:
         selection: Selection,
         state: SyncState | None,
     ) -> tuple[list[str], list[FoundState]]:
-        """What a cold mirror calls pending may be older than what PostgreSQL has: only what is newer counts. Returns
-        the ids of that, and those of them that match."""
+        """The pending documents of a cold mirror that are newer than PostgreSQL's states, because a cold mirror may
+        lag. Returns all their ids, and the states that match the selection."""
         try:
             _, documents = await self._mirror.read(restaurant, entity.name, ids)
         except (MirrorUnavailable, MirrorInDoubt):
@@ -226,11 +231,12 @@ class EntityReads:
     async def _matching(
         self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
     ) -> tuple[bool, list[FoundState]]:
-        """Of ids, the newest first, as many as the page needs; and whether the mirror was warm all the while."""
+        """(whether the mirror was warm for every read, matching states). `ids`: newest first; reading stops when the
+        page is full."""
         found: list[FoundState] = []
         all_warm = True
-        for start in range(0, len(ids), _BLOCK):
-            warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK])
+        for start in range(0, len(ids), _BLOCK_SIZE):
+            warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK_SIZE])
             found += [
                 one
                 for document in documents
@@ -252,7 +258,7 @@ class EntityReads:
     # -- repair ------------------------------------------------------------------------------------------------
 
     def _repair_later(self, entity: Entity, stored: StoredState) -> None:
-        if self._mirror.available and len(self._repairs) < 100:
+        if self._mirror.available and len(self._repairs) < _MAX_REPAIRS:
             self._metrics.mirror.inc("repair")
             task = asyncio.create_task(self._repair(entity, stored), name="mirror-repair")
             self._repairs.add(task)
@@ -263,4 +269,6 @@ class EntityReads:
         try:
             await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])
         except (MirrorUnavailable, MirrorInDoubt) as error:
-            log.info("repair_skipped", subject=f"{entity.name}/{state.id}", error=str(error) or type(error).__name__)
+            log.info(
+                "mirror_repair_skipped", subject=f"{entity.name}/{state.id}", error=str(error) or type(error).__name__
+            )

@@ -1,4 +1,4 @@
-"""What a list is asked for, and its cursor: an opaque text that names the last entity of the page before."""
+"""The query parameters and replies of lists, with their cursor: an opaque text that names the page's last entity."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,16 +15,17 @@ from shared.http.replies import Reply, success
 from shared.security.permissions import allowed
 from shared.security.tokens import Identity
 
-_BESIDE = ("version", "sync")
-_OF_EVERY_LIST = frozenset(ListQuery.__struct_fields__)
+_ADDED_FIELDS = ("version", "sync")
+_COMMON_PARAMETERS = frozenset(ListQuery.__struct_fields__)
 
 
 def selection(query: ListQuery, identity: Identity, **equal: Any) -> Selection:
-    """The parameters that are no `ListQuery`'s are columns that must be equal. Raises Forbidden, InvalidInput."""
+    """Parameters that ListQuery does not have are filters: the column of that name must be equal. `equal`: further
+    filters. Raises Forbidden, InvalidInput."""
     if query.include_deleted and not allowed("deleted.read", identity.role):
-        raise Forbidden("only admins see what is deleted", field="include_deleted")
+        raise Forbidden("only admins may list deleted entities", field="include_deleted")
     for name in query.__struct_fields__:
-        if name not in _OF_EVERY_LIST and (value := getattr(query, name)) is not None:
+        if name not in _COMMON_PARAMETERS and (value := getattr(query, name)) is not None:
             equal[name] = str(value) if isinstance(value, UUID) else value
     return Selection(
         equal=equal,
@@ -44,7 +45,7 @@ def list_reply(
     *,
     names: Iterable[str] = (),
 ) -> Reply:
-    """`more`: further fields of each, in the order of the page; `names`: what they are called."""
+    """`more`: further fields of each entity, in the order of the page. `names`: the names of these fields."""
     chosen = _chosen(entity, query.fields, names)
     rows = [
         state_view(
@@ -71,8 +72,8 @@ def _after(last: Any) -> str:
 def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozenset[str] | None:
     if fields is None:
         return None
-    known = {*entity.state.__struct_fields__, *_BESIDE, *more} - {"request_hash"}
+    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *more} - {"request_hash"}
     requested = {name.strip() for name in fields.split(",") if name.strip()}
     for name in sorted(requested - known):
-        raise InvalidInput(f"no field {name!r}; there are {', '.join(sorted(known))}", field="fields")
+        raise InvalidInput(f"unknown field {name!r}; known fields: {', '.join(sorted(known))}", field="fields")
     return frozenset({"id", *requested})

@@ -1,9 +1,8 @@
-"""The menus, in memory: what orders are priced from.
+"""The menus in memory, from which orders are priced.
 
-Loaded from PostgreSQL and the mirror, whichever answers (both, when both do: the guard decides dish by dish), and kept
-up to date from the reference log. While everything else is away the last known menu goes on
-serving.
-A restaurant that is not known yet is looked up when its first order comes.
+A menu is loaded from PostgreSQL and the mirror, or from the one that answers; the guard decides for each dish. The
+reference log keeps it up to date. While all backends are unavailable, the last known menu is used. The menu of a new
+restaurant is loaded with its first order.
 """
 
 import asyncio
@@ -29,7 +28,7 @@ from shared.restaurants import Restaurant, every_restaurant, find_restaurant
 
 log = structlog.get_logger(__name__)
 
-# How far behind the load the reading of the log begins: what is on its way between the two stores is met again.
+# The log is read from this long before the load, so that it brings changes that neither store had yet.
 _OVERLAP = timedelta(seconds=60)
 
 
@@ -56,8 +55,8 @@ class Menus:
         self.reader = reader
         self._books: dict[str, MenuBook] = {}
         self._loading: dict[str, asyncio.Lock] = {}
-        # Dishes that the log brings while their restaurant is being loaded: neither store need have shown them.
-        self._meanwhile: dict[str, list[tuple[Head, MenuItem]]] = {}
+        # Dishes that the log brings while their restaurant's menu is being loaded; the stores may not have had them.
+        self._arrived_while_loading: dict[str, list[tuple[Head, MenuItem]]] = {}
         self.loop = BackgroundLoop("menus", self._follow)
         self.loaded = False
 
@@ -68,17 +67,17 @@ class Menus:
         await self.loop.stop()
 
     async def book(self, restaurant_id: str) -> MenuBook:
-        """Raises NotFound for a restaurant that does not exist, Unavailable when neither store can tell."""
+        """Raises NotFound when there is no such restaurant, Unavailable when neither store answers."""
         book = self._books.get(restaurant_id)
         if book is None:
             async with self._loading.setdefault(restaurant_id, asyncio.Lock()):
                 book = self._books.get(restaurant_id)
                 if book is None:
-                    self._meanwhile[restaurant_id] = []
+                    self._arrived_while_loading[restaurant_id] = []
                     try:
                         book = await self._load(restaurant_id)
                     finally:
-                        meanwhile = self._meanwhile.pop(restaurant_id)
+                        meanwhile = self._arrived_while_loading.pop(restaurant_id)
                     for head, dish in meanwhile:
                         book.put(head, dish)
                     self._books[restaurant_id] = book
@@ -86,20 +85,20 @@ class Menus:
         return book
 
     def put(self, head: Head, dish: MenuItem) -> None:
-        """What was committed here: its own instance need not wait for the log."""
+        """Applies a dish that this instance has committed, so that it does not wait for the log."""
         if (book := self._books.get(dish.restaurant_id)) is not None:
             book.put(head, dish)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
     async def load_all(self) -> None:
-        """Every restaurant that one of the stores knows; returns when one of them has answered."""
+        """Loads the menus of all restaurants. Waits until a store answers."""
         pause = 0.1
         while True:
             ids = await self._known_restaurants()
             if ids is not None:
                 break
-            log.warning("menus_wait", reason="neither PostgreSQL nor the mirror answers")
+            log.warning("menus_wait_for_a_store")
             await asyncio.sleep(pause)
             pause = min(2.0, pause * 2)
         for restaurant_id in ids:
@@ -122,16 +121,16 @@ class Menus:
             return None
 
     async def _load(self, restaurant_id: str) -> MenuBook:
-        # The mirror first: what leaves it for PostgreSQL in between is met there.
-        mirrored, dishes, warm = await self._from_mirror(restaurant_id)
+        # The mirror is read first, so that PostgreSQL has what leaves the mirror in between.
+        mirror_restaurant, dishes, warm = await self._from_mirror(restaurant_id)
         try:
             async with self._postgres.tenant(restaurant_id) as connection:
                 restaurant = await find_restaurant(connection, restaurant_id)
                 stored = await states.every(connection, menu_item.ENTITY, restaurant_id)
         except UNAVAILABLE as error:
-            if not warm or mirrored is None:  # a cold mirror may hold half a menu, and nobody would look again
+            if not warm or mirror_restaurant is None:  # a cold mirror may hold half a menu, which would then stay
                 raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error
-            restaurant, stored = mirrored, []
+            restaurant, stored = mirror_restaurant, []
         if restaurant is None:
             raise NotFound("no such restaurant")
         book = MenuBook(restaurant, {}, {})
@@ -169,7 +168,7 @@ class Menus:
             try:
                 events = split_batch(entry.body)
             except BrokenContract as error:
-                log.warning("menus_skip", offset=entry.offset, error=str(error))
+                log.warning("menu_change_skipped", offset=entry.offset, error=str(error))
                 continue
             for event in events:
                 self._apply_one(event, entry.offset)
@@ -181,8 +180,8 @@ class Menus:
                 return
             if (book := self._books.get(change.restaurantid)) is not None:
                 book.put(change.head, registry.read(change)[1])
-            elif (meanwhile := self._meanwhile.get(change.restaurantid)) is not None:
+            elif (meanwhile := self._arrived_while_loading.get(change.restaurantid)) is not None:
                 meanwhile.append((change.head, registry.read(change)[1]))
         except BrokenContract as error:
-            # The PostgreSQL writer dead-letters it; here it only must not stop the menu.
-            log.warning("menus_skip", offset=offset, reason=error.reason, error=str(error))
+            # The PostgreSQL writer dead-letters the change; the other dishes must still be updated.
+            log.warning("menu_change_skipped", offset=offset, reason=error.reason, error=str(error))

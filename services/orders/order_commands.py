@@ -1,5 +1,5 @@
-"""What clients ask to happen to an order: place, update, delete, pay. Each builds the state that is wanted, from the
-rules; `changes.py` commits it."""
+"""The commands on orders: place, update, delete, restore, pay. Each builds the new state by the rules;
+entity_changes.py commits it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -32,7 +32,8 @@ from shared.rail.commit import OutOfStock
 from shared.security.tokens import Identity, Role
 
 _ENTITY = orders.ENTITY
-_MOST_PAYMENTS = 1_000
+_MAX_PAYMENTS = 1_000
+_MAX_PAID = 10**12  # minor units
 
 
 class OrderCommands:
@@ -59,7 +60,7 @@ class OrderCommands:
             raise _out_of_stock(error, requested, book) from error
 
     async def update(self, identity: Identity, id_: str, requested: UpdateOrder, version: int | None) -> Receipt:
-        """Raises NotFound, Conflict (with what is allowed, or the version that stands), InvalidInput, Unavailable."""
+        """Raises NotFound, Conflict (with the allowed statuses, or the head version), InvalidInput, Unavailable."""
         book = await self._menus.book(identity.tenant)
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
@@ -74,7 +75,7 @@ class OrderCommands:
     async def delete(self, identity: Identity, id_: str, version: int | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.status is OrderStatus.COMPLETED:
-                raise Conflict("a completed order is not deleted", code="order_completed", status=order.status)
+                raise Conflict("a completed order cannot be deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
 
         return await self._changes.change(identity, _ENTITY, id_, version, change)
@@ -83,17 +84,19 @@ class OrderCommands:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
-            # What it gave back it takes anew: the stock may have been counted meanwhile.
+            # The order holds its stock again from now on, because the stock may have been counted meanwhile.
             holds = tuple(msgspec.structs.replace(hold, held_at=at) for hold in order.holds)
             return "restored", msgspec.structs.replace(order, deleted_at=None, updated_at=at, holds=holds)
 
         try:
             return await self._changes.change(identity, _ENTITY, id_, version, change, deleted=True)
         except OutOfStock as error:
-            raise Conflict("what it needs has been sold since", code="out_of_stock", items=_left(error)) from error
+            raise Conflict(
+                "the stock that the order needs has been sold", code="out_of_stock", items=_left(error)
+            ) from error
 
     async def send_again(self, identity: Identity, found: FoundState) -> Receipt:
-        """The state as it stands, as a change of its own. Raises Conflict when it has changed since."""
+        """Records the current state again as a new change. Raises Conflict when it has changed since."""
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             return "updated", msgspec.structs.replace(order, updated_at=at)
@@ -102,9 +105,10 @@ class OrderCommands:
         return await self._changes.change(identity, _ENTITY, id_, found.head.version, change, deleted=True)
 
     async def pay(self, identity: Identity, id_: str, requested: RecordPayment) -> tuple[Receipt, Payment]:
-        """Records a payment, or a refund. Two at once both count; one that is repeated counts once."""
+        """Records a payment, or a refund (a negative amount). Concurrent payments all count; a repeat with the same id
+        counts once. Raises NotFound, Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
         if requested.amount == 0:
-            raise InvalidInput("a payment of nothing", field="amount", code="invalid_input")
+            raise InvalidInput("must not be 0", field="amount", code="invalid_input")
         payment_id = str(requested.id or uuid4())
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
@@ -138,26 +142,26 @@ def _check_payment(order: Order, requested: RecordPayment) -> None:
     paid = sum(one.amount for one in order.payments)
     if requested.amount < 0 and -requested.amount > paid:
         raise Conflict(
-            f"{-requested.amount} is more than the {paid} that was paid",
+            f"a refund of {-requested.amount} is more than the {paid} that was paid",
             code="refund_above_paid",
             field="amount",
             paid=paid,
         )
     if requested.amount > 0 and order.status is OrderStatus.CANCELLED:
-        raise Conflict("a cancelled order is not paid", code="order_cancelled", field="amount")
-    if len(order.payments) >= _MOST_PAYMENTS or paid + requested.amount > 10**12:
+        raise Conflict("a cancelled order cannot be paid", code="order_cancelled", field="amount")
+    if len(order.payments) >= _MAX_PAYMENTS or paid + requested.amount > _MAX_PAID:
         raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
 
 
 def _out_of_stock(error: OutOfStock, requested: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
-    """What is left of each, and which of the wanted items needs it."""
+    """A Conflict with the available amounts and the requested items that need them."""
     items = requested.items if requested.items is not UNSET else []
     short = {id_ for id_, _ in error.left}
     places = [place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)]
     names = dict.fromkeys(book.menu[str(items[place].menu_item_id)].name for place in places)
     place = places[0] if places else 0
     return Conflict(
-        f"there is not enough left for {', '.join(names)}" if names else "there is not enough left",
+        f"not enough stock for {', '.join(names)}" if names else "not enough stock",
         code="out_of_stock",
         field=f"items[{place}].quantity",
         items=[
@@ -184,10 +188,10 @@ def _session(identity: Identity, requested: PlaceOrder) -> str | None:
     if identity.role is not Role.CUSTOMER:
         return requested.customer_session_id
     if requested.customer_session_id not in (None, identity.session_id):
-        raise Forbidden("a customer orders for its own session", field="customer_session_id")
+        raise Forbidden("a customer may order only for its own session", field="customer_session_id")
     for field in ("discount_amount", "deposit_used", "customer_id"):
         if getattr(requested, field):
-            raise Forbidden("only staff and admins say this", field=field)
+            raise Forbidden("only staff and admins may set this field", field=field)
     return identity.session_id
 
 
@@ -259,7 +263,9 @@ def _updated(order: Order, requested: UpdateOrder, book: MenuBook, at: datetime)
             )
     if requested.items is not UNSET:
         if not items_may_change(order.status):
-            raise Conflict(f"the items of an order that is {order.status} stand", code="items_are_fixed", field="items")
+            raise Conflict(
+                f"the items of an order that is {order.status} cannot change", code="items_are_fixed", field="items"
+            )
         fields["items"] = priced_items(requested.items, book.menu)
         fields["holds"] = holds(fields["items"], book.menu, order.holds, at)
     changed = msgspec.structs.replace(order, **fields, updated_at=at)

@@ -1,5 +1,5 @@
-"""What an order costs and what it takes from the stock. Pure: prices and choices come from the menu that is passed in,
-never from the client."""
+"""The price of an order and the stock that it holds, as pure functions. Prices come from the menu, never from the
+client."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from shared.errors import InvalidInput
 
 
 class Totals(Struct, frozen=True):
-    """Minor units."""
+    """In minor units of the currency."""
 
     subtotal: int
     tax_amount: int
@@ -23,18 +23,18 @@ class Totals(Struct, frozen=True):
 
 
 def tax(subtotal: int, basis_points: int) -> int:
-    """Rounded half up, once per order."""
+    """Minor units, rounded half up once per order."""
     return (subtotal * basis_points + 5_000) // 10_000
 
 
 def priced_items(requested: Sequence[RequestedItem], menu: Mapping[str, MenuItem]) -> tuple[OrderItem, ...]:
-    """Raises InvalidInput that names the item, or the choice, which is unknown or not to be had."""
+    """Raises InvalidInput with the field of an item or choice that is unknown or unavailable."""
     items = []
     for place, item in enumerate(requested):
         dish = menu.get(str(item.menu_item_id))
         field = f"items[{place}].menu_item_id"
         if dish is None or dish.deleted_at is not None:
-            raise InvalidInput("no such dish on the menu", field=field, code="unknown_menu_item")
+            raise InvalidInput("the menu has no such dish", field=field, code="unknown_menu_item")
         if not dish.is_available:
             raise InvalidInput(f"{dish.name} is not available now", field=field, code="menu_item_unavailable")
         chosen = _chosen(item.customizations, dish, f"items[{place}].customizations")
@@ -62,7 +62,7 @@ def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: 
         options = groups.get(one.name)
         if options is None:
             raise InvalidInput(
-                f"{dish.name} has no choice of {one.name!r}",
+                f"{dish.name} has no customization {one.name!r}",
                 field=f"{field}[{place}].name",
                 code="unknown_customization",
             )
@@ -78,8 +78,7 @@ def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: 
     for group in dish.customizations:
         if not group.min_choices <= counted[group.name] <= group.max_choices:
             raise InvalidInput(
-                f"of {group.name} {group.min_choices} to {group.max_choices} are to be chosen,"
-                f" not {counted[group.name]}",
+                f"choose {group.min_choices} to {group.max_choices} options of {group.name}, not {counted[group.name]}",
                 field=field,
                 code="customization_count",
                 group=group.name,
@@ -95,8 +94,8 @@ def holds(
     before: Sequence[StockHold] = (),
     at: datetime | None = None,
 ) -> tuple[StockHold, ...]:
-    """What the items take from the stock. Of what was held `before` as much stays as is still needed; what is needed
-    beyond that is held since `at`."""
+    """The stock that the items hold. A hold of `before` stays as far as it is still needed; a further need becomes a
+    new hold at `at`."""
     needed: Counter[str] = Counter()
     for item in items:
         dish = menu.get(item.menu_item_id)
@@ -112,9 +111,10 @@ def holds(
 
 
 def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount: int, deposit: int) -> Totals:
-    """total = subtotal + tax + tip - discount - deposit, never below 0. A discount above the subtotal is refused."""
+    """total = subtotal + tax + tip - discount - deposit, at least 0. Raises InvalidInput for a discount above the
+    subtotal and for a subtotal above 10^11 minor units."""
     subtotal = sum(item.line_total for item in items)
-    if subtotal > _MOST:
+    if subtotal > _MAX_SUBTOTAL:
         raise InvalidInput("the order is too large", field="items", code="order_too_large")
     if discount > subtotal:
         raise InvalidInput(
@@ -126,5 +126,5 @@ def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount:
     return Totals(subtotal, tax_amount, max(0, subtotal + tax_amount + tip - discount - deposit))
 
 
-# A tenth of what the contract allows for one amount, so that the sum of subtotal, tax and tip stays inside it.
-_MOST = 10**11
+# In minor units: a tenth of the largest amount of the contract, so that subtotal, tax and tip together stay below it.
+_MAX_SUBTOTAL = 10**11

@@ -1,4 +1,5 @@
-"""What clients send. Unknown fields are refused; money is integer minor units; what is absent in a change stays."""
+"""Request bodies and queries. Unknown fields are refused; money is in minor units (integers); fields that are absent in
+a change keep their values."""
 
 from datetime import date
 from typing import Annotated
@@ -36,7 +37,7 @@ class RequestedItem(Struct, forbid_unknown_fields=True, frozen=True):
     customizations: Annotated[list[RequestedCustomization], Meta(max_length=50)] = []
 
 
-# Far above any tip, and small enough that no sum leaves what the contract allows.
+# In minor units: far above any tip, and small enough that every sum stays within the contract.
 Charge = Annotated[int, Meta(ge=0, le=10**11)]
 Items = Annotated[list[RequestedItem], Meta(min_length=1, max_length=1_000)]
 
@@ -77,14 +78,14 @@ class OrdersQuery(ListQuery, kw_only=True):
 
 
 class DaysQuery(Request, rename={"from_": "from"}):
-    """Business days; without them the last thirty."""
+    """Business days, by default the last thirty."""
 
     from_: date | None = None
     to: date | None = None
 
 
 class RecordPayment(Request):
-    """`amount` is negative for a refund. `id` makes it the same payment however often it is sent."""
+    """`amount` is negative for a refund. A payment with the same `id` is recorded once, however often it is sent."""
 
     amount: Amount
     method: Label
@@ -104,26 +105,26 @@ class PaymentsQuery(Request, rename={"from_": "from"}):
 # -- the menu ----------------------------------------------------------------------------------------------------
 
 
-class WantedOption(Request):
+class OptionRequest(Request):
     name: Label
     price: Money = 0
     is_available: bool = True
 
 
-class WantedGroup(Request):
+class OptionGroupRequest(Request):
     name: Label
-    options: Annotated[list[WantedOption], Meta(min_length=1, max_length=100)]
+    options: Annotated[list[OptionRequest], Meta(min_length=1, max_length=100)]
     min_choices: Choices = 0
     max_choices: Choices = 1
 
 
-class WantedConsumption(Request):
+class ConsumptionRequest(Request):
     inventory_item_id: UUID
     quantity: Units
 
 
-Groups = Annotated[list[WantedGroup], Meta(max_length=50)]
-Consumptions = Annotated[list[WantedConsumption], Meta(max_length=50)]
+Groups = Annotated[list[OptionGroupRequest], Meta(max_length=50)]
+Consumptions = Annotated[list[ConsumptionRequest], Meta(max_length=50)]
 
 
 class CreateMenuItem(Request):
@@ -224,7 +225,7 @@ class CreateJob(Request):
 
 
 class UpdateJob(Request):
-    """`position`: 1 is the next one of its bay's queue."""
+    """`position`: the place in the bay's queue; 1 is next."""
 
     bay_id: UUID | UnsetType = UNSET
     title: Label | UnsetType = UNSET
@@ -247,7 +248,7 @@ class JobsQuery(ListQuery, kw_only=True):
 
 
 class CreateCustomer(Request):
-    """`phone`: E.164, or as it is dialled in the restaurant's country."""
+    """`phone`: in E.164 format, or as dialled in the restaurant's country."""
 
     name: Label
     phone: Label | None = None
@@ -268,7 +269,7 @@ class CustomersQuery(ListQuery, kw_only=True):
 
 
 class MoveLoyalty(Request):
-    """Negative points are redeemed. `id` makes it the same move however often it is sent."""
+    """Negative points are redeemed. A move with the same `id` is recorded once, however often it is sent."""
 
     points: Points
     id: UUID | None = None
@@ -283,7 +284,7 @@ class CreateInventoryItem(Request):
 
 
 class UpdateInventoryItem(Request):
-    """`quantity`: as it was counted now; orders placed before are in it."""
+    """`quantity`: the amount counted now, after the orders placed before."""
 
     name: Label | UnsetType = UNSET
     quantity: Count | UnsetType = UNSET
@@ -292,7 +293,7 @@ class UpdateInventoryItem(Request):
 
 
 class MoveStock(Request):
-    """A delivery, or what was lost (negative). `id` makes it the same move however often it is sent."""
+    """A delivery, or a loss (negative). A move with the same `id` is recorded once, however often it is sent."""
 
     quantity: StockQuantity
     id: UUID | None = None

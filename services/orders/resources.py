@@ -1,5 +1,5 @@
-"""What differs between the entities that are created, changed, listed and deleted in the same way: a declaration each,
-read by `routes/entities.py`. Their rules are here, and pure but for what they must look up first (`prepare`)."""
+"""The back office's entities, each as a declaration of what differs between them; `routes/entities.py` makes their
+routes. Their rules are pure functions; `prepare` looks up what a rule needs."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -53,21 +53,21 @@ class Resource(Struct, frozen=True, kw_only=True):
     tag: str
     noun: str
     actions: tuple[str, str]
-    """To read, and to change."""
+    """The actions that a caller's role needs: to read, to change."""
     create: Any
     update: Any
     query: Any = ListQuery
     example: Fields = field(default_factory=dict)
-    asked: Callable[[Any, Restaurant], Any] = lambda query, _: query
-    """The query in the words of the states. Raises InvalidInput."""
+    normalize_query: Callable[[Any, Restaurant], Any] = lambda query, _: query
+    """Turns the query's values into the states' form. Raises InvalidInput."""
     prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
-    """Looks up what the rules need; raises InvalidInput."""
+    """Looks up what the rules need (`Context.prepared`). Raises InvalidInput."""
     made: Callable[[Fields, Context], Fields] = _as_requested
-    """The fields of a new one. Raises InvalidInput."""
+    """The fields of a new entity. Raises InvalidInput."""
     changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_requested
-    """(event, fields that change). Raises InvalidInput, Conflict."""
+    """(event, changed fields). Raises InvalidInput, Conflict."""
     more: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
-    """What the caller is shown beside each state and is not part of it."""
+    """Derived fields that the caller sees with each state."""
     more_types: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,7 +82,7 @@ class Resource(Struct, frozen=True, kw_only=True):
 
     def after(self, state: Any, fields: Fields, context: Context) -> tuple[str, Any]:
         event, changed = self.changed(state, fields, context)
-        # Compared as a state: what was sent is equal in content, not in type.
+        # The states are compared, because a request's values have other types than equal values of a state.
         after = _checked(self.entity, {**msgspec.structs.asdict(state), **changed})
         return event, state if after == state else msgspec.structs.replace(after, updated_at=context.at)
 
@@ -100,16 +100,16 @@ def _check_dish(fields: Fields) -> Fields:
     for place, group in enumerate(groups):
         where = f"customizations[{place}]"
         if group.name in seen:
-            raise InvalidInput(f"two groups are called {group.name!r}", field=f"{where}.name")
+            raise InvalidInput(f"two groups have the name {group.name!r}", field=f"{where}.name")
         seen.add(group.name)
         if group.min_choices > group.max_choices:
-            raise InvalidInput("more choices needed than allowed", field=f"{where}.min_choices")
+            raise InvalidInput("min_choices is larger than max_choices", field=f"{where}.min_choices")
         names = [option.name for option in group.options]
         if len(set(names)) < len(names):
             raise InvalidInput("two options have the same name", field=f"{where}.options")
     needed = [str(one.inventory_item_id) for one in fields.get("consumes") or ()]
     if len(set(needed)) < len(needed):
-        raise InvalidInput("one inventory item twice", field="consumes")
+        raise InvalidInput("names one inventory item twice", field="consumes")
     return fields
 
 
@@ -126,7 +126,7 @@ async def _know_stock(figures: DerivedFigures, restaurant: Restaurant, fields: F
 class _Queue(Struct, frozen=True):
     bay_open: bool
     queued: list[BayJob]
-    """Without the job itself, the next one first."""
+    """The other queued jobs of the bay; the next one is first."""
 
 
 async def _know_bay(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None) -> _Queue:
@@ -150,7 +150,7 @@ async def _know_bay(figures: DerivedFigures, restaurant: Restaurant, fields: Fie
 
 def _in_time(fields: Fields) -> Fields:
     if (at := fields.get("scheduled_at")) and not in_range(at):
-        raise InvalidInput("a time between 1970 and 2200", field="scheduled_at")
+        raise InvalidInput("must be a time between 1970 and 2200", field="scheduled_at")
     return fields
 
 
@@ -184,7 +184,7 @@ def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, 
             found["finished_at"] = context.at
     if position is not None:
         if stage is not JobStage.QUEUED:
-            raise Conflict(f"a job that is {stage} has no place in the queue", code="not_queued", field="position")
+            raise Conflict(f"a job that is {stage} has no position in the queue", code="not_queued", field="position")
         found["place"] = _place(context.prepared.queued, position, state)
     elif found.get("scheduled_at") not in (None, state.scheduled_at):
         found["place"] = job.place_at(found["scheduled_at"], state.created_at)
@@ -192,7 +192,7 @@ def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, 
 
 
 def _place(queued: list[BayJob], position: int, state: BayJob) -> str:
-    """`queued`: the others."""
+    """The sort key between the neighbours at this position. `queued`: the other jobs."""
     before = queued[: position - 1][-1:]
     after = queued[position - 1 :][:1]
     if before and after:
@@ -216,16 +216,16 @@ _E164_LENGTH = 16  # with the plus
 
 
 def e164(text: str, country: str | None) -> str:
-    """Raises InvalidInput."""
+    """The number in E.164 format. `country`: ISO 3166 code for numbers without a country code. Raises InvalidInput."""
     try:
         found = phonenumbers.parse(text, country)
     except phonenumbers.NumberParseException as error:
         message = f"not a phone number: {error}"
         if error.error_type == phonenumbers.NumberParseException.INVALID_COUNTRY_CODE:
-            message = "a phone number with + and its country code is needed"
+            message = "must begin with + and the country code"
         raise InvalidInput(message, field="phone", code="invalid_phone") from error
     number = phonenumbers.format_number(found, phonenumbers.PhoneNumberFormat.E164)
-    # A number that can be dialled within its own town alone is possible as well, and leads elsewhere from abroad.
+    # Numbers that work only within their town count as possible too, but reach another subscriber from abroad.
     possible = phonenumbers.is_possible_number_with_reason(found) == phonenumbers.ValidationResult.IS_POSSIBLE
     if not possible or len(number) > _E164_LENGTH:
         raise InvalidInput("not a possible phone number", field="phone", code="invalid_phone")
@@ -235,7 +235,7 @@ def e164(text: str, country: str | None) -> str:
 def _requested_customers(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
     if query.phone is None:
         return query
-    # In a query a plus that is not escaped means a space.
+    # An unescaped plus in a query means a space.
     text = f"+{query.phone[1:]}" if query.phone.startswith(" ") else query.phone
     return msgspec.structs.replace(query, phone=e164(text, restaurant.settings.country))
 
@@ -340,7 +340,7 @@ RESOURCES = (
         create=requests.CreateCustomer,
         update=requests.UpdateCustomer,
         query=requests.CustomersQuery,
-        asked=_requested_customers,
+        normalize_query=_requested_customers,
         example={"name": "Ada", "phone": "+4930123456"},
         made=_customer,
         changed=lambda _, fields, context: ("updated", _customer(fields, context)),

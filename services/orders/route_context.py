@@ -1,4 +1,4 @@
-"""What the routes work with: everything that a request may need, in one place."""
+"""What the routes need to serve a request, and the replies that several routes share."""
 
 from typing import Any
 
@@ -32,12 +32,13 @@ class RouteContext(Struct, frozen=True):
 
 
 def context_of(request: Call) -> RouteContext:
-    """From the application's state: Litestar's dependency injection opens a task group for every request."""
+    """Reads the application's state, because Litestar's dependency injection opens a task group for every request."""
     context: RouteContext = request.app.state["context"]
     return context
 
 
 def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
+    """The reply to a write, with version, visibility and durability. `more`: derived fields, perhaps `sync`."""
     headers = {"ETag": f'"{receipt.head.version}"'}
     sync = more.pop("sync", PENDING)
     more["visible"] = receipt.visible
@@ -50,7 +51,7 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
 
 
 def found_reply(found: FoundState, known: str | None, **more: Any) -> Reply:
-    """`known`: the If-None-Match of the request."""
+    """304 when `known`, the request's If-None-Match, is the current version. `more`: derived fields."""
     headers = {"ETag": f'"{found.head.version}"', "X-Served-By": found.served_by}
     if known == headers["ETag"]:
         return Reply(b"", status=304, headers=headers)

@@ -1,8 +1,8 @@
-"""Signing in: passwords, sessions with rotating refresh tokens, and tokens for guests at a table.
+"""Sign-in: passwords, sessions with rotating refresh tokens, and tokens for guests at a table.
 
-An unknown email and a wrong password get the same answer after the same work, so that nobody learns who has an account.
-Tries are limited for each account and each address. A refresh token is used once; one that comes a second time was
-stolen, from us or from its owner, and ends the whole session.
+An unknown email and a wrong password get the same reply after the same work, so that a reply does not reveal which
+accounts exist. Attempts are limited for each account and each address. A refresh token is used once; a second use means
+that it was stolen, and ends the session.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from shared.security.passwords import fits, hash_password
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 
-_WINDOW = 300.0
-_AT_ONCE = 2
+_ATTEMPTS_WINDOW_SECONDS = 300.0
+_HASHING_CONCURRENCY = 2
 
 
 class SignInSession(Struct, frozen=True):
@@ -58,11 +58,11 @@ class SignIn:
         self._reads = reads
         self._tokens = tokens
         self._settings = settings
-        self._nobody = hash_password(secrets.token_urlsafe(16))
-        self._hashing = asyncio.Semaphore(_AT_ONCE)
+        self._unknown_account_hash = hash_password(secrets.token_urlsafe(16))
+        self._hashing = asyncio.Semaphore(_HASHING_CONCURRENCY)
         of_account, of_address = settings.sign_in_attempts_per_account, settings.sign_in_attempts_per_address
-        self._by_account = TokenBucket(mirror, "tries", Rate(of_account, of_account / _WINDOW))
-        self._by_address = TokenBucket(mirror, "tries-from", Rate(of_address, of_address / _WINDOW))
+        self._by_account = TokenBucket(mirror, "tries", Rate(of_account, of_account / _ATTEMPTS_WINDOW_SECONDS))
+        self._by_address = TokenBucket(mirror, "tries-from", Rate(of_address, of_address / _ATTEMPTS_WINDOW_SECONDS))
 
     async def hash(self, password: str) -> str:
         async with self._hashing:
@@ -74,7 +74,7 @@ class SignIn:
         """Raises Conflict, InvalidInput, TooManyRequests."""
         await self._count(self._by_address, counted_as(address))
         if restaurant.time_zone not in await asyncio.to_thread(_time_zones):
-            raise InvalidInput("not a time zone, such as Europe/Berlin", field="time_zone")
+            raise InvalidInput("not a known time zone; an example is Europe/Berlin", field="time_zone")
         hashed, token, ttl = (
             await self.hash(password),
             secrets.token_urlsafe(32),
@@ -84,8 +84,8 @@ class SignIn:
         return self._session(user, token)
 
     async def count_user(self, address: str) -> None:
-        """Before somebody is made or renamed, or gets a password: hashes cost, and an email that is taken is told.
-        Raises TooManyRequests."""
+        """Call it before a user is created, or gets another email or password: hashing is expensive, and the reply
+        tells whether an email is taken. Raises TooManyRequests."""
         await self._count(self._by_address, f"users:{counted_as(address)}")
 
     async def login(self, email: str, password: str, address: str) -> SignInSession:
@@ -94,52 +94,53 @@ class SignIn:
         await self._count(self._by_account, hashlib.sha256(plain_email(email).encode()).hexdigest()[:32])
         found = await self._accounts.by_email(email)
         known = found[1] if found is not None and found[1] else None
-        fits = await self._fits(known or self._nobody, password)
+        fits = await self._fits(known or self._unknown_account_hash, password)
         if found is None or known is None or not fits:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         token, ttl = secrets.token_urlsafe(32), self._settings.refresh_token_ttl_seconds
         if not await self._accounts.begin_session(_digest(token), found[0].id, known, ttl):
-            # Its password was changed, or it was shut out, since it was looked up.
+            # The password was changed, or the user was deactivated, after the lookup.
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         return self._session(found[0], token)
 
     async def refresh(self, token: str) -> SignInSession:
-        """Raises Unauthenticated; of a token that was used before the session is over."""
+        """New tokens for a refresh token, which is used up. Raises Unauthenticated; a token that was used before ends
+        its session."""
         new = secrets.token_urlsafe(32)
         rotated = await self._accounts.rotate_session(
             _digest(token), _digest(new), self._settings.refresh_token_ttl_seconds
         )
         if rotated.user is None:
             code = "refresh_token_reused" if rotated.outcome == "reused" else "refresh_token_invalid"
-            raise Unauthenticated("this refresh token is not good any more: sign in again", code=code)
+            raise Unauthenticated("this refresh token is no longer valid: sign in again", code=code)
         return self._session(rotated.user, new)
 
     async def logout(self, token: str) -> None:
         await self._accounts.end_session(_digest(token))
 
     async def at_table(self, slug: str, table_id: str, address: str) -> TableSession:
-        """Raises NotFound."""
+        """A token for a guest of one table. Raises NotFound, TooManyRequests."""
         await self._count(self._by_address, f"table:{counted_as(address)}")
         restaurant = await self._accounts.restaurant_called(slug)
         if restaurant is None:
             raise NotFound("no such restaurant", field="slug")
         found = await self._reads.one(table.ENTITY, restaurant.id, table_id)
-        if found.seen().deleted_at is not None:
+        if found.access_fields().deleted_at is not None:
             raise NotFound("no such table")
         session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.guest_token_ttl_seconds
         identity = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
         return TableSession(self._tokens.issue(identity, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
 
-    # -- parts -------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------
 
     async def _fits(self, known: str, password: str) -> bool:
         async with self._hashing:
             return await asyncio.to_thread(fits, known, password)
 
-    async def _count(self, bucket: TokenBucket, whose: str) -> None:
-        wait, _ = await bucket.take(whose)
+    async def _count(self, bucket: TokenBucket, caller: str) -> None:
+        wait, _ = await bucket.take(caller)
         if wait:
-            raise TooManyRequests("too many tries: wait a while", retry_after=math.ceil(wait))
+            raise TooManyRequests("too many attempts; try again later", retry_after=math.ceil(wait))
 
     def _session(self, user: User, refresh_token: str) -> SignInSession:
         role, ttl = Role(user.role), self._settings.access_token_ttl_seconds
@@ -150,7 +151,7 @@ class SignIn:
 
 @cache
 def _time_zones() -> frozenset[str]:
-    """Reads hundreds of files: call it in a thread."""
+    """Reads hundreds of files, so call it in a thread."""
     return frozenset(available_timezones())
 
 

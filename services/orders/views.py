@@ -1,6 +1,6 @@
-"""How an entity looks to a client: its state, and beside it its version and what is known of its way to PostgreSQL.
+"""The JSON that clients see of an entity: its state, its version and its sync state.
 
-{…the state…, "version": 3, "sync": {"state": "pending" | "synced" | "failed" | "conflict", …}}
+{...state..., "version": 3, "sync": {"state": "pending" | "synced" | "failed" | "conflict", ...}}
 """
 
 import re
@@ -12,13 +12,14 @@ from msgspec import Raw
 from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
 
-# Internal to idempotency. Inside a JSON text its quotes would be escaped, so only the field itself matches.
+# The hash is internal to idempotency. Quotes inside a JSON string are escaped, so only the field itself matches.
 _REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
 
 PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
 def sync_of(found: FoundState) -> dict[str, Any]:
+    """`state`, and for a failed change `error`, `attempts` and `last_attempt`."""
     state = found.sync_state
     if state is SyncState.FAILED and found.document is not None:
         return {"state": state, **msgspec.json.decode(found.document.failure)}
@@ -28,7 +29,8 @@ def sync_of(found: FoundState) -> dict[str, Any]:
 def state_view(
     state: bytes, head: Head, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
 ) -> Raw:
-    """`state` is encoded already, and stays so: what is not part of it is appended. `chosen`: these fields alone."""
+    """`state`: encoded JSON, which is not decoded unless `chosen` names the only fields to show. `more`: further
+    fields."""
     extra = {"version": head.version, "sync": sync, **more}
     if chosen is not None:
         found = {**msgspec.json.decode(state), **extra}

@@ -114,7 +114,7 @@ async def test_order_that_exceeds_the_stock_is_refused_and_lists_what_is_left(
         assert details["items"] == [
             {"inventory_item_id": id_of(dough), "available": 3, "menu_item_ids": sorted([pizza, calzone])}
         ]
-        assert reply.json()["error"]["message"] == "there is not enough left for Margherita, Calzone"
+        assert reply.json()["error"]["message"] == "not enough stock for Margherita, Calzone"
         assert [await left(staff, one) for one in (dough, basil)] == [3, 99]
         await place(staff, (pizza, 1), (calzone, 1))
         assert await left(staff, dough) == 0

@@ -1,4 +1,4 @@
-"""/api/audit: who changed what, and when, out of the log of changes."""
+"""/api/audit: who changed what and when, read from the recorded changes."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ class AuditQuery(Request, rename={"from_": "from"}):
     cursor: Annotated[str, Meta(max_length=200)] | None = None
 
 
-class Audited(Struct, frozen=True):
+class AuditedChange(Struct, frozen=True):
     change_id: str
     entity: str
     entity_id: str
@@ -40,7 +40,7 @@ class Audited(Struct, frozen=True):
     accepted_at: datetime
     actor: str | None
     changed: dict[str, Any]
-    """Field -> {"before", "after"}; empty for a creation."""
+    """Field name -> {"before", "after"}; empty for a creation."""
 
 
 @endpoint(
@@ -48,9 +48,9 @@ class Audited(Struct, frozen=True):
     "/api/audit",
     action="audit.read",
     tag="Audit",
-    summary="Who changed what, the newest first",
+    summary="List who changed what, newest first",
     query=AuditQuery,
-    answer=Audited,
+    answer=AuditedChange,
     many=True,
 )
 async def list_audit(request: Call) -> ASGIApp:
@@ -71,13 +71,13 @@ async def list_audit(request: Call) -> ASGIApp:
                 limit=query.limit + 1,
             )
     except UNAVAILABLE as error:
-        raise Unavailable("the audit waits for the database", retry_after=2.0) from error
+        raise Unavailable("the audit needs the database, which is unavailable", retry_after=2.0) from error
     found = [_audited(row) for row in rows]
     page, pagination = page_of(found, query.limit, lambda one: (one.accepted_at, one.change_id))
     return success(page, pagination=pagination)
 
 
-def _audited(row: dict[str, Any]) -> Audited:
+def _audited(row: dict[str, Any]) -> AuditedChange:
     data = msgspec.json.decode(row.pop("data"))
     before, after = data["before"], data["after"]
     changed = {
@@ -85,7 +85,7 @@ def _audited(row: dict[str, Any]) -> Audited:
         for name, old in before.items()
         if name not in ("updated_at", "request_hash")
     }
-    return Audited(**row, changed=changed)
+    return AuditedChange(**row, changed=changed)
 
 
 ROUTES = [list_audit]

@@ -1,4 +1,4 @@
-"""/api/auth: registering a restaurant, signing in and out, tokens for guests at a table."""
+"""/api/auth: registration of restaurants, sign-in and sign-out, tokens for guests at a table."""
 
 import contextlib
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from shared.security.permissions import PUBLIC
 from shared.security.tokens import Role
 
 _TAG = "Sign-in"
-# `$` alone stands before a last newline too: "ada@x.example\n" would be another account than "ada@x.example".
+# `$` alone also matches before a final newline: "ada@x.example\n" would be another account than "ada@x.example".
 _END = r"$(?!\n)"
 Email = Annotated[str, Meta(max_length=254, pattern=rf"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+{_END}")]
 Password = Annotated[str, Meta(min_length=10, max_length=200)]
@@ -29,12 +29,12 @@ Slug = Annotated[str, Meta(pattern=rf"^[a-z0-9](?:[a-z0-9-]{{0,48}}[a-z0-9])?{_E
 Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=rf"^[\x21-\x7e]+{_END}")]
 
 
-class WantedSettings(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
+class SettingsRequest(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
     pass
 
 
 class RegisterRestaurant(Request):
-    """`tax_basis_points`: 500 is 5 %. Before `cutoff_hour` it is still yesterday's business day."""
+    """`tax_basis_points`: 500 means 5 %. A sale before `cutoff_hour` belongs to the previous business day."""
 
     name: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
     slug: Slug
@@ -45,7 +45,7 @@ class RegisterRestaurant(Request):
     time_zone: Label = "UTC"
     cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
     tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
-    settings: WantedSettings = WantedSettings()
+    settings: SettingsRequest = SettingsRequest()
 
 
 class Login(Request):
@@ -93,7 +93,7 @@ class LoggedOut(Struct, frozen=True):
         "name": "Trattoria Ada",
         "slug": "trattoria-ada",
         "email": "ada@trattoria.example",
-        "password": "a long one that nobody guesses",
+        "password": "a long and unusual passphrase",
         "currency": "EUR",
         "time_zone": "Europe/Berlin",
         "tax_basis_points": 1900,
@@ -117,7 +117,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
     session = await context.sign_in.register(
         restaurant, requested.email, requested.admin_name, requested.password, address_of(request)
     )
-    with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler brings it there
+    with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler adds it later
         await context.mirror.keep_restaurant(restaurant.id, encode(restaurant))
     return success(Registered(restaurant, session), status=201)
 
@@ -128,11 +128,11 @@ async def register_restaurant(request: Call) -> ASGIApp:
     action=PUBLIC,
     tag=_TAG,
     summary="Sign in",
-    description="An unknown email and a wrong password get the same answer.",
+    description="An unknown email and a wrong password get the same reply.",
     body=Login,
     answer=SignInSession,
     errors=(401,),
-    example={"email": "ada@trattoria.example", "password": "a long one that nobody guesses"},
+    example={"email": "ada@trattoria.example", "password": "a long and unusual passphrase"},
 )
 async def login(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), Login)
@@ -144,8 +144,8 @@ async def login(request: Call) -> ASGIApp:
     "/api/auth/refresh",
     action=PUBLIC,
     tag=_TAG,
-    summary="Get a new token for a refresh token, which is used up by it",
-    description="One that comes a second time ends its whole session.",
+    summary="Exchange a refresh token for new tokens",
+    description="A refresh token is valid once. A second use ends its session.",
     body=Refresh,
     answer=SignInSession,
     errors=(401,),
@@ -172,12 +172,14 @@ async def logout(request: Call) -> ASGIApp:
     return success(LoggedOut())
 
 
-@endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Who this token belongs to", answer=Me)
+@endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Show the user of this token", answer=Me)
 async def me(request: Call) -> ASGIApp:
     identity, context = request.identity, context_of(request)
     restaurant = (await context.menus.book(identity.restaurant_id)).restaurant if identity.restaurant_id else None
     if restaurant is not None and identity.role is Role.CUSTOMER:
-        restaurant = structs.replace(restaurant, email=None)  # what its admin signs in with is no guest's to know
+        restaurant = structs.replace(
+            restaurant, email=None
+        )  # guests must not learn the email that the admin signs in with
     return success(Me(identity.user_id, identity.role, identity.email, restaurant, identity.session_id))
 
 
@@ -186,7 +188,7 @@ async def me(request: Call) -> ASGIApp:
     "/api/auth/table-session",
     action=PUBLIC,
     tag=_TAG,
-    summary="A token for a guest who scanned the code of a table",
+    summary="Get a token for a guest who scanned the code of a table",
     body=OpenTableSession,
     answer=TableSession,
     status=201,

@@ -1,4 +1,4 @@
-"""What is more than a change of one entity: moves of stock and loyalty, availability in bulk, the queue of a bay."""
+"""The back office's routes beyond those of every entity: stock and loyalty moves, bulk availability, a bay's queue."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from shared.http.endpoint import View, endpoint, path_id
 from shared.http.replies import success
 from shared.security.tokens import Identity
 
-# Of each, so many stay in the state, to know a move that is repeated; all of them stay in PostgreSQL.
-_KEPT_MOVES = 200
+# The state keeps the latest moves, to recognise a repeat. PostgreSQL keeps all moves.
+_MAX_MOVES_IN_STATE = 200
 
 
 class Availability(Struct, frozen=True):
     id: str
     outcome: str
-    """changed, unchanged, or the code of the error"""
+    """`changed`, `unchanged`, or the code of an error."""
     version: int | None = None
 
 
@@ -40,7 +40,7 @@ class Availability(Struct, frozen=True):
     "/api/menu/availability",
     action="menu.availability",
     tag="Menu",
-    summary="Say of many dishes at once whether they can be ordered",
+    summary="Set the availability of many dishes",
     body=SetAvailability,
     answer=list[Availability],
     errors=(404, 409, 504),
@@ -78,7 +78,7 @@ async def _set_one(context: RouteContext, identity: Identity, id_: str, availabl
     "/api/inventory/{inventory_item_id:str}/moves",
     action="inventory.change",
     tag="Inventory",
-    summary="Record a delivery, or what was lost",
+    summary="Record a delivery or a loss",
     body=MoveStock,
     answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None, "low": bool | None}),
     errors=(404,),
@@ -91,9 +91,9 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
         if item.quantity + move.quantity < 0:
             raise Conflict(
-                f"only {item.quantity} are there", code="below_zero", field="quantity", quantity=item.quantity
+                f"the stock is only {item.quantity}", code="below_zero", field="quantity", quantity=item.quantity
             )
-        moves = (*item.moves, move)[-_KEPT_MOVES:]
+        moves = (*item.moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
 
     receipt = await _move(request, inventory_item.ENTITY, id_, requested, "moves", StockMove, "quantity", apply)
@@ -106,7 +106,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     "/api/customers/{customer_id:str}/loyalty",
     action="customers.change",
     tag="Customers",
-    summary="Give loyalty points, or redeem them",
+    summary="Add or redeem loyalty points",
     body=MoveLoyalty,
     answer=View(customer.ENTITY, {"loyalty_points": int | None, "total_spent": int | None, "visits": int | None}),
     errors=(404,),
@@ -122,20 +122,20 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         counted = frozenset(move.id for move in before.loyalty_moves)
         found = (await context.figures.totals(restaurant, [before]))[0]["loyalty_points"]
         if found is None and str(requested.id) not in counted:
-            raise Unavailable("points are redeemed when the database can be asked", retry_after=2.0)
+            raise Unavailable("redeeming points needs the database, which is unavailable", retry_after=2.0)
         points = found or 0
 
     def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
-        # Of two who redeem at once, the second sees here what the first one took.
+        # The second of two concurrent redemptions sees here what the first one took.
         left = points + sum(other.points for other in one.loyalty_moves if other.id not in counted)
         if move.points < 0 and left + move.points < 0:
             raise Conflict(
-                f"only {max(0, left)} points are there",
+                f"the customer has only {max(0, left)} points",
                 code="not_enough_points",
                 field="points",
                 loyalty_points=left,
             )
-        moves = (*one.loyalty_moves, move)[-_KEPT_MOVES:]
+        moves = (*one.loyalty_moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
 
     receipt = await _move(request, customer.ENTITY, id_, requested, "loyalty_moves", LoyaltyMove, "points", apply)
@@ -152,15 +152,15 @@ async def _move(
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
 ) -> Receipt:
-    """Two at once both count; one that is repeated counts once."""
+    """Adds a fact to an entity. Concurrent moves all count; a repeat with the same id counts once."""
     value = getattr(requested, amount)
     if value == 0:
-        raise InvalidInput("a move of nothing", field=amount)
+        raise InvalidInput("must not be 0", field=amount)
     context, tenant, move_id = context_of(request), request.identity.tenant, str(requested.id or uuid4())
     old = None
     if requested.id is not None:
         before = await context.figures.current_state(entity, tenant, id_)
-        if len(getattr(before, kept_in)) >= _KEPT_MOVES:
+        if len(getattr(before, kept_in)) >= _MAX_MOVES_IN_STATE:
             old = await context.figures.move(entity.facts[0], type_, tenant, id_, move_id)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
@@ -185,7 +185,7 @@ class QueuedJob(Struct, frozen=True):
     "/api/bays/{bay_id:str}/queue",
     action="work.read",
     tag="Bays and jobs",
-    summary="The queue of a bay, the next one first",
+    summary="List the queue of a bay, next job first",
     answer=list[QueuedJob],
     errors=(404,),
 )

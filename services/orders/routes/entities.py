@@ -1,4 +1,4 @@
-"""Create, list, read, change, delete and restore: the same six routes for every entity of `resources.py`."""
+"""The six routes of every entity in resources.py: create, list, read, change, delete, restore."""
 
 from datetime import datetime
 from typing import Any
@@ -24,7 +24,7 @@ from shared.security.tokens import Identity
 
 
 def fields_of(requested: Any) -> dict[str, Any]:
-    """What was sent; ids as text."""
+    """The fields that the request contains; ids as text."""
     found = {name: getattr(requested, name) for name in requested.__struct_fields__}
     return {
         name: str(value) if isinstance(value, UUID) else value for name, value in found.items() if value is not UNSET
@@ -64,7 +64,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         def made(at: datetime) -> Any:
             return resource.new(id_, fields, Context(restaurant, at, prepared))
 
-        # What was changed since says no more what it was made of.
+        # A state that was changed since no longer shows what it was created with, so it counts as the same.
         receipt = await context.changes.create(
             identity,
             entity,
@@ -73,13 +73,13 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             made,
             same=lambda one: one.updated_at > one.created_at or one == made(one.created_at),
         )
-        return await _done(request, receipt, status=201)
+        return await _reply(request, receipt, status=201)
 
     @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)
     async def list_all(request: Call) -> ASGIApp:
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
-        query = resource.asked(read_query(request, resource.query), restaurant)
+        query = resource.normalize_query(read_query(request, resource.query), restaurant)
         page = await context.reads.page(entity, identity.tenant, selection(query, identity), query.sync_state)
         more = await resource.more(context.figures, restaurant, identity, [found.decoded() for found in page.found])
         return list_reply(entity, page, query, more, names=resource.more_types)
@@ -100,7 +100,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         state = found.decoded()
         if state.deleted_at is not None:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
-        # What is derived changes without a new version: only what has nothing of it can be known already.
+        # Derived fields change without a new version, so only an entity without them can be unmodified.
         known = None if resource.more_types else request.header(b"if-none-match")
         return found_reply(found, known, **await _more(context, resource, identity, state))
 
@@ -119,19 +119,19 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             version,
             lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
         )
-        return await _done(request, receipt)
+        return await _reply(request, receipt)
 
     @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
     async def delete(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(request, await context_of(request).changes.delete(request.identity, entity, id_, version))
+        return await _reply(request, await context_of(request).changes.delete(request.identity, entity, id_, version))
 
     @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
     async def restore(request: Call) -> ASGIApp:
         id_, version = _id(request, resource), version_in(request)
-        return await _done(request, await context_of(request).changes.restore(request.identity, entity, id_, version))
+        return await _reply(request, await context_of(request).changes.restore(request.identity, entity, id_, version))
 
-    async def _done(request: Call, receipt: Receipt, *, status: int = 200) -> Reply:
+    async def _reply(request: Call, receipt: Receipt, *, status: int = 200) -> Reply:
         context = context_of(request)
         if entity is menu_item.ENTITY:
             context.menus.put(receipt.head, receipt.state)

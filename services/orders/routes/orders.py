@@ -1,4 +1,4 @@
-"""/api/orders"""
+"""/api/orders: place, list, read, change, delete and restore orders."""
 
 import contextlib
 import re
@@ -26,13 +26,13 @@ _ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
 
 
 def version_in(request: Call) -> int | None:
-    """Of `If-Match`; without it, or with `*`, the present one. Raises InvalidInput."""
+    """The version in the header If-Match; None for any version (no header, or `*`). Raises InvalidInput."""
     text = request.header(b"if-match")
     if text is None or text.strip() == "*":
         return None
     found = _ETAG.match(text.strip())
     if found is None:
-        raise InvalidInput('a version, such as "3"', field="If-Match")
+        raise InvalidInput('must be a version, such as "3"', field="If-Match")
     return int(found[1])
 
 
@@ -42,7 +42,7 @@ def version_in(request: Call) -> int | None:
     action="orders.place",
     tag=_TAG,
     summary="Place an order",
-    description="Priced by the server. A customer orders for its own session.",
+    description="The server sets the prices. A customer orders for its own session.",
     body=PlaceOrder,
     answer=_VIEW,
     status=201,
@@ -64,7 +64,7 @@ async def place_order(request: Call) -> ASGIApp:
     receipt = await context.order_commands.place(identity, requested, key)
     more: dict[str, Any] = {}
     if receipt.replayed:
-        # It was found a moment ago, or is remembered: how far it has come need not be known.
+        # Best effort: the order exists, and its sync state is not needed for the reply.
         with contextlib.suppress(Unavailable, NotFound):
             more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id))
     return receipt_reply(receipt, status=201, **more)
@@ -75,7 +75,7 @@ async def place_order(request: Call) -> ASGIApp:
     "/api/orders",
     action="orders.read",
     tag=_TAG,
-    summary="List orders, the newest first",
+    summary="List orders, newest first",
     query=OrdersQuery,
     answer=_VIEW,
     many=True,
@@ -104,7 +104,7 @@ async def list_orders(request: Call) -> ASGIApp:
 async def get_order(request: Call, order_id: str) -> ASGIApp:
     identity = request.identity
     found = await context_of(request).reads.one(_ENTITY, identity.tenant, path_id(order_id, "order_id"))
-    order = found.seen()
+    order = found.access_fields()
     if identity.role is Role.CUSTOMER and order.customer_session_id != identity.session_id:
         raise NotFound("no such order")
     if order.deleted_at is not None:
@@ -117,7 +117,7 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
     "/api/orders/{order_id:str}",
     action="orders.change",
     tag=_TAG,
-    summary="Change an order, or move it on",
+    summary="Change an order or its status",
     description="pending → received → preparing → ready → completed; cancelled from any but completed.",
     body=UpdateOrder,
     answer=_VIEW,
@@ -151,7 +151,7 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
     "/api/orders/{order_id:str}/restore",
     action="orders.change",
     tag=_TAG,
-    summary="Restore an order that was deleted",
+    summary="Restore a deleted order",
     answer=_VIEW,
     errors=(404,),
     headers=("If-Match",),
@@ -166,9 +166,9 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     "/api/orders/{order_id:str}/sync",
     action="orders.change",
     tag=_TAG,
-    summary="Send an order on its way to PostgreSQL once more",
-    description="For one that is pending or has failed: its state is recorded again, as a change of its own. Of one"
-    " that is in PostgreSQL nothing changes.",
+    summary="Record a pending order again",
+    description="Records the current state of a pending or failed order as a new change. Nothing changes if PostgreSQL"
+    " has it.",
     answer=_VIEW,
     errors=(404,),
 )

@@ -1,4 +1,4 @@
-"""/api/orders/{id}/payments, /api/payments and /api/orders/summary: what was paid, and what days came to."""
+"""/api/orders/{id}/payments, /api/payments and /api/orders/summary: payments, and totals by business day."""
 
 from datetime import date, datetime, timedelta
 
@@ -20,8 +20,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.postgres import money
 from shared.postgres.pool import UNAVAILABLE
 
-_MOST_DAYS = 400
-_BLOCK = 200
+_MAX_DAYS = 400
+_BLOCK_SIZE = 200
 
 
 class ListedPayment(Struct, frozen=True):
@@ -34,7 +34,7 @@ class ListedPayment(Struct, frozen=True):
 
 
 class Day(Struct, frozen=True):
-    """Money in minor units. Deleted orders are left out; cancelled ones are counted, their money is not."""
+    """Money in minor units. Deleted orders do not count; cancelled orders count without their money."""
 
     business_day: date
     orders: int
@@ -59,8 +59,9 @@ class Summary(Struct, frozen=True):
     "/api/orders/{order_id:str}/payments",
     action="payments.record",
     tag="Payments",
-    summary="Record a payment, or a refund (a negative amount)",
-    description="The same `id` is the same payment, however often it is sent. A refund is never more than was paid.",
+    summary="Record a payment or a refund (a negative amount)",
+    description="A payment with the same `id` is recorded once, however often it is sent. A refund cannot exceed what"
+    " was paid.",
     body=RecordPayment,
     answer=View(orders.ENTITY, {"payment": Payment}),
     status=201,
@@ -80,7 +81,7 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
     "/api/payments",
     action="payments.read",
     tag="Payments",
-    summary="List payments, the newest first",
+    summary="List payments, newest first",
     query=PaymentsQuery,
     answer=ListedPayment,
     many=True,
@@ -96,7 +97,7 @@ async def list_payments(request: Call) -> ASGIApp:
         before=read_cursor(query.cursor) if query.cursor else None,
         limit=query.limit,
     )
-    # Pending first, as in every list: what is committed in between is met at least once.
+    # Pending orders are read first, as in every list: a change that is committed in between is found at least once.
     try:
         seen = await _of_orders(context, tenant, await context.mirror.pending_ids(tenant, orders.ENTITY.name))
     except (MirrorUnavailable, MirrorInDoubt):
@@ -118,10 +119,10 @@ async def list_payments(request: Call) -> ASGIApp:
 
 
 async def _of_orders(context: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
-    """As the mirror has them. Raises MirrorUnavailable, MirrorInDoubt."""
+    """The payments of these orders in the mirror. Raises MirrorUnavailable, MirrorInDoubt."""
     found = []
-    for start in range(0, len(ids), _BLOCK):
-        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK])
+    for start in range(0, len(ids), _BLOCK_SIZE):
+        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK_SIZE])
         for document in documents:
             if document is not None:
                 order = orders.ENTITY.decode_state(document.state)
@@ -138,7 +139,7 @@ async def _of_orders(context: RouteContext, tenant: str, ids: list[str]) -> list
     action="orders.summary",
     tag="Orders",
     summary="Totals by business day",
-    description="As PostgreSQL has them: behind by the sync lag. Without dates the last thirty days.",
+    description="Read from PostgreSQL, so late by the sync lag. The default is the last thirty days.",
     query=DaysQuery,
     answer=Summary,
 )
@@ -149,16 +150,16 @@ async def summary(request: Call) -> ASGIApp:
     today = restaurant.business_day(now())
     for field, day in (("from", query.from_), ("to", query.to)):
         if day is not None and not 1970 <= day.year < 2200:
-            raise InvalidInput("a day between 1970 and 2200", field=field)
+            raise InvalidInput("must be a day between 1970 and 2200", field=field)
     end = query.to or today
     start = query.from_ or end - timedelta(days=29)
-    if not 0 <= (end - start).days < _MOST_DAYS:
-        raise InvalidInput(f"1 to {_MOST_DAYS} days, not {(end - start).days + 1}", field="from")
+    if not 0 <= (end - start).days < _MAX_DAYS:
+        raise InvalidInput(f"must cover 1 to {_MAX_DAYS} days, not {(end - start).days + 1}", field="from")
     try:
         async with context.postgres.tenant(tenant) as connection:
             days = [Day(**row) for row in await money.days(connection, tenant, start, end)]
     except UNAVAILABLE as error:
-        raise Unavailable("sums wait for the database", retry_after=2.0) from error
+        raise Unavailable("totals need the database, which is unavailable", retry_after=2.0) from error
     return success(Summary(days, sum(day.orders for day in days), sum(day.total for day in days), restaurant.currency))
 
 

@@ -1,4 +1,4 @@
-"""/api/users: who works here. For admins, of their own restaurant."""
+"""/api/users: the user accounts of a restaurant, for its admins."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -62,7 +62,7 @@ class UsersQuery(Request):
     answer=User,
     status=201,
     errors=(409, 504),
-    example={"email": "kim@trattoria.example", "password": "another long one", "role": "staff", "name": "Kim"},
+    example={"email": "kim@trattoria.example", "password": "another long passphrase", "role": "staff", "name": "Kim"},
 )
 async def create_user(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), CreateUser)
@@ -79,7 +79,7 @@ async def create_user(request: Call) -> ASGIApp:
     "/api/users",
     action="users.manage",
     tag=_TAG,
-    summary="List users, the newest first",
+    summary="List users, newest first",
     query=UsersQuery,
     answer=User,
     many=True,
@@ -98,7 +98,7 @@ async def list_users(request: Call) -> ASGIApp:
 
 
 def _place(user: User) -> tuple[datetime, str]:
-    assert user.created_at is not None  # every list reads it
+    assert user.created_at is not None  # every list selects it
     return user.created_at, user.id
 
 
@@ -143,7 +143,7 @@ async def update_user(request: Call, user_id: str) -> ASGIApp:
     "/api/users/{user_id:str}",
     action="users.manage",
     tag=_TAG,
-    summary="Delete a user, who can be restored",
+    summary="Delete a user; it can be restored",
     answer=User,
     errors=(404, 409, 504),
 )
@@ -167,10 +167,11 @@ async def restore_user(request: Call, user_id: str) -> ASGIApp:
 
 
 async def _tenant(request: Call) -> str:
-    """Raises Unauthenticated for one who was an admin when its token was made: it would make itself another."""
+    """The caller's tenant. Raises Unauthenticated for a former admin whose token is still valid: it could make itself
+    an admin again."""
     identity = request.identity
     if not await context_of(request).accounts.may_administer(identity.tenant, identity.user_id):
-        raise Unauthenticated("this user is no admin any more: sign in again", code="not_admin_any_more")
+        raise Unauthenticated("this user is no longer an admin: sign in again", code="not_admin_any_more")
     return identity.tenant
 
 
