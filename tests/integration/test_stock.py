@@ -14,6 +14,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
 from shared.mirror.mirror import Claimed, LogState, Mirror, StockShort, stock_text
+from shared.rail.draft import change_of
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig
 from tests.rigs.servers import Redis, Servers
