@@ -1,5 +1,5 @@
-"""The push hub: what was changed, on every screen that may see it.
+"""The notifier pushes every change to the screens that may see it.
 
-changes.log.v1 ─► follower ─► events (change → push event) ─► window (what a cursor can be given again)
+changes.log.v1 ─► follower ─► events (change → push event) ─► window (what a cursor can resume)
                                                           └─► hub (fan-out) ─► transports/* ─► screens
 """

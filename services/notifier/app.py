@@ -1,8 +1,8 @@
-"""The notifier, wired: the one place that sees all its parts.
+"""The wiring of the notifier.
 
-Starts while RabbitMQ is away and waits for it, not ready; refuses to start on a broker that answers and lacks the log.
-Stops in this order: every stream ends (the server waits for open responses), the follower lets go of the log.
-"""
+Starts while RabbitMQ is unavailable and is not ready until it has read the log. Refuses to start when the broker
+answers and has no log. Stops in this order: every stream ends (the server waits for open responses), then the follower
+stops."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -49,12 +49,20 @@ def assemble(settings: Settings) -> NotifierParts:
     tracer = Tracer("notifier", settings)
     metrics = Metrics()
     parts = NotifierParts(settings, hub, LogFollower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
-    metrics.watch("ticketrail_subscribers", "Open event streams", lambda: len(hub))
-    metrics.watch("ticketrail_window_changes", "Changes that can be replayed", lambda: len(hub.window))
-    metrics.watch("ticketrail_slow_subscribers", "Let go because they did not read, since the start", lambda: hub.slow)
+    metrics.watch("ticketrail_subscribers", "Open push streams", lambda: len(hub))
+    metrics.watch(
+        "ticketrail_window_changes", "Changes in the window, which clients can resume from", lambda: len(hub.window)
+    )
+    metrics.watch(
+        "ticketrail_slow_subscribers",
+        "Clients disconnected because they did not read, since the start",
+        lambda: hub.slow,
+    )
     metrics.watch("ticketrail_caught_up", "1 while the log is read to its end", lambda: parts.follower.caught_up)
     metrics.watch(
-        "ticketrail_heartbeat_age_seconds", "Since the last heartbeat was sent", lambda: parts.follower.heartbeat_age
+        "ticketrail_heartbeat_age_seconds",
+        "Seconds since the last heartbeat in the log was sent",
+        lambda: parts.follower.heartbeat_age,
     )
     return parts
 

@@ -1,7 +1,7 @@
-"""Where a subscriber stands in the log: `<epoch>-<offset>-<index in batch>`.
+"""The cursor of a subscriber, a position in the change log: `<epoch>-<offset>-<index>`.
 
-It is made of nothing but the log, so it means the same on every instance, over every transport and across restarts. The
-epoch tells a cursor into an older log apart; the index, because one message carries up to 256 changes.
+It depends only on the log, so it is valid on every instance, over every transport and after restarts. The epoch detects
+cursors of an older log. The index is needed because one message carries up to 256 changes.
 """
 
 import re
@@ -16,15 +16,15 @@ _FORM = re.compile(PATTERN, re.ASCII)
 
 
 class Position(NamedTuple):
-    """Of a change within one log; positions compare as they stand in it."""
+    """The position of a change in one log. Positions compare in the order of the log."""
 
     offset: int
     place: int
-    """In the batch of that message."""
+    """Index in the message's batch, from 0."""
 
 
 class Cursor(Struct, frozen=True):
-    """Everything up to and including `position` has been seen."""
+    """The subscriber has everything up to and including `position`."""
 
     epoch: str
     position: Position
@@ -34,9 +34,9 @@ class Cursor(Struct, frozen=True):
 
 
 def parse_cursor(text: str, *, field: str) -> Cursor:
-    """Raises InvalidInput naming `field`. One that was valid once parses for ever: if it can still be served is for
-    the window to say."""
+    """Raises InvalidInput with `field`. A cursor that was valid once always parses; the window decides whether it can
+    still be resumed."""
     found = _FORM.fullmatch(text)
     if found is None:
-        raise InvalidInput("not a cursor: it is the id of an event that was received", field=field)
+        raise InvalidInput("not a cursor; send the id of a received event", field=field)
     return Cursor(found[1], Position(int(found[2]), int(found[3])))

@@ -1,4 +1,4 @@
-"""Which push event a change becomes. Pure: bytes in, one `PushEvent` or nothing out.
+"""Turns a change into a push event, as a pure function.
 
 | change                        | event          | for a subscriber of one order |
 |-------------------------------|----------------|-------------------------------|
@@ -9,9 +9,8 @@
 | any other entity              | none yet       |                               |
 
 `{"eventType", "data": <the whole state after the change>, "orderID", "timestamp", "version", "changeId", "traceId"}`;
-the data of a stage change has `previousStage` and `newStage` as well. It is encoded once, here, whatever the number of
-subscribers. Of what a screen has been told of one order the largest (version, changeId) stands, as in every store.
-"""
+the data of a stage change also has `previousStage` and `newStage`. The event is encoded once for all subscribers. A
+screen keeps the state with the largest (version, changeId) of an order, as every store does."""
 
 from enum import IntEnum
 from typing import Any
@@ -28,7 +27,7 @@ from shared.observability.tracing import trace_id_of
 
 
 class PushKind(IntEnum):
-    """A bit for each kind, so that a filter is one `&` of plain integers."""
+    """One bit per kind, so that a filter is one `&` of integers."""
 
     ORDER_CREATED = 1
     ORDER_DELETED = 2
@@ -39,7 +38,7 @@ class PushKind(IntEnum):
 
 EVERY_KIND = sum(PushKind)
 
-# What a subscriber may ask for. A stage change has two names, one for each kind of subscriber: either asks for it.
+# The names that a subscriber may request. A stage change has two names, and either one requests it.
 KINDS = {
     "order_created": PushKind.ORDER_CREATED,
     "order_deleted": PushKind.ORDER_DELETED,
@@ -54,9 +53,9 @@ _OF_ORDER = {
     "deleted": (PushKind.ORDER_DELETED, "order_deleted"),
     "status_changed": (PushKind.STAGE_CHANGE, "stage_change"),
 }
-_OTHERWISE = (PushKind.STATUS_UPDATE, "status_update")
+_OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
 
-# Internal to idempotency: no screen needs it, and a customer's could tell from it what else was asked.
+# Internal to idempotency. No screen needs it, and it would let a customer compare requests.
 _INTERNAL = ("request_hash",)
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
@@ -68,11 +67,11 @@ class PushEvent(Struct, frozen=True):
     tenant: str
     order_id: str
     session_id: str | None
-    """The customer session that may see it."""
+    """The customer session that may see the event."""
     kind: PushKind
     _name: str
     _rest: bytes
-    """The JSON from behind the event's name on, which the two names of a stage change share."""
+    """The JSON after the event's name, which the two names of a stage change share."""
     traceparent: str | None = None
     accepted_at: float = 0.0
     """Seconds since the epoch."""
@@ -90,13 +89,13 @@ class PushEvent(Struct, frozen=True):
 
 
 def push_event(encoded: bytes, position: Position) -> PushEvent | None:
-    """None for a change that no screen hears of. Raises BrokenContract for what no store will take either."""
+    """None for a change that is not pushed. Raises BrokenContract for a change that no store accepts either."""
     change = decode_change(encoded)
     entity, state = read(change)
     if entity is not order.ENTITY:
         return None
-    kind, name = _OF_ORDER.get(event_of(change.type)[1], _OTHERWISE)
-    # Not the decoded state encoded again: fields that a newer service added are for the screen to use.
+    kind, name = _OF_ORDER.get(event_of(change.type)[1], _OTHER_CHANGES)
+    # The fields stay encoded, so that fields of a newer release reach the screens.
     data: dict[str, Any] = dict(_fields.decode(change.data.after))
     for field in _INTERNAL:
         data.pop(field, None)
@@ -121,7 +120,7 @@ def _previous_stage(change: Change) -> Raw | None:
     try:
         return _fields.decode(change.data.before).get("status")
     except msgspec.DecodeError:
-        return None  # the guard looks at `after` alone, and so does every store
+        return None  # stores read only `after`, so a broken `before` is no error
 
 
 def _rest(change: Change, data: dict[str, Any]) -> bytes:
@@ -136,6 +135,6 @@ def _rest(change: Change, data: dict[str, Any]) -> bytes:
         }
     )
     if b"\n" in encoded or b"\r" in encoded:
-        # White space of whoever wrote the change (inside texts a line break is escaped): it would end an SSE field.
+        # A line break between JSON tokens would end the SSE field. (Inside strings it is escaped.)
         encoded = msgspec.json.format(encoded, indent=-1)
     return encoded[1:]

@@ -1,11 +1,9 @@
-"""Follows the log and feeds the hub.
+"""Follows the change log and feeds the hub.
 
-Guarantee: every change in the log reaches the hub once, in the order of the log, those of the last
-`replay_window_seconds` again after a start. An entry that cannot be read is skipped with an error in the log (the
-writer dead-letters it) and still counts for the cursor; it stops nothing. While the broker is away the hub continues to
-serve what it holds. After a loss of the log the follower starts a new hub. At shutdown it stops at once: it holds
-nothing that the log does not have.
-"""
+Guarantee: every change in the log reaches the hub once, in the order of the log. After a start the changes of the last
+`replay_window_seconds` are read again. An unreadable entry is logged and skipped (the PostgreSQL writer dead-letters
+it), but the cursor moves past it. While the broker is unavailable, the hub serves its window. A new log restarts the
+hub. The follower may be stopped at any time, because it holds nothing that the log does not have."""
 
 import asyncio
 import time
@@ -36,9 +34,9 @@ _FROM_LOG = {
     "messaging.destination.name": LOG,
 }
 
-# Changes that are handed to the hub in one step. Between two steps the clients are written to: more would fill their
-# buffers with what they had no chance to read.
-_STEP = 256
+# Changes that the hub gets in one step. Clients are written to between steps; a larger step would fill their buffers
+# before they can read.
+_MAX_STEP_CHANGES = 256
 
 
 class LogFollower:
@@ -46,7 +44,7 @@ class LogFollower:
         self._metrics = metrics
         self._settings = settings
         self._hub = hub
-        self._begun = False
+        self._filled = False
         self._tracer = tracer
         self._reader = LogReader(
             settings.rabbitmq_url,
@@ -58,13 +56,13 @@ class LogFollower:
 
     @property
     def caught_up(self) -> bool:
-        """The window is read back, and the log is being read now."""
+        """The window is filled and the log is read to its end."""
         return self._reader.caught_up and self._hub.window.epoch is not None
 
     @property
     def serving(self) -> bool:
-        """The window was read back once; since then the broker may have gone away."""
-        return self._begun and self._hub.window.epoch is not None
+        """The window was filled once; the broker may be unavailable since then."""
+        return self._filled and self._hub.window.epoch is not None
 
     def start(self) -> None:
         self.loop.start()
@@ -76,17 +74,17 @@ class LogFollower:
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the last heartbeat was sent; NaN when none was seen."""
+        """Seconds since the last heartbeat was sent; NaN before the first one."""
         heartbeat_at = self._reader.heartbeat_at
         return float("nan") if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Not ready while the window is being read back or the broker is away. Heartbeats that stop coming say that the
-        sync worker is down: push works without it, so that is only reported."""
+        """Not ready while the window is being filled or the broker is unavailable. Stale heartbeats mean that the sync
+        worker is down; push works without it, so they are only reported."""
         heartbeat_at = self._reader.heartbeat_at
         age = None if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
         stale = age is None or age > max(2.0, self._settings.heartbeat_interval_seconds * 3)
-        return self.caught_up and self._begun, {
+        return self.caught_up and self._filled, {
             "broker": self._reader.connected,
             "caught_up": self.caught_up,
             "epoch": self._hub.window.epoch,
@@ -100,7 +98,7 @@ class LogFollower:
         while True:
             await asyncio.sleep(self._settings.push_keepalive_seconds)
             self._hub.window.forget(time.monotonic())
-            self._hub.beat()
+            self._hub.keep_alive()
 
     async def _follow(self) -> None:
         since = now() - timedelta(seconds=self._settings.replay_window_seconds)
@@ -111,9 +109,9 @@ class LogFollower:
                     self._hub.begin(batch.epoch, batch.first_offset)
                     first = False
                 await self._take(batch)
-                if batch.caught_up and not self._begun:
+                if batch.caught_up and not self._filled:
                     log.info("caught_up", epoch=batch.epoch, window=len(self._hub.window))
-                    self._begun = True
+                    self._filled = True
                 self.loop.turned()
 
     async def _take(self, batch: LogBatch) -> None:
@@ -125,18 +123,18 @@ class LogFollower:
             found, upto = _events_in(entry)
             events += found
             changes += upto.place + 1
-            if changes >= _STEP:
+            if changes >= _MAX_STEP_CHANGES:
                 self._hub.publish(events, upto, time.monotonic())
                 self._trace(events, began)
                 events, changes = [], 0
                 await asyncio.sleep(0)
-        # The signals at the end of a batch move the cursor too.
+        # Signals at the end of a batch move the cursor too.
         self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
         self._trace(events, began)
 
     def _trace(self, events: list[PushEvent], began: int) -> None:
-        """Once in the life of an event here: what is read back at a start was pushed before."""
-        if not self._begun:
+        """Not before the window is filled: the events read until then were pushed before the start."""
+        if not self._filled:
             return
         ended = time.time_ns()
         self._metrics.events.inc(len(events))

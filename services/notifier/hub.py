@@ -1,16 +1,16 @@
-"""The hub: who listens, and what reaches them.
+"""The hub: distributes push events to subscribers.
 
-Guarantees to a subscriber: it receives what its interest asks for, in the order of the log, each change once, without a
-gap, from its cursor on. Where that cannot be kept (cursor older than the window, of another epoch, ahead of the log, or
-a buffer that is full) it receives one `resync` that says why, and whoever is slow is let go. No event reaches another
-tenant: fan-out begins with the tenant.
+Guarantees: a subscriber receives the events of its interest from its cursor on, in the order of the log, each change
+once and without a gap. Where that is impossible (the cursor is older than the window, of another epoch or ahead of the
+log, or the buffer is full), it receives one `resync` with the reason; a slow subscriber is also disconnected. No event
+reaches another tenant, because fan-out begins with the tenant.
 
-Subscribers with the same interest form an audience. A batch of events is filtered, framed and joined once for each
-audience, and each subscriber only gets a reference to the bytes and one wake-up: the cost of an event hardly grows
-with the number of screens.
+Subscribers with the same interest form an audience. A batch of events is filtered, framed and joined once per audience;
+each subscriber gets a reference to the bytes and one wake-up. So the cost of an event hardly grows with the number of
+screens.
 
-A subscriber that comes back reads the window at its own pace; it joins its audience in the same step of the event loop
-in which it finds nothing more there, so that between replay and live there is neither a gap nor a repetition.
+A subscriber that resumes reads the window at its own pace. It joins its audience in the same step of the event loop in
+which it reaches the window's end, so that there is neither a gap nor a repetition between replay and live events.
 """
 
 import asyncio
@@ -27,34 +27,34 @@ from services.notifier.window import Window
 
 log = structlog.get_logger(__name__)
 
-# Seconds that a subscriber which has been let go may still take to read its last bytes.
-_FAREWELL = 2.0
-# How many events of the window are looked at in one step of a replay.
-_REPLAY_STEP = 256
+# A disconnected client may read its last bytes for so long.
+_LAST_READ_SECONDS = 2.0
+# Events of the window in one step of a replay.
+_REPLAY_STEP_EVENTS = 256
 
 
 class Form(Struct, frozen=True):
-    """How a transport writes things down. One object per transport, compared by identity."""
+    """How a transport encodes what it sends. One object per transport, compared by identity."""
 
     event: Callable[[PushEvent, Cursor, bool], bytes]
-    """Of an event, its cursor, and if it is for a subscriber of one order."""
+    """(event, its cursor, whether the subscriber follows one order) -> bytes."""
     resync: Callable[[str, Cursor], bytes]
-    heartbeat: Callable[[Cursor], bytes]
+    keep_alive: Callable[[Cursor], bytes]
 
 
 class Subscriber:
-    """What waits for one client. The transport takes from it; only the hub puts in."""
+    """The buffer of one client. Only the hub puts into it; the transport takes from it."""
 
     __slots__ = ("_bytes", "_chunks", "_events", "_waiter", "audience", "ended", "position", "task")
 
     def __init__(self, audience: "Audience", position: Cursor | None) -> None:
         self.audience = audience
         self.position = position
-        """Where its replay stands; None once it is live."""
+        """How far its replay has come; None when it is live."""
         self.ended = False
-        """Nothing will come any more; what waits may still be taken."""
+        """The hub adds nothing more. The buffer may still be taken."""
         self.task: asyncio.Task[Any] | None = None
-        """Whose writing is cut short when the client does not read its last bytes."""
+        """The task that writes to the client. It is cancelled when the client does not read its last bytes."""
         self._chunks: list[bytes] = []
         self._events = 0
         self._bytes = 0
@@ -68,18 +68,18 @@ class Subscriber:
             self._wake()
 
     def take(self) -> bytes:
-        """All that waits, as one chunk; empty when nothing does."""
+        """Empties the buffer; returns its content as one chunk."""
         if not self._chunks:
             return b""
         chunks, self._chunks = self._chunks, []
         self._events = self._bytes = 0
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def fits(self, most_events: int, most_bytes: int) -> bool:
-        return self._events <= most_events and self._bytes <= most_bytes
+    def fits(self, max_events: int, max_bytes: int) -> bool:
+        return self._events <= max_events and self._bytes <= max_bytes
 
     async def wait(self) -> None:
-        """Until something waits or it has ended. One transport waits for one subscriber."""
+        """Returns when the buffer has something or the subscription has ended. Only its transport may call this."""
         if not self._chunks and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -106,7 +106,7 @@ class Subscriber:
 
 
 class Audience:
-    """Subscribers with one interest on one transport, those that are live."""
+    """The live subscribers with one interest on one transport."""
 
     __slots__ = ("form", "interest", "live")
 
@@ -117,7 +117,7 @@ class Audience:
 
     @property
     def room(self) -> str:
-        """Where `Hub` looks for it: the narrowest thing that an event must have in common with the interest."""
+        """The hub's key for the audience: the narrowest property that an event must share with the interest."""
         if self.interest.order_id is not None:
             return f"order:{self.interest.order_id}"
         return "" if self.interest.session_id is None else f"session:{self.interest.session_id}"
@@ -144,14 +144,14 @@ class Hub:
         self._ahead: list[tuple[Position, asyncio.Future[None]]] = []
         self._closed = False
         self.slow = 0
-        """Subscribers let go because they did not read, since the start."""
+        """Subscribers disconnected because they did not read, since the start."""
 
     def __len__(self) -> int:
         return len(self._subscribers)
 
     async def reached(self, position: Position, *, within: float) -> None:
-        """Waits until the log has been read as far as `position`, at most `within` seconds: the other instance that
-        gave a cursor may be a few milliseconds ahead of this one."""
+        """Waits until the log has been read up to `position`, at most `within` seconds. The instance that gave a cursor
+        may be a few milliseconds ahead of this one."""
         if position <= self.window.present:
             return
         waiter = position, asyncio.get_running_loop().create_future()
@@ -160,10 +160,10 @@ class Hub:
         if waiter in self._ahead:
             self._ahead.remove(waiter)
 
-    # -- coming and going ----------------------------------------------------------------------------------------
+    # -- subscriptions -------------------------------------------------------------------------------------------
 
     def subscribe(self, interest: Interest, form: Form, cursor: Cursor | None) -> Subscriber:
-        """From `cursor` on, or from now on. The transport then calls `replay` until it returns None."""
+        """A subscription from `cursor`, or from now without one. The transport calls `replay` until it returns None."""
         subscriber = Subscriber(Audience(interest, form), cursor)
         if self._closed:
             subscriber.end()
@@ -190,7 +190,7 @@ class Hub:
                 del self._tenants[audience.interest.tenant]
 
     def replay(self, subscriber: Subscriber) -> bytes | None:
-        """The next piece of what the subscriber has missed (perhaps empty), or None: it is live from here on."""
+        """The next part of the events that the subscriber missed (may be empty). None: the subscriber is live now."""
         cursor, window, audience = subscriber.position, self.window, subscriber.audience
         if cursor is None or subscriber.ended:
             return None
@@ -200,7 +200,7 @@ class Hub:
         if reason:
             self._join(subscriber)
             return audience.form.resync(reason, window.cursor)
-        missed = window.after(audience.interest.tenant, cursor.position, _REPLAY_STEP)
+        missed = window.after(audience.interest.tenant, cursor.position, _REPLAY_STEP_EVENTS)
         if not missed:
             self._join(subscriber)
             return None
@@ -208,18 +208,18 @@ class Hub:
         return b"".join(audience.frames(missed, cursor.epoch))
 
     def _join(self, subscriber: Subscriber) -> None:
-        """No await between finding that nothing was missed and this."""
-        wanted = subscriber.audience
-        rooms = self._tenants.setdefault(wanted.interest.tenant, {})
-        room = rooms.setdefault(wanted.room, {})
-        subscriber.audience = room.setdefault((wanted.interest, id(wanted.form)), wanted)
+        """There must be no await between the check that nothing was missed and this call."""
+        own = subscriber.audience
+        rooms = self._tenants.setdefault(own.interest.tenant, {})
+        room = rooms.setdefault(own.room, {})
+        subscriber.audience = room.setdefault((own.interest, id(own.form)), own)
         subscriber.audience.live.add(subscriber)
         subscriber.position = None
 
-    # -- what happens to all -------------------------------------------------------------------------------------
+    # -- fan-out -------------------------------------------------------------------------------------------------
 
     def publish(self, events: Sequence[PushEvent], upto: Position, at: float) -> None:
-        """What has been read from the log, in its order; `upto` is where it ends, `at` the time on a steady clock."""
+        """Distributes events in the order of the log. `upto`: how far the log has been read. `at`: monotonic seconds."""
         new = self.window.add(events, upto, at)
         for waiter in [waiter for waiter in self._ahead if waiter[0] <= upto]:
             self._ahead.remove(waiter)
@@ -237,12 +237,12 @@ class Hub:
             for audience in self._tenants[tenant][room].values():
                 frames = audience.frames(theirs, self.window.epoch or "")
                 if frames:
-                    slow += self._spread(audience, b"".join(frames), len(frames))
+                    slow += self._fan_out(audience, b"".join(frames), len(frames))
         for subscriber in slow:
-            self._let_go_slow(subscriber)
+            self._disconnect_slow(subscriber)
 
     def listeners(self, event: PushEvent) -> int:
-        """How many live subscribers hear of it; for traces, of a few events."""
+        """How many live subscribers get this event. Expensive: for traces of a few events."""
         rooms = self._tenants.get(event.tenant, {})
         return sum(
             len(audience.live)
@@ -251,18 +251,18 @@ class Hub:
             if audience.interest.wants(event)
         )
 
-    def _spread(self, audience: Audience, chunk: bytes, events: int) -> list[Subscriber]:
-        most_events, most_bytes = self._buffer_events, self._buffer_bytes
+    def _fan_out(self, audience: Audience, chunk: bytes, events: int) -> list[Subscriber]:
+        max_events, max_bytes = self._buffer_events, self._buffer_bytes
         slow = []
         for subscriber in audience.live:
-            # A single large batch never makes a client slow: what counts is what it has left lying.
-            if subscriber.idle or subscriber.fits(most_events - events, most_bytes - len(chunk)):
+            # One large batch alone does not make a client slow; only what it has not read counts.
+            if subscriber.idle or subscriber.fits(max_events - events, max_bytes - len(chunk)):
                 subscriber.put(chunk, events)
             else:
                 slow.append(subscriber)
         return slow
 
-    def _let_go_slow(self, subscriber: Subscriber) -> None:
+    def _disconnect_slow(self, subscriber: Subscriber) -> None:
         self.slow += 1
         subscriber.clear()
         subscriber.put(subscriber.audience.form.resync("slow", self.window.cursor), 1)
@@ -270,25 +270,25 @@ class Hub:
         self._end(subscriber)
 
     def begin(self, epoch: str | None, first_offset: int) -> None:
-        """Another log: nothing that was sent, waits or was remembered can be continued."""
+        """Restarts the window on another log, in which no earlier cursor is valid."""
         self.window.begin(epoch, first_offset)
         for subscriber in self._subscribers:
-            # Those in a replay see by themselves that their epoch is over.
+            # Subscribers in a replay notice the new epoch by themselves.
             if subscriber.position is None:
                 subscriber.put(subscriber.audience.form.resync("other_epoch", self.window.cursor), 1)
 
-    def beat(self) -> None:
-        """A sign of life for those that have nothing waiting. It carries the cursor, so that whoever filters a lot can
-        still resume after hours of silence."""
-        beats: dict[int, bytes] = {}
+    def keep_alive(self) -> None:
+        """Sends a keep-alive to idle subscribers. It carries the cursor, so that a subscriber with a narrow filter can
+        resume after hours without an event."""
+        encoded: dict[int, bytes] = {}
         for subscriber in self._subscribers:
             if subscriber.position is None and subscriber.idle:
                 form = subscriber.audience.form
-                beat = beats.get(id(form)) or beats.setdefault(id(form), form.heartbeat(self.window.cursor))
-                subscriber.put(beat, 0)
+                chunk = encoded.get(id(form)) or encoded.setdefault(id(form), form.keep_alive(self.window.cursor))
+                subscriber.put(chunk, 0)
 
     def close(self) -> None:
-        """Ends every stream, and all that come later. May be called twice."""
+        """Ends every stream, and every later one at once. May be called twice."""
         self._closed = True
         for subscriber in list(self._subscribers):
             self._end(subscriber)
@@ -296,11 +296,11 @@ class Hub:
     def _end(self, subscriber: Subscriber) -> None:
         self.unsubscribe(subscriber)
         if subscriber.task is not None:
-            # Its client may never read again; then the writing is cut, or it would hold the process at shutdown.
-            asyncio.get_running_loop().call_later(_FAREWELL, _cut, subscriber)
+            # A client that never reads again would delay the shutdown, so its writing task is cancelled.
+            asyncio.get_running_loop().call_later(_LAST_READ_SECONDS, _cancel_writing, subscriber)
 
 
-def _cut(subscriber: Subscriber) -> None:
+def _cancel_writing(subscriber: Subscriber) -> None:
     if subscriber.task is not None:
-        log.info("cut", restaurant_id=subscriber.audience.interest.tenant)
+        log.info("subscriber_writing_cancelled", restaurant_id=subscriber.audience.interest.tenant)
         subscriber.task.cancel()

@@ -1,4 +1,4 @@
-"""What a subscriber asked for and may see; decided once, before anything is encoded for it."""
+"""Which events a subscriber requested and may see. It is decided once, before anything is encoded for the subscriber."""
 
 from uuid import UUID
 
@@ -16,10 +16,10 @@ class Interest(Struct, frozen=True):
     kinds: int = EVERY_KIND
     order_id: str | None = None
     session_id: str | None = None
-    """Set for customers: the orders of this session alone."""
+    """Set for customers, who see only the orders of their own session."""
 
     def wants(self, event: PushEvent) -> bool:
-        """Of an event of the tenant; `Hub` keeps tenants apart before it asks."""
+        """Whether a subscriber gets this event of its tenant. The hub separates tenants before it calls this."""
         return (
             bool(event.kind & self.kinds)
             and (self.order_id is None or event.order_id == self.order_id)
@@ -28,8 +28,8 @@ class Interest(Struct, frozen=True):
 
 
 def interest_of(identity: Identity, *, order_id: str | None, event_types: str | None) -> Interest:
-    """Raises Forbidden for who belongs to no restaurant, InvalidInput naming the parameter. An empty parameter is one
-    that was not given."""
+    """Empty parameters count as absent. Raises Forbidden for a caller without a restaurant, and InvalidInput with the
+    name of the parameter."""
     return Interest(
         tenant=identity.tenant,
         kinds=_kinds(event_types) if event_types else EVERY_KIND,

@@ -1,7 +1,7 @@
-"""The last changes of all tenants, in memory: what a subscriber that comes back can be given again.
+"""The window: the recent changes of all tenants in memory, from which a subscriber can resume.
 
-Invariants: for every position from `floor` to `present` the window holds every push event after it, each change once;
-`floor` only rises, until another log begins. Bounded by age, by number and by bytes, whichever comes first.
+Invariants: for every position from `floor` to `present` the window holds every push event after it, and each change
+once. `floor` only rises, until another log begins. Age, number and bytes are bounded.
 """
 
 from bisect import bisect_right
@@ -16,14 +16,14 @@ _position = attrgetter("position")
 
 
 class _Track:
-    """One tenant's events, oldest first; removing from the left costs nothing and `bisect` works on it."""
+    """One tenant's events, oldest first. Removing the first one is cheap, and `bisect` works on the list."""
 
     def __init__(self) -> None:
         self.events: list[PushEvent | None] = []
         self.gone = 0
 
     def drop_first(self) -> None:
-        self.events[self.gone] = None  # frees it now; the list is cut when half of it is empty
+        self.events[self.gone] = None  # frees the event; the list is cut when half of it is empty
         self.gone += 1
         if self.gone * 2 > len(self.events):
             del self.events[: self.gone]
@@ -31,15 +31,15 @@ class _Track:
 
     def after(self, position: Position, limit: int) -> list[PushEvent]:
         begin = bisect_right(self.events, position, lo=self.gone, key=_position)
-        return self.events[begin : begin + limit]  # type: ignore[return-value]  # None stands before `gone` alone
+        return self.events[begin : begin + limit]  # type: ignore[return-value]  # None stands only before `gone`
 
 
 class Window:
     def __init__(self, *, seconds: float, changes: int, size: int) -> None:
-        """`size` in bytes of encoded events."""
+        """`seconds`: the greatest age. `size`: bytes of encoded events."""
         self._seconds = seconds
-        self._most = changes
-        self._most_bytes = size
+        self._max_changes = changes
+        self._max_bytes = size
         self._held: deque[tuple[float, PushEvent]] = deque()
         self._tracks: dict[str, _Track] = {}
         self._known: set[str] = set()
@@ -51,7 +51,7 @@ class Window:
         return len(self._held)
 
     def begin(self, epoch: str | None, first_offset: int) -> None:
-        """An empty window on a log that is read from `first_offset` on."""
+        """Starts an empty window on a log that is read from `first_offset`."""
         self._held.clear()
         self._tracks.clear()
         self._known.clear()
@@ -62,12 +62,12 @@ class Window:
 
     @property
     def cursor(self) -> Cursor:
-        """Of one who has seen everything until now."""
+        """Cursor of a subscriber that is fully caught up."""
         return Cursor(self.epoch or "", self.present)
 
     def add(self, events: Sequence[PushEvent], upto: Position, at: float) -> list[PushEvent]:
-        """Takes events that arrived `at` (seconds of a steady clock) and says which are new: a change may be recorded
-        twice. `upto`: how far the log has been read, also where nothing was to be pushed."""
+        """Adds events that arrived `at` (seconds of a monotonic clock) and returns the new ones, because a change may
+        be in the log twice. `upto`: how far the log has been read, also without an event."""
         new = []
         for event in events:
             if event.change_id in self._known:
@@ -85,10 +85,10 @@ class Window:
         return new
 
     def forget(self, at: float) -> None:
-        """Drops what is too much. The arrival counts, not the time in the change: a journal brings old changes late."""
+        """Drops events beyond the bounds. The age counts from the arrival, because a journal brings old changes late."""
         oldest = at - self._seconds
         while self._held and (
-            self._held[0][0] < oldest or len(self._held) > self._most or self._bytes > self._most_bytes
+            self._held[0][0] < oldest or len(self._held) > self._max_changes or self._bytes > self._max_bytes
         ):
             _, event = self._held.popleft()
             self._known.discard(event.change_id)

@@ -17,7 +17,7 @@ EPOCH = "e"
 FORM = Form(
     event=lambda event, cursor, of_one_order: f"{'one ' if of_one_order else ''}{event.change_id} ".encode(),
     resync=lambda reason, cursor: f"resync:{reason}:{cursor} ".encode(),
-    heartbeat=lambda cursor: f"beat:{cursor} ".encode(),
+    keep_alive=lambda cursor: f"keep-alive:{cursor} ".encode(),
 )
 
 
@@ -236,8 +236,8 @@ def test_a_heartbeat_goes_to_those_that_have_nothing_waiting_and_carries_the_cur
     rail = hub()
     idle, busy = rail.subscribe(Interest("b"), FORM, None), rail.subscribe(Interest("a"), FORM, None)
     publish(rail, event(7))
-    rail.beat()
-    assert (taken(idle), taken(busy)) == (["beat:e-7-0"], ["c7.0"])
+    rail.keep_alive()
+    assert (taken(idle), taken(busy)) == (["keep-alive:e-7-0"], ["c7.0"])
 
 
 def test_who_left_is_forgotten_with_all_that_was_kept_for_it() -> None:

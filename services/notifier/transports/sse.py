@@ -1,11 +1,12 @@
 """Server-sent events: `GET /api/v1/sync/events`.
 
-`connected` comes first, heartbeats are comments, the id of an event is its cursor. Raw ASGI below Litestar's route: no
-generator, no task group, no timer and no second task per client: the server's own future says when the client leaves.
-What waits for a client goes out in one write; while it does not read, its buffer fills and the hub lets it go.
+The first event is `connected`, keep-alives are comments, and the id of an event is its cursor. The stream is raw ASGI
+below Litestar's route, without a generator, task group, timer or second task per client: the server's own future tells
+when the client disconnects. Everything that waits for a client goes out in one write. The buffer of a client that does
+not read fills up, and the hub disconnects it.
 
-The stream ends when the client leaves, when the hub ends it, and at shutdown; after that the client's own reconnect
-(`Last-Event-ID`) goes on where it was, on any instance.
+The stream ends when the client disconnects, when the hub ends it, and at shutdown. The client's reconnect
+(`Last-Event-ID`) then resumes on any instance.
 """
 
 import asyncio
@@ -24,8 +25,8 @@ from shared.errors import Unavailable
 from shared.http.call import Call
 from shared.http.endpoint import endpoint
 
-# Seconds that a cursor ahead of this instance is waited for: another instance may have been quicker.
-_AHEAD = 2.0
+# A cursor ahead of this instance is waited for so long, because another instance may have read further.
+_AHEAD_TIMEOUT_SECONDS = 2.0
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -43,8 +44,8 @@ def _event(event: PushEvent, cursor: Cursor, of_one_order: bool) -> bytes:
     )
 
 
-def _told(name: str, cursor: Cursor, **data: Any) -> bytes:
-    """The id makes it the client's `Last-Event-ID`: it can resume from here before any event has come."""
+def _control_event(name: str, cursor: Cursor, **data: Any) -> bytes:
+    """The id becomes the client's `Last-Event-ID`, so that it can resume before the first event."""
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (
         str(cursor).encode(),
         name.encode(),
@@ -54,8 +55,8 @@ def _told(name: str, cursor: Cursor, **data: Any) -> bytes:
 
 FORM = Form(
     event=_event,
-    resync=lambda reason, cursor: _told("resync", cursor, reason=reason),
-    heartbeat=lambda cursor: b": heartbeat\nid: %b\n\n" % str(cursor).encode(),
+    resync=lambda reason, cursor: _control_event("resync", cursor, reason=reason),
+    keep_alive=lambda cursor: b": keep-alive\nid: %b\n\n" % str(cursor).encode(),
 )
 
 
@@ -64,7 +65,7 @@ _UUID = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]
 
 
 class EventsQuery(Struct):
-    """Documents what may be asked; `interest_of` reads it. Empty is not given."""
+    """Documents the parameters, which `interest_of` reads. Empty parameters count as absent."""
 
     order_id: Annotated[str, Meta(pattern=f"^({_UUID})?$")] | None = field(default=None, name="orderID")
     event_types: (
@@ -81,7 +82,7 @@ class StreamEvent(Struct):
         str,
         Meta(
             pattern=f"^{PATTERN}$",
-            description="the cursor: Last-Event-ID goes on behind it",
+            description="the cursor, for Last-Event-ID",
             examples=["48b877455f36-911-0"],
         ),
     ]
@@ -100,8 +101,8 @@ class StreamEvent(Struct):
     "/api/v1/sync/events",
     action="events.follow",
     tag="Events",
-    summary="Follow what happens, as server-sent events",
-    description="`connected` comes first, then an event for every change. `resync`: too much was missed, read anew.",
+    summary="Follow all changes as server-sent events",
+    description="The first event is `connected`; every change follows as an event. `resync`: load all data again.",
     query=EventsQuery,
     answer=StreamEvent,
     media_type="text/event-stream",
@@ -116,16 +117,17 @@ async def events(request: Call) -> ASGIApp:
     interest = interest_of(request.identity, order_id=query.get("orderID"), event_types=query.get("eventTypes"))
     cursor = _cursor(request.header(b"last-event-id"), query.get("lastEventId"))
     if not follower.serving:
-        raise Unavailable("the event log is being read back", code="not_caught_up")
+        raise Unavailable("the recent changes are still being loaded", code="not_caught_up")
     if cursor is not None and cursor.epoch == hub.window.epoch:
-        await hub.reached(cursor.position, within=_AHEAD)
+        await hub.reached(cursor.position, within=_AHEAD_TIMEOUT_SECONDS)
     return _Stream(hub, interest, cursor)
 
 
 def _cursor(header: str | None, query: str | None) -> Cursor | None:
-    """The header wins: a browser that reconnects repeats the query of its first request. Empty is not given."""
-    asked = parse_cursor(query, field="lastEventId") if query else None
-    return parse_cursor(header, field="Last-Event-ID") if header else asked
+    """The header wins, because a browser that reconnects repeats the query of its first request. Empty counts as
+    absent."""
+    from_query = parse_cursor(query, field="lastEventId") if query else None
+    return parse_cursor(header, field="Last-Event-ID") if header else from_query
 
 
 class _Stream:
@@ -144,7 +146,7 @@ class _Stream:
         leaving.watch()
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            await _write(send, _told("connected", cursor, restaurantId=self._interest.tenant))
+            await _write(send, _control_event("connected", cursor, restaurantId=self._interest.tenant))
             while (missed := self._hub.replay(subscriber)) is not None:
                 if missed:
                     await _write(send, missed)
@@ -157,7 +159,7 @@ class _Stream:
         except asyncio.CancelledError:
             if not subscriber.ended:
                 raise
-            # We cut ourselves: the client has left, or had left its last bytes lying for too long.
+            # The hub or _Leaving cancelled this task: the client has disconnected, or has not read its last bytes.
             if subscriber.task is not None:
                 subscriber.task.uncancel()
         finally:
@@ -171,9 +173,9 @@ async def _write(send: Send, chunk: bytes) -> None:
 
 
 class _Leaving:
-    """Ends a subscription when its client leaves. Sending to one that has left raises nothing: only this tells."""
+    """Ends a subscription when its client disconnects, because sending to a disconnected client raises no error."""
 
-    __slots__ = ("_hub", "_receive", "_subscriber", "_told")
+    __slots__ = ("_hub", "_receive", "_received", "_subscriber")
 
     def __init__(self, receive: Receive, hub: Hub, subscriber: Subscriber) -> None:
         self._receive = receive
@@ -181,14 +183,14 @@ class _Leaving:
         self._subscriber = subscriber
 
     def watch(self) -> None:
-        # Granian's is a future already, and stays one: a task for each idle stream would cost 2.5 KB.
-        self._told: asyncio.Future[Any] = asyncio.ensure_future(self._receive())
-        self._told.add_done_callback(self._tell)
+        # Granian returns a future. A task for each idle stream would cost 2.5 KB.
+        self._received: asyncio.Future[Any] = asyncio.ensure_future(self._receive())
+        self._received.add_done_callback(self._on_received)
 
-    def _tell(self, told: "asyncio.Future[Any]") -> None:
-        if told.cancelled():
+    def _on_received(self, received: "asyncio.Future[Any]") -> None:
+        if received.cancelled():
             return
-        if told.exception() is None and told.result()["type"] != "http.disconnect":
+        if received.exception() is None and received.result()["type"] != "http.disconnect":
             self.watch()
             return
         self._hub.unsubscribe(self._subscriber)
@@ -197,4 +199,4 @@ class _Leaving:
             self._subscriber.task.cancel()
 
     def cancel(self) -> None:
-        self._told.cancel()
+        self._received.cancel()
