@@ -55,13 +55,13 @@ def assemble(settings: Settings) -> NotifierParts:
     )
     metrics.watch(
         "ticketrail_slow_subscribers",
-        "Clients disconnected because they did not read, since the start",
+        "Slow clients disconnected since the start",
         lambda: hub.slow,
     )
     metrics.watch("ticketrail_caught_up", "1 while the log is read to its end", lambda: parts.follower.caught_up)
     metrics.watch(
         "ticketrail_heartbeat_age_seconds",
-        "Seconds since the last heartbeat in the log was sent",
+        "Seconds since the last heartbeat was sent",
         lambda: parts.follower.heartbeat_age,
     )
     return parts

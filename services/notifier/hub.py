@@ -219,7 +219,7 @@ class Hub:
     # -- fan-out -------------------------------------------------------------------------------------------------
 
     def publish(self, events: Sequence[PushEvent], upto: Position, at: float) -> None:
-        """Distributes events in the order of the log. `upto`: how far the log has been read. `at`: monotonic seconds."""
+        """Distributes events in the order of the log. `upto`: how far the log is read. `at`: monotonic seconds."""
         new = self.window.add(events, upto, at)
         for waiter in [waiter for waiter in self._ahead if waiter[0] <= upto]:
             self._ahead.remove(waiter)

@@ -1,4 +1,4 @@
-"""Which events a subscriber requested and may see. It is decided once, before anything is encoded for the subscriber."""
+"""Which events a subscriber requested and may see. It is decided once, before anything is encoded for it."""
 
 from uuid import UUID
 

@@ -85,7 +85,7 @@ class Window:
         return new
 
     def forget(self, at: float) -> None:
-        """Drops events beyond the bounds. The age counts from the arrival, because a journal brings old changes late."""
+        """Drops events beyond the bounds. Age counts from the arrival, because a journal brings old changes late."""
         oldest = at - self._seconds
         while self._held and (
             self._held[0][0] < oldest or len(self._held) > self._max_changes or self._bytes > self._max_bytes
