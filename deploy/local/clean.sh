@@ -1,19 +1,26 @@
 #!/bin/sh
-# Removes what `make run` and `make test` made: .local with all its data, .venv, caches. Refuses while the system runs.
+# `make clean`: removes the data of `make run`, then .local, .venv and the caches. Refuses while the system runs.
+#
+# `make reset` removes the data, because it finds the home as `make run` does: by TICKETRAIL_HOME in the environment, in
+# .env, or neither. Of a home that was moved it removes only what `make run` made.
 set -eu
 cd "$(dirname "$0")/../.."
-home=${TICKETRAIL_HOME:-.local}
-if [ -e "$home/run.lock" ] && ! flock -n "$home/run.lock" true; then
-    echo "ticketrail: make run is still running on $home: stop it first" >&2
+if [ -e .local/run.lock ] && ! flock -n .local/run.lock true; then
+    echo "ticketrail: make run is still running on .local: stop it first" >&2
     exit 1
 fi
-# PostgreSQL's data lies elsewhere when its user cannot reach this directory.
-if [ -L "$home/postgres" ]; then
-    case $(readlink "$home/postgres") in /var/lib/ticketrail/*) rm -rf "$(readlink "$home/postgres")" ;; esac
+if .venv/bin/python -c 'import deploy.local.reset' 2>/dev/null; then
+    .venv/bin/python -m deploy.local.reset
+elif [ -n "${TICKETRAIL_HOME:-}" ] || grep -q '^[^#]*TICKETRAIL_HOME=' .env 2>/dev/null; then
+    echo "ticketrail: .venv does not work, so the data in TICKETRAIL_HOME stays: \`make reset\` removes it" >&2
 fi
-for thing in "$home" .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache; do
-    if [ -e "$thing" ]; then
-        echo "ticketrail: removing $thing"
-        rm -rf "$thing"
+# PostgreSQL's data lies elsewhere when its user cannot reach this directory.
+if [ -L .local/postgres ]; then
+    case $(readlink .local/postgres) in /var/lib/ticketrail/*) rm -rf "$(readlink .local/postgres)" ;; esac
+fi
+for name in .local .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache; do
+    if [ -e "$name" ]; then
+        echo "ticketrail: removing $name"
+        rm -rf "$name"
     fi
 done

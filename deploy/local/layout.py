@@ -1,11 +1,17 @@
 """Whether the data of a home fits this version: `make run` says so in one sentence instead of failing somewhere later.
 
-Migrations and queues are compared by name, migrations by content too. Data of a version whose migrations are a
-beginning of ours fits; `migrate` adds the rest.
+- `check_home`, before anything starts: the mirror and the journal by a version each, which the home keeps in
+  `layout.json`.
+- `check_database`: migrations by name and content. Data fits when its migrations are the first of ours; `migrate` adds
+  the rest.
+- `check_queues`: queues by name.
 """
 
 import hashlib
+import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,15 +19,44 @@ import asyncpg
 
 from shared.messaging import topology
 from shared.messaging.management import ask, vhost_of
+from shared.mirror import keys
 from shared.postgres.migrate import files
+from shared.rail import journal_file
 from shared.settings import Settings
 
+FILE = "layout.json"
+
+_VERSIONS = {"mirror": keys.LAYOUT_VERSION, "journal": journal_file.LAYOUT_VERSION}
+_DATA = ("postgres", "redis", "rabbitmq", "journal")  # folders of a home
 _OURS = re.compile(r"(sync|changes)\.")
 _DELAY = re.compile(r"\.retry\.\d+ms\.")  # a setting, not the layout
 
 
 class OtherLayout(Exception):
-    """The data was made by a version with other tables or queues; says what differs."""
+    """Another version made the data; the message says what differs."""
+
+
+def check_home(home: Path) -> None:
+    """Raises OtherLayout. A home without data fits; it gets the versions of this layout before it gets any data, so a
+    run that is killed in between leaves a home that fits."""
+    file = home / FILE
+    # lexists: PostgreSQL's folder may be a link whose target is gone.
+    if not any(os.path.lexists(home / name) for name in _DATA):
+        draft = file.with_suffix(".new")
+        draft.write_text(json.dumps(_VERSIONS) + "\n")
+        draft.rename(file)
+        return
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise OtherLayout(f"it has no {FILE}") from None
+    except ValueError as error:
+        raise OtherLayout(f"its {FILE} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise OtherLayout(f"its {FILE} is not a JSON object")
+    for store, version in _VERSIONS.items():
+        if found.get(store) != version:
+            raise OtherLayout(f"its {store} has version {found.get(store)}, and this version needs {version}")
 
 
 async def check_database(url: str) -> None:
@@ -42,13 +77,13 @@ async def check_database(url: str) -> None:
 
 
 def check_queues(management_url: str, amqp_url: str, settings: Settings) -> None:
-    """Raises OtherLayout, OSError. Only names that look like ours count."""
+    """Raises OtherLayout, OSError. Ignores queues whose names do not begin as ours do."""
     found: Any = ask(management_url, "GET", f"/api/queues/{quote(vhost_of(amqp_url), safe='')}?columns=name")
-    known = {_plain(queue.name) for queue in [*topology.queues(settings), *topology.logs(settings)]}
+    known = {_without_delay(queue.name) for queue in [*topology.queues(settings), *topology.logs(settings)]}
     for name in sorted(queue["name"] for queue in found or ()):
-        if _OURS.match(name) and _plain(name) not in known:
+        if _OURS.match(name) and _without_delay(name) not in known:
             raise OtherLayout(f"this version has no queue {name}")
 
 
-def _plain(name: str) -> str:
+def _without_delay(name: str) -> str:
     return _DELAY.sub(".retry.ms.", name)

@@ -11,7 +11,7 @@ from shared.settings_loading import exit_on_bad_settings
 
 _MADE = (
     "postgres", "redis", "rabbitmq", "journal", "traces", "logs",
-    "demo.json", "run.pids", "secret", "sync_token", "system.env",
+    "demo.json", "layout.json", "run.pids", "secret", "sync_token", "system.env",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,7 +105,9 @@ class System:
             write_private(self.home / "demo.json", json.dumps(dataclasses.asdict(self.demo), indent=2) + "\n")
 
     async def start(self) -> None:
-        """Raises StartFailed, ServerFailed or PortTaken; whoever calls it calls `stop` then."""
+        """Raises StartFailed, ServerFailed or PortTaken; the caller then calls `stop`."""
+        with self._layout_checked():
+            layout.check_home(self.home)
         write_environment(self.home, command_environment(self.settings, self.env))
         with Step("PostgreSQL, Redis and RabbitMQ answer"):
             await self.servers.start()
@@ -137,9 +140,15 @@ class System:
         async def queues() -> None:
             await asyncio.to_thread(layout.check_queues, self.rabbitmq.management_url, self.rabbitmq.url, self.settings)
 
-        try:
+        with self._layout_checked():
             await layout.check_database(self.env["TICKETRAIL_DATABASE_URL"])
             await until_ready(queues, within=READY_WITHIN)
+
+    @contextmanager
+    def _layout_checked(self) -> Iterator[None]:
+        """Turns OtherLayout into StartFailed, with the command that removes the data."""
+        try:
+            yield
         except layout.OtherLayout as error:
             reset = f"TICKETRAIL_HOME={self.home} make reset" if self.home != ROOT / ".local" else "make reset"
             raise StartFailed(

@@ -20,6 +20,9 @@
 Scripts touch both kinds, so the mirror is one primary with replicas, not a cluster.
 """
 
+LAYOUT_VERSION = 1
+"""Raise it with every change of a name, a type or a field above: data with other keys does not fit."""
+
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"
 CLAIMS = "ticketrail:claims"

@@ -28,8 +28,9 @@ from shared.entities.contract import Lane, encode, outline
 
 PAGE = 4096
 NOT_WHOLE = "not what was written"
-_VERSION = 2
-_SCHEMA = """
+LAYOUT_VERSION = 2
+"""Raise it with every change of the tables."""
+SCHEMA = """
 create table entries (seq integer primary key, sum blob not null, lane text not null, event blob not null);
 create table names (seq integer primary key, sum blob not null, name blob not null);
 create table numbers (restaurant text, day text, last integer not null, sum blob, primary key (restaurant, day));
@@ -131,7 +132,12 @@ def fill(
     """Makes a file of that name, durable when it returns. `damaged` is looked at when the entries are through."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         # Without a journal of its own, which a crash would leave beside it: nobody reads the file before it is whole.
-        for pragma in (f"page_size={PAGE}", "synchronous=FULL", "journal_mode=MEMORY", f"user_version={_VERSION}"):
+        for pragma in (
+            f"page_size={PAGE}",
+            "synchronous=FULL",
+            "journal_mode=MEMORY",
+            f"user_version={LAYOUT_VERSION}",
+        ):
             db.execute(f"pragma {pragma}")
         db.execute("begin immediate")
         _make_tables(db)
@@ -145,7 +151,7 @@ def fill(
 
 
 def _make_tables(db: sqlite3.Connection) -> None:
-    for statement in _SCHEMA.strip().split("\n"):
+    for statement in SCHEMA.strip().split("\n"):
         db.execute(statement)
 
 
@@ -213,7 +219,7 @@ def problem_of(path: Path) -> str | None:
             version = _version(db)
             if version == 0 and not db.execute("select 1 from sqlite_master where name = 'names'").fetchone():
                 return None  # from before there were sums
-            if version != _VERSION:
+            if version != LAYOUT_VERSION:
                 return f"it is of version {version}"
             for seq, entry, lane, event in db.execute("select seq, sum, lane, event from entries"):
                 if not whole(entry, lane, event):
@@ -299,7 +305,7 @@ def upgrade(db: sqlite3.Connection) -> None:
         db.execute("insert into numbers values (?, ?, ?, ?)", (restaurant, day, last, proof))
     db.execute("drop table old_entries")
     db.execute("drop table old_numbers")
-    db.execute(f"pragma user_version={_VERSION}")
+    db.execute(f"pragma user_version={LAYOUT_VERSION}")
     db.execute("commit")
 
 

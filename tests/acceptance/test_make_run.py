@@ -304,6 +304,24 @@ async def test_a_second_system_runs_beside_the_first_and_the_command_line_follow
                 await asyncio.to_thread(run.process.wait, 60)
 
 
+@pytest.mark.parametrize("versions", [None, '{"mirror": 0, "journal": 0}'])
+async def test_data_of_another_layout_is_refused_in_one_sentence_before_anything_starts(
+    env: dict[str, str], tmp_path: Path, versions: str | None
+) -> None:
+    home = tmp_path / "home"
+    (home / "redis").mkdir(parents=True)
+    if versions is not None:
+        (home / "layout.json").write_text(versions)
+    run = Run(home, env)
+    try:
+        assert await asyncio.to_thread(run.process.wait, 60) == 1
+    finally:
+        run.process.kill()
+    (sentence,) = [line for line in run.text.splitlines() if line.startswith("ticketrail: ")]
+    assert f"`TICKETRAIL_HOME={home} make reset`" in sentence
+    assert not list((home / "redis").iterdir())
+
+
 async def test_a_taken_port_is_named_with_its_setting(env: dict[str, str], tmp_path: Path) -> None:
     import socket
 
