@@ -28,12 +28,12 @@ from tests.rigs.sign_in import (
     Place,
     addresses,
     client,
+    expect,
     new_email,
     refresh,
     register,
+    registration,
     sign_in,
-    told,
-    wanted,
 )
 from tests.rigs.system import System, eventually
 
@@ -45,7 +45,7 @@ async def test_account_that_registers_a_restaurant_is_its_admin(system: System, 
         system, url, currency="CHF", time_zone="Europe/Zurich", tax_basis_points=810, settings={"country": "CH"}
     )
     async with place.client() as admin:
-        me = told(await admin.get("/api/auth/me"))
+        me = expect(await admin.get("/api/auth/me"))
     assert (me["user_id"], me["role"], me["email"]) == (place.admin_id, "admin", place.email)
     restaurant = me["restaurant"]
     assert (restaurant["id"], restaurant["slug"], restaurant["currency"]) == (place.id, place.slug, "CHF")
@@ -85,7 +85,7 @@ async def test_invalid_registration_is_refused_with_the_name_of_the_field(
     url: str, fields: dict[str, Any], field: str
 ) -> None:
     async with client(url) as anybody:
-        error = told(await anybody.post("/api/auth/register-restaurant", json=wanted(**fields)), 422)
+        error = expect(await anybody.post("/api/auth/register-restaurant", json=registration(**fields)), 422)
     assert error["details"]["field"] == field
 
 
@@ -96,13 +96,13 @@ async def test_slug_and_email_can_be_taken_only_once(system: System, url: str, p
             ({"email": place.email}, "email_taken"),
             ({"email": place.email.upper()}, "email_taken"),
         ):
-            body = wanted(**fields)
-            error = told(await anybody.post("/api/auth/register-restaurant", json=body), 409)
+            body = registration(**fields)
+            error = expect(await anybody.post("/api/auth/register-restaurant", json=body), 409)
             assert error["code"] == code
             # The refused registration left nothing, so the slug is still free.
             if code == "email_taken":
                 assert (await register(system, url, slug=body["slug"])).slug == body["slug"]
-        body = wanted()
+        body = registration()
         replies = await asyncio.gather(
             *(anybody.post("/api/auth/register-restaurant", json={**body, "slug": f"{body['slug']}-{n}"}) for n in "ab")
         )
@@ -116,7 +116,7 @@ async def test_email_is_one_account_in_any_spelling(url: str, place: Place) -> N
     name = uuid4().hex[:8]
     user = await place.user(email=f"Ada.{name}@People.EXAMPLE")
     for spelled in (f"ada.{name}@people.example", f"ADA.{name.upper()}@PEOPLE.example"):
-        session = told(await sign_in(url, spelled))
+        session = expect(await sign_in(url, spelled))
         assert session["user"]["id"] == user["id"]
     claims = jwt.decode(session["access_token"], options={"verify_signature": False})
     assert (claims["role"], claims["restaurantId"]) == ("staff", place.id)
@@ -124,25 +124,25 @@ async def test_email_is_one_account_in_any_spelling(url: str, place: Place) -> N
 
 
 async def test_refresh_token_is_used_once(url: str, place: Place) -> None:
-    first = told(await sign_in(url, (await place.user())["email"]))
-    second = told(await refresh(url, first["refresh_token"]))
+    first = expect(await sign_in(url, (await place.user())["email"]))
+    second = expect(await refresh(url, first["refresh_token"]))
     assert second["refresh_token"] != first["refresh_token"]
     async with place.client(second["access_token"]) as staff:
-        assert told(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
-    third = told(await refresh(url, second["refresh_token"]))
+        assert expect(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
+    third = expect(await refresh(url, second["refresh_token"]))
     # The first token is used again, so it or its successor was stolen. The whole session ends.
     for token, code in (
         (first["refresh_token"], "refresh_token_reused"),
         (third["refresh_token"], "refresh_token_invalid"),
         (second["refresh_token"], "refresh_token_reused"),
     ):
-        assert told(await refresh(url, token), 401)["code"] == code
+        assert expect(await refresh(url, token), 401)["code"] == code
 
 
 async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_session(url: str, place: Place) -> None:
     user = await place.user()
     for _ in range(3):
-        token = told(await sign_in(url, user["email"]))["refresh_token"]
+        token = expect(await sign_in(url, user["email"]))["refresh_token"]
         replies = await asyncio.gather(*(refresh(url, token) for _ in range(4)))
         assert sorted(reply.status_code for reply in replies) == [200, 401, 401, 401]
         winner = next(reply for reply in replies if reply.status_code == 200).json()["data"]
@@ -151,20 +151,20 @@ async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_sessi
 
 async def test_reused_token_does_not_end_other_sessions_of_the_user(url: str, place: Place) -> None:
     user = await place.user()
-    stolen, other = [told(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
-    told(await refresh(url, stolen))
-    told(await refresh(url, stolen), 401)
-    told(await refresh(url, other))
+    stolen, other = [expect(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
+    expect(await refresh(url, stolen))
+    expect(await refresh(url, stolen), 401)
+    expect(await refresh(url, other))
 
 
 async def test_logout_ends_the_session_and_reveals_nothing_about_tokens(url: str, place: Place) -> None:
-    first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
-    second = told(await refresh(url, first))["refresh_token"]
+    first = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    second = expect(await refresh(url, first))["refresh_token"]
     async with client(url) as anybody:
         # An old token of the session works too; a repeated and an unknown token get the same reply.
         for token in (first, first, "no-such-token"):
-            assert told(await anybody.post("/api/auth/logout", json={"refresh_token": token})) == {"logged_out": True}
-    assert told(await refresh(url, second), 401)["code"] == "refresh_token_invalid"
+            assert expect(await anybody.post("/api/auth/logout", json={"refresh_token": token})) == {"logged_out": True}
+    assert expect(await refresh(url, second), 401)["code"] == "refresh_token_invalid"
 
 
 @pytest.mark.parametrize("token", ["unknown", "", "x" * 201, "a\0b", "line\n"])
@@ -173,10 +173,10 @@ async def test_invalid_refresh_token_is_refused(url: str, token: str) -> None:
 
 
 async def test_refresh_token_expires(system: System, url: str, place: Place) -> None:
-    token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    token = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         await connection.execute("update refresh_tokens set expires_at = now() where token_sha256 = $1", digest(token))
-    assert told(await refresh(url, token), 401)["code"] == "refresh_token_invalid"
+    assert expect(await refresh(url, token), 401)["code"] == "refresh_token_invalid"
 
 
 def digest(token: str) -> bytes:
@@ -184,7 +184,7 @@ def digest(token: str) -> bytes:
 
 
 async def test_database_stores_no_usable_token(system: System, url: str, place: Place) -> None:
-    token = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    token = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         rows = await connection.fetch("select t::text as row from refresh_tokens t")
     assert any(digest(token).hex() in row["row"] for row in rows)
@@ -197,8 +197,8 @@ async def test_database_stores_no_usable_token(system: System, url: str, place: 
 async def test_unknown_email_and_wrong_password_get_the_same_answer(system: System, url: str, place: Place) -> None:
     known, inactive, deleted = [await place.user() for _ in range(3)]
     async with place.client() as admin:
-        told(await admin.put(f"/api/users/{inactive['id']}", json={"is_active": False}))
-        told(await admin.delete(f"/api/users/{deleted['id']}"))
+        expect(await admin.put(f"/api/users/{inactive['id']}", json={"is_active": False}))
+        expect(await admin.delete(f"/api/users/{deleted['id']}"))
     without = new_email()
     async with system.database("ticketrail_owner") as connection:
         await connection.execute(
@@ -270,11 +270,11 @@ async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, pla
     # The right password is refused too.
     for email in (user["email"], user["email"].upper()):
         reply = await sign_in(url, email)
-        assert told(reply, 429)["code"] == "rate_limited"
+        assert expect(reply, 429)["code"] == "rate_limited"
         assert 1 <= int(reply.headers["retry-after"]) <= 300
     # Another spelling of the email has no attempts of its own, even if PostgreSQL treats the letters as equal.
     assert (await sign_in(url, user["email"].replace("i", "İ", 1))).status_code in (401, 429)
-    told(await sign_in(url, other["email"]))
+    expect(await sign_in(url, other["email"]))
 
 
 async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, place: Place) -> None:
@@ -282,11 +282,11 @@ async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, pl
     replies = [await sign_in(url, new_email(), address=address) for _ in range(PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
     email = (await place.user())["email"]
-    assert told(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
+    assert expect(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
     async with client(url, address=address) as anybody:
-        reply = await anybody.post("/api/auth/register-restaurant", json=wanted())
+        reply = await anybody.post("/api/auth/register-restaurant", json=registration())
     assert reply.status_code == 429
-    told(await sign_in(url, email))
+    expect(await sign_in(url, email))
 
 
 async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
@@ -306,23 +306,23 @@ async def test_answers_that_reveal_taken_emails_are_limited(url: str, place: Pla
         body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
         made = await admin.post("/api/users", json=body)
         # A change that reveals nothing is not limited.
-        told(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
+        expect(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
     assert [reply.status_code for reply in asked] == [409] * PER_ADDRESS + [429]
     assert made.status_code == 429
 
 
 @pytest.mark.parametrize("password", ["x" * 201, "ä" * 100_000], ids=["201", "200 KB"])
 async def test_overlong_password_is_not_hashed(url: str, place: Place, password: str) -> None:
-    assert told(await sign_in(url, place.email, password), 422)["details"]["field"] == "password"
+    assert expect(await sign_in(url, place.email, password), 422)["details"]["field"] == "password"
 
 
 async def test_long_password_counts_to_its_last_character(url: str, place: Place) -> None:
     """The hash must not stop at 72 bytes or at a NUL."""
     password = "\0" + "🍕" * 199
     user = await place.user(password=password)
-    told(await sign_in(url, user["email"], password))
-    told(await sign_in(url, user["email"], password[:-1]), 401)
-    told(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
+    expect(await sign_in(url, user["email"], password))
+    expect(await sign_in(url, user["email"], password[:-1]), 401)
+    expect(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
 
 
 # -- races -------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ async def waited_for(system: System, pid: int) -> bool:
 
 async def test_new_password_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
     user = await place.user()
-    old, new = told(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
+    old, new = expect(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief, place.client() as admin:
         async with thief.transaction():
             await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(old), digest(new))
@@ -349,20 +349,20 @@ async def test_new_password_ends_a_session_during_its_refresh(system: System, ur
             await eventually(
                 lambda: waited_for(system, thief.get_server_pid()), what="the change waits for the refresh"
             )
-        told(await changing)
-    told(await refresh(url, new), 401)
+        expect(await changing)
+    expect(await refresh(url, new), 401)
 
 
 async def test_reused_token_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
-    first = told(await sign_in(url, (await place.user())["email"]))["refresh_token"]
-    second, third = told(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
+    first = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+    second, third = expect(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief:
         async with thief.transaction():
             await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(second), digest(third))
             reusing = asyncio.create_task(refresh(url, first))
             await eventually(lambda: waited_for(system, thief.get_server_pid()), what="the reuse waits for the refresh")
-        assert told(await reusing, 401)["code"] == "refresh_token_reused"
-    told(await refresh(url, third), 401)
+        assert expect(await reusing, 401)["code"] == "refresh_token_reused"
+    expect(await refresh(url, third), 401)
 
 
 async def test_password_changed_during_its_check_starts_no_session(system: System, place: Place) -> None:
@@ -380,7 +380,7 @@ async def test_password_changed_during_its_check_starts_no_session(system: Syste
 
 async def table_of(place: Place) -> str:
     async with place.client() as admin:
-        return str(told(await admin.post("/api/tables", json={"label": "Window", "seats": 2}), 201)["id"])
+        return str(expect(await admin.post("/api/tables", json={"label": "Window", "seats": 2}), 201)["id"])
 
 
 async def scan(place: Place, table: str, *, slug: str | None = None) -> httpx.Response:
@@ -391,7 +391,7 @@ async def scan(place: Place, table: str, *, slug: str | None = None) -> httpx.Re
 
 async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, place: Place) -> None:
     table = await table_of(place)
-    first, second = [told(await scan(place, table), 201) for _ in range(2)]
+    first, second = [expect(await scan(place, table), 201) for _ in range(2)]
     assert first["customer_session_id"] != second["customer_session_id"]
     claims = jwt.decode(first["access_token"], options={"verify_signature": False})
     assert (claims["role"], claims["restaurantId"]) == ("customer", place.id)
@@ -399,31 +399,31 @@ async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, pla
     assert claims["exp"] - claims["iat"] == first["expires_in"] == TABLE_SECONDS
     async with place.client() as admin:
         body = {"name": "Dosa", "price": 900, "category": "Mains"}
-        dish = told(await admin.post("/api/menu", json=body), 201)["id"]
+        dish = expect(await admin.post("/api/menu", json=body), 201)["id"]
     async with place.client(first["access_token"]) as guest, place.client(second["access_token"]) as neighbour:
-        me = told(await guest.get("/api/auth/me"))
+        me = expect(await guest.get("/api/auth/me"))
         assert me["customer_session_id"] == first["customer_session_id"]
         assert place.email not in json.dumps(me)  # the email that the admin signs in with
         order = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": table}
-        placed = told(await guest.post("/api/orders", json=order), 201)
+        placed = expect(await guest.post("/api/orders", json=order), 201)
         assert placed["customer_session_id"] == first["customer_session_id"]
-        assert [one["id"] for one in told(await guest.get("/api/orders"))] == [placed["id"]]
-        assert told(await neighbour.get("/api/orders")) == []
-        told(await neighbour.get(f"/api/orders/{placed['id']}"), 404)
+        assert [one["id"] for one in expect(await guest.get("/api/orders"))] == [placed["id"]]
+        assert expect(await neighbour.get("/api/orders")) == []
+        expect(await neighbour.get(f"/api/orders/{placed['id']}"), 404)
 
 
 async def test_guest_gets_no_token_without_a_table_of_the_restaurant(system: System, url: str, place: Place) -> None:
     other = await register(system, url)
     deleted, theirs = await table_of(place), await table_of(other)
     async with place.client() as admin:
-        told(await admin.delete(f"/api/tables/{deleted}"))
-    errors = [told(await scan(place, table), 404) for table in (str(uuid4()), deleted, theirs)]
+        expect(await admin.delete(f"/api/tables/{deleted}"))
+    errors = [expect(await scan(place, table), 404) for table in (str(uuid4()), deleted, theirs)]
     for error in errors:
         error.pop("trace_id")
     # The reply must not reveal whether another restaurant has the table, or whether it was deleted.
     assert errors[0] == errors[1] == errors[2]
-    told(await scan(place, theirs, slug="no-such-place"), 404)
-    told(await scan(place, "1"), 422)
+    expect(await scan(place, theirs, slug="no-such-place"), 404)
+    expect(await scan(place, "1"), 422)
 
 
 async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None:
@@ -433,7 +433,7 @@ async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None
         replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(PER_ADDRESS + 1)]
     assert [reply.status_code for reply in replies] == [404] * PER_ADDRESS + [429]
     # Many scans do not block sign-ins from the same address.
-    told(await sign_in(url, (await place.user())["email"], address=address))
+    expect(await sign_in(url, (await place.user())["email"], address=address))
 
 
 # -- me ----------------------------------------------------------------------------------------------------------
@@ -442,8 +442,8 @@ async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None
 async def test_me_returns_the_identity_of_the_token(system: System, url: str) -> None:
     tokens = Tokens(system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=60)
     async with client(url, system.token("operator")) as operator:
-        me = told(await operator.get("/api/auth/me"))
+        me = expect(await operator.get("/api/auth/me"))
         assert (me["role"], me["restaurant"]) == ("operator", None)
     nowhere = tokens.issue(Identity(str(uuid4()), Role.STAFF, str(uuid4())))
     async with client(url, nowhere) as lost:
-        told(await lost.get("/api/auth/me"), 404)
+        expect(await lost.get("/api/auth/me"), 404)

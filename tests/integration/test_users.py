@@ -10,11 +10,11 @@ import pytest
 from tests.rigs.sign_in import (
     PASSWORD,
     Place,
+    expect,
     new_email,
     refresh,
     register,
     sign_in,
-    told,
 )
 from tests.rigs.system import System
 
@@ -23,7 +23,7 @@ async def test_users_are_created_listed_changed_deleted_and_restored(url: str, s
     place = await register(system, url)
     kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
     async with place.client() as admin:
-        assert told(await admin.get(f"/api/users/{kim['id']}")) == kim
+        assert expect(await admin.get(f"/api/users/{kim['id']}")) == kim
         found: list[str] = []
         cursor: str | None = None
         while True:
@@ -35,31 +35,31 @@ async def test_users_are_created_listed_changed_deleted_and_restored(url: str, s
                 break
         assert found == [lou["id"], kim["id"], place.admin_id]
         of_role = await admin.get("/api/users", params={"role": "customer"})
-        assert [one["id"] for one in told(of_role)] == [lou["id"]]
+        assert [one["id"] for one in expect(of_role)] == [lou["id"]]
         assert "argon2" not in of_role.text
-        changed = told(await admin.put(f"/api/users/{kim['id']}", json={"name": "Kim B.", "role": "admin"}))
+        changed = expect(await admin.put(f"/api/users/{kim['id']}", json={"name": "Kim B.", "role": "admin"}))
         assert (changed["name"], changed["role"], changed["email"]) == ("Kim B.", "admin", kim["email"])
-        told(await admin.put(f"/api/users/{kim['id']}", json={"email": lou["email"].upper()}), 409)
+        expect(await admin.put(f"/api/users/{kim['id']}", json={"email": lou["email"].upper()}), 409)
 
-        assert told(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
+        assert expect(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
         for method, path in (("GET", ""), ("PUT", ""), ("DELETE", "")):
             body = {} if method == "PUT" else None
-            told(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
-        assert kim["id"] not in [one["id"] for one in told(await admin.get("/api/users"))]
-        with_deleted = told(await admin.get("/api/users", params={"include_deleted": "true"}))
+            expect(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
+        assert kim["id"] not in [one["id"] for one in expect(await admin.get("/api/users"))]
+        with_deleted = expect(await admin.get("/api/users", params={"include_deleted": "true"}))
         assert kim["id"] in [one["id"] for one in with_deleted]
-        told(await sign_in(url, kim["email"]), 401)
-        assert told(await admin.post(f"/api/users/{kim['id']}/restore"))["deleted_at"] is None
-        assert told(await admin.post(f"/api/users/{kim['id']}/restore"), 409)["code"] == "not_deleted"
-    told(await sign_in(url, kim["email"]))
+        expect(await sign_in(url, kim["email"]), 401)
+        assert expect(await admin.post(f"/api/users/{kim['id']}/restore"))["deleted_at"] is None
+        assert expect(await admin.post(f"/api/users/{kim['id']}/restore"), 409)["code"] == "not_deleted"
+    expect(await sign_in(url, kim["email"]))
 
 
 async def test_email_of_a_deleted_user_is_free_for_another_user(url: str, place: Place) -> None:
     user = await place.user()
     async with place.client() as admin:
-        told(await admin.delete(f"/api/users/{user['id']}"))
+        expect(await admin.delete(f"/api/users/{user['id']}"))
         await place.user(email=user["email"])
-        assert told(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
+        assert expect(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ async def test_last_admin_of_a_restaurant_cannot_be_removed(
         return await (admin.delete(path) if change is None else admin.put(path, json=change))
 
     async with place.client() as admin:
-        assert told(await without(admin, place.admin_id), 409)["code"] == "last_admin"
-        told(await admin.get("/api/users"))
+        assert expect(await without(admin, place.admin_id), 409)["code"] == "last_admin"
+        expect(await admin.get("/api/users"))
         second = await place.user("admin")
         # Two admins remove each other at the same moment: one of them stays.
-        token = told(await sign_in(url, second["email"]))["access_token"]
+        token = expect(await sign_in(url, second["email"]))["access_token"]
         async with place.client(token) as other:
             replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
         assert sorted(reply.status_code for reply in replies) in ([200, 401], [200, 409])
@@ -102,14 +102,14 @@ async def test_reduced_access_or_a_new_password_revokes_all_sessions(
     url: str, place: Place, change: dict[str, Any] | None
 ) -> None:
     user = await place.user()
-    sessions = [told(await sign_in(url, user["email"])) for _ in range(2)]
+    sessions = [expect(await sign_in(url, user["email"])) for _ in range(2)]
     async with place.client() as admin:
         path = f"/api/users/{user['id']}"
-        told(await admin.put(path, json={"name": "Still the same"}))
-        sessions[0] = told(await refresh(url, sessions[0]["refresh_token"]))
-        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+        expect(await admin.put(path, json={"name": "Still the same"}))
+        sessions[0] = expect(await refresh(url, sessions[0]["refresh_token"]))
+        expect(await (admin.delete(path) if change is None else admin.put(path, json=change)))
     for session in sessions:
-        assert told(await refresh(url, session["refresh_token"]), 401)["code"] == "refresh_token_invalid"
+        assert expect(await refresh(url, session["refresh_token"]), 401)["code"] == "refresh_token_invalid"
     signed_in = await sign_in(url, user["email"], (change or {}).get("password", PASSWORD))
     assert signed_in.status_code == (200 if change and "is_active" not in change else 401)
 
@@ -121,11 +121,11 @@ async def test_former_admin_cannot_manage_users_with_its_old_token(
     url: str, place: Place, change: dict[str, Any] | None
 ) -> None:
     former = await place.user("admin")
-    token = told(await sign_in(url, former["email"]))["access_token"]
+    token = expect(await sign_in(url, former["email"]))["access_token"]
     async with place.client() as admin, place.client(token) as left:
-        told(await left.get("/api/users"))
+        expect(await left.get("/api/users"))
         path = f"/api/users/{former['id']}"
-        told(await (admin.delete(path) if change is None else admin.put(path, json=change)))
+        expect(await (admin.delete(path) if change is None else admin.put(path, json=change)))
         body = {"email": new_email(), "password": PASSWORD, "role": "admin"}
         for reply in (
             await left.post("/api/users", json=body),
@@ -135,7 +135,7 @@ async def test_former_admin_cannot_manage_users_with_its_old_token(
             await left.delete(f"/api/users/{place.admin_id}"),
             await left.post(f"{path}/restore"),
         ):
-            assert told(reply, 401)["code"] == "not_admin_any_more"
+            assert expect(reply, 401)["code"] == "not_admin_any_more"
 
 
 async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: str, place: Place) -> None:
@@ -150,9 +150,9 @@ async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: 
             ({"deleted_at": None}, "deleted_at"),
         ):
             new = {"email": new_email(), "password": PASSWORD, "role": "staff", **body}
-            assert told(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
+            assert expect(await admin.post("/api/users", json=new), 422)["details"]["field"] == field
             changed = await admin.put(f"/api/users/{ours['id']}", json=body)
-            assert told(changed, 422)["details"]["field"] == field
+            assert expect(changed, 422)["details"]["field"] == field
         # The admin can neither see nor change the users of another restaurant: the API answers that they do not exist.
         path = f"/api/users/{theirs['id']}"
         for reply in (
@@ -161,11 +161,11 @@ async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: 
             await admin.delete(path),
             await admin.post(f"{path}/restore"),
         ):
-            assert told(reply, 404)["code"] == "not_found"
+            assert expect(reply, 404)["code"] == "not_found"
         listed = await admin.get("/api/users", params={"include_deleted": "true"})
         assert theirs["email"] not in listed.text
     async with other.client() as them:
-        assert told(await them.get(path)) == theirs
+        assert expect(await them.get(path)) == theirs
 
 
 async def test_database_itself_keeps_users_of_tenants_apart(system: System, url: str, place: Place) -> None:

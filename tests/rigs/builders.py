@@ -1,4 +1,4 @@
-"""Sample orders, changes and messages for tests: valid, and every field can be overridden."""
+"""Valid orders, changes and messages for tests; every field can be overridden."""
 
 from datetime import UTC, date, datetime
 from typing import Any
@@ -33,7 +33,7 @@ def payment(**fields: Any) -> Payment:
 
 
 def order(*, items: int | tuple[OrderItem, ...] = 3, **fields: Any) -> Order:
-    """`items`: how many, or which."""
+    """`items`: the number of items, or the items themselves."""
     chosen = tuple(item() for _ in range(items)) if isinstance(items, int) else items
     subtotal = sum(one.line_total for one in chosen)
     tax = (subtotal * 500 + 5_000) // 10_000
@@ -74,8 +74,8 @@ def menu_item(**fields: Any) -> MenuItem:
 def change(
     state: Struct, *, event: str | None = None, base: Change | None = None, before: Struct | None = None, **fields: Any
 ) -> Change:
-    """The change that makes `state` stand: a creation, or built on `base`. `fields` override the change's own, such as
-    `entityversion`, `id`, `type` or `restaurantid`."""
+    """The change with `state` after it: a creation, or a change built on `base`. `fields` override fields of the
+    change, such as `entityversion`, `id`, `type` or `restaurantid`."""
     entity = next(one for one in ENTITIES.values() if isinstance(state, one.state))
     id_, restaurant = state.id, state.restaurant_id  # type: ignore[attr-defined]
     after, old = encode(state), encode(changed_fields(before, state))
@@ -98,5 +98,5 @@ def change(
 
 
 def message(*changes: Change | bytes) -> bytes:
-    """One message body; bytes travel as they are."""
+    """One message body; a change given as bytes is sent as it is."""
     return encode_batch(one if isinstance(one, bytes) else encode(one) for one in changes)

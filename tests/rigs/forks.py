@@ -1,4 +1,4 @@
-"""Forks made by hand: two changes that claim one version of one entity."""
+"""Forks for tests: two changes that claim the same version of one entity."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.rigs.system import System, eventually
 
 
 async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
-    """(the state, its change) as PostgreSQL has it, once it has it."""
+    """Waits until PostgreSQL has the entity; returns (its state, its change id)."""
 
     async def look() -> Any:
         async with system.database() as connection:
@@ -21,5 +21,5 @@ async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
 
 
 def fork(first: Change, second: Change) -> tuple[Change, Change]:
-    """(winner, loser)"""
+    """Returns (winner, loser) by the guard."""
     return (first, second) if first.head > second.head else (second, first)

@@ -1,4 +1,4 @@
-"""A way to a server that a test can cut and freeze for one process alone: the others go on using the server."""
+"""A link to a server that a test can cut or freeze for one process; other processes keep using the server."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ class Link:
             parts._replace(netloc=f"{login}@{HOST}:{self._port}" if login else f"{HOST}:{self._port}")
         )
         self.carried = 0
-        """Bytes from the client."""
+        """Bytes that the client has sent."""
         self._flows = asyncio.Event()
         self._flows.set()
         self._server: asyncio.Server | None = None
@@ -33,7 +33,7 @@ class Link:
             self._server = await asyncio.start_server(self._accept, HOST, self._port)
 
     async def cut(self) -> None:
-        """Connections are reset, new ones refused."""
+        """Resets open connections and refuses new ones."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
@@ -44,12 +44,12 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def freeze(self) -> None:
-        """Nothing comes through and nothing is closed, until `restore` or `cut`."""
+        """Passes no bytes and closes no connection until `restore` or `cut`."""
         self._flows.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._server is None:
-            writer.transport.abort()  # it was taken, and then the link was cut
+            writer.transport.abort()  # the link was cut after it was accepted
             return
         task = asyncio.current_task()
         assert task is not None

@@ -1,4 +1,4 @@
-"""What tests of the mirror's connection and of its scripts share: a state to apply, and what stands."""
+"""For tests of the mirror's connection and scripts: a state to apply, and the head that the mirror has."""
 
 from typing import Any
 from uuid import UUID
@@ -18,7 +18,7 @@ async def answers(link: MirrorConnection) -> bool:
 
 
 def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str = "reveal", **fields: Any) -> Apply:
-    """One state of an order, whose notes say which."""
+    """One state of an order; its notes name the version and the change."""
     notes = f"{version}/{change}"
     order = builders.order(items=0, id=id_, restaurant_id=restaurant, notes=notes, **fields)
     return Apply(ORDER, order, Head(version, str(UUID(int=change))), encode(order), now(), how)

@@ -1,25 +1,25 @@
-"""A TCP proxy before a server, for what kill and freeze cannot make: a link that is slow, stalls, or is half open."""
+"""A TCP proxy for faults that kill and freeze cannot cause: a link that is slow, stalls, or is half open."""
 
 import asyncio
 import contextlib
 from enum import StrEnum
 
-_PIECE = 65_536
+_CHUNK_BYTES = 65_536
 
 
 class Mode(StrEnum):
     FORWARD = "forward"
     STALL = "stall"
-    """Takes connections and bytes, and hands nothing on: it waits. Afterwards all of it arrives."""
+    """Accepts connections and bytes but forwards nothing until the mode changes; then everything arrives."""
     LOSE = "lose"
-    """Half open: takes connections and bytes and loses them without a word. Afterwards its old links are dead."""
+    """Half open: accepts connections and drops their bytes silently. A change of mode closes old connections."""
     REFUSE = "refuse"
-    """Hangs up at once, on old connections and new ones."""
+    """Closes old and new connections at once."""
 
 
 class Proxy:
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        """Of the server behind it."""
+        """`port` and `host` of the server behind the proxy."""
         self._host, self._port = host, port
         self._mode = Mode.FORWARD
         self._changed = asyncio.Event()
@@ -27,12 +27,12 @@ class Proxy:
         self._links: set[asyncio.Task[None]] = set()
         self._open: set[asyncio.StreamWriter] = set()
         self.delay = 0.0
-        """Seconds that each piece waits, each way."""
+        """Seconds by which each chunk is delayed, in each direction."""
         self.port = 0
         self.accepted = 0
 
     async def start(self) -> int:
-        """The port that it listens on."""
+        """Starts the proxy; returns the port that it listens on."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self.port
@@ -81,20 +81,20 @@ class Proxy:
                 self._open.discard(there_writer)
                 there_writer.transport.abort()
         except OSError:
-            pass  # the server is not there: its caller sees the link end
+            pass  # the server is unavailable: the client sees the connection close
         finally:
             self._open.discard(writer)
             writer.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while piece := await reader.read(_PIECE):
+            while chunk := await reader.read(_CHUNK_BYTES):
                 if self.delay:
                     await asyncio.sleep(self.delay)
                 if self._mode is Mode.LOSE:
                     continue
                 await self._gate()
-                writer.write(piece)
+                writer.write(chunk)
                 await writer.drain()
 
     async def _gate(self) -> None:

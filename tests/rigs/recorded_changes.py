@@ -1,4 +1,4 @@
-"""The changes of an entity as they were recorded, to be sent once more."""
+"""The changes of an entity as they were recorded, so that a test can publish them again."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from changes where restaurant_id = $1 and entity_id = $2 order by version
 
 
 async def recorded(shop: Shop, id_: str, count: int) -> list[Change]:
-    """Once PostgreSQL has so many."""
+    """Waits until PostgreSQL has `count` changes of the entity; returns them by version."""
     async with shop.system.database() as connection:
 
         async def look() -> Any:

@@ -1,4 +1,4 @@
-"""A restaurant of its own on the running system, and calls that say what they expect."""
+"""A restaurant for one test on the running system, and functions that check replies."""
 
 from typing import Any
 from uuid import uuid4
@@ -23,7 +23,7 @@ class Shop(Struct, frozen=True):
     admin: str
     """User id."""
     token: str
-    """The admin's, as registering gave it."""
+    """The admin's token from the registration."""
     staff: str
     """User id."""
 
@@ -43,7 +43,7 @@ class Shop(Struct, frozen=True):
             return made(await admin.post("/api/menu", json=body))
 
     async def publish(self, *changes: Change, lane: Lane = Lane.CRITICAL) -> None:
-        """As another instance would have recorded them."""
+        """Records the changes as another instance would."""
         publisher = Publisher(self.system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
         await publisher.start(wait=10)
         try:
@@ -68,8 +68,8 @@ def made(reply: httpx.Response) -> Any:
 
 
 def expect(reply: httpx.Response, status: int = 200) -> Any:
-    """`data` of an answer that was expected. A 500 is never one that only comes too early: `eventually` does not ask
-    again."""
+    """Returns `data` of a reply with the expected status. An unexpected 500 fails the test at once, so that
+    `eventually` does not retry it."""
     if reply.status_code == 500 != status:
         pytest.fail(reply.text)
     assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
@@ -77,7 +77,7 @@ def expect(reply: httpx.Response, status: int = 200) -> Any:
 
 
 def refused(reply: httpx.Response, status: int, code: str, field: str | None = None) -> dict[str, Any]:
-    """`details` of a refusal, which must name its code and the field."""
+    """Returns `details` of a refusal; it must have this code and name this field."""
     error = expect(reply, status)
     assert error["code"] == code, error
     if field is not None:

@@ -1,4 +1,4 @@
-"""People who sign in at an orders instance with few tries, by a proxy that it trusts: each has its own address."""
+"""Sign-in at an orders instance that allows few attempts and trusts a proxy; each client has its own address."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -33,13 +33,13 @@ class Place(Struct, frozen=True):
         return str(self.session["user"]["id"])
 
     def client(self, token: str | None = None) -> httpx.AsyncClient:
-        """The admin's, or of another token."""
+        """A client with the given token, or with the admin's token."""
         return client(self.url, token or self.session["access_token"])
 
     async def user(self, role: str = "staff", **fields: str) -> dict[str, Any]:
         body = {"email": new_email(), "password": PASSWORD, "role": role, **fields}
         async with self.client() as admin:
-            return dict(told(await admin.post("/api/users", json=body), 201))
+            return dict(expect(await admin.post("/api/users", json=body), 201))
 
 
 def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
@@ -49,7 +49,7 @@ def client(url: str, token: str | None = None, *, address: str | None = None) ->
     return http_client(base_url=url, headers=headers, timeout=10.0)
 
 
-def told(reply: httpx.Response, status: int = 200) -> Any:
+def expect(reply: httpx.Response, status: int = 200) -> Any:
     assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
     return reply.json()["data" if status < 400 else "error"]
 
@@ -60,7 +60,7 @@ def new_email() -> str:
 
 @asynccontextmanager
 async def guarded(system: System) -> AsyncIterator[str]:
-    """The URL of an orders instance with few tries that trusts a proxy."""
+    """Starts an orders instance that allows few attempts and trusts a proxy; yields its URL."""
     name, port = "guarded", find_free(1)[0]
     system.urls[name] = f"http://127.0.0.1:{port}"
     system.start(
@@ -80,23 +80,23 @@ async def guarded(system: System) -> AsyncIterator[str]:
         await system.stop(name)
 
 
-def wanted(**fields: Any) -> dict[str, Any]:
+def registration(**fields: Any) -> dict[str, Any]:
     slug = f"place-{uuid4().hex[:12]}"
     return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
 
 
 async def register(system: System, url: str, **fields: Any) -> Place:
-    body = wanted(**fields)
-    async with client(url) as anybody:
-        made = told(await anybody.post("/api/auth/register-restaurant", json=body), 201)
+    body = registration(**fields)
+    async with client(url) as anonymous:
+        made = expect(await anonymous.post("/api/auth/register-restaurant", json=body), 201)
     return Place(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
 
 
 async def sign_in(url: str, email: str, password: str = PASSWORD, *, address: str | None = None) -> httpx.Response:
-    async with client(url, address=address) as anybody:
-        return await anybody.post("/api/auth/login", json={"email": email, "password": password})
+    async with client(url, address=address) as anonymous:
+        return await anonymous.post("/api/auth/login", json={"email": email, "password": password})
 
 
 async def refresh(url: str, token: str) -> httpx.Response:
-    async with client(url) as anybody:
-        return await anybody.post("/api/auth/refresh", json={"refresh_token": token})
+    async with client(url) as anonymous:
+        return await anonymous.post("/api/auth/refresh", json={"refresh_token": token})

@@ -1,5 +1,5 @@
-"""Waiting for the rounds of a background loop instead of for time. Both fail after a minute without a round, which only
-a loop that hangs needs."""
+"""Functions that wait for rounds of a background loop, instead of for time. They fail after a minute without a round,
+because then the loop hangs."""
 
 import asyncio
 
@@ -9,12 +9,12 @@ _DEADLINE_SECONDS = 60.0
 
 
 async def next_turn(loop: BackgroundLoop) -> None:
-    """Until the round that is under way has ended."""
+    """Waits until the current round has ended."""
     async with asyncio.timeout(_DEADLINE_SECONDS):
         await loop.turn_after(loop.turns)
 
 
 async def whole_turn(loop: BackgroundLoop) -> None:
-    """Until a round has ended that began after this call: it saw everything that the test did before."""
+    """Waits for the end of a round that started after this call, so that it saw everything the test did before."""
     async with asyncio.timeout(_DEADLINE_SECONDS):
         await loop.turn_after(loop.turns + 1)
