@@ -1,12 +1,13 @@
-"""Heartbeats: small messages that go through every lane and the log, so that silence can be told from loss.
+"""Heartbeats: small messages that go through every lane and the change log, so that silence differs from loss.
 
-`HeartbeatSender` sends one through every lane every few seconds; each goes into the log too. `HeartbeatMonitor`
-remembers which ones came out. Arrived and noted are two things: a heartbeat that arrived in a consumer proves the
-binding of its lane, one that was noted (committed by PostgreSQL, applied by the mirror writer) says how far that sink
-is.
+`HeartbeatSender` sends one through every lane every few seconds; each reaches the log too. `HeartbeatMonitor` remembers
+which ones came out. Two events count: a heartbeat that arrived at a consumer proves the binding of its lane; a
+heartbeat that was stored (committed by PostgreSQL, or applied by the mirror writer) shows how far that sink is.
 
-Nothing here waits for PostgreSQL: while it is away the last known epoch of the log is sent, and nothing is sent before
-one is known. At shutdown nothing is owed.
+Other side unavailable: nothing here waits for PostgreSQL. Without it, the sender uses the last known epoch of the log,
+and sends nothing before it knows one. A heartbeat that RabbitMQ does not confirm is dropped.
+
+Shutdown: at any time; nothing has to be finished.
 """
 
 import asyncio
@@ -34,131 +35,133 @@ log = structlog.get_logger(__name__)
 
 
 def log_path_of(lane: Lane) -> str:
-    """The name of the way through a lane's routing key into the log."""
+    """The name of the path through a lane's routing key into the log."""
     return f"log/{lane}"
 
 
 HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane in Lane))
 
-_LEAST_READY = 2.0  # seconds
+_MIN_FRESH_SECONDS = 2.0
 
 
 class HeartbeatPath(Struct):
-    """What is known of one way: into a lane's queue, or into the log. Ages count on the monotonic clock, times are the
-    sender's."""
+    """The state of one path: into the queue of a lane, or into the log. A `datetime` is on the sender's clock, a
+    `float` on the monotonic clock of this process."""
 
     unanswered: float | None = None
-    """Since when heartbeats that we sent this way have not come out."""
+    """When we first sent a heartbeat on this path that has not come out; None: none is missing."""
     arrived_at: datetime | None = None
-    """The time in the newest heartbeat that came out at the other end."""
+    """The time in the newest heartbeat that came out."""
     arrived: float = 0.0
     active: float = 0.0
-    """When anything came out."""
+    """When any message came out."""
     noted_at: datetime | None = None
-    """The time in the newest heartbeat that the sink has noted."""
+    """The time in the newest heartbeat that the sink has stored."""
     noted: float = 0.0
     lag: float = 0.0
-    """Seconds between the sending and the noting of that heartbeat."""
+    """Seconds between sending and storing that heartbeat."""
 
 
 class HeartbeatMonitor:
     def __init__(self, settings: Settings) -> None:
-        self._patience = max(3 * settings.heartbeat_interval_seconds, _LEAST_READY)
-        self._ways = {name: HeartbeatPath() for name in HEARTBEAT_PATHS}
+        self._fresh_seconds = max(3 * settings.heartbeat_interval_seconds, _MIN_FRESH_SECONDS)
+        self._paths = {name: HeartbeatPath() for name in HEARTBEAT_PATHS}
         self._idle: dict[str, Callable[[], bool]] = {}
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
-    # -- what its neighbours tell it ---------------------------------------------------------------------------
+    # -- called by sender and consumers ------------------------------------------------------------------------
 
     def watch_lane(self, lane: Lane, idle: Callable[[], bool]) -> None:
-        """`idle`: true when its consumers are subscribed and hold nothing."""
+        """`idle` returns True while the consumers of the lane are subscribed and hold no messages."""
         self._idle[lane.value] = idle
 
     def sent(self, lane: Lane) -> None:
         """The broker has confirmed a heartbeat."""
         for name in (lane.value, log_path_of(lane)):
-            way = self._ways[name]
-            way.unanswered = way.unanswered or time.monotonic()
+            path = self._paths[name]
+            path.unanswered = path.unanswered or time.monotonic()
 
     def active(self, lane: Lane) -> None:
         """Some message came out of the lane."""
-        self._ways[lane.value].active = time.monotonic()
+        self._paths[lane.value].active = time.monotonic()
 
     def arrived(self, lane: Lane, sent_at: datetime) -> None:
-        self._arrived(self._ways[lane.value], sent_at)
+        """A consumer of the lane has received a heartbeat."""
+        self._arrived(self._paths[lane.value], sent_at)
 
     def note(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
         """PostgreSQL has committed it."""
-        self._note(self._ways[lane.value], sent_at, noted_at)
+        self._note(self._paths[lane.value], sent_at, noted_at)
 
     def note_log_end(self) -> None:
-        """The reader of the log has read to its end: from here on a missing heartbeat means a missing binding."""
+        """The mirror writer has read the log to its end: from now on a missing heartbeat means a missing binding."""
         for lane in Lane:
             self._idle[log_path_of(lane)] = lambda: True
-            self._ways[log_path_of(lane)].active = time.monotonic()
+            self._paths[log_path_of(lane)].active = time.monotonic()
 
     def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
-        """The mirror writer has read it: it proves the binding, also while the mirror is away."""
-        self._arrived(self._ways[log_path_of(lane)], sent_at)
+        """The mirror writer has read a heartbeat. This proves the binding, also while the mirror is unavailable."""
+        self._arrived(self._paths[log_path_of(lane)], sent_at)
 
     def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
         """The mirror writer has applied the log up to it."""
-        self._note(self._ways[log_path_of(lane)], sent_at, noted_at)
+        self._note(self._paths[log_path_of(lane)], sent_at, noted_at)
 
-    # -- what it says ------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Ready when a heartbeat came out of every way within three intervals; with what is known of each, in
-        seconds."""
+        """(ready, details for the health endpoint): ready when a heartbeat came out of every path within three
+        intervals. Ages and lags are in seconds."""
         stale, ages, lags = self.stale(), self.ages(), self.lags()
         return not stale, {"stale": stale, "age_seconds": ages, "lag_seconds": lags}
 
     def stale(self) -> list[str]:
-        """The ways from which no heartbeat came out for three intervals."""
-        soonest = time.monotonic() - self._patience
-        return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived < soonest]
+        """The paths without a heartbeat for three intervals."""
+        soonest = time.monotonic() - self._fresh_seconds
+        return [name for name, path in self._paths.items() if path.arrived_at is None or path.arrived < soonest]
 
     def ages(self) -> dict[str, float | None]:
-        """Seconds since each sink last noted a heartbeat; None: it never has."""
+        """Seconds since each sink last stored a heartbeat; None: never."""
         at = time.monotonic()
-        return {name: None if way.noted_at is None else at - way.noted for name, way in self._ways.items()}
+        return {name: None if path.noted_at is None else at - path.noted for name, path in self._paths.items()}
 
     def lags(self) -> dict[str, float | None]:
-        """Seconds that the last heartbeat took from its sending into each sink; None: none has."""
-        return {name: None if way.noted_at is None else way.lag for name, way in self._ways.items()}
+        """Seconds from sending to storing the last heartbeat of each path; None: none was stored."""
+        return {name: None if path.noted_at is None else path.lag for name, path in self._paths.items()}
 
     async def prove(self, timeout: float) -> bool:
-        """Waits until a heartbeat that was sent from now on has come out of every way. True: every binding is proved.
+        """Waits until a heartbeat that was sent after this call has come out of every path. True: every binding is
+        proved.
 
-        False: not all of them within `timeout` seconds, for which there may be an innocent reason: a backlog before
-        the heartbeat, PostgreSQL or the broker away. `readiness` goes on watching. Raises TopologyError where there is
-        none: the heartbeat was sent, its queue is empty and listened to, and the heartbeat is not there.
+        False: at least one is missing after `timeout` seconds, for a reason that may be harmless: a backlog in front of
+        it, or PostgreSQL or the broker is unavailable. `readiness` keeps watching. Raises TopologyError when no such
+        reason is left: the heartbeat was sent, its queue is empty and consumed, and the heartbeat did not come out.
         """
         began = now()
-        for way in self._ways.values():
-            way.unanswered = None
+        for path in self._paths.values():
+            path.unanswered = None
         deadline = time.monotonic() + timeout
         while missing := self._missing(began):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                return self._judge(missing, timeout)
-            self._news.clear()
+                return self._check_missing(missing, timeout)
+            self._changed.clear()
             try:
                 async with asyncio.timeout(remaining):
-                    await self._news.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 continue
         return True
 
     def _missing(self, began: datetime) -> list[str]:
-        return [name for name, way in self._ways.items() if way.arrived_at is None or way.arrived_at < began]
+        return [name for name, path in self._paths.items() if path.arrived_at is None or path.arrived_at < began]
 
-    def _judge(self, missing: list[str], timeout: float) -> bool:
+    def _check_missing(self, missing: list[str], timeout: float) -> bool:
         quiet = min(timeout / 2, 2.0)
         for name in missing:
-            way, at = self._ways[name], time.monotonic()
-            unanswered = way.unanswered is not None and at - way.unanswered > quiet
-            if unanswered and self._idle.get(name, lambda: False)() and at - way.active > quiet:
+            path, at = self._paths[name], time.monotonic()
+            unanswered = path.unanswered is not None and at - path.unanswered > quiet
+            if unanswered and self._idle.get(name, lambda: False)() and at - path.active > quiet:
                 of_the_log, _, lane = name.rpartition("/")
                 queue = topology.LOG if of_the_log else topology.lane_queue(Lane(lane))
                 raise TopologyError(
@@ -168,18 +171,18 @@ class HeartbeatMonitor:
         log.warning("bindings_not_proved_yet", missing=missing)
         return False
 
-    def _arrived(self, way: HeartbeatPath, sent_at: datetime) -> None:
-        # An old one says nothing of the present: the same row is read from PostgreSQL again and again.
-        if way.arrived_at is None or sent_at > way.arrived_at:
-            way.arrived_at, way.arrived = sent_at, time.monotonic()
-            way.active, way.unanswered = way.arrived, None
-            self._news.set()
+    def _arrived(self, path: HeartbeatPath, sent_at: datetime) -> None:
+        # Ignore an old heartbeat: the same row of PostgreSQL is read repeatedly.
+        if path.arrived_at is None or sent_at > path.arrived_at:
+            path.arrived_at, path.arrived = sent_at, time.monotonic()
+            path.active, path.unanswered = path.arrived, None
+            self._changed.set()
 
-    def _note(self, way: HeartbeatPath, sent_at: datetime, noted_at: datetime) -> None:
-        self._arrived(way, sent_at)
-        if way.noted_at is None or sent_at > way.noted_at:
-            way.noted_at, way.noted = sent_at, time.monotonic()
-            way.lag = max(0.0, (noted_at - sent_at).total_seconds())
+    def _note(self, path: HeartbeatPath, sent_at: datetime, noted_at: datetime) -> None:
+        self._arrived(path, sent_at)
+        if path.noted_at is None or sent_at > path.noted_at:
+            path.noted_at, path.noted = sent_at, time.monotonic()
+            path.lag = max(0.0, (noted_at - sent_at).total_seconds())
 
 
 class HeartbeatSender:
@@ -206,7 +209,7 @@ class HeartbeatSender:
                 await asyncio.gather(*(self._send(lane) for lane in Lane))
                 self.loop.turned()
                 await asyncio.sleep(self._interval)
-                # Beside the sending: a frozen PostgreSQL must not stop the heartbeats.
+                # In a task of its own: a frozen PostgreSQL must not stop the heartbeats.
                 if looking.done():
                     looking = asyncio.create_task(self._look(), name="heartbeats-look")
         finally:
@@ -214,14 +217,15 @@ class HeartbeatSender:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _look(self) -> None:
-        """The epoch of the log; and the heartbeats that other workers have noted, which prove our bindings too."""
+        """Reads the epoch of the log, and the heartbeats that other workers have stored: they prove our bindings
+        too."""
         try:
             async with self._postgres.connection() as connection:
                 self._epoch = await present_epoch(connection) or self._epoch
                 for row in await connection.fetch("select lane, sent_at, noted_at from heartbeats"):
                     if row["lane"] in set(Lane):
                         self._watch.note(Lane(row["lane"]), row["sent_at"], row["noted_at"])
-        except Exception as error:  # noqa: BLE001  (without it the last known epoch is sent)
+        except Exception as error:  # noqa: BLE001  (the last known epoch is good enough)
             log.debug("heartbeats_without_postgres", error=describe(error))
 
     async def _send(self, lane: Lane) -> None:

@@ -83,45 +83,53 @@ def assemble(settings: Settings) -> WorkerParts:
 
 
 def _watch(parts: WorkerParts) -> None:
-    def seconds(found: dict[str, float | None], way: str) -> float:
-        known = found[way]
+    def seconds(found: dict[str, float | None], path: str) -> float:
+        known = found[path]
         return float("nan") if known is None else known
 
     watch, heartbeats = parts.metrics.watch, parts.watch
     parts.metrics.watch_each(
         "ticketrail_heartbeat_age_seconds",
-        "Since each sink noted a heartbeat of this way",
-        "way",
-        {way: lambda way=way: seconds(heartbeats.ages(), way) for way in HEARTBEAT_PATHS},  # type: ignore[misc]
+        "Seconds since each sink stored a heartbeat of this path",
+        "path",
+        {path: lambda path=path: seconds(heartbeats.ages(), path) for path in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     parts.metrics.watch_each(
         "ticketrail_heartbeat_lag_seconds",
-        "What the last heartbeat of this way took from its sending into its sink",
-        "way",
-        {way: lambda way=way: seconds(heartbeats.lags(), way) for way in HEARTBEAT_PATHS},  # type: ignore[misc]
+        "Seconds from sending to storing the last heartbeat of this path",
+        "path",
+        {path: lambda path=path: seconds(heartbeats.lags(), path) for path in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     watch(
-        "ticketrail_held_messages", "Messages taken from the lanes and not settled", lambda: parts.postgres_writer.held
+        "ticketrail_held_messages",
+        "Messages taken from the lanes and not acknowledged",
+        lambda: parts.postgres_writer.held,
     )
     watch(
-        "ticketrail_holding", "1 while PostgreSQL is away and batches are held", lambda: parts.postgres_writer.holding
+        "ticketrail_holding",
+        "1 while PostgreSQL is unavailable and batches are held",
+        lambda: parts.postgres_writer.holding,
     )
     parts.rail_parts.watch(parts.metrics)
-    watch("ticketrail_dead_letters_open", "Dead letters that wait for somebody", lambda: parts.collector.open_letters)
+    watch(
+        "ticketrail_dead_letters_open",
+        "Dead letters that wait for a decision of an operator",
+        lambda: parts.collector.open_dead_letters,
+    )
     watch(
         "ticketrail_conflicts_open",
         "Entities with an open conflict",
         lambda: parts.reconciler.states.open_conflicts,
     )
-    watch("ticketrail_pending", "Changes that PostgreSQL has not got yet", lambda: parts.thresholds.pending)
-    watch("ticketrail_failed", "Of those, the ones that have failed", lambda: parts.thresholds.failed)
+    watch("ticketrail_pending", "Changes that are not in PostgreSQL yet", lambda: parts.thresholds.pending)
+    watch("ticketrail_failed", "Pending changes that have failed", lambda: parts.thresholds.failed)
     parts.metrics.watch_each(
         "ticketrail_restaurants_above_threshold",
         "Restaurants with more changes pending, or failed, than the settings allow",
         "state",
         {name: lambda name=name: parts.thresholds.over[name] for name in ("pending", "failed")},  # type: ignore[misc]
     )
-    watch("ticketrail_mirror_warm", "1 while claims are taken on the mirror", lambda: parts.mirror_writer.warm)
+    watch("ticketrail_mirror_warm", "1 while the mirror takes claims", lambda: parts.mirror_writer.warm)
     watch_pool(parts.metrics, parts.postgres)
 
 

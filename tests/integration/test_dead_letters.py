@@ -364,7 +364,9 @@ async def test_a_keeper_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
     """The client library turns a cancellation in the middle of a handshake into a failure of its own."""
     rig = await make_rig()
     for step in range(60):
-        keeper = DeadLetterCollector(rig.settings, rig.postgres, rig.keeper._metrics, look_after=0.01, renew_after=0.2)
+        keeper = DeadLetterCollector(
+            rig.settings, rig.postgres, rig.keeper._metrics, check_consumers_delay_seconds=0.01, renew_delay_seconds=0.2
+        )
         keeper.start()
         await asyncio.sleep(step * 0.003)
         await asyncio.wait_for(keeper.stop(), 8)

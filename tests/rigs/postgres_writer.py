@@ -47,7 +47,9 @@ class Rig:
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
         """For what it does to single changes; not started."""
-        self.keeper = DeadLetterCollector(settings, self.postgres, counts, look_after=0.3, renew_after=3.0)
+        self.keeper = DeadLetterCollector(
+            settings, self.postgres, counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
+        )
         self.replays = self.another_worker()
         self.database: Any = None
         """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""

@@ -182,7 +182,7 @@ _FACTS: dict[str, dict[str, Callable[[ServiceSample, ServiceSample], Any]]] = {
         **_POOL,
     },
     "sync-worker": {
-        "heartbeat lag seconds": _split("ticketrail_heartbeat_lag_seconds", "way"),
+        "heartbeat lag seconds": _split("ticketrail_heartbeat_lag_seconds", "path"),
         "PostgreSQL lag p99 seconds": _p("ticketrail_postgres_lag_seconds", 0.99),
         "mirror lag p99 seconds": _p("ticketrail_mirror_lag_seconds", 0.99),
         "changes per second": lambda before, after: (

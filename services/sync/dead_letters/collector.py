@@ -1,12 +1,15 @@
-"""The keeper: drains every dead queue into `dead_letters`, where operators find what could not be written.
+"""The dead-letter collector: moves messages from every dead-letter queue into the table `dead_letters`, where
+operators find what could not be written.
 
-Guarantee: a message leaves its dead queue when its letter is committed, and not before; one that comes twice changes
-nothing. Whatever it is made of is kept: what PostgreSQL refuses of it is left out, the body never is.
+Guarantee: a message leaves its dead-letter queue only after its dead letter is committed; storing one twice
+is idempotent. Every content is stored: a field that PostgreSQL refuses is left out, the body never is. Order does not
+matter. Several collectors share the queues.
 
-While PostgreSQL is away letters wait in RabbitMQ: the keeper lets go of what it holds, and does not consume again
-before PostgreSQL has answered, so that an outage costs each letter one delivery, not one for every try. RabbitMQ away,
-or a queue that was deleted and made anew: it connects again, with jittered back-off. Several keepers share the queues.
-At shutdown what is not committed goes back.
+Other side unavailable: without PostgreSQL dead letters wait in RabbitMQ. The collector releases what it holds and
+consumes again only when PostgreSQL has answered, so that an outage costs each message one delivery, not one per try.
+Without RabbitMQ, or after a queue was deleted and created again, it reconnects with jittered backoff.
+
+Shutdown: at any time; what is not committed returns to its queue.
 """
 
 import asyncio
@@ -38,20 +41,20 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _LANES = dict(topology.dead_queues())
-# Of each queue. A letter may be of 16 MB, which RabbitMQ and this process hold until PostgreSQL has it.
+# Per queue. A dead letter may have 16 MB, which RabbitMQ and this process hold until PostgreSQL has it.
 _PREFETCH = 16
 _BATCH_BYTES = 16_000_000
-# After so much silence it looks whether its consumers are still there: one whose queue was deleted ends without a word.
-_LOOK_AFTER = 10.0
-# One whose queue was deleted and made anew at once is counted and is sent letters, but never gets them (RabbitMQ 3.10):
-# they come to the next connection.
-_RENEW_AFTER = 300.0
-_TRIES = 5
-_STOCK_EVERY = 10.0
+_CHECK_CONSUMERS_DELAY_SECONDS = 10.0
+"""After so long without a message, check that the consumers still exist: a deleted queue ends its consumer silently."""
+_RENEW_DELAY_SECONDS = 300.0
+"""After so long, an idle connection is renewed. When a queue was deleted and created again at once, RabbitMQ 3.10
+counts the old consumer and assigns messages to it, but delivers them only to a new connection."""
+_MAX_ATTEMPTS = 5
+_COUNT_INTERVAL_SECONDS = 10.0
 
 
 class PostgresNotReady(Exception):
-    """It does not take letters now."""
+    """PostgreSQL accepts no dead letters now."""
 
 
 class DeadLetterCollector:
@@ -61,27 +64,27 @@ class DeadLetterCollector:
         postgres: Postgres,
         metrics: WriterMetrics,
         *,
-        look_after: float = _LOOK_AFTER,
-        renew_after: float = _RENEW_AFTER,
+        check_consumers_delay_seconds: float = _CHECK_CONSUMERS_DELAY_SECONDS,
+        renew_delay_seconds: float = _RENEW_DELAY_SECONDS,
     ) -> None:
         """`postgres` as the writer role."""
         self._hosts = Hosts(settings.rabbitmq_url)
         self._postgres = postgres
         self._metrics = metrics
-        self._look_after = look_after
-        self._renew_after = renew_after
+        self._check_consumers_delay_seconds = check_consumers_delay_seconds
+        self._renew_delay_seconds = renew_delay_seconds
         self.loop = BackgroundLoop("dead-letter-collector", self._run)
-        self.stock_loop = BackgroundLoop("dead-letter-stock", self._take_stock)
-        self.open_letters = math.nan
-        """As they were counted last; NaN while nobody knows."""
+        self.count_loop = BackgroundLoop("dead-letter-count", self._count)
+        self.open_dead_letters = math.nan
+        """The number of open dead letters at the last count; NaN while it is unknown."""
         self.attached = False
 
     def start(self) -> None:
         self.loop.start()
-        self.stock_loop.start()
+        self.count_loop.start()
 
     async def stop(self) -> None:
-        await asyncio.gather(self.loop.stop(), self.stock_loop.stop())
+        await asyncio.gather(self.loop.stop(), self.count_loop.stop())
 
     async def _run(self) -> None:
         attempt = 0
@@ -92,14 +95,14 @@ class DeadLetterCollector:
                 attempt = 0
                 continue
             except PostgresNotReady as error:
-                log.warning("letters_wait_for_postgres", error=str(error))
-                attempt = 0  # the waiting is for PostgreSQL, not for the broker
+                log.warning("dead_letters_wait_for_postgres", error=str(error))
+                attempt = 0  # the broker is fine
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 attempt += 1
                 self._hosts.turn()
                 log.warning("collector_lost_the_broker", error=describe(error), attempt=attempt)
             except Exception:
-                attempt += 1  # a bug of ours: the letters are still in their queues
+                attempt += 1  # a bug of ours: the messages are still in their queues
                 log.exception("collector_failed")
             await asyncio.sleep(backoff(attempt))
 
@@ -110,9 +113,9 @@ class DeadLetterCollector:
                 async with self._postgres.connection() as connection:
                     await dead_letter_store.open_letters(connection)
                 return
-            except Exception as error:  # noqa: BLE001  (any of them means no)
+            except Exception as error:  # noqa: BLE001  (any error means: not yet)
                 attempt += 1
-                log.debug("postgres_does_not_take_letters", error=describe(error))
+                log.debug("postgres_not_ready", error=describe(error))
             await asyncio.sleep(backoff(attempt))
 
     # -- draining ----------------------------------------------------------------------------------------------
@@ -130,15 +133,15 @@ class DeadLetterCollector:
         )
         try:
             await subscription.open()
-            self.attached, until = True, time.monotonic() + self._renew_after
+            self.attached, until = True, time.monotonic() + self._renew_delay_seconds
             while True:
                 try:
-                    async with asyncio.timeout(self._look_after):
+                    async with asyncio.timeout(self._check_consumers_delay_seconds):
                         first = await arrived.get()
                 except TimeoutError:
                     if time.monotonic() > until:
                         return
-                    await self._look(subscription)
+                    await self._check_consumers(subscription)
                     continue
                 await self._settle(_batch(first, arrived))
                 self.loop.turned()
@@ -146,62 +149,65 @@ class DeadLetterCollector:
             self.attached = False
             await subscription.close()
 
-    async def _look(self, subscription: Subscription) -> None:
+    async def _check_consumers(self, subscription: Subscription) -> None:
         for queue in _LANES:
             if not await subscription.consumers(queue):
                 raise ConnectionError(f"queue {queue} has no consumer any more")
 
     async def _settle(self, batch: list[Delivery]) -> None:
-        letters = [
-            letter
+        dead_letters = [
+            dead_letter
             for one in batch
-            for letter in parse_dead_letters(one.queue, _LANES[one.queue], one.body, one.headers, now())
+            for dead_letter in parse_dead_letters(one.queue, _LANES[one.queue], one.body, one.headers, now())
         ]
-        if reasons := Counter(letter.reason for letter in await self._keep(letters)):
+        if reasons := Counter(dead_letter.reason for dead_letter in await self._store(dead_letters)):
             for reason, count in reasons.items():
                 self._metrics.letters.inc(reason, count)
-            log.warning("dead_letters_kept", letters=reasons.total(), reasons=dict(reasons))
+            log.warning("dead_letters_stored", dead_letters=reasons.total(), reasons=dict(reasons))
         for one in batch:
             await one.ack()
 
-    async def _keep(self, letters: Sequence[NewDeadLetter], tries: int = 0) -> list[NewDeadLetter]:
-        """Those whose death is news. Raises PostgresGone."""
+    async def _store(self, dead_letters: Sequence[NewDeadLetter], attempts: int = 0) -> list[NewDeadLetter]:
+        """Stores them and returns those whose death is new. Raises PostgresNotReady."""
         try:
             async with self._postgres.connection() as connection:
-                return await dead_letter_store.keep(connection, letters)
+                return await dead_letter_store.keep(connection, dead_letters)
         except Exception as error:  # noqa: BLE001  (classified below)
             failure = classify(error)
         if failure.kind is FailureKind.UNAVAILABLE:
             raise PostgresNotReady(failure.error)
-        if len(letters) > 1:
-            return [one for letter in letters for one in await self._keep([letter])]
-        if tries == _TRIES:
-            log.error("letter_not_kept", error=failure.error, queue=letters[0].queue)
+        if len(dead_letters) > 1:
+            return [one for dead_letter in dead_letters for one in await self._store([dead_letter])]
+        if attempts == _MAX_ATTEMPTS:
+            log.error("dead_letter_not_stored", error=failure.error, queue=dead_letters[0].queue)
             raise PostgresNotReady(failure.error)
-        await asyncio.sleep(backoff(tries))
-        # At the last try without anything that could be what PostgreSQL does not like.
-        return await self._keep([_bare(letters[0]) if tries == _TRIES - 1 else letters[0]], tries + 1)
+        await asyncio.sleep(backoff(attempts))
+        # The last attempt leaves out every field that PostgreSQL could refuse.
+        return await self._store(
+            [_minimal(dead_letters[0]) if attempts == _MAX_ATTEMPTS - 1 else dead_letters[0]], attempts + 1
+        )
 
-    async def _take_stock(self) -> None:
+    async def _count(self) -> None:
         while True:
             try:
                 async with self._postgres.connection() as connection:
-                    self.open_letters = await dead_letter_store.open_letters(connection)
+                    self.open_dead_letters = await dead_letter_store.open_letters(connection)
                     await retry_store.sweep(connection)
-            except Exception as error:  # noqa: BLE001  (then nobody knows)
-                self.open_letters = math.nan
-                log.debug("letters_not_counted", error=describe(error))
-            self.stock_loop.turned()
-            await asyncio.sleep(_STOCK_EVERY)
+            except Exception as error:  # noqa: BLE001  (the count is unknown then)
+                self.open_dead_letters = math.nan
+                log.debug("dead_letters_not_counted", error=describe(error))
+            self.count_loop.turned()
+            await asyncio.sleep(_COUNT_INTERVAL_SECONDS)
 
 
 def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") -> list[Delivery]:
-    """With what else is here, as far as it fits into one transaction. Raises ConnectionError: a channel is gone."""
+    """The first message and what else has arrived, as far as it fits into one transaction. Raises ConnectionError when
+    the connection is lost."""
     batch: list[Delivery] = []
     size = 0
     while True:
         if first is None:
-            raise ConnectionError("a channel was closed")
+            raise ConnectionError("the connection was lost")
         batch.append(first)
         size += len(first.body)
         if size >= _BATCH_BYTES or arrived.empty():
@@ -209,10 +215,10 @@ def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") ->
         first = arrived.get_nowait()
 
 
-def _bare(letter: NewDeadLetter) -> NewDeadLetter:
-    """Only what our own code has made of it, and the body."""
+def _minimal(dead_letter: NewDeadLetter) -> NewDeadLetter:
+    """Keeps only the body and the fields that our own code computes."""
     return structs.replace(
-        letter,
+        dead_letter,
         entity=None,
         entity_id=None,
         version=None,
