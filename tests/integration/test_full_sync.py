@@ -78,7 +78,7 @@ async def compare(shop: Shop, *, repair: bool) -> tuple[Compared, dict[str, str]
     differences: list[Difference] = []
     async with CommandSession(settings_of(shop.system)) as session:
         found = await FullSync(session.settings, session.postgres, session.mirror).run(
-            mend=repair, tell=differences.append
+            repair=repair, report=differences.append
         )
     return found, {one.id: one.what for one in differences if one.restaurant_id == shop.restaurant}
 
@@ -111,14 +111,14 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> Non
         assert sorted(line[:3] for line in lines) == sorted(
             [["missing", "menu_item", dish], *(["missing", "order", id_] for id_ in ids[:2])]
         )
-        assert ", 0 mended" in verified.out
+        assert ", 0 repaired" in verified.out
         assert await raw.exists(doc(shop, ids[0])) == 0, "--verify changes nothing"
 
         repaired = await ticketrail(shop.system, "full-sync", "--json")
         assert repaired.code == 0
         differences = [one for one in repaired.told["differences"] if one["restaurant_id"] == shop.restaurant]
         assert {one["id"]: one["what"] for one in differences} == dict.fromkeys([*ids[:2], dish], "missing")
-    assert repaired.told["mended"] >= 3
+    assert repaired.told["repaired"] >= 3
     assert [await served(shop, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
     assert await raw.exists(keys.restaurant(shop.restaurant)) == 1
@@ -147,7 +147,7 @@ async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaire
         assert (await compare(shop, repair=False))[1] == expected
         found, differing = await compare(shop, repair=True)
         assert differing == expected
-    assert found.mended >= 4
+    assert found.repaired >= 4
     assert (await compare(shop, repair=False))[1] == {}
     assert (await served(shop, behind))["notes"] == "new"
     assert [(await served(shop, id_))["total"] for id_ in (differs, pending_too)] == [1050, 1050]

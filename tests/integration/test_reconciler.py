@@ -69,7 +69,7 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
     behind = await place(shop, 3, dish)
     async with reconciler_of(patient) as reconciler:
         await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # much longer than the threshold
-        assert await reconciler.heal_pending() == 0, "the lanes were not empty since then"
+        assert await reconciler.record_lost_again() == 0, "the lanes were not empty since then"
     patient.start("worker")
     await patient.ready("worker")
     await eventually(lambda: versions(shop, behind), what="the waiting orders", until=lambda found: found == [[1]] * 3)
@@ -196,7 +196,7 @@ async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(syst
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
         await session.mirror.note_sync_states(shop.restaurant, "order", [(failed, document.head)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
-        assert await reconciler.heal_pending() == 2
+        assert await reconciler.record_lost_again() == 2
     await eventually(lambda: versions(shop, lost), what="recorded again", until=lambda found: found == [[2], [2]])
     assert await versions(shop, [failed, young, broken]) == [[], [], []]
 

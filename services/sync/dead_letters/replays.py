@@ -257,7 +257,7 @@ class Replays:
         broken: BrokenContract | None = None
         try:
             if (found := dry_run.read(letter.body)) is not None:
-                await self._mirror_writer.apply_anew(found.event)
+                await self._mirror_writer.apply_again(found.event)
         except BrokenContract as error:
             broken = error
         async with self._postgres.connection() as connection:

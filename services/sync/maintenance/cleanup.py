@@ -1,6 +1,7 @@
-"""Takes away what nobody needs any more: refresh tokens and sessions that are over, how far an import came that nobody
-went on with for a month, dead letters closed and replays ended long ago, and traces that are old. Orders and changes
-stay for ever, and so do dead letters that are open. Harmless when done twice, or by two at once."""
+"""The cleanup deletes expired data: refresh tokens and sessions, the positions of imports that were not resumed for a
+month, dead letters and replays that were closed long ago, and old traces. Orders, changes and open dead letters stay
+for ever. Idempotent; two may run at the same time.
+"""
 
 import asyncio
 import time
@@ -15,9 +16,9 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-# A token that is over stays for a week: that it was used before must still be noticed.
-_TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
-_REVOKED = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
+# An expired token stays for a week, so that a second use of it is still detected.
+_EXPIRED_TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
+_REVOKED_TOKENS = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
 _IMPORTS = "delete from imports where updated_at < now() - interval '30 days'"
 _TRACE_DAYS = 7.0
 
@@ -48,23 +49,23 @@ class Cleanup:
             self.loop.turned()
 
     async def clean(self) -> dict[str, int]:
-        """How many of each were removed. Raises one of AWAY."""
+        """Deletes expired data and returns how many rows or files of each kind. Raises one of UNAVAILABLE."""
         async with self._postgres.connection() as connection:
-            tokens = [await connection.execute(statement) for statement in (_TOKENS, _REVOKED)]
+            tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS)]
             imports = await connection.execute(_IMPORTS)
             days = self._settings.dead_letter_retention_days
-            letters = await dead_letter_store.remove_closed(connection, days)
+            dead_letters = await dead_letter_store.remove_closed(connection, days)
             replays = await replay_steps.remove_old(connection, days)
         return {
             "tokens": sum(_rows(status) for status in tokens),
             "imports": _rows(imports),
-            "dead_letters": letters,
+            "dead_letters": dead_letters,
             "replays": replays,
             "trace_files": await asyncio.to_thread(self._old_traces),
         }
 
     def _old_traces(self) -> int:
-        """Of services that are gone: those that live rotate their own."""
+        """Deletes trace files of services that are gone; running services rotate theirs."""
         removed, before = 0, time.time() - _TRACE_DAYS * 86_400
         folder = self._settings.traces_path
         for path in folder.iterdir() if folder.is_dir() else ():

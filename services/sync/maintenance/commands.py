@@ -13,7 +13,7 @@ from shared.settings import Settings
 @click.command("cleanup")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def cleanup_command(as_json: bool) -> None:
-    """Take away what is over: tokens and sessions, claims left behind, finished imports, old traces."""
+    """Delete expired data: tokens, sessions, imports, closed dead letters and traces; finish stale claims."""
     removed = run(_cleanup(Settings.load()))
     click.echo(json.dumps(removed) if as_json else ", ".join(f"{n} {what}" for what, n in removed.items()))
 

@@ -1,6 +1,7 @@
-"""Epochs of the pull feed. A cursor of it is (xid, seq) in `changes`, both counted by the database itself: one that
-came back from a backup counts them anew, and a cursor from before would skip what is written now. So each cursor
-carries the epoch in which it was given, and one of another epoch is answered with a resync."""
+"""Epochs of the pull feed. Its cursor is (xid, seq) in `changes`, which the database counts: a restored database counts
+them again, and an older cursor would skip new changes. Every cursor therefore carries the epoch in which it was given,
+and a cursor of another epoch is answered with a resync.
+"""
 
 from shared.postgres.pool import Connection
 

@@ -1,15 +1,15 @@
-"""Bringing PostgreSQL to where the log is, after it came back from a backup: what the log has and `changes` lacks.
+"""Replay from the log: writes what the log has and `changes` lacks, after PostgreSQL came back from a backup.
 
-Guarantee: when `run` returns, every change that stood in the log when it was called is in `changes`, or is known as a
-dead letter, or was sent where failures go (the ladder, the dead queue), with the broker's confirm. It is written as the
-worker writes, in the same transaction and under the same guard: no version goes down, every fact counts once.
+Guarantee: when `run` returns, every change that was in the log when it was called is in `changes`, is a dead letter, or
+was sent to the retry ladder or a dead-letter queue with the broker's confirm. It uses the transaction and the guard of
+the worker: no version goes down, and every fact counts once.
 
-Beside it workers and services may run. It may be stopped at any time and repeated: what is there is not written again.
-While PostgreSQL or RabbitMQ is away it waits, for as long as a consumer would hold its messages.
+Workers and services may run meanwhile. It may be stopped at any time and repeated. While PostgreSQL or RabbitMQ is
+unavailable, it waits as long as a consumer would hold its messages.
 
-What an operator has put away stays away: a change that has a dead letter is not tried again, whatever became of that.
-Cursors of the pull feed are void from the first step on (feed_epochs.py). Those of the notifier are of
-the log, which was not restored: they stay good.
+A change with a dead letter is not tried again, whatever an operator decided about it. Cursors of the pull feed are void
+from the first step on (feed_epochs.py). Cursors of the notifier belong to the log, which was not restored: they stay
+valid.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_PIECE = 500
+_CHUNK_SIZE = 500
 
 
 class LogReplayReport(Struct):
@@ -86,11 +86,11 @@ class LogReplay:
         async for entries in self._entries(since):
             for lane in Lane:
                 found = parse_batch(lane, [_Message(entry.body) for entry in entries if lane_of(entry) is lane])
-                for start in range(0, len(found.changes), _PIECE):
-                    await self._bring(lane, found.changes[start : start + _PIECE], report)
+                for start in range(0, len(found.changes), _CHUNK_SIZE):
+                    await self._write(lane, found.changes[start : start + _CHUNK_SIZE], report)
                     progress(report)
                 if found.failed:
-                    await self._lament(lane, found.failed, report)
+                    await self._send_unreadable(lane, found.failed, report)
         return report
 
     async def _entries(self, since: datetime | None) -> AsyncIterator[list[LogEntry]]:
@@ -104,7 +104,7 @@ class LogReplay:
                 if batch.caught_up:
                     return
 
-    async def _bring(self, lane: Lane, taken: Sequence[ReceivedChange], report: LogReplayReport) -> None:
+    async def _write(self, lane: Lane, taken: Sequence[ReceivedChange], report: LogReplayReport) -> None:
         report.read += len(taken)
         report.first = report.first or taken[0].written.change.time
         report.last = taken[-1].written.change.time
@@ -129,7 +129,7 @@ class LogReplay:
         report.entities.update(one.written.entity.name for one in lacking.values())
         return [one for (_, change), one in lacking.items() if change not in dead]
 
-    async def _lament(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
+    async def _send_unreadable(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
         """What cannot be read has a dead letter; one that was kept after the backup has none any more."""
         report.unreadable += len(failed)
         queue = dead_queue(lane)
@@ -143,8 +143,8 @@ class LogReplay:
     async def _send_on(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
         if failed:
             report.failed += len(failed)
-            if climbing := await self._ladder.send(failed, lane, ours=lambda: True):
-                await self._store.note_retries(climbing)
+            if retries := await self._ladder.send(failed, lane, ours=lambda: True):
+                await self._store.note_retries(retries)
 
 
 def lane_of(entry: LogEntry) -> Lane:

@@ -1,16 +1,16 @@
-"""The reconciler: heals what nobody met. Every few seconds, over all tenants:
+"""The reconciler: repairs what no request repairs. Every few seconds, over all tenants, it
 
-- claims that their owner left behind are finished (recorded and revealed as the same change);
-- what the mirror says of the way of each state is put right: written, failed, in conflict (sync_states.py);
-- what is pending for more than five minutes although every lane was empty for as long is recorded anew, as a change of
-  its own: the message that carried it is lost (a queue was purged, a journal will not come back). While lanes are
-  behind, or a journal drains after RabbitMQ was away, nothing is taken for lost;
-- what was paid in a state that a fork superseded is brought back into its order (forked_payments.py);
-- versions without their predecessor are reported when they are older than ten minutes;
-- what has left the live window leaves the mirror, once PostgreSQL has it; restaurants that are new come to it.
+- finishes stale claims: records and reveals the same change;
+- repairs the sync states in the mirror (mirror/sync_states.py);
+- records a lost message again: the state of a change that is pending for more than five minutes although every lane was
+  empty for that long becomes a new change, because its message is lost (a queue was purged, or a journal does not
+  return). While lanes are behind, or a journal drains after RabbitMQ was unavailable, nothing counts as lost;
+- restores payments of a state that a fork superseded (conflicts/forked_payments.py);
+- reports versions without predecessor that are older than ten minutes;
+- removes documents that have left the live window from the mirror, once PostgreSQL has them, and adds new restaurants.
 
-Everything it does is harmless when done twice or by two instances at once. While a backend is away it does what the
-others allow and tries again at the next round. It may be stopped at any time.
+Every step is idempotent and may run in two instances at the same time. While a backend is unavailable, the steps that
+do not need it go on, and the others are tried again in the next round. Shutdown: at any time.
 """
 
 import asyncio
@@ -37,12 +37,13 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_TRIM_EVERY = 60.0
-_BLOCK = 500
+_TRIM_INTERVAL_SECONDS = 60.0
+_STATES_PER_QUERY = 500
 _GAP_MINUTES = 10
-_REST = 9
-_MOST_BLOCKS = 20
-_LEAST_BEHIND = 2.0
+_PAUSE_PER_SECOND_OF_WORK = 9
+"""Seconds to pause for each second that repairing the sync states took."""
+_MAX_TRIM_STATES_PER_QUERYS = 20
+_MIN_BEHIND_SECONDS = 2.0
 _LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 
@@ -56,8 +57,8 @@ class Reconciler:
         self.states = SyncStates(settings, postgres, mirror)
         self.loop = BackgroundLoop("reconciler", self._run)
         self._trimmed_at = 0.0
-        self._settle_again_at = 0.0
-        self._healed_at = time.monotonic()
+        self._sync_states_again_at = 0.0
+        self._recorded_again_at = time.monotonic()
         self._empty_since: float | None = None
 
     def start(self) -> None:
@@ -70,11 +71,11 @@ class Reconciler:
         while True:
             for work in (
                 self.finish_claims,
-                self._settle_sometimes,
+                self._sync_states_at_times,
                 self.states.note_conflicts,
                 self._forked_payments.bring_back,
-                self._heal_sometimes,
-                self._trim_sometimes,
+                self._record_again_at_times,
+                self._trim_at_times,
             ):
                 try:
                     await work()
@@ -84,7 +85,7 @@ class Reconciler:
             await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
     async def finish_claims(self) -> int:
-        """Returns how many were finished."""
+        """Finishes stale claims. Returns how many."""
         finished = 0
         for member in await self._mirror.claims_left_behind():
             left = await self._mirror.mark(member)
@@ -93,26 +94,26 @@ class Reconciler:
             try:
                 await self._rail.finish(left)
             except BrokenContract as error:
-                # Of a newer version, or broken: it stays for one that can read it, and does not stop the others.
+                # Made by a newer release, or broken: leave it to an instance that can read it, and go on.
                 log.error("claim_not_finished", member=member, reason=error.reason, error=str(error))
                 continue
             finished += 1
         return finished
 
-    async def _settle_sometimes(self) -> None:
-        """For a tenth of the time at most: while PostgreSQL is behind by tens of thousands, looking for each of them
-        again and again would slow down what brings them there."""
+    async def _sync_states_at_times(self) -> None:
+        """Uses at most a tenth of the time: while PostgreSQL is behind by tens of thousands of changes, looking each of
+        them up repeatedly would slow down the writer."""
         began = time.monotonic()
-        if began < self._settle_again_at:
+        if began < self._sync_states_again_at:
             return
         try:
-            await self.states.settle_pending()
+            await self.states.sync_pending()
         finally:
             ended = time.monotonic()
-            self._settle_again_at = ended + _REST * (ended - began)
+            self._sync_states_again_at = ended + _PAUSE_PER_SECOND_OF_WORK * (ended - began)
 
-    async def _heal_sometimes(self) -> None:
-        """Asks at every round whether heartbeats come through every lane, so that it knows since when they do."""
+    async def _record_again_at_times(self) -> None:
+        """Checks in every round whether heartbeats come through every lane, to know since when they do."""
         try:
             emptied = await self._lanes_emptied()
         except UNAVAILABLE:
@@ -124,39 +125,41 @@ class Reconciler:
             return
         if self._empty_since is None:
             self._empty_since = began
-        if began - max(self._empty_since, self._healed_at) >= self._settings.lost_message_seconds:
-            self._healed_at = began
-            await self.heal_pending()
+        if began - max(self._empty_since, self._recorded_again_at) >= self._settings.lost_message_seconds:
+            self._recorded_again_at = began
+            await self.record_lost_again()
 
     @property
     def _behind(self) -> float:
-        """Seconds: how old the last heartbeat of a lane that is empty may be."""
+        """How old, in seconds, the last heartbeat of an empty lane may be."""
         return (
-            max(_LEAST_BEHIND, 3 * self._settings.heartbeat_interval_seconds)
+            max(_MIN_BEHIND_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
             + self._settings.reconcile_interval_seconds
         )
 
     async def _lanes_emptied(self) -> datetime | None:
-        """What was sent before this has left its lane; None while nothing is known of one of them."""
+        """Everything that was sent before this moment has left its lane; None while a lane had no heartbeat yet."""
         async with self._postgres.connection() as connection:
             found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
         return found
 
-    async def heal_pending(self) -> int:
-        """Returns how many states were recorded anew. What has failed is left to the operators."""
+    async def record_lost_again(self) -> int:
+        """Records lost changes again and returns how many. Failed changes are left to the operators."""
         emptied = await self._lanes_emptied()
         if emptied is None:
             return 0
         before = min(emptied, now()) - timedelta(seconds=self._settings.lost_message_seconds)
-        healed = 0
+        recorded = 0
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 ids = await self._mirror.pending_ids(restaurant, entity.name)
-                for start in range(0, len(ids), _BLOCK):
-                    healed += await self._heal(restaurant, entity, ids[start : start + _BLOCK], before.timestamp())
-        return healed
+                for start in range(0, len(ids), _STATES_PER_QUERY):
+                    recorded += await self._record_again(
+                        restaurant, entity, ids[start : start + _STATES_PER_QUERY], before.timestamp()
+                    )
+        return recorded
 
-    async def _heal(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
+    async def _record_again(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
         accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
         old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is not None and at <= before]
         if not old:
@@ -164,7 +167,7 @@ class Reconciler:
         async with self._postgres.connection() as connection:
             head = await states.heads(connection, entity, restaurant, old)
         _, documents = await self._mirror.read(restaurant, entity.name, old)
-        healed = 0
+        recorded = 0
         for id_, document in zip(old, documents, strict=True):
             if document is None or not document.pending or document.failure:
                 continue
@@ -184,31 +187,31 @@ class Reconciler:
             try:
                 await self._rail.commit(draft)
             except ClaimLost:
-                continue  # somebody has changed it meanwhile: that change carries the whole state
+                continue  # another change was made meanwhile, and carries the whole state
             except (InvalidInput, OutOfStock) as error:
-                # It would be refused every time: it does not stop the others.
+                # It would be refused every time: go on with the others.
                 log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
                 continue
-            healed += 1
+            recorded += 1
             log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
-        return healed
+        return recorded
 
-    async def _trim_sometimes(self) -> None:
-        if time.monotonic() - self._trimmed_at >= _TRIM_EVERY:
+    async def _trim_at_times(self) -> None:
+        if time.monotonic() - self._trimmed_at >= _TRIM_INTERVAL_SECONDS:
             self._trimmed_at = time.monotonic()
             await self._keep_restaurants()
             await self.report_gaps()
             await self.trim()
 
     async def _keep_restaurants(self) -> None:
-        """A restaurant that is new becomes known to the mirror: what it is asked for while PostgreSQL is away."""
+        """Adds new restaurants to the mirror, which needs them while PostgreSQL is unavailable."""
         async with self._postgres.connection() as connection:
             restaurants = await every_restaurant(connection)
         for restaurant in restaurants:
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
 
     async def report_gaps(self) -> int:
-        """A jump in versions is legal, and closes by itself; one that is older than ten minutes is told."""
+        """Logs version gaps that are older than ten minutes. Younger ones are normal: they close by themselves."""
         async with self._postgres.connection() as connection:
             found = await states.gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
         for gap in found:
@@ -216,28 +219,30 @@ class Reconciler:
         return len(found)
 
     async def trim(self) -> int:
-        """Returns how many documents left the mirror."""
+        """Removes documents that have left the live window. Returns how many."""
         before = now() - timedelta(days=self._settings.mirror_window_days)
         trimmed = 0
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 if not entity.window_sql:
-                    continue  # all of it stays
+                    continue  # all of them stay
                 stays = 0
-                # More than one block after an import alone.
-                for _ in range(_MOST_BLOCKS):
+                # Only an import leaves more than one block.
+                for _ in range(_MAX_TRIM_STATES_PER_QUERYS):
                     looked, left = await self._trim_block(restaurant, entity, before, stays)
                     trimmed += left
                     stays += looked - left
-                    if looked < _BLOCK:
+                    if looked < _STATES_PER_QUERY:
                         break
         if trimmed:
             log.info("mirror_trimmed", documents=trimmed)
         return trimmed
 
     async def _trim_block(self, restaurant: str, entity: Entity, before: datetime, stays: int) -> tuple[int, int]:
-        """(how many were looked at, how many of them left); `stays`: so many of the newest were looked at before."""
-        ids = await self._mirror.live_ids(restaurant, entity.name, most=before.timestamp(), count=stays + _BLOCK)
+        """Returns (documents read, documents removed). `stays`: skip so many of the newest, which stay."""
+        ids = await self._mirror.live_ids(
+            restaurant, entity.name, most=before.timestamp(), count=stays + _STATES_PER_QUERY
+        )
         ids = ids[stays:]
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         old = {}

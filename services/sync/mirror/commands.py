@@ -10,44 +10,44 @@ from services.sync.mirror.full_sync import Difference, FullSync
 from shared.entities.contract import encode
 from shared.settings import Settings
 
-_SHOWN = 50
+_MAX_SHOWN = 50
 
 
 @click.command("full-sync")
 @click.option("--verify", is_flag=True, help="only compare; exit code 1 when something differs")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def full_sync_command(verify: bool, as_json: bool) -> None:
-    """Compare the mirror with PostgreSQL, print what differs, and mend it."""
+    """Compare the mirror with PostgreSQL, print what differs, and repair the mirror."""
     differences: list[Difference] = []
-    found = run(_full_sync(Settings.load(), mend=not verify, tell=differences.append))
+    found = run(_full_sync(Settings.load(), repair=not verify, report=differences.append))
     if as_json:
         click.echo(
             encode(
                 {
                     "compared": found.compared,
                     "pending": found.pending,
-                    "mended": found.mended,
+                    "repaired": found.repaired,
                     "differences": differences,
                 }
             ).decode()
         )
     else:
-        for one in differences[:_SHOWN]:
+        for one in differences[:_MAX_SHOWN]:
             click.echo(f"{one.what:8}  {one.entity} {one.id}  restaurant {one.restaurant_id}")
-        if len(differences) > _SHOWN:
-            click.echo(f"… and {len(differences) - _SHOWN} more; --json has all of them")
+        if len(differences) > _MAX_SHOWN:
+            click.echo(f"… and {len(differences) - _MAX_SHOWN} more; --json has all of them")
         click.echo(
             f"{found.compared} compared: {len(differences)} differ"
             + (f" ({', '.join(f'{n} {what}' for what, n in sorted(found.differences.items()))})" if differences else "")
-            + f", {found.pending} pending, {found.mended} mended"
+            + f", {found.pending} pending, {found.repaired} repaired"
         )
     if verify and differences:
         sys.exit(1)
 
 
-async def _full_sync(settings: Settings, *, mend: bool, tell: Any) -> Any:
+async def _full_sync(settings: Settings, *, repair: bool, report: Any) -> Any:
     async with CommandSession(settings) as session:
-        return await FullSync(settings, session.postgres, session.mirror).run(mend=mend, tell=tell)
+        return await FullSync(settings, session.postgres, session.mirror).run(repair=repair, report=report)
 
 
 COMMANDS = (full_sync_command,)

@@ -1,9 +1,10 @@
-"""Comparing the mirror with PostgreSQL, and making it equal where it is behind.
+"""The full sync: compares the mirror with PostgreSQL, and repairs the mirror.
 
-PostgreSQL is compared with what the mirror holds of the live window. What is pending is ahead of PostgreSQL and right;
-all else must be the same change. What is behind or lacking is written under the guard; what differs at the same change
-is taken out and written anew, unless it changes meanwhile. A change that was accepted a moment ago may be in PostgreSQL
-before it is revealed: what it makes different is looked at once more, later.
+It compares the live window in PostgreSQL with the documents of the mirror. A pending document is ahead of PostgreSQL
+and correct; every other one must come from the same change. A document that is behind or missing is written under the
+guard. One that differs at the same change is removed and written again, unless it changes meanwhile. A change that was
+accepted a moment ago may be in PostgreSQL before it is revealed, so recent differences are compared once more after
+three seconds.
 """
 
 import asyncio
@@ -23,9 +24,9 @@ from shared.postgres.states import StoredState
 from shared.restaurants import every_restaurant
 from shared.settings import Settings
 
-_BLOCK = 200
-# Longer than a change takes from its acceptance until it is revealed.
-_UNDER_WAY = timedelta(seconds=3)
+_DOCUMENTS_PER_READ = 200
+# Longer than a change takes from accept to reveal.
+_IN_FLIGHT = timedelta(seconds=3)
 
 
 class Difference(Struct, frozen=True):
@@ -33,15 +34,15 @@ class Difference(Struct, frozen=True):
     id: str
     restaurant_id: str
     what: str
-    """missing, behind, differs (the same change with another state), or unknown (PostgreSQL has none such)"""
+    """missing, behind, differs (the same change with another state) or unknown (not in PostgreSQL)"""
 
 
 class Compared(Struct):
     compared: int = 0
     pending: int = 0
-    """Ahead of PostgreSQL: on their way."""
+    """Documents ahead of PostgreSQL."""
     differences: Counter[str] = field(default_factory=Counter)
-    mended: int = 0
+    repaired: int = 0
 
 
 class FullSync:
@@ -51,29 +52,30 @@ class FullSync:
         self._postgres = postgres
         self._mirror = mirror
 
-    async def run(self, *, mend: bool, tell: Callable[[Difference], None]) -> Compared:
-        """Raises MirrorUnavailable, MirrorInDoubt, or one of AWAY; may be repeated."""
+    async def run(self, *, repair: bool, report: Callable[[Difference], None]) -> Compared:
+        """Calls `report` for every difference; with `repair`, also repairs it. Idempotent. Raises MirrorUnavailable,
+        MirrorInDoubt or one of UNAVAILABLE."""
         found = Compared()
         async with self._postgres.connection() as connection:
             restaurants = await every_restaurant(connection)
-        if mend:
+        if repair:
             for restaurant in restaurants:
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         for entity in registry.ENTITIES.values():
-            known = await self._stored(entity, found, mend=mend, tell=tell)
+            known = await self._stored(entity, found, repair=repair, report=report)
             for restaurant in restaurants:
-                await self._unknown(entity, restaurant.id, known, found, mend=mend, tell=tell)
-        if mend:
+                await self._unknown(entity, restaurant.id, known, found, repair=repair, report=report)
+        if repair:
             async with self._postgres.connection() as connection:
                 async for rows in states.holds(connection):
                     await self._mirror.hold(rows)
         return found
 
     async def _stored(
-        self, entity: Entity, found: Compared, *, mend: bool, tell: Callable[[Difference], None]
+        self, entity: Entity, found: Compared, *, repair: bool, report: Callable[[Difference], None]
     ) -> set[str]:
         known: set[str] = set()
-        young: dict[str, list[str]] = {}
+        recent: dict[str, list[str]] = {}
         async with self._postgres.connection() as connection:
             async for block in states.live_window(connection, entity, now() - self._window):
                 by_restaurant: dict[str, list[tuple[str, StoredState]]] = {}
@@ -85,27 +87,29 @@ class FullSync:
                     _, documents = await self._mirror.read(restaurant, entity.name, [id_ for id_, _ in rows])
                     for (id_, stored), document in zip(rows, documents, strict=True):
                         what = self._difference(entity, stored, document)
-                        if what and stored.accepted_at > now() - _UNDER_WAY:
-                            young.setdefault(restaurant, []).append(id_)
+                        if what and stored.accepted_at > now() - _IN_FLIGHT:
+                            recent.setdefault(restaurant, []).append(id_)
                             continue
                         found.compared += 1
                         found.pending += what is None
                         if what:
-                            await self._differs(entity, restaurant, id_, what, stored, found, mend=mend, tell=tell)
-        if young:
-            await asyncio.sleep(_UNDER_WAY.total_seconds())
-        for restaurant, ids in young.items():
+                            await self._differs(
+                                entity, restaurant, id_, what, stored, found, repair=repair, report=report
+                            )
+        if recent:
+            await asyncio.sleep(_IN_FLIGHT.total_seconds())
+        for restaurant, ids in recent.items():
             for id_ in ids:
-                await self._look_again(entity, restaurant, id_, found, mend=mend, tell=tell)
+                await self._compare_again(entity, restaurant, id_, found, repair=repair, report=report)
         return known
 
     def _difference(self, entity: Entity, stored: StoredState, document: Document | None) -> str | None:
-        """Empty: none; None: the mirror is ahead."""
+        """The name of the difference; empty: none; None: the mirror is ahead."""
         if document is None:
             state = entity.decode_state(stored.state)
             if entity.live(state):
                 return "missing"
-            # A dish that was deleted the mirror need not know; an order may have left the window meanwhile.
+            # The mirror may lack a deleted dish, and an order may have left the window meanwhile.
             needed = entity.window_sql and state.updated_at >= now() - self._window
             return "missing" if needed else ""
         if document.head > stored.head:
@@ -114,15 +118,15 @@ class FullSync:
             return "behind"
         return "" if entity.decode_state(document.state) == entity.decode_state(stored.state) else "differs"
 
-    async def _look_again(
+    async def _compare_again(
         self,
         entity: Entity,
         restaurant: str,
         id_: str,
         found: Compared,
         *,
-        mend: bool,
-        tell: Callable[[Difference], None],
+        repair: bool,
+        report: Callable[[Difference], None],
     ) -> None:
         found.compared += 1
         async with self._postgres.connection() as connection:
@@ -133,7 +137,7 @@ class FullSync:
         what = self._difference(entity, stored, document)
         found.pending += what is None
         if what:
-            await self._differs(entity, restaurant, id_, what, stored, found, mend=mend, tell=tell)
+            await self._differs(entity, restaurant, id_, what, stored, found, repair=repair, report=report)
 
     async def _differs(
         self,
@@ -144,20 +148,20 @@ class FullSync:
         stored: StoredState,
         found: Compared,
         *,
-        mend: bool,
-        tell: Callable[[Difference], None],
+        repair: bool,
+        report: Callable[[Difference], None],
     ) -> None:
         found.differences[what] += 1
-        tell(Difference(entity.name, id_, restaurant, what))
-        if not mend:
+        report(Difference(entity.name, id_, restaurant, what))
+        if not repair:
             return
         if what == "differs":
-            # PostgreSQL has this very change: it is not pending, and only what is not pending is taken out.
+            # PostgreSQL has this change, so mark it as synced: `trim` removes only what is not pending.
             await self._mirror.note_sync_states(restaurant, entity.name, [(id_, stored.head)])
             await self._mirror.trim(restaurant, entity.name, {id_: stored.head.change_id})
         state = entity.decode_state(stored.state)
         await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])
-        found.mended += 1
+        found.repaired += 1
 
     async def _unknown(
         self,
@@ -166,23 +170,23 @@ class FullSync:
         known: set[str],
         found: Compared,
         *,
-        mend: bool,
-        tell: Callable[[Difference], None],
+        repair: bool,
+        report: Callable[[Difference], None],
     ) -> None:
-        """What the mirror alone has, and does not call pending: no store knows where it came from."""
+        """Documents that only the mirror has although they are not pending: their origin is unknown."""
         ids = [id_ for id_ in await self._mirror.live_ids(restaurant, entity.name) if id_ not in known]
-        for start in range(0, len(ids), _BLOCK):
-            piece = ids[start : start + _BLOCK]
-            _, documents = await self._mirror.read(restaurant, entity.name, piece)
+        for start in range(0, len(ids), _DOCUMENTS_PER_READ):
+            chunk = ids[start : start + _DOCUMENTS_PER_READ]
+            _, documents = await self._mirror.read(restaurant, entity.name, chunk)
             async with self._postgres.connection() as connection:
-                head = await states.heads(connection, entity, restaurant, piece)
-            for id_, document in zip(piece, documents, strict=True):
+                head = await states.heads(connection, entity, restaurant, chunk)
+            for id_, document in zip(chunk, documents, strict=True):
                 if document is None or id_ in head:
                     continue
                 if document.pending:
                     found.pending += 1
                     continue
                 found.differences["unknown"] += 1
-                tell(Difference(entity.name, id_, restaurant, "unknown"))
-                if mend:
-                    found.mended += await self._mirror.trim(restaurant, entity.name, {id_: document.head.change_id})
+                report(Difference(entity.name, id_, restaurant, "unknown"))
+                if repair:
+                    found.repaired += await self._mirror.trim(restaurant, entity.name, {id_: document.head.change_id})

@@ -1,20 +1,24 @@
-"""The mirror writer: brings every change of the log into the mirror, and decides when a mirror is warm.
+"""The mirror writer: applies every change of the log to the mirror, and decides when the mirror is warm.
 
-Guarantee: changes are applied in the order of the log, each at least once, under the guard. The offset lives in the
-mirror and moves in the same script as the data, so a mirror that was wiped or came back stale rewinds the writer: from
-the offset that it still has, or, without one, the live window from PostgreSQL and then the log since PostgreSQL's last
-heartbeat less ten minutes.
+Guarantee: every change is applied at least once, under the guard. The offset is stored in the mirror and moves in the
+same script as the data. A mirror that was wiped or came back stale therefore rewinds the writer: to the offset that it
+still has, or, without one, to the live window from PostgreSQL and then the log since PostgreSQL's last heartbeat minus
+ten minutes.
 
-A mirror becomes warm (claims are taken on it) when the log has been read to its end, and not before
-`mirror_settle_seconds` have passed since it was found cold: changes that were claimed on the mirror that is lost are
-recorded by then, and have been read. A fresh system, where nothing can be under way, does not wait.
+Order: that of the log.
 
-A warm mirror is asked first which changes it lacks: most were revealed by the request that made them, and what the
-mirror has, at that version or above, is neither read nor sent. The answer holds for that mirror alone: where another
-has come in its place meanwhile, the writer rewinds.
+Warm: a mirror takes claims when the log has been read to its end and `mirror_settle_seconds` have passed since the
+mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A fresh system, where
+nothing can be in flight, does not wait.
 
-What cannot be applied goes to `sync.mirror.dead`, and the writer goes on when that is confirmed. While Redis, RabbitMQ
-or (for a rebuild) PostgreSQL is away it waits with jittered back-off. It may be stopped at any time.
+A warm mirror is asked first which changes it lacks: the requests have revealed most of them, and what the mirror has at
+that version or above is neither decoded nor sent. The answer holds only for that mirror: when another one has taken its
+place, the writer rewinds.
+
+A change that cannot be applied goes to `sync.mirror.dead.v1`; the writer continues after the confirm. While Redis,
+RabbitMQ or (for a rebuild) PostgreSQL is unavailable, it waits with jittered backoff.
+
+Shutdown: at any time.
 """
 
 import asyncio
@@ -67,18 +71,18 @@ _ON_MIRROR = {
     "db.stored_procedure.name": "apply",
     "messaging.destination.name": LOG,
 }
-_NOWHERE = -1
-_PIECE = 250  # changes in one script
-# Requests reveal what they change, so that a warm mirror need not hear of each message at once: a few together cost a
-# fraction of the round trips. Whoever has more than so many waiting does not pause.
-_GATHER = 0.02
-_SMALL = 50
+_NO_OFFSET = -1
+_CHANGES_PER_SCRIPT = 250
+# Requests reveal their changes, so a warm mirror can wait a moment for the log: a few messages together cost a fraction
+# of the round trips. After a larger batch the writer does not pause.
+_GATHER_SECONDS = 0.02
+_SMALL_BATCH_MESSAGES = 50
 _LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
 _EPOCH = "select epoch from log_epochs order by id desc limit 1"
 
 
 class _Rewind(Exception):
-    """The mirror is not the one that we filled, or the log is not the one that we read."""
+    """The mirror is not the one that this writer filled, or the log is not the one that it read."""
 
 
 class _StartPoint(Struct):
@@ -86,11 +90,11 @@ class _StartPoint(Struct):
     start: Start
     warm: bool
     settled_at: float
-    """Monotonic: not warm before this moment."""
+    """On the monotonic clock: the mirror is not warm before this moment."""
 
 
 class _Logged(Struct):
-    """One change of the log, as far as it has been read."""
+    """One change of the log, as far as it is decoded."""
 
     entry: LogEntry
     event: bytes
@@ -143,7 +147,7 @@ class MirrorWriter:
     async def _begin(self) -> _StartPoint:
         found_at = time.monotonic()
         state = await self._mirror.log_state()
-        if state is not None and state.offset != _NOWHERE:
+        if state is not None and state.offset != _NO_OFFSET:
             warm = await self._mirror.is_warm()
             log.info("mirror_resumes", offset=state.offset, warm=warm)
             return _StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
@@ -157,7 +161,7 @@ class MirrorWriter:
             heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
             if epoch is None:
                 raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
-            state = LogState(epoch, _NOWHERE)
+            state = LogState(epoch, _NO_OFFSET)
             await self._mirror.begin_log(state)
             for restaurant in await every_restaurant(connection):
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
@@ -194,25 +198,25 @@ class MirrorWriter:
                     if lane in batch.heartbeats:
                         self._watch.arrived_in_log(lane, batch.heartbeats[lane])
                 if batch.epoch != state.epoch:
-                    await self._mirror.begin_log(LogState(batch.epoch or "", _NOWHERE))
-                    raise _Rewind(f"the log was made anew: epoch {batch.epoch}")
+                    await self._mirror.begin_log(LogState(batch.epoch or "", _NO_OFFSET))
+                    raise _Rewind(f"the log was created again: epoch {batch.epoch}")
                 noted = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
                 found = await self._split(batch)
                 await self._apply(await self._readable(await self._missing(found)), state, noted)
-                self._tell_of([one.outline for one in found if one.outline is not None], began)
+                self._trace([one.outline for one in found if one.outline is not None], began)
                 state = noted
-                await self._tell(batch, state)
+                await self._notify(batch, state)
                 self.loop.turned()
-                if self.warm and len(batch.entries) < _SMALL:
-                    await asyncio.sleep(_GATHER)
+                if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
+                    await asyncio.sleep(_GATHER_SECONDS)
 
-    def _tell_of(self, outlines: list[Outline], began: int) -> None:
+    def _trace(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
         oldest = ended / 1e9 - _OVERLAP.total_seconds()
         for one in outlines:
             accepted = one.time.timestamp()
-            if accepted > oldest:  # what is read back would say nothing
+            if accepted > oldest:  # an old change that is read again says nothing about the lag
                 self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
             if self._tracer.wanted(one.traceparent):
                 self._tracer.add(
@@ -224,8 +228,8 @@ class MirrorWriter:
                     attributes={**_ON_MIRROR, "ticketrail.change_id": one.id},
                 )
 
-    async def _tell(self, batch: LogBatch, state: LogState) -> None:
-        """What a batch that is applied says beside its changes."""
+    async def _notify(self, batch: LogBatch, state: LogState) -> None:
+        """Handles the signals of a batch that is applied: the end of the log, and heartbeats."""
         if batch.caught_up:
             self._watch.note_log_end()
             self._attempt = 0
@@ -239,15 +243,17 @@ class MirrorWriter:
                     self._watch.note_log(lane, batch.heartbeats[lane], now())
 
     async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
-        """In pieces: a script holds up everybody else's for as long as it runs. The offset moves with the last one, and
-        behind the repair of late ones: what stops half-way is done again from the offset before."""
-        pieces = [wanted[start : start + _PIECE] for start in range(0, len(wanted), _PIECE)] or [[]]
+        """Applies in chunks, because a script blocks Redis for all others while it runs. The offset moves with the last
+        chunk, after the repair of late changes: what stops half-way is repeated from the previous offset."""
+        chunks = [
+            wanted[start : start + _CHANGES_PER_SCRIPT] for start in range(0, len(wanted), _CHANGES_PER_SCRIPT)
+        ] or [[]]
         repairs = any(one.how == "late" for one in wanted)
-        for place, piece in enumerate(pieces, start=1):
-            last = place == len(pieces) and not repairs
-            late = self._mine(await self._mirror.apply(piece, at=at, note=note if last else None, only_warm=self.warm))
+        for place, chunk in enumerate(chunks, start=1):
+            last = place == len(chunks) and not repairs
+            late = self._mine(await self._mirror.apply(chunk, at=at, note=note if last else None, only_warm=self.warm))
             if late:
-                await self._mirror.apply(await self._from_postgres([piece[one] for one in late]))
+                await self._mirror.apply(await self._from_postgres([chunk[one] for one in late]))
         if repairs and note is not None:
             self._mine(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
 
@@ -257,8 +263,8 @@ class MirrorWriter:
         return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
-        """An old event for a doc that the mirror lacks must not bring an old state back: PostgreSQL has the present,
-        unless it is behind itself."""
+        """States from PostgreSQL in place of late ones: an old event for a doc that the mirror lacks must not restore
+        an old state. Keeps the event where PostgreSQL is behind it."""
         found = []
         async with self._postgres.connection() as connection:
             for one in late:
@@ -270,19 +276,19 @@ class MirrorWriter:
         return found
 
     async def would_apply(self, event: bytes) -> bool:
-        """False: the mirror has this change, or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
+        """False: the mirror has this change or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
         seen = outline(event)
         return seen is not None and bool(await self._mirror.missing([seen]))
 
-    async def apply_anew(self, event: bytes) -> None:
-        """A change that could not be applied when its turn came. Raises BrokenContract, MirrorUnavailable,
-        MirrorInDoubt, one of AWAY."""
+    async def apply_again(self, event: bytes) -> None:
+        """Applies a change that failed before, for a replay. Raises BrokenContract, MirrorUnavailable, MirrorInDoubt or
+        one of UNAVAILABLE."""
         change = decode_change(event)
         entity, state = registry.read(change)
         one = Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")
         if await self._mirror.apply([one]):
             await self._mirror.apply(await self._from_postgres([one]))
-        # PostgreSQL had it when there was nothing here to settle.
+        # PostgreSQL may have committed it before the mirror had a doc whose sync state could change.
         async with self._postgres.connection() as connection:
             found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
@@ -298,15 +304,15 @@ class MirrorWriter:
         return found
 
     async def _missing(self, found: list[_Logged]) -> list[_Logged]:
-        """Those that the mirror lacks, and those that cannot be read: a warm mirror has most of them from the request
-        that made them, and what it has need not be read nor sent."""
+        """The changes that the mirror lacks, and those that cannot be read. A warm mirror has most of them from the
+        requests that made them."""
         if not self.warm:
             return found
         known = [(place, one.outline) for place, one in enumerate(found) if one.outline is not None]
         has = {place for place, _ in known}
-        for start in range(0, len(known), _PIECE):
-            piece = known[start : start + _PIECE]
-            has -= {piece[one][0] for one in await self._mirror.missing([outline for _, outline in piece])}
+        for start in range(0, len(known), _CHANGES_PER_SCRIPT):
+            chunk = known[start : start + _CHANGES_PER_SCRIPT]
+            has -= {chunk[one][0] for one in await self._mirror.missing([outline for _, outline in chunk])}
         return [one for place, one in enumerate(found) if place not in has]
 
     async def _readable(self, found: list[_Logged]) -> list[Apply]:
@@ -333,8 +339,8 @@ class MirrorWriter:
                 return await self._publisher.publish_to_queue(
                     MIRROR_DEAD, body, headers=headers, timeout=publish_timeout_seconds(len(body))
                 )
-            except (NotSent, InDoubt) as away:
-                log.warning("mirror_dead_letter_waits", error=str(away))
+            except (NotSent, InDoubt) as unavailable:
+                log.warning("mirror_dead_letter_waits", error=str(unavailable))
                 await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)
 
     async def _stamp(self, state: LogState) -> None:

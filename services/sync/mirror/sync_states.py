@@ -1,8 +1,9 @@
-"""What the mirror says of the way of each state to PostgreSQL, kept in step with what PostgreSQL says.
+"""Keeps the sync states in the mirror equal to PostgreSQL.
 
-The worker tells the mirror as it writes (settlement.py), best effort. What the mirror missed then, or lost since, it is
-told here: what is written although it calls it pending, what has failed on its way, and which entities have an open
-conflict. PostgreSQL is the source of all three; nothing is written there.
+The PostgreSQL writer notifies the mirror as it writes (`mirror_notifier`), best effort. This module repairs what the
+mirror missed then or has lost since: states that are committed although the mirror calls them pending, changes that
+have failed, and entities with an open conflict. PostgreSQL is the source of all three; this module writes nothing
+there.
 """
 
 import math
@@ -22,7 +23,7 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_BLOCK = 500
+_STATES_PER_QUERY = 500
 
 
 class SyncStates:
@@ -34,22 +35,24 @@ class SyncStates:
         self._postgres = postgres
         self._mirror = mirror
         self.open_conflicts = math.nan
-        """Entities with one, over all restaurants, as they were counted last; NaN while nobody knows."""
+        """Entities with an open conflict, over all restaurants, at the last count; NaN while the number is unknown."""
 
-    async def settle_pending(self) -> int:
-        """Returns how many states were found in PostgreSQL although the mirror called them pending."""
-        settled = 0
+    async def sync_pending(self) -> int:
+        """Marks states as synced that PostgreSQL has although the mirror calls them pending. Returns how many."""
+        synced = 0
         before = now() - timedelta(seconds=self._settings.pending_check_after_seconds)
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 ids = await self._mirror.pending_ids(restaurant, entity.name)
-                for start in range(0, len(ids), _BLOCK):
-                    settled += await self._settle(restaurant, entity, ids[start : start + _BLOCK], before.timestamp())
-        if settled:
-            log.info("reconciler_settled", states=settled)
-        return settled
+                for start in range(0, len(ids), _STATES_PER_QUERY):
+                    synced += await self._sync(
+                        restaurant, entity, ids[start : start + _STATES_PER_QUERY], before.timestamp()
+                    )
+        if synced:
+            log.info("sync_states_repaired", states=synced)
+        return synced
 
-    async def _settle(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
+    async def _sync(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
         accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
         old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is None or at <= before]
         if not old:
@@ -58,11 +61,11 @@ class SyncStates:
             head = await states.heads(connection, entity, restaurant, old)
         if head:
             await self._mirror.note_sync_states(restaurant, entity.name, list(head.items()))
-        await self._tell_failed(restaurant, entity, old)
+        await self._note_failed(restaurant, entity, old)
         return len(head)
 
-    async def _tell_failed(self, restaurant: str, entity: Entity, ids: list[str]) -> None:
-        """A mirror that was filled anew has forgotten what failed."""
+    async def _note_failed(self, restaurant: str, entity: Entity, ids: list[str]) -> None:
+        """Notes failures again: a mirror that was rebuilt has lost them."""
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         waiting = {
             document.head.change_id: (id_, document.head)
@@ -77,12 +80,12 @@ class SyncStates:
             await self._mirror.note_sync_states(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 
     async def note_conflicts(self) -> None:
-        # In this order: what is closed by the second look was open, or told, before the first.
+        # In this order: a conflict that is closed at the second query was open, or noted, before the first.
         try:
-            told = await self._mirror.conflicts()
-        finally:  # they are counted without the mirror too: when that is lost most of them are made
+            noted = await self._mirror.conflicts()
+        finally:  # count them without the mirror too: most conflicts arise while it is lost
             known = await self._in_conflict()
-        await self._mirror.note_conflicts(sorted(known - told), sorted(told - known))
+        await self._mirror.note_conflicts(sorted(known - noted), sorted(noted - known))
 
     async def _in_conflict(self) -> set[str]:
         self.open_conflicts = math.nan

@@ -1,4 +1,4 @@
-"""How far every entity of a tenant has come on its way to PostgreSQL: pending, synced, failed, conflict."""
+"""The sync status of a tenant: how many of its entities are pending, synced, failed or in conflict."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from shared.settings import Settings
 
 
 class Counts(Struct, frozen=True):
-    """null: the store that knows is away."""
+    """A number is null while the store that knows it is unavailable."""
 
     pending: int | None
     synced: int | None
@@ -24,10 +24,10 @@ class Counts(Struct, frozen=True):
 
 
 class SyncStatus(Struct, frozen=True):
-    """As `sync_status` tells it; `unknown`: the stores that are away."""
+    """The reply of `sync_status`. `unknown`: the stores that are unavailable."""
 
     summary: str
-    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    """The first that applies of unknown, conflict, failed, pending, synced."""
     above_threshold: bool
     warnings: list[Above]
     totals: Counts
@@ -50,8 +50,8 @@ async def _stored(connection: Connection, entity: Entity, restaurant: str) -> in
 
 
 async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
-    """Counts per entity; null where the store that knows is away, which is then named in `unknown`. What has failed is
-    pending too. `warnings`: what is above its threshold."""
+    """Counts per entity; null while the store that knows them is unavailable, which `unknown` names. A failed change is
+    pending too. `warnings`: the numbers above their threshold."""
     tables: dict[str, dict[str, int | None]] = {}
     unknown = []
     try:
@@ -93,7 +93,7 @@ def _total(counts: Iterable[int | None]) -> int | None:
 
 
 def _summary(totals: dict[str, int | None], unknown: list[str]) -> str:
-    """One word: unknown, conflict, failed, pending or synced, the first that fits."""
+    """The first that applies of unknown, conflict, failed, pending, synced."""
     if unknown:
         return "unknown"
     return next((state for state in ("conflict", "failed", "pending") if totals[state]), "synced")

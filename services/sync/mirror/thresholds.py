@@ -1,8 +1,8 @@
-"""Watching how much is on its way to PostgreSQL, restaurant by restaurant: a warning in the log and a metric when more
-is pending, or has failed, than the settings allow, and a line when it is over.
+"""Watches how much is pending or failed in each restaurant. Logs a warning and sets a metric when a number exceeds its
+setting, and logs when it is below again.
 
-Only looks, at the mirror alone, every few seconds. While the mirror is away it knows nothing and says so in its metric
-(NaN). It may be stopped at any time.
+It only reads the mirror, every few seconds. While the mirror is unavailable, its metrics are NaN. It may be stopped at
+any time.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Above(Struct, frozen=True):
 
 
 def warnings(settings: Settings, pending: int, failed: int) -> list[Above]:
-    """What is above its threshold."""
+    """The numbers that are above their threshold."""
     seen = (("pending", pending, settings.pending_warning_changes), ("failed", failed, settings.failed_warning_changes))
     return [Above(state, count, threshold) for state, count, threshold in seen if count > threshold]
 
@@ -37,11 +37,11 @@ class Thresholds:
         self._settings = settings
         self._mirror = mirror
         self.loop = BackgroundLoop("thresholds", self._run)
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self.pending = self.failed = math.nan
-        """Over all restaurants."""
+        """Numbers over all restaurants; NaN while unknown."""
         self.over: dict[str, float] = {"pending": math.nan, "failed": math.nan}
-        """How many restaurants are above each threshold."""
+        """The number of restaurants above each threshold; NaN while unknown."""
 
     def start(self) -> None:
         self.loop.start()
@@ -61,7 +61,7 @@ class Thresholds:
             await asyncio.sleep(self._settings.threshold_interval_seconds)
 
     async def look(self) -> None:
-        """Raises MirrorUnavailable, MirrorInDoubt."""
+        """Counts once. Raises MirrorUnavailable, MirrorInDoubt."""
         pending = failed = 0
         above: dict[tuple[str, str], Above] = {}
         for restaurant in await self._mirror.restaurant_ids():
@@ -69,7 +69,7 @@ class Thresholds:
             waits, broken = sum(one for one, _ in counts), sum(one for _, one in counts)
             pending, failed = pending + waits, failed + broken
             above |= {(restaurant, one.state): one for one in warnings(self._settings, waits, broken)}
-        for restaurant, state in sorted(set(above) - self._told):
+        for restaurant, state in sorted(set(above) - self._reported):
             found = above[restaurant, state]
             log.warning(
                 "sync_above_threshold",
@@ -78,8 +78,8 @@ class Thresholds:
                 count=found.count,
                 threshold=found.threshold,
             )
-        for restaurant, state in sorted(self._told - set(above)):
+        for restaurant, state in sorted(self._reported - set(above)):
             log.info("sync_below_threshold", restaurant_id=restaurant, state=state)
-        self._told = set(above)
+        self._reported = set(above)
         self.pending, self.failed = pending, failed
         self.over = {name: float(sum(state == name for _, state in above)) for name in ("pending", "failed")}
