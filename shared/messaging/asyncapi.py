@@ -1,7 +1,7 @@
-"""The AsyncAPI 3.0 document of all events and queues, out of the topology and the registry of entities.
+"""The AsyncAPI 3.0 document of all events and queues, made from the topology and the registry of entities.
 
-One message of the broker is an array: changes of a lane that wait at the same moment travel together. The document has
-a message for each type of event, whose payload is such an array; an array may mix the types of its channel.
+A message of the broker is an array: changes of one lane that wait at the same moment travel together. The document has
+a message for each event type, whose payload is such an array. An array may mix the types of its channel.
 """
 
 from typing import Any
@@ -17,18 +17,18 @@ from shared.settings import Settings
 from shared.version import VERSION
 
 _REF = "#/components/schemas/{name}"
-# Orders of other systems that nobody waits for, and imports: in the background whatever their own lane is.
+# Imported orders, and those of other systems that no client waits for, use the background lane.
 _HISTORY = order.ENTITY
 FAILURE_HEADERS = {
-    "ticketrail-reason": "why: stable, dead letters are grouped by it",
-    "ticketrail-error": "the same for people",
+    "ticketrail-reason": "stable name of the cause; dead letters are grouped by it",
+    "ticketrail-error": "error type and message, for people",
     "ticketrail-lane": "the lane that it came through",
     "ticketrail-failed-at": "when it failed last",
     "ticketrail-first-failed-at": "when it failed first",
-    "ticketrail-change-id": "of the change, where it can be read",
-    "ticketrail-restaurant": "the same of its restaurant",
-    "ticketrail-subject": "the same of its entity: <entity>/<id>",
-    "ticketrail-log-offset": "where it stands in the log; of dead letters of the mirror alone",
+    "ticketrail-change-id": "id of the change, if it can be read",
+    "ticketrail-restaurant": "id of its restaurant, if it can be read",
+    "ticketrail-subject": "its entity as <entity>/<id>, if it can be read",
+    "ticketrail-log-offset": "its offset in the change log; only for dead letters of the mirror writer",
 }
 RETRIED = "retried"
 DEAD = "dead"
@@ -45,7 +45,8 @@ def document(settings: Settings) -> dict[str, Any]:
             "title": "Ticketrail",
             "version": VERSION,
             "description": "Every change of every entity, as CloudEvents 1.0 in JSON batches. A change carries the"
-            " whole state after it: applied in any order, any number of times, every reader ends in the same state.",
+            " whole state after it: readers that apply the changes in any order and any number of times end in the same"
+            " state.",
             "license": {"name": "MIT", "url": "https://opensource.org/license/mit"},
         },
         "defaultContentType": CONTENT_TYPE,
@@ -55,9 +56,11 @@ def document(settings: Settings) -> dict[str, Any]:
             "messages": {
                 **{type_: _message(type_, f"Of {name}; lane {_lane(name)}") for type_, name in events.items()},
                 HEARTBEAT: _message(
-                    HEARTBEAT, "Proves the way through a lane, or into a log, every few seconds", most=1
+                    HEARTBEAT, "Proves the path through a lane or into a log, every few seconds", most=1
                 ),
-                MARK: _message(MARK, "Put into a log by one who reads it, to know when it has read to the end", most=1),
+                MARK: _message(
+                    MARK, "Published to a log by a reader, which then knows when it has read to the end", most=1
+                ),
                 **_failed(),
             },
             "schemas": _schemas(events),
@@ -75,7 +78,7 @@ def _lane(entity: str) -> str:
 
 
 def _held_by(queue: QueueSpec, events: dict[str, str]) -> list[str]:
-    """The messages that may lie in it."""
+    """The messages that the queue may hold."""
     if not queue.bound_to:
         return [DEAD if queue.name.endswith(".dead.v1") else RETRIED]
     lanes = set(queue.bound_to)
@@ -147,10 +150,10 @@ def _event(type_: str, entity: str) -> dict[str, Any]:
 
 def _failed() -> dict[str, Any]:
     texts = {name: {"type": "string", "description": text} for name, text in FAILURE_HEADERS.items()}
-    attempt = {"type": "integer", "minimum": 1, "description": "how many attempts there were"}
+    attempt = {"type": "integer", "minimum": 1, "description": "number of attempts so far"}
     headers = {"type": "object", "properties": {topology.ATTEMPT: attempt, **texts}}
     one = {"type": "array", "items": {"$ref": "#/components/schemas/Change"}, "minItems": 1, "maxItems": 1}
-    alone = "What could not be written travels alone, to the letter as it came; the headers say why"
+    alone = "One change that could not be written, bytes unchanged; the headers say why"
     return {
         RETRIED: {"name": RETRIED, "summary": alone, "contentType": CONTENT_TYPE, "headers": headers, "payload": one},
         DEAD: {
@@ -158,7 +161,7 @@ def _failed() -> dict[str, Any]:
             "summary": alone,
             "contentType": CONTENT_TYPE,
             "headers": headers,
-            "payload": {"description": "Whatever it was that came: perhaps it cannot be read"},
+            "payload": {"description": "Any bytes; they may be unreadable"},
         },
     }
 
@@ -198,30 +201,30 @@ def _queue(queue: QueueSpec, held: list[str], settings: Settings) -> dict[str, A
 
 def _purpose(queue: QueueSpec, settings: Settings) -> str:
     if queue.name == topology.LOG:
-        return "Stream: everything, in the order in which the broker took it."
+        return "Stream: every change, in the order in which the broker received it."
     if queue.name == topology.REFERENCE_LOG:
-        return "Stream: the log without orders and payments."
+        return "Stream: the change log without orders and payments."
     if queue.name == topology.MIRROR_DEAD:
-        return "What the mirror writer could not read."
+        return "Changes that the mirror writer could not read."
     lane = next(lane for lane in Lane if queue.name.startswith(f"sync.postgres.{lane}."))
     if queue.name == topology.dead_queue(lane):
-        return f"What no retry can mend, and what came to the end of the ladder, of the lane {lane}."
+        return f"Changes of lane {lane} that no retry can write, or whose retries are used up."
     for step in settings.retry_steps_ms:
         if queue.name == topology.retry_queue(lane, step):
-            return f"Rung of the retry ladder: after {step} ms back to {topology.lane_queue(lane)}."
-    return f"Lane {lane}: what is on its way to PostgreSQL."
+            return f"Retry queue: after {step} ms back to {topology.lane_queue(lane)}."
+    return f"Lane {lane}: changes on their way to PostgreSQL."
 
 
 def _operations(settings: Settings) -> dict[str, Any]:
     found = {
         "record": _operation("send", "changes", "Orders, sync: mandatory, persistent, confirmed"),
         "follow": _operation(
-            "receive", topology.LOG, "The sync worker brings them to the mirror, the notifier pushes them"
+            "receive", topology.LOG, "The sync worker applies them to the mirror, the notifier pushes them"
         ),
         "follow_reference": _operation(
             "receive", topology.REFERENCE_LOG, "The orders service keeps its menus up to date"
         ),
-        "bury_mirror": _operation("send", topology.MIRROR_DEAD, "The sync worker gives up: not readable"),
+        "dead_letter_mirror": _operation("send", topology.MIRROR_DEAD, "The sync worker cannot read a change"),
     }
     for lane in Lane:
         found[f"write_{lane}"] = _operation(
@@ -231,7 +234,9 @@ def _operations(settings: Settings) -> dict[str, Any]:
             found[f"retry_{lane}_{step}ms"] = _operation(
                 "send", topology.retry_queue(lane, step), f"The sync worker tries again after {step} ms"
             )
-        found[f"bury_{lane}"] = _operation("send", topology.dead_queue(lane), "The sync worker gives up")
+        found[f"dead_letter_{lane}"] = _operation(
+            "send", topology.dead_queue(lane), "The sync worker cannot write a change"
+        )
     return found
 
 

@@ -1,9 +1,10 @@
-"""The way in which everything here connects to RabbitMQ: one broker, or several nodes of one cluster.
+"""How every module connects to RabbitMQ: to one broker, or to one of several nodes of a cluster.
 
-A connection is made to the first node that answers, beginning with the one that answered last. Whoever loses one says
-`turn`, so that the next attempt begins elsewhere: a node that is frozen takes connections and never speaks.
+A connection goes to the first node that answers, starting with the one that answered last. A caller that loses its
+connection calls `turn`, so that the next attempt starts with another node: a frozen node accepts connections and never
+answers.
 
-Heartbeats are frequent: a link that died without a word, which only waits, is noticed by nothing else.
+AMQP heartbeats are frequent, because nothing else notices a dead connection on which a client only waits.
 """
 
 import asyncio
@@ -17,33 +18,37 @@ from shared.host_urls import host_urls
 
 log = structlog.get_logger(__name__)
 
-_HEARTBEAT = 10  # seconds; three are missed before a link is given up
+_HEARTBEAT_SECONDS = 10
+"""A connection is dropped after three missed heartbeats."""
 
 
 class Hosts:
     def __init__(self, setting: str) -> None:
-        """`setting`: a URL, or several with commas between; `heartbeat` in its query overrides ours."""
+        """`setting`: one URL or several, separated by commas. `heartbeat` in the query of a URL overrides ours."""
         urls = [URL(url) for url in host_urls(setting)]
-        self._urls = [url if "heartbeat" in url.query else url.update_query(heartbeat=_HEARTBEAT) for url in urls]
+        self._urls = [
+            url if "heartbeat" in url.query else url.update_query(heartbeat=_HEARTBEAT_SECONDS) for url in urls
+        ]
         self._present = 0
 
     @property
     def url(self) -> str:
-        """Of the node whose turn it is."""
+        """The URL of the node to try next."""
         return str(self._urls[self._present])
 
     def turn(self) -> None:
+        """Starts with the next node from now on."""
         self._present = (self._present + 1) % len(self._urls)
 
     async def connect(self, *, timeout: float = 5.0) -> AbstractConnection:
-        """A plain connection: robust ones hide losses that our loops must see. `timeout`: of all nodes together, when
-        only one of them can be slow. Raises what the last of them raised."""
+        """A plain connection: robust ones hide losses that our loops must see. `timeout`: seconds for all nodes
+        together, if at most one of them is slow. Raises what the last node raised."""
         one = timeout if len(self._urls) == 1 else timeout / 2
         for left in reversed(range(len(self._urls))):
             url = self._urls[self._present]
             try:
-                return await _whole(asyncio.create_task(aio_pika.connect(url, timeout=one), name="connect"))
-            except Exception as error:  # whatever a broken node makes of the client: the next may answer
+                return await _uncancelled(asyncio.create_task(aio_pika.connect(url, timeout=one), name="connect"))
+            except Exception as error:  # a broken node may cause any error; the next one may answer
                 self.turn()
                 if not left:
                     raise
@@ -53,9 +58,10 @@ class Hosts:
         raise AssertionError("there is at least one node")
 
 
-async def _whole(connecting: "asyncio.Task[AbstractConnection]") -> AbstractConnection:
-    """A handshake that is cancelled half-way waits for its peer, and then raises something else: whoever stops a loop
-    that connects would wait for ever. So it is left to end by itself, and closed if it comes to stand."""
+async def _uncancelled(connecting: "asyncio.Task[AbstractConnection]") -> AbstractConnection:
+    """Shields the handshake from cancellation: one that is cancelled half-way waits for its peer and then raises
+    another error, so that stopping a loop would take for ever. The handshake ends by itself, and its connection is
+    closed."""
     try:
         return await asyncio.shield(connecting)
     except asyncio.CancelledError:
@@ -69,5 +75,5 @@ _closing: set[asyncio.Task[None]] = set()
 def _close(connecting: "asyncio.Task[AbstractConnection]") -> None:
     if not connecting.cancelled() and connecting.exception() is None:
         task = asyncio.ensure_future(connecting.result().close())
-        _closing.add(task)  # or it may be collected before it has run
+        _closing.add(task)  # or the task may be garbage-collected before it runs
         task.add_done_callback(_closing.discard)

@@ -1,21 +1,23 @@
-"""Reading a log (the stream `changes.log.v1`, or the one without orders) in order, for as long as the caller wants.
+"""Reads a log (the stream `changes.log.v1`, or the reference log) in order, as long as the caller wants.
 
-Guarantee: entries come in order of their offset, each once within a process, through any number of lost connections; a
-reader that starts from a remembered offset gets the entry of that offset once more. When the stream was deleted and
-made again (its first heartbeat carries another epoch), or lost its end (the remembered offset does not exist), the
-reader begins at its first entry and says so once, by `Batch.restarted`: what the caller built from the old log is void.
+Guarantee: entries come in the order of their offsets, each once within a process, through any number of lost
+connections. A reader that starts from a remembered offset receives the entry at that offset once more. When the stream
+was deleted and created again (its first heartbeat carries another epoch), or lost its end (the remembered offset does
+not exist), the reader starts at the first entry and sets `LogBatch.restarted` once: what the caller built from the old
+log is void.
 
-At every attach the reader puts a mark of its own into the log; the batch with that mark is `caught_up`: everything that
-stood in the log at the attach has been handed out. After a silence it puts in another: one that does not come back
-means that the link is dead, and it attaches anew.
+Caught up: at every attach the reader publishes a mark of its own to the log. The batch with that mark is `caught_up`:
+everything that was in the log at the attach has been handed out. After a silence it publishes another mark; when that
+does not return, the connection is dead, and the reader attaches again.
 
-While the broker or the stream is away the reader waits and tries again, with jittered back-off. At shutdown leave the
-loop; with `contextlib.aclosing` the connection is closed at once.
+Other side unavailable: it waits and tries again, with jittered backoff.
 
-Traps that shaped it: one task per delivery loses the order, so the callback only enqueues; a queue iterator nacks when
-it is left, which a stream answers by closing the connection; offsets have holes, so `+1` is no check for a gap; a
-stream that is deleted ends its consumers without closing their channel; a consumer may ask for an offset that does not
-exist and gets no error.
+Shutdown: leave the loop. With `contextlib.aclosing` the connection is closed at once.
+
+Traps that shaped it: a task per delivery loses the order, so the callback only enqueues. A queue iterator nacks when it
+is left, and a stream answers that by closing the connection. Offsets have holes, so `+1` does not detect a gap. A
+deleted stream ends its consumers without closing their channel. RabbitMQ accepts an offset that does not exist, without
+an error.
 """
 
 import asyncio
@@ -42,12 +44,12 @@ log = structlog.get_logger(__name__)
 Start = int | datetime | str
 """An offset, a time, "first" or "next"."""
 
-# Seconds until a mark, which the broker has confirmed, must have come back; generous to a cold disk.
-_MARK_RETURNS = 5.0
-# A deleted stream ends its consumer without a word: looked at this often, in seconds.
-_LOOK = 0.5
-# Signals are small: longer bodies are not searched for one.
-_LONGEST_SIGNAL = 1_000
+_MARK_TIMEOUT_SECONDS = 5.0
+"""Until a confirmed mark must have returned; long enough for a cold disk."""
+_CHECK_CONSUMER_INTERVAL_SECONDS = 0.5
+"""A deleted stream ends its consumer silently, so the reader checks that its consumer exists."""
+_MAX_SIGNAL_BYTES = 1_000
+"""Signals are small: longer bodies are not parsed for one."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,20 @@ class LogEntry:
 
 @dataclass(frozen=True)
 class LogBatch:
-    """Signals are taken out; what they said is in `epoch`, `heartbeats` and `caught_up`."""
+    """Entries without signals; `epoch`, `heartbeats` and `caught_up` hold what the signals said."""
 
     entries: list[LogEntry]
     epoch: str | None
-    """None only when no heartbeat has ever been in this log."""
+    """None only when this log never had a heartbeat."""
     heartbeats: dict[str, datetime]
-    """Lane -> when the heartbeat was sent, of those in this batch."""
+    """Lane -> when its heartbeat in this batch was sent."""
     caught_up: bool
     last_offset: int
     first_offset: int = 0
     restarted: bool = False
-    """The first batch of a log that is not the one we read before: it begins at its first entry."""
+    """True for the first batch of another log than before, which starts at its first entry."""
     heartbeat_offsets: dict[str, int] = field(default_factory=dict)
-    """Where those heartbeats stand."""
+    """Lane -> the offset of its heartbeat in this batch."""
 
 
 class _ForeignHeartbeat(Exception):
@@ -81,30 +83,31 @@ class _ForeignHeartbeat(Exception):
 
 
 class _NoSuchOffset(Exception):
-    """What we resume from is not there, or the broker is very slow."""
+    """The offset to resume from does not exist, or the broker is very slow."""
 
 
 class LogReader:
     def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
-        """`idle_seconds`: without any entry for so long (heartbeats come every few seconds) it asks if the link
-        lives."""
+        """`idle_seconds`: after so long without an entry (heartbeats come every few seconds) the reader checks its
+        connection with a mark. `prefetch`: unacknowledged messages."""
         self._hosts = Hosts(url)
         self._name = name
         self._stream = stream
         self._idle = idle_seconds
         self._prefetch = prefetch
         self._last: int | None = None
-        self._strays: set[str] = set()
+        self._other_epochs: set[str] = set()
         self._restarted = False
         self.epoch: str | None = None
         self.heartbeat_at: datetime | None = None
         self.connected = False
         self.caught_up = False
-        """The caller has taken everything that stood in the log when this connection was made."""
+        """The caller has received everything that was in the log when this connection was made."""
 
     async def read(self, start: Start, *, epoch: str | None = None) -> AsyncGenerator[LogBatch, None]:
-        """Batches from `start` on, without end. `epoch`: of the log that `start` belongs to, when it is an offset."""
-        self._last, self.epoch, self._restarted, self._strays = None, epoch, False, set()
+        """Yields batches from `start` on, without end. `epoch`: that of the log in which an offset `start` was
+        given."""
+        self._last, self.epoch, self._restarted, self._other_epochs = None, epoch, False, set()
         attempt = 0
         missing = False
         while True:
@@ -117,7 +120,7 @@ class LogReader:
                         start = batch.last_offset
                         self.caught_up = self.caught_up or batch.caught_up
             except _ForeignHeartbeat as heartbeat:
-                self._strays.add(heartbeat.epoch)
+                self._other_epochs.add(heartbeat.epoch)
             except _NoSuchOffset:
                 missing = True
             except BROKEN_LINK as error:
@@ -130,62 +133,63 @@ class LogReader:
             finally:
                 self.connected = self.caught_up = False
 
-    # -- is it the log that we know? -----------------------------------------------------------------------------
+    # -- whether this is the known log---------------------------------------------------------------------------
 
     async def _verify(self, start: Start, *, missing: bool) -> Start:
-        """Before every attach, because offsets of one log mean nothing in another: where to begin. The first heartbeat
-        decides; a late one of an old epoch, from a worker that has not noticed yet, proves nothing."""
+        """Where to start, checked before every attach because offsets of one log mean nothing in another. The first
+        heartbeat decides. A late heartbeat of an old epoch, from a worker that does not know the new one, does not."""
         found = await self.first_epoch()
         known, self.epoch = self.epoch, found or self.epoch
         other = found is not None and known is not None and found != known
         if not other and not (missing and isinstance(start, int) and await self._end() <= start):
             return start
         if known is not None:
-            self._strays.add(known)
-        self._strays.discard(self.epoch or "")
+            self._other_epochs.add(known)
+        self._other_epochs.discard(self.epoch or "")
         self._last, self._restarted = None, True
         log.warning("log_restarted", reader=self._name, epoch=self.epoch, known=known, start=str(start))
         return "first"
 
     async def first_epoch(self) -> str | None:
-        """`migrate` puts a heartbeat at the very beginning; retention may have cut it off, the next is a little
-        further."""
-        async with self._attach("first") as link:
+        """The epoch of the first heartbeat; None when there is none. `migrate` publishes one as the first entry. After
+        retention has removed that, the next one follows within seconds of messages."""
+        async with self._attach("first") as connection:
             while True:
-                for message in await link.next(_MARK_RETURNS):
+                for message in await connection.next(_MARK_TIMEOUT_SECONDS):
                     signal = _signal(message.body)
                     if signal is not None and signal.type == HEARTBEAT and signal.epoch:
                         return signal.epoch
-                    if signal is not None and signal.id == link.mark:
+                    if signal is not None and signal.id == connection.mark:
                         return None
                 await message.ack(multiple=True)
 
     async def _end(self) -> int:
-        async with self._attach("next") as link:
-            return _offset((await link.next(_MARK_RETURNS))[0])
+        async with self._attach("next") as connection:
+            return _offset((await connection.next(_MARK_TIMEOUT_SECONDS))[0])
 
     # -- one connection ------------------------------------------------------------------------------------------
 
     async def _attached(self, start: Start) -> AsyncGenerator[LogBatch, None]:
-        async with self._attach(start) as link:
+        async with self._attach(start) as connection:
             self.connected = True
             try:
-                messages = await link.next(_MARK_RETURNS)
+                messages = await connection.next(_MARK_TIMEOUT_SECONDS)
             except TimeoutError as error:
                 raise _NoSuchOffset from error
             if isinstance(start, int) and _offset(messages[0]) < start:
                 raise _NoSuchOffset
             while True:
-                yield self._sort_out(messages, link.mark)
-                # Not before the caller has taken them: a failing ack would lose the batch. It only moves the credit.
+                yield self._batch(messages, connection.mark)
+                # After the caller has taken them: a failing acknowledgement would lose the batch. It only moves the
+                # credit.
                 await messages[-1].ack(multiple=True)
                 try:
-                    messages = await link.next(self._idle)
+                    messages = await connection.next(self._idle)
                 except TimeoutError:
-                    await link.put_mark()
-                    messages = await link.next(_MARK_RETURNS)
+                    await connection.publish_mark()
+                    messages = await connection.next(_MARK_TIMEOUT_SECONDS)
 
-    def _sort_out(self, messages: list[AbstractIncomingMessage], mark: str) -> LogBatch:
+    def _batch(self, messages: list[AbstractIncomingMessage], mark: str) -> LogBatch:
         entries: list[LogEntry] = []
         heartbeats: dict[str, datetime] = {}
         places: dict[str, int] = {}
@@ -201,13 +205,13 @@ class LogReader:
                 heartbeats[signal.lane], places[signal.lane] = signal.time, _offset(message)
             else:
                 caught_up = caught_up or signal.id == mark
-        # Only now: an exception above means that none of these was handed out, and all are read again.
+        # Last: after an exception above, none of these was handed out, and all are read again.
         self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
         restarted, self._restarted = self._restarted, False
         return LogBatch(entries, self.epoch, heartbeats, caught_up, self._last, _offset(messages[0]), restarted, places)
 
     def _note(self, heartbeat: Signal) -> None:
-        if heartbeat.epoch != self.epoch and heartbeat.epoch not in self._strays:
+        if heartbeat.epoch != self.epoch and heartbeat.epoch not in self._other_epochs:
             if self.epoch is not None:
                 raise _ForeignHeartbeat(heartbeat.epoch)
             self.epoch = heartbeat.epoch
@@ -219,10 +223,10 @@ class LogReader:
         connection = await self._hosts.connect()
         try:
             with closed_under_us():
-                link = _LogConnection(connection, self._stream, self._name, self._prefetch)
+                log_connection = _LogConnection(connection, self._stream, self._name, self._prefetch)
                 async with asyncio.timeout(10.0):
-                    await link.open(start)
-                yield link
+                    await log_connection.open(start)
+                yield log_connection
         finally:
             try:
                 with closed_under_us():
@@ -233,7 +237,7 @@ class LogReader:
 
 
 class _LogConnection:
-    """One consumer on a connection of its own, and the way to put a mark."""
+    """One consumer on a connection of its own, and a channel for marks."""
 
     def __init__(self, connection: AbstractConnection, stream: str, name: str, prefetch: int) -> None:
         self._connection = connection
@@ -243,7 +247,7 @@ class _LogConnection:
         self._arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
         self._marks: AbstractChannel
         self.mark = ""
-        """The id of the first mark: what was before it stood in the log at the attach."""
+        """The id of the first mark: entries before it were in the log at the attach."""
 
     async def open(self, start: Start) -> None:
         channel = await self._connection.channel()
@@ -259,45 +263,45 @@ class _LogConnection:
         underlay = await channel.get_underlay_channel()
         assert isinstance(underlay, Channel)
         self._consumers = underlay.consumers
-        # On a channel of its own: a returned mark must not take the consumer down.
+        # On a channel of its own: a returned mark must not close the consumer.
         self._marks = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-        self.mark = await self.put_mark()
+        self.mark = await self.publish_mark()
 
-    async def put_mark(self) -> str:
+    async def publish_mark(self) -> str:
         mark = Signal(id=str(uuid4()), type=MARK, time=now(), source=self._name)
         message = aio_pika.Message(encode_signal(mark), message_id=mark.id, delivery_mode=2)
-        await self._marks.default_exchange.publish(message, self._stream, mandatory=True, timeout=_MARK_RETURNS)
+        await self._marks.default_exchange.publish(message, self._stream, mandatory=True, timeout=_MARK_TIMEOUT_SECONDS)
         return mark.id
 
-    async def next(self, patience: float) -> list[AbstractIncomingMessage]:
-        """At least one message, and whatever else is there already, up to half the credit, so that the other half is
-        under way meanwhile. TimeoutError after `patience` seconds of silence, ConnectionError when it is over."""
-        first = await self._first(patience)
+    async def next(self, timeout_seconds: float) -> list[AbstractIncomingMessage]:
+        """At least one message and what else has arrived, up to half of the prefetch, so that the broker can send the
+        other half meanwhile. Raises TimeoutError after a silence, ConnectionError when the connection is lost."""
+        first = await self._first(timeout_seconds)
         messages: list[AbstractIncomingMessage] = []
         while first is not None:
             messages.append(first)
             if self._arrived.empty() or len(messages) * 2 >= self._prefetch:
                 return messages
             first = self._arrived.get_nowait()
-        self._arrived.put_nowait(None)  # the loss is told with the next call
+        self._arrived.put_nowait(None)  # the next call raises
         if messages:
             return messages
         raise ConnectionError("the broker closed the channel")
 
-    async def _first(self, patience: float) -> AbstractIncomingMessage | None:
+    async def _first(self, timeout_seconds: float) -> AbstractIncomingMessage | None:
         if not self._arrived.empty():
             return self._arrived.get_nowait()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
+        deadline = loop.time() + timeout_seconds
         while True:
             left = deadline - loop.time()
             try:
-                async with asyncio.timeout(min(_LOOK, left)):
+                async with asyncio.timeout(min(_CHECK_CONSUMER_INTERVAL_SECONDS, left)):
                     return await self._arrived.get()
             except TimeoutError:
                 if self._tag not in self._consumers:
                     raise ConnectionError("the stream was deleted") from None
-                if left <= _LOOK:
+                if left <= _CHECK_CONSUMER_INTERVAL_SECONDS:
                     raise
 
 
@@ -308,8 +312,8 @@ def _offset(message: AbstractIncomingMessage) -> int:
 
 
 def _signal(body: bytes) -> Signal | None:
-    """The signal in a message, if it is one: signals travel alone."""
-    if len(body) > _LONGEST_SIGNAL:
+    """The signal in a message; None when it has none. A signal is always the only event of its message."""
+    if len(body) > _MAX_SIGNAL_BYTES:
         return None
     try:
         return signal_in(body[1:-1])

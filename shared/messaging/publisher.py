@@ -1,18 +1,21 @@
-"""One bounded, confirmed publish after the other, over a connection that is renewed in the background.
+"""Publishes one message at a time, each with a bounded wait for the publisher confirm, over a connection that is
+renewed in the background.
 
-`publish` returns when the broker has confirmed: quorum queues have flushed it to a majority. It raises
+Guarantee: `publish` returns when the broker has confirmed; quorum queues have flushed the message to a majority by
+then. It raises
 
     NotSent   nothing left this process: there is no connection
-    InDoubt   bytes were sent, and a nack, a return, a timeout or a lost channel followed: the message may be there
+    InDoubt   bytes were sent, and then a nack, a return, a timeout or a lost channel followed: the message may be there
 
-After an InDoubt the connection is given up and a new one is made, with jittered back-off: a frozen broker costs one
-timeout, not one for every message, because until the next connection stands everything else is NotSent at once.
+After an InDoubt the connection is dropped and a new one is made, with jittered backoff. A frozen broker costs one
+timeout, not one per message: until the next connection is ready, every publish raises NotSent at once.
 
-It connects only to a broker that has every queue which its messages go to. One that has just started has its exchanges
-and its quorum queues seconds before its streams, routes to those alone, and confirms: what it takes then is in no log.
+It counts as connected only when the broker has every queue that its messages go to. A broker that has just started has
+its exchanges and quorum queues seconds before its streams. It routes to the queues that exist and confirms: what it
+takes then is in no log.
 
-After a nack the link stays, and its channel is renewed, every two seconds at most: a channel that was opened while a
-stream had no leader nacks for ever, long after the stream has one.
+After a nack the connection stays and its channel is renewed, at most every two seconds: a channel that was opened while
+a stream had no leader nacks for ever, long after the stream has one.
 """
 
 import asyncio
@@ -33,15 +36,15 @@ from shared.messaging.hosts import Hosts
 
 log = structlog.get_logger(__name__)
 
-# What connecting, publishing and closing raise when the broker is away or the link breaks.
-# StopAsyncIteration: a peer that accepts and hangs up without a word, such as a proxy before a broker that starts.
+# What connecting, publishing and closing raise when the broker is unavailable or the connection breaks.
+# StopAsyncIteration: the peer accepts and closes at once, such as a proxy in front of a broker that starts.
 BROKEN_LINK = (OSError, TimeoutError, EOFError, AMQPError, AMQPException, RuntimeError, StopAsyncIteration)
 
 
 @contextlib.contextmanager
 def closed_under_us() -> Iterator[None]:
-    """Around what uses a channel: aiormq gives a bare Exception to those whose channel is closed while they wait.
-    It becomes a ConnectionError, one of BROKEN_LINK."""
+    """Wrap uses of a channel in it. aiormq raises a bare Exception in a call whose channel is closed meanwhile; this
+    turns it into a ConnectionError, which is one of BROKEN_LINK."""
     try:
         yield
     except Exception as error:
@@ -50,20 +53,20 @@ def closed_under_us() -> Iterator[None]:
         raise ConnectionError("the channel was closed") from error
 
 
-_RENEW_EVERY = 2.0  # seconds
+_RENEW_INTERVAL_SECONDS = 2.0
 
 
 class NotSent(Exception):
-    """There is no connection; nothing was sent."""
+    """Nothing was sent: there is no connection."""
 
 
 class InDoubt(Exception):
-    """Sent, and not confirmed: perhaps it is there."""
+    """Sent and not confirmed: the broker may have the message."""
 
 
 class Publisher:
     def __init__(self, url: str, exchange: str, *, queues: Sequence[str], timeout: float) -> None:
-        """`queues`: what is bound to the exchange."""
+        """`queues`: all queues that are bound to the exchange. `timeout`: seconds to wait for a confirm."""
         self._hosts = Hosts(url)
         self._exchange_name = exchange
         self._queues = queues
@@ -82,10 +85,10 @@ class Publisher:
         return self._exchange is not None
 
     async def start(self, *, wait: float = 0.0) -> None:
-        """Begins to connect; waits up to `wait` seconds for the first connection and returns either way."""
+        """Starts to connect, and waits up to `wait` seconds for the first connection. Returns in both cases."""
         self.loop.start()
         if wait:
-            with contextlib.suppress(TimeoutError):  # the caller goes on without: the journal is for that
+            with contextlib.suppress(TimeoutError):  # the caller goes on: the journal takes its changes
                 await asyncio.wait_for(self._connected.wait(), wait)
 
     async def stop(self) -> None:
@@ -96,13 +99,14 @@ class Publisher:
         await self._connected.wait()
 
     async def publish(self, routing_key: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
-        """To the exchange; persistent, mandatory, confirmed within the timeout."""
+        """Publishes to the exchange: persistent, mandatory and confirmed. Raises NotSent, InDoubt."""
         await self._publish(self._exchange, routing_key, body, headers)
 
     async def publish_to_queue(
         self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None, timeout: float | None = None
     ) -> None:
-        """To one queue alone, through the default exchange. `timeout`: of this one, which may be large."""
+        """Publishes to one queue, through the default exchange. `timeout`: seconds, for a large message. Raises
+        NotSent, InDoubt."""
         await self._publish(self._default, queue, body, headers, timeout)
 
     async def _publish(
@@ -119,18 +123,18 @@ class Publisher:
             body,
             content_type=CONTENT_TYPE,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-            message_id=uuid4().hex,  # returns are matched by it: unique for every publish
+            message_id=uuid4().hex,  # unique for every publish: returned messages are matched by it
             headers=dict(headers or {}),
         )
         try:
             await exchange.publish(message, routing_key, mandatory=True, timeout=timeout or self._timeout)
         except DeliveryError as error:
-            # A nack or a return: the link is fine, one of the queues is not. Others may have taken the message.
+            # A nack or a return: the connection is fine, but one of the queues is not. Others may have the message.
             if exchange in (self._exchange, self._default) and not isinstance(error, PublishError):
                 self._nacked.set()
             raise InDoubt(f"not confirmed: {type(error).__name__}") from error
         except Exception as error:
-            # BROKEN_LINK, and a bare Exception: what the client library gives those whose channel is closed under them.
+            # BROKEN_LINK, or the bare Exception of a call whose channel is closed meanwhile.
             if exchange in (self._exchange, self._default):
                 self._give_up()
             raise InDoubt(f"no confirm: {type(error).__name__}: {error}") from error
@@ -139,7 +143,7 @@ class Publisher:
         self._exchange = self._default = None
         self._connected.clear()
         self._broken.set()
-        self._nacked.set()  # whoever waits for either wakes
+        self._nacked.set()  # wake those that wait for either event
 
     async def _keep_connected(self) -> None:
         attempt = 0
@@ -149,7 +153,7 @@ class Publisher:
                 attempt = 0
                 await self._watch()
                 log.warning("publisher_lost_connection")
-            except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client, the next try may work)
+            except Exception as error:  # noqa: BLE001  (a broken peer may cause any error; try again)
                 attempt += 1
                 log.warning("publisher_cannot_connect", error=str(error) or type(error).__name__, attempt=attempt)
             self._hosts.turn()
@@ -157,7 +161,7 @@ class Publisher:
             await asyncio.sleep(backoff(attempt))
 
     async def _watch(self) -> None:
-        """Returns when the link is lost."""
+        """Renews the channel after nacks. Returns when the connection is lost."""
         while not self._broken.is_set():
             await self._nacked.wait()
             nacking, connection = self._channel, self._connection
@@ -165,8 +169,8 @@ class Publisher:
                 continue
             log.warning("publisher_renews_channel")
             await self._open(connection)
-            with contextlib.suppress(TimeoutError):  # what is still under way on the old one ends meanwhile
-                await asyncio.wait_for(self._broken.wait(), _RENEW_EVERY)
+            with contextlib.suppress(TimeoutError):  # publishes in flight on the old channel end meanwhile
+                await asyncio.wait_for(self._broken.wait(), _RENEW_INTERVAL_SECONDS)
             if not nacking.is_closed:
                 async with asyncio.timeout(5.0):
                     await nacking.close()
@@ -178,7 +182,7 @@ class Publisher:
         await self._open(connection)
 
     async def _open(self, connection: AbstractConnection) -> None:
-        """A channel, in place of the one that is there."""
+        """Opens a channel that replaces the present one."""
         async with asyncio.timeout(5.0):
             channel: AbstractChannel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(self._exchange_name, ensure=False)
@@ -190,12 +194,12 @@ class Publisher:
         self._connected.set()
 
     def _lost(self, connection: AbstractConnection, channel: AbstractChannel | None = None) -> None:
-        """`channel`: of one alone, which need not be the present one."""
+        """`channel`: the one that was lost, which may be an old one; None: the connection."""
         if connection is self._connection and channel in (None, self._channel):
             self._give_up()
 
     async def _drop(self) -> None:
-        """Close without waiting for a broker that may be frozen."""
+        """Closes the connection. Waits at most a second, because the broker may be frozen."""
         connection, self._connection = self._connection, None
         self._channel = self._exchange = self._default = None
         self._connected.clear()

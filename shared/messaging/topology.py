@@ -1,16 +1,17 @@
-"""Every exchange, queue and binding, as plain data. Only `ticketrail migrate` declares them; services check at start.
+"""Every exchange, queue and binding, as plain data. Only `ticketrail migrate` declares them; services check them when they
+start.
 
     ticketrail.changes (direct) ── lane ──► sync.postgres.<lane>.v1 (quorum) ─┬─ attempts ─► .retry.<ms> ─ TTL ─► back to its lane
                      │                                                        └─ poison, exhausted ─► sync.postgres.<lane>.dead.v1
                      ├── every lane ──► changes.log.v1 (stream)               sync.mirror.dead.v1
                      └── all but critical ──► changes.reference.log.v1 (stream)
 
-Retries come back through the default exchange to their lane's queue alone: through `ticketrail.changes` the stream
-would get them twice. Dead-lettering is at least once, for which RabbitMQ wants the strategy, `reject-publish` and an
-exchange together: with one missing it silently is at most once.
+Retries return through the default exchange to the queue of their lane only: through `ticketrail.changes` the stream would
+receive them twice. Dead-lettering is at least once. For that RabbitMQ needs the strategy, `reject-publish` and an exchange
+together; without one of them it is silently at most once.
 
-The reference log is the log without orders and payments: who only wants menus, tables or customers does not read the
-bulk of all changes for them.
+The reference log is the change log without orders and payments, for readers that only need menus, tables or customers:
+they need not read the bulk of all changes.
 """
 
 from dataclasses import dataclass, field
@@ -25,9 +26,11 @@ REFERENCE_LOG = "changes.reference.log.v1"
 MIRROR_DEAD = "sync.mirror.dead.v1"
 DELIVERY_LIMIT = 100
 DEAD_DELIVERY_LIMIT = 1_000_000_000
-"""Of the dead queues, beyond which there is nothing: without one RabbitMQ 4 drops a letter at its 21st delivery."""
+"""Delivery limit of the dead-letter queues, which dead-letter to nothing: by default RabbitMQ 4 would drop a message at its
+21st delivery."""
 ATTEMPT = "ticketrail-attempt"
-"""Header with the number of attempts so far. Ours: `x-death` is ignored on re-publish from RabbitMQ 4.0.1 on."""
+"""Our header with the number of attempts so far: from 4.0.1 on, RabbitMQ ignores `x-death` when a message is published
+again."""
 
 
 def lane_queue(lane: Lane) -> str:
@@ -39,12 +42,12 @@ def dead_queue(lane: Lane) -> str:
 
 
 def retry_queue(lane: Lane, delay_ms: int) -> str:
-    """The delay is part of the name: with other steps there are other queues, never a mismatch of arguments."""
+    """The name contains the delay: other steps need other queues, so that arguments never conflict."""
     return f"sync.postgres.{lane}.retry.{delay_ms}ms.v1"
 
 
 def bound_queues() -> list[str]:
-    """Where a change goes, whatever its lane."""
+    """The queues that receive changes from the exchange, over all lanes."""
     return [*(lane_queue(lane) for lane in Lane), REFERENCE_LOG, LOG]
 
 
@@ -54,7 +57,7 @@ class QueueSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     bound_to: tuple[Lane, ...] = ()
     older: dict[str, Any] | None = None
-    """Arguments of an earlier version of ours: a queue that stands with them goes on as it is."""
+    """The arguments of an earlier release: an existing queue with these is used as it is."""
 
 
 def _quorum(**arguments: Any) -> dict[str, Any]:
@@ -75,12 +78,12 @@ def _dead(name: str) -> QueueSpec:
 
 
 def dead_queues() -> list[tuple[str, Lane | None]]:
-    """Each with the lane whose letters it holds; those of the mirror writer have none."""
+    """(queue, its lane) of each dead-letter queue; the lane is None for that of the mirror writer."""
     return [*((dead_queue(lane), lane) for lane in Lane), (MIRROR_DEAD, None)]
 
 
 def logs(settings: Settings) -> list[QueueSpec]:
-    """The streams, the log itself last: where it stands the others do."""
+    """The streams. The change log is last, so that the others exist when it does."""
     arguments = {
         "x-queue-type": "stream",
         "x-max-age": settings.change_log_max_age,
@@ -91,7 +94,8 @@ def logs(settings: Settings) -> list[QueueSpec]:
 
 
 def queues(settings: Settings) -> list[QueueSpec]:
-    """All queues but the logs, targets of dead-lettering first: at-least-once dead-lettering to a missing queue jams."""
+    """All queues without the logs. Targets of dead-lettering come first: at-least-once dead-lettering to a missing queue
+    blocks its source."""
     found = [_dead(MIRROR_DEAD)]
     for lane in Lane:
         found.append(_dead(dead_queue(lane)))

@@ -200,7 +200,7 @@ async def test_changes_in_progress_are_not_treated_as_differences(
     shop: Shop, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change may be in PostgreSQL a moment before its reveal, and new orders arrive during the comparison."""
-    monkeypatch.setattr(full_sync, "_UNDER_WAY", timedelta(minutes=5))  # longer than this test
+    monkeypatch.setattr(full_sync, "_IN_FLIGHT", timedelta(minutes=5))  # longer than this test
     (known,) = await place(shop)
     await read_from_the_log(shop)
     current = await raw.hgetall(doc(shop, known))

@@ -147,29 +147,29 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
     shop = await open_shop(system)
     (old,) = await pending(shop)
     async with reconciler_of(system, lost_message_seconds=LOST_MESSAGE_SECONDS) as reconciler:
-        reconciler._healed_at = 0.0  # its last pass was long ago
+        reconciler._recorded_again_at = 0.0  # its last pass was long ago
         emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
 
         async def lanes_emptied() -> datetime | None:
             return emptied[0]
 
         reconciler._lanes_emptied = lanes_emptied  # type: ignore[method-assign]
-        await reconciler._heal_sometimes()  # RabbitMQ is unavailable: no heartbeat arrives
+        await reconciler._record_again_at_times()  # RabbitMQ is unavailable: no heartbeat arrives
         await asyncio.sleep(1.2 * LOST_MESSAGE_SECONDS)
         began = time.monotonic()
         emptied[0] = now()  # RabbitMQ is back
-        await reconciler._heal_sometimes()
+        await reconciler._record_again_at_times()
         assert await versions(shop, [old]) == [[]]
 
         async def healed() -> list[list[int]]:
             emptied[0] = now()
-            await reconciler._heal_sometimes()
+            await reconciler._record_again_at_times()
             return await versions(shop, [old])
 
         await eventually(healed, what="recorded again", until=lambda found: found == [[2]])
         assert time.monotonic() - began >= LOST_MESSAGE_SECONDS
         emptied[0] = None
-        await reconciler._heal_sometimes()
+        await reconciler._record_again_at_times()
         assert reconciler._empty_since is None, "one lane has no known heartbeat any more"
 
 

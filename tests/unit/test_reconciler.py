@@ -40,14 +40,14 @@ async def test_a_long_look_for_what_is_pending_is_followed_by_a_longer_rest(monk
     monkeypatch.setattr(reconciler, "time", clock)
     made = Reconciler(Settings(), cast(Postgres, None), cast(Mirror, mirror), cast(Rail, None))
     for _ in range(3):
-        await made._settle_sometimes()
+        await made._sync_states_at_times()
     assert mirror.looks == 1
     clock.at += 4.4  # of nine times as long
-    await made._settle_sometimes()
+    await made._sync_states_at_times()
     assert mirror.looks == 1
     clock.at += 0.2
     mirror.takes = 0.001
-    await made._settle_sometimes()
+    await made._sync_states_at_times()
     clock.at += 0.01
-    await made._settle_sometimes()
+    await made._sync_states_at_times()
     assert mirror.looks == 3, "a short one is repeated at the next round"
