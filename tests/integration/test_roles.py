@@ -230,7 +230,7 @@ def every(answers: list[Answer], right: Callable[[Answer], bool]) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("service", [orders, sync, notifier], ids=lambda module: module.__name__)
 def test_every_route_has_an_action(service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "configure_logging", lambda *_: None)
+    monkeypatch.setattr("shared.http.service.configure_logging", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     app = service.create(Settings(_env_file=None, home=tmp_path, trace_sample=0)).app  # type: ignore[call-arg]
     assert isinstance(app, Litestar)
