@@ -192,8 +192,9 @@ def _code(error: sqlite3.Error) -> int:
 
 def read_only(path: Path) -> sqlite3.Connection:
     """Beside its owner, if it has one; nothing of the file is changed, also not by closing. Raises sqlite3.Error."""
-    if path.exists() and path.stat().st_size == 0:
-        # Of a file that is empty SQLite removes the log, even so; and there may be all that is left.
+    if path.exists() and path.stat().st_size <= 1:
+        # SQLite treats a file of one byte as empty, and removes the write-ahead log of an empty file even on a read.
+        # The log may hold all entries that are left.
         raise sqlite3.DatabaseError("the file is empty")
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=2.0)
     db.text_factory = read_text

@@ -247,16 +247,16 @@ def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_work
     assert (journal.set_aside, count_aside(tmp_path), journal.depth) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
+@pytest.mark.parametrize("main", [b"", b"S", None], ids=["empty", "one byte", "missing"])
 def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
-    images: list[Image], tmp_path: Path, empty: bool
+    images: list[Image], tmp_path: Path, main: bytes | None
 ) -> None:
-    path = Image(b"", images[1].wal, []).write_files(tmp_path)
-    if empty:
+    path = Image(main or b"", images[1].wal, []).write_files(tmp_path)
+    if main is None:
+        path.unlink()
+    else:
         with pytest.raises(sqlite3.Error):
             contents(path)  # this read does not change the log
-    else:
-        path.unlink()
     journal = asyncio.run(opened(path))
     first, *others = images[1].waiting  # only the file held the first one
     assert set(others) <= set(contents(path).entries)
