@@ -1,4 +1,4 @@
-"""One connection to Redis that all callers of a process share: what waits at the same moment travels in one pipeline.
+"""One connection to Redis for all callers of a process: commands that wait at the same moment travel in one pipeline.
 
 Of several hosts, a primary and its replicas, it is made to the one that is the primary now. Where two say that they are
 (one was failed over and has come back), to the one that is warm, and of those to the one that knows most of the log.
@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE = 512
-_PATIENCE = 0.1  # seconds: a server that is back answers a probe in a few milliseconds
+_PROBE_TIMEOUT_SECONDS = 0.1  # a server that is back answers a probe in a few milliseconds
 
 
 class MirrorUnavailable(Exception):
@@ -43,11 +43,11 @@ class MirrorUnavailable(Exception):
 
 
 class MirrorInDoubt(Exception):
-    """Sent without an answer: perhaps executed."""
+    """Sent without a reply: the server may have executed it."""
 
 
 class MirrorMisconfigured(MirrorUnavailable):
-    """The server would lose what it holds: it is not used. A service that starts beside it refuses."""
+    """The server would evict data, so it is not used, and a service refuses to start with it."""
 
 
 class _Call:
@@ -122,7 +122,7 @@ class MirrorConnection:
         """Returns when the server answers again; raises MirrorUnavailable."""
         if self._task is None or self._task.done():
             self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
-            await asyncio.wait({probe}, timeout=_PATIENCE)
+            await asyncio.wait({probe}, timeout=_PROBE_TIMEOUT_SECONDS)
             if probe.done() and not probe.cancelled():
                 if (away := probe.result()) is not None:
                     raise away
@@ -130,7 +130,7 @@ class MirrorConnection:
         raise MirrorUnavailable("whether the mirror answers again is being tried")
 
     async def _probe(self) -> MirrorUnavailable | None:
-        """What came of it; not raised, for nobody may be waiting any more."""
+        """Returns its error instead of raising it: the caller may no longer wait."""
         try:
             await self._connect_in_time()
         except MirrorUnavailable as away:

@@ -1,4 +1,4 @@
-"""The mirror as the rest of the house sees it: claims, states and what is known of their way, in Redis or Valkey.
+"""The mirror: claims, states and their sync states, in Redis or Valkey.
 
 Every method raises `MirrorUnavailable` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
 """
@@ -18,7 +18,7 @@ from shared.mirror.connection import MirrorConnection
 
 
 class Document(Struct, frozen=True):
-    """A state in the mirror, undecoded, and what is known of its way to PostgreSQL."""
+    """An encoded state in the mirror, and its sync state."""
 
     head: Head
     state: bytes
@@ -34,15 +34,15 @@ class Claimed(Struct, frozen=True):
 
 
 class Cold(Struct, frozen=True):
-    """Nobody has filled this mirror since its server started: no claims are taken on it."""
+    """The mirror was not filled since its server started, so it takes no claims."""
 
 
 class Busy(Struct, frozen=True):
-    """Another change of the entity is on its way."""
+    """Another change of the entity holds a fresh claim."""
 
 
 class Stale(Struct, frozen=True):
-    """A change that its owner left behind, now marked: whoever is told must finish it."""
+    """A stale claim, now marked: the caller must finish its change."""
 
     change_id: str
     event: bytes
@@ -50,7 +50,7 @@ class Stale(Struct, frozen=True):
 
 
 class HeadMoved(Struct, frozen=True):
-    """The base of the change is not what stands. Without a state: it left the live window, PostgreSQL has it."""
+    """The base of the change is not the head. `state` is None when only PostgreSQL has it."""
 
     head: Head
     state: bytes | None
@@ -82,7 +82,7 @@ class LogState(Struct, frozen=True):
     epoch: str
     offset: int
     lost: bool = False
-    """A mirror that had numbered orders was lost: some may be under way that nobody has read yet."""
+    """A mirror that had given order numbers was lost: numbers may be in flight that were not read yet."""
 
 
 class Mirror:
@@ -164,7 +164,7 @@ class Mirror:
                 return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
 
     async def take_back(self, change: Change) -> bool:
-        """True: the claim is gone and nobody will record its change."""
+        """True: the claim is removed and its change will not be recorded."""
         restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
         reply = await self._redis.script(
             "take_back",
@@ -174,14 +174,14 @@ class Mirror:
         return bool(reply)
 
     async def claims_left_behind(self, *, most: int = 100) -> list[str]:
-        """Members of the claims index that are old enough to be finished, the oldest first."""
+        """Members of the claims index whose claim is stale, oldest first."""
         seconds, micros = await self._redis.call("TIME")
         before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
         found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, most)
         return [member.decode() for member in found]
 
     async def mark(self, member: str) -> Stale | None:
-        """Takes a claim left behind, or None when it needs no finishing any more."""
+        """Marks a stale claim and returns it; None when there is nothing to finish."""
         restaurant, entity, id_ = member.split("|")
         reply = await self._redis.script(
             "mark",
@@ -241,7 +241,7 @@ class Mirror:
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
 
     async def missing(self, changes: Sequence[Outline]) -> list[int]:
-        """Places of those for which `apply` would do anything."""
+        """Indexes of the changes for which `apply` would do anything."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = []
         for one in changes:
@@ -290,12 +290,12 @@ class Mirror:
         return bool(reply[0]), found
 
     async def pending_ids(self, restaurant: str, entity: str) -> list[str]:
-        """The newest first."""
+        """Ids, newest first."""
         found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
         return [id_.decode() for id_ in found]
 
     async def failed_ids(self, restaurant: str, entity: str) -> list[str]:
-        """The newest first."""
+        """Ids, newest first."""
         pending = keys.pending(restaurant, entity)
         ids = await self._redis.call("HKEYS", keys.failed(restaurant, entity))
         places = await self._redis.call("ZMSCORE", pending, *ids) if ids else []
@@ -319,15 +319,15 @@ class Mirror:
         return [None if at is None else int(at) / 1000 for at in found]
 
     async def live_ids(self, restaurant: str, entity: str, *, most: float = float("inf"), count: int = -1) -> list[str]:
-        """The live window, from the place `most` down, the newest first."""
+        """Ids in the live window with an index score of at most `most`, newest first."""
         found = await self._redis.call(
             "ZREVRANGEBYSCORE", keys.live(restaurant, entity), most, "-inf", "LIMIT", 0, count
         )
         return [id_.decode() for id_ in found]
 
     async def trim(self, restaurant: str, entity: str, seen: dict[str, str]) -> int:
-        """Takes documents (id -> change id that it was seen with) out of the live window, unless they have changed or
-        are pending. Returns how many left."""
+        """Removes documents (id -> change id that the caller saw) from the live window, unless they have changed or are
+        pending. Returns how many were removed."""
         left = await self._redis.script(
             "trim",
             [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     Connection = object
 
-# The server is away, starting, stopping, failing over, full or frozen: nothing is wrong with what was asked.
+# The server is unavailable: starting, stopping, failing over, full or frozen. The statement is not at fault.
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -87,11 +87,11 @@ class Postgres:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """Raises one of `AWAY` when there is none to be had in time."""
+        """A connection of the pool. Raises one of UNAVAILABLE when none is free or ready in time."""
         began = time.monotonic()
         if began < self._closed_until:
             raise PostgresUnavailable("PostgreSQL did not answer a moment ago")
-        if self._failures:  # a probe: until it is back the others go on being told
+        if self._failures:  # a probe: other callers fail at once until it returns
             self._closed_until = began + 2 * self._timeout
         try:
             pool = await self._ready()
@@ -108,7 +108,7 @@ class Postgres:
             self._failed(error, began)
             raise
         except asyncpg.PostgresError:
-            self._served()  # an answer, if not the one that was wanted
+            self._served()  # an error is an answer too
             raise
         except BaseException:
             # Of the caller's own making, or it was cancelled: it says nothing of the server.

@@ -94,7 +94,7 @@ async def live_window(connection: Connection, entity: Entity, since: datetime) -
 
 
 async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Sequence[str]) -> dict[str, Head]:
-    """Which change of each stands in PostgreSQL."""
+    """Entity id -> its head in PostgreSQL."""
     rows = await connection.fetch(
         f"select id::text, version, change_id::text from {entity.table.name}"  # noqa: S608
         " where restaurant_id = $1 and id = any($2::uuid[])",

@@ -1,7 +1,7 @@
 -- What could not be written, in operators' hands: dead letters, their replays, and who did what. And what is on the
 -- retry ladder now, so that every change can be accounted for by its id.
 
--- A letter is kept once: what dies again is the same letter, with one death more.
+-- A dead letter is stored once: when its message dies again, it has one death more.
 create table dead_letters (
     id uuid primary key default gen_random_uuid(),
     digest bytea not null unique,  -- SHA-256 of the queue that it came from and its body
