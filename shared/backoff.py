@@ -1,11 +1,11 @@
-"""How long to wait before trying again."""
+"""The wait before the next try (exponential backoff with jitter)."""
 
 import random
 
-_FIRST, _LONGEST = 0.1, 2.0  # seconds
+_FIRST_SECONDS, _MAX_SECONDS = 0.1, 2.0
 
 
 def backoff(attempt: int) -> float:
-    """Seconds after so many failures in a row: doubling up to two, jittered, so that those who lost a backend at the
-    same moment do not come back at the same moment."""
-    return min(_FIRST * (1 << min(attempt, 6)), _LONGEST) * random.uniform(0.5, 1.0)  # noqa: S311  (jitter)
+    """Seconds to wait after `attempt` failures in a row: doubles up to two seconds. The jitter spreads clients that
+    lost a backend at the same moment."""
+    return min(_FIRST_SECONDS * (1 << min(attempt, 6)), _MAX_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311  (jitter)

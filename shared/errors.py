@@ -1,14 +1,14 @@
-"""What can go wrong, as the caller sees it: one small hierarchy, each knows its status, code and if a retry helps.
+"""The errors that a caller sees. Each has an HTTP status, a code, and `retry_after` if a retry helps.
 
 TicketrailError
-├── InvalidInput        422  the request breaks a rule; `field` names the part
+├── InvalidInput        422  the request breaks a rule; `field` names the field
 ├── Unauthenticated     401
 ├── Forbidden           403
 ├── NotFound            404
-├── Conflict            409  another change came first, or the present state forbids this one
+├── Conflict            409  another change came first, or the current state forbids this one
 ├── TooManyRequests     429  a limit was reached; retry after `retry_after` seconds
-├── Unavailable         503  not done, nothing of it will appear; retry after `retry_after` seconds
-└── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
+├── Unavailable         503  not done, and nothing of it will appear; retry after `retry_after` seconds
+└── OutcomeUnknown      504  may be done; repeat with the same Idempotency-Key
 """
 
 from typing import Any, ClassVar

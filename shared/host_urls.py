@@ -1,8 +1,8 @@
-"""Settings that name several hosts: URLs with commas between, the preferred one first."""
+"""Settings with several hosts: URLs separated by commas, the preferred one first."""
 
 import re
 
-# Only before another URL: a password may hold a comma.
+# A comma separates only before another URL, because a password may contain one.
 _BETWEEN = re.compile(r"\s*,\s*(?=[a-z][a-z0-9+.-]*://)")
 
 

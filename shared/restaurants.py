@@ -1,5 +1,5 @@
-"""Restaurants: identity, plain rows in PostgreSQL, without events; a copy in the mirror keeps pricing going while
-PostgreSQL is away."""
+"""Restaurants: plain rows in PostgreSQL without changes. A copy in the mirror allows pricing while PostgreSQL is
+unavailable."""
 
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -19,9 +19,9 @@ _ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
 
 class RestaurantSettings(Struct, frozen=True):
     country: Annotated[str, Meta(pattern="^[A-Z]{2}$", max_length=2, examples=["DE"])] | None = None
-    """ISO 3166: what phone numbers without a country code belong to."""
+    """ISO 3166 code of the country of phone numbers without a country code."""
     minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
-    """What a customer pays for one loyalty point."""
+    """The payment, in minor units, that gives one loyalty point."""
 
 
 class Restaurant(Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class Restaurant(Struct, frozen=True, kw_only=True):
     settings: RestaurantSettings = RestaurantSettings()
 
     def business_day(self, at: datetime) -> date:
-        """The day that a moment belongs to for the till: before the cut-off hour it is still yesterday's."""
+        """The business day of a time: before the cutoff hour it is the previous day."""
         return (at.astimezone(ZoneInfo(self.time_zone)) - timedelta(hours=self.cutoff_hour)).date()
 
 

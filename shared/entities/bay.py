@@ -1,4 +1,4 @@
-"""A bay: where jobs are done one after the other, such as a washing bay or a station of the kitchen."""
+"""A bay: a place where jobs are done one after the other, such as a washing bay or a kitchen station."""
 
 from msgspec import Struct
 
@@ -14,7 +14,7 @@ class Bay(Struct, frozen=True, kw_only=True):
     updated_at: Time
     kind: Label | None = None
     is_open: bool = True
-    """A closed bay begins no job; its queue stays."""
+    """A closed bay starts no job and keeps its queue."""
     deleted_at: Time | None = None
 
 

@@ -1,4 +1,4 @@
-"""A brand that dishes may carry."""
+"""A brand of dishes."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from shared.entities.menu_item import Url
 
 
 class Brand(Struct, frozen=True, kw_only=True):
-    """Dishes name it: their `brand` is this `name`."""
+    """Dishes refer to it by name: their `brand` is this `name`."""
 
     id: Id
     restaurant_id: Id

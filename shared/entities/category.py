@@ -1,4 +1,4 @@
-"""A heading of the menu."""
+"""A category of the menu."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from shared.entities.menu_item import Url
 
 
 class Category(Struct, frozen=True, kw_only=True):
-    """Dishes name it: their `category` is this `name`."""
+    """Dishes refer to it by name: their `category` is this `name`."""
 
     id: Id
     restaurant_id: Id

@@ -1,11 +1,11 @@
-"""The event contract: what a change looks like on the wire, whoever made it.
+"""The event contract: the format of a change on the wire.
 
-A change is a CloudEvents 1.0 event in JSON; it travels in a JSON batch (`application/cloudevents-batch+json`), an
-array even for one. It carries the whole state of its entity after the change, so that changes may be applied in any
-order and any number of times: the guard (`Standing`) decides which state stands.
+A change is a CloudEvents 1.0 event in JSON. It travels in a JSON batch (`application/cloudevents-batch+json`), an array
+even for one change. It carries the whole state of its entity after the change, so that changes may be applied in any
+order and any number of times: the guard (`Head`) decides which state wins.
 
-Decoding is tolerant (unknown attributes are ignored) but strict in types; what cannot be read raises `BrokenContract`
-with the reason that its dead letter will show.
+Decoding ignores unknown attributes and is strict in types. An unreadable change raises `BrokenContract` with the reason
+that its dead letter shows.
 """
 
 import re
@@ -21,34 +21,35 @@ CONTENT_TYPE = "application/cloudevents-batch+json"
 SPECVERSION = "1.0"
 MAX_BATCH = 256
 MAX_EVENT_BYTES = 8_000_000
-"""Of one change. RabbitMQ 4 refuses messages above 16 MiB: what no broker takes must not be accepted."""
+"""Largest encoded change. RabbitMQ 4 refuses messages above 16 MiB, and a change that no broker takes is not accepted.
+"""
 MAX_DATA_BYTES = MAX_EVENT_BYTES - 10_000
-"""Of its states before and after; the rest is room for everything else."""
+"""Largest states before and after together; the rest is room for the other attributes."""
 
 # Ids are lower-case canonical UUIDs as text: their text order is their byte order, so that Python, Lua and
 # PostgreSQL agree which of two change ids is the larger.
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 
-# PostgreSQL cannot store NUL in text: refused here, at the contract, so that no constraint has to.
+# PostgreSQL cannot store NUL in text. The contract refuses it, so that no constraint has to.
 _NO_NUL = "^[^\\x00]*$"
 Label = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
 Time = Annotated[datetime, Meta(tz=True)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
-# Minor units of the restaurant's currency. The bounds keep every sum that we form far inside 64 bits.
+# Minor units of the restaurant's currency. The bounds keep every sum far within 64 bits.
 Amount = Annotated[int, Meta(ge=-(10**12), le=10**12, examples=[1960])]
 Money = Annotated[int, Meta(ge=0, le=10**12, examples=[1960])]
 
 
 class SyncState(StrEnum):
-    """How far the present state of an entity has come on its way to PostgreSQL."""
+    """How far the head of an entity has come on its way to PostgreSQL."""
 
     PENDING = "pending"
     SYNCED = "synced"
     FAILED = "failed"
-    """Pending still, and something went wrong on the way."""
+    """Still pending; the last attempt to write it failed."""
     CONFLICT = "conflict"
-    """It stands on one side of a fork that nobody has decided yet."""
+    """It is one side of a fork that an operator must decide."""
 
 
 class Lane(StrEnum):
@@ -67,7 +68,8 @@ _PRIORITY = {Lane.CRITICAL: 10, Lane.NORMAL: 5, Lane.BACKGROUND: 1}
 
 
 class BrokenContract(ValueError):
-    """A change that no retry can mend. `reason` is stable (it groups dead letters), the message says more."""
+    """A change that no retry can write. `reason` is stable, because it groups dead letters; the message has the
+    details."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -75,7 +77,7 @@ class BrokenContract(ValueError):
 
 
 class Head(Struct, frozen=True, order=True):
-    """The guard: of two states of one entity the one with the larger (version, change id) stands, in every store."""
+    """The guard: of two states of one entity the one with the larger (version, change id) wins, in every store."""
 
     version: int
     change_id: str
@@ -84,7 +86,7 @@ class Head(Struct, frozen=True, order=True):
 class ChangeData(Struct, frozen=True):
     after: Raw
     """The whole entity after the change."""
-    before: Raw = field(default_factory=lambda: Raw(b"{}"))  # as a plain default no schema could be made of it
+    before: Raw = field(default_factory=lambda: Raw(b"{}"))  # msgspec makes no schema of a plain default
     """The old values of the fields that changed; empty for a creation."""
 
 
@@ -101,7 +103,7 @@ class Change(Struct, frozen=True, kw_only=True):
     basechangeid: Id | None = None
     traceparent: Label | None = None
     actor: Label | None = None
-    """Who asked for it: a user's id, or the session of a customer."""
+    """Id of the user, or of the guest's session, that asked for the change."""
     datacontenttype: str = "application/json"
     specversion: str = SPECVERSION
 
@@ -119,7 +121,7 @@ class Change(Struct, frozen=True, kw_only=True):
 
 
 class Outline(Struct, frozen=True):
-    """Enough of a change to ask whether a store has it already. Its texts are not checked, the rest is not read."""
+    """The attributes that identify a change, to check whether a store has it. Texts are not validated."""
 
     id: str
     subject: str
@@ -147,12 +149,13 @@ def encode(value: Any) -> bytes:
 
 
 def encode_batch(changes: Iterable[bytes]) -> bytes:
-    """One message body out of changes that are encoded already."""
+    """One message body from encoded changes."""
     return b"[" + b",".join(changes) + b"]"
 
 
 def split_batch(body: bytes) -> list[bytes]:
-    """The encoded events of one message, each still undecoded, so that a poison one does not hold back the others."""
+    """The encoded events of a message, not decoded, so that a poison one does not affect the others. Raises
+    BrokenContract."""
     try:
         return [bytes(raw) for raw in _raws.decode(body)]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -161,9 +164,9 @@ def split_batch(body: bytes) -> list[bytes]:
 
 def decode_change(event: bytes) -> Change:
     if len(event) > MAX_EVENT_BYTES:
-        raise BrokenContract("too_large", f"{len(event)} bytes, of {MAX_EVENT_BYTES} at most")
+        raise BrokenContract("too_large", f"{len(event)} bytes are more than {MAX_EVENT_BYTES}")
     try:
-        event.decode()  # also those parts that no type looks at: they are kept to the letter
+        event.decode()  # also the parts that no type reads, which are kept as they are
         change = _changes.decode(event)
         escaped = b"\\u" in event
         if escaped:
@@ -176,7 +179,7 @@ def decode_change(event: bytes) -> Change:
     if change.specversion != SPECVERSION:
         raise BrokenContract("unsupported_specversion", f"CloudEvents {change.specversion[:20]!r}, not {SPECVERSION}")
     if escaped and _NUL_ESCAPE.search(event):
-        # PostgreSQL's json takes it, and cannot read a field out of it afterwards.
+        # PostgreSQL's json accepts it, but cannot extract a field from it later.
         raise BrokenContract("contract_broken", "text with a NUL")
     if not in_range(change.time):
         raise BrokenContract("contract_broken", "time is out of range")
@@ -184,7 +187,7 @@ def decode_change(event: bytes) -> Change:
 
 
 def outline(event: bytes) -> Outline | None:
-    """None for what cannot be read; `decode_change` says why."""
+    """None for an unreadable event; `decode_change` gives the reason."""
     try:
         return _outlines.decode(event)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -192,12 +195,12 @@ def outline(event: bytes) -> Outline | None:
 
 
 def in_range(at: datetime) -> bool:
-    """Conversions to UTC overflow at the ends of the calendar: nothing is ordered there."""
+    """False at the ends of the calendar, where conversions to UTC overflow."""
     return 1970 <= at.year < 2200
 
 
 def traceparent_in(event: bytes) -> str | None:
-    """Of an encoded event of ours, without decoding it whole."""
+    """The traceparent of an event that we encoded, without decoding it."""
     found = _TRACEPARENT.search(event)
     return found[1].decode() if found else None
 

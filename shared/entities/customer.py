@@ -1,8 +1,8 @@
 """A customer of a restaurant.
 
-What adds up is not part of it: `total_spent` and `visits` are derived from the payments of its orders, and
-`loyalty_points` from what was spent and the moves below. All are facts with ids of their own, so that each counts once
-however often the events that carry it come.
+Sums are not part of the state: `total_spent` and `visits` are derived from the payments of the customer's orders, and
+`loyalty_points` from the payments and the moves below. Payments and moves are facts with ids of their own, so that each
+counts once, however often an event with it arrives.
 """
 
 from typing import Annotated
@@ -13,12 +13,12 @@ from shared.entities.contract import Id, Label, Lane, Text, Time
 from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
 
 Phone = Annotated[str, Meta(pattern=r"^\+[1-9][0-9]{3,14}$", examples=["+4930123456"])]
-"""E.164."""
+"""A phone number in E.164 format."""
 Points = Annotated[int, Meta(ge=-(10**9), le=10**9)]
 
 
 class LoyaltyMove(Struct, frozen=True, kw_only=True):
-    """Points given beside those that spending gives, or redeemed (negative)."""
+    """Points that are added, apart from the points for payments, or redeemed (negative)."""
 
     id: Id
     points: Points
@@ -36,7 +36,7 @@ class Customer(Struct, frozen=True, kw_only=True):
     email: Label | None = None
     notes: Text | None = None
     loyalty_moves: tuple[LoyaltyMove, ...] = ()
-    """The latest; the table `loyalty_moves` has every one."""
+    """The latest moves. The table `loyalty_moves` has all of them."""
     deleted_at: Time | None = None
 
 

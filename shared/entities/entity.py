@@ -1,6 +1,6 @@
 """What every entity declares about itself: lane, conflict strategy, tables, mirror index, numbering.
 
-The stores are generic: the PostgreSQL writer and the mirror writer read these declarations and know no entity.
+The stores are generic: the PostgreSQL writer and the mirror writer read these declarations and know no single entity.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,16 +15,16 @@ from msgspec import Struct
 
 from shared.entities.contract import BrokenContract, Change, Lane, in_range
 
-# What msgspec says of an amount below zero.
+# msgspec's message for a negative amount.
 _NEGATIVE = "Expected `int` >= 0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Hold = tuple[str, int, datetime]
-"""(inventory item, quantity, since when): nothing, where that was counted later."""
+"""(inventory item id, quantity, time). A count of the item after this time includes the hold."""
 
 
 class OnConflict(StrEnum):
-    """Who wins when a terminal and the centre changed the same entity."""
+    """Which side wins when a terminal and the central system changed the same entity."""
 
     TERMINAL_WINS = "terminal_wins"
     CENTRAL_WINS = "central_wins"
@@ -37,7 +37,7 @@ class Column:
     name: str
     pg_type: str
     value: Callable[[Any], Any] | None = None
-    """Takes the value out of the row's struct; by default the attribute of the same name."""
+    """Reads the value from the row's struct; the default is the attribute of the same name."""
 
     def of(self, row: Any) -> Any:
         return getattr(row, self.name) if self.value is None else self.value(row)
@@ -45,14 +45,14 @@ class Column:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What tables and the rows that belong to them have in common."""
+    """Name and columns of a table."""
 
     name: str
     columns: Sequence[Column]
 
     @cached_property
     def times(self) -> Sequence[Column]:
-        """Those that hold a moment: looked at in every change."""
+        """The columns with times, whose range is checked in every change."""
         return tuple(column for column in self.columns if column.pg_type == "timestamptz")
 
 
@@ -71,12 +71,12 @@ class Children(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(_Rows):
-    """Rows keyed by their parent and an id of their own, kept from every snapshot that arrives, superseded or forked
+    """Rows keyed by their parent and an id of their own. They are kept from every snapshot, superseded and forked ones
     too."""
 
     parent: str
     field: str
-    """Of the state: where it carries them."""
+    """The field of the state that carries them."""
 
     def rows(self, state: Any) -> Sequence[Struct]:
         found: Sequence[Struct] = getattr(state, self.field)
@@ -85,8 +85,8 @@ class Facts(_Rows):
 
 @dataclass(frozen=True)
 class Numbering:
-    """How an entity gets the number that people call it by. `business_day` is the series; a state without a number
-    carries the empty string, and its claim gives it one."""
+    """How an entity gets its number. Each business day is a series. A state without a number has the empty string, and
+    its claim gives it one (shared/rail/order_numbers.py)."""
 
     business_day: Callable[[Any], str]
     number: Callable[[Any], str]
@@ -104,16 +104,16 @@ class Entity:
     live: Callable[[Any], bool]
     """Whether a state belongs to the mirror's live window whatever its age (an open order, a dish on the menu)."""
     window_sql: str = ""
-    """The live window as a condition on the table `t`, with `$1` for where its days begin; empty: all of it."""
+    """The live window as an SQL condition on the table `t`; `$1` is the time when it begins. Empty: all rows."""
     score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
-    """Its place in the mirror's live index."""
+    """The sort key in the mirror's live index."""
     children: Sequence[Children] = ()
     facts: Sequence[Facts] = ()
     numbering: Numbering | None = None
     holds: Callable[[Any], Sequence[Hold]] | None = None
-    """What a state takes of the stock."""
+    """The stock that a state holds."""
     stock: Callable[[Any], tuple[int, datetime] | None] | None = None
-    """Of an inventory item: (quantity, when it was counted); None when nothing is counted any more."""
+    """(quantity, time of the count) of an inventory item; None when it has no stock, because it is deleted."""
 
     def type(self, event: str) -> str:
         """`created` -> `ticketrail.order.created.v1`."""
@@ -122,11 +122,11 @@ class Entity:
         return f"ticketrail.{self.name}.{event}.v1"
 
     def decode_state(self, encoded: bytes) -> Any:
-        """Of one of our own stores."""
+        """A state from one of our own stores, which was validated before."""
         return msgspec.json.decode(encoded, type=self.state)
 
     def decode(self, change: Change) -> Any:
-        """The state after a change, checked: `BrokenContract` when it breaks the contract or names another tenant."""
+        """The validated state after a change. Raises BrokenContract, also when it names another tenant or entity."""
         try:
             state = msgspec.json.decode(change.data.after, type=self.state)
         except msgspec.ValidationError as error:
@@ -148,7 +148,7 @@ class Entity:
 
 
 def micros(at: datetime) -> int:
-    """Since the epoch, to the last one: both stores must agree which of two moments was first."""
+    """Exact microseconds since the epoch, so that all stores order two times in the same way."""
     return (at - _EPOCH) // timedelta(microseconds=1)
 
 
@@ -158,10 +158,10 @@ def _check_time(table: str, column: Column, row: Any) -> None:
 
 
 def event_of(type_: str) -> tuple[str, str, str]:
-    """`ticketrail.order.created.v1` -> ("order", "created", "v1"); `BrokenContract` when it is none of ours."""
+    """`ticketrail.order.created.v1` -> ("order", "created", "v1"). Raises BrokenContract for a foreign type."""
     parts = type_.split(".")
     if len(parts) != 4 or parts[0] != "ticketrail":
-        raise BrokenContract("unknown_type", f"type {type_!r} is none of ours")
+        raise BrokenContract("unknown_type", f"type {type_!r} is not a type of Ticketrail")
     return parts[1], parts[2], parts[3]
 
 

@@ -1,4 +1,4 @@
-"""What is in the store room: available = quantity − what orders that were accepted since the count hold."""
+"""An inventory item. available = quantity - holds of orders that were accepted since the count."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ Count = Annotated[int, Meta(ge=0, le=10**12)]
 
 
 class StockMove(Struct, frozen=True, kw_only=True):
-    """A delivery (positive), or what was lost, in the item's unit."""
+    """A delivery (positive) or a loss (negative), in the item's unit."""
 
     id: Id
     quantity: Quantity
@@ -25,15 +25,15 @@ class InventoryItem(Struct, frozen=True, kw_only=True):
     restaurant_id: Id
     name: Label
     quantity: Quantity
-    """What was counted at `counted_at`, and every move since."""
+    """The amount counted at `counted_at` plus all moves since, in `unit`."""
     counted_at: Time
     created_at: Time
     updated_at: Time
     unit: Label = "piece"
     low_at: Count | None = None
-    """At or below this it is to be ordered anew."""
+    """At or below this available amount the item is reported as low."""
     moves: tuple[StockMove, ...] = ()
-    """The latest; the table `stock_moves` has every one."""
+    """The latest moves. The table `stock_moves` has all of them."""
     deleted_at: Time | None = None
 
 

@@ -30,13 +30,13 @@ def allowed_next(stage: JobStage) -> tuple[JobStage, ...]:
     return _NEXT[stage]
 
 
-# Places are decimal fractions, without the zeros at their end: digits of the moment that the job is for, then of that
-# which it was made at, so that jobs for one moment stand in the order in which they came. Between two of them there is
-# always another: a number of fixed size would be used up by a score of moves into the same gap.
+# Sort keys are decimal fractions without trailing zeros: the digits of the time that the job is for, then of the time
+# when it was created, so that jobs for one time keep their order. Another key fits between any two; a number of fixed
+# size would be exhausted after about twenty moves into the same gap.
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = 16
-_LONGEST = 400
-_LEAST_GAP = 10**6
+_MAX_DIGITS = 400
+_MIN_GAP = 10**6
 
 
 def place_at(at: datetime, created: datetime) -> str:
@@ -44,16 +44,16 @@ def place_at(at: datetime, created: datetime) -> str:
 
 
 def place_beside(place: str, seconds: int, created: datetime) -> str:
-    """So far behind `place`, or before it (negative), that others fit in between later."""
+    """The key `seconds` behind `place` (negative: before it), so that other keys fit between them later."""
     return _fraction(int(place[:_DIGITS].ljust(_DIGITS, "0")) + seconds * 1_000_000, created)
 
 
 def place_between(low: str, high: str, *, share: str) -> str:
-    """`share`: a UUID; two that are put into one gap at the same moment come to stand apart. Where two have the same
-    place, or the gap is used up after hundreds of moves into it: `low`."""
-    for digits in range(_DIGITS, _LONGEST + 1):
+    """A key between two keys. `share`: a UUID that separates jobs which are moved into one gap at the same time.
+    Returns `low` when both keys are equal, or the gap is exhausted after hundreds of moves."""
+    for digits in range(_DIGITS, _MAX_DIGITS + 1):
         first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
-        if last - first >= _LEAST_GAP:
+        if last - first >= _MIN_GAP:
             step = (last - first) // 4
             middle = first + step + 2 * step * int(share[:8], 16) // 2**32
             return f"{middle:0{digits}d}".rstrip("0")
@@ -80,8 +80,8 @@ class BayJob(Struct, frozen=True, kw_only=True):
     created_at: Time
     updated_at: Time
     stage: JobStage = JobStage.QUEUED
-    place: Annotated[str, Meta(max_length=_LONGEST, pattern="^[0-9]*$", examples=["1773491400250000"])] = ""
-    """Where it stands in its queue: the smallest text comes first."""
+    place: Annotated[str, Meta(max_length=_MAX_DIGITS, pattern="^[0-9]*$", examples=["1773491400250000"])] = ""
+    """Sort key in the bay's queue; the smallest text is first."""
     order_id: Id | None = None
     scheduled_at: Time | None = None
     expected_minutes: Minutes | None = None

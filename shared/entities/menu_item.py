@@ -1,4 +1,4 @@
-"""A dish on the menu: what it is called, what it costs, how it can be customized, what it takes from the stock."""
+"""A dish on the menu: its name, price, customizations and the stock that it consumes."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 from shared.entities.contract import Id, Label, Lane, Money, Text, Time, encode
 from shared.entities.entity import Column, Entity, OnConflict, Table, columns
 
-# Of Python's `$` alone a line break could follow.
+# Python's `$` alone also matches before a final line break.
 Url = Annotated[
     str, Meta(max_length=2_000, pattern=r"^https?://[^\s\x00]+$(?!\n)", examples=["https://trattoria.example/dish.jpg"])
 ]
@@ -18,12 +18,12 @@ Units = Annotated[int, Meta(ge=1, le=10**6)]
 class Option(Struct, frozen=True):
     name: Label
     price: Money = 0
-    """On top of the dish's own, for one piece."""
+    """Added to the price of one piece, in minor units."""
     is_available: bool = True
 
 
 class CustomizationGroup(Struct, frozen=True):
-    """`min_choices` 1: one must be chosen; `max_choices`: how many may be."""
+    """An order must choose `min_choices` to `max_choices` of the options."""
 
     name: Label
     options: Annotated[tuple[Option, ...], Meta(min_length=1, max_length=100)]
@@ -32,7 +32,7 @@ class CustomizationGroup(Struct, frozen=True):
 
 
 class Consumption(Struct, frozen=True):
-    """What one piece takes from the stock, in the unit of the inventory item."""
+    """The stock that one piece consumes, in the unit of the inventory item."""
 
     inventory_item_id: Id
     quantity: Units

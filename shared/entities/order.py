@@ -1,7 +1,7 @@
-"""An order: items and payments inside, one aggregate, one version.
+"""An order with its items and payments, as one aggregate with one version.
 
-Money is integer minor units of the restaurant's currency, tax in basis points. `payments` are facts: each is kept from
-every snapshot that arrives, and what is paid is derived from them.
+Money is in minor units of the restaurant's currency, tax in basis points. Payments are facts: each is kept from every
+snapshot, and the payment status is derived from them.
 """
 
 from datetime import date
@@ -40,7 +40,7 @@ def allowed_next(status: OrderStatus) -> tuple[OrderStatus, ...]:
 
 
 def items_may_change(status: OrderStatus) -> bool:
-    """Once the kitchen has begun, the items stand."""
+    """The items are fixed after the kitchen has begun."""
     return status in (OrderStatus.PENDING, OrderStatus.RECEIVED)
 
 
@@ -55,7 +55,7 @@ Quantity = Annotated[int, Meta(ge=1, le=1_000)]
 
 
 class Customization(Struct, frozen=True):
-    """`name` is that of the group; `price` is part of the item's unit price."""
+    """`name`: the customization group's. `price`: part of the item's unit price."""
 
     name: Label
     option: Label
@@ -73,17 +73,17 @@ class OrderItem(Struct, frozen=True, kw_only=True):
 
 
 class StockHold(Struct, frozen=True, omit_defaults=True):
-    """What an order takes from the stock. What it takes more when its items change is a hold of its own: the stock may
-    have been counted in between."""
+    """The stock of one item that an order holds. When its items change, a further need becomes a hold of its own,
+    because the stock may have been counted in between."""
 
     inventory_item_id: Id
     quantity: Money
     held_at: Time | None = None
-    """None: when the order was placed."""
+    """None means the time when the order was placed."""
 
 
 class Payment(Struct, frozen=True, kw_only=True):
-    """Amount is negative for a refund."""
+    """`amount` is negative for a refund."""
 
     id: Id
     amount: Amount
@@ -119,19 +119,19 @@ class Order(Struct, frozen=True, kw_only=True):
     notes: Text | None = None
     special_instructions: Text | None = None
     placed_by: Label | None = None
-    """User id of the caller, or the session of a customer."""
+    """Id of the user, or of the guest's session, that placed the order."""
     request_hash: str | None = None
-    """SHA-256 of the request that placed it under an Idempotency-Key: who repeats the key must repeat the body."""
+    """SHA-256 of the request, if it had an Idempotency-Key: a repeat of the key must have the same body."""
     deleted_at: Time | None = None
     customer_id: Id | None = None
     external_id: Label | None = None
-    """What another system calls it; its id is made from this."""
+    """The order's id in another system, from which its own id is made."""
     holds: tuple[StockHold, ...] = ()
 
 
 def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
-    """Derived, never set: refunded when payments were made and all of them given back. Where nothing is to be paid, a
-    deposit covers it or it costs nothing, it is paid."""
+    """Derived, never set. `refunded`: there were payments, and all are refunded. An order with nothing to pay, because
+    it is free or a deposit covers it, is `paid`."""
     paid = sum(payment.amount for payment in payments)
     if not payments:
         return PaymentStatus.PENDING if total else PaymentStatus.PAID
@@ -141,7 +141,7 @@ def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
 
 
 def _held(order: Order) -> list[Hold]:
-    """A cancelled or deleted order gives back what it held."""
+    """A cancelled or deleted order holds nothing."""
     gone = order.status is OrderStatus.CANCELLED or order.deleted_at is not None
     return [
         (hold.inventory_item_id, 0 if gone else hold.quantity, hold.held_at or order.created_at) for hold in order.holds
@@ -149,7 +149,7 @@ def _held(order: Order) -> list[Hold]:
 
 
 def _hold_rows(order: Order) -> list[StockHold]:
-    """With the moment since when each counts: the index of the stock's holds ends with it."""
+    """With the time since which each hold counts, the last column of the holds' index."""
     return [msgspec.structs.replace(hold, held_at=hold.held_at or order.created_at) for hold in order.holds]
 
 

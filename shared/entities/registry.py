@@ -1,4 +1,4 @@
-"""All entities, a line each."""
+"""All entities, one line each."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ ENTITIES: dict[str, Entity] = {
 
 
 def read(change: Change) -> tuple[Entity, Any]:
-    """The entity that a change belongs to and its state after it; `BrokenContract` with the reason if there is none."""
+    """The entity of a change, and its validated state after the change. Raises BrokenContract."""
     name, event, version = event_of(change.type)
     entity = ENTITIES.get(name)
     if entity is None or name != change.entity:

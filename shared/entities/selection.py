@@ -1,4 +1,4 @@
-"""Which entities a list wants: pure, so that both stores answer the same."""
+"""Which entities a list contains, as a pure rule, so that both stores give the same answer."""
 
 from datetime import datetime
 from typing import Any
@@ -7,15 +7,15 @@ from msgspec import Struct, field
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """The newest first, by (created_at, id)."""
+    """Newest first, by (created_at, id)."""
 
     equal: dict[str, Any] = field(default_factory=dict)
-    """Column, which is a field of the state too -> value."""
+    """Column, which is also a field of the state -> value."""
     among: dict[str, tuple[str, ...]] = field(default_factory=dict)
     created_from: datetime | None = None
     created_to: datetime | None = None
     before: tuple[datetime, str] | None = None
-    """The place of the last one of the page before."""
+    """(created_at, id) of the last entity of the previous page."""
     limit: int = 50
     include_deleted: bool = False
 

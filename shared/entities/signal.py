@@ -1,9 +1,8 @@
-"""Signals: small events of the rail itself, which travel the same ways as changes and change nothing.
+"""Signals: small messages of the rail itself, which travel like changes and change no entity.
 
-A *heartbeat* goes through every lane and the log every few seconds. Each sink notes it: it proves the bindings, gives
-the sync lag and carries the epoch of the log. A *mark* goes into the log alone: a reader that meets its own mark has
-read everything that stood before it.
-"""
+A *heartbeat* goes through every lane and the log every few seconds. Each sink stores it. It proves the bindings,
+measures the sync lag and carries the epoch of the log. A *mark* goes only into the log: a reader that meets its own
+mark has read everything before it."""
 
 from datetime import datetime
 
@@ -23,7 +22,8 @@ class Signal(Struct, frozen=True, kw_only=True):
     lane: str = ""
     """The lane that a heartbeat went through; empty for a mark."""
     epoch: str = ""
-    """Of the log: made anew with the stream, so that a cursor into an older one is known as such."""
+    """The log's epoch, which is new when the stream is created again, so that cursors of an older stream are detected.
+    """
     source: str = "sync"
     specversion: str = "1.0"
 
@@ -38,8 +38,8 @@ def encode_signal(signal: Signal) -> bytes:
 
 
 def signal_in(event: bytes) -> Signal | None:
-    """The signal that an encoded event is, or None for a change. Signals come from `encode_signal` alone, which writes
-    without spaces and with the type near the front: looking there spares decoding every change twice."""
+    """The signal in an encoded event, or None for a change. Only `encode_signal` writes signals, without spaces and
+    with the type near the front; looking only there avoids decoding every change twice. Raises BrokenContract."""
     head = event[:120]
     if not any(prefix in head for prefix in _PREFIXES):
         return None

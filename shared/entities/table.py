@@ -1,4 +1,4 @@
-"""A table of the restaurant, by the label that is painted on it."""
+"""A table of the restaurant."""
 
 from enum import StrEnum
 from typing import Annotated

@@ -1,7 +1,7 @@
-"""The page that shows a service's API, and the files that it loads.
+"""The documentation page of a service's API, and the files that it loads.
 
 The page is Swagger UI. Its files lie in `shared/http/swagger_ui` with their version, checksums and licences, so that a
-browser loads nothing from another host. `make swagger` replaces them by those of another version.
+browser loads nothing from another host. `make swagger` replaces them with another version.
 """
 
 from importlib import resources
@@ -34,7 +34,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-# Behind the gateway each service's page has a path of its own.
+# Behind the gateway each service's page has its own path.
 _START = """SwaggerUIBundle({
   url: location.pathname.replace(/[/]+$/, "") + "/openapi.json",
   dom_id: "#page",
@@ -43,7 +43,7 @@ _START = """SwaggerUIBundle({
   validatorUrl: null,
 });
 """
-# Swagger UI sets styles of its own on elements, and carries its icons as data.
+# Swagger UI sets inline styles and embeds its icons as data URLs.
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self';"
     " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -69,7 +69,7 @@ def pages(api: Api) -> list[HTTPRouteHandler]:
             return Response(_START.encode(), media_type="text/javascript")
         if name not in _FILES:
             raise NotFoundException("no such file")
-        # Read at each request: a service should not hold 2 MB that few people ask for.
+        # Read at each request, so that a service does not hold 2 MB that are rarely requested.
         content = (_FOLDER / name).read_bytes()
         return Response(content, media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
 

@@ -1,4 +1,4 @@
-"""JSON that clients, operators and files bring, read into the shapes of the contract; errors name the field."""
+"""Reads JSON from clients, operators and files into typed structs. Errors name the field."""
 
 import json
 import re
@@ -31,16 +31,16 @@ def read_body(body: bytes, type_: type[T]) -> T:
             message = "NUL characters cannot be stored"
         raise InvalidInput(message, field=path or "body") from error
     except RecursionError as error:
-        raise InvalidInput("nested too deep", field="body", code="malformed_json") from error
+        raise InvalidInput("nested too deeply", field="body", code="malformed_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         field = _unstorable_text(body)
         if field is not None:
-            raise InvalidInput("text that is not valid Unicode", field=field) from error
+            raise InvalidInput("not valid Unicode", field=field) from error
         raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
 
 
 def _unstorable_text(body: bytes) -> str | None:
-    """The path of the first text with a lone surrogate or bytes that are not UTF-8: the fast decoder names no field."""
+    """The path of the first text with a lone surrogate or invalid UTF-8, because the fast decoder names no field."""
 
     def walk(value: Any, path: str) -> str | None:
         if isinstance(value, str):

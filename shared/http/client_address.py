@@ -1,6 +1,6 @@
-"""Who calls, when a proxy stands between: `X-Forwarded-For` is believed only from peers that we trust to overwrite it.
+"""The address of the client behind proxies. `X-Forwarded-For` counts only from trusted proxies.
 
-Anybody can send the header; without this rule a client would choose the address by which it is counted.
+Every client can send this header. Without the rule it could choose the address by which its requests are limited.
 """
 
 from collections.abc import Iterable
@@ -12,22 +12,22 @@ _Network = IPv4Network | IPv6Network
 
 class TrustedProxies:
     def __init__(self, listed: str) -> None:
-        """`listed`: addresses and networks with commas between (TICKETRAIL_TRUSTED_PROXIES). Raises ValueError."""
+        """`listed`: addresses and networks separated by commas (TICKETRAIL_TRUSTED_PROXIES). Raises ValueError."""
         self._networks: tuple[_Network, ...] = tuple(
             ip_network(one.strip(), strict=False) for one in listed.split(",") if one.strip()
         )
 
     def client_of(self, scope: Any) -> str:
-        """The client's address of an ASGI scope; empty when the server does not say (a Unix socket).
+        """The client's address of an ASGI scope; empty when the server does not know it (a Unix socket).
 
-        Walks the header from its end over proxies that are trusted, to the first address that is not: what stands
-        before that one, anybody may have written."""
+        Reads the header from its end, over the trusted proxies, to the first other address. Everything before that
+        address may be forged."""
         peer = scope["client"][0] if scope.get("client") else ""
         if not self._trusts(peer):
             return peer
         for hop in reversed(_forwarded(scope["headers"])):
             if not _is_address(hop):
-                return peer  # nothing that a proxy of ours writes
+                return peer  # no trusted proxy writes this
             peer = hop
             if not self._trusts(hop):
                 break

@@ -1,4 +1,4 @@
-"""The cursor of a list: an opaque text that names the last one of the page before, by its moment and id."""
+"""The cursor of a list: an opaque text with the time and id of the last entry of the previous page."""
 
 import base64
 import binascii
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def page_of(
     found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]]
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """(the page, its `pagination`) of what was found when one more than `limit` was asked for. `place`: moment and id,
-    by which they are in order."""
+    """(page, its `pagination`). `found`: up to `limit` + 1 entries, so that it shows whether there is a next page.
+    `place`: the time and id by which the entries are sorted."""
     page = found[:limit]
     more = len(found) > limit
     return page, {"limit": limit, "next_cursor": cursor_after(*place(page[-1])) if more else None}
@@ -36,11 +36,11 @@ def read_cursor(text: str) -> tuple[datetime, str]:
         at, _, id_ = raw.partition(" ")
         return _aware(at), str(UUID(id_))
     except (binascii.Error, ValueError, TypeError) as error:
-        raise InvalidInput("not a cursor that this API has given", field="cursor", code="invalid_cursor") from error
+        raise InvalidInput("not a cursor of this API", field="cursor", code="invalid_cursor") from error
 
 
 def _aware(text: str) -> datetime:
     at = msgspec.convert(text, datetime, strict=False)
     if at.tzinfo is None or not in_range(at):
-        raise ValueError("a time with its zone, between 1970 and 2200")
+        raise ValueError("not a time with a zone between 1970 and 2200")
     return at

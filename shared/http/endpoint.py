@@ -1,5 +1,5 @@
-"""How a route is declared: what it does, who may call it, what it takes and answers. The gate, the OpenAPI document and
-the test that walks every route all read this declaration.
+"""The declaration of a route: its action, input and reply. The authorization middleware, the OpenAPI document and the
+test of every route read this declaration.
 
     @endpoint("POST", "/api/tables", action="tables.change", summary="Add a table", body=CreateTable, status=201,
               answer=View(table.ENTITY))
@@ -35,7 +35,7 @@ class View(Struct, frozen=True):
 
     entity: Entity
     more: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields: name -> type."""
+    """Derived fields: name -> type."""
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -46,37 +46,37 @@ class Operation(Struct, frozen=True, kw_only=True):
     description: str = ""
     body: Any = None
     query: Any = None
-    """A Struct of parameters, decoded from texts."""
+    """A Struct of query parameters, decoded from texts."""
     answer: Any = None
-    """Type of `data`, or a View; of an event stream the type of each event."""
+    """Type of `data`, or a View. For an event stream: the type of one event."""
     many: bool = False
-    """`data` is a list of it, with `pagination`."""
+    """`data` is a list of `answer`, with `pagination`."""
     status: int = 200
     errors: tuple[int, ...] = ()
-    """Beside those that its kind implies (see openapi.py)."""
+    """Statuses of errors in addition to those of every route of its kind (openapi.py)."""
     example: Any = None
     headers: tuple[str, ...] = ()
-    """Request headers that it reads, such as Idempotency-Key."""
+    """Request headers that the route reads, such as Idempotency-Key."""
     media_type: str = "application/json"
     paths: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters in the path that are no UUIDs: name -> type."""
+    """Path parameters that are not UUIDs: name -> type."""
     not_modified: bool = False
 
 
 class ListQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = 50
-    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the previous page")] | None = None
     fields: (
-        Annotated[str, Meta(max_length=1_000, description="names with commas between; id is always there")] | None
+        Annotated[str, Meta(max_length=1_000, description="names separated by commas; id is always included")] | None
     ) = None
-    include_deleted: Annotated[bool, Meta(description="for admins")] = False
+    include_deleted: Annotated[bool, Meta(description="only for admins")] = False
     created_from: Time | None = None
     created_to: Time | None = None
-    sync_state: Annotated[SyncState, Meta(description="how far it has come on its way to PostgreSQL")] | None = None
+    sync_state: Annotated[SyncState, Meta(description="only entities with this sync state")] | None = None
 
 
 def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRouteHandler]:
-    """A decorator; `declared` are the fields of Operation."""
+    """A decorator. `declared`: the fields of Operation. Raises ValueError for an unknown action."""
     operation = Operation(**declared)
     if operation.action not in ACTIONS:
         raise ValueError(f"{method} {path}: no action {operation.action!r} in shared/security/permissions.py")
@@ -86,7 +86,7 @@ def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRou
 
 
 def read_query(request: Any, type_: type[T]) -> T:
-    """Raises InvalidInput that names the parameter."""
+    """The query parameters as a Struct. Raises InvalidInput with the name of the parameter."""
     texts = {
         name: _ESCAPED_PLUS.sub(r"\1+\2", text) if isinstance(text, str) else text
         for name, text in dict(request.query_params).items()
@@ -99,22 +99,24 @@ def read_query(request: Any, type_: type[T]) -> T:
         unknown = _UNKNOWN.search(message)
         name = unknown[1] if unknown else where["path"] if where else "query"
         known = ", ".join(type_.__struct_fields__)  # type: ignore[attr-defined]
-        message = f"unknown parameter; known are {known}" if unknown else _PATH.sub("", message)
+        message = f"unknown parameter; known parameters: {known}" if unknown else _PATH.sub("", message)
         raise InvalidInput(message, field=name) from error
     for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
         value = getattr(found, name)
-        if value is None and sent_as in texts:  # the text `null`: a filter that is left out without a word
-            raise InvalidInput("not a value; leave it out", field=sent_as)
-        if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):  # a number is no time
-            raise InvalidInput("a time with its zone, such as 2026-03-01T12:00:00Z", field=sent_as)
+        if value is None and sent_as in texts:  # the text `null` would silently remove a filter
+            raise InvalidInput("null is not a value; omit the parameter", field=sent_as)
+        if isinstance(value, datetime) and (
+            ":" not in texts[sent_as] or not in_range(value)
+        ):  # a bare number is not a time
+            raise InvalidInput("must be a time with a zone, such as 2026-03-01T12:00:00Z", field=sent_as)
         if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
             raise InvalidInput("text that cannot be stored", field=sent_as)
     return found
 
 
 def path_id(text: str, name: str) -> str:
-    """A UUID of the path, in lower case; raises InvalidInput."""
+    """A UUID in the path, in lower case. Raises InvalidInput."""
     try:
         return str(UUID(text))
     except ValueError as error:
-        raise InvalidInput("a UUID", field=name) from error
+        raise InvalidInput("must be a UUID", field=name) from error

@@ -1,10 +1,9 @@
-"""How much may be asked: a token bucket for each restaurant and each address, shared by all instances of all services.
+"""Rate limits: a token bucket for each restaurant and each address, shared by all instances of all services.
 
-A process takes tokens out of the mirror's bucket (atomic, scripts/bucket.lua) a hundredth of the bucket at a time and
-spends them itself: a round trip for every request would cost more than the request is worth. What it has not spent
-after a second it forgets: a twentieth of what the bucket gains in that time at most. One that is empty is not asked
-before it can have a token again. While the mirror is away each process goes on with a bucket of its own.
-"""
+A process takes up to a hundredth of the bucket at a time out of the mirror (atomically, scripts/bucket.lua) and spends
+these tokens itself, because a round trip for every request would be too expensive. It forgets unspent tokens after a
+second, which is at most a twentieth of what the bucket gains in that time. It does not ask for an empty bucket before
+that can have a token again. While the mirror is unavailable, each process uses a bucket of its own."""
 
 import asyncio
 import math
@@ -20,8 +19,8 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.settings import Settings
 
-_KEPT = 10_000
-_SHARE = 100
+_MAX_BUCKETS = 10_000
+_SHARES = 100
 _SLICE = 20
 _FRESH_SECONDS = 1.0
 
@@ -35,42 +34,42 @@ class _Bucket(Struct):
     tokens: float
     at: float
     left: int = 0
-    """In the shared bucket when it was asked last."""
+    """Tokens in the shared bucket at the last round trip."""
     empty_until: float = 0.0
 
 
 class TokenBucket:
-    """Of one kind of caller, such as `address`."""
+    """The buckets of one kind of caller, such as `address`."""
 
     def __init__(self, mirror: Mirror | None, kind: str, rate: Rate) -> None:
         self._mirror = mirror
         self._kind = kind
         self.rate = rate
-        self._share = max(1, min(rate.capacity // _SHARE, int(rate.per_second / _SLICE)))
+        self._share = max(1, min(rate.capacity // _SHARES, int(rate.per_second / _SLICE)))
         self._taken: dict[str, _Bucket] = {}
         self._local: dict[str, _Bucket] = {}
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def take(self, whose: str) -> tuple[float, int]:
-        """(seconds to wait, 0 when one was taken; how many are left)."""
-        if (spent := self._spend_taken(whose)) is not None:
+    async def take(self, caller: str) -> tuple[float, int]:
+        """Takes one token. Returns (seconds to wait, 0 if taken; tokens left)."""
+        if (spent := self._spend_taken(caller)) is not None:
             return spent
         if self._mirror is not None and self._mirror.available:
-            # One asks at a time: each of many that found nothing would take a share, and all but one be forgotten.
-            lock = self._asking.setdefault(whose, asyncio.Lock())
+            # One round trip at a time: otherwise many would each take a share, and all but one would be forgotten.
+            lock = self._asking.setdefault(caller, asyncio.Lock())
             async with lock:
                 try:
-                    if (spent := self._spend_taken(whose)) is not None:
+                    if (spent := self._spend_taken(caller)) is not None:
                         return spent
                     if self._mirror.available:
-                        return await self._ask(self._mirror, whose)
+                        return await self._ask(self._mirror, caller)
                 except (MirrorUnavailable, MirrorInDoubt):
-                    pass  # the local one takes over, as the docstring says
-        return self._take_locally(whose, time.monotonic())
+                    pass  # the local bucket takes over
+        return self._take_locally(caller, time.monotonic())
 
-    def _spend_taken(self, whose: str) -> tuple[float, int] | None:
-        """None: the mirror must be asked."""
-        taken = self._taken.get(whose)
+    def _spend_taken(self, caller: str) -> tuple[float, int] | None:
+        """Spends a token that this process has taken. None: the mirror must be asked."""
+        taken = self._taken.get(caller)
         if taken is None:
             return None
         now = time.monotonic()
@@ -79,23 +78,23 @@ class TokenBucket:
             return 0.0, taken.left + int(taken.tokens)
         return (taken.empty_until - now, 0) if now < taken.empty_until else None
 
-    async def _ask(self, mirror: Mirror, whose: str) -> tuple[float, int]:
+    async def _ask(self, mirror: Mirror, caller: str) -> tuple[float, int]:
         found, left, wait = await mirror.take_tokens(
-            f"{self._kind}:{whose}", self.rate.capacity, self.rate.per_second, self._share
+            f"{self._kind}:{caller}", self.rate.capacity, self.rate.per_second, self._share
         )
         now = time.monotonic()
         if not found:
             wait = max(wait, 0.001)
-            _keep(self._taken, whose, _Bucket(0, now, empty_until=now + wait))
+            _keep(self._taken, caller, _Bucket(0, now, empty_until=now + wait))
             return wait, 0
-        _keep(self._taken, whose, _Bucket(found - 1, now, left))
+        _keep(self._taken, caller, _Bucket(found - 1, now, left))
         return 0.0, left + found - 1
 
-    def _take_locally(self, whose: str, now: float) -> tuple[float, int]:
-        bucket = self._local.get(whose)
+    def _take_locally(self, caller: str, now: float) -> tuple[float, int]:
+        bucket = self._local.get(caller)
         if bucket is None:
             bucket = _Bucket(float(self.rate.capacity), now)
-            _keep(self._local, whose, bucket)
+            _keep(self._local, caller, bucket)
         bucket.tokens = min(self.rate.capacity, bucket.tokens + (now - bucket.at) * self.rate.per_second)
         bucket.at = now
         if bucket.tokens < 1:
@@ -104,15 +103,15 @@ class TokenBucket:
         return 0.0, int(bucket.tokens)
 
 
-def _keep(buckets: dict[str, _Bucket], whose: str, bucket: _Bucket) -> None:
-    if len(buckets) >= _KEPT:
+def _keep(buckets: dict[str, _Bucket], caller: str, bucket: _Bucket) -> None:
+    if len(buckets) >= _MAX_BUCKETS:
         buckets.clear()
-    buckets[whose] = bucket
+    buckets[caller] = bucket
 
 
 @lru_cache(10_000)
 def counted_as(address: str) -> str:
-    """What a client cannot change at will: of IPv6 the network, of which everybody has 2^64 addresses."""
+    """The part of an address that a client cannot choose: for IPv6 its /64 network, which has 2^64 addresses."""
     try:
         found = ip_address(address)
     except ValueError:
@@ -124,7 +123,7 @@ def counted_as(address: str) -> str:
 
 class Limits:
     def __init__(self, mirror: Mirror | None, settings: Settings) -> None:
-        """A rate of 0 is no limit."""
+        """A rate of 0 means no limit. Without a mirror each instance limits by itself."""
         self._address = _bucket(
             mirror, "address", settings.address_burst_requests, settings.address_requests_per_second
         )
@@ -133,7 +132,7 @@ class Limits:
         )
 
     async def of_address(self, address: str, answer: list[tuple[bytes, bytes]]) -> None:
-        """Raises TooManyRequests; adds headers to `answer`."""
+        """Adds RateLimit headers to `answer`. Raises TooManyRequests."""
         if self._address is not None and address:
             await _spend(self._address, counted_as(address), answer, "address")
 
@@ -146,10 +145,10 @@ def _bucket(mirror: Mirror | None, kind: str, burst: int, per_second: float) -> 
     return TokenBucket(mirror, kind, Rate(burst, per_second)) if per_second else None
 
 
-async def _spend(bucket: TokenBucket, whose: str, answer: list[tuple[bytes, bytes]], kind: str) -> None:
-    wait, left = await bucket.take(whose)
+async def _spend(bucket: TokenBucket, caller: str, answer: list[tuple[bytes, bytes]], kind: str) -> None:
+    wait, left = await bucket.take(caller)
     rate = bucket.rate
-    # The tighter of the two limits is told: the restaurant's, asked second, only where less is left of it.
+    # The headers show the tighter limit: the restaurant's, checked second, only if fewer requests are left.
     told = next((int(value) for name, value in answer if name == b"ratelimit-remaining"), None)
     if told is None or left < told:
         answer[:] = [pair for pair in answer if not pair[0].startswith(b"ratelimit-")]
@@ -160,4 +159,4 @@ async def _spend(bucket: TokenBucket, whose: str, answer: list[tuple[bytes, byte
             (b"ratelimit-reset", b"%d" % full),
         )
     if wait:
-        raise TooManyRequests(f"too many requests of this {kind}", retry_after=math.ceil(wait), limit=rate.capacity)
+        raise TooManyRequests(f"too many requests from this {kind}", retry_after=math.ceil(wait), limit=rate.capacity)

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of a service, out of the declarations of its routes. `api_docs.py` shows it."""
+"""The OpenAPI 3.1 document of a service, made from the declarations of its routes. `api_docs.py` shows it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,18 +20,18 @@ _REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+):\w+\}")
 _ERRORS = {
     400: "The request cannot be read",
-    401: "No token, or one that is not valid",
-    403: "This role may not do it",
-    404: "There is none, or it is another restaurant's",
-    409: "Another change came first, or the present state forbids this one",
+    401: "The token is missing or invalid",
+    403: "The role may not do this",
+    404: "It does not exist, or belongs to another restaurant",
+    409: "Another change came first, or the current state forbids this one",
     413: f"More than {MAX_BODY_BYTES} bytes",
-    422: "A field is wrong; `details.field` names it",
-    429: "Too many requests; `Retry-After` says when",
+    422: "A field is invalid; `details.field` names it",
+    429: "Too many requests; repeat after `Retry-After` seconds",
     500: "Something went wrong on our side",
-    503: "Not done, and nothing of it will appear; `Retry-After` says when",
-    504: "Perhaps done: repeat with the same Idempotency-Key",
+    503: "Not done, and nothing of it will appear; repeat after `Retry-After` seconds",
+    504: "The outcome is unknown; repeat with the same Idempotency-Key",
 }
-# Of each an answer as it may look: (code, message, details).
+# An example of each error: (code, message, details).
 _SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
     400: ("bad_request", "the request cannot be read", {}),
     401: ("token_expired", "the token has expired", {}),
@@ -40,21 +40,21 @@ _SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
     409: ("version_conflict", "another change came first", {"field": "If-Match", "version": 3}),
     413: ("body_too_large", "Request Entity Too Large", {"field": "body", "max_bytes": MAX_BODY_BYTES}),
     422: ("invalid_input", "Expected `int` >= 1", {"field": "items[0].quantity"}),
-    429: ("rate_limited", "too many requests of this restaurant", {"limit": 10_000}),
+    429: ("rate_limited", "too many requests from this restaurant", {"limit": 10_000}),
     500: ("internal", "something went wrong on our side", {}),
     503: ("unavailable", "changes wait until the mirror is warm", {}),
-    504: ("outcome_unknown", "perhaps it was recorded: repeat it with the same key", {}),
+    504: ("outcome_unknown", "the change was sent and not confirmed; it may appear", {}),
 }
 # RFC 9110's names. Python has them from 3.13 on, and older ones before.
 _PHRASES = {413: "ContentTooLarge", 422: "UnprocessableContent"}
 _TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 _SYNC = {
     "type": "object",
-    "description": "How far it has come on its way to PostgreSQL",
+    "description": "How far the state has come on its way to PostgreSQL",
     "properties": {
         "state": {"enum": [state.value for state in SyncState]},
-        "error": {"type": "string", "description": "failed: why"},
-        "attempts": {"type": "integer", "description": "failed: how many there were"},
+        "error": {"type": "string", "description": "the error of a failed write"},
+        "attempts": {"type": "integer", "description": "the number of failed attempts"},
         "last_attempt": {"type": "string", "format": "date-time"},
     },
     "required": ["state"],
@@ -62,36 +62,39 @@ _SYNC = {
 }
 _OF_EVERY_ANSWER = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 _ANSWER_HEADERS: dict[str, dict[str, Any]] = {
-    "X-Request-Id": {"schema": {"type": "string"}, "description": "As the request named it, or the trace id"},
-    "X-Trace-Id": {"schema": {"type": "string"}, "description": "What `ticketrail trace` asks for"},
-    "RateLimit-Limit": {"schema": {"type": "integer"}, "description": "Of the restaurant, or the address"},
-    "RateLimit-Remaining": {"schema": {"type": "integer"}, "description": "How many requests may follow at once"},
-    "RateLimit-Reset": {"schema": {"type": "integer"}, "description": "Seconds until all of them may"},
-    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"},
+    "X-Request-Id": {
+        "schema": {"type": "string"},
+        "description": "The request's own X-Request-Id, or else the trace id",
+    },
+    "X-Trace-Id": {"schema": {"type": "string"}, "description": "The id for `ticketrail trace`"},
+    "RateLimit-Limit": {"schema": {"type": "integer"}, "description": "The limit of the restaurant or the address"},
+    "RateLimit-Remaining": {"schema": {"type": "integer"}, "description": "How many requests are left"},
+    "RateLimit-Reset": {"schema": {"type": "integer"}, "description": "Seconds until the full limit is available"},
+    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before a repeat"},
     "ETag": {"schema": {"type": "string"}, "description": "The version, for If-Match and If-None-Match"},
-    "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "It was made before, by the same key"},
+    "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "An earlier request with the same key did it"},
 }
 _HEADERS = {
     "Idempotency-Key": (
-        "A repeat with the same key is the same one, however often it is sent",
+        "A request with the same key takes effect once, however often it is sent",
         {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
     ),
     "If-Match": (
-        'The version that is to be changed, such as "3"; otherwise 409',
+        'The required version, such as "3"; 409 if the current version differs',
         {"type": "string", "pattern": '^([*]|(W/)?"?[1-9][0-9]{0,8}"?)$'},
     ),
-    "If-None-Match": ("The version that is known already; answered with 304", {"type": "string"}),
+    "If-None-Match": ("The version that the client has; 304 if it is current", {"type": "string"}),
     "Last-Event-ID": (
-        "The cursor of the last event that was seen",
+        "The cursor of the last received event",
         {"type": "string", "pattern": "^([0-9A-Za-z][0-9A-Za-z-]{0,63}-[0-9]{1,18}-[0-9]{1,6})?$"},
     ),
 }
-# Headers that are secrets, beside the token: how they are called in the document.
+# Headers with secrets other than the token, and their names in the document.
 _SECRET_HEADERS = {"x-sync-token": "sync_token"}
 
 
 def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Operation]]:
-    """(method, path, declaration) of those that are declared."""
+    """(method, path, declaration) of the declared routes, sorted by path."""
     found = []
     for handler in handlers:
         operation = handler.opt.get("operation")
@@ -101,7 +104,7 @@ def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Ope
 
 
 class Api(Struct, frozen=True):
-    """What a service offers."""
+    """The routes of a service and how its document introduces them."""
 
     title: str
     description: str
@@ -118,7 +121,7 @@ def document(api: Api) -> dict[str, Any]:
         if text := component.get("description"):
             component["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently
     components |= {"Error": _error_schema(), "Sync": _SYNC}
-    # What creates an entity, which is at the shortest of its paths, says what one looks like.
+    # The route that creates an entity, which has the shortest path, gives the example of the entity.
     made: dict[Any, Any] = {}
     for _, _, operation in found:
         if operation.status == 201:
@@ -176,7 +179,7 @@ def _operation(
     components: Mapping[str, Any],
     hint: Any,
 ) -> dict[str, Any]:
-    """`hint`: an example of what is alike to its answer."""
+    """`hint`: an example that resembles the reply."""
     parameters: list[dict[str, Any]] = []
     for name in _PARAMETER.findall(path):
         type_ = operation.paths.get(name)
@@ -198,8 +201,8 @@ def _operation(
         "tags": [operation.tag],
         "responses": _responses(method, operation, schema_of, components, hint, bool(parameters)),
     }
-    who = "" if operation.action == PUBLIC else f"For: {', '.join(sorted(ACTIONS[operation.action]))}."
-    if text := " ".join(part for part in (operation.description, who) if part):
+    roles = "" if operation.action == PUBLIC else f"For: {', '.join(sorted(ACTIONS[operation.action]))}."
+    if text := " ".join(part for part in (operation.description, roles) if part):
         found["description"] = text
     if parameters:
         found["parameters"] = parameters
@@ -227,7 +230,7 @@ def _query_parameters(schema: Mapping[str, Any], components: Mapping[str, Any]) 
         field = dict(field)
         default = field.pop("default", None)
         description = field.pop("description", None)
-        if "anyOf" in field:  # absent instead of null
+        if "anyOf" in field:  # a query parameter is absent instead of null
             rest = [one for one in field["anyOf"] if one != {"type": "null"}]
             field = {**rest[0]} if len(rest) == 1 else {"anyOf": rest}
             description = description or field.pop("description", None)
@@ -255,7 +258,7 @@ def _responses(
     ok["content"] = {operation.media_type: {"schema": schema, "examples": {"example": {"value": shown}}}}
     found: dict[str, Any] = {str(operation.status): ok}
     if operation.not_modified:
-        found["304"] = {"description": "It is the version that is known"}
+        found["304"] = {"description": "The client has the current version"}
     statuses = {400, 429, 500, 503, *operation.errors}
     if operation.action != PUBLIC:
         statuses |= {401, 403}
@@ -318,7 +321,10 @@ def _envelope(
             "properties": {"limit": {"type": "integer"}, "next_cursor": {"type": ["string", "null"]}},
             "required": ["limit", "next_cursor"],
         }
-        properties["complete"] = {"type": "boolean", "description": "false: only what the mirror holds of late"}
+        properties["complete"] = {
+            "type": "boolean",
+            "description": "false: PostgreSQL is unavailable, and the list has only the mirror's recent entries",
+        }
         required.append("pagination")
     return {"type": "object", "properties": properties, "required": required}
 
@@ -326,7 +332,7 @@ def _envelope(
 def _view(
     view: View, schema_of: Mapping[int, Any], components: Mapping[str, Any], *, part: bool, written: bool
 ) -> dict[str, Any]:
-    """`part`: of lists, where `fields` may choose some."""
+    """`part`: in a list, where `fields` may choose some fields. `written`: in the reply to a write."""
     state = schema_of[id(view.entity.state)]
     ours: dict[str, Any] = {
         "version": {"type": "integer", "minimum": 1},
@@ -337,8 +343,8 @@ def _view(
         whole = components[state["$ref"].rpartition("/")[2]]
         return {"type": "object", "properties": {**whole["properties"], **ours}, "required": ["id"]}
     if written:
-        ours["visible"] = {"type": "boolean", "description": "whether readers see it already"}
-        ours["durability"] = {"enum": ["broker", "journal"], "description": "what holds it"}
+        ours["visible"] = {"type": "boolean", "description": "whether readers see the change already"}
+        ours["durability"] = {"enum": ["broker", "journal"], "description": "where the change is stored durably"}
     return {"allOf": [state, {"type": "object", "properties": ours, "required": ["version", "sync"]}]}
 
 

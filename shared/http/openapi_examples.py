@@ -1,5 +1,5 @@
-"""Examples of answers, made of their schemas: what stands in the example of the request under the same name, what a
-type names as its example, or else the plainest value of the type."""
+"""Examples of replies, made from their schemas. A value comes from the example of the request under the same name, else
+from the example of its type, else it is the simplest value of the type."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: Any = None, name: str = "text") -> Any:
-    """`hint`: an example of something alike, `name`: of the field. Schemas are those that msgspec makes."""
+    """`hint`: an example of something similar. `name`: the name of the field. `schema`: as msgspec makes it."""
     default = schema.get("default")
     while "$ref" in schema:
         schema = components[schema["$ref"].rpartition("/")[2]]
     if "allOf" in schema:
         parts = [example_of(part, components, hint, name) for part in schema["allOf"]]
         return {key: value for part in parts for key, value in part.items()}
-    if "anyOf" in schema:  # something, or nothing
+    if "anyOf" in schema:  # a value or null
         some = next(part for part in schema["anyOf"] if part != {"type": "null"})
         return None if hint is None else example_of(some, components, hint, name)
     if "const" in schema:

@@ -1,11 +1,11 @@
-"""Traces in files, for a system without a collector: one span per line, files that rotate by size.
+"""Trace files for a system without a collector: one span per line, rotated by size.
 
     {"trace_id", "span_id", "parent_id", "name", "kind", "service", "start_ns", "end_ns", "attributes", "links",
      "error"}
 
 Times are nanoseconds since the epoch; `links` are [trace id, span id]. Each process writes a file of its own
-(`<service>-<instance>.jsonl`, older ones `.1`, `.2`, …); readers may read at any time, a line is written whole.
-"""
+(`<service>-<instance>.jsonl`, older ones `.1`, `.2`, ...). Readers may read at any time, because lines are written
+whole."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class SpanRow(Struct, kw_only=True):
 
 
 class FileExporter(SpanExporter):
-    """Called from the one thread of the span processor. A disk that is full costs spans, told once, never a request."""
+    """Runs in the thread of the span processor. A full disk loses spans, which is logged once, and no request."""
 
     def __init__(self, path: Path, *, max_bytes: int, keep: int) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class FileExporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
-        """Nothing is held open."""
+        """Does nothing, because no file stays open."""
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True
@@ -82,7 +82,7 @@ class FileExporter(SpanExporter):
 
 
 def _cut_short(file: IO[bytes]) -> bool:
-    """Its last line has no end: a kill, or a disk that was full. What follows must not be lost with it."""
+    """The last line is incomplete, after a kill or on a full disk. The next span must begin on a new line."""
     if not file.tell():
         return False
     file.seek(-1, os.SEEK_END)
@@ -115,16 +115,16 @@ def _error(span: ReadableSpan) -> str | None:
     return span.status.description or str((span.attributes or {}).get("error.type", "error"))
 
 
-def read_spans(folder: Path, wanted: Sequence[bytes]) -> Iterator[SpanRow]:
-    """The spans in whose line one of `wanted` (trace ids, or an id among the attributes) stands. A line that cannot be
-    read, such as the last of a process that was killed, is skipped."""
+def read_spans(folder: Path, ids: Sequence[bytes]) -> Iterator[SpanRow]:
+    """The spans whose line contains one of `ids` (trace ids, or an id among the attributes). Unreadable lines, such as
+    the last one of a killed process, are skipped."""
     for path in sorted(folder.glob("*.jsonl*")):
         try:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
             continue  # rotated away a moment ago
         for line in lines:
-            if any(text in line for text in wanted):
+            if any(text in line for text in ids):
                 try:
                     yield msgspec.json.decode(line, type=SpanRow)
                 except msgspec.DecodeError:

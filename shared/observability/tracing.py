@@ -1,18 +1,17 @@
-"""Traces: what happened to a request or a change in this process, as OpenTelemetry spans, decided on when it is over.
+"""Traces of requests and changes as OpenTelemetry spans, sampled at the end of the work.
 
-While work goes on, only moments are noted (`Trace.note`, `span`): a tuple each, no span. When the work ends, its spans
-are made and exported if the trace is sampled, and also if it failed or was slow; else they are forgotten. That keeps
-the accept path cheap, and errors are never lost to sampling. What it cannot do is to look back in another process: of
-a trace that is not sampled and turns out slow in the sync worker, the request's own spans are gone. Where that
-matters, sample everything and let the collector decide on whole traces (docs/tracing.md).
+While work is under way, only its times are noted (`Trace.note`, `span`), as tuples. At the end the spans are made and
+exported if the trace is sampled, failed or slow; otherwise they are forgotten. So the accept path stays cheap, and
+sampling loses no errors. A limit: if an unsampled trace turns out slow in the sync worker, the spans of its request are
+already gone. Where that matters, sample everything and let the collector decide on whole traces (docs/tracing.md).
 
     orders    POST /api/orders ─ claim ─ record ─ send ticketrail.changes ─ reveal
     worker                                              ├─ write order   (linked to the batch's own span)
                                                         └─ mirror order
     notifier                                            └─ push order_created
 
-A change carries the context of its `send` span (W3C `traceparent`), whoever sends it: the request, a drainer, or who
-finishes a claim that was left behind. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
+A change carries the context of its `send` span (W3C `traceparent`), whether a request, a drainer or the finisher of a
+stale claim sends it. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
 """
 
 import random
@@ -32,7 +31,7 @@ from shared.observability.trace_files import FileExporter
 from shared.settings import Settings
 from shared.version import VERSION
 
-# Ids of zeros alone are none (W3C Trace Context).
+# Ids of only zeros are invalid (W3C Trace Context).
 _TRACEPARENT = re.compile(r"^00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})\Z")
 _ERROR_TYPE = re.compile(r"([\w.]+)(?:: |\Z)")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
@@ -45,7 +44,7 @@ _Noted = tuple[str, SpanKind, int, int, Mapping[str, Any], str | None, str | Non
 
 
 class Trace:
-    """One piece of work of this process: its context, and what was noted while it went on."""
+    """One piece of work in this process: its trace context and the parts noted so far."""
 
     __slots__ = ("attributes", "kept", "noted", "parent", "sampled", "span_id", "started", "trace_id")
 
@@ -59,7 +58,7 @@ class Trace:
         self.span_id = new_span_id()
         self.started = time.time_ns()
         self.attributes: dict[str, Any] = {}
-        """Of this work's own span, as far as they are known before its end."""
+        """Attributes of this work's own span that are known before its end."""
         self.noted: list[_Noted] = []
 
     @property
@@ -81,8 +80,8 @@ class Trace:
         span_id: str | None = None,
         parent: str | None = None,
     ) -> None:
-        """A span below `parent`, or below this work's own; times in nanoseconds since the epoch. `error`: "type: text",
-        or the type alone. `span_id`: one that others know already."""
+        """Notes a span below `parent`, by default below this work's own span. `began`, `ended`: nanoseconds since the
+        epoch. `error`: "type: text" or only the type. `span_id`: an id that another span already refers to."""
         if self.kept:
             self.noted.append((name, kind, began, ended, attributes, error, span_id, parent))
 
@@ -95,7 +94,7 @@ def current() -> Trace | None:
 
 
 def begun() -> Trace:
-    """The current trace, or one that only lends its id: for what is refused before a tracer has seen it."""
+    """The current trace. For a request that is refused before a tracer saw it: a new one, used only for its id."""
     trace = _current.get()
     if trace is None:
         trace = Trace(_new_trace_id(), None, sampled=False, kept=False)
@@ -159,11 +158,11 @@ class Tracer:
 
     @property
     def on(self) -> bool:
-        """`trace_sample` 0 switches tracing off whole."""
+        """`trace_sample` 0 switches tracing off completely."""
         return self._ratio > 0
 
     def begin(self, traceparent: str | None) -> Trace:
-        """Continues the caller's trace, or begins one, and makes it the current one of this task."""
+        """Continues the caller's trace, or begins a new one, and makes it the current trace of this task."""
         found = _TRACEPARENT.match(traceparent) if traceparent else None
         if found:
             sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
@@ -183,7 +182,7 @@ class Tracer:
         attributes: Mapping[str, Any] = _NOTHING,
         error: str | None = None,
     ) -> None:
-        """The work is over: exports its spans if it is sampled, failed or slow."""
+        """Ends the work. Exports its spans if the trace is sampled, failed or slow."""
         if not trace.kept:
             return
         ended = time.time_ns()
@@ -216,8 +215,8 @@ class Tracer:
             )
 
     def wanted(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
-        """Whether what happens to a change is worth a span: its trace is sampled, or it took `slow_ns` until now and
-        that is slow. Ask before building attributes."""
+        """Whether a span of this change will be exported: its trace is sampled, or `slow_ns` (nanoseconds so far) is
+        slow. Call it before building attributes."""
         if self._processor is None or not traceparent:
             return False
         return traceparent[-1] in "13579bdf" or (slow_ns > self._slow_ns and self._may_keep_slow())
@@ -235,13 +234,12 @@ class Tracer:
         links: Iterable[str | None] = (),
         span_id: str | None = None,
     ) -> str | None:
-        """A span that is over, below `traceparent`, or of a trace of its own without one; returns its own traceparent,
-        None when it was not made.
-        `links` are traceparents; those that cannot be read are left out."""
+        """Exports a finished span below `traceparent`, or in a trace of its own without one. Returns the span's own
+        traceparent, or None when it was not made. `links`: traceparents; unreadable ones are left out."""
         if self._processor is None:
             return None
         found = _TRACEPARENT.match(traceparent) if traceparent else None
-        if traceparent and found is None:  # the contract allows any text there: nothing to hang a span on
+        if traceparent and found is None:  # the contract allows any text there, so it may be no trace context
             return None
         trace_id = found[1] if found else _new_trace_id()
         span_id = span_id or new_span_id()
@@ -249,7 +247,7 @@ class Tracer:
         return f"00-{trace_id}-{span_id}-01"
 
     def close(self) -> None:
-        """Waits for what is under way to be exported, a few seconds at most. May be called twice."""
+        """Exports the remaining spans, within a few seconds. May be called twice."""
         processor, self._processor = self._processor, None
         if processor is not None:
             processor.shutdown()  # type: ignore[no-untyped-call]
@@ -257,11 +255,11 @@ class Tracer:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _chosen(self, trace_id: str) -> bool:
-        """As TraceIdRatioBased decides: by the lower half of the trace id, the same in every process."""
+        """Decides like TraceIdRatioBased: by the lower half of the trace id, so equally in every process."""
         return int(trace_id[16:], 16) < self._below
 
     def _may_keep_slow(self) -> bool:
-        """Bounded: after an outage everything in the backlog is slow, and its traces must not slow it further."""
+        """Limits slow traces, because after an outage the whole backlog is slow and traces must not slow it more."""
         second = int(time.monotonic())
         if second != self._second:
             self._second, self._slow_left = second, self._slow_per_second

@@ -9,7 +9,7 @@ States of a change, and what a crash in each leaves behind:
 | state     | mirror        | broker or journal | its owner dies here, or stalls                                  | a reader sees |
 |-----------|---------------|-------------------|------------------------------------------------------------------|---------------|
 | drafted   | -             | -                 | nothing happened                                                 | old           |
-| claimed   | claim         | -                 | after 2 s whoever meets it, or the reconciler, records and       | old           |
+| claimed   | claim         | -                 | after 2 s the next writer, or the reconciler, records and        | old           |
 |           |               |                   | reveals the same event: it happens late, once                    |               |
 | sent      | claim         | perhaps           | the same: recorded twice is recorded once (same change id)       | old           |
 | journaled | claim         | journal           | the same; and the journal is drained: by its instance when it    | old           |
@@ -25,13 +25,13 @@ Ways out that are not a 2xx:
 | 503     | nothing was sent and the claim was taken back | no reader will ever see it  |
 | 504     | something was sent, or a claim may stand      | it may appear; repeat with the same Idempotency-Key |
 
-Rules that hold it together: a claim does not expire and nobody takes its version while it stands (a lease would let a
-stalled owner and its successor both record that version). A marked claim cannot be taken back. After the first byte
-was sent the way is only forward. Repeating any step is harmless: the change id says that it is the same change.
+Rules: a claim does not expire, and no other change takes its version while it exists (with a lease, a stalled owner and
+its successor could both record that version). A marked claim cannot be taken back. After the first byte was sent, the
+commit only goes forward. Every step may be repeated, because the change id identifies the change.
 
-A claim belongs to the life of its Redis server. One that comes back with a restart or a failover is dropped: since that
-copy was made it may have been taken back, and its 503 told. Its owner, if it lives, goes on without it.
+A claim is valid only for the life of its Redis process. A claim that comes back with a restart or a failover is dropped,
+because it may have been taken back and answered with 503 after that copy was made. Its owner, if alive, goes on without it.
 
-Without a warm mirror there are no claims: changes are refused for the while, creations go on with a number of this
-instance's own series ("J1-0007") and an id that covers it.
+Without a warm mirror there are no claims: changes are refused, and creations go on with a number of this instance's own
+series ("J1-0007") and a change id that covers the number.
 """

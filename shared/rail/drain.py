@@ -1,7 +1,7 @@
-"""The drainer: empties the journal into the broker, beside new changes.
+"""The drainer: publishes the entries of the journal, while new changes are published too.
 
-An entry leaves the journal only after its confirm; one whose publish was in doubt is published again, which is
-harmless. While the broker is away it waits for the connection. It may be stopped at any time.
+An entry leaves the journal only after its publisher confirm. An entry whose publish was in doubt is published again,
+which is harmless. While the broker is unavailable the drainer waits for the connection. It may be stopped at any time.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from shared.rail.record import MAX_BODY, sending, sends
 
 log = structlog.get_logger(__name__)
 
-_PAUSE = 0.2  # between looks at an empty journal
-# After publishes that were not confirmed: each repeat reaches the queues that are not full once more.
-_LONGEST_PAUSE = 5.0
+_POLL_INTERVAL_SECONDS = 0.2
+# The longest wait after unconfirmed publishes: each repeat adds a copy to those bound queues that are not full.
+_MAX_PAUSE_SECONDS = 5.0
 
 
 class Drainer:
@@ -31,7 +31,7 @@ class Drainer:
         self._tracer = tracer
         self.loop = BackgroundLoop("journal-drain", self._run)
         self.drained = dict.fromkeys(Lane, 0)
-        """How many entries of each lane have left the journal."""
+        """Entries of each lane that have left the journal."""
 
     def start(self) -> None:
         self.loop.start()
@@ -40,25 +40,25 @@ class Drainer:
         await self.loop.stop()
 
     async def _run(self) -> None:
-        pause = _PAUSE
+        pause = _POLL_INTERVAL_SECONDS
         while True:
             await self._publisher.wait_connected()
-            # One that could not be opened is tried again: nobody knows what lies in it.
+            # A journal that could not be opened is tried again, because it may have entries.
             if self._journal.depth or not self._journal.opened:
                 try:
                     await self.drain_some()
                     self.loop.turned()
-                    pause = _PAUSE
+                    pause = _POLL_INTERVAL_SECONDS
                     continue
                 except (NotSent, InDoubt, JournalBroken) as error:
                     log.warning("journal_drain_waits", depth=self._journal.depth, error=str(error))
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    pause = min(2 * pause, _MAX_PAUSE_SECONDS)
             self.loop.turned()
             await asyncio.sleep(pause)
 
     async def drain_some(self) -> int:
-        """One message for each lane, of its oldest entries; returns how many entries left the journal. A lane that is
-        refused (its queue is full) does not hold back the others; the first error is raised when all were tried."""
+        """Publishes one message with the oldest entries of each lane. Returns how many entries left the journal. A lane
+        whose queue is full does not stop the others; the first error (NotSent, InDoubt) is raised at the end."""
         drained, failed = 0, None
         for lane in Lane:
             mine = _one_message(await self._journal.oldest(MAX_BATCH, lane))
@@ -88,7 +88,7 @@ class Drainer:
         for entry in drained:
             context = traceparent_in(entry.event)
             if self._tracer.wanted(context):
-                # What travels with the change is the context of the span that journaled it.
+                # The change carries the context of the span that journaled it.
                 self._tracer.add(
                     context,
                     sends(lane),
@@ -101,7 +101,7 @@ class Drainer:
 
 
 def _one_message(entries: list[JournalEntry]) -> list[JournalEntry]:
-    """Those from the first on that fit into one body; the first alone when it is larger."""
+    """The first entries that fit into one message; only the first if it is larger than a message."""
     size, count = 0, 0
     for entry in entries:
         size += len(entry.event)

@@ -1,12 +1,12 @@
-"""The number of an instance among its kind: it names files that one process alone may write, and a series of order
+"""The number of an instance among its kind. It names files that only one process may write, and a series of order
 numbers.
 
-Replicas that share one environment and one volume cannot be told their numbers; with `auto` each leases one. A lease is
-an exclusive lock of the kernel (flock) on `<kind>-<number>.lock`, beside the files that the number names. It is held
-for the life of the process and ends with it, however it ends: no clock is trusted, and what lies there, a journal that
-was not drained, passes to the next holder together with its number.
+Replicas that share one environment and one volume cannot be configured with numbers; with `auto` each leases one. A
+lease is an exclusive lock of the kernel (flock) on `<kind>-<number>.lock`, in the folder of the files that the number
+names. It lasts as long as the process, and depends on no clock. A journal that was not drained passes to the next
+holder of its number.
 
-The lock holds within one machine. Replicas on several machines have volumes of their own, and are given their numbers.
+The lock works within one machine. Replicas on several machines have volumes of their own and configured numbers.
 """
 
 import fcntl
@@ -19,56 +19,56 @@ from typing import IO, Literal, Self
 
 from shared.settings import Settings
 
-_MOST = 1_000
-_LOOK_AGAIN = 0.1  # seconds
+_MAX_NUMBER = 1_000
+_POLL_INTERVAL_SECONDS = 0.1
 
 
 class NumberTaken(Exception):
-    """Another process holds this number, or all of them, or the file system knows no locks."""
+    """Another process holds this number, or all numbers are held, or the file system has no locks."""
 
 
 class Lease:
-    """Holds `number` until `release`, or until the process ends; one that nobody keeps is released by Python."""
+    """Holds `number` until `release` or the end of the process. Keep a reference, or Python releases the lease."""
 
     def __init__(self, number: int, file: IO[str] | None) -> None:
-        """Without a file: a number that was given, for what needs no lock."""
+        """`file`: the locked file; None for a configured number that needs no lock."""
         self.number = number
         self._file = file
 
     @classmethod
-    def take(cls, folder: Path, kind: str, wanted: "int | Literal['auto']", *, within: float = 10.0) -> "Lease":
-        """`auto`: the lowest number that is free. A number: that one, waited for up to `within` seconds, because
-        another instance may just be draining its journal (shared/rail/orphaned_journals.py). Raises NumberTaken."""
-        if wanted == "auto":
-            for number in range(1, _MOST + 1):
+    def take(cls, folder: Path, kind: str, requested: "int | Literal['auto']", *, within: float = 10.0) -> "Lease":
+        """`auto` takes the lowest free number. A given number is waited for up to `within` seconds, because another
+        instance may be draining its journal (shared/rail/orphaned_journals.py). Raises NumberTaken."""
+        if requested == "auto":
+            for number in range(1, _MAX_NUMBER + 1):
                 if (lease := cls.attempt(folder, kind, number)) is not None:
                     return lease
-            raise NumberTaken(f"all of the numbers 1 to {_MOST} of {kind!r} in {folder} are taken")
+            raise NumberTaken(f"all of the numbers 1 to {_MAX_NUMBER} of {kind!r} in {folder} are taken")
         deadline = time.monotonic() + within
         for _ in itertools.count():
-            if (lease := cls.attempt(folder, kind, wanted)) is not None:
+            if (lease := cls.attempt(folder, kind, requested)) is not None:
                 return lease
             if time.monotonic() > deadline:
                 break
-            time.sleep(_LOOK_AGAIN)
-        path = _path(folder, kind, wanted)
-        raise NumberTaken(f"number {wanted} of {kind!r} is held by {path.read_text().strip() or 'another'}: {path}")
+            time.sleep(_POLL_INTERVAL_SECONDS)
+        path = _path(folder, kind, requested)
+        raise NumberTaken(f"number {requested} of {kind!r} is held by {path.read_text().strip() or 'another'}: {path}")
 
     @classmethod
     def attempt(cls, folder: Path, kind: str, number: int) -> "Lease | None":
-        """None when another has it. Raises NumberTaken where locks cannot be had at all."""
+        """None when another process holds it. Raises NumberTaken when the file system has no locks."""
         return cls._lock(_path(folder, kind, number), number)
 
     @classmethod
     def beside(cls, file: Path) -> "Lease | None":
-        """Of the instance that a file belongs to, such as `orders-3.sqlite`. None when another has it. Raises
-        NumberTaken as `attempt`."""
+        """The lease of the instance that a file belongs to, such as `orders-3.sqlite`. None when another process holds
+        it. Raises NumberTaken like `attempt`."""
         name, _, number = file.stem.rpartition("-")
         return cls._lock(lock_of(file), int(number) if name and number.isdecimal() else 0)
 
     @classmethod
     def holder(cls, file: Path) -> str | None:
-        """Who has that lease now, for people; None: nobody."""
+        """A description of the process that holds the lease of a file; None when it is free."""
         try:
             with lock_of(file).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -82,7 +82,8 @@ class Lease:
     def _lock(cls, path: Path, number: int) -> "Lease | None":
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Never removed: whoever holds a lock on a removed file would share its number with the next.
+            # The file is never removed: the holder of a lock on a removed file would share its number with the next
+            # one.
             file = path.open("a+")
         except OSError as error:
             raise NumberTaken(f"{path}: {error}") from error
@@ -112,8 +113,8 @@ class Lease:
 
 
 def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
-    """For a service whose number names nothing but its traces: the settings with a number, with `auto` one that is
-    leased beside the traces. Keep the lease for as long as they are written. Raises NumberTaken."""
+    """For a service whose number names only its trace files: the settings with a number, and its lease. `auto` leases a
+    number in the folder of the traces. Keep the lease as long as traces are written. Raises NumberTaken."""
     if settings.instance == "auto":
         lease = Lease.take(settings.traces_path, kind, "auto")
     else:
@@ -122,7 +123,7 @@ def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
 
 
 def lock_of(file: Path) -> Path:
-    """The lock beside a file that is named after its instance."""
+    """The lock file of a file that is named after its instance."""
     return file.with_suffix(".lock")
 
 

@@ -1,10 +1,9 @@
-"""Orphans: journals in this instance's folder whose own instance is not there, such as after a scale-down.
+"""Orphaned journals: journals in this instance's folder whose own instance does not run, such as after a scale-down.
 
-What lies in them was acknowledged, so it may not wait for an instance of that number to come back: whoever lives beside
-them takes the lease of the number, drains the journal into the broker and lets go again. An entry leaves a journal only
-after its confirm. While the broker is away nothing is held: the number is free for its instance. May be stopped at any
-time; numbers of orders are never given from an orphan.
-"""
+Their entries were accepted, so they must not wait for their instance. Another instance takes the lease of the number,
+drains the journal into the broker and releases the lease. An entry leaves a journal only after its publisher confirm.
+No lease is held while the broker is unavailable. An orphaned journal never gives an order number. The loop may be
+stopped at any time."""
 
 import asyncio
 from pathlib import Path
@@ -33,7 +32,9 @@ class OrphanedJournals:
         self._own = own
         self._max_bytes = max_bytes
         self._every = every
-        self._empty: dict[int, int] = {}  # what an empty one looked like: it is not opened again before it changes
+        self._empty: dict[
+            int, int
+        ] = {}  # number -> state of an empty journal, which is not opened again before it changes
         self.loop = BackgroundLoop("orphaned-journals", self._run)
 
     def start(self) -> None:
@@ -48,7 +49,7 @@ class OrphanedJournals:
             try:
                 await self.drain()
             except (NotSent, InDoubt, JournalBroken, NumberTaken, OSError) as error:
-                log.warning("orphans_wait", error=str(error) or type(error).__name__)
+                log.warning("orphaned_journals_wait", error=str(error) or type(error).__name__)
             self.loop.turned()
             await asyncio.sleep(self._every)
 
@@ -60,7 +61,7 @@ class OrphanedJournals:
             if number == self._own or self._empty.get(number) == await asyncio.to_thread(_changed, path):
                 continue
             lease = Lease.attempt(self._folder, "orders", number)
-            if lease is None:  # its instance lives
+            if lease is None:  # its instance runs
                 self._empty.pop(number, None)
                 continue
             with lease:
@@ -84,10 +85,10 @@ class OrphanedJournals:
         finally:
             await journal.close()
         if found:
-            log.info("orphan_drained", journal=str(path), changes=found)
+            log.info("orphaned_journal_drained", journal=str(path), changes=found)
         return found
 
 
 def _changed(path: Path) -> int:
-    """When it was written last, in nanoseconds; what is in its write-ahead log counts."""
+    """When the journal or its write-ahead log was last written, in nanoseconds."""
     return max((file.stat().st_mtime_ns for file in files_of(path)), default=0)

@@ -1,10 +1,9 @@
-"""Record: a change becomes durable, in the broker or in the journal.
+"""Record: makes a change durable, in the broker or in the journal.
 
-Group commit: changes of a lane that wait at the same moment travel in one message, while at most a few publishes are
-under way, and publishes begin at least a few milliseconds apart; alone, a change goes at once. Only forward: when the
-publish of a message is in doubt, the same events go to the journal, and the answer is yes. Order does not matter, so
-the journal drains beside new changes.
-"""
+Group commit: changes of a lane that wait at the same moment share one message. At most a few publishes are under way,
+and they begin at least a few milliseconds apart; a single change is published at once. When a publish is in doubt, the
+same events go to the journal, and the change is accepted. Order does not matter, so the journal drains while new
+changes are published."""
 
 import asyncio
 import time
@@ -24,7 +23,7 @@ from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 
 log = structlog.get_logger(__name__)
 
-# Far below the 16 MiB that RabbitMQ 4 takes by default; a single larger change travels alone.
+# Far below the 16 MiB that RabbitMQ 4 accepts by default. A larger change gets a message of its own.
 MAX_BODY = 1 << 20
 
 
@@ -34,7 +33,7 @@ class Durability(StrEnum):
 
 
 class Unrecorded(Exception):
-    """Neither the broker nor the journal took it. `sent`: the broker may have it all the same."""
+    """Neither the broker nor the journal took the change. `sent`: the broker may have it nevertheless."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
@@ -47,7 +46,7 @@ class _Waiting(Struct):
     traceparent: str | None
     trace: tracing.Trace | None
     began: int
-    """Nanoseconds since the epoch: how long a change waited for its message shows in its trace."""
+    """Nanoseconds since the epoch, so that the trace shows how long the change waited for its message."""
 
 
 class Recorder:
@@ -64,7 +63,7 @@ class Recorder:
         self._metrics = metrics
         self._publisher = publisher
         self._journal = journal
-        self._most_under_way = under_way
+        self._max_under_way = under_way
         self._apart = apart_ms / 1000
         self._next_at = dict.fromkeys(Lane, 0.0)
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
@@ -74,8 +73,8 @@ class Recorder:
         self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
 
     async def record(self, lane: Lane, event: bytes, traceparent: str | None = None) -> Durability:
-        """Returns when the change is durable; raises Unrecorded when nothing would take it. `traceparent` is the one in
-        the event: what happens is noted in the current trace, if that is the change's own."""
+        """Returns when the change is durable. Raises Unrecorded. `traceparent`: the event's; spans are noted in the
+        current trace if it is the change's own."""
         trace = tracing.current()
         if trace is not None and (traceparent is None or traceparent[3:35] != trace.trace_id):
             trace = None
@@ -85,7 +84,7 @@ class Recorder:
         return await waiting.done
 
     async def drain(self) -> None:
-        """Waits until nothing is under way: for a graceful stop, after the last request."""
+        """Waits until no publish is under way. Call it at shutdown, after the last request."""
         self._draining = True
         for lane in Lane:
             self._pump(lane)
@@ -93,7 +92,7 @@ class Recorder:
             await asyncio.gather(*(task for tasks in self._under_way.values() for task in tasks))
 
     def _pump(self, lane: Lane) -> None:
-        while self._waiting[lane] and len(self._under_way[lane]) < self._most_under_way:
+        while self._waiting[lane] and len(self._under_way[lane]) < self._max_under_way:
             if self._apart and not self._draining:
                 loop = asyncio.get_running_loop()
                 now = loop.time()
@@ -130,7 +129,7 @@ class Recorder:
             if self._metrics is not None:
                 self._metrics.per_message.observe(len(changes))
                 self._metrics.durable.inc(durability.value, len(changes))
-        except BaseException as error:  # noqa: BLE001  (told to every caller that waits, whatever it is)
+        except BaseException as error:  # noqa: BLE001  (every waiting caller gets the error)
             told = error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
             for change in changes:
                 if not change.done.done():
@@ -168,12 +167,12 @@ class Recorder:
 
 
 def sends(lane: Lane) -> str:
-    """Name of a span that publishes."""
+    """Name of a span that publishes to a lane."""
     return f"send {CHANGES}:{lane.value}"
 
 
 def sending(lane: Lane, changes: int) -> dict[str, Any]:
-    """Attributes of a span that publishes one message with so many changes (OpenTelemetry's messaging conventions)."""
+    """Attributes of a span that publishes one message with `changes` changes (OpenTelemetry's conventions)."""
     return {
         "messaging.system": "rabbitmq",
         "messaging.operation.type": "send",
@@ -187,8 +186,8 @@ def sending(lane: Lane, changes: int) -> dict[str, Any]:
 def _note(
     changes: list[_Waiting], name: str, began: int, attributes: dict[str, Any], *, error: str | None = None
 ) -> None:
-    """In each change's own trace: `record` from when it began to wait, and in it what was done with its message. What
-    made a change durable is the span whose id travels with it."""
+    """Notes two spans in each change's own trace: `record` since the change began to wait, and in it the publish or the
+    journal write. The change carries the id of the span that made it durable."""
     ended = time.time_ns()
     for change in changes:
         trace = change.trace
