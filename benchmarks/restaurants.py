@@ -40,8 +40,7 @@ async def seed(database_url: str, secret: str) -> tuple[list[SeededRestaurant], 
     """
     tokens = Tokens(secret, ttl_seconds=_TOKEN_SECONDS)
     seeded, descriptions = [], []
-    connection = await asyncpg.connect(database_url)
-    try:
+    async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool, pool.acquire() as connection:
         for number in range(_RESTAURANTS):
             id_ = _id("restaurant", number)
             await connection.execute(_INSERT, id_, f"bench-{number}", f"Restaurant {number}", _TAX_BASIS_POINTS)
@@ -51,8 +50,6 @@ async def seed(database_url: str, secret: str) -> tuple[list[SeededRestaurant], 
             token = tokens.issue(Identity(_id("user", number), Role.STAFF, id_, "bench@example.org"))
             seeded.append(SeededRestaurant(id_, token, [dish for dish, _, _ in dishes], _id("table", number)))
             descriptions.append({"id": id_, "dishes": [list(dish) for dish in dishes]})
-    finally:
-        await connection.close()
     return seeded, json.dumps({"restaurants": descriptions, "secret": secret}).encode()
 
 

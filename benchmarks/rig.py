@@ -137,6 +137,7 @@ class BenchmarkRig:
             "database_ops_url": self.database_url("ops"),
             "jwt_secret": SECRET,
             "heartbeat_interval_seconds": 1.0,
+            "trace_sample": 0.1,  # as in production; development keeps every trace, which costs CPU time and disk
             **WITHOUT_RATE_LIMITS,
             **settings,
         }
@@ -213,7 +214,7 @@ class BenchmarkRig:
     def rail(self, **settings: object) -> Iterator[tuple[RunningProgram, RunningProgram]]:
         """Runs the rail, with a warm mirror and all menus loaded. Yields (orders, worker) and stops both."""
         worker = self.service("worker")
-        orders = self.service("orders", **settings)
+        orders = self.service("orders", wait=True, **settings)
         try:
             self.warm(worker)
             yield orders, worker

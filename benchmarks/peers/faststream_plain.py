@@ -22,10 +22,10 @@ from shared.entities.signal import signal_in
 class _UndecodedBody:
     """A codec that leaves the body alone: FastStream's own never calls a handler of bytes with JSON."""
 
-    async def decode(self, message: RabbitMessage) -> RabbitMessage:
+    async def decode(self, message: Any) -> Any:
         return message
 
-    async def encode(self, message: object, serializer: object = None) -> tuple[object, str | None]:
+    async def encode(self, message: Any, serializer: Any = None) -> tuple[Any, str | None]:
         return message, None
 
 

@@ -203,7 +203,7 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
     """An app with the route handler `place`. `resources` opens what it needs beyond the PostgreSQL pool."""
     described = json.loads(Path(os.environ["BENCH_RESTAURANTS"]).read_text())
     state = State({"books": {one["id"]: _book(one) for one in described["restaurants"]}})
-    tracer = Tracer(name, Settings(trace_sample=0))
+    tracer = Tracer(name, Settings.model_construct(trace_sample=0))
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:

@@ -23,14 +23,12 @@ _BATCH_SECONDS = 10.0
 async def rate(rig: BenchmarkRig, changes: int) -> float:
     """Changes per second."""
     made = [_written(random_order(rig.restaurants)) for _ in range(changes)]
-    connection = await asyncpg.connect(rig.database_url("writer"))
-    try:
+    url = rig.database_url("writer")
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, pool.acquire() as connection:
         began = time.monotonic()
         for start in range(0, changes, _BATCH_CHANGES):
             await write_batch(connection, made[start : start + _BATCH_CHANGES], timeout_seconds=_BATCH_SECONDS)
         return changes / (time.monotonic() - began)
-    finally:
-        await connection.close()
 
 
 def _written(order: Order) -> Written:

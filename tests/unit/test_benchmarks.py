@@ -115,6 +115,12 @@ async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch
         await ask_until_refused(Settings(_env_file=None, restaurant_requests_per_second=5.0))
 
 
+def test_services_under_load_keep_a_tenth_of_their_traces(rig: BenchmarkRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.model_construct().trace_sample == 1  # the default in development, which would distort the figures
+    monkeypatch.setenv("TICKETRAIL_TRACE_SAMPLE", rig.environment()["TICKETRAIL_TRACE_SAMPLE"])
+    assert Settings(_env_file=None).trace_sample == 0.1
+
+
 def test_node_peers_without_node_are_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ProgramMissing, match="Node is not installed"):
