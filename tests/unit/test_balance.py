@@ -1,4 +1,4 @@
-"""How suspects are judged, and how a balance adds up."""
+"""How missing changes are classified, and how a balance adds up."""
 
 from collections import Counter
 from datetime import timedelta
@@ -29,27 +29,27 @@ def verdicts(
     missing_for: float = 10.0,
     cleared: bool = True,
 ) -> tuple[list[str], int]:
-    """(the place of each, how many are not judged yet)"""
-    shelf = Placement(suspects=suspects)
+    """The place of each suspect, and how many could not be classified yet."""
+    placement = Placement(suspects=suspects)
     ids = [one.change_id for one in suspects]
-    unjudged = classify_missing(shelf, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
-    places = {one.change_id: place for place, entries in shelf.places.items() for one in entries}
-    return [places[id_] for id_ in ids], unjudged
+    unclassified = classify_missing(placement, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
+    places = {one.change_id: place for place, entries in placement.places.items() for one in entries}
+    return [places[id_] for id_ in ids], unclassified
 
 
-def test_one_that_has_been_missing_long_enough_is_unexplained() -> None:
+def test_a_change_that_is_missing_long_enough_is_unexplained() -> None:
     assert verdicts([suspect()]) == (["unexplained"], 0)
 
 
-def test_one_that_is_missing_for_a_moment_only_counts_as_queued_and_is_looked_for_again() -> None:
+def test_a_change_that_is_missing_for_a_moment_counts_as_queued_and_is_checked_again() -> None:
     assert verdicts([suspect()], missing_for=4.9) == (["queued"], 1)
 
 
-def test_one_that_may_still_lie_in_its_lane_is_queued_however_long_it_is_missing() -> None:
+def test_a_missing_change_that_its_lane_may_still_hold_counts_as_queued() -> None:
     assert verdicts([suspect()], cleared=False) == (["queued"], 0)
 
 
-def test_messages_that_nobody_knows_by_id_explain_the_newest_of_their_lane_first() -> None:
+def test_messages_of_unknown_id_explain_the_newest_missing_changes_of_their_lane() -> None:
     old, new, other = suspect(60), suspect(1), suspect(lane="normal")
     assert verdicts([old, new, other], waiting={("retrying", "critical"): 1}) == (
         ["unexplained", "retrying", "unexplained"],
@@ -61,14 +61,14 @@ def test_messages_that_nobody_knows_by_id_explain_the_newest_of_their_lane_first
     ]
 
 
-def test_it_adds_up_over_all_restaurants_and_for_each() -> None:
+def test_the_balance_adds_up_in_total_and_for_each_restaurant() -> None:
     other = new_id()
-    total, each = counted(Counter({RESTAURANT: 3, other: 1}), {"queued": [suspect(), suspect()]}, {other: "beside"})
+    total, each = counted(Counter({RESTAURANT: 3, other: 1}), {"queued": [suspect(), suspect()]}, {other: "the-other"})
     assert (total.accepted, total.synced, total.queued) == (6, 4, 2)
-    assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [("", RESTAURANT, 5), ("beside", other, 1)]
+    assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [("", RESTAURANT, 5), ("the-other", other, 1)]
 
 
 @pytest.mark.parametrize("value", [None, 7, "", "x" * 36, RESTAURANT.upper()[:35] + "G", f"{RESTAURANT}\n"])
-def test_what_is_no_id_is_not_asked_for(value: object) -> None:
+def test_only_uuids_count_as_ids(value: object) -> None:
     assert not is_id(value)
     assert is_id(new_id())

@@ -1,4 +1,4 @@
-"""Batches: what is taken apart, what stands among several, and which acknowledgements are true."""
+"""Batches: how messages are split, which change of an entity is the head, and which tags are acknowledged."""
 
 import random
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Sent:
     headers: Mapping[str, Any] = field(default_factory=dict)
 
 
-def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
+def test_a_message_is_split_into_changes_byte_for_byte() -> None:
     made = [change(order()) for _ in range(3)]
     odd = encode(made[1]).replace(b"{", b"{ ", 1)
     batch = parse_batch(Lane.NORMAL, [Sent(message(made[0], odd)), Sent(message(made[2]), {"a": 1})])
@@ -34,7 +34,7 @@ def test_a_message_is_taken_apart_into_changes_to_the_letter() -> None:
     assert not batch.failed
 
 
-def test_what_cannot_be_read_fails_alone() -> None:
+def test_an_unreadable_change_fails_alone() -> None:
     good = change(order())
     bad = encode(change(order(), restaurantid=OTHER_RESTAURANT))
     batch = parse_batch(Lane.CRITICAL, [Sent(message(good, bad, b"7")), Sent(b"no batch")])
@@ -45,10 +45,10 @@ def test_what_cannot_be_read_fails_alone() -> None:
         (b"no batch", "undecodable"),
     ]
     assert {one.failure.kind for one in batch.failed} == {FailureKind.POISON}
-    assert batch.failed[0].change is not None  # readers can be told
+    assert batch.failed[0].change is not None  # so the mirror can show the failure
 
 
-def test_a_heartbeat_is_noted_by_its_own_lane_alone() -> None:
+def test_a_heartbeat_counts_only_in_its_own_lane() -> None:
     heartbeats = [
         Signal(id=new_id(), type=HEARTBEAT, time=now(), lane=lane, epoch="e") for lane in ("critical", "normal")
     ]
@@ -57,7 +57,7 @@ def test_a_heartbeat_is_noted_by_its_own_lane_alone() -> None:
     assert not batch.failed and not batch.changes
 
 
-def test_of_each_entity_the_highest_standing_is_upserted_in_order_of_the_keys() -> None:
+def test_the_highest_head_of_each_entity_is_upserted_in_order_of_the_keys() -> None:
     first = change(order())
     second = change(order(id=first.entity_id), base=first)
     fork = change(order(id=first.entity_id, notes="other"), base=first)
@@ -72,7 +72,7 @@ def test_of_each_entity_the_highest_standing_is_upserted_in_order_of_the_keys() 
 
 
 @given(count=st.integers(1, 60), seed=st.integers())
-def test_acknowledgements_cover_exactly_what_was_settled_whatever_the_order(count: int, seed: int) -> None:
+def test_acknowledgements_cover_exactly_the_settled_messages_in_any_order(count: int, seed: int) -> None:
     chance = random.Random(seed)
     order_of_arrival = list(range(1, count + 1))
     chance.shuffle(order_of_arrival)

@@ -9,14 +9,14 @@ from tests.chaos.schedule import SERVERS, SERVICES, Kind, schedule
 SEEDS = range(60)
 
 
-def test_the_same_seed_is_the_same_schedule_and_another_is_another() -> None:
+def test_each_seed_has_its_own_schedule() -> None:
     for seed in SEEDS:
         assert schedule(seed, 300.0) == schedule(seed, 300.0)
     assert len({str(schedule(seed, 60.0)) for seed in SEEDS}) == len(SEEDS)
 
 
 @pytest.mark.parametrize("length", [20.0, 60.0, 300.0])
-def test_no_two_faults_are_at_one_target_at_once_and_all_have_ended_at_the_end(length: float) -> None:
+def test_faults_of_one_target_never_overlap_and_all_end_before_the_run_ends(length: float) -> None:
     for seed in SEEDS:
         faults = schedule(seed, length)
         assert faults == sorted(faults, key=lambda one: one.at)
@@ -25,7 +25,7 @@ def test_no_two_faults_are_at_one_target_at_once_and_all_have_ended_at_the_end(l
             assert one.target != other.target or one.until < other.at, (seed, one, other)
 
 
-def test_different_targets_are_struck_at_once_now_and_then() -> None:
+def test_faults_of_different_targets_sometimes_overlap() -> None:
     together = 0
     for seed in SEEDS:
         faults = schedule(seed, 60.0)
@@ -33,14 +33,14 @@ def test_different_targets_are_struck_at_once_now_and_then() -> None:
     assert together > len(SEEDS) / 4
 
 
-def test_a_minute_has_faults_enough_and_all_kinds_and_targets_come() -> None:
+def test_a_minute_has_at_least_five_faults_and_all_kinds_and_targets_occur() -> None:
     assert min(len(schedule(seed, 60.0)) for seed in SEEDS) >= 5
     every = [fault for seed in SEEDS for fault in schedule(seed, 60.0)]
     assert {one.kind for one in every} == set(Kind)
     assert {one.target for one in every if one.kind is Kind.KILL} == {*SERVICES, *SERVERS}
 
 
-def test_a_long_run_has_a_link_that_stalls_for_more_than_a_minute() -> None:
+def test_a_long_run_has_one_connection_that_stalls_for_over_a_minute() -> None:
     for seed in SEEDS:
         long = [one for one in schedule(seed, 180.0) if one.kind is Kind.STALL and one.seconds > 60.0]
         assert len(long) == 1

@@ -1,4 +1,4 @@
-"""Who calls: the header of a proxy counts only when the peer is one that we trust."""
+"""The address of the client: the header of a proxy counts only when the peer is a trusted proxy."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, object]:
         ("10.0.0.2", "10.0.0.3", ["203.0.113.9"], "10.0.0.3"),
         ("", "10.0.0.2", ["203.0.113.9"], "10.0.0.2"),
         ("10.0.0.0/24, fd00::/8", "fd00::5", ["203.0.113.9"], "203.0.113.9"),
-        # What the client wrote itself stands before what the proxy saw.
+        # The proxy appends the address that it sees to the addresses that the client sent.
         ("10.0.0.2", "10.0.0.2", ["1.2.3.4, 203.0.113.9"], "203.0.113.9"),
         ("10.0.0.2", "10.0.0.2", ["1.2.3.4", "203.0.113.9"], "203.0.113.9"),
         ("10.0.0.2, 192.0.2.1", "10.0.0.2", ["203.0.113.9, 192.0.2.1"], "203.0.113.9"),
@@ -26,12 +26,12 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, object]:
         ("10.0.0.2", None, ["203.0.113.9"], ""),
     ],
 )
-def test_the_client_is_who_the_last_trusted_hop_saw(
+def test_the_client_is_the_address_that_the_last_trusted_hop_saw(
     trusted: str, peer: str | None, forwarded: list[str], client: str
 ) -> None:
     assert TrustedProxies(trusted).client_of(scope(peer, *forwarded)) == client
 
 
-def test_a_proxy_that_is_no_address_is_refused() -> None:
+def test_a_trusted_proxy_that_is_not_an_address_is_refused() -> None:
     with pytest.raises(ValueError, match="gateway"):
         TrustedProxies("gateway")

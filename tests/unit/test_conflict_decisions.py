@@ -1,4 +1,4 @@
-"""What stands after the other side of a conflict was chosen."""
+"""The state of an entity after an operator has decided a conflict."""
 
 from typing import Any
 
@@ -24,18 +24,18 @@ def plain(state: Order) -> dict[str, Any]:
 
 
 def chosen(present: Order, winner: Order, loser: Order) -> Order:
-    """The loser."""
+    """`present` after the operator has chosen the losing side."""
     found: Order = holding(orders.ENTITY, present, kept=plain(loser), dropped=plain(winner), strict=True)
     return found
 
 
 def confirmed(present: Order, winner: Order, loser: Order) -> Order:
-    """The winner."""
+    """`present` after the operator has confirmed the winning side."""
     found: Order = holding(orders.ENTITY, present, kept=plain(winner), dropped=plain(loser), strict=False)
     return found
 
 
-def test_what_differs_comes_from_the_one_that_holds_and_the_rest_stays() -> None:
+def test_differing_fields_come_from_the_chosen_side_and_other_fields_stay() -> None:
     winner, loser = structs.replace(BASE, notes="one"), structs.replace(BASE, notes="two", special_instructions="hot")
     present = structs.replace(winner, customer_name="Grace")
     after = chosen(present, winner, loser)
@@ -43,14 +43,14 @@ def test_what_differs_comes_from_the_one_that_holds_and_the_rest_stays() -> None
     assert confirmed(present, winner, loser) == present
 
 
-def test_a_winner_that_does_not_stand_is_brought_back_too() -> None:
-    """What stands was built on the loser, or an earlier decision for that one was not noted."""
+def test_a_confirmed_winner_is_restored_if_it_is_not_the_head() -> None:
+    """The head was built on the losing side, or an earlier decision for that side was not stored."""
     winner, loser = structs.replace(BASE, notes="one"), structs.replace(BASE, notes="two", special_instructions="hot")
     after = confirmed(structs.replace(loser, customer_name="Grace"), winner, loser)
     assert (after.notes, after.special_instructions, after.customer_name) == ("one", None, "Grace")
 
 
-def test_a_third_value_is_named_or_stays() -> None:
+def test_a_field_with_a_third_value_is_refused_by_name_or_kept() -> None:
     winner, loser = structs.replace(BASE, notes="one", total=1), structs.replace(BASE, notes="two", total=2)
     present = structs.replace(winner, notes="three", total=2)
     with pytest.raises(Conflict) as refused:
@@ -60,7 +60,7 @@ def test_a_third_value_is_named_or_stays() -> None:
     assert (after.notes, after.total) == ("three", 1)
 
 
-def test_payments_stay_and_what_they_make_of_a_total_is_reckoned_anew() -> None:
+def test_payments_stay_and_the_payment_status_is_computed_from_the_new_total() -> None:
     winner = structs.replace(BASE, total=1_000, payments=(payment(amount=1_000),), payment_status=PaymentStatus.PAID)
     loser = structs.replace(BASE, total=1_500, payments=(payment(amount=300),))
     present = structs.replace(winner, payments=(*winner.payments, *loser.payments))
@@ -69,12 +69,12 @@ def test_payments_stay_and_what_they_make_of_a_total_is_reckoned_anew() -> None:
     assert after.payment_status is PaymentStatus.PARTIALLY_PAID
 
 
-def test_when_each_side_was_written_does_not_matter() -> None:
+def test_the_times_of_both_sides_do_not_matter() -> None:
     loser = structs.replace(BASE, updated_at=BASE.updated_at.replace(year=2025))
     assert chosen(BASE, BASE, loser) == structs.replace(BASE, payment_status=PaymentStatus.PENDING)
 
 
-def test_an_order_that_comes_back_takes_anew_what_it_gave_back() -> None:
+def test_an_order_that_is_restored_holds_its_stock_again() -> None:
     hold = StockHold(inventory_item_id=new_id(), quantity=2)
     loser = structs.replace(BASE, holds=(hold,))
     for winner in (
@@ -89,7 +89,7 @@ def test_an_order_that_comes_back_takes_anew_what_it_gave_back() -> None:
         assert confirmed(winner, winner, loser).holds == (hold,)
 
 
-def test_of_a_stock_that_moved_on_both_sides_nobody_can_say_what_is_there() -> None:
+def test_a_quantity_that_both_sides_changed_is_refused_or_kept() -> None:
     at = BASE.created_at
     item = InventoryItem(
         id=new_id(), restaurant_id=BASE.restaurant_id, name="Flour", quantity=10, counted_at=at, created_at=at,
@@ -104,7 +104,7 @@ def test_of_a_stock_that_moved_on_both_sides_nobody_can_say_what_is_there() -> N
     assert after == sides[0]
 
 
-def test_a_deletion_and_its_undoing_are_told_as_what_they_are() -> None:
-    gone = structs.replace(BASE, deleted_at=BASE.updated_at)
-    for before, after, event in ((BASE, gone, "deleted"), (gone, BASE, "restored"), (BASE, BASE, "updated")):
+def test_a_decision_that_deletes_or_restores_has_that_event() -> None:
+    deleted = structs.replace(BASE, deleted_at=BASE.updated_at)
+    for before, after, event in ((BASE, deleted, "deleted"), (deleted, BASE, "restored"), (BASE, BASE, "updated")):
         assert event_between(orders.ENTITY, before, after) == event

@@ -1,4 +1,4 @@
-"""What the contract takes and what it refuses, with the reason that groups the dead letters."""
+"""Changes that the contract accepts or refuses, and the reasons by which dead letters are grouped."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from tests.rigs import builders
 
 
 def edited(**attributes: Any) -> bytes:
-    """An order's creation with other attributes on the wire; None takes one away."""
+    """An order's creation with other attributes on the wire; None removes an attribute."""
     event = json.loads(encode(builders.change(builders.order(items=1))))
     return json.dumps({name: value for name, value in {**event, **attributes}.items() if value is not None}).encode()
 
@@ -46,11 +46,11 @@ def reason(event: bytes) -> str:
     return broken.value.reason
 
 
-def test_a_change_that_no_broker_takes_is_refused_by_its_size() -> None:
+def test_a_change_too_large_for_the_broker_is_refused() -> None:
     assert reason(edited(data={"after": {}, "before": {"x": "y" * MAX_EVENT_BYTES}})) == "too_large"
 
 
-def test_a_change_reads_back_as_it_was_written() -> None:
+def test_a_change_is_read_back_as_it_was_written() -> None:
     order = builders.order(payments=(builders.payment(),), notes="no onions ø 🍽")
     change = builders.change(order)
     again = decode_change(encode(change))
@@ -58,7 +58,7 @@ def test_a_change_reads_back_as_it_was_written() -> None:
     assert registry.read(again) == (registry.ENTITIES["order"], order)
 
 
-def test_attributes_and_fields_that_a_newer_producer_adds_are_ignored() -> None:
+def test_unknown_attributes_and_fields_of_a_newer_producer_are_ignored() -> None:
     assert registry.read(decode_change(edited(newattribute="x")))
     assert registry.read(decode_change(with_state(new_field={"deep": [1]})))
 
@@ -108,11 +108,11 @@ def test_attributes_and_fields_that_a_newer_producer_adds_are_ignored() -> None:
         (with_state(items=[{}]), "contract_broken"),
     ],
 )
-def test_what_breaks_the_contract_is_refused_with_its_reason(event: bytes, expected: str) -> None:
+def test_an_event_that_breaks_the_contract_is_refused_with_its_reason(event: bytes, expected: str) -> None:
     assert reason(event) == expected
 
 
-def test_a_nul_in_a_field_that_no_version_of_ours_knows_is_refused_too() -> None:
+def test_a_nul_in_an_unknown_field_is_refused() -> None:
     assert reason(with_state(new_field="\0")) == "contract_broken"
     # An escaped backslash before the letters is text, not a NUL.
     assert registry.read(decode_change(with_state(notes="C:\\u0000")))
@@ -124,13 +124,13 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[", b"[1, ", b"\xff\xfe", b"[" * 100_000])
-def test_a_body_that_is_no_batch_is_undecodable(body: bytes) -> None:
+def test_a_body_that_is_not_a_batch_is_undecodable(body: bytes) -> None:
     with pytest.raises(BrokenContract) as broken:
         split_batch(body)
     assert broken.value.reason == "undecodable"
 
 
-def test_a_poison_event_leaves_the_others_of_its_batch_readable() -> None:
+def test_a_poison_event_does_not_affect_other_events_of_its_batch() -> None:
     good = [encode(builders.change(builders.order(items=0))) for _ in range(3)]
     events = split_batch(encode_batch([good[0], b'{"id": 7}', good[1], b"null", good[2]]))
     assert [events[0], events[2], events[4]] == good
@@ -138,21 +138,21 @@ def test_a_poison_event_leaves_the_others_of_its_batch_readable() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_raise_anything_but_a_broken_contract(body: bytes) -> None:
+def test_arbitrary_bytes_raise_only_broken_contract(body: bytes) -> None:
     for read in (decode_change, split_batch, lambda event: registry.read(decode_change(event))):
         with contextlib.suppress(BrokenContract):
             read(body)
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
-def test_a_state_of_any_shape_raises_nothing_but_a_broken_contract(shape: Any) -> None:
+def test_a_state_of_arbitrary_shape_raises_only_broken_contract(shape: Any) -> None:
     change = builders.change(builders.order(items=0))
     strange = structs.replace(change, data=ChangeData(after=Raw(encode(shape))))
     with pytest.raises(BrokenContract):
         registry.read(decode_change(encode(strange)))
 
 
-def test_who_repeats_a_change_repeats_its_id_and_who_changes_anything_does_not() -> None:
+def test_a_repeated_change_has_the_same_id_and_any_difference_gives_another_id() -> None:
     entity = builders.new_id()
     assert change_id(entity, 1, b"content") == change_id(entity, 1, b"content")
     others = {
@@ -163,7 +163,7 @@ def test_who_repeats_a_change_repeats_its_id_and_who_changes_anything_does_not()
     assert len(others | {change_id(entity, 1, b"content")}) == 4
 
 
-def test_before_holds_the_old_values_of_what_changed_alone() -> None:
+def test_before_holds_only_the_old_values_of_changed_fields() -> None:
     before = builders.order(items=1)
     after = structs.replace(before, status=OrderStatus.RECEIVED, notes="hurry")
     assert changed_fields(before, after) == {"status": "pending", "notes": None}
@@ -171,18 +171,18 @@ def test_before_holds_the_old_values_of_what_changed_alone() -> None:
 
 
 @pytest.mark.parametrize("type_", ["", "ticketrail", "ticketrail.order.created", "ticketrail.order.created.v1.x"])
-def test_a_type_of_another_shape_is_none_of_ours(type_: str) -> None:
+def test_a_type_of_another_form_is_unknown(type_: str) -> None:
     with pytest.raises(BrokenContract) as broken:
         event_of(type_)
     assert broken.value.reason == "unknown_type"
 
 
-def test_an_unknown_event_of_an_entity_cannot_be_made() -> None:
+def test_an_unknown_event_of_an_entity_is_refused() -> None:
     with pytest.raises(ValueError, match="no event"):
         registry.ENTITIES["order"].type("exploded")
 
 
-def test_standing_is_version_and_change_id() -> None:
+def test_the_head_of_a_change_is_its_version_and_change_id() -> None:
     change: Change = builders.change(builders.order(items=0), entityversion=7)
     assert (change.head.version, change.head.change_id) == (7, change.id)
     assert change.subject == f"order/{change.entity_id}"

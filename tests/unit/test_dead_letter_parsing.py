@@ -1,4 +1,4 @@
-"""What a dead message is read into: something that PostgreSQL can hold, whatever the message is made of."""
+"""How a message of a dead-dead_letter queue becomes dead letters that PostgreSQL can store, whatever the message holds."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -24,19 +24,19 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 FAILURE = Failure(FailureKind.POISON, "wrong_tenant", "BrokenContract: not yours", "shared.entities.entity:decode")
 
 
-def letter(body: bytes, headers: dict[str, Any] | None = None, lane: Lane | None = Lane.CRITICAL) -> NewDeadLetter:
+def dead_letter(body: bytes, headers: dict[str, Any] | None = None, lane: Lane | None = Lane.CRITICAL) -> NewDeadLetter:
     [found] = parse_dead_letters(QUEUE, lane, body, headers or {}, NOW)
     return found
 
 
-def died(body: bytes, failure: Failure = FAILURE, at: datetime = AT, **headers: Any) -> dict[str, Any]:
+def failed_headers(body: bytes, failure: Failure = FAILURE, at: datetime = AT, **headers: Any) -> dict[str, Any]:
     return dict(headers_for(FailedChange(body, headers, failure, at), Lane.CRITICAL))
 
 
-def test_a_letter_names_what_died_where_and_of_what() -> None:
+def test_a_dead_letter_names_its_change_its_queue_and_its_failure() -> None:
     made = change(order(), source="terminal/T-7", traceparent=TRACE, entityversion=4)
     body = message(made)
-    found = letter(body, died(body))
+    found = dead_letter(body, failed_headers(body))
     assert (found.queue, found.lane) == (QUEUE, "critical")
     assert (found.restaurant_id, found.change_id) == (RESTAURANT, made.id)
     assert (found.entity, found.entity_id, found.version) == ("order", made.entity_id, 4)
@@ -49,36 +49,36 @@ def test_a_letter_names_what_died_where_and_of_what() -> None:
     assert not found.mixed
 
 
-def test_every_attempt_of_the_ladder_is_in_it() -> None:
+def test_a_dead_letter_has_every_attempt_of_the_retry_ladder() -> None:
     body = message(change(order()))
     slow = Failure(
         FailureKind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
     )
-    first = died(body, slow)
-    found = letter(body, died(body, at=AT + timedelta(seconds=9), **first))
+    first = failed_headers(body, slow)
+    found = dead_letter(body, failed_headers(body, at=AT + timedelta(seconds=9), **first))
     assert [one.reason for one in found.attempts] == ["transient", "wrong_tenant"]
     assert found.attempts[0].at == AT
     assert (found.reason, found.place) == ("wrong_tenant", FAILURE.place)
 
 
-def test_the_same_letter_has_the_same_digest_and_another_queue_makes_another() -> None:
+def test_the_digest_depends_on_the_message_and_its_queue() -> None:
     one = message(change(order()))
-    assert letter(one).digest == letter(one, died(one)).digest
-    assert letter(one).digest == letter(b"[ " + one[1:-1] + b" ]").digest, "a replay comes back without the spaces"
+    assert dead_letter(one).digest == dead_letter(one, failed_headers(one)).digest
+    assert dead_letter(one).digest == dead_letter(b"[ " + one[1:-1] + b" ]").digest, "a replay comes back without spaces"
     [elsewhere] = parse_dead_letters("sync.mirror.dead.v1", None, one, {}, NOW)
-    assert elsewhere.digest != letter(one).digest
-    assert letter(message(change(order()))).digest != letter(one).digest
+    assert elsewhere.digest != dead_letter(one).digest
+    assert dead_letter(message(change(order()))).digest != dead_letter(one).digest
 
 
 def by_broker(reason: str = "delivery_limit") -> dict[str, Any]:
-    when = datetime(2026, 3, 14, 12, 0)  # as it comes from the client
+    when = datetime(2026, 3, 14, 12, 0)  # without a time zone, as the client delivers it
     return {
         "x-death": [{"count": 1, "reason": reason, "queue": "sync.postgres.critical.v1", "time": when}],
         "x-delivery-count": 101,
     }
 
 
-def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
+def test_a_message_dead_lettered_by_the_broker_is_a_dead_letter_for_each_change() -> None:
     several = [change(order()) for _ in range(3)]
     found = parse_dead_letters(QUEUE, Lane.CRITICAL, message(*several), by_broker(), NOW)
     assert [one.change_id for one in found] == [made.id for made in several]
@@ -90,31 +90,31 @@ def test_what_the_broker_gave_up_is_a_letter_for_each_change() -> None:
         assert one.attempts[-1].at == datetime(2026, 3, 14, 12, 0, tzinfo=UTC)
 
 
-def test_what_the_broker_gave_up_on_its_way_from_the_ladder_keeps_its_attempts() -> None:
+def test_a_retried_message_dead_lettered_by_the_broker_keeps_its_attempts() -> None:
     body = message(change(order()))
     slow = Failure(
         FailureKind.TRANSIENT, "transient", "SerializationError: try again", "services.sync.writer.upsert:write_batch"
     )
-    found = letter(body, {**died(body, slow), **by_broker()})
+    found = dead_letter(body, {**failed_headers(body, slow), **by_broker()})
     assert [one.reason for one in found.attempts] == ["transient", "delivery_limit"]
 
 
-def test_a_letter_of_which_nothing_is_known_says_so() -> None:
-    found = letter(b"\xff\x00 garbage")
+def test_an_unreadable_message_becomes_a_dead_letter_without_restaurant_or_change() -> None:
+    found = dead_letter(b"\xff\x00 garbage")
     assert (found.reason, found.place) == ("delivery_limit", "broker")
     assert found.attempts[-1].at == NOW
     assert found.restaurant_id is found.change_id is found.entity is None
 
 
-def test_a_letter_that_names_two_restaurants_is_marked() -> None:
+def test_a_dead_letter_that_names_two_restaurants_is_marked() -> None:
     theirs = change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)
-    assert letter(message(theirs)).mixed
+    assert dead_letter(message(theirs)).mixed
     negative = encode(theirs).replace(b'"total":', b'"total":-')
-    assert letter(b"[" + negative + b"]").mixed, "also where something else was found to be wrong first"
+    assert dead_letter(b"[" + negative + b"]").mixed, "also when another error is found first"
     ours = change(order())
-    assert letter(encode([{"restaurantid": RESTAURANT, "data": {"after": 7}}])).mixed, "nobody can tell whose it is"
-    assert not letter(encode([{"restaurantid": RESTAURANT}])).mixed
-    assert not letter(message(ours)).mixed
+    assert dead_letter(encode([{"restaurantid": RESTAURANT, "data": {"after": 7}}])).mixed, "its restaurant is unknown"
+    assert not dead_letter(encode([{"restaurantid": RESTAURANT}])).mixed
+    assert not dead_letter(message(ours)).mixed
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_a_letter_that_names_two_restaurants_is_marked() -> None:
         {"entityversion": True, "type": "nul\0", "subject": "nul\0/x", "traceparent": "\0"},
     ],
 )
-def test_names_that_no_column_can_hold_are_left_out(event: dict[str, Any]) -> None:
-    found = letter(json.dumps([event]).encode())
+def test_names_that_no_column_can_store_are_left_out(event: dict[str, Any]) -> None:
+    found = dead_letter(json.dumps([event]).encode())
     assert found.restaurant_id is found.change_id is found.entity_id is found.version is None
     for text in (found.type, found.source, found.entity, found.terminal_id):
         assert text is None or ("\0" not in text and len(text) <= 200)
@@ -139,7 +139,7 @@ def test_headers_of_any_kind_become_json() -> None:
         "deep": {"a": {"b": {"c": {"d": {"e": 1}}}}}, "list": [1, None, True, "\ud800\0"], "long": "x" * 50_000,
         "nul\0": 1,
     }  # fmt: skip
-    found = letter(b"", {**strange, "ticketrail-attempts": "[{", "ticketrail-reason": "undecodable"})
+    found = dead_letter(b"", {**strange, "ticketrail-attempts": "[{", "ticketrail-reason": "undecodable"})
     text = json.dumps(found.headers)
     assert "\\u0000" not in text
     assert "\\ud800" not in text
@@ -149,8 +149,8 @@ def test_headers_of_any_kind_become_json() -> None:
 
 
 @pytest.mark.parametrize("depth", [3, 100_000])
-def test_a_body_that_nests_too_deep_is_a_letter(depth: int) -> None:
-    assert letter(b"[" * depth + b"]" * depth).body.startswith(b"[[[")
+def test_a_body_nested_too_deeply_becomes_a_dead_letter(depth: int) -> None:
+    assert dead_letter(b"[" * depth + b"]" * depth).body.startswith(b"[[[")
 
 
 _VALUES = st.recursive(
@@ -167,7 +167,7 @@ _NAMES = st.sampled_from(
 
 
 @given(st.binary() | st.text().map(str.encode), st.dictionaries(_NAMES, _VALUES, max_size=6))
-def test_whatever_comes_something_is_kept_of_it(body: bytes, headers: dict[str, Any]) -> None:
+def test_any_message_becomes_at_least_one_dead_letter(body: bytes, headers: dict[str, Any]) -> None:
     found = parse_dead_letters(QUEUE, Lane.CRITICAL, body, headers, NOW)
     assert found
     for one in found:

@@ -13,12 +13,12 @@ from tests.rigs.system import ROOT
 PAGES = sorted(
     path
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
-    # What was true of a release stays in the changelog; the tutorial names files that its reader makes.
+    # The changelog names files of earlier releases; the tutorial names files that its reader makes.
     if path.name not in ("CHANGELOG.md", "add-an-entity.md")
 )
 _SPAN = re.compile(r"`([^`\n]+)`")
 _FILE = re.compile(r"([\w./-]*\w\.(?:py|lua|sql|sh|conf|yaml|yml))(?:::(\w+))?(?:\[.*\])?")
-# No files of the repository: what an operator or a configuration calls its own.
+# Files of an operator or of a configuration, which are not in the repository.
 _ELSEWHERE = {"nginx.conf"}
 
 
@@ -30,9 +30,9 @@ def tracked() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str]) -> None:
-    # Blocks are for the reader's terminal; spans are what the text refers to.
+    # Only code spans refer to files of the repository; code blocks are commands for the reader's terminal.
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    text = text.partition("\n## Names in the code\n")[0]  # of the glossary: what is to be renamed
+    text = text.partition("\n## Names in the code\n")[0]  # the glossary's list of renames
     for span in _SPAN.findall(text):
         found = _FILE.fullmatch(span)
         if found is None or found[1] in _ELSEWHERE:
@@ -52,7 +52,7 @@ def test_every_setting_that_a_document_names_is_in_the_list_of_settings(page: Pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_that_a_document_names_exists(page: Path) -> None:
-    # In a block at the beginning of a command, in the text as a span of its own.
+    # In a code block at the beginning of a command, in the text as a code span.
     found = re.findall(
         r"(?:^\$ |^|`|\$\(|bin/)ticketrail ([a-z][\w-]*)(?: ([a-z][\w-]*))?", page.read_text(), re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""What a failure means, and where it sends a change."""
+"""How a failure is classified, and which queue its change goes to."""
 
 import hashlib
 from datetime import UTC, datetime, timedelta
@@ -30,11 +30,8 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
     ("error", "kind", "reason"),
     [
         (ConnectionRefusedError("refused"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
-        (
-            TimeoutError(),
-            FailureKind.UNAVAILABLE,
-            "postgres_unavailable",
-        ),  # a command timeout: not even an error came back
+        # a command timeout: PostgreSQL did not even answer with an error
+        (TimeoutError(), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.CannotConnectNowError("starting up"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.AdminShutdownError("going down"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.ConnectionDoesNotExistError("closed in the middle"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
@@ -57,19 +54,19 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
         (asyncpg.PostgresSyntaxError("a bug of ours"), FailureKind.TRANSIENT, "unexpected"),
     ],
 )
-def test_each_failure_has_its_class(error: Exception, kind: FailureKind, reason: str) -> None:
+def test_each_error_is_classified(error: Exception, kind: FailureKind, reason: str) -> None:
     failure = classify(error)
     assert (failure.kind, failure.reason) == (kind, reason)
     assert type(error).__name__ in failure.error
 
 
-def test_only_timeouts_of_the_server_may_mean_that_it_is_the_server() -> None:
+def test_only_timeouts_of_the_server_are_marked_as_timed_out() -> None:
     timeouts = (asyncpg.QueryCanceledError("slow"), asyncpg.LockNotAvailableError("locked"))
     assert all(classify(error).timed_out for error in timeouts)
     assert not classify(asyncpg.DeadlockDetectedError("deadlock")).timed_out
 
 
-def test_an_error_fits_a_header_whatever_it_is_made_of() -> None:
+def test_the_description_of_any_error_fits_into_a_header() -> None:
     text = describe(ValueError("\ud800 half a pair, a NUL \x00 and " + "x" * 10_000))
     assert len(text.encode()) < 2_000
     assert "\x00" not in text
@@ -80,10 +77,10 @@ def raised(event: bytes) -> Exception:
         registry.read(decode_change(event))
     except BrokenContract as error:
         return error
-    raise AssertionError("it was read")
+    raise AssertionError("the event was accepted")
 
 
-def test_the_place_of_a_failure_is_the_last_frame_of_our_own_code() -> None:
+def test_the_place_of_a_failure_is_the_last_frame_in_our_code() -> None:
     event = encode(change(order()))
     assert classify(raised(b"{")).place == "shared.entities.contract:decode_change"
     assert classify(raised(event.replace(b'"pending"', b'"hungry"'))).place == "shared.entities.entity:decode"
@@ -91,7 +88,7 @@ def test_the_place_of_a_failure_is_the_last_frame_of_our_own_code() -> None:
     assert classify(ValueError("never raised")).place == "unknown"
 
 
-def test_a_fingerprint_tells_what_and_where_and_no_message_changes_it() -> None:
+def test_a_fingerprint_depends_on_error_type_and_place_but_not_on_the_message() -> None:
     assert fingerprint("transient", "DeadlockDetectedError: of 7", "a:b") == fingerprint(
         "transient", "DeadlockDetectedError: of 9", "a:b"
     )
@@ -104,7 +101,7 @@ def test_a_fingerprint_tells_what_and_where_and_no_message_changes_it() -> None:
         fingerprint("too_large", "BrokenContract: x", "a:b"),
     }
     assert len(several) == 6
-    # The contract with everybody who computes it: reason, type of error, place.
+    # The formula is public, so that others can compute it: reason, type of error, place.
     expected = hashlib.sha256(b"transient|SerializationError|a:b").hexdigest()[:12]
     assert fingerprint("transient", "SerializationError: x", "a:b") == expected
     assert (
@@ -130,15 +127,15 @@ def failed(kind: FailureKind = FailureKind.TRANSIENT, **headers: Any) -> FailedC
         ({topology.ATTEMPT: -7}, topology.retry_queue(Lane.NORMAL, 1_000)),
     ],
 )
-def test_each_attempt_is_a_rung_and_after_the_last_comes_the_dead_queue(headers: dict[str, Any], queue: str) -> None:
+def test_each_attempt_goes_to_the_next_retry_queue_and_the_last_to_the_dead_letter_queue(headers: dict[str, Any], queue: str) -> None:
     assert destination(failed(**headers), Lane.NORMAL, STEPS) == queue
 
 
-def test_poison_takes_no_rung() -> None:
+def test_poison_goes_straight_to_the_dead_letter_queue() -> None:
     assert destination(failed(FailureKind.POISON), Lane.CRITICAL, STEPS) == topology.dead_queue(Lane.CRITICAL)
 
 
-def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
+def test_headers_name_the_change_and_copy_none_of_the_brokers_headers() -> None:
     one = failed(**{"x-death": [{"count": 3}], "x-delivery-count": 2, topology.ATTEMPT: 1, "traceparent": "00-a-b-01"})
     headers = headers_for(one, Lane.CRITICAL)
     assert one.change is not None
@@ -167,12 +164,12 @@ def test_headers_name_the_change_and_copy_nothing_of_the_brokers() -> None:
     }
 
 
-def test_the_first_failure_is_remembered_over_the_attempts() -> None:
+def test_the_time_of_the_first_failure_stays_over_all_attempts() -> None:
     headers = headers_for(failed(**{"ticketrail-first-failed-at": "long ago"}), Lane.CRITICAL)
     assert headers["ticketrail-first-failed-at"] == "long ago"
 
 
-def test_each_attempt_is_told_and_the_first_one_is_not_forgotten() -> None:
+def test_headers_list_the_latest_attempts_and_always_the_first() -> None:
     headers: dict[str, Any] = {}
     for number in range(40):
         one = failed(**headers)
@@ -185,19 +182,19 @@ def test_each_attempt_is_told_and_the_first_one_is_not_forgotten() -> None:
 
 
 @pytest.mark.parametrize("value", ["garbage", "[{}]", 7, b"\xff", '[{"at": "2026-01-01T00:00:00"}]', "[" * 100_000])
-def test_attempts_that_cannot_be_read_begin_anew(value: Any) -> None:
+def test_an_invalid_list_of_attempts_is_replaced_by_a_new_one(value: Any) -> None:
     headers = headers_for(failed(**{ATTEMPTS: value}), Lane.CRITICAL)
     assert len(attempts_in(headers)) == 1
 
 
-def test_headers_of_others_never_fill_the_frame_and_never_push_out_ours() -> None:
+def test_foreign_headers_never_fill_the_frame_or_displace_our_headers() -> None:
     strange = {f"a{number}": "x" * 5_000 for number in range(100)}
-    headers = headers_for(failed(**strange, **{"ticketrail-replay": "a letter"}), Lane.CRITICAL)
-    assert headers["ticketrail-replay"] == "a letter"
+    headers = headers_for(failed(**strange, **{"ticketrail-replay": "a dead letter"}), Lane.CRITICAL)
+    assert headers["ticketrail-replay"] == "a dead letter"
     assert sum(len(str(value)) for value in headers.values()) < 60_000
 
 
-def test_a_body_that_says_nothing_gets_headers_all_the_same() -> None:
+def test_a_body_without_a_readable_change_still_gets_headers() -> None:
     for body in (b"", b"garbage", b"[{}, {}]", b'[{"id": 7, "restaurantid": null}]', b"[" * 50_000):
         headers = headers_for(
             FailedChange(body, {}, Failure(FailureKind.POISON, "undecodable", "?"), AT), Lane.CRITICAL
@@ -206,7 +203,7 @@ def test_a_body_that_says_nothing_gets_headers_all_the_same() -> None:
         assert "ticketrail-change-id" not in headers
 
 
-def test_readers_see_the_error_the_attempts_and_when() -> None:
+def test_the_mirror_gets_the_error_the_number_of_attempts_and_the_time() -> None:
     assert msgspec.json.decode(for_the_mirror(failed(**{topology.ATTEMPT: 1}))) == {
         "error": "SerializationError: try again",
         "attempts": 2,

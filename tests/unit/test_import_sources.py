@@ -1,4 +1,4 @@
-"""Reading the rows of an import: what each becomes, and that one which cannot be read stops no other."""
+"""Reading the rows of an import: each row becomes an order or an error, and an invalid row stops no other."""
 
 import datetime as dt
 import json
@@ -23,19 +23,19 @@ async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAU
     path.write_bytes(content.encode() if isinstance(content, str) else content)  # noqa: ASYNC240  (a small file)
     source = source_of(str(path), None)
     found = [row async for row in rows(source, restaurant)]
-    assert count(source) == len(found), "the progress bar counts what is read"
+    assert count(source) == len(found), "the progress bar counts the rows that are read"
     return found
 
 
-def seen(found: list[ImportRow]) -> list[tuple[int, str]]:
-    """(line, name of the order, or what is wrong with it)"""
+def results(found: list[ImportRow]) -> list[tuple[int, str]]:
+    """For each row its line, and the name of the order or the error."""
     return [(row.line, row.error if row.order is None else row.order.name) for row in found]
 
 
 # -- JSON lines --------------------------------------------------------------------------------------------------
 
 
-async def test_each_line_is_an_order_or_refused_with_its_line_and_reason(tmp_path: Path) -> None:
+async def test_each_line_becomes_an_order_or_is_refused_with_its_line_and_reason(tmp_path: Path) -> None:
     lines = [
         b"\xef\xbb\xbf" + json.dumps(body("a")).encode(),
         b"",
@@ -55,7 +55,7 @@ async def test_each_line_is_an_order_or_refused_with_its_line_and_reason(tmp_pat
     ]
     found = await read(tmp_path / "orders.jsonl", b"\r\n".join(lines))
     assert [row.line for row in found] == [1, *range(3, 16)]
-    named = dict(seen(found))
+    named = dict(results(found))
     assert {line: named[line] for line in (1, 4, 15)} == {1: "a", 4: "b", 15: "j"}
     assert {line: reason.partition(":")[0] for line, reason in named.items() if line not in (1, 4, 15)} == {
         3: "body",
@@ -72,7 +72,7 @@ async def test_each_line_is_an_order_or_refused_with_its_line_and_reason(tmp_pat
     }
 
 
-async def test_the_restaurant_is_the_rows_or_that_of_all_rows(tmp_path: Path) -> None:
+async def test_the_restaurant_comes_from_the_row_or_else_from_the_command(tmp_path: Path) -> None:
     lines = [body("a"), body("b", restaurant_id=OTHER_RESTAURANT), body("c", restaurant_id=None)]
     text = "\n".join(map(json.dumps, lines))
     found = await read(tmp_path / "orders.jsonl", text)
@@ -87,8 +87,8 @@ async def test_the_restaurant_is_the_rows_or_that_of_all_rows(tmp_path: Path) ->
 # -- CSV ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_csv_with_items_as_json_has_an_order_in_each_row(tmp_path: Path) -> None:
-    """With a byte order mark, quoted line breaks, empty cells, and times as PostgreSQL writes them."""
+async def test_each_row_of_a_csv_with_items_as_json_is_an_order(tmp_path: Path) -> None:
+    """The file has a byte order mark, quoted line breaks, empty cells, and times in PostgreSQL's format."""
     items = json.dumps(ITEMS).replace('"', '""')
     payments = json.dumps([{"id": "p", "amount": 620, "method": "card"}]).replace('"', '""')
     found = await read(
@@ -99,7 +99,7 @@ async def test_a_csv_with_items_as_json_has_an_order_in_each_row(tmp_path: Path)
         f'b,"{items}",,,2026-03-01T12:00:00.5Z,\r\n'
         f'a,"{items}",again,,,\r\n',
     )
-    assert seen(found) == [(2, "a"), (5, "b"), (6, "a")]
+    assert results(found) == [(2, "a"), (5, "b"), (6, "a")]
     one = found[0].order
     assert one is not None
     assert (one.notes, one.total, one.payments[0].amount) == ("first\nsecond", 700, 620)
@@ -108,7 +108,7 @@ async def test_a_csv_with_items_as_json_has_an_order_in_each_row(tmp_path: Path)
     assert (found[1].order.total, found[1].order.notes) == (None, None)
 
 
-async def test_a_csv_without_items_has_a_row_for_each_item(tmp_path: Path) -> None:
+async def test_each_row_of_a_csv_without_an_items_column_is_an_item(tmp_path: Path) -> None:
     found = await read(
         tmp_path / "orders.csv",
         "external_id,item_name,item_quantity,item_unit_price,status\n"
@@ -116,7 +116,7 @@ async def test_a_csv_without_items_has_a_row_for_each_item(tmp_path: Path) -> No
         "a,Bread,2,450,\n"
         "b,Soup,3,620,pending\n",
     )
-    assert seen(found) == [(2, "a"), (4, "b")]
+    assert results(found) == [(2, "a"), (4, "b")]
     assert [[(i.name, i.quantity, i.unit_price) for i in row.order.items] for row in found if row.order] == [
         [("Soup", 1, 620), ("Bread", 2, 450)],
         [("Soup", 3, 620)],
@@ -125,7 +125,7 @@ async def test_a_csv_without_items_has_a_row_for_each_item(tmp_path: Path) -> No
     assert found[0].order.status == "completed"
 
 
-async def test_the_same_name_at_two_restaurants_is_two_orders(tmp_path: Path) -> None:
+async def test_the_same_name_in_two_restaurants_is_two_orders(tmp_path: Path) -> None:
     found = await read(
         tmp_path / "orders.csv",
         "restaurant_id,external_id,item_name,item_quantity,item_unit_price\n"
@@ -154,20 +154,20 @@ BAD_ITEMS = [
 
 
 @pytest.mark.parametrize(("text", "expected"), BAD_ITEMS, ids=lambda value: value if isinstance(value, str) else "")
-async def test_an_order_of_several_rows_is_brought_in_whole_or_not_at_all(
+async def test_an_order_of_several_rows_is_imported_completely_or_not_at_all(
     tmp_path: Path, text: str, expected: dict[int, str]
 ) -> None:
     found = await read(tmp_path / "orders.csv", "external_id,item_name,item_quantity,item_unit_price\n" + text)
-    named = dict(seen(found))
+    named = dict(results(found))
     assert named.keys() == expected.keys()
     for line, begins in expected.items():
         assert named[line].startswith(begins), (line, named[line])
 
 
-async def test_a_bad_cell_is_named_and_the_rows_after_it_are_read(tmp_path: Path) -> None:
+async def test_an_invalid_cell_is_named_and_later_rows_are_read(tmp_path: Path) -> None:
     items = '"[{""name"": ""x"", ""quantity"": 1, ""unit_price"": 1}]"'
     heading = "external_id,items,total,notes,created_at\n"
-    rows_of_it = [
+    lines = [
         f"a,{items},12.50,,",
         "b,{,,,",
         f"c,{items},,,yesterday",
@@ -177,8 +177,8 @@ async def test_a_bad_cell_is_named_and_the_rows_after_it_are_read(tmp_path: Path
         f"g,{items},,,",
         f'h,{items},,"never closed,',
     ]
-    content = (heading + "\n".join(rows_of_it)).encode(errors="surrogateescape")
-    named = dict(seen(await read(tmp_path / "orders.csv", content)))
+    content = (heading + "\n".join(lines)).encode(errors="surrogateescape")
+    named = dict(results(await read(tmp_path / "orders.csv", content)))
     assert named.pop(8) == "g"
     assert {line: reason.partition(":")[0] for line, reason in named.items()} == {
         2: "total",
@@ -192,13 +192,13 @@ async def test_a_bad_cell_is_named_and_the_rows_after_it_are_read(tmp_path: Path
     assert named[6] == "notes: text that is not UTF-8"
 
 
-async def test_a_file_without_rows_has_none(tmp_path: Path) -> None:
+async def test_a_file_without_rows_yields_no_rows(tmp_path: Path) -> None:
     assert await read(tmp_path / "orders.csv", "") == []
     assert await read(tmp_path / "orders.csv", "external_id,items\n") == []
     assert await read(tmp_path / "orders.jsonl", "\n\n") == []
 
 
-async def test_a_heading_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+async def test_an_invalid_heading_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="line 1: not CSV"):
         await read(tmp_path / "orders.csv", 'external_id,"items"x\na,1\n')
 
@@ -206,14 +206,14 @@ async def test_a_heading_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 # -- sources -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_source_is_refused(tmp_path: Path) -> None:
     for name in ("orders.xml", str(tmp_path / "missing.jsonl"), str(tmp_path), "mysql://x/y"):
         with pytest.raises(InvalidInput) as refused:
             source_of(name, None)
         assert refused.value.details["field"] == "source"
 
 
-def test_a_file_is_known_by_its_content_and_a_database_without_its_password(tmp_path: Path) -> None:
+def test_a_file_is_identified_by_content_and_a_database_by_url_without_password(tmp_path: Path) -> None:
     one, other = tmp_path / "a.jsonl", tmp_path / "b.ndjson"
     one.write_text("x")
     other.write_text("x")
@@ -229,9 +229,9 @@ def test_a_file_is_known_by_its_content_and_a_database_without_its_password(tmp_
     assert hidden.digest != source_of("postgres://host:5433/?dbname=other", "select 1").digest
 
 
-def test_whole_numbers_of_a_query_stay_whole_whatever_their_type() -> None:
+def test_whole_numbers_of_a_query_become_integers_whatever_their_type() -> None:
     assert [_cell(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
     assert all(type(_cell(cell)) is int for cell in (Decimal("980.00"), 980.0))
     assert _cell(Decimal("9.80")) == 9.8
-    assert _cell(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field be taken for left out"
+    assert _cell(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field would count as left out"
     assert _cell(float("inf")) == "inf"

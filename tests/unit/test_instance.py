@@ -1,4 +1,4 @@
-"""Numbers of instances: each has one holder, who loses it by dying and by nothing else."""
+"""Instance numbers: each number has one holder, which keeps it until it releases it or its process ends."""
 
 import subprocess
 import sys
@@ -48,11 +48,11 @@ def holders(tmp_path: Path) -> Iterator[list[Holder]]:
         holder.kill()
 
 
-def test_processes_that_share_a_folder_get_numbers_of_their_own(holders: list[Holder]) -> None:
+def test_processes_that_share_a_folder_get_different_numbers(holders: list[Holder]) -> None:
     assert [holder.number for holder in holders] == [1, 2, 3]
 
 
-def test_the_number_of_a_process_that_was_killed_goes_to_the_next(holders: list[Holder], tmp_path: Path) -> None:
+def test_the_number_of_a_killed_process_is_leased_again(holders: list[Holder], tmp_path: Path) -> None:
     holders[1].kill()
     with Lease.take(tmp_path, "orders", "auto") as lease:
         assert lease.number == 2
@@ -60,12 +60,12 @@ def test_the_number_of_a_process_that_was_killed_goes_to_the_next(holders: list[
     assert Lease.attempt(tmp_path, "orders", 2) is not None
 
 
-def test_a_number_that_is_held_is_refused_by_the_name_of_its_holder(holders: list[Holder], tmp_path: Path) -> None:
+def test_a_held_number_is_refused_and_the_error_names_its_holder(holders: list[Holder], tmp_path: Path) -> None:
     with pytest.raises(NumberTaken, match=f"number 1 of 'orders' is held by .* process {holders[0].process.pid}"):
         Lease.take(tmp_path, "orders", 1, within=0.2)
 
 
-def test_kinds_count_alone_and_a_released_number_is_free(tmp_path: Path) -> None:
+def test_each_kind_has_its_own_numbers_and_a_released_number_is_free(tmp_path: Path) -> None:
     first = Lease.take(tmp_path, "orders", "auto")
     assert Lease.take(tmp_path, "notifier", "auto").number == 1
     first.release()
@@ -73,13 +73,13 @@ def test_kinds_count_alone_and_a_released_number_is_free(tmp_path: Path) -> None
     assert Lease.take(tmp_path, "orders", "auto").number == 1
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NumberTaken, match="file"):
         Lease.take(tmp_path / "file", "orders", "auto")
 
 
-def test_a_number_that_was_given_needs_no_lock_for_its_traces(tmp_path: Path) -> None:
+def test_a_fixed_number_needs_no_lock_for_its_traces(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, home=tmp_path, instance=7)
     numbered, lease = number_of_traces(settings, "notifier")
     assert (numbered.instance, lease.number) == (7, 7)
@@ -87,7 +87,7 @@ def test_a_number_that_was_given_needs_no_lock_for_its_traces(tmp_path: Path) ->
     lease.release()
 
 
-def test_auto_becomes_a_number_and_names_the_journal(tmp_path: Path) -> None:
+def test_auto_becomes_a_number_that_names_the_journal(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, home=tmp_path, instance="auto")
     with pytest.raises(ValueError, match="auto"):
         _ = settings.journal_path

@@ -1,4 +1,4 @@
-"""Which system the command line talks to."""
+"""The choice of the system that the command line talks to."""
 
 import fcntl
 import tempfile
@@ -16,7 +16,7 @@ Start = Callable[..., LocalSystem]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """A system that `make run` started; `stopped`: one whose run has ended."""
+    """Makes a system as `make run` does. `stopped`: its run has ended."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with ExitStack() as held:
 
@@ -33,7 +33,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         yield run
 
 
-def test_settings_with_quotes_and_line_ends_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_settings_with_quotes_and_line_ends_are_read_back_unchanged(tmp_path: Path) -> None:
     written = {"TICKETRAIL_JWT_PRIVATE_KEY": '-----BEGIN-----\nit\'s # "quoted" $HOME\n', "TICKETRAIL_INSTANCE": "1"}
     local_systems.write_environment(tmp_path, written)
     assert read_environment(tmp_path) == written
@@ -41,7 +41,7 @@ def test_settings_with_quotes_and_line_ends_are_read_as_they_were_written(tmp_pa
     assert read_environment(tmp_path / "nowhere") is None
 
 
-def test_the_only_system_that_runs_is_chosen(start: Start, tmp_path: Path) -> None:
+def test_the_only_running_system_is_chosen(start: Start, tmp_path: Path) -> None:
     start("stopped", stopped=True)
     one = start("one")
     chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
@@ -50,7 +50,7 @@ def test_the_only_system_that_runs_is_chosen(start: Start, tmp_path: Path) -> No
     assert "runs" in chosen.label
 
 
-def test_of_two_that_run_none_is_guessed_and_both_are_named(start: Start, tmp_path: Path) -> None:
+def test_a_choice_between_two_running_systems_is_refused_and_names_both(start: Start, tmp_path: Path) -> None:
     one, two = start("one"), start("two")
     with pytest.raises(NoSystem, match="--system NAME") as refused:
         choose(None, {}, checkout=tmp_path, configured_home=None)
@@ -59,29 +59,29 @@ def test_of_two_that_run_none_is_guessed_and_both_are_named(start: Start, tmp_pa
 
 
 @pytest.mark.parametrize("by", ["name", "path", "checkout of the path"])
-def test_system_chooses_by_name_or_path_and_replaces_the_environment(start: Start, tmp_path: Path, by: str) -> None:
+def test_the_option_system_chooses_by_name_or_path_and_overrides_the_environment(start: Start, tmp_path: Path, by: str) -> None:
     start("one")
     two = start("shop/.local")
-    wanted = {"name": "shop", "path": str(two.home), "checkout of the path": str(two.home.parent)}[by]
-    chosen = choose(wanted, {"TICKETRAIL_REDIS_URL": "redis://x"}, checkout=tmp_path, configured_home=None)
+    requested = {"name": "shop", "path": str(two.home), "checkout of the path": str(two.home.parent)}[by]
+    chosen = choose(requested, {"TICKETRAIL_REDIS_URL": "redis://x"}, checkout=tmp_path, configured_home=None)
     assert chosen.environment == {"TICKETRAIL_HOME": str(two.home)}
     assert chosen.overrides
 
 
-def test_an_unknown_name_is_refused_with_those_that_run(start: Start, tmp_path: Path) -> None:
+def test_an_unknown_system_is_refused_with_the_running_ones(start: Start, tmp_path: Path) -> None:
     start("one")
     with pytest.raises(NoSystem, match=r"--system tow: .*one"):
         choose("tow", {}, checkout=tmp_path, configured_home=None)
 
 
-def test_backends_in_the_environment_are_a_choice_that_wins_over_what_runs(start: Start, tmp_path: Path) -> None:
+def test_backends_set_in_the_environment_win_over_running_systems(start: Start, tmp_path: Path) -> None:
     one = start("one")
     environment = {"TICKETRAIL_DATABASE_URL": "postgresql://x", "TICKETRAIL_HOME": str(one.home)}
     assert not choose(None, environment, checkout=tmp_path, configured_home=None).environment
 
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
-def test_a_home_chooses_among_two_that_run(start: Start, tmp_path: Path, where: str) -> None:
+def test_the_home_setting_chooses_one_of_two_running_systems(start: Start, tmp_path: Path, where: str) -> None:
     start("one")
     two = start("two")
     environment = {"TICKETRAIL_HOME": str(two.home)} if where == "environment" else {}
@@ -91,16 +91,14 @@ def test_a_home_chooses_among_two_that_run(start: Start, tmp_path: Path, where: 
     assert not chosen.overrides
 
 
-def test_the_system_of_this_checkout_comes_before_those_of_others(start: Start, tmp_path: Path) -> None:
+def test_a_running_system_of_this_checkout_is_preferred(start: Start, tmp_path: Path) -> None:
     start("other", checkout=tmp_path / "elsewhere")
     one = start("one")
     chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
     assert chosen.environment == {"TICKETRAIL_HOME": str(one.home)}
 
 
-def test_with_none_that_runs_the_last_one_of_this_checkout_is_chosen_and_said_not_to_run(
-    start: Start, tmp_path: Path
-) -> None:
+def test_a_stopped_system_of_this_checkout_is_chosen_if_none_runs(start: Start, tmp_path: Path) -> None:
     assert "default settings" in choose(None, {}, checkout=tmp_path, configured_home=None).label
     start(".local", stopped=True)
     assert "does not run" in choose(None, {}, checkout=tmp_path, configured_home=None).label

@@ -1,4 +1,4 @@
-"""The log reader on a link that breaks in ways that no server makes on demand."""
+"""The log reader on a connection that breaks in ways that no server produces on demand."""
 
 import asyncio
 from typing import Any
@@ -10,8 +10,8 @@ from shared.messaging.log import LogReader
 from tests.rigs.system import eventually
 
 
-class Broken:
-    """A connection that is lost while a channel is being opened, as aiormq tells it."""
+class BrokenConnection:
+    """A connection that is lost while a channel is being opened; `error` is what aiormq raises then."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -24,15 +24,15 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [Exception(), ConnectionResetError(), StopAsyncIteration()])
-async def test_a_connection_lost_while_its_channel_opens_is_made_again(
+async def test_a_connection_lost_while_its_channel_opens_is_opened_again(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = 0
 
-    async def connect(_: Hosts) -> Broken:
+    async def connect(_: Hosts) -> BrokenConnection:
         nonlocal attempts
         attempts += 1
-        return Broken(error)
+        return BrokenConnection(error)
 
     monkeypatch.setattr(Hosts, "connect", connect)
     reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)
@@ -40,7 +40,7 @@ async def test_a_connection_lost_while_its_channel_opens_is_made_again(
 
     async def tried() -> int:
         if reading.done():
-            pytest.fail("it gave up")
+            pytest.fail("the reader gave up")
         return attempts
 
     try:
@@ -50,9 +50,9 @@ async def test_a_connection_lost_while_its_channel_opens_is_made_again(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_a_bug_is_not_taken_for_a_broken_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def connect(_: Hosts) -> Broken:
-        return Broken(KeyError("a bug"))
+async def test_a_bug_is_not_mistaken_for_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(_: Hosts) -> BrokenConnection:
+        return BrokenConnection(KeyError("a bug"))
 
     monkeypatch.setattr(Hosts, "connect", connect)
     reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)

@@ -1,3 +1,5 @@
+"""Prices, totals and stock holds of an order, computed from the menu."""
+
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -15,12 +17,12 @@ from tests.rigs.builders import CREATED_AT, item, menu_item, new_id
 DISH = menu_item(name="Dosa", price=933)
 
 
-def wanted(**fields: object) -> RequestedItem:
+def requested(**fields: object) -> RequestedItem:
     return RequestedItem(**{"menu_item_id": UUID(DISH.id), "quantity": 3, **fields})  # type: ignore[arg-type]
 
 
 def test_names_and_prices_come_from_the_menu() -> None:
-    (priced,) = priced_items([wanted()], {DISH.id: DISH})
+    (priced,) = priced_items([requested()], {DISH.id: DISH})
     assert (priced.name, priced.unit_price, priced.line_total) == ("Dosa", 933, 2799)
 
 
@@ -33,9 +35,9 @@ SIZED = msgspec.structs.replace(
 )
 
 
-def test_choices_are_priced_by_the_server() -> None:
+def test_customizations_are_priced_by_the_server() -> None:
     chosen = [RequestedCustomization("size", "large"), RequestedCustomization("extras", "egg")]
-    (priced,) = priced_items([wanted(customizations=chosen)], {DISH.id: SIZED})
+    (priced,) = priced_items([requested(customizations=chosen)], {DISH.id: SIZED})
     assert (priced.unit_price, priced.line_total) == (933 + 250 + 120, 3 * (933 + 250 + 120))
     assert [(one.option, one.price) for one in priced.customizations] == [("large", 250), ("egg", 120)]
 
@@ -51,26 +53,26 @@ def test_choices_are_priced_by_the_server() -> None:
         ([("size", "large"), *[("extras", "egg")] * 3], "customization_count", "items[0].customizations"),
     ],
 )
-def test_a_choice_that_the_dish_does_not_offer_is_named(chosen: list[tuple[str, str]], code: str, field: str) -> None:
+def test_a_customization_that_the_dish_does_not_offer_is_refused_by_its_field(chosen: list[tuple[str, str]], code: str, field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        priced_items([wanted(customizations=[RequestedCustomization(*one) for one in chosen])], {DISH.id: SIZED})
+        priced_items([requested(customizations=[RequestedCustomization(*one) for one in chosen])], {DISH.id: SIZED})
     assert (refused.value.error_code, refused.value.details["field"]) == (code, field)
 
 
-def test_an_order_holds_what_its_dishes_consume() -> None:
+def test_an_order_holds_the_stock_that_its_dishes_consume() -> None:
     flour, eggs = sorted((new_id(), new_id()))
     dish = msgspec.structs.replace(DISH, consumes=(Consumption(flour, 2), Consumption(eggs, 1)))
-    items = priced_items([wanted(quantity=3)], {DISH.id: dish})
+    items = priced_items([requested(quantity=3)], {DISH.id: dish})
     assert holds(items, {DISH.id: dish}) == (StockHold(flour, 6), StockHold(eggs, 3))
     assert holds((), {}, holds(items, {DISH.id: dish})) == ()
 
 
-def test_what_an_order_takes_more_is_held_since_then_and_what_it_takes_less_goes_last_in_first_out() -> None:
+def test_added_stock_is_held_from_then_on_and_the_latest_hold_is_released_first() -> None:
     flour, at, later = new_id(), CREATED_AT, CREATED_AT + timedelta(minutes=5)
     menu = {DISH.id: msgspec.structs.replace(DISH, consumes=(Consumption(flour, 2),))}
 
     def taking(quantity: int) -> Any:
-        return priced_items([wanted(quantity=quantity)], menu)
+        return priced_items([requested(quantity=quantity)], menu)
 
     placed = holds(taking(1), menu)
     more = holds(taking(3), menu, placed, at)
@@ -88,11 +90,11 @@ def test_what_an_order_takes_more_is_held_since_then_and_what_it_takes_less_goes
         (None, "unknown_menu_item"),
     ],
 )
-def test_a_dish_that_cannot_be_had_is_refused_by_its_place(dish: object, code: str) -> None:
+def test_an_unavailable_dish_is_refused_by_its_index(dish: object, code: str) -> None:
     other = RequestedItem(menu_item_id=UUID(dish.id if dish else new_id()), quantity=1)  # type: ignore[attr-defined]
     menu = {DISH.id: DISH, **({dish.id: dish} if dish else {})}  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput) as refused:
-        priced_items([wanted(), other], menu)
+        priced_items([requested(), other], menu)
     assert refused.value.error_code == code
     assert refused.value.details["field"] == "items[1].menu_item_id"
 

@@ -1,4 +1,4 @@
-"""A RabbitMQ home of links: what it holds, and when there is none. That nodes run from one: faults/test_cluster.py."""
+"""A RabbitMQ home of symbolic links: its content, and when none is made. faults/test_cluster.py runs nodes from one."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ APPLICATIONS = {
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """Of an installation, by the link that PATH has."""
+    """The link in PATH to the `rabbitmq-server` of a made-up installation."""
     installed = tmp_path / "installed"
     for name, needed in APPLICATIONS.items():
         ebin = installed / "plugins" / name / "ebin"
@@ -35,27 +35,27 @@ def program(tmp_path: Path) -> Path:
     return link
 
 
-def kept(home: Path) -> set[str]:
+def plugins_in(home: Path) -> set[str]:
     return {folder.name for folder in (home / "plugins").iterdir() if (folder / "ebin").is_dir()}
 
 
-def test_it_holds_the_scripts_and_the_wanted_plugins_with_all_that_they_need(program: Path, tmp_path: Path) -> None:
+def test_the_home_has_the_scripts_and_the_requested_plugins_with_their_dependencies(program: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     assert make_home(program, home, ["rabbitmq_management"]) == home / "sbin"
     assert (home / "sbin" / "rabbitmq-server").is_file() and (home / "escript" / "rabbitmqctl").is_file()
-    assert kept(home) == set(APPLICATIONS) - {"rabbitmq_shovel-4.0.5", "amqp10_client-4.0.5"}
+    assert plugins_in(home) == set(APPLICATIONS) - {"rabbitmq_shovel-4.0.5", "amqp10_client-4.0.5"}
 
 
-def test_it_is_made_anew_for_another_version_that_was_installed_since(program: Path, tmp_path: Path) -> None:
+def test_the_home_is_made_again_after_another_version_was_installed(program: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     make_home(program, home, [])
     plugins = program.resolve().parent.parent / "plugins"
     (plugins / "rabbit-4.0.5").rename(plugins / "rabbit-4.1.0")
     make_home(program, home, [])
-    assert kept(home) == {"rabbit-4.1.0", "rabbit_common-4.0.5", "jsx-3.1.0"}
+    assert plugins_in(home) == {"rabbit-4.1.0", "rabbit_common-4.0.5", "jsx-3.1.0"}
 
 
-def test_where_something_does_not_lie_as_expected_there_is_none(program: Path, tmp_path: Path) -> None:
+def test_an_installation_with_an_unexpected_layout_gets_no_home(program: Path, tmp_path: Path) -> None:
     assert make_home(program, tmp_path / "home", ["rabbitmq_prometheus"]) is None
     assert make_home(program, tmp_path / "my home", []) is None
     assert make_home(tmp_path / "elsewhere" / "sbin" / "rabbitmq-server", tmp_path / "home", []) is None

@@ -1,4 +1,4 @@
-"""`make dev`: a change starts the services again that run from the changed file."""
+"""`make dev`: a changed file restarts the services that use it."""
 
 import asyncio
 from contextlib import aclosing
@@ -22,11 +22,11 @@ SERVICES = {"orders": "services/orders", "worker": "services/sync", "api": "serv
         (["services/orders/app.py", "services/sync/api.py"], ["orders", "worker", "api"]),
     ],
 )
-def test_a_file_belongs_to_its_service_and_a_shared_one_to_all(changed: list[str], users: list[str]) -> None:
+def test_a_service_file_restarts_its_service_and_a_shared_file_restarts_all(changed: list[str], users: list[str]) -> None:
     assert reload.users_of(map(Path, changed), SERVICES) == users
 
 
-async def test_changed_new_and_removed_files_are_seen_and_others_are_not(tmp_path: Path) -> None:
+async def test_changed_new_and_removed_source_files_are_reported_and_other_files_are_not(tmp_path: Path) -> None:
     folder = tmp_path / "services"
     folder.mkdir()
     (folder / "kept.py").write_text("1")
@@ -34,11 +34,11 @@ async def test_changed_new_and_removed_files_are_seen_and_others_are_not(tmp_pat
     async with aclosing(reload.watch(tmp_path, ["services"], interval=0.05)) as changes:  # type: ignore[type-var]
         next_ = asyncio.ensure_future(anext(changes))
         seen: set[Path] = set()
-        wanted = {Path("services/kept.py"), Path("services/new.sql"), Path("services/gone.lua")}
+        expected = {Path("services/kept.py"), Path("services/new.sql"), Path("services/gone.lua")}
         turn = 0
         async with asyncio.timeout(60):
-            while not seen >= wanted:
-                turn += 1  # again and again: the first look may come after the first change
+            while not seen >= expected:
+                turn += 1  # repeated, because the watcher may look only after the first change
                 (folder / "kept.py").write_text("1" * turn)
                 (folder / "note.txt").write_text("1" * turn)
                 for name in ("new.sql", "gone.lua"):
@@ -49,15 +49,15 @@ async def test_changed_new_and_removed_files_are_seen_and_others_are_not(tmp_pat
                     next_ = asyncio.ensure_future(anext(changes))
         next_.cancel()
         await asyncio.gather(next_, return_exceptions=True)
-    assert seen == wanted
+    assert seen == expected
 
 
-async def test_a_restart_that_was_asked_for_is_at_once_and_is_no_death(tmp_path: Path) -> None:
-    said: list[str] = []
+async def test_a_requested_restart_is_immediate_and_does_not_count_as_a_crash(tmp_path: Path) -> None:
+    messages: list[str] = []
     service = Service("one", ["-c", "import time; time.sleep(600)"], env={}, cwd=tmp_path, log=tmp_path / "log")
     started = asyncio.Event()
-    hour = 3_600.0  # of a pause that is not waited for: the test's own timeout is shorter
-    supervisor = Supervisor([service], say=said.append, on_restart=started.set, first_pause=hour)
+    hour = 3_600.0  # longer than the test's timeout, so the test fails if it waits for the pause
+    supervisor = Supervisor([service], say=messages.append, on_restart=started.set, first_pause=hour)
     await supervisor.start()
     first = supervisor.pids["one"]
     try:
@@ -65,21 +65,21 @@ async def test_a_restart_that_was_asked_for_is_at_once_and_is_no_death(tmp_path:
         await asyncio.wait_for(started.wait(), 60)
         assert supervisor.pids["one"] != first
         assert supervisor.restarts["one"] == 0
-        assert said == []
+        assert messages == []
     finally:
         await supervisor.stop()
 
 
-async def test_a_service_that_broke_is_started_at_once_after_the_change_that_repairs_it(tmp_path: Path) -> None:
+async def test_a_crashed_service_restarts_at_once_after_a_file_change(tmp_path: Path) -> None:
     script = tmp_path / "service.py"
     script.write_text("raise SystemExit(3)")
-    said: asyncio.Queue[str] = asyncio.Queue()
+    messages: asyncio.Queue[str] = asyncio.Queue()
     service = Service("one", [str(script)], env={}, cwd=tmp_path, log=tmp_path / "log")
     started = asyncio.Event()
-    supervisor = Supervisor([service], say=said.put_nowait, on_restart=started.set, first_pause=3_600.0)
+    supervisor = Supervisor([service], say=messages.put_nowait, on_restart=started.set, first_pause=3_600.0)
     await supervisor.start()
     try:
-        assert "exit code 3" in await asyncio.wait_for(said.get(), 60)
+        assert "exit code 3" in await asyncio.wait_for(messages.get(), 60)
         script.write_text("import time; time.sleep(600)")
         await supervisor.restart(["one"])
         await asyncio.wait_for(started.wait(), 60)

@@ -1,3 +1,5 @@
+"""Tokens: issued, verified, and refused when they are forged, expired or incomplete."""
+
 import time
 
 import jwt
@@ -12,15 +14,15 @@ TOKENS = Tokens(SECRET, ttl_seconds=60)
 STAFF = Identity("u1", Role.STAFF, RESTAURANT, "a@b.example")
 
 
-def test_a_token_says_who_it_was_issued_to() -> None:
+def test_a_token_carries_the_identity_that_it_was_issued_to() -> None:
     for identity in (STAFF, Identity("u2", Role.CUSTOMER, RESTAURANT, "", "s1"), Identity("u3", Role.OPERATOR)):
         header = f"Bearer {TOKENS.issue(identity)}"
         assert TOKENS.verify(header) == TOKENS.verify(header) == identity
 
 
 def claims(**changed: object) -> dict[str, object]:
-    found = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60, **changed}
-    return {name: value for name, value in found.items() if value is not None}
+    valid = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60, **changed}
+    return {name: value for name, value in valid.items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -56,20 +58,20 @@ def claims(**changed: object) -> dict[str, object]:
         "empty",
     ],
 )
-def test_a_token_that_is_not_ours_is_refused(token: str) -> None:
+def test_an_invalid_token_is_refused(token: str) -> None:
     with pytest.raises(Unauthenticated):
         TOKENS.verify(f"Bearer {token}")
 
 
-def test_a_remembered_token_still_expires() -> None:
+def test_a_cached_token_still_expires() -> None:
     tokens = Tokens(SECRET, ttl_seconds=60)
     expired = Tokens(SECRET, ttl_seconds=-5).issue(STAFF)
-    tokens._verified[expired] = (time.time() - 5, STAFF)  # as if it had been verified while it was good
+    tokens._verified[expired] = (time.time() - 5, STAFF)  # as if it had been verified before it expired
     with pytest.raises(Unauthenticated):
         tokens.verify(f"Bearer {expired}")
 
 
 @pytest.mark.parametrize("header", [None, "", "Basic abc", "Bearer", "bearer "])
-def test_without_a_bearer_token_nobody_is_known(header: str | None) -> None:
+def test_a_header_without_a_bearer_token_is_refused(header: str | None) -> None:
     with pytest.raises(Unauthenticated):
         TOKENS.verify(header)

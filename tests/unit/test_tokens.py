@@ -1,4 +1,4 @@
-"""Keys of tokens: three algorithms, two keys at once, and what a forger tries."""
+"""Keys of tokens: three algorithms, two keys at the same time, and forged tokens."""
 
 import base64
 import hashlib
@@ -66,10 +66,10 @@ def bearer(token: str) -> str:
 
 
 def forged(header: dict[str, Any], secret: bytes, **claims: Any) -> str:
-    """Signed by HMAC with whatever is said to be its secret: PyJWT itself would not do it with a public key."""
-    said = {"userId": "u1", "restaurantId": RESTAURANT, "role": "admin", "exp": int(time.time()) + 60, **claims}
+    """A token signed by HMAC with `secret`. PyJWT refuses a public key as the secret, so it is built by hand."""
+    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "admin", "exp": int(time.time()) + 60, **claims}
     parts = [
-        base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"typ": "JWT", **header}, said)
+        base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"typ": "JWT", **header}, content)
     ]
     signature = hmac.new(secret, b".".join(parts), hashlib.sha256).digest()
     return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
@@ -80,7 +80,7 @@ def test_a_token_names_its_algorithm_and_its_key(algorithm: str) -> None:
     token = tokens(algorithm).issue(STAFF)
     header = jwt.get_unverified_header(token)
     assert header["alg"] == algorithm
-    # Another process with the same key calls it the same.
+    # Another process derives the same key id from the same key.
     assert header["kid"] == jwt.get_unverified_header(tokens(algorithm).issue(STAFF))["kid"]
     assert tokens(algorithm).verify(bearer(token)) == STAFF
 
@@ -94,7 +94,7 @@ def test_a_service_with_the_public_key_verifies_and_cannot_issue(algorithm: str)
         public.issue(STAFF)
 
 
-def test_a_key_may_stand_in_a_file(tmp_path: Path) -> None:
+def test_a_key_can_be_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text(ED)
     read = Tokens.of(settings("EdDSA", jwt_private_key=str(tmp_path / "key.pem")))
     assert tokens("EdDSA").verify(bearer(read.issue(STAFF))) == STAFF
@@ -102,7 +102,7 @@ def test_a_key_may_stand_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", KEYS)
 @pytest.mark.parametrize("before", KEYS)
-def test_a_key_is_replaced_without_signing_anybody_out(before: str, after: str) -> None:
+def test_a_key_can_be_replaced_without_signing_users_out(before: str, after: str) -> None:
     new = {
         "HS256": {"jwt_secret": OTHER_SECRET},
         "RS256": {"jwt_private_key": OTHER_RSA},
@@ -114,31 +114,31 @@ def test_a_key_is_replaced_without_signing_anybody_out(before: str, after: str) 
     new_token = both.issue(STAFF)
     assert jwt.get_unverified_header(new_token)["kid"] != jwt.get_unverified_header(old_token)["kid"]
     assert jwt.get_unverified_header(new_token)["alg"] == after
-    # Afterwards the new one is alone, and what the old one has signed is nobody's.
+    # Once the old key is removed, tokens that it signed are refused.
     alone = tokens(after, **new)
     assert alone.verify(bearer(new_token)) == STAFF
     with pytest.raises(Unauthenticated):
         alone.verify(bearer(old_token))
 
 
-def test_the_key_before_only_verifies() -> None:
+def test_the_previous_key_only_verifies() -> None:
     both = tokens(jwt_secret=OTHER_SECRET, jwt_previous_key=ED)
     assert jwt.get_unverified_header(both.issue(STAFF))["alg"] == "HS256"
-    # Its private half is not even asked for: the public one will do.
+    # The public half is enough.
     assert tokens(jwt_previous_key=ED_PUBLIC).verify(bearer(tokens("EdDSA").issue(STAFF))) == STAFF
 
 
-def test_a_token_without_a_kid_is_tried_with_the_first_key_alone() -> None:
-    said = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60}
+def test_a_token_without_a_kid_is_verified_with_the_current_key_only() -> None:
+    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60}
     both = tokens(jwt_secret=OTHER_SECRET, jwt_previous_key=SECRET)
-    assert both.verify(bearer(jwt.encode(said, OTHER_SECRET, "HS256"))).user_id == "u1"
+    assert both.verify(bearer(jwt.encode(content, OTHER_SECRET, "HS256"))).user_id == "u1"
     with pytest.raises(Unauthenticated):
-        both.verify(bearer(jwt.encode(said, SECRET, "HS256")))
+        both.verify(bearer(jwt.encode(content, SECRET, "HS256")))
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
 @pytest.mark.parametrize("with_kid", [True, False])
-def test_a_public_key_is_no_secret_to_sign_with(algorithm: str, with_kid: bool) -> None:
+def test_a_token_signed_with_the_public_key_as_its_secret_is_refused(algorithm: str, with_kid: bool) -> None:
     ours = tokens(algorithm)
     header = {"alg": "HS256"}
     if with_kid:
@@ -148,7 +148,7 @@ def test_a_public_key_is_no_secret_to_sign_with(algorithm: str, with_kid: bool) 
             ours.verify(bearer(forged(header, secret.encode())))
 
 
-def test_the_key_before_does_not_take_the_algorithm_of_the_first() -> None:
+def test_the_previous_key_is_never_used_with_the_algorithm_of_the_current_key() -> None:
     ours = tokens("HS256", jwt_previous_key=RSA_PUBLIC)
     kid = jwt.get_unverified_header(tokens("RS256").issue(STAFF))["kid"]
     with pytest.raises(Unauthenticated):
@@ -156,39 +156,39 @@ def test_the_key_before_does_not_take_the_algorithm_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
-def test_a_token_that_says_it_needs_no_signature_is_refused(algorithm: str) -> None:
+def test_a_token_that_declares_no_signature_is_refused(algorithm: str) -> None:
     ours = tokens(algorithm)
     kid = jwt.get_unverified_header(ours.issue(STAFF))["kid"]
     for alg in ("none", "None", "NONE", "nOnE", "", None):
         for header in ({"alg": alg}, {"alg": alg, "kid": kid}):
-            head, said, _ = forged(header, b"x").split(".")
-            for token in (f"{head}.{said}.", f"{head}.{said}"):
+            head, content, _ = forged(header, b"x").split(".")
+            for token in (f"{head}.{content}.", f"{head}.{content}"):
                 with pytest.raises(Unauthenticated):
                     ours.verify(bearer(token))
 
 
 @pytest.mark.parametrize("kid", ["another", "", "../../etc/passwd", "' or 1=1 --", 7, None, ["x"], {"x": 1}])
-def test_a_kid_that_is_not_ours_is_refused(kid: Any) -> None:
+def test_an_unknown_kid_is_refused(kid: Any) -> None:
     ours = tokens()
     with pytest.raises(Unauthenticated):
         ours.verify(bearer(forged({"alg": "HS256", "kid": kid}, b"" if kid is None else SECRET.encode())))
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
-def test_what_was_changed_after_signing_is_refused(algorithm: str) -> None:
+def test_a_token_changed_after_signing_is_refused(algorithm: str) -> None:
     ours = tokens(algorithm)
-    head, said, signature = ours.issue(STAFF).split(".")
-    claims = json.loads(base64.urlsafe_b64decode(said + "=="))
+    head, content, signature = ours.issue(STAFF).split(".")
+    claims = json.loads(base64.urlsafe_b64decode(content + "=="))
     other = base64.urlsafe_b64encode(json.dumps({**claims, "role": "admin"}).encode()).rstrip(b"=").decode()
     with pytest.raises(Unauthenticated):
         ours.verify(bearer(f"{head}.{other}.{signature}"))
 
 
-# -- which keys are refused at the start -------------------------------------------------------------------------
+# -- keys that are refused at the start --------------------------------------------------------------------------
 
 
 def outside_development(**chosen: str) -> Settings:
-    """Made without the checks of other settings: those of the keys are looked at here."""
+    """Settings of production, made without the checks of other settings: only the keys are tested here."""
     return settings(**{"jwt_secret": SECRET, **chosen}).model_copy(update={"environment": "production"})
 
 
@@ -201,21 +201,21 @@ def test_a_secret_under_32_bytes_is_refused_outside_development() -> None:
 @pytest.mark.parametrize(
     "before", ["vnW-K5s0Y0XUdJw2d5dq7EvwhSlWuFA", "x" * 40, "change-me-to-at-least-thirty-two-bytes"]
 )
-def test_so_is_a_weak_secret_that_signed_before(before: str) -> None:
+def test_a_weak_previous_secret_is_refused_outside_development(before: str) -> None:
     assert Tokens.of(settings(jwt_previous_key=before)).signs
     with pytest.raises(BadKey, match="TICKETRAIL_JWT_PREVIOUS_KEY"):
         Tokens.of(outside_development(jwt_previous_key=before))
     assert Tokens.of(outside_development(jwt_previous_key=OTHER_SECRET)).signs
 
 
-def test_a_path_that_leads_nowhere_is_not_taken_for_a_secret() -> None:
-    """Anybody could guess it."""
+def test_a_path_without_a_file_is_not_used_as_a_secret() -> None:
+    """An attacker could guess it."""
     for path in ("/run/secrets/ticketrail-before.pem", "keys/before.key", "before.pub"):
         with pytest.raises(BadKey, match="TICKETRAIL_JWT_PREVIOUS_KEY holds the path of a file that does not exist"):
             Tokens.of(settings(jwt_previous_key=path))
 
 
-def test_a_secret_that_is_longer_than_a_path_may_be_is_a_secret() -> None:
+def test_a_secret_longer_than_the_longest_path_is_used_as_a_secret() -> None:
     long = secrets.token_urlsafe(400)
     assert Tokens.of(settings(jwt_previous_key=long)).verify(bearer(tokens(jwt_secret=long).issue(STAFF))) == STAFF
 
@@ -238,12 +238,12 @@ def test_a_secret_that_is_longer_than_a_path_may_be_is_a_secret() -> None:
     ],
     ids=["other-kind", "other-kind-2", "garbage", "no-file", "text", "short", "encrypted"],
 )
-def test_what_is_no_key_of_the_algorithm_is_refused(algorithm: str, key: str) -> None:
+def test_a_key_that_does_not_fit_the_algorithm_is_refused(algorithm: str, key: str) -> None:
     with pytest.raises(BadKey):
         Tokens.of(settings(algorithm, jwt_private_key=key))
 
 
-def test_services_do_not_start_on_such_keys(tmp_path: Path) -> None:
+def test_services_do_not_start_with_weak_or_unsuitable_keys(tmp_path: Path) -> None:
     short = {"ENVIRONMENT": "production", "JWT_SECRET": secrets.token_urlsafe(40)[:31]}
     cases: list[tuple[list[str], dict[str, str], str]] = [
         (["services.orders"], short, "TICKETRAIL_JWT_SECRET is shorter than 32 bytes"),
@@ -270,12 +270,12 @@ def test_services_do_not_start_on_such_keys(tmp_path: Path) -> None:
         )
         for place, (module, chosen, _) in enumerate(cases)
     ]
-    for process, (_, chosen, said) in zip(started, cases, strict=True):
+    for process, (_, chosen, expected) in zip(started, cases, strict=True):
         try:
-            told, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
         assert process.returncode == 1
-        assert said in told
-        assert len(told.splitlines()) == 1, told
-        assert chosen.get("JWT_SECRET", SECRET) not in told
+        assert expected in output
+        assert len(output.splitlines()) == 1, output
+        assert chosen.get("JWT_SECRET", SECRET) not in output

@@ -1,4 +1,4 @@
-"""Traces: which are kept, whose children they are, and what becomes of a context that cannot be read."""
+"""Traces: which traces are kept, the parents of spans, and contexts that cannot be parsed."""
 
 import random
 import time
@@ -17,8 +17,8 @@ from shared.settings import Settings
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
-LEAST = 1e-12
-"""A share so small that chance never chooses."""
+MIN_SHARE = 1e-12
+"""A share so small that no trace is ever sampled by chance."""
 
 MakeTracer = Callable[..., Tracer]
 
@@ -45,7 +45,7 @@ def no_current_trace() -> Iterator[None]:
 
 
 def kept(tracer: Tracer, home: Path) -> list[SpanRow]:
-    """What was written; nothing is exported after it."""
+    """Closes the tracer, so that it exports nothing more, and returns the spans that it wrote."""
     tracer.close()
     return list(read_spans(home / "traces", [b"{"]))
 
@@ -60,17 +60,17 @@ def old(trace: Trace, seconds: float) -> Trace:
     return trace
 
 
-# -- which are kept ----------------------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------------------------
 
 
-def test_the_share_of_traces_that_are_sampled_is_the_one_that_was_set(make: MakeTracer) -> None:
+def test_the_sampled_share_of_traces_matches_the_setting(make: MakeTracer) -> None:
     tracer = make(trace_sample=0.25)
     sampled = sum(tracer.begin(f"00-{id_}-{SPAN}-00").sampled for id_ in ids(4_000))
     assert 900 < sampled < 1_100
     assert 0 < sum(tracer.begin(None).sampled for _ in range(400)) < 400
 
 
-def test_every_process_chooses_the_same_traces_and_those_that_opentelemetry_would(make: MakeTracer) -> None:
+def test_every_process_samples_the_same_traces_as_opentelemetry(make: MakeTracer) -> None:
     orders, worker, tenth = make(trace_sample=0.5), make("worker", trace_sample=0.5), make(trace_sample=0.1)
     standard = TraceIdRatioBased(0.5)
     for id_ in ids(200):
@@ -82,8 +82,8 @@ def test_every_process_chooses_the_same_traces_and_those_that_opentelemetry_woul
 
 
 @pytest.mark.parametrize("flags", ["01", "03", "ff"])
-def test_a_caller_that_samples_is_followed(make: MakeTracer, tmp_path: Path, flags: str) -> None:
-    tracer = make(trace_sample=LEAST)
+def test_a_trace_that_the_caller_samples_is_kept(make: MakeTracer, tmp_path: Path, flags: str) -> None:
+    tracer = make(trace_sample=MIN_SHARE)
     trace = tracer.begin(f"00-{TRACE}-{SPAN}-{flags}")
     assert trace.traceparent == f"00-{TRACE}-{trace.span_id}-01"
     tracer.end(trace, "GET /x", kind=SpanKind.SERVER)
@@ -92,7 +92,7 @@ def test_a_caller_that_samples_is_followed(make: MakeTracer, tmp_path: Path, fla
     assert (row.name, row.kind, row.service) == ("GET /x", "server", "ticketrail-orders")
 
 
-def test_off_nothing_is_kept_whatever_the_caller_says_and_the_id_still_goes_on(
+def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(
     make: MakeTracer, tmp_path: Path
 ) -> None:
     tracer = make(trace_sample=0)
@@ -107,8 +107,8 @@ def test_off_nothing_is_kept_whatever_the_caller_says_and_the_id_still_goes_on(
     assert not (tmp_path / "traces").exists()
 
 
-def test_what_is_neither_sampled_nor_failed_nor_slow_is_forgotten(make: MakeTracer, tmp_path: Path) -> None:
-    tracer = make(trace_sample=LEAST)
+def test_a_trace_that_is_not_sampled_failed_or_slow_is_dropped(make: MakeTracer, tmp_path: Path) -> None:
+    tracer = make(trace_sample=MIN_SHARE)
     trace = tracer.begin(UNSAMPLED)
     with tracing.span("part"):
         pass
@@ -117,8 +117,8 @@ def test_what_is_neither_sampled_nor_failed_nor_slow_is_forgotten(make: MakeTrac
     assert kept(tracer, tmp_path) == []
 
 
-def test_a_failure_is_kept_with_all_its_parts_though_it_was_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
-    tracer = make(trace_sample=LEAST)
+def test_a_failed_trace_is_kept_with_all_its_spans_although_it_is_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
+    tracer = make(trace_sample=MIN_SHARE)
     trace = tracer.begin(UNSAMPLED)
     with pytest.raises(OSError, match="gone"), tracing.span("claim", kind=SpanKind.CLIENT):
         raise OSError("gone")
@@ -129,15 +129,15 @@ def test_a_failure_is_kept_with_all_its_parts_though_it_was_not_sampled(make: Ma
     assert part.attributes == {"error.type": "OSError"}
 
 
-def test_an_error_without_a_type_has_the_type_of_all_others(make: MakeTracer, tmp_path: Path) -> None:
+def test_an_error_without_a_type_gets_the_type_other(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make()
     tracer.add(SAMPLED, "write order", 1, 2, error="the disk is full")
     (row,) = kept(tracer, tmp_path)
     assert (row.error, row.attributes) == ("the disk is full", {"error.type": "_OTHER"})
 
 
-def test_a_slow_one_is_kept_though_it_was_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
-    tracer = make(trace_sample=LEAST, trace_slow_ms=500)
+def test_a_slow_trace_is_kept_although_it_is_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
+    tracer = make(trace_sample=MIN_SHARE, trace_slow_ms=500)
     tracer.end(old(tracer.begin(UNSAMPLED), 0.4), "quick")
     tracer.end(old(tracer.begin(UNSAMPLED), 0.6), "slow")
     assert not tracer.wanted(UNSAMPLED, slow_ns=400_000_000)
@@ -145,16 +145,16 @@ def test_a_slow_one_is_kept_though_it_was_not_sampled(make: MakeTracer, tmp_path
     assert [row.name for row in kept(tracer, tmp_path)] == ["slow"]
 
 
-def test_slow_ones_are_bounded_in_a_second_and_the_next_second_has_room_again(make: MakeTracer) -> None:
-    tracer = make(trace_sample=LEAST, trace_slow_ms=1, trace_slow_per_second=3)
+def test_slow_traces_are_limited_per_second_and_the_next_second_takes_new_ones(make: MakeTracer) -> None:
+    tracer = make(trace_sample=MIN_SHARE, trace_slow_ms=1, trace_slow_per_second=3)
 
-    def wanted() -> bool:
+    def keeps_slow_trace() -> bool:
         return tracer.wanted(UNSAMPLED, slow_ns=1 << 60)
 
-    assert sum(wanted() for _ in range(200)) in (3, 6)  # six: a second ended in between
-    assert all(tracer.wanted(SAMPLED) for _ in range(200)), "the bound is for slow ones alone"
+    assert sum(keeps_slow_trace() for _ in range(200)) in (3, 6)  # six: a new second began in between
+    assert all(tracer.wanted(SAMPLED) for _ in range(200)), "the limit is for slow traces only"
     deadline = time.monotonic() + 10
-    while not wanted():
+    while not keeps_slow_trace():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -175,8 +175,8 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("context", UNREADABLE)
-def test_a_context_that_cannot_be_read_begins_a_trace_of_its_own(make: MakeTracer, context: str) -> None:
-    trace = make(trace_sample=LEAST).begin(context)
+def test_an_invalid_context_begins_a_new_trace(make: MakeTracer, context: str) -> None:
+    trace = make(trace_sample=MIN_SHARE).begin(context)
     assert (trace.parent, trace.sampled) == (None, False)
     assert trace.trace_id != TRACE
     assert tracing.trace_id_of(trace.traceparent) == trace.trace_id
@@ -184,7 +184,7 @@ def test_a_context_that_cannot_be_read_begins_a_trace_of_its_own(make: MakeTrace
 
 
 @pytest.mark.parametrize("context", UNREADABLE[1:])
-def test_no_span_hangs_on_a_context_that_cannot_be_read(make: MakeTracer, tmp_path: Path, context: str) -> None:
+def test_no_span_has_an_invalid_context_as_its_parent(make: MakeTracer, tmp_path: Path, context: str) -> None:
     tracer = make()
     assert tracer.add(context, "write order", 1, 2) is None
     tracer.add(None, "process", 1, 2, links=[context, SAMPLED, None])
@@ -192,14 +192,14 @@ def test_no_span_hangs_on_a_context_that_cannot_be_read(make: MakeTracer, tmp_pa
     assert (row.name, row.parent_id, row.links) == ("process", None, [(TRACE, SPAN)])
 
 
-def test_without_a_context_every_trace_has_ids_of_its_own(make: MakeTracer) -> None:
+def test_every_trace_without_a_context_has_its_own_ids(make: MakeTracer) -> None:
     tracer = make()
     begun = [tracer.begin(None) for _ in range(100)]
     assert len({trace.trace_id for trace in begun}) == len({trace.span_id for trace in begun}) == 100
     assert all(trace.traceparent[36:52] == trace.span_id for trace in begun)
 
 
-def test_what_is_refused_before_a_trace_has_begun_gets_an_id_that_stays() -> None:
+def test_a_request_refused_before_its_trace_begins_gets_one_stable_id() -> None:
     assert tracing.current() is None
     assert tracing.begun() is tracing.begun() is tracing.current()
     assert not tracing.begun().kept
@@ -208,7 +208,7 @@ def test_what_is_refused_before_a_trace_has_begun_gets_an_id_that_stays() -> Non
 # -- spans -------------------------------------------------------------------------------------------------------
 
 
-def test_notes_become_spans_below_the_work_or_below_the_parent_they_name(make: MakeTracer, tmp_path: Path) -> None:
+def test_notes_become_spans_below_the_trace_or_below_the_parent_that_they_name(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make()
     trace = tracer.begin(SAMPLED)
     own, record = tracing.new_span_id(), tracing.new_span_id()
@@ -223,7 +223,7 @@ def test_notes_become_spans_below_the_work_or_below_the_parent_they_name(make: M
     assert {row.trace_id for row in (root, recorded, sent)} == {TRACE}
 
 
-def test_a_span_that_is_over_is_a_child_of_its_context_and_returns_its_own(make: MakeTracer, tmp_path: Path) -> None:
+def test_a_finished_span_is_a_child_of_its_context_and_returns_its_own_context(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make("sync-worker", instance=3)
     batch = tracer.add(None, "process", 5, 6, kind=SpanKind.CONSUMER, links=[SAMPLED])
     assert batch is not None
@@ -237,13 +237,13 @@ def test_a_span_that_is_over_is_a_child_of_its_context_and_returns_its_own(make:
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["sync-worker-3.jsonl"]
 
 
-def test_a_span_without_a_trace_is_nothing_and_lets_its_exception_through() -> None:
+def test_a_span_without_a_trace_does_nothing_and_raises_its_exception() -> None:
     with pytest.raises(KeyError), tracing.span("claim"):
         raise KeyError
     assert tracing.current() is None
 
 
-def test_a_closed_tracer_makes_no_spans_and_may_be_closed_again(make: MakeTracer, tmp_path: Path) -> None:
+def test_a_closed_tracer_makes_no_spans_and_can_be_closed_twice(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make()
     trace = tracer.begin(SAMPLED)
     tracer.close()

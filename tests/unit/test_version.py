@@ -31,12 +31,12 @@ def test_the_command_line_prints_its_name_and_the_version() -> None:
     assert CliRunner().invoke(main, ["--help"]).output.startswith("Usage: ticketrail [OPTIONS] COMMAND")
 
 
-def test_our_http_clients_name_product_and_version() -> None:
-    seen = []
+def test_our_http_client_sends_product_and_version() -> None:
+    user_agents = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            seen.append(self.headers["User-Agent"])
+            user_agents.append(self.headers["User-Agent"])
             self.send_response(204)
             self.end_headers()
 
@@ -48,4 +48,4 @@ def test_our_http_clients_name_product_and_version() -> None:
         thread.start()
         assert management.ask(f"http://user:password@127.0.0.1:{server.server_port}", "GET", "/api/overview") is None
         thread.join(timeout=30)
-    assert seen == [f"ticketrail/{VERSION}"]
+    assert user_agents == [f"ticketrail/{VERSION}"]

@@ -1,4 +1,4 @@
-"""The waterfall: a tree in order, what waited in it, and traces that lack a part."""
+"""The waterfall: the tree of spans, the waits in it, and incomplete traces."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
 
 
 def span(name: str, began: float, ended: float, *, id_: str = "", parent: str | None = None, **fields: Any) -> SpanRow:
-    """Times in milliseconds; its id is its name by default."""
+    """A span with times in milliseconds; its id is its name by default."""
     chosen = {"trace_id": TRACE, "service": "ticketrail-orders", **fields}
     return SpanRow(
         span_id=id_ or name, parent_id=parent, name=name, start_ns=int(began * MS), end_ns=int(ended * MS), **chosen
@@ -75,7 +75,7 @@ WHOLE = [
 ]
 
 
-def test_lines_stand_in_the_order_of_the_tree_earlier_ones_first() -> None:
+def test_lines_follow_the_tree_and_siblings_are_sorted_by_start() -> None:
     assert outline(lines_of(WHOLE, TRACE)) == [
         (0, "POST /api/orders"),
         (1, "claim"),
@@ -89,7 +89,7 @@ def test_lines_stand_in_the_order_of_the_tree_earlier_ones_first() -> None:
     ]
 
 
-def test_what_waited_stands_between_the_one_who_sent_and_the_one_who_took() -> None:
+def test_a_wait_is_shown_between_the_span_that_sent_and_the_span_that_received() -> None:
     lines = lines_of(WHOLE, TRACE)
     waits = lines[6]
     assert (waits.waits, waits.where) == (True, "critical.v1")
@@ -97,33 +97,33 @@ def test_what_waited_stands_between_the_one_who_sent_and_the_one_who_took() -> N
     assert not any(line.waits for line in lines if line.name == "claim")
 
 
-def test_what_did_not_wait_has_no_row_of_waiting() -> None:
+def test_a_message_that_did_not_wait_has_no_row_of_waiting() -> None:
     lines = lines_of([span("send", 0, 2), span("mirror order", 2.05, 3, parent="send")], TRACE)
     assert outline(lines) == [(0, "send"), (1, "mirror order")]
     early = lines_of([span("send", 0, 2), span("write order", 1, 3, parent="send")], TRACE)
-    assert outline(early) == [(0, "send"), (1, "write order")], "taken before the confirm came back"
+    assert outline(early) == [(0, "send"), (1, "write order")], "received before the publisher confirm came back"
 
 
-def test_a_span_whose_parent_was_not_kept_stands_at_the_top() -> None:
+def test_a_span_without_its_parent_is_at_the_top_level() -> None:
     lines = lines_of([span("write order", 12, 15, parent="gone"), span("mirror order", 3, 4, parent="gone")], TRACE)
     assert outline(lines) == [(0, "mirror order"), (0, "write order")]
 
 
-def test_the_same_span_twice_is_one_line() -> None:
+def test_a_repeated_span_is_one_line() -> None:
     assert len(lines_of([WHOLE[3], WHOLE[3]], TRACE)) == 1
 
 
-def test_notes_say_what_shared_the_message_and_the_batch() -> None:
+def test_notes_count_the_changes_that_shared_the_message_and_the_batch() -> None:
     notes = {line.name: line.note for line in lines_of(WHOLE, TRACE)}
     assert notes["send"] == "3 in its message"
     assert notes["write order"] == "7 in its batch"
     assert notes["POST /api/orders"] == "201"
 
 
-# -- on the screen -----------------------------------------------------------------------------------------------
+# -- the screen --------------------------------------------------------------------------------------------------
 
 
-def test_the_screen_has_a_part_for_each_change_with_its_trace() -> None:
+def test_the_screen_has_a_section_for_each_change_with_its_trace() -> None:
     second = change(change_id="c-2", version=2, type="ticketrail.order.deleted.v1", traceparent=None)
     text = shown(change(), second, spans=WHOLE)
     assert text.index("ticketrail.order.created.v1  version 1  by orders") < text.index("ticketrail.order.deleted.v1")
@@ -136,23 +136,23 @@ def test_the_screen_has_a_part_for_each_change_with_its_trace() -> None:
     assert "█" in text
 
 
-def test_a_change_without_spans_says_why() -> None:
+def test_a_change_without_spans_states_the_reason() -> None:
     assert "not sampled (TICKETRAIL_TRACE_SAMPLE)" in shown(change(), spans=[])
 
 
-def test_what_failed_shows_its_error_before_its_note() -> None:
+def test_a_failed_span_shows_its_error_before_its_note() -> None:
     failed = span("write order", 0, 3, error="transient: DeadlockDetectedError", attributes={"ticketrail.attempt": 2})
     assert "transient: DeadlockDetectedError, attempt 2" in shown(change(), spans=[failed])
 
 
-def test_a_trace_that_names_the_order_is_shown_though_postgres_has_no_change_of_it() -> None:
+def test_a_trace_of_the_order_is_shown_although_postgres_has_no_change_of_it() -> None:
     text = shown(spans=WHOLE, missing=["PostgreSQL does not answer"])
     assert f"not in PostgreSQL (yet)  trace {TRACE}" in text
     assert "! PostgreSQL does not answer" in text
     assert OTHER_TRACE not in text
 
 
-def test_as_json_has_the_same_and_each_span_once() -> None:
+def test_json_has_the_same_content_and_each_span_once() -> None:
     found = FoundTraces([change(traceparent=f"00-{OTHER_TRACE}-b7ad6b7169203331-00")], WHOLE, ["x"])
     made = as_json(ORDER, found)
     (only,) = made["changes"]
@@ -164,11 +164,11 @@ def test_as_json_has_the_same_and_each_span_once() -> None:
 
 
 def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
-    def letter(id_: str, trace: str) -> DeadChange:
+    def dead_change(id_: str, trace: str) -> DeadChange:
         kind, queue = "ticketrail.order.created.v1", "sync.postgres.critical.dead.v1"
         return DeadChange(id_, "c-1", 1, kind, queue, "contract_broken", "total: below 0", "open", AT, trace)
 
-    found = FoundTraces([], WHOLE, [], [letter("one", TRACE), letter("two", "2bf7651916cd43dd8448eb211c80319c")])
+    found = FoundTraces([], WHOLE, [], [dead_change("one", TRACE), dead_change("two", "2bf7651916cd43dd8448eb211c80319c")])
     screen = Console(file=StringIO(), width=180)
     screen.print(render(ORDER, found, screen.width))
     text = screen.file.getvalue()  # type: ignore[attr-defined]
@@ -176,16 +176,16 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     assert text.count("POST /api/orders") == 1
     assert text.index("ticketrail dlq show one") < text.index("POST /api/orders") < text.index("dlq show two")
     assert "not in PostgreSQL (yet)" not in text
-    hostile = letter("three", TRACE)
+    hostile = dead_change("three", TRACE)
     hostile.error = "\x1b[2J gone"
     screen.print(render(ORDER, FoundTraces([], [], [], [hostile]), screen.width))
-    assert "\x1b" not in screen.file.getvalue(), "what a stranger wrote steers the terminal"  # type: ignore[attr-defined]
+    assert "\x1b" not in screen.file.getvalue(), "text of a stranger controls the terminal"  # type: ignore[attr-defined]
     made = as_json(ORDER, found)
     assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]
     assert made["elsewhere"] == []
 
 
-# -- from Jaeger -------------------------------------------------------------------------------------------------
+# -- Jaeger ------------------------------------------------------------------------------------------------------
 
 
 def tags(**values: Any) -> list[dict[str, Any]]:
@@ -230,7 +230,7 @@ STORED = {
 
 
 class _Jaeger(BaseHTTPRequestHandler):
-    """Answers as its query API does: by tags, and by trace id."""
+    """Answers like Jaeger's query API: by tags, and by trace id."""
 
     broken = False
 
@@ -269,7 +269,7 @@ def without_postgres(url: str) -> Settings:
     return Settings(_env_file=None, database_writer_url=nowhere, trace_query_url=url)  # type: ignore[call-arg]
 
 
-async def test_jaegers_spans_are_those_of_the_order_and_of_the_batches_they_link_to(jaeger: str) -> None:
+async def test_jaeger_gives_the_spans_of_the_order_and_of_the_linked_batches(jaeger: str) -> None:
     found = await find_traces(without_postgres(jaeger), ORDER)
     root, written, batch = found.spans
     assert (root.trace_id, root.span_id, root.parent_id) == (SHORT, "07ad6b7169203331", None)
@@ -282,13 +282,13 @@ async def test_jaegers_spans_are_those_of_the_order_and_of_the_batches_they_link
     assert "PostgreSQL does not answer" in found.missing[0]
 
 
-async def test_a_jaeger_that_answers_something_else_is_named_and_hides_nothing(jaeger: str) -> None:
+async def test_a_jaeger_that_answers_garbage_is_named_and_hides_no_other_problem(jaeger: str) -> None:
     _Jaeger.broken = True
     found = await find_traces(without_postgres(jaeger), ORDER)
     assert found.spans == []
     assert [jaeger in text for text in found.missing] == [False, True]
 
 
-async def test_a_jaeger_that_is_away_is_named() -> None:
+async def test_an_unavailable_jaeger_is_named() -> None:
     url = f"http://127.0.0.1:{find_free(1)[0]}"
     assert f"{url} does not answer" in (await find_traces(without_postgres(url), ORDER)).missing[1]
