@@ -32,7 +32,9 @@ def verdicts(
     """The place of each suspect, and how many could not be classified yet."""
     placement = Placement(suspects=suspects)
     ids = [one.change_id for one in suspects]
-    unclassified = classify_missing(placement, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0)
+    unclassified = classify_missing(
+        placement, waiting or {}, dict.fromkeys(ids, missing_for), ids if cleared else (), 5.0
+    )
     places = {one.change_id: place for place, entries in placement.places.items() for one in entries}
     return [places[id_] for id_ in ids], unclassified
 
@@ -65,7 +67,10 @@ def test_the_balance_adds_up_in_total_and_for_each_restaurant() -> None:
     other = new_id()
     total, each = counted(Counter({RESTAURANT: 3, other: 1}), {"queued": [suspect(), suspect()]}, {other: "the-other"})
     assert (total.accepted, total.synced, total.queued) == (6, 4, 2)
-    assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [("", RESTAURANT, 5), ("the-other", other, 1)]
+    assert [(one.slug, one.restaurant_id, one.accepted) for one in each] == [
+        ("", RESTAURANT, 5),
+        ("the-other", other, 1),
+    ]
 
 
 @pytest.mark.parametrize("value", [None, 7, "", "x" * 36, RESTAURANT.upper()[:35] + "G", f"{RESTAURANT}\n"])

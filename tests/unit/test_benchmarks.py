@@ -1,4 +1,4 @@
-"""What a benchmark run writes and reads back, and the settings of the systems that it measures."""
+"""The results that a benchmark run writes and reads back, and the settings of the systems that it measures."""
 
 import shutil
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def test_null_figures_of_an_earlier_run_are_read(tmp_path: Path) -> None:
     assert row.note == "not run: missing"
 
 
-def test_a_row_that_cannot_be_read_is_dropped_with_a_warning(tmp_path: Path) -> None:
+def test_an_invalid_row_is_dropped_with_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     good = compared("read", "case", "throughput", "reads/s", [2.0])
     file.write_bytes(b'{"machine": {}, "rows": [{"question": 5},' + msgspec.json.encode(good) + b"]}")
@@ -63,7 +63,7 @@ def test_a_row_that_cannot_be_read_is_dropped_with_a_warning(tmp_path: Path) -> 
     assert "row 0" in warnings[0]
 
 
-def test_a_file_that_is_cut_off_is_reported_and_replaced(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_and_replaced(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text('{"machine": {}, "rows": [{"quest')
     warnings: list[str] = []
@@ -71,8 +71,8 @@ def test_a_file_that_is_cut_off_is_reported_and_replaced(tmp_path: Path) -> None
     assert "not a results file" in warnings[0]
 
 
-def test_a_run_replaces_only_the_questions_that_it_asked() -> None:
-    earlier = [compared(name, "case", "m", "u", [1.0]) for name in ("read", "accept", "a question of the past")]
+def test_a_run_replaces_only_the_results_of_its_own_questions() -> None:
+    earlier = [compared(name, "case", "m", "u", [1.0]) for name in ("read", "accept", "an earlier question")]
     new = [compared("accept", "case", "m", "u", [2.0])]
     found = merged(earlier, new, QUESTIONS)
     assert [(row.question, row.ours) for row in found] == [("accept", 2.0), ("read", 1.0)]
@@ -87,16 +87,16 @@ def test_a_peer_that_did_not_run_is_a_line_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("error", "failed"), [(ProgramMissing("install wrk"), []), (RuntimeError("a stream ended"), ["read"])]
 )
-def test_a_question_that_cannot_be_answered_keeps_the_run_going(
+def test_a_question_that_fails_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, error: Exception, failed: list[str]
 ) -> None:
     def run(*_: Any) -> list[ResultRow]:
         raise error
 
     monkeypatch.setattr("importlib.import_module", lambda _: SimpleNamespace(run=run))
-    noted: list[str] = []
-    (row,) = answer("read", cast(BenchmarkRig, None), BenchmarkPlan(), noted)
-    assert noted == failed
+    failed_questions: list[str] = []
+    (row,) = answer("read", cast(BenchmarkRig, None), BenchmarkPlan(), failed_questions)
+    assert failed_questions == failed
     assert str(error) in row.note
 
 
@@ -127,7 +127,7 @@ def test_node_peers_without_node_are_reported_as_missing(tmp_path: Path, monkeyp
         prepared(tmp_path)
 
 
-def test_packages_that_failed_to_install_leave_no_folder_behind(
+def test_a_failed_installation_of_packages_leaves_no_folder_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, script in (("node", ""), ("npm", "/bin/mkdir node_modules; echo offline >&2; exit 1")):

@@ -1,4 +1,4 @@
-"""Which Python `deploy/local/bootstrap.sh` takes."""
+"""The Python versions that `deploy/local/bootstrap.sh` accepts."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ _SCRIPT = (ROOT / "deploy/local/bootstrap.sh").read_text()
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "taken"),
+    ("name", "version", "accepted"),
     [
         ("python3.11", (3, 11), True),
         ("python3.14", (3, 14), True),
@@ -22,7 +22,9 @@ _SCRIPT = (ROOT / "deploy/local/bootstrap.sh").read_text()
         ("python3", (3, 10), False),
     ],
 )
-def test_every_python_from_3_11_on_is_taken(tmp_path: Path, name: str, version: tuple[int, int], taken: bool) -> None:
+def test_every_python_from_3_11_on_is_accepted(
+    tmp_path: Path, name: str, version: tuple[int, int], accepted: bool
+) -> None:
     fake = tmp_path / name
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n')
     fake.chmod(0o755)
@@ -34,5 +36,5 @@ def test_every_python_from_3_11_on_is_taken(tmp_path: Path, name: str, version: 
         capture_output=True,
         text=True,
     )
-    assert found.stdout == (f"{fake}\n" if taken else "")
-    assert (found.returncode == 0) == taken
+    assert found.stdout == (f"{fake}\n" if accepted else "")
+    assert (found.returncode == 0) == accepted

@@ -1,4 +1,4 @@
-"""What `docker-compose.yml` and the gateway promise, read from the files: no engine is needed."""
+"""Checks of `docker-compose.yml`, the gateway and the image. They read the files, so no container engine is needed."""
 
 import re
 import subprocess
@@ -18,14 +18,14 @@ from tests.rigs.system import ROOT
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
 OURS = ("orders", "sync-worker", "sync-api", "notifier")
-# They end, or are run by hand; and one whose image cannot ask itself how it is.
+# The first two end by themselves or are run by hand; the image of the collector has no program for a health check.
 WITHOUT_HEALTH = {"migrate", "ticketrail", "collector"}
 EXAMPLE = (ROOT / "deploy/compose.env.example").read_text()
 SECRETS = re.findall(r"^(TICKETRAIL_\w+)=$", EXAMPLE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", list(SERVICES))
-def test_every_container_is_bounded_and_may_do_nothing_that_it_need_not(name: str) -> None:
+def test_every_container_has_limits_and_minimal_privileges(name: str) -> None:
     service = SERVICES[name]
     assert {"cpus", "mem_limit", "pids_limit"} <= set(service)
     assert service["read_only"] is True
@@ -37,7 +37,7 @@ def test_every_container_is_bounded_and_may_do_nothing_that_it_need_not(name: st
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_service_waits_for_the_migration_and_runs_as_nobody(name: str) -> None:
+def test_a_service_waits_for_the_migration_and_runs_without_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["depends_on"] == {"migrate": {"condition": "service_completed_successfully"}}
     assert service["user"] == "10001:10001"
@@ -45,10 +45,10 @@ def test_a_service_waits_for_the_migration_and_runs_as_nobody(name: str) -> None
     assert service["command"] == [name]
     port = {"orders": "orders", "sync-worker": "worker", "sync-api": "sync", "notifier": "notifier"}[name]
     assert service["healthcheck"]["test"][-1] == str(Settings.model_fields[f"{port}_port"].default)
-    assert "ports" not in service, "clients come through the gateway"
+    assert "ports" not in service, "clients connect through the gateway"
 
 
-def test_only_the_gateway_is_reached_from_outside_and_desks_from_this_machine_alone() -> None:
+def test_only_the_gateway_has_a_public_port_and_other_ports_are_local() -> None:
     for name, service in SERVICES.items():
         for port in service.get("ports", []):
             assert name == "gateway" or port.startswith("127.0.0.1:"), name
@@ -59,24 +59,24 @@ def _settings_of(service: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in service.get("environment", {}).items() if name.startswith("TICKETRAIL_")}
 
 
-def test_every_setting_that_is_given_exists() -> None:
+def test_every_setting_in_the_file_exists() -> None:
     known = {f"TICKETRAIL_{name.upper()}" for name in Settings.model_fields}
     for name in (*OURS, "migrate", "ticketrail"):
         assert set(_settings_of(SERVICES[name])) <= known, name
 
 
-def test_no_secret_stands_in_the_file_and_none_has_a_default() -> None:
+def test_the_file_contains_no_secret_and_no_default_for_one() -> None:
     given = re.findall(r"\$\{(TICKETRAIL_\w*(?:PASSWORD|SECRET|TOKEN))([^}]*)\}", COMPOSE)
     assert {name for name, _ in given} == set(SECRETS)
     for name in SECRETS:
         first = next(rest for found, rest in given if found == name)
-        assert first.startswith(":?"), f"{name} is not refused when it is missing"
+        assert first.startswith(":?"), f"{name} may be missing without an error"
         assert not any(rest.startswith(":-") for found, rest in given if found == name)
     for url in re.findall(r"\w+://[^/\s:]*:([^@\s]+)@", COMPOSE):
         assert url.startswith("${"), url
 
 
-def test_a_service_holds_the_password_of_its_own_database_role_alone() -> None:
+def test_a_service_has_only_the_password_of_its_own_database_role() -> None:
     roles = {
         name: {
             url
@@ -93,7 +93,7 @@ def test_a_service_holds_the_password_of_its_own_database_role_alone() -> None:
     }
 
 
-def test_what_must_last_is_on_volumes() -> None:
+def test_persistent_data_is_on_volumes() -> None:
     declared = yaml.safe_load(COMPOSE)["volumes"]
     mounted = {
         volume.split(":")[0]: name for name, service in SERVICES.items() for volume in service.get("volumes", [])
@@ -122,22 +122,22 @@ def _locations() -> Iterator[tuple[str, str]]:
     yield from re.findall(r"^        location (\S+(?: \S+)?) \{(.*?)^        \}", GATEWAY, re.MULTILINE | re.DOTALL)
 
 
-def test_the_gateway_takes_bodies_as_large_as_the_services_do() -> None:
+def test_the_gateway_accepts_bodies_up_to_the_services_limit() -> None:
     assert f"client_max_body_size {MAX_BODY_BYTES};" in GATEWAY
     assert f'"max_bytes":{MAX_BODY_BYTES}' in GATEWAY
 
 
-def test_the_gateway_overwrites_who_the_client_says_it_is() -> None:
+def test_the_gateway_overwrites_the_client_address_that_a_client_sends() -> None:
     assert "proxy_set_header X-Forwarded-For $remote_addr;" in GATEWAY
     assert "$proxy_add_x_forwarded_for" not in GATEWAY
-    # A header set in a location would drop all of them.
+    # In nginx a proxy_set_header in a location drops all inherited ones.
     assert not [name for name, body in _locations() if "proxy_set_header" in body]
 
 
-def test_changes_are_passed_on_once_and_every_passing_location_tells_its_failures() -> None:
+def test_the_gateway_never_repeats_a_change_and_reports_failures_in_every_location() -> None:
     locations = dict(_locations())
     for name, body in locations.items():
-        if "error_page 418" in body:  # its own error pages hide the server's
+        if "error_page 418" in body:  # error pages of a location replace those of the server
             assert "error_page 413 @too_large" in body, name
             assert "error_page 502 504 = @failed" in body, name
             assert "if ($repeatable = 0)" in body
@@ -146,7 +146,7 @@ def test_changes_are_passed_on_once_and_every_passing_location_tells_its_failure
     assert "non_idempotent" not in GATEWAY
 
 
-def test_what_the_sync_api_answers_is_passed_to_it() -> None:
+def test_every_route_of_the_sync_api_is_proxied_to_it() -> None:
     locations = dict(_locations())
     for path in {path for route in API.handlers for path in route.paths}:
         fits = max((name for name in locations if path.startswith(name)), key=len)
@@ -154,16 +154,16 @@ def test_what_the_sync_api_answers_is_passed_to_it() -> None:
 
 
 def test_event_streams_are_not_buffered() -> None:
-    heartbeat = Settings.model_fields["push_keepalive_seconds"].default
+    keep_alive_seconds = Settings.model_fields["push_keepalive_seconds"].default
     for name, body in _locations():
         if "$notifier" in body and not name.startswith("@"):
             assert "proxy_buffering off;" in body, name
             found = re.search(r"proxy_read_timeout (\d+)s;", body)
             assert found, name
-            assert int(found[1]) > 3 * heartbeat
+            assert int(found[1]) > 3 * keep_alive_seconds
 
 
-def test_every_services_document_has_a_way_out() -> None:
+def test_the_document_of_every_service_is_reachable_through_the_gateway() -> None:
     choice = re.search(r"map \$uri \$described \{\n\s+default \$orders;(.*?)\n    \}", GATEWAY, re.DOTALL)
     of_others = re.search(r"location ~ (\S+) \{\n\s+proxy_pass \$described/api-docs\$document;", GATEWAY)
     assert choice
@@ -175,13 +175,13 @@ def test_every_services_document_has_a_way_out() -> None:
         for document in ("", "/", "/openapi.json"):
             path = f"/api-docs/{name}{document}"
             assert next(found for rule, found in rules if re.search(rule, path)) == service
-            asked = re.match(of_others[1].replace("?<", "?P<"), path)
-            assert asked
-            assert (asked["document"] or "") == document
+            matched = re.match(of_others[1].replace("?<", "?P<"), path)
+            assert matched
+            assert (matched["document"] or "") == document
     assert dict(_locations())["/api-docs"].strip() == "proxy_pass $described;"
 
 
-def test_metrics_have_no_way_out() -> None:
+def test_metrics_are_not_reachable_through_the_gateway() -> None:
     assert not [name for name, _ in _locations() if "metrics" in name]
     assert dict(_locations())["/"].strip() == "return 404;"
 
@@ -195,16 +195,16 @@ def _make(file: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_made_secrets_are_strong_different_and_readable_by_their_owner_alone(tmp_path: Path) -> None:
+def test_generated_secrets_are_strong_different_and_readable_only_by_their_owner(tmp_path: Path) -> None:
     made = _make(tmp_path / "env")
     assert set(made) == set(SECRETS)
     assert len(set(made.values())) == len(made)
     assert not [name for name, value in made.items() if weakness(value)]
-    assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), "they stand in URLs"
+    assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), "they are used in URLs"
     assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
 
 
-def test_secrets_that_are_set_stay(tmp_path: Path) -> None:
+def test_secrets_that_are_set_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
     file.write_text("# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_JWT_SECRET=mine\nTICKETRAIL_SYNC_TOKEN=\n")
     first = _make(file)
@@ -219,7 +219,7 @@ def test_secrets_that_are_set_stay(tmp_path: Path) -> None:
 OBSERVE = ROOT / "deploy/observe"
 
 
-def test_prometheus_finds_every_replica_of_every_service_on_its_port() -> None:
+def test_prometheus_scrapes_every_replica_of_every_service_on_its_port() -> None:
     jobs = yaml.safe_load((OBSERVE / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     found = {job["job_name"]: job["dns_sd_configs"][0] for job in jobs if "dns_sd_configs" in job}
     for name in OURS:
@@ -228,7 +228,7 @@ def test_prometheus_finds_every_replica_of_every_service_on_its_port() -> None:
         assert str(found[name]["port"]) == SERVICES[name]["healthcheck"]["test"][-1]
 
 
-def test_the_collector_keeps_what_failed_and_what_was_slow() -> None:
+def test_the_collector_keeps_failed_and_slow_traces() -> None:
     collector = yaml.safe_load((OBSERVE / "collector.yaml").read_text())
     policies = {policy["type"]: policy for policy in collector["processors"]["tail_sampling"]["policies"]}
     assert policies["status_code"]["status_code"]["status_codes"] == ["ERROR"]
@@ -240,7 +240,7 @@ def test_the_collector_keeps_what_failed_and_what_was_slow() -> None:
         assert pipeline["processors"][0] == "memory_limiter"
 
 
-def test_grafana_knows_its_sources_by_the_names_that_dashboards_use() -> None:
+def test_grafana_data_sources_have_the_ids_that_dashboards_use() -> None:
     sources = yaml.safe_load((OBSERVE / "grafana/provisioning/datasources/datasources.yaml").read_text())
     assert [source["uid"] for source in sources["datasources"]] == ["prometheus", "jaeger"]
 
@@ -248,7 +248,7 @@ def test_grafana_knows_its_sources_by_the_names_that_dashboards_use() -> None:
 # The image
 
 
-def test_the_image_knows_every_command_and_pulls_no_syntax() -> None:
+def test_the_image_runs_every_command_and_loads_no_external_syntax() -> None:
     dockerfile = (ROOT / "deploy/image/Dockerfile").read_text()
     entry = (ROOT / "deploy/image/entry.sh").read_text()
     assert "# syntax" not in dockerfile
@@ -261,8 +261,8 @@ def test_the_image_knows_every_command_and_pulls_no_syntax() -> None:
     assert "toaster" in unknown.stderr
 
 
-def test_health_tells_a_service_that_does_not_answer() -> None:
+def test_the_health_check_fails_for_a_service_that_does_not_answer() -> None:
     health = ["python3", str(ROOT / "deploy/image/health.py"), "9"]
-    told = subprocess.run(health, capture_output=True, text=True)
-    assert told.returncode == 1
-    assert "Error" in told.stdout
+    checked = subprocess.run(health, capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert "Error" in checked.stdout

@@ -1,4 +1,4 @@
-"""How a message of a dead-dead_letter queue becomes dead letters that PostgreSQL can store, whatever the message holds."""
+"""Messages of a dead-letter queue become dead letters that PostgreSQL can store, whatever the message holds."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -64,7 +64,9 @@ def test_a_dead_letter_has_every_attempt_of_the_retry_ladder() -> None:
 def test_the_digest_depends_on_the_message_and_its_queue() -> None:
     one = message(change(order()))
     assert dead_letter(one).digest == dead_letter(one, failed_headers(one)).digest
-    assert dead_letter(one).digest == dead_letter(b"[ " + one[1:-1] + b" ]").digest, "a replay comes back without spaces"
+    assert dead_letter(one).digest == dead_letter(b"[ " + one[1:-1] + b" ]").digest, (
+        "a replay comes back without spaces"
+    )
     [elsewhere] = parse_dead_letters("sync.mirror.dead.v1", None, one, {}, NOW)
     assert elsewhere.digest != dead_letter(one).digest
     assert dead_letter(message(change(order()))).digest != dead_letter(one).digest

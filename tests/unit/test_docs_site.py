@@ -1,4 +1,4 @@
-"""The check of the documentation site: what it finds wrong, on small sites made here."""
+"""The check of the documentation site, on small made-up sites."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def site(folder: Path, body: str, css: str = "") -> list[str]:
     return list(problems(folder))
 
 
-def test_a_site_whose_links_and_files_exist_has_no_problems(tmp_path: Path) -> None:
+def test_a_site_with_valid_links_has_no_problems(tmp_path: Path) -> None:
     body = "<a href='page.html#known'>x</a><a href='https://example.com/'>y</a><img src='data:image/png;base64,AA=='>"
     assert site(tmp_path, body) == []
 

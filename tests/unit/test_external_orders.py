@@ -1,4 +1,4 @@
-"""What another system sends, and the order that it makes of what is known: the rules, without any store."""
+"""External orders: how an order of another system becomes or updates our order. The rules alone, without a store."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -33,15 +33,15 @@ def known(**fields: Any) -> Order:
 
 
 def after(before: Order, *, at: datetime = NOW, **fields: Any) -> Order | None:
-    wanted = sent(**fields)
-    return merged(before, new_order(wanted, SHOP, at), dated=wanted.updated_at is not None, at=at)
+    update = sent(**fields)
+    return merged(before, new_order(update, SHOP, at), dated=update.updated_at is not None, at=at)
 
 
 def paid(name: str, amount: int, **fields: Any) -> dict[str, Any]:
     return {"id": name, "amount": amount, "method": "card", **fields}
 
 
-def test_what_it_leaves_out_is_computed() -> None:
+def test_left_out_amounts_are_computed() -> None:
     made = known(tip_amount=100, discount_amount=60, payments=[paid("a", 500)])
     assert (made.subtotal, made.tax_amount, made.total) == (1960, 137, 1960 + 137 + 100 - 60)
     assert made.payment_status is PaymentStatus.PARTIALLY_PAID
@@ -49,18 +49,18 @@ def test_what_it_leaves_out_is_computed() -> None:
     assert made.created_at == made.updated_at == CREATED_AT
 
 
-def test_its_own_prices_names_and_numbers_are_kept() -> None:
+def test_the_prices_names_and_numbers_of_the_other_system_are_kept() -> None:
     made = known(tax_amount=1, total=5, order_number="B-17", items=[{"name": "Öl", "quantity": 3, "unit_price": 7}])
     assert (made.tax_amount, made.total, made.order_number) == (1, 5, "B-17")
     assert (made.items[0].name, made.items[0].line_total) == ("Öl", 21)
 
 
-def test_the_business_day_is_that_of_the_restaurant() -> None:
+def test_the_business_day_follows_the_restaurants_time_zone() -> None:
     at_night = datetime(2026, 7, 2, 1, 30, tzinfo=UTC)  # 3:30 in Berlin: still yesterday
     assert known(created_at=at_night).business_day.isoformat() == "2026-07-01"
 
 
-def test_either_name_and_both_are_the_same_order_and_no_other_restaurants() -> None:
+def test_either_external_id_names_the_same_order_within_one_restaurant() -> None:
     ids = {
         known(external_id="x").id,
         known(external_id=None, convex_id="x").id,
@@ -83,13 +83,13 @@ def test_either_name_and_both_are_the_same_order_and_no_other_restaurants() -> N
     ],
     ids=str,
 )
-def test_what_makes_no_order_is_refused_by_the_name_of_the_field(fields: dict[str, Any], field: str) -> None:
+def test_an_invalid_order_is_refused_with_the_name_of_the_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         known(**fields)
     assert refused.value.details["field"] == field
 
 
-def test_the_same_again_changes_nothing() -> None:
+def test_a_repeated_order_changes_nothing() -> None:
     for fields in (
         {},
         {"created_at": CREATED_AT},
@@ -99,7 +99,7 @@ def test_the_same_again_changes_nothing() -> None:
         assert after(known(**fields), **fields) is None, fields
 
 
-def test_a_later_update_stands_and_keeps_what_is_ours() -> None:
+def test_a_later_update_is_applied_and_keeps_our_own_fields() -> None:
     before = msgspec.structs.replace(known(), order_number="0042", placed_by="someone", customer_session_id="s")
     made = after(before, status="ready", notes="no salt")
     assert made is not None
@@ -113,12 +113,12 @@ def test_a_later_update_stands_and_keeps_what_is_ours() -> None:
     )
 
 
-def test_an_older_update_that_comes_late_is_ignored() -> None:
+def test_an_older_update_that_arrives_late_is_ignored() -> None:
     before = known(created_at=CREATED_AT, updated_at=CREATED_AT + 2 * MINUTE, status="ready")
     assert after(before, created_at=CREATED_AT, updated_at=CREATED_AT + MINUTE, status="preparing") is None
 
 
-def test_of_an_older_update_that_comes_late_the_payments_count() -> None:
+def test_payments_of_an_older_update_that_arrives_late_are_kept() -> None:
     before = known(
         created_at=CREATED_AT, updated_at=CREATED_AT + 2 * MINUTE, status="ready", payments=[paid("b", 1000)]
     )
@@ -131,21 +131,21 @@ def test_of_an_older_update_that_comes_late_the_payments_count() -> None:
     assert after(made, status="preparing", **late) is None
 
 
-def test_updates_end_the_same_in_whatever_order_they_come() -> None:
-    """Also where the last one looks like the first."""
-    said = [
+def test_updates_give_the_same_order_in_any_sequence() -> None:
+    """Also if the last update looks like the first one."""
+    updates = [
         {"created_at": CREATED_AT, "updated_at": CREATED_AT + place * MINUTE, "status": status}
         for place, status in enumerate(("ready", "preparing", "ready"))
     ]
     for first, second, third in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
-        head = known(**said[first])
+        head = known(**updates[first])
         for place in (second, third):
-            head = after(head, **said[place]) or head
+            head = after(head, **updates[place]) or head
         assert (head.status, head.updated_at) == (OrderStatus.READY, CREATED_AT + 2 * MINUTE)
 
 
-def test_without_a_time_a_status_does_not_go_back() -> None:
-    """What comes again may have been sent before our own people went on with it."""
+def test_an_update_without_a_time_never_moves_the_status_back() -> None:
+    """The update may have been sent before our own staff moved the order on."""
     before = msgspec.structs.replace(known(), status=OrderStatus.PREPARING)
     assert after(before, status="pending") is None
     assert after(before, status="ready") is not None
@@ -154,7 +154,7 @@ def test_without_a_time_a_status_does_not_go_back() -> None:
     assert back.status is OrderStatus.RECEIVED
 
 
-def test_payments_are_added_and_never_taken_away() -> None:
+def test_payments_are_added_and_never_removed() -> None:
     before = known(payments=[paid("a", 500)])
     made = after(before, payments=[paid("b", 1597)])
     assert made is not None
@@ -172,7 +172,7 @@ def test_payments_are_added_and_never_taken_away() -> None:
     ],
     ids=["amount", "method", "many"],
 )
-def test_a_payment_that_contradicts_one_that_is_known_is_told(
+def test_a_payment_that_contradicts_a_known_one_is_refused(
     payments: list[dict[str, Any]], field: str, code: str
 ) -> None:
     with pytest.raises(TicketrailError) as refused:
@@ -188,7 +188,7 @@ def test_a_deleted_order_stays_deleted() -> None:
     assert made.deleted_at == NOW
 
 
-def test_the_event_says_what_happened() -> None:
+def test_the_event_of_an_update_names_its_kind_of_change() -> None:
     before = known(status="ready")
 
     def event(**fields: Any) -> str:
@@ -222,20 +222,20 @@ DAYS = timedelta(days=1)
     ],
     ids=[
         "open, no time",
-        "over, no time",
+        "closed, no time",
         "open today",
-        "over today",
+        "closed today",
         "open, days ago",
-        "over, days ago",
+        "closed, days ago",
         "old, changed today",
-        "known today, now over",
-        "known of old, now over",
-        "of a clock that is ahead",
+        "known since today, now closed",
+        "known for days, now closed",
+        "from a clock that is ahead",
     ],
 )
-def test_an_order_of_today_goes_with_the_orders_and_history_in_the_background(
+def test_recent_orders_use_the_critical_lane_and_history_the_background_lane(
     fields: dict[str, Any], before: datetime | None, lane: Lane
 ) -> None:
-    wanted = sent(**fields)
+    update = sent(**fields)
     head = None if before is None else order(created_at=before, updated_at=before)
-    assert lane_of(wanted, head, new_order(wanted, SHOP, NOW), NOW) is lane
+    assert lane_of(update, head, new_order(update, SHOP, NOW), NOW) is lane

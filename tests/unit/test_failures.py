@@ -127,7 +127,9 @@ def failed(kind: FailureKind = FailureKind.TRANSIENT, **headers: Any) -> FailedC
         ({topology.ATTEMPT: -7}, topology.retry_queue(Lane.NORMAL, 1_000)),
     ],
 )
-def test_each_attempt_goes_to_the_next_retry_queue_and_the_last_to_the_dead_letter_queue(headers: dict[str, Any], queue: str) -> None:
+def test_each_attempt_goes_to_the_next_retry_queue_and_the_last_to_the_dead_letter_queue(
+    headers: dict[str, Any], queue: str
+) -> None:
     assert destination(failed(**headers), Lane.NORMAL, STEPS) == queue
 
 

@@ -1,4 +1,4 @@
-"""The guard: of two states of one entity the one with the larger (version, change id) stands, whatever the order."""
+"""The guard: between two states of an entity the larger (version, change id) wins, in any order of arrival."""
 
 import functools
 from uuid import UUID
@@ -9,17 +9,17 @@ from hypothesis import given
 from shared.entities.contract import Head
 from shared.entities.registry import ENTITIES
 
-# Few versions and few ids, so that the same version and the same change meet often.
+# Few versions and few ids, so that equal versions and repeated changes are frequent.
 change_ids = st.sampled_from([str(UUID(int=n << 96)) for n in (1, 2, 9, 10, 15, 16, 2**32 - 1)])
-standings = st.builds(Head, st.integers(1, 4), change_ids)
+heads = st.builds(Head, st.integers(1, 4), change_ids)
 
 
 def applied(arrivals: list[Head]) -> Head:
-    return functools.reduce(lambda stands, one: one if one > stands else stands, arrivals)
+    return functools.reduce(lambda head, one: one if one > head else head, arrivals)
 
 
-@given(st.lists(standings, min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Head], random: object) -> None:
+@given(st.lists(heads, min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_any_order_and_repetition_of_changes_gives_the_same_state(arrivals: list[Head], random: object) -> None:
     again = arrivals + random.choices(arrivals, k=len(arrivals))  # type: ignore[attr-defined]
     random.shuffle(again)  # type: ignore[attr-defined]
     assert (
@@ -27,21 +27,21 @@ def test_any_order_and_any_repetition_end_in_the_same_state(arrivals: list[Head]
     )
 
 
-@given(standings, standings)
-def test_exactly_one_of_two_different_changes_stands(one: Head, other: Head) -> None:
+@given(heads, heads)
+def test_exactly_one_of_two_different_changes_wins(one: Head, other: Head) -> None:
     assert (one > other) + (other > one) == (one != other)
 
 
-@given(standings, standings)
-def test_a_higher_version_stands_whatever_its_change_id(one: Head, other: Head) -> None:
+@given(heads, heads)
+def test_a_higher_version_wins_whatever_its_change_id(one: Head, other: Head) -> None:
     if one.version != other.version:
         assert (one > other) == (one.version > other.version)
 
 
 @given(st.uuids(), st.uuids())
-def test_text_order_of_ids_is_their_byte_order_so_that_every_store_agrees(one: UUID, other: UUID) -> None:
+def test_ids_sort_the_same_as_text_and_as_bytes_so_that_every_store_agrees(one: UUID, other: UUID) -> None:
     assert (Head(1, str(one)) > Head(1, str(other))) == (one.bytes > other.bytes)
 
 
-def test_every_entity_is_named_once_and_says_its_lane() -> None:
+def test_every_entity_is_registered_under_its_name_and_has_a_lane() -> None:
     assert all(name == entity.name and entity.lane for name, entity in ENTITIES.items())

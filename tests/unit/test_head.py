@@ -1,4 +1,4 @@
-"""A change by hand: what it is built on, and what is said when its note fails."""
+"""A change by an operator: its base, and the error when it is recorded but its row in the audit fails."""
 
 from typing import Any
 
@@ -18,30 +18,30 @@ HeadAndState = tuple[Head, Any] | None
 @pytest.mark.parametrize(
     ("mirror", "postgres", "expected"),
     [(NEW, OLD, NEW), (NEW, None, NEW), (None, OLD, OLD), (None, None, None), (OLD, OLD, OLD)],
-    ids=["newer in the mirror", "not written yet", "out of the window", "nowhere", "the same"],
+    ids=["newer in the mirror", "not written yet", "out of the window", "in neither store", "the same"],
 )
-async def test_a_change_is_built_on_what_the_mirror_has_and_else_on_what_postgres_has(
+async def test_a_change_is_built_on_the_head_in_the_mirror_or_else_in_postgres(
     monkeypatch: pytest.MonkeyPatch, mirror: HeadAndState, postgres: HeadAndState, expected: HeadAndState
 ) -> None:
     stores(monkeypatch, mirror, postgres)
     assert await found() == expected
 
 
-async def test_while_the_mirror_is_behind_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_is_refused_while_the_mirror_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     stores(monkeypatch, OLD, NEW)
     with pytest.raises(Unavailable, match="caught up"):
         await found()
 
 
 def stores(monkeypatch: pytest.MonkeyPatch, mirror: HeadAndState, postgres: HeadAndState) -> None:
-    async def mirrored(*_: Any) -> HeadAndState:
+    async def head_in_mirror(*_: Any) -> HeadAndState:
         return mirror
 
-    async def stored(*_: Any) -> HeadAndState:
+    async def head_in_postgres(*_: Any) -> HeadAndState:
         return postgres
 
-    monkeypatch.setattr(head_module, "head_in_mirror", mirrored)
-    monkeypatch.setattr(head_module, "head_in_postgres", stored)
+    monkeypatch.setattr(head_module, "head_in_mirror", head_in_mirror)
+    monkeypatch.setattr(head_module, "head_in_postgres", head_in_postgres)
 
 
 async def found() -> HeadAndState:
@@ -50,11 +50,11 @@ async def found() -> HeadAndState:
 
 
 @pytest.mark.parametrize("failure", [ConnectionResetError("gone"), asyncpg.DeadlockDetectedError("again")])
-def test_a_change_that_is_recorded_is_never_answered_as_if_it_were_not(failure: Exception) -> None:
-    with pytest.raises(OutcomeUnknown) as told, record_first("the letter") as recorded:
+def test_a_failure_after_the_change_is_recorded_is_answered_as_outcome_unknown(failure: Exception) -> None:
+    with pytest.raises(OutcomeUnknown) as refused, record_first("the dead letter") as recorded:
         recorded.change_id = "c-1"
         raise failure
-    assert told.value.details == {"change_id": "c-1"}
+    assert refused.value.details == {"change_id": "c-1"}
     expected = Unavailable if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(expected), record_first("the letter"):
+    with pytest.raises(expected), record_first("the dead letter"):
         raise failure

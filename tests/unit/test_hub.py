@@ -1,4 +1,4 @@
-"""The hub and its window, without a network: every subscriber receives what it asked for, in order, once."""
+"""The hub and its window, without a network: every subscriber receives the events it asked for, in order and once."""
 
 import asyncio
 from collections.abc import Iterable
@@ -61,14 +61,14 @@ def replayed(from_: Hub, subscriber: Subscriber) -> list[str]:
     return found
 
 
-def test_a_subscriber_hears_of_its_tenant_alone() -> None:
+def test_a_subscriber_receives_only_events_of_its_tenant() -> None:
     rail = hub()
     mine, theirs = (rail.subscribe(Interest(tenant), FORM, None) for tenant in "ab")
     publish(rail, event(1), event(2, tenant="b"), event(3, tenant="c"), event(4))
     assert (taken(mine), taken(theirs)) == (["c1.0", "c4.0"], ["c2.0"])
 
 
-def test_narrow_interests_get_only_what_they_name() -> None:
+def test_a_narrow_interest_receives_only_the_events_that_it_names() -> None:
     rail = hub()
     one = rail.subscribe(Interest("a", order_id="o1"), FORM, None)
     session = rail.subscribe(Interest("a", session_id="s1"), FORM, None)
@@ -87,7 +87,7 @@ def test_narrow_interests_get_only_what_they_name() -> None:
     assert taken(kinds) == ["c3.0", "c4.0"]
 
 
-def test_subscribers_with_one_interest_share_the_bytes() -> None:
+def test_subscribers_with_the_same_interest_share_the_bytes() -> None:
     rail = hub()
     some = [rail.subscribe(Interest("a"), FORM, None) for _ in range(3)]
     publish(rail, event(1), event(2))
@@ -95,7 +95,7 @@ def test_subscribers_with_one_interest_share_the_bytes() -> None:
     assert chunks[0] == b"c1.0 c2.0 " and all(chunk is chunks[0] for chunk in chunks)
 
 
-def test_what_waits_is_taken_in_one_chunk() -> None:
+def test_waiting_events_are_taken_in_one_chunk() -> None:
     rail = hub()
     subscriber = rail.subscribe(Interest("a"), FORM, None)
     for offset in range(1, 4):
@@ -104,7 +104,7 @@ def test_what_waits_is_taken_in_one_chunk() -> None:
     assert subscriber.take() == b""
 
 
-def test_a_change_seen_before_is_not_pushed_again_but_counts_for_the_cursor() -> None:
+def test_a_repeated_change_is_not_pushed_again_but_moves_the_cursor() -> None:
     rail = hub()
     subscriber = rail.subscribe(Interest("a"), FORM, None)
     publish(rail, event(1))
@@ -113,7 +113,7 @@ def test_a_change_seen_before_is_not_pushed_again_but_counts_for_the_cursor() ->
     assert rail.window.cursor == cursor(2)
 
 
-def test_replay_begins_behind_the_cursor_in_the_middle_of_a_message() -> None:
+def test_a_replay_starts_after_the_cursor_even_inside_a_message() -> None:
     rail = hub()
     publish(rail, *(event(1, place) for place in range(4)), event(2))
     subscriber = rail.subscribe(Interest("a"), FORM, cursor(1, 1))
@@ -122,7 +122,7 @@ def test_replay_begins_behind_the_cursor_in_the_middle_of_a_message() -> None:
     assert taken(subscriber) == ["c3.0"]
 
 
-def test_what_is_published_during_a_replay_comes_once_and_in_order() -> None:
+def test_events_published_during_a_replay_arrive_once_and_in_order() -> None:
     rail = hub()
     publish(rail, *(event(offset) for offset in range(1, 600)))
     subscriber = rail.subscribe(Interest("a"), FORM, cursor(0))
@@ -147,7 +147,7 @@ def test_what_is_published_during_a_replay_comes_once_and_in_order() -> None:
         (cursor(9, 1), "other_epoch"),
     ],
 )
-def test_what_cannot_be_continued_gets_one_resync_and_goes_on_live(given_: Cursor, reason: str) -> None:
+def test_a_cursor_that_cannot_be_resumed_gets_one_resync_and_then_live_events(given_: Cursor, reason: str) -> None:
     rail = hub(changes=5)
     publish(rail, *(event(offset) for offset in range(1, 10)))
     subscriber = rail.subscribe(Interest("a"), FORM, given_)
@@ -156,7 +156,7 @@ def test_what_cannot_be_continued_gets_one_resync_and_goes_on_live(given_: Curso
     assert taken(subscriber) == ["c10.0"]
 
 
-def test_the_last_position_that_left_the_window_can_still_be_continued_from() -> None:
+def test_the_last_position_that_left_the_window_can_still_be_resumed() -> None:
     rail = hub(changes=5)
     publish(rail, *(event(offset) for offset in range(1, 10)))
     assert replayed(rail, rail.subscribe(Interest("a"), FORM, cursor(4))) == [f"c{number}.0" for number in range(5, 10)]
@@ -171,7 +171,7 @@ def test_a_replay_that_the_window_overtakes_gets_a_resync() -> None:
     assert replayed(rail, subscriber) == ["resync:too_old:e-800-0"]
 
 
-def test_the_window_forgets_by_age_and_by_bytes_too() -> None:
+def test_the_window_drops_events_by_age_and_by_size() -> None:
     old = hub(seconds=10)
     publish(old, event(1), at=0)
     publish(old, event(2), at=5)
@@ -183,10 +183,10 @@ def test_the_window_forgets_by_age_and_by_bytes_too() -> None:
     publish(large, event(1), event(2), event(3))
     assert len(large.window) == 2 and large.window.holds_all_after(Position(1, 0))
     publish(large, event(4, change_id="c1.0"))
-    assert large.window.after("a", Position(3, 0), 9), "what the window forgot may come again"
+    assert large.window.after("a", Position(3, 0), 9), "a change that left the window may be pushed again"
 
 
-def test_a_slow_subscriber_is_told_and_let_go_and_others_are_not() -> None:
+def test_only_a_slow_subscriber_gets_a_resync_and_is_disconnected() -> None:
     async def scene() -> None:
         rail = hub(events=3)
         slow, quick = rail.subscribe(Interest("a"), FORM, None), rail.subscribe(Interest("a"), FORM, None)
@@ -200,14 +200,14 @@ def test_a_slow_subscriber_is_told_and_let_go_and_others_are_not() -> None:
     asyncio.run(scene())
 
 
-def test_a_large_batch_alone_makes_nobody_slow() -> None:
+def test_a_single_large_batch_makes_no_subscriber_slow() -> None:
     rail = hub(events=3)
     subscriber = rail.subscribe(Interest("a"), FORM, None)
     publish(rail, *(event(offset) for offset in range(1, 50)))
     assert len(taken(subscriber)) == 49 and not subscriber.ended
 
 
-def test_bytes_make_slow_too() -> None:
+def test_too_many_waiting_bytes_make_a_subscriber_slow() -> None:
     async def scene() -> None:
         rail = hub(buffer=8)
         subscriber = rail.subscribe(Interest("a"), FORM, None)
@@ -218,7 +218,7 @@ def test_bytes_make_slow_too() -> None:
     asyncio.run(scene())
 
 
-def test_another_log_resyncs_everybody_and_empties_the_window() -> None:
+def test_a_new_log_resyncs_all_subscribers_and_empties_the_window() -> None:
     rail = hub()
     live = rail.subscribe(Interest("a"), FORM, None)
     publish(rail, *(event(offset) for offset in range(1, 600)))
@@ -232,7 +232,7 @@ def test_another_log_resyncs_everybody_and_empties_the_window() -> None:
     assert taken(live) == taken(replaying) == ["c1.0"]
 
 
-def test_a_heartbeat_goes_to_those_that_have_nothing_waiting_and_carries_the_cursor() -> None:
+def test_a_keep_alive_goes_only_to_idle_subscribers_and_carries_the_cursor() -> None:
     rail = hub()
     idle, busy = rail.subscribe(Interest("b"), FORM, None), rail.subscribe(Interest("a"), FORM, None)
     publish(rail, event(7))
@@ -240,7 +240,7 @@ def test_a_heartbeat_goes_to_those_that_have_nothing_waiting_and_carries_the_cur
     assert (taken(idle), taken(busy)) == (["keep-alive:e-7-0"], ["c7.0"])
 
 
-def test_who_left_is_forgotten_with_all_that_was_kept_for_it() -> None:
+def test_an_unsubscribed_subscriber_leaves_no_state_behind() -> None:
     rail = hub()
     some = [rail.subscribe(Interest("a", order_id=id_), FORM, None) for id_ in ("o", "o", "p", None)]
     for subscriber in [*some, *some]:
@@ -248,7 +248,7 @@ def test_who_left_is_forgotten_with_all_that_was_kept_for_it() -> None:
     assert len(rail) == 0 and rail._tenants == {}
 
 
-def test_closing_ends_every_subscriber_and_those_that_come_later() -> None:
+def test_closing_ends_all_subscribers_including_later_ones() -> None:
     async def scene() -> None:
         rail = hub()
         publish(rail, event(1))
@@ -266,7 +266,7 @@ def test_closing_ends_every_subscriber_and_those_that_come_later() -> None:
     asyncio.run(scene())
 
 
-def test_a_position_that_is_not_reached_yet_is_waited_for_and_not_for_ever() -> None:
+def test_a_wait_for_a_future_position_ends_when_it_is_reached_or_at_the_deadline() -> None:
     async def scene() -> None:
         rail = hub()
         waiting = asyncio.create_task(rail.reached(Position(5, 1), within=10))
@@ -283,7 +283,7 @@ def test_a_position_that_is_not_reached_yet_is_waited_for_and_not_for_ever() -> 
     asyncio.run(scene())
 
 
-# -- any order of things that happen ---------------------------------------------------------------------------------
+# -- any sequence of steps -------------------------------------------------------------------------------------------
 
 STEPS = st.lists(
     st.tuples(st.just("publish"), st.sampled_from("ab"), st.integers(1, 4))
@@ -318,7 +318,7 @@ class Client:
 
 @settings(max_examples=300)
 @given(STEPS)
-def test_whatever_happens_each_receives_its_events_once_in_order_or_a_resync(
+def test_each_client_receives_its_events_once_and_in_order_or_a_resync(
     steps: Iterable[tuple[str, str, int]],
 ) -> None:
     rail = hub(changes=12, events=10_000)
@@ -337,14 +337,14 @@ def test_whatever_happens_each_receives_its_events_once_in_order_or_a_resync(
             getattr(clients[number % len(clients)], step)()
     for client in clients:
         client.got += replayed(rail, client.subscriber) + taken(client.subscriber)
-        wanted = [one.change_id for one in log if one.tenant == client.tenant and one.position > client.start]
+        expected = [one.change_id for one in log if one.tenant == client.tenant and one.position > client.start]
         resyncs = [place for place, name in enumerate(client.got) if name.startswith("resync")]
         if not resyncs:
-            assert client.got == wanted
+            assert client.got == expected
         else:
-            # Before it nothing is missing in between, behind it nothing up to now.
+            # No event is missing before the first resync, and none from the last resync until now.
             before, behind = client.got[: resyncs[0]], client.got[resyncs[-1] + 1 :]
-            assert before == wanted[: len(before)]
-            assert behind == wanted[len(wanted) - len(behind) :]
-            # The window may overtake each of its visits before that is replayed, and tells each but once.
+            assert before == expected[: len(before)]
+            assert behind == expected[len(expected) - len(behind) :]
+            # The window may overtake each visit of a client during its replay; each visit gets one resync at most.
             assert len(resyncs) <= client.visits

@@ -59,7 +59,9 @@ def test_a_choice_between_two_running_systems_is_refused_and_names_both(start: S
 
 
 @pytest.mark.parametrize("by", ["name", "path", "checkout of the path"])
-def test_the_option_system_chooses_by_name_or_path_and_overrides_the_environment(start: Start, tmp_path: Path, by: str) -> None:
+def test_the_option_system_chooses_by_name_or_path_and_overrides_the_environment(
+    start: Start, tmp_path: Path, by: str
+) -> None:
     start("one")
     two = start("shop/.local")
     requested = {"name": "shop", "path": str(two.home), "checkout of the path": str(two.home.parent)}[by]

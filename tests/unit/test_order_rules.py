@@ -20,14 +20,14 @@ from shared.restaurants import Restaurant
 from tests.rigs.builders import RESTAURANT, order
 
 
-def test_an_order_goes_forward_step_by_step_and_is_cancelled_from_any_but_completed() -> None:
-    way = [OrderStatus.PENDING, OrderStatus.RECEIVED, OrderStatus.PREPARING, OrderStatus.READY, OrderStatus.COMPLETED]
-    for now, then in itertools.pairwise(way):
+def test_an_order_moves_forward_step_by_step_and_can_be_cancelled_until_it_is_completed() -> None:
+    steps = [OrderStatus.PENDING, OrderStatus.RECEIVED, OrderStatus.PREPARING, OrderStatus.READY, OrderStatus.COMPLETED]
+    for now, then in itertools.pairwise(steps):
         assert allowed_next(now) == (then, OrderStatus.CANCELLED)
     assert allowed_next(OrderStatus.COMPLETED) == allowed_next(OrderStatus.CANCELLED) == ()
 
 
-def test_items_stand_once_the_kitchen_has_begun() -> None:
+def test_items_cannot_change_once_the_kitchen_has_begun() -> None:
     assert [status for status in OrderStatus if items_may_change(status)] == [OrderStatus.PENDING, OrderStatus.RECEIVED]
 
 
@@ -40,7 +40,7 @@ def test_items_stand_once_the_kitchen_has_begun() -> None:
         (datetime(2026, 1, 2, 3, 0, tzinfo=UTC), date(2026, 1, 2)),
     ],
 )
-def test_the_business_day_ends_at_the_cut_off_in_the_time_of_the_restaurant(at: datetime, expected: date) -> None:
+def test_the_business_day_ends_at_the_cutoff_hour_in_the_restaurants_time_zone(at: datetime, expected: date) -> None:
     berlin = Restaurant(id=RESTAURANT, slug="s", name="n", time_zone="Europe/Berlin")
     assert berlin.business_day(at) == expected
 
@@ -53,12 +53,12 @@ def test_the_business_day_ends_at_the_cut_off_in_the_time_of_the_restaurant(at: 
     ),
     st.uuids(),
 )
-def test_a_cursor_names_the_order_that_it_was_made_from(at: datetime, id_: object) -> None:
+def test_a_cursor_holds_time_and_id_of_its_order(at: datetime, id_: object) -> None:
     assert read_cursor(cursor_after(at, str(id_))) == (at, str(id_))
 
 
 @given(st.text())
-def test_a_garbage_cursor_is_refused_by_name(text: str) -> None:
+def test_an_invalid_cursor_is_refused_with_the_name_of_its_field(text: str) -> None:
     try:
         read_cursor(text)
     except InvalidInput as error:
@@ -80,13 +80,13 @@ def test_a_garbage_cursor_is_refused_by_name(text: str) -> None:
         ({"page": "2"}, "page"),
     ],
 )
-def test_a_parameter_that_is_wrong_is_named(query: dict[str, str], field: str) -> None:
+def test_an_invalid_parameter_is_refused_by_name(query: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         read_query(SimpleNamespace(query_params=query), OrdersQuery)
     assert refused.value.details["field"] == field
 
 
-def test_filters_match_what_the_list_asks_for() -> None:
+def test_a_selection_matches_only_the_orders_that_the_list_asks_for() -> None:
     mine = order(customer_session_id="s1", status=OrderStatus.READY)
     assert Selection(equal={"customer_session_id": "s1", "status": OrderStatus.READY}).match(mine)
     assert not Selection(equal={"customer_session_id": "s2"}).match(mine)
@@ -96,7 +96,7 @@ def test_filters_match_what_the_list_asks_for() -> None:
     assert Selection(include_deleted=True).match(order(deleted_at=mine.created_at))
 
 
-def test_the_view_hides_the_request_hash_and_nothing_else() -> None:
+def test_the_view_hides_only_the_request_hash() -> None:
     tricky = order(notes='","request_hash":"abc"', request_hash="ab" * 32)
     view = bytes(state_view(encode(tricky), Head(3, "c"), {"state": "pending"}))
     assert b"ab" * 32 not in view

@@ -53,7 +53,9 @@ def test_customizations_are_priced_by_the_server() -> None:
         ([("size", "large"), *[("extras", "egg")] * 3], "customization_count", "items[0].customizations"),
     ],
 )
-def test_a_customization_that_the_dish_does_not_offer_is_refused_by_its_field(chosen: list[tuple[str, str]], code: str, field: str) -> None:
+def test_a_customization_that_the_dish_does_not_offer_is_refused_by_its_field(
+    chosen: list[tuple[str, str]], code: str, field: str
+) -> None:
     with pytest.raises(InvalidInput) as refused:
         priced_items([requested(customizations=[RequestedCustomization(*one) for one in chosen])], {DISH.id: SIZED})
     assert (refused.value.error_code, refused.value.details["field"]) == (code, field)

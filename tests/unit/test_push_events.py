@@ -1,4 +1,4 @@
-"""From a change to what a screen receives."""
+"""How a change becomes a push event, and which subscribers receive it."""
 
 import json
 from typing import Any
@@ -41,17 +41,17 @@ def payload(event: PushEvent, *, of_one_order: bool = False) -> dict[str, Any]:
         ("restored", "status_update"),
     ],
 )
-def test_each_event_of_an_order_becomes_one_event_of_its_name(event: str, name: str) -> None:
+def test_each_event_of_an_order_becomes_the_push_event_of_its_name(event: str, name: str) -> None:
     made = pushed(change(order(), event=event))
     assert made.name(of_one_order=False) == payload(made)["eventType"] == name
 
 
-def test_no_event_of_an_order_was_forgotten() -> None:
+def test_every_event_of_an_order_has_a_push_event() -> None:
     for event in order_module.ENTITY.events:
         assert pushed(change(order(), event=event)).kind in PushKind
 
 
-def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> None:
+def test_the_payload_is_the_whole_state_with_order_id_time_and_version() -> None:
     state = order(notes="no onions", customer_session_id="table-7")
     made = change(state, entityversion=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     event = pushed(made)
@@ -70,7 +70,7 @@ def test_the_payload_is_the_whole_state_with_its_order_time_and_version() -> Non
     assert (event.position, event.change_id) == (AT, made.id)
 
 
-def test_a_stage_change_says_from_where_to_where_under_the_name_that_fits_the_subscriber() -> None:
+def test_a_stage_change_has_both_stages_and_the_event_name_of_the_subscription() -> None:
     before = order(status=OrderStatus.RECEIVED)
     after = structs.replace(before, status=OrderStatus.PREPARING)
     event = pushed(change(after, event="status_changed", before=before, base=change(before)))
@@ -82,29 +82,29 @@ def test_a_stage_change_says_from_where_to_where_under_the_name_that_fits_the_su
 
 
 @pytest.mark.parametrize("before", [b"{}", b"[]", b"7", b'{"notes":null}'])
-def test_a_stage_change_without_its_old_stage_is_pushed_all_the_same(before: bytes) -> None:
+def test_a_stage_change_without_its_old_stage_is_still_pushed(before: bytes) -> None:
     made = change(order(status=OrderStatus.READY), event="status_changed")
     made = structs.replace(made, data=ChangeData(after=made.data.after, before=Raw(before)))
     data = payload(pushed(made))["data"]
     assert (data["previousStage"], data["newStage"]) == (None, "ready")
 
 
-def test_only_stage_changes_carry_stages() -> None:
+def test_only_stage_changes_have_stages() -> None:
     assert "previousStage" not in payload(pushed(change(order())))["data"]
 
 
-def test_the_request_hash_stays_inside() -> None:
+def test_the_request_hash_is_never_pushed() -> None:
     assert b"hash" not in pushed(change(order(request_hash="ab" * 32))).payload(of_one_order=False)
 
 
-def test_fields_that_a_newer_service_added_reach_the_screen() -> None:
+def test_unknown_fields_of_a_newer_service_are_pushed() -> None:
     made = change(order())
     state = {**msgspec.json.decode(made.data.after), "spiciness": 3}
     newer = structs.replace(made, data=ChangeData(after=Raw(encode(state))))
     assert payload(pushed(newer))["data"]["spiciness"] == 3
 
 
-def test_an_event_is_one_line_whatever_white_space_its_writer_used() -> None:
+def test_the_data_of_an_event_is_one_line_whatever_white_space_the_change_has() -> None:
     made = change(order(notes="two\nlines\r\n\u2028"))
     state = json.dumps(json.loads(bytes(made.data.after)), indent=2).replace("\n", "\r\n").encode()
     spaced = structs.replace(made, data=ChangeData(after=Raw(state)))
@@ -115,7 +115,7 @@ def test_an_event_is_one_line_whatever_white_space_its_writer_used() -> None:
     assert payload(event)["data"]["notes"] == "two\nlines\r\n\u2028"
 
 
-def test_other_entities_are_not_pushed_yet() -> None:
+def test_entities_other_than_orders_are_not_pushed() -> None:
     assert push_event(encode(change(menu_item())), AT) is None
 
 
@@ -128,7 +128,7 @@ def test_other_entities_are_not_pushed_yet() -> None:
         ({"subject": "order/00000000-0000-4000-8000-000000000000"}, "contract_broken"),
     ],
 )
-def test_what_no_store_takes_is_not_pushed_either(broken: dict[str, Any], reason: str) -> None:
+def test_a_change_that_breaks_the_contract_is_not_pushed(broken: dict[str, Any], reason: str) -> None:
     with pytest.raises(BrokenContract) as refused:
         push_event(encode(change(order(), **broken)), AT)
     assert refused.value.reason == reason
@@ -140,12 +140,12 @@ STAFF = Identity(user_id="u", role=Role.STAFF, restaurant_id=RESTAURANT)
 CUSTOMER = Identity(user_id="c", role=Role.CUSTOMER, restaurant_id=RESTAURANT, session_id="table-7")
 
 
-def test_an_interest_without_parameters_is_everything_of_the_tenant() -> None:
+def test_an_interest_without_parameters_covers_the_whole_tenant() -> None:
     assert interest_of(STAFF, order_id=None, event_types=None) == Interest(RESTAURANT)
     assert interest_of(STAFF, order_id="", event_types="") == Interest(RESTAURANT)
 
 
-def test_a_customer_is_bound_to_its_session_and_others_are_not() -> None:
+def test_only_a_customer_is_limited_to_its_session() -> None:
     event = pushed(change(order(customer_session_id="table-7")))
     other = pushed(change(order(customer_session_id="table-8")))
     none = pushed(change(order()))
@@ -163,7 +163,7 @@ def test_an_order_id_is_compared_in_its_canonical_form() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_event_type_may_be_asked_for_alone(name: str) -> None:
+def test_each_event_type_can_be_requested_alone(name: str) -> None:
     assert interest_of(STAFF, order_id=None, event_types=name).kinds == KINDS[name]
 
 
@@ -175,12 +175,14 @@ def test_all_event_types_together_are_every_kind() -> None:
     ("order_id", "event_types", "field"),
     [("7", None, "orderID"), (None, "dessert", "eventTypes"), (None, "order_created,", "eventTypes")],
 )
-def test_what_cannot_be_asked_for_is_named(order_id: str | None, event_types: str | None, field: str) -> None:
+def test_an_invalid_filter_is_refused_with_the_name_of_its_field(
+    order_id: str | None, event_types: str | None, field: str
+) -> None:
     with pytest.raises(InvalidInput) as refused:
         interest_of(STAFF, order_id=order_id, event_types=event_types)
     assert refused.value.details["field"] == field
 
 
-def test_who_has_no_restaurant_has_no_stream() -> None:
+def test_an_identity_without_a_restaurant_gets_no_stream() -> None:
     with pytest.raises(Forbidden):
         interest_of(Identity(user_id="o", role=Role.OPERATOR), order_id=None, event_types=None)

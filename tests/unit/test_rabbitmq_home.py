@@ -39,7 +39,9 @@ def plugins_in(home: Path) -> set[str]:
     return {folder.name for folder in (home / "plugins").iterdir() if (folder / "ebin").is_dir()}
 
 
-def test_the_home_has_the_scripts_and_the_requested_plugins_with_their_dependencies(program: Path, tmp_path: Path) -> None:
+def test_the_home_has_the_scripts_and_the_requested_plugins_with_their_dependencies(
+    program: Path, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
     assert make_home(program, home, ["rabbitmq_management"]) == home / "sbin"
     assert (home / "sbin" / "rabbitmq-server").is_file() and (home / "escript" / "rabbitmqctl").is_file()

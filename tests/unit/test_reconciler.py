@@ -1,4 +1,4 @@
-"""How often the reconciler looks; what it does is tested on real servers (tests/faults, tests/model)."""
+"""How often the reconciler searches. Its repairs are tested on real servers (tests/faults, tests/model)."""
 
 from typing import cast
 
@@ -13,7 +13,7 @@ from shared.settings import Settings
 
 
 class Clock:
-    """In place of the module `time`: it goes on only when told so."""
+    """Replaces the module `time`; the test moves it on."""
 
     def __init__(self) -> None:
         self.at = 100.0
@@ -25,29 +25,29 @@ class Clock:
 class SlowMirror:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.looks = 0
-        self.takes = 0.5
+        self.searches = 0
+        self.seconds = 0.5
 
     async def restaurant_ids(self) -> list[str]:
-        self.looks += 1
-        self.clock.at += self.takes
+        self.searches += 1
+        self.clock.at += self.seconds
         return []
 
 
-async def test_a_long_look_for_what_is_pending_is_followed_by_a_longer_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_search_for_pending_changes_is_followed_by_a_longer_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     mirror = SlowMirror(clock)
     monkeypatch.setattr(reconciler, "time", clock)
     made = Reconciler(Settings(), cast(Postgres, None), cast(Mirror, mirror), cast(Rail, None))
     for _ in range(3):
         await made._sync_states_at_times()
-    assert mirror.looks == 1
-    clock.at += 4.4  # of nine times as long
+    assert mirror.searches == 1
+    clock.at += 4.4  # of a pause nine times as long as the search
     await made._sync_states_at_times()
-    assert mirror.looks == 1
+    assert mirror.searches == 1
     clock.at += 0.2
-    mirror.takes = 0.001
+    mirror.seconds = 0.001
     await made._sync_states_at_times()
     clock.at += 0.01
     await made._sync_states_at_times()
-    assert mirror.looks == 3, "a short one is repeated at the next round"
+    assert mirror.searches == 3, "a short search is repeated in the next round"

@@ -1,4 +1,4 @@
-"""When the recorder publishes: alone at once, otherwise together and not too often. The publisher only takes notes."""
+"""When the recorder publishes: a single change at once, close ones together. The publisher is a fake."""
 
 import asyncio
 from typing import cast
@@ -12,7 +12,7 @@ from shared.rail.record import Durability, Recorder
 LANE = Lane.CRITICAL
 
 
-class Notes:
+class NotingPublisher:
     def __init__(self) -> None:
         self.messages: list[list[bytes]] = []
 
@@ -20,19 +20,19 @@ class Notes:
         self.messages.append(split_batch(body))
 
 
-def recorder(notes: Notes, apart_ms: float) -> Recorder:
+def recorder(notes: NotingPublisher, apart_ms: float) -> Recorder:
     return Recorder(cast(Publisher, notes), None, under_way=1, apart_ms=apart_ms)
 
 
-async def test_alone_a_change_goes_at_once_and_those_that_follow_closely_go_together(
+async def test_a_single_change_is_published_at_once_and_close_followers_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    notes = Notes()
+    notes = NotingPublisher()
     made = recorder(notes, apart_ms=50)
     loop = asyncio.get_running_loop()
     at = loop.time()
     with monkeypatch.context() as stopped:
-        # However slow the machine is: between the first and those that follow no time passes.
+        # The stopped clock keeps the changes close together even on a slow machine.
         stopped.setattr(loop, "time", lambda: at)
         assert await made.record(LANE, b"1") is Durability.BROKER
         following = [asyncio.create_task(made.record(LANE, body)) for body in (b"2", b"3")]
@@ -43,7 +43,7 @@ async def test_alone_a_change_goes_at_once_and_those_that_follow_closely_go_toge
 
 
 async def test_lanes_do_not_wait_for_one_another() -> None:
-    notes = Notes()
+    notes = NotingPublisher()
     made = recorder(notes, apart_ms=60_000)
     async with asyncio.timeout(5):
         for lane in Lane:
@@ -52,7 +52,7 @@ async def test_lanes_do_not_wait_for_one_another() -> None:
 
 
 async def test_a_stop_does_not_wait_for_the_next_publish() -> None:
-    notes = Notes()
+    notes = NotingPublisher()
     made = recorder(notes, apart_ms=60_000)
     await made.record(LANE, b"1")
     waiting = asyncio.create_task(made.record(LANE, b"2"))

@@ -1,4 +1,4 @@
-"""Waiting for a broker that is not ready yet: which answers are asked again, and which are final."""
+"""Waiting for a broker that is not ready yet: answers that are retried, and answers that are final."""
 
 from collections.abc import Callable
 from email.message import Message
@@ -17,7 +17,7 @@ from shared.messaging import recovery
 from shared.messaging.declare import TopologyError
 from shared.messaging.recovery import BrokerNotReady, until_ready
 
-HOUR = 3_600.0  # a deadline that no answer here may wait for: the test's own timeout is shorter
+HOUR = 3_600.0  # longer than the test's timeout, so a test fails if it waits for this deadline
 
 
 def http(code: int) -> HTTPError:
@@ -25,13 +25,13 @@ def http(code: int) -> HTTPError:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], "Broker"]:
+def make_broker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], "Broker"]:
     monkeypatch.setattr(recovery, "backoff", lambda _: 0.0)
     return Broker
 
 
 class Broker:
-    """Answers with an error so many times, and is ready then."""
+    """Raises an error `times` times and then answers that it is ready."""
 
     def __init__(self, error: Exception, times: int) -> None:
         self.error, self.left, self.questions = error, times, 0
@@ -55,16 +55,16 @@ class Broker:
         TimeoutError(),
         EOFError(),
         StopAsyncIteration(),
-        Exception(),  # what aiormq gives those whose channel is closed while they wait
+        Exception(),  # aiormq raises it in callers whose channel is closed while they wait
         http(503),
         http(404),
     ],
     ids=str,
 )
-async def test_an_answer_of_a_broker_that_recovers_is_asked_again(
-    error: Exception, asked: Callable[[Exception, int], Broker]
+async def test_an_answer_of_a_recovering_broker_is_retried(
+    error: Exception, make_broker: Callable[[Exception, int], Broker]
 ) -> None:
-    broker = asked(error, 3)
+    broker = make_broker(error, 3)
     assert await until_ready(broker, within=HOUR) == "ready"
     assert broker.questions == 4
 
@@ -79,20 +79,20 @@ async def test_an_answer_of_a_broker_that_recovers_is_asked_again(
     ids=str,
 )
 @pytest.mark.parametrize("within", [HOUR, None])
-async def test_what_is_missing_is_refused_at_once(
-    error: Exception, within: float | None, asked: Callable[[Exception, int], Broker]
+async def test_a_missing_queue_or_exchange_is_refused_at_once(
+    error: Exception, within: float | None, make_broker: Callable[[Exception, int], Broker]
 ) -> None:
-    broker = asked(error, 3)
+    broker = make_broker(error, 3)
     with pytest.raises(type(error)):
         await until_ready(broker, within=within)
     assert broker.questions == 1
 
 
 @pytest.mark.parametrize("error", [ProbableAuthenticationError("ACCESS_REFUSED"), http(401)], ids=str)
-async def test_refused_credentials_end_a_wait_that_has_a_deadline_and_no_other(
-    error: Exception, asked: Callable[[Exception, int], Broker]
+async def test_refused_credentials_end_only_a_wait_with_a_deadline(
+    error: Exception, make_broker: Callable[[Exception, int], Broker]
 ) -> None:
-    broker = asked(error, 3)
+    broker = make_broker(error, 3)
     with pytest.raises(BrokerNotReady):
         await until_ready(broker, within=HOUR)
     assert broker.questions == 1

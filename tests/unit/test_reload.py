@@ -22,7 +22,9 @@ SERVICES = {"orders": "services/orders", "worker": "services/sync", "api": "serv
         (["services/orders/app.py", "services/sync/api.py"], ["orders", "worker", "api"]),
     ],
 )
-def test_a_service_file_restarts_its_service_and_a_shared_file_restarts_all(changed: list[str], users: list[str]) -> None:
+def test_a_service_file_restarts_its_service_and_a_shared_file_restarts_all(
+    changed: list[str], users: list[str]
+) -> None:
     assert reload.users_of(map(Path, changed), SERVICES) == users
 
 

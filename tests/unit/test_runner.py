@@ -1,4 +1,4 @@
-"""The local runner: ports, environment, supervision and what it leaves behind."""
+"""The local runner: ports, environment, supervision and leftovers of a killed run."""
 
 import asyncio
 import inspect
@@ -30,20 +30,20 @@ ENV = {"PATH": os.environ["PATH"]}
 
 async def eventually(condition: Callable[[], object], within: float = 60.0) -> None:
     async with asyncio.timeout(within):
-        while not condition():  # noqa: ASYNC110  (about other processes, which set no event of ours)
+        while not condition():  # noqa: ASYNC110  (other processes set no event here)
             await asyncio.sleep(0.01)
 
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port on which somebody listens."""
+    """A port on which a socket listens."""
     with socket.create_server((HOST, 0)) as listener:
         yield listener.getsockname()[1]
 
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., LocalSettings]:
-    """Settings from these environment variables and nothing else."""
+    """Settings from the given environment variables alone."""
 
     def load(**environment: str) -> LocalSettings:
         for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
@@ -68,7 +68,7 @@ def test_a_taken_port_is_reported_with_its_number_and_its_setting(
         run.require_ports(chosen)
 
 
-def test_one_base_moves_every_port_and_the_setting_of_one_port_overrides_it(
+def test_the_port_base_moves_every_port_and_a_port_setting_overrides_it(
     settings: Callable[..., LocalSettings],
 ) -> None:
     ports = settings(TICKETRAIL_PORT_BASE="21000", TICKETRAIL_REDIS_PORT="6400").ports
@@ -81,13 +81,13 @@ def test_one_base_moves_every_port_and_the_setting_of_one_port_overrides_it(
     assert defaults["TICKETRAIL_ORDERS_PORT"] == 8001
 
 
-def test_a_base_that_is_no_port_is_refused_by_its_name(settings: Callable[..., LocalSettings]) -> None:
+def test_an_invalid_port_base_is_refused_by_name(settings: Callable[..., LocalSettings]) -> None:
     for wrong in ("many", "70000", "80"):
         with pytest.raises(ValueError, match="port_base"):
             settings(TICKETRAIL_PORT_BASE=wrong)
 
 
-def test_a_port_that_an_outgoing_connection_has_by_chance_is_waited_for(taken: int) -> None:
+def test_a_port_used_by_an_outgoing_connection_is_awaited(taken: int) -> None:
     (port,) = find_free(1)
     with socket.create_server((HOST, 0)) as server:
         client = socket.socket()
@@ -103,13 +103,13 @@ def test_a_port_that_an_outgoing_connection_has_by_chance_is_waited_for(taken: i
         timer.join()
 
 
-def test_two_settings_that_name_one_port_are_reported() -> None:
+def test_two_settings_with_the_same_port_are_reported() -> None:
     (port,) = find_free(1)
     with pytest.raises(PortTaken, match=rf"port {port} .*SECOND"):
         run.require_ports({"FIRST": (port, "one"), "SECOND": (port, "two")})
 
 
-def test_free_ports_are_different_free_and_below_those_of_outgoing_connections(taken: int) -> None:
+def test_free_ports_are_distinct_and_below_the_range_of_outgoing_connections(taken: int) -> None:
     ports = find_free(20)
     assert len(set(ports)) == 20
     assert all(is_free(port) for port in ports)
@@ -120,7 +120,7 @@ def test_free_ports_are_different_free_and_below_those_of_outgoing_connections(t
 # Environment
 
 
-def test_services_are_pointed_at_the_private_servers_whatever_the_environment_says(
+def test_services_use_the_private_servers_whatever_the_environment_says(
     settings: Callable[..., LocalSettings], tmp_path: Path
 ) -> None:
     inherited = {
@@ -145,7 +145,9 @@ def test_services_are_pointed_at_the_private_servers_whatever_the_environment_sa
     assert env["TICKETRAIL_WORKER_PORT"] == "20005"
 
 
-def test_secrets_are_made_once_per_home_and_are_private(settings: Callable[..., LocalSettings], tmp_path: Path) -> None:
+def test_secrets_are_created_once_per_home_and_only_their_owner_can_read_them(
+    settings: Callable[..., LocalSettings], tmp_path: Path
+) -> None:
     (tmp_path / "other").mkdir()
     first = service_environment(settings(), tmp_path, {})
     again = service_environment(settings(), tmp_path, {})
@@ -157,7 +159,7 @@ def test_secrets_are_made_once_per_home_and_are_private(settings: Callable[..., 
 
 
 def test_a_secret_that_was_set_is_kept(settings: Callable[..., LocalSettings], tmp_path: Path) -> None:
-    chosen = "chosen-by-somebody-and-long-enough-for-it"
+    chosen = "chosen-by-a-person-and-long-enough-for-it"
     assert service_environment(settings(TICKETRAIL_JWT_SECRET=chosen), tmp_path, {})["TICKETRAIL_JWT_SECRET"] == chosen
     assert not (tmp_path / "secret").exists()
 
@@ -165,22 +167,22 @@ def test_a_secret_that_was_set_is_kept(settings: Callable[..., LocalSettings], t
 # Supervision
 
 
-class Said(list[str]):
+class Messages(list[str]):
     def __call__(self, text: str) -> None:
         self.append(text)
 
 
 @pytest.fixture
 async def supervise(tmp_path: Path) -> AsyncIterator[Callable[..., Supervisor]]:
-    """A supervisor over Python snippets, by name; stopped at the end."""
+    """Makes supervisors of Python snippets, by name, and stops them at the end."""
     made: list[Supervisor] = []
 
-    def make(said: Said, *, stop_within: float = 7.0, first_pause: float = 0.01, **snippets: str) -> Supervisor:
+    def make(messages: Messages, *, stop_within: float = 7.0, first_pause: float = 0.01, **snippets: str) -> Supervisor:
         programs: list[Program] = [
             Service(name, ["-c", code], env=ENV, cwd=tmp_path, log=tmp_path / f"{name}.log", stop_within=stop_within)
             for name, code in snippets.items()
         ]
-        made.append(Supervisor(programs, say=said, first_pause=first_pause))
+        made.append(Supervisor(programs, say=messages, first_pause=first_pause))
         return made[-1]
 
     yield make
@@ -191,51 +193,51 @@ async def supervise(tmp_path: Path) -> AsyncIterator[Callable[..., Supervisor]]:
 FOREVER = "import time\ntime.sleep(1000)"
 
 
-async def test_a_service_that_is_killed_is_started_again_and_said_in_one_line(
+async def test_a_killed_service_is_restarted_and_reported_in_one_line(
     supervise: Callable[..., Supervisor],
 ) -> None:
-    said = Said()
-    supervisor = supervise(said, orders=FOREVER, notifier=FOREVER)
+    messages = Messages()
+    supervisor = supervise(messages, orders=FOREVER, notifier=FOREVER)
     await supervisor.start()
     before = supervisor.pids
     os.kill(before["orders"], signal.SIGKILL)
     await eventually(lambda: supervisor.pids["orders"] != before["orders"])
-    assert said == ["orders ended (signal 9, SIGKILL); starting it again in 0.0 s"]
+    assert messages == ["orders ended (signal 9, SIGKILL); starting it again in 0.0 s"]
     assert psutil.pid_exists(supervisor.pids["orders"])
     assert supervisor.pids["notifier"] == before["notifier"]
 
 
-async def test_a_service_that_cannot_start_is_tried_with_pauses_that_double(
+async def test_a_service_that_cannot_start_is_retried_with_doubling_pauses(
     supervise: Callable[..., Supervisor],
 ) -> None:
-    said = Said()
-    supervisor = supervise(said, first_pause=0.1, broken="raise SystemExit(3)")
+    messages = Messages()
+    supervisor = supervise(messages, first_pause=0.1, broken="raise SystemExit(3)")
     await supervisor.start()
-    await eventually(lambda: len(said) == 4)
-    assert [line.rsplit(" ", 2)[1] for line in said] == ["0.1", "0.2", "0.4", "0.8"]
-    assert "exit code 3" in said[0]
+    await eventually(lambda: len(messages) == 4)
+    assert [line.rsplit(" ", 2)[1] for line in messages] == ["0.1", "0.2", "0.4", "0.8"]
+    assert "exit code 3" in messages[0]
 
 
-async def test_pauses_end_at_the_longest(tmp_path: Path) -> None:
-    said = Said()
+async def test_pauses_never_exceed_the_longest_pause(tmp_path: Path) -> None:
+    messages = Messages()
     broken = Service("broken", ["-c", "raise SystemExit(3)"], env=ENV, cwd=tmp_path, log=tmp_path / "log")
-    supervisor = Supervisor([broken], say=said, first_pause=0.1, longest_pause=0.2)
+    supervisor = Supervisor([broken], say=messages, first_pause=0.1, longest_pause=0.2)
     await supervisor.start()
-    await eventually(lambda: len(said) == 4)
+    await eventually(lambda: len(messages) == 4)
     await supervisor.stop()
-    assert [line.rsplit(" ", 2)[1] for line in said] == ["0.1", "0.2", "0.2", "0.2"]
+    assert [line.rsplit(" ", 2)[1] for line in messages] == ["0.1", "0.2", "0.2", "0.2"]
 
 
-async def test_stop_ends_a_service_that_waits_for_its_restart_at_once(supervise: Callable[..., Supervisor]) -> None:
-    said = Said()
-    supervisor = supervise(said, first_pause=60.0, broken="raise SystemExit(3)")
+async def test_stop_does_not_wait_for_the_restart_of_a_service(supervise: Callable[..., Supervisor]) -> None:
+    messages = Messages()
+    supervisor = supervise(messages, first_pause=60.0, broken="raise SystemExit(3)")
     await supervisor.start()
-    await eventually(lambda: said)
+    await eventually(lambda: messages)
     async with asyncio.timeout(5):
         await supervisor.stop()
 
 
-async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
+async def test_a_service_that_ignores_sigterm_is_killed_with_its_child_processes(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ) -> None:
     stubborn = textwrap.dedent("""
@@ -245,8 +247,8 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
         pathlib.Path("worker").write_text(f"{worker.pid}.")
         time.sleep(1000)
     """)
-    said = Said()
-    supervisor = supervise(said, stop_within=0.5, stubborn=stubborn)
+    messages = Messages()
+    supervisor = supervise(messages, stop_within=0.5, stubborn=stubborn)
     await supervisor.start()
     worker = tmp_path / "worker"
     await eventually(lambda: worker.exists() and worker.read_text().endswith("."))
@@ -254,10 +256,10 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_all_below_it(
     assert all(psutil.pid_exists(pid) for pid in pids)
     await supervisor.stop()
     await eventually(lambda: not any(_runs(pid) for pid in pids))
-    assert said == ["stubborn did not end by itself and was killed"]
+    assert messages == ["stubborn did not end by itself and was killed"]
 
 
-def test_the_notifier_gives_up_those_who_do_not_read_before_it_would_be_killed_for_them(
+def test_the_notifier_drops_clients_that_do_not_read_before_the_supervisor_kills_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[int] = []
@@ -266,7 +268,7 @@ def test_the_notifier_gives_up_those_who_do_not_read_before_it_would_be_killed_f
     assert served[0] < inspect.signature(Service).parameters["stop_within"].default
 
 
-async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
+async def test_workers_of_a_killed_service_end_when_it_is_restarted(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ) -> None:
     parent = textwrap.dedent("""
@@ -275,7 +277,7 @@ async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
         with pathlib.Path("workers").open("a") as file: print(worker.pid, file=file, flush=True)
         time.sleep(1000)
     """)
-    supervisor = supervise(Said(), parent=parent)
+    supervisor = supervise(Messages(), parent=parent)
     await supervisor.start()
     workers = tmp_path / "workers"
     await eventually(lambda: workers.exists() and workers.read_text().endswith("\n"))
@@ -285,8 +287,8 @@ async def test_workers_of_a_killed_service_do_not_outlive_its_restart(
     await eventually(lambda: not _runs(first))
 
 
-class Restarting:
-    """A program whose second start lasts until somebody wants to stop it, who finds the first one alone."""
+class SlowRestart:
+    """A program whose second start lasts until it is stopped; the stop then finds only the ended first process."""
 
     name, pid = "orders", None
 
@@ -312,9 +314,9 @@ class Restarting:
         return True
 
 
-async def test_a_stop_that_comes_while_a_service_is_started_again_ends_it_too() -> None:
-    orders = Restarting()
-    supervisor = Supervisor([orders], say=Said(), first_pause=0.01)
+async def test_a_stop_during_the_restart_of_a_service_ends_that_service() -> None:
+    orders = SlowRestart()
+    supervisor = Supervisor([orders], say=Messages(), first_pause=0.01)
     await supervisor.start()
     orders.ended.set()
     await eventually(orders.under_way.is_set)
@@ -323,28 +325,28 @@ async def test_a_stop_that_comes_while_a_service_is_started_again_ends_it_too() 
     assert orders.ended.is_set()
 
 
-async def test_stop_without_start_and_twice_is_no_error(supervise: Callable[..., Supervisor]) -> None:
-    never = supervise(Said(), service=FOREVER)
+async def test_stop_without_start_and_a_second_stop_do_nothing(supervise: Callable[..., Supervisor]) -> None:
+    never = supervise(Messages(), service=FOREVER)
     await never.stop()
-    said = Said()
-    once = supervise(said, service=FOREVER)
+    messages = Messages()
+    once = supervise(messages, service=FOREVER)
     await once.start()
     await once.stop()
-    assert said == []
+    assert messages == []
     await once.stop()
 
 
 # Children
 
 
-def test_a_child_ends_when_its_runner_is_killed_even_if_a_passing_thread_started_it(tmp_path: Path) -> None:
+def test_a_child_ends_with_its_killed_runner_even_if_a_finished_thread_started_it(tmp_path: Path) -> None:
     runner = textwrap.dedent(f"""
         import psutil, threading, time
         from pathlib import Path
         from deploy.local.child import Child
         def start():
             child = Child.spawn(["sleep", "1000"], log=Path({str(tmp_path / "log")!r}), env={ENV!r}, cwd=Path("/"))
-            while psutil.Process(child.pid).name() != "sleep": time.sleep(0.01)  # setpriv is on its way
+            while psutil.Process(child.pid).name() != "sleep": time.sleep(0.01)  # setpriv runs first
             pids.append(child.pid)
         pids = []
         thread = threading.Thread(target=start)
@@ -356,7 +358,7 @@ def test_a_child_ends_when_its_runner_is_killed_even_if_a_passing_thread_started
     assert process.stdout
     try:
         pid = int(process.stdout.readline())
-        # The thread that started it is gone by now. What its end did to the child, if anything, shows within moments.
+        # The thread that started the child has ended. If that kills the child, it does so within moments.
         with pytest.raises(psutil.TimeoutExpired):
             psutil.Process(pid).wait(0.5)
     finally:
@@ -366,7 +368,7 @@ def test_a_child_ends_when_its_runner_is_killed_even_if_a_passing_thread_started
     _until(lambda: not _runs(pid))
 
 
-def test_a_frozen_child_stands_still_with_all_below_it_until_thawed(tmp_path: Path) -> None:
+def test_a_frozen_child_and_its_child_processes_stop_until_thawed(tmp_path: Path) -> None:
     child = Child.spawn(["sh", "-c", "sleep 1000 & wait"], log=tmp_path / "log", env=ENV, cwd=tmp_path)
     try:
         _until(lambda: len(psutil.Process(child.pid).children()) == 1)
@@ -376,35 +378,35 @@ def test_a_frozen_child_stands_still_with_all_below_it_until_thawed(tmp_path: Pa
         child.thaw()
         _until(lambda: all(process.status() != psutil.STATUS_STOPPED for process in tree))
         child.freeze()
-        assert child.terminate(within=5)  # a frozen one too ends by itself, not by the kill
+        assert child.terminate(within=5)  # a frozen child also ends by SIGTERM, without a kill
         assert not any(_runs(process.pid) for process in tree)
     finally:
         child.kill()
 
 
-def test_what_a_killed_run_left_behind_is_ended_and_a_reused_pid_is_not(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_ended_but_a_reused_pid_is_not(tmp_path: Path) -> None:
     file = tmp_path / "run.pids"
-    ours = subprocess.Popen(["sleep", "1000"])
-    stranger = subprocess.Popen(["sleep", "1000"])
+    leftover = subprocess.Popen(["sleep", "1000"])
+    unrelated = subprocess.Popen(["sleep", "1000"])
     try:
-        leftovers.record(file, {"orders": ours.pid, "notifier": stranger.pid})
+        leftovers.record(file, {"orders": leftover.pid, "notifier": unrelated.pid})
         # The second pid now belongs to a process with another start time.
         known = json.loads(file.read_text())
         known["notifier"][1] -= 60
         file.write_text(json.dumps(known))
-        said = Said()
-        leftovers.clear(file, said, within=0.1)
-        assert not _runs(ours.pid)
-        assert _runs(stranger.pid)
-        assert said == ["waiting for what an earlier run left behind: orders"]
+        messages = Messages()
+        leftovers.clear(file, messages, within=0.1)
+        assert not _runs(leftover.pid)
+        assert _runs(unrelated.pid)
+        assert messages == ["waiting for what an earlier run left behind: orders"]
         assert not file.exists()
     finally:
-        for process in (ours, stranger):
+        for process in (leftover, unrelated):
             process.kill()
             process.wait()
 
 
-# One run per home, and what it prints
+# One run per home, and its output
 
 
 def test_a_second_run_on_the_same_home_gets_no_lock(tmp_path: Path) -> None:

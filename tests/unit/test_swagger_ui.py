@@ -1,4 +1,4 @@
-"""The files of Swagger UI in shared/http/swagger_ui: what `make swagger` has put there, unchanged."""
+"""The files of Swagger UI in shared/http/swagger_ui are those that `make swagger` downloaded, unchanged."""
 
 import hashlib
 import re
@@ -10,14 +10,14 @@ FOLDER = ROOT / "shared/http/swagger_ui"
 SUMS = dict(reversed(line.split(maxsplit=1)) for line in (FOLDER / "SHA256SUMS").read_text().splitlines())
 
 
-def test_every_vendored_file_has_the_checksum_that_was_noted_for_it() -> None:
+def test_every_vendored_file_has_its_listed_checksum() -> None:
     found = {path.name: path for path in FOLDER.iterdir() if path.name != "SHA256SUMS"}
     assert set(found) == set(SUMS)
     for name, path in found.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == SUMS[name], name
 
 
-def test_the_page_serves_vendored_files_alone_and_their_licences_are_kept() -> None:
+def test_the_page_serves_only_vendored_files_and_their_licences_are_kept() -> None:
     assert set(_FILES) <= set(SUMS)
     assert {"LICENSE", "NOTICE", "swagger-ui-bundle.js.LICENSE.txt"} <= set(SUMS)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", (FOLDER / "VERSION").read_text())

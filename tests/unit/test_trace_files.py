@@ -1,4 +1,4 @@
-"""Trace files: they rotate, they are read whatever a killed process left, and a full disk costs spans alone."""
+"""Trace files: they rotate, they stay readable after a killed process, and a full disk loses only spans."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def everything(folder: Path) -> list[SpanRow]:
     return list(read_spans(folder, [b"{"]))
 
 
-def test_a_span_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_span_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     made = ReadableSpan(
         "write order",
         context=context(0xABC, 0xDEF),
@@ -52,7 +52,7 @@ def test_a_span_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert row.links == [(f"{1:032x}", f"{2:016x}")]
 
 
-def test_files_rotate_by_size_and_the_oldest_goes(tmp_path: Path) -> None:
+def test_files_rotate_by_size_and_the_oldest_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.jsonl"
     one = len(msgspec.json.encode(trace_files._row(span(1)))) + 1
     exporter = FileExporter(path, max_bytes=3 * one + 50, keep=2)
@@ -71,7 +71,7 @@ def test_files_rotate_by_size_and_the_oldest_goes(tmp_path: Path) -> None:
     assert sorted(numbers(everything(tmp_path))) == list(range(13, 21))
 
 
-def test_without_older_files_only_the_present_one_stays(tmp_path: Path) -> None:
+def test_only_the_current_file_stays_if_no_older_files_are_kept(tmp_path: Path) -> None:
     exporter = FileExporter(tmp_path / "orders-1.jsonl", max_bytes=1, keep=0)
     for number in (1, 2, 3):
         exporter.export([span(number)])
@@ -79,7 +79,7 @@ def test_without_older_files_only_the_present_one_stays(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_unfinished_last_line_of_a_killed_process_hides_nothing_else(tmp_path: Path) -> None:
+def test_an_unfinished_last_line_of_a_killed_process_hides_no_other_span(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.jsonl"
     exporter = FileExporter(path, max_bytes=10_000, keep=1)
     exporter.export([span(1), span(2)])
@@ -87,18 +87,18 @@ def test_the_unfinished_last_line_of_a_killed_process_hides_nothing_else(tmp_pat
         file.write(msgspec.json.encode(trace_files._row(span(3)))[:-20])
     FileExporter(tmp_path / "worker-1.jsonl", max_bytes=10_000, keep=1).export([span(4)])
     assert numbers(everything(tmp_path)) == [1, 2, 4]
-    exporter.export([span(5), span(6)])  # started again: it goes on in the same file
+    exporter.export([span(5), span(6)])  # a restarted process continues the same file
     assert numbers(everything(tmp_path)) == [1, 2, 5, 6, 4]
 
 
-def test_only_the_wanted_are_read(tmp_path: Path) -> None:
+def test_only_matching_spans_are_read(tmp_path: Path) -> None:
     FileExporter(tmp_path / "orders-1.jsonl", max_bytes=10_000, keep=1).export([span(1, "claim"), span(2, "reveal")])
     assert numbers(list(read_spans(tmp_path, [b"reveal"]))) == [2]
     assert list(read_spans(tmp_path, [b"nothing"])) == []
     assert list(read_spans(tmp_path / "missing", [b"{"])) == []
 
 
-def test_a_full_disk_is_told_once_and_again_after_it_had_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_logged_once_and_again_after_a_recovery(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.jsonl"
     path.symlink_to("/dev/full")
     exporter = FileExporter(path, max_bytes=10_000, keep=1)

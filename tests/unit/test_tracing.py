@@ -92,9 +92,7 @@ def test_a_trace_that_the_caller_samples_is_kept(make: MakeTracer, tmp_path: Pat
     assert (row.name, row.kind, row.service) == ("GET /x", "server", "ticketrail-orders")
 
 
-def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(
-    make: MakeTracer, tmp_path: Path
-) -> None:
+def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make(trace_sample=0)
     trace = old(tracer.begin(SAMPLED), 3600)
     with tracing.span("part"):
@@ -208,7 +206,9 @@ def test_a_request_refused_before_its_trace_begins_gets_one_stable_id() -> None:
 # -- spans -------------------------------------------------------------------------------------------------------
 
 
-def test_notes_become_spans_below_the_trace_or_below_the_parent_that_they_name(make: MakeTracer, tmp_path: Path) -> None:
+def test_notes_become_spans_below_the_trace_or_below_the_parent_that_they_name(
+    make: MakeTracer, tmp_path: Path
+) -> None:
     tracer = make()
     trace = tracer.begin(SAMPLED)
     own, record = tracing.new_span_id(), tracing.new_span_id()
@@ -223,7 +223,9 @@ def test_notes_become_spans_below_the_trace_or_below_the_parent_that_they_name(m
     assert {row.trace_id for row in (root, recorded, sent)} == {TRACE}
 
 
-def test_a_finished_span_is_a_child_of_its_context_and_returns_its_own_context(make: MakeTracer, tmp_path: Path) -> None:
+def test_a_finished_span_is_a_child_of_its_context_and_returns_its_own_context(
+    make: MakeTracer, tmp_path: Path
+) -> None:
     tracer = make("sync-worker", instance=3)
     batch = tracer.add(None, "process", 5, 6, kind=SpanKind.CONSUMER, links=[SAMPLED])
     assert batch is not None

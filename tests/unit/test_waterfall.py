@@ -168,7 +168,9 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
         kind, queue = "ticketrail.order.created.v1", "sync.postgres.critical.dead.v1"
         return DeadChange(id_, "c-1", 1, kind, queue, "contract_broken", "total: below 0", "open", AT, trace)
 
-    found = FoundTraces([], WHOLE, [], [dead_change("one", TRACE), dead_change("two", "2bf7651916cd43dd8448eb211c80319c")])
+    found = FoundTraces(
+        [], WHOLE, [], [dead_change("one", TRACE), dead_change("two", "2bf7651916cd43dd8448eb211c80319c")]
+    )
     screen = Console(file=StringIO(), width=180)
     screen.print(render(ORDER, found, screen.width))
     text = screen.file.getvalue()  # type: ignore[attr-defined]

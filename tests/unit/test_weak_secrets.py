@@ -1,4 +1,4 @@
-"""Which secrets production refuses, and that it names the setting and never the secret."""
+"""Secrets that production refuses. The error names the setting and never the secret."""
 
 import secrets
 from pathlib import Path
@@ -49,12 +49,12 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["jwt_secret", "sync_token"])
-def test_a_weak_secret_is_refused_by_the_name_of_its_setting(name: str, weak: str) -> None:
+def test_a_weak_secret_is_refused_with_the_name_of_its_setting(name: str, weak: str) -> None:
     weak = weak[:15] if weak.startswith("sh0rt") else weak
     with pytest.raises(ValidationError) as refused:
         production(**{name: weak})
     error = refused.value.errors()[0]
-    # Too short for a signature is refused by the field itself, which names itself.
+    # The field itself refuses a secret that is too short for a signature; its error has the field's location.
     assert f"TICKETRAIL_{name.upper()}" in error["msg"] or error["loc"] == (name,)
 
 
@@ -69,7 +69,7 @@ def test_a_weak_password_in_a_url_is_refused_and_not_repeated(name: str, passwor
 
 
 @pytest.mark.parametrize("name", ["rabbitmq_url", "redis_url"])
-def test_of_several_hosts_each_password_is_looked_at(name: str) -> None:
+def test_the_password_of_every_host_is_checked(name: str) -> None:
     strong, weak = URLS[name].format(STRONG), URLS[name].format("guest")
     assert getattr(production(**{name: f"{strong},{strong}"}), name) == f"{strong},{strong}"
     for several in (f"{strong},{weak}", f"{weak},{strong}"):
@@ -77,7 +77,7 @@ def test_of_several_hosts_each_password_is_looked_at(name: str) -> None:
             production(**{name: several})
 
 
-def test_the_defaults_are_refused() -> None:
+def test_production_refuses_the_default_secrets() -> None:
     with pytest.raises(ValidationError, match="TICKETRAIL_JWT_SECRET"):
         Settings(_env_file=None, environment="production")
     for name in URLS:
@@ -85,14 +85,14 @@ def test_the_defaults_are_refused() -> None:
             production(**{name: Settings.model_fields[name].default})
 
 
-def test_a_url_that_is_set_to_nothing_is_not_this_services_to_hold() -> None:
+def test_an_empty_url_is_accepted() -> None:
     assert production(database_url="").database_url == ""
 
 
-def test_development_takes_its_defaults() -> None:
+def test_development_accepts_the_default_secrets() -> None:
     assert Settings(_env_file=None).environment == "development"
 
 
-def test_what_is_made_at_random_is_taken() -> None:
+def test_random_secrets_are_accepted() -> None:
     for _ in range(200):
         assert weakness(secrets.token_urlsafe(32)) is None
