@@ -1,4 +1,4 @@
-"""What every test may ask for: the servers of this run."""
+"""Fixtures for every test: the servers of this run, and a system of all services on them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -9,14 +9,14 @@ from hypothesis import settings
 from tests.rigs.servers import Servers, prepare_servers
 from tests.rigs.system import PATIENT, System
 
-# The same examples at every run: what a property test finds, it finds for everybody and every time.
+# Property tests use the same examples in every run, so that every failure can be repeated.
 settings.register_profile("ticketrail", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.load_profile("ticketrail")
 
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
-    """RabbitMQ, PostgreSQL and Redis, started once for the whole run; data ends with it."""
+    """RabbitMQ, PostgreSQL and Redis, started once for the whole run. Their data is removed at its end."""
     servers = prepare_servers()
     try:
         servers.start_all()
@@ -27,8 +27,8 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 async def system(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """All services, for the tests that end nothing. With a Redis of its own: its mirror writer would take a mirror that
-    other tests fill by hand for one that is lost."""
+    """All services, for tests that stop none of them. It has its own Redis, because its mirror writer would mistake a
+    mirror that other tests fill by hand for a lost one."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     system = System(servers, tmp_path_factory.mktemp("system"), redis=own_redis, **PATIENT)
     try:

@@ -1,4 +1,4 @@
-"""The real thing: the processes that `make run` starts, on ports and in a home of their own, used as a person would."""
+"""`make run` as a person uses it: all its processes, on their own ports and in their own home."""
 
 import asyncio
 import contextlib
@@ -67,7 +67,7 @@ class Run:
         await eventually(look, within=240, what=f"ready for the {times}. time")
 
     async def stop(self) -> None:
-        """It and every process below it have ended; no service, whatever stream was open, had to be killed."""
+        """Stops the run. All its processes must end, and no service may need a kill, whatever streams are open."""
         tree = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
         self.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(self.process.wait, 60)
@@ -87,13 +87,13 @@ def env(tmp_path: Path) -> dict[str, str]:
     return (
         clean
         | {f"TICKETRAIL_{name}": str(port) for name, port in ports.items()}
-        # TMPDIR: with a list of running systems of its own, so that no other run of this user counts.
+        # TMPDIR holds the list of running systems, so that other runs of this user are not seen.
         | {"TICKETRAIL_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     )
 
 
 async def command(env: dict[str, str], *arguments: str, **settings: str) -> tuple[int, str, str]:
-    """`ticketrail …` as somebody types it who has set only these settings: exit code, output, errors."""
+    """Runs `ticketrail …` with only these settings. Returns exit code, output, errors."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.sync.cli", *arguments),
         cwd=env["TMPDIR"],  # without the .env of this checkout
@@ -106,7 +106,7 @@ async def command(env: dict[str, str], *arguments: str, **settings: str) -> tupl
 
 
 def free_base() -> int:
-    """Ten ports above it are free."""
+    """A port base whose ten next ports are free."""
     while True:
         (base,) = find_free(1)
         if all(is_free(base + place) for place in range(1, 11)):
@@ -115,7 +115,7 @@ def free_base() -> int:
 
 @asynccontextmanager
 async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
-    """The event stream, as the third curl line follows it."""
+    """The events that the third printed curl line receives."""
     events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     process = await asyncio.create_subprocess_exec(*curl_lines(run)[2], stdout=asyncio.subprocess.PIPE)
 
@@ -148,8 +148,8 @@ async def curl(words: list[str]) -> dict[str, Any]:
 
 
 async def calls_of(page: str, *places: int, run: Run) -> str:
-    """Runs shell blocks of a document, by their places in it, against this system; returns what they print. A block
-    that follows the events is ended once it is connected."""
+    """Runs shell blocks of a document, by their index, against this system and returns their output. A block that
+    follows the event stream is stopped once it is connected."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     block = "\n".join(blocks[place] for place in places)
     for there, here in (
@@ -159,7 +159,7 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
         ("http://127.0.0.1:8003", run.demo["notifier_url"]),
     ):
         block = block.replace(there, here)
-    assert "127.0.0.1:800" not in block, "a port that is not replaced"
+    assert "127.0.0.1:800" not in block, "a port was not replaced"
     process = await asyncio.create_subprocess_exec(
         "sh",
         "-c",
@@ -180,15 +180,13 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
                     break
     finally:
         with contextlib.suppress(ProcessLookupError):
-            # Not as Ctrl-C would: whoever was started in the background of a script ignores that, with all it starts.
+            # SIGTERM, because background processes of a script ignore SIGINT.
             os.killpg(process.pid, signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
     return printed.decode()
 
 
-async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
-    env: dict[str, str], tmp_path: Path
-) -> None:
+async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[str, str], tmp_path: Path) -> None:
     run = Run(tmp_path / "home", env)
     try:
         await run.ready(1)
@@ -204,18 +202,18 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
             killed = run.demo["pids"]["orders"]
             os.kill(killed, signal.SIGKILL)
 
-            async def told() -> bool:
+            async def reported() -> bool:
                 return bool(re.search(r"^orders ended .*starting it again", run.text, re.MULTILINE))
 
-            await eventually(told, what="the restart, in one line")
+            await eventually(reported, what="the restart, in one line")
 
-            async def again() -> bool:
+            async def restarted() -> bool:
                 async with http_client() as client:
                     status = (await client.get(f"{run.demo['orders_url']}/health/ready")).status_code
-                # For a moment the worker of the killed one still answers.
+                # For a moment a child process of the killed service still answers.
                 return status == 200 and run.demo["pids"]["orders"] != killed
 
-            await eventually(again, what="orders to be back")
+            await eventually(restarted, what="orders to be back")
             await run.stop()  # with an open event stream
 
         run = Run(tmp_path / "home", env)
@@ -246,7 +244,7 @@ async def test_make_run_serves_until_it_is_stopped_and_finds_its_data_again(
             await asyncio.to_thread(run.process.wait, 60)
 
 
-async def test_a_second_system_runs_beside_the_first_and_the_command_line_follows_the_chosen_one(
+async def test_two_systems_run_side_by_side_and_the_command_line_uses_the_chosen_one(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     clean = {name: value for name, value in env.items() if not name.startswith("TICKETRAIL_")}
@@ -260,29 +258,29 @@ async def test_a_second_system_runs_beside_the_first_and_the_command_line_follow
     runs = [Run(home, environments[name]) for name, home in homes.items()]
     try:
         await asyncio.gather(*(run.ready(1) for run in runs))
-        code, _, said = await command(env, "status")
+        code, _, errors = await command(env, "status")
         assert code == 1
         for home in homes.values():
-            assert str(home) in said
-        assert "--system NAME" in said
+            assert str(home) in errors
+        assert "--system NAME" in errors
 
         for name, run in zip(homes, runs, strict=True):
             _, out, _ = await command(env, "--system", name, "status")
             assert out.splitlines()[0] == f"system: {name}, in {homes[name]}, runs"
             assert "away" not in out, out
-            told = {"TICKETRAIL_HOME": str(homes[name])}
-            code, out, said = await command(env, "ledger", "--json", **told)
-            assert code == 0, said
+            chosen = {"TICKETRAIL_HOME": str(homes[name])}
+            code, out, errors = await command(env, "ledger", "--json", **chosen)
+            assert code == 0, errors
             restaurant = run.demo["restaurant_id"]
-            _, token, _ = await command(env, "token", "--restaurant", restaurant, **told)
+            _, token, _ = await command(env, "token", "--restaurant", restaurant, **chosen)
             async with http_client(headers={"Authorization": f"Bearer {token.strip()}"}) as client:
                 assert (await client.get(f"{run.demo['orders_url']}/api/orders")).status_code == 200
                 other = next(one for one in runs if one is not run).demo["orders_url"]
                 assert (await client.get(f"{other}/api/orders")).status_code == 401
 
-        assert not reset.reset(homes["second"]), "it removed the data of a system that runs"
+        assert not reset.reset(homes["second"]), "reset removed the data of a running system"
         await runs[1].stop()
-        code, out, _ = await command(env, "status")  # one is left
+        code, out, _ = await command(env, "status")  # only the first system still runs
         assert out.splitlines()[0].startswith("system: first")
 
         connection = await asyncpg.connect(runs[0].demo["database_url"].replace("_writer", "_owner"))

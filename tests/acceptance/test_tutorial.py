@@ -1,4 +1,4 @@
-"""docs/add-an-entity.md, followed as a reader would: each edit and each command, on a copy of the repository."""
+"""Follows docs/add-an-entity.md like a reader: each edit and each command, on a copy of the repository."""
 
 import asyncio
 import json
@@ -21,18 +21,18 @@ PAGE = (ROOT / "docs/add-an-entity.md").read_text()
 
 
 def steps() -> Iterator[tuple[str, str, str]]:
-    """(order, target, block), such as ("edit", "shared/entities/registry.py", "-old\\n+new\\n")."""
+    """(instruction, target, block), such as ("edit", "shared/entities/registry.py", "-old\\n+new\\n")."""
     for found in _STEP.finditer(PAGE):
         yield found["order"], found["target"] or "", found["block"]
 
 
 def edit(path: Path, difference: str) -> None:
-    """Replaces the lines with ' ' and '-' by those with ' ' and '+'. They must be there once."""
+    """Replaces the lines with ' ' and '-' by those with ' ' and '+'. The file must contain them exactly once."""
     lines = difference.splitlines(keepends=True)
     before = "".join(line[1:] for line in lines if line[0] in " -")
     after = "".join(line[1:] for line in lines if line[0] in " +")
     text = path.read_text()
-    assert text.count(before) == 1, f"{path.name} has not once:\n{before}"
+    assert text.count(before) == 1, f"{path.name} does not contain exactly once:\n{before}"
     path.write_text(text.replace(before, after))
 
 
@@ -47,7 +47,7 @@ async def shell(block: str, cwd: Path) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """What a fresh clone holds, with this virtual environment."""
+    """The files of a fresh clone, with this virtual environment."""
     root = tmp_path / "clone"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -72,9 +72,7 @@ async def copied_system(servers: Servers, copy: Path) -> AsyncIterator[System]:
 
 
 @pytest.mark.timeout(600)
-async def test_who_follows_the_tutorial_has_an_entity_that_reaches_postgresql(
-    copy: Path, copied_system: System
-) -> None:
+async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path, copied_system: System) -> None:
     system, done = copied_system, []
     for order, target, block in steps():
         match order:
@@ -99,10 +97,10 @@ async def test_who_follows_the_tutorial_has_an_entity_that_reaches_postgresql(
                     until=lambda seen, t=target: t in seen,
                 )
             case _:
-                pytest.fail(f"the tutorial orders {order!r}")
+                pytest.fail(f"the tutorial has an unknown instruction {order!r}")
         done.append(order)
     assert done.count("run until") == 1
-    assert len(done) == PAGE.count("\n```") // 2, "every block of the tutorial is followed"
+    assert len(done) == PAGE.count("\n```") // 2, "a block of the tutorial was not followed"
     async with system.database() as connection:
         stored = await connection.fetchrow("select name, guests, version from reservations")
     assert stored is not None

@@ -1,6 +1,6 @@
-"""The documents of the APIs and of the events, frozen in docs/api: `make api` makes them anew.
+"""The documents of the APIs and of the events, frozen in docs/api; `make api` writes them again.
 
-With default settings, whatever stands in the environment or in a .env file.
+They use default settings and ignore the environment and any .env file.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The change that each frozen sample holds, with every field filled, and the writing of samples that are missing."""
+"""The change in each frozen sample, with every field filled. Run as a program, it writes missing samples."""
 
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -135,8 +135,8 @@ CREATED: dict[str, Struct] = {
     "customer": CUSTOMER,
     "inventory_item": INVENTORY_ITEM,
 }
-# What has been added to an entity since its first samples, each revision upon the one before. A field that is added
-# has a default, so that the older samples stay readable.
+# Fields that were added to an entity since its first samples. Each revision builds on the previous one. An added field
+# has a default, so that older samples stay readable.
 ADDED: dict[str, list[dict[str, Any]]] = {
     "order": [
         {
@@ -159,7 +159,7 @@ ADDED: dict[str, list[dict[str, Any]]] = {
     ],
     "table": [{"state": TableState.RESERVED}],
 }
-# What an update of each entity changes; the other events change the same fields everywhere.
+# The fields that an update of each entity changes; every other event changes the same fields in all entities.
 UPDATED: dict[str, dict[str, Any]] = {
     "order": {"notes": "birthday, 2 candles", "customer_phone": None},
     "menu_item": {"price": 950, "is_available": False},

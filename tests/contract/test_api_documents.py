@@ -1,7 +1,7 @@
-"""The frozen documents of docs/api: what clients and readers of the queues may rely on.
+"""The frozen documents of docs/api, on which clients and readers of the queues rely.
 
-A test that fails here says that a document changes. Look at the difference, decide whether those who rely on it can
-bear it, say so in the changelog, and `make api`.
+A failing test here means that a document has changed. Read the difference, decide whether clients can cope with it,
+describe it in the changelog, and run `make api`.
 """
 
 import difflib
@@ -46,20 +46,20 @@ SERVICES = list(documents.OPENAPI)
 
 
 @pytest.mark.parametrize("name", documents.NAMES)
-def test_a_document_changes_only_on_purpose(name: str) -> None:
+def test_the_frozen_document_matches_the_code(name: str) -> None:
     path = documents.FOLDER / name
     frozen, made = path.read_text() if path.exists() else "", documents.text(name)
     if frozen != made:
         lines = difflib.unified_diff(frozen.splitlines(), made.splitlines(), "frozen", "now", lineterm="", n=2)
         shown = "\n".join(list(lines)[:60])
-        pytest.fail(f"docs/api/{name} is not what the code says now; `make api` freezes the new one.\n{shown}")
+        pytest.fail(f"docs/api/{name} differs from the code; `make api` freezes the new document.\n{shown}")
 
 
-def test_no_document_is_left_over() -> None:
+def test_every_frozen_document_is_in_use() -> None:
     assert sorted(path.name for path in documents.FOLDER.glob("*")) == sorted(documents.NAMES)
 
 
-def test_documents_are_the_same_in_every_process_and_every_environment(tmp_path: Path) -> None:
+def test_documents_are_the_same_in_every_process_and_environment(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text('TICKETRAIL_RETRY_STEPS_MS="[7]"\n')
     script = "from tests.contract import documents as d; print(*map(d.text, d.NAMES), sep='', end='')"
     environment = {
@@ -113,21 +113,21 @@ def _errors(document: dict[str, Any], schema: dict[str, Any], value: Any) -> lis
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_it_is_openapi_3_1(service: str) -> None:
+def test_the_document_is_valid_openapi_3_1(service: str) -> None:
     document = FROZEN[f"{service}.openapi.json"]
     assert document["openapi"].startswith("3.1.")
     assert not [error.message for error in OPENAPI_31_VALIDATOR.iter_errors(document)]
 
 
 @pytest.mark.parametrize("name", documents.NAMES)
-def test_every_reference_leads_somewhere(name: str) -> None:
+def test_every_reference_resolves(name: str) -> None:
     found = set(_references(FROZEN[name]))
     assert found
     for reference in found:
         assert _at(FROZEN[name], reference), reference
 
 
-def test_every_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
+def test_every_operation_has_a_unique_name_and_a_summary() -> None:
     found = [(route, operation) for service in SERVICES for route, operation in _routes(service)]
     assert len(found) > 70
     names = Counter(operation["operationId"] for _, operation in found)
@@ -140,7 +140,7 @@ def test_every_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_body_and_every_answer_has_an_example_that_its_schema_takes(service: str) -> None:
+def test_every_body_and_response_has_an_example_that_fits_its_schema(service: str) -> None:
     document = FROZEN[f"{service}.openapi.json"]
     for route, operation in _routes(service):
         contents = [
@@ -156,14 +156,14 @@ def test_every_body_and_every_answer_has_an_example_that_its_schema_takes(servic
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_examples_of_bodies_are_taken_by_the_code_too(service: str) -> None:
+def test_the_code_accepts_the_examples_of_bodies(service: str) -> None:
     for method, path, operation in operations(documents.OPENAPI[service].handlers):
         if operation.body is not None:
             assert msgspec.convert(operation.example, operation.body), f"{method} {path}"
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_error_that_a_route_may_answer_is_there(service: str) -> None:
+def test_every_error_of_a_route_is_documented(service: str) -> None:
     declared = {
         (method, path.replace(":str}", "}")): operation
         for method, path, operation in operations(documents.OPENAPI[service].handlers)
@@ -189,7 +189,7 @@ def test_every_error_that_a_route_may_answer_is_there(service: str) -> None:
                 assert "Retry-After" in answer["headers"], route
 
 
-def test_what_is_internal_stays_internal() -> None:
+def test_internal_fields_are_not_documented() -> None:
     for name in documents.NAMES[:-1]:
         assert "request_hash" not in json.dumps(FROZEN[name]), name
 
@@ -197,7 +197,7 @@ def test_what_is_internal_stays_internal() -> None:
 # -- AsyncAPI ----------------------------------------------------------------------------------------------------
 
 
-def test_it_is_asyncapi_3_0() -> None:
+def test_the_document_is_valid_asyncapi_3_0() -> None:
     assert ASYNCAPI["asyncapi"] == "3.0.0"
     ApplicationSchema.model_validate(ASYNCAPI)
     for name, channel in ASYNCAPI["channels"].items():
@@ -207,7 +207,7 @@ def test_it_is_asyncapi_3_0() -> None:
         assert operation["action"] in ("send", "receive")
 
 
-def test_it_has_every_queue_with_the_arguments_that_it_is_declared_with() -> None:
+def test_every_queue_is_documented_with_its_declared_arguments() -> None:
     settings = Settings.model_construct()
     queues = {queue.name: queue for queue in [*topology.queues(settings), *topology.logs(settings)]}
     channels = dict(ASYNCAPI["channels"])
@@ -222,7 +222,7 @@ def test_it_has_every_queue_with_the_arguments_that_it_is_declared_with() -> Non
     assert {name.split(".")[-2] for name in channels if ".retry." in name} == steps
 
 
-def test_it_has_every_event_on_the_ways_that_the_event_takes() -> None:
+def test_every_event_is_documented_on_the_channels_that_carry_it() -> None:
     channels = {name: set(channel["messages"]) for name, channel in ASYNCAPI["channels"].items()}
     messages = ASYNCAPI["components"]["messages"]
     assert set(messages) == {*EVENTS, HEARTBEAT, MARK, asyncapi.RETRIED, asyncapi.DEAD}
@@ -237,23 +237,23 @@ def test_it_has_every_event_on_the_ways_that_the_event_takes() -> None:
 
 
 @pytest.mark.parametrize("type_", EVENTS)
-def test_the_frozen_sample_of_an_event_is_what_the_document_says(type_: str) -> None:
+def test_the_frozen_sample_of_an_event_fits_the_document(type_: str) -> None:
     entity = next(one for one in ENTITIES.values() if type_.startswith(f"ticketrail.{one.name}."))
     event = json.loads(path_of(type_, revisions(entity.name)).read_bytes())
     payload = ASYNCAPI["components"]["messages"][type_]["payload"]
     assert _errors(ASYNCAPI, payload, [event]) == []
-    # And nothing else is: neither another event nor a broken state, nor more than travels in one message.
+    # Another event, a broken state and more changes than fit into one message do not.
     assert _errors(ASYNCAPI, payload, [{**event, "type": "ticketrail.other.created.v1"}])
     assert _errors(ASYNCAPI, payload, [{**event, "data": {"after": {**event["data"]["after"], "id": 7}}}])
     assert _errors(ASYNCAPI, payload, [event] * 257)
 
 
-def test_every_sample_belongs_to_an_event_of_the_document() -> None:
+def test_every_sample_belongs_to_a_documented_event() -> None:
     types = {json.loads(path.read_bytes())["type"] for path in SAMPLES.glob("*.json")}
     assert types == set(EVENTS)
 
 
-def test_headers_of_what_failed_are_those_that_are_sent() -> None:
+def test_the_documented_headers_of_failed_changes_are_those_that_are_sent() -> None:
     names = ("REASON", "ERROR", "LANE", "FAILED_AT", "FIRST_FAILED_AT", "CHANGE_ID", "RESTAURANT", "SUBJECT")
     sent = {getattr(retry_ladder, name) for name in names}
     for message in (asyncapi.RETRIED, asyncapi.DEAD):
@@ -261,7 +261,7 @@ def test_headers_of_what_failed_are_those_that_are_sent() -> None:
         assert described == {topology.ATTEMPT, "ticketrail-log-offset", *sent}
 
 
-def test_the_command_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_frozen_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
         monkeypatch.delenv(name)

@@ -1,8 +1,8 @@
-"""Frozen sample bytes of every event type: what is on the wire, in queues and in `changes` stays readable.
+"""Frozen sample bytes of every event type prove that events on the wire, in queues and in `changes` stay readable.
 
-`samples/<type>.json` is never edited. A new event type gets a sample by `python -m tests.contract.freeze`, which writes
-missing ones alone. Fields may be added, with a default: the type gets a further sample (`<type>.2.json`), and the older
-ones must still be read as what they were. Any other change of the encoding needs a new major version of the type.
+`samples/<type>.json` is never edited. `python -m tests.contract.freeze` writes the sample of a new event type; it only
+writes missing samples. A field may be added if it has a default: the type gets a further sample (`<type>.2.json`), and
+the older samples must still be read to the same state. Any other change of the encoding needs a new major version.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from shared.entities.registry import ENTITIES, read
 from tests.contract.freeze import SAMPLES, path_of, revisions, sample
 
 TYPES = sorted(entity.type(event) for entity in ENTITIES.values() for event in entity.events)
-# An event type that is younger than a revision begins with it.
+# The first sample of an event type may be a later revision, if the type is newer than the earlier ones.
 REVISIONS = [
     (type_, revision)
     for type_ in TYPES
@@ -26,16 +26,16 @@ REVISIONS = [
 @pytest.mark.parametrize("type_", TYPES)
 def test_every_event_type_has_a_frozen_sample(type_: str) -> None:
     last = revisions(event_of(type_)[0])
-    assert path_of(type_, last).exists(), "a new event type, or fields were added: `python -m tests.contract.freeze`"
+    assert path_of(type_, last).exists(), "a new event type or new fields: run `python -m tests.contract.freeze`"
 
 
-def test_no_sample_is_left_of_a_type_that_nobody_reads() -> None:
+def test_every_sample_belongs_to_a_current_event_type() -> None:
     expected = sorted(path_of(type_, revision).name for type_, revision in REVISIONS)
     assert sorted(path.name for path in SAMPLES.glob("*.json")) == expected
 
 
 @pytest.mark.parametrize(("type_", "revision"), REVISIONS)
-def test_todays_code_reads_the_frozen_bytes_to_the_same_state(type_: str, revision: int) -> None:
+def test_frozen_bytes_are_read_to_the_same_state(type_: str, revision: int) -> None:
     change = decode_change(path_of(type_, revision).read_bytes())
     made = sample(type_, revision)
     assert read(change) == read(made)
@@ -43,6 +43,6 @@ def test_todays_code_reads_the_frozen_bytes_to_the_same_state(type_: str, revisi
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_todays_encoder_writes_exactly_the_frozen_bytes(type_: str) -> None:
+def test_the_encoder_writes_exactly_the_frozen_bytes(type_: str) -> None:
     last = revisions(event_of(type_)[0])
     assert encode(sample(type_, last)) == path_of(type_, last).read_bytes()

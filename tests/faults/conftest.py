@@ -1,4 +1,4 @@
-"""A system whose backends and services the tests of this folder end."""
+"""Systems whose backends and services the tests of this folder stop, kill and freeze."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from tests.rigs.system import System
 
 @pytest.fixture(scope="module")
 async def victim(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """One for all tests of a file, each of which leaves it whole. With a Redis of its own."""
+    """A system for all tests of a file, with its own Redis. Each test leaves it running and complete."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     system = System(servers, tmp_path_factory.mktemp("victim"), redis=own_redis)
     try:
@@ -25,7 +25,7 @@ async def victim(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="package")
 async def outage(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Outage]:
-    """One for all tests that mend what they break."""
+    """A system for all tests of this folder that end the faults they begin."""
     rig = Outage(servers, tmp_path_factory.mktemp("outage"))
     try:
         await rig.up()

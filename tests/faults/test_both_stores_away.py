@@ -1,4 +1,4 @@
-"""PostgreSQL and Redis away at once: creations go on, changes are refused, reads say that they cannot tell."""
+"""PostgreSQL and Redis unavailable together: creations continue, changes and reads are refused with 503."""
 
 import asyncio
 from uuid import uuid4
@@ -11,7 +11,7 @@ from tests.rigs.outage import Outage, acknowledged, proven, under_load
 pytestmark = pytest.mark.timeout(300)
 
 
-async def test_with_both_stores_away_creations_go_on_changes_wait_and_reads_are_honest(outage: Outage) -> None:
+async def test_with_both_stores_unavailable_creations_continue_and_changes_and_reads_get_503(outage: Outage) -> None:
     postgres, mirror = outage.servers.postgres, outage.servers.redis
     await outage.new_price(4_444)
     async with under_load(outage, 4) as load:
@@ -42,7 +42,7 @@ async def test_with_both_stores_away_creations_go_on_changes_wait_and_reads_are_
 
 
 async def repeated_under_its_key(outage: Outage) -> None:
-    """At once, and once more: one order, though no store can tell of it yet."""
+    """Two creations at the same time and a repeat with one key give one order, although no store knows it yet."""
     body, key = {"items": [{"menu_item_id": outage.system.dish(), "quantity": 1}]}, uuid4().hex
 
     async def place() -> httpx.Response:

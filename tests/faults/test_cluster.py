@@ -1,5 +1,5 @@
-"""A cluster of three RabbitMQ nodes under load: one is killed and comes back, then another is cut off, frozen and for
-its clients half open. What was acknowledged is there, by the broker or by the journal, and nothing is there twice."""
+"""A cluster of three RabbitMQ nodes under load: one node is killed and started again; then another is frozen, and its
+client connections are half open. No acknowledged change is lost, by broker or journal, and none is doubled."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Clustered(Rig):
-    """The system with all three nodes in its setting, each behind a proxy."""
+    """The system with all three nodes in its broker setting, each behind a proxy."""
 
     def __init__(self, cluster: Cluster, shared: Servers, folder: Path) -> None:
         redis = local_redis(folder)
@@ -51,7 +51,7 @@ class Clustered(Rig):
         return ",".join(url.replace(port, f":{link.port}/") for link in self.links)
 
     async def whole(self, count: int, *, seen_by: int) -> None:
-        """Waits until a node sees so many running."""
+        """Waits until the node `seen_by` sees `count` running nodes."""
 
         async def running() -> int:
             return await asyncio.to_thread(self.cluster.running, seen_by)
@@ -59,7 +59,7 @@ class Clustered(Rig):
         await eventually(running, within=60, what=f"{count} nodes running", until=lambda seen: seen == count)
 
     async def by_the_broker(self) -> None:
-        """Waits until both instances record by the broker again."""
+        """Waits until both instances of the orders service record by the broker again."""
         for service in ("orders", "second-orders"):
 
             async def durability(service: str = service) -> str:
@@ -85,13 +85,13 @@ async def clustered(servers: Servers, tmp_path: Path) -> AsyncIterator[Clustered
         await asyncio.to_thread(cluster.discard)
 
 
-async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_acknowledged(
+async def test_no_acknowledged_change_is_lost_when_one_node_is_killed_and_another_cut_off(
     clustered: Clustered,
 ) -> None:
     cluster = clustered.cluster
     for node in cluster.locals:
         plugins = psutil.Process(node.pid).environ()["ERL_LIBS"].split(":")[0]
-        assert plugins == str(node.directory / "home" / "plugins"), "it does not run from its own home"
+        assert plugins == str(node.directory / "home" / "plugins"), "the node does not run from its own home"
     for queue in (topology.lane_queue(Lane.CRITICAL), topology.retry_queue(Lane.CRITICAL, 50), topology.LOG):
 
         async def members(queue: str = queue) -> list[str]:
@@ -101,7 +101,7 @@ async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_ac
 
     async with under_load(clustered, 5) as load:
         await acknowledged(load, 60)
-        # Everybody is connected to the first one, which leads every queue: it was there when they were declared.
+        # All services are connected to the first node. It leads every queue, because they were declared on it.
         await asyncio.to_thread(cluster.nodes[0].kill)
         await acknowledged(load, 20, what="created")
         await clustered.by_the_broker()
@@ -116,7 +116,7 @@ async def test_one_node_killed_and_then_another_cut_off_lose_nothing_that_was_ac
         await clustered.whole(SIZE - 1, seen_by=0)
         await clustered.by_the_broker()
         await acknowledged(load, 20, what="changed")
-        # It wakes amid the others with what it knew, and clients reach it; then it is started anew, as one would do.
+        # The thawed node rejoins with its old state, and clients reach it. Then it is restarted, the usual remedy.
         clustered.links[1].set(Mode.FORWARD)
         await asyncio.to_thread(cluster.nodes[1].thaw)
         await acknowledged(load, 20)

@@ -1,6 +1,6 @@
-"""The table of promises, row by row: the thing is killed and then frozen under load, and while it is away orders are
-placed, changed, read and pushed as the row says. Afterwards the ledger explains everything. The mirror's row is in
-test_mirror_lost.py, that of the journal besides in test_journal_takes_over.py."""
+"""The table of promises, row by row: a backend or service is killed and then frozen under load. While it is
+unavailable, orders are placed, changed, read and pushed as its row says. Afterwards the ledger explains every change.
+test_mirror_lost.py tests the row of the mirror, and test_journal_takes_over.py has more on the journal."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -22,7 +22,7 @@ class Row(Struct, frozen=True):
     things: tuple[str, ...]
     durability: str = "broker"
     pushed: bool = True
-    """While it is away; if not, afterwards, by cursor."""
+    """Whether changes are pushed while it is unavailable; otherwise they are pushed afterwards, by cursor."""
     seed: int = 0
 
 
@@ -35,7 +35,7 @@ ROWS = {
 
 
 class Screen(Watch):
-    """Knows orders by their versions too."""
+    """A watched screen that also remembers orders with their versions."""
 
     def __init__(self, outage: Outage) -> None:
         super().__init__(outage)
@@ -46,12 +46,12 @@ class Screen(Watch):
         if "changeId" in event:
             self.shown.add((event["data"]["id"], event["version"]))
 
-    async def shows(self, wanted: set[tuple[str, int]], *, within: float = 60.0) -> None:
+    async def shows(self, expected: set[tuple[str, int]], *, within: float = 60.0) -> None:
         async def missing() -> set[tuple[str, int]]:
-            return wanted - self.shown
+            return expected - self.shown
 
         await eventually(
-            missing, within=within, what="what was acknowledged, on the screen", until=lambda found: not found
+            missing, within=within, what="acknowledged changes on the screen", until=lambda found: not found
         )
 
 
@@ -66,7 +66,7 @@ async def screen_of(outage: Outage) -> AsyncIterator[Screen]:
 
 
 @asynccontextmanager
-async def away(outage: Outage, things: tuple[str, ...], how: str) -> AsyncIterator[None]:
+async def unavailable(outage: Outage, things: tuple[str, ...], how: str) -> AsyncIterator[None]:
     def of_all(what: str) -> list[Callable[[], object]]:
         return [getattr(outage.one(name), what) for name in things]
 
@@ -82,7 +82,7 @@ async def away(outage: Outage, things: tuple[str, ...], how: str) -> AsyncIterat
 
 
 async def changed_by(outage: Outage, order: str, notes: str) -> dict[str, Any]:
-    """By a client that comes back when it is told to: on a busy machine the mirror may miss its half second."""
+    """Changes an order and repeats on a 503, because on a busy machine the mirror may miss its half second."""
 
     async def change() -> httpx.Response:
         return await outage.call("PUT", f"/api/orders/{order}", {"notes": notes})
@@ -93,18 +93,18 @@ async def changed_by(outage: Outage, order: str, notes: str) -> dict[str, Any]:
 
 
 async def ordered(outage: Outage, durability: str, notes: str) -> dict[str, Any]:
-    """An order that was placed and changed as the row says. A confirm may come too late on a busy machine, and the
-    journal take what the broker would have taken: then another is placed."""
+    """An order that was placed and changed with this durability. On a busy machine a confirm may be late, so that the
+    journal takes the change instead of the broker; then another order is placed."""
     for _ in range(5):
         placed = await outage.create()
         changed = await changed_by(outage, placed["id"], notes)
         if placed["durability"] == changed["durability"] == durability:
             return changed
-    pytest.fail(f"never by the {durability}")
+    pytest.fail(f"no order was placed and changed with durability {durability}")
 
 
-async def read_and_listed(outage: Outage, wanted: dict[str, Any]) -> None:
-    """For the same reason asked more than once."""
+async def read_and_listed(outage: Outage, expected: dict[str, Any]) -> None:
+    """Waits until reads and lists show the order; repeats for the same reason."""
 
     async def got(path: str) -> Any:
         reply = await outage.call("GET", path)
@@ -112,25 +112,25 @@ async def read_and_listed(outage: Outage, wanted: dict[str, Any]) -> None:
         return reply.json()["data"]
 
     async def found() -> tuple[int, str]:
-        order = await got(f"/api/orders/{wanted['id']}")
+        order = await got(f"/api/orders/{expected['id']}")
         return order["version"], order["notes"]
 
     async def listed() -> set[str]:
         return {one["id"] for one in await got("/api/orders?limit=200")}
 
-    await eventually(found, what="read", until=lambda seen: seen == (wanted["version"], wanted["notes"]))
-    await eventually(listed, what="listed", until=lambda seen: wanted["id"] in seen)
+    await eventually(found, what="read", until=lambda seen: seen == (expected["version"], expected["notes"]))
+    await eventually(listed, what="listed", until=lambda seen: expected["id"] in seen)
 
 
 @pytest.mark.parametrize("what", ROWS)
-async def test_while_it_is_away_the_row_of_the_table_holds_and_afterwards_nothing_is_missing(
+async def test_the_row_of_an_unavailable_backend_holds_and_afterwards_nothing_is_missing(
     outage: Outage, what: str
 ) -> None:
     row = ROWS[what]
     async with screen_of(outage) as screen, under_load(outage, row.seed) as load:
         for how in ("killed", "frozen"):
             await acknowledged(load, 20)
-            async with away(outage, row.things, how):
+            async with unavailable(outage, row.things, how):
                 changed = await ordered(outage, row.durability, f"while it is {how}")
                 mine = {(changed["id"], 1), (changed["id"], changed["version"])}
                 await read_and_listed(outage, changed)

@@ -1,5 +1,5 @@
-"""The journal in place of RabbitMQ, over HTTP: it takes over at once, says so, survives a kill -9, drains by itself,
-refuses before it loses, and a damaged one does not keep the service from starting."""
+"""The journal in place of RabbitMQ, over HTTP: it takes over at once, the reply says so, it survives a kill -9, drains
+by itself and refuses rather than loses. A damaged journal does not keep the service from starting."""
 
 import asyncio
 import subprocess
@@ -29,17 +29,17 @@ SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT}
 
 
 class Shop(Struct):
-    """Clients of one system, and what they have placed."""
+    """Clients of one system, and the ids of the orders that they have placed."""
 
     system: System
     clients: list[httpx.AsyncClient]
     home: Path
     since: datetime
-    """What was accepted before is none of this test's, even if it comes only now."""
+    """Orders accepted earlier belong to other tests, even if they are stored only now."""
     placed: list[str] = []
 
     async def place(self, count: int = 1) -> list[dict[str, Any]]:
-        """Orders placed at the same moment by different clients, each of which must be taken."""
+        """Places orders at the same moment by different clients. Each order must be accepted."""
         replies = await asyncio.gather(
             *(client.post("/api/orders", json=self.system.order_body()) for client in self.clients[:count])
         )
@@ -58,22 +58,24 @@ class Shop(Struct):
         return found
 
     def doubts(self) -> int:
-        """How many publishes the orders service has waited for in vain, each for `PUBLISH_TIMEOUT`."""
+        """How many publishes of the orders service got no confirm in time, each after `PUBLISH_TIMEOUT`."""
         return (self.system.directory / "orders.log").read_text().count("record_in_doubt")
 
     async def drained(self) -> None:
         await eventually(self.journal, within=40, what="an empty journal", until=lambda seen: seen["depth"] == 0)
 
     async def all_stored(self) -> None:
-        wanted = set(self.placed)
+        expected = set(self.placed)
 
         async def stored() -> set[str]:
             async with self.system.database() as connection:
                 rows = await connection.fetch("select id::text from orders where created_at >= $1", self.since)
             return {row[0] for row in rows}
 
-        await eventually(stored, within=40, what="every acknowledged order stored", until=lambda found: wanted <= found)
-        assert await stored() == wanted, "an order that nobody was told of"
+        await eventually(
+            stored, within=40, what="every acknowledged order stored", until=lambda found: expected <= found
+        )
+        assert await stored() == expected, "an order that was never acknowledged"
 
     async def restart(self, **settings: object) -> None:
         self.system.start("orders", **settings)
@@ -83,7 +85,7 @@ class Shop(Struct):
 
 @pytest.fixture
 async def shop(victim: System, tmp_path: Path) -> AsyncIterator[Shop]:
-    """With a folder for journals of its own."""
+    """A system with a journal folder of its own, and ten clients."""
     await victim.stop("orders")
     home, victim.env["TICKETRAIL_HOME"] = victim.env["TICKETRAIL_HOME"], str(tmp_path)
     clients = [victim.client() for _ in range(10)]
@@ -100,17 +102,15 @@ async def shop(victim: System, tmp_path: Path) -> AsyncIterator[Shop]:
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
-async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_none_is_lost(
-    shop: Shop, how: str
-) -> None:
+async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_loses_none(shop: Shop, how: str) -> None:
     rabbitmq = shop.system.servers.rabbitmq
 
     for _ in range(20):
         if {one["durability"] for one in await shop.place(10)} == {"broker"}:
-            break  # else a confirm took longer than the timeout
+            break  # otherwise a confirm took longer than the timeout
     else:
-        pytest.fail("the broker confirms nothing in time")
-    await shop.drained()  # what it holds is counted from here on
+        pytest.fail("the broker confirms no batch of orders in time")
+    await shop.drained()  # so that the depth counts only the orders below
     doubts = shop.doubts()
     away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
     await asyncio.to_thread(away)
@@ -122,12 +122,12 @@ async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_no
         changed = await shop.clients[0].put(f"/api/orders/{shop.placed[0]}", json={"status": "received"})
         assert (changed.status_code, changed.json()["data"]["durability"]) == (200, "journal")
         assert (await shop.journal())["depth"] == 51
-        # The first publish waited for its confirm, all that came after went to the journal at once.
+        # Only the first publish waited for its confirm; all later ones went to the journal at once.
         assert shop.doubts() <= doubts + 1
         out = await shop.system.cli("journal", "show", "--instance", "1")
         assert "51 changes wait (51 critical)" in out, out
-        said = await shop.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
-        assert said == "", "it lives"
+        output = await shop.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
+        assert output == "", "drained although its instance is running"
 
         shop.system.kill("orders")
         await shop.restart(**SETTINGS)
@@ -142,9 +142,7 @@ async def test_while_rabbitmq_is_gone_every_order_is_taken_by_the_journal_and_no
     assert (await shop.system.stored_orders())[shop.placed[0]] == 2
 
 
-async def test_a_full_journal_refuses_with_503_before_it_loses_and_takes_orders_again_when_it_is_drained(
-    shop: Shop,
-) -> None:
+async def test_a_full_journal_refuses_with_503_and_takes_orders_again_once_drained(shop: Shop) -> None:
     await shop.system.stop("orders")
     await shop.restart(journal_max_bytes=40_000)
     async with Load(shop.system, changes=False) as load:
@@ -167,13 +165,13 @@ async def test_a_full_journal_refuses_with_503_before_it_loses_and_takes_orders_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MB for the journals of the system, where this user may mount one: more than the load itself
-    fills while the broker starts, as without a reserve a disk that is full of the journal does not let it drain."""
+    """A file system of 64 MB for the journals, if this user may mount one. The load alone cannot fill it while the
+    broker starts; without a reserve, a journal on a disk that it has filled itself cannot be drained."""
     folder = tmp_path / "small" / "journal"
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False)
     if mounted.returncode:
-        # Only root may mount one. That a full journal refuses is tested above without, by its setting.
+        # Only root may mount one. The test above covers a full journal without it, by a setting.
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -185,7 +183,7 @@ def fill(file: Path) -> None:
             while True:
                 filler.write(bytes(1 << 20))
         except OSError:
-            pass  # it is full now, but for less than this
+            pass  # less than 1 MiB is left
         try:
             while True:
                 filler.write(bytes(4096))
@@ -194,7 +192,7 @@ def fill(file: Path) -> None:
 
 
 @pytest.mark.parametrize("reserve", [4 << 20, 0], ids=["with a reserve", "to the last byte"])
-async def test_a_disk_that_is_full_refuses_orders_and_heals_when_there_is_room_again(
+async def test_a_full_disk_refuses_orders_and_takes_them_again_when_it_has_room(
     shop: Shop, small_disk: Path, reserve: int
 ) -> None:
     await shop.system.stop("orders")
@@ -211,7 +209,7 @@ async def test_a_disk_that_is_full_refuses_orders_and_heals_when_there_is_room_a
 
             await eventually(refused, within=40, what="a full disk", until=lambda count: count >= 20)
             if reserve:
-                assert load.unknown == 0, "nothing was begun, so nothing is in doubt"
+                assert load.unknown == 0, "an order is in doubt although nothing was written"
             (small_disk / "filler").unlink()
             await load.more(10)
         finally:
@@ -221,9 +219,7 @@ async def test_a_disk_that_is_full_refuses_orders_and_heals_when_there_is_room_a
     await load.everything_arrives()
 
 
-async def test_with_a_damaged_journal_the_service_starts_and_sends_all_that_is_whole(
-    shop: Shop,
-) -> None:
+async def test_a_service_with_a_damaged_journal_starts_and_drains_all_intact_entries(shop: Shop) -> None:
     rabbitmq, path = shop.system.servers.rabbitmq, shop.home / "journal" / "orders-1.sqlite"
     await asyncio.to_thread(rabbitmq.kill)
     try:
@@ -251,7 +247,7 @@ async def test_with_a_damaged_journal_the_service_starts_and_sends_all_that_is_w
 
 
 def harm(path: Path, order: str) -> None:
-    """A bit of this order's event, wherever it stands: in the file or in its log."""
+    """Flips a bit of this order's event wherever it is stored: in the journal file or in its write-ahead log."""
     for file in (path, path.with_name(f"{path.name}-wal")):
         data, at = bytearray(file.read_bytes()), -1
         while (at := data.find(f'"id":"{order}","restaurant_id"'.encode(), at + 1)) >= 0:

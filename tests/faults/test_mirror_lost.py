@@ -1,6 +1,6 @@
-"""The mirror frozen, killed, wiped, rolled back, failed over, with PostgreSQL behind and changes under way: creations
-go on, priced from the last known menu, changes wait until the mirror has caught up, and no version and no number is
-given twice."""
+"""The mirror is frozen, killed, wiped, rolled back or failed over while PostgreSQL is behind and changes are under way.
+Creations continue, priced from the last known menu; changes are refused until the mirror has caught up; no version and
+no number is given twice."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @asynccontextmanager
 async def postgres_behind(outage: Outage) -> AsyncIterator[None]:
-    """PostgreSQL frozen: what is accepted meanwhile is in the lanes alone."""
+    """Freezes PostgreSQL: changes accepted meanwhile are only in the lanes and the change log."""
     await asyncio.to_thread(outage.servers.postgres.freeze)
     try:
         yield
@@ -24,7 +24,7 @@ async def postgres_behind(outage: Outage) -> AsyncIterator[None]:
         await asyncio.to_thread(outage.servers.postgres.thaw)
 
 
-async def test_redis_frozen_for_six_seconds(outage: Outage) -> None:
+async def test_a_redis_frozen_for_six_seconds_loses_nothing(outage: Outage) -> None:
     await outage.new_price(1_111)
     async with under_load(outage, 1) as load:
         await acknowledged(load, 40)
@@ -46,7 +46,7 @@ async def test_redis_frozen_for_six_seconds(outage: Outage) -> None:
     await no_version_was_claimed_twice(outage)
 
 
-async def test_redis_killed_and_when_it_is_back_wiped(outage: Outage) -> None:
+async def test_a_killed_and_later_wiped_redis_loses_nothing(outage: Outage) -> None:
     await outage.new_price(1_999)
     async with under_load(outage, 6) as load:
         await acknowledged(load, 40)
@@ -71,7 +71,7 @@ async def test_redis_killed_and_when_it_is_back_wiped(outage: Outage) -> None:
     await no_version_was_claimed_twice(outage)
 
 
-async def test_redis_restarted_from_a_copy_ten_seconds_old(outage: Outage) -> None:
+async def test_a_redis_restarted_from_a_copy_ten_seconds_old_loses_nothing(outage: Outage) -> None:
     await outage.new_price(2_222)
     async with under_load(outage, 2) as load:
         await asyncio.gather(asyncio.sleep(_COPY_AGE), acknowledged(load, 40))
@@ -83,7 +83,7 @@ async def test_redis_restarted_from_a_copy_ten_seconds_old(outage: Outage) -> No
                 assert (await outage.create())["subtotal"] == 2_222
             finally:
                 await asyncio.to_thread(outage.servers.redis.start)
-            # It has a state of every kind, and none of the last ten seconds.
+            # It holds states of every kind, but none from the last ten seconds.
             await outage.refuses_changes(order)
             await acknowledged(load, 10, what="created")
         await outage.warm()
@@ -92,7 +92,7 @@ async def test_redis_restarted_from_a_copy_ten_seconds_old(outage: Outage) -> No
     await no_version_was_claimed_twice(outage)
 
 
-async def test_redis_failed_over_to_a_replica_that_lacks_the_last_writes(outage: Outage) -> None:
+async def test_a_failover_to_a_replica_without_the_last_writes_loses_nothing(outage: Outage) -> None:
     await outage.new_price(3_333)
     async with under_load(outage, 3) as load:
         await acknowledged(load, 40)
@@ -105,10 +105,10 @@ async def test_redis_failed_over_to_a_replica_that_lacks_the_last_writes(outage:
             await acknowledged(load, 10, what="created")
         await outage.warm()
         await acknowledged(load, 10, what="changed")
-        # The old one comes back, and says that it is a primary too: whoever connects now takes the one that is warm.
+        # The old server comes back and also says that it is a primary: a new connection must choose the warm one.
         await asyncio.to_thread(outage.replica.start)
         await outage.restart("second-orders")
         await acknowledged(load, 20, what="changed")
     await proven(outage, load)
     await no_version_was_claimed_twice(outage)
-    await outage.replicate()  # as it would be mended: the old one follows the new one
+    await outage.replicate()  # the usual repair: the old server becomes a replica of the new one

@@ -1,4 +1,4 @@
-"""RabbitMQ that has just started: its queues and streams come back after it answers. It is "not ready", no error."""
+"""A RabbitMQ that has just started answers before its queues and streams are back. It is not ready, not broken."""
 
 import asyncio
 import shutil
@@ -28,7 +28,7 @@ MESSAGES = 300  # in every queue, and with them in the streams
 
 
 class OwnBroker(Servers):
-    """The servers of the run, with a RabbitMQ that one test may restart: a process of this machine."""
+    """The servers of the run, but with a local RabbitMQ process that a test may restart."""
 
     def __init__(self, shared: Servers, folder: Path) -> None:
         amqp, management, epmd, distribution = find_free(4)
@@ -67,7 +67,7 @@ async def system(servers: Servers) -> AsyncIterator[System]:
 
 
 async def fill(url: str) -> None:
-    """Messages in every lane and every dead queue; through the lanes also in both streams."""
+    """Puts messages into every lane and every dead-letter queue; through the lanes they also reach both streams."""
     connection = await aio_pika.connect(url)
     async with connection:
         channel = await connection.channel()
@@ -83,7 +83,7 @@ async def fill(url: str) -> None:
 
 
 async def read_log(url: str) -> int:
-    """The entries of the log from its beginning to its present end."""
+    """Counts the entries of the log from its beginning to its current end."""
     reader, found = LogReader(url, name="test", idle_seconds=5.0), 0
     async with asyncio.timeout(60):
         async for batch in reader.read("first"):
@@ -93,7 +93,7 @@ async def read_log(url: str) -> int:
     return found
 
 
-async def test_migrate_start_checks_and_readers_wait_for_a_broker_that_recovers(system: System) -> None:
+async def test_migrate_start_checks_and_readers_wait_for_a_recovering_broker(system: System) -> None:
     await system.cli("migrate")
     settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
     await fill(system.rabbitmq_url)
@@ -101,21 +101,21 @@ async def test_migrate_start_checks_and_readers_wait_for_a_broker_that_recovers(
     for _ in range(RESTARTS):
         await asyncio.to_thread(broker.kill)
         start = asyncio.create_task(asyncio.to_thread(broker.start))
-        # All of them ask from before the broker listens until it has recovered.
-        said, ready, _, entries = await asyncio.gather(
+        # All of them start before the broker listens, and retry until it has recovered.
+        output, ready, _, entries = await asyncio.gather(
             system.cli("migrate"),
             declare.check_at_start(settings, within=60),
             declare.check_log_at_start(settings),
             read_log(system.rabbitmq_url),
         )
         await start
-        assert "topology: up to date" in said
-        assert "does not answer" not in said
+        assert "topology: up to date" in output
+        assert "does not answer" not in output
         assert ready
         assert entries == MESSAGES * len(Lane)
 
 
-async def test_a_missing_queue_is_refused_at_once_and_an_absent_broker_at_the_deadline(system: System) -> None:
+async def test_a_missing_queue_is_refused_at_once_and_an_unavailable_broker_at_the_deadline(system: System) -> None:
     await system.cli("migrate")
     settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
 
@@ -123,7 +123,7 @@ async def test_a_missing_queue_is_refused_at_once_and_an_absent_broker_at_the_de
         await (await connection.channel()).queue_delete(topology.LOG)
 
     await when_ready(system.rabbitmq_url, delete, within=60)
-    hour = 3_600.0  # of a deadline that the answer must not wait for: the test's own timeout is shorter
+    hour = 3_600.0  # longer than the test's timeout, so the test fails if the check waits for this deadline
     with pytest.raises(declare.TopologyError, match=topology.LOG):
         await declare.check_at_start(settings, within=hour)
     with pytest.raises(declare.TopologyError, match=topology.LOG):

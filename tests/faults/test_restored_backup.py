@@ -1,6 +1,6 @@
-"""PostgreSQL comes back from a backup that lacks the last minute, under load: `ticketrail replay --from-log` brings it
-to where the log is. No version goes down for longer than a moment for those who read, and cursors of the pull feed are
-void."""
+"""PostgreSQL is restored under load from a backup without the last minute, and `ticketrail replay --from-log` writes
+the missing changes. For readers no version goes down for longer than a moment, and cursors of the pull feed become invalid.
+"""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 async def without_services(outage: Outage, *statements: str) -> None:
-    """While nobody of the system is connected: to them PostgreSQL is away for a moment."""
+    """Runs SQL while no service is connected: for the services PostgreSQL is unavailable for a moment."""
     outage.proxies["postgres"].set(Mode.REFUSE)
     try:
 
@@ -54,7 +54,7 @@ async def feed_epoch(outage: Outage) -> str:
         return str(await connection.fetchval("select epoch from feed_epochs order by id desc limit 1"))
 
 
-async def lacks(outage: Outage, load: Load) -> int:
+async def count_missing(outage: Outage, load: Load) -> int:
     """How many acknowledged creations PostgreSQL does not have."""
     marks = [one.mark for one in load.acknowledged if one.what == "created"]
     async with outage.system.database() as connection:
@@ -63,7 +63,7 @@ async def lacks(outage: Outage, load: Load) -> int:
 
 
 class Watch:
-    """Reads orders again and again; remembers versions that went down."""
+    """Reads orders repeatedly and remembers versions that went down."""
 
     def __init__(self, outage: Outage, load: Load) -> None:
         self._outage, self._load = outage, load
@@ -88,8 +88,8 @@ class Watch:
             await asyncio.gather(*self._doubts.values())
 
     async def _doubt(self, client: httpx.AsyncClient, order: str, went_down: str) -> None:
-        """Where the mirror misses its half second, PostgreSQL answers in its place, and may be behind until it is
-        brought back: what counts is what goes on so."""
+        """If the mirror misses its half second, PostgreSQL answers instead and may be behind until it is restored.
+        Therefore only a lower version that persists counts."""
         for _ in range(5):
             await asyncio.sleep(0.2)
             seen = await self._went_down(client, order)
@@ -100,7 +100,7 @@ class Watch:
         self.down.append(went_down)
 
     async def _went_down(self, client: httpx.AsyncClient, order: str) -> str | None:
-        """What to say of it; empty: it did not; None: nobody can tell now."""
+        """A description of the lower version; empty if the version did not go down; None if no answer came."""
         try:
             reply = await client.get(f"/api/orders/{order}")
         except httpx.HTTPError:
@@ -124,17 +124,19 @@ async def replay(outage: Outage, *options: str) -> dict[str, Any]:
     return found
 
 
-async def test_a_database_from_a_backup_is_brought_back_from_the_log_under_load(outage: Outage) -> None:
+async def test_a_restored_database_gets_its_missing_changes_from_the_log_under_load(outage: Outage) -> None:
     epoch = await feed_epoch(outage)
     async with under_load(outage, 6) as load:
         watch = Watch(outage, load)
         await acknowledged(load, 40)
         await take_backup(outage)
         await acknowledged(load, 60)
-        await eventually(lambda: lacks(outage, load), what="PostgreSQL to have them", within=30, until=lambda n: n < 20)
+        await eventually(
+            lambda: count_missing(outage, load), what="PostgreSQL to have them", within=30, until=lambda n: n < 20
+        )
         await restore_backup(outage)
         await acknowledged(load, 20)
-        assert await lacks(outage, load) >= 10
+        assert await count_missing(outage, load) >= 10
 
         counted = await replay(outage, "--dry-run", "--since", "10m")
         assert counted["missing"] > 10

@@ -15,7 +15,7 @@ from tests.rigs.system import System, eventually
 pytestmark = pytest.mark.timeout(300)
 
 
-async def test_of_three_of_each_service_any_may_be_killed_or_stopped_under_load(outage: Outage) -> None:
+async def test_one_of_three_instances_of_a_service_can_be_killed_or_stopped_under_load(outage: Outage) -> None:
     added = [
         ("second-worker", 2), ("second-sync", 2), ("second-notifier", 2),
         ("third-orders", 3), ("third-worker", 3), ("third-sync", 3), ("third-notifier", 3),
@@ -41,7 +41,7 @@ async def test_of_three_of_each_service_any_may_be_killed_or_stopped_under_load(
         for name, _ in added:
             await outage.system.stop(name)
             del outage.system.urls[name]
-    assert rewinds(outage) - rewound < 10, "they fight over the mirror"
+    assert rewinds(outage) - rewound < 10, "the workers rewind the mirror in turn"
 
 
 def rewinds(outage: Outage) -> int:
@@ -49,7 +49,7 @@ def rewinds(outage: Outage) -> int:
 
 
 @pytest.mark.parametrize("queue", [topology.lane_queue(Lane.CRITICAL), topology.LOG])
-async def test_a_missing_binding_refuses_readiness_and_start(victim: System, queue: str) -> None:
+async def test_a_worker_is_not_ready_and_does_not_start_without_a_binding(victim: System, queue: str) -> None:
     connection = await aio_pika.connect(victim.rabbitmq_url)
     async with connection:
         channel = await connection.channel()
@@ -62,7 +62,7 @@ async def test_a_missing_binding_refuses_readiness_and_start(victim: System, que
 
     await eventually(readiness, what="not ready", until=lambda status: status == 503)
     await victim.stop("worker")
-    # It judges once, thrice this after its start, by heartbeats unanswered for two seconds: that leaves time to start.
+    # The worker checks heartbeats once, three intervals after its start; a longer interval leaves it time to start.
     victim.start("worker", heartbeat_interval_seconds=3)
 
     async def ended() -> int | None:
