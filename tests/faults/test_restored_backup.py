@@ -1,6 +1,5 @@
-"""PostgreSQL is restored under load from a backup without the last minute, and `ticketrail replay --from-log` writes
-the missing changes. For readers no version goes down for longer than a moment, and cursors of the pull feed become invalid.
-"""
+"""PostgreSQL is restored under load from a backup without the last minute; `ticketrail replay --from-log` writes the
+missing changes. For readers no version goes down for longer than a moment. Cursors of the pull feed become invalid."""
 
 import asyncio
 import json
