@@ -120,6 +120,21 @@ class Change(Struct, frozen=True, kw_only=True):
         return Head(self.entityversion, self.id)
 
 
+class PartialEvent(Struct):
+    """The attributes of an event that may be broken: each is whatever JSON value the event has, or None. Decoding fails
+    only if the event is not a JSON object."""
+
+    id: Any = None
+    restaurantid: Any = None
+    subject: Any = None
+    entityversion: Any = None
+    type: Any = None
+    source: Any = None
+    time: Any = None
+    traceparent: Any = None
+    data: Raw = Raw()
+
+
 class Outline(Struct, frozen=True):
     """The attributes that identify a change, to check whether a store has it. Texts are not validated."""
 

@@ -52,6 +52,11 @@ class Identity(Struct, frozen=True):
             raise Forbidden("this token belongs to no restaurant")
         return self.restaurant_id
 
+    @property
+    def actor(self) -> str:
+        """The name under which the audit records this caller: the email, or the user id if the token has no email."""
+        return self.email or self.user_id
+
 
 class BadKey(SettingsError):
     """A setting holds no usable key."""

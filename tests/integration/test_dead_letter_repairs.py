@@ -195,7 +195,7 @@ async def test_an_edit_makes_a_new_change_and_the_letter_keeps_what_it_was(
         edited["replaced_by"],
     )
     assert edit["event"] == body["event"]
-    [act] = shown["acts"]
+    [act] = shown["actions"]
     assert (act["action"], act["actor"], act["role"]) == ("dead_letter.edit", "nadia@ops.example", "operator")
 
 
@@ -257,7 +257,7 @@ async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
         back = expect(await omar.post(f"{path}/restore", json={"revision": 2, "why": "it was none"}))
         refused(await omar.post(f"{path}/restore", json={"revision": 3}), 409, "letter_not_discarded")
     assert (back["status"], back["why"], back["closed_at"]) == ("open", None, None)
-    acts = (await seen(nadia, letter))["acts"]
+    acts = (await seen(nadia, letter))["actions"]
     assert [(act["action"], act["actor"], act["why"]) for act in acts] == [
         ("dead_letter.restore", "omar@ops.example", "it was none"),
         ("dead_letter.discard", "nadia@ops.example", "a test of the terminal"),

@@ -152,7 +152,7 @@ async def test_a_letter_shows_all_that_is_known_of_it(desk: Desk, nadia: httpx.A
     assert letter["first_failed_at"] == letter["last_failed_at"]
     assert (shown["headers"]["ticketrail-change-id"], shown["headers"]["ticketrail-lane"]) == (born.id, "normal")
     assert (shown["event"]["id"], shown["event"]["data"]["after"]["seats"]) == (born.id, 0)
-    assert (shown["body"], shown["edits"], shown["replays"], shown["acts"]) == (None, [], [], [])
+    assert (shown["body"], shown["edits"], shown["replays"], shown["actions"]) == (None, [], [], [])
     assert (await nadia.get(f"{LETTERS}/{letter['id']}/body")).content == message(broken)
 
 
@@ -241,7 +241,7 @@ async def test_admins_see_the_letters_of_their_restaurant_alone_and_do_nothing_t
         assert [one["count"] for one in expect(await admin.get(f"{LETTERS}/groups", params={"text": marker}))] == [1]
         assert expect(await admin.get(LETTERS, params={"text": marker, "restaurant_id": other})) == []
         assert (await admin.get(f"{LETTERS}/{ours['id']}/body")).status_code == 200
-        assert (await seen(admin, ours))["acts"] == [], "who mends is not theirs to know"
+        assert (await seen(admin, ours))["actions"] == [], "who mends is not theirs to know"
         for letter in everything:
             if letter["id"] != ours["id"]:
                 for path in ("", "/body"):

@@ -9,9 +9,12 @@ import asyncpg
 import pytest
 from msgspec import structs
 
-from services.sync.dead_letters import actions, replay_jobs
+from services.sync import audit
+from services.sync.dead_letters import actions, replay_jobs, retention
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import Attempt, DeadLetterQuery, NewDeadLetter
+from services.sync.dead_letters.store import DeadLetterQuery
+from services.sync.failures.dead_letter_store import Attempt, NewDeadLetter
+from services.sync.failures.dead_letter_store import keep as keep_all
 from services.sync.failures.classification import fingerprint
 from services.sync.failures.parsing import parse_dead_letters
 from shared.entities.contract import Lane, encode, now
@@ -59,7 +62,7 @@ def letter(
 
 
 async def keep(rig: Rig, *letters: NewDeadLetter) -> None:
-    assert len(await dead_letter_store.keep(rig.database, letters)) == len(letters)
+    assert len(await keep_all(rig.database, letters)) == len(letters)
 
 
 async def found(rig: Rig, **wanted: Any) -> set[bytes]:
@@ -189,7 +192,7 @@ async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store:
     assert (done.status, done.replaced_by) == ("resolved", change_id)
     [edit] = await dead_letter_store.edits(ops, seen.id)
     assert (edit.actor, edit.why, edit.event, edit.difference) == ("nadia", "typo", {"total": 1}, difference)
-    [act] = await actions.acts(ops, f"dead_letter/{seen.id}")
+    [act] = await audit.actions_on(ops, f"dead_letter/{seen.id}")
     assert (act.actor, act.role, act.action, act.why) == ("nadia", "operator", "dead_letter.edit", "typo")
     assert (act.restaurant_id, act.details["change_id"]) == (RESTAURANT, change_id)
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -224,7 +227,7 @@ async def test_only_what_was_closed_long_ago_is_taken_away(store: Rig, ops: Any)
     await store.database.execute(close, fresh.digest, timedelta(days=29))
     await store.database.execute(close, old.digest, timedelta(days=31))
     await store.database.execute("update dead_letters set last_failed_at = now() - interval '1 year'")
-    assert await dead_letter_store.remove_closed(store.database, 30) == 1
+    assert await retention.remove_closed_dead_letters(store.database, 30) == 1
     assert {one.change_id for one in await store.letters(2)} == {stays.change_id, fresh.change_id}
 
 
@@ -255,7 +258,7 @@ async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: An
     assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], "the oldest first"
     [(known, part)] = await replay_jobs.of_letter(ops, parts[1].letter_id)
     assert (known.id, part.position) == (job.id, 2)
-    [act] = await actions.acts(ops, f"job/{job.id}")
+    [act] = await audit.actions_on(ops, f"job/{job.id}")
     assert (act.action, act.why, act.details["letters"]) == ("dead_letters.replay", "fixed", 2)
 
     cancelled = await replay_jobs.cancel(ops, job.id, **WHO)

@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 from services.sync.dead_letters import store as dead_letter_store
+from services.sync.failures import retry_store
 from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.retry_ladder import FailedChange, headers_for
@@ -407,7 +408,7 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     await fail_for_ever(kept)
     made = change(order(notes="unlucky"))
     # Told by hand, and off its last rung: what the writer tells of the ladder may come after the letter.
-    await dead_letter_store.retry_store.note(kept.database, [told(made, attempt=2)])
+    await retry_store.note(kept.database, [told(made, attempt=2)])
     assert await kept.count("retries") == 1
     failure = Failure(FailureKind.TRANSIENT, "transient", "?")
     headers = headers_for(FailedChange(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
@@ -416,9 +417,9 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     assert await kept.count("retries") == 0
 
 
-def told(made: Change, *, attempt: int) -> dead_letter_store.retry_store.Retry:
+def told(made: Change, *, attempt: int) -> retry_store.Retry:
     """A row of `retries`."""
-    return dead_letter_store.retry_store.Retry(
+    return retry_store.Retry(
         restaurant_id=RESTAURANT, change_id=made.id, lane="critical", entity="order", entity_id=made.entity_id,
         attempt=attempt, reason="transient", error="?", failed_at=made.time,
     )  # fmt: skip
@@ -428,7 +429,7 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
     made = change(order())
     await rig.publish(made)
     await rig.written(made)
-    await dead_letter_store.retry_store.note(rig.database, [told(made, attempt=1)])
+    await retry_store.note(rig.database, [told(made, attempt=1)])
     assert await rig.count("retries") == 0
     # And one that slipped through between the two transactions is swept away.
     await rig.database.execute(
@@ -438,4 +439,4 @@ async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig)
         made.id,
         made.entity_id,
     )
-    assert await dead_letter_store.retry_store.sweep(rig.database) == 1
+    assert await retry_store.sweep(rig.database) == 1

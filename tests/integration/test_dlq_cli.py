@@ -239,7 +239,7 @@ async def test_edit_takes_an_event_from_a_file_and_shows_what_differs(desk: Desk
     assert (edited["status"], out.splitlines()[-1]) == ("resolved", f"resolved by change {edited['replaced_by']}")
     await eventually(lambda: desk.written(edited["replaced_by"]), what="the new change written")
     async with desk.client() as client:
-        [act] = (await seen(client, letter))["acts"]
+        [act] = (await seen(client, letter))["actions"]
     assert (act["action"], act["actor"], act["why"]) == ("dead_letter.edit", "cli/nadia", "it has six")
     assert "edited:           data.after.seats: 0 → 6" in await done(desk, "show", letter["id"])
     code, _, err = await desk.dlq("edit", letter["id"], "--event", str(path), "--json")
@@ -256,7 +256,7 @@ async def test_discard_and_restore_say_what_they_did_and_are_audited(desk: Desk,
     assert await done(desk, "discard", letter["id"], "--why", "it was one") == "discarded\n"
     assert (await told(desk, "restore", letter["id"]))["status"] == "open"
     async with desk.client() as client:
-        acts = (await seen(client, letter))["acts"]
+        acts = (await seen(client, letter))["actions"]
     assert [(act["action"].partition(".")[2], act["actor"], act["why"]) for act in acts[::-1]] == [
         ("discard", "cli/nadia", "a test of the terminal"),
         ("restore", "cli/nadia", "it was none"),

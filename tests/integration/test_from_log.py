@@ -5,7 +5,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from services.sync.dead_letters import store as dead_letter_store
+from services.sync.failures import dead_letter_store
 from services.sync.failures.parsing import parse_dead_letters
 from services.sync.maintenance import feed_epochs
 from services.sync.maintenance.from_log import LogReplay, LogReplayReport

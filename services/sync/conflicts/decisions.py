@@ -19,7 +19,7 @@ from msgspec import UNSET, Struct
 
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.store import Fork, Side
-from services.sync.dead_letters.editing import difference
+from services.sync.difference import difference
 from services.sync.head import commit, current_head, record_first
 from shared.entities import inventory_item, registry
 from shared.entities import order as orders

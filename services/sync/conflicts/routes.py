@@ -3,10 +3,10 @@
 from litestar.types import ASGIApp
 
 from services.sync.conflicts import store as conflict_store
-from services.sync.conflicts.decisions import ShownFork, show
+from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
+from services.sync.conflicts.requests import ConflictsQuery, ResolveConflict
 from services.sync.conflicts.store import Fork
-from services.sync.dead_letters.requests import ConflictsQuery, ResolveConflict
-from services.sync.dead_letters.routes import operator_context
+from services.sync.sync_context import sync_context
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
@@ -28,7 +28,7 @@ _TAG = "Conflicts"
 )
 async def list_conflicts(request: Call) -> ASGIApp:
     query = read_query(request, ConflictsQuery)
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         found = await conflict_store.page(
             connection,
             restaurant_id=str(query.restaurant_id) if query.restaurant_id else None,
@@ -53,7 +53,7 @@ async def list_conflicts(request: Call) -> ASGIApp:
 )
 async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     id_ = path_id(conflict_id, "conflict_id")
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         return success(await show(connection, id_))
 
 
@@ -72,12 +72,11 @@ async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     example={"keep": "949d5329-9382-53f5-88ee-eb64c2466f58", "why": "the guest wants bread"},
 )
 async def resolve_conflict(request: Call, conflict_id: str) -> ASGIApp:
-    id_, who = path_id(conflict_id, "conflict_id"), request.identity
-    wanted = read_body(await request.whole_body(), ResolveConflict)
+    id_, identity, context = path_id(conflict_id, "conflict_id"), request.identity, sync_context(request)
+    body = read_body(await request.whole_body(), ResolveConflict)
+    decisions = ConflictDecisions(context.ops, context.mirror, context.rail)
     return success(
-        await operator_context(request).deciding.resolve(
-            id_, keep=str(wanted.keep), why=wanted.why, actor=who.email or who.user_id, role=who.role
-        )
+        await decisions.resolve(id_, keep=str(body.keep), why=body.why, actor=identity.actor, role=identity.role)
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from services.sync.dead_letters import actions
+from services.sync import audit
 from shared.entities.contract import Head
 from shared.errors import Conflict, NotFound
 from shared.observability.tracing import trace_id_of
@@ -135,7 +135,7 @@ async def resolve(
 ) -> Fork:
     """With its row in `audit`, in the caller's transaction. `change_id`: the change that was made for it, if any."""
     (row,) = await connection.fetch(_RESOLVE, conflict.id, actor, why, keep, change_id)
-    await actions.note(
+    await audit.record(
         connection,
         actor=actor,
         role=role,

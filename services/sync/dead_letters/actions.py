@@ -5,12 +5,11 @@ says which revision of the letter was seen: when it has moved on meanwhile, Conf
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
+from services.sync import audit
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
 from shared.errors import Conflict, NotFound
@@ -31,27 +30,6 @@ _KEEP_EDIT = """
 insert into dead_letter_edits (letter_id, actor, why, event, difference, change_id)
 values ($1, $2, $3, $4::json, $5::json, $6)
 """
-_NOTE = """
-insert into audit (actor, role, restaurant_id, action, target, why, details)
-values ($1, $2, $3, $4, $5, $6, $7::json)
-"""
-_ACTS = """
-select at, actor, role, restaurant_id::text, action, target, why, details::text
-from audit where target = $1 order by at desc, id desc limit $2
-"""
-
-
-class OperatorAction(Struct, frozen=True, kw_only=True):
-    at: datetime
-    actor: str
-    role: str
-    restaurant_id: str | None
-    action: str
-    """Such as dead_letter.discard."""
-    target: str
-    """Such as dead_letter/<id>."""
-    why: str | None
-    details: dict[str, Any]
 
 
 async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> FullDeadLetter:
@@ -112,29 +90,6 @@ async def replace(
     return await _done(connection, letter, "edit", why, actor, role, {"change_id": change_id})
 
 
-async def note(
-    connection: Connection,
-    *,
-    actor: str,
-    role: str,
-    action: str,
-    target: str,
-    restaurant_id: str | None = None,
-    why: str | None = None,
-    details: dict[str, Any] | None = None,
-) -> None:
-    """One row of `audit`."""
-    await connection.execute(_NOTE, actor, role, restaurant_id, action, target, why, _json(details or {}))
-
-
-async def acts(connection: Connection, target: str, *, limit: int = 100) -> list[OperatorAction]:
-    """What was done to a target, the newest first."""
-    return [
-        OperatorAction(**{**row, "details": msgspec.json.decode(row["details"])})
-        for row in await connection.fetch(_ACTS, target, limit)
-    ]
-
-
 async def _done(
     connection: Connection,
     before: DeadLetter,
@@ -144,7 +99,7 @@ async def _done(
     role: str,
     details: dict[str, Any],
 ) -> DeadLetter:
-    await note(
+    await audit.record(
         connection,
         actor=actor,
         role=role,

@@ -23,9 +23,9 @@ from aiormq.exceptions import ChannelInvalidStateError
 from msgspec import structs
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import NewDeadLetter
 from services.sync.failures import retry_store
 from services.sync.failures.classification import FailureKind, classify, describe
+from services.sync.failures.dead_letter_store import NewDeadLetter, keep
 from services.sync.failures.parsing import parse_dead_letters
 from shared.backoff import backoff
 from shared.entities.contract import now
@@ -171,7 +171,7 @@ class DeadLetterCollector:
         """Stores them and returns those whose death is new. Raises PostgresNotReady."""
         try:
             async with self._postgres.connection() as connection:
-                return await dead_letter_store.keep(connection, dead_letters)
+                return await keep(connection, dead_letters)
         except Exception as error:  # noqa: BLE001  (classified below)
             failure = classify(error)
         if failure.kind is FailureKind.UNAVAILABLE:

@@ -16,17 +16,21 @@ from uuid import UUID
 
 import click
 import msgspec
+from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from services.sync.command_session import connected, run
-from services.sync.dead_letters import actions, replay_jobs
+from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.editing import difference, event_in
-from services.sync.dead_letters.repairs import DeadLetterRepairs, shown_body
+from services.sync.dead_letters.editing import event_in
+from services.sync.dead_letters.repairs import DeadLetterRepairs
 from services.sync.dead_letters.replay_jobs import ReplayJob
-from services.sync.dead_letters.store import DeadLetter, DeadLetterGroup, DeadLetterQuery
+from services.sync.dead_letters.requests import DeadLetterFilter
+from services.sync.dead_letters.store import DeadLetterGroup, DeadLetterQuery
+from services.sync.dead_letters.view import dead_letter_view
+from services.sync.difference import difference
 from services.sync.operator_session import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
 from services.sync.printable import printable
 from shared.entities.contract import encode
@@ -62,28 +66,12 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _wanted(
-    queue: str | None,
-    fingerprint: str | None,
-    reason: str | None,
-    entity: str | None,
-    restaurant: UUID | None,
-    status: Sequence[str],
-    since: float | None,
-    text: str | None,
-    ids: Sequence[UUID] = (),
-) -> DeadLetterQuery:
-    return DeadLetterQuery(
-        ids=tuple(str(id_) for id_ in ids),
-        queue=queue,
-        fingerprint=fingerprint,
-        reason=reason,
-        entity=entity,
-        restaurant_id=str(restaurant) if restaurant else None,
-        statuses=tuple(status),
-        failed_from=datetime.now(UTC) - timedelta(hours=since) if since is not None else None,
-        text=text,
-    )
+def _query(status: Sequence[str], since: float | None, ids: Sequence[UUID] = (), **filters: Any) -> DeadLetterQuery:
+    """By the API's own filter. Here several statuses can be given."""
+    failed_from = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
+    filters["restaurant_id"] = filters.pop("restaurant")
+    query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(str(id_) for id_ in ids))
+    return structs.replace(query, statuses=tuple(status))
 
 
 def _letters(n: int, kind: str = "") -> str:
@@ -99,7 +87,7 @@ def _letters(n: int, kind: str = "") -> str:
 @json_option
 def list_command(limit: int, as_json: bool, **filters: Any) -> None:
     """List dead letters, the newest failure first."""
-    wanted = _wanted(**filters)
+    wanted = _query(**filters)
     found = ask(lambda connection: dead_letter_store.page(connection, wanted, limit=limit))
     if as_json:
         print_json(found)
@@ -118,7 +106,7 @@ def list_command(limit: int, as_json: bool, **filters: Any) -> None:
 @json_option
 def groups_command(as_json: bool, **filters: Any) -> None:
     """Dead letters by what they died of, the most first."""
-    wanted = _wanted(**filters)
+    wanted = _query(**filters)
     found = ask(lambda connection: dead_letter_store.groups(connection, wanted))
     if as_json:
         print_json(found)
@@ -149,24 +137,7 @@ def _sparkline(group: DeadLetterGroup) -> str:
 def show_command(letter: UUID, as_json: bool) -> None:
     """Show a dead letter with all that is known of it."""
 
-    async def look(connection: Connection) -> dict[str, Any]:
-        found = await dead_letter_store.one(connection, str(letter))
-        if found is None:
-            raise NotFound("no such dead letter")
-        event, body, cut = shown_body(found.body)
-        return {
-            "letter": DeadLetter(**{name: getattr(found, name) for name in DeadLetter.__struct_fields__}),
-            "attempts": found.attempts,
-            "headers": found.headers,
-            "event": event,
-            "body": body,
-            "body_cut": cut,
-            "edits": await dead_letter_store.edits(connection, str(letter)),
-            "replays": [job for job, _ in await replay_jobs.of_letter(connection, str(letter))],
-            "acts": await actions.acts(connection, f"dead_letter/{letter}"),
-        }
-
-    seen = ask(look)
+    seen = ask(lambda connection: dead_letter_view(connection, str(letter), operator=True))
     if as_json:
         print_json(seen)
         return
@@ -179,8 +150,8 @@ def _lines(plain: dict[str, Any]) -> Iterator[str]:
             yield f"{name + ':':18}{value}"
     for attempt in plain["attempts"]:
         yield f"{'attempt:':18}{attempt['at']}  {attempt['reason']}  {attempt['error']}  ({attempt['place']})"
-    for act in plain["acts"]:
-        yield f"{'act:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}"
+    for act in plain["actions"]:
+        yield f"{'action:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}"
     for edit in plain["edits"]:
         for one in edit["difference"]:
             yield f"{'edited:':18}{one['path']}: {one.get('before')} → {one.get('after')}"
@@ -192,7 +163,7 @@ def _lines(plain: dict[str, Any]) -> Iterator[str]:
 @click.option("--out", type=click.Path(dir_okay=False), help="a file; by default standard output")
 def export_command(out: str | None, **filters: Any) -> None:
     """Write letters as JSON lines, each whole, its body in base64 as received."""
-    wanted = _wanted(**filters)
+    wanted = _query(**filters)
 
     async def write(connection: Connection, file: IO[bytes]) -> int:
         # One at a time: a body may have 16 MB. As of one moment: what dies again meanwhile would move to the front.
@@ -269,7 +240,7 @@ def replay_command(
     """Replay LETTERS, or all that are open and match the filters: plan first, then a job in the worker.
 
     Exit code 1 when not every letter came through, one that was named is not open, or the job stopped by itself."""
-    wanted = _wanted(**filters, ids=letters)
+    wanted = _query(**filters, ids=letters)
     if wanted == DeadLetterQuery():
         raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
     plan = ask(lambda connection: replay_jobs.plan(connection, wanted))

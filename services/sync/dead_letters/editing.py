@@ -76,25 +76,3 @@ def _field(error: BrokenContract) -> str:
         return f"event.{text.split()[0]}"
     found = [match[1] for pattern in (_PATH, _NAMED) if (match := pattern.search(text))]
     return ".".join(name for name in ("event", _AFTER if text.startswith(_AFTER) else "", *found) if name)
-
-
-def difference(before: Any, after: Any, path: str = "") -> list[dict[str, Any]]:
-    """What differs, leaf by leaf: [{"path", "before", "after"}]; a side that is not there is left out."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        found = []
-        for name in sorted({*before, *after}):
-            where = f"{path}.{name}" if path else str(name)
-            if name not in before:
-                found.append({"path": where, "after": after[name]})
-            elif name not in after:
-                found.append({"path": where, "before": before[name]})
-            else:
-                found += difference(before[name], after[name], where)
-        return found
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [
-            one
-            for place, pair in enumerate(zip(before, after, strict=True))
-            for one in difference(*pair, f"{path}[{place}]")
-        ]
-    return [] if before == after and type(before) is type(after) else [{"path": path, "before": before, "after": after}]

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from services.sync.dead_letters import actions
-from services.sync.dead_letters.editing import difference, edited_event, event_in
+from services.sync.dead_letters.editing import edited_event, event_in
 from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
+from services.sync.difference import difference
 from services.sync.head import commit, current_head, head_in_mirror, head_in_postgres, record_first
 from shared.entities import registry
 from shared.entities.contract import now
@@ -85,11 +86,3 @@ class DeadLetterRepairs:
             return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
         gone = msgspec.structs.replace(shown[1], deleted_at=now())
         return await commit(self._rail, entity, "deleted", gone, shown, actor=actor)
-
-
-def shown_body(body: bytes, most: int = 65_536) -> tuple[Any, str | None, bool]:
-    """(the event where it is one, else None; the body as text where it is none; whether that was cut)."""
-    event = event_in(body)
-    if event is not None and len(body) <= most:
-        return event, None, False
-    return None, body[:most].decode(errors="replace"), len(body) > most

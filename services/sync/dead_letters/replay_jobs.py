@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from services.sync.dead_letters import actions
+from services.sync import audit
 from services.sync.dead_letters.store import DeadLetterQuery, conditions
 from shared.entities.contract import Lane
 from shared.errors import Conflict, NotFound
@@ -166,7 +166,7 @@ async def make(
         await connection.execute(_TOTAL, id_, total)
         if total == 0:
             await connection.execute(_EMPTY, id_)
-        await actions.note(
+        await audit.record(
             connection,
             actor=actor,
             role=role,
@@ -189,7 +189,7 @@ async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why
         if state not in ("waiting", "running"):
             raise Conflict(f"this job is {state}", code="job_ended", state=state)
         await connection.execute(_CANCEL_WAITING if state == "waiting" else _CANCEL, id_)
-        await actions.note(
+        await audit.record(
             connection, actor=actor, role=role, action="dead_letters.cancel", target=f"job/{id_}", why=why
         )
     return await _known(connection, id_)

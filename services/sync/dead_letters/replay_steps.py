@@ -133,10 +133,6 @@ _RESOLVE_DIRECTLY = """
 update dead_letters set status = 'resolved', closed_at = now(), revision = revision + 1
 where id = $1 and status = 'replaying'
 """
-_OLD_JOBS = """
-delete from replay_jobs j where finished_at < now() - make_interval(days => $1)
-    and not exists (select from replay_job_items p where p.job_id = j.id and p.outcome in ('sending', 'sent'))
-"""
 
 
 class Running(Struct, frozen=True, kw_only=True):
@@ -256,8 +252,3 @@ async def failed(connection: Connection, letter: str, reason: str, error: str, p
 async def resolved(connection: Connection, letter: str) -> None:
     """The same, when it was applied."""
     await connection.execute(_RESOLVE_DIRECTLY, letter)
-
-
-async def remove_old(connection: Connection, days: int) -> int:
-    """Jobs that ended so long ago."""
-    return int((await connection.execute(_OLD_JOBS, days)).rpartition(" ")[2])

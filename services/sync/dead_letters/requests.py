@@ -1,4 +1,4 @@
-"""What operators may ask for: the bodies and queries of ops_routes.py, read strictly."""
+"""Bodies and queries of the routes in routes.py. Unknown fields are refused."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -7,13 +7,11 @@ from uuid import UUID
 from msgspec import Meta, Struct
 
 from services.sync.dead_letters.store import DeadLetterQuery
+from services.sync.request_fields import NO_NUL, Name, Why
 from shared.entities.contract import Time, in_range
 from shared.errors import InvalidInput
 
-_NO_NUL = "^[^\\x00]*$"
-_MOST_IDS = 1_000
-Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=_NO_NUL)]
-Name = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
+_MAX_IDS = 1_000
 
 
 class DeadLetterStatus(StrEnum):
@@ -35,11 +33,11 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     to: Time | None = None
     status: DeadLetterStatus | None = None
     text: (
-        Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL, description="in the error, place or body")]
+        Annotated[str, Meta(min_length=1, max_length=200, pattern=NO_NUL, description="in the error, place or body")]
         | None
     ) = None
 
-    def wanted(self, ids: tuple[str, ...] = ()) -> DeadLetterQuery:
+    def query(self, ids: tuple[str, ...] = ()) -> DeadLetterQuery:
         """Raises InvalidInput."""
         for name, at in (("from", self.from_), ("to", self.to)):
             if at is not None and not in_range(at):
@@ -68,7 +66,7 @@ class DeadLettersQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"})
 class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
     """Which letters: `ids`, or a filter; of those the open ones. `dry_run`: what would happen, without doing it."""
 
-    ids: Annotated[list[UUID], Meta(max_length=_MOST_IDS)] = []
+    ids: Annotated[list[UUID], Meta(max_length=_MAX_IDS)] = []
     dry_run: bool = False
     canary: Annotated[bool, Meta(description="1, then 10, then the rest; stops by itself")] = True
     per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
@@ -96,24 +94,6 @@ class RestoreDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
 class ReplayJobsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200)] | None = None
-
-
-class ConflictsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    restaurant_id: UUID | None = None
-    entity: Name | None = None
-    entity_id: UUID | None = None
-    open: Annotated[bool, Meta(description="false: those that were decided")] = True
-    limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
-
-
-class ResolveConflict(Struct, forbid_unknown_fields=True, kw_only=True):
-    keep: Annotated[UUID, Meta(description="the change that holds: one of the two")]
-    why: Why
-
-
-class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    since: Annotated[Time, Meta(description="without one the last hour")] | None = None
 
 
 class ReplayItemsQuery(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -1,109 +1,38 @@
-"""/api/ops: dead letters, queues and the ledger, for operators. Admins see the letters of their own restaurant.
+"""/api/ops/dead-letters and /api/ops/jobs: dead letters and their replays, for operators. Admins see the dead letters
+of their own restaurant.
 
-A handler parses, calls and replies; what is done to a letter is in mending.py and shared/postgres, its replays run in
-the worker.
+A handler parses, calls and replies. Repairs are in repairs.py, replay jobs in replay_jobs.py; the worker runs them.
 """
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from datetime import timedelta
-from typing import Any
 
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.sync.conflicts.decisions import ConflictDecisions
-from services.sync.dead_letters import actions, replay_jobs
+from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.actions import OperatorAction
-from services.sync.dead_letters.repairs import DeadLetterRepairs, shown_body
+from services.sync.dead_letters.repairs import DeadLetterRepairs
 from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob, ReplayPlan
 from services.sync.dead_letters.requests import (
     DeadLetterFilter,
     DeadLettersQuery,
     DiscardDeadLetter,
     EditDeadLetter,
-    LedgerQuery,
     ReplayItemsQuery,
     ReplayJobsQuery,
     ReplayRequest,
     RestoreDeadLetter,
 )
-from services.sync.dead_letters.store import Attempt, DeadLetter, DeadLetterEdit, DeadLetterGroup, DeadLetterQuery
-from services.sync.ledger import queues
-from services.sync.ledger.balance import Balance
-from services.sync.ledger.ledger import take_balance
-from shared.entities.contract import now
-from shared.errors import InvalidInput, NotFound, Unavailable
+from services.sync.dead_letters.store import DeadLetter, DeadLetterGroup, DeadLetterQuery
+from services.sync.dead_letters.view import DeadLetterView, dead_letter_view
+from services.sync.sync_context import sync_context
+from shared.errors import InvalidInput, NotFound
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
 from shared.http.replies import Reply, success
-from shared.mirror.mirror import Mirror
-from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
-from shared.rail.commit import Rail
-from shared.security.tokens import Identity, Role
-from shared.settings import Settings
+from shared.security.tokens import Role
 
 _TAG = "Dead letters"
-
-
-class OperatorContext(Struct, frozen=True):
-    """What these routes work with."""
-
-    settings: Settings
-    ops: Postgres
-    api: Postgres
-    mirror: Mirror
-    mending: DeadLetterRepairs
-    deciding: ConflictDecisions
-
-    @classmethod
-    def of(cls, settings: Settings, api: Postgres, mirror: Mirror, rail: Rail) -> "OperatorContext":
-        ops = Postgres(settings.database_ops_url, settings, size=4)
-        return cls(
-            settings, ops, api, mirror, DeadLetterRepairs(ops, mirror, rail), ConflictDecisions(ops, mirror, rail)
-        )
-
-    @asynccontextmanager
-    async def seen_by(self, who: Identity) -> AsyncIterator[Connection]:
-        """A connection that sees what the caller may see. Raises Unavailable."""
-        try:
-            if who.role is Role.OPERATOR:
-                async with self.ops.connection() as connection:
-                    yield connection
-            else:
-                async with self.api.tenant(who.tenant) as connection:
-                    yield connection
-        except UNAVAILABLE as error:
-            raise Unavailable("this waits for the database", retry_after=2.0) from error
-
-
-def operator_context(request: Call) -> OperatorContext:
-    found: OperatorContext = request.app.state["operators"]
-    return found
-
-
-class ReplayOf(Struct, frozen=True):
-    """A job that this letter was part of."""
-
-    job: ReplayJob
-    letter: ReplayItem
-
-
-class DeadLetterView(Struct, frozen=True, kw_only=True):
-    letter: DeadLetter
-    attempts: tuple[Attempt, ...]
-    headers: dict[str, Any]
-    event: Any
-    """The event, where the body is one."""
-    body: str | None
-    """As text where it is none, or too long; the whole of it, to the letter, at …/body."""
-    body_cut: bool
-    edits: list[DeadLetterEdit]
-    replays: list[ReplayOf]
-    acts: list[OperatorAction]
 
 
 class Planned(Struct, frozen=True):
@@ -127,8 +56,8 @@ class Planned(Struct, frozen=True):
 async def list_letters(request: Call) -> ASGIApp:
     query = read_query(request, DeadLettersQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with operator_context(request).seen_by(request.identity) as connection:
-        found = await dead_letter_store.page(connection, query.wanted(), before=before, limit=query.limit + 1)
+    async with sync_context(request).connection_for(request.identity) as connection:
+        found = await dead_letter_store.page(connection, query.query(), before=before, limit=query.limit + 1)
     page, pagination = page_of(found, query.limit, lambda one: (one.last_failed_at, one.id))
     return success(page, pagination=pagination)
 
@@ -145,8 +74,8 @@ async def list_letters(request: Call) -> ASGIApp:
 )
 async def list_groups(request: Call) -> ASGIApp:
     query = read_query(request, DeadLetterFilter)
-    async with operator_context(request).seen_by(request.identity) as connection:
-        return success(await dead_letter_store.groups(connection, query.wanted()))
+    async with sync_context(request).connection_for(request.identity) as connection:
+        return success(await dead_letter_store.groups(connection, query.query()))
 
 
 @endpoint(
@@ -159,9 +88,9 @@ async def list_groups(request: Call) -> ASGIApp:
     errors=(404,),
 )
 async def get_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, who = path_id(letter_id, "letter_id"), request.identity
-    async with operator_context(request).seen_by(who) as connection:
-        return success(await dead_letter_view(connection, id_, operator=who.role is Role.OPERATOR))
+    id_, identity = path_id(letter_id, "letter_id"), request.identity
+    async with sync_context(request).connection_for(identity) as connection:
+        return success(await dead_letter_view(connection, id_, operator=identity.role is Role.OPERATOR))
 
 
 @endpoint(
@@ -175,30 +104,11 @@ async def get_letter(request: Call, letter_id: str) -> ASGIApp:
 )
 async def get_body(request: Call, letter_id: str) -> ASGIApp:
     id_ = path_id(letter_id, "letter_id")
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         letter = await dead_letter_store.one(connection, id_)
     if letter is None:
         raise NotFound("no such dead letter")
     return Reply(letter.body, content_type=b"application/octet-stream")
-
-
-async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
-    """What admins may not see (edits, replays and acts name other people's work) is left out. Raises NotFound."""
-    letter = await dead_letter_store.one(connection, id_)
-    if letter is None:
-        raise NotFound("no such dead letter")
-    event, body, cut = shown_body(letter.body)
-    return DeadLetterView(
-        letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
-        attempts=letter.attempts,
-        headers=letter.headers,
-        event=event,
-        body=body,
-        body_cut=cut,
-        edits=await dead_letter_store.edits(connection, id_) if operator else [],
-        replays=[ReplayOf(*pair) for pair in await replay_jobs.of_letter(connection, id_)] if operator else [],
-        acts=await actions.acts(connection, f"dead_letter/{id_}") if operator else [],
-    )
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------
@@ -220,24 +130,24 @@ async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) 
     example={"fingerprint": "3f2a9c01d4be", "dry_run": True},
 )
 async def replay(request: Call) -> ASGIApp:
-    wanted, who = read_body(await request.whole_body(), ReplayRequest), request.identity
-    chosen = wanted.wanted(tuple(str(id_) for id_ in wanted.ids))
+    replay_request, identity = read_body(await request.whole_body(), ReplayRequest), request.identity
+    chosen = replay_request.query(tuple(str(id_) for id_ in replay_request.ids))
     if chosen == DeadLetterQuery():
         raise InvalidInput("name letters by ids or by a filter, such as a fingerprint or a status", field="ids")
     async with (
-        operator_context(request).seen_by(who) as connection,
+        sync_context(request).connection_for(identity) as connection,
         connection.transaction(isolation="repeatable_read"),  # the plan tells what the job is about
     ):
         plan = await replay_jobs.plan(connection, chosen)
         job = await replay_jobs.make(
             connection,
             chosen,
-            kind="dry_run" if wanted.dry_run else "replay",
-            actor=who.email or who.user_id,
-            role=who.role,
-            why=wanted.why,
-            per_second=wanted.per_second,
-            canary=wanted.canary,
+            kind="dry_run" if replay_request.dry_run else "replay",
+            actor=identity.actor,
+            role=identity.role,
+            why=replay_request.why,
+            per_second=replay_request.per_second,
+            canary=replay_request.canary,
         )
     return success(Planned(plan, job), status=202)
 
@@ -255,7 +165,7 @@ async def replay(request: Call) -> ASGIApp:
 async def list_jobs(request: Call) -> ASGIApp:
     query = read_query(request, ReplayJobsQuery)
     before = read_cursor(query.cursor) if query.cursor else None
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         found = await replay_jobs.recent(connection, limit=query.limit + 1, before=before)
     page, pagination = page_of(found, query.limit, lambda one: (one.created_at, one.id))
     return success(page, pagination=pagination)
@@ -272,7 +182,7 @@ async def list_jobs(request: Call) -> ASGIApp:
 )
 async def get_job(request: Call, replay_id: str) -> ASGIApp:
     id_ = path_id(replay_id, "replay_id")
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         job = await replay_jobs.one(connection, id_)
     if job is None:
         raise NotFound("no such job")
@@ -291,7 +201,7 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
 )
 async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
     id_, query = path_id(replay_id, "replay_id"), read_query(request, ReplayItemsQuery)
-    async with operator_context(request).seen_by(request.identity) as connection:
+    async with sync_context(request).connection_for(request.identity) as connection:
         if await replay_jobs.one(connection, id_) is None:
             raise NotFound("no such job")
         outcomes = (query.outcome,) if query.outcome else ()
@@ -309,9 +219,9 @@ async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
     errors=(404, 409),
 )
 async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
-    id_, who = path_id(replay_id, "replay_id"), request.identity
-    async with operator_context(request).seen_by(who) as connection:
-        return success(await replay_jobs.cancel(connection, id_, actor=who.email or who.user_id, role=who.role))
+    id_, identity = path_id(replay_id, "replay_id"), request.identity
+    async with sync_context(request).connection_for(identity) as connection:
+        return success(await replay_jobs.cancel(connection, id_, actor=identity.actor, role=identity.role))
 
 
 # -- mending -----------------------------------------------------------------------------------------------------
@@ -339,12 +249,11 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     },
 )
 async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), EditDeadLetter)
-    actor = who.email or who.user_id
+    id_, identity = path_id(letter_id, "letter_id"), request.identity
+    body = read_body(await request.whole_body(), EditDeadLetter)
     return success(
-        await operator_context(request).mending.edit(
-            id_, wanted.event, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
+        await _repairs(request).edit(
+            id_, body.event, revision=body.revision, why=body.why, actor=identity.actor, role=identity.role
         )
     )
 
@@ -362,12 +271,11 @@ async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
     example={"revision": 1, "why": "a test of the terminal"},
 )
 async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), DiscardDeadLetter)
-    actor = who.email or who.user_id
+    id_, identity = path_id(letter_id, "letter_id"), request.identity
+    body = read_body(await request.whole_body(), DiscardDeadLetter)
     return success(
-        await operator_context(request).mending.discard(
-            id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
+        await _repairs(request).discard(
+            id_, revision=body.revision, why=body.why, actor=identity.actor, role=identity.role
         )
     )
 
@@ -384,44 +292,18 @@ async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
     example={"revision": 2},
 )
 async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, who = path_id(letter_id, "letter_id"), request.identity
-    wanted = read_body(await request.whole_body(), RestoreDeadLetter)
-    actor = who.email or who.user_id
+    id_, identity = path_id(letter_id, "letter_id"), request.identity
+    body = read_body(await request.whole_body(), RestoreDeadLetter)
     return success(
-        await operator_context(request).mending.restore(
-            id_, revision=wanted.revision, why=wanted.why, actor=actor, role=who.role
+        await _repairs(request).restore(
+            id_, revision=body.revision, why=body.why, actor=identity.actor, role=identity.role
         )
     )
 
 
-@endpoint(
-    "GET",
-    "/api/ops/queues",
-    action="ops.read",
-    tag="Operators",
-    summary="How full the queues are",
-    description="From the management API; where that is away from the broker, without rates.",
-    answer=queues.QueuesReport,
-)
-async def get_queues(request: Call) -> ASGIApp:
-    parts = operator_context(request)
-    return success(await queues.look(parts.settings, parts.ops))
-
-
-@endpoint(
-    "GET",
-    "/api/ops/ledger",
-    action="ops.read",
-    tag="Operators",
-    summary="Where every accepted change is, and which are nowhere",
-    description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two heartbeats.",
-    query=LedgerQuery,
-    answer=Balance,
-)
-async def get_ledger(request: Call) -> ASGIApp:
-    query, parts = read_query(request, LedgerQuery), operator_context(request)
-    since = query.since or now() - timedelta(hours=1)
-    return success(await take_balance(parts.settings, parts.ops, parts.mirror, since=since))
+def _repairs(request: Call) -> DeadLetterRepairs:
+    context = sync_context(request)
+    return DeadLetterRepairs(context.ops, context.mirror, context.rail)
 
 
 ROUTES = [
@@ -437,6 +319,4 @@ ROUTES = [
     edit_letter,
     discard_letter,
     restore_letter,
-    get_queues,
-    get_ledger,
 ]

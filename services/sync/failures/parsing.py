@@ -16,8 +16,8 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from services.sync.dead_letters.store import Attempt, NewDeadLetter
 from services.sync.failures.classification import UNKNOWN_PLACE, clip, fingerprint
+from services.sync.failures.dead_letter_store import Attempt, NewDeadLetter
 from services.sync.failures.retry_ladder import (
     ATTEMPTS,
     ERROR,
@@ -28,7 +28,7 @@ from services.sync.failures.retry_ladder import (
     attempts_in,
     single_change_body,
 )
-from shared.entities.contract import BrokenContract, Lane, in_range, split_batch
+from shared.entities.contract import BrokenContract, Lane, PartialEvent, in_range, split_batch
 from shared.observability.tracing import trace_id_of
 
 DELIVERY_LIMIT = "delivery_limit"
@@ -83,23 +83,10 @@ class _Data(Struct):
     after: _After | None = None
 
 
-class _Glimpse(Struct):
-    """The names in an event that may be broken everywhere else."""
-
-    id: Any = None
-    restaurantid: Any = None
-    subject: Any = None
-    entityversion: Any = None
-    type: Any = None
-    source: Any = None
-    traceparent: Any = None
-    data: msgspec.Raw = msgspec.Raw()
-
-
 def _letter(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], attempts: tuple[Attempt, ...]
 ) -> NewDeadLetter:
-    seen, last = _glimpse(body), attempts[-1]
+    seen, last = _partial_event(body), attempts[-1]
     restaurant = _uuid(seen.restaurantid)
     entity, _, entity_id = seen.subject.partition("/") if isinstance(seen.subject, str) else ("", "", "")
     source = _name(seen.source)
@@ -145,12 +132,12 @@ def _parts(body: bytes) -> list[bytes]:
         return [body]
 
 
-def _glimpse(body: bytes) -> _Glimpse:
+def _partial_event(body: bytes) -> PartialEvent:
     try:
-        seen = msgspec.json.decode(body, type=list[_Glimpse])
+        seen = msgspec.json.decode(body, type=list[PartialEvent])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _Glimpse()
-    return seen[0] if len(seen) == 1 else _Glimpse()
+        return PartialEvent()
+    return seen[0] if len(seen) == 1 else PartialEvent()
 
 
 def _names_another(data: msgspec.Raw, restaurant: str | None) -> bool:

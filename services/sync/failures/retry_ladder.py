@@ -18,11 +18,11 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from services.sync.dead_letters.store import Attempt, bounded
 from services.sync.failures.classification import Failure, FailureKind, clip
+from services.sync.failures.dead_letter_store import Attempt, bounded
 from services.sync.failures.retry_store import Retry
 from shared.backoff import backoff
-from shared.entities.contract import Change, Lane, encode, encode_batch, in_range
+from shared.entities.contract import Change, Lane, PartialEvent, encode, encode_batch, in_range
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.observability.metrics import WriterMetrics
@@ -224,19 +224,11 @@ def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:
         yield group
 
 
-class _Glimpse(Struct):
-    """The names in an event that may be broken everywhere else."""
-
-    id: Any = None
-    restaurantid: Any = None
-    subject: Any = None
-
-
 def _identity(failed: FailedChange) -> Headers:
     """Ids of change, restaurant and entity as headers, as far as they can be read. Operators search dead letters by
     them."""
     try:
-        seen = msgspec.json.decode(failed.body, type=list[_Glimpse])
+        seen = msgspec.json.decode(failed.body, type=list[PartialEvent])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     if len(seen) != 1:

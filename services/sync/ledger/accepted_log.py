@@ -14,11 +14,10 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
-from msgspec import Struct
 
 from services.sync.ledger import sources
 from services.sync.ledger.balance import AcceptedChange, is_id
-from shared.entities.contract import BrokenContract, Lane, split_batch
+from shared.entities.contract import BrokenContract, Lane, PartialEvent, split_batch
 from shared.errors import Unavailable
 from shared.messaging.log import LogBatch, LogReader
 from shared.observability.tracing import trace_id_of
@@ -29,18 +28,7 @@ _WITHIN = 20.0  # seconds without a word of the log
 _MANY = 20_000
 
 
-class _Glimpse(Struct):
-    """Of an event that may be broken everywhere else."""
-
-    id: Any = None
-    restaurantid: Any = None
-    subject: Any = None
-    entityversion: Any = None
-    time: Any = None
-    traceparent: Any = None
-
-
-_glimpses = msgspec.json.Decoder(_Glimpse)
+_partial_events = msgspec.json.Decoder(PartialEvent)
 
 
 class AcceptedLog:
@@ -145,9 +133,9 @@ class AcceptedLog:
             return
         for event in events:
             try:
-                seen = _glimpses.decode(event)
+                seen = _partial_events.decode(event)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                seen = _Glimpse()
+                seen = PartialEvent()
             if not is_id(seen.id):
                 self.unreadable += 1
                 continue

@@ -1,11 +1,10 @@
 """`ticketrail ledger`: where every accepted change is, and which are nowhere."""
 
 import asyncio
-import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -14,10 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from services.sync.command_options import Since
 from services.sync.command_session import run
 from services.sync.ledger.balance import Balance, Count, Missing
 from services.sync.ledger.ledger import Ledger, take_balance
-from shared.entities.contract import encode, now
+from shared.entities.contract import encode
 from shared.errors import Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -25,26 +25,8 @@ from shared.rail.assemble import mirror_of
 from shared.settings import Settings
 
 _COLUMNS = ("accepted", "synced", "queued", "retrying", "journaled", "dead", "unexplained")
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _SHOWN = 50
 _FAILED = 2
-
-
-class Since(click.ParamType[datetime]):
-    """90s, 15m, 2h, 7d, or a time in ISO 8601 (UTC where it names no zone)."""
-
-    name = "since"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        if isinstance(value, datetime):
-            return value
-        if found := re.fullmatch(r"(\d{1,6})([smhd])", str(value)):
-            return now() - timedelta(seconds=int(found[1]) * _UNITS[found[2]])
-        try:
-            at = datetime.fromisoformat(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither like 90s, 15m, 2h or 7d nor a time in ISO 8601", param, ctx)
-        return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 @click.command("ledger")

@@ -39,26 +39,8 @@ order by c.base_change_id, c.version
 _LETTERS = "select digest from dead_letters where digest = any($1::bytea[])"
 _RESTAURANTS = "select id::text, slug from restaurants"
 
-_FAILED = """
-select r.change_id::text, r.error, r.attempt as attempts, r.failed_at from retries r
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
-union all
-select l.change_id::text, l.error, json_array_length(l.attempts), l.last_failed_at from dead_letters l
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
-where l.lane is not null and l.status in ('open', 'replaying')
-order by failed_at
-"""
-
 Key = tuple[str, str]
 """(restaurant id, change id)"""
-
-
-class LastFailure(Struct, frozen=True):
-    """Of a change that is on the ladder or dead, as readers of its entity see it."""
-
-    error: str
-    attempts: int
-    last_attempt: datetime
 
 
 class LastHeartbeat(Struct, frozen=True):
@@ -80,12 +62,6 @@ async def dead(connection: Connection, changes: Sequence[str]) -> dict[str, str]
 
 async def retrying(connection: Connection, changes: Sequence[Key]) -> set[str]:
     return {row[0] for row in await connection.fetch(_RETRYING, *_columns(changes))}
-
-
-async def failures(connection: Connection, changes: Sequence[Key]) -> dict[str, LastFailure]:
-    """Change id -> how it failed the last time: of those that are on the ladder, or dead and not resolved."""
-    rows = await connection.fetch(_FAILED, *_columns(changes))
-    return {row["change_id"]: LastFailure(row["error"], row["attempts"], row["failed_at"]) for row in rows}
 
 
 async def on_the_ladder(connection: Connection) -> dict[str, int]:

@@ -8,8 +8,7 @@ import time
 
 import structlog
 
-from services.sync.dead_letters import replay_steps
-from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters import retention
 from shared.lifecycle import BackgroundLoop
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
@@ -54,8 +53,8 @@ class Cleanup:
             tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS)]
             imports = await connection.execute(_IMPORTS)
             days = self._settings.dead_letter_retention_days
-            dead_letters = await dead_letter_store.remove_closed(connection, days)
-            replays = await replay_steps.remove_old(connection, days)
+            dead_letters = await retention.remove_closed_dead_letters(connection, days)
+            replays = await retention.remove_ended_jobs(connection, days)
         return {
             "tokens": sum(_rows(status) for status in tokens),
             "imports": _rows(imports),

@@ -7,8 +7,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from services.sync.command_options import Since
 from services.sync.command_session import CommandSession, run
-from services.sync.ledger.commands import Since
 from services.sync.maintenance.from_log import LogReplay, LogReplayReport
 from services.sync.writer.batch_writer import HoldExpired
 from shared.entities.contract import encode, now

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import structlog
 
-from services.sync.ledger import store as ledger_store
+from services.sync.failures.last_failures import last_failures
 from shared.entities import registry
 from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
@@ -75,7 +75,7 @@ class SyncStates:
         if not waiting:
             return
         async with self._postgres.connection() as connection:
-            failed = await ledger_store.failures(connection, [(restaurant, change) for change in waiting])
+            failed = await last_failures(connection, [(restaurant, change) for change in waiting])
         for change, failure in failed.items():
             await self._mirror.note_sync_states(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 

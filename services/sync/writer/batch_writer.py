@@ -24,10 +24,9 @@ from datetime import datetime
 
 import structlog
 
-from services.sync.dead_letters import store as dead_letter_store
-from services.sync.dead_letters.store import NewDeadLetter
-from services.sync.failures import retry_store
+from services.sync.failures import dead_letter_store, retry_store
 from services.sync.failures.classification import Failure, FailureKind, classify, describe
+from services.sync.failures.dead_letter_store import NewDeadLetter
 from services.sync.failures.retry_ladder import FailedChange
 from services.sync.failures.retry_store import Retry
 from services.sync.writer.batches import ReceivedChange, WriteBatch

@@ -1,0 +1,66 @@
+"""A dead letter with everything that is known of it, for the API and for `ticketrail dlq show`."""
+
+from typing import Any
+
+from msgspec import Struct
+
+from services.sync import audit
+from services.sync.audit import OperatorAction
+from services.sync.dead_letters import replay_jobs
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.editing import event_in
+from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob
+from services.sync.dead_letters.store import DeadLetter, DeadLetterEdit
+from services.sync.failures.dead_letter_store import Attempt
+from shared.errors import NotFound
+from shared.postgres.pool import Connection
+
+_MAX_BODY_BYTES = 65_536
+
+
+class ReplayOf(Struct, frozen=True):
+    """A job that this letter was part of."""
+
+    job: ReplayJob
+    letter: ReplayItem
+
+
+class DeadLetterView(Struct, frozen=True, kw_only=True):
+    letter: DeadLetter
+    attempts: tuple[Attempt, ...]
+    headers: dict[str, Any]
+    event: Any
+    """The event, where the body is one."""
+    body: str | None
+    """As text where it is none, or too long; the whole of it, to the letter, at …/body."""
+    body_cut: bool
+    edits: list[DeadLetterEdit]
+    replays: list[ReplayOf]
+    actions: list[OperatorAction]
+
+
+async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
+    """What admins may not see (edits, replays and acts name other people's work) is left out. Raises NotFound."""
+    letter = await dead_letter_store.one(connection, id_)
+    if letter is None:
+        raise NotFound("no such dead letter")
+    event, body, cut = shown_body(letter.body)
+    return DeadLetterView(
+        letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
+        attempts=letter.attempts,
+        headers=letter.headers,
+        event=event,
+        body=body,
+        body_cut=cut,
+        edits=await dead_letter_store.edits(connection, id_) if operator else [],
+        replays=[ReplayOf(*pair) for pair in await replay_jobs.of_letter(connection, id_)] if operator else [],
+        actions=await audit.actions_on(connection, f"dead_letter/{id_}") if operator else [],
+    )
+
+
+def shown_body(body: bytes, max_bytes: int = _MAX_BODY_BYTES) -> tuple[Any, str | None, bool]:
+    """(the event where it is one, else None; the body as text where it is none; whether that was cut)."""
+    event = event_in(body)
+    if event is not None and len(body) <= max_bytes:
+        return event, None, False
+    return None, body[:max_bytes].decode(errors="replace"), len(body) > max_bytes

@@ -1,0 +1,11 @@
+"""Queries of the routes in routes.py. Unknown fields are refused."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from shared.entities.contract import Time
+
+
+class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    since: Annotated[Time, Meta(description="without one the last hour")] | None = None

@@ -1,0 +1,48 @@
+"""/api/ops/queues and /api/ops/ledger, for operators."""
+
+from datetime import timedelta
+
+from litestar.types import ASGIApp
+
+from services.sync.ledger import queues
+from services.sync.ledger.balance import Balance
+from services.sync.ledger.ledger import take_balance
+from services.sync.ledger.requests import LedgerQuery
+from services.sync.sync_context import sync_context
+from shared.entities.contract import now
+from shared.http.call import Call
+from shared.http.endpoint import endpoint, read_query
+from shared.http.replies import success
+
+
+@endpoint(
+    "GET",
+    "/api/ops/queues",
+    action="ops.read",
+    tag="Operators",
+    summary="How full the queues are",
+    description="From the management API; where that is away from the broker, without rates.",
+    answer=queues.QueuesReport,
+)
+async def get_queues(request: Call) -> ASGIApp:
+    context = sync_context(request)
+    return success(await queues.look(context.settings, context.ops))
+
+
+@endpoint(
+    "GET",
+    "/api/ops/ledger",
+    action="ops.read",
+    tag="Operators",
+    summary="Where every accepted change is, and which are nowhere",
+    description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two heartbeats.",
+    query=LedgerQuery,
+    answer=Balance,
+)
+async def get_ledger(request: Call) -> ASGIApp:
+    query, context = read_query(request, LedgerQuery), sync_context(request)
+    since = query.since or now() - timedelta(hours=1)
+    return success(await take_balance(context.settings, context.ops, context.mirror, since=since))
+
+
+ROUTES = [get_queues, get_ledger]
