@@ -1,4 +1,4 @@
-"""What the commands of `ticketrail` share: connections, and errors that an operator can do something about."""
+"""Connections for the commands of `ticketrail`, and errors as one line each."""
 
 import asyncio
 import sys
@@ -23,7 +23,7 @@ from shared.settings import Settings
 
 @asynccontextmanager
 async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
-    """One connection, as the role of the URL."""
+    """One connection as the role in `url`."""
     postgres = Postgres(url, settings, size=1)
     try:
         async with postgres.connection() as connection:
@@ -33,7 +33,7 @@ async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Exit code 1 and one line for what an operator can do something about."""
+    """Runs a command. An error that an operator can act on becomes one line and exit code 1."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         return asyncio.run(work)
@@ -49,7 +49,8 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class CommandSession:
-    """Connections for a command that commits changes; without a journal, so what cannot be recorded is refused."""
+    """Connections for a command that commits changes. It has no journal: a change that cannot be recorded is
+    refused."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

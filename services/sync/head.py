@@ -1,4 +1,4 @@
-"""What stands of an entity, and a new change on it by hand: for those who work outside the orders service."""
+"""Reads the head of an entity and commits a change on it, for operators' tools outside the orders service."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,21 +20,21 @@ from shared.rail.draft import Draft
 
 
 async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-    """What a warm mirror has; None: it has none such. Raises Unavailable without a warm mirror: then nobody can say
-    what stands."""
+    """(head, state) in a warm mirror; None if the mirror has no such entity. Raises Unavailable without a warm mirror,
+    because then the head is unknown."""
     try:
         warm, (document,) = await mirror.read(restaurant, entity.name, [id_])
     except (MirrorUnavailable, MirrorInDoubt) as error:
-        raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
+        raise Unavailable("the mirror is not warm; retry", retry_after=2.0) from error
     if not warm:
-        raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
+        raise Unavailable("the mirror is not warm; retry", retry_after=2.0)
     return None if document is None else (document.head, entity.decode_state(document.state))
 
 
 async def head_in_postgres(
     connection: Connection, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """What PostgreSQL has; `connection` as a role that sees this restaurant."""
+    """(head, state) in PostgreSQL, or None. `connection` as a role that sees this restaurant."""
     found = await states.one(connection, entity, restaurant, id_)
     return None if found is None else (found.head, entity.decode_state(found.state))
 
@@ -42,22 +42,22 @@ async def head_in_postgres(
 async def current_head(
     connection: Connection, mirror: Mirror, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """What a new change is to be built on. Raises Unavailable without a warm mirror, and while the mirror is behind
-    PostgreSQL: a change on what it shows would be one side of a fork."""
+    """(head, state) that a new change must be built on, or None. Raises Unavailable without a warm mirror, and while
+    the mirror is behind PostgreSQL: a change on its outdated head would be one side of a fork."""
     shown = await head_in_mirror(mirror, entity, restaurant, id_)
     kept = await head_in_postgres(connection, entity, restaurant, id_)
     if shown is None:
         return kept
     if kept is not None and shown[0] < kept[0]:
-        raise Unavailable("changes wait until the mirror has caught up", retry_after=1.0)
+        raise Unavailable("the mirror is behind PostgreSQL; retry", retry_after=1.0)
     return shown
 
 
 async def commit(
     rail: Rail, entity: Entity, event: str, state: Any, base: tuple[Head, Any] | None, *, actor: str
 ) -> str:
-    """The id of the change at head + 1; a `created` of what is there already is an update, and anything of what is not
-    there a creation. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
+    """Commits a change at head version + 1 and returns its id. `event`: `created` becomes `updated` if `base` is given,
+    and every event becomes `created` if it is None. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
     at = now()
     if base is None:
         event = "created"
@@ -76,30 +76,33 @@ async def commit(
     try:
         return (await rail.commit(draft)).head.change_id
     except ClaimLost as error:
-        raise Conflict("another change came first: try again", code="version_conflict") from error
+        raise Conflict("another change came first; retry", code="version_conflict") from error
     except OutOfStock as error:
-        raise Conflict("what it needs has been sold since", code="out_of_stock", items=error.left) from error
+        raise Conflict("the stock that it needs is sold out", code="out_of_stock", items=error.left) from error
 
 
 class Recorded(Struct):
-    """The change that was made for a letter or a conflict, before that says so itself."""
+    """The change that was recorded for a dead letter or a conflict, before the row itself is updated."""
 
     change_id: str | None = None
 
 
 @contextmanager
 def record_first(what: str) -> Iterator[Recorded]:
-    """Around the transaction that takes `what` (such as "the letter"), makes a change and notes it there: 503 only
-    while nothing was recorded. Raises Unavailable, OutcomeUnknown."""
+    """Wraps a transaction that locks `what` (such as "the dead letter"), records a change and then updates the row.
+
+    Raises Unavailable while nothing is recorded, and OutcomeUnknown once the change is recorded."""
     recorded = Recorded()
     try:
         yield recorded
     except (asyncpg.PostgresError, *UNAVAILABLE) as error:
         if recorded.change_id is not None:
             raise OutcomeUnknown(
-                f"change {recorded.change_id} is recorded, {what} does not say so yet: do it again",
+                f"change {recorded.change_id} is recorded, but {what} is not updated yet; repeat the request",
                 change_id=recorded.change_id,
             ) from error
         if isinstance(error, UNAVAILABLE):
-            raise Unavailable(f"{what} waits for the database", retry_after=2.0) from error
+            raise Unavailable(
+                f"{what} cannot be read or updated: the database is unavailable; retry", retry_after=2.0
+            ) from error
         raise

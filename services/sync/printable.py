@@ -1,4 +1,4 @@
-"""What strangers wrote, on an operator's terminal. Pure."""
+"""Makes texts from outside safe to print in a terminal. Pure."""
 
 import re
 
@@ -6,5 +6,5 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Without what would steer the terminal."""
+    """Replaces control characters, which could steer the terminal."""
     return _CONTROL.sub("\ufffd", text)

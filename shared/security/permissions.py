@@ -41,7 +41,7 @@ ACTIONS: dict[str, frozenset[Role]] = {
     "sync.read": _STAFF,
     "events.follow": _GUESTS,
     "dead_letters.read": frozenset({Role.OPERATOR, Role.ADMIN}),
-    "dead_letters.mend": _OPERATORS,
+    "dead_letters.repair": _OPERATORS,
     "conflicts.read": frozenset({Role.OPERATOR, Role.ADMIN}),
     "conflicts.resolve": _OPERATORS,
     "ops.read": _OPERATORS,

@@ -267,7 +267,7 @@ async def test_two_systems_run_side_by_side_and_the_command_line_uses_the_chosen
         for name, run in zip(homes, runs, strict=True):
             _, out, _ = await command(env, "--system", name, "status")
             assert out.splitlines()[0] == f"system: {name}, in {homes[name]}, runs"
-            assert "away" not in out, out
+            assert "unavailable" not in out, out
             chosen = {"TICKETRAIL_HOME": str(homes[name])}
             code, out, errors = await command(env, "ledger", "--json", **chosen)
             assert code == 0, errors

@@ -219,7 +219,7 @@ async def test_the_command_line_lists_shows_and_decides(desk: Desk, forked: Fork
     assert '"no bread"' in out and '"extra bread"' in out
 
     code, out, err = await desk.cli("conflicts", "resolve", id_, "--keep", str(uuid4()), "--why", "?")
-    assert (code, out, err) == (1, "", "Error: keep: is neither of the two changes\n")
+    assert (code, out, err) == (1, "", "Error: keep: must be the id of one of the two changes\n")
     code, out, _ = await desk.cli("conflicts", "resolve", id_, "--keep", made.loser.id, "--why", "the guest said so")
     assert code == 0
     assert out.startswith(f"resolved: {made.loser.id} holds, by change ")
@@ -227,7 +227,7 @@ async def test_the_command_line_lists_shows_and_decides(desk: Desk, forked: Fork
         lambda: order(desk, made.order), what="the loser", until=lambda one: one["notes"] == made.notes(made.loser)
     )
     code, out, err = await desk.cli("conflicts", "resolve", id_, "--keep", made.winner.id, "--why", "no")
-    assert (code, out, err) == (1, "", "Error: cli/nadia has decided this conflict already\n")
+    assert (code, out, err) == (1, "", "Error: cli/nadia has already decided this conflict\n")
     code, out, _ = await desk.cli("conflicts", "list", "--restaurant", desk.restaurant, "--all", "--json")
     [decided] = [one for one in json.loads(out) if one["id"] == id_]
     assert decided["resolved_by"] == "cli/nadia"

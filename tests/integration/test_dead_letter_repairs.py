@@ -45,8 +45,8 @@ async def test_an_order_that_postgres_refused_is_synced_after_its_replay(
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 1})
     await desk.sync_state(placed, "synced")
     shown = await seen(nadia, letter)
-    assert (shown["letter"]["status"], shown["letter"]["deaths"]) == ("resolved", 1)
-    assert [(one["job"]["kind"], one["letter"]["outcome"]) for one in shown["replays"]] == [
+    assert (shown["dead_letter"]["status"], shown["dead_letter"]["deaths"]) == ("resolved", 1)
+    assert [(one["job"]["kind"], one["item"]["outcome"]) for one in shown["replays"]] == [
         ("replay", "resolved"),
         ("dry_run", "would_fail"),
     ]
@@ -72,8 +72,8 @@ async def test_letters_are_replayed_by_ids_by_fingerprint_and_by_filter(
     assert (planned["job"]["total"], planned["job"]["actor"]) == (3, "nadia@ops.example")
     job = await desk.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 3})
-    parts = expect(await nadia.get(f"{JOBS}/{job['id']}/letters", params={"outcome": "resolved"}))
-    assert [part["letter_id"] for part in parts] == [letter["id"] for letter in letters[:3]]
+    parts = expect(await nadia.get(f"{JOBS}/{job['id']}/items", params={"outcome": "resolved"}))
+    assert [part["dead_letter_id"] for part in parts] == [letter["id"] for letter in letters[:3]]
     assert await desk.written(*(one.id for one in born)) == 3
     assert await desk.written(left.id) == 0
     [untouched] = await desk.letters(1, text=marker, status="open")
@@ -91,7 +91,7 @@ async def test_a_dry_run_tells_what_would_happen_and_changes_nothing(
     assert (planned["plan"]["total"], planned["job"]["kind"]) == (2, "dry_run")
     job = await desk.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"would_write": 1, "would_fail": 1})
-    first, second = expect(await nadia.get(f"{JOBS}/{job['id']}/letters"))
+    first, second = expect(await nadia.get(f"{JOBS}/{job['id']}/items"))
     assert (first["outcome"], first["detail"]) == ("would_write", "version 1")
     assert second["detail"].startswith("contract_broken: BrokenContract: data.after: Expected `int` >= 1")
     assert await desk.letters(2, text=marker) == letters
@@ -145,7 +145,7 @@ async def test_a_replay_of_named_letters_tells_which_are_not_there_and_is_refuse
     planned = await replay(nadia, ids=[unknown[0], letter["id"], unknown[1]])
     assert (planned["plan"]["total"], planned["plan"]["absent"], planned["job"]["total"]) == (1, unknown, 1)
     assert (await desk.ended(planned["job"]))["outcomes"] == {"resolved": 1}
-    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "letter_not_open")
+    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "dead_letter_not_open")
 
 
 async def test_a_replay_of_a_filter_that_finds_nothing_is_over_at_once_and_says_so(
@@ -153,7 +153,7 @@ async def test_a_replay_of_a_filter_that_finds_nothing_is_over_at_once_and_says_
 ) -> None:
     planned = await replay(nadia, text=marker)
     assert planned["plan"] == {"total": 0, "queues": {}, "fingerprints": {}, "absent": []}
-    assert (planned["job"]["state"], planned["job"]["message"]) == ("done", "no open letter matches")
+    assert (planned["job"]["state"], planned["job"]["message"]) == ("done", "no open dead letter matches")
 
 
 # -- mending ---------------------------------------------------------------------------------------------------------
@@ -252,10 +252,10 @@ async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
             refused(await omar.post(f"{path}/{act}", json=body), 409, "dead_letter_changed")
-            refused(await omar.post(f"{path}/{act}", json={**body, "revision": 2}), 409, "letter_not_open")
-        refused(await omar.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "letter_not_open")
+            refused(await omar.post(f"{path}/{act}", json={**body, "revision": 2}), 409, "dead_letter_not_open")
+        refused(await omar.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "dead_letter_not_open")
         back = expect(await omar.post(f"{path}/restore", json={"revision": 2, "why": "it was none"}))
-        refused(await omar.post(f"{path}/restore", json={"revision": 3}), 409, "letter_not_discarded")
+        refused(await omar.post(f"{path}/restore", json={"revision": 3}), 409, "dead_letter_not_discarded")
     assert (back["status"], back["why"], back["closed_at"]) == ("open", None, None)
     acts = (await seen(nadia, letter))["actions"]
     assert [(act["action"], act["actor"], act["why"]) for act in acts] == [

@@ -131,7 +131,7 @@ async def test_a_letter_shows_all_that_is_known_of_it(desk: Desk, nadia: httpx.A
     # The mirror writer has read it too, and has a letter of its own.
     [listed] = await desk.letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
     shown = await seen(nadia, listed)
-    letter = shown["letter"]
+    letter = shown["dead_letter"]
     assert letter == listed
     assert {name: letter[name] for name in ("queue", "lane", "change_id", "entity", "entity_id", "version")} == {
         "queue": topology.dead_queue(Lane.NORMAL),
@@ -262,7 +262,7 @@ async def test_admins_see_the_letters_of_their_restaurant_alone_and_do_nothing_t
         async with desk.client(role) as client:
             for path in (LETTERS, f"{LETTERS}/groups", f"{LETTERS}/{ours['id']}", f"{LETTERS}/{ours['id']}/body"):
                 refused(await client.get(path), 403, "forbidden")
-    assert (await seen(nadia, ours))["letter"]["revision"] == 3
+    assert (await seen(nadia, ours))["dead_letter"]["revision"] == 3
 
 
 def told(reply: httpx.Response) -> tuple[int, str, str]:

@@ -13,9 +13,9 @@ from services.sync import audit
 from services.sync.dead_letters import actions, replay_jobs, retention
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.store import DeadLetterQuery
+from services.sync.failures.classification import fingerprint
 from services.sync.failures.dead_letter_store import Attempt, NewDeadLetter
 from services.sync.failures.dead_letter_store import keep as keep_all
-from services.sync.failures.classification import fingerprint
 from services.sync.failures.parsing import parse_dead_letters
 from shared.entities.contract import Lane, encode, now
 from shared.errors import Conflict, NotFound
@@ -170,7 +170,7 @@ async def test_of_two_operators_the_second_is_told(store: Rig, ops: Any) -> None
     assert told.value.details["revision"] == 2
     with pytest.raises(Conflict) as told:
         await actions.discard(ops, seen.id, revision=2, why="again", **WHO)
-    assert told.value.error_code == "letter_not_open"
+    assert told.value.error_code == "dead_letter_not_open"
     with pytest.raises(NotFound):
         await actions.discard(ops, str(uuid4()), revision=1, why="?", **WHO)
     async with ops.transaction():
@@ -252,14 +252,14 @@ async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: An
     await keep(store, letter())
     assert (job.kind, job.state, job.total, job.outcomes, job.ended) == ("replay", "waiting", 2, {"waiting": 2}, False)
     assert (job.wanted, job.per_second, job.canary) == ({"reason": "negative_amount"}, 5.0, False)
-    parts = await replay_jobs.letters(ops, job.id)
+    parts = await replay_jobs.items(ops, job.id)
     assert [part.position for part in parts] == [1, 2]
-    whole = [await dead_letter_store.one(ops, part.letter_id) for part in parts]
+    whole = [await dead_letter_store.one(ops, part.dead_letter_id) for part in parts]
     assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], "the oldest first"
-    [(known, part)] = await replay_jobs.of_letter(ops, parts[1].letter_id)
+    [(known, part)] = await replay_jobs.of_dead_letter(ops, parts[1].dead_letter_id)
     assert (known.id, part.position) == (job.id, 2)
     [act] = await audit.actions_on(ops, f"job/{job.id}")
-    assert (act.action, act.why, act.details["letters"]) == ("dead_letters.replay", "fixed", 2)
+    assert (act.action, act.why, act.details["dead_letters"]) == ("dead_letters.replay", "fixed", 2)
 
     cancelled = await replay_jobs.cancel(ops, job.id, **WHO)
     assert (cancelled.state, cancelled.ended) == ("cancelled", True)

@@ -7,8 +7,8 @@ import asyncpg
 import pytest
 
 from services.sync.dead_letters import store as dead_letter_store
-from services.sync.failures import retry_store
 from services.sync.dead_letters.collector import DeadLetterCollector
+from services.sync.failures import retry_store
 from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode

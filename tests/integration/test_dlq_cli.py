@@ -62,7 +62,7 @@ async def test_list_and_groups_print_what_the_api_tells(desk: Desk, marker: str)
     text = await done(desk, "list", "--text", marker)
     assert [line.split()[0] for line in text.splitlines()[1:3]] == [letter["id"] for letter in letters[::-1]]
     assert "KeyError: [/red] [bold] :boom: �[2J" in text
-    assert text.splitlines()[-1] == "2 letters"
+    assert text.splitlines()[-1] == "2 dead letters"
     async with desk.client() as client:
         expected = expect(await client.get(f"{LETTERS}/groups", params={"text": marker}))
     groups = await told(desk, "groups", "--text", marker)
@@ -101,7 +101,7 @@ async def test_show_prints_a_letter_its_event_and_what_was_done_to_it(desk: Desk
         expect(await client.post(f"{LETTERS}/{letter['id']}/discard", json=body))
         expected = await seen(client, letter)
     shown = await told(desk, "show", letter["id"])
-    assert {**expected, "replays": []} == shown
+    assert expected == shown
     assert shown["event"] == event
     text = await done(desk, "show", letter["id"])
     for part in (
@@ -134,7 +134,7 @@ async def test_export_writes_each_letter_whole_on_a_line(desk: Desk, marker: str
         assert line["attempts"][0]["reason"] == "transient"
         assert line["headers"]["ticketrail-reason"] == "transient"
     path = tmp_path / "letters.jsonl"
-    assert await done(desk, "export", "--text", marker, "--out", str(path)) == f"2 letters in {path}\n"
+    assert await done(desk, "export", "--text", marker, "--out", str(path)) == f"2 dead letters in {path}\n"
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     assert not path.with_name(f"{path.name}.part").exists()
     (link := tmp_path / "link.jsonl").symlink_to(path)
@@ -152,7 +152,7 @@ async def test_replay_shows_its_plan_and_asks_before_it_sends_anything(desk: Des
     [letter] = await desk.buried(marker)
     code, out, err = await desk.dlq("replay", letter["id"], answer="n\n")
     assert (code, err.strip()) == (1, "Aborted!")
-    assert out.splitlines()[:2] == ["1 open letter", f"       1 to {topology.lane_queue(Lane.NORMAL)}"]
+    assert out.splitlines()[:2] == ["1 open dead letter", f"       1 to {topology.lane_queue(Lane.NORMAL)}"]
     assert "Replay them?" in out
     assert await desk.letters(1, text=marker) == [letter]
     async with desk.client() as client:
@@ -166,7 +166,7 @@ async def test_replay_shows_its_plan_and_asks_before_it_sends_anything(desk: Des
     assert replayed["plan"]["total"] == 1
     assert (replayed["job"]["state"], replayed["job"]["outcomes"]) == ("done", {"resolved": 1})
     assert (replayed["job"]["actor"], replayed["job"]["why"]) == ("cli/nadia", "mended")
-    assert [(one["letter_id"], one["outcome"]) for one in replayed["letters"]] == [(letter["id"], "resolved")]
+    assert [(one["dead_letter_id"], one["outcome"]) for one in replayed["items"]] == [(letter["id"], "resolved")]
     assert await desk.written(letter["change_id"]) == 1
 
 
@@ -184,7 +184,7 @@ async def test_replay_of_a_filter_tells_what_became_of_each_and_ends_with_1_when
     assert await desk.letters(2, text=marker) == [good, bad]
     code, out, err = await desk.dlq("replay", "--text", marker, "--yes", "--no-canary")
     assert (code, err) == (1, "")
-    assert out.startswith("2 open letters\n")
+    assert out.startswith("2 open dead letters\n")
     assert f"{good['id']}  resolved" in out
     assert f"{bad['id']}  failed  contract_broken" in out
     assert ": done, 1 failed, 1 resolved" in out
@@ -208,7 +208,7 @@ async def test_a_replay_that_nobody_waits_for_can_be_cancelled(desk: Desk, marke
     assert (await told(desk, "cancel", job["id"]))["cancel_asked"] is True
     assert (await desk.ended(job))["state"] == "cancelled"
     code, out, err = await desk.dlq("cancel", job["id"])
-    assert (code, out, one_line(err)) == (1, "", "Error: this job is cancelled")
+    assert (code, out, one_line(err)) == (1, "", "Error: this replay job is cancelled")
 
 
 # -- mending ---------------------------------------------------------------------------------------------------------
@@ -220,11 +220,11 @@ async def test_edit_takes_an_event_from_a_file_and_shows_what_differs(desk: Desk
     for content, error in (
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
-        (b"[]", "the event is an object"),
+        (b"[]", "the event must be a JSON object"),
         (json.dumps(event).encode(), "event.data.after.seats: data.after: Expected `int` >= 1"),
         (
             json.dumps({**event, "subject": f"table/{uuid4()}"}).encode(),
-            "event.subject: is locked: it says whose the letter is",
+            "event.subject: must stay as it is in the dead letter",
         ),
     ):
         path.write_bytes(content)
@@ -243,7 +243,7 @@ async def test_edit_takes_an_event_from_a_file_and_shows_what_differs(desk: Desk
     assert (act["action"], act["actor"], act["why"]) == ("dead_letter.edit", "cli/nadia", "it has six")
     assert "edited:           data.after.seats: 0 → 6" in await done(desk, "show", letter["id"])
     code, _, err = await desk.dlq("edit", letter["id"], "--event", str(path), "--json")
-    assert (code, one_line(err)) == (1, "Error: this letter is resolved")
+    assert (code, one_line(err)) == (1, "Error: this dead letter is resolved")
 
 
 async def test_discard_and_restore_say_what_they_did_and_are_audited(desk: Desk, marker: str) -> None:
@@ -251,7 +251,7 @@ async def test_discard_and_restore_say_what_they_did_and_are_audited(desk: Desk,
     gone = await told(desk, "discard", letter["id"], "--why", "a test of the terminal")
     assert (gone["id"], gone["status"], gone["why"]) == (letter["id"], "discarded", "a test of the terminal")
     code, _, err = await desk.dlq("discard", letter["id"], "--why", "again")
-    assert (code, one_line(err)) == (1, "Error: this letter is discarded")
+    assert (code, one_line(err)) == (1, "Error: this dead letter is discarded")
     assert await done(desk, "restore", letter["id"], "--why", "it was none") == "open again\n"
     assert await done(desk, "discard", letter["id"], "--why", "it was one") == "discarded\n"
     assert (await told(desk, "restore", letter["id"]))["status"] == "open"
@@ -276,7 +276,7 @@ async def test_discard_and_restore_say_what_they_did_and_are_audited(desk: Desk,
         (("restore",), "no such dead letter"),
         (("edit", "--event", __file__), "no such dead letter"),
         (("replay", "--yes"), "no such dead letter"),
-        (("cancel",), "no such job"),
+        (("cancel",), "no such replay job"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -289,7 +289,7 @@ async def test_a_replay_of_which_one_is_unknown_replays_the_others_and_ends_with
     [letter] = await desk.buried(marker)
     code, out, err = await desk.dlq("replay", letter["id"], UNKNOWN, "--yes", "--json")
     assert code == 1
-    assert f"{UNKNOWN} is not there, or not open" in err
+    assert f"{UNKNOWN} does not exist or is not open" in err
     assert json.loads(out)["job"]["outcomes"] == {"resolved": 1}
 
 

@@ -137,7 +137,9 @@ async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_
 
     again = await ticketrail(shop.system, *arguments)
     assert again.code == 1
-    assert again.out.splitlines()[-1] == ("0 created, 0 updated, 0 unchanged, 4 refused, 307 done by an earlier run")
+    assert again.out.splitlines()[-1] == (
+        "0 created, 0 updated, 0 unchanged, 4 refused, 307 imported by an earlier run"
+    )
     assert again.out.startswith("line 8: body: ")
     assert "line 251: restaurant_id: no such restaurant" in again.out
     assert "━" not in again.err
@@ -370,6 +372,6 @@ async def test_on_a_terminal_there_is_a_progress_bar(shop: Shop, tmp_path: Path)
     shown, (out, _) = await asyncio.gather(asyncio.to_thread(drain), process.communicate())
     os.close(ours)
     assert process.returncode == 0
-    assert out.decode().startswith("150 created, 0 updated, 0 unchanged, 0 refused, 0 done")
+    assert out.decode().startswith("150 created, 0 updated, 0 unchanged, 0 refused, 0 imported by an earlier run")
     assert "150/150" in shown.decode()
     assert "━" in shown.decode()

@@ -46,7 +46,7 @@ class Books:
         self.journals: list[Journal] = []
 
     async def balance(self, **options: Any) -> Balance:
-        found = await take_balance(self.rig.settings, self.ops, **{"patience": PATIENCE, **options})
+        found = await take_balance(self.rig.settings, self.ops, **{"timeout_seconds": PATIENCE, **options})
         wrong = [
             name
             for name in ("accepted", *PLACES)
@@ -228,7 +228,7 @@ async def test_of_a_lane_that_was_purged_every_change_is_named_with_its_trace_an
     await eventually(away, what="who is away", until=lambda found: found == ([] if management else ["management"]))
     await books.rig.publish(change(order(items=1)))
     await books.until(synced=1)
-    assert (await books.cli("ledger", "--all", "--patience", "1"))[0] == 0
+    assert (await books.cli("ledger", "--all", "--timeout", "1"))[0] == 0
     await books.rig.writer.stop()
     lost = [traced() for _ in range(2)]
     await books.rig.publish(*lost)
@@ -238,7 +238,7 @@ async def test_of_a_lane_that_was_purged_every_change_is_named_with_its_trace_an
     await books.another_writer().start()
     balance = await books.until(synced=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {one.id for one in lost}
-    patience = [] if management else ["--patience", "1"]
+    patience = [] if management else ["--timeout", "1"]
     code, out, _ = await books.cli("ledger", *patience)
     assert code == 1
     assert all(f"change {one.id} of {one.subject}" in out for one in lost), out
@@ -275,7 +275,7 @@ async def test_an_entry_that_is_gone_from_a_journal_is_named_and_so_is_one_that_
         db.execute("delete from entries where seq = 1")
     balance = await books.until(journaled=2, unexplained=1)
     assert [(one.change_id, one.seen_in) for one in balance.missing] == [(lost.id, "orders-1.sqlite")]
-    code, out, _ = await books.cli("ledger", "--patience", "1")
+    code, out, _ = await books.cli("ledger", "--timeout", "1")
     assert code == 1
     assert f"change {lost.id}" in out
     with sqlite3.connect(path) as db:
@@ -305,7 +305,7 @@ async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_
 
     loads = [asyncio.create_task(load()) for _ in range(3)]
     patience = 6.0
-    async with Ledger(books.rig.settings, books.ops, patience=patience) as ledger:
+    async with Ledger(books.rig.settings, books.ops, timeout_seconds=patience) as ledger:
 
         async def synced() -> int:
             balance = await ledger.look()
@@ -327,7 +327,7 @@ async def test_watching_reads_on_and_asks_for_nothing_twice(books: Books, monkey
     made = [change(order(items=1)) for _ in range(50)]
     await books.rig.publish(*made)
     await books.until(synced=50)
-    async with Ledger(books.rig.settings, books.ops, patience=PATIENCE) as ledger:
+    async with Ledger(books.rig.settings, books.ops, timeout_seconds=PATIENCE) as ledger:
         assert (await ledger.look()).synced == 50
         asked: list[int] = []
         settle = ledger._log.settle
@@ -368,7 +368,7 @@ async def test_what_the_mirror_alone_shows_as_pending_is_a_hint_and_no_more(
     one = change(state)
     await books.rig.mirror.keep_restaurant(restaurant, b"{}")
     await books.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
-    monkeypatch.setattr(sources, "_OLD", sources._OLD * 0)
+    monkeypatch.setattr(sources, "_MIN_PENDING_AGE", sources._MIN_PENDING_AGE * 0)
     found = await books.balance(mirror=books.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0
@@ -420,7 +420,7 @@ async def test_drain_brings_the_journal_of_an_instance_that_is_gone_to_postgres_
     await books.journals[0].append([(Lane.NORMAL, encode(dish))])
     code, _, err = await books.cli("journal", "drain", "--instance", "1")
     assert code == 1
-    assert "its instance lives" in err
+    assert "its instance runs" in err
     assert books.journals[0].depth == 301
     await books.journals[0].close()
     code, out, _ = await books.cli("journal", "drain", "--instance", "1")
@@ -442,7 +442,7 @@ async def test_drain_without_a_broker_keeps_everything_and_says_so(books: Books,
     books.rig.settings = books.rig.settings.model_copy(update={"rabbitmq_url": url})
     assert code == 1
     assert "0 changes published (none), 1 left" in out
-    assert "RabbitMQ does not take them" in err
+    assert "RabbitMQ does not accept them" in err
     await books.until(journaled=1)
 
 

@@ -139,7 +139,7 @@ async def test_status_shows_every_service_and_names_the_unavailable_one(system: 
         found = await eventually(status, what="orders", until=lambda seen: seen["orders"]["state"] == "ready")
     finally:
         system.env = env
-    assert found["notifier"]["state"] == "away"
+    assert found["notifier"]["state"] == "unavailable"
 
 
 async def test_documented_and_existing_metrics_are_the_same(system: System) -> None:

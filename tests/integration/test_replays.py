@@ -72,7 +72,7 @@ async def ended(rig: Rig, job: ReplayJob, *, within: float = 30.0) -> ReplayJob:
 
 
 async def outcomes(rig: Rig, job: ReplayJob) -> Sequence[ReplayItem]:
-    return await replay_jobs.letters(rig.database, job.id)
+    return await replay_jobs.items(rig.database, job.id)
 
 
 async def letter_of(rig: Rig, made: Change) -> FullDeadLetter:
@@ -135,7 +135,7 @@ async def test_a_replay_that_dies_again_is_the_same_letter_and_stops_its_job(kep
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1})
-    assert job.message is not None and "of the same again" in job.message
+    assert job.message is not None and "with the same cause again" in job.message
     [part] = await outcomes(kept, job)
     assert part.again is True
     assert part.detail is not None and part.detail.startswith("refused_by_postgres: CheckViolationError")
@@ -190,7 +190,7 @@ async def test_what_was_written_meanwhile_is_not_sent_again(kept: Rig) -> None:
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     [part] = await outcomes(kept, job)
-    assert (part.outcome, part.detail) == ("resolved", "it was written already")
+    assert (part.outcome, part.detail) == ("resolved", "it was already written")
 
 
 async def test_an_event_with_the_id_of_another_that_was_written_is_not_taken_for_it(kept: Rig) -> None:
@@ -269,7 +269,7 @@ async def test_a_replay_that_is_lost_on_the_way_fails_when_its_lane_is_known_to_
     await replays.stop()
     assert job.outcomes == {"failed": 1}
     [part] = await outcomes(rig, job)
-    assert part.detail is not None and "nothing has come of it" in part.detail
+    assert part.detail is not None and "no outcome was seen" in part.detail
     assert (await letter_of(rig, made)).status == "open"
 
 
@@ -438,7 +438,7 @@ async def test_a_job_of_a_worker_that_died_is_taken_over_and_what_it_had_begun_i
     )
     await rig.database.execute(
         "update dead_letters set status = 'replaying' where id in"
-        " (select letter_id from replay_job_items where position = 1)"
+        " (select dead_letter_id from replay_job_items where position = 1)"
     )
     await rig.database.execute("update replay_job_items set outcome = 'sending', at = now() where position = 1")
     await rig.writer.start()
@@ -533,16 +533,16 @@ async def test_a_dry_run_says_what_would_happen_and_nothing_of_it_stays(kept: Ri
     assert await tables(kept) == before
     said: dict[tuple[str | None, str | None], tuple[str | None, str | None]] = {}
     for part in await outcomes(kept, job):
-        letter = await dead_letter_store.one(kept.database, part.letter_id)
+        letter = await dead_letter_store.one(kept.database, part.dead_letter_id)
         assert letter is not None
         assert (letter.status, letter.revision) == ("open", 1)
         said[letter.change_id, letter.lane] = (part.outcome, part.detail)
     assert said[would_write.id, "critical"] == ("would_write", "version 1")
     assert said[would_write.id, None] == ("would_write", "version 1, into the mirror")
     assert said[superseded.id, "critical"][0] == "superseded"
-    assert "version 3 stands" in str(said[superseded.id, "critical"][1])
+    assert "the head is version 3" in str(said[superseded.id, "critical"][1])
     assert said[forked.id, "critical"] == ("would_write", "version 4, and opens a conflict")
-    assert said[first.id, "critical"] == ("superseded", "it is written already")
+    assert said[first.id, "critical"] == ("superseded", "it is already written")
     assert "no_forbidden" in str(said[refused.id, "critical"][1])
     assert "negative_amount" in str([detail for _, detail in said.values()])
     assert str(said[None, "critical"][1]).startswith("undecodable")

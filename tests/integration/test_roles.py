@@ -169,7 +169,7 @@ async def ours(system: System) -> Ours:
         # Both stores must have the data, so that the tests cover both.
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
     async with shop.system.database() as connection:
-        ids["letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
+        ids["dead_letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
         ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, shop.restaurant, ids["order_id"])
         ids["replay_id"] = await connection.fetchval(_REPLAY, hidden)
     return Ours(shop, ids, shown, hidden)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from services.sync.conflicts.decisions import event_between, holding
+from services.sync.conflicts.decisions import event_between, with_decision
 from shared.entities import inventory_item
 from shared.entities import order as orders
 from shared.entities.contract import encode
@@ -25,13 +25,13 @@ def plain(state: Order) -> dict[str, Any]:
 
 def chosen(present: Order, winner: Order, loser: Order) -> Order:
     """`present` after the operator has chosen the losing side."""
-    found: Order = holding(orders.ENTITY, present, kept=plain(loser), dropped=plain(winner), strict=True)
+    found: Order = with_decision(orders.ENTITY, present, kept=plain(loser), dropped=plain(winner), strict=True)
     return found
 
 
 def confirmed(present: Order, winner: Order, loser: Order) -> Order:
     """`present` after the operator has confirmed the winning side."""
-    found: Order = holding(orders.ENTITY, present, kept=plain(winner), dropped=plain(loser), strict=False)
+    found: Order = with_decision(orders.ENTITY, present, kept=plain(winner), dropped=plain(loser), strict=False)
     return found
 
 
@@ -98,9 +98,9 @@ def test_a_quantity_that_both_sides_changed_is_refused_or_kept() -> None:
     sides = [structs.replace(item, quantity=item.quantity + n, name=f"Flour {n}") for n in (5, 3)]
     winner, loser = (msgspec.json.decode(encode(side)) for side in sides)
     with pytest.raises(Conflict) as refused:
-        holding(inventory_item.ENTITY, sides[0], kept=loser, dropped=winner, strict=True)
+        with_decision(inventory_item.ENTITY, sides[0], kept=loser, dropped=winner, strict=True)
     assert (refused.value.error_code, refused.value.details["fields"]) == ("changed_since", ["quantity"])
-    after = holding(inventory_item.ENTITY, sides[0], kept=winner, dropped=loser, strict=False)
+    after = with_decision(inventory_item.ENTITY, sides[0], kept=winner, dropped=loser, strict=False)
     assert after == sides[0]
 
 

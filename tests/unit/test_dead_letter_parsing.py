@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sync.failures.dead_letter_store import NewDeadLetter
 from services.sync.failures.classification import Failure, FailureKind
+from services.sync.failures.dead_letter_store import NewDeadLetter
 from services.sync.failures.parsing import parse_dead_letters
 from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import Lane, encode

@@ -29,7 +29,7 @@ async def test_a_change_is_built_on_the_head_in_the_mirror_or_else_in_postgres(
 
 async def test_a_change_is_refused_while_the_mirror_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     stores(monkeypatch, OLD, NEW)
-    with pytest.raises(Unavailable, match="caught up"):
+    with pytest.raises(Unavailable, match="behind PostgreSQL"):
         await found()
 
 

@@ -67,7 +67,7 @@ async def test_each_line_becomes_an_order_or_is_refused_with_its_line_and_reason
         10: "total",
         11: "colour",
         12: "external_id",
-        13: "larger than 1,000,000 bytes",
+        13: "the row is larger than 1,000,000 bytes",
         14: "total",
     }
 
@@ -138,7 +138,7 @@ BAD_ITEMS = [
     ("a,Soup,1,620\na,Bread,two,450\nb,Soup,1,620\n", {2: "items[1].quantity: 'two'", 4: "b"}),
     ("a,Soup,1,6.20\nb,Soup,1,620\n", {2: "items[0].unit_price: '6.20'", 3: "b"}),
     ("a,Soup,1,620\na,Bread,1,450,extra\nb,Soup,1,620\n", {2: "line 3: more cells", 4: "b"}),
-    ("a,Soup,1,620\nb,Soup,1,620\na,Bread,1,450\n", {2: "a", 3: "b", 4: "an order whose rows do not follow"}),
+    ("a,Soup,1,620\nb,Soup,1,620\na,Bread,1,450\n", {2: "a", 3: "b", 4: "the rows of this order do not follow"}),
     (",Soup,1,620\n,Soup,1,620\n", {2: "external_id", 3: "external_id"}),
     ("a,,1,620\n", {2: "items[0].name"}),
     (

@@ -130,7 +130,7 @@ def test_the_screen_has_a_section_for_each_change_with_its_trace() -> None:
     assert "in PostgreSQL after 12.5 ms" in text
     assert f"trace {TRACE}" in text
     assert "trace unknown" in text
-    assert "made without a trace" in text
+    assert "this change has no trace" in text
     assert "sync-worker" in text
     assert "░" in text
     assert "█" in text
@@ -146,9 +146,9 @@ def test_a_failed_span_shows_its_error_before_its_note() -> None:
 
 
 def test_a_trace_of_the_order_is_shown_although_postgres_has_no_change_of_it() -> None:
-    text = shown(spans=WHOLE, missing=["PostgreSQL does not answer"])
+    text = shown(spans=WHOLE, missing=["PostgreSQL is unavailable"])
     assert f"not in PostgreSQL (yet)  trace {TRACE}" in text
-    assert "! PostgreSQL does not answer" in text
+    assert "! PostgreSQL is unavailable" in text
     assert OTHER_TRACE not in text
 
 
@@ -281,7 +281,7 @@ async def test_jaeger_gives_the_spans_of_the_order_and_of_the_linked_batches(jae
     assert (written.error, batch.error, root.error) == ("transient: gone", "changes_failed", None)
     assert batch.trace_id == OTHER_TRACE
     assert outline(lines_of(found.spans, SHORT)) == [(0, "POST /api/orders"), (1, "write order")]
-    assert "PostgreSQL does not answer" in found.missing[0]
+    assert "PostgreSQL is unavailable" in found.missing[0]
 
 
 async def test_a_jaeger_that_answers_garbage_is_named_and_hides_no_other_problem(jaeger: str) -> None:

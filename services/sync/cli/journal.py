@@ -1,5 +1,5 @@
-"""`ticketrail journal`: what lies in the journal of an instance of the orders service, and bringing it to the broker
-where that instance will not come back."""
+"""`ticketrail journal`: shows the journal of an instance of the orders service, and publishes its changes if that
+instance will not come back."""
 
 import asyncio
 import sqlite3
@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 from msgspec import Struct
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from services.sync.command_output import Column, console, print_table
 from services.sync.command_session import run
 from shared.entities.contract import Lane, encode, now
 from shared.messaging.publisher import InDoubt, NotSent
@@ -28,11 +28,21 @@ from shared.rail.salvage import Salvage
 from shared.rail.set_aside import files_aside, files_of, readable
 from shared.settings import Settings
 
-_SHOWN = 50
-_CONNECT_WITHIN = 10.0
+_MAX_LISTED = 50
+_CONNECT_TIMEOUT_SECONDS = 10.0
+_MAX_ATTEMPTS = 3
+_RETRY_PAUSE_SECONDS = 1.0
+_COLUMNS = (
+    Column("lane", optional=1),
+    Column("change", "id"),
+    Column("of", "id"),
+    Column("version", optional=3, right=True),
+    Column("waits", optional=2, right=True),
+    Column("bytes", optional=4, right=True),
+)
 
 
-class Waiting(Struct, frozen=True, kw_only=True):
+class WaitingEntry(Struct, frozen=True, kw_only=True):
     lane: str
     change_id: str
     subject: str
@@ -44,8 +54,8 @@ class Waiting(Struct, frozen=True, kw_only=True):
     trace_id: str | None
 
 
-class Broken(Struct, frozen=True, kw_only=True):
-    """An entry that is not whole: it is not sent."""
+class DamagedEntry(Struct, frozen=True, kw_only=True):
+    """An entry that is not intact. It is not published."""
 
     why: str
     lane: str | None
@@ -58,38 +68,38 @@ class Broken(Struct, frozen=True, kw_only=True):
 class JournalListing(Struct, frozen=True, kw_only=True):
     path: str
     held_by: str | None
-    """Who has the journal open; None: nobody."""
+    """The process that has the journal open; None if no process has."""
     file_damaged: str | None
-    """Why SQLite cannot read the file; what is listed was dug out of it."""
+    """Why SQLite cannot read the file. The entries listed were salvaged from it."""
     files_aside: list[str]
     count: int
     bytes: int
     lanes: dict[str, int]
     oldest_seconds: float | None
-    entries: list[Waiting]
-    damaged: list[Broken]
+    entries: list[WaitingEntry]
+    damaged: list[DamagedEntry]
 
 
 def _one_journal(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")(command)
-    command = click.option("--instance", type=click.IntRange(1), help="the number of its instance on this host")(
-        command
-    )
+    command = click.option("--instance", type=click.IntRange(1), help="number of the instance on this host")(command)
     return click.argument("path", required=False, type=click.Path(dir_okay=False, path_type=Path))(command)
 
 
 @click.group("journal")
 def journal_command() -> None:
-    """Look at a journal, or drain one whose instance will not come back. PATH, or --instance N."""
+    """Show a journal, or drain one whose instance will not come back. Give PATH or --instance N."""
 
 
 @journal_command.command("show")
 @_one_journal
-@click.option("--limit", type=click.IntRange(0), default=_SHOWN, show_default=True, help="entries to list; 0: all")
+@click.option(
+    "--limit", type=click.IntRange(0), default=_MAX_LISTED, show_default=True, help="number of entries; 0: all"
+)
 def show_command(path: Path | None, instance: int | None, as_json: bool, limit: int) -> None:
-    """What waits in it, the oldest first; also beside the instance that lives. Nothing is changed.
+    """Show the entries, oldest first. Changes nothing, and works while the instance runs.
 
-    Exit code 1 when something in it is damaged."""
+    Exit code 1 if something in the journal is damaged."""
     found = _look(_path_of(path, instance), limit)
     if as_json:
         click.echo(encode(found).decode())
@@ -102,10 +112,10 @@ def show_command(path: Path | None, instance: int | None, as_json: bool, limit: 
 @journal_command.command("drain")
 @_one_journal
 def drain_command(path: Path | None, instance: int | None, as_json: bool) -> None:
-    """Publish what waits in it, each entry gone when RabbitMQ has confirmed it. Refused while its instance lives, which
-    drains it itself.
+    """Publish all entries; each is removed after RabbitMQ confirmed it. Refused while the instance runs, which drains
+    its journal itself.
 
-    Exit code 1 when something is left, or is damaged and was not sent."""
+    Exit code 1 if entries are left, or are damaged and were not published."""
     done = run(_drain(Settings.load(), _path_of(path, instance)))
     if as_json:
         click.echo(encode(done).decode())
@@ -113,9 +123,9 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
         lanes = ", ".join(f"{count} {lane}" for lane, count in sorted(done["lanes"].items())) or "none"
         click.echo(f"{done['published']} changes published ({lanes}), {done['left']} left in {done['path']}")
         if done["aside"]:
-            click.echo(f"its file was damaged and was set aside: {', '.join(done['aside'])}", err=True)
+            click.echo(f"the file was damaged and set aside: {', '.join(done['aside'])}", err=True)
         if done["damaged"]:
-            click.echo(f"{done['damaged']} damaged entries were not sent; `journal show` names them", err=True)
+            click.echo(f"{done['damaged']} damaged entries were not published; `journal show` names them", err=True)
         if done["error"]:
             click.echo(f"stopped: {done['error']}", err=True)
     if done["left"] or done["damaged"]:
@@ -124,10 +134,10 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
 
 def _path_of(path: Path | None, instance: int | None) -> Path:
     if (path is None) is (instance is None):
-        raise click.UsageError("PATH or --instance, one of them")
+        raise click.UsageError("give either PATH or --instance")
     chosen = path or Settings.load().numbered(instance or 0).journal_path
     if not files_of(chosen):
-        raise click.ClickException(f"there is no journal {chosen}")
+        raise click.ClickException(f"no journal: {chosen}")
     return chosen
 
 
@@ -162,10 +172,10 @@ def _contents(path: Path) -> tuple[Contents, str | None]:
         return Contents(entries=entries, damaged=salvage.damaged()), str(error)
 
 
-def _waiting(lane: Lane, event: bytes, at: datetime) -> Waiting:
+def _waiting(lane: Lane, event: bytes, at: datetime) -> WaitingEntry:
     name = name_of(lane, event)
     age = None if name.accepted_at is None else round((at - name.accepted_at).total_seconds(), 1)
-    return Waiting(
+    return WaitingEntry(
         lane=lane.value,
         change_id=name.change_id,
         subject=name.subject,
@@ -178,9 +188,9 @@ def _waiting(lane: Lane, event: bytes, at: datetime) -> Waiting:
     )
 
 
-def _broken(one: Damaged) -> Broken:
+def _broken(one: Damaged) -> DamagedEntry:
     name = one.name or Name(entry="", lane=one.lane or "")
-    return Broken(
+    return DamagedEntry(
         why=one.why,
         lane=one.lane,
         change_id=name.change_id,
@@ -191,33 +201,33 @@ def _broken(one: Damaged) -> Broken:
 
 
 def _print(found: JournalListing) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(
-        f"{found.path}: {f'held by {found.held_by}' if found.held_by else 'nobody has it open'}", soft_wrap=True
+    screen = console()
+    screen.print(
+        f"{found.path}: {f'held by {found.held_by}' if found.held_by else 'no process has it open'}", soft_wrap=True
     )
     if found.file_damaged:
-        console.print(
-            f"[bold red]damaged[/]: {found.file_damaged}; this is what could be dug out of it", soft_wrap=True
-        )
+        screen.print(_damaged(f"{found.file_damaged}; this is what could be salvaged from it"), soft_wrap=True)
     if found.entries:
-        table = Table(box=None, pad_edge=False)
-        for title, right in (("lane", 0), ("change", 0), ("of", 0), ("version", 1), ("waits", 1), ("bytes", 1)):
-            table.add_column(title, justify="right" if right else "left", no_wrap=True)
-        for one in found.entries:
-            age = "" if one.age_seconds is None else f"{one.age_seconds:.0f} s"
-            change = one.change_id or "cannot be read"
-            table.add_row(one.lane, change, one.subject, str(one.version), age, str(one.bytes))
-        console.print(table)
+        rows = []
+        for waiting in found.entries:
+            age = "" if waiting.age_seconds is None else f"{waiting.age_seconds:.0f} s"
+            change = waiting.change_id or "unreadable"
+            rows.append((waiting.lane, change, waiting.subject, str(waiting.version), age, str(waiting.bytes)))
+        print_table(_COLUMNS, rows)
     if len(found.entries) < found.count:
-        console.print(f"… and {found.count - len(found.entries)} more; --limit 0 shows all")
+        screen.print(f"… and {found.count - len(found.entries)} more; --limit 0 shows all")
     lanes = ", ".join(f"{count} {lane}" for lane, count in sorted(found.lanes.items()))
     oldest = "" if found.oldest_seconds is None else f", the oldest for {found.oldest_seconds:.0f} s"
-    console.print(f"{found.count} changes wait{f' ({lanes})' if lanes else ''}, {found.bytes} bytes{oldest}")
+    screen.print(f"{found.count} changes wait{f' ({lanes})' if lanes else ''}, {found.bytes} bytes{oldest}")
     for bad in found.damaged:
-        named = f"change {bad.change_id} of {bad.subject}" if bad.change_id else "an entry without a name"
-        console.print(f"[bold red]damaged[/]: {named}: {bad.why}; trace {bad.trace_id or '-'}", soft_wrap=True)
+        named = f"change {bad.change_id} of {bad.subject}" if bad.change_id else "an entry without an id"
+        screen.print(_damaged(f"{named}: {bad.why}; trace {bad.trace_id or '-'}"), soft_wrap=True)
     for name in found.files_aside:
-        console.print(f"set aside: {name}", soft_wrap=True)
+        screen.print(f"set aside: {name}", soft_wrap=True)
+
+
+def _damaged(text: str) -> Text:
+    return Text.assemble(("damaged", "bold red"), f": {text}")
 
 
 # -- drain -----------------------------------------------------------------------------------------------------------
@@ -226,14 +236,14 @@ def _print(found: JournalListing) -> None:
 async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
     if ".corrupt-" in path.name:
         raise click.ClickException(
-            "this file was set aside: what is whole in it went on in the one that took its place"
+            "this file was set aside: its intact entries were moved to the file that replaced it"
         )
     try:
         lease = Lease.beside(path)
     except NumberTaken as error:
         raise click.ClickException(str(error)) from error
     if lease is None:
-        raise click.ClickException(f"its instance lives ({Lease.holder(path)}) and drains it itself: {path}")
+        raise click.ClickException(f"its instance runs ({Lease.holder(path)}) and drains it itself: {path}")
     with lease:
         before = set(files_aside(path))
         journal = Journal(path, instance=lease.number, max_bytes=settings.journal_max_bytes, lease=lease)
@@ -241,7 +251,7 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
         drainer = Drainer(journal, publisher)
         try:
             await journal.open()
-            await publisher.start(wait=_CONNECT_WITHIN)
+            await publisher.start(wait=_CONNECT_TIMEOUT_SECONDS)
             stopped = await _empty(journal, drainer)
         except JournalBroken as broken:
             raise click.ClickException(str(broken)) from broken
@@ -260,17 +270,17 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
 
 
 async def _empty(journal: Journal, drainer: Drainer) -> str:
-    """Why it was not emptied; empty when it was."""
-    tries = 0
+    """Publishes all entries. Returns why entries are left, or an empty text."""
+    failures = 0
     while journal.depth:
         try:
             await drainer.drain_some()
-            tries = 0
+            failures = 0
         except (NotSent, InDoubt) as error:
-            tries += 1
-            if tries == 3:
-                return f"RabbitMQ does not take them: {error}"
-            await asyncio.sleep(1.0)
+            failures += 1
+            if failures == _MAX_ATTEMPTS:
+                return f"RabbitMQ does not accept them: {error}"
+            await asyncio.sleep(_RETRY_PAUSE_SECONDS)
     return ""
 
 

@@ -1,27 +1,29 @@
-"""`ticketrail`: what operators and scripts run. Each command connects, does its work and says what it did."""
+"""The command `ticketrail`, for operators and scripts. Each command connects, does its work and says what it did."""
 
 import asyncio
 import contextlib
 import json
-import sys
 import time
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import click
 from aio_pika.abc import AbstractConnection
-from rich.console import Console
 from rich.live import Live
 
-from services.sync.cli import journal, status_screen, users, waterfall
-from services.sync.cli.menu import edit_dish
+from services.sync.cli import journal, orders, status_screen, users, waterfall
+from services.sync.cli.menu import dishes_between, edit_dish
+from services.sync.cli.orders import the_order
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
+from services.sync.command_output import console
 from services.sync.command_session import CommandSession, run
 from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
 from services.sync.conflicts import commands as conflict_commands
 from services.sync.dead_letters import commands as dead_letter_commands
+from services.sync.id_argument import RESTAURANT, full_id
 from services.sync.imports import commands as import_commands
 from services.sync.ledger import commands as ledger_commands
 from services.sync.maintenance import commands as maintenance_commands
@@ -40,13 +42,13 @@ from shared.version import VERSION
 
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
-_LOCK = 0x71636B75  # beside the one of the schema
+_TOPOLOGY_LOCK = 0x71636B75  # not the lock of the migrations
 _BROKER_READY_SECONDS = 60.0
 _MANAGEMENT_READY_SECONDS = 10.0
 
 
 class _Commands(click.Group):
-    """Reports a setting that cannot be used in one sentence, whichever command reads it."""
+    """Reports an invalid setting in one sentence, whichever command reads it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -72,7 +74,7 @@ def main(context: click.Context, wanted: str | None) -> None:
 
 @main.command("migrate")
 def migrate_command() -> None:
-    """Bring PostgreSQL and RabbitMQ to what this version needs. May be repeated."""
+    """Bring PostgreSQL and RabbitMQ to what this version needs. It can be repeated."""
     run(_migrate(Settings.load()))
 
 
@@ -82,7 +84,7 @@ async def _migrate(settings: Settings) -> None:
     created, epoch = await when_ready(
         settings.rabbitmq_url, lambda broker: _declare_topology(broker, settings), within=_BROKER_READY_SECONDS
     )
-    click.echo(f"topology: {'log made anew, ' if created else 'up to date, '}epoch {epoch}")
+    click.echo(f"topology: {'change log created, ' if created else 'up to date, '}epoch {epoch}")
     if settings.rabbitmq_management_url:
         try:
             await until_ready(
@@ -92,28 +94,28 @@ async def _migrate(settings: Settings) -> None:
                 within=_MANAGEMENT_READY_SECONDS,
                 what="the management API of RabbitMQ",
             )
-        except BrokerNotReady as error:  # operators then see depths alone, by AMQP
-            click.echo(f"{error}: its watcher was not made", err=True)
+        except BrokerNotReady as error:  # without the watcher operators see depths without rates
+            click.echo(f"{error}: its read-only user was not created", err=True)
 
 
 async def _declare_topology(broker: AbstractConnection, settings: Settings) -> tuple[bool, str]:
-    """Whether the log was made, and its epoch."""
+    """(whether the change log was created, its epoch)"""
     await declare.declare(broker, settings)
     database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
     try:
-        # Until the connection is closed: of two at once, the second finds the log that the first has made.
-        await database.execute("select pg_advisory_lock($1)", _LOCK)
+        # Held until the connection closes: of two migrations at once, the second finds the log of the first.
+        await database.execute("select pg_advisory_lock($1)", _TOPOLOGY_LOCK)
         created = not await declare.log_exists(broker)
         epoch = await present_epoch(database)
         if not created:
-            # Its readers know the log by the epoch that it carries; a database that was made anew, or came back
-            # from a backup, does not.
+            # Readers identify the log by the epoch in its heartbeats. A new database, or one from a backup, does not
+            # know that epoch.
             carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
             if carried is not None and carried != epoch:
                 epoch = carried
                 await database.execute(_NOTE_EPOCH, epoch)
         if epoch is None or created:
-            # Noted before the stream is made: a heartbeat may not carry an epoch that is over.
+            # Stored before the stream is created, because no heartbeat in it may carry an earlier epoch.
             epoch = uuid4().hex[:12]
             await database.execute(_NOTE_EPOCH, epoch)
         await declare.declare_logs(broker, settings, epoch)
@@ -122,21 +124,18 @@ async def _declare_topology(broker: AbstractConnection, settings: Settings) -> t
     return created, epoch
 
 
-def _console() -> Console:
-    """Wide enough for a waterfall where the output is a pipe or a container's, which have no width."""
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
 @main.command("seed")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def seed_command(as_json: bool) -> None:
-    """Make the demo restaurant: a menu, tables, a user for each role. May be repeated."""
+    """Create the demo restaurant: a menu, tables, a user for each role. It can be repeated."""
     settings = Settings.load()
     seeded = run(_seed(settings))
     if as_json:
         click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
     else:
-        click.echo(f"{seeded['restaurant_slug']}: {seeded['created']} new of {len(seeded['menu_item_ids'])} dishes")
+        click.echo(
+            f"{seeded['restaurant_slug']}: {seeded['created']} created; it has {len(seeded['menu_item_ids'])} dishes"
+        )
         click.echo(f"and {len(seeded['table_ids'])} tables; restaurant id {seeded['restaurant_id']}")
 
 
@@ -149,31 +148,34 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 
 @main.command("token")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="staff", show_default=True)
-@click.option("--restaurant", type=click.UUID, help="id of the restaurant; operators need none")
-@click.option("--user", type=click.UUID, help="id of the user; a new one by default")
+@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; operators need none")
+@click.option("--user", type=click.UUID, help="id of the user; default: a new id")
 @click.option("--email", default="")
-@click.option("--session", help="session of a customer")
-def token_command(role: str, restaurant: UUID | None, user: UUID | None, email: str, session: str | None) -> None:
+@click.option("--session", help="session of the customer")
+def token_command(role: str, restaurant: str | None, user: UUID | None, email: str, session: str | None) -> None:
     """Print a token that the services accept."""
     settings = Settings.load()
-    identity = Identity(str(user or uuid4()), Role(role), str(restaurant or ""), email, session)
+    identity = Identity(str(user or uuid4()), Role(role), restaurant or "", email, session)
     if identity.role is not Role.OPERATOR and restaurant is None:
-        raise click.UsageError("--restaurant is needed for this role")
+        raise click.UsageError("this role needs --restaurant")
     if identity.role is Role.CUSTOMER and not session:
-        raise click.UsageError("--session is needed for a customer")
+        raise click.UsageError("a customer needs --session")
     click.echo(Tokens.of(settings).issue(identity))
 
 
 @main.command("dish")
-@click.argument("restaurant", type=click.UUID)
-@click.argument("dish", type=click.UUID)
+@click.argument("restaurant", type=RESTAURANT)
+@click.argument("dish")
 @click.option("--price", type=click.IntRange(0, 10**12), help="minor units")
 @click.option("--available/--unavailable", default=None, help="whether it can be ordered")
-def dish_command(restaurant: UUID, dish: UUID, price: int | None, available: bool | None) -> None:
-    """Change a dish: its price, or whether it can be ordered now."""
+def dish_command(restaurant: str, dish: str, price: int | None, available: bool | None) -> None:
+    """Change a dish: its price, or whether it can be ordered.
+
+    RESTAURANT is an id, the beginning of an id, or a slug; DISH is an id or the beginning of one."""
     if price is None and available is None:
-        raise click.UsageError("--price, --available or --unavailable")
-    changed = run(_edit_dish(Settings.load(), str(restaurant), str(dish), price, available))
+        raise click.UsageError("give --price, --available or --unavailable")
+    dish_id = full_id(dish, "dish", partial(dishes_between, restaurant))
+    changed = run(_edit_dish(Settings.load(), restaurant, dish_id, price, available))
     click.echo(encode(changed).decode())
 
 
@@ -185,11 +187,11 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
 
 
 @main.command("status")
-@click.option("--watch", is_flag=True, help="draw it again until Ctrl-C")
+@click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option("--interval", type=click.FloatRange(0.2, 60), default=2.0, show_default=True, help="seconds")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def status_command(watch: bool, interval: float, as_json: bool) -> None:
-    """Show what every service says of itself now: rates, lags, depths, retries, connections."""
+    """Show the state of every service: rates, lags, depths, retries, connections."""
     urls = status_screen.urls_of(Settings.load())
     system = system_label()
     if not as_json:
@@ -201,7 +203,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
         if as_json:
             click.echo(encode({"system": system, **found}).decode())
         else:
-            _console().print(status_screen.screen(found))
+            console().print(status_screen.screen(found))
         return
     with Live(status_screen.screen({}), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -212,22 +214,26 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 
 
 @main.command("trace")
-@click.argument("order_id", type=click.UUID)
+@click.argument("order")
+@click.option("--restaurant", type=RESTAURANT, help="of an order number: id, prefix of an id, or slug")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
-def trace_command(order_id: UUID, as_json: bool) -> None:
-    """Show what happened to an order: the trace of each of its changes, and what waited where."""
-    found = run(find_traces(Settings.load(), str(order_id)))
-    if not (found.changes or found.letters or found.spans):
+def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:
+    """Show the trace of each change of ORDER, and where changes waited.
+
+    ORDER is an order number, an id, or the beginning of an id."""
+    order_id = the_order(order, restaurant)
+    found = run(find_traces(Settings.load(), order_id))
+    if not (found.changes or found.dead_letters or found.spans):
         for text in found.missing:
             click.echo(text, err=True)
         raise click.ClickException(
-            "no change, no dead letter and no trace of this order is known; what is on its way: ticketrail ledger"
+            "this order has no change, no dead letter and no trace; `ticketrail ledger` shows changes on their way"
         )
     if as_json:
-        click.echo(encode(waterfall.as_json(str(order_id), found)).decode())
+        click.echo(encode(waterfall.as_json(order_id, found)).decode())
     else:
-        console = _console()
-        console.print(waterfall.render(str(order_id), found, console.width))
+        screen = console()
+        screen.print(waterfall.render(order_id, found, screen.width))
 
 
 @main.command("asyncapi")
@@ -245,6 +251,7 @@ for command in (
     *ledger_commands.COMMANDS,
     *maintenance_commands.COMMANDS,
     *mirror_commands.COMMANDS,
+    *orders.COMMANDS,
     *users.COMMANDS,
 ):
     main.add_command(command)

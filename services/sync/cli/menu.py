@@ -1,4 +1,6 @@
-"""Changing a dish from the command line: read what stands, change it, commit it."""
+"""Changes a dish from the command line: reads its head, changes it, commits."""
+
+from uuid import UUID
 
 import msgspec
 
@@ -8,11 +10,21 @@ from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
-from shared.postgres.pool import Postgres
+from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
 
 _ENTITY = menu_item.ENTITY
+_BETWEEN = """
+select id::text, name from menu_items where restaurant_id = $1 and id between $2 and $3 order by id limit $4
+"""
+
+
+async def dishes_between(
+    restaurant: str, connection: Connection, first: UUID, last: UUID, limit: int
+) -> list[tuple[str, str]]:
+    """(id, name) of the dishes of a restaurant whose ids are from `first` to `last`, in order."""
+    return [tuple(row) for row in await connection.fetch(_BETWEEN, restaurant, first, last, limit)]
 
 
 async def edit_dish(
@@ -25,8 +37,8 @@ async def edit_dish(
     price: int | None = None,
     available: bool | None = None,
 ) -> MenuItem:
-    """Raises NotFound, Lost when another change came first, Unavailable while the mirror is cold."""
-    base, before = await _standing(postgres, mirror, restaurant, dish_id)
+    """Raises NotFound, ClaimLost if another change came first, Unavailable while the mirror is cold."""
+    base, before = await _head(postgres, mirror, restaurant, dish_id)
     at = now()
     after = msgspec.structs.replace(
         before,
@@ -40,7 +52,7 @@ async def edit_dish(
     return changed
 
 
-async def _standing(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Head, MenuItem]:
+async def _head(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Head, MenuItem]:
     _, (document,) = await mirror.read(restaurant, _ENTITY.name, [dish_id])
     if document is not None:
         return document.head, _ENTITY.decode_state(document.state)

@@ -1,7 +1,7 @@
-"""The demo restaurant: a menu, tables and one user for each role. Repeating it changes nothing.
+"""Creates the demo restaurant: a menu, tables and one user for each role. Repeating it changes nothing.
 
-Identity goes into PostgreSQL as plain rows; dishes and tables go the way of every change, through the rail. All ids
-come from names, so that a second seeding finds the first.
+Users are plain rows in PostgreSQL; dishes and tables are changes that are committed through the rail. All ids are
+derived from names, so that a second seeding finds the first one.
 """
 
 import contextlib
@@ -72,8 +72,8 @@ _INSERT_TERMINAL = (
 )
 
 
-def _made_of(secret: str, what: str, length: int) -> str:
-    return "demo-" + hashlib.sha256(f"{secret}/{what}".encode()).hexdigest()[:length]
+def _derived_secret(secret: str, purpose: str, length: int) -> str:
+    return "demo-" + hashlib.sha256(f"{secret}/{purpose}".encode()).hexdigest()[:length]
 
 
 def _id(*names: str) -> str:
@@ -82,21 +82,23 @@ def _id(*names: str) -> str:
 
 class Seeder:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres` as the writer role; `secret` makes the demo terminal's key and the password of the demo's users,
-        the same at every seeding."""
+        """`postgres` as the writer role. `secret`: the key of the demo terminal and the password of the demo users are
+        derived from it, so that they are the same at every seeding."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
         self._tokens = tokens
-        self._api_key = _made_of(secret, "demo-terminal", 40)
-        self._password = _made_of(secret, "demo-password", 20)
+        self._api_key = _derived_secret(secret, "demo-terminal", 40)
+        self._password = _derived_secret(secret, "demo-password", 20)
 
     async def seed(self) -> dict[str, Any]:
-        """What a script needs to use the demo: ids and tokens."""
+        """Returns the ids and tokens with which a script can use the demo."""
         restaurant, terminal = _RESTAURANT, _id("terminal")
         async with self._postgres.connection() as connection:
-            await self._identity(connection, restaurant, terminal)
-        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the mirror writer brings it with its next rebuild
+            await self._insert_accounts(connection, restaurant, terminal)
+        with contextlib.suppress(
+            MirrorUnavailable, MirrorInDoubt
+        ):  # the mirror writer adds it when it fills the mirror next
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         at = datetime(2026, 1, 1, tzinfo=UTC)
         dishes = [
@@ -123,10 +125,10 @@ class Seeder:
             )
             for label, seats in _TABLES
         ]
-        made = sum([await self._create(menu_item.ENTITY, dish) for dish in dishes])
-        made += sum([await self._create(table.ENTITY, one) for one in tables])
+        created = sum([await self._create(menu_item.ENTITY, dish) for dish in dishes])
+        created += sum([await self._create(table.ENTITY, one) for one in tables])
         return {
-            "created": made,
+            "created": created,
             "restaurant_id": restaurant.id,
             "restaurant_slug": restaurant.slug,
             "tokens": {role.value: self._tokens.issue(self._identity_of(role)) for role in Role},
@@ -137,7 +139,7 @@ class Seeder:
             "table_ids": [one.id for one in tables],
         }
 
-    async def _identity(self, connection: Connection, restaurant: Restaurant, terminal: str) -> None:
+    async def _insert_accounts(self, connection: Connection, restaurant: Restaurant, terminal: str) -> None:
         async with connection.transaction():
             await connection.execute(
                 _INSERT_RESTAURANT,
@@ -173,7 +175,7 @@ class Seeder:
         )
 
     async def _create(self, entity: Entity, state: Any) -> bool:
-        """False when it is there already, in whatever version."""
+        """Returns False if the entity exists already, in any version."""
 
         async def existing() -> tuple[Head, Any] | None:
             async with self._postgres.connection() as connection:

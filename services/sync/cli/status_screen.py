@@ -1,6 +1,6 @@
-"""`ticketrail status`: what the services' metrics and health say right now, on one screen.
+"""`ticketrail status`: metrics and health of all services on one screen.
 
-Rates and percentiles are of the interval between two scrapes. A service that does not answer is shown as away.
+Rates and percentiles cover the interval between two scrapes. A service that does not answer is shown as unavailable.
 """
 
 import json
@@ -20,29 +20,29 @@ from rich.text import Text
 from shared.settings import Settings
 from shared.version import USER_AGENT
 
-_TIMEOUT = 2.0
+_TIMEOUT_SECONDS = 2.0
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class ServiceSample(Struct):
-    """One service at one moment; no samples when it was away."""
+    """One service at one moment; without samples if it was unavailable."""
 
     url: str
     at: float
     state: str
-    """ready, not ready, or away"""
+    """ready, not ready, or unavailable"""
     health: dict[str, Any]
     samples: Samples
 
     def value(self, name: str, **labels: str) -> float:
-        """NaN when it is not there."""
+        """NaN if there is no such sample."""
         return self.samples.get((name, tuple(sorted(labels.items()))), math.nan)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of all series of a name that carry these labels."""
-        wanted = set(labels.items())
-        return sum(value for (found, has), value in self.samples.items() if found == name and wanted <= set(has))
+        """The sum of all series with this name and these labels."""
+        required = set(labels.items())
+        return sum(value for (found, has), value in self.samples.items() if found == name and required <= set(has))
 
     def by(self, name: str, label: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -53,7 +53,7 @@ class ServiceSample(Struct):
 
 
 def urls_of(settings: Settings) -> dict[str, str]:
-    """Where each service listens; with a `status_urls` setting those, for containers."""
+    """Service -> its URL. The setting `status_urls` replaces the defaults, for containers."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  (compared, not bound)
     own = {
         "orders": f"http://{host}:{settings.orders_port}",
@@ -75,11 +75,11 @@ def _look_at(url: str) -> ServiceSample:
     except urllib.error.HTTPError as error:
         health, state = _object(error.read()), "not ready"
     except (OSError, ValueError):
-        return ServiceSample(url, time.monotonic(), "away", {}, {})
+        return ServiceSample(url, time.monotonic(), "unavailable", {}, {})
     try:
         text = _get(f"{url}/metrics").decode()
     except OSError:
-        return ServiceSample(url, time.monotonic(), "away", health, {})
+        return ServiceSample(url, time.monotonic(), "unavailable", health, {})
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -91,7 +91,7 @@ def _look_at(url: str) -> ServiceSample:
 def _get(url: str) -> bytes:
 
     request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
         return bytes(reply.read())
 
 
@@ -103,11 +103,12 @@ def _object(body: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# -- what is said ------------------------------------------------------------------------------------------------
+# -- facts -----------------------------------------------------------------------------------------------------
 
 
 def percentile(before: ServiceSample, after: ServiceSample, name: str, share: float) -> float:
-    """Upper bound, in seconds, of the bucket in which this share of the interval's observations ends; NaN for none."""
+    """Upper bound, in seconds, of the bucket that contains this share of the interval's observations; NaN without
+    any."""
     grown = {
         float(bound): after.by(f"{name}_bucket", "le")[bound] - before.by(f"{name}_bucket", "le").get(bound, 0.0)
         for bound in after.by(f"{name}_bucket", "le")
@@ -119,15 +120,16 @@ def percentile(before: ServiceSample, after: ServiceSample, name: str, share: fl
 
 
 def facts(before: dict[str, ServiceSample], after: dict[str, ServiceSample]) -> dict[str, dict[str, Any]]:
-    """By service: what the screen shows, and `--json` prints. Seconds, counts, shares from 0 to 1; None: not known."""
+    """Service -> the facts that the screen shows and `--json` prints. Seconds, counts, shares from 0 to 1; None:
+    unknown."""
     found: dict[str, dict[str, Any]] = {}
     for name, seen in after.items():
         found[name] = {"state": seen.state, "url": seen.url}
         if seen.samples and before[name].samples:
-            said = {key: read(before[name], seen) for key, read in _FACTS[name].items()}
+            values = {key: read(before[name], seen) for key, read in _FACTS[name].items()}
             found[name] |= {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in said.items()
+                for key, value in values.items()
             }
     return found
 
@@ -213,10 +215,10 @@ def screen(found: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="Ticketrail", title_justify="left", show_lines=False, box=None, padding=(0, 2, 0, 0))
     for column in ("service", "what", "now"):
         table.add_column(column, style="bold" if column == "service" else "")
-    styles = {"ready": "green", "not ready": "yellow", "away": "red"}
-    for name, said in found.items():
-        table.add_row(name, Text(said["state"], style=styles[said["state"]]), said["url"])
-        for what, value in said.items():
+    styles = {"ready": "green", "not ready": "yellow", "unavailable": "red"}
+    for name, values in found.items():
+        table.add_row(name, Text(values["state"], style=styles[values["state"]]), values["url"])
+        for what, value in values.items():
             if what not in ("state", "url"):
                 table.add_row("", what, _text(value))
     return table

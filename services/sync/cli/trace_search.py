@@ -1,5 +1,5 @@
-"""Finding the traces of an order: its changes and dead letters in PostgreSQL, which keep the trace id, and their spans,
-from the services' files or from Jaeger. Either source may be missing: what the other knows is still found."""
+"""Finds the traces of an order: changes and dead letters in PostgreSQL, which have trace ids, and spans in trace files
+or Jaeger. If one source is unavailable, the other one still answers."""
 
 import asyncio
 import json
@@ -18,9 +18,9 @@ from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 from shared.version import USER_AGENT
 
-_TIMEOUT = 5.0
+_TIMEOUT_SECONDS = 5.0
 
-# By restaurant, so that the index on (restaurant, entity, entity id, version) serves.
+# Per restaurant, so that the index on (restaurant, entity, entity id, version) is used.
 _CHANGES = """
 select c.change_id::text, c.version, c.type, c.source, c.accepted_at, c.written_at, c.traceparent
 from restaurants r
@@ -29,7 +29,7 @@ order by c.version, c.change_id
 """
 
 
-_LETTERS = """
+_DEAD_LETTERS = """
 select d.id::text, d.change_id::text, d.version, d.type, d.queue, d.reason, d.error, d.status,
     d.last_failed_at, d.trace_id
 from restaurants r
@@ -53,7 +53,7 @@ class TracedChange(Struct):
 
 
 class DeadChange(Struct):
-    """A dead letter that is about the order."""
+    """A dead letter of the order."""
 
     id: str
     change_id: str | None
@@ -69,34 +69,34 @@ class DeadChange(Struct):
 
 class FoundTraces(Struct):
     changes: list[TracedChange]
-    """Those that PostgreSQL has; in order of their versions."""
+    """The changes in PostgreSQL, by version."""
     spans: list[SpanRow]
     missing: list[str]
-    """What could not be asked, for people."""
-    letters: list[DeadChange] = []
-    """The first failure first."""
+    """Sentences about sources that could not be asked."""
+    dead_letters: list[DeadChange] = []
+    """Oldest failure first."""
 
 
 class SearchFailed(Exception):
-    """The query API answers something else than traces."""
+    """The query API does not answer with traces."""
 
 
 async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
     missing: list[str] = []
     changes: list[TracedChange] = []
-    letters: list[DeadChange] = []
+    dead_letters: list[DeadChange] = []
     postgres = Postgres(settings.database_writer_url, settings, size=1)
     try:
         async with postgres.connection() as connection:
             changes = [TracedChange(**dict(row)) for row in await connection.fetch(_CHANGES, order_id)]
-            letters = [DeadChange(**dict(row)) for row in await connection.fetch(_LETTERS, order_id)]
+            dead_letters = [DeadChange(**dict(row)) for row in await connection.fetch(_DEAD_LETTERS, order_id)]
     except UNAVAILABLE as error:
         missing.append(
-            f"PostgreSQL does not answer ({str(error) or type(error).__name__}): what it has stored is not shown"
+            f"PostgreSQL is unavailable ({str(error) or type(error).__name__}): changes and dead letters are not shown"
         )
     finally:
         await postgres.close()
-    traced = [*(change.trace_id for change in changes), *(letter.trace_id for letter in letters)]
+    traced = [*(change.trace_id for change in changes), *(letter.trace_id for letter in dead_letters)]
     ids = list(dict.fromkeys(filter(None, traced)))
     if settings.trace_query_url:
         try:
@@ -108,11 +108,11 @@ async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
         spans = await asyncio.to_thread(_from_files, settings, ids, order_id)
         if not spans and not settings.traces_path.exists():
             missing.append(f"no trace files in {settings.traces_path}")
-    return FoundTraces(changes, spans, missing, letters)
+    return FoundTraces(changes, spans, missing, dead_letters)
 
 
 def _from_files(settings: Settings, ids: Sequence[str], order_id: str) -> list[SpanRow]:
-    # First whose request names the order: a change that PostgreSQL has not got yet is found by that alone.
+    # Spans of requests that name the order come first: they find changes that PostgreSQL does not have yet.
     named = read_spans(settings.traces_path, [order_id.encode()])
     own = (span.trace_id for span in named if span.attributes.get("ticketrail.order_id") == order_id)
     every = list(dict.fromkeys([*ids, *own]))
@@ -138,10 +138,10 @@ def _from_jaeger(url: str, ids: Sequence[str], order_id: str) -> list[SpanRow]:
 def _ask(url: str) -> list[dict[str, Any]]:
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
             answer = json.loads(reply.read())
     except urllib.error.HTTPError as error:
-        if error.code == 404:  # not sampled, or older than what is kept
+        if error.code == 404:  # not sampled, or older than the retention
             return []
         raise
     except ValueError as error:

@@ -1,5 +1,7 @@
-"""Users that the command line makes: operators, who belong to no restaurant and whom no route can make, and the first
-admin of a restaurant that was made some other way. Plain rows, no events."""
+"""Adds users from the command line: operators, whom no route can add, and the first admin of a restaurant.
+
+Users are plain rows without events.
+"""
 
 from uuid import uuid4
 
@@ -31,8 +33,9 @@ async def add_user(
     name: str = "",
     id_: str | None = None,
 ) -> str:
-    """`connection` as the writer role; `id_`: whose password stays if it has one. Returns the id. Raises Conflict when
-    the email is taken, NotFound when there is no such restaurant."""
+    """Adds a user and returns its id. `connection` as the writer role. `id_`: if this user exists, its password stays.
+
+    Raises Conflict if the email is taken, and NotFound if the restaurant does not exist."""
     id_ = id_ or str(uuid4())
     try:
         await connection.execute(_INSERT, id_, restaurant, email, name, role.value, hash_password(password))

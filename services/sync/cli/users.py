@@ -1,34 +1,34 @@
-"""`ticketrail user`: operators, and people of a restaurant, where no admin can add them through the API."""
+"""`ticketrail user`: adds operators, and users of a restaurant whom no admin can add through the API."""
 
 import sys
-from typing import Any
 
 import click
 
 from services.sync.cli.user_accounts import add_user, set_password
 from services.sync.command_session import connected, run
+from services.sync.id_argument import RESTAURANT
 from shared.security.tokens import Role
 from shared.settings import Settings
 
-_SHORTEST = 10
+_MIN_PASSWORD_CHARS = 10
 
 
 @click.group("user")
 def user_command() -> None:
-    """Add users, operators above all, and set passwords. Passwords are asked for, or read from standard input."""
+    """Add users, above all operators, and set passwords. A password is prompted for, or read from standard input."""
 
 
 @user_command.command("add")
 @click.argument("email")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="operator", show_default=True)
-@click.option("--restaurant", type=click.UUID, help="id of the restaurant; operators have none")
+@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; operators have none")
 @click.option("--name", default="")
-def add_command(email: str, role: str, restaurant: Any, name: str) -> None:
+def add_command(email: str, role: str, restaurant: str | None, name: str) -> None:
     """Add a user and print its id."""
     if (Role(role) is Role.OPERATOR) is (restaurant is not None):
-        raise click.UsageError("--restaurant is needed for all roles but operator, which has none")
+        raise click.UsageError("every role needs --restaurant, except operator, which has none")
     if "@" not in email:
-        raise click.UsageError("EMAIL is no address")
+        raise click.UsageError("EMAIL must be an email address")
 
     async def add() -> str:
         async with connected(settings, settings.database_writer_url) as connection:
@@ -37,7 +37,7 @@ def add_command(email: str, role: str, restaurant: Any, name: str) -> None:
                 email=email,
                 role=Role(role),
                 password=password,
-                restaurant=str(restaurant) if restaurant else None,
+                restaurant=restaurant,
                 name=name,
             )
 
@@ -48,7 +48,7 @@ def add_command(email: str, role: str, restaurant: Any, name: str) -> None:
 @user_command.command("password")
 @click.argument("email")
 def password_command(email: str) -> None:
-    """Set a user's password, and end all its sessions."""
+    """Set the password of a user and end all sessions of the user."""
 
     async def change() -> None:
         async with connected(settings, settings.database_writer_url) as connection:
@@ -63,8 +63,8 @@ def _password() -> str:
         found = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
         found = sys.stdin.readline().rstrip("\n")
-    if len(found) < _SHORTEST:
-        raise click.UsageError(f"a password has {_SHORTEST} characters at least")
+    if len(found) < _MIN_PASSWORD_CHARS:
+        raise click.UsageError(f"a password needs at least {_MIN_PASSWORD_CHARS} characters")
     return str(found)
 
 

@@ -1,4 +1,4 @@
-"""One order's traces as a waterfall: what ran where, from when to when, and what waited in between. Pure.
+"""Draws the traces of an order as a waterfall: which step ran where and when, and the waits between steps. Pure.
 
     POST /api/orders         orders        0.0     3.9 ms  ████████████
       claim                  orders        0.7     0.5 ms    ██
@@ -7,8 +7,7 @@
           · waits            critical.v1   3.4     6.6 ms            ░░░░░░░░░
           write order        sync-worker  10.0     4.0 ms                     ████
 
-Below the span that sent a change stand those that took it up; the time from the end of the one to the beginning of the
-other is a row of its own.
+The spans that consumed a change are below the span that sent it. The time between them is a row of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from services.sync.cli.trace_search import DeadChange, FoundTraces, TracedChange
 from services.sync.printable import printable
 from shared.observability.trace_files import SpanRow
 
-_LEAST_WAIT_NS = 100_000  # shorter ones say nothing
+_MIN_WAIT_NS = 100_000  # shorter waits are noise
 _CONSUMED = ("write ", "mirror ", "push ")
 
 
@@ -39,16 +38,16 @@ class Line(Struct):
 
 
 def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[Line]:
-    """The spans of one trace as lines in the order of a tree, earlier ones first, with what waited in between."""
+    """The spans of one trace as the lines of a tree, earliest first, with the waits between them."""
     mine = {span.span_id: span for span in spans if span.trace_id == trace_id}
     children: dict[str | None, list[SpanRow]] = {}
     for span in mine.values():
-        # A parent that was not kept: its children stand at the top.
+        # If the parent was not kept, its children are at the top level.
         children.setdefault(span.parent_id if span.parent_id in mine else None, []).append(span)
     lines: list[Line] = []
 
     def add(span: SpanRow, depth: int, after: SpanRow | None) -> None:
-        if after is not None and span.name.startswith(_CONSUMED) and span.start_ns - after.end_ns > _LEAST_WAIT_NS:
+        if after is not None and span.name.startswith(_CONSUMED) and span.start_ns - after.end_ns > _MIN_WAIT_NS:
             queue = str(span.attributes.get("messaging.destination.name", "")).removeprefix("sync.postgres.")
             lines.append(Line(depth, "· waits", queue, after.end_ns, span.start_ns, waits=True))
         lines.append(Line(depth, span.name, _service(span), span.start_ns, span.end_ns, _note(span), span.error))
@@ -65,28 +64,28 @@ def _service(span: SpanRow) -> str:
 
 
 def _note(span: SpanRow) -> str:
-    said = []
+    notes = []
     attributes = span.attributes
     if "ticketrail.message.changes" in attributes:
-        said.append(f"{attributes['ticketrail.message.changes']} in its message")
+        notes.append(f"{attributes['ticketrail.message.changes']} in its message")
     if "ticketrail.batch.changes" in attributes:
-        said.append(f"{attributes['ticketrail.batch.changes']} in its batch")
+        notes.append(f"{attributes['ticketrail.batch.changes']} in its batch")
     if "ticketrail.attempt" in attributes:
-        said.append(f"attempt {attributes['ticketrail.attempt']}")
+        notes.append(f"attempt {attributes['ticketrail.attempt']}")
     if attributes.get("ticketrail.from_journal"):
-        said.append("from the journal")
+        notes.append("from the journal")
     if "ticketrail.push.subscribers" in attributes:
-        said.append(f"to {attributes['ticketrail.push.subscribers']} subscribers")
+        notes.append(f"to {attributes['ticketrail.push.subscribers']} subscribers")
     if "http.response.status_code" in attributes:
-        said.append(str(attributes["http.response.status_code"]))
-    return ", ".join(said)
+        notes.append(str(attributes["http.response.status_code"]))
+    return ", ".join(notes)
 
 
-# -- on the screen -----------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------------------
 
 
 def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
-    """A part per change, in the order of their versions, then one per dead letter, then what is only in traces."""
+    """One part per change, by version, then one per dead letter, then traces that PostgreSQL does not know."""
     parts: list[RenderableType] = []
     shown: set[str] = set()
     for change in found.changes:
@@ -95,8 +94,8 @@ def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
         lines = lines_of(found.spans, trace) if trace else []
         shown.add(trace or "")
         parts.append(_table(lines, width) if lines else Text(f"  {_unsampled(change)}\n", style="dim"))
-    for letter in found.letters:
-        parts.append(_letter(letter))
+    for letter in found.dead_letters:
+        parts.append(_dead_letter(letter))
         if letter.trace_id and letter.trace_id not in shown:
             shown.add(letter.trace_id)
             if lines := lines_of(found.spans, letter.trace_id):
@@ -110,7 +109,7 @@ def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
 
 
 def as_json(order_id: str, found: FoundTraces) -> dict[str, Any]:
-    known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.letters}
+    known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.dead_letters}
     return {
         "order_id": order_id,
         "changes": [
@@ -130,7 +129,7 @@ def as_json(order_id: str, found: FoundTraces) -> dict[str, Any]:
                 **to_builtins(letter),
                 "spans": [span for span in found.spans if span.trace_id == letter.trace_id],
             }
-            for letter in found.letters
+            for letter in found.dead_letters
         ],
         "elsewhere": [
             {"trace_id": trace, "spans": [span for span in found.spans if span.trace_id == trace]}
@@ -154,7 +153,7 @@ def _headline(change: TracedChange) -> Text:
     )
 
 
-def _letter(letter: DeadChange) -> Text:
+def _dead_letter(letter: DeadChange) -> Text:
     version = f"  version {letter.version}" if letter.version else ""
     return Text.assemble(
         (printable(letter.type or "unreadable"), "bold"),
@@ -167,8 +166,8 @@ def _letter(letter: DeadChange) -> Text:
 
 def _unsampled(change: TracedChange) -> str:
     if change.trace_id is None:
-        return "made without a trace"
-    return "no spans: not sampled (TICKETRAIL_TRACE_SAMPLE), neither failed nor slow, or rotated away"
+        return "this change has no trace"
+    return "no spans: not sampled (TICKETRAIL_TRACE_SAMPLE) and neither failed nor slow, or already removed"
 
 
 def _table(lines: Sequence[Line], width: int) -> Table:

@@ -1,54 +1,64 @@
-"""`ticketrail conflicts`: changes of which only one can stand, on the command line, by the same functions as the API.
+"""`ticketrail conflicts`: lists, shows and decides conflicts, by the same functions as the API.
 
 Exit codes: 0 done; 1 it could not be done; 2 wrong usage.
 """
 
 import json
 from typing import Any
-from uuid import UUID
 
 import click
 import msgspec
-from rich.table import Table
 
+from services.sync.command_output import Column, ago, json_option, print_json, print_table
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
-from services.sync.conflicts.store import Side
-from services.sync.operator_session import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
+from services.sync.conflicts.store import Fork, Side
+from services.sync.id_argument import RESTAURANT, IdArgument, restaurant_slugs, the_only_one, whole_id
+from services.sync.operator_session import ROLE, actor, ask, with_rail
 from services.sync.printable import printable
+from shared.postgres.pool import Connection
+
+_CONFLICT = IdArgument("conflict", conflict_store.ids_between)
+_COLUMNS = (
+    Column("id", "id"),
+    Column("opened", optional=2),
+    Column("about", optional=1),
+    Column("entity id", "id"),
+    Column("restaurant", "text", optional=3),
+    Column("decided", "text", optional=4),
+)
 
 
 @click.group("conflicts")
 def conflicts_command() -> None:
-    """Changes of which only one can stand: look at both, and decide."""
+    """Conflicts: two changes of which only one can hold. Look at both, and decide."""
 
 
 @conflicts_command.command("list")
-@click.option("--restaurant", type=click.UUID)
+@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug")
 @click.option("--entity", help="such as order")
-@click.option("--all", "everything", is_flag=True, help="those that were decided too")
+@click.option("--all", "everything", is_flag=True, help="also those that are decided")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
-def list_command(restaurant: UUID | None, entity: str | None, everything: bool, limit: int, as_json: bool) -> None:
-    """List conflicts, the newest first."""
-    found = ask(
-        lambda connection: conflict_store.page(
-            connection,
-            restaurant_id=str(restaurant) if restaurant else None,
-            entity=entity,
-            is_open=None if everything else True,
-            limit=limit,
+def list_command(restaurant: str | None, entity: str | None, everything: bool, limit: int, as_json: bool) -> None:
+    """List conflicts, newest first."""
+
+    async def look(connection: Connection) -> tuple[list[Fork], dict[str, str]]:
+        found = await conflict_store.page(
+            connection, restaurant_id=restaurant, entity=entity, is_open=None if everything else True, limit=limit
         )
-    )
+        return found, await restaurant_slugs(connection, [conflict.restaurant_id for conflict in found])
+
+    found, slugs = ask(look)
     if as_json:
         print_json(found)
         return
-    table = Table("id", "opened", "about", "entity id", "restaurant", "decided", box=None, header_style="bold")
-    for one in found:
-        decided = f"{one.resolved_by}: {one.why}" if one.resolved_at else ""
-        cells = (one.id, ago(one.opened_at), f"{one.entity} v{one.version}", one.entity_id, one.restaurant_id, decided)
-        table.add_row(*map(printable, cells))
-    console().print(table)
+    rows = []
+    for conflict in found:
+        decided = f"{conflict.resolved_by}: {conflict.why}" if conflict.resolved_at else ""
+        about, slug = f"{conflict.entity} v{conflict.version}", slugs.get(conflict.restaurant_id, "")
+        rows.append((conflict.id, ago(conflict.opened_at), about, conflict.entity_id, slug, decided))
+    print_table(_COLUMNS, rows)
     click.echo(
         f"{len(found)} conflict{'' if len(found) == 1 else 's'}"
         + (" (there may be more: --limit)" if len(found) == limit else "")
@@ -56,11 +66,11 @@ def list_command(restaurant: UUID | None, entity: str | None, everything: bool, 
 
 
 @conflicts_command.command("show")
-@click.argument("conflict", type=click.UUID)
+@click.argument("conflict", type=_CONFLICT)
 @json_option
-def show_command(conflict: UUID, as_json: bool) -> None:
-    """Show both sides, and what differs between them."""
-    seen: ShownFork = ask(lambda connection: show(connection, str(conflict)))
+def show_command(conflict: str, as_json: bool) -> None:
+    """Show both sides of a conflict and how they differ."""
+    seen: ShownFork = ask(lambda connection: show(connection, conflict))
     if as_json:
         print_json(seen)
         return
@@ -71,39 +81,42 @@ def show_command(conflict: UUID, as_json: bool) -> None:
     for name, side in (("winner", seen.winner), ("loser", seen.loser)):
         click.echo(printable(f"{name + ':':8}{_headline(side)}"))
     if seen.head is not None:
-        click.echo(f"stands: {seen.head.change_id}  version {seen.head.version}")
-    table = Table("differs", "winner", "loser", box=None, header_style="bold")
-    for one in msgspec.to_builtins(seen.differs):
-        table.add_row(*map(printable, (one["path"], _value(one, "winner"), _value(one, "loser"))))
-    console().print(table)
+        click.echo(f"head:   {seen.head.change_id}  version {seen.head.version}")
+    # Lines, not a table: values can hold ids, which a narrow terminal would cut.
+    for leaf in msgspec.to_builtins(seen.differs):
+        click.echo(printable(f"differs: {leaf['path']}"))
+        for side_name in ("winner", "loser"):
+            click.echo(printable(f"  {side_name + ':':8}{_value(leaf, side_name)}"))
 
 
 def _headline(side: Side) -> str:
-    who = f" by {side.actor}" if side.actor else ""
+    actor_part = f" by {side.actor}" if side.actor else ""
     return (
-        f"{side.change_id}  {side.type}  version {side.version}  from {side.source}{who}"
+        f"{side.change_id}  {side.type}  version {side.version}  from {side.source}{actor_part}"
         f"  accepted {side.accepted_at:%F %T.%f}  trace {side.trace_id or 'unknown'}"
     )
 
 
-def _value(differs: dict[str, Any], side: str) -> str:
-    return json.dumps(differs[side], ensure_ascii=False) if side in differs else ""
+def _value(leaf: dict[str, Any], side: str) -> str:
+    return json.dumps(leaf[side], ensure_ascii=False) if side in leaf else "absent"
 
 
 @conflicts_command.command("resolve")
-@click.argument("conflict", type=click.UUID)
-@click.option("--keep", type=click.UUID, required=True, help="the change that holds: one of the two")
+@click.argument("conflict", type=_CONFLICT)
+@click.option("--keep", required=True, help="the change that holds: the id of one of the two, or its beginning")
 @click.option("--why", required=True, help="kept in the audit")
 @json_option
-def resolve_command(conflict: UUID, keep: UUID, why: str, as_json: bool) -> None:
-    """Decide which of the two changes holds. What was changed since then stays; payments of both sides count."""
+def resolve_command(conflict: str, keep: str, why: str, as_json: bool) -> None:
+    """Decide which of the two changes holds. Later changes stay; payments of both sides count."""
+    if whole_id(keep) is None:
+        fork = ask(lambda connection: conflict_store.one(connection, conflict))
+        sides = ((fork.change_id, ""), (fork.other_change_id, ""))
+        keep = the_only_one(keep, "side of the conflict", [side for side in sides if side[0].startswith(keep.lower())])
     done = with_rail(
-        lambda *parts: ConflictDecisions(*parts).resolve(
-            str(conflict), keep=str(keep), why=why, actor=actor(), role=ROLE
-        )
+        lambda *parts: ConflictDecisions(*parts).resolve(conflict, keep=keep, why=why, actor=actor(), role=ROLE)
     )
-    brought = f", by change {done.resolved_change_id}" if done.resolved_change_id else ""
-    print_json(done) if as_json else click.echo(f"resolved: {done.kept_change_id} holds{brought}")
+    committed = f", by change {done.resolved_change_id}" if done.resolved_change_id else ""
+    print_json(done) if as_json else click.echo(f"resolved: {done.kept_change_id} holds{committed}")
 
 
 COMMANDS = (conflicts_command,)

@@ -1,8 +1,8 @@
-"""Payments that a fork left out: of two states of an order that both claim a version one stands, and what was paid in
-the other is not in it. It is recorded anew, so that the order, its payment status and every store say what was paid.
+"""Restores payments that a fork left out: the losing state of an order can hold payments that the winner lacks.
 
-Only for orders with a conflict that was opened since the last look: nothing else loses a payment. The conflict stays
-open, for whatever else differs. Harmless when done twice or by two instances at once: a payment is known by its id.
+A new change adds them, so that the order, its payment status and every store have all payments. Only orders are looked
+at whose conflict was opened since the last look, because nothing else loses a payment. The conflict stays open for
+everything else that differs. Repeating it, or two instances at once, does no harm: a payment is identified by its id.
 """
 
 import itertools
@@ -26,9 +26,9 @@ from shared.rail.draft import Draft
 log = structlog.get_logger(__name__)
 
 _ENTITY = orders.ENTITY
-# Conflicts are opened by this very process: what it has not seen to before it ended is younger than that.
+# At the start: conflicts that the previous process opened and did not handle are younger than this.
 _LOOK_BACK = timedelta(days=7)
-# A conflict is dated when its transaction begins, and seen when that ends.
+# A conflict has the time at which its transaction began, but is visible only after its commit.
 _OVERLAP = timedelta(minutes=5)
 
 
@@ -40,34 +40,34 @@ class ForkedPayments:
         self._rail = rail
         self._since = now() - _LOOK_BACK
 
-    async def bring_back(self) -> int:
-        """Returns how many orders got payments back. Raises what the stores and the rail raise."""
+    async def restore(self) -> int:
+        """Returns how many orders had payments restored. Raises what the stores and the rail raise."""
         async with self._postgres.connection() as connection:
             looked_at: datetime = await connection.fetchval("select now()")
             found = await money.left_out(connection, self._since)
-        brought = 0
-        every = len(found) < money.MOST_LEFT_OUT
+        restored = 0
+        complete = len(found) < money.MOST_LEFT_OUT
         for (restaurant, order), rows in itertools.groupby(found, lambda row: (row["restaurant_id"], row["order_id"])):
             payments = tuple(_payment(row) for row in rows)
             try:
-                brought += await self._add(restaurant, order, payments)
+                restored += await self._add(restaurant, order, payments)
             except (ClaimLost, Unavailable):
-                every = False  # somebody changes the order at this moment, or the mirror is behind: next time
+                complete = False  # somebody changes the order now, or the mirror is behind: the next round tries again
             except InvalidInput as error:
-                log.error("forked_payments_not_brought_back", id=order, restaurant_id=restaurant, error=str(error))
-        if every:
+                log.error("forked_payments_not_restored", id=order, restaurant_id=restaurant, error=str(error))
+        if complete:
             self._since = looked_at - _OVERLAP
-        return brought
+        return restored
 
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
-        """False: they are there already, and on their way to PostgreSQL."""
+        """Returns False if the order already has them, on their way to PostgreSQL."""
         async with self._postgres.connection() as connection:
             found = await current_head(connection, self._mirror, _ENTITY, restaurant, id_)
         if found is None:
             return False
         base, order = found
-        known = {one.id for one in order.payments}
-        payments = (*order.payments, *(one for one in payments if one.id not in known))
+        known = {payment.id for payment in order.payments}
+        payments = (*order.payments, *(payment for payment in payments if payment.id not in known))
         if len(payments) == len(order.payments):
             return False
         at = max(now(), order.updated_at)

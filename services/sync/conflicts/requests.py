@@ -12,9 +12,9 @@ class ConflictsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     restaurant_id: UUID | None = None
     entity: Name | None = None
     entity_id: UUID | None = None
-    open: Annotated[bool, Meta(description="false: those that were decided")] = True
+    open: Annotated[bool, Meta(description="false: decided conflicts")] = True
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the previous page")] | None = None
 
 
 class ResolveConflict(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""/api/ops/conflicts: changes of which only one can stand, for operators. Admins see those of their own restaurant."""
+"""/api/ops/conflicts: conflicts for operators. Admins see those of their own restaurant."""
 
 from litestar.types import ASGIApp
 
@@ -21,7 +21,7 @@ _TAG = "Conflicts"
     "/api/ops/conflicts",
     action="conflicts.read",
     tag=_TAG,
-    summary="List conflicts, the newest first",
+    summary="List conflicts, newest first",
     query=ConflictsQuery,
     answer=Fork,
     many=True,
@@ -47,7 +47,7 @@ async def list_conflicts(request: Call) -> ASGIApp:
     "/api/ops/conflicts/{conflict_id:str}",
     action="conflicts.read",
     tag=_TAG,
-    summary="Show both sides of a conflict, and what differs between them",
+    summary="Show both sides of a conflict and how they differ",
     answer=ShownFork,
     errors=(404,),
 )
@@ -63,9 +63,9 @@ async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     action="conflicts.resolve",
     tag=_TAG,
     summary="Decide a conflict: which of the two changes holds",
-    description="What differs between the two, and stands as the other one had it, is given back by a new change. Where"
-    " somebody has changed a field since that the loser is to give back, the answer is 409 `changed_since`: change it"
-    " by hand, and keep the winner. Payments of both sides count in either case.",
+    description="A new change restores the fields in which the two differ and in which the entity has the value of the"
+    " other side. If such a field has a third value by now, the answer is 409 `changed_since`: change the entity by"
+    " hand, then keep the winner. Payments of both sides count in either case.",
     body=ResolveConflict,
     answer=Fork,
     errors=(404, 409, 504),

@@ -1,11 +1,12 @@
-"""Conflicts and who decided them: reading, and closing one. They are opened by `changes.py`, as pairs of changes that
-claim one version, or that were built on one change.
+"""Reads conflicts and closes them. `shared/postgres/changes.py` opens them, for two changes that claim one version or
+have one base.
 
-Connections: of the ops role; of the api role, inside `Postgres.tenant`, to read those of a restaurant.
+Connections: of the ops role; of the api role, inside `Postgres.tenant`, to read those of one restaurant.
 """
 
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +29,11 @@ where ($1::uuid is null or restaurant_id = $1) and ($2::text is null or entity =
 order by opened_at desc, id desc limit $7
 """  # noqa: S608
 _ONE = f"select {_COLUMNS} from conflicts where id = $1"  # noqa: S608
+_BETWEEN = """
+select id::text, concat_ws(' ', entity, entity_id, 'v' || version, case when resolved_at is null then 'open' else
+    'decided' end)
+from conflicts where id between $1 and $2 order by id limit $3
+"""
 _SIDES = """
 select change_id::text, version, type, source, actor, accepted_at, traceparent, (data->'after')::text as state
 from changes where restaurant_id = $1 and change_id = any($2::uuid[])
@@ -40,7 +46,7 @@ where id = $1 returning {_COLUMNS}
 
 
 class Fork(Struct, frozen=True, kw_only=True):
-    """Two changes of one entity that both were acknowledged and cannot both stand; open until it says otherwise."""
+    """Two accepted changes of one entity of which only one can hold. Open while `resolved_at` is None."""
 
     id: str
     restaurant_id: str
@@ -55,7 +61,7 @@ class Fork(Struct, frozen=True, kw_only=True):
     why: str | None
     kept_change_id: str | None
     resolved_change_id: str | None
-    """The change that made it hold; none where all of it stood when that was decided."""
+    """The change that enforced the decision; None if none was needed."""
 
 
 class Side(Struct, frozen=True, kw_only=True):
@@ -67,7 +73,7 @@ class Side(Struct, frozen=True, kw_only=True):
     accepted_at: datetime
     trace_id: str | None
     state: dict[str, Any]
-    """The whole state after this change."""
+    """The whole state after the change."""
 
     @property
     def head(self) -> Head:
@@ -84,8 +90,8 @@ async def page(
     before: tuple[datetime, str] | None = None,
     limit: int = 50,
 ) -> list[Fork]:
-    """The newest first. `is_open` None: decided ones too. Ask for one more than a page to know whether there is
-    another."""
+    """Newest first. `is_open` None: also decided ones. Ask for one row more than a page to learn whether there is
+    another page."""
     at, id_ = before or (None, None)
     rows = await connection.fetch(_LIST, restaurant_id, entity, entity_id, is_open, at, id_, limit)
     return [Fork(**row) for row in rows]
@@ -99,16 +105,21 @@ async def one(connection: Connection, id_: str) -> Fork:
     return Fork(**row)
 
 
+async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
+    """(id, a few words about it) of the conflicts whose ids are from `first` to `last`, in order."""
+    return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
+
+
 async def take(connection: Connection, id_: str) -> Fork:
-    """Locks it until the transaction ends: of two who decide the second is told. Raises NotFound, Conflict
-    (`conflict_resolved`)."""
+    """Locks an open conflict until the transaction ends. Raises NotFound, and Conflict (`conflict_resolved`) if
+    somebody has decided it."""
     row = await connection.fetchrow(f"{_ONE} for update", id_)
     if row is None:
         raise NotFound("no such conflict")
     found = Fork(**row)
     if found.resolved_at is not None:
         raise Conflict(
-            f"{found.resolved_by} has decided this conflict already",
+            f"{found.resolved_by} has already decided this conflict",
             code="conflict_resolved",
             kept_change_id=found.kept_change_id,
         )
@@ -133,7 +144,8 @@ async def resolve(
     actor: str,
     role: str,
 ) -> Fork:
-    """With its row in `audit`, in the caller's transaction. `change_id`: the change that was made for it, if any."""
+    """Closes it with a row in `audit`, in the caller's transaction. `change_id`: the change that enforces it, if
+    any."""
     (row,) = await connection.fetch(_RESOLVE, conflict.id, actor, why, keep, change_id)
     await audit.record(
         connection,

@@ -1,7 +1,7 @@
-"""What operators do to a dead letter, each with its row in `audit`: discard, restore, replace by an edit.
+"""Discards, restores and replaces dead letters, each action with its row in `audit`.
 
-All of it by the ops role, in a transaction of the caller's, so that an act and its audit stand or fall together. Each
-says which revision of the letter was seen: when it has moved on meanwhile, Conflict `dead_letter_changed`.
+Runs as the ops role in the caller's transaction, so that an action and its audit row are committed together. Each
+action names the revision that the operator saw; an outdated revision raises Conflict `dead_letter_changed`.
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,30 @@ update dead_letters set status = 'open', why = null, closed_at = null, revision 
 _REPLACE = """
 update dead_letters set status = 'resolved', replaced_by = $2, closed_at = now(), revision = revision + 1 where id = $1
 """
-_KEEP_EDIT = """
-insert into dead_letter_edits (letter_id, actor, why, event, difference, change_id)
+_STORE_EDIT = """
+insert into dead_letter_edits (dead_letter_id, actor, why, event, difference, change_id)
 values ($1, $2, $3, $4::json, $5::json, $6)
 """
 
 
 async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> FullDeadLetter:
-    """Locks the letter until the transaction ends, when it is still as it was seen and open (or of that other status).
-    Raises NotFound, and Conflict: `dead_letter_changed`, or `letter_not_open` (`letter_not_discarded`)."""
+    """Locks the dead letter until the transaction ends. It must have this revision and status.
+
+    Raises NotFound, and Conflict: `dead_letter_changed`, `dead_letter_not_open` or `dead_letter_not_discarded`."""
     found = await connection.fetchrow(_LOCK, id_)
     if found is None:
         raise NotFound("no such dead letter")
     if found["revision"] != revision:
         raise Conflict(
-            "this letter has changed since it was read: look at it again",
+            "this dead letter has changed since you read it; read it again",
             code="dead_letter_changed",
             revision=found["revision"],
             status=found["status"],
         )
     if found["status"] != status:
-        raise Conflict(f"this letter is {found['status']}", code=f"letter_not_{status}", status=found["status"])
+        raise Conflict(
+            f"this dead letter is {found['status']}", code=f"dead_letter_not_{status}", status=found["status"]
+        )
     letter = await dead_letter_store.one(connection, id_)
     assert letter is not None
     return letter
@@ -55,7 +58,8 @@ async def take(connection: Connection, id_: str, *, revision: int, status: str =
 async def discard(
     connection: Connection, id_: str, *, revision: int, why: str, actor: str, role: str, replaced_by: str | None = None
 ) -> DeadLetter:
-    """open -> discarded. `replaced_by`: the change that takes back what the mirror shows of it. Raises as `take`."""
+    """open -> discarded. `replaced_by`: the change that takes back what the mirror shows of it. Raises what `take`
+    raises."""
     letter = await take(connection, id_, revision=revision)
     await connection.execute(_DISCARD, id_, why, replaced_by)
     details = {"replaced_by": replaced_by} if replaced_by else {}
@@ -65,7 +69,7 @@ async def discard(
 async def restore(
     connection: Connection, id_: str, *, revision: int, why: str | None, actor: str, role: str
 ) -> DeadLetter:
-    """discarded -> open. Raises as `take`."""
+    """discarded -> open. Raises what `take` raises."""
     letter = await take(connection, id_, revision=revision, status="discarded")
     await connection.execute(_RESTORE, id_)
     return await _done(connection, letter, "restore", why, actor, role, {})
@@ -83,17 +87,17 @@ async def replace(
     actor: str,
     role: str,
 ) -> DeadLetter:
-    """open -> resolved by an edit, which is kept beside it. Raises as `take`."""
+    """open -> resolved by an edit, which is stored too. Raises what `take` raises."""
     letter = await take(connection, id_, revision=revision)
     await connection.execute(_REPLACE, id_, change_id)
-    await connection.execute(_KEEP_EDIT, id_, actor, why, _json(event), _json(difference), change_id)
+    await connection.execute(_STORE_EDIT, id_, actor, why, _json(event), _json(difference), change_id)
     return await _done(connection, letter, "edit", why, actor, role, {"change_id": change_id})
 
 
 async def _done(
     connection: Connection,
     before: DeadLetter,
-    act: str,
+    action: str,
     why: str | None,
     actor: str,
     role: str,
@@ -103,7 +107,7 @@ async def _done(
         connection,
         actor=actor,
         role=role,
-        action=f"dead_letter.{act}",
+        action=f"dead_letter.{action}",
         target=f"dead_letter/{before.id}",
         restaurant_id=before.restaurant_id,
         why=why,

@@ -1,6 +1,6 @@
 """`ticketrail dlq`: dead letters on the command line, by the same functions as the API.
 
-Exit codes: 0 done; 1 it could not be done, or a replay did not bring every letter through; 2 wrong usage.
+Exit codes: 0 done; 1 it could not be done, or a replay did not write every dead letter; 2 wrong usage.
 """
 
 import asyncio
@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
-from uuid import UUID
 
 import click
 import msgspec
 from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
+from services.sync.command_output import Column, ago, json_option, print_json, print_table
 from services.sync.command_session import connected, run
 from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
@@ -28,37 +27,60 @@ from services.sync.dead_letters.editing import event_in
 from services.sync.dead_letters.repairs import DeadLetterRepairs
 from services.sync.dead_letters.replay_jobs import ReplayJob
 from services.sync.dead_letters.requests import DeadLetterFilter
-from services.sync.dead_letters.store import DeadLetterGroup, DeadLetterQuery
+from services.sync.dead_letters.store import DeadLetterGroup, DeadLetterQuery, FullDeadLetter
 from services.sync.dead_letters.view import dead_letter_view
 from services.sync.difference import difference
-from services.sync.operator_session import ROLE, actor, ago, ask, console, json_option, print_json, with_rail
+from services.sync.id_argument import RESTAURANT, IdArgument
+from services.sync.operator_session import ROLE, actor, ask, with_rail
 from services.sync.printable import printable
 from shared.entities.contract import encode
 from shared.errors import NotFound
 from shared.postgres.pool import Connection
 from shared.settings import Settings
 
+_DEAD_LETTER = IdArgument("dead letter", dead_letter_store.ids_between)
+_REPLAY_JOB = IdArgument("replay job", replay_jobs.ids_between)
+_LIST_COLUMNS = (
+    Column("id", "id"),
+    Column("failed", optional=1),
+    Column("deaths", optional=3, right=True),
+    Column("status", optional=2),
+    Column("about", "text"),
+    Column("error", "text"),
+)
+_GROUP_COLUMNS = (
+    Column("fingerprint", "id"),
+    Column("count", right=True),
+    Column("open", right=True),
+    Column("first", optional=2),
+    Column("last", optional=1),
+    Column("24 h", optional=3),
+    Column("reason", "text"),
+    Column("place", "text"),
+)
 _BARS = " ▁▂▃▄▅▆▇█"
-_PIECE = 200
+_EXPORT_PAGE_SIZE = 200
+_MAX_LISTED_ITEMS = 20
+_FOLLOW_INTERVAL_SECONDS = 0.3
 
 
 @click.group("dlq")
 def dlq_command() -> None:
-    """Dead letters: look at them, replay, mend, discard."""
+    """Dead letters: list, show, replay, edit, discard and restore them."""
 
 
-# -- which letters, and how it is printed ------------------------------------------------------------------------
+# -- filters -----------------------------------------------------------------------------------------------------
 
 
 def _filters(command: Callable[..., None]) -> Callable[..., None]:
     options = (
-        click.option("--queue", help="the dead queue"),
-        click.option("--fingerprint", help="what they died of: `dlq groups` lists them"),
+        click.option("--queue", help="the dead-letter queue"),
+        click.option("--fingerprint", help="from `dlq groups`"),
         click.option("--reason", help="such as contract_broken"),
         click.option("--entity", help="such as order"),
-        click.option("--restaurant", type=click.UUID),
+        click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug"),
         click.option("--status", type=click.Choice(dead_letter_store.STATUSES), multiple=True),
-        click.option("--since", type=click.FloatRange(0), help="failed within so many hours"),
+        click.option("--since", type=click.FloatRange(0), help="failed within this many hours"),
         click.option("--text", help="in the error, the place or the body"),
     )
     for option in reversed(options):
@@ -66,19 +88,19 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _query(status: Sequence[str], since: float | None, ids: Sequence[UUID] = (), **filters: Any) -> DeadLetterQuery:
+def _query(status: Sequence[str], since: float | None, ids: Sequence[str] = (), **filters: Any) -> DeadLetterQuery:
     """By the API's own filter. Here several statuses can be given."""
     failed_from = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     filters["restaurant_id"] = filters.pop("restaurant")
-    query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(str(id_) for id_ in ids))
+    query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(ids))
     return structs.replace(query, statuses=tuple(status))
 
 
-def _letters(n: int, kind: str = "") -> str:
-    return f"{n} {kind}letter{'' if n == 1 else 's'}"
+def _count(n: int, kind: str = "") -> str:
+    return f"{n} {kind}dead letter{'' if n == 1 else 's'}"
 
 
-# -- looking -----------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 @dlq_command.command("list")
@@ -86,44 +108,44 @@ def _letters(n: int, kind: str = "") -> str:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
 def list_command(limit: int, as_json: bool, **filters: Any) -> None:
-    """List dead letters, the newest failure first."""
-    wanted = _query(**filters)
-    found = ask(lambda connection: dead_letter_store.page(connection, wanted, limit=limit))
+    """List dead letters, newest failure first."""
+    query = _query(**filters)
+    found = ask(lambda connection: dead_letter_store.page(connection, query, limit=limit))
     if as_json:
         print_json(found)
         return
-    table = Table("id", "failed", "deaths", "status", "about", "error", box=None, header_style="bold")
-    for one in found:
-        about = f"{one.entity or '?'} v{one.version}" if one.version else (one.entity or "unreadable")
-        cells = (one.id, ago(one.last_failed_at), str(one.deaths), one.status, about, one.error[:90])
-        table.add_row(*map(printable, cells))
-    console().print(table)
-    click.echo(_letters(len(found)) + (" (there may be more: --limit)" if len(found) == limit else ""))
+    rows = []
+    for letter in found:
+        about = f"{letter.entity or '?'} v{letter.version}" if letter.version else (letter.entity or "unreadable")
+        rows.append((letter.id, ago(letter.last_failed_at), str(letter.deaths), letter.status, about, letter.error))
+    print_table(_LIST_COLUMNS, rows)
+    click.echo(_count(len(found)) + (" (there may be more: --limit)" if len(found) == limit else ""))
 
 
 @dlq_command.command("groups")
 @_filters
 @json_option
 def groups_command(as_json: bool, **filters: Any) -> None:
-    """Dead letters by what they died of, the most first."""
-    wanted = _query(**filters)
-    found = ask(lambda connection: dead_letter_store.groups(connection, wanted))
+    """Group dead letters by cause, largest group first."""
+    query = _query(**filters)
+    found = ask(lambda connection: dead_letter_store.groups(connection, query))
     if as_json:
         print_json(found)
         return
-    table = Table("fingerprint", "count", "open", "first", "last", "24 h", "reason", "place", box=None)
-    for one in found:
-        table.add_row(
-            one.fingerprint,
-            str(one.count),
-            str(one.open),
-            ago(one.first_failed_at),
-            ago(one.last_failed_at),
-            _sparkline(one),
-            printable(one.reason),
-            printable(one.place),
+    rows = [
+        (
+            group.fingerprint,
+            str(group.count),
+            str(group.open),
+            ago(group.first_failed_at),
+            ago(group.last_failed_at),
+            _sparkline(group),
+            group.reason,
+            group.place,
         )
-    console().print(table)
+        for group in found
+    ]
+    print_table(_GROUP_COLUMNS, rows)
 
 
 def _sparkline(group: DeadLetterGroup) -> str:
@@ -132,12 +154,11 @@ def _sparkline(group: DeadLetterGroup) -> str:
 
 
 @dlq_command.command("show")
-@click.argument("letter", type=click.UUID)
+@click.argument("dead_letter", type=_DEAD_LETTER)
 @json_option
-def show_command(letter: UUID, as_json: bool) -> None:
-    """Show a dead letter with all that is known of it."""
-
-    seen = ask(lambda connection: dead_letter_view(connection, str(letter), operator=True))
+def show_command(dead_letter: str, as_json: bool) -> None:
+    """Show a dead letter with everything that is known of it."""
+    seen = ask(lambda connection: dead_letter_view(connection, dead_letter, operator=True))
     if as_json:
         print_json(seen)
         return
@@ -145,34 +166,38 @@ def show_command(letter: UUID, as_json: bool) -> None:
 
 
 def _lines(plain: dict[str, Any]) -> Iterator[str]:
-    for name, value in plain["letter"].items():
+    for name, value in plain["dead_letter"].items():
         if value is not None:
             yield f"{name + ':':18}{value}"
     for attempt in plain["attempts"]:
         yield f"{'attempt:':18}{attempt['at']}  {attempt['reason']}  {attempt['error']}  ({attempt['place']})"
-    for act in plain["actions"]:
-        yield f"{'action:':18}{act['at']}  {act['action']} by {act['actor']}  {act['why'] or ''}"
+    for action in plain["actions"]:
+        yield f"{'action:':18}{action['at']}  {action['action']} by {action['actor']}  {action['why'] or ''}"
     for edit in plain["edits"]:
-        for one in edit["difference"]:
-            yield f"{'edited:':18}{one['path']}: {one.get('before')} → {one.get('after')}"
+        for leaf in edit["difference"]:
+            yield f"{'edited:':18}{leaf['path']}: {leaf.get('before')} → {leaf.get('after')}"
+    for replay in plain["replays"]:
+        job, item = replay["job"], replay["item"]
+        yield f"{'replay:':18}{job['created_at']}  {job['kind']} {job['id']}: {item['outcome'] or 'waiting'}"
     yield json.dumps(plain["event"], indent=2, ensure_ascii=False) if plain["event"] is not None else plain["body"]
 
 
 @dlq_command.command("export")
 @_filters
-@click.option("--out", type=click.Path(dir_okay=False), help="a file; by default standard output")
+@click.option("--out", type=click.Path(dir_okay=False), help="a file; default: standard output")
 def export_command(out: str | None, **filters: Any) -> None:
-    """Write letters as JSON lines, each whole, its body in base64 as received."""
-    wanted = _query(**filters)
+    """Write dead letters as JSON lines, with everything; the body is in base64, exactly as received."""
+    query = _query(**filters)
 
     async def write(connection: Connection, file: IO[bytes]) -> int:
-        # One at a time: a body may have 16 MB. As of one moment: what dies again meanwhile would move to the front.
+        # One at a time, because a body can have 16 MB. In one snapshot, because a dead letter that fails again during
+        # the export would move to the front.
         written = 0
         before: tuple[datetime, str] | None = None
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            while page := await dead_letter_store.page(connection, wanted, before=before, limit=_PIECE):
-                for one in page:
-                    whole = await dead_letter_store.one(connection, one.id)
+            while page := await dead_letter_store.page(connection, query, before=before, limit=_EXPORT_PAGE_SIZE):
+                for letter in page:
+                    whole = await dead_letter_store.one(connection, letter.id)
                     assert whole is not None
                     plain = msgspec.to_builtins(whole)
                     _put(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
@@ -183,51 +208,53 @@ def export_command(out: str | None, **filters: Any) -> None:
     if out is None:
         ask(lambda connection: write(connection, sys.stdout.buffer))
         return
-    # Whole or not at all: half an export must not be taken for one. A pipe or a device is written as it is.
+    # Renamed when complete, so that nobody takes part an export for a whole one. A pipe or a device has no other name.
     target = Path(out).resolve()
-    half = target.with_name(f"{target.name}.part") if target.is_file() or not target.exists() else target
+    part = target.with_name(f"{target.name}.part") if target.is_file() or not target.exists() else target
     try:
-        with half.open("wb") as file:
+        with part.open("wb") as file:
             written = ask(lambda connection: write(connection, file))
-        if half != target:
-            half.replace(target)
+        if part != target:
+            part.replace(target)
     except OSError as error:
         raise click.FileError(out, error.strerror) from error
     finally:
-        if half != target:
-            half.unlink(missing_ok=True)
-    click.echo(f"{_letters(written)} in {out}")
+        if part != target:
+            part.unlink(missing_ok=True)
+    click.echo(f"{_count(written)} in {out}")
 
 
 def _put(file: IO[bytes], line: bytes) -> None:
-    """Told here: further out it would be taken for a backend that does not answer."""
+    """Reports errors of the file here: `run` would report them as a backend that does not answer."""
     try:
         file.write(line)
         file.flush()
-    except BrokenPipeError:  # who reads it has seen enough; the interpreter flushes once more at its end
+    except BrokenPipeError:  # the reader has closed it, and the interpreter flushes again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         raise click.FileError(file.name, error.strerror) from error
 
 
-# -- acting ------------------------------------------------------------------------------------------------------
+# -- actions -----------------------------------------------------------------------------------------------------
 
 
 @dlq_command.command("replay")
-@click.argument("letters", type=click.UUID, nargs=-1)
+@click.argument("dead_letters", type=_DEAD_LETTER, nargs=-1)
 @_filters
 @click.option(
-    "--dry-run", is_flag=True, help="execute each in a transaction that is rolled back, and say what would be"
+    "--dry-run", is_flag=True, help="write each in a transaction that is rolled back, and say what would happen"
 )
 @click.option("--yes", is_flag=True, help="do not ask")
-@click.option("--detach", is_flag=True, help="do not wait for it")
+@click.option("--detach", is_flag=True, help="do not wait for the end")
 @click.option("--canary/--no-canary", default=True, show_default=True, help="1, then 10, then the rest")
-@click.option("--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="letters a second")
+@click.option(
+    "--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="dead letters per second"
+)
 @click.option("--why", help="kept in the audit")
 @json_option
 def replay_command(
-    letters: Sequence[UUID],
+    dead_letters: Sequence[str],
     dry_run: bool,
     yes: bool,
     detach: bool,
@@ -237,26 +264,26 @@ def replay_command(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Replay LETTERS, or all that are open and match the filters: plan first, then a job in the worker.
+    """Replay DEAD_ITEMS, or all open ones that match the filters: shows the plan, then starts a job in the worker.
 
-    Exit code 1 when not every letter came through, one that was named is not open, or the job stopped by itself."""
-    wanted = _query(**filters, ids=letters)
-    if wanted == DeadLetterQuery():
-        raise click.UsageError("name letters, or a filter such as --fingerprint or --status open")
-    plan = ask(lambda connection: replay_jobs.plan(connection, wanted))
+    Exit code 1 if not every dead letter was written, a named one is not open, or the job stopped by itself."""
+    query = _query(**filters, ids=dead_letters)
+    if query == DeadLetterQuery():
+        raise click.UsageError("name dead letters, or a filter such as --fingerprint or --status open")
+    plan = ask(lambda connection: replay_jobs.plan(connection, query))
     asks = plan.total > 0 and not dry_run and not yes
     if asks or not as_json:
-        # In front of a question also with --json; there the output is for the script alone.
+        # With --json standard output is for the script alone, so the plan goes to standard error before the question.
         where = "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items())
-        click.echo(f"{_letters(plan.total, 'open ')}{where}", err=as_json)
+        click.echo(f"{_count(plan.total, 'open ')}{where}", err=as_json)
     for id_ in plan.absent:
-        click.echo(f"{id_} is not there, or not open", err=True)
+        click.echo(f"{id_} does not exist or is not open", err=True)
     if asks:
         click.confirm("Replay them?", abort=True, err=as_json)
     job = ask(
         lambda connection: replay_jobs.make(
             connection,
-            wanted,
+            query,
             kind="dry_run" if dry_run else "replay",
             actor=actor(),
             role=ROLE,
@@ -267,18 +294,18 @@ def replay_command(
     )
     if not detach:
         job = run(_follow(Settings.load(), job, quiet=as_json))
-    lines = ask(lambda connection: replay_jobs.letters(connection, job.id, limit=500))
+    items = ask(lambda connection: replay_jobs.items(connection, job.id, limit=500))
     if as_json:
-        print_json({"plan": plan, "job": job, "letters": lines})
+        print_json({"plan": plan, "job": job, "items": items})
     else:
-        for one in lines[:20]:
-            click.echo(printable(f"  {one.letter_id}  {one.outcome or 'waiting'}  {one.detail or ''}"))
+        for item in items[:_MAX_LISTED_ITEMS]:
+            click.echo(printable(f"  {item.dead_letter_id}  {item.outcome or 'waiting'}  {item.detail or ''}"))
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
-        said = f": {job.message}" if job.message else ""
-        click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + said)
-    fewer = bool(wanted.ids) and job.total < len(set(wanted.ids))  # also what was closed while the question stood
-    died = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
-    if fewer or died:
+        message = f": {job.message}" if job.message else ""
+        click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + message)
+    fewer = bool(query.ids) and job.total < len(set(query.ids))  # some may be closed while the question is open
+    failed = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
+    if fewer or failed:
         sys.exit(1)
 
 
@@ -287,11 +314,11 @@ async def _follow(settings: Settings, job: ReplayJob, *, quiet: bool) -> ReplayJ
     with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task(job.kind, total=job.total, state=job.state)
         while not job.ended:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(_FOLLOW_INTERVAL_SECONDS)
             async with connected(settings, settings.database_ops_url) as connection:
                 found = await replay_jobs.one(connection, job.id)
             if found is None:
-                raise NotFound("the job is gone")
+                raise NotFound("the replay job does not exist any more")
             job = found
             under_way = sum(job.outcomes.get(name, 0) for name in ("waiting", "sending", "sent"))
             bar.update(task, completed=job.total - under_way, state=job.state)
@@ -299,62 +326,74 @@ async def _follow(settings: Settings, job: ReplayJob, *, quiet: bool) -> ReplayJ
 
 
 @dlq_command.command("cancel")
-@click.argument("job", type=click.UUID)
+@click.argument("job", type=_REPLAY_JOB)
 @json_option
-def cancel_command(job: UUID, as_json: bool) -> None:
-    """Cancel a replay: nothing more of it is sent."""
-    found = ask(lambda connection: replay_jobs.cancel(connection, str(job), actor=actor(), role=ROLE))
+def cancel_command(job: str, as_json: bool) -> None:
+    """Cancel a replay: it sends nothing more."""
+    found = ask(lambda connection: replay_jobs.cancel(connection, job, actor=actor(), role=ROLE))
     print_json(found) if as_json else click.echo(f"job {found.id}: {found.state}")
 
 
+def _seen(dead_letter: str) -> FullDeadLetter:
+    """As it is now: an action names the revision that it saw."""
+    found = ask(lambda connection: dead_letter_store.one(connection, dead_letter))
+    if found is None:
+        raise click.ClickException("no such dead letter")
+    return found
+
+
 @dlq_command.command("edit")
-@click.argument("letter", type=click.UUID)
-@click.option("--event", type=click.Path(exists=True, dir_okay=False), help="the new event as JSON; else $EDITOR opens")
+@click.argument("dead_letter", type=_DEAD_LETTER)
+@click.option(
+    "--event",
+    type=click.Path(exists=True, dir_okay=False),
+    help="JSON file; default: $EDITOR opens",
+)
 @click.option("--why", help="kept in the audit")
 @json_option
-def edit_command(letter: UUID, event: str | None, why: str | None, as_json: bool) -> None:
-    """Mend a dead letter by hand: a new change at head + 1. What says whose it is stays as it is."""
-    seen = ask(lambda connection: dead_letter_store.one(connection, str(letter)))
-    if seen is None:
-        raise click.ClickException("no such dead letter")
+def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: bool) -> None:
+    """Repair a dead letter: your event becomes a new change at head version + 1.
+
+    Restaurant and subject cannot be edited."""
+    seen = _seen(dead_letter)
     original = event_in(seen.body)
     if event is not None:
         text: str | bytes | None = Path(event).read_bytes()
     else:
         text = click.edit(json.dumps(original or {}, indent=2, ensure_ascii=False), extension=".json")
     if text is None:
-        raise click.ClickException("nothing was changed")
+        raise click.ClickException("you changed nothing")
     try:
-        wanted = json.loads(text)
+        edited = json.loads(text)
     except ValueError as error:
         raise click.ClickException(f"not JSON: {error}") from error
-    if not isinstance(wanted, dict):
-        raise click.ClickException("the event is an object")
+    if not isinstance(edited, dict):
+        raise click.ClickException("the event must be a JSON object")
     if not as_json and original is not None:
-        for one in difference(original, wanted):
-            click.echo(printable(f"{one['path']}: {one.get('before')} → {one.get('after')}"))
+        for leaf in difference(original, edited):
+            click.echo(printable(f"{leaf['path']}: {leaf.get('before')} → {leaf.get('after')}"))
 
     done = with_rail(
         lambda *parts: DeadLetterRepairs(*parts).edit(
-            str(letter), wanted, revision=seen.revision, why=why, actor=actor(), role=ROLE
+            dead_letter, edited, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
     print_json(done) if as_json else click.echo(f"resolved by change {done.replaced_by}")
 
 
 @dlq_command.command("discard")
-@click.argument("letter", type=click.UUID)
+@click.argument("dead_letter", type=_DEAD_LETTER)
 @click.option("--why", required=True, help="kept in the audit")
 @json_option
-def discard_command(letter: UUID, why: str, as_json: bool) -> None:
-    """Discard a dead letter. What readers saw of it is taken back; it can be restored within the retention."""
-    seen = ask(lambda connection: dead_letter_store.one(connection, str(letter)))
-    if seen is None:
-        raise click.ClickException("no such dead letter")
+def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
+    """Discard a dead letter; it can be restored within the retention.
+
+    A new change takes back what readers saw of it."""
+    seen = _seen(dead_letter)
 
     done = with_rail(
         lambda *parts: DeadLetterRepairs(*parts).discard(
-            str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE
+            dead_letter, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
     taken_back = f", taken back by change {done.replaced_by}" if done.replaced_by else ""
@@ -362,18 +401,16 @@ def discard_command(letter: UUID, why: str, as_json: bool) -> None:
 
 
 @dlq_command.command("restore")
-@click.argument("letter", type=click.UUID)
+@click.argument("dead_letter", type=_DEAD_LETTER)
 @click.option("--why", help="kept in the audit")
 @json_option
-def restore_command(letter: UUID, why: str | None, as_json: bool) -> None:
-    """Restore a dead letter that was discarded."""
-    seen = ask(lambda connection: dead_letter_store.one(connection, str(letter)))
-    if seen is None:
-        raise click.ClickException("no such dead letter")
+def restore_command(dead_letter: str, why: str | None, as_json: bool) -> None:
+    """Open a discarded dead letter again."""
+    seen = _seen(dead_letter)
 
     done = with_rail(
         lambda *parts: DeadLetterRepairs(*parts).restore(
-            str(letter), revision=seen.revision, why=why, actor=actor(), role=ROLE
+            dead_letter, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
     print_json(done) if as_json else click.echo("open again")

@@ -1,4 +1,4 @@
-"""What a replay of a dead letter would do: the real write, in a transaction that is rolled back."""
+"""Forecasts what a replay of a dead letter would do: writes it in a transaction that is rolled back."""
 
 from typing import Literal
 
@@ -22,11 +22,11 @@ class Forecast(Struct, frozen=True):
 
 
 class ForecastUnavailable(Exception):
-    """PostgreSQL cannot tell now."""
+    """PostgreSQL is unavailable, so there is no forecast."""
 
 
 class Readable(Struct, frozen=True):
-    """The change in a letter, as this version reads it."""
+    """The change in a dead letter, decoded."""
 
     event: bytes
     change: Change
@@ -35,8 +35,9 @@ class Readable(Struct, frozen=True):
 
 
 def read(body: bytes) -> Readable | None:
-    """None: a signal, or nothing at all, which says nothing any more. Raises BrokenContract. A letter holds one change,
-    or what cannot be taken apart."""
+    """The change in the body of a dead letter; None for a signal or an empty batch. Raises BrokenContract.
+
+    A dead letter holds one change, or a body that cannot be split."""
     for event in split_batch(body):
         if signal_in(event) is None:
             change = decode_change(event)
@@ -47,17 +48,18 @@ def read(body: bytes) -> Readable | None:
 async def forecast(
     connection: Connection, letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
 ) -> Forecast:
-    """Nothing of it stays. `patience`: as for `write_batch`. Raises Away, MirrorUnavailable, MirrorInDoubt."""
+    """Leaves nothing behind. `patience`: as for `write_batch`. Raises ForecastUnavailable, MirrorUnavailable,
+    MirrorInDoubt."""
     try:
         found = read(letter.body)
     except BrokenContract as error:
         return _would_fail(error)
     if found is None:
-        return Forecast("superseded", "a signal: it says nothing any more")
+        return Forecast("superseded", "a signal, which has no effect any more")
     if letter.lane is None:
         if await mirror_writer.would_apply(found.event):
             return Forecast("would_write", f"version {found.change.entityversion}, into the mirror")
-        return Forecast("superseded", "the mirror has it, or a later one")
+        return Forecast("superseded", "the mirror has this version or a later one")
     try:
         return await _write(connection, Written(Lane(letter.lane), found.entity, found.change, found.state), patience)
     except Exception as error:
@@ -75,7 +77,7 @@ def _would_fail(error: Exception) -> Forecast:
 async def _write(connection: Connection, written: Written, patience: float) -> Forecast:
     change = written.change
     if await is_written(connection, change.restaurantid, change.id):
-        return Forecast("superseded", "it is written already")
+        return Forecast("superseded", "it is already written")
     transaction = connection.transaction()
     await transaction.start()
     try:
@@ -87,4 +89,4 @@ async def _write(connection: Connection, written: Written, patience: float) -> F
     forks = ", and opens a conflict" if outcome.forks else ""
     if head == change.head:
         return Forecast("would_write", f"version {change.entityversion}{forks}")
-    return Forecast("superseded", f"version {head.version} stands; kept as version {change.entityversion}{forks}")
+    return Forecast("superseded", f"the head is version {head.version}; kept as version {change.entityversion}{forks}")

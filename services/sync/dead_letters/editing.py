@@ -1,8 +1,8 @@
-"""Mending a dead letter by hand: an operator's event instead of the one that died. Pure.
+"""Checks the event with which an operator replaces a dead letter. Pure.
 
-The event that is wanted is checked against the contract as a writer would check it. What says whose it is (restaurant,
-entity, id) is locked, as far as it could be read in the letter. The change that comes of it is a new one, at the
-version after the one that stands: its id, version, base and time are ours to make, whatever the event says.
+The event is checked against the contract, as a writer would check it. Restaurant and subject cannot be changed if they
+are readable in the dead letter. The change that results is a new one at head version + 1: its id, version, base and
+time are assigned here, whatever the event says.
 """
 
 import re
@@ -16,15 +16,15 @@ from shared.entities.contract import BrokenContract, decode_change, encode, now,
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
 
-_OURS = ("id", "time", "entityversion", "basechangeid", "traceparent", "actor", "specversion", "datacontenttype")
-_NEEDED = ("restaurantid", "subject", "type", "data")
+_ASSIGNED = ("id", "time", "entityversion", "basechangeid", "traceparent", "actor", "specversion", "datacontenttype")
+_REQUIRED = ("restaurantid", "subject", "type", "data")
 _AFTER = "data.after"
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def event_in(body: bytes) -> dict[str, Any] | None:
-    """The event of a letter, as far as it is JSON; None where it is not one event."""
+    """The event in the body of a dead letter; None if the body is not exactly one JSON event."""
     try:
         events = split_batch(body)
         found = msgspec.json.decode(events[0]) if len(events) == 1 else None
@@ -33,29 +33,29 @@ def event_in(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def edited_event(original: dict[str, Any] | None, wanted: dict[str, Any]) -> tuple[Entity, str, Any]:
-    """(entity, event, state after it) of the event that an operator wants; raises InvalidInput that names the field."""
-    for name in _NEEDED:
-        if name not in wanted:
+def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tuple[Entity, str, Any]:
+    """(entity, event, state after it) of an operator's event. Raises InvalidInput, which names the field."""
+    for name in _REQUIRED:
+        if name not in edited:
             raise InvalidInput("is missing", field=f"event.{name}")
-    for name in sorted(set(wanted) - {*_NEEDED, *_OURS, "source", "priority"}):
+    for name in sorted(set(edited) - {*_REQUIRED, *_ASSIGNED, "source", "priority"}):
         raise InvalidInput("unknown attribute", field=f"event.{name}")
     for name in ("restaurantid", "subject"):
-        if original is not None and isinstance(before := original.get(name), str) and wanted[name] != before:
+        if original is not None and isinstance(before := original.get(name), str) and edited[name] != before:
             raise InvalidInput(
-                f"is locked: it says whose the letter is ({before})", field=f"event.{name}", code="locked"
+                f"must stay as it is in the dead letter ({before})", field=f"event.{name}", code="locked"
             )
-    data = wanted["data"]
+    data = edited["data"]
     if not isinstance(data, dict) or "after" not in data:
-        raise InvalidInput("an object with the state `after`", field="event.data")
+        raise InvalidInput("must be an object with the state `after`", field="event.data")
     whole = {
         "id": str(uuid4()),
         "source": "sync",
-        "type": wanted["type"],
-        "subject": wanted["subject"],
+        "type": edited["type"],
+        "subject": edited["subject"],
         "time": now(),
-        "restaurantid": wanted["restaurantid"],
-        "priority": wanted.get("priority", 10),
+        "restaurantid": edited["restaurantid"],
+        "priority": edited.get("priority", 10),
         "entityversion": 1,
         "data": {"after": data["after"], "before": {}},
     }
@@ -68,7 +68,7 @@ def edited_event(original: dict[str, Any] | None, wanted: dict[str, Any]) -> tup
 
 
 def _field(error: BrokenContract) -> str:
-    """Its path in the request, as far as the error tells."""
+    """The path of the field in the request, as precisely as the error tells it."""
     text = str(error)
     if error.reason in ("unknown_type", "unsupported_version"):
         return "event.type"

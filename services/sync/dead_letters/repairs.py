@@ -1,8 +1,9 @@
-"""What operators do to a dead letter that makes a change: an edit, and the discard of what the mirror shows already.
-The API and the command line both come here.
+"""Repairs dead letters: edit, discard and restore, for the API and the command line.
 
-The letter is locked for the while, so that of two operators the second is told. The change is recorded before the
-letter says so: what breaks in between leaves an open letter and a change that stands; doing it again is harmless.
+An edit commits a change, and so does a discard if the mirror already shows the change of the dead letter. The dead
+letter is locked meanwhile, so that the second of two operators gets a Conflict. The change is recorded before the dead
+letter is updated: a failure in between leaves the dead letter open and the change recorded, and repeating the action is
+harmless.
 """
 
 from typing import Any
@@ -32,9 +33,10 @@ class DeadLetterRepairs:
     async def edit(
         self, id_: str, event: dict[str, Any], *, revision: int, why: str | None, actor: str, role: str
     ) -> DeadLetter:
-        """Commits what the operator's event says as a new change at head + 1, and resolves the letter by it. Raises
-        InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
-        with record_first("the letter") as recorded:
+        """Commits the operator's event as a new change at head version + 1 and resolves the dead letter by it.
+
+        Raises InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
+        with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await actions.take(connection, id_, revision=revision)
                 original = event_in(letter.body)
@@ -54,11 +56,11 @@ class DeadLetterRepairs:
                 )
 
     async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> DeadLetter:
-        """What the mirror shows of it is taken back by a new change: to what PostgreSQL has, or deleted where that has
-        none. Raises as `edit`."""
+        """Discards it. If the mirror shows its change, a new change restores the state of PostgreSQL, or deletes the
+        entity if PostgreSQL has none. Raises what `edit` raises."""
         if not why.strip():
-            raise InvalidInput("a reason is needed", field="why")
-        with record_first("the letter") as recorded:
+            raise InvalidInput("must give a reason", field="why")
+        with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 letter = await actions.take(connection, id_, revision=revision)
                 recorded.change_id = await self._take_back(connection, letter, actor)
@@ -67,12 +69,12 @@ class DeadLetterRepairs:
                 )
 
     async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> DeadLetter:
-        with record_first("the letter"):
+        with record_first("the dead letter"):
             async with self._postgres.connection() as connection, connection.transaction():
                 return await actions.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
 
     async def _take_back(self, connection: Connection, letter: FullDeadLetter, actor: str) -> str | None:
-        """The id of the change, or None where readers never saw the letter's."""
+        """The id of the change that takes it back; None if readers never saw the change of the dead letter."""
         entity = registry.ENTITIES.get(letter.entity or "")
         if entity is None or letter.restaurant_id is None or letter.entity_id is None or letter.change_id is None:
             return None
@@ -81,7 +83,7 @@ class DeadLetterRepairs:
             return None
         before = await head_in_postgres(connection, entity, letter.restaurant_id, letter.entity_id)
         if before is not None and before[0] >= shown[0]:
-            return None  # PostgreSQL has it, or something later: nothing is left to take back
+            return None  # PostgreSQL has this change or a later one: there is nothing to take back
         if before is not None:
             return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
         gone = msgspec.structs.replace(shown[1], deleted_at=now())

@@ -1,12 +1,12 @@
-"""What the worker writes while it runs a replay or a dry run: each step is a statement of its own, so that the job goes
-on from there in another worker when this one dies.
+"""The SQL of running a replay or a dry run. Each step is committed on its own, so that another worker can continue a
+job whose worker died.
 
     (none) -> sending -> sent -> resolved | failed | skipped
-    (none) -> would_write | superseded | would_fail | skipped        of a dry run
+    (none) -> would_write | superseded | would_fail | skipped        in a dry run
 
-`sending` is written before the publish and `sent` after it: a job that is taken over in between sends it once more,
-which is harmless. A letter is `replaying` from `sending` on; its death makes it open again (`dead_letters.keep`), and
-`settle` sees by that what became of it, also for jobs that have ended meanwhile.
+`sending` is written before the publish and `sent` after it. A job that another worker takes over in between sends the
+dead letter again, which is harmless. A dead letter is `replaying` from `sending` on. If it fails again it becomes open
+(`keep` in `failures/dead_letter_store.py`), from which `settle` derives the outcome, also for jobs that have ended.
 """
 
 from collections.abc import Sequence
@@ -29,33 +29,34 @@ returning id::text, kind, per_second, canary, total
 _BEAT = """
 update replay_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'running' returning cancel_asked
 """
-_LET_GO = "update replay_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
+_RELEASE = "update replay_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
 _END = """
 update replay_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
 returning true
 """
-# Nobody sends them any more, and nobody would open them again.
+# The job no longer sends these dead letters, and nothing else would open them again.
 _FREE = """
 with freed as (
     update dead_letters l set status = 'open', revision = l.revision + 1
     from replay_job_items p
-    where p.job_id = $1 and p.outcome = 'sending' and l.id = p.letter_id and l.status = 'replaying'
+    where p.job_id = $1 and p.outcome = 'sending' and l.id = p.dead_letter_id and l.status = 'replaying'
     returning l.id
 )
 update replay_job_items p set outcome = 'failed', again = false, at = now(),
     detail = 'the job ended before the broker had confirmed it'
-from freed where p.job_id = $1 and p.letter_id = freed.id and p.outcome = 'sending'
+from freed where p.job_id = $1 and p.dead_letter_id = freed.id and p.outcome = 'sending'
 """
 _PROGRESS = """
-select count(*) as letters, count(*) filter (where outcome is not null and outcome <> 'sending') as begun,
+select count(*) as dead_letters, count(*) filter (where outcome is not null and outcome <> 'sending') as started,
     count(*) filter (where outcome not in ('sending', 'sent')) as settled,
     count(*) filter (where outcome = 'failed') as failed,
     count(*) filter (where again) as again
 from replay_job_items where job_id = $1
 """
 _NEXT = """
-select p.position, p.letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text, l.status
-from replay_job_items p join dead_letters l on l.id = p.letter_id
+select p.position, p.dead_letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text,
+    l.status
+from replay_job_items p join dead_letters l on l.id = p.dead_letter_id
 where p.job_id = $1 and (p.outcome is null or p.outcome = 'sending')
 order by p.position limit $2
 """
@@ -63,7 +64,7 @@ _BEGIN = """
 with mine as (
     update dead_letters l set status = 'replaying', revision = l.revision + 1
     from replay_job_items p
-    where p.job_id = $1 and p.position = any($2::int[]) and l.id = p.letter_id
+    where p.job_id = $1 and p.position = any($2::int[]) and l.id = p.dead_letter_id
         and (l.status = 'open' and p.outcome is null or l.status = 'replaying' and p.outcome = 'sending')
     returning p.position
 )
@@ -84,12 +85,12 @@ _WRITTEN = "select true from changes where restaurant_id = $1 and change_id = $2
 _ANY_UNDER_WAY = "select exists (select from replay_job_items where outcome in ('sending', 'sent'))"
 _ALONE = "select pg_try_advisory_xact_lock(hashtext('ticketrail.replays.settle'))"
 
-# What is in `changes` is written, whichever copy of it was quicker.
+# A change in `changes` is written, whichever copy of it was first.
 _RESOLVE = """
 with written as (
     update dead_letters l set status = 'resolved', closed_at = now(), revision = l.revision + 1
     where l.status = 'replaying' and l.lane is not null
-        and exists (select from replay_job_items p where p.letter_id = l.id and p.outcome = 'sent')
+        and exists (select from replay_job_items p where p.dead_letter_id = l.id and p.outcome = 'sent')
         and exists (
             select from changes c where c.restaurant_id = l.restaurant_id and c.change_id = l.change_id
         )
@@ -101,17 +102,19 @@ _OUTCOMES = """
 update replay_job_items p
 set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'resolved' else 'skipped' end,
     again = case l.status when 'open' then l.fingerprint = p.fingerprint end,
-    detail = case l.status when 'open' then l.reason || ': ' || l.error when 'discarded' then 'discarded meanwhile' end,
+    detail = case l.status when 'open' then l.reason || ': ' || l.error
+        when 'discarded' then 'discarded in the meantime' end,
     at = now()
 from dead_letters l
-where p.outcome in ('sending', 'sent') and l.id = p.letter_id and l.status <> 'replaying'
+where p.outcome in ('sending', 'sent') and l.id = p.dead_letter_id and l.status <> 'replaying'
 """
-# A heartbeat that went through the lane behind it, and after the whole ladder, would have come out behind it.
+# A heartbeat that was sent after the longest way through the lane and its retry queues has arrived: so would the
+# dead letter have.
 _LOST = """
 with gone as (
     update dead_letters l set status = 'open', revision = l.revision + 1
     from replay_job_items p, heartbeats f
-    where p.outcome = 'sent' and l.id = p.letter_id and l.status = 'replaying' and f.lane = l.lane
+    where p.outcome = 'sent' and l.id = p.dead_letter_id and l.status = 'replaying' and f.lane = l.lane
         and f.sent_at > p.at + make_interval(secs => $1)
         and not exists (
             select from retries r where r.restaurant_id = l.restaurant_id and r.change_id = l.change_id
@@ -119,8 +122,8 @@ with gone as (
     returning l.id
 )
 update replay_job_items p set outcome = 'failed', again = false, at = now(),
-    detail = 'nothing has come of it, although its lane was emptied since'
-from gone where p.letter_id = gone.id and p.outcome = 'sent'
+    detail = 'no outcome was seen, although its lane was empty since'
+from gone where p.dead_letter_id = gone.id and p.outcome = 'sent'
 """
 _FAIL_DIRECTLY = """
 update dead_letters set status = 'open', revision = revision + 1, deaths = deaths + 1, last_failed_at = now(),
@@ -136,7 +139,7 @@ where id = $1 and status = 'replaying'
 
 
 class Running(Struct, frozen=True, kw_only=True):
-    """A job that this worker runs now."""
+    """A job that this worker runs."""
 
     id: str
     kind: str
@@ -146,21 +149,21 @@ class Running(Struct, frozen=True, kw_only=True):
 
 
 class Progress(Struct, frozen=True, kw_only=True):
-    letters: int
-    """That are still there: those that were closed for long are removed, whatever job they were part of."""
-    begun: int
-    """Sent, or settled."""
+    dead_letters: int
+    """Without those that the retention has removed."""
+    started: int
+    """Sent or settled."""
     settled: int
     failed: int
     again: int
-    """Failed of the same as before."""
+    """Failed with the same cause as before."""
 
 
 class ToReplay(Struct, frozen=True, kw_only=True):
     position: int
-    letter_id: str
+    dead_letter_id: str
     fingerprint: str
-    """When the job was made."""
+    """Its fingerprint when the job was made."""
     lane: str | None
     body: bytes
     restaurant_id: str | None
@@ -169,24 +172,24 @@ class ToReplay(Struct, frozen=True, kw_only=True):
 
 
 async def claim(connection: Connection, worker: str, *, silent_seconds: float) -> Running | None:
-    """The oldest job that waits, or whose worker has been silent for so long."""
+    """Takes the oldest job that waits or whose worker has been silent for `silent_seconds`; None if there is none."""
     row = await connection.fetchrow(_CLAIM, worker, silent_seconds)
     return None if row is None else Running(**row)
 
 
 async def beat(connection: Connection, job: str, worker: str) -> bool | None:
-    """Whether somebody wants it cancelled. None: it is not this worker's any more."""
+    """Renews the hold on a job. Returns whether an operator has cancelled it; None if another worker has it now."""
     asked: bool | None = await connection.fetchval(_BEAT, job, worker)
     return asked
 
 
-async def let_go(connection: Connection, worker: str) -> None:
-    """At shutdown: another one may take its jobs at once."""
-    await connection.execute(_LET_GO, worker)
+async def release(connection: Connection, worker: str) -> None:
+    """Releases the jobs of this worker at shutdown, so that another one can take them at once."""
+    await connection.execute(_RELEASE, worker)
 
 
 async def end(connection: Connection, job: str, worker: str, state: str, message: str | None) -> None:
-    """What it was sending, and nobody has confirmed, is open again."""
+    """Ends a job. Dead letters whose publish was not confirmed become open again."""
     async with connection.transaction():
         if await connection.fetchval(_END, job, worker, state, message):
             await connection.execute(_FREE, job)
@@ -199,17 +202,17 @@ async def progress(connection: Connection, job: str) -> Progress:
 
 
 async def following(connection: Connection, job: str, limit: int) -> list[ToReplay]:
-    """Those that were not sent yet, in order."""
+    """The next items that were not sent, in order."""
     return [ToReplay(**row) for row in await connection.fetch(_NEXT, job, limit)]
 
 
 async def begin(connection: Connection, job: str, positions: Sequence[int]) -> set[int]:
-    """These letters are replaying now, by this job; of those that are not in the answer none is open any more."""
+    """Marks items as sending and their dead letters as replaying. Returns the positions of those that were open."""
     return {row[0] for row in await connection.fetch(_BEGIN, job, list(positions))}
 
 
 async def sent(connection: Connection, job: str, positions: Sequence[int]) -> None:
-    """The broker has confirmed them."""
+    """Marks items as sent, after the broker has confirmed them."""
     await connection.execute(_SENT, job, list(positions))
 
 
@@ -222,33 +225,33 @@ async def note(
     *,
     again: bool | None = None,
 ) -> None:
-    """What became of one that was not sent."""
+    """Stores the outcome of an item that was not sent."""
     await connection.execute(_NOTE, job, position, outcome, detail, again)
 
 
 async def is_written(connection: Connection, restaurant: str | None, change: str | None) -> bool:
-    """Whether `changes` has it."""
+    """Whether PostgreSQL has the change."""
     return bool(restaurant and change and await connection.fetchval(_WRITTEN, restaurant, change))
 
 
 async def settle(connection: Connection, *, lost_seconds: float) -> None:
-    """What became of all that was sent, of every job. `lost_seconds`: how long a change can be on its way through an
-    empty lane, with the whole ladder."""
+    """Stores the outcomes of everything that was sent, for all jobs. `lost_seconds`: the longest time that a change
+    needs through an empty lane and all its retry queues."""
     if not await connection.fetchval(_ANY_UNDER_WAY):
         return
     async with connection.transaction():
         if not await connection.fetchval(_ALONE):
-            return  # another worker is at it
+            return  # another worker does it
         await connection.execute(_RESOLVE)
         await connection.execute(_OUTCOMES)
         await connection.execute(_LOST, lost_seconds)
 
 
 async def failed(connection: Connection, letter: str, reason: str, error: str, place: str, fingerprint: str) -> None:
-    """A letter of the mirror writer, which is replayed without a queue, has died again."""
+    """Marks a dead letter of the mirror writer as open, after it failed again. It is replayed without a queue."""
     await connection.execute(_FAIL_DIRECTLY, letter, reason, error, place, fingerprint)
 
 
 async def resolved(connection: Connection, letter: str) -> None:
-    """The same, when it was applied."""
+    """Marks a dead letter of the mirror writer as resolved, after it was applied."""
     await connection.execute(_RESOLVE_DIRECTLY, letter)

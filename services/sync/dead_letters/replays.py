@@ -1,19 +1,19 @@
-"""Replays of dead letters, and dry runs: jobs that operators make and a worker runs.
+"""Runs replays and dry runs, which operators make, in the worker.
 
-Guarantee: each letter of a job is sent at least once, or skipped because it is not open any more, and what became of it
-is known by what happened: it is written (`changes` has it), or it died again. Sending twice is harmless. A job goes on
-in another worker when its own dies or stops, from where it stood.
+Guarantee: each dead letter of a job is sent at least once, or skipped because it is not open any more. Its outcome is
+observed: its change is in `changes`, or it failed again. Sending it twice is harmless. If a worker dies or stops,
+another one continues its jobs.
 
-    canary   one letter, then ten, then the rest, each waiting for the outcomes of those before
-    stop     by itself, when a letter dies of the same again, or a canary dies of anything
-    rate     so many letters a second at most
-    cancel   nothing more is sent; what was sent takes its course
+    canary   one dead letter, then ten, then the rest; each step waits for the outcomes of the one before
+    stop     by itself, if a dead letter fails with the same cause again, or a canary fails with any cause
+    rate     limited to a number of dead letters per second
+    cancel   sends nothing more; sent dead letters continue
 
-A letter goes to the queue of its lane alone, through the default exchange: through `ticketrail.changes` the log would
-have it twice. It carries no attempt number, so that it has the whole ladder before it. A letter of the mirror writer is
-applied to the mirror directly.
+A dead letter goes only to the queue of its lane, through the default exchange: through `ticketrail.changes` the change
+log would have it twice. It carries no attempt number, so that all its retries are ahead of it. A dead letter of the
+mirror writer is applied to the mirror directly.
 
-While a backend is away jobs wait for it, with jittered back-off. At shutdown they are let go of at once.
+While a backend is unavailable jobs wait for it, with jittered backoff. At shutdown they are released at once.
 """
 
 import asyncio
@@ -39,35 +39,36 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _CANARIES = (1, 11)
-_AT_ONCE = 10  # letters in one step; bodies may be of many megabytes
-_MOST_JOBS = 3
-_POLL = 0.5
-_BREATH = 0.05
-_SILENT = 15.0
-_SLACK = 60.0
-_LET_GO_WITHIN = 2.0
+_STEP_SIZE = 10
+"""Dead letters in one step. Their bodies can have many megabytes."""
+_MAX_JOBS = 3
+_POLL_INTERVAL_SECONDS = 0.5
+_STEP_INTERVAL_SECONDS = 0.05
+_SILENT_SECONDS = 15.0
+_SLACK_SECONDS = 60.0
+_RELEASE_TIMEOUT_SECONDS = 2.0
 
 
 class Pace:
-    """So many letters a second at most, and no burst for the time in which none was to be sent."""
+    """Limits the rate. Idle time earns no burst."""
 
     def __init__(self, per_second: float, *, at: float) -> None:
         self._per_second = per_second
         self._next = at
 
-    def take(self, wanted: int, at: float) -> int:
-        """How many may go now."""
-        if at < self._next or wanted <= 0:
+    def take(self, requested: int, at: float) -> int:
+        """How many of `requested` may be sent at `at`, on the monotonic clock."""
+        if at < self._next or requested <= 0:
             return 0
         self._next = max(self._next, at - 0.1)
         due = 1 + int((at - self._next) * self._per_second)
-        taken = min(wanted, due)
+        taken = min(requested, due)
         self._next += taken / self._per_second
         return taken
 
 
 def allowed(job: Running, progress: Progress) -> int:
-    """How many of the job's letters may have been sent by now."""
+    """How many dead letters of the job may have been sent so far."""
     if job.canary and job.kind == "replay":
         for canaries in _CANARIES:
             if progress.settled < min(canaries, job.total):
@@ -76,18 +77,21 @@ def allowed(job: Running, progress: Progress) -> int:
 
 
 def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str] | None:
-    """(state, why) of a job that has come to its end."""
+    """(state, message) of a job that must end now; None if it continues."""
     if job.kind == "replay":
         if progress.again:
-            return "stopped", f"{progress.again} died of the same again, after {progress.begun} of {job.total}"
-        if job.canary and progress.failed and progress.begun <= _CANARIES[-1]:
-            return "stopped", f"{progress.failed} of the first {progress.begun} died again, of something else"
-    if progress.settled >= progress.letters and job.kind == "dry_run":
+            return (
+                "stopped",
+                f"{progress.again} failed with the same cause again, after {progress.started} of {job.total}",
+            )
+        if job.canary and progress.failed and progress.started <= _CANARIES[-1]:
+            return "stopped", f"{progress.failed} of the first {progress.started} failed again, with another cause"
+    if progress.settled >= progress.dead_letters and job.kind == "dry_run":
         return "done", f"{job.total} tried, nothing was written"
-    if progress.settled >= progress.letters:
-        return "done", f"{job.total - progress.failed} of {job.total} went through"
+    if progress.settled >= progress.dead_letters:
+        return "done", f"{job.total - progress.failed} of {job.total} were written"
     if cancel:
-        return "cancelled", f"cancelled after {progress.begun} of {job.total}"
+        return "cancelled", f"cancelled after {progress.started} of {job.total}"
     return None
 
 
@@ -99,12 +103,12 @@ class Replays:
         mirror_writer: MirrorWriter,
         publisher: Publisher,
         *,
-        poll: float = _POLL,
-        silent_seconds: float = _SILENT,
-        slack_seconds: float = _SLACK,
+        poll: float = _POLL_INTERVAL_SECONDS,
+        silent_seconds: float = _SILENT_SECONDS,
+        slack_seconds: float = _SLACK_SECONDS,
     ) -> None:
-        """`postgres` as the writer role. `silent_seconds`: after which a job is taken over; `slack_seconds`: what a
-        change may be on its way beside the ladder."""
+        """`postgres` as the writer role. `silent_seconds`: after this silence of its worker a job is taken over.
+        `slack_seconds`: the time that a change may take in addition to the delays of its retry queues."""
         self._postgres = postgres
         self._mirror_writer = mirror_writer
         self._publisher = publisher
@@ -125,10 +129,10 @@ class Replays:
         await self.loop.stop()
         await end_tasks(*self._jobs)
         try:
-            async with asyncio.timeout(_LET_GO_WITHIN), self._postgres.connection() as connection:
-                await steps.let_go(connection, self._worker)
-        except Exception as error:  # noqa: BLE001  (then another takes them over a little later)
-            log.info("replays_not_let_go", error=describe(error))
+            async with asyncio.timeout(_RELEASE_TIMEOUT_SECONDS), self._postgres.connection() as connection:
+                await steps.release(connection, self._worker)
+        except Exception as error:  # noqa: BLE001  (another worker takes them over after the silence)
+            log.info("replays_not_released", error=describe(error))
 
     async def _run(self) -> None:
         failures = 0
@@ -137,16 +141,16 @@ class Replays:
                 async with self._postgres.connection() as connection:
                     await steps.settle(connection, lost_seconds=self._lost)
                     job = None
-                    if len(self._jobs) < _MOST_JOBS:
+                    if len(self._jobs) < _MAX_JOBS:
                         job = await steps.claim(connection, self._worker, silent_seconds=self._silent)
                 failures = 0
-            except Exception as error:  # noqa: BLE001  (PostgreSQL is away, or two settled at once: at the next turn)
+            except Exception as error:  # noqa: BLE001  (PostgreSQL is unavailable, or two workers settled at once: the next turn tries again)
                 failures += 1
                 log.debug("replays_wait", error=describe(error))
                 await asyncio.sleep(backoff(failures))
                 continue
             if job is not None:
-                log.info("replay_job_taken", job=job.id, kind=job.kind, letters=job.total)
+                log.info("replay_job_taken", job=job.id, kind=job.kind, dead_letters=job.total)
                 working = vital_task(self._work(job), name=f"replay-{job.id}")
                 self._jobs.add(working)
                 working.add_done_callback(self._jobs.discard)
@@ -160,40 +164,40 @@ class Replays:
                 if await self._step(job, pace):
                     return
                 failures = 0
-            except Exception as error:  # noqa: BLE001  (a backend is away, or a bug: the job stays where it is)
+            except Exception as error:  # noqa: BLE001  (a backend is unavailable, or a bug: the job keeps its state)
                 failures += 1
                 log.warning("replay_waits", job=job.id, error=describe(error), attempt=failures)
                 await asyncio.sleep(backoff(failures))
 
     async def _step(self, job: Running, pace: Pace) -> bool:
-        """True: the job is over, or another worker's."""
+        """Returns True if the job has ended or belongs to another worker."""
         async with self._postgres.connection() as connection:
             cancel = await steps.beat(connection, job.id, self._worker)
             if cancel is None:
                 log.warning("replay_job_lost", job=job.id)
                 return True
             progress = await steps.progress(connection, job.id)
-            if (over := verdict(job, progress, cancel=cancel)) is not None:
-                state, why = over
-                await steps.end(connection, job.id, self._worker, state, why)
-                log.info("replay_job_ended", job=job.id, state=state, why=why)
+            if (end := verdict(job, progress, cancel=cancel)) is not None:
+                state, message = end
+                await steps.end(connection, job.id, self._worker, state, message)
+                log.info("replay_job_ended", job=job.id, state=state, message=message)
                 return True
-            wanted = min(_AT_ONCE, allowed(job, progress) - progress.begun)
-            free = pace.take(wanted, time.monotonic())
+            requested = min(_STEP_SIZE, allowed(job, progress) - progress.started)
+            free = pace.take(requested, time.monotonic())
             letters = await steps.following(connection, job.id, free) if free else []
             if job.kind == "dry_run":
                 for letter in letters:
-                    await self._foresee(connection, job, letter)
+                    await self._forecast(connection, job, letter)
             elif letters:
                 letters = await self._begin(connection, job, letters)
-        # Not while holding a connection: the broker may be away.
+        # Without holding a connection, because the broker may be unavailable for long.
         if letters and job.kind == "replay":
             await self._send(job, letters)
         elif not letters:
-            await asyncio.sleep(_BREATH if wanted > 0 else self._poll)
+            await asyncio.sleep(_STEP_INTERVAL_SECONDS if requested > 0 else self._poll)
         return False
 
-    async def _foresee(self, connection: Connection, job: Running, letter: ToReplay) -> None:
+    async def _forecast(self, connection: Connection, job: Running, letter: ToReplay) -> None:
         if letter.status == "open":
             found = await dry_run.forecast(connection, letter, self._mirror_writer, patience=self._patience)
             await steps.note(connection, job.id, letter.position, found.outcome, found.detail)
@@ -201,39 +205,38 @@ class Replays:
             await steps.note(connection, job.id, letter.position, "skipped", f"it is {letter.status}")
 
     async def _begin(self, connection: Connection, job: Running, letters: list[ToReplay]) -> list[ToReplay]:
-        """Those that are to be sent."""
+        """Marks the dead letters as replaying and returns those that must be sent."""
         begun = await steps.begin(connection, job.id, [letter.position for letter in letters])
-        wanted = []
+        to_send = []
         for letter in letters:
             if letter.position not in begun:
                 await steps.note(connection, job.id, letter.position, "skipped", f"it is {letter.status}")
             elif await self._needs_sending(connection, job, letter):
-                wanted.append(letter)
-        return wanted
+                to_send.append(letter)
+        return to_send
 
     async def _needs_sending(self, connection: Connection, job: Running, letter: ToReplay) -> bool:
-        """False: what would come of it is known, and noted."""
+        """Returns False if the outcome is known already; then it is stored."""
         written = await steps.is_written(connection, letter.restaurant_id, letter.change_id)
         try:
             found = dry_run.read(letter.body)
         except BrokenContract as error:
             if not written:
-                return True  # whatever this version makes of it: the lane has the word
-            # `changes` has its id from another event: it would be taken for written.
-            await self._died(connection, job, letter, error)
+                return True  # the writer of the lane decides
+            # `changes` has its id from another event, so that `settle` would count it as written.
+            await self._failed(connection, job, letter, error)
             return False
         if found is None or (written and letter.lane is not None):
-            why = "a signal: it says nothing any more" if found is None else "it was written already"
+            why = "a signal, which has no effect any more" if found is None else "it was already written"
             await self._resolved(connection, job, letter, why)
             return False
         return True
 
     async def _send(self, job: Running, letters: list[ToReplay]) -> None:
-        """Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt: what is not noted as sent is sent at the next
-        step."""
-        of_lanes = [letter for letter in letters if letter.lane is not None]
-        results = await asyncio.gather(*(self._publish(letter) for letter in of_lanes), return_exceptions=True)
-        positions = [one.position for one, result in zip(of_lanes, results, strict=True) if result is None]
+        """Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt. The next step sends what is not marked as sent."""
+        lane_letters = [letter for letter in letters if letter.lane is not None]
+        results = await asyncio.gather(*(self._publish(letter) for letter in lane_letters), return_exceptions=True)
+        positions = [one.position for one, result in zip(lane_letters, results, strict=True) if result is None]
         if positions:
             async with self._postgres.connection() as connection:
                 await steps.sent(connection, job.id, positions)
@@ -249,7 +252,7 @@ class Replays:
         await self._publisher.publish_to_queue(
             lane_queue(Lane(letter.lane)),
             letter.body,
-            headers={REPLAY: letter.letter_id},
+            headers={REPLAY: letter.dead_letter_id},
             timeout=publish_timeout_seconds(len(letter.body)),
         )
 
@@ -262,19 +265,25 @@ class Replays:
             broken = error
         async with self._postgres.connection() as connection:
             if broken is not None:
-                await self._died(connection, job, letter, broken)
+                await self._failed(connection, job, letter, broken)
             else:
                 await self._resolved(connection, job, letter, "applied to the mirror")
 
     async def _resolved(self, connection: Connection, job: Running, letter: ToReplay, why: str) -> None:
-        async with connection.transaction():  # or `settle` comes in between, and does not know why
-            await steps.resolved(connection, letter.letter_id)
+        async with (
+            connection.transaction()
+        ):  # otherwise `settle` could come in between and store an outcome without a reason
+            await steps.resolved(connection, letter.dead_letter_id)
             await steps.note(connection, job.id, letter.position, "resolved", why)
 
-    async def _died(self, connection: Connection, job: Running, letter: ToReplay, error: BrokenContract) -> None:
+    async def _failed(self, connection: Connection, job: Running, letter: ToReplay, error: BrokenContract) -> None:
         failure = classify(error)
-        anew = fingerprint(failure.reason, failure.error, failure.place)
+        new_fingerprint = fingerprint(failure.reason, failure.error, failure.place)
         async with connection.transaction():
-            await steps.failed(connection, letter.letter_id, failure.reason, failure.error, failure.place, anew)
+            await steps.failed(
+                connection, letter.dead_letter_id, failure.reason, failure.error, failure.place, new_fingerprint
+            )
             detail = f"{failure.reason}: {failure.error}"
-            await steps.note(connection, job.id, letter.position, "failed", detail, again=anew == letter.fingerprint)
+            await steps.note(
+                connection, job.id, letter.position, "failed", detail, again=new_fingerprint == letter.fingerprint
+            )

@@ -29,7 +29,7 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     entity_id: UUID | None = None
     change_id: UUID | None = None
     restaurant_id: UUID | None = None
-    from_: Annotated[Time, Meta(description="by when it last failed")] | None = None
+    from_: Annotated[Time, Meta(description="compares with the time of the last failure")] | None = None
     to: Time | None = None
     status: DeadLetterStatus | None = None
     text: (
@@ -60,23 +60,23 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
 
 class DeadLettersQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the page before")] | None = None
+    cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the previous page")] | None = None
 
 
 class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
-    """Which letters: `ids`, or a filter; of those the open ones. `dry_run`: what would happen, without doing it."""
+    """Replays the open ones among the dead letters that `ids` or the filter select. `dry_run` writes nothing."""
 
     ids: Annotated[list[UUID], Meta(max_length=_MAX_IDS)] = []
     dry_run: bool = False
-    canary: Annotated[bool, Meta(description="1, then 10, then the rest; stops by itself")] = True
+    canary: Annotated[bool, Meta(description="sends 1, then 10, then the rest, and stops if one fails again")] = True
     per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
     why: Why | None = None
 
 
 class EditDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`event`: restaurantid and subject as in the letter, type, and data.after with the whole state."""
+    """`event`: restaurantid and subject as in the dead letter, type, and data.after with the whole state."""
 
-    revision: Annotated[int, Meta(ge=1, description="of the letter as it was seen")]
+    revision: Annotated[int, Meta(ge=1, description="of the dead letter as you read it")]
     event: dict[str, Any]
     why: Why | None = None
 

@@ -5,7 +5,7 @@ Used by `maintenance/cleanup.py`, as the writer role.
 
 from shared.postgres.pool import Connection
 
-_CLOSED_DEAD_LETTERS = """
+_CLOSED_DEAD_ITEMS = """
 delete from dead_letters
 where closed_at < now() - make_interval(days => $1) and status in ('resolved', 'discarded')
 """
@@ -18,7 +18,7 @@ delete from replay_jobs j where finished_at < now() - make_interval(days => $1)
 
 async def remove_closed_dead_letters(connection: Connection, days: int) -> int:
     """Removes dead letters that were resolved or discarded more than `days` days ago. Returns how many."""
-    return _count(await connection.execute(_CLOSED_DEAD_LETTERS, days))
+    return _count(await connection.execute(_CLOSED_DEAD_ITEMS, days))
 
 
 async def remove_ended_jobs(connection: Connection, days: int) -> int:

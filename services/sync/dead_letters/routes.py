@@ -40,7 +40,7 @@ class Planned(Struct, frozen=True):
     job: ReplayJob
 
 
-# -- looking -----------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 @endpoint(
@@ -48,12 +48,12 @@ class Planned(Struct, frozen=True):
     "/api/ops/dead-letters",
     action="dead_letters.read",
     tag=_TAG,
-    summary="List dead letters, the newest failure first",
+    summary="List dead letters, newest failure first",
     query=DeadLettersQuery,
     answer=DeadLetter,
     many=True,
 )
-async def list_letters(request: Call) -> ASGIApp:
+async def list_dead_letters(request: Call) -> ASGIApp:
     query = read_query(request, DeadLettersQuery)
     before = read_cursor(query.cursor) if query.cursor else None
     async with sync_context(request).connection_for(request.identity) as connection:
@@ -67,8 +67,8 @@ async def list_letters(request: Call) -> ASGIApp:
     "/api/ops/dead-letters/groups",
     action="dead_letters.read",
     tag=_TAG,
-    summary="Dead letters by what they died of, the most first",
-    description="`trend`: how many died last in each of the past 24 hours, the oldest hour first.",
+    summary="Group dead letters by cause, largest group first",
+    description="`trend`: how many failed last in each of the past 24 hours, oldest hour first.",
     query=DeadLetterFilter,
     answer=list[DeadLetterGroup],
 )
@@ -80,30 +80,30 @@ async def list_groups(request: Call) -> ASGIApp:
 
 @endpoint(
     "GET",
-    "/api/ops/dead-letters/{letter_id:str}",
+    "/api/ops/dead-letters/{dead_letter_id:str}",
     action="dead_letters.read",
     tag=_TAG,
-    summary="Show a dead letter with all that is known of it",
+    summary="Show a dead letter with everything that is known of it",
     answer=DeadLetterView,
     errors=(404,),
 )
-async def get_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, identity = path_id(letter_id, "letter_id"), request.identity
+async def get_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
+    id_, identity = path_id(dead_letter_id, "dead_letter_id"), request.identity
     async with sync_context(request).connection_for(identity) as connection:
         return success(await dead_letter_view(connection, id_, operator=identity.role is Role.OPERATOR))
 
 
 @endpoint(
     "GET",
-    "/api/ops/dead-letters/{letter_id:str}/body",
+    "/api/ops/dead-letters/{dead_letter_id:str}/body",
     action="dead_letters.read",
     tag=_TAG,
-    summary="The body of a dead letter, to the letter",
+    summary="Return the exact body of a dead letter",
     media_type="application/octet-stream",
     errors=(404,),
 )
-async def get_body(request: Call, letter_id: str) -> ASGIApp:
-    id_ = path_id(letter_id, "letter_id")
+async def get_body(request: Call, dead_letter_id: str) -> ASGIApp:
+    id_ = path_id(dead_letter_id, "dead_letter_id")
     async with sync_context(request).connection_for(request.identity) as connection:
         letter = await dead_letter_store.one(connection, id_)
     if letter is None:
@@ -117,12 +117,12 @@ async def get_body(request: Call, letter_id: str) -> ASGIApp:
 @endpoint(
     "POST",
     "/api/ops/dead-letters/replay",
-    action="dead_letters.mend",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="Replay dead letters: one, many, a group or what a filter finds",
-    description="Answers with the plan and the job that does it. A dry run executes each in a transaction that is"
-    " rolled back, and says in the job's letters what would happen. Of letters that are named those that are not open"
-    " are in the plan's `absent`; where none is, there is no job.",
+    summary="Replay dead letters: named ones, a group or a filter",
+    description="Returns the plan and the job that executes it. A dry run writes each dead letter in a transaction that"
+    " is rolled back; the items of the job say what would happen. Named dead letters that are not open are in `absent`"
+    " of the plan; if none is open there is no job.",
     body=ReplayRequest,
     answer=Planned,
     status=202,
@@ -133,10 +133,10 @@ async def replay(request: Call) -> ASGIApp:
     replay_request, identity = read_body(await request.whole_body(), ReplayRequest), request.identity
     chosen = replay_request.query(tuple(str(id_) for id_ in replay_request.ids))
     if chosen == DeadLetterQuery():
-        raise InvalidInput("name letters by ids or by a filter, such as a fingerprint or a status", field="ids")
+        raise InvalidInput("select dead letters by ids or by a filter, such as a fingerprint or a status", field="ids")
     async with (
         sync_context(request).connection_for(identity) as connection,
-        connection.transaction(isolation="repeatable_read"),  # the plan tells what the job is about
+        connection.transaction(isolation="repeatable_read"),  # plan and job see the same dead letters
     ):
         plan = await replay_jobs.plan(connection, chosen)
         job = await replay_jobs.make(
@@ -155,9 +155,9 @@ async def replay(request: Call) -> ASGIApp:
 @endpoint(
     "GET",
     "/api/ops/jobs",
-    action="dead_letters.mend",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="List replays and dry runs, the newest first",
+    summary="List replays and dry runs, newest first",
     query=ReplayJobsQuery,
     answer=ReplayJob,
     many=True,
@@ -174,9 +174,9 @@ async def list_jobs(request: Call) -> ASGIApp:
 @endpoint(
     "GET",
     "/api/ops/jobs/{replay_id:str}",
-    action="dead_letters.mend",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="How far a replay has come",
+    summary="Show the progress of a replay",
     answer=ReplayJob,
     errors=(404,),
 )
@@ -185,36 +185,36 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
     async with sync_context(request).connection_for(request.identity) as connection:
         job = await replay_jobs.one(connection, id_)
     if job is None:
-        raise NotFound("no such job")
+        raise NotFound("no such replay job")
     return success(job)
 
 
 @endpoint(
     "GET",
-    "/api/ops/jobs/{replay_id:str}/letters",
-    action="dead_letters.mend",
+    "/api/ops/jobs/{replay_id:str}/items",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="What became of each letter of a job",
+    summary="List the outcome of each dead letter of a job",
     query=ReplayItemsQuery,
     answer=list[ReplayItem],
     errors=(404,),
 )
-async def get_job_letters(request: Call, replay_id: str) -> ASGIApp:
+async def get_job_items(request: Call, replay_id: str) -> ASGIApp:
     id_, query = path_id(replay_id, "replay_id"), read_query(request, ReplayItemsQuery)
     async with sync_context(request).connection_for(request.identity) as connection:
         if await replay_jobs.one(connection, id_) is None:
-            raise NotFound("no such job")
+            raise NotFound("no such replay job")
         outcomes = (query.outcome,) if query.outcome else ()
-        found = await replay_jobs.letters(connection, id_, outcomes=outcomes, after=query.after, limit=query.limit)
+        found = await replay_jobs.items(connection, id_, outcomes=outcomes, after=query.after, limit=query.limit)
     return success(found)
 
 
 @endpoint(
     "POST",
     "/api/ops/jobs/{replay_id:str}/cancel",
-    action="dead_letters.mend",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="Cancel a replay: nothing more of it is sent",
+    summary="Cancel a replay: it sends nothing more",
     answer=ReplayJob,
     errors=(404, 409),
 )
@@ -224,16 +224,17 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
         return success(await replay_jobs.cancel(connection, id_, actor=identity.actor, role=identity.role))
 
 
-# -- mending -----------------------------------------------------------------------------------------------------
+# -- repairing ---------------------------------------------------------------------------------------------------
 
 
 @endpoint(
     "POST",
-    "/api/ops/dead-letters/{letter_id:str}/edit",
-    action="dead_letters.mend",
+    "/api/ops/dead-letters/{dead_letter_id:str}/edit",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="Mend a dead letter by hand: a new change at head + 1",
-    description="Checked against the contract. What says whose it is stays. The letter is kept, with what differs.",
+    summary="Repair a dead letter: commit an edited event at head version + 1",
+    description="The event is checked against the contract. Restaurant and subject must stay. The dead letter is kept,"
+    " with the difference.",
     body=EditDeadLetter,
     answer=DeadLetter,
     errors=(404, 409, 504),
@@ -248,8 +249,8 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
         },
     },
 )
-async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, identity = path_id(letter_id, "letter_id"), request.identity
+async def edit_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
+    id_, identity = path_id(dead_letter_id, "dead_letter_id"), request.identity
     body = read_body(await request.whole_body(), EditDeadLetter)
     return success(
         await _repairs(request).edit(
@@ -260,18 +261,18 @@ async def edit_letter(request: Call, letter_id: str) -> ASGIApp:
 
 @endpoint(
     "POST",
-    "/api/ops/dead-letters/{letter_id:str}/discard",
-    action="dead_letters.mend",
+    "/api/ops/dead-letters/{dead_letter_id:str}/discard",
+    action="dead_letters.repair",
     tag=_TAG,
     summary="Discard a dead letter, with the reason",
-    description="What readers saw of it is taken back by a new change. It can be restored within the retention.",
+    description="A new change takes back what readers saw of it. It can be restored within the retention.",
     body=DiscardDeadLetter,
     answer=DeadLetter,
     errors=(404, 409, 504),
     example={"revision": 1, "why": "a test of the terminal"},
 )
-async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, identity = path_id(letter_id, "letter_id"), request.identity
+async def discard_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
+    id_, identity = path_id(dead_letter_id, "dead_letter_id"), request.identity
     body = read_body(await request.whole_body(), DiscardDeadLetter)
     return success(
         await _repairs(request).discard(
@@ -282,17 +283,17 @@ async def discard_letter(request: Call, letter_id: str) -> ASGIApp:
 
 @endpoint(
     "POST",
-    "/api/ops/dead-letters/{letter_id:str}/restore",
-    action="dead_letters.mend",
+    "/api/ops/dead-letters/{dead_letter_id:str}/restore",
+    action="dead_letters.repair",
     tag=_TAG,
-    summary="Restore a dead letter that was discarded",
+    summary="Open a discarded dead letter again",
     body=RestoreDeadLetter,
     answer=DeadLetter,
     errors=(404, 409),
     example={"revision": 2},
 )
-async def restore_letter(request: Call, letter_id: str) -> ASGIApp:
-    id_, identity = path_id(letter_id, "letter_id"), request.identity
+async def restore_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
+    id_, identity = path_id(dead_letter_id, "dead_letter_id"), request.identity
     body = read_body(await request.whole_body(), RestoreDeadLetter)
     return success(
         await _repairs(request).restore(
@@ -307,16 +308,16 @@ def _repairs(request: Call) -> DeadLetterRepairs:
 
 
 ROUTES = [
-    list_letters,
+    list_dead_letters,
     list_groups,
-    get_letter,
+    get_dead_letter,
     get_body,
     replay,
     list_jobs,
     get_job,
-    get_job_letters,
+    get_job_items,
     cancel_job,
-    edit_letter,
-    discard_letter,
-    restore_letter,
+    edit_dead_letter,
+    discard_dead_letter,
+    restore_dead_letter,
 ]

@@ -1,17 +1,20 @@
-"""Dead letters in PostgreSQL: kept by the sync worker, read by operators. What operators do to one is in
-`letter_acts.py`, their replays in `replay_jobs.py`; together they are all SQL on these tables.
+"""Reads dead letters: lists, groups, one with everything.
 
-A letter is open, replaying (on its way through its lane again), resolved (what it carried is written, or was replaced
-by an edit) or discarded. Every act and every death moves its `revision`: whoever acts says which one they have seen,
-and of two the second is told (Conflict `dead_letter_changed`).
+A dead letter is open, replaying (on its way through its lane again), resolved (its change is written or was replaced by
+an edit) or discarded. Every operator action and every death increments its `revision`. An action names the revision
+that the operator saw; if another action came first, it gets Conflict `dead_letter_changed`.
 
-Connections: of the writer role in the worker, of the ops role for operators; of the api role, inside `Postgres.tenant`,
-for the admins of a restaurant: row-level security shows them their own letters alone.
+The SQL of actions is in `actions.py`, of replays in `replay_jobs.py` and `replay_steps.py`, of storing in
+`failures/dead_letter_store.py`.
+
+Connections: of the ops role for operators; of the api role, inside `Postgres.tenant`, for the admins of a restaurant.
+Row-level security shows admins only the dead letters of their own restaurant.
 """
 
 import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
 from msgspec import Struct
@@ -26,7 +29,8 @@ STATUSES = ("open", "replaying", "resolved", "discarded")
 _TREND_HOURS = 24
 _LIKE = re.compile(r"[\\%_]")
 _ESCAPED = r"\\\g<0>"
-_LONGEST_SEARCHED = 262_144  # bytes of a body
+_MAX_TEXT_BYTES = 262_144
+"""A text search skips larger bodies, because it reads each one."""
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True):
@@ -52,7 +56,7 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
     status: str
     revision: int
     replaced_by: str | None
-    """The change that an edit or a discard has made of it."""
+    """The change that an edit or a discard committed in its place."""
     why: str | None
     kept_at: datetime
     closed_at: datetime | None
@@ -63,7 +67,7 @@ class FullDeadLetter(DeadLetter, frozen=True, kw_only=True):
     attempts: tuple[Attempt, ...]
     headers: dict[str, Any]
     body: bytes
-    """As received."""
+    """Exactly as received."""
 
 
 class DeadLetterEdit(Struct, frozen=True, kw_only=True):
@@ -77,7 +81,7 @@ class DeadLetterEdit(Struct, frozen=True, kw_only=True):
 
 
 class DeadLetterGroup(Struct, frozen=True, kw_only=True):
-    """Letters that died of the same."""
+    """Dead letters with the same cause."""
 
     fingerprint: str
     reason: str
@@ -89,13 +93,13 @@ class DeadLetterGroup(Struct, frozen=True, kw_only=True):
     last_failed_at: datetime
     sample_id: str
     sample_error: str
-    """Of the newest one."""
+    """The error of the newest dead letter."""
     trend: tuple[int, ...]
-    """How many died last in each of the past 24 hours, the oldest hour first."""
+    """How many failed last in each of the past 24 hours, oldest hour first."""
 
 
 class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Which letters; what is not set does not narrow. Ids must be UUIDs as text."""
+    """Selects dead letters. A field that is not set selects all. Ids must be UUIDs as text."""
 
     ids: tuple[str, ...] = ()
     queue: str | None = None
@@ -107,14 +111,14 @@ class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     restaurant_id: str | None = None
     failed_from: datetime | None = None
     failed_to: datetime | None = None
-    """Both by when it last failed."""
+    """Both compare with the time of the last failure."""
     statuses: tuple[str, ...] = ()
     text: str | None = None
-    """Somewhere in the error, the place or what names it, in any case; or in the body, to the letter."""
+    """Occurs in the error, the place or an id, regardless of case, or in the body, with the same case."""
 
 
 Cursor = tuple[datetime, str]
-"""(last_failed_at, id) of the last letter of the page before."""
+"""(last_failed_at, id) of the last dead letter of the previous page."""
 
 _COLUMNS = (
     "id::text, queue, lane, restaurant_id::text, change_id::text, entity, entity_id::text, version, type, source,"
@@ -123,9 +127,13 @@ _COLUMNS = (
 )
 _WHOLE = f"select {_COLUMNS}, attempts::text, headers::text, body from dead_letters where id = $1"  # noqa: S608
 _SAMPLES = "select id, reason, place, error from dead_letters where id = any($1)"
+_BETWEEN = """
+select id::text, concat_ws(' ', status || ',', coalesce(entity, 'unreadable'), 'v' || version, left(error, 60))
+from dead_letters where id between $1 and $2 order by id limit $3
+"""
 _EDITS = """
 select id::text, at, actor, why, event::text, difference::text, change_id::text
-from dead_letter_edits where letter_id = $1 order by at, id
+from dead_letter_edits where dead_letter_id = $1 order by at, id
 """
 
 
@@ -134,8 +142,8 @@ async def open_letters(connection: Connection) -> int:
     return found
 
 
-def conditions(wanted: DeadLetterQuery, arguments: list[Any]) -> str:
-    """Of a statement on `dead_letters l`, as SQL; adds to its arguments."""
+def conditions(query: DeadLetterQuery, arguments: list[Any]) -> str:
+    """The SQL condition on `dead_letters l` that selects what `query` names. Appends its values to `arguments`."""
     found = ["true"]
 
     def where(condition: str, *values: Any) -> None:
@@ -144,33 +152,33 @@ def conditions(wanted: DeadLetterQuery, arguments: list[Any]) -> str:
         found.append(condition.format(*(f"${place}" for place in places)))
 
     for name in ("queue", "fingerprint", "reason", "entity", "entity_id", "change_id", "restaurant_id"):
-        if (value := getattr(wanted, name)) is not None:
+        if (value := getattr(query, name)) is not None:
             where(f"l.{name} = {{0}}", value)
-    if wanted.ids:
-        where("l.id = any({0}::uuid[])", list(wanted.ids))
-    if wanted.statuses:
-        where("l.status = any({0}::text[])", list(wanted.statuses))
-    if wanted.failed_from is not None:
-        where("l.last_failed_at >= {0}", wanted.failed_from)
-    if wanted.failed_to is not None:
-        where("l.last_failed_at <= {0}", wanted.failed_to)
-    if wanted.text:
+    if query.ids:
+        where("l.id = any({0}::uuid[])", list(query.ids))
+    if query.statuses:
+        where("l.status = any({0}::text[])", list(query.statuses))
+    if query.failed_from is not None:
+        where("l.last_failed_at >= {0}", query.failed_from)
+    if query.failed_to is not None:
+        where("l.last_failed_at <= {0}", query.failed_to)
+    if query.text:
         where(
             "(concat_ws(' ', l.error, l.reason, l.place, l.type, l.source, l.terminal_id, l.trace_id, l.change_id,"
             " l.entity_id) ilike {0}"
-            f" or (octet_length(l.body) <= {_LONGEST_SEARCHED} and position(convert_to({{1}}, 'UTF8') in l.body) > 0))",
-            f"%{_LIKE.sub(_ESCAPED, wanted.text)}%",
-            wanted.text,
+            f" or (octet_length(l.body) <= {_MAX_TEXT_BYTES} and position(convert_to({{1}}, 'UTF8') in l.body) > 0))",
+            f"%{_LIKE.sub(_ESCAPED, query.text)}%",
+            query.text,
         )
     return " and ".join(found)
 
 
 async def page(
-    connection: Connection, wanted: DeadLetterQuery, *, before: Cursor | None = None, limit: int = 50
+    connection: Connection, query: DeadLetterQuery, *, before: Cursor | None = None, limit: int = 50
 ) -> list[DeadLetter]:
-    """The newest failure first. Ask for one more than a page to know whether there is another."""
+    """Newest failure first. Ask for one row more than a page to learn whether there is another page."""
     arguments: list[Any] = []
-    where = conditions(wanted, arguments)
+    where = conditions(query, arguments)
     if before is not None:
         arguments += before
         where += f" and (l.last_failed_at, l.id) < (${len(arguments) - 1}, ${len(arguments)}::uuid)"
@@ -182,17 +190,17 @@ async def page(
     return [DeadLetter(**row) for row in rows]
 
 
-async def count(connection: Connection, wanted: DeadLetterQuery) -> int:
+async def count(connection: Connection, query: DeadLetterQuery) -> int:
     arguments: list[Any] = []
-    where = conditions(wanted, arguments)
+    where = conditions(query, arguments)
     found: int = await connection.fetchval(f"select count(*) from dead_letters l where {where}", *arguments)  # noqa: S608
     return found
 
 
-async def groups(connection: Connection, wanted: DeadLetterQuery, *, limit: int = 100) -> list[DeadLetterGroup]:
-    """By fingerprint, the most letters first."""
+async def groups(connection: Connection, query: DeadLetterQuery, *, limit: int = 100) -> list[DeadLetterGroup]:
+    """Groups by fingerprint, largest group first."""
     arguments: list[Any] = []
-    where = conditions(wanted, arguments)
+    where = conditions(query, arguments)
     rows = await connection.fetch(
         "select l.fingerprint, count(*) as count, count(*) filter (where l.status in ('open', 'replaying')) as open,"  # noqa: S608
         " array_agg(distinct l.queue) as queues, min(l.first_failed_at) as first_failed_at,"
@@ -211,7 +219,7 @@ async def groups(connection: Connection, wanted: DeadLetterQuery, *, limit: int 
     samples = await connection.fetch(_SAMPLES, [row["sample"] for row in rows])
     trends = {row["fingerprint"]: [0] * _TREND_HOURS for row in rows}
     for fingerprint, ago, n in hours:
-        # A clock that is ahead of the database's counts as now.
+        # A failure in the future (a clock ahead of the database) counts as now.
         trends[fingerprint][_TREND_HOURS - 1 - max(ago, 0)] += n
     sampled = {row["id"]: row for row in samples}
     return [
@@ -238,8 +246,13 @@ async def one(connection: Connection, id_: str) -> FullDeadLetter | None:
     return None if row is None else _whole(row)
 
 
+async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
+    """(id, a few words about it) of the dead letters whose ids are from `first` to `last`, in order."""
+    return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
+
+
 async def edits(connection: Connection, id_: str) -> list[DeadLetterEdit]:
-    """The oldest first. Not for the api role."""
+    """Oldest first. The api role may not read edits."""
     return [
         DeadLetterEdit(**{**row, "event": _read(row["event"]), "difference": _read(row["difference"])})
         for row in await connection.fetch(_EDITS, id_)

@@ -19,20 +19,20 @@ _MAX_BODY_BYTES = 65_536
 
 
 class ReplayOf(Struct, frozen=True):
-    """A job that this letter was part of."""
+    """A replay job that the dead letter is part of."""
 
     job: ReplayJob
-    letter: ReplayItem
+    item: ReplayItem
 
 
 class DeadLetterView(Struct, frozen=True, kw_only=True):
-    letter: DeadLetter
+    dead_letter: DeadLetter
     attempts: tuple[Attempt, ...]
     headers: dict[str, Any]
     event: Any
-    """The event, where the body is one."""
+    """The event; None if the body is not one event or is too long."""
     body: str | None
-    """As text where it is none, or too long; the whole of it, to the letter, at …/body."""
+    """The body as text where `event` is None. The route …/body returns the exact bytes."""
     body_cut: bool
     edits: list[DeadLetterEdit]
     replays: list[ReplayOf]
@@ -40,26 +40,26 @@ class DeadLetterView(Struct, frozen=True, kw_only=True):
 
 
 async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
-    """What admins may not see (edits, replays and acts name other people's work) is left out. Raises NotFound."""
+    """`operator`: with edits, replays and actions, which name other people's work. Raises NotFound."""
     letter = await dead_letter_store.one(connection, id_)
     if letter is None:
         raise NotFound("no such dead letter")
     event, body, cut = shown_body(letter.body)
     return DeadLetterView(
-        letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
+        dead_letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
         attempts=letter.attempts,
         headers=letter.headers,
         event=event,
         body=body,
         body_cut=cut,
         edits=await dead_letter_store.edits(connection, id_) if operator else [],
-        replays=[ReplayOf(*pair) for pair in await replay_jobs.of_letter(connection, id_)] if operator else [],
+        replays=[ReplayOf(*pair) for pair in await replay_jobs.of_dead_letter(connection, id_)] if operator else [],
         actions=await audit.actions_on(connection, f"dead_letter/{id_}") if operator else [],
     )
 
 
 def shown_body(body: bytes, max_bytes: int = _MAX_BODY_BYTES) -> tuple[Any, str | None, bool]:
-    """(the event where it is one, else None; the body as text where it is none; whether that was cut)."""
+    """(event or None, body as text or None, whether that text was cut)."""
     event = event_in(body)
     if event is not None and len(body) <= max_bytes:
         return event, None, False

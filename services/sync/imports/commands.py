@@ -1,4 +1,4 @@
-"""`ticketrail import`: bring the orders of another system in."""
+"""`ticketrail import`: imports the orders of another system."""
 
 import sys
 from typing import Any
@@ -8,40 +8,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.sync.command_session import CommandSession, run
+from services.sync.id_argument import RESTAURANT
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.importer import Importer, ImportReport, RefusedRow
 from services.sync.imports.sources import count, source_of
 from shared.entities.contract import encode
 from shared.settings import Settings
 
-_SHOWN = 50
+_MAX_LISTED = 50
 
 
 @click.command("import")
 @click.argument("source")
-@click.option("--restaurant", type=click.UUID, help="for rows that name no restaurant_id")
-@click.option("--query", help="of a postgres:// source; a column for each field, items as JSON")
-@click.option("--refused", type=click.File("wb", lazy=False), help="write refused rows there, a JSON object a line")
-@click.option("--again", is_flag=True, help="from the beginning, also when it was done before")
+@click.option("--restaurant", type=RESTAURANT, help="for rows without restaurant_id: id, prefix of an id, or slug")
+@click.option("--query", help="for a postgres:// source; one column per field, items as JSON")
+@click.option("--refused", type=click.File("wb", lazy=False), help="file for refused rows, one JSON object per line")
+@click.option("--again", is_flag=True, help="start from the first row, even if an earlier run imported it")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
-def import_command(source: str, restaurant: Any, query: str | None, refused: Any, again: bool, as_json: bool) -> None:
-    """Bring existing orders in: FILE.jsonl, FILE.csv or postgres://…
+def import_command(
+    source: str, restaurant: str | None, query: str | None, refused: Any, again: bool, as_json: bool
+) -> None:
+    """Import existing orders from FILE.jsonl, FILE.csv or postgres://…
 
-    Through the background lane, so that new orders are not delayed. What is interrupted goes on where it stopped. Exit
-    code 1 when rows were refused."""
-    report, why = run(_import(Settings.load(), source, str(restaurant) if restaurant else None, query, again, as_json))
+    Uses the background lane, so that new orders are not delayed. An interrupted import continues where it stopped.
+    Exit code 1 if rows were refused."""
+    report, refusals = run(_import(Settings.load(), source, restaurant, query, again, as_json))
     if refused is not None:
-        refused.writelines(encode(one) + b"\n" for one in why)
+        refused.writelines(encode(row) + b"\n" for row in refusals)
     if as_json:
-        click.echo(encode({**_plain(report), "refusals": why}).decode())
+        click.echo(encode({**_plain(report), "refusals": refusals}).decode())
     else:
-        for one in why[:_SHOWN]:
-            click.echo(f"line {one.line}: {one.reason}")
-        if len(why) > _SHOWN:
-            click.echo(f"… and {len(why) - _SHOWN} more; --refused FILE has all of them")
+        for row in refusals[:_MAX_LISTED]:
+            click.echo(f"line {row.line}: {row.reason}")
+        if len(refusals) > _MAX_LISTED:
+            click.echo(f"… and {len(refusals) - _MAX_LISTED} more; --refused FILE has all of them")
         click.echo(
             f"{report.created} created, {report.updated} updated, {report.unchanged} unchanged,"
-            f" {report.refused} refused, {report.skipped} done by an earlier run"
+            f" {report.refused} refused, {report.skipped} imported by an earlier run"
         )
     if report.refused:
         sys.exit(1)
@@ -65,11 +68,11 @@ async def _import(
         )
         with Progress(*columns, console=console, disable=quiet) as bar:
             task = bar.add_task(source.shown, total=total)
-            report, why = await Importer(session.postgres, upserts).run(
+            report, refusals = await Importer(session.postgres, upserts).run(
                 source, restaurant, again=again, progress=lambda report: bar.update(task, completed=report.read)
             )
             bar.update(task, total=report.read, completed=report.read)
-    return report, why
+    return report, refusals
 
 
 COMMANDS = (import_command,)

@@ -1,4 +1,4 @@
-"""Bringing orders of other systems in: once however often each is sent, by the way of every change."""
+"""Commits orders of other systems: an external order becomes one order, however often it is sent."""
 
 import asyncio
 import random
@@ -24,9 +24,9 @@ from shared.rail.draft import Draft
 from shared.restaurants import Restaurant, find_restaurant
 
 _ENTITY = orders.ENTITY
-# How long others are waited for: longer than a claim takes to be called stale, so that one left behind is finished.
+# Longer than the age at which a claim is stale, so that an abandoned claim is finished meanwhile.
 _WAIT_SECONDS = 4.0
-_REMEMBER_SECONDS = 60.0
+_RESTAURANT_CACHE_SECONDS = 60.0
 
 
 class UpsertedOrder(Struct, frozen=True):
@@ -37,7 +37,7 @@ class UpsertedOrder(Struct, frozen=True):
 
 class ExternalOrderUpserts:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, *, source: str, window_days: int) -> None:
-        """`window_days`: of the mirror."""
+        """`window_days`: the live window of the mirror."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
@@ -45,13 +45,13 @@ class ExternalOrderUpserts:
         self._window = timedelta(days=window_days)
         self._restaurants: dict[str, tuple[float, Restaurant]] = {}
 
-    async def unknown(self, wanted: Sequence[ExternalOrder]) -> set[str]:
-        """Ids of those that no store has, asked for all at once: for `upsert`'s `new`. Where connections are
-        those of the writer role. Raises one of AWAY."""
+    async def unknown(self, external_orders: Sequence[ExternalOrder]) -> set[str]:
+        """The ids of those orders that no store has, for the argument `new` of `upsert`. Needs a pool of the writer
+        role. Raises one of UNAVAILABLE."""
         by_restaurant: dict[str, list[str]] = {}
-        for one in wanted:
-            restaurant = str(one.restaurant_id)
-            by_restaurant.setdefault(restaurant, []).append(order_id(restaurant, one.name))
+        for order in external_orders:
+            restaurant = str(order.restaurant_id)
+            by_restaurant.setdefault(restaurant, []).append(order_id(restaurant, order.name))
         try:
             seen = await asyncio.gather(
                 *(self._mirror.read(restaurant, _ENTITY.name, ids) for restaurant, ids in by_restaurant.items())
@@ -66,24 +66,25 @@ class ExternalOrderUpserts:
                 found.update(id_ for id_ in missing if id_ not in stored)
         return found
 
-    async def upsert(self, wanted: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> UpsertedOrder:
-        """`lane`: by default the one that the order deserves; `new`: no store had it a moment ago, and a claim says if
-        that has changed. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
-        restaurant = await self.restaurant(str(wanted.restaurant_id))
+    async def upsert(self, external: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> UpsertedOrder:
+        """`lane`: default by the age of the order. `new`: no store had the order a moment ago, so that it is not read
+        first; the claim notices if it exists by now. Raises InvalidInput, NotFound (no such restaurant), Conflict,
+        Unavailable, OutcomeUnknown."""
+        restaurant = await self.restaurant(str(external.restaurant_id))
         deadline, tried = time.monotonic() + _WAIT_SECONDS, 0
         while True:
             at = now()
-            state = new_order(wanted, restaurant, at)
-            found = None if new and tried == 0 else await self._standing(state, wanted)
+            state = new_order(external, restaurant, at)
+            found = None if new and tried == 0 else await self._head(state, external)
             base, before = (None, None) if found is None else found
             if before is not None and base is not None:
                 if (before.currency, before.tax_basis_points) != (state.currency, state.tax_basis_points):
-                    # What it was placed under stays: a new tax rate does not change old orders.
+                    # An order keeps the terms under which it was placed: a new tax rate does not change it.
                     terms = msgspec.structs.replace(
                         restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points
                     )
-                    state = new_order(wanted, terms, at)
-                after = merged(before, state, dated=wanted.updated_at is not None, at=at)
+                    state = new_order(external, terms, at)
+                after = merged(before, state, dated=external.updated_at is not None, at=at)
                 if after is None:
                     return UpsertedOrder("unchanged", before, base)
                 state = after
@@ -95,14 +96,16 @@ class ExternalOrderUpserts:
                 before=before,
                 at=at,
                 source=self._source,
-                lane=lane or lane_of(wanted, before, state, at),
-                existing=lambda state=state: self._standing(state, wanted),  # type: ignore[misc]
+                lane=lane or lane_of(external, before, state, at),
+                existing=lambda state=state: self._head(state, external),  # type: ignore[misc]
             )
             try:
                 done = await self._rail.commit(draft)
             except ClaimLost as lost:
                 if time.monotonic() > deadline:
-                    raise Conflict("others change this order again and again", code="version_conflict") from lost
+                    raise Conflict(
+                        "too many concurrent updates of this order; retry", code="version_conflict"
+                    ) from lost
                 tried += 1
                 await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
                 continue
@@ -117,23 +120,23 @@ class ExternalOrderUpserts:
             async with self._postgres.connection() as connection:
                 found = await find_restaurant(connection, id_)
         except UNAVAILABLE as error:
-            found = known or await self._mirrored(id_)
+            found = known or await self._restaurant_in_mirror(id_)
             if found is None:
-                raise Unavailable("the restaurant cannot be looked up now", retry_after=2.0) from error
+                raise Unavailable("the restaurant cannot be read; retry", retry_after=2.0) from error
         if found is None:
             raise NotFound("no such restaurant", field="restaurant_id")
-        self._restaurants[id_] = time.monotonic() + _REMEMBER_SECONDS, found
+        self._restaurants[id_] = time.monotonic() + _RESTAURANT_CACHE_SECONDS, found
         return found
 
-    async def _mirrored(self, id_: str) -> Restaurant | None:
+    async def _restaurant_in_mirror(self, id_: str) -> Restaurant | None:
         try:
             encoded = await self._mirror.restaurant(id_)
         except (MirrorUnavailable, MirrorInDoubt):
             return None
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
-    async def _standing(self, state: Order, wanted: ExternalOrder) -> tuple[Head, Order] | None:
-        """From a warm mirror, or from PostgreSQL where the mirror has not got it. Raises Unavailable."""
+    async def _head(self, state: Order, external: ExternalOrder) -> tuple[Head, Order] | None:
+        """(head, state) from a warm mirror, else from PostgreSQL; None if neither has it. Raises Unavailable."""
         restaurant, id_ = state.restaurant_id, state.id
         try:
             warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
@@ -145,7 +148,7 @@ class ExternalOrderUpserts:
             async with self._postgres.tenant(restaurant) as connection:
                 stored = await states.one(connection, _ENTITY, restaurant, id_)
         except UNAVAILABLE as error:
-            if warm and wanted.created_at is not None and now() - wanted.created_at < self._window:
-                return None  # it cannot have left the mirror yet
-            raise Unavailable("the order cannot be looked up now", retry_after=2.0) from error
+            if warm and external.created_at is not None and now() - external.created_at < self._window:
+                return None  # an order this young is still in the live window, so it does not exist
+            raise Unavailable("the order cannot be read; retry", retry_after=2.0) from error
         return None if stored is None else (stored.head, _ENTITY.decode_state(stored.state))

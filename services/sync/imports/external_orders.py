@@ -1,7 +1,7 @@
-"""Orders of other systems: what they send, and the state that it makes. Pure.
+"""An order of another system, and the order that it becomes. Pure.
 
-The other system is the one that priced it: its prices, names and numbers are kept. What it leaves out is computed. Its
-payments are facts: they are added to those that are known, never taken away, from what comes late too.
+Prices, names and numbers of the other system are kept, because it priced the order; missing figures are computed.
+Payments are facts: they are added to the known ones and never removed, also by an update that arrives late.
 """
 
 from datetime import datetime, timedelta
@@ -25,10 +25,10 @@ from shared.errors import Conflict, InvalidInput
 from shared.restaurants import Restaurant
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/external-order")
-_MOST = 10**12
-_MOST_PAYMENTS = 1_000
-_TODAY = timedelta(days=1)
-_OVER = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+_MAX_AMOUNT = 10**12  # minor units
+_MAX_PAYMENTS = 1_000
+_MAX_CRITICAL_AGE = timedelta(days=1)
+_FINAL_STATUSES = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
 _RANK = {status: rank for rank, status in enumerate(OrderStatus)}
 
 
@@ -43,7 +43,7 @@ class ExternalCustomization(_External):
 
 
 class ExternalItem(_External):
-    """`unit_price` with its customizations; without a `menu_item_id` the name stands for the dish."""
+    """`unit_price` includes the customizations. Without `menu_item_id` the name identifies the dish."""
 
     name: Label
     quantity: Quantity
@@ -54,7 +54,7 @@ class ExternalItem(_External):
 
 
 class ExternalPayment(_External):
-    """`id`: whatever the other system calls it."""
+    """`id`: the id in the other system."""
 
     id: Label
     amount: Amount
@@ -64,8 +64,8 @@ class ExternalPayment(_External):
 
 
 class ExternalOrder(_External):
-    """`external_id` or `convex_id` says which order it is; money is in minor units. Of two updates the one with the
-    later `updated_at` stands, in whatever order they come; without one a status does not go back."""
+    """`external_id` or `convex_id` identifies the order. Money is in minor units. Of two updates the one with the later
+    `updated_at` wins, whatever arrives first; without `updated_at` a status never goes back."""
 
     restaurant_id: UUID
     items: Annotated[list[ExternalItem], Meta(min_length=1, max_length=1_000)]
@@ -91,116 +91,116 @@ class ExternalOrder(_External):
 
     @property
     def name(self) -> str:
-        """Raises InvalidInput without one, or with two that differ."""
+        """The id in the other system. Raises InvalidInput if it is missing, or given twice with two values."""
         if self.external_id and self.convex_id and self.external_id != self.convex_id:
-            raise InvalidInput("external_id and convex_id name two orders", field="convex_id")
+            raise InvalidInput("external_id and convex_id must not differ", field="convex_id")
         if found := self.external_id or self.convex_id:
             return found
-        raise InvalidInput("external_id or convex_id is needed", field="external_id")
+        raise InvalidInput("external_id or convex_id is required", field="external_id")
 
 
 def order_id(restaurant: str, name: str) -> str:
-    """The same for the same order, wherever it arrives and however often."""
+    """Our id of an external order: always the same for the same restaurant and name."""
     return str(uuid5(_NAMESPACE, f"{restaurant}|{name}"))
 
 
-def new_order(wanted: ExternalOrder, restaurant: Restaurant, at: datetime) -> Order:
-    """Raises InvalidInput."""
-    created = wanted.created_at or at
-    updated = max(created, wanted.updated_at or created)
+def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> Order:
+    """The order that an external order becomes. Raises InvalidInput."""
+    created = external.created_at or at
+    updated = max(created, external.updated_at or created)
     times = [("created_at", created), ("updated_at", updated)]
-    times += [(f"payments[{i}].created_at", one.created_at or created) for i, one in enumerate(wanted.payments)]
+    times += [(f"payments[{i}].created_at", one.created_at or created) for i, one in enumerate(external.payments)]
     for field, moment in times:
         if not in_range(moment):
-            raise InvalidInput("a time between 1970 and 2200", field=field)
+            raise InvalidInput("must be a time between 1970 and 2200", field=field)
     ids: set[str] = set()
-    for place, payment in enumerate(wanted.payments):
+    for place, payment in enumerate(external.payments):
         if payment.id in ids:
-            raise InvalidInput("two payments with one id", field=f"payments[{place}].id")
+            raise InvalidInput("must differ from the ids of other payments", field=f"payments[{place}].id")
         ids.add(payment.id)
-    items = tuple(_item(one) for one in wanted.items)
+    items = tuple(_item(one) for one in external.items)
     subtotal = sum(one.line_total for one in items)
-    tax = wanted.tax_amount
+    tax = external.tax_amount
     if tax is None:
         tax = (subtotal * restaurant.tax_basis_points + 5_000) // 10_000
-    total = wanted.total
+    total = external.total
     if total is None:
-        total = max(0, subtotal + tax + wanted.tip_amount - wanted.discount_amount - wanted.deposit_used)
-    if max(subtotal, total) > _MOST:
+        total = max(0, subtotal + tax + external.tip_amount - external.discount_amount - external.deposit_used)
+    if max(subtotal, total) > _MAX_AMOUNT:
         raise InvalidInput("the order is too large", field="items", code="order_too_large")
-    id_ = order_id(restaurant.id, wanted.name)
-    payments = tuple(_payment(one, id_, created) for one in wanted.payments)
+    id_ = order_id(restaurant.id, external.name)
+    payments = tuple(_payment(one, id_, created) for one in external.payments)
     return Order(
         id=id_,
         restaurant_id=restaurant.id,
-        order_number=wanted.order_number,
+        order_number=external.order_number,
         business_day=restaurant.business_day(created),
-        status=wanted.status,
+        status=external.status,
         items=items,
         currency=restaurant.currency,
         subtotal=subtotal,
         tax_basis_points=restaurant.tax_basis_points,
         tax_amount=tax,
-        tip_amount=wanted.tip_amount,
-        discount_amount=wanted.discount_amount,
-        deposit_used=wanted.deposit_used,
+        tip_amount=external.tip_amount,
+        discount_amount=external.discount_amount,
+        deposit_used=external.deposit_used,
         total=total,
         created_at=created,
         updated_at=updated,
-        table_id=str(wanted.table_id) if wanted.table_id else None,
-        customer_id=str(wanted.customer_id) if wanted.customer_id else None,
-        customer_name=wanted.customer_name,
-        customer_phone=wanted.customer_phone,
-        payment_method=wanted.payment_method,
+        table_id=str(external.table_id) if external.table_id else None,
+        customer_id=str(external.customer_id) if external.customer_id else None,
+        customer_name=external.customer_name,
+        customer_phone=external.customer_phone,
+        payment_method=external.payment_method,
         payments=payments,
         payment_status=payment_status(payments, total),
-        notes=wanted.notes,
-        special_instructions=wanted.special_instructions,
-        external_id=wanted.name,
+        notes=external.notes,
+        special_instructions=external.special_instructions,
+        external_id=external.name,
     )
 
 
-def merged(before: Order, wanted: Order, *, dated: bool, at: datetime) -> Order | None:
-    """What stands after `wanted` was sent for an order that is known; None when that changes nothing. `dated`: the
-    other system said when, so that what it sent earlier and came later is known as such. Raises Conflict."""
-    payments = _with_payments(before, wanted)
-    if dated and wanted.updated_at < before.updated_at:
+def merged(before: Order, sent: Order, *, dated: bool, at: datetime) -> Order | None:
+    """The state after the update `sent` of a known order; None if it changes nothing. `dated`: the update has its own
+    `updated_at`, so that a late one is recognized. Raises Conflict."""
+    payments = _with_payments(before, sent)
+    if dated and sent.updated_at < before.updated_at:
         if payments == before.payments:
             return None
         return msgspec.structs.replace(before, payments=payments, payment_status=payment_status(payments, before.total))
-    # What says no time may be a repetition of what was sent long ago.
-    back = not dated and _RANK[wanted.status] < _RANK[before.status]
+    # An update without a time can be a repetition of an old one.
+    back = not dated and _RANK[sent.status] < _RANK[before.status]
     after = msgspec.structs.replace(
-        wanted,
-        status=before.status if back else wanted.status,
-        order_number=wanted.order_number or before.order_number,
+        sent,
+        status=before.status if back else sent.status,
+        order_number=sent.order_number or before.order_number,
         business_day=before.business_day,
         created_at=before.created_at,
-        # Noted also where nothing else is new: what was sent before this and comes after it is late.
-        updated_at=wanted.updated_at if dated else before.updated_at,
+        # Stored even if nothing else is new, so that an earlier update that arrives later is recognized.
+        updated_at=sent.updated_at if dated else before.updated_at,
         customer_session_id=before.customer_session_id,
         placed_by=before.placed_by,
         request_hash=before.request_hash,
         deleted_at=before.deleted_at,
         holds=before.holds,
         payments=payments,
-        payment_status=payment_status(payments, wanted.total),
+        payment_status=payment_status(payments, sent.total),
     )
     if after == before:
         return None
     return after if dated else msgspec.structs.replace(after, updated_at=max(at, before.updated_at))
 
 
-def _with_payments(before: Order, wanted: Order) -> tuple[Payment, ...]:
+def _with_payments(before: Order, sent: Order) -> tuple[Payment, ...]:
     known = {one.id: one for one in before.payments}
-    for place, one in enumerate(wanted.payments):
+    for place, one in enumerate(sent.payments):
         earlier = known.get(one.id)
         if earlier is not None and (earlier.amount, earlier.method) != (one.amount, one.method):
             raise Conflict(
-                "this id was used for another payment", code="payment_id_reused", field=f"payments[{place}].id"
+                "this id belongs to another payment", code="payment_id_reused", field=f"payments[{place}].id"
             )
-    payments = (*before.payments, *(one for one in wanted.payments if one.id not in known))
-    if len(payments) > _MOST_PAYMENTS:
+    payments = (*before.payments, *(one for one in sent.payments if one.id not in known))
+    if len(payments) > _MAX_PAYMENTS:
         raise Conflict("the order has too many payments", code="too_many_payments", field="payments")
     return payments
 
@@ -216,14 +216,14 @@ def event_of(before: Order | None, after: Order) -> str:
     return "payment_recorded" if after.payments != before.payments and after == paid else "updated"
 
 
-def lane_of(wanted: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
-    """An order of today goes with the orders, whatever its status: somebody waits for it. What is older is history, and
-    waits behind everything; so is what is over, was not known and says no time."""
+def lane_of(external: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
+    """The critical lane for an order of the last day, because people wait for it. The background lane for an older one,
+    and for a final one that is new and has no time."""
     known = None if before is None else before.updated_at
-    said = [one for one in (wanted.created_at, wanted.updated_at, known) if one is not None]
+    said = [one for one in (external.created_at, external.updated_at, known) if one is not None]
     if not said:
-        return Lane.BACKGROUND if after.status in _OVER else Lane.CRITICAL
-    return Lane.CRITICAL if at - max(said) < _TODAY else Lane.BACKGROUND
+        return Lane.BACKGROUND if after.status in _FINAL_STATUSES else Lane.CRITICAL
+    return Lane.CRITICAL if at - max(said) < _MAX_CRITICAL_AGE else Lane.BACKGROUND
 
 
 def _item(one: ExternalItem) -> OrderItem:

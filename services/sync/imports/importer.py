@@ -1,13 +1,13 @@
-"""Bringing the orders of another system in, through the background lane: new orders are not delayed by it.
+"""Imports the orders of another system through the background lane, so that new orders are not delayed.
 
-Guarantee: every row is accepted or refused with its line and reason, and an order is there once however often its row
-comes. How far it has come, and what was refused, is noted in PostgreSQL after each block whose rows are all recorded;
-what is interrupted goes on from there, and a block that is done again changes nothing. While a backend is away it
-waits, for a minute.
+Guarantee: every row is accepted, or refused with its line and reason, and becomes one order however often it is read.
+Progress and refused rows are stored in PostgreSQL after each block, once all its rows are recorded. An interrupted
+import continues from there, and repeating a block changes nothing. While a backend is unavailable the import waits, for
+a minute at most.
 
-It keeps in step with PostgreSQL, and rests: a block begins when the last one has come there and as long again has
-gone by. So what is under way of it is little at any moment, and new orders find the worker and the machine free; on one
-that is busy with them it rests longer.
+The import keeps pace with PostgreSQL and rests: a block starts when PostgreSQL has the previous one and the same time
+has passed again. So few changes of an import are on their way at any moment, and the import rests longer on a machine
+that is busy with new orders.
 """
 
 import asyncio
@@ -30,15 +30,19 @@ from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 
-# Measured by benchmarks/importing.py on a machine that was busy otherwise: with twice as many of each a new order took
-# nearly twice as long, and the import was no faster. Those that are at once share a message, which makes each cheap.
-_BLOCK = 100
-_AT_ONCE = 32
-_REST = 1.0
-_IN_STEP_SECONDS = 2.0
-_PATIENCE_SECONDS = 60.0
-_SKIPPED_AT_ONCE = 1_000
-_LONGEST_REASON = 500
+# Measured by benchmarks/importing.py on a machine that was busy otherwise: twice the block and the concurrency made a
+# new order nearly twice as slow and the import no faster. Concurrent rows share a message, which makes each of them
+# cheap.
+_BLOCK_SIZE = 100
+_CONCURRENCY = 32
+_REST_SHARE = 1.0
+"""Rest after a block, as a multiple of the time that the block took."""
+_SYNC_TIMEOUT_SECONDS = 2.0
+_SYNC_INTERVAL_SECONDS = 0.02
+_RETRY_TIMEOUT_SECONDS = 60.0
+_SKIP_REPORT_INTERVAL = 1_000
+"""Skipped rows between two calls of `progress`."""
+_MAX_REASON_CHARS = 500
 T = TypeVar("T")
 
 _BEGIN = (
@@ -66,7 +70,7 @@ class RefusedRow(Struct, frozen=True):
 class ImportReport(Struct):
     read: int = 0
     skipped: int = 0
-    """Done by an earlier run."""
+    """Rows that an earlier run imported."""
     created: int = 0
     updated: int = 0
     unchanged: int = 0
@@ -78,7 +82,7 @@ class _Begun(Struct, frozen=True):
     done: int
     refused: int
     passed: str
-    """Digest of the rows that are done: those of a database may be others now."""
+    """Digest of the rows that are done, because a database can return other rows now."""
 
 
 class Importer:
@@ -90,58 +94,59 @@ class Importer:
     async def run(
         self, source: ImportSource, restaurant: str | None, *, again: bool, progress: Callable[[ImportReport], None]
     ) -> tuple[ImportReport, list[RefusedRow]]:
-        """`again`: from the beginning, also when it was done before. What was refused by earlier runs is told too.
-        Raises NotFound (no such restaurant), InvalidInput (the source cannot be read), Unavailable, OutcomeUnknown or
-        one of AWAY when a backend stays away: what is done stays noted."""
+        """Returns the report and all refused rows, also those of earlier runs. `again`: starts from the first row, even
+        if an earlier run imported it. Raises NotFound (no such restaurant), InvalidInput (the source cannot be read),
+        and Unavailable, OutcomeUnknown or one of UNAVAILABLE if a backend stays unavailable; the progress is kept."""
         if restaurant is not None:
-            await _patiently(lambda: self._upserts.restaurant(restaurant))
+            await _with_retries(lambda: self._upserts.restaurant(restaurant))
         digest = f"{await asyncio.to_thread(lambda: source.digest)}:{restaurant or ''}"
-        begun = await _patiently(lambda: self._begin(digest, source, restaurant, again=again))
-        report = await self._bring(source, restaurant, begun, progress)
+        begun = await _with_retries(lambda: self._begin(digest, source, restaurant, again=again))
+        report = await self._import_rows(source, restaurant, begun, progress)
         while report is None:
-            begun = await _patiently(lambda: self._begin(digest, source, restaurant, again=True))
-            report = await self._bring(source, restaurant, begun, progress)
-        await _patiently(lambda: self._execute(_FINISH, digest))
+            begun = await _with_retries(lambda: self._begin(digest, source, restaurant, again=True))
+            report = await self._import_rows(source, restaurant, begun, progress)
+        await _with_retries(lambda: self._execute(_FINISH, digest))
         progress(report)
-        return report, await _patiently(lambda: self._refusals(digest))
+        return report, await _with_retries(lambda: self._refusals(digest))
 
-    async def _bring(
+    async def _import_rows(
         self, source: ImportSource, restaurant: str | None, begun: _Begun, progress: Callable[[ImportReport], None]
     ) -> ImportReport | None:
-        """None: the source is not what it was when its first rows were done."""
+        """Imports the rows after those that are done. Returns None if the source has changed in the rows that are
+        done."""
         report = ImportReport(refused=begun.refused)
         passed = hashlib.sha256()
         block: list[ImportRow] = []
         async with contextlib.aclosing(rows(source, restaurant)) as found:
             async for row in found:
                 report.read += 1
-                if source.kind == "postgres":  # a file is known by its content
+                if source.kind == "postgres":  # the digest of a file covers its content
                     passed.update(row.digest)
                 if report.read <= begun.done:
                     report.skipped += 1
                     if report.read == begun.done and passed.hexdigest() != begun.passed:
                         return None
-                    if report.skipped % _SKIPPED_AT_ONCE == 0:
+                    if report.skipped % _SKIP_REPORT_INTERVAL == 0:
                         progress(report)
                     continue
                 block.append(row)
-                if len(block) == _BLOCK:
+                if len(block) == _BLOCK_SIZE:
                     began = time.monotonic()
-                    last = await self._bring_block(begun.digest, block, passed.hexdigest(), report)
+                    last = await self._import_block(begun.digest, block, passed.hexdigest(), report)
                     progress(report)
                     block = []
-                    await self._in_step(last)
-                    await asyncio.sleep(_REST * (time.monotonic() - began))
+                    await self._wait_for_postgres(last)
+                    await asyncio.sleep(_REST_SHARE * (time.monotonic() - began))
         if report.read < begun.done:
             return None
         if block:
-            await self._bring_block(begun.digest, block, passed.hexdigest(), report)
+            await self._import_block(begun.digest, block, passed.hexdigest(), report)
         return report
 
-    async def _bring_block(
+    async def _import_block(
         self, digest: str, block: Sequence[ImportRow], passed: str, report: ImportReport
     ) -> UpsertedOrder | None:
-        """Returns the last change that it made."""
+        """Imports a block and stores the progress. Returns the last order that it changed."""
         refused = [RefusedRow(row.line, row.error) for row in block if row.order is None]
         report.refused += len(refused)
         chains: dict[tuple[UUID, str], list[tuple[int, ExternalOrder]]] = {}
@@ -149,15 +154,15 @@ class Importer:
             if row.order is not None:
                 chains.setdefault((row.order.restaurant_id, row.order.name), []).append((row.line, row.order))
         firsts = [chain[0][1] for chain in chains.values()]
-        new = await _patiently(lambda: self._upserts.unknown(firsts))
-        gate = asyncio.Semaphore(_AT_ONCE)
+        new = await _with_retries(lambda: self._upserts.unknown(firsts))
+        gate = asyncio.Semaphore(_CONCURRENCY)
 
-        async def bring(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
-            """Rows of one order, one after the other."""
+        async def import_chain(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
+            """Imports the rows of one order, one after the other."""
             last = None
             for line, order in chain:
                 try:
-                    done = await _patiently(lambda order=order: self._upsert(order, new))  # type: ignore[misc]
+                    done = await _with_retries(lambda order=order: self._upsert(order, new))  # type: ignore[misc]
                 except (Unavailable, OutcomeUnknown):
                     raise
                 except TicketrailError as error:
@@ -171,21 +176,22 @@ class Importer:
 
         async def gated(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
             async with gate:
-                return await bring(chain)
+                return await import_chain(chain)
 
-        brought = await asyncio.gather(*map(gated, chains.values()))
-        await _patiently(lambda: self._note(digest, report, passed, refused))
-        return next((one for one in reversed(brought) if one is not None), None)
+        imported = await asyncio.gather(*map(gated, chains.values()))
+        await _with_retries(lambda: self._note(digest, report, passed, refused))
+        return next((one for one in reversed(imported) if one is not None), None)
 
     async def _upsert(self, order: ExternalOrder, new: set[str]) -> UpsertedOrder:
         id_ = order_id(str(order.restaurant_id), order.name)
         is_new = id_ in new
-        new.discard(id_)  # what is asked again may have been done
+        new.discard(id_)  # a retry must read the order, because the first try may have committed it
         return await self._upserts.upsert(order, lane=Lane.BACKGROUND, new=is_new)
 
-    async def _in_step(self, last: UpsertedOrder | None) -> None:
-        """Waits until PostgreSQL has it. Not for ever: a worker that is stopped does not stop an import."""
-        deadline = time.monotonic() + _IN_STEP_SECONDS
+    async def _wait_for_postgres(self, last: UpsertedOrder | None) -> None:
+        """Waits until PostgreSQL has the order, at most _SYNC_TIMEOUT_SECONDS: a stopped worker must not stop an
+        import."""
+        deadline = time.monotonic() + _SYNC_TIMEOUT_SECONDS
         while last is not None and time.monotonic() < deadline:
             order = last.order
             with contextlib.suppress(*UNAVAILABLE):
@@ -193,9 +199,9 @@ class Importer:
                     found = await states.heads(connection, orders.ENTITY, order.restaurant_id, [order.id])
                 if (known := found.get(order.id)) is not None and known >= last.head:
                     return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(_SYNC_INTERVAL_SECONDS)
 
-    # -- what is noted -----------------------------------------------------------------------------------------
+    # -- progress ---------------------------------------------------------------------------------------------
 
     async def _begin(self, digest: str, source: ImportSource, restaurant: str | None, *, again: bool) -> _Begun:
         async with self._postgres.connection() as connection, connection.transaction():
@@ -221,9 +227,9 @@ class Importer:
             await connection.execute(statement, *arguments)
 
 
-async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
-    """What a backend cannot do now is asked again: the same, so that nothing is doubled."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+async def _with_retries(work: Callable[[], Awaitable[T]]) -> T:
+    """Repeats `work` while a backend is unavailable. `work` must be idempotent."""
+    deadline = time.monotonic() + _RETRY_TIMEOUT_SECONDS
     while True:
         try:
             return await work()
@@ -231,12 +237,12 @@ async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
             if time.monotonic() > deadline:
                 raise
         except Conflict as error:
-            # A change of its own that is in doubt stands in the way until somebody finishes it.
+            # An earlier try whose outcome is unknown holds the claim until the claim finisher finishes it.
             if error.error_code != "version_conflict" or time.monotonic() > deadline:
                 raise
         await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
 
 
 def _storable(reason: str) -> str:
-    """It may repeat a piece of the row."""
-    return reason.replace("\x00", "?").encode(errors="replace").decode()[:_LONGEST_REASON]
+    """The reason without characters that PostgreSQL cannot store: it can quote a part of the row."""
+    return reason.replace("\x00", "?").encode(errors="replace").decode()[:_MAX_REASON_CHARS]

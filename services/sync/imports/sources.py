@@ -1,9 +1,10 @@
-"""Where an import reads from: a JSON-lines file, a CSV file, or a query on another PostgreSQL. A row at a time, in an
-order that is the same the next time, so that an import goes on where it stopped.
+"""Reads the rows of an import from a JSON-lines file, a CSV file, or a query on another PostgreSQL.
 
-CSV and query: a column for each field of `ExternalOrder`; `items` and `payments` hold JSON. A CSV without `items` has a
-row for each item (`item_name`, `item_quantity`, `item_unit_price`), those of an order one after the other: an order is
-brought in whole or not at all.
+Rows come one at a time and always in the same order, so that an import can continue where it stopped.
+
+CSV and query have a column for each field of `ExternalOrder`; `items` and `payments` hold JSON. A CSV without `items`
+has a row for each item (`item_name`, `item_quantity`, `item_unit_price`), and the rows of an order follow one another:
+an order is imported whole or not at all.
 """
 
 import csv
@@ -39,7 +40,7 @@ _QUERY = "select * from orders order by 1"
 
 class ImportRow(Struct, frozen=True):
     line: int
-    """On which it begins in the file, from 1; of a query the row."""
+    """The line on which it begins in the file, from 1; for a query the number of the row."""
     order: ExternalOrder | None
     error: str = ""
 
@@ -49,7 +50,7 @@ class ImportRow(Struct, frozen=True):
 
 
 class _Order(ExternalOrder, kw_only=True):
-    """As a row has it: the restaurant may be said once for all of them."""
+    """An order in a row. The restaurant can be given once for all rows instead."""
 
     restaurant_id: UUID | None = None  # type: ignore[assignment]
 
@@ -62,7 +63,7 @@ class ImportSource(Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        """Which source it is: for a file its content. Of a database the query, without the password in the URL."""
+        """Identifies the source: the hash of a file's content, or of URL and query without the password."""
         if self.kind == "postgres":
             return hashlib.sha256(f"{_without_password(self.name)}|{self.query}".encode()).hexdigest()
         with Path(self.name).open("rb") as file:
@@ -70,7 +71,7 @@ class ImportSource(Struct, frozen=True):
 
     @property
     def shown(self) -> str:
-        """Without a password."""
+        """The name to show, without a password."""
         return _without_password(self.name) if self.kind == "postgres" else self.name
 
 
@@ -86,7 +87,7 @@ def source_of(name: str, query: str | None) -> ImportSource:
         return ImportSource(name, "postgres", query or _QUERY)
     suffix = Path(name).suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".csv"):
-        raise InvalidInput("a .jsonl or .csv file, or a postgres:// URL", field="source")
+        raise InvalidInput("must be a .jsonl or .csv file, or a postgres:// URL", field="source")
     if not Path(name).is_file():
         raise InvalidInput(f"no such file: {name}", field="source")
     if not os.access(name, os.R_OK):
@@ -95,7 +96,7 @@ def source_of(name: str, query: str | None) -> ImportSource:
 
 
 def count(source: ImportSource) -> int | None:
-    """How many rows there are, for a progress bar; None where it is not known beforehand."""
+    """The number of rows, for a progress bar; None if it is not known in advance."""
     if source.kind == "jsonl":
         with Path(source.name).open("rb") as file:
             return sum(1 for line in file if line.strip())
@@ -103,7 +104,7 @@ def count(source: ImportSource) -> int | None:
 
 
 def rows(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
-    """`restaurant`: for rows that name none. Raises InvalidInput when the source as a whole cannot be read."""
+    """`restaurant`: for rows without restaurant_id. Raises InvalidInput if the source as a whole cannot be read."""
     return (_from_postgres if source.kind == "postgres" else _from_file)(source, restaurant)
 
 
@@ -127,12 +128,12 @@ def _from_jsonl(name: str, restaurant: str | None) -> Iterator[ImportRow]:
 
 
 class _Cells(Struct):
-    """One record of a CSV file: its cells that are not empty, by their columns."""
+    """One record of a CSV file: column -> cell, without empty cells."""
 
     line: int
     cells: dict[str, str]
     error: str = ""
-    """Why it cannot be read; `unknown`: nor which order it belongs to."""
+    """Why it cannot be read. `unknown`: its order is not known either."""
     unknown: bool = False
 
     @property
@@ -141,7 +142,7 @@ class _Cells(Struct):
 
 
 def _csv_records(name: str) -> Iterator[_Cells]:
-    """The first holds the heading."""
+    """Yields the heading, then the records."""
     csv.field_size_limit(min(sys.maxsize, 10_000_000))
     heading: list[str] | None = None
     with Path(name).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -165,7 +166,7 @@ def _csv_records(name: str) -> Iterator[_Cells]:
 
 
 def _csv_groups(name: str) -> Iterator[list[_Cells]]:
-    """The records of one order."""
+    """Yields the records of each order together."""
     records = _csv_records(name)
     heading = next(records, None)
     if heading is None:
@@ -178,7 +179,7 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
         return
     group: list[_Cells] = []
     seen: set[int] = set()
-    torn = 0  # the line of a record that may have belonged to the order before it, or to the one after it
+    torn = 0  # the line of an unreadable record, which may belong to the previous or to the next order
     for one in records:
         if one.unknown:
             if group:
@@ -194,7 +195,7 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
         if torn:
             one.error = one.error or f"line {torn} may belong to it and cannot be read"
         elif not group and named and hash(one.order) in seen:
-            one.error = one.error or "an order whose rows do not follow one another"
+            one.error = one.error or "the rows of this order do not follow one another"
         if not group:
             seen.add(hash(one.order))
         group.append(one)
@@ -204,7 +205,7 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
 
 
 def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
-    """The records of one order; of several, all but the first say no more than their item."""
+    """One row from the records of an order. All records after the first one hold only an item."""
     line = group[0].line
     for one in group:
         if one.error:
@@ -216,7 +217,7 @@ def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
                 value[field] = _json(field, value[field])
         for field in _INTS:
             if field in value:
-                value[field] = _whole(field, value[field])
+                value[field] = _integer(field, value[field])
         for field in _TIMES:
             if field in value:
                 value[field] = _time(value[field])
@@ -234,7 +235,7 @@ def _item(place: int, cells: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {field: cells[column] for column, field in _ITEM.items() if column in cells}
     for field in ("quantity", "unit_price"):
         if field in found:
-            found[field] = _whole(f"items[{place}].{field}", found[field])
+            found[field] = _integer(f"items[{place}].{field}", found[field])
     return found
 
 
@@ -246,7 +247,7 @@ def _json(field: str, text: str) -> Any:
         raise ValueError(f"{field}: not JSON: {error}") from error
 
 
-def _whole(field: str, text: str) -> int:
+def _integer(field: str, text: str) -> int:
     """Raises ValueError."""
     try:
         return int(text)
@@ -255,7 +256,7 @@ def _whole(field: str, text: str) -> int:
 
 
 def _time(text: str) -> datetime | str:
-    """Also as PostgreSQL and spreadsheets write it. What is none, the decoder refuses by its name."""
+    """Accepts the formats of PostgreSQL and spreadsheets. The decoder refuses other texts and names the field."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -290,7 +291,8 @@ async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncG
 
 
 def _cell(cell: Any) -> Any:
-    """A sum of integers is a `numeric` in PostgreSQL. What is no number is left for the decoder to refuse."""
+    """Converts `numeric`, which is the type of a sum of integers in PostgreSQL. The decoder refuses what is no
+    number."""
     if not isinstance(cell, (Decimal, float)):
         return cell
     if not math.isfinite(cell):
@@ -312,7 +314,7 @@ def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> Im
 
 
 def _unreadable(value: dict[str, Any]) -> str:
-    """The field whose text came as bytes that are not UTF-8."""
+    """The name of the field whose text is not UTF-8."""
     for field, content in value.items():
         try:
             field.encode()
@@ -324,12 +326,14 @@ def _unreadable(value: dict[str, Any]) -> str:
 
 def _row(line: int, encoded: bytes, restaurant: str | None) -> ImportRow:
     if len(encoded) > MAX_BODY_BYTES:
-        return ImportRow(line, None, f"larger than {MAX_BODY_BYTES:,} bytes")
+        return ImportRow(line, None, f"the row is larger than {MAX_BODY_BYTES:,} bytes")
     try:
         order = read_body(encoded, _Order)
         if order.restaurant_id is None:
             if restaurant is None:
-                raise InvalidInput("needed, or --restaurant for all rows", field="restaurant_id")
+                raise InvalidInput(
+                    "is missing; give it in the row, or --restaurant for all rows", field="restaurant_id"
+                )
             order.restaurant_id = UUID(restaurant)
         _ = order.name
     except InvalidInput as error:

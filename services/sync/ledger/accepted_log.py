@@ -1,7 +1,7 @@
-"""What the log says was accepted, for the ledger: each change once, and the first heartbeat that stands behind it.
+"""Reads the accepted changes from the change log: each change once, and the first heartbeat after it.
 
-Reads on in the background for as long as it is open; what PostgreSQL has by now is taken out by `settle`, and only
-counted from then on. When the log was made anew all of it begins anew, and says so. While RabbitMQ is away it waits.
+Reads in the background while it is open. `settle` removes changes that PostgreSQL has, which are only counted from then
+on. If the log is created again, reading starts again and `restarted` says so. While RabbitMQ is unavailable it waits.
 """
 
 import asyncio
@@ -24,8 +24,9 @@ from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
-_WITHIN = 20.0  # seconds without a word of the log
-_MANY = 20_000
+_READ_TIMEOUT_SECONDS = 20.0
+_MAX_OPEN = 20_000
+"""Above this number, changes are settled while the log is read, which bounds the memory."""
 
 
 _partial_events = msgspec.json.Decoder(PartialEvent)
@@ -45,17 +46,17 @@ class AcceptedLog:
         self._news = asyncio.Event()
         self._caught_up = False
         self.restarted = False
-        self._begin_anew()
+        self._restart()
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self._seen: set[bytes] = set()
-        self._unheartbeatd: dict[str, list[str]] = {lane.value: [] for lane in Lane}
+        self._before_heartbeat: dict[str, list[str]] = {lane.value: [] for lane in Lane}
         self.synced: Counter[str] = Counter()
-        """Restaurant -> how many changes were found in PostgreSQL."""
+        """Restaurant -> number of changes that PostgreSQL has."""
         self.open: dict[str, AcceptedChange] = {}
-        """The others, by change id."""
+        """Change id -> change, for those that PostgreSQL was not seen to have."""
         self.after_heartbeat: dict[str, datetime] = {}
-        """Change id -> when the first heartbeat behind it, in its lane, was sent: of those that are open."""
+        """Change id -> when the first heartbeat after it in its lane was sent, for open changes."""
         self.unreadable = 0
 
     @property
@@ -74,19 +75,19 @@ class AcceptedLog:
             await asyncio.gather(task, return_exceptions=True)
 
     async def read_to_the_end(self) -> None:
-        """Returns when everything has been read that stood in the log at the beginning. Raises Unavailable."""
+        """Returns after everything is read that was in the log at the start. Raises Unavailable."""
         while not self._caught_up:
             if self._task is None or self._task.done():
-                raise Unavailable("the log is not being read")
+                raise Unavailable("the change log is not being read")
             self._news.clear()
             try:
-                async with asyncio.timeout(_WITHIN):
+                async with asyncio.timeout(_READ_TIMEOUT_SECONDS):
                     await self._news.wait()
             except TimeoutError as error:
-                raise Unavailable("the log cannot be read now", retry_after=5.0) from error
+                raise Unavailable("the change log cannot be read; retry", retry_after=5.0) from error
 
     async def settle(self, entries: Sequence[AcceptedChange]) -> None:
-        """Takes out those that PostgreSQL has. Raises one of AWAY."""
+        """Removes the changes that PostgreSQL has. Raises one of UNAVAILABLE."""
         found = await sources.synced(self._ops, entries)
         for one in entries:
             if one.change_id in found and self.open.pop(one.change_id, None) is not None:
@@ -94,14 +95,14 @@ class AcceptedLog:
                 self.synced[one.restaurant_id] += 1
 
     def has(self, change_id: str) -> bool:
-        """It was in the log, whatever became of it."""
+        """Whether the change was in the log."""
         return _packed(change_id) in self._seen
 
     async def _follow(self) -> None:
         async with aclosing(self._reader.read(self._since or "first")) as batches:
             async for batch in batches:
                 self._take(batch)
-                if not self._caught_up and len(self.open) > _MANY:  # a long log is not held in memory
+                if not self._caught_up and len(self.open) > _MAX_OPEN:
                     with contextlib.suppress(*UNAVAILABLE):
                         await self.settle(list(self.open.values()))
                 self._caught_up = self._caught_up or batch.caught_up
@@ -109,21 +110,25 @@ class AcceptedLog:
 
     def _take(self, batch: LogBatch) -> None:
         if batch.restarted:
-            self._begin_anew()
+            self._restart()
             self.restarted = True
-        behind: dict[str, list[str]] = {lane: [] for lane in self._unheartbeatd}
+        behind: dict[str, list[str]] = {lane: [] for lane in self._before_heartbeat}
         for one in batch.entries:
-            unheartbeatd = self._unheartbeatd if one.offset < batch.heartbeat_offsets.get(one.lane, -1) else behind
+            before_heartbeat = (
+                self._before_heartbeat if one.offset < batch.heartbeat_offsets.get(one.lane, -1) else behind
+            )
             for entry in self._read(one.lane, one.body):
                 if not self.has(entry.change_id):
                     self._seen.add(_packed(entry.change_id))
                     self.open[entry.change_id] = entry
-                    unheartbeatd.setdefault(entry.lane, []).append(entry.change_id)
+                    before_heartbeat.setdefault(entry.lane, []).append(entry.change_id)
         for lane, sent_at in batch.heartbeats.items():
-            self.after_heartbeat.update((one, sent_at) for one in self._unheartbeatd.get(lane, ()) if one in self.open)
-            self._unheartbeatd[lane] = []
+            self.after_heartbeat.update(
+                (one, sent_at) for one in self._before_heartbeat.get(lane, ()) if one in self.open
+            )
+            self._before_heartbeat[lane] = []
         for lane, ids in behind.items():
-            self._unheartbeatd.setdefault(lane, []).extend(ids)
+            self._before_heartbeat.setdefault(lane, []).extend(ids)
 
     def _read(self, lane: str, body: bytes) -> Iterable[AcceptedChange]:
         try:

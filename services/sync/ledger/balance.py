@@ -1,4 +1,4 @@
-"""One balance of the ledger: what it says, and how each change comes to its place. Pure; see ledger.py."""
+"""The figures of a balance, and how each change gets its place. Pure; see ledger.py."""
 
 import re
 from collections import Counter
@@ -9,18 +9,18 @@ from typing import Any
 from msgspec import Struct, field
 
 PLACES = ("synced", "dead", "retrying", "journaled", "queued", "unexplained")
-"""A change counts in the first one that it is found in."""
+"""A change counts in the first of these places in which it is found."""
 
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class AcceptedChange(Struct, frozen=True, kw_only=True):
-    """An accepted change, as its event or the journal tells it."""
+    """An accepted change, as its event or its journal entry describes it."""
 
     change_id: str
     restaurant_id: str
-    """Empty: it names none that could be one."""
+    """Empty if the event has no valid restaurant id."""
     subject: str
     version: int
     lane: str
@@ -35,7 +35,7 @@ class AcceptedChange(Struct, frozen=True, kw_only=True):
 
 
 class Missing(Struct, frozen=True, kw_only=True):
-    """A change that ought to be somewhere and is not."""
+    """A change that is in none of the places where it could be."""
 
     change_id: str
     restaurant_id: str
@@ -46,7 +46,8 @@ class Missing(Struct, frozen=True, kw_only=True):
     trace_id: str | None
     seen_in: str
     successor: str | None = None
-    """The change in PostgreSQL that was built on it: what it said is not lost, for that one carries the whole state."""
+    """A change in PostgreSQL with this one as its base. It carries the whole state, so that nothing is lost but a
+    step."""
 
 
 class Count(Struct, kw_only=True):
@@ -69,63 +70,65 @@ class RestaurantCount(Count, kw_only=True):
 
 
 class Balance(Count, kw_only=True):
-    """The counts are over all restaurants."""
+    """The counts cover all restaurants."""
 
     since: datetime | None
-    """Where it begins; None: at the beginning of the log."""
+    """The moment from which changes count; None is the beginning of the log."""
     until: datetime | None
-    """The last heartbeat that has come out of every lane: what was accepted before it can be unexplained."""
+    """Time of the last heartbeat that came out of every lane. Only changes accepted before it can be unexplained."""
     epoch: str | None
     restaurants: list[RestaurantCount]
     missing: list[Missing]
-    """Those that are unexplained, the oldest first."""
+    """The unexplained changes, oldest first."""
     suspects: int
-    """Missing too, but not for long enough to say so; they count as queued."""
+    """Changes that are missing, but not long enough to be unexplained. They count as queued."""
     dead_outcomes: dict[str, int]
-    """Of those that are dead: open, replaying, discarded, edited; in_queue: not read by the keeper yet."""
+    """Status (open, replaying, discarded or edited) -> number of dead changes. `in_queue`: not collected yet."""
     mirror_only: list[Missing]
-    """A hint: what the mirror shows as pending for more than a minute, and no other source knows. It was not accepted,
-    or its journal is not on this host."""
+    """A hint: changes that the mirror shows as pending for more than a minute and that no other source knows. They were
+    not accepted, or their journal is on another host."""
     unreadable: int
-    """Events in the log that name no change."""
+    """Number of events in the log without a valid change id."""
     journals: dict[str, int]
-    """Entries of each journal on this host."""
+    """Name of each journal on this host -> number of its entries."""
     away: list[str]
-    """What could not be asked: management, mirror, the name of a journal."""
+    """Sources that could not be asked: management, mirror, or the name of a journal."""
     restarted: bool
-    """The log was made anew since this began: it begins there."""
+    """The log was created again while it was read; only what came later is counted."""
 
 
 class Placement(Struct):
-    """Changes by their place, while a balance is drawn up."""
+    """Changes by place, while a balance is taken."""
 
     places: dict[str, list[AcceptedChange]] = field(default_factory=lambda: {place: [] for place in PLACES})
     suspects: list[AcceptedChange] = field(default_factory=list)
 
 
 def classify_missing(
-    shelf: Placement,
+    placement: Placement,
     waiting: Mapping[tuple[str, str], int],
     missing_for: Mapping[str, float],
     cleared: Container[str],
-    patience: float,
+    timeout_seconds: float,
 ) -> int:
-    """What becomes of the suspects; how many of them are not judged yet. `waiting`: (place, lane) -> how many messages
-    lie in queues of that place without being known by their ids. They are taken to be the newest ones: those are most
-    likely still on their way. `cleared`: those that cannot lie in their lane any more."""
+    """Places the suspects. Returns how many were not missing for long enough and count as queued.
+
+    `waiting`: (place, lane) -> number of messages in queues of that place whose ids are not known. They are taken to be
+    the newest suspects, which are the most likely ones. `missing_for`: change id -> seconds. `cleared`: suspects that
+    their lane cannot hold any more."""
     left = dict(waiting)
-    unjudged = 0
-    for one in sorted(shelf.suspects, key=_newest_first, reverse=True):
+    undecided = 0
+    for one in sorted(placement.suspects, key=_newest_first, reverse=True):
         place = next((place for place in ("retrying", "dead") if left.get((place, one.lane), 0) > 0), None)
         if place is not None:
             left[place, one.lane] -= 1
-            shelf.places[place].append(one)
-        elif missing_for[one.change_id] < patience:
-            unjudged += 1
-            shelf.places["queued"].append(one)
+            placement.places[place].append(one)
+        elif missing_for[one.change_id] < timeout_seconds:
+            undecided += 1
+            placement.places["queued"].append(one)
         else:
-            shelf.places["unexplained" if one.change_id in cleared else "queued"].append(one)
-    return unjudged
+            placement.places["unexplained" if one.change_id in cleared else "queued"].append(one)
+    return undecided
 
 
 def is_id(value: Any) -> bool:
@@ -139,7 +142,7 @@ def _newest_first(one: AcceptedChange) -> tuple[float, str]:
 def counted(
     synced: Counter[str], places: Mapping[str, Iterable[AcceptedChange]], slugs: Mapping[str, str]
 ) -> tuple[Count, list[RestaurantCount]]:
-    """(in all, by restaurant)"""
+    """(counts of all restaurants, counts by restaurant)"""
     total, each = Count(), dict[str, RestaurantCount]()
 
     def add(restaurant: str, place: str, number: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""`ticketrail ledger`: where every accepted change is, and which are nowhere."""
+"""`ticketrail ledger`: where every accepted change is, and which changes are nowhere."""
 
 import asyncio
 import sys
@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from services.sync.command_options import Since
+from services.sync.command_output import console
 from services.sync.command_session import run
 from services.sync.ledger.balance import Balance, Count, Missing
 from services.sync.ledger.ledger import Ledger, take_balance
@@ -25,35 +26,35 @@ from shared.rail.assemble import mirror_of
 from shared.settings import Settings
 
 _COLUMNS = ("accepted", "synced", "queued", "retrying", "journaled", "dead", "unexplained")
-_SHOWN = 50
-_FAILED = 2
+_MAX_LISTED = 50
+_EXIT_UNAVAILABLE = 2
 
 
 @click.command("ledger")
 @click.option("--since", type=Since(), default="1h", show_default=True, help="90s, 15m, 2h, 7d, or a time in ISO 8601")
-@click.option("--all", "everything", is_flag=True, help="from the beginning of the log on")
-@click.option("--watch", is_flag=True, help="draw it again until Ctrl-C")
+@click.option("--all", "everything", is_flag=True, help="from the beginning of the change log")
+@click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option(
-    "--interval", type=click.FloatRange(0.2, 3_600), default=2.0, show_default=True, help="seconds, of --watch"
+    "--interval", type=click.FloatRange(0.2, 3_600), default=2.0, show_default=True, help="seconds, for --watch"
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, with --watch one a line")
-@click.option("--patience", type=click.FloatRange(0), help="seconds that a change is missing before that is said")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object; with --watch one per line")
+@click.option("--timeout", type=click.FloatRange(0), help="seconds after which a missing change is unexplained")
 def ledger_command(
-    since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, patience: float | None
+    since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, timeout: float | None
 ) -> None:
-    """Where every accepted change is: accepted = synced + queued + retrying + journaled + dead + unexplained.
+    """Show where every accepted change is: accepted = synced + queued + retrying + journaled + dead + unexplained.
 
-    Exit code 1 when there is an unexplained one, 2 when it could not be drawn up."""
+    Exit code 1 if a change is unexplained, 2 if the balance cannot be taken."""
     start = None if everything else since
     try:
         if watch:
-            balance = _watch(start, interval, as_json, patience)
+            balance = _watch(start, interval, as_json, timeout)
         else:
-            balance = run(_once(start, patience))
+            balance = run(_once(start, timeout))
             _show(balance, as_json)
     except click.ClickException as error:
         click.echo(f"Error: {error.message}", err=True)
-        sys.exit(_FAILED)
+        sys.exit(_EXIT_UNAVAILABLE)
     if balance is not None and balance.unexplained:
         sys.exit(1)
 
@@ -70,26 +71,26 @@ async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
         await postgres.close()
 
 
-async def _once(since: datetime | None, patience: float | None) -> Balance:
+async def _once(since: datetime | None, timeout: float | None) -> Balance:
     async with _backends() as (settings, postgres, mirror):
-        return await take_balance(settings, postgres, mirror, since=since, patience=patience)
+        return await take_balance(settings, postgres, mirror, since=since, timeout_seconds=timeout)
 
 
-def _watch(since: datetime | None, interval: float, as_json: bool, patience: float | None) -> Balance | None:
-    """Until Ctrl-C; the last one."""
+def _watch(since: datetime | None, interval: float, as_json: bool, timeout: float | None) -> Balance | None:
+    """Takes balances until Ctrl-C. Returns the last one."""
     last: list[Balance] = []
 
     async def watch() -> None:
         async with (
             _backends() as (settings, postgres, mirror),
-            Ledger(settings, postgres, mirror, since=since, patience=patience) as ledger,
+            Ledger(settings, postgres, mirror, since=since, timeout_seconds=timeout) as ledger,
         ):
-            with _Lines() if as_json else Live(console=_console(), auto_refresh=False) as screen:
+            with _Lines() if as_json else Live(console=console(), auto_refresh=False) as screen:
                 while True:
                     try:
                         balance = await ledger.look()
                     except Unavailable as error:
-                        screen.update(Text(f"{error}; it goes on when that is over", "bold yellow"), refresh=True)
+                        screen.update(Text(f"{error}; waiting", "bold yellow"), refresh=True)
                     else:
                         last[:] = [balance]
                         screen.update(encode(balance).decode() if as_json else _drawn(balance), refresh=True)
@@ -101,7 +102,7 @@ def _watch(since: datetime | None, interval: float, as_json: bool, patience: flo
 
 
 class _Lines:
-    """In place of a screen: a line each."""
+    """Prints lines instead of drawing a screen."""
 
     def __enter__(self) -> "_Lines":
         return self
@@ -116,12 +117,10 @@ class _Lines:
 def _show(balance: Balance, as_json: bool) -> None:
     if as_json:
         click.echo(encode(balance).decode())
-    else:
-        _console().print(_drawn(balance))
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 140)
+        return
+    drawn = _drawn(balance)
+    # A table that does not fit is wider than the terminal, because a cut id or figure is worth nothing.
+    console(min_columns=console().measure(drawn.renderables[0]).maximum).print(drawn)
 
 
 def _drawn(balance: Balance) -> Group:
@@ -133,24 +132,28 @@ def _drawn(balance: Balance) -> Group:
         table.add_row(restaurant.slug or restaurant.restaurant_id or "(none)", *_figures(restaurant))
     table.add_row("all", *_figures(balance), style="bold")
     lines = [Text(_window(balance))]
-    lines += [Text(_named(one), "bold red") for one in balance.missing[:_SHOWN]]
-    if len(balance.missing) > _SHOWN:
-        lines.append(Text(f"… and {len(balance.missing) - _SHOWN} more; --json names all", "bold red"))
+    lines += [Text(_named(one), "bold red") for one in balance.missing[:_MAX_LISTED]]
+    if len(balance.missing) > _MAX_LISTED:
+        lines.append(Text(f"… and {len(balance.missing) - _MAX_LISTED} more; --json names all", "bold red"))
     if balance.suspects:
-        lines.append(Text(f"{balance.suspects} of the queued are not to be seen anywhere, for a moment only so far"))
+        lines.append(
+            Text(f"{balance.suspects} of the queued were not found anywhere; the ledger still searches for them")
+        )
     if balance.dead_outcomes:
         lines.append(Text("dead: " + ", ".join(f"{n} {what}" for what, n in sorted(balance.dead_outcomes.items()))))
     for name, count in balance.journals.items():
         if count:
             lines.append(Text(f"{count} in {name}"))
     if balance.unreadable:
-        lines.append(Text(f"{balance.unreadable} events in the log name no change; they are among the dead letters"))
-    for one in balance.mirror_only[:_SHOWN]:
-        lines.append(Text(f"hint: the mirror alone shows change {one.change_id} of {one.subject} as pending", "yellow"))
+        lines.append(
+            Text(f"{balance.unreadable} events in the log have no valid change id; they are among the dead letters")
+        )
+    for one in balance.mirror_only[:_MAX_LISTED]:
+        lines.append(Text(f"hint: only the mirror shows change {one.change_id} of {one.subject}, as pending", "yellow"))
     if balance.away:
-        lines.append(Text(f"could not be asked: {', '.join(balance.away)}", "yellow"))
+        lines.append(Text(f"unavailable: {', '.join(balance.away)}", "yellow"))
     if balance.restarted:
-        lines.append(Text("the log was made anew: it is accounted for from there on", "yellow"))
+        lines.append(Text("the change log was created again; only later changes are counted", "yellow"))
     return Group(table, *lines)
 
 
@@ -175,7 +178,7 @@ def _utc(at: datetime) -> str:
 def _named(one: Missing) -> str:
     at = f" accepted {_utc(one.accepted_at)}" if one.accepted_at else ""
     where = "" if one.seen_in == "log" else f", from {one.seen_in}"
-    after = f"; change {one.successor} was built on it and is there" if one.successor else ""
+    after = f"; its successor {one.successor} is written" if one.successor else ""
     return (
         f"unexplained: change {one.change_id} of {one.subject} version {one.version}, {one.lane},{at}{where},"
         f" trace {one.trace_id or '-'}{after}"

@@ -1,25 +1,25 @@
-"""The ledger: what was accepted, and where each change of it is now, by sets of change ids.
+"""Takes the balance of all changes: what was accepted, and where each change is now, by sets of change ids.
 
     accepted = synced + queued + retrying + journaled + dead + unexplained
 
-    accepted    the log (changes.log.v1) from a point in time on, and the journals on this host
-    synced      `changes`
-    dead        dead letters, also one that was discarded or edited; and what still lies in the dead queues, by number
-    retrying    `retries`; and what lies on the retry queues without having been noted there, by number
-    journaled   the journals
-    queued      nothing of these, and its lane has not shown yet that it is through with it
-    unexplained nothing of these
+    accepted    in the change log (changes.log.v1) since a moment, or in a journal on this host
+    synced      in `changes`
+    dead        has a dead letter, also a discarded or edited one; plus the number of messages in dead-letter queues
+    retrying    in `retries`; plus the number of messages in retry queues that are not in `retries`
+    journaled   in a journal
+    queued      in none of these, and its lane may still hold it
+    unexplained in none of these, and its lane cannot hold it any more
 
-A change that is in two places counts once, where it is furthest (balance.PLACES).
+A change that is in two places counts once, in the place that is furthest (balance.PLACES).
 
-When is a lane through with a change? A heartbeat that stands behind it in the log has come out of the lane, and since
-then the lane was seen empty; or the heartbeat came out longer ago than a consumer may hold a message. What is missing
-then is looked for again until it has been missing for `patience` seconds: the management API is seconds behind with its
-depths, and what was not committed when PostgreSQL was asked may be committed now. So it is right while a load runs, and
-late rather than wrong.
+When can a lane not hold a change any more? A later heartbeat of the change log has come out of the lane, and the lane
+was empty since; or that heartbeat came out longer ago than a consumer may hold a message. A change that is missing then
+is searched again until it was missing for `timeout_seconds`: the depths of the management API are seconds old, and a
+change that was not committed when PostgreSQL was asked may be committed by now. Under load the ledger is therefore late
+rather than wrong.
 
-`Ledger` goes on reading the log where it stands: watching costs what has happened since, and what PostgreSQL has is not
-asked for again. `draw_up` is one balance. While PostgreSQL or RabbitMQ is away there is none: Unavailable.
+`Ledger` continues to read the log, so that watching costs only what is new, and asks PostgreSQL for no change twice.
+`take_balance` takes one balance. While PostgreSQL or RabbitMQ is unavailable both raise Unavailable.
 """
 
 import asyncio
@@ -51,11 +51,11 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-PATIENCE = 12.0
-"""Seconds: the management API's figures are up to ten old."""
-PATIENCE_BLIND = 30.0
-"""Without it nobody tells what consumers hold."""
-_LOOK_AGAIN = 0.5
+MISSING_TIMEOUT_SECONDS = 12.0
+"""The figures of the management API are up to ten seconds old."""
+BLIND_TIMEOUT_SECONDS = 30.0
+"""Without the management API the messages that consumers hold are not known."""
+_SEARCH_INTERVAL_SECONDS = 0.5
 
 
 async def take_balance(
@@ -64,15 +64,16 @@ async def take_balance(
     mirror: Mirror | None = None,
     *,
     since: datetime | None = None,
-    patience: float | None = None,
+    timeout_seconds: float | None = None,
 ) -> Balance:
-    """One balance, as `Ledger`; it takes longer than a moment only where something is missing. Raises Unavailable."""
-    async with Ledger(settings, ops, mirror, since=since, patience=patience) as ledger:
+    """Takes one balance, with the arguments of `Ledger`. Takes longer only if something is missing. Raises
+    Unavailable."""
+    async with Ledger(settings, ops, mirror, since=since, timeout_seconds=timeout_seconds) as ledger:
         while True:
             balance = await ledger.look()
             if not balance.suspects:
                 return balance
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(_SEARCH_INTERVAL_SECONDS)
 
 
 class Ledger:
@@ -83,20 +84,21 @@ class Ledger:
         mirror: Mirror | None = None,
         *,
         since: datetime | None = None,
-        patience: float | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
-        """`ops`: of the ops role. `since`: None is the beginning of the log. `mirror`: for what it alone shows.
-        `patience`: PATIENCE by default, or longer where the management API does not answer."""
+        """`ops`: pool of the ops role. `since`: None is the beginning of the log. `mirror`: to find changes that only
+        the mirror shows. `timeout_seconds`: how long a change is missing before it counts as unexplained; default
+        MISSING_TIMEOUT_SECONDS, or BLIND_TIMEOUT_SECONDS while the management API is unavailable."""
         self._settings = settings
         self._ops = ops
         self._mirror = mirror
         self._since = since
-        self._patience = patience
+        self._timeout_seconds = timeout_seconds
         self._log = AcceptedLog(settings, ops, since)
         self._missing: dict[str, float] = {}
-        """Since when each suspect has been missing, on the monotonic clock."""
+        """Change id of each suspect -> when it was first missing, on the monotonic clock."""
         self._cleared: set[str] = set()
-        """Suspects that cannot lie in their lane any more."""
+        """Suspects that their lane cannot hold any more."""
 
     async def __aenter__(self) -> "Ledger":
         self._log.start()
@@ -106,15 +108,15 @@ class Ledger:
         await self._log.stop()
 
     async def look(self) -> Balance:
-        """Raises Unavailable."""
+        """Takes a balance now. Raises Unavailable."""
         try:
             return await self._look()
         except UNAVAILABLE as error:
             raise Unavailable("the ledger needs PostgreSQL", retry_after=2.0) from error
 
     async def _look(self) -> Balance:
-        # In this order: what moves on meanwhile is met again further on. Journals drain into the log and the lanes;
-        # what has left a queue is committed.
+        # The order follows the way of a change, so that one that moves meanwhile is found in a later place: journals
+        # drain into the log and the lanes, and a message leaves its queue after its commit.
         journals = await asyncio.to_thread(sources.journals, self._settings.journal_folder)
         await self._log.read_to_the_end()
         heartbeats = await sources.heartbeats(self._ops)
@@ -130,21 +132,23 @@ class Ledger:
         synced.update(one.restaurant_id for one in alone if one.change_id in found)
         unsettled += [one for one in alone if one.change_id not in found]
 
-        shelf, outcomes = await self._sort(unsettled, journals, heartbeats)
+        placement, outcomes = await self._sort(unsettled, journals, heartbeats)
         at = time.monotonic()
-        self._missing = {one.change_id: self._missing.get(one.change_id, at) for one in shelf.suspects}
+        self._missing = {one.change_id: self._missing.get(one.change_id, at) for one in placement.suspects}
         self._cleared.intersection_update(self._missing)
-        self._cleared.update(one.change_id for one in shelf.suspects if self._clear(one, heartbeats, depths))
+        self._cleared.update(
+            one.change_id for one in placement.suspects if self._left_its_lane(one, heartbeats, depths)
+        )
         missing_for = {change_id: at - since for change_id, since in self._missing.items()}
-        patience = PATIENCE_BLIND if "management" in depths.away else PATIENCE
-        if self._patience is not None:
-            patience = self._patience
-        counted_dead = len(shelf.places["dead"])
-        unjudged = classify_missing(shelf, depths.unknown, missing_for, self._cleared, patience)
-        if in_queue := len(shelf.places["dead"]) - counted_dead:
+        timeout_seconds = BLIND_TIMEOUT_SECONDS if "management" in depths.away else MISSING_TIMEOUT_SECONDS
+        if self._timeout_seconds is not None:
+            timeout_seconds = self._timeout_seconds
+        counted_dead = len(placement.places["dead"])
+        undecided = classify_missing(placement, depths.unknown, missing_for, self._cleared, timeout_seconds)
+        if in_queue := len(placement.places["dead"]) - counted_dead:
             outcomes["in_queue"] = in_queue
-        total, restaurants = counted(synced, shelf.places, await sources.slugs(self._ops))
-        lost = shelf.places["unexplained"]
+        total, restaurants = counted(synced, placement.places, await sources.slugs(self._ops))
+        lost = placement.places["unexplained"]
         successors = await sources.successors(self._ops, lost)
         hints, away = await self._hints()
         noted = [heartbeats[lane.value].sent_at for lane in Lane if lane.value in heartbeats]
@@ -155,7 +159,7 @@ class Ledger:
             epoch=self._log.epoch,
             restaurants=restaurants,
             missing=[missing_of(one, successors.get(one.change_id)) for one in reversed(lost)],
-            suspects=unjudged,
+            suspects=undecided,
             dead_outcomes=outcomes,
             mirror_only=hints,
             unreadable=self._log.unreadable,
@@ -167,38 +171,38 @@ class Ledger:
     async def _sort(
         self, unsettled: list[AcceptedChange], journals: Journals, heartbeats: dict[str, LastHeartbeat]
     ) -> tuple[Placement, dict[str, int]]:
-        """(what is where, outcomes of the dead)"""
+        """(changes by place, number of dead letters by status)"""
         dead = await sources.dead(self._ops, unsettled)
         retrying = await sources.retrying(self._ops, unsettled)
-        shelf = Placement()
+        placement = Placement()
         outcomes: dict[str, int] = {}
         for one in unsettled:
             if (outcome := dead.get(one.change_id)) is not None:
-                shelf.places["dead"].append(one)
+                placement.places["dead"].append(one)
                 outcomes[outcome] = outcomes.get(outcome, 0) + 1
             elif one.change_id in retrying:
-                shelf.places["retrying"].append(one)
+                placement.places["retrying"].append(one)
             elif one.change_id in journals.waiting:
-                shelf.places["journaled"].append(one)
-            elif one.seen_in == "log" and self._heartbeatd_for(one, heartbeats) is None:
-                shelf.places["queued"].append(one)
+                placement.places["journaled"].append(one)
+            elif one.seen_in == "log" and self._heartbeat_age(one, heartbeats) is None:
+                placement.places["queued"].append(one)
             else:
-                shelf.suspects.append(one)
-        return shelf, outcomes
+                placement.suspects.append(one)
+        return placement, outcomes
 
-    def _heartbeatd_for(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat]) -> timedelta | None:
-        """How long ago the first heartbeat behind it came out of its lane; None: none has."""
+    def _heartbeat_age(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat]) -> timedelta | None:
+        """How much later than its next heartbeat the last one that came out of its lane was sent; None if none came."""
         behind, noted = self._log.after_heartbeat.get(one.change_id), heartbeats.get(one.lane)
         return noted.sent_at - behind if behind is not None and noted is not None and noted.sent_at >= behind else None
 
-    def _clear(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat], depths: Depths) -> bool:
-        heartbeat_for = self._heartbeatd_for(one, heartbeats)
+    def _left_its_lane(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat], depths: Depths) -> bool:
+        heartbeat_for = self._heartbeat_age(one, heartbeats)
         if heartbeat_for is not None and heartbeat_for.total_seconds() > self._settings.sink_hold_seconds:
             return True
         return one.seen_in != "log" or depths.lanes.get(one.lane, 0) == 0
 
     async def _hints(self) -> tuple[list[Missing], list[str]]:
-        """(what only the mirror shows, what could not be asked)"""
+        """(changes that only the mirror shows, sources that could not be asked)"""
         if self._mirror is None:
             return [], []
         try:

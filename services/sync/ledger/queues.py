@@ -1,7 +1,8 @@
-"""How full the queues are, for operators: from the management API as a user that may only look, and where that is away
-from the broker itself, without rates. With both away the ages that PostgreSQL and the heartbeats tell are still there.
+"""Depths, rates and ages of the queues, for operators.
 
-Nothing here takes a message out of a queue: a look burns no delivery.
+They come from the management API, as a read-only user. While it is unavailable they come from the broker, without
+rates; while both are unavailable only the ages are known, from PostgreSQL. Nothing here takes a message out of a queue,
+because that would count as a delivery.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ _COLUMNS = (
     "name,messages,messages_ready,messages_unacknowledged,messages_dlx,consumers,"
     "message_stats.publish_details.rate,message_stats.deliver_get_details.rate,message_stats.ack_details.rate"
 )
-_TIMEOUT = 3.0
+_TIMEOUT_SECONDS = 3.0
 _HEARTBEATS = "select lane, sent_at from heartbeats"
 _RETRYING = "select lane, count(*)::int8 as retrying, min(failed_at) as oldest from retries group by lane"
 
@@ -36,15 +37,15 @@ class QueueStatus(Struct, frozen=True, kw_only=True):
     kind: Literal["lane", "retry", "dead", "log"]
     lane: str | None
     depth: int | None
-    """None: nobody could tell."""
+    """None if it is unknown."""
     unacknowledged: int | None = None
     dead_lettering: int | None = None
-    """On their way out of a retry queue: the depth that AMQP tells leaves them out."""
+    """Messages on their way out of a retry queue, which the depth of AMQP does not include."""
     consumers: int | None = None
     in_per_second: float | None = None
     out_per_second: float | None = None
     oldest_seconds: float | None = None
-    """Age of the oldest message at most; of a lane since the last heartbeat that came out of it."""
+    """Upper bound for the age of the oldest message. For a lane: time since the last heartbeat that came out of it."""
 
 
 class QueuesReport(Struct, frozen=True):
@@ -52,9 +53,9 @@ class QueuesReport(Struct, frozen=True):
     queues: list[QueueStatus]
     heartbeat_age_seconds: dict[str, float]
     retrying: dict[str, int]
-    """Changes on the ladder, by lane, as PostgreSQL knows them."""
+    """Lane -> number of changes in its retry queues, according to PostgreSQL."""
     away: list[str]
-    """What could not be asked."""
+    """Sources that could not be asked."""
 
 
 async def look(settings: Settings, postgres: Postgres) -> QueuesReport:
@@ -130,18 +131,23 @@ def _queue(
 def _from_management(settings: Settings) -> dict[str, dict[str, Any]]:
     """Raises OSError (an HTTP error too) or ValueError."""
     if not settings.rabbitmq_watcher_url:
-        raise OSError("no watcher of the management API is set")
+        raise OSError("the setting TICKETRAIL_RABBITMQ_WATCHER_URL is empty")
     vhost = quote(vhost_of(settings.rabbitmq_url), safe="")
-    found: Any = ask(settings.rabbitmq_watcher_url, "GET", f"/api/queues/{vhost}?columns={_COLUMNS}", timeout=_TIMEOUT)
+    found: Any = ask(
+        settings.rabbitmq_watcher_url, "GET", f"/api/queues/{vhost}?columns={_COLUMNS}", timeout=_TIMEOUT_SECONDS
+    )
     return {queue["name"]: queue for queue in found}
 
 
 async def _from_broker(settings: Settings) -> dict[str, dict[str, Any]]:
     """Raises one of BROKEN_LINK."""
     found: dict[str, dict[str, Any]] = {}
-    async with asyncio.timeout(_TIMEOUT), await declare.connect(settings.rabbitmq_url, timeout=_TIMEOUT) as connection:
+    async with (
+        asyncio.timeout(_TIMEOUT_SECONDS),
+        await declare.connect(settings.rabbitmq_url, timeout=_TIMEOUT_SECONDS) as connection,
+    ):
         for name, _, _ in _all(settings):
-            # On a channel of its own: a missing queue closes it, and a robust channel would answer from its cache.
+            # On a new channel: a missing queue closes it, and a robust channel would answer from its cache.
             channel = await connection.channel()
             try:
                 declared = (await channel.declare_queue(name, passive=True)).declaration_result

@@ -20,8 +20,8 @@ from shared.http.replies import success
     "/api/ops/queues",
     action="ops.read",
     tag="Operators",
-    summary="How full the queues are",
-    description="From the management API; where that is away from the broker, without rates.",
+    summary="Show how full the queues are",
+    description="From the management API; without rates from the broker if the management API is unavailable.",
     answer=queues.QueuesReport,
 )
 async def get_queues(request: Call) -> ASGIApp:
@@ -34,7 +34,7 @@ async def get_queues(request: Call) -> ASGIApp:
     "/api/ops/ledger",
     action="ops.read",
     tag="Operators",
-    summary="Where every accepted change is, and which are nowhere",
+    summary="Show where every accepted change is, and which changes are nowhere",
     description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two heartbeats.",
     query=LedgerQuery,
     answer=Balance,

@@ -1,4 +1,4 @@
-"""Where the ledger looks beside the log: PostgreSQL, the queues, the journals on this host, and the mirror."""
+"""The sources of the ledger besides the change log: PostgreSQL, the queues, the journals on this host, the mirror."""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -25,28 +25,28 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _BLOCK = 5_000
-_OLD = timedelta(minutes=1)
-_MOST_PENDING = 1_000
+_MIN_PENDING_AGE = timedelta(minutes=1)
+_MAX_PENDING = 1_000
 
 
 class Journals(Struct, frozen=True):
     waiting: dict[str, AcceptedChange]
     damaged: dict[str, AcceptedChange]
-    """By change id; what no journal has whole."""
+    """Change id -> change, for entries that no journal has intact."""
     depths: dict[str, int]
     unread: list[str]
 
 
 class Depths(Struct, frozen=True):
     lanes: dict[str, int]
-    """Lane -> messages in it, those included that a consumer holds where the management API tells."""
+    """Lane -> messages in it. With the management API this includes the messages that a consumer holds."""
     unknown: dict[tuple[str, str], int]
-    """(retrying or dead, lane) -> messages in queues of that kind that PostgreSQL does not know by their ids."""
+    """(retrying or dead, lane) -> messages in such queues whose ids PostgreSQL does not know."""
     away: list[str]
 
 
 def journals(folder: Path) -> Journals:
-    """Beside their owners; nothing is changed."""
+    """Reads all journals in the folder, also while their instances run. Changes nothing."""
     found = Journals({}, {}, {}, [])
     for path in journals_in(folder).values() if folder.exists() else ():
         try:
@@ -54,7 +54,7 @@ def journals(folder: Path) -> Journals:
         except (sqlite3.Error, ValueError) as error:
             log.warning("journal_salvaged", journal=str(path), error=str(error))
             try:
-                waiting, damaged = _dug_out(readable(path))
+                waiting, damaged = _salvaged(readable(path))
             except OSError:
                 found.unread.append(path.name)
                 continue
@@ -66,7 +66,7 @@ def journals(folder: Path) -> Journals:
     return found
 
 
-def _dug_out(path: Path) -> tuple[list[Name], list[Damaged]]:
+def _salvaged(path: Path) -> tuple[list[Name], list[Damaged]]:
     salvage = Salvage(path)
     return [name_of(lane, event) for lane, event in salvage.entries()], salvage.damaged()
 
@@ -89,16 +89,16 @@ def _entries(names: Sequence[Name], journal: str) -> dict[str, AcceptedChange]:
 
 
 async def depths(settings: Settings, ops: Postgres) -> Depths:
-    """Raises one of AWAY."""
+    """Raises one of UNAVAILABLE."""
     found = await queues.look(settings, ops)
     async with ops.connection() as connection:
-        noted = await ledger_store.on_the_ladder(connection)
+        noted = await ledger_store.retry_counts(connection)
     lanes: dict[str, int] = {}
     unknown: dict[tuple[str, str], int] = {}
     for queue in found.queues:
         if queue.lane is None:
             continue
-        # Nobody could tell: then it may hold anything.
+        # An unknown depth counts as 1, because the queue may hold messages.
         count = 1 if queue.depth is None else queue.depth + (queue.dead_lettering or 0)
         if queue.kind == "lane":
             lanes[queue.lane] = count
@@ -129,7 +129,7 @@ async def synced(ops: Postgres, entries: Sequence[AcceptedChange]) -> set[str]:
 
 
 async def dead(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[str, str]:
-    """Change id -> its outcome."""
+    """Change id -> open, replaying, discarded or edited."""
     found: dict[str, str] = {}
     for block in _blocks(entries):
         async with ops.connection() as connection:
@@ -153,13 +153,13 @@ async def successors(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[s
 
 
 async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[AcceptedChange]:
-    """What the mirror shows as pending, for more than a minute, since then; of each entity the newest thousand. Raises
-    MirrorUnavailable, MirrorInDoubt."""
+    """Changes that are pending in the mirror for more than a minute and were accepted at or after `since`; at most the
+    newest thousand of each entity and restaurant. Raises MirrorUnavailable, MirrorInDoubt."""
     found: list[AcceptedChange] = []
-    newest = now() - _OLD
+    newest = now() - _MIN_PENDING_AGE
     for restaurant in await mirror.restaurant_ids():
         for entity in registry.ENTITIES.values():
-            ids = (await mirror.pending_ids(restaurant, entity.name))[:_MOST_PENDING]
+            ids = (await mirror.pending_ids(restaurant, entity.name))[:_MAX_PENDING]
             if not ids:
                 continue
             accepted = await mirror.accepted_at(restaurant, entity.name, ids)

@@ -1,7 +1,7 @@
-"""Where changes are, by their ids: what PostgreSQL knows of a set of changes, for ledger.py.
+"""Finds changes in PostgreSQL by their ids, for ledger.py.
 
-Read as the ops role, which sees every tenant. Sets are asked for in one statement of so many ids; keep them to a few
-thousand."""
+Reads as the ops role, which sees every tenant. Each call is one statement, so pass at most a few thousand ids.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,10 +12,11 @@ from shared.postgres.pool import Connection
 
 _SYNCED = """
 select c.change_id::text from changes c
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as asked (restaurant_id, change_id) using (restaurant_id, change_id)
 """
-# A letter of the mirror writer says nothing of the way to PostgreSQL. One that is resolved and was replaced by nothing
-# was replayed: then `changes` has it, or it is gone. A letter may not know its restaurant: by the change alone.
+# Dead letters of the mirror writer (without a lane) say nothing about the way to PostgreSQL. A resolved dead letter
+# without a replacement was replayed: then `changes` has it, or the change is lost. A dead letter may lack its
+# restaurant, so the change id alone selects it.
 _DEAD = """
 select distinct on (change_id) change_id::text,
     case when status in ('open', 'replaying', 'discarded') then status else 'edited' end as outcome
@@ -26,9 +27,9 @@ order by change_id, status in ('open', 'replaying') desc, last_failed_at desc
 """
 _RETRYING = """
 select r.change_id::text from retries r
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as asked (restaurant_id, change_id) using (restaurant_id, change_id)
 """
-_ON_THE_LADDER = "select lane, count(*)::int8 from retries group by lane"
+_RETRY_COUNTS = "select lane, count(*)::int8 from retries group by lane"
 _HEARTBEATS = "select lane, epoch, sent_at from heartbeats"
 _SUCCESSORS = """
 select distinct on (c.base_change_id) c.base_change_id::text, c.change_id::text
@@ -44,19 +45,19 @@ Key = tuple[str, str]
 
 
 class LastHeartbeat(Struct, frozen=True):
-    """The last one that came out of a lane."""
+    """The last heartbeat that came out of a lane."""
 
     epoch: str
     sent_at: datetime
 
 
 async def synced(connection: Connection, changes: Sequence[Key]) -> set[str]:
-    """Those that are in `changes`."""
+    """The ids among `changes` that are written."""
     return {row[0] for row in await connection.fetch(_SYNCED, *_columns(changes))}
 
 
 async def dead(connection: Connection, changes: Sequence[str]) -> dict[str, str]:
-    """Change id -> open, replaying, discarded or edited: of those that a dead letter explains."""
+    """Change id -> open, replaying, discarded or edited, for changes with a dead letter."""
     return {row[0]: row[1] for row in await connection.fetch(_DEAD, list(changes))}
 
 
@@ -64,9 +65,9 @@ async def retrying(connection: Connection, changes: Sequence[Key]) -> set[str]:
     return {row[0] for row in await connection.fetch(_RETRYING, *_columns(changes))}
 
 
-async def on_the_ladder(connection: Connection) -> dict[str, int]:
-    """Lane -> how many changes PostgreSQL knows to be on its retry queues."""
-    return {row[0]: row[1] for row in await connection.fetch(_ON_THE_LADDER)}
+async def retry_counts(connection: Connection) -> dict[str, int]:
+    """Lane -> number of changes that wait in its retry queues, according to PostgreSQL."""
+    return {row[0]: row[1] for row in await connection.fetch(_RETRY_COUNTS)}
 
 
 async def heartbeats(connection: Connection) -> dict[str, LastHeartbeat]:
@@ -74,17 +75,17 @@ async def heartbeats(connection: Connection) -> dict[str, LastHeartbeat]:
 
 
 async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:
-    """Change id -> the change that was built on it: that one carries the whole state, so that only the step is lost."""
+    """Change id -> a written change with it as base."""
     return {row[0]: row[1] for row in await connection.fetch(_SUCCESSORS, *_columns(changes))}
 
 
 async def letters(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """Those of which there is a dead letter, whatever has become of it."""
+    """The digests of which there is a dead letter, in any status."""
     return {row[0] for row in await connection.fetch(_LETTERS, list(digests))}
 
 
 async def slugs(connection: Connection) -> dict[str, str]:
-    """Restaurant id -> its short name."""
+    """Restaurant id -> slug."""
     return {row[0]: row[1] for row in await connection.fetch(_RESTAURANTS)}
 
 

@@ -73,7 +73,7 @@ class Reconciler:
                 self.finish_claims,
                 self._sync_states_at_times,
                 self.states.note_conflicts,
-                self._forked_payments.bring_back,
+                self._forked_payments.restore,
                 self._record_again_at_times,
                 self._trim_at_times,
             ):

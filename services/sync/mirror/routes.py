@@ -14,7 +14,7 @@ from shared.http.replies import success
     "/api/sync/status",
     action="sync.read",
     tag="Sync",
-    summary="How far every entity has come on its way to PostgreSQL",
+    summary="Show how far every entity has come on its way to PostgreSQL",
     answer=SyncStatus,
 )
 async def status(request: Call) -> ASGIApp:

@@ -44,7 +44,7 @@ create index dead_letters_closed on dead_letters (closed_at) where closed_at is 
 -- An edit: the event as it was made anew, and what differs from the letter.
 create table dead_letter_edits (
     id uuid primary key default gen_random_uuid(),
-    letter_id uuid not null references dead_letters on delete cascade,
+    dead_letter_id uuid not null references dead_letters on delete cascade,
     at timestamptz not null default now(),
     actor text not null,
     why text,
@@ -52,7 +52,7 @@ create table dead_letter_edits (
     difference json not null,      -- [{"path", "before", "after"}]
     change_id uuid not null
 );
-create index letter_edits_of_letter on dead_letter_edits (letter_id, at);
+create index dead_letter_edits_of_dead_letter on dead_letter_edits (dead_letter_id, at);
 
 -- Replays run in the sync worker, a row each, so that they survive it.
 create table replay_jobs (
@@ -78,7 +78,7 @@ create index ops_jobs_open on replay_jobs (created_at) where state in ('waiting'
 create table replay_job_items (
     job_id uuid not null references replay_jobs on delete cascade,
     position int not null,
-    letter_id uuid not null references dead_letters on delete cascade,
+    dead_letter_id uuid not null references dead_letters on delete cascade,
     fingerprint text not null,     -- when the job was made
     outcome text,                  -- none yet; sending, sent, resolved, failed, skipped; of a dry run: would_write, superseded, would_fail
     again boolean,                 -- it failed of the same as before
@@ -86,8 +86,8 @@ create table replay_job_items (
     at timestamptz,
     primary key (job_id, position)
 );
-create index ops_job_letters_under_way on replay_job_items (letter_id) where outcome in ('sending', 'sent');
-create index ops_job_letters_of_letter on replay_job_items (letter_id);
+create index replay_job_items_under_way on replay_job_items (dead_letter_id) where outcome in ('sending', 'sent');
+create index replay_job_items_of_dead_letter on replay_job_items (dead_letter_id);
 
 -- What people did: read by operators, and by admins where it is about their restaurant.
 create table audit (

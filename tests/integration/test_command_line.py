@@ -1,0 +1,219 @@
+"""The command line as people use it: in terminals of 80 and 100 columns, by prefixes of ids, and by order numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from shared.entities import order as orders
+from shared.entities.contract import Lane, encode
+from shared.rail.journal import Journal
+from shared.settings import Settings
+from tests.rigs.builders import change, message, order, payment
+from tests.rigs.command_line import in_terminal
+from tests.rigs.dead_letters import Desk
+from tests.rigs.forks import stands
+from tests.rigs.restaurant import Shop, expect, open_shop
+from tests.rigs.system import eventually
+
+in_narrow_terminals = pytest.mark.parametrize("columns", [80, 100])
+
+
+async def told(desk: Desk, *arguments: str) -> Any:
+    """The JSON of a command."""
+    code, out, err = await desk.cli(*arguments, "--json")
+    assert code == 0, f"{arguments}: {out}\n{err}"
+    return json.loads(out)
+
+
+async def slug_of(desk: Desk) -> str:
+    async with desk.system.database() as connection:
+        return str(await connection.fetchval("select slug from restaurants where id = $1", desk.restaurant))
+
+
+async def in_postgres(desk: Desk, order_id: str) -> dict[str, Any]:
+    """The order as `ticketrail orders` lists it, once it does."""
+
+    async def look() -> Any:
+        return await told(desk, "orders", order_id)
+
+    [found] = await eventually(look, what="the order in PostgreSQL", until=bool)
+    return dict(found)
+
+
+async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> str:
+    """An order of an earlier day with this number; returns its id."""
+    async with desk.client() as client:
+        body = {
+            "restaurant_id": (shop or desk.shop).restaurant,
+            "external_id": f"pos-{number}",
+            "order_number": number,
+            "created_at": "2026-03-14T12:00:00Z",
+            "items": [{"name": "Margherita", "quantity": 1, "unit_price": 980}],
+        }
+        headers = {"x-sync-token": Settings.model_fields["sync_token"].default}
+        id_ = str(expect(await client.post("/api/sync/order", json=body, headers=headers))["id"])
+    await in_postgres(desk, id_)
+    return id_
+
+
+# -- terminals -----------------------------------------------------------------------------------------------------
+
+
+@in_narrow_terminals
+async def test_dead_letters_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, marker: str, columns: int) -> None:
+    await desk.bury(change(desk.table(label=marker)), place=marker, error=f"KeyError: {'long ' * 40}")
+    [letter] = await desk.letters(1, text=marker)
+    out = await in_terminal(desk.system, "dlq", "list", "--text", marker, columns=columns)
+    assert letter["id"] in out
+    assert "KeyError" in out and "…" in out
+    assert max(map(len, out.splitlines())) <= columns
+    groups = await in_terminal(desk.system, "dlq", "groups", "--text", marker, columns=columns)
+    assert letter["fingerprint"] in groups
+    assert max(map(len, groups.splitlines())) <= columns
+
+
+@in_narrow_terminals
+async def test_orders_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, columns: int) -> None:
+    placed = await in_postgres(desk, await desk.place())
+    out = await in_terminal(desk.system, "orders", "--restaurant", desk.restaurant, columns=columns)
+    assert placed["id"] in out and placed["order_number"] in out
+    assert max(map(len, out.splitlines())) <= columns
+
+
+@in_narrow_terminals
+async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, columns: int) -> None:
+    id_ = await desk.place(notes="as it was")
+    state, base = await stands(desk.system, orders.ENTITY, id_)
+    sides = [
+        change(
+            structs.replace(state, notes=notes, payments=(payment(amount=100),)),
+            event="payment_recorded", before=state, entityversion=2, basechangeid=base,
+        )
+        for notes in ("no bread", "extra bread")
+    ]  # fmt: skip
+    await desk.publisher.publish(Lane.CRITICAL.value, message(*sides))
+
+    async def listed() -> Any:
+        found = await told(desk, "conflicts", "list", "--restaurant", desk.restaurant)
+        return [conflict for conflict in found if conflict["entity_id"] == id_]
+
+    [conflict] = await eventually(listed, what="the conflict", until=bool)
+    out = await in_terminal(desk.system, "conflicts", "list", "--restaurant", desk.restaurant, columns=columns)
+    assert conflict["id"] in out and id_ in out
+    assert max(map(len, out.splitlines())) <= columns
+    shown = await in_terminal(desk.system, "conflicts", "show", conflict["id"], columns=columns)
+    for side in sides:
+        assert side.id in shown
+        assert orders.ENTITY.decode(side).payments[0].id in shown
+
+
+@in_narrow_terminals
+async def test_a_journal_keeps_its_ids_whole_in_a_narrow_terminal(desk: Desk, tmp_path: Path, columns: int) -> None:
+    path = tmp_path / "orders-1.sqlite"
+    waiting = change(order(items=1))
+    journal = Journal(path, instance=1, max_bytes=1 << 20)
+    await journal.open()
+    await journal.append([(Lane.CRITICAL, encode(waiting))])
+    await journal.close()
+    out = await in_terminal(desk.system, "journal", "show", str(path), columns=columns)
+    assert waiting.id in out and waiting.subject in out
+
+
+# -- prefixes ------------------------------------------------------------------------------------------------------
+
+
+async def test_commands_take_the_beginning_of_an_id(desk: Desk, marker: str) -> None:
+    [letter] = await desk.buried(marker)
+    assert (await told(desk, "dlq", "show", letter["id"][:13]))["dead_letter"] == letter
+    assert (await told(desk, "dlq", "discard", letter["id"][:13], "--why", "a test"))["status"] == "discarded"
+    assert (await told(desk, "dlq", "restore", letter["id"][:13].replace("-", "")))["status"] == "open"
+    replayed = await told(desk, "dlq", "replay", letter["id"][:13], "--yes")
+    assert [item["dead_letter_id"] for item in replayed["items"]] == [letter["id"]]
+    code, _, err = await desk.dlq("cancel", replayed["job"]["id"][:13])
+    assert (code, err) == (1, "Error: this replay job is done\n")
+
+
+async def test_a_prefix_of_several_dead_letters_is_refused_and_lists_them(desk: Desk, marker: str) -> None:
+    letters = await desk.buried(marker, 2)
+    shared = letters[0]["id"][:9]
+    twin = f"{shared}{letters[1]['id'][9:]}"
+    async with desk.system.database() as database:
+        await database.execute("update dead_letters set id = $2 where id = $1", letters[1]["id"], twin)
+    code, out, err = await desk.dlq("show", shared)
+    assert (code, out) == (1, "")
+    first, *rest = err.splitlines()
+    assert first == f"Error: more than one dead letter has an id that begins with {shared}:"
+    assert {line.split()[0] for line in rest} == {letters[0]["id"], twin}
+    assert all("open, table v1" in line for line in rest)
+
+
+@pytest.mark.parametrize("command", ["show", "restore", "replay", "cancel"])
+async def test_what_begins_no_id_is_refused_by_name(desk: Desk, command: str) -> None:
+    code, _, err = await desk.dlq(command, "order")
+    assert code == 2
+    assert "'order' is neither an id nor the beginning of one" in err
+    code, _, err = await desk.dlq(command, "00000000-0000")
+    assert code == 1
+    assert err.startswith("Error: no ") and err.endswith("has an id that begins with 00000000-0000\n")
+
+
+async def test_a_restaurant_is_named_by_its_slug_or_the_beginning_of_its_id(desk: Desk, marker: str) -> None:
+    [letter] = await desk.buried(marker)
+    for name in (await slug_of(desk), desk.restaurant[:13], desk.restaurant):
+        assert await told(desk, "dlq", "list", "--text", marker, "--restaurant", name) == [letter]
+    code, _, err = await desk.dlq("list", "--restaurant", "no-such-place")
+    assert (code, err) == (1, "Error: no restaurant has the slug no-such-place\n")
+
+
+async def test_a_dish_is_named_by_the_beginning_of_its_id(desk: Desk) -> None:
+    dish = await desk.shop.dish()
+
+    async def stored() -> Any:
+        async with desk.system.database() as connection:
+            return await connection.fetchval("select true from menu_items where id = $1", dish["id"])
+
+    await eventually(stored, what="the dish in PostgreSQL", until=bool)
+    code, out, err = await desk.cli("dish", await slug_of(desk), dish["id"][:13], "--price", "1234")
+    assert code == 0, err
+    assert json.loads(out)["price"] == 1234
+
+
+# -- order numbers -------------------------------------------------------------------------------------------------
+
+
+async def test_an_order_is_found_by_its_number_with_or_without_zeros(desk: Desk) -> None:
+    placed = await in_postgres(desk, await desk.place())
+    number = placed["order_number"]
+    for text in (number, number.lstrip("0"), placed["id"][:13]):
+        assert await told(desk, "orders", text, "--restaurant", desk.restaurant) == [placed]
+
+
+async def test_trace_takes_the_newest_order_of_a_number_and_says_so(desk: Desk) -> None:
+    placed = await in_postgres(desk, await desk.place())
+    number = placed["order_number"]
+    await earlier_order(desk, number)
+    code, out, err = await desk.cli("trace", number, "--restaurant", await slug_of(desk), "--json")
+    assert code == 0, err
+    assert json.loads(out)["order_id"] == placed["id"]
+    assert f"the newest is {placed['id']}, {number} of {placed['business_day']}" in err
+    assert len(await told(desk, "orders", number, "--restaurant", desk.restaurant)) == 2
+
+
+async def test_a_number_of_several_restaurants_is_refused_and_lists_them(desk: Desk, marker: str) -> None:
+    number = f"A-{marker[-8:]}"
+    ours = await earlier_order(desk, number)
+    theirs = await earlier_order(desk, number, await open_shop(desk.system))
+    code, out, err = await desk.cli("trace", number)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"Error: more than one restaurant has an order {number}; choose by --restaurant:\n")
+    assert ours in err and theirs in err
+    assert [match["id"] for match in await told(desk, "orders", number, "--restaurant", desk.restaurant)] == [ours]
+
+
+async def test_an_unknown_number_is_refused(desk: Desk) -> None:
+    code, _, err = await desk.cli("trace", "Z-9999")
+    assert code == 1
+    assert "no order in PostgreSQL has the number Z-9999" in err
