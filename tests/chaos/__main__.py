@@ -1,4 +1,4 @@
-"""`make chaos`: SEED=, MINUTES= and CLIENTS= of the environment; exit code 1 when something was lost or doubled."""
+"""`make chaos`: reads SEED, MINUTES and CLIENTS from the environment; exit code 1 if something was lost or doubled."""
 
 import asyncio
 import os

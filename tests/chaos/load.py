@@ -1,7 +1,7 @@
-"""The load: creations, changes of one order by several at once, payments, repeats, and attempts at a stranger's orders.
-It remembers what it was answered; `proof.py` holds that against the stores.
+"""The load: creations, concurrent changes of one order, payments, repeats, and attempts at another restaurant's orders.
+It remembers every answer, and `proof.py` compares the answers with the stores.
 
-Every request carries a mark of its own in what it writes, so that it can be found again wherever it went.
+Every write contains a mark of its own, by which it is found in every store.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Acknowledged(Struct, frozen=True):
     what: str
     """created, changed or paid"""
     version: int
-    """0: of a repeat, which is told the version that stands."""
+    """0 for a creation or a payment, because a repeat of it is answered with the head version."""
     mark: str
 
 
@@ -53,13 +53,13 @@ class Load:
         self._tasks: list[asyncio.Task[None]] = []
         self.acknowledged: list[Acknowledged] = []
         self.refused: dict[str, str] = {}
-        """Marks of what was answered 4xx or 503, for good -> the answer."""
+        """Mark of each write that was finally refused with 4xx or 503 -> the answer."""
         self.unknown: set[str] = set()
         self.answers: Counter[str] = Counter()
         self._durability: dict[str, str] = {}
-        """Of each order, as its creation was answered."""
+        """Order -> visibility and durability in the reply to its creation."""
         self.wrong: list[str] = []
-        """Answers that no fault excuses."""
+        """Answers that no fault justifies."""
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
@@ -78,7 +78,7 @@ class Load:
                 await act(client, shop)
                 await asyncio.sleep(self._pause * self._chance.uniform(0.5, 1.5))
 
-    # -- what clients do ---------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------------------
 
     async def _create(self, client: httpx.AsyncClient, shop: _Shop) -> None:
         mark = uuid4().hex
@@ -98,7 +98,7 @@ class Load:
                 self.wrong.append(f"a repeat made another order: {done['id']}, {again['id']}")
 
     async def _change(self, client: httpx.AsyncClient, shop: _Shop) -> None:
-        """Two at once on the same order, without a version: both may count, one after the other."""
+        """Changes one order once or twice concurrently, without a version: both changes may succeed in turn."""
         if shop.orders:
             order = self._chance.choice(shop.orders)
             await asyncio.gather(
@@ -128,7 +128,7 @@ class Load:
             self._not_found(order, self.refused[payment])
 
     def _not_found(self, order: str, said: str) -> None:
-        """An order that was acknowledged; told apart, not judged: see architecture.md, limits."""
+        """Counts the 404 of an acknowledged order. It is no error of the proof: see architecture.md, limits."""
         if ": 404 " in said:
             self.answers[f"404 of an own order ({self._durability[order]})"] += 1
 
@@ -153,7 +153,7 @@ class Load:
                 f"a stranger's order was listed: {one['id']}" for one in data if one["restaurant_id"] != shop.restaurant
             ]
 
-    # -- how they are answered ---------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------------------
 
     async def _until_known(
         self,
@@ -166,7 +166,7 @@ class Load:
         *,
         key: str | None = None,
     ) -> dict[str, Any] | None:
-        """Repeats what nobody answered, as a client should; None when it was refused or stays unknown."""
+        """Repeats an unanswered request, as a client should. Returns None if it was refused or stays unknown."""
         in_doubt = False
         for _ in range(_REPEATS):
             outcome, data = await self._send(client, shop, method, path, body, key=key)
@@ -191,7 +191,7 @@ class Load:
         *,
         key: str | None = None,
     ) -> tuple[str, Any]:
-        """(yes, no or unknown; data)"""
+        """Returns the outcome ("yes", "no" or "unknown") and the data."""
         headers = {"Authorization": f"Bearer {shop.token}", **({"Idempotency-Key": key} if key else {})}
         url = self._chance.choice(self._urls) + path
         try:

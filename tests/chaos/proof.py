@@ -1,10 +1,10 @@
-"""What must be true when every fault is mended and everything has come to rest.
+"""What must be true after every fault has ended and no change is under way.
 
-- Every acknowledged change is once in PostgreSQL and in what the mirror has of its order, and at least once in the log.
-- What was refused is in none of them; what nobody answered is there once at most.
-- PostgreSQL holds what the mirror holds; nothing is pending, on the ladder or dead.
-- The versions of an order have no gap, one change each (a fork is kept on both sides, and a conflict is open for it).
-- No number is given twice, no tenant was shown another's, and the ledger explains every change.
+- Every acknowledged change is once in PostgreSQL, is part of its order in the mirror, and is at least once in the log.
+- A refused change is in no store; an unanswered one is stored once at most.
+- PostgreSQL and the mirror hold the same; nothing is pending, on the retry ladder or dead.
+- The versions of an order have no gap and one change each (both sides of a fork are kept, with an open conflict).
+- No number is given twice, no tenant sees another one, and the ledger explains every change.
 """
 
 import sqlite3
@@ -24,10 +24,10 @@ class Proof(Struct):
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    """Whatever else must not be."""
+    """All other violations."""
     forks: int = 0
     forked_creations: int = 0
-    """Of these: a creation repeated where neither store could tell."""
+    """Of these, creations that were repeated while neither store knew them."""
     pushed: int = 0
     unexplained: list[str] = field(default_factory=list)
     """Change ids."""
@@ -51,7 +51,7 @@ async def prove(rig: Rig, load: Load, watch: Watch | None = None) -> Proof:
 def judge(
     acknowledged: Iterable[Acknowledged], refused: Mapping[str, str], unknown: Iterable[str], seen: Seen
 ) -> Proof:
-    """Pure. `refused`: mark -> the answer; `unknown`: marks."""
+    """Checks the answers against the stores; pure. `refused`: mark -> the answer; `unknown`: marks."""
     proof = Proof(unexplained=seen.unexplained)
     stores = _Stores(seen)
     for one in acknowledged:
@@ -72,7 +72,7 @@ def judge(
 
 
 class _Stores:
-    """The same, by what is looked for."""
+    """The content of all stores, indexed for the proof."""
 
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
@@ -116,22 +116,22 @@ def _change(proof: Proof, stores: _Stores, one: Acknowledged) -> None:
         return
     if len(written) > len(mine) or (one.what == "changed" and len(mine) > 1):
         proof.doubled.append(f"{name}: {len(written)} times")
-    # A creation repeated where neither store could tell is a fork of version 1: each side of it is in the log.
+    # A creation repeated while neither store knew it is a fork of version 1; both sides are in the log.
     proof.lost += [f"{name}: not in the log: {step}" for step in mine if step.change not in stores.logged_ids]
     if one.version and all(step.version != one.version for step in mine):
         proof.wrong.append(f"{name}: answered as version {one.version}, and it is {mine[0]}")
-    stands = stores.seen.mirror.get(one.order)
-    if stands is None or stands.version < mine[0].version:
-        proof.lost.append(f"{name}: not in the mirror, which has {stands}")
-    elif any(step.change == stands.change for step in mine) and stands.notes != one.mark:
-        proof.lost.append(f"{name}: in the mirror it says {stands.notes}")
+    head = stores.seen.mirror.get(one.order)
+    if head is None or head.version < mine[0].version:
+        proof.lost.append(f"{name}: not in the mirror, which has {head}")
+    elif any(step.change == head.change for step in mine) and head.notes != one.mark:
+        proof.lost.append(f"{name}: in the mirror it says {head.notes}")
 
 
 def _payment(proof: Proof, stores: _Stores, one: Acknowledged) -> None:
-    stands = stores.seen.mirror.get(one.order)
+    head = stores.seen.mirror.get(one.order)
     counts = {
         "PostgreSQL": stores.seen.payments[one.mark],
-        "the mirror": 0 if stands is None else stands.payments.count(one.mark),
+        "the mirror": 0 if head is None else head.payments.count(one.mark),
         "the log": int(one.mark in stores.logged_payments),
     }
     for where, count in counts.items():
@@ -156,8 +156,8 @@ def _versions(proof: Proof, seen: Seen) -> None:
 
 
 def pushed_to_strangers(pushed: Mapping[str, Mapping[str, int]], seen: Seen) -> list[str]:
-    """`pushed`: restaurant -> change -> how often its screen was told. By what the stores say whose a change is, not by
-    what the event says."""
+    """Changes pushed to another restaurant. `pushed`: restaurant -> change -> how often it was pushed. The owner of a
+    change comes from the stores, not from the event."""
     owners = {one.change: one.restaurant for one in (*seen.logged, *seen.changes)}
     wrong = [
         f"change {change} of restaurant {owners[change]} was pushed to {restaurant}"
@@ -170,6 +170,6 @@ def pushed_to_strangers(pushed: Mapping[str, Mapping[str, int]], seen: Seen) -> 
 
 
 def journal_of(rig: Rig, instance: int) -> int:
-    """Entries in a journal file, for a service that does not live."""
+    """Counts the entries in the journal file of a stopped service."""
     with sqlite3.connect(rig.system.directory / "journal" / f"orders-{instance}.sqlite") as db:
         return int(db.execute("select count(*) from entries").fetchone()[0])

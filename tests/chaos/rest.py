@@ -1,5 +1,5 @@
-"""When everything has come to rest: nothing waits in a claim, a journal, a lane or on the ladder, nothing is pending,
-and what a fork left out has been brought back."""
+"""Waits until no change is under way: no claim, journal, lane or retry queue holds one, nothing is pending, and the
+payments that a fork left out are restored."""
 
 import aio_pika
 import redis.asyncio
@@ -9,8 +9,8 @@ from tests.chaos.rig import Rig
 from tests.rigs.http_client import http_client
 from tests.rigs.system import eventually
 
-_WITHIN = 120.0
-# Facts that the standing state of their order lacks (services/sync/conflicts/forked_payments.py).
+_TIMEOUT_SECONDS = 120.0
+# Payments that the head of their order lacks (services/sync/conflicts/forked_payments.py).
 _LEFT_OUT = """
 select count(*) from payments p where not exists (
     select from orders o join changes c on c.restaurant_id = o.restaurant_id and c.change_id = o.change_id,
@@ -21,8 +21,8 @@ select count(*) from payments p where not exists (
 
 
 async def rest(rig: Rig) -> None:
-    """Raises AssertionError with what is still on its way."""
-    await eventually(lambda: restless(rig), within=_WITHIN, what="rest", until=lambda found: not found)
+    """Raises AssertionError that names the changes still under way after 120 seconds."""
+    await eventually(lambda: restless(rig), within=_TIMEOUT_SECONDS, what="rest", until=lambda found: not found)
 
 
 async def restless(rig: Rig) -> dict[str, int]:

@@ -1,5 +1,5 @@
 """The system under test: local servers of its own behind proxies, two instances of the orders service, and a journal on
-a file system that can be full. `strike` begins a fault, `mend` ends it."""
+a file system that can be full. `begin` starts a fault, `end` ends it."""
 
 import asyncio
 import shutil
@@ -42,9 +42,9 @@ class Rig:
         self._copies_lock = threading.Lock()
         self._copying: asyncio.Task[None] | None = None
         self.revived: Counter[str] = Counter()
-        """Services that ended by themselves, and how often."""
+        """Service -> how often it ended by itself."""
         self.disk: Path | None = None
-        """Of the journals, where this user may mount one."""
+        """The file system of the journals, if this user may mount one."""
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class Rig:
         self._copying = asyncio.create_task(self._copy_now_and_then())
 
     async def add(self, name: str, instance: int) -> None:
-        """One more of a service: `third-worker`."""
+        """Starts another instance of a service, such as `third-worker`, and waits until it is ready."""
         (port,) = find_free(1)
         self.system.urls[name] = f"http://127.0.0.1:{port}"
         self._more[name] = {"instance": instance, f"{name.rpartition('-')[2]}_port": port}
@@ -124,7 +124,7 @@ class Rig:
                     "name": "Beside",
                     "slug": f"beside-{self.system.name}",
                     "email": f"{self.system.name}@beside.example",
-                    "password": "a long one that nobody guesses",
+                    "password": "a long password that is hard to guess",
                 },
             )
             data = made.json()["data"]
@@ -142,7 +142,7 @@ class Rig:
 
     # -- faults ------------------------------------------------------------------------------------------------
 
-    async def strike(self, fault: Fault) -> None:
+    async def begin(self, fault: Fault) -> None:
         match fault.kind:
             case Kind.KILL if fault.target in SERVERS:
                 await asyncio.to_thread(self._server(fault.target).kill)
@@ -164,7 +164,7 @@ class Rig:
                 self._fill_disk()
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
 
-    async def mend(self, fault: Fault) -> None:
+    async def end(self, fault: Fault) -> None:
         match fault.kind:
             case Kind.KILL if fault.target in SERVERS:
                 await asyncio.to_thread(self._server(fault.target).start)
@@ -184,8 +184,7 @@ class Rig:
                 pass
 
     def revive(self, *, but: Container[str] = ()) -> None:
-        """Services that ended by themselves, as a supervisor would start them again. `but`: those that a fault keeps
-        down."""
+        """Restarts services that ended by themselves, like a supervisor. `but`: services that a fault keeps down."""
         for name, child in list(self.system.children.items()):
             if child.returncode is not None and name not in but:
                 self.revived[name] += 1
@@ -240,7 +239,7 @@ class Rig:
             shutil.rmtree(self._copies.pop(0)[1], ignore_errors=True)
 
     def _roll_back(self) -> None:
-        """To what it was some ten seconds ago."""
+        """Replaces the data of Redis by a copy that is about ten seconds old."""
         self.servers.redis.kill()
         _, copy = self._copies[0]
         shutil.rmtree(self._redis_folder)
@@ -254,4 +253,4 @@ class Rig:
                 while True:
                     filler.write(b"\0" * 4096)
             except OSError:
-                pass  # it is full now
+                pass  # the disk is full

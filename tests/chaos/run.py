@@ -1,4 +1,4 @@
-"""One run: load and faults for so long, then everything mended, rest, and the proof."""
+"""One run: load and faults for some seconds, then all services ready again, no change under way, and the proof."""
 
 import asyncio
 import contextlib
@@ -20,24 +20,24 @@ async def run(rig: Rig, seed: int, faults: Sequence[Fault], seconds: float, *, c
     watch.start()
     load.start()
     began = time.monotonic()
-    struck: set[str] = set()
-    mending: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+    faulty: set[str] = set()
+    locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def one(fault: Fault) -> None:
         await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
-        # A server that is killed while it is being started would look like one that cannot start.
-        async with mending[fault.target]:
+        # A server killed during its start would look like a server that cannot start.
+        async with locks[fault.target]:
             print(fault, flush=True)
-            struck.add(fault.target)
-            await rig.strike(fault)
+            faulty.add(fault.target)
+            await rig.begin(fault)
             await asyncio.sleep(fault.seconds)
-            await rig.mend(fault)
-            struck.discard(fault.target)
+            await rig.end(fault)
+            faulty.discard(fault.target)
 
     async def supervise() -> None:
         while True:
             await asyncio.sleep(1.0)
-            rig.revive(but=struck)
+            rig.revive(but=faulty)
 
     supervising = asyncio.create_task(supervise())
     try:
@@ -47,19 +47,19 @@ async def run(rig: Rig, seed: int, faults: Sequence[Fault], seconds: float, *, c
         finally:
             await load.stop()
         await rig.all_ready()
-        mended = time.monotonic()
+        ready = time.monotonic()
         restless = ""
         try:
             await rest(rig)
-        except AssertionError as error:  # what is lost is named all the same
+        except AssertionError as error:  # the proof still names the lost changes
             restless = str(error)
-        seconds_to_rest = time.monotonic() - mended
+        seconds_to_rest = time.monotonic() - ready
         proof = await prove(rig, load, watch)
     finally:
         supervising.cancel()
         await watch.stop()
     with contextlib.suppress(asyncio.CancelledError):
-        await supervising  # or raises why it gave up before
+        await supervising  # raises the error with which it ended, if any
     proof.seconds_to_rest = round(seconds_to_rest, 1)
     proof.wrong += [restless] if restless else []
     print(f"answers: {', '.join(f'{count} {what}' for what, count in sorted(load.answers.items()))}")

@@ -1,4 +1,4 @@
-"""Which faults happen when. Pure: the same seed and length are the same schedule."""
+"""The faults of a run and their times. Pure: the same seed and length give the same schedule."""
 
 import random
 from enum import StrEnum
@@ -56,8 +56,8 @@ class Fault(Struct, frozen=True):
 
 
 def schedule(seed: int, length: float) -> list[Fault]:
-    """Faults that have ended after `length` seconds. One follows the other, now and then before that has ended; never
-    two at one target. A run of three minutes has a link that stalls for more than a minute."""
+    """Faults that all end within `length` seconds. Faults of different targets sometimes overlap, those of one target
+    never do. A run of three minutes has one connection that stalls for over a minute."""
     chance = random.Random(seed)
     faults: list[Fault] = []
     if length >= _LONG_RUN:
@@ -75,7 +75,7 @@ def schedule(seed: int, length: float) -> list[Fault]:
             return sorted(faults, key=lambda one: one.at)
         apart = [one for one in faults if one.target == fault.target]
         if fault.until > length or any(one.at < fault.until + _REST and fault.at < one.until + _REST for one in apart):
-            at += _REST  # another one, or later
+            at += _REST  # another kind, later
             continue
         faults.append(fault)
         pause = chance.uniform(*_PAUSE)

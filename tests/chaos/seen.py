@@ -1,4 +1,4 @@
-"""What all stores hold at rest: read here, judged in proof.py."""
+"""Reads what all stores hold at rest; proof.py checks it."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ class Step(Struct, frozen=True):
     at: str
     trace: str | None
     notes: str | None
-    """The whole state's, whoever wrote them."""
+    """The notes of the whole state, whichever change wrote them."""
     wrote_notes: bool
     payments: tuple[str, ...]
 
@@ -46,8 +46,8 @@ class Step(Struct, frozen=True):
         return f"change {self.change} (version {self.version} of {self.order}, accepted {self.at}, trace {self.trace})"
 
 
-class Standing(Struct, frozen=True):
-    """What the mirror has of an order."""
+class MirroredOrder(Struct, frozen=True):
+    """An order in the mirror."""
 
     version: int
     change: str
@@ -61,12 +61,12 @@ class Seen(Struct, frozen=True, kw_only=True):
     payments: Counter[str]
     """The same: rows of each."""
     conflicts: set[tuple[str, int]]
-    """(order, version) of those that are open."""
+    """(order, version) of open conflicts."""
     numbers_twice: list[str] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
     logged: list[Step]
-    """Each as often as the log has it."""
-    mirror: dict[str, Standing]
+    """Every change in the log, including repeats."""
+    mirror: dict[str, MirroredOrder]
     differs: list[str] = field(default_factory=list)
     """Between PostgreSQL and the mirror, by `full-sync --verify`."""
     unexplained: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Seen(Struct, frozen=True, kw_only=True):
 
 
 async def look(rig: Rig) -> Seen:
-    # The ledger first: what it misses it has missed for long, so that nothing of it is on its way to what is read next.
+    # The ledger comes first: a change that it misses has been missing for long, so it cannot arrive during later reads.
     unexplained, differs = await asyncio.gather(_unexplained(rig), _differs(rig))
     async with rig.system.database() as connection:
         changes = [_stored(row) for row in await connection.fetch(_CHANGES)]
@@ -131,7 +131,7 @@ async def _logged(rig: Rig) -> list[Step]:
         channel = await connection.channel()
         await channel.set_qos(prefetch_count=500)
         stream = await channel.get_queue(topology.LOG, ensure=False)
-        # As a reader of the log puts it in: whoever follows the log passes over it.
+        # The mark of a log reader; all other readers skip it.
         mark = encode_signal(Signal(id=str(uuid4()), type=MARK, time=now(), source="proof"))
 
         async def take(message: aio_pika.abc.AbstractIncomingMessage) -> None:
@@ -163,9 +163,9 @@ def _of_orders(events: Iterable[dict[str, Any]]) -> Iterable[Step]:
             )
 
 
-async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, Standing]:
-    """Of these and of whatever else it has, of both restaurants."""
-    found: dict[str, Standing] = {}
+async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, MirroredOrder]:
+    """The given orders and all others in the mirror, of both restaurants."""
+    found: dict[str, MirroredOrder] = {}
     mirror = Mirror(rig.servers.redis.url, timeout=5.0, stale_seconds=60.0)
     try:
         for restaurant in (rig.system.restaurant, rig.other["restaurant_id"]):
@@ -177,22 +177,22 @@ async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, Standing]:
                     if document is not None:
                         state = msgspec.json.decode(document.state)
                         head = document.head
-                        found[id_] = Standing(head.version, head.change_id, state.get("notes"), _payments(state))
+                        found[id_] = MirroredOrder(head.version, head.change_id, state.get("notes"), _payments(state))
     finally:
         await mirror.close()
     return found
 
 
 async def _differs(rig: Rig) -> list[str]:
-    said = json.loads(await rig.system.cli("full-sync", "--verify", "--json", check=False))
-    found = [f"{one['what']} {one['entity']} {one['id']}" for one in said["differences"]]
-    if not said["compared"]:
+    printed = json.loads(await rig.system.cli("full-sync", "--verify", "--json", check=False))
+    found = [f"{one['what']} {one['entity']} {one['id']}" for one in printed["differences"]]
+    if not printed["compared"]:
         found.append("nothing was compared")
-    if said["pending"]:
-        found.append(f"the mirror is ahead in {said['pending']}")
+    if printed["pending"]:
+        found.append(f"the mirror is ahead in {printed['pending']}")
     return found
 
 
 async def _unexplained(rig: Rig) -> list[str]:
-    said = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
-    return [one["change_id"] for one in said["missing"]]
+    printed = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
+    return [one["change_id"] for one in printed["missing"]]

@@ -1,4 +1,4 @@
-"""A short run of what `make chaos` does at length, and that its proof can fail."""
+"""A short run of `make chaos`, and a test that its proof can fail."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(300)
 SEED, SECONDS = 4458, 20.0
 SHOWN = 50
 """The ledger's screen names so many at most; its JSON, which the proof reads, names all."""
-# Whoever inserts into `changes` and cannot: a batch of the worker's.
+# Sessions that wait to insert into `changes`: a batch of the worker.
 _HELD_UP = """
 select a.pid from pg_locks l join pg_stat_activity a using (pid)
 where l.database = (select oid from pg_database where datname = current_database())
@@ -47,7 +47,7 @@ async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
         await asyncio.to_thread(rig.servers.redis.discard)
 
 
-async def test_faults_at_random_times_lose_nothing_and_double_nothing(rig: Rig) -> None:
+async def test_faults_at_random_times_lose_and_double_nothing(rig: Rig) -> None:
     faults = schedule(SEED, SECONDS)
     assert {(one.kind, one.target) for one in faults} >= {
         (Kind.KILL, "worker"),
@@ -97,13 +97,13 @@ async def test_a_worker_that_acknowledges_before_it_commits_loses_changes_and_th
     assert all(one.trace is not None and one.trace in told for one in named), told
     proof = judge(load.acknowledged, load.refused, load.unknown, seen)
     assert not proof.holds
-    # A change that nobody was told of may be lost as well; each that was acknowledged is named.
+    # Changes that were never acknowledged may be lost too; the proof names every acknowledged one.
     assert proof.lost
     assert all(any(change in line for change in lost) or line.startswith("payment ") for line in proof.lost)
 
 
 async def kill_the_worker_before_it_commits(rig: Rig, servers: Servers) -> None:
-    """With kill -9, while a batch waits for a lock on `changes`. Its transaction does not outlive it."""
+    """Kills the worker by kill -9 while its batch waits for a lock on `changes`, and ends the batch's transaction."""
     address = servers.postgres.superuser_url.rpartition("/")[0]
     locker, watcher = [await asyncpg.connect(f"{address}/{rig.system.name}") for _ in range(2)]
 

@@ -1,4 +1,4 @@
-"""A screen of each restaurant, by server-sent events, that comes back by its cursor for as long as the run lasts."""
+"""A screen of each restaurant, by server-sent events. It reconnects with its cursor until the run ends."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ class Watch:
                 await asyncio.sleep(_PAUSE)
 
     def take(self, restaurant: str, event: dict[str, Any]) -> None:
-        """One event of that restaurant's screen."""
+        """Records one event that the screen of `restaurant` received."""
         if "changeId" not in event:  # connected, or resync
             self.resyncs += event.get("reason") is not None
             if event.get("restaurantId", restaurant) != restaurant:

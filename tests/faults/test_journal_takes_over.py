@@ -24,7 +24,7 @@ PUBLISH_TIMEOUT = 1.0
 """What a broker that is frozen costs, once: below the two seconds in which the journal is to take over."""
 PATIENCE = 10.0
 """Seconds after which a client gives up: more than a machine stands still for."""
-# Of the mirror, which nobody ends here.
+# PATIENT: long timeouts for the mirror, which no test here stops.
 SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT}
 
 

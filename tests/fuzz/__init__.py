@@ -1,5 +1,5 @@
-"""Property-based runs of schemathesis against the documents of the running services: what no client should send, and
-what any may. `make fuzz` runs all of it, `make test` a little (tests/integration/test_fuzz.py).
+"""Property-based runs of schemathesis against the documents of the running services, with valid and invalid requests.
+`make fuzz` runs all of them, `make test` a few (tests/integration/test_fuzz.py).
 
-What it finds is wrong either in the code or in the document; `ground.py` says what is there to be found by id.
+A finding is an error either in the code or in the document. `ground.py` makes the entities that requests can name.
 """

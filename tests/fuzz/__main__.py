@@ -1,5 +1,5 @@
-"""`make fuzz`: every service's document with every role, on servers and services of its own, so many examples for each
-operation. What is found is printed with the request that shows it; exit code 1."""
+"""`make fuzz`: runs every service's document with every role, on its own servers and services, with `--examples` for
+each operation. Prints every finding with its request and then exits with code 1."""
 
 import argparse
 import asyncio
@@ -15,12 +15,12 @@ from tests.rigs.system import System
 async def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument(
-        "--examples", type=int, default=50, help="for each operation, beside the boundaries of its fields"
+        "--examples", type=int, default=50, help="for each operation, besides the boundaries of its fields"
     )
     parser.add_argument("services", nargs="*", default=sorted({service for service, _ in RUNS}))
-    parser.add_argument("--seed", type=int, help="as an earlier run has printed it")
-    wanted = parser.parse_args()
-    seed = [] if wanted.seed is None else [f"--seed={wanted.seed}"]
+    parser.add_argument("--seed", type=int, help="the seed that an earlier run printed")
+    arguments = parser.parse_args()
+    seed = [] if arguments.seed is None else [f"--seed={arguments.seed}"]
     servers = prepare_servers()
     servers.start_all()
     found = []
@@ -29,11 +29,11 @@ async def main() -> int:
             system = System(servers, Path(folder), **patient())
             await system.up()
             for service, role in RUNS:
-                if service in wanted.services:
+                if service in arguments.services:
                     print(f"\n== {service}, {role or 'without a token'} ==", flush=True)
-                    outcome = await fuzz(system, service, role, f"--max-examples={wanted.examples}", *seed)
-                    print(outcome.told, flush=True)
-                    found += [] if outcome.fine else [f"{service}, {role or 'without a token'}"]
+                    outcome = await fuzz(system, service, role, f"--max-examples={arguments.examples}", *seed)
+                    print(outcome.output, flush=True)
+                    found += [] if outcome.passed else [f"{service}, {role or 'without a token'}"]
             await system.down()
     finally:
         servers.stop_all()

@@ -1,5 +1,5 @@
-"""What a run may name by its id, so that most calls reach more than a 404: a restaurant of its own with some of every
-entity, made through the API."""
+"""Entities that a run can name by id, so that most calls reach more than a 404: a restaurant of its own with several of
+each kind, made through the API."""
 
 from typing import Any
 from uuid import uuid4
@@ -10,19 +10,19 @@ from msgspec import Struct
 from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 
-_PASSWORD = "a long one that nobody guesses"
+_PASSWORD = "a long password that is hard to guess"
 _SIZES = {"name": "size", "options": [{"name": "regular"}, {"name": "large", "price": 200}], "max_choices": 100}
 Ids = dict[str, list[str]]
-"""Parameter, such as `order_id` -> values of it that mean something."""
+"""Parameter, such as `order_id` -> ids that exist."""
 
 
 class Ground(Struct, frozen=True):
     tokens: dict[str, str]
     """Role -> token."""
     changed: Ids
-    """Those that are changed and deleted; the last of each is deleted already."""
+    """Entities that requests change and delete; the last of each kind is already deleted."""
     referred: Ids
-    """Those that are named beside others."""
+    """Entities that bodies and queries refer to."""
     admin_id: str
     choice: dict[str, str]
     """A customization that every dish has."""
@@ -66,7 +66,7 @@ _PATHS = {
 
 
 async def _entities(client: httpx.AsyncClient, count: int) -> Ids:
-    """`count` of each."""
+    """Makes `count` of each kind."""
     ids: Ids = {}
 
     async def several(id_: str, **body: Any) -> None:

@@ -1,8 +1,8 @@
-"""Hooks of schemathesis, loaded by its own process: what is well formed names things that are there, mostly.
+"""Hooks of schemathesis, loaded by its own process: most valid requests name entities that exist.
 
-What is changed by its path and what bodies refer to are different ones: a dish that was deleted is not ordered. What
-breaks the document is sent as it is, but for one thing: the user whose token it is stays an admin. Beside it, every
-answer is counted, so that the run can tell what it reached.
+Paths and bodies name different entities, so that no deleted dish is ordered. Invalid requests are sent unchanged, with
+one exception: the user of the token stays an admin. The hooks also count every answer, so that the run knows which
+operations it reached.
 """
 
 import atexit
@@ -18,7 +18,7 @@ import schemathesis
 
 from tests.fuzz.run import COUNTED, GROUND
 
-# One of so many ids stays what the generator made of it.
+# One in so many ids keeps its generated value.
 _STRANGE = 6
 
 _ground = json.loads(Path(os.environ[GROUND]).read_text())
@@ -69,7 +69,7 @@ def _meant(body: Any) -> Any:
 
 
 def _fresh(case: schemathesis.Case) -> None:
-    """What may be used once is new, mostly: a repeat is worth trying, but not every time."""
+    """Replaces most repeated values that may be used only once; a few repeats stay, because they are worth testing."""
     headers = case.headers or {}
     if _is_repeated(headers.get("Idempotency-Key")):
         headers["Idempotency-Key"] = uuid4().hex

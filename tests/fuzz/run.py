@@ -1,4 +1,4 @@
-"""One run: a service's own document, a role, so many examples. The document is asked from the service itself."""
+"""One run: the document of one service, one role, some examples. The running service supplies the document."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from msgspec import Struct
 from tests.fuzz.ground import prepare
 from tests.rigs.system import PATIENT, ROOT, System
 
-# Names of what hooks.py, in the process of schemathesis, reads and writes.
+# Environment variables with the files that hooks.py, in the process of schemathesis, reads and writes.
 GROUND = "TICKETRAIL_FUZZ_GROUND"
 COUNTED = "TICKETRAIL_FUZZ_COUNTED"
 
@@ -32,23 +32,23 @@ RUNS: list[tuple[str, str | None]] = [
 
 
 def patient() -> dict[str, Any]:
-    """Settings of a system that lets itself be asked so often."""
+    """Settings of a system that accepts so many requests."""
     return {**PATIENT, "sign_in_attempts_per_account": 1_000_000, "sign_in_attempts_per_address": 1_000_000}
 
 
 class Outcome(Struct, frozen=True):
-    fine: bool
-    told: str
+    passed: bool
+    output: str
     counted: dict[str, int]
     """"POST /api/orders 201" -> how often."""
 
     def reached(self, status: str) -> set[str]:
-        """The operations that were answered with a status such as `2`."""
+        """The operations that were answered with a status that begins with `status`, such as `2`."""
         return {label for label, _, found in (one.rpartition(" ") for one in self.counted) if found.startswith(status)}
 
 
 async def fuzz(system: System, service: str, role: str | None, *arguments: str) -> Outcome:
-    """`role` None: without a token. `arguments`: of `schemathesis run`."""
+    """Runs schemathesis. `role` None: without a token. `arguments`: for `schemathesis run`."""
     ground = await prepare(system)
     folder = system.directory / f"fuzz-{service}-{role}"
     folder.mkdir(exist_ok=True)
@@ -74,18 +74,18 @@ async def fuzz(system: System, service: str, role: str | None, *arguments: str) 
 
 
 def _config(token: str | None, sync_token: str, service: str) -> str:
-    """TOML; the texts in it are JSON's, which TOML takes as well."""
+    """The configuration as TOML. Its strings are JSON strings, which are valid TOML."""
     lines = [
         'hooks = "tests.fuzz.hooks"',
         "continue-on-failure = true",
         "request-timeout = 30",
-        "max-stream-events = 1",  # an event stream never ends: `connected` comes at once
+        "max-stream-events = 1",  # an event stream never ends, and its first event `connected` comes at once
         "[cache]",
         "enabled = false",
         "[auth]",
         "auto-signup = false",
         "[checks]",
-        # What is well formed may still name what is not there, or break a rule that no schema can say.
+        # A valid request may still name a missing entity or break a rule that no schema can express.
         'positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 403, 404, 409, 422, 429]',
     ]
     if token is not None:

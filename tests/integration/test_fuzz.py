@@ -39,7 +39,7 @@ async def test_every_reply_is_described_in_the_api_document(
     fuzzed: System, service: str, role: str, arguments: tuple[str, ...]
 ) -> None:
     outcome = await fuzz(fuzzed, service, role, *arguments, *DETERMINISTIC)
-    assert outcome.fine, outcome.told
+    assert outcome.passed, outcome.output
     if role == "admin":
         # The run proves little unless nearly every operation succeeded at least once.
         async with http_client(base_url=fuzzed.urls[service]) as client:

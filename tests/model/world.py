@@ -1,9 +1,9 @@
-"""The world around the rail, as the model plays it: brokers that stay silent, mirrors that forget, owners that stall.
+"""The world around the rail, simulated by the model: silent brokers, mirrors that lose data, owners that stall.
 
 Real: the commit, its recorder, journal and drainer, and every script on a real Redis. Ours: the broker (a list of
-messages), PostgreSQL (a guard and a set of changes) and the clock. Whatever the rail asks of the world waits on the
-`Stage` until a rule of the model says what happens to it, so that a crash or a stall can be put before and after every
-step, and any two steps can be interleaved.
+messages), PostgreSQL (a guard and a set of changes) and the clock. Every call of the rail to the world waits as a
+`Step` until a rule of the model chooses its outcome, so that a crash or a stall can come before and after every step,
+and any two steps can be interleaved.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from tests.rigs import builders
 
 T = TypeVar("T")
 Copy = list[tuple[bytes, int, bytes]]
-"""Of a mirror: key, time to live in ms, value as DUMP gives it."""
+"""A copy of a mirror: key, time to live in ms, value in Redis's DUMP format."""
 
 EPOCH = "model"
 NOWHERE = -1
@@ -44,21 +44,21 @@ GAP = 50
 DAY = "2026-03-14"
 FORMER_SERVER = "0" * 40
 
-# What may happen to a step. The first is the good end; `late` ones arrive when a rule says so, or never.
+# The possible outcomes of each step; the first is success. A `late` step happens when a rule chooses, or never.
 OUTCOMES = {
-    "claim": ("done", "done", "done", "done", "done, unheard", "done, unheard", "never", "late", "away"),
-    "apply": ("done", "done", "done", "done", "done, unheard", "never", "late", "away"),
-    "take back": ("done", "done", "done", "done, unheard", "never", "late", "away"),
+    "claim": ("done", "done", "done", "done", "done, unheard", "done, unheard", "never", "late", "unavailable"),
+    "apply": ("done", "done", "done", "done", "done, unheard", "never", "late", "unavailable"),
+    "take back": ("done", "done", "done", "done, unheard", "never", "late", "unavailable"),
     "publish": ("done", "done", "done", "not sent", "not sent", "done, unheard", "late", "never"),
     "append": ("done", "done", "done", "broken", "broken"),
     "number": ("done", "done", "done", "broken"),
     "remove": ("done", "done", "broken"),
-    "look": ("done", "done", "done", "nobody answers"),
+    "look": ("done", "done", "done", "no answer"),
 }
 
 
 class Clock:
-    """In place of `time` in shared.rail.commit: a silence takes 0.6 s, so that the second one ends all patience."""
+    """Replaces `time` in shared.rail.commit. A missing answer takes 0.6 s, so that two reach the timeout."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -72,7 +72,7 @@ class Clock:
 
 @dataclass
 class Step:
-    """Something that the rail has asked of the world; `do` makes it happen."""
+    """A call of the rail to the world; `do` executes it."""
 
     kind: str
     owner: "Instance"
@@ -92,7 +92,7 @@ class Attempt:
 
 
 class InlineJournal(Journal):
-    """The journal without its thread, so that one turn of the loop is all it needs."""
+    """The journal without its thread, so that one turn of the event loop completes a call."""
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
@@ -141,7 +141,7 @@ class GatedMirror:
         self._ask = partial(world.ask, owner)
 
     async def claim(self, entity: Any, change: Change, *rest: Any, within: float) -> Any:
-        # Without `within`: the model knows servers whose clock nobody has looked at.
+        # `within` is not passed on: the model ignores the clocks of its servers.
         async def claim(patient: bool) -> Any:
             reply = await self._world.mirror(patient).claim(entity, change, *rest)
             if isinstance(reply, Claimed):
@@ -187,7 +187,7 @@ class Instance:
 
 @dataclass
 class PostgresModel:
-    """Promise 5 in ten lines, written apart from the code that it checks."""
+    """Promise 5 in ten lines, written independently of the code that it checks."""
 
     changes: dict[str, Change] = field(default_factory=dict)
     heads: dict[str, Change] = field(default_factory=dict)
@@ -203,7 +203,7 @@ class PostgresModel:
 
 @dataclass
 class Harness:
-    """What all examples of a run share: the loop, the connections, the clock, and what was reached."""
+    """Shared by all examples of a run: the loop, the connections, the clock, and the outcomes that were reached."""
 
     loop: asyncio.AbstractEventLoop
     redis: redis.Redis
@@ -243,7 +243,7 @@ class World:
         self.run(self.stamp(gap=0))
 
     def run(self, work: Awaitable[T]) -> T:
-        """Does it, and lets every task of the rail go on until it asks something of the world."""
+        """Runs `work`, and then every task of the rail until its next call to the world."""
 
         async def settled() -> T:
             result = await work
@@ -254,7 +254,7 @@ class World:
         return self.loop.run_until_complete(settled())
 
     def mirror(self, patient: bool) -> Mirror:
-        """Impatient: for it a claim is left behind as soon as it stands."""
+        """The patient mirror, or the impatient one, for which a claim is stale as soon as it exists."""
         return self.patient if patient else self.impatient
 
     # -- steps -------------------------------------------------------------------------------------------------
@@ -282,16 +282,16 @@ class World:
         self.clock.now += 0.6
         if outcome == "broken":
             error: Exception = JournalBroken("the model broke it")
-        elif outcome == "nobody answers":
+        elif outcome == "no answer":
             error = Unavailable("neither store answers")
         elif step.kind == "publish":
             error = NotSent("no connection") if outcome == "not sent" else InDoubt("no confirm")
         else:
-            error = MirrorUnavailable("away") if outcome == "away" else MirrorInDoubt("no answer")
+            error = MirrorUnavailable("unavailable") if outcome == "unavailable" else MirrorInDoubt("no answer")
         step.reply.set_exception(error)
 
     def go_on(self, owner: Instance, task: "asyncio.Task[Any]") -> None:
-        """Everything goes well for one instance, until a task of it is done."""
+        """Lets all steps of one instance succeed until its task is done."""
         while not task.done() and (mine := [step for step in self.steps if step.owner is owner]):
             self.run(self.happen(mine[0], "done", True))
 
@@ -302,7 +302,7 @@ class World:
         return task
 
     def crash(self, owner: Instance) -> None:
-        """kill -9: what was asked and not done is never done; what is on disk stays."""
+        """kill -9: open steps never happen; data on disk stays."""
         owner.dead = True
         self.steps = [step for step in self.steps if step.owner is not owner]
         for attempt in self.attempts:
@@ -318,7 +318,7 @@ class World:
         self.life += 1
         self.warm = False
         self.shown.clear()
-        self.late_scripts.clear()  # they were on their way to a server that is gone
+        self.late_scripts.clear()  # they were under way to the lost server
 
     def wipe(self) -> None:
         self.redis.flushall()
@@ -336,7 +336,7 @@ class World:
         return [(key, max(found[2 * n], 0), found[2 * n + 1]) for n, key in enumerate(every)]
 
     def roll_back(self, copy: Copy) -> None:
-        """A failover to a replica that lagged: older data, whose stamps name the server that wrote them."""
+        """A failover to a replica that lagged: older data, with stamps of the former server."""
         self.redis.flushall()
         for key, ttl, value in copy:
             self.redis.restore(key, ttl, value)
@@ -349,7 +349,7 @@ class World:
         self.lose_mirror()
 
     async def follow(self, count: int) -> None:
-        """The mirror writer: on from the offset in the mirror; on an empty one from PostgreSQL, then the whole log."""
+        """The mirror writer: reads on from the mirror's offset; fills an empty mirror from PostgreSQL and the log."""
         state = await self.patient.log_state()
         if state is None:
             state = LogState(EPOCH, NOWHERE)
@@ -362,7 +362,7 @@ class World:
             state = noted
 
     async def stamp(self, gap: int = GAP) -> None:
-        """The log is read to its end, then the mirror is warm."""
+        """Reads the log to its end and makes the mirror warm."""
         await self.follow(len(self.log))
         state = await self.patient.log_state()
         assert state is not None
@@ -374,7 +374,7 @@ class World:
         members = sorted(await self.impatient.claims_left_behind())
         return await self.impatient.mark(members[nth % len(members)]) if members else None
 
-    # -- what is true now --------------------------------------------------------------------------------------
+    # -- current state -----------------------------------------------------------------------------------------
 
     def recorded(self) -> dict[str, Change]:
         return {change.id: change for body in self.log for change in changes(body)}
@@ -389,7 +389,7 @@ class World:
         return {id_: (one.head, ORDER.decode_state(one.state)) for id_, one in pairs if one is not None}
 
     async def present(self, id_: str) -> tuple[Head, Order] | None:
-        """What a reader gets: the mirror, and PostgreSQL where that has nothing."""
+        """The state that a reader gets: from the mirror, or else from PostgreSQL."""
         found = (await self.documents([id_])).get(id_)
         if found is None and (change := self.postgres.heads.get(id_)):
             return change.head, registry.read(change)[1]

@@ -1,4 +1,4 @@
-"""The proof of `make chaos` on stores made by hand: each thing that must not be is found, and named."""
+"""The proof of `make chaos` on made-up stores: it finds and names every violation."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.load import Acknowledged
 from tests.chaos.proof import Proof, judge, pushed_to_strangers
-from tests.chaos.seen import Seen, Standing, Step
+from tests.chaos.seen import MirroredOrder, Seen, Step
 
 MINE, OTHERS = "restaurant-1", "restaurant-2"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -33,7 +33,7 @@ SEEN = Seen(
     payments=Counter({"payment-1": 1}),
     conflicts=set(),
     logged=[*STEPS, CHANGED],  # at least once
-    mirror={"order-1": Standing(3, "change-3", "second", ("payment-1",))},
+    mirror={"order-1": MirroredOrder(3, "change-3", "second", ("payment-1",))},
 )
 
 
@@ -42,14 +42,14 @@ def judged(*, refused: str | None = None, unknown: str | None = None, **changed:
     return judge(ACKNOWLEDGED, {refused: "503"} if refused else {}, [unknown] if unknown else [], seen)
 
 
-def test_what_is_everywhere_once_holds() -> None:
+def test_the_proof_holds_if_every_change_is_in_every_store_once() -> None:
     proof = judged(refused="another", unknown="a third one")
     assert proof.holds, proof
     assert proof.acknowledged == 3
 
 
 @pytest.mark.parametrize(
-    ("stores", "told"),
+    ("stores", "message"),
     [
         ({"changes": [CREATED, PAID]}, "changed order-1 (second): not in PostgreSQL; change change-2"),
         ({"changes": [CREATED, PAID]}, f"trace {TRACE}"),
@@ -58,17 +58,17 @@ def test_what_is_everywhere_once_holds() -> None:
         ({"logged": [CREATED, CHANGED]}, "payment payment-1 of order-1: 0 times in the log"),
         ({"payments": Counter()}, "payment payment-1 of order-1: 0 times in PostgreSQL"),
         ({"mirror": {}}, "created order-1 (first): not in the mirror"),
-        ({"mirror": {"order-1": Standing(1, "change-1", "first", ("payment-1",))}}, "(second): not in the mirror"),
-        ({"mirror": {"order-1": Standing(2, "change-2", "first", ("payment-1",))}}, "in the mirror it says first"),
-        ({"mirror": {"order-1": Standing(3, "change-3", "second", ())}}, "0 times in the mirror"),
+        ({"mirror": {"order-1": MirroredOrder(1, "change-1", "first", ("payment-1",))}}, "(second): not in the mirror"),
+        ({"mirror": {"order-1": MirroredOrder(2, "change-2", "first", ("payment-1",))}}, "in the mirror it says first"),
+        ({"mirror": {"order-1": MirroredOrder(3, "change-3", "second", ())}}, "0 times in the mirror"),
     ],
 )
-def test_what_one_store_lacks_is_lost(stores: dict[str, Any], told: str) -> None:
-    assert any(told in line for line in judged(**stores).lost)
+def test_a_change_that_one_store_lacks_is_lost(stores: dict[str, Any], message: str) -> None:
+    assert any(message in line for line in judged(**stores).lost)
 
 
 @pytest.mark.parametrize(
-    ("stores", "told"),
+    ("stores", "message"),
     [
         ({"changes": [*STEPS, step("change-4", 4, "second")]}, "changed order-1 (second): 2 times"),
         (
@@ -81,15 +81,15 @@ def test_what_one_store_lacks_is_lost(stores: dict[str, Any], told: str) -> None
             "created order-1 (first): 2 times",
         ),
         ({"payments": Counter({"payment-1": 2})}, "2 times in PostgreSQL"),
-        ({"mirror": {"order-1": Standing(3, "change-3", "second", ("payment-1",) * 2)}}, "2 times in the mirror"),
+        ({"mirror": {"order-1": MirroredOrder(3, "change-3", "second", ("payment-1",) * 2)}}, "2 times in the mirror"),
         ({"changes": [*STEPS, step("change-4", 3, "x", wrote=False)]}, "version 3 of order-1 2 times"),
     ],
 )
-def test_what_is_there_twice_is_doubled(stores: dict[str, Any], told: str) -> None:
-    assert any(told in line for line in judged(**stores).doubled)
+def test_a_change_that_is_stored_twice_is_doubled(stores: dict[str, Any], message: str) -> None:
+    assert any(message in line for line in judged(**stores).doubled)
 
 
-def test_a_fork_with_an_open_conflict_is_counted_and_is_not_doubled() -> None:
+def test_a_fork_with_an_open_conflict_is_counted_and_not_doubled() -> None:
     proof = judged(changes=[*STEPS, step("change-4", 3, "x", wrote=False)], conflicts={("order-1", 3)})
     assert proof.holds
     assert proof.forks == 1
@@ -103,17 +103,17 @@ def test_a_fork_with_an_open_conflict_is_counted_and_is_not_doubled() -> None:
         {"changes": [], "payments": Counter(), "mirror": {}},
     ],
 )
-def test_what_was_refused_may_be_in_no_store(mark: str, stores: dict[str, Any]) -> None:
+def test_a_refused_change_must_not_be_in_any_store(mark: str, stores: dict[str, Any]) -> None:
     assert any("refused, and there all the same" in line for line in judged(refused=mark, **stores).wrong)
 
 
 @pytest.mark.parametrize("mark", ["second", "payment-1"])
-def test_what_was_refused_may_not_be_in_the_mirror_alone(mark: str) -> None:
-    told = judged(refused=mark, changes=[], payments=Counter(), logged=[]).wrong
-    assert any(line.startswith("refused") and "the mirror" in line for line in told)
+def test_a_refused_change_must_not_be_in_the_mirror_alone(mark: str) -> None:
+    message = judged(refused=mark, changes=[], payments=Counter(), logged=[]).wrong
+    assert any(line.startswith("refused") and "the mirror" in line for line in message)
 
 
-def test_what_nobody_answered_may_be_there_once() -> None:
+def test_an_unanswered_change_may_be_stored_once() -> None:
     once = [*STEPS, step("change-4", 4, "third")]
     assert not judged(unknown="third", changes=once).doubled
     twice = [*once, step("change-5", 5, "third")]
@@ -122,7 +122,7 @@ def test_what_nobody_answered_may_be_there_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stores", "told"),
+    ("stores", "message"),
     [
         ({"changes": [CREATED, PAID]}, "versions of order-1 have a gap: [1, 3]"),
         ({"numbers_twice": ["0007 given 2 times"]}, "order number 0007 given 2 times"),
@@ -131,18 +131,18 @@ def test_what_nobody_answered_may_be_there_once() -> None:
         ({"changes": [CREATED, step("change-2", 7, "second")]}, "answered as version 2"),
     ],
 )
-def test_what_else_must_not_be_is_wrong(stores: dict[str, Any], told: str) -> None:
+def test_other_violations_are_named_as_wrong(stores: dict[str, Any], message: str) -> None:
     proof = judged(**stores)
-    assert any(told in line for line in proof.wrong)
+    assert any(message in line for line in proof.wrong)
     assert not proof.holds
 
 
-def test_what_the_ledger_cannot_explain_breaks_the_proof() -> None:
+def test_an_unexplained_change_breaks_the_proof() -> None:
     assert not judged(unexplained=["change-2"]).holds
 
 
-def test_a_push_to_a_stranger_is_found_by_whose_the_change_is() -> None:
+def test_a_push_to_another_restaurant_is_found_by_the_owner_of_the_change() -> None:
     assert not pushed_to_strangers({MINE: {"change-1": 1, "unheard of": 1}, OTHERS: {}}, SEEN)
-    (told,) = pushed_to_strangers({MINE: {"change-1": 1}, OTHERS: {"change-2": 1}}, SEEN)
-    assert told == f"change change-2 of restaurant {MINE} was pushed to {OTHERS}"
+    (message,) = pushed_to_strangers({MINE: {"change-1": 1}, OTHERS: {"change-2": 1}}, SEEN)
+    assert message == f"change change-2 of restaurant {MINE} was pushed to {OTHERS}"
     assert pushed_to_strangers({MINE: {}}, SEEN) == [f"nothing was pushed to {MINE}"]
