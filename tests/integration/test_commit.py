@@ -20,7 +20,7 @@ from shared.rail.draft import Draft, change_of
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.record import Durability
 from tests.rigs import builders
-from tests.rigs.rail import LANE, STALE, MakeRail, RailRig, ids, rails
+from tests.rigs.rail import LANE, STALE_SECONDS, MakeRail, RailRig, ids, rails
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -483,7 +483,7 @@ async def test_busy_version_is_free_after_its_claim_is_taken_back(rig: RailRig) 
     assert isinstance((await rig.claim(other))[1], Busy)
     await rig.mirror.take_back(taken)
     assert isinstance((await rig.claim(other))[1], Claimed)
-    assert STALE < 1
+    assert STALE_SECONDS < 1
 
 
 async def test_unreadable_state_is_refused_before_it_is_claimed(rig: RailRig) -> None:

@@ -1,4 +1,4 @@
-"""Notifiers as processes on a stream of their own, and clients: some listen, some come back, some are deaf."""
+"""Notifier processes on a stream of their own, and clients that listen, resume or read nothing."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ class Event:
 
 
 class Screen:
-    """A client of the stream, as a browser sees it."""
+    """A client of the push stream that parses it as a browser does."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -98,7 +98,7 @@ class Screen:
 
 
 class Rail:
-    """A vhost of one test with the topology, and notifiers on it."""
+    """A vhost with the topology for one test, and notifiers on it."""
 
     def __init__(self, servers: Servers, folder: Path) -> None:
         self.servers = servers
@@ -120,7 +120,7 @@ class Rail:
 
     @asynccontextmanager
     async def publishing(self, lane: Lane = Lane.CRITICAL) -> AsyncIterator[Callable[..., Awaitable[None]]]:
-        """What sends bodies over a connection that stands already."""
+        """Yields a function that publishes message bodies over one open connection."""
         async with await declare.connect(self.url) as connection:
             channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(CHANGES, ensure=False)
@@ -136,7 +136,7 @@ class Rail:
             await publish(*bodies)
 
     async def say(self, *changes: Change) -> None:
-        """Each in a message of its own."""
+        """Publishes each change in its own message."""
         await self.send(*(message(change) for change in changes))
 
     async def heartbeat(self, epoch: str = EPOCH) -> None:
@@ -208,8 +208,8 @@ class Notifier:
     async def screen(
         self, *, by: str | None = None, after: str | None = None, asked: asyncio.Event | None = None, **params: str
     ) -> AsyncIterator[Screen]:
-        """A client that has been told `connected`. `after`: the `Last-Event-ID` that it sends; `asked` is set when the
-        request is on its way."""
+        """A client that has received `connected`. `after` is the `Last-Event-ID` that it sends; `asked` is set when
+        the request is sent."""
 
         async def trace(event: str, _: Any) -> None:
             if asked is not None and event == "http11.send_request_headers.complete":
@@ -249,7 +249,7 @@ def moved(base: Change, state: Order, status: OrderStatus) -> tuple[Change, Orde
 async def come_back(
     notifier: Notifier, cursor: str, count: int, *, asked: asyncio.Event | None = None, within: float = 150.0
 ) -> list[str]:
-    """The order ids of the first `count` events after the cursor; other events by their name."""
+    """Resumes at the cursor; returns the order ids of the first `count` events, or the names of events without one."""
     async with notifier.screen(after=cursor, asked=asked) as screen:
         await screen.until(lambda: len(screen.events) > count, within=within)
         return [event.data.get("orderID", event.name) for event in screen.events]
@@ -257,7 +257,7 @@ async def come_back(
 
 @asynccontextmanager
 async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
-    """A client that reads nothing by itself: the kernel's buffers fill, then its own at the notifier."""
+    """A client that reads nothing: first the kernel's buffers fill, then its buffer in the notifier."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
     before = await notifier.subscribers()
     writer.write(f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n".encode())
@@ -267,19 +267,20 @@ async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
 
 
 async def flood(rail: Rail, notifier: Notifier) -> int:
-    """Heavy orders until a subscriber is let go; says how many. Few at a time: it has two seconds to read its end."""
+    """Publishes large orders until the notifier disconnects a subscriber; returns their number.
+    A few at a time, because the subscriber has only two seconds to read the end of its stream."""
     before = await notifier.subscribers()
     sent = 0
     async with rail.publishing() as publish:
         while await notifier.subscribers() == before:
             await publish(*(message(change(order(items=400))) for _ in range(2)))
             sent += 2
-            assert sent < 1_000, "nobody was let go"
+            assert sent < 1_000, "no subscriber was disconnected"
     return sent
 
 
 async def last_words(reader: asyncio.StreamReader) -> bytes:
-    """The end of a stream that was ended; nothing where it was cut."""
+    """Reads a stream to its end; returns its last bytes, or nothing if the connection was cut."""
     received = b""
     async with asyncio.timeout(60):
         while not received.endswith(b"\r\n0\r\n\r\n"):

@@ -1,5 +1,5 @@
-"""A load of orders, placed and changed through the API, that remembers what it was told, and the checks that hold it
-against what the stores say afterwards."""
+"""A load that places and changes orders through the API and remembers the replies, and checks that compare the replies
+with the stores afterwards."""
 
 import asyncio
 from collections import Counter
@@ -16,8 +16,8 @@ from tests.rigs.system import System, eventually
 
 
 class Load:
-    """`placed`: id -> order number; `versions`: id -> highest version that was acknowledged; `journaled`: how many
-    replies said so; `unknown`: requests whose outcome nobody told (504, or no answer)."""
+    """`placed`: id -> order number; `versions`: id -> highest acknowledged version; `journaled`: number of replies with
+    durability `journal`; `unknown`: number of requests without a known outcome (504, or no reply)."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Load:
         pause: float = 0.05,
         instances: Sequence[str] = ("orders",),
     ) -> None:
-        """`instances` of the orders service, which the clients call in turn."""
+        """`instances` of the orders service, over which the clients are spread."""
         self._instances = instances
         self._system = system
         self._clients = clients
@@ -44,7 +44,7 @@ class Load:
         self.unknown = 0
         self.unexpected: list[str] = []
         self._since = now()
-        """What was accepted before is none of this load's, even if it comes only now."""
+        """Changes accepted before this time do not belong to the load, even if they arrive later."""
 
     async def __aenter__(self) -> "Load":
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
@@ -56,7 +56,7 @@ class Load:
         assert not self.unexpected, self.unexpected[:3]
 
     async def more(self, count: int, *, within: float = 30.0) -> None:
-        """Waits until so many more orders were acknowledged."""
+        """Waits until `count` more orders are acknowledged."""
         goal = len(self.placed) + count
 
         async def enough() -> int:
@@ -107,7 +107,7 @@ class Load:
     # -- afterwards --------------------------------------------------------------------------------------------
 
     async def everything_arrives(self, *, within: float = 40.0) -> None:
-        """Every acknowledged change is in PostgreSQL; nothing that was refused is; nothing is there twice."""
+        """Every acknowledged change is in PostgreSQL, no refused one is, and none is there twice."""
 
         async def missing() -> int:
             stored = await self._system.stored_orders()
@@ -134,21 +134,21 @@ class Load:
                 self._since,
             )
         extra = {row[0] for row in rows} - set(self.placed)
-        assert len(extra) <= self.unknown, f"{len(extra)} orders that nobody was told of"
+        assert len(extra) <= self.unknown, f"{len(extra)} orders without a reply"
         assert not twice, f"versions given twice: {twice}"
         assert not numbers, f"numbers given twice: {numbers}"
         assert conflicts == 0
         assert len(set(self.placed.values())) == len(self.placed)
 
     async def nothing_is_dead(self) -> None:
-        """And no attempt was burnt: no change ever went to a retry queue."""
+        """No dead letter exists, and no attempt was burned: no change ever went to a retry queue."""
         async with self._system.database() as connection:
             letters = await connection.fetch("select reason, error from dead_letters")
         assert not letters, letters[:3]
         connection = await aio_pika.connect(self._system.rabbitmq_url)
         async with connection:
             channel = await connection.channel()
-            for name, _ in topology.dead_queues():  # what the keeper has not taken yet
+            for name, _ in topology.dead_queues():  # dead letters that the collector has not taken yet
                 declared = await channel.declare_queue(name, passive=True)
                 assert declared.declaration_result.message_count == 0, name
         log = (self._system.directory / "worker.log").read_text()
@@ -156,7 +156,7 @@ class Load:
         assert "dead_letter" not in log
 
     async def the_list_is_right(self) -> None:
-        """Read your writes: what was acknowledged before the request is in the list."""
+        """Read your writes: the list contains every change that was acknowledged before the request."""
         known = dict(self.versions)
         async with self._system.client() as client:
             found: dict[str, int] = {}

@@ -24,7 +24,7 @@ from tests.rigs.system import eventually
 
 
 class Outage(Rig):
-    """A primary and a replica for the mirror, both in the setting; the replica hears its primary by way of a proxy."""
+    """A primary and a replica for the mirror, both named in the setting; the replica replicates through a proxy."""
 
     def __init__(self, shared: Servers, folder: Path, **settings: object) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
@@ -66,8 +66,8 @@ class Outage(Rig):
         await eventually(linked, what="a replica in step")
 
     async def fail_over(self, *, lost_seconds: float) -> None:
-        """The link stalls, so that the replica lacks the last writes; then the primary dies and the replica is made
-        one. Those who prove look at the new one from here on."""
+        """Stalls the link for `lost_seconds`, so that the replica lacks the last writes; then kills the primary and
+        promotes the replica. The proof reads the new primary from here on."""
         self.proxies["replication"].set(Mode.LOSE)
         await asyncio.sleep(lost_seconds)
         await asyncio.to_thread(self.servers.redis.kill)
@@ -78,11 +78,11 @@ class Outage(Rig):
         await asyncio.to_thread(self._with_copies, self._roll_back)
 
     def one(self, name: str) -> Server | Child:
-        """A server or a service: killed, frozen and thawed alike, in a thread: this loop carries the proxies."""
+        """A server or a service; both have kill, freeze and thaw. Call them in a thread: this loop runs proxies."""
         return self._one(name)
 
     async def start_again(self, name: str) -> None:
-        """After a kill -9."""
+        """Starts a server or a service after a kill -9."""
         if name in SERVERS:
             await asyncio.to_thread(self._server(name).start)
         else:
@@ -90,7 +90,7 @@ class Outage(Rig):
             await self.system.ready(name, within=60.0)
 
     async def restart(self, name: str) -> None:
-        """kill -9, and anew."""
+        """Kills a server or a service with kill -9 and starts it again."""
         await asyncio.to_thread(self.one(name).kill)
         await self.start_again(name)
 
@@ -150,7 +150,7 @@ async def under_load(rig: Rig, seed: int) -> AsyncIterator[Load]:
 
 
 async def acknowledged(load: Load, more: int, *, what: str | None = None, within: float = 60.0) -> None:
-    """Waits until so many more requests were answered with yes. `what`: created, changed or paid."""
+    """Waits until `more` further requests are acknowledged. `what` counts only one kind: created, changed or paid."""
 
     async def count() -> int:
         return sum(what is None or one.what == what for one in load.acknowledged)
@@ -160,7 +160,7 @@ async def acknowledged(load: Load, more: int, *, what: str | None = None, within
 
 
 async def proven(rig: Rig, load: Load) -> Proof:
-    """After rest: nothing lost, nothing doubled, PostgreSQL equals the mirror, the ledger explains everything."""
+    """Waits for rest, then proves: nothing lost, nothing doubled, PostgreSQL equals the mirror, nothing unexplained."""
     await rest(rig)
     proof = await prove(rig, load)
     assert proof.acknowledged > 0
@@ -169,8 +169,8 @@ async def proven(rig: Rig, load: Load) -> Proof:
 
 
 async def no_version_was_claimed_twice(rig: Rig) -> None:
-    """Where neither store can tell, a creation repeated under its key may be made by both instances: one order, a fork
-    of its first version, numbers of their own series. Beyond that there is no fork."""
+    """No fork exists, with one exception: while neither store answers, two instances may both create an order for one
+    repeated idempotency key. That is one order, with a fork of its first version and a number of each series."""
     async with rig.system.database() as connection:
         rows = await connection.fetch(
             "select entity_id::text, version, array_agg(data->'after'->>'order_number') as numbers,"
@@ -179,6 +179,6 @@ async def no_version_was_claimed_twice(rig: Rig) -> None:
         )
     for row in rows:
         unclaimed = [number for number in row["numbers"] if number.startswith("J")]
-        told = f"{row['entity_id']} version {row['version']}: {row['numbers']} {row['sides']}"
-        print(f"fork: {told}")
-        assert row["version"] == 1 and len(unclaimed) >= len(row["numbers"]) - 1, told
+        described = f"{row['entity_id']} version {row['version']}: {row['numbers']} {row['sides']}"
+        print(f"fork: {described}")
+        assert row["version"] == 1 and len(unclaimed) >= len(row["numbers"]) - 1, described

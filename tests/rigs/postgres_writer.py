@@ -46,13 +46,13 @@ class Rig:
         self.mirror_writer = MirrorWriter(
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
-        """For what it does to single changes; not started."""
+        """Not started; used for its handling of single changes."""
         self.keeper = DeadLetterCollector(
             settings, self.postgres, counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
         )
         self.replays = self.another_worker()
         self.database: Any = None
-        """As the writer, who sees every tenant; the owner, under forced row-level security, sees nothing."""
+        """A connection of the writer, which sees every tenant; the owner sees none under forced row-level security."""
 
     async def up(self) -> None:
         self.database = await asyncpg.connect(self.settings.database_writer_url)
@@ -70,15 +70,15 @@ class Rig:
             await self.database.close()
 
     def another_worker(self, **settings: Any) -> Replays:
-        """That runs replays."""
+        """A second worker for replay jobs."""
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
         return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
 
-    async def letters(self, count: int, *, within: float = 20.0, **wanted: Any) -> list[FullDeadLetter]:
-        """Once there are so many, the oldest first."""
+    async def letters(self, count: int, *, within: float = 20.0, **filters: Any) -> list[FullDeadLetter]:
+        """Waits until there are `count` dead letters; returns them, oldest first."""
 
         async def look() -> list[DeadLetter]:
-            return await dead_letter_store.page(self.database, DeadLetterQuery(**wanted), limit=1_000)
+            return await dead_letter_store.page(self.database, DeadLetterQuery(**filters), limit=1_000)
 
         found = await eventually(look, within=within, what=f"{count} letters", until=lambda seen: len(seen) >= count)
         whole = [await dead_letter_store.one(self.database, one.id) for one in reversed(found)]
@@ -96,7 +96,7 @@ class Rig:
         return int(await self.database.fetchval(f"select count(*) from {table}"))
 
     async def written(self, *changes: Change, within: float = 20.0) -> None:
-        """Waits until all of them are in `changes`."""
+        """Waits until all changes are in the table `changes`."""
         ids = [one.id for one in changes]
 
         async def look() -> int:
@@ -113,7 +113,7 @@ class Rig:
         await eventually(look, within=within, what="changes failed", until=lambda found: found >= count)
 
     async def drained(self, *, within: float = 20.0) -> None:
-        """Waits until no lane and no rung of the ladder holds anything."""
+        """Waits until the lanes and the retry queues are empty and the writer holds nothing."""
         names = [queue.name for queue in topology.queues(self.settings) if "dead" not in queue.name]
 
         async def look() -> dict[str, int]:
@@ -122,14 +122,14 @@ class Rig:
         await eventually(look, within=within, what="drained", until=lambda left: not left and not self.held())
 
     async def all_acknowledged(self) -> None:
-        """Drains, then ends the writer: what it has not acknowledged is back in its queue."""
+        """Waits until drained, then stops the writer: a message that it has not acknowledged returns to its queue."""
         await self.drained()
         await self.writer.stop()
         left = {lane: await self.depth(topology.lane_queue(lane)) for lane in Lane}
         assert not any(left.values()), f"not acknowledged: {left}"
 
     def counted(self, metric: str) -> float:
-        """A sample by its name and labels, as it stands in /metrics; 0 when it is not there."""
+        """The value of a metric in /metrics, by its name and labels; 0 if it is missing."""
         lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(f"{metric} ")]
         return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
@@ -137,11 +137,11 @@ class Rig:
         return sum(self.writer.state()["held_messages"].values())
 
     async def depth(self, queue: str) -> int:
-        async with self.channel() as channel:  # a new one: a robust or used one answers from its memory
+        async with self.channel() as channel:  # a new channel: a robust or used one answers from its cache
             return (await channel.declare_queue(queue, passive=True)).declaration_result.message_count or 0
 
     async def dead(self, lane: Lane = Lane.CRITICAL, *, count: int = 1) -> list[AbstractIncomingMessage]:
-        """Takes what is in the dead queue, once it holds `count`."""
+        """Waits until the dead-letter queue holds `count` messages, and takes them."""
         name = topology.dead_queue(lane)
         await eventually(lambda: self.depth(name), what=f"{count} in {name}", until=lambda n: n >= count)
         async with self.channel() as channel:
@@ -161,4 +161,4 @@ class Rig:
 
 
 MakeRig = Callable[..., Any]
-"""Settings by name, where they differ from the usual ones of a test."""
+"""Takes settings that differ from the defaults of the tests, by name."""

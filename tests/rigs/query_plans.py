@@ -1,4 +1,4 @@
-"""A database with the past of many restaurants, whose server tells how it went about each statement (auto_explain)."""
+"""A database with the history of many restaurants, whose server reports the plan of each statement (auto_explain)."""
 
 import asyncio
 import json
@@ -43,9 +43,9 @@ class Plan(Struct):
         return [node for node in self.nodes if node.get("Relation Name") in BIG]
 
     def read(self, *tables: str) -> int:
-        """Rows that were looked at, also those that were then left out."""
+        """Number of rows that were read, including rows that a filter then removed."""
         return sum(
-            node["Actual Loops"] * sum(node.get(name, 0) for name in _LOOKED_AT)
+            node["Actual Loops"] * sum(node.get(name, 0) for name in _ROWS_READ)
             for node in self.scans
             if node["Relation Name"] in (tables or BIG)
         )
@@ -55,7 +55,7 @@ class Plan(Struct):
         return int(self.nodes[0]["Shared Hit Blocks"] + self.nodes[0]["Shared Read Blocks"])
 
 
-_LOOKED_AT = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
+_ROWS_READ = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
 
 
 def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -65,7 +65,7 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class Explained(Postgres):
-    """One connection, so that its statements are prepared once; keeps the plans of what touches the big tables."""
+    """A pool of one connection, so that statements are prepared once; it keeps the plans that read the big tables."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         super().__init__(url, settings, size=1)
@@ -80,46 +80,46 @@ class Explained(Postgres):
             try:
                 yield connection
             finally:
-                await asyncio.sleep(0)  # what the server has said is on its way to the listener
+                await asyncio.sleep(0)  # lets the listener receive the last messages of the server
                 connection.remove_log_listener(self._note)
 
     def _note(self, _: Any, message: Any) -> None:
         found = re.search(r"plan:\s*(\{.*)", message.message, re.DOTALL)
         if found is not None:
-            told = json.loads(found[1])
-            plan = Plan(json.dumps(told), list(_nodes(told["Plan"])))
+            explained = json.loads(found[1])
+            plan = Plan(json.dumps(explained), list(_nodes(explained["Plan"])))
             if plan.scans:
                 self.plans.append(plan)
 
 
 class Database(Struct):
-    """Filled, vacuumed, analyzed."""
+    """A database that is filled, vacuumed and analyzed."""
 
     history: History
     shop: PastRestaurant
-    """One of 25."""
+    """One of the 25 restaurants."""
     api: Explained
     writer: Explained
     mirror: Mirror
-    """Of no server."""
+    """A mirror without a server."""
     oldest: list[Any]
-    """The restaurant's first orders, as they were placed."""
+    """The first orders of the restaurant, as they were placed."""
 
     async def plans(self, work: Callable[[], Awaitable[Any]], mode: str) -> list[Plan]:
-        """Of the last of `work`'s runs; `mode` is one of MODES."""
+        """Runs `work` and returns the plans of its last run; `mode` is one of MODES."""
         for postgres in (self.api, self.writer):
             postgres.mode = MODES[mode]
         for _ in range(10 if mode == "after ten runs" else 1):
             self.api.plans, self.writer.plans = [], []
             await work()
         found = self.api.plans + self.writer.plans
-        assert found, "no statement was told of"
+        assert found, "no plan was reported"
         return found
 
 
 @asynccontextmanager
 async def empty_database(servers: Servers) -> AsyncIterator[tuple[str, str, Settings]]:
-    """(name, the superuser's URL, settings), migrated."""
+    """Yields (name, URL of the superuser, settings) of a migrated database."""
     name = f"plans{uuid4().hex[:8]}"
     await asyncio.to_thread(servers.postgres.make_database, name)
     settings = Settings(  # type: ignore[call-arg]
@@ -142,7 +142,7 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
     async with empty_database(servers) as (name, superuser_url, settings):
         superuser = await asyncpg.connect(superuser_url)
         for table in BIG:
-            # While it fills: what autovacuum looks at just then, the vacuum at the end could not call visible to all.
+            # Off while it fills: a page that autovacuum reads then could not be marked all-visible by the last vacuum.
             await superuser.execute(f"alter table {table} set (autovacuum_enabled = off)")
         shops = await fill(superuser_url, history)
         for role in ("ticketrail_api", "ticketrail_writer"):

@@ -1,4 +1,4 @@
-"""A rail in this process, on a vhost of its own and a mirror made warm by hand; and what it put into the broker."""
+"""A rail in this process with a vhost of its own and a mirror that the test warms; reads back what it published."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -29,24 +29,28 @@ from tests.rigs.servers import RabbitMQ, Redis, Servers
 from tests.rigs.system import eventually
 
 DAY = "2026-03-14"
-STALE = 0.15
-# A machine that stands still for a moment must not be taken for a server that is away; while one is frozen nobody waits
-# for it for so long.
-PATIENCE, FROZEN_PATIENCE = 5.0, 0.5
+STALE_SECONDS = 0.15
+# Long, because a machine that stalls for a moment must not look like an unavailable server. While a test freezes a
+# server, the short timeout applies.
+TIMEOUT_SECONDS, FROZEN_TIMEOUT_SECONDS = 5.0, 0.5
 LANE = topology.lane_queue(Lane.CRITICAL)
 
 
 class RailRig:
-    """One instance of a service with a rail. `peer` makes another on the same backends."""
+    """One instance of a service with a rail."""
 
     def __init__(self, url: str, redis: Redis, folder: Path, *, instance: int = 1, journal: bool = True) -> None:
         self.url, self.redis, self.folder = url, redis, folder
-        self.mirror = Mirror(redis.url, timeout=PATIENCE, stale_seconds=STALE)
-        self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=PATIENCE)
+        self.mirror = Mirror(redis.url, timeout=TIMEOUT_SECONDS, stale_seconds=STALE_SECONDS)
+        self.publisher = Publisher(url, topology.CHANGES, queues=topology.bound_queues(), timeout=TIMEOUT_SECONDS)
         self.journal = Journal(folder / f"{instance}.sqlite", instance=instance, max_bytes=1 << 24) if journal else None
         self.recorder = Recorder(self.publisher, self.journal, under_way=2)
         self.rail = Rail(
-            self.mirror, self.recorder, self.journal, claim_timeout_seconds=PATIENCE, reveal_timeout_seconds=PATIENCE
+            self.mirror,
+            self.recorder,
+            self.journal,
+            claim_timeout_seconds=TIMEOUT_SECONDS,
+            reveal_timeout_seconds=TIMEOUT_SECONDS,
         )
         self.drainer = Drainer(self.journal, self.publisher) if self.journal else None
         self.restaurant = builders.RESTAURANT
@@ -68,25 +72,25 @@ class RailRig:
             await self.journal.close()
 
     async def warm(self, gap: int = 0) -> None:
-        """As the mirror writer does at the end of the log."""
+        """Makes the mirror warm, as the mirror writer does at the end of the log."""
         state = LogState("test", -1)
         await self.mirror.begin_log(state)
         assert await self.mirror.warm(state, [(self.restaurant, DAY)], gap)
 
     async def chill(self) -> None:
-        """As a mirror is that came back and has not been filled yet."""
+        """Makes the mirror cold, as it is after a restart until the mirror writer has filled it."""
         await self.mirror._redis.call("DEL", keys.WARM)
 
     @asynccontextmanager
     async def frozen(self, server: RabbitMQ | Redis) -> AsyncIterator[None]:
-        """A server of the run that answers nobody meanwhile."""
-        self._wait_for(server, FROZEN_PATIENCE)
+        """Freezes a server of the run for the block, with short timeouts towards it."""
+        self._wait_for(server, FROZEN_TIMEOUT_SECONDS)
         await asyncio.to_thread(server.freeze)
         try:
             yield
         finally:
             await asyncio.to_thread(server.thaw)
-            self._wait_for(server, PATIENCE)
+            self._wait_for(server, TIMEOUT_SECONDS)
 
     def _wait_for(self, server: RabbitMQ | Redis, seconds: float) -> None:
         if isinstance(server, Redis):
@@ -113,25 +117,25 @@ class RailRig:
         )
 
     async def claim(self, draft: Draft) -> tuple[Change, Any]:
-        """The first step alone: an owner that dies after it, or stalls."""
+        """Only claims: the owner dies or stalls after the first step."""
         change = change_of(draft)
         numbered = draft.base is None
         reply = await self.mirror.claim(ORDER, change, encode(change), draft.base, DAY if numbered else None, 0)
         return change, reply
 
-    # -- what there is -----------------------------------------------------------------------------------------
+    # -- reading back ------------------------------------------------------------------------------------------
 
     async def read(self, id_: str) -> tuple[Head, Order] | None:
         _, (found,) = await self.mirror.read(self.restaurant, ORDER.name, [id_])
         return (found.head, ORDER.decode_state(found.state)) if found else None
 
     async def claims(self) -> int:
-        """How many claims of ours stand in the index, old enough or not."""
+        """Number of this restaurant's claims in the index, stale or not."""
         members = await self.mirror._redis.call("ZRANGE", keys.CLAIMS, 0, -1)
         return sum(member.decode().startswith(self.restaurant) for member in members)
 
     async def queued(self, *, queue: str = LANE, at_least: int = 0) -> list[list[Change]]:
-        """Takes the messages of a lane: at least so many, and all that are there."""
+        """Waits for `at_least` messages in a lane's queue; takes all that are there and returns their changes."""
         messages: list[list[Change]] = []
 
         async def take() -> int:
@@ -156,7 +160,7 @@ MakeRail = Callable[..., Any]
 
 @asynccontextmanager
 async def rails(servers: Servers, folder: Path) -> AsyncIterator[MakeRail]:
-    """Makes rigs that share one vhost and, unless told otherwise, the Redis of the run."""
+    """Yields a function that makes rigs; they share one vhost and, by default, the Redis of the run."""
     name = f"rail-{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
     settings = Settings(_env_file=None, rabbitmq_url=url, change_log_segment_bytes=1_000_000)  # type: ignore[call-arg]

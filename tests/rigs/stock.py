@@ -1,4 +1,4 @@
-"""A restaurant with things on its shelf, whose changes go their way step by step, or any way at all."""
+"""A restaurant with inventory whose changes a test claims, records and reveals step by step, or in any order."""
 
 import time
 from collections import Counter
@@ -39,7 +39,7 @@ def applied(change: Change, how: str = "reveal") -> Apply:
 
 
 class Shelf:
-    """A restaurant with things on its shelf: a mirror, and the changes that were recorded."""
+    """A restaurant with inventory: a mirror, and the recorded changes."""
 
     def __init__(self, mirror: Mirror, restaurant: str | None = None) -> None:
         self.mirror = mirror
@@ -73,14 +73,14 @@ class Shelf:
                 await self.finish(left)
 
     async def put(self, entity: Entity, state: Any, base: tuple[Head, Any] | None = None) -> tuple[Head, Any]:
-        """Claim, record, reveal: all goes well."""
+        """Claims, records and reveals a change without a fault."""
         change, reply = await self.claim(self.draft(entity, state, base))
         assert isinstance(reply, Claimed), reply
         self.record(change)
         await self.mirror.apply([applied(change)])
         return change.head, state
 
-    # -- what there is -----------------------------------------------------------------------------------------
+    # -- the stock ---------------------------------------------------------------------------------------------
 
     def item(self, quantity: int, at: datetime = builders.CREATED_AT, **fields: Any) -> InventoryItem:
         return InventoryItem(
@@ -111,7 +111,7 @@ class Shelf:
         return found[0] - found[1]
 
     async def entries(self, item: str) -> dict[str, str]:
-        """Who holds some of it; an order with a + is its claim."""
+        """The holds of an item by holder; a holder that ends in + is the claim of an order."""
         found = await self.mirror._redis.call("HGETALL", keys.stock(self.restaurant, item))
         pairs = zip(found[::2], found[1::2], strict=True)
         return {name.decode(): text.decode() for name, text in pairs if b"@" in text}
@@ -121,8 +121,8 @@ OVER = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
 
 
 class Kitchen(Shelf):
-    """A shelf whose changes go their way by steps, in a time of its own that ends today: any of them may be lost,
-    repeated or late, and whoever makes one may die of it."""
+    """A shelf on which random steps happen, on a clock of its own that ends today: changes are lost, repeated or late,
+    and the owner of a claim may die."""
 
     def __init__(self, mirror: Mirror, rig: Rig, chance: Random) -> None:
         super().__init__(mirror)
@@ -157,13 +157,13 @@ class Kitchen(Shelf):
         assert await self.mirror.warm(state, [], 0)
 
     async def from_log(self, changes: Iterable[Change]) -> None:
-        """As the mirror writer does it."""
+        """Applies the changes as the mirror writer does."""
         old = self.now - timedelta(minutes=10)
         some = [applied(change, "late" if change.time < old else "reveal") for change in changes]
         for start in range(0, len(some), 15):
             await self.writer._apply(some[start : start + 15], self.state, None)
 
-    # -- what may happen ---------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------
 
     async def step(self) -> None:
         self.now += timedelta(hours=self.chance.choice((0, 0, 1, 13)), microseconds=self.chance.randrange(3))
@@ -172,7 +172,7 @@ class Kitchen(Shelf):
             self.change_items: 5,
             self.move_on: 6,
             self.drop_or_restore: 4,
-            self.count_anew: 3,
+            self.count_again: 3,
             self.deliver_goods: 2,
             self.take_off_or_restore: 1,
             self.fork: 2,
@@ -223,7 +223,7 @@ class Kitchen(Shelf):
             after = structs.replace(order, deleted_at=None, updated_at=self.now, holds=held)
         await self.attempt(ORDER, after, base)
 
-    async def count_anew(self) -> None:
+    async def count_again(self) -> None:
         if base := await self.head_and_state(ITEM, self.chance.choice(self.items)):
             after = structs.replace(
                 base[1], quantity=self.chance.randrange(12), counted_at=self.now, updated_at=self.now
@@ -241,7 +241,7 @@ class Kitchen(Shelf):
             await self.attempt(ITEM, structs.replace(base[1], deleted_at=gone, updated_at=self.now), base)
 
     async def fork(self) -> None:
-        """What a lost mirror let through: another change of a version that is taken."""
+        """Records another change of a taken version, as a lost mirror allows."""
         mine = [one for one in self.recorded.values() if one.entity == "order"]
         if mine:
             taken = self.chance.choice(mine)
@@ -258,7 +258,7 @@ class Kitchen(Shelf):
                 await self.from_log([other])
 
     async def log_repeats(self) -> None:
-        """The mirror writer reads some of it again, in whatever order, each as often as it likes."""
+        """The mirror writer reads some changes again, in any order and any number of times."""
         await self.from_log(self.chance.choices(list(self.recorded.values()), k=8))
 
     async def write(self, some: Iterable[Change] | None = None) -> None:
@@ -274,12 +274,12 @@ class Kitchen(Shelf):
             )
 
     async def trim(self) -> None:
-        """Orders that are over leave the mirror, once PostgreSQL has them; what they hold stays."""
+        """Finished orders leave the mirror once PostgreSQL has them; their holds stay."""
         await self.write(self.recorded.values())
         self.seen["left the mirror"] += await self.reconciler.trim()
 
     async def wipe(self) -> None:
-        """With all claims. The real writer fills it from PostgreSQL, then from the log, which has what that lacks."""
+        """Empties the mirror, claims included. The real writer fills it from PostgreSQL, then from the log."""
         await self.write()
         await self.flush()
         begun = await self.writer._rebuild(time.monotonic())
@@ -340,7 +340,7 @@ class Kitchen(Shelf):
             stored = await states.one(connection, entity, self.restaurant, id_)
         return (stored.head, entity.decode_state(stored.state)) if stored else None
 
-    # -- what should be ----------------------------------------------------------------------------------------
+    # -- the expected stock ------------------------------------------------------------------------------------
 
     def stands(self, entity: Entity) -> dict[str, Any]:
         mine = [one for one in self.recorded.values() if one.entity == entity.name]
@@ -348,7 +348,7 @@ class Kitchen(Shelf):
         return {one.entity_id: entity.decode(one) for one in mine}
 
     def held_by(self, order_id: str, item: str) -> int:
-        """By what stands; said apart from the code that is tested."""
+        """The quantity that the order's head holds, computed without the code under test."""
         order, counted = self.stands(ORDER).get(order_id), self.stands(ITEM)[item].counted_at
         if order is None or order.status is OrderStatus.CANCELLED or order.deleted_at is not None:
             return 0
@@ -359,7 +359,7 @@ class Kitchen(Shelf):
         )
 
     async def agrees(self) -> None:
-        """The mirror has what the states say that stand."""
+        """Asserts that the stock in the mirror follows from the heads of all items and orders."""
         for id_, item in self.stands(ITEM).items():
             held = sum(self.held_by(order, id_) for order in self.stands(ORDER))
             found = await self.mirror.stock(self.restaurant, [id_])

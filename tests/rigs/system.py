@@ -1,5 +1,5 @@
-"""A whole Ticketrail for a test: a database, a vhost and a Redis of its own on the servers of the run, and real service
-processes, each of which can be started, stopped, killed and frozen alone."""
+"""A whole Ticketrail for a test: a database and a vhost of its own on the servers of the run, and real service
+processes, each of which can be started, stopped, killed and frozen by itself."""
 
 import asyncio
 import json
@@ -32,10 +32,10 @@ SERVICES = {
     "sync": ["services.sync", "api"],
     "notifier": ["services.notifier"],
 }
-# For services whose servers nobody ends: where a machine stands still for a second, the defaults would make another
-# (correct) outcome of it, such as a 504 or a number of the instance's own.
+# Settings for services whose servers keep running. If the machine stalls for a second, the defaults would lead to
+# another (correct) outcome, such as a 504 or an order number of the instance's own series.
 PATIENT = {
-    "heartbeat_interval_seconds": 1.0,  # thrice that without a heartbeat, and readers of the log connect anew
+    "heartbeat_interval_seconds": 1.0,  # readers of the log connect again after three times this without one
     "redis_timeout_seconds": 3.0,
     "claim_timeout_seconds": 5.0,
     "reveal_timeout_seconds": 5.0,
@@ -48,11 +48,11 @@ T = TypeVar("T")
 async def eventually(
     look: Callable[[], Awaitable[T]], *, within: float = 60.0, what: str = "", until: Callable[[T], bool] = bool
 ) -> T:
-    """Looks again and again until what is seen is as wanted; fails with what was seen last. `within`: what a good run
-    never needs; a machine that stands still for seconds must not be told as a defect."""
+    """Calls `look` until `until` accepts its result, and returns it; fails with the last result. `within` is in
+    seconds, far more than a good run needs, since a stalled machine must not look like a defect."""
     deadline = time.monotonic() + within
     while True:
-        late = time.monotonic() > deadline  # before the look: the last one begins after the deadline
+        late = time.monotonic() > deadline  # taken before the look, so that the last look starts after the deadline
         seen: Any
         try:
             seen = await look()
@@ -67,12 +67,12 @@ async def eventually(
 
 class System:
     def __init__(self, servers: Servers, directory: Path, *, redis: Redis | None = None, **settings: object) -> None:
-        """`settings` are TICKETRAIL_* settings in lower case; `redis` one of its own, for tests that end it."""
+        """`settings` are TICKETRAIL_* settings in lower case; `redis` is its own server, if the test stops it."""
         self.servers = servers
         self.directory = directory
         self.redis = redis or servers.redis
         self.root = ROOT
-        """The tree whose code runs; a test may name a copy."""
+        """The tree whose code runs; a test may set a copy of it."""
         self.name = f"t{uuid4().hex[:10]}"
         ports = find_free(4)
         self.ports = dict(zip(SERVICES, ports, strict=True))
@@ -94,7 +94,7 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
-            "sign_in_attempts_per_address": 100_000,  # all tests come from one
+            "sign_in_attempts_per_address": 100_000,  # all tests use one address
             "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "mirror_settle_seconds": 1.0,
@@ -115,7 +115,7 @@ class System:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def up(self, *names: str) -> None:
-        """Migrates, starts the services (all by default), waits until they are ready, seeds, waits until in sync."""
+        """Migrates, starts the services (all by default), seeds, waits until all is ready and the mirror warm."""
         await self.cli("migrate")
         for name in names or SERVICES:
             self.start(name)
@@ -128,7 +128,7 @@ class System:
             await eventually(self._can_price, what="the menu to be known to the orders service")
 
     async def _can_price(self) -> bool:
-        """The menu arrives by events: an unknown quantity of a known dish says that it is there."""
+        """The menu arrives by events. An order that is refused for its discount shows that its dish is known."""
         async with self.client() as client:
             answer = await client.post(
                 "/api/orders",
@@ -137,7 +137,7 @@ class System:
         return answer.json()["error"]["code"] == "discount_above_subtotal"
 
     def start(self, name: str, *, alias: str | None = None, **settings: object) -> None:
-        """`alias` and `settings`: a second instance of a service."""
+        """Starts a service; `alias` and `settings` are for a second instance of it."""
         env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
         self.children[alias or name] = Child.spawn(
             [sys.executable, "-m", *SERVICES[name]],
@@ -157,7 +157,7 @@ class System:
             raise AssertionError(f"{error}\n{self.children[name].tail(30)}") from None
 
     def health(self, name: str) -> dict[str, Any]:
-        """What it says of itself, ready or not."""
+        """The details of a service's readiness reply, ready or not."""
         try:
             reply = urlopen(f"{self.urls[name]}/health/ready", timeout=10)
         except HTTPError as error:
@@ -173,7 +173,7 @@ class System:
 
     @asynccontextmanager
     async def frozen(self, name: str) -> AsyncIterator[None]:
-        """The service stands still as long as the block lasts."""
+        """Freezes a service for the block."""
         child = self.children[name]
         await asyncio.to_thread(child.freeze)
         try:
@@ -185,7 +185,7 @@ class System:
         self.children.pop(name).kill()
 
     async def stop(self, name: str, *, within: float = 12.0) -> bool:
-        """SIGTERM; True when it ended by itself in time."""
+        """Sends SIGTERM; returns True if the service ended within `within` seconds."""
         return await asyncio.to_thread(self.children.pop(name).terminate, within)
 
     async def down(self) -> None:
@@ -199,7 +199,7 @@ class System:
         return out
 
     async def command(self, *arguments: str) -> tuple[int, str, str]:
-        """(exit code, what it printed, what it said beside)"""
+        """Runs a command; returns (exit code, stdout, stderr)."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -241,18 +241,18 @@ class System:
             await connection.close()
 
     async def stored_orders(self) -> dict[str, int]:
-        """id -> version, as PostgreSQL has them."""
+        """Order id -> version in PostgreSQL."""
         async with self.database() as connection:
             return {row["id"]: row["version"] for row in await connection.fetch("select id::text, version from orders")}
 
     def depths(self) -> dict[str, int]:
-        """Messages per queue, from the management API, which is seconds behind."""
+        """Number of messages per queue, from the management API, which lags by seconds."""
         queues: Any = ask(self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages")
         return {queue["name"]: queue.get("messages", 0) for queue in queues}
 
 
 def settings_of(system: System, **fields: Any) -> Settings:
-    """The settings that the processes of the system have."""
+    """The settings of the system's processes; `fields` override them."""
     chosen = {
         name.removeprefix("TICKETRAIL_").lower(): text for name, text in system.env.items() if "TICKETRAIL" in name
     }

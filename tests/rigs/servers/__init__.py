@@ -1,10 +1,10 @@
-"""The servers of one test run: RabbitMQ, PostgreSQL and Redis, started once, with data that ends with the run.
+"""The servers of one test run: RabbitMQ, PostgreSQL and Redis, started once; their data is removed after the run.
 
-One interface over two ways, chosen by TICKETRAIL_TEST_SERVERS: `containers` or `processes`; by default containers where
-a Docker engine answers, else processes (whose packages are installed when missing). On both ways `kill` is kill -9,
-`freeze` stops every process without closing a connection, and a server started again has its address and its data.
+One interface for two kinds of servers, chosen by TICKETRAIL_TEST_SERVERS: `containers` or `processes`. The default is
+containers if a Docker engine answers, else processes (missing packages are installed). For both, `kill` is kill -9,
+`freeze` stops every process without closing a connection, and a restarted server keeps its address and its data.
 
-All calls block until done; in an async test, `await asyncio.to_thread(servers.postgres.stop)` keeps the loop turning.
+All calls block until done; an async test uses `await asyncio.to_thread(servers.postgres.stop)` to keep its loop free.
 """
 
 import os
@@ -19,7 +19,7 @@ from shared.messaging.management import ask
 
 
 class Lifecycle(Protocol):
-    """What a way of running servers offers for each. `start` returns when the server answers."""
+    """The operations that both kinds offer for each server. `start` returns when the server answers."""
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -27,7 +27,7 @@ class Lifecycle(Protocol):
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
     def discard(self) -> None:
-        """End it with its data, as fast as possible."""
+        """Ends the server and removes its data, as fast as possible."""
 
 
 class Server:
@@ -52,7 +52,7 @@ class RabbitMQ(Server):
         return f"amqp://ticketrail:{PASSWORD}@127.0.0.1:{self.port}/{path}"
 
     def make_vhost(self, name: str) -> str:
-        """A vhost with nothing declared in it; returns its URL."""
+        """Makes an empty vhost; returns its URL."""
         ask(self.management_url, "PUT", f"/api/vhosts/{quote(name, safe='')}", {})
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
         ask(self.management_url, "PUT", f"/api/permissions/{quote(name, safe='')}/ticketrail", everything)
@@ -72,14 +72,14 @@ class PostgreSQL(Server):
         return f"postgresql://{role}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
 
     def make_database(self, name: str, template: str | None = None) -> str:
-        """A database of ticketrail_owner, empty or a copy of `template` (to which nobody may be connected); returns
-        the owner's URL."""
+        """Makes a database of ticketrail_owner, empty or as a copy of `template` (which must have no connections);
+        returns the owner's URL."""
         copy = f' template "{template}"' if template else ""
         database.run_sql(self.superuser_url, f'create database "{name}" owner ticketrail_owner{copy}')
         return self.url(database=name)
 
     def drop_database(self, name: str) -> None:
-        """Whoever is still connected is thrown out."""
+        """Drops a database and closes the connections to it."""
         database.run_sql(self.superuser_url, f'drop database if exists "{name}" with (force)')
 
 
@@ -112,7 +112,7 @@ class Servers:
         return [self.rabbitmq, self.postgres, self.redis, *self._extra]
 
     def start_all(self) -> None:
-        """All at once. When one fails, the others are ended again and the first error is raised."""
+        """Starts all servers concurrently. If one fails, ends the others and raises the first error."""
         with ThreadPoolExecutor() as threads:
             started = [threads.submit(server.start) for server in self._all]
         errors = [error for each in started if (error := each.exception())]
@@ -121,7 +121,7 @@ class Servers:
             raise errors[0]
 
     def stop_all(self) -> None:
-        """End them with their data. May be called twice, or without a start."""
+        """Ends all servers and removes their data. It may be called twice, or without a start."""
         with ThreadPoolExecutor() as threads:
             ended = [threads.submit(server.discard) for server in self._all]
         self._extra.clear()
@@ -130,7 +130,7 @@ class Servers:
             each.result()
 
     def extra_redis(self) -> Redis:
-        """One more Redis, started, for a test that kills or wipes it; `discard` it, or leave that to stop_all."""
+        """Starts another Redis for a test that kills or wipes it; `discard` it, or leave that to `stop_all`."""
         redis = self._another_redis()
         self._extra.append(redis)
         redis.start()
@@ -138,7 +138,7 @@ class Servers:
 
 
 def prepare_servers() -> Servers:
-    """The servers of this run, not yet started."""
+    """The servers of this run, not started yet."""
     from tests.rigs.servers import containers, processes
 
     way = os.environ.get("TICKETRAIL_TEST_SERVERS") or ("containers" if containers.engine_answers() else "processes")

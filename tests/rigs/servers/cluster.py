@@ -1,8 +1,8 @@
-"""Three RabbitMQ nodes that are one cluster, always local processes: nodes as they would be run, on one machine.
+"""A cluster of three RabbitMQ nodes, always as local processes on one machine.
 
-They share a port mapper and a cookie. A silence is noticed in seconds, not in a minute, and a node that loses sight of
-the others pauses (`pause_minority`). One that was frozen wakes amid the others and may stay apart, by whatever setting
-on 3.10: it is to be started anew.
+The nodes share a port mapper and a cookie. They notice a silent node in seconds, not in a minute, and a node that loses
+contact with the others pauses (`pause_minority`). On 3.10 a frozen node may stay apart after it is thawed, with any
+setting: restart it.
 """
 
 import base64
@@ -20,12 +20,12 @@ from tests.rigs.servers import RabbitMQ
 from tests.rigs.servers.processes import LocalProcess
 
 SIZE = 3
-_TICK = 8  # seconds: a node that says nothing for so long is down
+_TICK_SECONDS = 8  # a node that is silent for this long counts as down
 
 
 class Node(servers.RabbitMQ):
     def __init__(self, directory: Path, programs: Programs, *, epmd_port: int, ports: list[int], first: str) -> None:
-        """`first`: the node that it joins; empty for that one itself."""
+        """`first` is the node that it joins; empty for the first node itself."""
         port, management, distribution = ports
         super().__init__(
             directory,
@@ -48,7 +48,7 @@ cluster_formation.peer_discovery_backend = classic_config
 cluster_formation.classic_config.nodes.1 = {self._first or self.node}
 cluster_formation.discovery_retry_limit = 60
 cluster_partition_handling = pause_minority
-net_ticktime = {_TICK}
+net_ticktime = {_TICK_SECONDS}
 """
         )
 
@@ -78,7 +78,7 @@ class Cluster:
         self._mapper: Child | None = None
 
     def start(self) -> None:
-        """Returns when all of them are one cluster."""
+        """Returns when all nodes form one cluster."""
         env = self.locals[0].environment
         command = [str(self._programs.epmd), "-port", str(self._epmd), "-address", HOST]
         self._mapper = Child.spawn(command, log=self._folder / "epmd.log", env=env, cwd=self._folder)
@@ -90,12 +90,12 @@ class Cluster:
             raise servers.ServerFailed(f"{running} of {SIZE} nodes are one cluster")
 
     def running(self, at: int) -> int:
-        """How many nodes one of them sees running, itself among them. Raises OSError."""
+        """Number of running nodes that the node `at` sees, itself included. Raises OSError."""
         found: Any = ask(self.nodes[at].management_url, "GET", "/api/nodes", timeout=5)
         return sum(bool(one.get("running")) for one in found)
 
     def members(self, vhost: str, queue: str) -> list[str]:
-        """Nodes that hold a replica; none while the management API has not heard of the queue, which is for seconds."""
+        """Nodes with a replica of the queue; empty for some seconds, until the management API knows the queue."""
         found: Any = ask(self.nodes[0].management_url, "GET", f"/api/queues/{vhost}/{queue}", timeout=5)
         return list(found.get("members", []))
 

@@ -1,4 +1,4 @@
-"""The servers as containers. Their host ports are fixed at the start, so that one started again keeps its address."""
+"""The servers as containers. Their host ports are fixed, so that a restarted server keeps its address."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ from deploy.local.servers import PASSWORD
 from shared.messaging.management import ask
 from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
-START_WITHIN = 90.0  # seconds; images are there already
+_START_TIMEOUT_SECONDS = 90.0  # the images are there already
 
 
 def engine_answers() -> bool:
@@ -33,7 +33,7 @@ def engine_answers() -> bool:
 
 class Container:
     def __init__(self, image: str, ports: dict[int, int], answers: Callable[[], bool]) -> None:
-        """`ports`: from the container's port to ours."""
+        """`ports`: the container's port -> the port on the host."""
         self.definition = DockerContainer(image)
         for inside, outside in ports.items():
             self.definition.ports[f"{inside}/tcp"] = ("127.0.0.1", outside)
@@ -52,13 +52,13 @@ class Container:
             self._made = True
         elif self._container.status != "running":
             self._container.start()
-        deadline = time.monotonic() + START_WITHIN
+        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         while not self._try():
             container = self._container
             if container.status != "running" or time.monotonic() > deadline:
                 log = container.logs(tail=15).decode(errors="replace")
                 raise RuntimeError(f"{self.definition.image} ({container.status}) does not answer:\n{log}")
-            time.sleep(0.1)  # between two tries; there is nothing to wait on
+            time.sleep(0.1)  # between two attempts; there is no event to wait for
 
     def stop(self) -> None:
         if self._made and self._container.status in ("running", "paused"):
@@ -113,7 +113,7 @@ def _rabbitmq(port: int, management_port: int) -> Container:
     management_url = f"http://ticketrail:{PASSWORD}@127.0.0.1:{management_port}"
 
     def answers() -> bool:
-        # The proxy of the engine accepts connections before the server does: only an answer counts.
+        # The engine's proxy accepts connections before the server does, so only an answer counts.
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
             if connection.recv(1) != b"\x01":

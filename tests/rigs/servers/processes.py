@@ -1,4 +1,4 @@
-"""The servers as local processes on free ports, in a temporary folder that is removed at the end."""
+"""The servers as local processes on free ports, in a temporary folder that is removed after the run."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ class LocalProcess:
         self.thaw = server.thaw
 
     def discard(self) -> None:
-        # RabbitMQ takes seconds for an orderly end; PostgreSQL must have one, or its shared memory stays behind.
+        # An orderly end of RabbitMQ takes seconds. PostgreSQL needs one, or its shared memory stays allocated.
         if isinstance(self.server, servers.PostgreSQL):
             self.server.stop()
         else:
@@ -27,14 +27,14 @@ class LocalProcess:
 
 
 def local_redis(folder: Path) -> Redis:
-    """A process of this machine, also where the run's servers are containers: its files are copied and put back."""
+    """A Redis as a local process, even if the run uses containers, because tests copy and restore its files."""
     (port,) = find_free(1)
     own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", packages.ensure(), port=port)
     return Redis(LocalProcess(own), port)
 
 
 def with_own_redis(shared: Servers, folder: Path) -> Servers:
-    """The run's servers, and a Redis of its own that is not started."""
+    """The servers of the run, but with a Redis of their own that is not started."""
     return Servers(
         shared.rabbitmq,
         shared.postgres,
