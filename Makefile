@@ -2,7 +2,7 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
-# Unset even if the environment sets it: services start a hundred times in the tests, and should be compiled once.
+# Unset even if the environment sets it: the tests start services a hundred times, which should compile once.
 export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
@@ -12,19 +12,19 @@ EXAMPLES ?= 50
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# setpriv: if make is killed, the kernel stops the runner, and the runner stops what it started.
+# setpriv: if make is killed, the kernel stops the runner, and the runner stops everything that it started.
 run: bootstrap ## start the whole system under .local/ and send one order through it; Ctrl-C stops it
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
 
-dev: bootstrap ## the same, and restart services when their files change
+dev: bootstrap ## like run, and restart services when their files change
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run --reload
 
-reset: bootstrap ## remove the data of `make run`, and nothing else; not while it runs
+reset: bootstrap ## remove only the data of `make run`; not while it runs
 	@$(PYTHON) -m deploy.local.reset
 
 # Three processes even on two cores, because tests mostly wait for servers. They run in the order of the folders: long tests come
 # first, so that none of the three processes is left with one at the end.
-test: bootstrap ## run the tests on servers of their own; ARGS="-k name" selects
+test: bootstrap ## run all tests on servers of their own; ARGS="-k name" selects
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: bootstrap ## run the tests and report which lines they reach, in services too; HTML in .local/coverage
@@ -36,10 +36,10 @@ coverage: bootstrap ## run the tests and report which lines they reach, in servi
 fuzz: bootstrap ## send invalid requests to all services; EXAMPLES=50 per route, ARGS="orders" selects
 	$(PYTHON) -m tests.fuzz --examples $(EXAMPLES) $(ARGS)
 
-chaos: bootstrap ## cause faults at random times under load and prove that nothing was lost; SEED=7 MINUTES=10 CLIENTS=6
+chaos: bootstrap ## cause faults at random times under load, and prove that nothing is lost; SEED=7 MINUTES=10 CLIENTS=6
 	SEED=$(SEED) MINUTES=$(MINUTES) CLIENTS=$(CLIENTS) $(PYTHON) -m tests.chaos
 
-api: bootstrap ## write the frozen documents of the APIs and events in docs/api again
+api: bootstrap ## write the documents of the APIs and events in docs/api from the code
 	$(PYTHON) -m tests.contract.documents
 
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
@@ -68,7 +68,7 @@ format: bootstrap ## format, and fix what ruff can fix
 COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--no-header pyproject.toml
 
-lock: ## make the locks from pyproject.toml again (needs uv): development, image, plots, documentation
+lock: ## write the lock files from pyproject.toml (needs uv)
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
@@ -77,7 +77,7 @@ lock: ## make the locks from pyproject.toml again (needs uv): development, image
 swagger: ## replace the vendored files of Swagger UI; VERSION=5.35.0 (needs npm)
 	@sh deploy/vendor/swagger-ui.sh $(VERSION)
 
-secrets: ## write strong secrets for docker-compose.yml into .env; keep those that are set
+secrets: ## write strong secrets for docker-compose.yml into .env; keep values that are set
 	@sh deploy/secrets.sh
 
 clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs

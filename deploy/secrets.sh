@@ -1,6 +1,6 @@
 #!/bin/sh
-# sh deploy/secrets.sh [FILE]: writes FILE (.env) with a strong secret for each one that deploy/compose.env.example names
-# and that FILE does not set yet. What is set stays: other passwords than those of the first start open no database.
+# sh deploy/secrets.sh [FILE]: adds to FILE (.env) a strong value for each secret that deploy/compose.env.example names and
+# FILE does not set. It keeps values that are set, because the databases keep the passwords of their first start.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd -P)
@@ -14,7 +14,7 @@ chmod 600 "$file"
 made=0
 for name in $(sed -n 's/^\(TICKETRAIL_[A-Z_]*\)=$/\1/p' "$here/compose.env.example"); do
     grep -q "^$name=." "$file" && continue
-    # A line without a value would win over ours when it stood below.
+    # An empty line for the same name, further down, would override ours.
     sed -i "/^$name=\$/d" "$file"
     echo "$name=$(secret)" >>"$file"
     made=$((made + 1))

@@ -1,13 +1,13 @@
 #!/bin/sh
-# The command of a container picks what it runs: orders, sync-worker, sync-api, notifier, migrate, or `ticketrail …`.
-# Also linked as `ticketrail`, for `docker compose exec`.
+# The command of a container selects what it runs: orders, sync-worker, sync-api, notifier, migrate, or `ticketrail …`.
+# The image links this script as `ticketrail` too, for `docker compose exec`.
 set -eu
 
 [ "${0##*/}" = ticketrail ] && set -- ticketrail "$@"
 
-what=${1:-}
+command=${1:-}
 [ "$#" -eq 0 ] || shift
-case $what in
+case $command in
 orders) exec python -m services.orders ;;
 sync-worker) exec python -m services.sync worker ;;
 sync-api) exec python -m services.sync api ;;
@@ -15,7 +15,7 @@ notifier) exec python -m services.notifier ;;
 migrate) exec python -m services.sync.cli migrate ;;
 ticketrail) exec python -m services.sync.cli "$@" ;;
 *)
-    echo "usage: orders | sync-worker | sync-api | notifier | migrate | ticketrail …; not '$what'" >&2
+    echo "usage: orders | sync-worker | sync-api | notifier | migrate | ticketrail …; not '$command'" >&2
     exit 64
     ;;
 esac

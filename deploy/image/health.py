@@ -1,5 +1,5 @@
 #!/opt/ticketrail/venv/bin/python -IS
-"""`health.py PORT`: exit code 0 when the service on this port of the container is ready, else 1 and what it said."""
+"""`health.py PORT`: exit code 0 if the service on this port of the container is ready, else 1. Prints the answer."""
 
 import http.client
 import sys

@@ -1,9 +1,9 @@
-"""A program that we started, with everything below it: one object to stop, kill, freeze and thaw them all.
+"""A program that we started, with all its descendants: stops, kills, freezes and thaws them together.
 
-- Signals go to the processes of this tree alone, found by parent, never by name.
-- The program gets a session of its own, so that a Ctrl-C in the terminal reaches the runner and not the program.
-- When the process that started it dies, kill -9 included, the program gets `death_signal` from the kernel.
-- Stopping or killing one that has ended, or twice, is no error.
+- Signals go only to the processes of this tree, found by parent, never by name.
+- The program has its own session, so that Ctrl-C in the terminal reaches the runner and not the program.
+- When the process that started it dies, even by kill -9, the kernel sends the program `death_signal`.
+- Stopping or killing a program twice, or after it has ended, is no error.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import psutil
 @functools.cache
 def _spawner() -> ThreadPoolExecutor:
     """The one thread that starts children. The kernel sends the death signal when the *thread* that started a child
-    ends: started from a passing thread, a server would be stopped as soon as that thread is done."""
+    ends, so a server that a short-lived thread started would stop with that thread."""
     return ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
@@ -45,7 +45,7 @@ class Child:
         user: str | None = None,
         death_signal: signal.Signals = signal.SIGTERM,
     ) -> "Child":
-        """Start a program with its output appended to `log`; as `user`, which only root may ask for."""
+        """Starts a program and appends its output to `log`. Only root may set `user`."""
         # setpriv becomes the program (same pid), and sets the death signal after the change of user, which clears it.
         guard = ["setpriv", "--pdeathsig", death_signal.name.removeprefix("SIG")]
         if user is not None:
@@ -68,7 +68,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
+        """None while it runs; negative if a signal ended it."""
         return self._process.poll()
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -79,8 +79,8 @@ class Child:
             return None
 
     def terminate(self, within: float, how: signal.Signals = signal.SIGTERM) -> bool:
-        """Ask the program to end, and kill whatever of its tree is left after `within` seconds. True: it ended by
-        itself."""
+        """Asks the program to end, and kills what is left of its tree after `within` seconds. True: it ended in
+        time."""
         if self.returncode is not None:
             self._kill_group()
             return True
@@ -90,7 +90,7 @@ class Child:
         ended = self.wait(within) is not None
         if not ended:
             self.kill()
-        # Helpers of a program that has ended are no longer found below it; they were listed while it ran.
+        # After the program ends its helpers have another parent, so they were listed while it ran.
         for process in tree:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(tree, timeout=5)
@@ -98,8 +98,8 @@ class Child:
         return ended
 
     def kill(self) -> None:
-        """SIGKILL for the whole tree, and wait until it is gone."""
-        tree = self.freeze()  # what stands still cannot start another process while we go through the list
+        """Sends SIGKILL to the whole tree, and waits until it is gone."""
+        tree = self.freeze()  # a frozen process cannot start another one during the loop
         for process in tree:
             _signal(process, signal.SIGKILL)
         self._process.wait(10)
@@ -122,8 +122,8 @@ class Child:
         return tail(self.log, lines)
 
     def _kill_group(self) -> None:
-        """Workers whose program died before them: no longer below it, but still in its group. Once only: later the
-        number may belong to somebody else."""
+        """Kills workers that outlive their program: they have another parent, but are still in its group. Only once,
+        because another process may get the number later."""
         if self._group_gone:
             return
         self._group_gone = True
@@ -131,7 +131,7 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
     def _tree(self) -> list[psutil.Process]:
-        """The program and all below it, parents before children; empty once it has ended."""
+        """The program and its descendants, parents before children; empty after it has ended."""
         if self.returncode is not None:
             return []
         try:
@@ -152,7 +152,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)  # psutil checks the start time: a pid given to another process is left alone
+        process.send_signal(number)  # psutil checks the start time, so a reused pid gets no signal
 
 
 def _group_of(user: str) -> str:

@@ -1,6 +1,6 @@
-"""What PostgreSQL needs around it: a user it may run as, a place that user reaches, and our role and database.
+"""What PostgreSQL needs: a user to run as, a directory that this user can reach, our role and our database.
 
-All of it is idempotent. Nothing here changes an instance that is not ours.
+Everything is idempotent, and changes only our own instance.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def user_to_run_as() -> str | None:
-    """None: ourselves. PostgreSQL refuses to run as root."""
+    """None: the present user. PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     known = {entry.pw_name for entry in pwd.getpwall()}
@@ -31,7 +31,7 @@ def user_to_run_as() -> str | None:
 
 
 def make_reachable(directory: Path, user: str | None) -> None:
-    """Make `directory`, owned by `user`; a link to a directory elsewhere where that user could not reach it."""
+    """Makes `directory`, owned by `user`. If that user cannot reach it, it becomes a link to a directory elsewhere."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     place = directory
     if directory.is_symlink():
@@ -39,7 +39,7 @@ def make_reachable(directory: Path, user: str | None) -> None:
     elif user and not directory.exists() and not _may_enter(directory.parent, user):
         OUTSIDE.mkdir(mode=0o755, exist_ok=True)
         place = OUTSIDE / hashlib.sha256(str(directory).encode()).hexdigest()[:12]
-        # Data of an earlier instance in this directory, which somebody removed together with its link.
+        # An earlier instance of this directory, whose link somebody removed, may have left its data.
         shutil.rmtree(place, ignore_errors=True)
         directory.symlink_to(place)
     place.mkdir(mode=0o700, exist_ok=True)
@@ -52,8 +52,8 @@ def _may_enter(directory: Path, user: str) -> bool:
 
 
 def forget_foreign_lock(data: Path) -> None:
-    """After a kill the lock file stays. PostgreSQL sees through a pid that no longer runs, but not through one that
-    meanwhile belongs to another process of the same user, the machine's own PostgreSQL for instance."""
+    """Removes the lock file of a killed server. PostgreSQL ignores a lock whose pid does not run, but not one whose pid
+    now belongs to another process of the same user, such as another PostgreSQL of this machine."""
     lock = data / "postmaster.pid"
     try:
         pid = int(lock.read_text().split("\n", 1)[0])
@@ -65,7 +65,7 @@ def forget_foreign_lock(data: Path) -> None:
 
 
 def postgres_for(data: Path, newest: Path) -> Path:
-    """The program of the version that made `data`, as long as it is installed: a newer one cannot read it."""
+    """The server of the version that made `data`, if it is installed, because no other version can read it."""
     version = (data / "PG_VERSION").read_text().strip()
     own = Path("/usr/lib/postgresql") / version / "bin/postgres"
     return own if own.exists() else newest
@@ -107,6 +107,6 @@ def make_owner(url: str, password: str) -> bool:
 
 
 def _in_own_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Callers may stand in a running event loop (a test), where asyncio.run is refused: so, in another thread."""
+    """In another thread, because asyncio.run fails if the caller (a test) is in a running event loop."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()

@@ -1,7 +1,8 @@
-"""Where everything of one local system is: ports, directories, secrets, and the environment of its services.
+"""The ports, directories and secrets of one local system, and the environment of its services.
 
-TICKETRAIL_HOME and TICKETRAIL_PORT_BASE, by environment or `.env`, move a whole system, so that two run side by side.
-The setting of one port overrides the base. The services always use the private servers, whatever URLs are set.
+TICKETRAIL_HOME and TICKETRAIL_PORT_BASE, from the environment or `.env`, move a whole system, so that two can run at
+the same time. The setting of one port overrides the base. The services always use the private servers; URLs in the
+environment have no effect.
 """
 
 import json
@@ -36,11 +37,11 @@ _FROM_BASE = (
     "epmd_port",
     "rabbitmq_dist_port",
 )
-"""The first is one above the base, and so on."""
+"""In the order of their ports: the first is the base plus one."""
 
 
 class LocalSettings(Settings):
-    """The services' settings, and those of the private servers."""
+    """The settings of the services and of the private servers."""
 
     port_base: int | None = _SERVERS.setting(
         None,
@@ -76,7 +77,7 @@ class LocalSettings(Settings):
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:
-        """By setting: the port and what listens there."""
+        """For each setting: the port, and the name of the server that listens there."""
         return {
             "TICKETRAIL_ORDERS_PORT": (self.orders_port, "orders"),
             "TICKETRAIL_SYNC_PORT": (self.sync_port, "sync API"),
@@ -92,7 +93,7 @@ class LocalSettings(Settings):
 
 
 def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What every service is started with; makes the secrets of this home when it has none yet."""
+    """The environment of every service. Creates the secrets of this home if it has none."""
 
     def database(role: str) -> str:
         return f"postgresql://ticketrail_{role}:{PASSWORD}@127.0.0.1:{settings.postgres_port}/ticketrail"
@@ -119,7 +120,7 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
 
 
 def command_environment(settings: LocalSettings, services: Mapping[str, str]) -> dict[str, str]:
-    """For the command line: what somebody set, by environment or `.env`, and what `service_environment` made of it."""
+    """For the command line: the settings from the environment or `.env`, overridden by those of the services."""
     chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
     told = {
         f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
@@ -129,7 +130,7 @@ def command_environment(settings: LocalSettings, services: Mapping[str, str]) ->
 
 
 def _secret(kept: Path, settings: Settings, name: str) -> str:
-    """The one that somebody set, else the one of this home, made at its first start."""
+    """The secret that is set, else the one of this home, which its first start creates."""
     if name in settings.model_fields_set:
         return str(getattr(settings, name))
     if not kept.exists():

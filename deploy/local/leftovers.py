@@ -1,7 +1,7 @@
-"""Processes that a run left behind when it was killed, so that the next one does not stumble over their ports.
+"""Ends processes that a killed run left behind, because they hold the ports that the next run needs.
 
-The kernel tells them to end when their runner dies (see child.py), which takes RabbitMQ some seconds. They are known
-by pid and start time from a file of that run; nothing else is ever touched.
+The kernel signals them when their runner dies (child.py), but RabbitMQ takes some seconds to end. A file of that run
+identifies them by pid and start time; no other process is touched.
 """
 
 import json
@@ -24,7 +24,7 @@ def record(file: Path, pids: Mapping[str, int]) -> None:
 
 
 def clear(file: Path, say: Callable[[str], None], within: float = 10.0) -> None:
-    """Wait for what an earlier run left behind, then kill it."""
+    """Waits `within` seconds for the processes that an earlier run left behind, then kills them."""
     alive: dict[psutil.Process, str] = {}
     try:
         known = json.loads(file.read_text())
@@ -38,7 +38,7 @@ def clear(file: Path, say: Callable[[str], None], within: float = 10.0) -> None:
         except psutil.NoSuchProcess:
             continue
     if alive:
-        say(f"waiting for what an earlier run left behind: {', '.join(alive.values())}")
+        say(f"waiting for processes of an earlier run: {', '.join(alive.values())}")
         _, stubborn = psutil.wait_procs(list(alive), timeout=within)
         for process in stubborn:
             for each in [process, *process.children(recursive=True)]:

@@ -1,4 +1,4 @@
-"""`make reset`: removes the data of a home, with its secrets and logs. Refuses while the system runs."""
+"""`make reset`: removes the data, secrets and logs of a home. Refuses while the system runs."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ _MADE = (
 
 
 def reset(home: Path) -> bool:
-    """False: the system runs. Only what `make run` makes is removed, so that a wrong home costs nothing else."""
+    """Returns False if the system runs. Removes only what `make run` creates, in case TICKETRAIL_HOME is wrong."""
     if not home.is_dir():
         return True
     held = lock(home)
@@ -24,7 +24,7 @@ def reset(home: Path) -> bool:
         return False
     with held:
         for thing in (home / name for name in _MADE):
-            if thing.is_symlink():  # where PostgreSQL's user cannot reach the home, its data lies elsewhere
+            if thing.is_symlink():  # the user of PostgreSQL cannot reach this home, so the data is elsewhere
                 if thing.readlink().parent == database.OUTSIDE:
                     shutil.rmtree(thing.readlink(), ignore_errors=True)
                 thing.unlink()

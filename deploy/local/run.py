@@ -1,11 +1,11 @@
 """`make run`: a whole system on this machine, in the foreground, until Ctrl-C or SIGTERM.
 
-- One run per home (`.local`, moved by TICKETRAIL_HOME). Earlier data is found again.
-- It ends with 0 after a Ctrl-C or SIGTERM, with 1 when something could not be started, and in both cases leaves nothing
-  running that it started: first the services, then the servers, within 15 s. Killed with -9, the kernel ends them.
-- A service or server that dies is started again, and `demo.json` then has its new pid.
-- `system.env` in the home has the settings and secrets of the services, for the command line.
-- With `--reload` (`make dev`) a service is started again when a file changes that it runs from.
+- One run per home (`.local`, or TICKETRAIL_HOME). It finds the data of earlier runs.
+- It exits with 0 after Ctrl-C or SIGTERM, and with 1 if something does not start. In both cases it stops everything
+  that it started within 15 s: first the services, then the servers. If it is killed with -9, the kernel stops them.
+- It starts a service or server that dies again, and writes the new pid to `demo.json`.
+- `system.env` in the home contains the settings and secrets of the services, for the command line.
+- With `--reload` (`make dev`) it restarts a service when one of its files changes.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ from shared.local_systems import LOCK_FILE, LocalSystem, list_system, write_envi
 from shared.messaging.recovery import until_ready
 from shared.settings_loading import exit_on_bad_settings
 
-READY_WITHIN = 60.0  # seconds
-GIVE_UP_AFTER = 3  # deaths of a service that was never ready
+READY_TIMEOUT_SECONDS = 60.0
+MAX_RESTARTS_BEFORE_READY = 3
 
 
 class StartFailed(Exception):
@@ -45,7 +45,7 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        # The terminal is gone. What runs must still be stopped in order.
+        # The terminal is gone. The services and servers must still be stopped in order.
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (for the rest of the process)
 
 
@@ -97,7 +97,7 @@ class System:
         }
 
     def note_pids(self) -> None:
-        """Into demo.json, for people and scripts, and where the next run looks for what this one left behind."""
+        """Writes the pids to demo.json, and to run.pids, where the next run looks for leftover processes."""
         pids = self.services.pids | self.servers.pids
         leftovers.record(self.home / "run.pids", pids)
         if self.demo:
@@ -142,7 +142,7 @@ class System:
 
         with self._layout_checked():
             await layout.check_database(self.env["TICKETRAIL_DATABASE_URL"])
-            await until_ready(queues, within=READY_WITHIN)
+            await until_ready(queues, within=READY_TIMEOUT_SECONDS)
 
     @contextmanager
     def _layout_checked(self) -> Iterator[None]:
@@ -156,7 +156,7 @@ class System:
             ) from error
 
     async def reload(self) -> None:
-        """Without end."""
+        """Restarts services whose files change, until it is cancelled."""
         folders = {"orders": "services/orders", "notifier": "services/notifier"}
         folders |= {"sync_worker": "services/sync", "sync_api": "services/sync"}
         async for changed in reload.watch(ROOT, ("services", "shared")):
@@ -166,7 +166,7 @@ class System:
                 await self.services.restart(names)
 
     async def stop(self) -> None:
-        """Services first: they settle what they hold, and for that they need the servers."""
+        """Services first, because they need the servers to settle the messages that they hold."""
         for supervisor in (self.services, self.servers):
             names = list(supervisor.pids)
             await supervisor.stop()
@@ -175,25 +175,25 @@ class System:
         (self.home / "run.pids").unlink(missing_ok=True)
 
     async def ready(self, client: httpx.AsyncClient, service: Any) -> None:
-        deadline = time.monotonic() + READY_WITHIN
+        deadline = time.monotonic() + READY_TIMEOUT_SECONDS
         answer = "nothing"
-        while time.monotonic() < deadline and self.services.restarts[service.name] < GIVE_UP_AFTER:
+        while time.monotonic() < deadline and self.services.restarts[service.name] < MAX_RESTARTS_BEFORE_READY:
             try:
                 reply = await client.get(f"{self.urls[service.name]}/health/ready")
-                # The worker also fills the mirror: until that is warm an order has a number of another series.
+                # The worker also fills the mirror. Until the mirror is warm, orders get numbers of another series.
                 if reply.status_code == 200 and reply.json().get("mirror") != "cold":
                     return
                 answer = f"{reply.status_code}: {reply.text[:500]}"
             except httpx.HTTPError as error:
                 answer = type(error).__name__
-            await asyncio.sleep(0.05)  # between two questions
+            await asyncio.sleep(0.05)  # between two requests
         raise StartFailed(
             f"{service.name} is not ready (GET /health/ready: {answer}); {service.log} ends with:\n"
             + child.tail(service.log)
         )
 
     async def cli(self, *arguments: str) -> str:
-        """`ticketrail …`: its standard output; what it says on standard error is shown."""
+        """Runs `ticketrail …`, prints its standard error and returns its standard output. Raises StartFailed."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -220,28 +220,28 @@ class System:
 
 
 class Step:
-    """One line when a step is done, with its seconds."""
+    """Prints one line when a step is done, with its duration in seconds."""
 
     def __init__(self, done: str) -> None:
         self._done = done
 
     def __enter__(self) -> None:
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            say(f"  {time.monotonic() - self._began:5.1f} s  {self._done}")
+            say(f"  {time.monotonic() - self._started_at:5.1f} s  {self._done}")
 
 
 async def serve(settings: LocalSettings, home: Path, programs: Programs, *, reloads: bool = False) -> int:
     loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
+    stop_requested = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, asked.set)
+        loop.add_signal_handler(number, stop_requested.set)
     began = time.monotonic()
     system = System(settings, home, programs)
     start = asyncio.create_task(_start_and_show(system, began))
-    stop = asyncio.create_task(asked.wait())
+    stop = asyncio.create_task(stop_requested.wait())
     reloading: asyncio.Task[None] | None = None
     try:
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -258,7 +258,7 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs, *, relo
     except (StartFailed, ServerFailed, PortTaken, demo.DemoFailed) as error:
         say(f"ticketrail: {error}")
         return 1
-    except Exception as error:  # noqa: BLE001  (whatever it is: say it, stop everything, end with 1)
+    except Exception as error:  # noqa: BLE001  (report any error, stop everything and exit with 1)
         say(f"ticketrail: {type(error).__name__}: {error}")
         return 1
     finally:
@@ -283,7 +283,7 @@ async def _start_and_show(system: System, began: float) -> None:
 def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float) -> None:
     if system.demo is None:
         return
-    say("\nOne order down the whole way, in milliseconds since it was sent:")
+    say("\nOne order through the whole system, in milliseconds since it was sent:")
     for hop in hops:
         say(f"  {hop.milliseconds:8.1f} ms  {hop.name:<9} {hop.detail}")
     say("\nURLs:")
@@ -294,19 +294,17 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
     for what, line in system.demo.curl_lines(order_id):
         say(f"\n# {what}\n{line}")
-    say(
-        f"\n# see what happened to it, and what waited where\n{_elsewhere(system)}.venv/bin/ticketrail trace {order_id}"
-    )
+    say(f"\n# show where its time went\n{_home_prefix(system)}.venv/bin/ticketrail trace {order_id}")
     say(f"\nReady after {seconds:.1f} s. All of this, for scripts: {system.home / 'demo.json'}. Ctrl-C stops it.")
 
 
-def _elsewhere(system: System) -> str:
-    """What a command must be told of a system that is not where the defaults say."""
+def _home_prefix(system: System) -> str:
+    """The setting that a command needs in front when the home is not the default."""
     return "" if system.home == ROOT / ".local" else f"TICKETRAIL_HOME='{system.home}' "
 
 
 def write_private(path: Path, text: str) -> None:
-    """Whole or not at all, and for the owner's eyes: it holds tokens."""
+    """Writes the file completely or not at all, readable only by its owner, because it contains tokens."""
     aside = path.with_suffix(".new")
     aside.unlink(missing_ok=True)
     aside.touch(mode=0o600)
@@ -315,13 +313,13 @@ def write_private(path: Path, text: str) -> None:
 
 
 def lock(home: Path) -> IO[str] | None:
-    """Held as long as the file is open; None when another run has it."""
+    """The lock of a home, held as long as the file is open; None if another run holds it."""
     file = (home / LOCK_FILE).open("a+")
     for _ in range(3):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.1)  # a command that looks if the system runs holds it for a moment
+            time.sleep(0.1)  # a command that checks whether the system runs holds the lock for a moment
         else:
             return file
     file.close()
@@ -329,7 +327,7 @@ def lock(home: Path) -> IO[str] | None:
 
 
 def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
-    """Raises PortTaken, also for two settings that name the same port."""
+    """Raises PortTaken, also if two settings name the same port."""
     seen: dict[int, str] = {}
     for setting, (port, what) in ports.items():
         if port in seen:

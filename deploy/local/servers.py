@@ -73,7 +73,7 @@ class Server(ABC):
         return self._children[-1].wait() if self._children else None
 
     def stop(self) -> bool:
-        """False: it did not end by itself in time, and was killed."""
+        """False: it did not end in time and was killed."""
         children, self._children = self._children, []
         ended = [child.terminate(self.stop_within, self.stop_signal) for child in reversed(children)]
         return all(ended)

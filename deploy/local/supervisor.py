@@ -1,8 +1,8 @@
-"""Keeps programs running: starts again what dies, and stops all of them when told to.
+"""Keeps programs running: restarts a program that dies, and stops all of them.
 
-- A program that dies is announced in one line and started again, at once the first time, then after pauses that double
-  up to 5 s, so that one which cannot start does not spin. One that has run for a while begins anew with short pauses.
-- `stop` returns when nothing that was started here runs any more; it may be called before `start`, and twice.
+- A program that dies is reported in one line and restarted after a pause. The pause doubles with each restart up to
+  5 s, so that a program which cannot start does not spin, and is short again after the program has run for 30 s.
+- `stop` returns when no program that was started here runs. It may be called before `start`, and twice.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Program(Protocol):
-    """What can be supervised: a service, or one of the private servers. All calls block."""
+    """A supervised program: a service or a private server. All calls block."""
 
     @property
     def name(self) -> str: ...
@@ -28,14 +28,14 @@ class Program(Protocol):
     def pid(self) -> int | None: ...
     def start(self) -> None: ...
     def wait(self) -> int | None:
-        """Until it ends; its return code, negative for a signal."""
+        """Waits until it ends. Returns its return code, negative for a signal."""
 
     def stop(self) -> bool:
-        """False: it did not end by itself in time, and was killed."""
+        """False: it did not end in time and was killed."""
 
 
 class Service:
-    """One of our own processes: `python -m …`."""
+    """One of the services: `python -m …`."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._asked = {program.name: asyncio.Event() for program in programs}
         self._watchers: list[asyncio.Task[None]] = []
-        # Two calls per program may block at once: its watcher's wait, and the stop that ends it.
+        # Two calls per program may block at the same time: the wait of its watcher, and a stop.
         self._threads = ThreadPoolExecutor(2 * len(programs), thread_name_prefix="supervisor")
 
     @property
@@ -96,7 +96,7 @@ class Supervisor:
         return {program.name: program.pid for program in self.programs if program.pid is not None}
 
     async def start(self) -> None:
-        """All at once; raises the first error after every start has ended one way or the other."""
+        """Starts all at the same time. Raises the first error, after every start has succeeded or failed."""
         results = await asyncio.gather(
             *(self._blocking(program.start) for program in self.programs), return_exceptions=True
         )
@@ -106,7 +106,7 @@ class Supervisor:
         self._watchers = [asyncio.create_task(self._watch(program)) for program in self.programs]
 
     async def restart(self, names: Collection[str]) -> None:
-        """Ends these programs; each is started again at once, without an announcement and also out of a pause."""
+        """Stops these programs. Each restarts immediately, without a report, even if it is in a pause."""
         chosen = [program for program in self.programs if program.name in names]
         for program in chosen:
             self._asked[program.name].set()
@@ -117,14 +117,14 @@ class Supervisor:
         ended = await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
         for program, by_itself in zip(self.programs, ended, strict=True):
             if not by_itself:
-                self._say(f"{program.name} did not end by itself and was killed")
+                self._say(f"{program.name} did not end in time and was killed")
         await asyncio.gather(*self._watchers)
-        # A restart that was under way when the first stop came.
+        # Again, for a program that was restarting during the first stop.
         await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
 
     async def _watch(self, program: Program) -> None:
         pause, asked = self._first_pause, self._asked[program.name]
-        while not self._stopping.is_set():  # may have come while it was started again: `stop` ends it then
+        while not self._stopping.is_set():  # a stop during a restart ends the program itself
             started = time.monotonic()
             code = await self._blocking(program.wait)
             if self._stopping.is_set():
@@ -142,7 +142,7 @@ class Supervisor:
                 asked.clear()
                 try:
                     await self._blocking(program.start)
-                except Exception as error:  # noqa: BLE001  (whatever it is, the next try may succeed)
+                except Exception as error:  # noqa: BLE001  (whatever the error is, the next try may succeed)
                     if self._stopping.is_set():
                         return
                     reason = str(error).splitlines()[0]
@@ -151,7 +151,7 @@ class Supervisor:
             self._on_restart()
 
     async def _stopped_within(self, seconds: float, asked: asyncio.Event) -> bool:
-        """Earlier when a restart is asked for."""
+        """Waits so many seconds, less if a restart is requested. True if the supervisor is stopping."""
         waits = [asyncio.create_task(event.wait()) for event in (self._stopping, asked)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:

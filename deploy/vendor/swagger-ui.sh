@@ -3,8 +3,8 @@
 #
 #   swagger-ui.sh VERSION
 #
-# npm checks the package against the sum that its registry gives. The files are kept as they come, with their licences;
-# SHA256SUMS holds their sums, and a test compares.
+# npm checks the package against the checksum of its registry. The files stay unchanged, with their licences; SHA256SUMS
+# holds their checksums, and a test compares.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -23,7 +23,6 @@ tar -xzf "swagger-ui-dist-$version.tgz"
 cd package
 files="LICENSE NOTICE swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt swagger-ui.css favicon-32x32.png"
 echo "$version" >VERSION
-# Word splitting is wanted: one argument for each file.
 # shellcheck disable=SC2086
 sha256sum $files VERSION >SHA256SUMS
 # shellcheck disable=SC2086

@@ -75,7 +75,7 @@ class Run:
             one for one in tree[1:] if isinstance(one, psutil.Process) and one.is_running() and one.status() != "zombie"
         ]
         assert not left, left
-        killed = re.findall(r"(orders|sync|sync-worker|notifier) did not end by itself", self.text)
+        killed = re.findall(r"(orders|sync|sync-worker|notifier) did not end in time", self.text)
         assert not killed, self.text
 
 

@@ -1,5 +1,6 @@
 """Checks of `docker-compose.yml`, the gateway and the image. They read the files, so no container engine is needed."""
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -238,6 +239,35 @@ def test_the_collector_keeps_failed_and_slow_traces() -> None:
         for part in ("receivers", "processors", "exporters"):
             assert set(pipeline[part]) <= set(collector[part]), part
         assert pipeline["processors"][0] == "memory_limiter"
+
+
+def _expressions() -> list[str]:
+    """The queries of the alerts and of the dashboards."""
+    groups = yaml.safe_load((OBSERVE / "prometheus/alerts.yml").read_text())["groups"]
+    found = [rule["expr"] for group in groups for rule in group["rules"]]
+    for dashboard in (OBSERVE / "grafana/dashboards").glob("*.json"):
+        panels = json.loads(dashboard.read_text())["panels"]
+        found += [target["expr"] for panel in panels for target in panel["targets"]]
+    return found
+
+
+def test_alerts_and_dashboards_name_only_metrics_and_labels_that_exist() -> None:
+    # An integration test compares this table with what the services export.
+    rows = re.findall(r"^\| (`ticketrail.*?) \| (.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    labels: dict[str, set[str]] = {}
+    for names, told in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            labels[name] = set(re.findall(r"`(\w+)`", told)) | {"le", "job", "instance"}
+    expressions = _expressions()
+    assert len(expressions) > 20
+    for expression in expressions:
+        named = re.findall(r"ticketrail_\w+", expression)
+        assert named, expression
+        for name in named:
+            base = name if name in labels else re.sub(r"_(bucket|sum|count)$", "", name)
+            assert base in labels, f"{name} does not exist: {expression}"
+            used = re.findall(r"by \(([^)]*)\)", expression) + re.findall(r"(\w+)=~?\"", expression)
+            assert {label.strip() for part in used for label in part.split(",")} <= labels[base], expression
 
 
 def test_grafana_data_sources_have_the_ids_that_dashboards_use() -> None:

@@ -256,7 +256,7 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_its_child_processes
     assert all(psutil.pid_exists(pid) for pid in pids)
     await supervisor.stop()
     await eventually(lambda: not any(_runs(pid) for pid in pids))
-    assert messages == ["stubborn did not end by itself and was killed"]
+    assert messages == ["stubborn did not end in time and was killed"]
 
 
 def test_the_notifier_drops_clients_that_do_not_read_before_the_supervisor_kills_it(
@@ -398,7 +398,7 @@ def test_leftovers_of_a_killed_run_are_ended_but_a_reused_pid_is_not(tmp_path: P
         leftovers.clear(file, messages, within=0.1)
         assert not _runs(leftover.pid)
         assert _runs(unrelated.pid)
-        assert messages == ["waiting for what an earlier run left behind: orders"]
+        assert messages == ["waiting for processes of an earlier run: orders"]
         assert not file.exists()
     finally:
         for process in (leftover, unrelated):
@@ -445,9 +445,9 @@ def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
     assert all("Authorization: Bearer the-token" in line for line in (place, read, follow))
 
 
-async def test_events_are_parsed_with_heartbeats_skipped() -> None:
+async def test_event_parser_skips_keep_alives() -> None:
     async def lines() -> AsyncIterator[str]:
-        for line in ["event: connected", "data: {}", "", ": heartbeat", "", "id: 1", "data: a", "data: b", ""]:
+        for line in ["event: connected", "data: {}", "", ": keep-alive", "", "id: 1", "data: a", "data: b", ""]:
             yield line
 
     assert [event async for event in demo._parsed(lines())] == [

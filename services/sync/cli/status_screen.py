@@ -160,7 +160,7 @@ def _p(name: str, share: float) -> Callable[[ServiceSample, ServiceSample], floa
 
 def _hits(_: ServiceSample, after: ServiceSample) -> float:
     found = after.by("ticketrail_mirror_reads_total", "result")
-    reads = sum(found.get(result, 0.0) for result in ("hit", "miss", "away"))
+    reads = sum(found.get(result, 0.0) for result in ("hit", "miss", "unavailable"))
     return found.get("hit", 0.0) / reads if reads else math.nan
 
 
