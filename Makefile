@@ -7,10 +7,10 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev reset test coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
+.PHONY: help run dev reset test test-slow coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # setpriv: if make is killed, the kernel stops the runner, and the runner stops everything that it started.
 run: bootstrap ## start the whole system under .local/ and send one order through it; Ctrl-C stops it
@@ -29,7 +29,7 @@ test: bootstrap ## run all tests on servers of their own; ARGS="-k name" selects
 
 coverage: bootstrap ## run the tests and report which lines they reach, in services too; HTML in .local/coverage
 	@rm -rf .local/coverage && mkdir -p .local/coverage
-	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS); status=$$?; \
+	$(PYTHON) -m pytest $(PYTEST_PARALLEL) --cov --cov-report= $(ARGS); status=$$?; \
 		$(PYTHON) -m coverage report --format=total >.local/coverage/total && $(PYTHON) -m coverage html -q && \
 		$(PYTHON) -m coverage report | tail -40 && exit $$status
 
