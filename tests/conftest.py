@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import settings
 
+from tests.rigs import zygote
 from tests.rigs.servers import Servers, prepare_servers
 from tests.rigs.system import PATIENT, System
 
@@ -17,6 +18,7 @@ settings.load_profile("ticketrail")
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     """RabbitMQ, PostgreSQL and Redis, started once for the whole run. Their data is removed at its end."""
+    zygote.warm_up()  # imports while the servers start
     servers = prepare_servers()
     try:
         servers.start_all()

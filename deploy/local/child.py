@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -27,8 +28,19 @@ def _spawner() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
+class Process(Protocol):
+    """What a Child needs of the process that it stands for; a subprocess.Popen has it."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
 class Child:
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, process: Process, log: Path) -> None:
+        """`process` leads a process group of its own."""
         self._process = process
         self.log = log
         self.pid = process.pid

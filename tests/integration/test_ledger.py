@@ -3,8 +3,6 @@
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,10 +26,11 @@ from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal
 from shared.rail.set_aside import files_aside
+from tests.rigs import zygote
 from tests.rigs.builders import OTHER_RESTAURANT, change, menu_item, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.servers import Servers
-from tests.rigs.system import ROOT, eventually
+from tests.rigs.system import eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PATIENCE = 1.0
@@ -85,15 +84,7 @@ class Books:
             if value is not None:
                 text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
                 env[f"TICKETRAIL_{name.upper()}"] = text
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.sync.cli", *arguments),
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
-        return process.returncode or 0, out.decode(), err.decode()
+        return await asyncio.to_thread(zygote.run, ["services.sync.cli", *arguments], env=env)
 
     def another_writer(self) -> PostgresWriter:
         rig = self.rig
@@ -193,7 +184,7 @@ async def test_a_dead_letter_explains_a_change_also_when_it_was_discarded_or_edi
         by = {"why": "a test", "actor": "a tester", "role": "operator"}
         await actions.discard(connection, one.id, revision=one.revision, **by)
         edit = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
-        await actions.replace(connection, two.id, revision=two.revision, **edit, **by)
+        await actions.replace(connection, two.id, revision=two.revision, **edit, **by)  # type: ignore[arg-type]
     balance = await books.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 

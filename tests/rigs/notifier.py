@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ import aio_pika
 import httpx
 from msgspec import structs
 
-from deploy.local.child import Child
 from deploy.local.ports import find_free
 from shared.entities.contract import Change, Lane, now
 from shared.entities.order import Order, OrderStatus
@@ -23,10 +21,11 @@ from shared.messaging import declare
 from shared.messaging.topology import CHANGES, LOG
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
+from tests.rigs import zygote
 from tests.rigs.builders import RESTAURANT, change, message, order
 from tests.rigs.http_client import http_client
 from tests.rigs.servers import Servers
-from tests.rigs.system import ROOT, eventually
+from tests.rigs.system import eventually
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
 EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -167,14 +166,13 @@ class Notifier:
             "heartbeat_interval_seconds": 0.3,
             **settings,
         }
-        self.child = Child.spawn(
-            [sys.executable, "-m", "services.notifier"],
+        self.child = zygote.spawn(
+            ["services.notifier"],
             log=rail.folder / f"notifier-{port}.log",
             env={
                 **{key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")},
                 **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in chosen.items()},
             },
-            cwd=ROOT,
         )
 
     async def health(self) -> tuple[int, dict[str, Any]]:

@@ -4,8 +4,6 @@ processes, each of which can be started, stopped, killed and frozen by itself.""
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +20,7 @@ from deploy.local.child import Child
 from deploy.local.ports import find_free
 from shared.messaging.management import ask
 from shared.settings import Settings
+from tests.rigs import zygote
 from tests.rigs.http_client import http_client
 from tests.rigs.servers import Redis, Servers
 
@@ -53,11 +52,11 @@ async def eventually(
     deadline = time.monotonic() + within
     while True:
         late = time.monotonic() > deadline  # taken before the look, so that the last look starts after the deadline
-        seen: Any
+        seen: object
         try:
-            seen = await look()
-            if until(seen):
-                return seen
+            found = seen = await look()
+            if until(found):
+                return found
         except (httpx.HTTPError, asyncpg.PostgresError, OSError, AssertionError) as error:
             seen = error
         if late:
@@ -134,17 +133,13 @@ class System:
                 "/api/orders",
                 json={"items": [{"menu_item_id": self.dish(-1), "quantity": 1}], "discount_amount": 10**10},
             )
-        return answer.json()["error"]["code"] == "discount_above_subtotal"
+        return bool(answer.json()["error"]["code"] == "discount_above_subtotal")
 
     def start(self, name: str, *, alias: str | None = None, **settings: object) -> None:
         """Starts a service; `alias` and `settings` are for a second instance of it."""
         env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
-        self.children[alias or name] = Child.spawn(
-            [sys.executable, "-m", *SERVICES[name]],
-            log=self.directory / f"{alias or name}.log",
-            env=env,
-            cwd=self.root,
-        )
+        log = self.directory / f"{alias or name}.log"
+        self.children[alias or name] = zygote.spawn(SERVICES[name], log=log, env=env, cwd=self.root)
 
     async def ready(self, name: str, *, within: float = 120.0) -> None:
         async def look() -> int:
@@ -199,19 +194,9 @@ class System:
         return out
 
     async def command(self, *arguments: str) -> tuple[int, str, str]:
-        """Runs a command; returns (exit code, stdout, stderr)."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.sync.cli",
-            *arguments,
-            cwd=self.root,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        out, err = await process.communicate()
-        return process.returncode or 0, out.decode(), err.decode()
+        """`ticketrail ARGUMENTS`: (exit code, standard output, standard error)"""
+        command = ["services.sync.cli", *arguments]
+        return await asyncio.to_thread(zygote.run, command, env=self.env, cwd=self.root)
 
     # -- use ---------------------------------------------------------------------------------------------------
 
@@ -257,4 +242,4 @@ def settings_of(system: System, **fields: Any) -> Settings:
         name.removeprefix("TICKETRAIL_").lower(): text for name, text in system.env.items() if "TICKETRAIL" in name
     }
     chosen["retry_steps_ms"] = json.loads(chosen["retry_steps_ms"])
-    return Settings(_env_file=None, **{**chosen, **fields})  # type: ignore[call-arg]
+    return Settings(_env_file=None, **{**chosen, **fields})
