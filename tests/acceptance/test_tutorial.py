@@ -91,10 +91,10 @@ async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path
                 (copy / ".local/demo.json").write_text(json.dumps(demo))
             case "run until":
                 await eventually(
-                    lambda block=block: shell(block, copy),
+                    lambda block=block: shell(block, copy),  # type: ignore[misc]
                     within=60,
                     what=block,
-                    until=lambda seen, t=target: t in seen,
+                    until=lambda seen, t=target: t in seen,  # type: ignore[misc]
                 )
             case _:
                 pytest.fail(f"the tutorial has an unknown instruction {order!r}")

@@ -27,7 +27,7 @@ class AcknowledgesTooEarly(Intake):
 
 
 def create() -> Litestar:
-    postgres_writer.Intake = AcknowledgesTooEarly  # type: ignore[misc]
+    postgres_writer.Intake = AcknowledgesTooEarly  # type: ignore[attr-defined]
     return worker.create()
 
 

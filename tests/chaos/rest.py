@@ -4,6 +4,7 @@ payments that a fork left out are restored."""
 import aio_pika
 import redis.asyncio
 
+from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.chaos.rig import Rig
 from tests.rigs.http_client import http_client
@@ -46,7 +47,7 @@ async def _depths(rig: Rig) -> dict[str, int]:
     found: dict[str, int] = {}
     async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
         channel = await connection.channel()
-        for lane in topology.Lane:
+        for lane in Lane:
             for queue in (topology.lane_queue(lane), *(topology.retry_queue(lane, step) for step in (50, 100, 200))):
                 declared = await channel.declare_queue(queue, passive=True)
                 found[queue] = declared.declaration_result.message_count or 0

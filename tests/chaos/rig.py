@@ -28,7 +28,7 @@ _COPY_AGE = 10.0
 
 
 class Rig:
-    def __init__(self, servers: Servers, folder: Path, **settings: object) -> None:
+    def __init__(self, servers: Servers, folder: Path, **settings: Any) -> None:
         self.servers = servers
         self.folder = folder
         self._settings = settings
@@ -99,7 +99,7 @@ class Rig:
         for proxy in self.proxies.values():
             await proxy.stop()
         if self.disk is not None:
-            await asyncio.to_thread(subprocess.run, ["umount", "-l", self.disk], check=False)
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self.disk)], check=False)
 
     def _mount(self, folder: Path) -> None:
         folder.mkdir(parents=True)

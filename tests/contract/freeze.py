@@ -4,13 +4,13 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, structs
+from msgspec import Raw, Struct, structs
 
 from shared.entities.bay import Bay
 from shared.entities.brand import Brand
 from shared.entities.category import Category
 from shared.entities.change_id import change_id
-from shared.entities.contract import Change, ChangeData, Raw, changed_fields, encode
+from shared.entities.contract import Change, ChangeData, changed_fields, encode
 from shared.entities.customer import Customer, LoyaltyMove
 from shared.entities.entity import event_of
 from shared.entities.inventory_item import InventoryItem, StockMove

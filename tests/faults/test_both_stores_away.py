@@ -48,7 +48,7 @@ async def repeated_under_its_key(outage: Outage) -> None:
     async def place() -> httpx.Response:
         return await outage.call("POST", "/api/orders", body, key=key)
 
-    replies = await asyncio.gather(place(), place())
+    replies = list(await asyncio.gather(place(), place()))
     assert {reply.status_code for reply in replies} <= {201, 409}, [reply.text for reply in replies]
     replies = [*(reply for reply in replies if reply.status_code == 201), await place()]
     assert len(replies) > 1

@@ -77,7 +77,7 @@ class Shop(Struct):
         )
         assert await stored() == expected, "an order that was never acknowledged"
 
-    async def restart(self, **settings: object) -> None:
+    async def restart(self, **settings: Any) -> None:
         self.system.start("orders", **settings)
         await self.system.ready("orders")
         await eventually(self.system._can_price, what="the menu to be known")

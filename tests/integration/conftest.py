@@ -38,7 +38,7 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
             "heartbeat_interval_seconds": 0.2,
             "change_log_segment_bytes": 1_000_000,
         }
-        rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))  # type: ignore[call-arg]
+        rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))
         made.append((rig, name))
         # The migration gets enough time to connect: some tests give the worker very little.
         await _migrate(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))

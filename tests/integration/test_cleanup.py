@@ -47,7 +47,7 @@ async def add_tokens(shop: Shop) -> tuple[set[bytes], set[bytes]]:
         (30 * DAY, -6 * DAY, False),
         (30 * DAY, None, False),
     ]
-    removed, kept = set(), set()
+    removed, kept = set(), set()  # type: ignore[var-annotated]
     async with shop.system.database("ticketrail_owner") as connection:
         for expires, revoked, expired in cases:
             token = uuid4().bytes

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ async def outcome(work: Any) -> Committed | TicketrailError:
         return error
 
 
-def kinds(outcomes: list[Committed | TicketrailError]) -> Counter[str]:
+def kinds(outcomes: Sequence[Committed | TicketrailError]) -> Counter[str]:
     return Counter(type(one).__name__ for one in outcomes)
 
 
@@ -243,7 +243,7 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
         rig.publisher._timeout = 600.0
         second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 60)
         assert second.durability is Durability.JOURNAL
-    rig.drainer.start()
+    rig.drainer.start()  # type: ignore[union-attr]
     await eventually(lambda: empty(rig), within=30, what="the journal drained")
     found: Counter[str] = Counter()
 
@@ -256,6 +256,7 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
 
 
 async def empty(rig: RailRig) -> bool:
+    assert rig.journal is not None
     return rig.journal.depth == 0
 
 
@@ -263,7 +264,7 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailR
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
         arguments = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
-        full = await channel.declare_queue("full", durable=True, arguments=arguments)
+        full = await channel.declare_queue("full", durable=True, arguments=arguments)  # type: ignore[arg-type]
         await full.bind(await channel.get_exchange(topology.CHANGES), Lane.CRITICAL.value)
 
         async def refused() -> bool:
@@ -283,7 +284,7 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailR
 
         await eventually(taken, what="the copy of the lane", until=has_change)
         await channel.queue_delete("full")
-    rig.drainer.start()
+    rig.drainer.start()  # type: ignore[union-attr]
     await eventually(lambda: empty(rig), what="the journal drained")
     await eventually(taken, what="the change from the journal", until=has_change)
 
@@ -308,7 +309,7 @@ async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_re
     draft = rig.creation()
     with pytest.raises(Unavailable) as refused:
         await rig.rail.commit(draft)
-    assert isinstance(refused.value.__cause__.__cause__, JournalFull)
+    assert isinstance(refused.value.__cause__.__cause__, JournalFull)  # type: ignore[union-attr]
     assert await rig.claims() == 0
     assert await rig.read(draft.state.id) is None
     await rig.publisher.start(wait=10)
@@ -331,12 +332,12 @@ async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_ve
 
 
 async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_keeps_the_claim(
-    rig: RailRig, servers: Servers
+    rig: RailRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(entries: Any) -> None:
         raise JournalBroken("the disk is gone")
 
-    rig.journal.append = broken
+    monkeypatch.setattr(rig.journal, "append", broken)
     async with rig.frozen(servers.rabbitmq):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(rig.creation())
@@ -387,13 +388,16 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: R
     assert await rig.claims() == 0
 
 
-async def test_creation_whose_claim_may_exist_is_outcome_unknown(rig: RailRig, servers: Servers) -> None:
+async def test_creation_whose_claim_may_exist_is_outcome_unknown(
+    rig: RailRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The frozen mirror may have run the claim. Without a journal and a number it must not report a failure."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")
 
-    rig.journal.append = rig.journal.next_number = broken
+    monkeypatch.setattr(rig.journal, "append", broken)
+    monkeypatch.setattr(rig.journal, "next_number", broken)
     async with rig.frozen(servers.redis):
         with pytest.raises(OutcomeUnknown):
             await rig.rail.commit(rig.creation())

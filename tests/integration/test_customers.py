@@ -217,6 +217,7 @@ async def test_moves_of_points_count_once_and_are_visible_at_once(shop: Shop) ->
         found = await connection.fetchrow(
             "select count(*), sum(points) from loyalty_moves where customer_id = $1", id_of(ada)
         )
+    assert found is not None
     assert tuple(found) == (16, 40)
 
 

@@ -301,8 +301,8 @@ async def test_job_belongs_to_an_order(shop: Shop) -> None:
         await move(staff, later, order_id=None)
         assert len(expect(await staff.get("/api/jobs", params={"order_id": order}))) == 1
         for wrong in (deleted, str(uuid4())):
-            body = {"bay_id": bay, "title": "x", "order_id": wrong}
-            refused(await staff.post("/api/jobs", json=body), 422, "unknown_order", "order_id")
+            linking = {"bay_id": bay, "title": "x", "order_id": wrong}
+            refused(await staff.post("/api/jobs", json=linking), 422, "unknown_order", "order_id")
             reply = await staff.put(f"/api/jobs/{linked['id']}", json={"order_id": wrong})
             refused(reply, 422, "unknown_order", "order_id")
 

@@ -321,7 +321,7 @@ async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path
                 await stack.enter_async_context(link_to(shop.system.database_url("ticketrail_writer"))),
             ),
         }
-        running = asyncio.create_task(bring(shop, source, **{name: link.url for name, link in links.values()}))
+        running = asyncio.create_task(bring(shop, source, **{name: link.url for name, link in links.values()}))  # type: ignore[arg-type]
         await eventually(lambda: done(shop.system, source), what="some rows done")
         link = links[away][1]
         await link.cut()

@@ -328,7 +328,7 @@ async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_witho
     async with shop.client() as staff:
         await place(staff, (await dish(shop, (dough, 1)), 2))
         assert await stored(shop, dough) == 7
-    settings = Settings(_env_file=None, database_timeout_seconds=15.0)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, database_timeout_seconds=15.0)
     async with shop.system.database() as connection:
         state = await connection.fetchval(
             "select (c.data->'after')::text from inventory_items t join changes c using (restaurant_id, change_id)"

@@ -294,7 +294,7 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
         pass
 
     renames = 0
-    rename, flush = Path.rename, set_aside.flush_folder
+    rename, flush = Path.rename, set_aside.flush_folder  # type: ignore[attr-defined]
 
     def crash_at(self: Path, target: Path) -> Path:
         nonlocal renames

@@ -354,7 +354,7 @@ async def test_no_other_origin_may_call_without_configured_origins(system: Syste
 
 
 def test_star_allows_every_origin() -> None:
-    found = cors(Settings(_env_file=None, cors_origins="*"))  # type: ignore[call-arg]
+    found = cors(Settings(_env_file=None, cors_origins="*"))
     assert found is not None
     assert found.is_allow_all_origins
     assert not found.allow_credentials
@@ -486,7 +486,7 @@ async def test_body_over_a_megabyte_is_refused(system: System, service: str, pat
     def body(size: int) -> Any:
         return in_chunks(size) if chunked else b" " * size
 
-    token = {"x-sync-token": Settings(_env_file=None).sync_token}  # type: ignore[call-arg]
+    token = {"x-sync-token": Settings(_env_file=None).sync_token}
     async with system.client(service=service) as client:
         for size, status in (
             (MAX_BODY_BYTES, 422),  # blanks are not JSON

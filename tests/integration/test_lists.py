@@ -232,7 +232,7 @@ async def test_orders_are_filtered_and_shown_as_requested(shop: Shop) -> None:
         assert await ids(staff, "/api/orders", status="received", **at_table) == [newest[0]]
         assert await ids(admin, "/api/orders", include_deleted="true", **at_table) == newest
         refused(await staff.get("/api/orders", params={"include_deleted": "true"}), 403, "forbidden", "include_deleted")
-        listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))
+        listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))  # type: ignore[dict-item]
         assert listed[0] == {"id": newest[0], "total": 1_000, "payment_status": "pending"}
         # No client may request the field that only idempotency needs.
         refused(await staff.get("/api/orders", params={"fields": "request_hash"}), 422, "invalid_input", "fields")
@@ -423,7 +423,7 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
             return expect(await staff.get("/api/orders/summary"))["days"]
 
         days = await eventually(today, what="the day of today", until=lambda seen: bool(seen))
-        assert (days[-1]["business_day"], days[-1]["total"]) == (placed["business_day"], 700)
+        assert (days[-1]["business_day"], days[-1]["total"]) == (placed["business_day"], 700)  # type: ignore[call-overload]
         for query, field in (
             ({"from": "2026-13-01"}, "from"),
             ({"to": "yesterday"}, "to"),

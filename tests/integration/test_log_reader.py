@@ -229,7 +229,7 @@ async def test_cut_connections_lose_and_repeat_nothing(broker: Broker) -> None:
     async with Proxy(broker.servers.rabbitmq.port) as proxy, reading(proxy.url(broker.url), prefetch=100) as read:
         publishing = asyncio.create_task(broker.publish(*numbered(0, total), to_log_alone=True))
         for cut in range(1, cuts + 1):
-            await read.until(lambda cut=cut: len(read.bodies) >= cut * total // (cuts + 1))
+            await read.until(lambda cut=cut: len(read.bodies) >= cut * total // (cuts + 1))  # type: ignore[misc]
             proxy.cut()
         await publishing
         await read.until(lambda: len(read.bodies) >= total, within=60)

@@ -201,7 +201,7 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rail: Rail) -
     changes = [change(order(items=1)) for _ in range(3_000)]
     saying = asyncio.create_task(rail.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
 
-    coming = []
+    coming: list[Any] = []
     while not saying.done() and len(coming) < 12:
         coming.append(asyncio.create_task(come_back(notifier, start, 3_000)))
         await asyncio.wait((saying,), timeout=0.05)

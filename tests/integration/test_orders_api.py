@@ -46,6 +46,7 @@ async def test_order_goes_from_the_request_to_postgres(system: System) -> None:
     async with system.database() as connection:
         row = await connection.fetchrow("select version, total, status from orders where id = $1", placed["id"])
         items = await connection.fetch("select name, quantity from order_items where order_id = $1", placed["id"])
+    assert row is not None
     assert dict(row) == {"version": 1, "total": placed["total"], "status": "pending"}
     assert [tuple(item) for item in items] == [(placed["items"][0]["name"], 2)]
 
@@ -275,7 +276,7 @@ async def test_garbage_version_is_named(system: System) -> None:
 
 async def test_every_route_answers_401_without_a_valid_token(system: System) -> None:
     claims = {"userId": "u", "restaurantId": system.restaurant, "role": "admin", "exp": int(time.time()) + 60}
-    tokens = [None, "x", jwt.encode(claims, None, algorithm="none"), jwt.encode(claims, "k" * 40, algorithm="HS256")]
+    tokens = [None, "x", jwt.encode(claims, "", algorithm="none"), jwt.encode(claims, "k" * 40, algorithm="HS256")]
     routes = [
         ("POST", "/api/orders"),
         ("GET", "/api/orders"),
@@ -432,10 +433,11 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
         async with system.frozen("worker"):
             stamp = await raw.getdel("ticketrail:warm")
             try:
-                await raw.hset(name, mapping=old)
+                await raw.hset(name, mapping=old)  # type: ignore[arg-type]
                 await raw.zadd(f"{{{system.restaurant}}}:pending:order", {placed["id"]: 1.0})
                 page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
             finally:
+                assert stamp is not None
                 await raw.set("ticketrail:warm", stamp)
                 await raw.zrem(f"{{{system.restaurant}}}:pending:order", placed["id"])
                 await raw.delete(name)

@@ -143,7 +143,7 @@ async def test_repeated_payment_counts_once(shop: Shop) -> None:
         replies = await asyncio.gather(*(staff.post(f"{order}/payments", json=body) for _ in range(10)))
         assert {made(reply)["payment"]["id"] for reply in replies} == {body["id"]}
         assert sum("idempotency-replayed" in reply.headers for reply in replies) == 9
-        again = made(await staff.post(f"{order}/payments", json={**body, "id": body["id"].upper()}))
+        again = made(await staff.post(f"{order}/payments", json={**body, "id": str(body["id"]).upper()}))
         assert again["version"] == 2
         assert await state(staff, order) == ("partially_paid", [300])
         for other_fields in ({"amount": 301}, {"amount": -300}, {"method": "cash"}, {"reference": None}):
@@ -203,7 +203,7 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
             if len(others) < 10:
                 others.append(payment())
                 raise ClaimLost
-            return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)
+            return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)  # type: ignore[arg-type]
 
     commands = OrderCommands(EntityChanges(Rail(), Reads()), None)  # type: ignore[arg-type]
     identity = Identity(new_id(), Role.STAFF, builders.RESTAURANT)

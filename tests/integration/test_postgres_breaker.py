@@ -25,7 +25,7 @@ async def proxy(servers: Servers) -> AsyncIterator[Proxy]:
 @asynccontextmanager
 async def pool(servers: Servers, proxy: Proxy, timeout: float) -> AsyncIterator[Postgres]:
     url = servers.postgres.superuser_url.replace(f":{servers.postgres.port}/", f":{proxy.port}/")
-    postgres = Postgres(url, Settings(_env_file=None, database_timeout_seconds=timeout))  # type: ignore[call-arg]
+    postgres = Postgres(url, Settings(_env_file=None, database_timeout_seconds=timeout))
     try:
         yield postgres
     finally:

@@ -50,14 +50,14 @@ async def ask(rig: Rig, kind: str = "replay", **settings: Any) -> ReplayJob:
     chosen: dict[str, Any] = {"per_second": 10_000.0, "canary": False, **settings}
     wanted = chosen.pop("wanted", DeadLetterQuery())
     ops = await asyncpg.connect(rig.settings.database_ops_url)
-    job = await replay_jobs.make(ops, wanted, kind=kind, actor="nadia", role="operator", **chosen)
+    job = await replay_jobs.make(ops, wanted, kind=kind, actor="nadia", role="operator", **chosen)  # type: ignore[arg-type]
     await ops.close()
     return job
 
 
 async def cancel(rig: Rig, job: ReplayJob) -> None:
     ops = await asyncpg.connect(rig.settings.database_ops_url)
-    await replay_jobs.cancel(ops, job.id, actor="nadia", role="operator")
+    await replay_jobs.cancel(ops, job.id, actor="nadia", role="operator")  # type: ignore[arg-type]
     await ops.close()
 
 
@@ -293,16 +293,20 @@ async def test_a_canary_waits_for_one_then_for_ten_then_sends_the_rest(make_rig:
     job = await ask(rig, canary=True)
     lane = topology.lane_queue(Lane.CRITICAL)
     for waiting, of_one in ((1, {"sent": 1, "waiting": 29}), (10, {"resolved": 1, "sent": 10, "waiting": 19})):
-        await eventually(lambda: rig.depth(lane), what="canaries", until=lambda n, waiting=waiting: n == waiting)
+        await eventually(lambda: rig.depth(lane), what="canaries", until=lambda n, waiting=waiting: n == waiting)  # type: ignore[misc]
         seen = await eventually(
-            lambda: now_of(rig, job), what="noted", until=lambda one, of_one=of_one: one.outcomes == of_one
+            lambda: now_of(rig, job),
+            what="noted",
+            until=lambda one, of_one=of_one: one.outcomes == of_one,  # type: ignore[misc]
         )
         assert seen.state == "running"
         # Nothing more comes, however often the worker looks: what it waits for has not come out of the lane.
         beats = seen.beat_at
         for _ in range(3):
             seen = await eventually(
-                lambda: now_of(rig, job), what="a beat", until=lambda one, beats=beats: one.beat_at != beats
+                lambda: now_of(rig, job),
+                what="a beat",
+                until=lambda one, beats=beats: one.beat_at != beats,  # type: ignore[misc]
             )
             beats = seen.beat_at
         assert await rig.depth(lane) == waiting
@@ -522,7 +526,7 @@ async def test_a_dry_run_says_what_would_happen_and_nothing_of_it_stays(kept: Ri
     broken = msgspec.json.encode(change(menu_item())).replace(b'"price":', b'"price":-')
     letters = {"would_write": would_write, "refused": refused, "superseded": superseded, "fork": forked}
     for one in (*letters.values(), broken, first):
-        await kept.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
+        await kept.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))  # type: ignore[arg-type]
     await kept.publisher.publish_to_queue(topology.MIRROR_DEAD, message(would_write))
     await kept.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"garbage")
     await kept.letters(8)

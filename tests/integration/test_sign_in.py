@@ -230,7 +230,7 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
 ) -> None:
     """Each sign-in verifies one hash of the same cost."""
     verified: list[tuple[str, str]] = []
-    really_fits = signing_in.fits
+    really_fits = signing_in.fits  # type: ignore[attr-defined]
 
     def counted(known: str, password: str) -> bool:
         verified.append((known.rpartition("$")[0].rpartition("$")[0], password))
@@ -238,7 +238,7 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
 
     monkeypatch.setattr(signing_in, "fits", counted)
     user = await place.user()
-    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None)
     postgres = Postgres(system.database_url("ticketrail_api"), settings)
     mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
     tokens = Tokens(secrets.token_urlsafe(40), ttl_seconds=60)

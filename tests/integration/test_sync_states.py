@@ -149,6 +149,7 @@ async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
                 refused(reply, 503, "unavailable")
                 assert int(reply.headers["retry-after"]) > 0
             finally:
+                assert stamp is not None
                 await mirror.set(keys.WARM, stamp)
     for id_ in placed:
         await becomes(staff, id_, "synced")
@@ -162,7 +163,7 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
     other, id_ = await place(shop, staff), await place(shop, staff)
     await becomes(staff, id_, "synced")
     async with system.database() as connection:
-        base, state = await connection.fetchrow(
+        base, state = await connection.fetchrow(  # type: ignore[misc]
             "select change_id::text, (data->'after')::text from changes where entity_id = $1", id_
         )
         before = orders.ENTITY.decode_state(state.encode())

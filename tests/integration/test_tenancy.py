@@ -20,7 +20,7 @@ async def of_two_tenants(system: System) -> None:
         await write_batch(
             connection,  # type: ignore[arg-type]  # a connection of its own instead of a pool's
             [Written(Lane.CRITICAL, orders.ENTITY, change(state), state) for state in states],
-            patience=5.0,
+            timeout_seconds=5.0,
         )
 
 

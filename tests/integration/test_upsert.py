@@ -41,7 +41,7 @@ async def urls(servers: Servers) -> AsyncIterator[Settings]:
     name = f"c{uuid4().hex[:10]}"
     await asyncio.to_thread(servers.postgres.make_database, name)
     chosen = Settings(
-        _env_file=None,  # type: ignore[call-arg]
+        _env_file=None,
         database_url=servers.postgres.url("ticketrail_owner", name),
         database_writer_url=servers.postgres.url("ticketrail_writer", name),
         database_api_url=servers.postgres.url("ticketrail_api", name),

@@ -440,7 +440,7 @@ def harness(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harne
 @pytest.mark.timeout(600)  # shrinking a failing example takes minutes
 def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(harness: Harness) -> None:
     run_state_machine_as_test(
-        lambda: RailMachine(harness),
+        lambda: RailMachine(harness),  # type: ignore[arg-type]
         settings=settings(
             max_examples=700,
             stateful_step_count=30,

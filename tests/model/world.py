@@ -331,9 +331,9 @@ class World:
         every = self.redis.keys("*")
         pipeline = self.redis.pipeline()
         for key in every:
-            pipeline.pttl(key).dump(key)
+            pipeline.pttl(key).dump(key)  # type: ignore[attr-defined]
         found = pipeline.execute()
-        return [(key, max(found[2 * n], 0), found[2 * n + 1]) for n, key in enumerate(every)]
+        return [(key, max(found[2 * n], 0), found[2 * n + 1]) for n, key in enumerate(every)]  # type: ignore[misc]
 
     def roll_back(self, copy: Copy) -> None:
         """A failover to a replica that lagged: older data, with stamps of the former server."""
@@ -343,7 +343,7 @@ class World:
         if self.redis.exists(keys.WARM):
             self.redis.set(keys.WARM, FORMER_SERVER)
         for member in self.redis.zrange(keys.CLAIMS, 0, -1):
-            claim = keys.claim(*member.decode().split("|"))
+            claim = keys.claim(*member.decode().split("|"))  # type: ignore[union-attr]
             if self.redis.hexists(claim, "server"):
                 self.redis.hset(claim, "server", FORMER_SERVER)
         self.lose_mirror()

@@ -26,7 +26,7 @@ from tests.rigs.system import eventually
 class Outage(Rig):
     """A primary and a replica for the mirror, both named in the setting; the replica replicates through a proxy."""
 
-    def __init__(self, shared: Servers, folder: Path, **settings: object) -> None:
+    def __init__(self, shared: Servers, folder: Path, **settings: Any) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
         self.replica = local_redis(self._local)
         super().__init__(with_own_redis(shared, self._local), folder, **{"mirror_settle_seconds": 3.0, **settings})

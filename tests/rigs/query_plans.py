@@ -122,7 +122,7 @@ async def empty_database(servers: Servers) -> AsyncIterator[tuple[str, str, Sett
     """Yields (name, URL of the superuser, settings) of a migrated database."""
     name = f"plans{uuid4().hex[:8]}"
     await asyncio.to_thread(servers.postgres.make_database, name)
-    settings = Settings(  # type: ignore[call-arg]
+    settings = Settings(
         _env_file=None,
         database_url=servers.postgres.url("ticketrail_owner", name),
         database_writer_url=servers.postgres.url("ticketrail_writer", name),

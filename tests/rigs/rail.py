@@ -163,7 +163,7 @@ async def rails(servers: Servers, folder: Path) -> AsyncIterator[MakeRail]:
     """Yields a function that makes rigs; they share one vhost and, by default, the Redis of the run."""
     name = f"rail-{uuid4().hex[:8]}"
     url = await asyncio.to_thread(servers.rabbitmq.make_vhost, name)
-    settings = Settings(_env_file=None, rabbitmq_url=url, change_log_segment_bytes=1_000_000)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, rabbitmq_url=url, change_log_segment_bytes=1_000_000)
     async with await declare.connect(url) as connection:
         await declare.declare(connection, settings)
         await declare.declare_logs(connection, settings, "test")

@@ -40,7 +40,8 @@ class Shop(Struct, frozen=True):
     async def dish(self, **fields: Any) -> dict[str, Any]:
         async with self.client(Role.ADMIN) as admin:
             body = {"name": "Dosa", "price": 1_000, "category": "Mains", **fields}
-            return made(await admin.post("/api/menu", json=body))
+            created: dict[str, Any] = made(await admin.post("/api/menu", json=body))
+            return created
 
     async def publish(self, *changes: Change, lane: Lane = Lane.CRITICAL) -> None:
         """Records the changes as another instance would."""

@@ -130,7 +130,7 @@ class Kitchen(Shelf):
         self.now = now() - timedelta(days=14)
         self.items: list[str] = []
         self.orders: list[str] = []
-        self.menu = {}
+        self.menu: dict[str, Any] = {}
         self.seen: Counter[str] = Counter()
         metrics = WriterMetrics(Metrics())
         self.writer = MirrorWriter(rig.settings, rig.postgres, mirror, rig.publisher, rig.watch, rig.tracer, metrics)

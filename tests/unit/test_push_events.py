@@ -28,7 +28,8 @@ def pushed(change: Change) -> PushEvent:
 
 
 def payload(event: PushEvent, *, of_one_order: bool = False) -> dict[str, Any]:
-    return json.loads(event.payload(of_one_order=of_one_order))
+    found: dict[str, Any] = json.loads(event.payload(of_one_order=of_one_order))
+    return found
 
 
 @pytest.mark.parametrize(

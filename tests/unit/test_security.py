@@ -28,7 +28,7 @@ def claims(**changed: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     "token",
     [
-        jwt.encode(claims(), None, algorithm="none"),
+        jwt.encode(claims(), "", algorithm="none"),
         jwt.encode(claims(), "another-secret-that-is-long-enough-too", algorithm="HS256"),
         jwt.encode(claims(), SECRET + SECRET, algorithm="HS512"),
         jwt.encode(claims(exp=int(time.time()) - 1), SECRET, algorithm="HS256"),

@@ -248,5 +248,5 @@ def test_every_setting_has_a_group_a_sentence_and_the_unit_of_its_name() -> None
         assert re.fullmatch(r"\S.*\.", described.sentence), name
         for ending, unit in units.items():
             assert (described.unit == unit) == name.endswith(ending), name
-        if "number" in settings_docs.allowed_values(field) and name not in ("instance", "trace_sample"):
+        if "number" in settings_docs.allowed_values(field) and name not in ("instance", "trace_sample"):  # type: ignore[attr-defined]
             assert described.unit or name.endswith("_port") or name in ("port_base", "change_log_max_age"), name

@@ -7,7 +7,10 @@ from shared.http.api_docs import _FILES
 from tests.rigs.system import ROOT
 
 FOLDER = ROOT / "shared/http/swagger_ui"
-SUMS = dict(reversed(line.split(maxsplit=1)) for line in (FOLDER / "SHA256SUMS").read_text().splitlines())
+SUMS = {
+    name: checksum
+    for checksum, name in (line.split(maxsplit=1) for line in (FOLDER / "SHA256SUMS").read_text().splitlines())
+}
 
 
 def test_every_vendored_file_has_its_listed_checksum() -> None:

@@ -58,7 +58,7 @@ def tokens(algorithm: str = "HS256", **chosen: str) -> Tokens:
 
 
 def settings(algorithm: str = "HS256", **chosen: str) -> Settings:
-    return Settings(_env_file=None, jwt_algorithm=algorithm, **chosen)  # type: ignore[call-arg,arg-type]
+    return Settings(_env_file=None, jwt_algorithm=algorithm, **chosen)  # type: ignore[arg-type]
 
 
 def bearer(token: str) -> str:

@@ -29,7 +29,7 @@ def make(tmp_path: Path) -> Iterator[MakeTracer]:
 
     def tracer(service: str = "orders", **settings: Any) -> Tracer:
         chosen = {"home": tmp_path, "trace_slow_ms": 60_000, **settings}
-        made.append(Tracer(service, Settings(_env_file=None, **chosen)))  # type: ignore[call-arg]
+        made.append(Tracer(service, Settings(_env_file=None, **chosen)))
         return made[-1]
 
     yield tracer

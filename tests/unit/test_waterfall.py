@@ -268,7 +268,7 @@ def jaeger() -> Iterator[str]:
 
 def without_postgres(url: str) -> Settings:
     nowhere = f"postgresql://nobody@127.0.0.1:{find_free(1)[0]}/none"
-    return Settings(_env_file=None, database_writer_url=nowhere, trace_query_url=url)  # type: ignore[call-arg]
+    return Settings(_env_file=None, database_writer_url=nowhere, trace_query_url=url)
 
 
 async def test_jaeger_gives_the_spans_of_the_order_and_of_the_linked_batches(jaeger: str) -> None:

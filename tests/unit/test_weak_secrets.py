@@ -2,6 +2,7 @@
 
 import secrets
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -24,9 +25,11 @@ URLS = {
 
 
 def production(**changed: str) -> Settings:
-    strong = {name: url.format(STRONG) for name, url in URLS.items()}
+    strong: dict[str, Any] = {name: url.format(STRONG) for name, url in URLS.items()}
     return Settings(
-        _env_file=None, environment="production", **{**strong, "jwt_secret": STRONG, "sync_token": STRONG, **changed}
+        _env_file=None,
+        environment="production",
+        **{**strong, "jwt_secret": STRONG, "sync_token": STRONG, **changed},  # type: ignore[arg-type]
     )
 
 

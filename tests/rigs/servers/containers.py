@@ -36,7 +36,7 @@ class Container:
         """`ports`: the container's port -> the port on the host."""
         self.definition = DockerContainer(image)
         for inside, outside in ports.items():
-            self.definition.ports[f"{inside}/tcp"] = ("127.0.0.1", outside)
+            self.definition.ports[f"{inside}/tcp"] = ("127.0.0.1", outside)  # type: ignore[assignment]
         self._answers = answers
         self._made = False
 
