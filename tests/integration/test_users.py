@@ -43,7 +43,7 @@ async def test_users_are_created_listed_changed_deleted_and_restored(url: str, s
 
         assert expect(await admin.delete(f"/api/users/{kim['id']}"))["deleted_at"]
         for method, path in (("GET", ""), ("PUT", ""), ("DELETE", "")):
-            body = {} if method == "PUT" else None
+            body: dict[str, Any] | None = {} if method == "PUT" else None
             expect(await admin.request(method, f"/api/users/{kim['id']}{path}", json=body), 404)
         assert kim["id"] not in [one["id"] for one in expect(await admin.get("/api/users"))]
         with_deleted = expect(await admin.get("/api/users", params={"include_deleted": "true"}))
