@@ -29,7 +29,7 @@ _counted: Counter[str] = Counter()
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # type: ignore[type-arg]
     path = case.path_parameters or {}
     if path.get("user_id") == _ground["admin_id"]:
         path["user_id"] = _changed["user_id"][0]
@@ -68,9 +68,9 @@ def _meant(body: Any) -> Any:
     return found
 
 
-def _fresh(case: schemathesis.Case) -> None:
+def _fresh(case: schemathesis.Case) -> None:  # type: ignore[type-arg]
     """Replaces most repeated values that may be used only once; a few repeats stay, because they are worth testing."""
-    headers = case.headers or {}
+    headers = case.headers or {}  # type: ignore[var-annotated]
     if _is_repeated(headers.get("Idempotency-Key")):
         headers["Idempotency-Key"] = uuid4().hex
     if isinstance(case.body, dict) and case.path in ("/api/auth/register-restaurant", "/api/users"):
@@ -87,7 +87,7 @@ def _is_repeated(value: Any) -> bool:
 
 
 @schemathesis.hook
-def after_call(context: schemathesis.HookContext, case: schemathesis.Case, response: schemathesis.Response) -> None:
+def after_call(context: schemathesis.HookContext, case: schemathesis.Case, response: schemathesis.Response) -> None:  # type: ignore[type-arg]
     _counted[f"{case.operation.label} {response.status_code}"] += 1
 
 

@@ -170,7 +170,7 @@ async def ours(system: System) -> Ours:
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
     async with shop.system.database() as connection:
         ids["dead_letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
-        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, shop.restaurant, ids["order_id"])
+        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, shop.restaurant, ids["order_id"])  # type: ignore[misc]
         ids["replay_id"] = await connection.fetchval(_REPLAY, hidden)
     return Ours(shop, ids, shown, hidden)
 
@@ -232,7 +232,7 @@ def every(answers: list[Answer], right: Callable[[Answer], bool]) -> None:
 def test_every_route_has_an_action(service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.http.service.configure_logging", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    app = service.create(Settings(_env_file=None, home=tmp_path, trace_sample=0)).app  # type: ignore[call-arg]
+    app = service.create(Settings(_env_file=None, home=tmp_path, trace_sample=0)).app
     assert isinstance(app, Litestar)
     declared = {(method, path) for method, path, _ in operations([one for found in HANDLERS.values() for one in found])}
     found = [(handler, route.path) for route in app.routes for handler in getattr(route, "route_handlers", ())]
@@ -291,7 +291,7 @@ async def test_no_route_answers_without_a_valid_token(ours: Ours) -> None:
         None,
         "",
         "Bearer garbage",
-        f"Bearer {jwt.encode(claims, None, algorithm='none')}",
+        f"Bearer {jwt.encode(claims, '', algorithm='none')}",
         f"Bearer {jwt.encode(claims, 'another-secret-that-is-long-enough-too', algorithm='HS256')}",
         f"Bearer {expired.issue(Identity('u', Role.ADMIN, ours.shop.restaurant))}",
         f"Basic {ours.shop.token}",

@@ -1,5 +1,6 @@
 """The `ticketrail` command as a process of its own, on the servers of a system; also in a terminal of a given width."""
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -7,12 +8,14 @@ import os
 import pty
 import re
 import struct
+import subprocess
+import sys
 import termios
 from typing import Any
 
 from msgspec import Struct
 
-from tests.rigs.system import System
+from tests.rigs.system import ROOT, System
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -31,3 +34,33 @@ class Ended(Struct):
 async def ticketrail(system: System, *arguments: str) -> Ended:
     code, out, err = await system.command(*arguments)
     return Ended(code, out, err)
+
+
+async def in_terminal(system: System, *arguments: str, columns: int) -> str:
+    """What `ticketrail` writes into a pseudo-terminal of this width, without styles; fails unless it ends with 0."""
+    terminal, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    env = {name: value for name, value in system.env.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.sync.cli", *arguments),
+            cwd=ROOT,
+            env={**env, "TERM": "xterm"},
+            stdin=subprocess.DEVNULL,
+            stdout=slave,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        os.close(slave)
+    reading = asyncio.to_thread(_read_all, terminal)
+    written, (_, err) = await asyncio.gather(reading, process.communicate())
+    assert process.returncode == 0, err.decode()
+    return "\n".join(line.rstrip() for line in _STYLE.sub("", written).splitlines())
+
+
+def _read_all(terminal: int) -> str:
+    parts = []
+    with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):  # EIO: the process has ended
+        while part := file.read(65_536):
+            parts.append(part)
+    return b"".join(parts).decode()

@@ -130,7 +130,7 @@ def test_a_dead_letter_that_names_two_restaurants_is_marked() -> None:
 )
 def test_names_that_no_column_can_store_are_left_out(event: dict[str, Any]) -> None:
     found = dead_letter(json.dumps([event]).encode())
-    assert found.restaurant_id is found.change_id is found.entity_id is found.version is None
+    assert found.restaurant_id is found.change_id is found.entity_id is found.version is None  # type: ignore[comparison-overlap]
     for text in (found.type, found.source, found.entity, found.terminal_id):
         assert text is None or ("\0" not in text and len(text) <= 200)
 

@@ -138,7 +138,7 @@ def test_poison_goes_straight_to_the_dead_letter_queue() -> None:
 
 
 def test_headers_name_the_change_and_copy_none_of_the_brokers_headers() -> None:
-    one = failed(**{"x-death": [{"count": 3}], "x-delivery-count": 2, topology.ATTEMPT: 1, "traceparent": "00-a-b-01"})
+    one = failed(**{"x-death": [{"count": 3}], "x-delivery-count": 2, topology.ATTEMPT: 1, "traceparent": "00-a-b-01"})  # type: ignore[arg-type]
     headers = headers_for(one, Lane.CRITICAL)
     assert one.change is not None
     assert headers == {
@@ -167,7 +167,7 @@ def test_headers_name_the_change_and_copy_none_of_the_brokers_headers() -> None:
 
 
 def test_the_time_of_the_first_failure_stays_over_all_attempts() -> None:
-    headers = headers_for(failed(**{"ticketrail-first-failed-at": "long ago"}), Lane.CRITICAL)
+    headers = headers_for(failed(**{"ticketrail-first-failed-at": "long ago"}), Lane.CRITICAL)  # type: ignore[arg-type]
     assert headers["ticketrail-first-failed-at"] == "long ago"
 
 
@@ -191,7 +191,7 @@ def test_an_invalid_list_of_attempts_is_replaced_by_a_new_one(value: Any) -> Non
 
 def test_foreign_headers_never_fill_the_frame_or_displace_our_headers() -> None:
     strange = {f"a{number}": "x" * 5_000 for number in range(100)}
-    headers = headers_for(failed(**strange, **{"ticketrail-replay": "a dead letter"}), Lane.CRITICAL)
+    headers = headers_for(failed(**strange, **{"ticketrail-replay": "a dead letter"}), Lane.CRITICAL)  # type: ignore[arg-type]
     assert headers["ticketrail-replay"] == "a dead letter"
     assert sum(len(str(value)) for value in headers.values()) < 60_000
 
@@ -206,7 +206,7 @@ def test_a_body_without_a_readable_change_still_gets_headers() -> None:
 
 
 def test_the_mirror_gets_the_error_the_number_of_attempts_and_the_time() -> None:
-    assert msgspec.json.decode(for_the_mirror(failed(**{topology.ATTEMPT: 1}))) == {
+    assert msgspec.json.decode(for_the_mirror(failed(**{topology.ATTEMPT: 1}))) == {  # type: ignore[arg-type]
         "error": "SerializationError: try again",
         "attempts": 2,
         "last_attempt": "2026-03-14T12:30:00Z",

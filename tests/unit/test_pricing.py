@@ -96,7 +96,7 @@ def test_an_unavailable_dish_is_refused_by_its_index(dish: object, code: str) ->
     other = RequestedItem(menu_item_id=UUID(dish.id if dish else new_id()), quantity=1)  # type: ignore[attr-defined]
     menu = {DISH.id: DISH, **({dish.id: dish} if dish else {})}  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput) as refused:
-        priced_items([requested(), other], menu)
+        priced_items([requested(), other], menu)  # type: ignore[arg-type]
     assert refused.value.error_code == code
     assert refused.value.details["field"] == "items[1].menu_item_id"
 
