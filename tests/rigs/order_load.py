@@ -145,9 +145,9 @@ class Load:
         async with self._system.database() as connection:
             letters = await connection.fetch("select reason, error from dead_letters")
         assert not letters, letters[:3]
-        connection = await aio_pika.connect(self._system.rabbitmq_url)
-        async with connection:
-            channel = await connection.channel()
+        broker = await aio_pika.connect(self._system.rabbitmq_url)
+        async with broker:
+            channel = await broker.channel()
             for name, _ in topology.dead_queues():  # dead letters that the collector has not taken yet
                 declared = await channel.declare_queue(name, passive=True)
                 assert declared.declaration_result.message_count == 0, name
