@@ -1,7 +1,7 @@
-"""One order down the whole way: accepted, visible, pushed, stored; each hop with its milliseconds.
+"""One order through the whole system: accepted, visible, pushed, stored; each hop with its milliseconds.
 
-`travel` raises DemoFailed when a hop does not happen within its deadline, so that a system that starts but does not
-work is not reported as working.
+`travel` raises DemoFailed if a hop does not happen within its deadline, so that `make run` does not report a system as
+ready that starts but does not work.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from typing import Any
 import asyncpg
 import httpx
 
-WITHIN = 20.0  # seconds for each hop; on an idle machine each takes milliseconds
+HOP_TIMEOUT_SECONDS = 20.0  # on an idle machine each hop takes milliseconds
 
 
 class DemoFailed(Exception):
-    """An order did not come through; says at which hop."""
+    """An order did not arrive everywhere; the message names the hop."""
 
 
 @dataclass
 class Demo:
-    """What the seed made, and where to find it: the content of `.local/demo.json`."""
+    """What the seed created, and its URLs: the content of `.local/demo.json`."""
 
     orders_url: str
     sync_url: str
@@ -35,7 +35,7 @@ class Demo:
     tokens: dict[str, str]
     emails: dict[str, str]
     password: str
-    """Of all the demo's users."""
+    """The password of every user of the demo."""
     terminal: dict[str, str]
     sync_token: str
     menu_item_ids: list[str]
@@ -79,7 +79,7 @@ async def travel(demo: Demo, database_url: str) -> tuple[str, list[Hop]]:
     """Place one order as staff and watch it arrive everywhere: its id, and the hops in the order they happened, in
     milliseconds since it was sent."""
     headers = {"Authorization": f"Bearer {demo.tokens['staff']}"}
-    timeout = httpx.Timeout(10.0, read=WITHIN)
+    timeout = httpx.Timeout(10.0, read=HOP_TIMEOUT_SECONDS)
     async with (
         httpx.AsyncClient(headers=headers, timeout=timeout) as client,
         _events(client, demo.notifier_url) as events,
@@ -160,10 +160,10 @@ async def _bounded(work: Callable[[], Awaitable[Hop]]) -> Hop:
 @asynccontextmanager
 async def _within(name: str) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(WITHIN):
+        async with asyncio.timeout(HOP_TIMEOUT_SECONDS):
             yield
     except TimeoutError:
-        raise DemoFailed(f"the order was not {name} within {WITHIN:.0f} s") from None
+        raise DemoFailed(f"the order was not {name} within {HOP_TIMEOUT_SECONDS:.0f} s") from None
 
 
 @asynccontextmanager
@@ -182,7 +182,7 @@ async def _parsed(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
     async for line in lines:
         if line:
             name, _, value = line.partition(":")
-            if name:  # a line that begins with a colon is a heartbeat
+            if name:  # a line that begins with a colon is a keep-alive
                 event[name] = event[name] + "\n" + value.lstrip(" ") if name in event else value.lstrip(" ")
         elif event:
             yield event
