@@ -150,7 +150,7 @@ class EntityReads:
                     pending_ids, pending = await self._newer_than_stored(
                         entity, connection, restaurant, pending_ids, selection, state
                     )
-                stored = await states.page(
+                stored = await states.list_page(
                     connection,
                     entity,
                     restaurant,
@@ -178,7 +178,7 @@ class EntityReads:
 
     async def _from_postgres(self, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
         async with self._postgres.tenant(restaurant) as connection:
-            return await states.one(connection, entity, restaurant, id_)
+            return await states.find_state(connection, entity, restaurant, id_)
 
     async def _pending_page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState) -> Page:
         """A page of pending or failed entities, which only a warm mirror knows. Raises Unavailable."""

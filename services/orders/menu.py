@@ -126,7 +126,7 @@ class Menus:
         try:
             async with self._postgres.tenant(restaurant_id) as connection:
                 restaurant = await find_restaurant(connection, restaurant_id)
-                stored = await states.every(connection, menu_item.ENTITY, restaurant_id)
+                stored = await states.list_states(connection, menu_item.ENTITY, restaurant_id)
         except UNAVAILABLE as error:
             if not warm or mirror_restaurant is None:  # a cold mirror may hold half a menu, which would then stay
                 raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error

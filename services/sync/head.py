@@ -35,7 +35,7 @@ async def head_in_postgres(
     connection: Connection, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
     """(head, state) in PostgreSQL, or None. `connection` as a role that sees this restaurant."""
-    found = await states.one(connection, entity, restaurant, id_)
+    found = await states.find_state(connection, entity, restaurant, id_)
     return None if found is None else (found.head, entity.decode_state(found.state))
 
 

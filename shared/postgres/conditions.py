@@ -1,8 +1,9 @@
-"""The conditions of a list of a restaurant's rows, with their values.
+"""The conditions of a query that lists rows of one restaurant, with their values.
 
-A page is read from an index in its own order and ends at its limit. For that the planner must expect more rows than
-the limit, and a plan that is made for all values (PostgreSQL makes one after a statement's fifth run) knows none. So a
-condition stands there only when it is wanted, never as `$2 is null or …`, and times are compared as rows: `between`.
+A page should be read from an index, in the order of the index, up to its limit. The planner does so only when it
+expects more rows than the limit. After five runs of a statement PostgreSQL may use a generic plan, which knows no
+values. Therefore a query holds only the conditions that the caller asked for, never `$2 is null or …`, and `between`
+compares times as rows.
 """
 
 from datetime import datetime
@@ -21,7 +22,7 @@ class Conditions:
         return " and ".join(self._conditions)
 
     def add(self, condition: str, *values: Any) -> None:
-        """`{}` in it stands for each of the values in turn."""
+        """Adds a condition in which each `{}` stands for the next of the values."""
         places = [f"${len(self.values) + place}" for place in range(1, len(values) + 1)]
         self._conditions.append(condition.format(*places))
         self.values += values
@@ -29,10 +30,11 @@ class Conditions:
     def between(
         self, columns: str, start: datetime | None, end: datetime | None, before: tuple[datetime, str] | None
     ) -> None:
-        """`columns`: (time, id). From `start` to `end`, both included, and below the place `before`.
+        """Limits `columns`, a pair (time, id), to the times from `start` to `end`, both included, and to positions
+        before `before`.
 
-        Of `time >= $1 and time <= $2` a plan for all values expects one row in two hundred: it would read and sort all
-        that is in between. Of rows that are compared it expects a third."""
+        For `time >= $1 and time <= $2` a generic plan expects one row in two hundred, so it would read and sort the
+        whole range. For a comparison of rows it expects a third, and reads in index order."""
         if start is not None:
             self.add(f"({columns}) >= ({{}}, {{}}::uuid)", start, _FIRST)
         if before is not None and (end is None or before[0] <= end):

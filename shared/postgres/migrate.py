@@ -1,7 +1,7 @@
-"""Bringing a database to the present schema: plain SQL files, append-only, each in a transaction, in order of name.
+"""Brings a database to the current schema: plain SQL files in order of name, each in a transaction of its own.
 
-Runs under an advisory lock, so that two `ticketrail migrate` at once do the work once. A file that was applied and has
-changed since is refused: history is not rewritten.
+`migrate` holds an advisory lock, so two runs at the same time do the work once. It refuses a file whose content has
+changed since it was applied, because the database would not get the change.
 """
 
 import hashlib
@@ -17,30 +17,34 @@ _LOCK = 0x71636B74
 
 
 class MigrationError(RuntimeError):
-    pass
+    """The database cannot be migrated; the message says why."""
 
 
 def files() -> list[tuple[str, str]]:
+    """(name, SQL) of every migration, in the order in which they apply."""
     folder = resources.files("shared.postgres") / "migrations"
     found = [(path.name, path.read_text()) for path in folder.iterdir() if path.name.endswith(".sql")]
     return sorted(found)
 
 
 async def _make_role(connection: "asyncpg.Connection[asyncpg.Record]", url: str) -> None:
-    """A login role with the name and the password that stand in the service's own URL."""
+    """Creates or updates the login role with the name and the password in the service's URL."""
     parts = urlsplit(url)
     name, password = unquote(parts.username or ""), unquote(parts.password or "")
     quoted = await connection.fetchval("select quote_literal($1)", password)
     known = await connection.fetchrow("select rolsuper or rolbypassrls as above from pg_roles where rolname = $1", name)
     if known and known["above"]:
-        raise MigrationError(f"role {name!r} is above row-level security: tenants would not be kept apart")
+        raise MigrationError(
+            f"role {name!r} bypasses row-level security, so it would see every tenant: use a role without"
+            " superuser and bypassrls"
+        )
     await connection.execute(f'{"alter" if known else "create"} role "{name}" login password {quoted}')
     database = await connection.fetchval("select quote_ident(current_database())")
     await connection.execute(f'grant connect on database {database} to "{name}"')
 
 
 async def migrate(settings: Settings) -> list[str]:
-    """Applies what is missing and returns the names of the files applied."""
+    """Creates the roles, applies the missing files and returns their names. Raises MigrationError."""
     connection = await asyncpg.connect(settings.database_url, timeout=settings.database_timeout_seconds)
     try:
         await connection.execute("select pg_advisory_lock($1)", _LOCK)
@@ -56,7 +60,9 @@ async def migrate(settings: Settings) -> list[str]:
             digest = hashlib.sha256(sql.encode()).hexdigest()
             if name in done:
                 if done[name] != digest:
-                    raise MigrationError(f"{name} was applied with another content: add a new file instead")
+                    raise MigrationError(
+                        f"{name} has changed since it was applied: restore it and add a new migration instead"
+                    )
                 continue
             async with connection.transaction():
                 await connection.execute(sql)
@@ -68,6 +74,6 @@ async def migrate(settings: Settings) -> list[str]:
 
 
 async def present_epoch(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> str | None:
-    """Epoch of the present log, or None when there was never one."""
+    """The epoch of the current change log, or None before the first one."""
     epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
     return epoch

@@ -1,4 +1,4 @@
-"""Reading what was paid, and what days came to."""
+"""Reads payments and the totals of business days."""
 
 from datetime import date, datetime
 from typing import Any
@@ -25,7 +25,7 @@ order by business_day
 """
 
 
-# Of the orders that were forked since: what the standing state does not carry.
+# The payments of orders forked since $1 that the current state of the order does not contain.
 _LEFT_OUT = """
 select p.restaurant_id::text, p.order_id::text, p.id::text, p.amount, p.method, p.created_at, p.reference
 from (select distinct restaurant_id, entity_id from conflicts where entity = 'order' and opened_at >= $1) forked
@@ -38,16 +38,16 @@ where not exists (
 order by 1, 2, p.created_at, p.id
 limit $2
 """
-MOST_LEFT_OUT = 1_000
+MAX_LEFT_OUT_ROWS = 1_000
 
 
-class PaymentsWanted(Struct, frozen=True, kw_only=True):
+class PaymentFilter(Struct, frozen=True, kw_only=True):
     start: datetime | None = None
     end: datetime | None = None
     method: str | None = None
     order_id: str | None = None
     before: tuple[datetime, str] | None = None
-    """The place of the last one of the page before."""
+    """(created_at, id) of the last payment on the previous page."""
     limit: int = 50
 
     def match(self, payment: Any) -> bool:
@@ -60,28 +60,28 @@ class PaymentsWanted(Struct, frozen=True, kw_only=True):
         )
 
 
-async def payments(connection: Connection, restaurant: str, wanted: PaymentsWanted) -> list[dict[str, Any]]:
-    """One more than the limit, the newest first."""
+async def payments(connection: Connection, restaurant: str, requested: PaymentFilter) -> list[dict[str, Any]]:
+    """Up to limit + 1 payments, newest first; the extra one tells that there is another page."""
     where = Conditions(restaurant)
-    if wanted.method is not None:
-        where.add("t.method = {}", wanted.method)
-    if wanted.order_id is not None:
-        where.add("t.order_id = {}", wanted.order_id)
-    where.between("t.created_at, t.id", wanted.start, wanted.end, wanted.before)
+    if requested.method is not None:
+        where.add("t.method = {}", requested.method)
+    if requested.order_id is not None:
+        where.add("t.order_id = {}", requested.order_id)
+    where.between("t.created_at, t.id", requested.start, requested.end, requested.before)
     rows = await connection.fetch(
         "select t.id::text, t.order_id::text, t.amount, t.method, t.created_at, t.reference"  # noqa: S608
-        f" from payments t where {where} order by t.created_at desc, t.id desc limit {int(wanted.limit) + 1}",
+        f" from payments t where {where} order by t.created_at desc, t.id desc limit {int(requested.limit) + 1}",
         *where.values,
     )
     return [dict(row) for row in rows]
 
 
 async def left_out(connection: Connection, since: datetime) -> list[dict[str, Any]]:
-    """Payments, over all tenants, of orders that were forked `since`: those that the order as it stands has not got, so
-    many at most."""
-    return [dict(row) for row in await connection.fetch(_LEFT_OUT, since, MOST_LEFT_OUT)]
+    """Up to MAX_LEFT_OUT_ROWS payments, over all tenants, that are missing from the current state of their order,
+    for orders forked since `since`."""
+    return [dict(row) for row in await connection.fetch(_LEFT_OUT, since, MAX_LEFT_OUT_ROWS)]
 
 
 async def days(connection: Connection, restaurant: str, start: date, end: date) -> list[dict[str, Any]]:
-    """A row for each business day that has orders."""
+    """One row for each business day that has orders, from `start` to `end`, both included."""
     return [dict(row) for row in await connection.fetch(_DAYS, restaurant, start, end)]

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, and what its errors mean to a caller that must decide between waiting and giving up."""
+"""Connections to PostgreSQL, and the errors after which a caller should wait and try again."""
 
 import asyncio
 import time
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 else:
     Connection = object
 
-# The server is unavailable: starting, stopping, failing over, full or frozen. The statement is not at fault.
+# These errors mean that the server is unavailable: starting, stopping, failing over, full or frozen. The statement
+# itself is correct.
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -43,14 +44,14 @@ class PostgresUnavailable(ConnectionError):
 
 
 class Postgres:
-    """A pool that is made lazily, so that a service starts while PostgreSQL is away.
+    """A pool that is created on first use, so that a service can start while PostgreSQL is unavailable.
 
-    Every wait is bounded by `timeout`: `acquire()` alone would wait for ever, and a server that vanished without a
-    close is noticed by nothing but a timeout.
+    The setting `database_timeout_seconds` bounds every wait: `acquire()` alone would wait forever, and only a timeout
+    detects a server that vanished without closing its connections.
 
-    After a failure that says the server is away a breaker opens for a growing, jittered while, in which every caller is
-    told at once; then one goes through as a probe, and the others are still told at once until it has come back. So a
-    dead or frozen server costs one request in many its timeout.
+    When the server is unavailable, a breaker opens for a growing, jittered time, and every caller fails at once. Then
+    one caller goes through as a probe, and the others still fail at once until the probe returns. Therefore a dead or
+    frozen server delays only the few requests that probe it.
     """
 
     def __init__(self, url: str, settings: Settings, *, size: int | None = None) -> None:
@@ -60,7 +61,7 @@ class Postgres:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._opening = asyncio.Lock()
         self.waiting = 0
-        """Callers that wait for a connection now."""
+        """The number of callers that wait for a connection now."""
         self._failures = 0
         self._closed_until = 0.0
         self._answered = time.monotonic()
@@ -73,7 +74,7 @@ class Postgres:
     async def _ready(self) -> "asyncpg.Pool[asyncpg.Record]":
         async with self._opening:
             if self._pool is None:
-                # min_size 0: no connection is made here, the first caller makes it and has its errors.
+                # With min_size 0 this opens no connection: the first caller opens it and gets its errors.
                 self._pool = await asyncpg.create_pool(
                     self._url,
                     min_size=0,
@@ -87,7 +88,7 @@ class Postgres:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection of the pool. Raises one of UNAVAILABLE when none is free or ready in time."""
+        """A connection of the pool. Raises one of UNAVAILABLE if none is free in time or the server is unavailable."""
         began = time.monotonic()
         if began < self._closed_until:
             raise PostgresUnavailable("PostgreSQL did not answer a moment ago")
@@ -111,7 +112,8 @@ class Postgres:
             self._served()  # an error is an answer too
             raise
         except BaseException:
-            # Of the caller's own making, or it was cancelled: it says nothing of the server.
+            # The caller raised an error of its own or was cancelled. That says nothing about the server, so the next
+            # caller may probe.
             if self._failures:
                 self._closed_until = time.monotonic()
             raise
@@ -121,31 +123,31 @@ class Postgres:
         self._failures, self._closed_until, self._answered = 0, 0.0, time.monotonic()
 
     def _failed(self, error: BaseException, began: float) -> None:
-        # A pool with all its connections in use times out too: then others were answered meanwhile.
+        # A timeout may only mean that all connections of the pool are in use. Then other callers got answers meanwhile.
         if isinstance(error, TimeoutError) and self._answered > began:
             return
-        if isinstance(error, ValueError):  # asyncpg's for an argument that fits no type: the server was not asked
+        if isinstance(error, ValueError):  # asyncpg rejected an argument's type and sent nothing to the server
             return
         self._failures += 1
         self._closed_until = time.monotonic() + backoff(self._failures)
 
     @asynccontextmanager
     async def tenant(self, restaurant_id: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
-        """A transaction that sees one restaurant alone (row-level security of the api role)."""
+        """A transaction that sees only this restaurant (by the row-level security of the api role)."""
         async with self.connection() as connection, connection.transaction(readonly=readonly):
             await connection.execute("select set_config('app.tenant', $1, true)", restaurant_id)
             yield connection
 
     @property
     def connections(self) -> tuple[int, int, int]:
-        """(in use, idle, at most)"""
+        """The numbers of connections: (in use, idle, allowed at most)."""
         if self._pool is None:
             return 0, 0, self._size
         idle = self._pool.get_idle_size()
         return self._pool.get_size() - idle, idle, self._size
 
     async def close(self) -> None:
-        """May be called twice, and without ever having been used."""
+        """May be called more than once, also on a pool that was never used."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.terminate()

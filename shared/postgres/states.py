@@ -1,6 +1,6 @@
-"""Reading standing states: the row of an entity's table says which change stands, `changes` has its state verbatim.
+"""Reads current states: the row in an entity's table names the head, and `changes` holds the state of that change.
 
-Writing them is `changes.py` alone. Connections that belong to the api role see the tenant of their transaction only.
+Only `changes.py` writes states. A connection of the api role sees only the tenant of its transaction.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -18,9 +18,9 @@ from shared.postgres.pool import Connection
 if TYPE_CHECKING:
     import asyncpg
 
-# Looked up row by row, behind the limit of a page. In a plain join the planner takes restaurant and change for
-# independent of one another, expects a hundredth of the rows that there are, and reads all of a restaurant's orders, or
-# all of the log, to find a few.
+# This join looks up changes row by row, after the limit of a page. In a plain join the planner assumes that restaurant
+# and change are independent. It then expects a hundredth of the real number of rows, and reads all orders of a
+# restaurant, or all changes, to find a few.
 _LATERAL = (
     "cross join lateral (select data, accepted_at from changes"
     " where restaurant_id = t.restaurant_id and change_id = t.change_id offset 0) c"
@@ -33,7 +33,7 @@ class StoredState(Struct, frozen=True):
     state: bytes
     accepted_at: datetime
     conflict: bool = False
-    """An open one."""
+    """True while a conflict of the entity is open."""
 
 
 def _stored(row: "asyncpg.Record") -> StoredState:
@@ -60,7 +60,7 @@ def _columns(entity: Entity) -> str:
     )
 
 
-async def one(connection: Connection, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
+async def find_state(connection: Connection, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
     row = await connection.fetchrow(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.id = $2",
@@ -70,8 +70,8 @@ async def one(connection: Connection, entity: Entity, restaurant: str, id_: str)
     return _stored(row) if row else None
 
 
-async def every(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
-    """All that are not deleted: for the small ones, such as a menu."""
+async def list_states(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
+    """All states that are not deleted; only for entities with few rows, such as menu items."""
     rows = await connection.fetch(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.deleted_at is null",
@@ -81,8 +81,10 @@ async def every(connection: Connection, entity: Entity, restaurant: str) -> list
 
 
 async def live_window(connection: Connection, entity: Entity, since: datetime) -> AsyncIterator[list[StoredState]]:
-    """What the mirror holds of an entity, over all tenants, in blocks: all small ones, and of orders the open ones and
-    those changed `since`."""
+    """The live window of an entity over all tenants, in blocks of up to 500 states.
+
+    Of orders, these are the open ones and the ones changed after `since`; of other entities, all states.
+    """
     where = entity.window_sql or "$1::timestamptz is not null"
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(
@@ -104,8 +106,8 @@ async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Se
     return {row["id"]: Head(row["version"], row["change_id"]) for row in rows}
 
 
-async def in_conflict(connection: Connection) -> list[tuple[str, str, str]]:
-    """(restaurant, entity, id) of all that have an open conflict, over all tenants."""
+async def list_conflicts(connection: Connection) -> list[tuple[str, str, str]]:
+    """(restaurant, entity, id) of every entity with an open conflict, over all tenants."""
     rows = await connection.fetch(
         "select distinct restaurant_id::text, entity, entity_id::text from conflicts where resolved_at is null"
     )
@@ -126,12 +128,12 @@ limit 100
 """
 
 
-async def gaps(connection: Connection, *, older_minutes: int, younger_minutes: int) -> list[dict[str, Any]]:
-    """Changes of that age whose version has no predecessor: it is still under way after all that time, or lost."""
+async def list_gaps(connection: Connection, *, older_minutes: int, younger_minutes: int) -> list[dict[str, Any]]:
+    """Up to 100 changes in this range of ages (in minutes) whose previous version is missing: it is late or lost."""
     return [dict(row) for row in await connection.fetch(_GAPS, older_minutes, younger_minutes)]
 
 
-async def page(
+async def list_page(
     connection: Connection,
     entity: Entity,
     restaurant: str,
@@ -140,8 +142,11 @@ async def page(
     without: Sequence[str] = (),
     conflict: bool | None = None,
 ) -> list[StoredState]:
-    """One more than the limit, the newest first. `without`: ids that the caller has from elsewhere; `conflict`: only
-    those with an open one, or only those without."""
+    """Up to limit + 1 states, newest first; the extra one tells that there is another page.
+
+    `without`: ids to leave out, because the caller has them from the mirror. `conflict`: True for only the states with
+    an open conflict, False for only the states without one, None for both.
+    """
     where = Conditions(restaurant)
     if not selection.include_deleted:
         where.add("t.deleted_at is null")
@@ -150,23 +155,23 @@ async def page(
     for column, values in selection.among.items():
         where.add(f"t.{column} = any({{}})", list(values))
     if conflict is not None:
-        # By their ids: they are few, and a page of them would be looked for among all that the restaurant has.
+        # The ids of open conflicts are few. A check per row would read all rows of the restaurant to fill a page.
         which = "in" if conflict else "not in"
         where.add(f"t.id {which} ({_OPEN_CONFLICTS.format(entity=entity.name)})")
     where.between("t.created_at, t.id", selection.created_from, selection.created_to, selection.before)
     if without:
         where.add("t.id <> all({}::uuid[])", list(without))
     newest = "order by t.created_at desc, t.id desc"
-    wanted = (
+    selected = (
         "select t.restaurant_id, t.id, t.version, t.change_id, t.created_at"  # noqa: S608
         f" from {entity.table.name} t where {where} {newest} limit {int(selection.limit) + 1}"
     )
-    rows = await connection.fetch(f"select {_columns(entity)} from ({wanted}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
+    rows = await connection.fetch(f"select {_columns(entity)} from ({selected}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
     return [_stored(row) for row in rows]
 
 
-# Of items that are deleted too: they may be restored, with the count that they had.
-# In this order: what was held before the last count is not looked at.
+# Deleted items are included, since they can be restored with the count that they had.
+# The holds come first, so that PostgreSQL reads no order whose hold is older than the last count.
 _HELD_SINCE = """
 from inventory_items i
 cross join lateral (
@@ -186,7 +191,7 @@ group by i.restaurant_id, h.order_id
 
 
 async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, list[Hold]]]]:
-    """What orders hold of the stock since it was counted, over all tenants, in blocks: (restaurant, order, holds)."""
+    """(restaurant, order, holds) of every order with holds since the last count, over all tenants, in blocks of 500."""
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(_HOLDS)
         while rows := await cursor.fetch(500):
@@ -202,5 +207,5 @@ group by i.id
 
 
 async def held(connection: Connection, restaurant: str, items: Sequence[str]) -> dict[str, int]:
-    """What orders hold of each inventory item, as far as PostgreSQL knows; without those of which nothing is held."""
+    """Inventory item id -> the amount that orders in PostgreSQL hold; items without holds are left out."""
     return {row[0]: row[1] for row in await connection.fetch(_HELD, restaurant, list(items))}

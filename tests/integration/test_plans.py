@@ -58,7 +58,9 @@ def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         without = chosen.pop("without", [])
         async with database.api.tenant(database.shop.id) as connection:
-            return await states.page(connection, order.ENTITY, database.shop.id, Selection(**chosen), without=without)
+            return await states.list_page(
+                connection, order.ENTITY, database.shop.id, Selection(**chosen), without=without
+            )
 
     return page
 
@@ -67,7 +69,7 @@ def payments(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
     async def listed(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         async with database.api.tenant(database.shop.id) as connection:
-            return await money.payments(connection, database.shop.id, money.PaymentsWanted(**chosen))
+            return await money.payments(connection, database.shop.id, money.PaymentFilter(**chosen))
 
     return listed
 
@@ -99,12 +101,12 @@ def derived_figures(database: Database) -> DerivedFigures:
 
 async def one_order(database: Database) -> Any:
     async with database.api.tenant(database.shop.id) as connection:
-        return await states.one(connection, order.ENTITY, database.shop.id, database.oldest[0].id)
+        return await states.find_state(connection, order.ENTITY, database.shop.id, database.oldest[0].id)
 
 
 async def the_menu(database: Database) -> Any:
     async with database.api.tenant(database.shop.id) as connection:
-        return await states.every(connection, menu_item.ENTITY, database.shop.id)
+        return await states.list_states(connection, menu_item.ENTITY, database.shop.id)
 
 
 async def heads_of_orders(database: Database) -> Any:
@@ -283,7 +285,7 @@ async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, 
 
     async def work() -> None:
         async with database.writer.connection() as connection:
-            assert await states.gaps(connection, older_minutes=until, younger_minutes=until + 60) == []
+            assert await states.list_gaps(connection, older_minutes=until, younger_minutes=until + 60) == []
 
     (plan,) = await database.plans(work, mode)
     _by_index([plan])

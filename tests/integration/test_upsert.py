@@ -396,7 +396,7 @@ async def test_version_without_its_predecessor_is_a_gap_after_ten_minutes(databa
     third = change(order(id=first.entity_id, notes="3"), base=second, time=now() - timedelta(minutes=20))
     young = change(order(), entityversion=2, time=now() - timedelta(minutes=5))
     await write(database, first, third, young)
-    found = await states.gaps(database, older_minutes=10, younger_minutes=70)
+    found = await states.list_gaps(database, older_minutes=10, younger_minutes=70)
     assert [(gap["entity_id"], gap["version"]) for gap in found] == [(first.entity_id, 3)]
     await write(database, second)
-    assert await states.gaps(database, older_minutes=10, younger_minutes=70) == []
+    assert await states.list_gaps(database, older_minutes=10, younger_minutes=70) == []

@@ -337,7 +337,7 @@ class Kitchen(Shelf):
         if document is not None:
             return document.head, entity.decode_state(document.state)
         async with self.rig.postgres.connection() as connection:
-            stored = await states.one(connection, entity, self.restaurant, id_)
+            stored = await states.find_state(connection, entity, self.restaurant, id_)
         return (stored.head, entity.decode_state(stored.state)) if stored else None
 
     # -- the expected stock ------------------------------------------------------------------------------------

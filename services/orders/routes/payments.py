@@ -89,7 +89,7 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
 async def list_payments(request: Call) -> ASGIApp:
     query = read_query(request, PaymentsQuery)
     context, tenant = context_of(request), request.identity.tenant
-    requested = money.PaymentsWanted(
+    requested = money.PaymentFilter(
         start=query.from_,
         end=query.to,
         method=query.method,

@@ -57,7 +57,7 @@ async def _head(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: st
     if document is not None:
         return document.head, _ENTITY.decode_state(document.state)
     async with postgres.connection() as connection:
-        stored = await states.one(connection, _ENTITY, restaurant, dish_id)
+        stored = await states.find_state(connection, _ENTITY, restaurant, dish_id)
     if stored is None:
         raise NotFound("no such dish")
     return stored.head, _ENTITY.decode_state(stored.state)

@@ -179,7 +179,7 @@ class Seeder:
 
         async def existing() -> tuple[Head, Any] | None:
             async with self._postgres.connection() as connection:
-                stored = await states.one(connection, entity, state.restaurant_id, state.id)
+                stored = await states.find_state(connection, entity, state.restaurant_id, state.id)
             return None if stored is None else (stored.head, entity.decode_state(stored.state))
 
         draft = Draft(

@@ -57,7 +57,7 @@ async def show(connection: Connection, id_: str) -> ShownFork:
     conflict = await conflict_store.one(connection, id_)
     winner, loser = await conflict_store.sides(connection, conflict)
     entity = registry.ENTITIES[conflict.entity]
-    stored = await states.one(connection, entity, conflict.restaurant_id, conflict.entity_id)
+    stored = await states.find_state(connection, entity, conflict.restaurant_id, conflict.entity_id)
     return ShownFork(
         conflict=conflict,
         winner=winner,

@@ -46,7 +46,7 @@ class ForkedPayments:
             looked_at: datetime = await connection.fetchval("select now()")
             found = await money.left_out(connection, self._since)
         restored = 0
-        complete = len(found) < money.MOST_LEFT_OUT
+        complete = len(found) < money.MAX_LEFT_OUT_ROWS
         for (restaurant, order), rows in itertools.groupby(found, lambda row: (row["restaurant_id"], row["order_id"])):
             payments = tuple(_payment(row) for row in rows)
             try:

@@ -146,7 +146,7 @@ class ExternalOrderUpserts:
             return document.head, _ENTITY.decode_state(document.state)
         try:
             async with self._postgres.tenant(restaurant) as connection:
-                stored = await states.one(connection, _ENTITY, restaurant, id_)
+                stored = await states.find_state(connection, _ENTITY, restaurant, id_)
         except UNAVAILABLE as error:
             if warm and external.created_at is not None and now() - external.created_at < self._window:
                 return None  # an order this young is still in the live window, so it does not exist

@@ -213,7 +213,7 @@ class Reconciler:
     async def report_gaps(self) -> int:
         """Logs version gaps that are older than ten minutes. Younger ones are normal: they close by themselves."""
         async with self._postgres.connection() as connection:
-            found = await states.gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
+            found = await states.list_gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
         for gap in found:
             log.error("version_gap", **gap)
         return len(found)

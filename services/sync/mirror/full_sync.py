@@ -130,7 +130,7 @@ class FullSync:
     ) -> None:
         found.compared += 1
         async with self._postgres.connection() as connection:
-            stored = await states.one(connection, entity, restaurant, id_)
+            stored = await states.find_state(connection, entity, restaurant, id_)
         _, (document,) = await self._mirror.read(restaurant, entity.name, [id_])
         if stored is None:
             return

@@ -268,7 +268,7 @@ class MirrorWriter:
         found = []
         async with self._postgres.connection() as connection:
             for one in late:
-                stored = await states.one(connection, one.entity, one.state.restaurant_id, one.state.id)
+                stored = await states.find_state(connection, one.entity, one.state.restaurant_id, one.state.id)
                 if stored is None or stored.head < one.head:
                     found.append(msgspec.structs.replace(one, how="reveal"))
                 elif one.entity.live(one.entity.decode_state(stored.state)):

@@ -90,6 +90,6 @@ class SyncStates:
     async def _in_conflict(self) -> set[str]:
         self.open_conflicts = math.nan
         async with self._postgres.connection() as connection:
-            found = await states.in_conflict(connection)
+            found = await states.list_conflicts(connection)
         self.open_conflicts = len(found)
         return {keys.member(*one) for one in found}
