@@ -24,8 +24,13 @@ reset: bootstrap ## remove only the data of `make run`; not while it runs
 
 # Three processes even on two cores, because tests mostly wait for servers. They run in the order of the folders: long tests come
 # first, so that none of the three processes is left with one at the end.
-test: bootstrap ## run all tests on servers of their own; ARGS="-k name" selects
-	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST ?= pytest
+PYTEST_PARALLEL = -n 3 --dist loadfile --no-loadscope-reorder
+test: bootstrap ## run the tests on servers of their own, without the slow ones; ARGS="-k name" chooses
+	$(PYTHON) -m $(PYTEST) $(PYTEST_PARALLEL) -m "not slow" $(ARGS)
+
+test-slow: bootstrap ## run the tests that are slow by nature, such as many restarts; ARGS as above
+	$(PYTHON) -m $(PYTEST) $(PYTEST_PARALLEL) -m slow $(ARGS)
 
 coverage: bootstrap ## run the tests and report which lines they reach, in services too; HTML in .local/coverage
 	@rm -rf .local/coverage && mkdir -p .local/coverage
