@@ -1,17 +1,18 @@
-"""One connection to Redis for all callers of a process: commands that wait at the same moment travel in one pipeline.
+"""One connection to Redis for all callers of a process: commands that wait at the same moment go in one pipeline.
 
-Of several hosts, a primary and its replicas, it is made to the one that is the primary now. Where two say that they are
-(one was failed over and has come back), to the one that is warm, and of those to the one that knows most of the log.
+With several hosts, a primary and its replicas, it connects to the current primary. Two hosts may both say that they are
+the primary, when the old primary comes back after a failover. Then it prefers a warm one, and among those the one that
+has applied most of the log.
 
 A call raises
 
-    MirrorUnavailable     nothing was done: no connection, the breaker is open, or the server takes no writes
-    MirrorInDoubt  sent, and no reply: it may have been executed, now or when a frozen server wakes
+    MirrorUnavailable  nothing was done: no connection, the breaker is open, or the server takes no writes
+    MirrorInDoubt      sent without a reply: it may have been executed, or will be when a frozen server wakes
 
-After a failure the breaker opens for a growing, jittered while in which every call is MirrorUnavailable at once. The
-first that comes after it starts a probe and waits for it a moment, the others are MirrorUnavailable until that has come
-back: a dead or frozen server costs one call in many that moment, and none a timeout. Nothing is retried here: what may
-be sent twice only the caller knows.
+After a failure the breaker opens for a growing, jittered time, in which every call raises MirrorUnavailable at once.
+The first call after that time starts a probe and waits for it for at most `_PROBE_TIMEOUT_SECONDS`. The other calls
+raise MirrorUnavailable until the probe returns. Therefore a dead or frozen server delays few calls, and only for that
+moment. Nothing is retried here, because only the caller knows what it may send twice.
 """
 
 import asyncio
@@ -39,15 +40,15 @@ _PROBE_TIMEOUT_SECONDS = 0.1  # a server that is back answers a probe in a few m
 
 
 class MirrorUnavailable(Exception):
-    """Nothing was sent."""
+    """Nothing was done: the command was not sent, or the server refused it."""
 
 
 class MirrorInDoubt(Exception):
-    """Sent without a reply: the server may have executed it."""
+    """The command was sent and got no reply: the server may have executed it."""
 
 
 class MirrorMisconfigured(MirrorUnavailable):
-    """The server would evict data, so it is not used, and a service refuses to start with it."""
+    """The server is set to evict data, so it is not used, and a service refuses to start with it."""
 
 
 class _Call:
@@ -60,11 +61,11 @@ class _Call:
 
 class MirrorConnection:
     def __init__(self, url: str, *, timeout: float) -> None:
-        """`url`: of one host, or of several with commas between."""
+        """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: in seconds."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
-            # None: with a timeout of its own redis-py starts a task for every write and a timer for every reply, a
-            # tenth of what an order costs. `_round_trip` bounds the whole instead.
+            # With a timeout here redis-py would start a task for every write and a timer for every reply, which takes
+            # a tenth of the time of an order. `_drain` puts one timeout around the whole round trip instead.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
             "protocol": 2,
@@ -86,14 +87,14 @@ class MirrorConnection:
         self._task: asyncio.Task[Any] | None = None
         self._failures = 0
         self._closed_until = 0.0
-        self._clock: float | None = None  # of the server, ahead of our monotonic one
+        self._clock: float | None = None  # seconds by which the server's clock is ahead of our monotonic clock
 
     def server_ms(self, within: float) -> int | None:
-        """What the server's clock shows `within` seconds from now; None before the first connection."""
+        """The server's time `within` seconds from now, in Unix milliseconds; None before the first connection."""
         return None if self._clock is None else int((time.monotonic() + self._clock + within) * 1000)
 
     def forget(self) -> None:
-        """The next call makes a new connection: the server's clock has jumped, or it is not what it was."""
+        """Makes the next call open a new connection, because the server's clock has jumped."""
         self._forgotten = True
 
     @property
@@ -107,7 +108,8 @@ class MirrorConnection:
         return self._failures >= 3
 
     async def call(self, *command: Argument) -> Any:
-        """One command; the reply in bytes, lists and integers, or `redis.ResponseError` as the server said it."""
+        """Sends one command and returns its reply as bytes, lists and integers. Raises redis-py's ResponseError if the
+        server replies with an error, MirrorUnavailable or MirrorInDoubt."""
         if not self.available:
             raise MirrorUnavailable("the mirror did not answer a moment ago")
         if self._failures:
@@ -119,22 +121,22 @@ class MirrorConnection:
         return await call.reply
 
     async def _probed(self) -> None:
-        """Returns when the server answers again; raises MirrorUnavailable."""
+        """Returns if the server answers again; raises MirrorUnavailable if it does not."""
         if self._task is None or self._task.done():
             self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
             await asyncio.wait({probe}, timeout=_PROBE_TIMEOUT_SECONDS)
             if probe.done() and not probe.cancelled():
-                if (away := probe.result()) is not None:
-                    raise away
+                if (unavailable := probe.result()) is not None:
+                    raise unavailable
                 return
-        raise MirrorUnavailable("whether the mirror answers again is being tried")
+        raise MirrorUnavailable("the mirror did not answer; a probe is under way")
 
     async def _probe(self) -> MirrorUnavailable | None:
-        """Returns its error instead of raising it: the caller may no longer wait."""
+        """Returns its error instead of raising it, because the caller may no longer wait for it."""
         try:
             await self._connect_in_time()
-        except MirrorUnavailable as away:
-            return away
+        except MirrorUnavailable as unavailable:
+            return unavailable
         self._failures = 0
         return None
 
@@ -143,17 +145,17 @@ class MirrorConnection:
         try:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
         except NoScriptError:
-            # The server forgot its scripts (SCRIPT FLUSH): nothing was executed, so it may be sent again. The task that
-            # drains makes the new connection: dropped here, the present one would be lost amid a round trip.
+            # The server has lost its scripts (SCRIPT FLUSH). Nothing was executed, so the call may be sent again. Only
+            # `_drain` replaces the connection: dropping it here could break a round trip of other calls.
             self._forgotten = True
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
-        """Connects and refuses a server that evicts: raises MirrorMisconfigured or MirrorUnavailable."""
+        """Connects. Raises MirrorMisconfigured for a server that is set to evict data, or MirrorUnavailable."""
         await self.call("PING")
 
     async def close(self) -> None:
-        """May be called twice. What still waits is MirrorUnavailable."""
+        """Closes the connection. Calls that still wait raise MirrorUnavailable. May be called twice."""
         task, self._task = self._task, None
         if task is not None and not task.done():
             task.cancel()
@@ -161,7 +163,7 @@ class MirrorConnection:
         self._fail(self._take(), MirrorUnavailable("closed"))
         self._drop()
 
-    # -- one task at a time drains what waits ------------------------------------------------------------------
+    # -- one task at a time sends the waiting calls -----------------------------------------------------------
 
     async def _drain(self) -> None:
         while self._waiting:
@@ -170,16 +172,16 @@ class MirrorConnection:
             try:
                 if self._connection is None:
                     await self._connect_in_time()
-            except MirrorUnavailable as away:
-                self._fail(self._take(), away)
+            except MirrorUnavailable as unavailable:
+                self._fail(self._take(), unavailable)
                 return
             calls = self._take(_MAX_PIPELINE)
             try:
-                # Of one reply, and a little for each that stands in line before it.
+                # The timeout of one reply, plus a little for each call that is answered before the last one.
                 async with asyncio.timeout(self._timeout * (1 + len(calls) / 64)):
                     await self._round_trip(calls)
                 self._failures = 0
-            except Exception as error:  # noqa: BLE001  (uvloop has a RuntimeError of its own for a link that was reset)
+            except Exception as error:  # noqa: BLE001  (uvloop raises RuntimeError for a reset connection)
                 self._trip()
                 log.warning("mirror_lost", error=str(error) or type(error).__name__, calls=len(calls))
                 self._fail(calls, MirrorInDoubt(str(error)))
@@ -190,17 +192,17 @@ class MirrorConnection:
                 raise
 
     async def _round_trip(self, calls: list[_Call]) -> None:
-        # hiredis packs: redis-py's own packing, in Python, took a tenth of what an order costs.
+        # hiredis packs the commands: redis-py's packing in Python took a tenth of the time of an order.
         packed = b"".join([pack_command(self._command(call.command)) for call in calls])
         await self._connection.send_packed_command(packed, check_health=False)
         for call in calls:
             try:
-                # Without `timeout=`: with it redis-py answers a timeout with None and keeps the connection, and every
-                # later reply would go to the wrong caller. After ours the connection is dropped.
+                # No `timeout=` here: redis-py would return None at a timeout and keep the connection, so every later
+                # reply would go to the wrong caller. `_drain` drops the connection after its timeout.
                 reply = await self._connection.read_response()
             except ResponseError as error:
                 if isinstance(error, ReadOnlyError):
-                    self._forgotten = True  # a primary that became a replica: its address may lead to another now
+                    self._forgotten = True  # the primary became a replica, so another host is the primary now
                 if not call.reply.done():
                     call.reply.set_exception(MirrorUnavailable(str(error)) if _takes_no_writes(error) else error)
                 continue
@@ -214,7 +216,7 @@ class MirrorConnection:
         return command
 
     async def _connect_in_time(self) -> None:
-        """Raises MirrorUnavailable, and opens the breaker."""
+        """Connects. Opens the breaker and raises MirrorUnavailable if that fails."""
         try:
             async with asyncio.timeout(3 * self._timeout):
                 await self._connect()
@@ -230,8 +232,9 @@ class MirrorConnection:
         try:
             memory = await _ask(connection, "INFO", "memory")
             if b"maxmemory_policy:noeviction" not in memory:
-                raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction: it would forget claims")
-            asked_at = time.monotonic()  # the question may have waited: rather too late a deadline than too early
+                raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction, or it would evict claims")
+            # Taken before the request: if the reply is slow, deadlines of claims are too late rather than too early.
+            asked_at = time.monotonic()
             seconds, micros = await _ask(connection, "TIME")
             self._clock = int(seconds) + int(micros) / 1e6 - asked_at
             for name, text in self._scripts.items():
@@ -243,25 +246,26 @@ class MirrorConnection:
 
     async def _to_the_primary(self) -> Any:
         found = await asyncio.gather(*(self._look_at(host) for host in self._hosts), return_exceptions=True)
-        primaries = [one for one in found if not isinstance(one, BaseException)]
-        best = max(primaries, key=lambda one: one[0], default=None)  # of equals the first
-        for one in primaries:
-            if one is not best:
-                await one[1].disconnect(nowait=True)
+        primaries = [answer for answer in found if not isinstance(answer, BaseException)]
+        best = max(primaries, key=lambda primary: primary[0], default=None)  # the first one of equals
+        for primary in primaries:
+            if primary is not best:
+                await primary[1].disconnect(nowait=True)
         if best is None:
-            errors = [one for one in found if isinstance(one, BaseException)]
+            errors = [answer for answer in found if isinstance(answer, BaseException)]
             raise next((error for error in errors if not isinstance(error, MirrorUnavailable)), errors[0])
         return best[1]
 
     async def _look_at(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
-        """((whether it is warm, how far in the log), a connection); raises MirrorUnavailable for a replica."""
+        """((whether the host is warm, its offset in the log), a connection to it). Raises MirrorUnavailable for a
+        replica."""
         options = {**host, **self._options}
         connection = options.pop("connection_class", Connection)(**options)
         try:
             async with asyncio.timeout(2 * self._timeout):
                 await connection.connect()
                 if b"role:master" not in await _ask(connection, "INFO", "replication"):
-                    raise MirrorUnavailable("a replica: it takes no writes")
+                    raise MirrorUnavailable("the host is a replica, which takes no writes")
                 if len(self._hosts) == 1:
                     return (False, 0), connection
                 server = await _ask(connection, "INFO", "server")
@@ -286,13 +290,13 @@ class MirrorConnection:
         self._drop()
 
     def _hung_up(self) -> bool:
-        """The server has ended the connection: what was sent on it now would be in doubt for nothing."""
+        """Whether the server has closed the connection. A call sent on it now would needlessly be in doubt."""
         return self._connection is not None and self._connection._reader.at_eof()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            # Without waiting: the server may be frozen. `nowait` closes the transport and returns.
+            # `nowait` closes the transport without waiting for the server, which may be frozen.
             self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))
 
 
@@ -305,5 +309,6 @@ _REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY", "MASTERDOWN", "NOPERM", "NOAUTH")
 
 
 def _takes_no_writes(error: ResponseError) -> bool:
-    """The server is full, a replica, or cannot persist: it refuses a script at its first write, nothing happened."""
+    """Whether the server is full, is a replica or cannot persist. It refuses a script at its first write, so nothing
+    was done."""
     return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(_REFUSALS)

@@ -1,27 +1,28 @@
-"""Names of everything in the mirror. A tenant's keys carry the restaurant as hash tag; the rail's own do not.
+"""The names of all keys in the mirror. Keys of a tenant have the restaurant as hash tag; the rail's own keys do not.
 
     {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
     {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, stored,
                                             h reserved items
-    {restaurant}:live:<entity>       zset   id by place in the index (creation time)
-    {restaurant}:pending:<entity>    zset   id by place in the index: not in PostgreSQL yet
+    {restaurant}:live:<entity>       zset   id by index score (creation time): the live window
+    {restaurant}:pending:<entity>    zset   id by index score: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
-    {restaurant}:stock:<item>        hash   count, since, sum; order id -> what it takes (scripts/stock.lua)
+    {restaurant}:stock:<item>        hash   count, since, sum; order id -> its hold (scripts/stock.lua)
     {restaurant}:number:<day>        int    last order number of a business day
-    {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is away
+    {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is unavailable
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
-    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log; lost
+    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log;
+                                            lost: set if an earlier mirror was lost (see LogState)
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
-    ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict, as PostgreSQL knows them
+    ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
-    ticketrail:bucket:<whose>        hash   t tokens, at (ms): for limits on requests
+    ticketrail:bucket:<caller>       hash   t tokens, at (ms): a token bucket of the rate limits
     ticketrail:heartbeats            hash   lane -> time at which PostgreSQL stored its last heartbeat (ISO 8601)
 
-Scripts touch both kinds, so the mirror is one primary with replicas, not a cluster.
+Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
 LAYOUT_VERSION = 1
-"""Raise it with every change of a name, a type or a field above: data with other keys does not fit."""
+"""Raise this number with every change of a name, type or field above, so that data in another layout is not used."""
 
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"
@@ -59,8 +60,8 @@ def stock(restaurant: str, inventory_item: str) -> str:
     return f"{{{restaurant}}}:stock:{inventory_item}"
 
 
-def bucket(whose: str) -> str:
-    return f"ticketrail:bucket:{whose}"
+def bucket(caller: str) -> str:
+    return f"ticketrail:bucket:{caller}"
 
 
 def restaurant(restaurant_id: str) -> str:

@@ -1,6 +1,7 @@
 """The mirror: claims, states and their sync states, in Redis or Valkey.
 
-Every method raises `MirrorUnavailable` (nothing was sent) or `MirrorInDoubt` (perhaps executed), see `connection`.
+Every method can raise `MirrorUnavailable` (nothing was done) or `MirrorInDoubt` (it may have been executed); see
+connection.py.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ class Document(Struct, frozen=True):
     failure: bytes = b""
     """JSON: {"error", "attempts", "last_attempt"}; empty when nothing failed."""
     conflict: bool = False
-    """An open one."""
+    """True while a conflict of the entity is open."""
 
 
 class Claimed(Struct, frozen=True):
@@ -34,7 +35,7 @@ class Claimed(Struct, frozen=True):
 
 
 class Cold(Struct, frozen=True):
-    """The mirror was not filled since its server started, so it takes no claims."""
+    """The mirror writer has not filled the mirror since its server started, so it takes no claims."""
 
 
 class Busy(Struct, frozen=True):
@@ -42,7 +43,7 @@ class Busy(Struct, frozen=True):
 
 
 class Stale(Struct, frozen=True):
-    """A stale claim, now marked: the caller must finish its change."""
+    """The entity has a stale claim, which is now marked: the caller must finish the change of that claim."""
 
     change_id: str
     event: bytes
@@ -57,7 +58,7 @@ class HeadMoved(Struct, frozen=True):
 
 
 class StockShort(Struct, frozen=True):
-    """The stock has less than the change wants to hold: (inventory item, what is left)."""
+    """The stock has less than the change would hold. `left`: (inventory item, amount left) of each short item."""
 
     left: tuple[tuple[str, int], ...]
 
@@ -66,7 +67,7 @@ ClaimReply = Claimed | Cold | Busy | Stale | HeadMoved | StockShort
 
 
 class Apply(Struct, frozen=True):
-    """One state for `apply`; `how` is reveal, stored or late (see scripts/apply.lua)."""
+    """One state for `Mirror.apply`. `how` is "reveal", "stored" or "late"; scripts/apply.lua describes them."""
 
     entity: Entity
     state: Any
@@ -82,7 +83,7 @@ class LogState(Struct, frozen=True):
     epoch: str
     offset: int
     lost: bool = False
-    """A mirror that had given order numbers was lost: numbers may be in flight that were not read yet."""
+    """True if a mirror that had given order numbers was lost: orders with such numbers may not be read back yet."""
 
 
 class Mirror:
@@ -118,9 +119,12 @@ class Mirror:
         *,
         within: float | None = None,
     ) -> ClaimReply:
-        """`series`: the business day when the change wants a number; `stock`: `stock_text` of the state; `within`:
-        seconds after which nothing is to be claimed any more (then the reply is Cold). Sending the same change again is
-        harmless."""
+        """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
+
+        `base`: the head that the change was built on; None for a new entity. `series`: the business day, if the change
+        needs an order number. `floor`: the number is higher than this. `stock`: `stock_text` of the state. `within`:
+        seconds after which the server must not claim any more; it then replies as Cold.
+        """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
         reply = await self._redis.script(
@@ -148,7 +152,7 @@ class Mirror:
         )
         match reply[0]:
             case b"late":
-                self._redis.forget()  # it answers us, so it is not frozen: its clock has jumped
+                self._redis.forget()  # the server answers, so it is not frozen: its clock has jumped
                 return Cold()
             case b"short":
                 return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
@@ -164,7 +168,8 @@ class Mirror:
                 return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
 
     async def take_back(self, change: Change) -> bool:
-        """True: the claim is removed and its change will not be recorded."""
+        """Removes the claim of a change that was never sent. True: the claim is gone and the change will not be
+        recorded. False: it may be recorded."""
         restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
         reply = await self._redis.script(
             "take_back",
@@ -173,15 +178,15 @@ class Mirror:
         )
         return bool(reply)
 
-    async def claims_left_behind(self, *, most: int = 100) -> list[str]:
-        """Members of the claims index whose claim is stale, oldest first."""
+    async def stale_claims(self, *, most: int = 100) -> list[str]:
+        """Up to `most` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
         seconds, micros = await self._redis.call("TIME")
         before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
         found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, most)
         return [member.decode() for member in found]
 
     async def mark(self, member: str) -> Stale | None:
-        """Marks a stale claim and returns it; None when there is nothing to finish."""
+        """Marks a stale claim and returns it; None if there is nothing to finish."""
         restaurant, entity, id_ = member.split("|")
         reply = await self._redis.script(
             "mark",
@@ -202,9 +207,11 @@ class Mirror:
     ) -> list[int] | None:
         """Writes states under the guard, in one atomic step.
 
-        `at`: only on a mirror that has applied the log at least that far. `note`: moves its log state in the same step.
-        `only_warm`: only on a warm mirror, because the caller has left out what `missing` did not name. Returns the
-        indexes of late states whose doc is missing; None: this is not the mirror that the caller has filled."""
+        `at`: write only to a mirror that has applied the log at least this far. `note`: set the log state of the mirror
+        in the same step. `only_warm`: write only to a warm mirror, because the caller sends only the changes that
+        `missing` returned. Returns the indexes of late states whose document is missing, or None if this is not the
+        mirror that the caller has filled; then nothing is written.
+        """
         all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
         epoch = note.epoch if note else at.epoch if at else ""
         arguments: list[str | bytes | int | float] = [
@@ -233,7 +240,8 @@ class Mirror:
                 int(state.accepted_at.timestamp() * 1000),
                 keys.member(restaurant, name, id_),
                 state.how,
-                # Of those that we gave: a longer one, from elsewhere, is beyond what Lua and Redis count exactly.
+                # Only numbers that this system can have given count. A longer one was imported, and Lua and Redis
+                # could not count it exactly.
                 number if number.isascii() and number.isdecimal() and len(number) < 10 else "",
                 stock_text(state.entity, state.state),
             ]
@@ -241,7 +249,7 @@ class Mirror:
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
 
     async def missing(self, changes: Sequence[Outline]) -> list[int]:
-        """Indexes of the changes for which `apply` would do anything."""
+        """The indexes of the changes that `apply` would change something for."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = []
         for one in changes:
@@ -253,7 +261,8 @@ class Mirror:
     async def note_sync_states(
         self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
     ) -> None:
-        """`states` are (entity id, head): committed by PostgreSQL, or failed on the way there."""
+        """Notes that PostgreSQL has committed these states, given as (entity id, head). With `failure` (JSON, as in
+        `Document`): notes that they failed on the way there."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = [failure]
         for id_, head in states:
@@ -267,7 +276,8 @@ class Mirror:
         await self._redis.script("sync_state", all_keys, arguments)
 
     async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
-        """(warm, documents in the order of the ids). A document that a cold mirror lacks may exist all the same."""
+        """(whether the mirror is warm, documents in the order of the ids). An entity that a cold mirror lacks may
+        still exist."""
         reply = await self._redis.script(
             "read",
             [
@@ -290,12 +300,12 @@ class Mirror:
         return bool(reply[0]), found
 
     async def pending_ids(self, restaurant: str, entity: str) -> list[str]:
-        """Ids, newest first."""
+        """The ids of pending entities, newest first."""
         found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
         return [id_.decode() for id_ in found]
 
     async def failed_ids(self, restaurant: str, entity: str) -> list[str]:
-        """Ids, newest first."""
+        """The ids of entities that failed on the way to PostgreSQL, newest first."""
         pending = keys.pending(restaurant, entity)
         ids = await self._redis.call("HKEYS", keys.failed(restaurant, entity))
         places = await self._redis.call("ZMSCORE", pending, *ids) if ids else []
@@ -303,18 +313,18 @@ class Mirror:
         return [id_ for _, id_ in sorted(found, reverse=True)]
 
     async def conflicts(self) -> set[str]:
-        """Members (see `keys.member`) that are said to have an open conflict, over all tenants."""
+        """The members (see `keys.member`) that the mirror notes as having an open conflict, over all tenants."""
         return {member.decode() for member in await self._redis.call("SMEMBERS", keys.CONFLICTS)}
 
     async def note_conflicts(self, opened: Sequence[str], closed: Sequence[str]) -> None:
-        """Members that have an open conflict now, and those that have none any more."""
+        """Notes members (see `keys.member`) whose conflict is open now, and members whose conflicts are all closed."""
         if opened:
             await self._redis.call("SADD", keys.CONFLICTS, *opened)
         if closed:
             await self._redis.call("SREM", keys.CONFLICTS, *closed)
 
     async def accepted_at(self, restaurant: str, entity: str, ids: Sequence[str]) -> list[float | None]:
-        """When the present state of each was accepted, in seconds since the epoch."""
+        """When the current state of each id was accepted, in Unix seconds; None for an id that the mirror lacks."""
         found = await asyncio.gather(*(self._redis.call("HGET", keys.doc(restaurant, entity, id_), "p") for id_ in ids))
         return [None if at is None else int(at) / 1000 for at in found]
 
@@ -326,8 +336,9 @@ class Mirror:
         return [id_.decode() for id_ in found]
 
     async def trim(self, restaurant: str, entity: str, seen: dict[str, str]) -> int:
-        """Removes documents (id -> change id that the caller saw) from the live window, unless they have changed or are
-        pending. Returns how many were removed."""
+        """Removes documents from the live window, unless they are pending or have changed since the caller saw them.
+
+        `seen`: id -> the change id that the caller saw. Returns the number of removed documents."""
         left = await self._redis.script(
             "trim",
             [
@@ -340,7 +351,7 @@ class Mirror:
         return int(left)
 
     async def counts(self, restaurant: str, entity: str) -> tuple[int, int]:
-        """(pending, failed)"""
+        """The numbers of (pending, failed) entities."""
         pending = await self._redis.call("ZCARD", keys.pending(restaurant, entity))
         failed = await self._redis.call("HLEN", keys.failed(restaurant, entity))
         return int(pending), int(failed)
@@ -348,20 +359,22 @@ class Mirror:
     # -- stock and limits --------------------------------------------------------------------------------------
 
     async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """(count, what orders hold of it) of each inventory item; None: the mirror does not count it, or is cold."""
+        """(count, amount that orders hold) of each inventory item; None if the mirror is cold or does not count it."""
         warm, *found = await asyncio.gather(
             self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
         )
         return [None if count is None or not warm else (int(count), int(held or 0)) for count, held in found]
 
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
-        """(restaurant, order, what it takes) of orders; those in the live window are passed over."""
+        """Sets the holds of orders, given as (restaurant, order, holds); orders in the live window are skipped."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
         await self._redis.script("stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
 
-    async def take_tokens(self, whose: str, capacity: int, rate: float, wanted: int) -> tuple[int, int, float]:
-        """Out of the bucket `whose`, at least one and at most `wanted`: (taken, left, seconds until there is one)."""
-        taken, left, wait = await self._redis.script("bucket", [keys.bucket(whose)], [capacity, rate, wanted, 1])
+    async def take_tokens(self, caller: str, capacity: int, rate: float, requested: int) -> tuple[int, int, float]:
+        """Takes up to `requested` tokens from the bucket of a caller, which refills by `rate` tokens per second.
+
+        Returns (tokens taken, tokens left, seconds until one token is there)."""
+        taken, left, wait = await self._redis.script("bucket", [keys.bucket(caller)], [capacity, rate, requested, 1])
         return int(taken), int(left), int(wait) / 1000
 
     # -- restaurants -------------------------------------------------------------------------------------------
@@ -377,15 +390,15 @@ class Mirror:
     async def restaurant_ids(self) -> list[str]:
         return [id_.decode() for id_ in await self._redis.call("SMEMBERS", keys.RESTAURANTS)]
 
-    # -- the writer's own state --------------------------------------------------------------------------------
+    # -- the state of the mirror writer ------------------------------------------------------------------------
 
     async def log_state(self) -> LogState | None:
         epoch, offset, lost = await self._redis.call("HMGET", keys.LOG, "epoch", "offset", "lost")
         return None if epoch is None else LogState(epoch.decode(), int(offset), lost is not None)
 
     async def begin_log(self, state: LogState) -> None:
-        """The first step of a rebuild: from here on `apply` with `at` tells this mirror from the next. Nothing happens
-        when it has begun already."""
+        """The first step of filling a mirror: after it, `apply` with `at` writes only to this mirror and not to a later
+        one. Does nothing if the mirror has a log state already."""
         await self._redis.script("begin_log", [keys.LOG, keys.WARM], [state.epoch, state.offset])
 
     async def is_warm(self) -> bool:
@@ -393,13 +406,14 @@ class Mirror:
         return warm
 
     async def warm(self, at: LogState, series: Sequence[tuple[str, str]], gap: int) -> bool:
-        """`gap` numbers are skipped in each of `series`, (restaurant, business day). False: not the mirror that the
-        caller filled."""
+        """Makes the mirror warm. Skips `gap` order numbers in each of `series`, given as (restaurant, business day).
+
+        False: this is not the mirror that the caller has filled."""
         counters = [keys.number(restaurant, day) for restaurant, day in series]
         return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
 
     async def note_heartbeats(self, heartbeats: dict[str, datetime]) -> None:
-        """When PostgreSQL has noted the last heartbeat of each lane."""
+        """Sets, for each lane, when PostgreSQL stored its last heartbeat."""
         pairs = [part for lane, at in heartbeats.items() for part in (lane, at.isoformat())]
         await self._redis.call("HSET", keys.HEARTBEATS, *pairs)
 
@@ -416,7 +430,7 @@ def _hold_text(holds: Sequence[Hold]) -> str:
 
 
 def stock_text(entity: Entity, state: Any) -> str:
-    """What a state takes of the stock, or is of it, for scripts/stock.lua; empty for most."""
+    """The holds of an order, or the count of an inventory item, for scripts/stock.lua; empty for other states."""
     if entity.holds is not None:
         return _hold_text(entity.holds(state))
     if entity.stock is None:

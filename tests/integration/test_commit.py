@@ -54,7 +54,7 @@ async def stale_claims(rig: RailRig) -> list[str]:
     """Waits for a stale claim. Returns only claims of this restaurant, since other tests use the same Redis."""
 
     async def ours() -> list[str]:
-        found = await rig.mirror.claims_left_behind(most=10_000)
+        found = await rig.mirror.stale_claims(most=10_000)
         return [member for member in found if member.startswith(rig.restaurant)]
 
     return await eventually(ours, what="a stale claim")

@@ -339,7 +339,7 @@ class RailMachine(RuleBasedStateMachine):
         if not world.warm:
             world.run(world.stamp())
         rounds = 0
-        while world.run(world.impatient.claims_left_behind()):
+        while world.run(world.impatient.stale_claims()):
             rounds += 1
             assert rounds < 100, "a stale claim cannot be finished"
             if (left := world.run(world.left_behind(0))) is not None:  # None: the claim needed no finishing and is gone

@@ -371,7 +371,7 @@ class World:
         self.in_log_when_warm[self.life] = set(self.recorded())
 
     async def left_behind(self, nth: int) -> Stale | None:
-        members = sorted(await self.impatient.claims_left_behind())
+        members = sorted(await self.impatient.stale_claims())
         return await self.impatient.mark(members[nth % len(members)]) if members else None
 
     # -- current state -----------------------------------------------------------------------------------------

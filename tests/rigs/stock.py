@@ -68,7 +68,7 @@ class Shelf:
         await self.mirror.apply([applied(change)])
 
     async def finish_all(self) -> None:
-        for member in await self.mirror.claims_left_behind(most=10_000):
+        for member in await self.mirror.stale_claims(most=10_000):
             if member.startswith(self.restaurant) and (left := await self.mirror.mark(member)):
                 await self.finish(left)
 

@@ -87,7 +87,7 @@ class Reconciler:
     async def finish_claims(self) -> int:
         """Finishes stale claims. Returns how many."""
         finished = 0
-        for member in await self._mirror.claims_left_behind():
+        for member in await self._mirror.stale_claims():
             left = await self._mirror.mark(member)
             if left is None:
                 continue
