@@ -77,7 +77,7 @@ async def test_expired_data_is_removed_and_counted_per_kind(shop: Shop) -> None:
 
     ended = await ticketrail(shop.system, "cleanup", "--json")
     assert ended.code == 0, ended.err
-    counts = ended.told
+    counts = ended.printed
     assert counts.keys() == {"tokens", "imports", "dead_letters", "replays", "trace_files", "claims"}
     assert (counts["tokens"] >= 2, counts["imports"] >= 2, counts["trace_files"] >= 1) == (True, True, True)
     assert await tokens(shop) == before - removed

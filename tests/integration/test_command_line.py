@@ -1,4 +1,4 @@
-"""The command line as people use it: in terminals of 80 and 100 columns, by prefixes of ids, and by order numbers."""
+"""The command line for people: terminals of 80 and 100 columns, prefixes of ids, and order numbers."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,15 @@ from shared.settings import Settings
 from tests.rigs.builders import change, message, order, payment
 from tests.rigs.command_line import in_terminal
 from tests.rigs.dead_letters import Desk
-from tests.rigs.forks import stands
+from tests.rigs.forks import wait_stored
 from tests.rigs.restaurant import Shop, expect, open_shop
 from tests.rigs.system import eventually
 
 in_narrow_terminals = pytest.mark.parametrize("columns", [80, 100])
 
 
-async def told(desk: Desk, *arguments: str) -> Any:
-    """The JSON of a command."""
+async def printed_json(desk: Desk, *arguments: str) -> Any:
+    """Runs a command with --json; returns its JSON."""
     code, out, err = await desk.cli(*arguments, "--json")
     assert code == 0, f"{arguments}: {out}\n{err}"
     return json.loads(out)
@@ -34,17 +34,17 @@ async def slug_of(desk: Desk) -> str:
 
 
 async def in_postgres(desk: Desk, order_id: str) -> dict[str, Any]:
-    """The order as `ticketrail orders` lists it, once it does."""
+    """Waits until `ticketrail orders` lists the order; returns it as listed."""
 
     async def look() -> Any:
-        return await told(desk, "orders", order_id)
+        return await printed_json(desk, "orders", order_id)
 
     [found] = await eventually(look, what="the order in PostgreSQL", until=bool)
     return dict(found)
 
 
 async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> str:
-    """An order of an earlier day with this number; returns its id."""
+    """Imports an order of an earlier day with this number; returns its id."""
     async with desk.client() as client:
         body = {
             "restaurant_id": (shop or desk.shop).restaurant,
@@ -64,14 +64,14 @@ async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> st
 
 @in_narrow_terminals
 async def test_dead_letters_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, marker: str, columns: int) -> None:
-    await desk.bury(change(desk.table(label=marker)), place=marker, error=f"KeyError: {'long ' * 40}")
-    [letter] = await desk.letters(1, text=marker)
+    await desk.send_to_dead_queue(change(desk.table(label=marker)), place=marker, error=f"KeyError: {'long ' * 40}")
+    [dead_letter] = await desk.dead_letters(1, text=marker)
     out = await in_terminal(desk.system, "dlq", "list", "--text", marker, columns=columns)
-    assert letter["id"] in out
+    assert dead_letter["id"] in out
     assert "KeyError" in out and "…" in out
     assert max(map(len, out.splitlines())) <= columns
     groups = await in_terminal(desk.system, "dlq", "groups", "--text", marker, columns=columns)
-    assert letter["fingerprint"] in groups
+    assert dead_letter["fingerprint"] in groups
     assert max(map(len, groups.splitlines())) <= columns
 
 
@@ -86,7 +86,7 @@ async def test_orders_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, colu
 @in_narrow_terminals
 async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, columns: int) -> None:
     id_ = await desk.place(notes="as it was")
-    state, base = await stands(desk.system, orders.ENTITY, id_)
+    state, base = await wait_stored(desk.system, orders.ENTITY, id_)
     sides = [
         change(
             structs.replace(state, notes=notes, payments=(payment(amount=100),)),
@@ -97,7 +97,7 @@ async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, c
     await desk.publisher.publish(Lane.CRITICAL.value, message(*sides))
 
     async def listed() -> Any:
-        found = await told(desk, "conflicts", "list", "--restaurant", desk.restaurant)
+        found = await printed_json(desk, "conflicts", "list", "--restaurant", desk.restaurant)
         return [conflict for conflict in found if conflict["entity_id"] == id_]
 
     [conflict] = await eventually(listed, what="the conflict", until=bool)
@@ -111,7 +111,7 @@ async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, c
 
 
 @in_narrow_terminals
-async def test_a_journal_keeps_its_ids_whole_in_a_narrow_terminal(desk: Desk, tmp_path: Path, columns: int) -> None:
+async def test_journal_keeps_its_ids_whole_in_a_narrow_terminal(desk: Desk, tmp_path: Path, columns: int) -> None:
     path = tmp_path / "orders-1.sqlite"
     waiting = change(order(items=1))
     journal = Journal(path, instance=1, max_bytes=1 << 20)
@@ -125,33 +125,35 @@ async def test_a_journal_keeps_its_ids_whole_in_a_narrow_terminal(desk: Desk, tm
 # -- prefixes ------------------------------------------------------------------------------------------------------
 
 
-async def test_commands_take_the_beginning_of_an_id(desk: Desk, marker: str) -> None:
-    [letter] = await desk.buried(marker)
-    assert (await told(desk, "dlq", "show", letter["id"][:13]))["dead_letter"] == letter
-    assert (await told(desk, "dlq", "discard", letter["id"][:13], "--why", "a test"))["status"] == "discarded"
-    assert (await told(desk, "dlq", "restore", letter["id"][:13].replace("-", "")))["status"] == "open"
-    replayed = await told(desk, "dlq", "replay", letter["id"][:13], "--yes")
-    assert [item["dead_letter_id"] for item in replayed["items"]] == [letter["id"]]
+async def test_commands_accept_the_prefix_of_an_id(desk: Desk, marker: str) -> None:
+    [dead_letter] = await desk.make_dead_letters(marker)
+    assert (await printed_json(desk, "dlq", "show", dead_letter["id"][:13]))["dead_letter"] == dead_letter
+    assert (await printed_json(desk, "dlq", "discard", dead_letter["id"][:13], "--why", "a test"))[
+        "status"
+    ] == "discarded"
+    assert (await printed_json(desk, "dlq", "restore", dead_letter["id"][:13].replace("-", "")))["status"] == "open"
+    replayed = await printed_json(desk, "dlq", "replay", dead_letter["id"][:13], "--yes")
+    assert [item["dead_letter_id"] for item in replayed["items"]] == [dead_letter["id"]]
     code, _, err = await desk.dlq("cancel", replayed["job"]["id"][:13])
     assert (code, err) == (1, "Error: this replay job is done\n")
 
 
-async def test_a_prefix_of_several_dead_letters_is_refused_and_lists_them(desk: Desk, marker: str) -> None:
-    letters = await desk.buried(marker, 2)
-    shared = letters[0]["id"][:9]
-    twin = f"{shared}{letters[1]['id'][9:]}"
+async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(desk: Desk, marker: str) -> None:
+    dead_letters = await desk.make_dead_letters(marker, 2)
+    shared = dead_letters[0]["id"][:9]
+    twin = f"{shared}{dead_letters[1]['id'][9:]}"
     async with desk.system.database() as database:
-        await database.execute("update dead_letters set id = $2 where id = $1", letters[1]["id"], twin)
+        await database.execute("update dead_letters set id = $2 where id = $1", dead_letters[1]["id"], twin)
     code, out, err = await desk.dlq("show", shared)
     assert (code, out) == (1, "")
     first, *rest = err.splitlines()
     assert first == f"Error: more than one dead letter has an id that begins with {shared}:"
-    assert {line.split()[0] for line in rest} == {letters[0]["id"], twin}
+    assert {line.split()[0] for line in rest} == {dead_letters[0]["id"], twin}
     assert all("open, table v1" in line for line in rest)
 
 
 @pytest.mark.parametrize("command", ["show", "restore", "replay", "cancel"])
-async def test_what_begins_no_id_is_refused_by_name(desk: Desk, command: str) -> None:
+async def test_prefix_without_a_match_is_refused_and_named(desk: Desk, command: str) -> None:
     code, _, err = await desk.dlq(command, "order")
     assert code == 2
     assert "'order' is neither an id nor the beginning of one" in err
@@ -160,15 +162,15 @@ async def test_what_begins_no_id_is_refused_by_name(desk: Desk, command: str) ->
     assert err.startswith("Error: no ") and err.endswith("has an id that begins with 00000000-0000\n")
 
 
-async def test_a_restaurant_is_named_by_its_slug_or_the_beginning_of_its_id(desk: Desk, marker: str) -> None:
-    [letter] = await desk.buried(marker)
+async def test_restaurant_is_named_by_its_slug_or_a_prefix_of_its_id(desk: Desk, marker: str) -> None:
+    [dead_letter] = await desk.make_dead_letters(marker)
     for name in (await slug_of(desk), desk.restaurant[:13], desk.restaurant):
-        assert await told(desk, "dlq", "list", "--text", marker, "--restaurant", name) == [letter]
+        assert await printed_json(desk, "dlq", "list", "--text", marker, "--restaurant", name) == [dead_letter]
     code, _, err = await desk.dlq("list", "--restaurant", "no-such-place")
     assert (code, err) == (1, "Error: no restaurant has the slug no-such-place\n")
 
 
-async def test_a_dish_is_named_by_the_beginning_of_its_id(desk: Desk) -> None:
+async def test_dish_is_named_by_a_prefix_of_its_id(desk: Desk) -> None:
     dish = await desk.shop.dish()
 
     async def stored() -> Any:
@@ -184,14 +186,14 @@ async def test_a_dish_is_named_by_the_beginning_of_its_id(desk: Desk) -> None:
 # -- order numbers -------------------------------------------------------------------------------------------------
 
 
-async def test_an_order_is_found_by_its_number_with_or_without_zeros(desk: Desk) -> None:
+async def test_order_is_found_by_its_number_with_or_without_leading_zeros(desk: Desk) -> None:
     placed = await in_postgres(desk, await desk.place())
     number = placed["order_number"]
     for text in (number, number.lstrip("0"), placed["id"][:13]):
-        assert await told(desk, "orders", text, "--restaurant", desk.restaurant) == [placed]
+        assert await printed_json(desk, "orders", text, "--restaurant", desk.restaurant) == [placed]
 
 
-async def test_trace_takes_the_newest_order_of_a_number_and_says_so(desk: Desk) -> None:
+async def test_trace_takes_the_newest_order_with_a_number_and_says_so(desk: Desk) -> None:
     placed = await in_postgres(desk, await desk.place())
     number = placed["order_number"]
     await earlier_order(desk, number)
@@ -199,10 +201,10 @@ async def test_trace_takes_the_newest_order_of_a_number_and_says_so(desk: Desk) 
     assert code == 0, err
     assert json.loads(out)["order_id"] == placed["id"]
     assert f"the newest is {placed['id']}, {number} of {placed['business_day']}" in err
-    assert len(await told(desk, "orders", number, "--restaurant", desk.restaurant)) == 2
+    assert len(await printed_json(desk, "orders", number, "--restaurant", desk.restaurant)) == 2
 
 
-async def test_a_number_of_several_restaurants_is_refused_and_lists_them(desk: Desk, marker: str) -> None:
+async def test_order_number_of_several_restaurants_is_refused_and_lists_the_orders(desk: Desk, marker: str) -> None:
     number = f"A-{marker[-8:]}"
     ours = await earlier_order(desk, number)
     theirs = await earlier_order(desk, number, await open_shop(desk.system))
@@ -210,10 +212,12 @@ async def test_a_number_of_several_restaurants_is_refused_and_lists_them(desk: D
     assert (code, out) == (1, "")
     assert err.startswith(f"Error: more than one restaurant has an order {number}; choose by --restaurant:\n")
     assert ours in err and theirs in err
-    assert [match["id"] for match in await told(desk, "orders", number, "--restaurant", desk.restaurant)] == [ours]
+    assert [match["id"] for match in await printed_json(desk, "orders", number, "--restaurant", desk.restaurant)] == [
+        ours
+    ]
 
 
-async def test_an_unknown_number_is_refused(desk: Desk) -> None:
+async def test_unknown_order_number_is_refused(desk: Desk) -> None:
     code, _, err = await desk.cli("trace", "Z-9999")
     assert code == 1
     assert "no order in PostgreSQL has the number Z-9999" in err

@@ -1,4 +1,4 @@
-"""Of two changes that could not both stand somebody says which one holds: over HTTP and on the command line."""
+"""An operator decides which of two forked changes holds: over HTTP and on the command line."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ from shared.entities.contract import Change, Lane
 from shared.security.tokens import Role
 from tests.rigs.builders import change, message, payment
 from tests.rigs.dead_letters import Desk
-from tests.rigs.forks import fork, stands
+from tests.rigs.forks import fork, wait_stored
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import expect, refused
 from tests.rigs.system import eventually
@@ -38,11 +38,11 @@ Fork = Callable[[], Awaitable[Forked]]
 
 @pytest.fixture
 def forked(desk: Desk, nadia: httpx.AsyncClient) -> Fork:
-    """Makes an order of which two changes claim version 2: their notes differ, and each has a payment of its own."""
+    """Makes an order with two changes that claim version 2: their notes differ, and each has a payment of its own."""
 
     async def make() -> Forked:
         id_ = await desk.place(notes="as it was")
-        state, base = await stands(desk.system, orders.ENTITY, id_)
+        state, base = await wait_stored(desk.system, orders.ENTITY, id_)
         sides = [
             change(
                 structs.replace(state, notes=notes, payments=(payment(amount=100),)),
@@ -58,7 +58,7 @@ def forked(desk: Desk, nadia: httpx.AsyncClient) -> Fork:
             return found
 
         [conflict] = await eventually(listed, what="the conflict")
-        # The payment of the loser comes back by a change of its own.
+        # A further change brings back the payment of the loser.
         await eventually(lambda: order(desk, id_), what="both payments", until=lambda one: len(one["payments"]) == 2)
         return Forked(id_, winner, loser, conflict)
 
@@ -87,15 +87,17 @@ async def resolve(client: httpx.AsyncClient, made: Forked, keep: Change, why: st
     return await client.post(f"{CONFLICTS}/{made.conflict['id']}/resolve", json={"keep": keep.id, "why": why})
 
 
-async def test_both_sides_are_shown_with_what_differs(desk: Desk, nadia: httpx.AsyncClient, forked: Fork) -> None:
+async def test_conflict_shows_both_sides_and_their_differences(
+    desk: Desk, nadia: httpx.AsyncClient, forked: Fork
+) -> None:
     made = await forked()
     assert (made.conflict["entity"], made.conflict["version"], made.conflict["resolved_at"]) == ("order", 2, None)
 
     async def look() -> Any:
         return expect(await nadia.get(f"{CONFLICTS}/{made.conflict['id']}"))
 
-    # Behind the payment of the loser, which came back by a change of its own.
-    seen = await eventually(look, what="what stands", until=lambda found: found["head"]["version"] == 3)
+    # Version 3 is the change that brought back the payment of the loser.
+    seen = await eventually(look, what="the head of version 3", until=lambda found: found["head"]["version"] == 3)
     assert seen["conflict"] == made.conflict
     assert [seen[side]["change_id"] for side in ("winner", "loser")] == [made.winner.id, made.loser.id]
     assert seen["loser"]["state"]["notes"] == made.notes(made.loser)
@@ -104,7 +106,7 @@ async def test_both_sides_are_shown_with_what_differs(desk: Desk, nadia: httpx.A
     assert {one["path"].partition("[")[0] for one in seen["differs"]} == {"notes", "payments"}
 
 
-async def test_admins_see_those_of_their_own_restaurant_and_decide_nothing(desk: Desk, forked: Fork) -> None:
+async def test_admins_see_the_conflicts_of_their_restaurant_and_cannot_resolve_them(desk: Desk, forked: Fork) -> None:
     made = await forked()
     path = f"{CONFLICTS}/{made.conflict['id']}"
     async with desk.client(Role.ADMIN) as ours, desk.client(Role.ADMIN, restaurant=str(uuid4())) as theirs:
@@ -115,7 +117,7 @@ async def test_admins_see_those_of_their_own_restaurant_and_decide_nothing(desk:
         refused(await theirs.get(path), 404, "not_found")
 
 
-async def test_keeping_the_side_that_stands_changes_nothing_and_closes_it(
+async def test_keeping_the_winner_changes_nothing_and_closes_the_conflict(
     desk: Desk, nadia: httpx.AsyncClient, forked: Fork
 ) -> None:
     made = await forked()
@@ -126,7 +128,7 @@ async def test_keeping_the_side_that_stands_changes_nothing_and_closes_it(
     assert (done["kept_change_id"], done["resolved_change_id"]) == (made.winner.id, None)
     assert (done["resolved_by"], done["why"]) == ("nadia@ops.example", "the guest said so")
     await desk.sync_state(made.order, "synced")
-    await eventually(lambda: open_conflicts(desk), what="one less", until=lambda count: count == counted - 1)
+    await eventually(lambda: open_conflicts(desk), what="one conflict less", until=lambda count: count == counted - 1)
     after = await order(desk, made.order)
     assert (after["version"], after["notes"]) == (before["version"], made.notes(made.winner))
     assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order})) == []
@@ -140,7 +142,7 @@ async def test_keeping_the_side_that_stands_changes_nothing_and_closes_it(
     assert [tuple(act) for act in acts] == [("nadia@ops.example", "conflict.resolve", "the guest said so")]
 
 
-async def test_keeping_the_other_side_brings_it_back_and_leaves_what_was_changed_since(
+async def test_keeping_the_loser_restores_its_fields_and_leaves_later_changes(
     desk: Desk, nadia: httpx.AsyncClient, forked: Fork
 ) -> None:
     made = await forked()
@@ -156,7 +158,7 @@ async def test_keeping_the_other_side_brings_it_back_and_leaves_what_was_changed
     assert done["kept_change_id"] == made.loser.id
 
 
-async def test_what_somebody_has_given_a_third_value_is_not_overwritten(
+async def test_field_that_has_a_third_value_by_now_is_not_overwritten(
     desk: Desk, nadia: httpx.AsyncClient, forked: Fork
 ) -> None:
     made = await forked()
@@ -168,11 +170,13 @@ async def test_what_somebody_has_given_a_third_value_is_not_overwritten(
     assert expect(await nadia.get(CONFLICTS, params={"entity_id": made.order})) == [made.conflict]
     await change_order(desk, made.order, notes=made.notes(made.loser))
     before = await order(desk, made.order)
-    assert expect(await resolve(nadia, made, made.loser))["resolved_change_id"] is None, "it says so already"
+    assert expect(await resolve(nadia, made, made.loser))["resolved_change_id"] is None, (
+        "the order has the loser's notes already, so no change is needed"
+    )
     assert (await order(desk, made.order))["version"] == before["version"]
 
 
-async def test_a_decision_that_names_no_side_or_no_reason_is_refused(nadia: httpx.AsyncClient, forked: Fork) -> None:
+async def test_decision_without_a_side_or_a_reason_is_refused(nadia: httpx.AsyncClient, forked: Fork) -> None:
     made = await forked()
     path = f"{CONFLICTS}/{made.conflict['id']}/resolve"
     keep = made.winner.id
@@ -188,7 +192,7 @@ async def test_a_decision_that_names_no_side_or_no_reason_is_refused(nadia: http
     refused(await nadia.get(f"{CONFLICTS}/7"), 422, "invalid_input", "conflict_id")
 
 
-async def test_conflicts_are_listed_in_pages_the_newest_first(nadia: httpx.AsyncClient, forked: Fork) -> None:
+async def test_conflicts_are_listed_in_pages_newest_first(nadia: httpx.AsyncClient, forked: Fork) -> None:
     made = [await forked() for _ in range(3)]
     restaurant = made[0].conflict["restaurant_id"]
     found: list[str] = []
@@ -203,7 +207,7 @@ async def test_conflicts_are_listed_in_pages_the_newest_first(nadia: httpx.Async
     assert len(set(found)) == len(found)
 
 
-async def test_the_command_line_lists_shows_and_decides(desk: Desk, forked: Fork) -> None:
+async def test_command_line_lists_shows_and_resolves_conflicts(desk: Desk, forked: Fork) -> None:
     made = await forked()
     id_ = made.conflict["id"]
     code, out, err = await desk.cli("conflicts", "list", "--restaurant", desk.restaurant)

@@ -1,4 +1,4 @@
-"""What operators do to dead letters over HTTP: replay, edit, discard, restore; and their queues and ledger."""
+"""Operators repair dead letters over HTTP: replay, edit, discard, restore; also the queues and the ledger."""
 
 import asyncio
 from datetime import datetime
@@ -15,7 +15,7 @@ from services.sync.ledger.balance import PLACES
 from shared.entities.contract import Lane, encode
 from shared.messaging import management, topology
 from tests.rigs.builders import change, message, order
-from tests.rigs.dead_letters import JOBS, LETTERS, Desk, seen
+from tests.rigs.dead_letters import DEAD_LETTERS, JOBS, Desk, details_of
 from tests.rigs.restaurant import expect, refused
 from tests.rigs.system import System, eventually
 
@@ -23,28 +23,28 @@ from tests.rigs.system import System, eventually
 
 
 async def replay(nadia: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
-    found: dict[str, Any] = expect(await nadia.post(f"{LETTERS}/replay", json=body), 202)
+    found: dict[str, Any] = expect(await nadia.post(f"{DEAD_LETTERS}/replay", json=body), 202)
     return found
 
 
-async def test_an_order_that_postgres_refused_is_synced_after_its_replay(
+async def test_order_that_postgres_refused_is_synced_after_its_replay(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     async with desk.refused_orders(marker) as allow:
         placed = await desk.place(notes=marker)
         await desk.sync_state(placed, "failed")
-        [letter] = await desk.letters(1, entity_id=placed)
-        assert (letter["reason"], letter["entity_id"]) == ("refused_by_postgres", placed)
-        planned = await replay(nadia, ids=[letter["id"]], dry_run=True)
+        [dead_letter] = await desk.dead_letters(1, entity_id=placed)
+        assert (dead_letter["reason"], dead_letter["entity_id"]) == ("refused_by_postgres", placed)
+        planned = await replay(nadia, ids=[dead_letter["id"]], dry_run=True)
         assert (await desk.ended(planned["job"]))["outcomes"] == {"would_fail": 1}
         await allow()
-        planned = await replay(nadia, ids=[letter["id"]], why="allowed again")
+        planned = await replay(nadia, ids=[dead_letter["id"]], why="allowed again")
     assert planned["plan"]["total"] == 1
     assert planned["plan"]["queues"] == {topology.lane_queue(Lane.CRITICAL): 1}
     job = await desk.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 1})
     await desk.sync_state(placed, "synced")
-    shown = await seen(nadia, letter)
+    shown = await details_of(nadia, dead_letter)
     assert (shown["dead_letter"]["status"], shown["dead_letter"]["deaths"]) == ("resolved", 1)
     assert [(one["job"]["kind"], one["item"]["outcome"]) for one in shown["replays"]] == [
         ("replay", "resolved"),
@@ -53,40 +53,38 @@ async def test_an_order_that_postgres_refused_is_synced_after_its_replay(
 
 
 @pytest.mark.parametrize("way", ["ids", "fingerprint", "filter"])
-async def test_letters_are_replayed_by_ids_by_fingerprint_and_by_filter(
+async def test_dead_letters_are_replayed_by_ids_by_fingerprint_and_by_filter(
     desk: Desk, nadia: httpx.AsyncClient, marker: str, way: str
 ) -> None:
-    born = [change(desk.table(label=marker)) for _ in range(3)]
-    await desk.bury(*born, place=marker)
-    left = change(desk.table(label=f"left {marker}"))
-    await desk.bury(left, place=f"{marker}:left")
-    letters = await desk.letters(4, text=marker)
-    wanted: dict[str, Any] = {
-        "ids": {"ids": [letter["id"] for letter in letters[:3]]},
-        "fingerprint": {"fingerprint": letters[0]["fingerprint"]},
-        "filter": {"text": f'"{marker}"', "entity": "table", "from": letters[0]["first_failed_at"]},
+    made = [change(desk.table(label=marker)) for _ in range(3)]
+    await desk.send_to_dead_queue(*made, place=marker)
+    other = change(desk.table(label=f"other {marker}"))
+    await desk.send_to_dead_queue(other, place=f"{marker}:other")
+    dead_letters = await desk.dead_letters(4, text=marker)
+    selection: dict[str, Any] = {
+        "ids": {"ids": [dead_letter["id"] for dead_letter in dead_letters[:3]]},
+        "fingerprint": {"fingerprint": dead_letters[0]["fingerprint"]},
+        "filter": {"text": f'"{marker}"', "entity": "table", "from": dead_letters[0]["first_failed_at"]},
     }[way]
-    planned = await replay(nadia, canary=False, per_second=1_000, **wanted)
+    planned = await replay(nadia, canary=False, per_second=1_000, **selection)
     assert planned["plan"]["queues"] == {topology.lane_queue(Lane.NORMAL): 3}
-    assert planned["plan"]["fingerprints"] == {letters[0]["fingerprint"]: 3}
+    assert planned["plan"]["fingerprints"] == {dead_letters[0]["fingerprint"]: 3}
     assert (planned["job"]["total"], planned["job"]["actor"]) == (3, "nadia@ops.example")
     job = await desk.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 3})
-    parts = expect(await nadia.get(f"{JOBS}/{job['id']}/items", params={"outcome": "resolved"}))
-    assert [part["dead_letter_id"] for part in parts] == [letter["id"] for letter in letters[:3]]
-    assert await desk.written(*(one.id for one in born)) == 3
-    assert await desk.written(left.id) == 0
-    [untouched] = await desk.letters(1, text=marker, status="open")
-    assert untouched == letters[3]
+    items = expect(await nadia.get(f"{JOBS}/{job['id']}/items", params={"outcome": "resolved"}))
+    assert [item["dead_letter_id"] for item in items] == [dead_letter["id"] for dead_letter in dead_letters[:3]]
+    assert await desk.written(*(one.id for one in made)) == 3
+    assert await desk.written(other.id) == 0
+    [untouched] = await desk.dead_letters(1, text=marker, status="open")
+    assert untouched == dead_letters[3]
 
 
-async def test_a_dry_run_tells_what_would_happen_and_changes_nothing(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
-) -> None:
+async def test_dry_run_reports_outcomes_and_changes_nothing(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
     good = change(desk.table(label=marker))
     broken = encode(change(desk.table(label=marker))).replace(b'"seats":4', b'"seats":0')
-    await desk.bury(good, message(broken))
-    letters = await desk.letters(2, text=marker)
+    await desk.send_to_dead_queue(good, message(broken))
+    dead_letters = await desk.dead_letters(2, text=marker)
     planned = await replay(nadia, text=marker, dry_run=True)
     assert (planned["plan"]["total"], planned["job"]["kind"]) == (2, "dry_run")
     job = await desk.ended(planned["job"])
@@ -94,22 +92,22 @@ async def test_a_dry_run_tells_what_would_happen_and_changes_nothing(
     first, second = expect(await nadia.get(f"{JOBS}/{job['id']}/items"))
     assert (first["outcome"], first["detail"]) == ("would_write", "version 1")
     assert second["detail"].startswith("contract_broken: BrokenContract: data.after: Expected `int` >= 1")
-    assert await desk.letters(2, text=marker) == letters
+    assert await desk.dead_letters(2, text=marker) == dead_letters
     assert await desk.written(good.id) == 0
 
 
-async def test_a_replay_that_is_cancelled_leaves_the_rest_where_it_is(
+async def test_cancelled_replay_leaves_the_remaining_dead_letters_open(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    await desk.buried(marker, 4)
+    await desk.make_dead_letters(marker, 4)
     planned = await replay(nadia, text=marker, per_second=0.001, canary=False)
     cancelled = expect(await nadia.post(f"{JOBS}/{planned['job']['id']}/cancel"))
     assert cancelled["cancel_asked"] is True
     job = await desk.ended(cancelled)
     assert job["state"] == "cancelled"
-    assert job["outcomes"]["waiting"] >= 3, "the rate lets one pass in a thousand seconds"
-    still_open = await desk.letters(job["outcomes"]["waiting"], text=marker, status="open")
-    assert {letter["revision"] for letter in still_open} == {1}
+    assert job["outcomes"]["waiting"] >= 3, "the rate allows one replay in 1,000 seconds"
+    still_open = await desk.dead_letters(job["outcomes"]["waiting"], text=marker, status="open")
+    assert {dead_letter["revision"] for dead_letter in still_open} == {1}
     refused(await nadia.post(f"{JOBS}/{job['id']}/cancel"), 409, "job_ended")
     refused(await nadia.post(f"{JOBS}/{uuid4()}/cancel"), 404, "not_found")
     refused(await nadia.get(f"{JOBS}/{uuid4()}"), 404, "not_found")
@@ -130,25 +128,25 @@ async def test_a_replay_that_is_cancelled_leaves_the_rest_where_it_is(
     ],
     ids=["nothing", "nothing-dry", "id", "status", "nul", "no-zone", "no-such-time", "rate", "unknown"],
 )
-async def test_a_replay_of_nothing_or_of_nonsense_is_refused_by_the_name_of_its_field(
+async def test_invalid_replay_request_is_refused_with_the_name_of_the_field(
     nadia: httpx.AsyncClient, body: dict[str, Any], field: str
 ) -> None:
-    assert expect(await nadia.post(f"{LETTERS}/replay", json=body), 422)["details"]["field"] == field
+    assert expect(await nadia.post(f"{DEAD_LETTERS}/replay", json=body), 422)["details"]["field"] == field
 
 
-async def test_a_replay_of_named_letters_tells_which_are_not_there_and_is_refused_where_none_is(
+async def test_replay_by_ids_lists_unknown_ids_and_is_refused_when_all_are_unknown(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    [letter] = await desk.buried(marker)
+    [dead_letter] = await desk.make_dead_letters(marker)
     unknown = [str(uuid4()), str(uuid4())]
-    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": unknown}), 404, "not_found")
-    planned = await replay(nadia, ids=[unknown[0], letter["id"], unknown[1]])
+    refused(await nadia.post(f"{DEAD_LETTERS}/replay", json={"ids": unknown}), 404, "not_found")
+    planned = await replay(nadia, ids=[unknown[0], dead_letter["id"], unknown[1]])
     assert (planned["plan"]["total"], planned["plan"]["absent"], planned["job"]["total"]) == (1, unknown, 1)
     assert (await desk.ended(planned["job"]))["outcomes"] == {"resolved": 1}
-    refused(await nadia.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "dead_letter_not_open")
+    refused(await nadia.post(f"{DEAD_LETTERS}/replay", json={"ids": [dead_letter["id"]]}), 409, "dead_letter_not_open")
 
 
-async def test_a_replay_of_a_filter_that_finds_nothing_is_over_at_once_and_says_so(
+async def test_replay_of_a_filter_without_matches_is_done_at_once_and_says_so(
     nadia: httpx.AsyncClient, marker: str
 ) -> None:
     planned = await replay(nadia, text=marker)
@@ -156,37 +154,37 @@ async def test_a_replay_of_a_filter_that_finds_nothing_is_over_at_once_and_says_
     assert (planned["job"]["state"], planned["job"]["message"]) == ("done", "no open dead letter matches")
 
 
-# -- mending ---------------------------------------------------------------------------------------------------------
+# -- edit and discard --------------------------------------------------------------------------------------------------
 
 
-async def poisoned(desk: Desk, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(a letter, its event), of a table without a seat."""
-    born = encode(change(desk.table(label=marker))).replace(b'"seats":4', b'"seats":0')
-    await desk.bury(message(born), reason="contract_broken")
-    [letter] = await desk.letters(1, text=marker)
+async def contract_breaker(desk: Desk, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes a dead letter of a table without a seat; returns (the dead letter, its event)."""
+    body = encode(change(desk.table(label=marker))).replace(b'"seats":4', b'"seats":0')
+    await desk.send_to_dead_queue(message(body), reason="contract_broken")
+    [dead_letter] = await desk.dead_letters(1, text=marker)
     async with desk.client() as client:
-        return letter, (await seen(client, letter))["event"]
+        return dead_letter, (await details_of(client, dead_letter))["event"]
 
 
 def with_seats(event: dict[str, Any], seats: Any) -> dict[str, Any]:
     return {**event, "data": {**event["data"], "after": {**event["data"]["after"], "seats": seats}}}
 
 
-async def test_an_edit_makes_a_new_change_and_the_letter_keeps_what_it_was(
+async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_event(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    letter, event = await poisoned(desk, marker)
+    dead_letter, event = await contract_breaker(desk, marker)
     body = {"revision": 1, "event": with_seats(event, 6), "why": "it has six"}
-    edited = expect(await nadia.post(f"{LETTERS}/{letter['id']}/edit", json=body))
+    edited = expect(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body))
     assert (edited["status"], edited["revision"]) == ("resolved", 2)
-    assert edited["replaced_by"] not in (None, letter["change_id"])
+    assert edited["replaced_by"] not in (None, dead_letter["change_id"])
     await eventually(lambda: desk.written(edited["replaced_by"]), what="the new change written")
-    assert await desk.written(letter["change_id"]) == 0
+    assert await desk.written(dead_letter["change_id"]) == 0
     async with desk.shop.client() as staff:
-        table = expect(await staff.get(f"/api/tables/{letter['entity_id']}"))
+        table = expect(await staff.get(f"/api/tables/{dead_letter['entity_id']}"))
     assert (table["seats"], table["label"], table["version"]) == (6, marker, 1)
-    shown = await seen(nadia, letter)
-    assert shown["event"] == event, "as received"
+    shown = await details_of(nadia, dead_letter)
+    assert shown["event"] == event, "the dead letter shows the event as received"
     [edit] = shown["edits"]
     assert edit["difference"] == [{"path": "data.after.seats", "before": 0, "after": 6}]
     assert (edit["actor"], edit["why"], edit["change_id"]) == (
@@ -213,20 +211,20 @@ async def test_an_edit_makes_a_new_change_and_the_letter_keeps_what_it_was(
     ],
     ids=["too-few", "text", "no-after", "type", "unknown", "subject", "restaurant", "missing"],
 )
-async def test_an_edit_that_may_not_be_is_refused_by_the_name_of_its_field(
+async def test_invalid_edit_is_refused_with_the_name_of_the_field(
     desk: Desk, nadia: httpx.AsyncClient, marker: str, wrong: Any, field: str, code: str
 ) -> None:
-    letter, event = await poisoned(desk, marker)
+    dead_letter, event = await contract_breaker(desk, marker)
     body = {"revision": 1, "event": wrong(event)}
-    refused(await nadia.post(f"{LETTERS}/{letter['id']}/edit", json=body), 422, code, field)
-    assert await desk.letters(1, text=marker) == [letter]
+    refused(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body), 422, code, field)
+    assert await desk.dead_letters(1, text=marker) == [dead_letter]
 
 
-async def test_of_two_operators_who_saw_the_same_letter_the_second_is_told(
+async def test_second_of_two_operators_who_edit_one_dead_letter_gets_a_conflict(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    letter, event = await poisoned(desk, marker)
-    path = f"{LETTERS}/{letter['id']}/edit"
+    dead_letter, event = await contract_breaker(desk, marker)
+    path = f"{DEAD_LETTERS}/{dead_letter['id']}/edit"
     async with desk.client(name="omar") as omar:
         replies = await asyncio.gather(
             nadia.post(path, json={"revision": 1, "event": with_seats(event, 2)}),
@@ -235,29 +233,31 @@ async def test_of_two_operators_who_saw_the_same_letter_the_second_is_told(
     assert sorted(reply.status_code for reply in replies) == [200, 409]
     [late] = [reply for reply in replies if reply.status_code == 409]
     assert refused(late, 409, "dead_letter_changed")["revision"] == 2
-    assert len((await seen(nadia, letter))["edits"]) == 1
+    assert len((await details_of(nadia, dead_letter))["edits"]) == 1
 
 
-async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
+async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    letter, event = await poisoned(desk, marker)
-    path = f"{LETTERS}/{letter['id']}"
+    dead_letter, event = await contract_breaker(desk, marker)
+    path = f"{DEAD_LETTERS}/{dead_letter['id']}"
     for without in ({}, {"why": ""}, {"why": "  "}):
         refused(await nadia.post(f"{path}/discard", json={"revision": 1, **without}), 422, "invalid_input", "why")
     gone = expect(await nadia.post(f"{path}/discard", json={"revision": 1, "why": "a test of the terminal"}))
     assert (gone["status"], gone["why"], gone["revision"]) == ("discarded", "a test of the terminal", 2)
-    assert gone["replaced_by"] is None, "nobody ever saw it"
+    assert gone["replaced_by"] is None, "no reader saw the change, so no change replaces it"
     async with desk.client(name="omar") as omar:
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
             refused(await omar.post(f"{path}/{act}", json=body), 409, "dead_letter_changed")
             refused(await omar.post(f"{path}/{act}", json={**body, "revision": 2}), 409, "dead_letter_not_open")
-        refused(await omar.post(f"{LETTERS}/replay", json={"ids": [letter["id"]]}), 409, "dead_letter_not_open")
+        refused(
+            await omar.post(f"{DEAD_LETTERS}/replay", json={"ids": [dead_letter["id"]]}), 409, "dead_letter_not_open"
+        )
         back = expect(await omar.post(f"{path}/restore", json={"revision": 2, "why": "it was none"}))
         refused(await omar.post(f"{path}/restore", json={"revision": 3}), 409, "dead_letter_not_discarded")
     assert (back["status"], back["why"], back["closed_at"]) == ("open", None, None)
-    acts = (await seen(nadia, letter))["actions"]
+    acts = (await details_of(nadia, dead_letter))["actions"]
     assert [(act["action"], act["actor"], act["why"]) for act in acts] == [
         ("dead_letter.restore", "omar@ops.example", "it was none"),
         ("dead_letter.discard", "nadia@ops.example", "a test of the terminal"),
@@ -267,19 +267,19 @@ async def test_a_discard_and_a_restore_are_audited_and_an_old_revision_is_told(
     )
     for act in ("edit", "discard", "restore"):
         body = {"revision": 1, "why": "?"} | ({"event": event} if act == "edit" else {})
-        refused(await nadia.post(f"{LETTERS}/{uuid4()}/{act}", json=body), 404, "not_found")
+        refused(await nadia.post(f"{DEAD_LETTERS}/{uuid4()}/{act}", json=body), 404, "not_found")
 
 
-async def test_what_readers_saw_of_a_letter_is_taken_back_when_it_is_discarded(
+async def test_discard_of_an_order_that_readers_saw_deletes_the_order(
     desk: Desk, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     async with desk.refused_orders(marker):
         placed = await desk.place(notes=marker)
         await desk.sync_state(placed, "failed")
-        [letter] = await desk.letters(1, entity_id=placed)
-        body = {"revision": letter["revision"], "why": "never cooked"}
-        gone = expect(await nadia.post(f"{LETTERS}/{letter['id']}/discard", json=body))
-    assert gone["replaced_by"] not in (None, letter["change_id"])
+        [dead_letter] = await desk.dead_letters(1, entity_id=placed)
+        body = {"revision": dead_letter["revision"], "why": "never cooked"}
+        gone = expect(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/discard", json=body))
+    assert gone["replaced_by"] not in (None, dead_letter["change_id"])
     async with desk.shop.client() as staff:
         refused(await staff.get(f"/api/orders/{placed}"), 404, "order_deleted")
 
@@ -287,13 +287,13 @@ async def test_what_readers_saw_of_a_letter_is_taken_back_when_it_is_discarded(
 # -- queues and the ledger -------------------------------------------------------------------------------------------
 
 
-async def test_queues_are_told_by_the_management_api_and_without_it_by_the_broker(
+async def test_queue_depths_come_from_the_management_api_and_without_it_from_the_broker(
     desk: Desk, nadia: httpx.AsyncClient
 ) -> None:
     names = [topology.MIRROR_DEAD, *(of(lane) for lane in Lane for of in (topology.lane_queue, topology.dead_queue))]
 
-    def tells_all(told: dict[str, Any]) -> bool:
-        queues = {queue["name"]: queue for queue in told["queues"]}
+    def has_all_counts(reply: dict[str, Any]) -> bool:
+        queues = {queue["name"]: queue for queue in reply["queues"]}
         return all(isinstance(queues[name]["depth"], int) for name in names) and all(
             queues[topology.lane_queue(lane)]["consumers"] for lane in Lane
         )
@@ -302,22 +302,24 @@ async def test_queues_are_told_by_the_management_api_and_without_it_by_the_broke
         found: dict[str, Any] = expect(await nadia.get("/api/ops/queues"))
         return found
 
-    # The management API counts every few seconds: of a queue that is young it tells nothing yet. Where it takes three
-    # to answer, the broker is asked in its place.
-    told = await eventually(
-        look, what="a count of every queue", until=lambda told: told["source"] == "management" and tells_all(told)
+    # The management API counts every few seconds, so it has no figures for a new queue. When it takes more than
+    # three seconds to answer, the route asks the broker instead.
+    counted = await eventually(
+        look,
+        what="a count of every queue",
+        until=lambda reply: reply["source"] == "management" and has_all_counts(reply),
     )
-    assert told["away"] == []
-    assert set(told["heartbeat_age_seconds"]) == {lane.value for lane in Lane}
+    assert counted["away"] == []
+    assert set(counted["heartbeat_age_seconds"]) == {lane.value for lane in Lane}
     wrong = "http://nobody:wrong@127.0.0.1:9"
     async with desk.another_api(rabbitmq_watcher_url=wrong) as url, desk.client(url=url) as client:
-        blind = expect(await client.get("/api/ops/queues"))
-    assert (blind["source"], blind["away"]) == ("broker", ["management"])
-    assert tells_all(blind)
-    assert {queue["name"] for queue in told["queues"]} == {queue["name"] for queue in blind["queues"]}
+        without_management = expect(await client.get("/api/ops/queues"))
+    assert (without_management["source"], without_management["away"]) == ("broker", ["management"])
+    assert has_all_counts(without_management)
+    assert {queue["name"] for queue in counted["queues"]} == {queue["name"] for queue in without_management["queues"]}
 
 
-async def test_the_watcher_of_the_queues_may_look_and_do_nothing(system: System) -> None:
+async def test_queue_watcher_account_may_read_depths_and_nothing_else(system: System) -> None:
     watcher, lane = system.env["TICKETRAIL_RABBITMQ_WATCHER_URL"], topology.lane_queue(Lane.NORMAL)
     queues = f"/api/queues/{system.name}"
     assert await asyncio.to_thread(management.ask, watcher, "GET", f"{queues}/{lane}?columns=name") == {"name": lane}
@@ -343,11 +345,11 @@ async def test_the_watcher_of_the_queues_may_look_and_do_nothing(system: System)
             await exchange.publish(aio_pika.Message(b"[]"), Lane.NORMAL.value)
 
 
-async def test_the_ledger_adds_up_and_explains_every_change(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
+async def test_ledger_adds_up_and_explains_every_change(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
     good = change(order(restaurant_id=desk.restaurant, items=1, notes=marker))
     await desk.publisher.publish(Lane.CRITICAL.value, message(good))
     await desk.poison(marker)
-    await desk.letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
+    await desk.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
 
     async def balance() -> Any:
         return expect(await nadia.get("/api/ops/ledger", params={"since": desk.since.isoformat()}))

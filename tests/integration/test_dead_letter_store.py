@@ -1,4 +1,4 @@
-"""Dead letters as operators read them and act on them: pages, groups, tenants, revisions, audit, retention."""
+"""How operators read dead letters and act on them: pages, groups, tenants, revisions, audit, retention."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ from shared.messaging import topology
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 
-WHO: dict[str, Any] = {"actor": "nadia", "role": "operator"}
+OPERATOR: dict[str, Any] = {"actor": "nadia", "role": "operator"}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def ops(store: Rig) -> AsyncIterator[Any]:
     await connection.close()
 
 
-def letter(
+def new_dead_letter(
     *,
     reason: str = "negative_amount",
     at: datetime | None = None,
@@ -61,21 +61,21 @@ def letter(
     )
 
 
-async def keep(rig: Rig, *letters: NewDeadLetter) -> None:
-    assert len(await keep_all(rig.database, letters)) == len(letters)
+async def keep(rig: Rig, *dead_letters: NewDeadLetter) -> None:
+    assert len(await keep_all(rig.database, dead_letters)) == len(dead_letters)
 
 
-async def found(rig: Rig, **wanted: Any) -> set[bytes]:
-    page = await dead_letter_store.page(rig.database, DeadLetterQuery(**wanted), limit=100)
-    assert len(page) == await dead_letter_store.count(rig.database, DeadLetterQuery(**wanted))
+async def found(rig: Rig, **filters: Any) -> set[bytes]:
+    page = await dead_letter_store.page(rig.database, DeadLetterQuery(**filters), limit=100)
+    assert len(page) == await dead_letter_store.count(rig.database, DeadLetterQuery(**filters))
     whole = [await dead_letter_store.one(rig.database, one.id) for one in page]
     return {one.body for one in whole if one}
 
 
-async def test_pages_come_newest_first_and_hold_everything_once(store: Rig) -> None:
+async def test_pages_list_newest_first_and_contain_each_dead_letter_once(store: Rig) -> None:
     at = datetime(2026, 3, 14, tzinfo=UTC)
-    # Several at the same moment: the cursor must tell them apart.
-    made = [letter(at=at + timedelta(seconds=number // 4)) for number in range(10)]
+    # Several fail at the same moment, so the cursor needs the id as well as the time.
+    made = [new_dead_letter(at=at + timedelta(seconds=number // 4)) for number in range(10)]
     await keep(store, *made)
     seen: list[dead_letter_store.DeadLetter] = []
     while True:
@@ -89,10 +89,10 @@ async def test_pages_come_newest_first_and_hold_everything_once(store: Rig) -> N
     assert seen[0].body_bytes > 100
 
 
-async def test_each_filter_narrows_to_what_it_says(store: Rig) -> None:
+async def test_each_filter_selects_the_matching_dead_letters(store: Rig) -> None:
     at = datetime(2026, 3, 14, tzinfo=UTC)
-    ours = letter(at=at, customer_name="100% _Özgür_")
-    theirs = letter(
+    ours = new_dead_letter(at=at, customer_name="100% _Özgür_")
+    theirs = new_dead_letter(
         at=at + timedelta(hours=1), restaurant_id=OTHER_RESTAURANT, lane=Lane.NORMAL, reason="too_large",
         error="BrokenContract: 9 of 8 bytes",
     )  # fmt: skip
@@ -111,7 +111,9 @@ async def test_each_filter_narrows_to_what_it_says(store: Rig) -> None:
     assert await found(store, statuses=("discarded",)) == set()
     assert await found(store, statuses=("open", "discarded")) == mine | other
     assert await found(store, text="9 OF 8") == other
-    assert await found(store, text="100% _Özgür") == mine, "in the body, with what `like` would take for its own"
+    assert await found(store, text="100% _Özgür") == mine, (
+        "finds text in the body, with the wildcards of `like` taken literally"
+    )
     assert await found(store, text="100%Ö") == set()
     assert await found(store, text=str(ours.entity_id)) == mine
     page = await dead_letter_store.page(store.database, DeadLetterQuery(restaurant_id=RESTAURANT))
@@ -119,11 +121,11 @@ async def test_each_filter_narrows_to_what_it_says(store: Rig) -> None:
     assert await found(store, ids=(str(uuid4()),)) == set()
 
 
-async def test_groups_count_and_tell_first_last_sample_and_trend(store: Rig) -> None:
+async def test_groups_show_count_first_and_last_failure_sample_and_trend(store: Rig) -> None:
     at = now()
-    early, late = letter(at=at - timedelta(hours=30)), letter(at=at - timedelta(hours=2, minutes=1))
-    newest = letter(at=at, error="BrokenContract: the newest")
-    other = letter(reason="too_large", restaurant_id=OTHER_RESTAURANT, lane=Lane.NORMAL)
+    early, late = new_dead_letter(at=at - timedelta(hours=30)), new_dead_letter(at=at - timedelta(hours=2, minutes=1))
+    newest = new_dead_letter(at=at, error="BrokenContract: the newest")
+    other = new_dead_letter(reason="too_large", restaurant_id=OTHER_RESTAURANT, lane=Lane.NORMAL)
     await keep(store, early, late, newest, other)
     await store.database.execute("update dead_letters set status = 'discarded' where digest = $1", late.digest)
     first, second = await dead_letter_store.groups(store.database, DeadLetterQuery())
@@ -137,11 +139,11 @@ async def test_groups_count_and_tell_first_last_sample_and_trend(store: Rig) -> 
     assert only.fingerprint == other.fingerprint
 
 
-async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_another(store: Rig) -> None:
-    ours, theirs = letter(), letter(restaurant_id=OTHER_RESTAURANT)
-    mixed = letter(body=message(change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)))
-    nobodys = letter(body=b"garbage")
-    await keep(store, ours, theirs, mixed, nobodys)
+async def test_tenant_sees_only_its_own_dead_letters_and_none_that_names_another_tenant(store: Rig) -> None:
+    ours, theirs = new_dead_letter(), new_dead_letter(restaurant_id=OTHER_RESTAURANT)
+    mixed = new_dead_letter(body=message(change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)))
+    without_tenant = new_dead_letter(body=b"garbage")
+    await keep(store, ours, theirs, mixed, without_tenant)
     api = await asyncpg.connect(store.settings.database_api_url)
     for tenant, expected in ((RESTAURANT, {ours.change_id}), (OTHER_RESTAURANT, {theirs.change_id}), ("", set())):
         async with api.transaction():
@@ -157,29 +159,29 @@ async def test_a_restaurant_sees_its_own_letters_alone_and_none_that_names_anoth
     await api.close()
 
 
-async def test_of_two_operators_the_second_is_told(store: Rig, ops: Any) -> None:
-    await keep(store, letter())
+async def test_second_of_two_operators_gets_a_conflict(store: Rig, ops: Any) -> None:
+    await keep(store, new_dead_letter())
     [seen] = await dead_letter_store.page(ops, DeadLetterQuery())
     async with ops.transaction():
-        done = await actions.discard(ops, seen.id, revision=seen.revision, why="a test", **WHO)
+        done = await actions.discard(ops, seen.id, revision=seen.revision, why="a test", **OPERATOR)
     assert (done.status, done.why, done.revision) == ("discarded", "a test", 2)
     assert done.closed_at is not None
-    with pytest.raises(Conflict) as told:
-        await actions.discard(ops, seen.id, revision=seen.revision, why="me too", **WHO)
-    assert told.value.error_code == "dead_letter_changed"
-    assert told.value.details["revision"] == 2
-    with pytest.raises(Conflict) as told:
-        await actions.discard(ops, seen.id, revision=2, why="again", **WHO)
-    assert told.value.error_code == "dead_letter_not_open"
+    with pytest.raises(Conflict) as raised:
+        await actions.discard(ops, seen.id, revision=seen.revision, why="me too", **OPERATOR)
+    assert raised.value.error_code == "dead_letter_changed"
+    assert raised.value.details["revision"] == 2
+    with pytest.raises(Conflict) as raised:
+        await actions.discard(ops, seen.id, revision=2, why="again", **OPERATOR)
+    assert raised.value.error_code == "dead_letter_not_open"
     with pytest.raises(NotFound):
-        await actions.discard(ops, str(uuid4()), revision=1, why="?", **WHO)
+        await actions.discard(ops, str(uuid4()), revision=1, why="?", **OPERATOR)
     async with ops.transaction():
-        back = await actions.restore(ops, seen.id, revision=2, why=None, **WHO)
+        back = await actions.restore(ops, seen.id, revision=2, why=None, **OPERATOR)
     assert (back.status, back.why, back.closed_at, back.revision) == ("open", None, None, 3)
 
 
-async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store: Rig, ops: Any) -> None:
-    await keep(store, letter())
+async def test_edit_is_stored_with_its_dead_letter_and_every_action_is_audited(store: Rig, ops: Any) -> None:
+    await keep(store, new_dead_letter())
     [seen] = await dead_letter_store.page(ops, DeadLetterQuery())
     change_id = str(uuid4())
     difference = [{"path": "total", "before": -1, "after": 1}]
@@ -187,7 +189,14 @@ async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store:
         taken = await actions.take(ops, seen.id, revision=1)
         assert taken.body
         done = await actions.replace(
-            ops, seen.id, revision=1, event={"total": 1}, difference=difference, change_id=change_id, why="typo", **WHO
+            ops,
+            seen.id,
+            revision=1,
+            event={"total": 1},
+            difference=difference,
+            change_id=change_id,
+            why="typo",
+            **OPERATOR,
         )
     assert (done.status, done.replaced_by) == ("resolved", change_id)
     [edit] = await dead_letter_store.edits(ops, seen.id)
@@ -199,18 +208,18 @@ async def test_an_edit_is_kept_beside_its_letter_and_every_act_is_audited(store:
         await ops.execute("delete from audit")
 
 
-async def test_a_death_moves_the_revision_under_an_operators_hands(store: Rig, ops: Any) -> None:
-    first = letter()
+async def test_another_death_invalidates_the_revision_that_an_operator_read(store: Rig, ops: Any) -> None:
+    first = new_dead_letter()
     await keep(store, first)
     await keep(store, structs.replace(first, attempts=(Attempt(now(), "too_large", "?", "a:b"),)))
     with pytest.raises(Conflict):
         await actions.discard(
-            ops, (await dead_letter_store.page(ops, DeadLetterQuery()))[0].id, revision=1, why="late", **WHO
+            ops, (await dead_letter_store.page(ops, DeadLetterQuery()))[0].id, revision=1, why="late", **OPERATOR
         )
 
 
-async def test_attempts_stay_bounded_and_the_first_one_is_not_forgotten(store: Rig) -> None:
-    first = letter(at=datetime(2026, 1, 1, tzinfo=UTC))
+async def test_attempts_stay_bounded_and_keep_the_first_one(store: Rig) -> None:
+    first = new_dead_letter(at=datetime(2026, 1, 1, tzinfo=UTC))
     await keep(store, first)
     for number in range(1, 120):
         at = first.attempts[0].at + timedelta(minutes=number)
@@ -220,8 +229,8 @@ async def test_attempts_stay_bounded_and_the_first_one_is_not_forgotten(store: R
     assert [attempt.reason for attempt in one.attempts] == ["negative_amount", *(f"r{n}" for n in range(21, 120))]
 
 
-async def test_only_what_was_closed_long_ago_is_taken_away(store: Rig, ops: Any) -> None:
-    stays, fresh, old = letter(), letter(), letter()
+async def test_only_dead_letters_closed_before_the_retention_are_removed(store: Rig, ops: Any) -> None:
+    stays, fresh, old = new_dead_letter(), new_dead_letter(), new_dead_letter()
     await keep(store, stays, fresh, old)
     close = "update dead_letters set status = 'discarded', closed_at = now() - $2::interval where digest = $1"
     await store.database.execute(close, fresh.digest, timedelta(days=29))
@@ -231,10 +240,10 @@ async def test_only_what_was_closed_long_ago_is_taken_away(store: Rig, ops: Any)
     assert {one.change_id for one in await store.letters(2)} == {stays.change_id, fresh.change_id}
 
 
-async def test_a_plan_counts_what_is_open_by_where_it_would_go(store: Rig, ops: Any) -> None:
-    closed = letter()
+async def test_plan_counts_open_dead_letters_by_target_queue(store: Rig, ops: Any) -> None:
+    closed = new_dead_letter()
     [mirrored] = parse_dead_letters(topology.MIRROR_DEAD, None, message(change(order())), {}, now())
-    await keep(store, letter(), letter(lane=Lane.NORMAL, reason="too_large"), closed, mirrored)
+    await keep(store, new_dead_letter(), new_dead_letter(lane=Lane.NORMAL, reason="too_large"), closed, mirrored)
     await store.database.execute("update dead_letters set status = 'discarded' where digest = $1", closed.digest)
     plan = await replay_jobs.plan(ops, DeadLetterQuery())
     assert plan.total == 3
@@ -243,33 +252,35 @@ async def test_a_plan_counts_what_is_open_by_where_it_would_go(store: Rig, ops: 
     assert (await replay_jobs.plan(ops, DeadLetterQuery(reason="too_large"))).total == 1
 
 
-async def test_a_job_is_about_what_was_open_when_it_was_made(store: Rig, ops: Any) -> None:
+async def test_job_covers_the_dead_letters_that_were_open_at_its_creation(store: Rig, ops: Any) -> None:
     at = datetime(2026, 3, 14, tzinfo=UTC)
-    older, newer = letter(at=at), letter(at=at + timedelta(hours=1))
+    older, newer = new_dead_letter(at=at), new_dead_letter(at=at + timedelta(hours=1))
     await keep(store, newer, older)
-    wanted = DeadLetterQuery(reason="negative_amount")
-    job = await replay_jobs.make(ops, wanted, kind="replay", why="fixed", per_second=5.0, canary=False, **WHO)
-    await keep(store, letter())
+    query = DeadLetterQuery(reason="negative_amount")
+    job = await replay_jobs.make(ops, query, kind="replay", why="fixed", per_second=5.0, canary=False, **OPERATOR)
+    await keep(store, new_dead_letter())
     assert (job.kind, job.state, job.total, job.outcomes, job.ended) == ("replay", "waiting", 2, {"waiting": 2}, False)
     assert (job.wanted, job.per_second, job.canary) == ({"reason": "negative_amount"}, 5.0, False)
     parts = await replay_jobs.items(ops, job.id)
     assert [part.position for part in parts] == [1, 2]
     whole = [await dead_letter_store.one(ops, part.dead_letter_id) for part in parts]
-    assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], "the oldest first"
+    assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], (
+        "the job takes the oldest first"
+    )
     [(known, part)] = await replay_jobs.of_dead_letter(ops, parts[1].dead_letter_id)
     assert (known.id, part.position) == (job.id, 2)
     [act] = await audit.actions_on(ops, f"job/{job.id}")
     assert (act.action, act.why, act.details["dead_letters"]) == ("dead_letters.replay", "fixed", 2)
 
-    cancelled = await replay_jobs.cancel(ops, job.id, **WHO)
+    cancelled = await replay_jobs.cancel(ops, job.id, **OPERATOR)
     assert (cancelled.state, cancelled.ended) == ("cancelled", True)
-    with pytest.raises(Conflict) as told:
-        await replay_jobs.cancel(ops, job.id, **WHO)
-    assert told.value.error_code == "job_ended"
+    with pytest.raises(Conflict) as raised:
+        await replay_jobs.cancel(ops, job.id, **OPERATOR)
+    assert raised.value.error_code == "job_ended"
     with pytest.raises(NotFound):
-        await replay_jobs.cancel(ops, str(uuid4()), **WHO)
+        await replay_jobs.cancel(ops, str(uuid4()), **OPERATOR)
 
-    nothing = await replay_jobs.make(ops, DeadLetterQuery(reason="no such"), kind="dry_run", **WHO)
+    nothing = await replay_jobs.make(ops, DeadLetterQuery(reason="no such"), kind="dry_run", **OPERATOR)
     assert (nothing.state, nothing.total) == ("done", 0)
     jobs = await replay_jobs.recent(ops, limit=1)
     assert [one.id for one in jobs] == [nothing.id]

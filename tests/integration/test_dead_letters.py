@@ -1,4 +1,4 @@
-"""The keeper on real servers: whatever ends in a dead queue is in `dead_letters`, once, to the letter."""
+"""The dead-letter collector on real servers: each dead letter is in `dead_letters` once, unchanged."""
 
 import asyncio
 from typing import Any
@@ -49,11 +49,11 @@ def too_large() -> bytes:
     return message(encode(change(order())).replace(b'"before":{}', b'"before":{"x":"' + b"y" * 10_000_000 + b'"}'))
 
 
-async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_that_names_it(kept: Rig) -> None:
+async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_of_its_own(kept: Rig) -> None:
     bad = {**BAD, "too_large": too_large()}
     assert len(bad["too_large"]) > MAX_EVENT_BYTES
     good = change(order())
-    kept.publisher._timeout = 30.0  # ten megabytes for each of two queues
+    kept.publisher._timeout = 30.0  # 10 MB for each of two queues
     for body in bad.values():
         await kept.publisher.publish(Lane.CRITICAL.value, body)
     await kept.publish(good)
@@ -74,7 +74,7 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_that_names_it(k
     assert await kept.count("changes") == 1
 
 
-async def test_bad_among_good_leaves_all_good_ones_written(kept: Rig) -> None:
+async def test_good_changes_among_bad_ones_are_all_written(kept: Rig) -> None:
     good = [change(order(items=1)) for _ in range(400)]
     bad = [poison() for _ in range(400)]
     for start in range(0, 400, 4):
@@ -84,87 +84,94 @@ async def test_bad_among_good_leaves_all_good_ones_written(kept: Rig) -> None:
         for one in bad[start + 2 : start + 4]:
             await kept.publish(one)
     await kept.written(*good, within=60)
-    letters = await kept.letters(400, within=60, reason="negative_amount")
-    assert {one.body for one in letters} == {message(one) for one in bad}
-    assert len({one.fingerprint for one in letters}) == 1
+    dead_letters = await kept.letters(400, within=60, reason="negative_amount")
+    assert {one.body for one in dead_letters} == {message(one) for one in bad}
+    assert len({one.fingerprint for one in dead_letters}) == 1
     await kept.all_acknowledged()
 
-    async def counted() -> float:  # a moment after they are there
+    async def counted() -> float:  # the metric follows the rows a moment later
         return kept.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}')
 
     await eventually(counted, what="all counted", until=lambda count: count == 400)
 
 
-async def test_a_flood_that_postgres_does_not_take_at_once_takes_its_way_through_the_dead_queue(kept: Rig) -> None:
-    # What the keeper does at its last try for a single one, the writer does not try for many.
+async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_keep_them_directly(kept: Rig) -> None:
+    # The collector tries a single dead letter again without the refused fields; the writer does not do so for many.
     await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
-    good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than go alone
+    good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than the writer sends through the queue
     await kept.publish(*bad, good)
     await kept.written(good)
-    letters = await kept.letters(9, within=60)
-    assert {letter.body for letter in letters} == {message(one) for one in bad}
-    assert all(letter.type is None and letter.headers == {} for letter in letters)
+    dead_letters = await kept.letters(9, within=60)
+    assert {dead_letter.body for dead_letter in dead_letters} == {message(one) for one in bad}
+    assert all(dead_letter.type is None and dead_letter.headers == {} for dead_letter in dead_letters)
     await kept.all_acknowledged()
 
 
-async def test_a_flood_that_comes_off_the_ladder_has_all_its_attempts(kept: Rig) -> None:
-    await fail_for_ever(kept)
+async def test_many_changes_that_die_on_the_retry_ladder_keep_all_their_attempts(kept: Rig) -> None:
+    await fail_forever(kept)
     unlucky = [change(order(items=1, notes="unlucky")) for _ in range(12)]
     await asyncio.gather(*(kept.publish(one) for one in unlucky))
-    letters = await kept.letters(12, within=60)
-    for letter in letters:
-        assert (letter.reason, letter.deaths) == ("transient", 1)
-        assert [one.reason for one in letter.attempts] == ["transient"] * 3
+    dead_letters = await kept.letters(12, within=60)
+    for dead_letter in dead_letters:
+        assert (dead_letter.reason, dead_letter.deaths) == ("transient", 1)
+        assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
 
-    async def climbing() -> int:  # of the last rung it may be told after the letter: then it is swept up
+    # The last retry may be noted after the dead letter is kept; the sweep then removes it.
+    async def on_ladder() -> int:
         return await kept.count("retries")
 
-    await eventually(climbing, what="off the ladder", until=lambda count: count == 0)
+    await eventually(on_ladder, what="no retry rows", until=lambda count: count == 0)
     await kept.all_acknowledged()
 
 
-async def test_headers_of_others_do_not_stand_in_the_way_of_a_poison_message(kept: Rig) -> None:
+async def test_poison_message_with_foreign_headers_is_kept(kept: Rig) -> None:
     strange: dict[str, int | str] = {"event": "x", "queue": "y", "level": "z", "big": "x" * 100_000}
     await kept.publisher.publish(Lane.CRITICAL.value, b"garbage", headers=strange)
-    [letter] = await kept.letters(1)
-    assert (letter.headers["event"], letter.headers["queue"]) == ("x", "y")
+    [dead_letter] = await kept.letters(1)
+    assert (dead_letter.headers["event"], dead_letter.headers["queue"]) == ("x", "y")
     await kept.all_acknowledged()
     assert kept.writer.state()["failed"] == 1
 
 
-# -- what is in a letter -------------------------------------------------------------------------------------------
+# -- content of a dead letter --------------------------------------------------------------------------------------
 
 
-async def test_a_letter_tells_whose_it_is_what_happened_and_when(kept: Rig) -> None:
+async def test_dead_letter_shows_its_tenant_its_change_the_failure_and_the_time(kept: Rig) -> None:
     made = change(order(), source="terminal/T-7", traceparent=TRACE)
     broken = encode(made).replace(*NEGATIVE)
     await kept.publish(broken)
-    [letter] = await kept.letters(1)
-    assert (letter.queue, letter.lane) == (topology.dead_queue(Lane.CRITICAL), "critical")
-    assert (letter.change_id, letter.entity, letter.entity_id) == (made.id, "order", made.entity_id)
-    assert (letter.restaurant_id, letter.version) == (RESTAURANT, 1)
-    assert (letter.terminal_id, letter.trace_id) == ("T-7", TRACE.split("-")[1])
-    assert (letter.reason, letter.place) == ("negative_amount", "shared.entities.entity:decode")
-    assert (letter.status, letter.deaths, letter.revision) == ("open", 1, 1)
-    assert [one.reason for one in letter.attempts] == ["negative_amount"]
-    assert letter.first_failed_at == letter.last_failed_at == letter.attempts[0].at
-    assert letter.headers["ticketrail-change-id"] == made.id
-    assert letter.body == message(broken)
+    [dead_letter] = await kept.letters(1)
+    assert (dead_letter.queue, dead_letter.lane) == (topology.dead_queue(Lane.CRITICAL), "critical")
+    assert (dead_letter.change_id, dead_letter.entity, dead_letter.entity_id) == (made.id, "order", made.entity_id)
+    assert (dead_letter.restaurant_id, dead_letter.version) == (RESTAURANT, 1)
+    assert (dead_letter.terminal_id, dead_letter.trace_id) == ("T-7", TRACE.split("-")[1])
+    assert (dead_letter.reason, dead_letter.place) == ("negative_amount", "shared.entities.entity:decode")
+    assert (dead_letter.status, dead_letter.deaths, dead_letter.revision) == ("open", 1, 1)
+    assert [one.reason for one in dead_letter.attempts] == ["negative_amount"]
+    assert dead_letter.first_failed_at == dead_letter.last_failed_at == dead_letter.attempts[0].at
+    assert dead_letter.headers["ticketrail-change-id"] == made.id
+    assert dead_letter.body == message(broken)
     assert await kept.depth(topology.dead_queue(Lane.CRITICAL)) == 0
 
 
-async def test_every_attempt_of_the_ladder_is_in_the_letter(kept: Rig) -> None:
-    await fail_for_ever(kept)
+async def test_dead_letter_lists_every_attempt_of_the_retry_ladder(kept: Rig) -> None:
+    await fail_forever(kept)
     unlucky = change(order(notes="unlucky"))
     await kept.publish(unlucky)
-    [letter] = await kept.letters(1)
-    assert [one.reason for one in letter.attempts] == ["transient"] * 3  # the first, and one from each rung
-    assert all("try again" in one.error and "write" in one.place for one in letter.attempts)
-    assert letter.first_failed_at == letter.attempts[0].at < letter.attempts[1].at < letter.last_failed_at
+    [dead_letter] = await kept.letters(1)
+    # The first attempt, and one from each of the two retry queues.
+    assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
+    assert all("try again" in one.error and "write" in one.place for one in dead_letter.attempts)
+    assert (
+        dead_letter.first_failed_at
+        == dead_letter.attempts[0].at
+        < dead_letter.attempts[1].at
+        < dead_letter.last_failed_at
+    )
 
 
-async def fail_for_ever(rig: Rig) -> None:
-    """Writing an order with notes 'unlucky' fails, as two transactions that met would."""
+async def fail_forever(rig: Rig) -> None:
+    """Makes each write of an order with the notes 'unlucky' fail with a serialization failure."""
     await rig.as_owner(
         """
         create function fail() returns trigger language plpgsql as $$
@@ -182,38 +189,38 @@ async def fail_for_ever(rig: Rig) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"\x00\xff\xfe \x80 not UTF-8", b"[" * 50_000, b'[{"id":"\\u0000"}]', b'[{"id":"\\ud800"}]', b"[]"]
 )
-async def test_a_letter_of_any_content_is_kept_to_the_letter(make_rig: MakeRig, body: bytes) -> None:
+async def test_dead_letter_of_any_content_is_kept_byte_for_byte(make_rig: MakeRig, body: bytes) -> None:
     rig = await make_rig()
     rig.keeper.start()
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body)
-    [letter] = await rig.letters(1)
-    assert letter.body == body
+    [dead_letter] = await rig.letters(1)
+    assert dead_letter.body == body
     assert await rig.depth(topology.dead_queue(Lane.NORMAL)) == 0
 
 
-async def test_large_letters_are_kept_one_after_the_other(make_rig: MakeRig) -> None:
+async def test_large_dead_letters_are_kept_one_at_a_time(make_rig: MakeRig) -> None:
     rig = await make_rig()
     bodies = [bytes([number]) * 10_000_000 for number in range(1, 5)]
     for body in bodies:
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body, timeout=30)
     rig.keeper.start()
-    letters = await rig.letters(4, within=60)
-    assert sorted(letter.body for letter in letters) == bodies
+    dead_letters = await rig.letters(4, within=60)
+    assert sorted(dead_letter.body for dead_letter in dead_letters) == bodies
 
 
-async def test_what_postgres_refuses_of_a_letter_is_left_out_and_the_body_is_kept(make_rig: MakeRig) -> None:
+async def test_field_that_postgres_refuses_is_left_out_and_the_body_is_kept(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.menu_item.created.v1')")
     strange, good = change(menu_item()), change(order())
     for one in (strange, good):
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), message(one))
     rig.keeper.start()
-    letters = {letter.change_id: letter for letter in await rig.letters(2)}
-    assert (letters[strange.id].type, letters[strange.id].body) == (None, message(strange))
-    assert letters[good.id].type == good.type
+    dead_letters = {dead_letter.change_id: dead_letter for dead_letter in await rig.letters(2)}
+    assert (dead_letters[strange.id].type, dead_letters[strange.id].body) == (None, message(strange))
+    assert dead_letters[good.id].type == good.type
 
 
-async def test_a_batch_that_the_broker_gave_up_is_a_letter_for_each_change(make_rig: MakeRig) -> None:
+async def test_batch_over_the_delivery_limit_becomes_one_dead_letter_per_change(make_rig: MakeRig) -> None:
     rig = await make_rig()
     several = [change(order(items=1)) for _ in range(3)]
     await rig.publish(*several)
@@ -223,17 +230,17 @@ async def test_a_batch_that_the_broker_gave_up_is_a_letter_for_each_change(make_
             taken = await eventually(lambda: queue.get(fail=False), what="delivered again")
             await taken.nack(requeue=True)
     rig.keeper.start()
-    letters = await rig.letters(3)
-    assert {letter.change_id for letter in letters} == {one.id for one in several}
-    for letter in letters:
-        assert (letter.reason, letter.place) == ("delivery_limit", "broker")
-        assert "delivery_limit in sync.postgres.critical.v1" in letter.error
+    dead_letters = await rig.letters(3)
+    assert {dead_letter.change_id for dead_letter in dead_letters} == {one.id for one in several}
+    for dead_letter in dead_letters:
+        assert (dead_letter.reason, dead_letter.place) == ("delivery_limit", "broker")
+        assert "delivery_limit in sync.postgres.critical.v1" in dead_letter.error
 
 
-# -- once, and again -----------------------------------------------------------------------------------------------
+# -- repeated deliveries and deaths --------------------------------------------------------------------------------
 
 
-async def test_a_letter_that_is_delivered_twice_is_one_death(make_rig: MakeRig) -> None:
+async def test_dead_letter_that_is_delivered_twice_counts_one_death(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.writer.start()
     await rig.publish(poison())
@@ -244,45 +251,56 @@ async def test_a_letter_that_is_delivered_twice_is_one_death(make_rig: MakeRig) 
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"the last one")
     rig.keeper.start()
 
-    async def counted() -> float:  # a moment after it is kept; then those before it are counted too
+    async def counted() -> float:  # follows the row a moment later; the earlier ones are counted by then
         return rig.counted('ticketrail_dead_letters_kept_total{reason="delivery_limit"}')
 
     await eventually(counted, what="the last one counted", until=lambda count: count == 1)
-    [letter] = await rig.letters(1, reason="negative_amount")
-    assert (letter.deaths, letter.revision, len(letter.attempts)) == (1, 1, 1)
+    [dead_letter] = await rig.letters(1, reason="negative_amount")
+    assert (dead_letter.deaths, dead_letter.revision, len(dead_letter.attempts)) == (1, 1, 1)
     assert rig.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 1
 
 
 @pytest.mark.parametrize("status", ["open", "discarded", "resolved"])
-async def test_what_dies_again_is_the_same_letter_and_open_again(kept: Rig, status: str) -> None:
+async def test_change_that_dies_again_is_the_same_dead_letter_and_opens_it_again(kept: Rig, status: str) -> None:
     broken = poison()
     await kept.publish(broken)
     [first] = await kept.letters(1)
     closed = "now()" if status != "open" else "null"
     await kept.database.execute(f"update dead_letters set status = $1, closed_at = {closed}", status)
     await kept.publish(broken)
-    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2)
-    assert (letter.id, letter.status, letter.revision, letter.closed_at) == (first.id, "open", 2, None)
-    assert len(letter.attempts) == 2
-    assert letter.first_failed_at == first.first_failed_at < letter.last_failed_at
+    [dead_letter] = await eventually(
+        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2
+    )
+    assert (dead_letter.id, dead_letter.status, dead_letter.revision, dead_letter.closed_at) == (
+        first.id,
+        "open",
+        2,
+        None,
+    )
+    assert len(dead_letter.attempts) == 2
+    assert dead_letter.first_failed_at == first.first_failed_at < dead_letter.last_failed_at
 
 
-async def test_a_second_copy_that_dies_beside_a_replay_says_nothing_of_the_replay(kept: Rig) -> None:
+async def test_another_copy_that_dies_during_a_replay_does_not_end_the_replay(kept: Rig) -> None:
     broken = poison()
     await kept.publish(broken)
     [first] = await kept.letters(1)
     await kept.database.execute("update dead_letters set status = 'replaying'")
     await kept.publish(broken)
-    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2)
-    assert letter.status == "replaying"
+    [dead_letter] = await eventually(
+        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2
+    )
+    assert dead_letter.status == "replaying"
     await kept.publisher.publish_to_queue(
         topology.lane_queue(Lane.CRITICAL), message(broken), headers={"ticketrail-replay": first.id}
     )
-    [letter] = await eventually(lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 3)
-    assert letter.status == "open"
+    [dead_letter] = await eventually(
+        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 3
+    )
+    assert dead_letter.status == "open"
 
 
-async def test_a_letter_of_the_mirror_that_is_read_again_after_a_rewind_is_no_news(make_rig: MakeRig) -> None:
+async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(make_rig: MakeRig) -> None:
     rig = await make_rig()
     rig.keeper.start()
     broken = message(poison())
@@ -290,29 +308,29 @@ async def test_a_letter_of_the_mirror_that_is_read_again_after_a_rewind_is_no_ne
         headers: dict[str, int | str] = {"ticketrail-reason": "negative_amount", "ticketrail-failed-at": at}
         await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, broken, headers=headers)
     await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="drained", until=lambda n: n == 0)
-    [letter] = await rig.letters(1)
-    assert (letter.lane, letter.deaths, letter.revision) == (None, 1, 1)
+    [dead_letter] = await rig.letters(1)
+    assert (dead_letter.lane, dead_letter.deaths, dead_letter.revision) == (None, 1, 1)
 
 
-async def test_two_keepers_share_the_letters_and_keep_each_once(make_rig: MakeRig) -> None:
+async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig: MakeRig) -> None:
     rig = await make_rig()
     bad = [poison() for _ in range(100)]
-    for one in bad:  # past the writer, which keeps a flood itself
+    for one in bad:  # not through the writer, which keeps many dead letters by itself
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
     second = DeadLetterCollector(rig.settings, rig.postgres, rig.keeper._metrics)
     rig.keeper.start()
     second.start()
-    letters = await rig.letters(100)
+    dead_letters = await rig.letters(100)
     await second.stop()
-    assert {letter.body for letter in letters} == {message(one) for one in bad}
-    assert all(letter.deaths == 1 for letter in letters)
+    assert {dead_letter.body for dead_letter in dead_letters} == {message(one) for one in bad}
+    assert all(dead_letter.deaths == 1 for dead_letter in dead_letters)
 
 
-# -- backends away -------------------------------------------------------------------------------------------------
+# -- backends unavailable ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["kill", "freeze"])
-async def test_while_postgres_is_away_letters_wait_in_the_broker_and_burn_no_deliveries(
+async def test_dead_letters_wait_in_the_broker_while_postgres_is_unavailable_and_burn_no_deliveries(
     make_rig: MakeRig, servers: Servers, way: str
 ) -> None:
     rig = await make_rig(database_timeout_seconds=1.0)
@@ -330,19 +348,21 @@ async def test_while_postgres_is_away_letters_wait_in_the_broker_and_burn_no_del
         async def detached() -> bool:
             return not rig.keeper.attached and await rig.depth(dead) == 5
 
-        await eventually(detached, what="let go of them", within=30)
-        # Once it is back, it may take its time: a second delivery would be for that.
+        await eventually(detached, what="the collector detached", within=30)
+        # PostgreSQL may be slow after its return; with a short timeout that would cause a second delivery.
         rig.postgres._timeout = 15.0
         await rig.postgres.close()
     finally:
         await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
-    letters = await rig.letters(6, within=30)
-    assert len(letters) == 6
-    assert all(letter.headers.get("x-delivery-count", 0) <= 1 for letter in letters)
+    dead_letters = await rig.letters(6, within=30)
+    assert len(dead_letters) == 6
+    assert all(dead_letter.headers.get("x-delivery-count", 0) <= 1 for dead_letter in dead_letters)
 
 
-async def test_a_lost_broker_and_a_queue_made_anew_are_drained_again(make_rig: MakeRig, servers: Servers) -> None:
+async def test_dead_queue_is_drained_after_a_broker_restart_and_after_the_queue_is_recreated(
+    make_rig: MakeRig, servers: Servers
+) -> None:
     rig = await make_rig()
     rig.keeper.start()
     dead = topology.dead_queue(Lane.CRITICAL)
@@ -358,22 +378,22 @@ async def test_a_lost_broker_and_a_queue_made_anew_are_drained_again(make_rig: M
         [queue] = [one for one in topology.queues(rig.settings) if one.name == dead]
         await channel.declare_queue(dead, durable=True, arguments=queue.arguments)
     await rig.publisher.publish_to_queue(dead, b"third")
-    assert [letter.body for letter in await rig.letters(3, within=30)] == [b"first", b"second", b"third"]
+    assert [dead_letter.body for dead_letter in await rig.letters(3, within=30)] == [b"first", b"second", b"third"]
 
 
-async def test_a_keeper_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
-    """The client library turns a cancellation in the middle of a handshake into a failure of its own."""
+async def test_collector_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
+    """The client library turns a cancellation during the handshake into an error of its own."""
     rig = await make_rig()
     for step in range(60):
-        keeper = DeadLetterCollector(
+        collector = DeadLetterCollector(
             rig.settings, rig.postgres, rig.keeper._metrics, check_consumers_delay_seconds=0.01, renew_delay_seconds=0.2
         )
-        keeper.start()
+        collector.start()
         await asyncio.sleep(step * 0.003)
-        await asyncio.wait_for(keeper.stop(), 8)
+        await asyncio.wait_for(collector.stop(), 8)
 
 
-async def test_a_keeper_that_was_never_started_can_be_stopped_twice(make_rig: MakeRig) -> None:
+async def test_collector_that_was_never_started_can_be_stopped_twice(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.keeper.stop()
     await rig.keeper.stop()
@@ -382,10 +402,10 @@ async def test_a_keeper_that_was_never_started_can_be_stopped_twice(make_rig: Ma
 # -- the retry ladder, as the ledger sees it -----------------------------------------------------------------------
 
 
-async def test_what_is_on_the_ladder_is_told_until_it_is_written(make_rig: MakeRig) -> None:
-    # Time enough for what its first steps leave behind to be seen.
+async def test_change_on_the_retry_ladder_has_a_retry_row_until_it_is_written(make_rig: MakeRig) -> None:
+    # Slow steps, so that the test sees the retry rows of the first ones.
     rig = await make_rig(retry_steps_ms=(300, 1_000, *[3_000] * 6))
-    await fail_for_ever(rig)
+    await fail_forever(rig)
     await rig.writer.start()
     unlucky = change(order(notes="unlucky"))
     await rig.publish(unlucky)
@@ -395,20 +415,20 @@ async def test_what_is_on_the_ladder_is_told_until_it_is_written(make_rig: MakeR
             "select change_id::text, restaurant_id::text, entity, entity_id::text, lane, attempt, reason from retries"
         )
 
-    seen = await eventually(row, what="on the ladder")
+    seen = await eventually(row, what="a retry row")
     assert tuple(seen)[:5] == (unlucky.id, RESTAURANT, "order", unlucky.entity_id, "critical")
     assert seen["reason"] == "transient"
-    await eventually(row, what="its second attempt", until=lambda found: found and found["attempt"] >= 2)
+    await eventually(row, what="the second attempt", until=lambda found: found and found["attempt"] >= 2)
     await rig.as_owner("drop trigger fail on orders")
     await rig.written(unlucky)
-    assert await row() is None, "it goes in the transaction that commits the change"
+    assert await row() is None, "the transaction that commits the change removes the row"
 
 
-async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: Rig) -> None:
-    await fail_for_ever(kept)
+async def test_retry_row_is_removed_when_the_dead_letter_is_kept(kept: Rig) -> None:
+    await fail_forever(kept)
     made = change(order(notes="unlucky"))
-    # Told by hand, and off its last rung: what the writer tells of the ladder may come after the letter.
-    await retry_store.note(kept.database, [told(made, attempt=2)])
+    # Noted by the test, because the writer may note the last retry after the dead letter is kept.
+    await retry_store.note(kept.database, [retry_of(made, attempt=2)])
     assert await kept.count("retries") == 1
     failure = Failure(FailureKind.TRANSIENT, "transient", "?")
     headers = headers_for(FailedChange(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
@@ -417,21 +437,21 @@ async def test_what_dies_on_the_ladder_leaves_it_when_its_letter_is_kept(kept: R
     assert await kept.count("retries") == 0
 
 
-def told(made: Change, *, attempt: int) -> retry_store.Retry:
-    """A row of `retries`."""
+def retry_of(made: Change, *, attempt: int) -> retry_store.Retry:
+    """A row for the table `retries`."""
     return retry_store.Retry(
         restaurant_id=RESTAURANT, change_id=made.id, lane="critical", entity="order", entity_id=made.entity_id,
         attempt=attempt, reason="transient", error="?", failed_at=made.time,
     )  # fmt: skip
 
 
-async def test_what_comes_back_before_it_was_told_is_not_told_any_more(rig: Rig) -> None:
+async def test_change_that_is_written_before_its_retry_is_noted_gets_no_retry_row(rig: Rig) -> None:
     made = change(order())
     await rig.publish(made)
     await rig.written(made)
-    await retry_store.note(rig.database, [told(made, attempt=1)])
+    await retry_store.note(rig.database, [retry_of(made, attempt=1)])
     assert await rig.count("retries") == 0
-    # And one that slipped through between the two transactions is swept away.
+    # The sweep removes a row that was inserted between the two transactions.
     await rig.database.execute(
         "insert into retries (restaurant_id, change_id, lane, entity, entity_id, attempt, reason, error, failed_at)"
         " values ($1, $2, 'critical', 'order', $3, 1, 'transient', '?', now())",

@@ -1,4 +1,4 @@
-"""POST /api/sync/order on a running system: orders of another system, in whatever order and however often they come."""
+"""POST /api/sync/order on a running system: orders of another system that arrive repeatedly and in any order."""
 
 import asyncio
 import hmac
@@ -37,7 +37,7 @@ async def shop(system: System) -> Shop:
 
 @pytest.fixture
 async def other(system: System) -> AsyncIterator[httpx.AsyncClient]:
-    """The other system."""
+    """A client of the sync API with the token of the other system."""
     async with http_client(base_url=system.urls["sync"], headers={"x-sync-token": TOKEN}, timeout=10.0) as client:
         yield client
 
@@ -52,17 +52,19 @@ def body(shop: Shop, **fields: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=lambda at: at.isoformat()))
 
 
-async def send(client: httpx.AsyncClient, wanted: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = expect(await client.post("/api/sync/order", json=wanted))
+async def send(client: httpx.AsyncClient, sent: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = expect(await client.post("/api/sync/order", json=sent))
     return found
 
 
-async def send_on(client: httpx.AsyncClient, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Of many who change one order at once the last are refused where the machine is slow: as another system would,
-    they come again."""
+async def send_until_taken(client: httpx.AsyncClient, sent: dict[str, Any]) -> dict[str, Any]:
+    """Sends until the reply is not a version conflict, as another system does.
+
+    On a slow machine, some of many concurrent changes of one order are refused with a version conflict.
+    """
 
     async def taken() -> httpx.Response:
-        return await client.post("/api/sync/order", json=wanted)
+        return await client.post("/api/sync/order", json=sent)
 
     def is_taken(reply: httpx.Response) -> bool:
         return reply.status_code != 409 or reply.json()["error"]["code"] != "version_conflict"
@@ -78,7 +80,7 @@ async def read(shop: Shop, id_: str) -> dict[str, Any]:
 
 
 async def stored(shop: Shop, id_: str, version: int) -> list[tuple[str, str, str]]:
-    """(type, lane, source) of each change of an order, once PostgreSQL has it in that version."""
+    """Waits until PostgreSQL has the order at this version; returns (type, lane, source) of each change."""
 
     async def look() -> int | None:
         return (await shop.system.stored_orders()).get(id_)
@@ -92,15 +94,15 @@ async def stored(shop: Shop, id_: str, version: int) -> list[tuple[str, str, str
     return [(row["type"].split(".")[2], row["lane"], row["source"]) for row in rows]
 
 
-async def test_an_order_is_created_updated_and_left_unchanged(shop: Shop, other: httpx.AsyncClient) -> None:
-    wanted = body(shop, status="received", table_id=str(uuid4()))
-    first = await send(other, wanted)
+async def test_order_is_created_then_updated_then_left_unchanged(shop: Shop, other: httpx.AsyncClient) -> None:
+    sent = body(shop, status="received", table_id=str(uuid4()))
+    first = await send(other, sent)
     assert (first["outcome"], first["version"]) == ("created", 1)
-    assert first["id"] == order_id(shop.restaurant, wanted["external_id"])
-    again = await send(other, wanted)
+    assert first["id"] == order_id(shop.restaurant, sent["external_id"])
+    again = await send(other, sent)
     assert again == {**first, "outcome": "unchanged"}
     paid = {"id": "card-1", "amount": 4194, "method": "card"}
-    assert await send(other, {**wanted, "status": "ready", "payments": [paid]}) == {
+    assert await send(other, {**sent, "status": "ready", "payments": [paid]}) == {
         **first,
         "outcome": "updated",
         "version": 2,
@@ -118,10 +120,10 @@ async def test_an_order_is_created_updated_and_left_unchanged(shop: Shop, other:
         external = await connection.fetchval("select external_id from orders where id = $1", first["id"])
     assert sorted(tuple(item) for item in items) == sorted((name, 2) for name in NAMES)
     assert [row["amount"] for row in amounts] == [4194]
-    assert external == wanted["external_id"]
+    assert external == sent["external_id"]
 
 
-async def test_by_convex_id_by_external_id_and_by_both_it_is_one_order(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_convex_id_and_external_id_name_the_same_order(shop: Shop, other: httpx.AsyncClient) -> None:
     name = f"k{uuid4().hex}"
     found = [
         await send(other, body(shop, external_id=external, convex_id=convex, notes=notes))
@@ -131,18 +133,18 @@ async def test_by_convex_id_by_external_id_and_by_both_it_is_one_order(shop: Sho
     assert len({one["id"] for one in found}) == 1
 
 
-async def test_eight_at_once_are_one_order(shop: Shop, other: httpx.AsyncClient) -> None:
-    wanted = body(shop)
-    found = await asyncio.gather(*(send_on(other, wanted) for _ in range(8)))
+async def test_eight_concurrent_requests_make_one_order(shop: Shop, other: httpx.AsyncClient) -> None:
+    sent = body(shop)
+    found = await asyncio.gather(*(send_until_taken(other, sent) for _ in range(8)))
     assert sorted(one["outcome"] for one in found) == ["created", *["unchanged"] * 7]
     assert len({(one["id"], one["order_number"], one["version"]) for one in found}) == 1
     assert await stored(shop, found[0]["id"], 1) == [("created", "critical", "sync")]
 
 
-async def test_of_different_updates_at_once_each_payment_counts(shop: Shop, other: httpx.AsyncClient) -> None:
-    wanted = body(shop)
+async def test_each_payment_of_concurrent_updates_counts(shop: Shop, other: httpx.AsyncClient) -> None:
+    sent = body(shop)
     payments = [{"id": f"p{i}", "amount": 100 + i, "method": "cash"} for i in range(8)]
-    found = await asyncio.gather(*(send_on(other, {**wanted, "payments": [one]}) for one in payments))
+    found = await asyncio.gather(*(send_until_taken(other, {**sent, "payments": [one]}) for one in payments))
     id_ = found[0]["id"]
     assert max(one["version"] for one in found) == 8
     assert sorted(one["amount"] for one in (await read(shop, id_))["payments"]) == list(range(100, 108))
@@ -150,15 +152,13 @@ async def test_of_different_updates_at_once_each_payment_counts(shop: Shop, othe
     assert {kind for kind, _, _ in changes[1:]} == {"payment_recorded"}
 
 
-async def test_an_older_update_that_comes_late_is_ignored_but_for_its_payments(
-    shop: Shop, other: httpx.AsyncClient
-) -> None:
+async def test_late_older_update_is_ignored_except_for_its_payments(shop: Shop, other: httpx.AsyncClient) -> None:
     placed = now() - timedelta(minutes=20)
 
     def at(minutes: int, **fields: Any) -> dict[str, Any]:
-        return {**wanted, "updated_at": (placed + timedelta(minutes=minutes)).isoformat(), **fields}
+        return {**sent, "updated_at": (placed + timedelta(minutes=minutes)).isoformat(), **fields}
 
-    wanted = body(shop, created_at=placed)
+    sent = body(shop, created_at=placed)
     await send(other, at(0))
     ready = await send(other, at(10, status="ready"))
     assert await send(other, at(5, status="preparing")) == {**ready, "outcome": "unchanged"}
@@ -168,24 +168,24 @@ async def test_an_older_update_that_comes_late_is_ignored_but_for_its_payments(
     assert (seen["status"], seen["payment_status"]) == ("ready", "partially_paid")
 
 
-async def test_history_goes_through_the_background_lane(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_old_orders_go_through_the_background_lane(shop: Shop, other: httpx.AsyncClient) -> None:
     old = await send(other, body(shop, status="completed", created_at=now() - timedelta(days=3)))
     assert await stored(shop, old["id"], 1) == [("created", "background", "sync")]
 
 
-async def test_a_new_tax_rate_does_not_change_what_was_placed_before(shop: Shop, other: httpx.AsyncClient) -> None:
-    """By another instance than the one that remembers the old rate."""
-    wanted = body(shop)
-    id_ = (await send(other, wanted))["id"]
+async def test_new_tax_rate_does_not_change_existing_orders(shop: Shop, other: httpx.AsyncClient) -> None:
+    """A second instance applies the update, because the first one caches the old rate."""
+    sent = body(shop)
+    id_ = (await send(other, sent))["id"]
     async with (
         shop.system.database("ticketrail_writer") as connection,
         CommandSession(settings_of(shop.system)) as session,
     ):
         await connection.execute("update restaurants set tax_basis_points = 1900 where id = $1", shop.restaurant)
         try:
-            again = await upserts_of(session).upsert(read_body(json.dumps(wanted).encode(), ExternalOrder))
+            again = await upserts_of(session).upsert(read_body(json.dumps(sent).encode(), ExternalOrder))
             later = await upserts_of(session).upsert(
-                read_body(json.dumps({**wanted, "notes": "x"}).encode(), ExternalOrder)
+                read_body(json.dumps({**sent, "notes": "x"}).encode(), ExternalOrder)
             )
         finally:
             await connection.execute("update restaurants set tax_basis_points = 700 where id = $1", shop.restaurant)
@@ -193,28 +193,28 @@ async def test_a_new_tax_rate_does_not_change_what_was_placed_before(shop: Shop,
     assert (await read(shop, id_))["tax_amount"] == 274
 
 
-# -- who may call, and with what -----------------------------------------------------------------------------------
+# -- token and body ------------------------------------------------------------------------------------------------
 
 
-async def test_without_the_token_nothing_is_taken(shop: Shop, system: System) -> None:
-    wanted = body(shop)
+async def test_request_without_the_sync_token_is_refused(shop: Shop, system: System) -> None:
+    sent = body(shop)
     wrong = ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é", system.token("admin")]
     async with http_client(base_url=system.urls["sync"]) as client:
         for token in (None, *wrong):
             headers = [] if token is None else [(b"x-sync-token", token.encode("latin-1"))]
-            reply = await client.post("/api/sync/order", json=wanted, headers=headers)
+            reply = await client.post("/api/sync/order", json=sent, headers=headers)
             refused(reply, 401, "unauthenticated", "x-sync-token")
-        # Who has a user's token has none of another system; and nobody learns whether the body would have been good.
+        # The token of a user is no sync token. A bad body gets the same reply, so the reply reveals nothing about it.
         reply = await client.post(
             "/api/sync/order", content=b"{", headers={"Authorization": f"Bearer {system.token('admin')}"}
         )
         assert reply.status_code == 401
     async with shop.client() as staff:
-        assert (await staff.get(f"/api/orders/{order_id(shop.restaurant, wanted['external_id'])}")).status_code == 404
+        assert (await staff.get(f"/api/orders/{order_id(shop.restaurant, sent['external_id'])}")).status_code == 404
 
 
-async def test_the_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared is of one length whatever was sent, by the comparison that is made for it."""
+async def test_sync_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hmac.compare_digest` compares values of equal length, however long the sent token is."""
     compared: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest
 
@@ -251,11 +251,13 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), BAD_BODIES, ids=lambda value: str(value)[:40])
-async def test_a_bad_field_is_named(shop: Shop, other: httpx.AsyncClient, fields: dict[str, Any], field: str) -> None:
+async def test_bad_field_is_named(shop: Shop, other: httpx.AsyncClient, fields: dict[str, Any], field: str) -> None:
     refused(await other.post("/api/sync/order", json=body(shop, **fields)), 422, "invalid_input", field)
 
 
-async def test_what_is_no_order_of_a_restaurant_of_ours_is_refused(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_unknown_restaurant_and_bodies_that_are_not_orders_are_refused(
+    shop: Shop, other: httpx.AsyncClient
+) -> None:
     unknown = await other.post("/api/sync/order", json=body(shop, restaurant_id=str(uuid4())))
     refused(unknown, 404, "not_found", "restaurant_id")
     for content in (b"", b"{", b"[]", b"null", b"\xff"):
@@ -265,15 +267,17 @@ async def test_what_is_no_order_of_a_restaurant_of_ours_is_refused(shop: Shop, o
     refused(await other.post("/api/sync/order", content=b"x" * 2_000_000), 413, "body_too_large", "body")
 
 
-async def test_a_payment_that_contradicts_one_that_is_known_is_a_conflict(shop: Shop, other: httpx.AsyncClient) -> None:
-    wanted = body(shop, payments=[{"id": "p", "amount": 100, "method": "card"}])
-    id_ = (await send(other, wanted))["id"]
-    wanted["payments"][0]["amount"] = 200
-    refused(await other.post("/api/sync/order", json=wanted), 409, "payment_id_reused", "payments[0].id")
+async def test_payment_that_contradicts_a_known_payment_is_refused_with_409(
+    shop: Shop, other: httpx.AsyncClient
+) -> None:
+    sent = body(shop, payments=[{"id": "p", "amount": 100, "method": "card"}])
+    id_ = (await send(other, sent))["id"]
+    sent["payments"][0]["amount"] = 200
+    refused(await other.post("/api/sync/order", json=sent), 409, "payment_id_reused", "payments[0].id")
     assert [one["amount"] for one in (await read(shop, id_))["payments"]] == [100]
 
 
-# -- backends away: an instance of its own, whose links the test cuts ------------------------------------------------
+# -- backends unavailable: a second instance, whose links the test cuts ----------------------------------------------
 
 
 def upserts_of(session: CommandSession) -> ExternalOrderUpserts:
@@ -313,7 +317,7 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
 
 @pytest.fixture
 async def lone(shop: Shop, second: httpx.AsyncClient) -> httpx.AsyncClient:
-    """Once it has got over what the test before did to its links."""
+    """The second instance, once it has recovered from the cut links of the test before."""
 
     async def taken() -> int:
         return (await second.post("/api/sync/order", json=body(shop))).status_code
@@ -322,7 +326,7 @@ async def lone(shop: Shop, second: httpx.AsyncClient) -> httpx.AsyncClient:
     return second
 
 
-async def test_while_rabbitmq_is_away_an_order_is_refused_and_absent(
+async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
     shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
     known = body(shop)
@@ -334,9 +338,9 @@ async def test_while_rabbitmq_is_away_an_order_is_refused_and_absent(
         async def connected() -> int:
             return (await lone.post("/api/sync/order", json=body(shop))).status_code
 
-        await eventually(connected, what="the loss noticed", until=lambda status: status == 503)
-        for wanted in (new, {**known, "notes": "x"}):
-            reply = await lone.post("/api/sync/order", json=wanted)
+        await eventually(connected, what="503 after the cut", until=lambda status: status == 503)
+        for sent in (new, {**known, "notes": "x"}):
+            reply = await lone.post("/api/sync/order", json=sent)
             refused(reply, 503, "unavailable")
             assert int(reply.headers["retry-after"]) >= 1
     finally:
@@ -349,35 +353,35 @@ async def test_while_rabbitmq_is_away_an_order_is_refused_and_absent(
     async def taken() -> dict[str, Any]:
         return dict((await lone.post("/api/sync/order", json=new)).json())
 
-    found = await eventually(taken, what="taken again", until=lambda reply: bool(reply["success"]))
-    # The first that was sent over a link that stands again may have been without an answer.
+    found = await eventually(taken, what="the order accepted", until=lambda reply: bool(reply["success"]))
+    # The first request after the link is restored may have been recorded without a reply; a repeat is then unchanged.
     assert found["data"]["outcome"] in ("created", "unchanged")
     assert await stored(shop, id_, 1) == [("created", "critical", "sync")]
 
 
-async def test_while_rabbitmq_is_frozen_the_outcome_is_unknown_and_a_repeat_finds_it(
+async def test_outcome_is_unknown_while_rabbitmq_is_frozen_and_a_repeat_finds_the_order(
     shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
     await send(lone, body(shop))
-    wanted = body(shop)
+    sent = body(shop)
     links["broker"].freeze()
     try:
-        refused(await lone.post("/api/sync/order", json=wanted), 504, "outcome_unknown")
+        refused(await lone.post("/api/sync/order", json=sent), 504, "outcome_unknown")
     finally:
         await links["broker"].restore()
 
     async def taken() -> dict[str, Any]:
-        return dict((await lone.post("/api/sync/order", json=wanted)).json())
+        return dict((await lone.post("/api/sync/order", json=sent)).json())
 
     found = await eventually(taken, what="an answer", until=lambda reply: bool(reply["success"]))
     assert found["data"]["version"] == 1
     assert len(await stored(shop, found["data"]["id"], 1)) == 1
 
 
-async def test_while_postgresql_is_away_the_orders_of_today_are_taken(
+async def test_recent_orders_are_accepted_while_postgresql_is_unavailable(
     shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
-    """An order that may have left the mirror is not: nobody could tell whether it exists."""
+    """Old and undated orders are refused: they may have left the mirror, so only PostgreSQL knows if they exist."""
     recent, undated, old = body(shop, created_at=now()), body(shop), body(shop, created_at=now() - timedelta(days=9))
     known = body(shop)
     await send(lone, known)
@@ -386,8 +390,8 @@ async def test_while_postgresql_is_away_the_orders_of_today_are_taken(
         assert (await send(lone, recent))["outcome"] == "created"
         assert (await send(lone, recent))["outcome"] == "unchanged"
         assert (await send(lone, {**known, "notes": "x"}))["outcome"] == "updated"
-        for wanted in (undated, old):
-            refused(await lone.post("/api/sync/order", json=wanted), 503, "unavailable")
+        for sent in (undated, old):
+            refused(await lone.post("/api/sync/order", json=sent), 503, "unavailable")
         fresh = await open_shop(shop.system)
         another = body(fresh, created_at=now())
         assert (await send(lone, another))["outcome"] == "created", "the mirror knows the restaurant"
@@ -396,17 +400,17 @@ async def test_while_postgresql_is_away_the_orders_of_today_are_taken(
     assert len(await stored(shop, order_id(shop.restaurant, recent["external_id"]), 1)) == 1
 
 
-async def test_what_the_command_line_cannot_record_is_refused_and_not_lost(shop: Shop) -> None:
-    """A session has no journal: nothing is claimed after a refusal, and what was sent in vain is finished later."""
+async def test_order_that_the_command_line_cannot_record_is_refused_and_not_lost(shop: Shop) -> None:
+    """A session has no journal: a refusal leaves no claim, and the claim finisher records the change in doubt."""
     async with link_to(shop.system.rabbitmq_url) as broker:
         settings = settings_of(shop.system, rabbitmq_url=broker.url, publish_timeout_seconds=0.5)
         async with CommandSession(settings) as session:
             upserts = upserts_of(session)
-            wanted = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
-            id_ = order_id(shop.restaurant, wanted.name)
+            sent = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
+            id_ = order_id(shop.restaurant, sent.name)
             broker.freeze()
             with pytest.raises(OutcomeUnknown):
-                await upserts.upsert(wanted)
+                await upserts.upsert(sent)
             await broker.cut()
             second = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
             with pytest.raises(Unavailable):

@@ -1,5 +1,5 @@
-"""Two changes claim one version of one entity, made by hand, in any order of arrival: one of them stands in every store
-and for everybody who follows the log, both are kept, every payment is kept, one conflict is open."""
+"""Two changes claim one version of one entity and arrive in any order: the same one wins in every store and for every
+reader of the log, both changes are kept, every payment is kept, and one conflict is open."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
 from tests.rigs.builders import change, message, payment
-from tests.rigs.forks import fork, stands
+from tests.rigs.forks import fork, wait_stored
 from tests.rigs.http_client import http_client
 from tests.rigs.system import System, eventually
 
@@ -46,7 +46,7 @@ async def shop(system: System) -> Shop:
                 "name": "Forks",
                 "slug": f"forks-{name}",
                 "email": f"{name}@forks.example",
-                "password": "a long one that nobody guesses",
+                "password": "a long one that is hard to guess",
             },
         )
         data = made.json()["data"]
@@ -75,6 +75,7 @@ async def send(system: System, lane: Lane, arrival: str, winner: Change, loser: 
 
 
 async def both_are_kept(system: System, winner: Change, loser: Change) -> None:
+    """Asserts that PostgreSQL has both changes and one open conflict."""
     both = {winner.id, loser.id}
     async with system.database() as connection:
 
@@ -93,14 +94,14 @@ async def both_are_kept(system: System, winner: Change, loser: Change) -> None:
 
 
 async def winner_is_the_head(system: System, entity: Entity, winner: Change) -> None:
-    """In both stores: itself, or what was built on it since (a payment of the loser comes back within seconds)."""
+    """Waits until both stores have the winner as head, or the change on top of it with the loser's payment."""
     async with (
         system.database() as connection,
         redis.asyncio.from_url(system.redis.url, decode_responses=True) as mirror,
     ):
 
         async def outcome() -> tuple[set[str], set[str]]:
-            stands = await connection.fetchval(
+            stored = await connection.fetchval(
                 f"select change_id::text from {entity.table.name} where id = $1", winner.entity_id
             )
             shown = await mirror.hget(keys.doc(winner.restaurantid, entity.name, winner.entity_id), "c")
@@ -108,15 +109,17 @@ async def winner_is_the_head(system: System, entity: Entity, winner: Change) -> 
                 "select change_id::text from changes where entity_id = $1 and version = 3 and base_change_id = $2",
                 *(winner.entity_id, winner.id),
             )
-            return {stands, shown}, {winner.id, *(row[0] for row in rows)}
+            return {stored, shown}, {winner.id, *(row[0] for row in rows)}
 
         await eventually(outcome, what="the winner in both stores", until=lambda found: found[0] <= found[1])
 
 
 @asynccontextmanager
-async def pushed(system: System, token: str, wanted: set[str]) -> AsyncIterator[list[dict[str, Any]]]:
-    """What a screen is told of these changes, until it was told of each. A notifier that is behind tells of earlier
-    ones first."""
+async def pushed(system: System, token: str, change_ids: set[str]) -> AsyncIterator[list[dict[str, Any]]]:
+    """Yields a list that fills with the push events of these changes; on leaving, waits until it has one of each.
+
+    A notifier with a lag sends events of earlier changes first, which are left out.
+    """
     found: list[dict[str, Any]] = []
     url = f"{system.urls['notifier']}/api/v1/sync/events"
     async with (
@@ -130,45 +133,45 @@ async def pushed(system: System, token: str, wanted: set[str]) -> AsyncIterator[
                 break
         yield found
         async with asyncio.timeout(60):
-            while {one["changeId"] for one in found} != wanted:
+            while {one["changeId"] for one in found} != change_ids:
                 line = await anext(lines)
                 if line.startswith("data: ") and "changeId" in line:
                     event = json.loads(line.removeprefix("data: "))
-                    found += [event] if event["changeId"] in wanted else []
+                    found += [event] if event["changeId"] in change_ids else []
 
 
 @pytest.mark.parametrize("arrival", ARRIVALS)
-async def test_of_two_changes_of_an_order_one_stands_everywhere_and_both_payments_count(
+async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_payments_count(
     system: System, shop: Shop, arrival: str
 ) -> None:
     async with system.client(token=shop.token) as client:
         placed = await client.post("/api/orders", json={"items": [{"menu_item_id": shop.dish, "quantity": 4}]})
         id_ = placed.json()["data"]["id"]
-        state, base = await stands(system, orders.ENTITY, id_)
+        state, base = await wait_stored(system, orders.ENTITY, id_)
         made = []
         for notes in ("one side", "the other"):
             after = structs.replace(state, notes=notes, payments=(payment(amount=700),))
             made.append(change(after, event="payment_recorded", before=state, entityversion=2, basechangeid=base))
         winner, loser = fork(*made)
 
-        async with pushed(system, shop.token, {winner.id, loser.id}) as told:
+        async with pushed(system, shop.token, {winner.id, loser.id}) as events:
             await send(system, Lane.CRITICAL, arrival, winner, loser)
         await both_are_kept(system, winner, loser)
         await winner_is_the_head(system, orders.ENTITY, winner)
 
-        wanted = orders.ENTITY.decode(winner)
+        expected = orders.ENTITY.decode(winner)
         reply = await client.get(f"/api/orders/{id_}")
-        assert reply.json()["data"]["notes"] == wanted.notes
+        assert reply.json()["data"]["notes"] == expected.notes
 
         async def sync_state() -> str:
             return str((await client.get(f"/api/orders/{id_}")).json()["data"]["sync"]["state"])
 
         await eventually(sync_state, what="settled", until=lambda state: state != "pending")
         listed = (await client.get("/api/orders")).json()["data"]
-        assert [(one["id"], one["notes"]) for one in listed] == [(id_, wanted.notes)]
-        # A screen knows which of the two stands by the guard, in whatever order they came.
-        last = max(told, key=lambda one: (one["version"], one["changeId"]))
-        assert last["data"]["notes"] == wanted.notes
+        assert [(one["id"], one["notes"]) for one in listed] == [(id_, expected.notes)]
+        # A screen applies the guard, so the order of arrival does not matter.
+        last = max(events, key=lambda one: (one["version"], one["changeId"]))
+        assert last["data"]["notes"] == expected.notes
 
         payments = (await client.get("/api/payments")).json()["data"]
     paid = {one.id for side in made for one in orders.ENTITY.decode(side).payments}
@@ -177,8 +180,10 @@ async def test_of_two_changes_of_an_order_one_stands_everywhere_and_both_payment
 
 
 @pytest.mark.parametrize("arrival", ARRIVALS)
-async def test_of_two_prices_of_a_dish_one_is_charged(system: System, shop: Shop, arrival: str) -> None:
-    state, base = await stands(system, menu_item.ENTITY, shop.dish)
+async def test_orders_are_charged_the_winning_one_of_two_forked_prices(
+    system: System, shop: Shop, arrival: str
+) -> None:
+    state, base = await wait_stored(system, menu_item.ENTITY, shop.dish)
     made = [
         change(structs.replace(state, price=price), before=state, event="updated", entityversion=2, basechangeid=base)
         for price in (600, 700)
@@ -196,6 +201,6 @@ async def test_of_two_prices_of_a_dish_one_is_charged(system: System, shop: Shop
             reply = await client.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]})
             return int(reply.json()["data"]["subtotal"]) if reply.status_code == 201 else 0
 
-        # When the dish that came last is known, both sides of the fork have been read.
-        await eventually(lambda: price(marker.id), what="the menu to have been followed")
+        # The marker dish was published last: when it can be ordered, both sides of the fork have been read.
+        await eventually(lambda: price(marker.id), what="the marker dish on the menu")
         assert await price(shop.dish) == menu_item.ENTITY.decode(winner).price

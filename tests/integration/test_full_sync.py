@@ -116,9 +116,9 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> Non
 
         repaired = await ticketrail(shop.system, "full-sync", "--json")
         assert repaired.code == 0
-        differences = [one for one in repaired.told["differences"] if one["restaurant_id"] == shop.restaurant]
+        differences = [one for one in repaired.printed["differences"] if one["restaurant_id"] == shop.restaurant]
         assert {one["id"]: one["what"] for one in differences} == dict.fromkeys([*ids[:2], dish], "missing")
-    assert repaired.told["repaired"] >= 3
+    assert repaired.printed["repaired"] >= 3
     assert [await served(shop, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
     assert await raw.exists(keys.restaurant(shop.restaurant)) == 1

@@ -1,4 +1,4 @@
-"""`ticketrail import` on a running system: from files and from another PostgreSQL, interrupted anywhere."""
+"""`ticketrail import` on a running system: from files and from another PostgreSQL, also when it is interrupted."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ def names(count: int) -> list[str]:
 
 
 def line_of(name: str, number: int = 0, **fields: Any) -> bytes:
-    """An order of last year, with a number of its own."""
+    """Returns a JSON line with an order of last year that has a number."""
     found = {
         "external_id": name,
         "order_number": name[-5:],
@@ -57,10 +57,10 @@ def jsonl(path: Path, lines: Sequence[bytes]) -> str:
     return str(path)
 
 
-async def bring(
+async def import_from(
     shop: Shop, name: str, *, query: str | None = None, again: bool = False, **urls: str
 ) -> tuple[ImportReport, list[RefusedRow]]:
-    """In this process."""
+    """Runs an import in this process; returns (report, refused rows)."""
     async with CommandSession(settings_of(shop.system, **urls)) as session:
         upserts = ExternalOrderUpserts(session.postgres, session.mirror, session.rail, source="import", window_days=3)
         return await Importer(session.postgres, upserts).run(
@@ -83,7 +83,7 @@ async def stored(shop: Shop) -> list[dict[str, Any]]:
 
 
 async def all_there(shop: Shop, expected: Sequence[str], *, within: float = 30.0) -> None:
-    """Each of them once, in PostgreSQL, written once, through the background lane."""
+    """Waits until PostgreSQL has exactly these orders; asserts one background change for each and no conflict."""
 
     async def look() -> list[str]:
         return [row["external_id"] for row in await stored(shop)]
@@ -102,7 +102,7 @@ async def all_there(shop: Shop, expected: Sequence[str], *, within: float = 30.0
 
 
 async def done(system: System, name: str) -> int:
-    """How many rows of a source are noted as done."""
+    """Returns the number of rows of a source that are noted as done."""
     async with system.database() as connection:
         return int(await connection.fetchval("select coalesce(max(done), 0) from imports where source = $1", name))
 
@@ -110,18 +110,18 @@ async def done(system: System, name: str) -> int:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_is_told(
+async def test_file_is_imported_through_the_background_lane_and_each_refused_row_is_reported(
     shop: Shop, tmp_path: Path
 ) -> None:
     known = names(303)
     lines = [line_of(name, number) for number, name in enumerate(known)]
     lines[7:7] = [b"{", b'{"external_id": "\xff"}']
     lines[250:250] = [line_of("elsewhere", restaurant_id=str(uuid4())), line_of("nul", **{"a\x00b": 1})]
-    source, told = jsonl(tmp_path / "orders.jsonl", lines), tmp_path / "refused.jsonl"
-    arguments = ("import", source, "--restaurant", shop.restaurant, "--refused", str(told))
+    source, refused_rows = jsonl(tmp_path / "orders.jsonl", lines), tmp_path / "refused.jsonl"
+    arguments = ("import", source, "--restaurant", shop.restaurant, "--refused", str(refused_rows))
     first = await ticketrail(shop.system, *arguments, "--json")
-    refusals = first.told.pop("refusals")
-    assert {name: n for name, n in first.told.items() if name != "refusals"} == {
+    refusals = first.printed.pop("refusals")
+    assert {name: n for name, n in first.printed.items() if name != "refusals"} == {
         "read": 307, "skipped": 0, "created": 303, "updated": 0, "unchanged": 0, "refused": 4,
     }  # fmt: skip
     assert [(one["line"], one["reason"].partition(":")[0]) for one in refusals] == [
@@ -130,9 +130,9 @@ async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_
         (251, "restaurant_id"),
         (252, "a?b"),
     ]
-    assert [json.loads(line) for line in told.read_bytes().splitlines()] == refusals
+    assert [json.loads(line) for line in refused_rows.read_bytes().splitlines()] == refusals
     assert first.code == 1, "rows were refused"
-    assert "━" not in first.err, "no bar where there is no terminal"
+    assert "━" not in first.err, "no progress bar without a terminal"
     await all_there(shop, known)
 
     again = await ticketrail(shop.system, *arguments)
@@ -143,37 +143,37 @@ async def test_a_file_comes_in_through_the_background_lane_and_each_refused_row_
     assert again.out.startswith("line 8: body: ")
     assert "line 251: restaurant_id: no such restaurant" in again.out
     assert "━" not in again.err
-    report, why = await bring(shop, source, again=True)
+    report, why = await import_from(shop, source, again=True)
     assert counts(report) == {"read": 307, "unchanged": 303, "refused": 4}
     assert [one.line for one in why] == [8, 9, 251, 252]
     await all_there(shop, known)
 
 
-async def test_what_is_not_final_and_has_no_number_gets_one_of_its_day(shop: Shop, tmp_path: Path) -> None:
+async def test_open_order_without_a_number_gets_the_next_number_of_its_day(shop: Shop, tmp_path: Path) -> None:
     known = names(3)
     lines = [line_of(name, order_number="", status="ready") for name in known]
-    await bring(shop, jsonl(tmp_path / "orders.jsonl", lines))
+    await import_from(shop, jsonl(tmp_path / "orders.jsonl", lines))
     await all_there(shop, known)
     assert sorted(row["order_number"] for row in await stored(shop)) == ["0001", "0002", "0003"]
 
 
-async def test_a_file_that_has_changed_is_read_from_its_beginning(shop: Shop, tmp_path: Path) -> None:
+async def test_changed_file_is_read_from_its_beginning(shop: Shop, tmp_path: Path) -> None:
     known = names(4)
     path = tmp_path / "orders.jsonl"
-    assert counts((await bring(shop, jsonl(path, [line_of(name) for name in known[:3]])))[0]) == {
+    assert counts((await import_from(shop, jsonl(path, [line_of(name) for name in known[:3]])))[0]) == {
         "read": 3,
         "created": 3,
     }
     changed = [line_of(known[3]), line_of(known[0], notes="changed"), *(line_of(name) for name in known[1:3])]
-    report, _ = await bring(shop, jsonl(path, changed))
+    report, _ = await import_from(shop, jsonl(path, changed))
     assert counts(report) == {"read": 4, "created": 1, "updated": 1, "unchanged": 2}
 
 
-async def test_rows_of_one_order_count_in_the_order_of_the_file(shop: Shop, tmp_path: Path) -> None:
+async def test_rows_of_one_order_apply_in_file_order(shop: Shop, tmp_path: Path) -> None:
     (known,) = names(1)
-    wanted = [f"note {number}" for number in range(20)]
-    lines = [line_of(known, notes=note, created_at=None, status="ready") for note in wanted]
-    report, _ = await bring(shop, jsonl(tmp_path / "orders.jsonl", lines))
+    expected = [f"note {number}" for number in range(20)]
+    lines = [line_of(known, notes=note, created_at=None, status="ready") for note in expected]
+    report, _ = await import_from(shop, jsonl(tmp_path / "orders.jsonl", lines))
     assert counts(report) == {"read": 20, "created": 1, "updated": 19}
 
     async def notes() -> list[str]:
@@ -184,10 +184,10 @@ async def test_rows_of_one_order_count_in_the_order_of_the_file(shop: Shop, tmp_
             )
         return [row[0] for row in rows]
 
-    await eventually(notes, what="one after the other", until=lambda found: found == wanted)
+    await eventually(notes, what="the notes in file order", until=lambda found: found == expected)
 
 
-async def test_both_shapes_of_csv_make_the_same_orders(shop: Shop, tmp_path: Path) -> None:
+async def test_both_csv_formats_make_the_same_orders(shop: Shop, tmp_path: Path) -> None:
     one, other = names(2)
     items = json.dumps([{"name": "Soup", "quantity": 2, "unit_price": 620}]).replace('"', '""')
     (tmp_path / "whole.csv").write_text(
@@ -198,21 +198,21 @@ async def test_both_shapes_of_csv_make_the_same_orders(shop: Shop, tmp_path: Pat
         f"{other},completed,2025-06-01T12:00:00Z,Soup,1,620\n{other},,,Bread,1,620\n"
     )
     for name in ("whole.csv", "items.csv"):
-        assert counts((await bring(shop, str(tmp_path / name)))[0]) == {"read": 1, "created": 1}
+        assert counts((await import_from(shop, str(tmp_path / name)))[0]) == {"read": 1, "created": 1}
     await all_there(shop, [one, other])
     assert [(row["total"], row["created_at"]) for row in await stored(shop)] == [(1240, LAST_YEAR)] * 2
 
 
-async def test_an_unknown_restaurant_ends_it_at_once(system: System, tmp_path: Path, shop: Shop) -> None:
+async def test_unknown_restaurant_ends_the_import_at_once(system: System, tmp_path: Path, shop: Shop) -> None:
     source = jsonl(tmp_path / "orders.jsonl", [line_of("x")])
     ended = await ticketrail(system, "import", source, "--restaurant", str(uuid4()))
     assert (ended.code, "no such restaurant" in ended.err) == (1, True)
     assert "Traceback" not in ended.err
-    nobody = Shop(system, str(uuid4()), "", "", "", "")
+    unregistered = Shop(system, str(uuid4()), "", "", "", "")
     with pytest.raises(NotFound):
-        await bring(nobody, source)
-    # Registered since: nothing was noted, so nothing is skipped.
-    assert counts((await bring(shop, source))[0]) == {"read": 1, "created": 1}
+        await import_from(unregistered, source)
+    # The refused runs noted no rows as done, so a known restaurant imports the whole file.
+    assert counts((await import_from(shop, source))[0]) == {"read": 1, "created": 1}
 
 
 # -- another database ----------------------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ QUERY = (
 )
 
 
-async def test_orders_of_another_postgresql(shop: Shop) -> None:
-    """Its numerics, times, uuids and JSON; what changed between is seen, what did not is left alone."""
+async def test_orders_are_imported_from_another_postgresql(shop: Shop) -> None:
+    """The import reads numerics, times, uuids and JSON; a later run finds new rows and leaves the others unchanged."""
     database = f"till{uuid4().hex[:8]}"
     url = await asyncio.to_thread(shop.system.servers.postgres.make_database, database)
     known = names(5)
@@ -246,7 +246,7 @@ async def test_orders_of_another_postgresql(shop: Shop) -> None:
         await add(known[0], 0)
         await add("broken", 1, "7.55")
         await add(known[1], 2)
-        report, why = await bring(shop, url, query=QUERY)
+        report, why = await import_from(shop, url, query=QUERY)
         assert counts(report) == {"read": 3, "created": 2, "refused": 1}
         assert [(one.line, one.reason) for one in why] == [(2, "total: Expected `int | null`, got `float`")]
         await all_there(shop, known[:2])
@@ -255,16 +255,16 @@ async def test_orders_of_another_postgresql(shop: Shop) -> None:
             (700, LAST_YEAR + timedelta(minutes=2)),
         ]
         await add(known[2], 3)
-        assert counts((await bring(shop, url, query=QUERY))[0]) == {
+        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
             "read": 4, "skipped": 3, "created": 1, "refused": 1,
         }  # fmt: skip
-        await add(known[3], -1)  # comes first: to skip the first four would miss it
-        assert counts((await bring(shop, url, query=QUERY))[0]) == {
+        await add(known[3], -1)  # sorts first, so a run that skips the first four rows would miss it
+        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
             "read": 5, "created": 1, "unchanged": 3, "refused": 1,
         }  # fmt: skip
         await till.execute("delete from till where external_id = any($1)", known[:2])
         await add(known[4], 4)
-        assert counts((await bring(shop, url, query=QUERY))[0]) == {
+        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
             "read": 4, "created": 1, "unchanged": 2, "refused": 1,
         }  # fmt: skip
         await all_there(shop, known)
@@ -279,15 +279,15 @@ async def test_orders_of_another_postgresql(shop: Shop) -> None:
         await asyncio.to_thread(shop.system.servers.postgres.drop_database, database)
 
 
-# -- interrupted ---------------------------------------------------------------------------------------------------
+# -- interruptions -------------------------------------------------------------------------------------------------
 
 
-async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_path: Path) -> None:
+async def test_killed_import_continues_where_it_stopped(shop: Shop, tmp_path: Path) -> None:
     known = names(700)
     lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
     source = jsonl(tmp_path / "orders.jsonl", lines)
     command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", shop.restaurant]
-    # Its way to the broker leads through this process: while that stands still, it does not come to its end.
+    # The import reaches the broker through this process, so it cannot finish while this process is stalled.
     async with link_to(shop.system.rabbitmq_url) as broker:
         env = {**shop.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url}
         process = await asyncio.create_subprocess_exec(
@@ -300,16 +300,18 @@ async def test_killed_in_the_middle_it_goes_on_where_it_stopped(shop: Shop, tmp_
     assert 0 < so_far < len(lines), "it was killed in the middle"
 
     ended = await ticketrail(shop.system, *command[3:], "--json")
-    told = ended.told
-    assert told["skipped"] == so_far
-    assert told["created"] + told["unchanged"] == len(lines) - so_far
-    assert [one["line"] for one in told["refusals"]] == [1], "what the run before refused is told as well"
+    printed = ended.printed
+    assert printed["skipped"] == so_far
+    assert printed["created"] + printed["unchanged"] == len(lines) - so_far
+    assert [one["line"] for one in printed["refusals"]] == [1], "the rows that the killed run refused are reported too"
     assert ended.code == 1
     await all_there(shop, known)
 
 
-@pytest.mark.parametrize("away", ["rabbitmq", "redis", "postgresql"])
-async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path: Path, away: str) -> None:
+@pytest.mark.parametrize("unavailable", ["rabbitmq", "redis", "postgresql"])
+async def test_import_waits_while_a_backend_is_unavailable_and_continues_after_it(
+    shop: Shop, tmp_path: Path, unavailable: str
+) -> None:
     known = names(320)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name, order_number="") for name in known])
     async with AsyncExitStack() as stack:
@@ -321,12 +323,12 @@ async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path
                 await stack.enter_async_context(link_to(shop.system.database_url("ticketrail_writer"))),
             ),
         }
-        running = asyncio.create_task(bring(shop, source, **{name: link.url for name, link in links.values()}))  # type: ignore[arg-type]
+        running = asyncio.create_task(import_from(shop, source, **{name: link.url for name, link in links.values()}))  # type: ignore[arg-type]
         await eventually(lambda: done(shop.system, source), what="some rows done")
-        link = links[away][1]
+        link = links[unavailable][1]
         await link.cut()
-        before = await _still(lambda: done(shop.system, source))
-        assert not running.done(), "it waits"
+        before = await _stable_value(lambda: done(shop.system, source))
+        assert not running.done(), "the import waits"
         await link.restore()
         report, why = await running
     assert 0 < before < len(known)
@@ -335,8 +337,8 @@ async def test_while_a_backend_is_away_it_waits_and_goes_on(shop: Shop, tmp_path
     await all_there(shop, known)
 
 
-async def _still(look: Callable[[], Any], seconds: float = 1.0) -> int:
-    """What is seen when it has not moved for a while."""
+async def _stable_value(look: Callable[[], Any], seconds: float = 1.0) -> int:
+    """Returns the value once it has not changed for `seconds`."""
     seen, since = -1, asyncio.get_running_loop().time()
     while asyncio.get_running_loop().time() - since < seconds:
         now = await look()
@@ -346,7 +348,7 @@ async def _still(look: Callable[[], Any], seconds: float = 1.0) -> int:
     return seen
 
 
-async def test_on_a_terminal_there_is_a_progress_bar(shop: Shop, tmp_path: Path) -> None:
+async def test_import_shows_a_progress_bar_on_a_terminal(shop: Shop, tmp_path: Path) -> None:
     known = names(150)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name) for name in known])
     ours, theirs = pty.openpty()

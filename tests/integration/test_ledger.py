@@ -1,4 +1,4 @@
-"""The ledger on real servers: each place a change can be in, made for real; and what is taken away is named."""
+"""The ledger on real servers: changes in each place that it counts, and changes that were removed and must be named."""
 
 import asyncio
 import os
@@ -33,11 +33,11 @@ from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
-PATIENCE = 1.0
+TIMEOUT_SECONDS = 1.0
 
 
 class Books:
-    """A writer's rig with heartbeats, a folder for journals, and the ledger over it."""
+    """A rig of the PostgreSQL writer with heartbeats and a folder for journals, and its ledger."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -45,30 +45,32 @@ class Books:
         self.journals: list[Journal] = []
 
     async def balance(self, **options: Any) -> Balance:
-        found = await take_balance(self.rig.settings, self.ops, **{"timeout_seconds": PATIENCE, **options})
+        """Takes a balance; fails when it does not add up or an unexplained change has no name."""
+        found = await take_balance(self.rig.settings, self.ops, **{"timeout_seconds": TIMEOUT_SECONDS, **options})
         wrong = [
             name
             for name in ("accepted", *PLACES)
             if getattr(found, name) != sum(getattr(one, name) for one in found.restaurants)
         ]
-        # At every moment: not an assertion, which `until` would take for a balance that comes too early.
+        # Every balance must add up. `pytest.fail`, because `until` retries after an AssertionError.
         if wrong or found.accepted != sum(getattr(found, place) for place in PLACES):
             pytest.fail(f"does not add up: {wrong} {found}")
         if found.unexplained != len(found.missing):
-            pytest.fail(f"unexplained, and not named: {found}")
+            pytest.fail(f"unexplained changes without a name: {found}")
         return found
 
-    async def until(self, **wanted: int) -> Balance:
-        """A balance with these counts, and no others but those that are accepted."""
+    async def until(self, **expected: int) -> Balance:
+        """Waits for a balance that has exactly these counts, apart from `accepted`; returns it."""
 
         async def look() -> dict[str, int]:
             self.last = await self.balance()
             return {name: count for name in PLACES if (count := getattr(self.last, name))}
 
-        await eventually(look, within=40, what=f"a balance of {wanted}", until=lambda seen: seen == wanted)
+        await eventually(look, within=40, what=f"a balance of {expected}", until=lambda seen: seen == expected)
         return self.last
 
     async def journal(self, *changes: Change, number: int = 1) -> Path:
+        """Opens the journal of an instance with these changes in it; returns its path."""
         path = self.rig.settings.journal_folder / f"orders-{number}.sqlite"
         journal = Journal(path, instance=number, max_bytes=1 << 20)
         self.journals.append(journal)
@@ -77,7 +79,7 @@ class Books:
         return path
 
     async def cli(self, *arguments: str) -> tuple[int, str, str]:
-        """(exit code, what it printed, what it said beside)"""
+        """Runs `ticketrail`; returns (exit code, stdout, stderr)."""
         settings = self.rig.settings.model_dump(mode="json")
         env = {key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")}
         for name, value in settings.items():
@@ -99,7 +101,7 @@ async def make_books(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[Any]:
     made: list[Books] = []
 
     async def make(**settings: Any) -> Books:
-        # By default without the management API, whose figures are seconds old.
+        # By default without the management API, because its figures are seconds old.
         urls = {"rabbitmq_management_url": "", "rabbitmq_watcher_url": ""}
         books = Books(await make_rig(home=tmp_path, **{**urls, **settings}))
         made.append(books)
@@ -124,14 +126,14 @@ def traced(**fields: Any) -> Change:
     return change(order(items=1, **fields), traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
 
 
-# -- every place -----------------------------------------------------------------------------------------------------
+# -- the places that explain a change --------------------------------------------------------------------------------
 
 
-async def test_what_is_written_is_synced_restaurant_by_restaurant_and_each_change_counts_once(books: Books) -> None:
+async def test_written_changes_count_once_as_synced_for_each_restaurant(books: Books) -> None:
     mine = [change(order(items=1)) for _ in range(5)]
     other = change(menu_item(restaurant_id=OTHER_RESTAURANT))
     await books.rig.publish(*mine)
-    await books.rig.publish(mine[0], mine[1])  # once more, as after an ambiguous publish
+    await books.rig.publish(mine[0], mine[1])  # a second copy, as after a publish in doubt
     await books.rig.publish(other, lane=Lane.NORMAL)
     balance = await books.until(synced=6)
     counts = {one.restaurant_id: (one.accepted, one.synced) for one in balance.restaurants}
@@ -140,10 +142,10 @@ async def test_what_is_written_is_synced_restaurant_by_restaurant_and_each_chang
     async def after_heartbeat() -> bool:
         return (await books.balance()).until is not None
 
-    await eventually(after_heartbeat, what="a heartbeat out of every lane")
+    await eventually(after_heartbeat, what="a heartbeat from every lane")
 
 
-async def test_what_waits_in_its_lane_is_queued(books: Books) -> None:
+async def test_change_that_waits_in_its_lane_is_queued(books: Books) -> None:
     await books.rig.writer.stop()
     await books.rig.publish(*(change(order(items=1)) for _ in range(3)))
     await books.until(queued=3)
@@ -151,7 +153,7 @@ async def test_what_waits_in_its_lane_is_queued(books: Books) -> None:
     await books.until(synced=3)
 
 
-async def test_what_is_on_the_ladder_is_retrying(make_books: Any) -> None:
+async def test_change_on_the_retry_ladder_is_retrying(make_books: Any) -> None:
     books: Books = await make_books(retry_steps_ms=(60_000,))
     await books.rig.as_owner(
         """
@@ -164,23 +166,23 @@ async def test_what_is_on_the_ladder_is_retrying(make_books: Any) -> None:
     await books.rig.publish(unlucky, lane=Lane.NORMAL)
     await books.rig.publish(fine)
     await books.until(synced=1, retrying=1)
-    # Where it could not be noted: by the number of messages that are there.
+    # Without a row in `retries`, the ledger counts the messages in the retry queue.
     await eventually(lambda: books.rig.count("retries"), what="noted", until=lambda count: count == 1)
     await books.rig.database.execute("delete from retries")
     await books.until(synced=1, retrying=1)
 
 
-async def test_a_dead_letter_explains_a_change_also_when_it_was_discarded_or_edited(books: Books) -> None:
+async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(books: Books) -> None:
     dead = [encode(traced()).replace(b'"total":', b'"total":-') for _ in range(3)]
     await books.rig.publish(*dead, change(order(items=1)), b'{"id": "no change at all"}')
     balance = await books.until(synced=1, dead=3)
-    assert balance.dead_outcomes == {"in_queue": 3}, "nobody has read the dead queue yet"
+    assert balance.dead_outcomes == {"in_queue": 3}, "no collector has read the dead-letter queue yet"
     assert balance.unreadable == 1
     books.rig.keeper.start()
-    letters = [one for one in await books.rig.letters(4) if one.change_id]
+    dead_letters = [one for one in await books.rig.letters(4) if one.change_id]
     assert (await books.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
     async with books.ops.connection() as connection, connection.transaction():
-        one, two, _ = letters
+        one, two, _ = dead_letters
         by = {"why": "a test", "actor": "a tester", "role": "operator"}
         await actions.discard(connection, one.id, revision=one.revision, **by)
         edit = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
@@ -189,22 +191,22 @@ async def test_a_dead_letter_explains_a_change_also_when_it_was_discarded_or_edi
     assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 
 
-async def test_what_lies_in_a_journal_is_journaled_and_what_waits_in_a_lane_too_counts_once(books: Books) -> None:
+async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_waits_in_a_lane(books: Books) -> None:
     await books.rig.writer.stop()
-    both, alone, lane = traced(), traced(), traced()
-    await books.journal(both, alone)
-    await books.rig.publish(both, lane)
+    both, only_journal, only_lane = traced(), traced(), traced()
+    await books.journal(both, only_journal)
+    await books.rig.publish(both, only_lane)
     balance = await books.until(journaled=2, queued=1)
     assert balance.journals == {"orders-1.sqlite": 2}
     await books.another_writer().start()
     assert (await books.until(synced=2, journaled=1)).accepted == 3
 
 
-# -- what is nowhere -------------------------------------------------------------------------------------------------
+# -- unexplained changes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("management", [False, True])
-async def test_of_a_lane_that_was_purged_every_change_is_named_with_its_trace_and_the_command_fails(
+async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_command_fails(
     make_books: Any, servers: Servers, management: bool
 ) -> None:
     urls = {
@@ -213,10 +215,14 @@ async def test_of_a_lane_that_was_purged_every_change_is_named_with_its_trace_an
     }
     books: Books = await make_books(**(urls if management else {}))
 
-    async def away() -> list[str]:  # it may be slow to answer, and is called away then
+    async def unavailable() -> list[str]:  # a management API that answers late counts as unavailable
         return (await books.balance()).away
 
-    await eventually(away, what="who is away", until=lambda found: found == ([] if management else ["management"]))
+    await eventually(
+        unavailable,
+        what="the list of unavailable sources",
+        until=lambda found: found == ([] if management else ["management"]),
+    )
     await books.rig.publish(change(order(items=1)))
     await books.until(synced=1)
     assert (await books.cli("ledger", "--all", "--timeout", "1"))[0] == 0
@@ -229,24 +235,24 @@ async def test_of_a_lane_that_was_purged_every_change_is_named_with_its_trace_an
     await books.another_writer().start()
     balance = await books.until(synced=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {one.id for one in lost}
-    patience = [] if management else ["--timeout", "1"]
-    code, out, _ = await books.cli("ledger", *patience)
+    timeout = [] if management else ["--timeout", "1"]
+    code, out, _ = await books.cli("ledger", *timeout)
     assert code == 1
     assert all(f"change {one.id} of {one.subject}" in out for one in lost), out
     assert TRACE in out
     if management:
-        return  # it tells depths seconds late, and each look waits for it
-    code, out, _ = await books.cli("ledger", "--all", "--json", *patience)
-    said = msgspec.json.decode(out)
-    assert (code, said["accepted"], said["synced"], said["unexplained"]) == (1, 3, 1, 2)
-    assert {one["trace_id"] for one in said["missing"]} == {TRACE}
-    # A change that was built on one of them is there: what it said is not lost, and that is told.
+        return  # the management API reports depths seconds late, and each balance waits for them
+    code, out, _ = await books.cli("ledger", "--all", "--json", *timeout)
+    printed = msgspec.json.decode(out)
+    assert (code, printed["accepted"], printed["synced"], printed["unexplained"]) == (1, 3, 1, 2)
+    assert {one["trace_id"] for one in printed["missing"]} == {TRACE}
+    # A later change was built on a lost one, so its content is not lost: the ledger names this successor.
     await books.rig.publish(change(order(items=1, id=lost[0].entity_id), base=lost[0]))
     balance = await books.until(synced=2, unexplained=2)
     assert sum(one.successor is not None for one in balance.missing) == 1
 
 
-async def test_a_row_that_is_gone_from_changes_is_named(books: Books, servers: Servers) -> None:
+async def test_row_that_is_missing_from_changes_is_named(books: Books, servers: Servers) -> None:
     made = [traced() for _ in range(4)]
     await books.rig.publish(*made)
     await books.until(synced=4)
@@ -258,7 +264,7 @@ async def test_a_row_that_is_gone_from_changes_is_named(books: Books, servers: S
     assert [(one.change_id, one.trace_id) for one in balance.missing] == [(made[2].id, TRACE)]
 
 
-async def test_an_entry_that_is_gone_from_a_journal_is_named_and_so_is_one_that_is_damaged(books: Books) -> None:
+async def test_missing_and_damaged_journal_entries_are_named(books: Books) -> None:
     lost, flipped, kept = traced(), traced(), traced()
     path = await books.journal(lost, flipped, kept)
     await books.until(journaled=3)
@@ -271,18 +277,18 @@ async def test_an_entry_that_is_gone_from_a_journal_is_named_and_so_is_one_that_
     assert f"change {lost.id}" in out
     with sqlite3.connect(path) as db:
         db.execute("update entries set event = replace(event, 'Masala', 'Masalo') where seq = 2")
-    assert len(await books.journals[0].oldest(10)) == 1  # it notices
+    assert len(await books.journals[0].oldest(10)) == 1  # reading finds the damage
     balance = await books.until(journaled=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {lost.id, flipped.id}
 
 
-# -- at work ---------------------------------------------------------------------------------------------------------
+# -- under load and without backends ---------------------------------------------------------------------------------
 
 
-async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_all_of_it_synced(
+async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end(
     make_books: Any,
 ) -> None:
-    # While a batch of one consumer is delayed, the other passes the heartbeats behind it.
+    # A long timeout: while a batch of one consumer is delayed, another consumer passes the heartbeats behind it.
     books: Books = await make_books(database_timeout_seconds=15.0)
     stop = asyncio.Event()
     sent = 0
@@ -295,16 +301,17 @@ async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_
             sent += 6
 
     loads = [asyncio.create_task(load()) for _ in range(3)]
-    patience = 6.0
-    async with Ledger(books.rig.settings, books.ops, timeout_seconds=patience) as ledger:
+    timeout_seconds = 6.0
+    async with Ledger(books.rig.settings, books.ops, timeout_seconds=timeout_seconds) as ledger:
 
         async def synced() -> int:
             balance = await ledger.look()
             if balance.missing:
-                pytest.fail(f"called unexplained: {balance.missing}")
+                pytest.fail(f"reported as unexplained: {balance.missing}")
             return balance.synced
 
-        deadline = time.monotonic() + 2 * patience  # what is missing is called so when it has been for that long
+        # A change counts as unexplained only after it has been missing for the timeout.
+        deadline = time.monotonic() + 2 * timeout_seconds
         while time.monotonic() < deadline:
             await synced()
         stop.set()
@@ -314,11 +321,13 @@ async def test_while_a_load_runs_nothing_is_called_unexplained_and_it_ends_with_
         await eventually(synced, within=120, what="all synced", until=lambda count: count == sent)
 
 
-async def test_watching_reads_on_and_asks_for_nothing_twice(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_next_look_continues_reading_and_asks_for_no_change_twice(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = [change(order(items=1)) for _ in range(50)]
     await books.rig.publish(*made)
     await books.until(synced=50)
-    async with Ledger(books.rig.settings, books.ops, timeout_seconds=PATIENCE) as ledger:
+    async with Ledger(books.rig.settings, books.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
         assert (await ledger.look()).synced == 50
         asked: list[int] = []
         settle = ledger._log.settle
@@ -328,7 +337,7 @@ async def test_watching_reads_on_and_asks_for_nothing_twice(books: Books, monkey
             await settle(entries)
 
         monkeypatch.setattr(ledger._log, "settle", counted)
-        await books.rig.publish(*made[:5])  # which counted already
+        await books.rig.publish(*made[:5])  # they are counted already
         await books.rig.publish(change(order(items=1)))
 
         async def synced() -> int:
@@ -338,7 +347,7 @@ async def test_watching_reads_on_and_asks_for_nothing_twice(books: Books, monkey
         assert max(asked) <= 1
 
 
-async def test_a_window_begins_where_it_is_told_to(books: Books) -> None:
+async def test_balance_begins_at_the_given_time(books: Books) -> None:
     await books.rig.publish(change(order(items=1)))
     await books.until(synced=1)
     assert (await books.balance(since=now())).accepted <= 1
@@ -349,7 +358,7 @@ async def test_a_window_begins_where_it_is_told_to(books: Books) -> None:
     assert "ISO 8601" in err
 
 
-async def test_what_the_mirror_alone_shows_as_pending_is_a_hint_and_no_more(
+async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexplained(
     books: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from services.sync.ledger import sources
@@ -369,7 +378,7 @@ async def test_what_the_mirror_alone_shows_as_pending_is_a_hint_and_no_more(
     assert one.id not in {hint.change_id for hint in found.mirror_only}
 
 
-async def test_without_postgres_there_is_no_balance_and_the_command_says_so(books: Books, servers: Servers) -> None:
+async def test_ledger_needs_postgres_and_the_command_says_so(books: Books, servers: Servers) -> None:
     await asyncio.to_thread(servers.postgres.stop)
     try:
         with pytest.raises(Unavailable):
@@ -381,10 +390,10 @@ async def test_without_postgres_there_is_no_balance_and_the_command_says_so(book
         await asyncio.to_thread(servers.postgres.start)
 
 
-# -- the journal's commands, whose entries the ledger counts ---------------------------------------------------------
+# -- the journal commands --------------------------------------------------------------------------------------------
 
 
-async def test_show_lists_what_waits_beside_the_instance_that_lives_and_changes_nothing(books: Books) -> None:
+async def test_show_lists_waiting_changes_of_a_running_instance_and_changes_nothing(books: Books) -> None:
     made = [traced() for _ in range(3)]
     path = await books.journal(*made)
     code, out, _ = await books.cli("journal", "show", "--instance", "1")
@@ -393,16 +402,16 @@ async def test_show_lists_what_waits_beside_the_instance_that_lives_and_changes_
     assert f"process {os.getpid()}" in out
     assert all(one.id in out and one.subject in out for one in made), out
     code, out, _ = await books.cli("journal", "show", str(path), "--json", "--limit", "1")
-    said = msgspec.json.decode(out)
-    assert (code, said["count"], len(said["entries"]), said["lanes"]) == (0, 3, 1, {"critical": 3})
-    first = said["entries"][0]
+    printed = msgspec.json.decode(out)
+    assert (code, printed["count"], len(printed["entries"]), printed["lanes"]) == (0, 3, 1, {"critical": 3})
+    first = printed["entries"][0]
     assert (first["change_id"], first["trace_id"], first["bytes"]) == (made[0].id, TRACE, len(encode(made[0])))
     assert first["age_seconds"] >= 0
     await books.journals[0].append([(Lane.CRITICAL, encode(traced()))])
     assert books.journals[0].depth == 4
 
 
-async def test_drain_brings_the_journal_of_an_instance_that_is_gone_to_postgres_and_is_refused_while_it_lives(
+async def test_drain_is_refused_for_a_running_instance_and_publishes_an_orphaned_journal(
     books: Books,
 ) -> None:
     made = [traced() for _ in range(300)]
@@ -424,7 +433,7 @@ async def test_drain_brings_the_journal_of_an_instance_that_is_gone_to_postgres_
         pass
 
 
-async def test_drain_without_a_broker_keeps_everything_and_says_so(books: Books, servers: Servers) -> None:
+async def test_drain_without_a_broker_keeps_all_entries_and_says_so(books: Books, servers: Servers) -> None:
     path = await books.journal(traced())
     await books.journals[0].close()
     url = books.rig.settings.rabbitmq_url
@@ -437,7 +446,7 @@ async def test_drain_without_a_broker_keeps_everything_and_says_so(books: Books,
     await books.until(journaled=1)
 
 
-async def test_of_a_damaged_journal_show_names_what_is_broken_and_drain_sends_the_rest(books: Books) -> None:
+async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the_others(books: Books) -> None:
     made = [traced(notes=f"{n:0400}") for n in range(30)]
     path = await books.journal(*made)
     await books.journals[0].close()

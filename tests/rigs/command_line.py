@@ -1,4 +1,4 @@
-"""The `ticketrail` command as a process of its own, on the servers of a system; also in a terminal of a given width."""
+"""Runs the `ticketrail` command in its own process on the servers of a system, also in a terminal of a given width."""
 
 import asyncio
 import contextlib
@@ -21,12 +21,15 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Ended(Struct):
+    """An ended process: exit code, stdout and stderr."""
+
     code: int | None
     out: str
     err: str
 
     @property
-    def told(self) -> dict[str, Any]:
+    def printed(self) -> dict[str, Any]:
+        """The JSON object on stdout."""
         found: dict[str, Any] = json.loads(self.out)
         return found
 
@@ -37,7 +40,7 @@ async def ticketrail(system: System, *arguments: str) -> Ended:
 
 
 async def in_terminal(system: System, *arguments: str, columns: int) -> str:
-    """What `ticketrail` writes into a pseudo-terminal of this width, without styles; fails unless it ends with 0."""
+    """Returns what `ticketrail` prints in a pseudo-terminal of this width, without styles; it must exit with 0."""
     terminal, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {name: value for name, value in system.env.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}

@@ -1,4 +1,4 @@
-"""Operators at work on the running system: letters that died for real, calls of their API, and their command line."""
+"""Operators on the running system: real dead letters, calls of the operators' API, and the command line."""
 
 import asyncio
 import subprocess
@@ -25,15 +25,15 @@ from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import Shop, expect, made, open_shop
 from tests.rigs.system import ROOT, System, eventually
 
-LETTERS = "/api/ops/dead-letters"
+DEAD_LETTERS = "/api/ops/dead-letters"
 JOBS = "/api/ops/jobs"
 
 Result = tuple[int, str, str]
-"""Of a command: exit code, what it printed, what it said beside."""
+"""The result of a command: exit code, stdout and stderr."""
 
 
 class Desk:
-    """A restaurant of its own, two operators, and the means to make letters of its changes."""
+    """A restaurant of its own, clients for its operators, and helpers that turn its changes into dead letters."""
 
     def __init__(self, shop: Shop, publisher: Publisher) -> None:
         self.shop = shop
@@ -49,27 +49,27 @@ class Desk:
     def client(
         self, role: Role = Role.OPERATOR, *, name: str = "nadia", restaurant: str | None = None, url: str | None = None
     ) -> httpx.AsyncClient:
-        """Of the operators' API."""
-        of = "" if role is Role.OPERATOR else restaurant or self.restaurant
+        """A client of the operators' API with a token of this role."""
+        tenant = "" if role is Role.OPERATOR else restaurant or self.restaurant
         tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
-        token = tokens.issue(Identity(str(uuid4()), role, of, f"{name}@ops.example", "a session"))
+        token = tokens.issue(Identity(str(uuid4()), role, tenant, f"{name}@ops.example", "a session"))
         headers = {"Authorization": f"Bearer {token}"}
         return http_client(base_url=url or self.system.urls["sync"], headers=headers, timeout=60.0)
 
-    # -- making letters ------------------------------------------------------------------------------------------
+    # -- making dead letters -------------------------------------------------------------------------------------
 
     def table(self, **fields: Any) -> DiningTable:
         at = now()
-        known = {"id": str(uuid4()), "restaurant_id": self.restaurant, "label": "Window", "seats": 4}
-        return DiningTable(**{**known, "created_at": at, "updated_at": at, **fields})
+        defaults = {"id": str(uuid4()), "restaurant_id": self.restaurant, "label": "Window", "seats": 4}
+        return DiningTable(**{**defaults, "created_at": at, "updated_at": at, **fields})
 
     async def poison(self, marker: str, *, lane: Lane = Lane.NORMAL, **fields: Any) -> Change:
-        """A table with a seat too few, sent as a terminal would; it breaks the contract."""
-        born = change(self.table(label=marker, **fields))
-        await self.publisher.publish(lane.value, message(encode(born).replace(b'"seats":4', b'"seats":0')))
-        return born
+        """Publishes a table without a seat, as a terminal does; it breaks the contract. Returns the change."""
+        made = change(self.table(label=marker, **fields))
+        await self.publisher.publish(lane.value, message(encode(made).replace(b'"seats":4', b'"seats":0')))
+        return made
 
-    async def bury(
+    async def send_to_dead_queue(
         self,
         *changes: Change | bytes,
         lane: Lane = Lane.NORMAL,
@@ -78,30 +78,32 @@ class Desk:
         place: str = "services.sync.writer.upsert:write_batch",
         at: str | None = None,
     ) -> None:
-        """Straight into the dead queue, as if a writer had given it up: a good change can be replayed."""
+        """Sends changes to the dead-letter queue, as the PostgreSQL writer does; a good one can be replayed."""
         headers: dict[str, int | str] = {REASON: reason, ERROR: error, PLACE: place}
         for one in changes:
             body = one if isinstance(one, bytes) else message(one)
             headers[FAILED_AT] = at or now().isoformat()
             await self.publisher.publish_to_queue(topology.dead_queue(lane), body, headers=headers, timeout=30)
 
-    async def letters(self, count: int, **filters: Any) -> list[dict[str, Any]]:
-        """As the API lists them, once there are so many; the oldest failure first."""
+    async def dead_letters(self, count: int, **filters: Any) -> list[dict[str, Any]]:
+        """Waits until the API lists `count` dead letters; returns them, the oldest failure first."""
         async with self.client() as client:
 
             async def look() -> list[dict[str, Any]]:
-                found: list[dict[str, Any]] = expect(await client.get(LETTERS, params={"limit": 200, **filters}))
+                found: list[dict[str, Any]] = expect(await client.get(DEAD_LETTERS, params={"limit": 200, **filters}))
                 return found[::-1]
 
-            return await eventually(look, within=30, what=f"{count} letters", until=lambda seen: len(seen) == count)
+            return await eventually(
+                look, within=30, what=f"{count} dead letters", until=lambda seen: len(seen) == count
+            )
 
-    async def buried(self, marker: str, count: int = 1) -> list[dict[str, Any]]:
-        """So many letters of good tables that carry this label, in the order of their making."""
-        await self.bury(*(change(self.table(label=marker)) for _ in range(count)))
-        return await self.letters(count, text=marker)
+    async def make_dead_letters(self, marker: str, count: int = 1) -> list[dict[str, Any]]:
+        """Makes `count` dead letters of good tables with this label; returns them in the order they were made."""
+        await self.send_to_dead_queue(*(change(self.table(label=marker)) for _ in range(count)))
+        return await self.dead_letters(count, text=marker)
 
     async def place(self, **fields: Any) -> str:
-        """An order of one dish, as staff place it; returns its id."""
+        """Places an order of one dish, as staff do; returns its id."""
         async with self.shop.client() as staff:
             body = {"items": [{"menu_item_id": await self._dish(), "quantity": 1}], **fields}
             return str(made(await staff.post("/api/orders", json=body))["id"])
@@ -113,8 +115,8 @@ class Desk:
 
     @asynccontextmanager
     async def refused_orders(self, notes: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """PostgreSQL refuses orders with these notes until what is yielded is called, or the context ends."""
-        # Not read again: what stands in the table meanwhile is none of this.
+        """PostgreSQL refuses orders with these notes until the yielded function is called, or the context ends."""
+        # `not valid`: PostgreSQL does not check the rows that are already in the table.
         refuse = f"add constraint {notes} check (notes is distinct from '{notes}') not valid"
 
         async def alter(how: str) -> None:
@@ -130,9 +132,10 @@ class Desk:
         finally:
             await allow()
 
-    # -- what comes of them --------------------------------------------------------------------------------------
+    # -- outcomes ------------------------------------------------------------------------------------------------
 
     async def ended(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Waits until the job has ended; returns it."""
         async with self.client() as client:
 
             async def look() -> dict[str, Any]:
@@ -143,17 +146,17 @@ class Desk:
             return await eventually(look, within=30, what="the job's end", until=lambda one: one["state"] in states)
 
     async def sync_state(self, order_id: str, state: str) -> None:
-        """Waits until the orders service says so of this order."""
+        """Waits until the orders service shows this sync state of the order."""
         async with self.shop.client() as staff:
 
             async def look() -> str:
                 return str(expect(await staff.get(f"/api/orders/{order_id}"))["sync"]["state"])
 
-            await eventually(look, within=30, what=f"{state} to be told", until=lambda seen: seen == state)
+            await eventually(look, within=30, what=f"sync state {state}", until=lambda seen: seen == state)
 
     @asynccontextmanager
     async def another_api(self, **settings: object) -> AsyncIterator[str]:
-        """A second instance of the sync API, with other settings; its URL."""
+        """Starts a second instance of the sync API with these settings; yields its URL."""
         name, [port] = f"sync-{uuid4().hex[:6]}", find_free(1)
         self.system.urls[name] = f"http://127.0.0.1:{port}"
         self.system.start("sync", alias=name, sync_port=port, **settings)
@@ -165,6 +168,7 @@ class Desk:
             del self.system.urls[name]
 
     async def written(self, *change_ids: str) -> int:
+        """Returns how many of these changes PostgreSQL has."""
         async with self.system.database() as database:
             found: int = await database.fetchval(
                 "select count(*) from changes where change_id = any($1::uuid[])", change_ids
@@ -177,7 +181,7 @@ class Desk:
         return await self.cli("dlq", *arguments, answer=answer)
 
     async def cli(self, *arguments: str, answer: str = "") -> Result:
-        """Run by nadia, in this process: starting one for each command would take most of the time of a test."""
+        """Runs `ticketrail` as nadia in this process: one process per command would take most of the time of a test."""
         env = {name: value for name, value in self.system.env.items() if name.startswith("TICKETRAIL_")}
         logging = structlog.get_config()
         try:
@@ -191,7 +195,7 @@ class Desk:
         return ran.exit_code, ran.stdout, ran.stderr
 
     async def dlq_process(self, *arguments: str, answer: str = "", **settings: str) -> Result:
-        """The same as a process, for what only one shows."""
+        """Runs `ticketrail dlq` in a process of its own, for behaviour that only a process shows."""
         env = {f"TICKETRAIL_{name.upper()}": value for name, value in settings.items()}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "services.sync.cli", "dlq", *arguments),
@@ -215,7 +219,7 @@ async def open_desk(system: System) -> AsyncIterator[Desk]:
         await publisher.stop()
 
 
-async def seen(client: httpx.AsyncClient, letter: dict[str, Any]) -> dict[str, Any]:
-    """One letter with all that is known of it."""
-    found: dict[str, Any] = expect(await client.get(f"{LETTERS}/{letter['id']}"))
+async def details_of(client: httpx.AsyncClient, dead_letter: dict[str, Any]) -> dict[str, Any]:
+    """Returns a dead letter with its attempts, headers, event, edits, replays and actions."""
+    found: dict[str, Any] = expect(await client.get(f"{DEAD_LETTERS}/{dead_letter['id']}"))
     return found

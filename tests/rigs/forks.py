@@ -7,8 +7,8 @@ from shared.entities.entity import Entity
 from tests.rigs.system import System, eventually
 
 
-async def stands(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
-    """Waits until PostgreSQL has the entity; returns (its state, its change id)."""
+async def wait_stored(system: System, entity: Entity, id_: str) -> tuple[Any, str]:
+    """Waits until PostgreSQL has the entity; returns (its state, the id of its change)."""
 
     async def look() -> Any:
         async with system.database() as connection:
