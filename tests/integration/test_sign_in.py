@@ -21,10 +21,10 @@ from shared.security.passwords import hash_password
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.rigs.sign_in import (
+    ATTEMPTS_PER_ACCOUNT,
+    ATTEMPTS_PER_ADDRESS,
+    GUEST_TOKEN_TTL_SECONDS,
     PASSWORD,
-    PER_ACCOUNT,
-    PER_ADDRESS,
-    TABLE_SECONDS,
     Place,
     addresses,
     client,
@@ -265,7 +265,7 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
 
 async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, place: Place) -> None:
     user, other = await place.user(email=f"kim-{new_email()}"), await place.user()
-    guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(PER_ACCOUNT)]
+    guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(ATTEMPTS_PER_ACCOUNT)]
     assert {reply.status_code for reply in guesses} == {401}
     # The right password is refused too.
     for email in (user["email"], user["email"].upper()):
@@ -279,7 +279,7 @@ async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, pla
 
 async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, place: Place) -> None:
     address = next(addresses)
-    replies = [await sign_in(url, new_email(), address=address) for _ in range(PER_ADDRESS)]
+    replies = [await sign_in(url, new_email(), address=address) for _ in range(ATTEMPTS_PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
     email = (await place.user())["email"]
     assert expect(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
@@ -291,7 +291,7 @@ async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, pl
 
 async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
     network = f"2001:db8:{secrets.randbelow(65_536):x}:{secrets.randbelow(65_536):x}"
-    replies = [await sign_in(url, new_email(), address=f"{network}:7::{n:x}") for n in range(PER_ADDRESS)]
+    replies = [await sign_in(url, new_email(), address=f"{network}:7::{n:x}") for n in range(ATTEMPTS_PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
     assert (await sign_in(url, new_email(), address=f"{network}:8::1")).status_code == 429
 
@@ -301,13 +301,14 @@ async def test_answers_that_reveal_taken_emails_are_limited(url: str, place: Pla
     user = await place.user()
     async with client(url, place.session["access_token"], address=next(addresses)) as admin:
         asked = [
-            await admin.put(f"/api/users/{user['id']}", json={"email": place.email}) for _ in range(PER_ADDRESS + 1)
+            await admin.put(f"/api/users/{user['id']}", json={"email": place.email})
+            for _ in range(ATTEMPTS_PER_ADDRESS + 1)
         ]
         body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
         made = await admin.post("/api/users", json=body)
         # A change that reveals nothing is not limited.
         expect(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
-    assert [reply.status_code for reply in asked] == [409] * PER_ADDRESS + [429]
+    assert [reply.status_code for reply in asked] == [409] * ATTEMPTS_PER_ADDRESS + [429]
     assert made.status_code == 429
 
 
@@ -396,7 +397,7 @@ async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, pla
     claims = jwt.decode(first["access_token"], options={"verify_signature": False})
     assert (claims["role"], claims["restaurantId"]) == ("customer", place.id)
     assert claims["sessionId"] == first["customer_session_id"]
-    assert claims["exp"] - claims["iat"] == first["expires_in"] == TABLE_SECONDS
+    assert claims["exp"] - claims["iat"] == first["expires_in"] == GUEST_TOKEN_TTL_SECONDS
     async with place.client() as admin:
         body = {"name": "Dosa", "price": 900, "category": "Mains"}
         dish = expect(await admin.post("/api/menu", json=body), 201)["id"]
@@ -430,8 +431,8 @@ async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None
     address, table = next(addresses), str(uuid4())
     async with client(url, address=address) as guest:
         body = {"slug": place.slug, "table_id": table}
-        replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(PER_ADDRESS + 1)]
-    assert [reply.status_code for reply in replies] == [404] * PER_ADDRESS + [429]
+        replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(ATTEMPTS_PER_ADDRESS + 1)]
+    assert [reply.status_code for reply in replies] == [404] * ATTEMPTS_PER_ADDRESS + [429]
     # Many scans do not block sign-ins from the same address.
     expect(await sign_in(url, (await place.user())["email"], address=address))
 

@@ -273,7 +273,7 @@ async def test_random_operations_leave_the_same_holds_in_mirror_and_postgres(
             await kitchen.open()
             for _ in range(60):
                 await kitchen.step()
-            await kitchen.ends()
+            await kitchen.finish_and_check()
         except BaseException as error:
             error.add_note(f"seed {seed}, after {kitchen.seen.total()} steps")
             raise

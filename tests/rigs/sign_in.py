@@ -14,7 +14,7 @@ from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 
 PASSWORD = "long enough to be good"
-PER_ACCOUNT, PER_ADDRESS, TABLE_SECONDS = 5, 8, 900
+ATTEMPTS_PER_ACCOUNT, ATTEMPTS_PER_ADDRESS, GUEST_TOKEN_TTL_SECONDS = 5, 8, 900
 addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
 
@@ -37,12 +37,14 @@ class Place(Struct, frozen=True):
         return client(self.url, token or self.session["access_token"])
 
     async def user(self, role: str = "staff", **fields: str) -> dict[str, Any]:
+        """Creates a user of this role with PASSWORD; returns it."""
         body = {"email": new_email(), "password": PASSWORD, "role": role, **fields}
         async with self.client() as admin:
             return dict(expect(await admin.post("/api/users", json=body), 201))
 
 
 def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
+    """A client with this address, by default one that no other client has."""
     headers = {"X-Forwarded-For": address or next(addresses)}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
@@ -50,6 +52,7 @@ def client(url: str, token: str | None = None, *, address: str | None = None) ->
 
 
 def expect(reply: httpx.Response, status: int = 200) -> Any:
+    """Asserts the status; returns the reply's data, or its error from 400 on."""
     assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
     return reply.json()["data" if status < 400 else "error"]
 
@@ -69,9 +72,9 @@ async def guarded(system: System) -> AsyncIterator[str]:
         instance="auto",
         orders_port=port,
         trusted_proxies="127.0.0.1",
-        sign_in_attempts_per_account=PER_ACCOUNT,
-        sign_in_attempts_per_address=PER_ADDRESS,
-        guest_token_ttl_seconds=TABLE_SECONDS,
+        sign_in_attempts_per_account=ATTEMPTS_PER_ACCOUNT,
+        sign_in_attempts_per_address=ATTEMPTS_PER_ADDRESS,
+        guest_token_ttl_seconds=GUEST_TOKEN_TTL_SECONDS,
     )
     try:
         await system.ready(name)
@@ -81,11 +84,13 @@ async def guarded(system: System) -> AsyncIterator[str]:
 
 
 def registration(**fields: Any) -> dict[str, Any]:
+    """The body of a valid registration of a new restaurant."""
     slug = f"place-{uuid4().hex[:12]}"
     return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
 
 
 async def register(system: System, url: str, **fields: Any) -> Place:
+    """Registers a restaurant with its first admin."""
     body = registration(**fields)
     async with client(url) as anonymous:
         made = expect(await anonymous.post("/api/auth/register-restaurant", json=body), 201)

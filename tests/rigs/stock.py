@@ -39,7 +39,7 @@ def applied(change: Change, how: str = "reveal") -> Apply:
 
 
 class Shelf:
-    """A restaurant with inventory: a mirror, and the recorded changes."""
+    """A restaurant with inventory, its mirror and its recorded changes."""
 
     def __init__(self, mirror: Mirror, restaurant: str | None = None) -> None:
         self.mirror = mirror
@@ -62,15 +62,15 @@ class Shelf:
     def record(self, change: Change) -> None:
         self.recorded[change.id] = change
 
-    async def finish(self, left: Stale) -> None:
-        change = decode_change(left.event)
+    async def finish(self, stale: Stale) -> None:
+        change = decode_change(stale.event)
         self.record(change)
         await self.mirror.apply([applied(change)])
 
     async def finish_all(self) -> None:
         for member in await self.mirror.stale_claims(most=10_000):
-            if member.startswith(self.restaurant) and (left := await self.mirror.mark(member)):
-                await self.finish(left)
+            if member.startswith(self.restaurant) and (stale := await self.mirror.mark(member)):
+                await self.finish(stale)
 
     async def put(self, entity: Entity, state: Any, base: tuple[Head, Any] | None = None) -> tuple[Head, Any]:
         """Claims, records and reveals a change without a fault."""
@@ -97,6 +97,7 @@ class Shelf:
         )
 
     async def counted(self, quantity: int) -> str:
+        """Puts an item with this counted quantity; returns its id."""
         _, item = await self.put(ITEM, self.item(quantity))
         return str(item.id)
 
@@ -106,6 +107,7 @@ class Shelf:
         )
 
     async def left(self, item: str) -> int:
+        """Returns the quantity of the item that no order holds."""
         (found,) = await self.mirror.stock(self.restaurant, [item])
         assert found is not None
         return found[0] - found[1]
@@ -117,12 +119,12 @@ class Shelf:
         return {name.decode(): text.decode() for name, text in pairs if b"@" in text}
 
 
-OVER = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+FINAL_STATUSES = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
 
 
 class Kitchen(Shelf):
-    """A shelf on which random steps happen, on a clock of its own that ends today: changes are lost, repeated or late,
-    and the owner of a claim may die."""
+    """A shelf with random steps, on a clock of its own that starts 14 days ago: changes are lost, repeated or late, and
+    the owner of a claim may die."""
 
     def __init__(self, mirror: Mirror, rig: Rig, chance: Random) -> None:
         super().__init__(mirror)
@@ -206,7 +208,11 @@ class Kitchen(Shelf):
             await self.attempt(ORDER, structs.replace(base[1], items=items, holds=held, updated_at=self.now), base)
 
     async def move_on(self) -> None:
-        if (base := await self.any_order(*OrderStatus)) and base[1].deleted_at is None and base[1].status not in OVER:
+        if (
+            (base := await self.any_order(*OrderStatus))
+            and base[1].deleted_at is None
+            and base[1].status not in FINAL_STATUSES
+        ):
             status = self.chance.choice(
                 (OrderStatus.RECEIVED, OrderStatus.COMPLETED, OrderStatus.COMPLETED, OrderStatus.CANCELLED)
             )
@@ -242,9 +248,9 @@ class Kitchen(Shelf):
 
     async def fork(self) -> None:
         """Records another change of a taken version, as a lost mirror allows."""
-        mine = [one for one in self.recorded.values() if one.entity == "order"]
-        if mine:
-            taken = self.chance.choice(mine)
+        changes = [one for one in self.recorded.values() if one.entity == "order"]
+        if changes:
+            taken = self.chance.choice(changes)
             state = ORDER.decode(taken)
             items = self.dishes()
             held = holds(items, self.menu, state.holds[:1], self.now)
@@ -286,7 +292,7 @@ class Kitchen(Shelf):
         self.state = begun.state
         await self.from_log(self.shuffled())
         await self.warm(begun.state)
-        await self.agrees()
+        await self.assert_stock_matches_heads()
 
     def shuffled(self) -> list[Change]:
         return self.chance.sample(list(self.recorded.values()), k=len(self.recorded))
@@ -342,14 +348,15 @@ class Kitchen(Shelf):
 
     # -- the expected stock ------------------------------------------------------------------------------------
 
-    def stands(self, entity: Entity) -> dict[str, Any]:
-        mine = [one for one in self.recorded.values() if one.entity == entity.name]
-        mine.sort(key=lambda one: one.head)
-        return {one.entity_id: entity.decode(one) for one in mine}
+    def head_states(self, entity: Entity) -> dict[str, Any]:
+        """Returns {entity id: the state at its head}, from the recorded changes."""
+        changes = [one for one in self.recorded.values() if one.entity == entity.name]
+        changes.sort(key=lambda one: one.head)
+        return {one.entity_id: entity.decode(one) for one in changes}
 
     def held_by(self, order_id: str, item: str) -> int:
         """The quantity that the order's head holds, computed without the code under test."""
-        order, counted = self.stands(ORDER).get(order_id), self.stands(ITEM)[item].counted_at
+        order, counted = self.head_states(ORDER).get(order_id), self.head_states(ITEM)[item].counted_at
         if order is None or order.status is OrderStatus.CANCELLED or order.deleted_at is not None:
             return 0
         return sum(
@@ -358,22 +365,23 @@ class Kitchen(Shelf):
             if one.inventory_item_id == item and (one.held_at or order.created_at) >= counted
         )
 
-    async def agrees(self) -> None:
+    async def assert_stock_matches_heads(self) -> None:
         """Asserts that the stock in the mirror follows from the heads of all items and orders."""
-        for id_, item in self.stands(ITEM).items():
-            held = sum(self.held_by(order, id_) for order in self.stands(ORDER))
+        for id_, item in self.head_states(ITEM).items():
+            held = sum(self.held_by(order, id_) for order in self.head_states(ORDER))
             found = await self.mirror.stock(self.restaurant, [id_])
             assert found == [None if item.deleted_at else (item.quantity, held)]
             assert not [holder for holder in await self.entries(id_) if holder.endswith("+")]
 
-    async def ends(self) -> None:
+    async def finish_and_check(self) -> None:
+        """Finishes all claims, applies and writes every change; asserts the same stock in the mirror and PostgreSQL."""
         await self.finish_all()
         await self.from_log(self.shuffled())
-        await self.agrees()
+        await self.assert_stock_matches_heads()
         await self.write(self.recorded.values())
-        stock = self.stands(ITEM)
+        stock = self.head_states(ITEM)
         async with self.rig.postgres.connection() as connection:
             held = await states.held(connection, self.restaurant, list(stock))
         assert {id_: held.get(id_, 0) for id_ in stock} == {
-            id_: sum(self.held_by(order, id_) for order in self.stands(ORDER)) for id_ in stock
+            id_: sum(self.held_by(order, id_) for order in self.head_states(ORDER)) for id_ in stock
         }
