@@ -47,8 +47,8 @@ class Committed(Struct, frozen=True):
 
 
 class ClaimLost(TicketrailError):
-    """Another change came first. `head` is None while that change is still under way; `state` is also None when the
-    mirror does not have it."""
+    """Another change came first. `head` is None while that change is not committed yet. `state` is None then too, and
+    when the mirror does not have it."""
 
     status = 409
     code = "version_conflict"
@@ -71,7 +71,7 @@ class OutOfStock(TicketrailError):
 
 
 class _Doubt(Struct):
-    """What one commit must remember until it returns."""
+    """The doubts of one commit, kept until it returns."""
 
     claim_sent: bool = False
     """A claim got no reply. It may have been executed, or may be executed when a frozen server continues."""
@@ -189,8 +189,8 @@ class Rail:
         return Committed(state, change.head, durability, visible)
 
     async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:
-        """(order number or "", whether a claim is held). There is no claim for a creation without a warm mirror, which
-        gets a number of this instance's own series."""
+        """Returns (order number or "", whether a claim is held). Without a warm mirror, a creation is made without a
+        claim and gets a number of this instance's own series."""
         series = series_of(draft.entity, draft.state)
         floor = self._highest_numbers.of(change.restaurantid, series)
         event, stock = encode(change), stock_text(draft.entity, draft.state)
@@ -248,10 +248,9 @@ class Rail:
         if draft.existing is not None:
             if draft.state.id in self._without_claim:
                 await self._raise_created(draft)
-            self._note_creation(
-                draft.state.id, doubt
-            )  # before the first await, so that the second of two repeats sees it
-        # Creations go on when no store can tell: a repeat has the same id, so it stays one order.
+            # Before the first await, so that the second of two concurrent repeats sees it.
+            self._note_creation(draft.state.id, doubt)
+        # When no store can answer, the creation continues: a repeat has the same id, so there is still one order.
         with contextlib.suppress(Unavailable):
             if draft.existing and (found := await draft.existing()):
                 raise ClaimLost(*found)
@@ -280,8 +279,8 @@ class Rail:
             return False
 
     async def _reveal(self, entity: Entity, change: Change, state: Any, *, patient: bool = True) -> bool:
-        """Whether the mirror has the change now. Tries for `reveal_timeout_seconds`, or once if not `patient`. If not,
-        the mirror writer applies the change from the log."""
+        """Returns whether the mirror has the change now. Tries for `reveal_timeout_seconds`, or once if not `patient`.
+        After a failure the mirror writer applies the change from the log."""
         revealed = Apply(entity, state, change.head, bytes(change.data.after), change.time)
         deadline = time.monotonic() + self._reveal_seconds
         while True:
@@ -302,7 +301,8 @@ class Rail:
         self._without_claim[id_], doubt.noted = None, True
 
     async def _raise_created(self, draft: Draft) -> None:
-        """Raises ClaimLost: this instance has created it, or is creating it, and the mirror may not have it yet."""
+        """Raises ClaimLost, because this instance has created the entity or is creating it. The mirror may not have it
+        yet."""
         made = self._without_claim[draft.state.id]
         if made is not None and draft.existing is not None:
             with contextlib.suppress(Unavailable):

@@ -60,18 +60,18 @@ _REASONS = {
 class Failure(Struct, frozen=True):
     kind: FailureKind
     reason: str
-    """Stable name of the cause; dead letters are grouped by it."""
+    """Stable name of the cause, by which dead letters are grouped."""
     error: str
-    """For people: error type and message, at most 500 characters."""
+    """Error type and message for people, at most 500 characters."""
     place: str = UNKNOWN_PLACE
-    """Where in our code: `module:function`."""
+    """The function in our code where the change failed, as `module:function`."""
     timed_out: bool = False
     """The server cancelled the statement or stopped waiting for a lock. When nothing else succeeds either, the server
     is slow, not this change."""
 
 
 def classify(error: Exception) -> Failure:
-    """What an error while decoding or writing a change means. Never raises."""
+    """Classifies an error raised while decoding or writing a change. Never raises."""
     text, place = describe(error), place_of(error)
     if isinstance(error, BrokenContract):
         return Failure(FailureKind.POISON, error.reason, text, place)
@@ -86,8 +86,8 @@ def classify(error: Exception) -> Failure:
 
 
 def place_of(error: BaseException) -> str:
-    """The last frame of our own code in the traceback, such as `shared.entities.entity:decode`. Without line numbers,
-    so that a failure keeps its place after the next edit of the file."""
+    """Returns the last frame of our own code in the traceback, such as `shared.entities.entity:decode`. It has no line
+    number, so that a failure keeps its place after the next edit of the file."""
     place, step = UNKNOWN_PLACE, error.__traceback__
     while step is not None:
         module = step.tb_frame.f_globals.get("__name__", "")
@@ -98,8 +98,8 @@ def place_of(error: BaseException) -> str:
 
 
 def fingerprint(reason: str, error: str, place: str) -> str:
-    """The fingerprint that groups dead letters: 12 hex digits. Uses only the type of the error (`describe`), because
-    messages contain ids."""
+    """Returns the fingerprint that groups dead letters, as 12 hex digits. It uses only the type of the error
+    (`describe`), because messages contain ids."""
     kind = error.partition(":")[0].strip()
     # All violations of the contract have one type: their reason distinguishes them.
     named = reason if kind == _BROKEN else kind
@@ -107,12 +107,12 @@ def fingerprint(reason: str, error: str, place: str) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Error type and message, as text that always fits into a header."""
+    """Returns error type and message as text that always fits into a header."""
     return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _MAX_ERROR_CHARS)
 
 
 def clip(text: str, most: int) -> str:
-    """The first `most` characters, as text that UTF-8 and PostgreSQL can hold."""
+    """Returns the first `most` characters, as text that UTF-8 and PostgreSQL can hold."""
     if len(text) <= most and text.isascii() and "\x00" not in text:
         return text
     return text[:most].encode(errors="replace").decode().replace("\x00", "�")

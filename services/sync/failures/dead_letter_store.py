@@ -1,7 +1,7 @@
-"""Keeping dead letters: how a change that no retry can write gets into `dead_letters`.
+"""Stores changes that no retry can write in the table `dead_letters`.
 
-Guarantee: `keep` stores all letters of a call or none, and a letter that is stored twice changes nothing. Reading them
-is `dead_letters/store.py`.
+Guarantee: `keep` stores all dead letters of a call or none, and storing a dead letter twice changes nothing.
+`dead_letters/store.py` reads them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _KEEP_TIMEOUT_SECONDS = 30.0  # bodies can have many megabytes
 
 
 class Attempt(Struct, frozen=True):
-    """One failure of a change on its way: the same as in the header `ticketrail-attempts`."""
+    """One failed attempt to write a change, as in the header `ticketrail-attempts`."""
 
     at: Time
     reason: str
@@ -29,13 +29,13 @@ class Attempt(Struct, frozen=True):
 
 
 class NewDeadLetter(Struct, frozen=True, kw_only=True):
-    """What the keeper has read out of one dead message (services/sync/failures/parsing.py)."""
+    """One dead letter as parsed from a dead message (services/sync/failures/parsing.py)."""
 
     digest: bytes
-    """SHA-256 of the dead queue and the body: the same letter, however often it dies."""
+    """SHA-256 of dead-letter queue and body. It identifies the dead letter through all of its deaths."""
     queue: str
     lane: str | None
-    """None: a letter of the mirror writer. It is read again with every rewind, which is no death of its own."""
+    """None for a dead letter of the mirror writer. A rewind reads its change again, which does not count as a death."""
     restaurant_id: str | None
     change_id: str | None
     entity: str | None
@@ -46,17 +46,17 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     terminal_id: str | None
     trace_id: str | None
     mixed: bool = False
-    """It names two restaurants: none of them may see the other's part."""
+    """The dead letter names two restaurants, of which neither may see the other's part."""
     reason: str
     error: str
     place: str
     fingerprint: str
     attempts: tuple[Attempt, ...]
-    """At least one, the first one first."""
+    """At least one attempt, oldest first."""
     headers: dict[str, Any]
     body: bytes
     replay_of: str | None = None
-    """The letter whose replay this is the end of."""
+    """Id of the dead letter whose replay failed and produced this one."""
 
 
 _NEW: Sequence[tuple[str, str, Callable[[NewDeadLetter], Any]]] = (
@@ -86,25 +86,26 @@ where id = $1
 """
 
 
-async def keep(connection: Connection, letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter]:
-    """Keeps them all or none, in a transaction of its own; returns those whose death is news.
+async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter]:
+    """Stores all dead letters or none, in a transaction of its own. Returns those whose death was not stored yet.
 
-    A letter that is here already has died again: attempts appended, one death more, open again, the revision moves. One
-    that was delivered twice (its failure is here already) changes nothing. Takes it off `retries` in the same step."""
+    A dead letter that is stored already has died again: its attempts are appended, it has one death more and is open
+    again, and its revision increases. A message that was delivered twice changes nothing, because its failure is stored
+    already. The same transaction deletes the changes from `retries`."""
     first: dict[bytes, NewDeadLetter] = {}
-    for letter in letters:
-        first.setdefault(letter.digest, letter)
-    fresh = [first[digest] for digest in sorted(first)]  # in one order everywhere: keepers must not deadlock
+    for dead_letter in dead_letters:
+        first.setdefault(dead_letter.digest, dead_letter)
+    fresh = [first[digest] for digest in sorted(first)]  # in one order everywhere: collectors must not deadlock
     async with connection.transaction():
         arrays = ([value(one) for one in fresh] for _, _, value in _NEW)
         rows = await connection.fetch(_KEEP, *arrays, timeout=_KEEP_TIMEOUT_SECONDS)
         new = {row[0] for row in rows}
-        known = [one for one in letters if one.digest not in new or one is not first[one.digest]]
+        known = [one for one in dead_letters if one.digest not in new or one is not first[one.digest]]
         news = [one for one in fresh if one.digest in new]
         news += [one for one in sorted(known, key=attrgetter("digest")) if await _died_again(connection, one)]
         retried = [
             (one.restaurant_id, one.change_id)
-            for one in letters
+            for one in dead_letters
             if len(one.attempts) > 1 and one.restaurant_id and one.change_id
         ]
         if retried:
@@ -112,33 +113,33 @@ async def keep(connection: Connection, letters: Sequence[NewDeadLetter]) -> list
     return news
 
 
-async def _died_again(connection: Connection, letter: NewDeadLetter) -> bool:
-    known = await connection.fetchrow(_KNOWN, letter.digest)
-    if known is None or letter.lane is None:
+async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> bool:
+    known = await connection.fetchrow(_KNOWN, dead_letter.digest)
+    if known is None or dead_letter.lane is None:
         return False
     before = msgspec.json.decode(known["attempts"], type=list[Attempt])
-    if letter.attempts[-1].at in {one.at for one in before}:
+    if dead_letter.attempts[-1].at in {one.at for one in before}:
         return False
-    attempts = [*before, *(one for one in letter.attempts if one not in before)]
-    # A second copy that was on its way beside the replay says nothing of the replay.
-    still = known["status"] == "replaying" and letter.replay_of != known["id"]
+    attempts = [*before, *(one for one in dead_letter.attempts if one not in before)]
+    # The death of another copy of the change says nothing about the result of the replay.
+    still = known["status"] == "replaying" and dead_letter.replay_of != known["id"]
     await connection.execute(
         _DIED_AGAIN,
         known["id"],
         _json(bounded(attempts, _MAX_ATTEMPTS)),
-        max(known["last_failed_at"], letter.attempts[-1].at),
-        letter.reason,
-        letter.error,
-        letter.place,
-        letter.fingerprint,
-        _json(letter.headers),
+        max(known["last_failed_at"], dead_letter.attempts[-1].at),
+        dead_letter.reason,
+        dead_letter.error,
+        dead_letter.place,
+        dead_letter.fingerprint,
+        _json(dead_letter.headers),
         "replaying" if still else "open",
     )
     return True
 
 
 def bounded(attempts: list[Attempt], most: int) -> list[Attempt]:
-    """The first one and the last of them."""
+    """Returns at most `most` attempts: the first one and the latest ones."""
     return attempts if len(attempts) <= most else [attempts[0], *attempts[1 - most :]]
 
 

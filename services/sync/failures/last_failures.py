@@ -1,6 +1,6 @@
-"""How changes failed last: what readers of an entity see while its change waits for a retry or is dead.
+"""Reads how changes failed last, which readers of an entity see while its change waits for a retry or is dead.
 
-Reads `retries` and `dead_letters`. Works for every role that sees both.
+The source is the tables `retries` and `dead_letters`. The connection may have any role that can read both.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class LastFailure(Struct, frozen=True):
 
 
 async def last_failures(connection: Connection, changes: Sequence[tuple[str, str]]) -> dict[str, LastFailure]:
-    """Change id -> its last failure, for those that are on the retry ladder or whose dead letter is not resolved.
+    """Returns change id -> last failure of each change that is on the retry ladder or has an unresolved dead letter.
 
-    `changes`: (restaurant id, change id) each."""
+    `changes`: pairs of restaurant id and change id."""
     restaurants, ids = [restaurant for restaurant, _ in changes], [change for _, change in changes]
     rows = await connection.fetch(_FAILED, restaurants, ids)
     return {row["change_id"]: LastFailure(row["error"], row["attempts"], row["failed_at"]) for row in rows}

@@ -1,8 +1,8 @@
-"""Reading a dead message into letters for `dead_letters`. Pure, and total: whatever the message is made of, something
-comes of it that PostgreSQL can hold, with the body to the letter.
+"""Parses a dead message into dead letters for the table `dead_letters`. Pure, and never raises: for every message the
+result can be stored in PostgreSQL, with the exact bytes of the body.
 
-One message is one letter, but for those that the broker itself has dead-lettered (the delivery limit): in them whole
-batches come, and each change of a batch is a letter of its own.
+One message is one dead letter. The exception is a message that the broker itself dead-lettered because of the delivery
+limit: it can hold a whole batch, and each change of the batch becomes a dead letter.
 """
 
 import hashlib
@@ -34,24 +34,25 @@ from shared.observability.tracing import trace_id_of
 DELIVERY_LIMIT = "delivery_limit"
 BROKER = "broker"
 _DEATHS = "x-death"
-_LONGEST_NAME = 200
-_LONGEST_ERROR = 500
-_LONGEST_HEADER = 10_000
-_DEEPEST = 4
+_MAX_NAME_CHARS = 200
+_MAX_ERROR_CHARS = 500
+_MAX_HEADER_CHARS = 10_000
+_MAX_HEADER_DEPTH = 4
 _CANONICAL = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def parse_dead_letters(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], received_at: datetime
 ) -> list[NewDeadLetter]:
-    """`lane`: whose dead queue it is; None for that of the mirror writer. At least one letter."""
+    """Returns at least one dead letter. `lane`: the lane of the dead-letter queue; None for the mirror writer's."""
     attempts = parse_attempts(headers, received_at)
     by_broker = attempts[-1].place == BROKER
-    return [_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
+    return [_dead_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
 
 
 def parse_attempts(headers: Mapping[str, Any], received_at: datetime) -> tuple[Attempt, ...]:
-    """What is known of its failures, at least one. Our own publishes carry no `x-death`: with one the broker did it."""
+    """Returns the known failures of a message, at least one. Our own publishes carry no `x-death`, so a message with
+    that header was dead-lettered by the broker."""
     attempts = attempts_in(headers)
     reason = headers.get(REASON)
     if isinstance(reason, str) and not headers.get(_DEATHS):
@@ -61,18 +62,18 @@ def parse_attempts(headers: Mapping[str, Any], received_at: datetime) -> tuple[A
             attempts.append(
                 Attempt(
                     failed_at,
-                    clip(reason, _LONGEST_NAME),
-                    clip(error, _LONGEST_ERROR) if isinstance(error, str) else "",
-                    clip(place, _LONGEST_NAME) if isinstance(place, str) else UNKNOWN_PLACE,
+                    clip(reason, _MAX_NAME_CHARS),
+                    clip(error, _MAX_ERROR_CHARS) if isinstance(error, str) else "",
+                    clip(place, _MAX_NAME_CHARS) if isinstance(place, str) else UNKNOWN_PLACE,
                 )
             )
         return tuple(attempts)
-    at, text = received_at, "the broker gave it up"
+    at, text = received_at, "the broker dead-lettered it"
     deaths = headers.get(_DEATHS)
     if isinstance(deaths, list) and deaths and isinstance(newest := deaths[0], Mapping):
         at = _time(newest.get("time")) or received_at
-        text = f"the broker gave it up: {newest.get('reason')} in {newest.get('queue')}"
-    return (*attempts, Attempt(at, DELIVERY_LIMIT, clip(text, _LONGEST_ERROR), BROKER))
+        text = f"the broker dead-lettered it: {newest.get('reason')} in {newest.get('queue')}"
+    return (*attempts, Attempt(at, DELIVERY_LIMIT, clip(text, _MAX_ERROR_CHARS), BROKER))
 
 
 class _After(Struct):
@@ -83,7 +84,7 @@ class _Data(Struct):
     after: _After | None = None
 
 
-def _letter(
+def _dead_letter(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], attempts: tuple[Attempt, ...]
 ) -> NewDeadLetter:
     seen, last = _partial_event(body), attempts[-1]
@@ -111,15 +112,16 @@ def _letter(
         place=last.place,
         fingerprint=fingerprint(last.reason, last.error, last.place),
         attempts=attempts,
-        # Without the attempts, which have a column of their own.
-        headers={clip(name, _LONGEST_NAME): _plain(value) for name, value in headers.items() if name != ATTEMPTS},
+        # The attempts have a column of their own.
+        headers={clip(name, _MAX_NAME_CHARS): _plain(value) for name, value in headers.items() if name != ATTEMPTS},
         body=body,
         replay_of=replay if isinstance(replay, str) else None,
     )
 
 
 def digest(queue: str, body: bytes) -> bytes:
-    """What is dead-lettered by us travels as `alone` writes it: spaces around a single event make no other letter."""
+    """Returns the digest that identifies a dead letter. Spaces around a single event do not change it, because our own
+    code dead-letters a change in the form of `single_change_body`, without them."""
     tight = body.startswith(b"[{") and body.endswith(b"}]")
     parts = [body] if tight else _parts(body)
     return hashlib.sha256(queue.encode() + b"\0" + (parts[0] if len(parts) == 1 else body)).digest()
@@ -144,13 +146,13 @@ def _names_another(data: msgspec.Raw, restaurant: str | None) -> bool:
     try:
         after = msgspec.json.decode(data, type=_Data).after
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        # Nobody can tell whose it is.
+        # Unreadable, so its restaurant is unknown: treat it as another restaurant's, unless it is empty.
         return len(data) > 0
     return after is not None and after.restaurant_id is not None and _uuid(after.restaurant_id) != restaurant
 
 
 def _uuid(value: Any) -> str | None:
-    """Canonical, or None."""
+    """Returns the UUID in canonical form, or None if the value is not one."""
     if not isinstance(value, str) or len(value) > 45:
         return None
     if _CANONICAL.fullmatch(value):
@@ -162,7 +164,7 @@ def _uuid(value: Any) -> str | None:
 
 
 def _name(value: Any) -> str | None:
-    return clip(value, _LONGEST_NAME) if isinstance(value, str) and value else None
+    return clip(value, _MAX_NAME_CHARS) if isinstance(value, str) and value else None
 
 
 def _time(value: Any) -> datetime | None:
@@ -177,7 +179,7 @@ def _time(value: Any) -> datetime | None:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """What JSON has a form for; the rest as text."""
+    """Returns the value in a form that JSON can hold; other types become text."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -185,13 +187,13 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, str):
-        return clip(value, _LONGEST_HEADER)
+        return clip(value, _MAX_HEADER_CHARS)
     if isinstance(value, bytes | bytearray):
-        return clip(bytes(value).decode(errors="replace"), _LONGEST_HEADER)
+        return clip(bytes(value).decode(errors="replace"), _MAX_HEADER_CHARS)
     if isinstance(value, datetime):
         return value.isoformat()
-    if depth < _DEEPEST and isinstance(value, Mapping):
-        return {clip(str(name), _LONGEST_NAME): _plain(one, depth + 1) for name, one in value.items()}
-    if depth < _DEEPEST and isinstance(value, list | tuple):
+    if depth < _MAX_HEADER_DEPTH and isinstance(value, Mapping):
+        return {clip(str(name), _MAX_NAME_CHARS): _plain(one, depth + 1) for name, one in value.items()}
+    if depth < _MAX_HEADER_DEPTH and isinstance(value, list | tuple):
         return [_plain(one, depth + 1) for one in value]
-    return clip(str(value), _LONGEST_HEADER)
+    return clip(str(value), _MAX_HEADER_CHARS)

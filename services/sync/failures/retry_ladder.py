@@ -68,7 +68,7 @@ class FailedChange(Struct, frozen=True):
     failure: Failure
     at: datetime
     change: Change | None = None
-    """None when it cannot be read."""
+    """None when the change cannot be read."""
     message: object = None
     """The message that carried it, which is acknowledged when this change is committed or confirmed elsewhere."""
 
@@ -80,7 +80,7 @@ class FailedChange(Struct, frozen=True):
 
 
 def single_change_body(event: bytes) -> bytes:
-    """A message body with one change in it."""
+    """Returns a message body with one change in it."""
     return encode_batch((event,))
 
 
@@ -110,7 +110,7 @@ def headers_for(failed: FailedChange, lane: str) -> Headers:
 def _kept(headers: Mapping[str, Any]) -> Headers:
     kept: Headers = {}
     size = 0
-    # Our own headers first: those of others must not displace them.
+    # Keep our own headers first, so that other headers do not displace them.
     for name in sorted(headers, key=lambda name: not name.startswith("ticketrail-")):
         value = headers[name]
         if name.startswith("x-") or name == ATTEMPTS or not isinstance(value, int | str):
@@ -123,7 +123,7 @@ def _kept(headers: Mapping[str, Any]) -> Headers:
 
 
 def attempts_in(headers: Mapping[str, Any]) -> list[Attempt]:
-    """The attempts in the headers of a message; empty when they cannot be read."""
+    """Returns the attempts in the headers of a message, or an empty list when they cannot be read."""
     try:
         found = msgspec.json.decode(headers.get(ATTEMPTS) or b"[]", type=list[Attempt])
     except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError):
@@ -142,13 +142,13 @@ def _attempts(failed: FailedChange) -> list[Attempt]:
 
 
 def for_the_mirror(failed: FailedChange) -> bytes:
-    """The failure as the mirror shows it: JSON {"error", "attempts", "last_attempt"}."""
+    """Returns the failure as the mirror shows it: JSON {"error", "attempts", "last_attempt"}."""
     return encode({"error": failed.failure.error, "attempts": failed.attempt, "last_attempt": failed.at})
 
 
 def publish_timeout_seconds(size: int) -> float:
-    """The timeout of a publish of `size` bytes. It grows with the size: a slow broker must not look like an unavailable
-    one."""
+    """Returns the timeout of a publish of `size` bytes. It grows with the size, so that a slow broker does not look
+    like an unavailable one."""
     return _PUBLISH_TIMEOUT_SECONDS + size / _BYTES_PER_SECOND
 
 
@@ -159,7 +159,7 @@ class RetryLadder:
         self._steps_ms = steps_ms
 
     def is_dead(self, failed: FailedChange, lane: Lane) -> bool:
-        """Whether it goes straight to the dead-letter queue."""
+        """Returns whether the change goes straight to the dead-letter queue."""
         return destination(failed, lane, self._steps_ms) == topology.dead_queue(lane)
 
     async def send(self, failed: Sequence[FailedChange], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
@@ -225,8 +225,7 @@ def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:
 
 
 def _identity(failed: FailedChange) -> Headers:
-    """Ids of change, restaurant and entity as headers, as far as they can be read. Operators search dead letters by
-    them."""
+    """Returns the readable ids of change, restaurant and entity as headers. Operators search dead letters by them."""
     try:
         seen = msgspec.json.decode(failed.body, type=list[PartialEvent])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

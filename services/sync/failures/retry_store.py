@@ -1,5 +1,5 @@
-"""The table `retries`: which changes are on the retry ladder. With it every change can be accounted for while it is
-neither in `changes` nor a dead letter.
+"""Reads and writes the table `retries`, which lists the changes on the retry ladder. The ledger uses it to account for
+every change that is neither in `changes` nor a dead letter.
 
 A row is inserted when the broker has confirmed the change in its retry queue, and deleted in the transaction that
 commits the change or stores its dead letter. Between the confirm and the row, the change may have returned, and another
