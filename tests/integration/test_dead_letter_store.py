@@ -224,7 +224,7 @@ async def test_attempts_stay_bounded_and_keep_the_first_one(store: Rig) -> None:
     for number in range(1, 120):
         at = first.attempts[0].at + timedelta(minutes=number)
         await keep(store, structs.replace(first, attempts=(Attempt(at, f"r{number}", "?", "a:b"),)))
-    [one] = await store.letters(1)
+    [one] = await store.dead_letters(1)
     assert one.deaths == 120
     assert [attempt.reason for attempt in one.attempts] == ["negative_amount", *(f"r{n}" for n in range(21, 120))]
 
@@ -237,7 +237,7 @@ async def test_only_dead_letters_closed_before_the_retention_are_removed(store: 
     await store.database.execute(close, old.digest, timedelta(days=31))
     await store.database.execute("update dead_letters set last_failed_at = now() - interval '1 year'")
     assert await retention.remove_closed_dead_letters(store.database, 30) == 1
-    assert {one.change_id for one in await store.letters(2)} == {stays.change_id, fresh.change_id}
+    assert {one.change_id for one in await store.dead_letters(2)} == {stays.change_id, fresh.change_id}
 
 
 async def test_plan_counts_open_dead_letters_by_target_queue(store: Rig, ops: Any) -> None:

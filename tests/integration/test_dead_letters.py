@@ -24,7 +24,7 @@ NEGATIVE = (b'"total":', b'"total":-')
 
 @pytest.fixture
 async def kept(rig: Rig) -> Rig:
-    rig.keeper.start()
+    rig.collector.start()
     return rig
 
 
@@ -57,7 +57,7 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_of_its_own(kept
     for body in bad.values():
         await kept.publisher.publish(Lane.CRITICAL.value, body)
     await kept.publish(good)
-    found = {one.reason: one for one in await kept.letters(len(bad))}
+    found = {one.reason: one for one in await kept.dead_letters(len(bad))}
     assert set(found) == set(bad)
     assert len({one.fingerprint for one in found.values()}) == len(bad)
     for reason, body in bad.items():
@@ -84,7 +84,7 @@ async def test_good_changes_among_bad_ones_are_all_written(kept: Rig) -> None:
         for one in bad[start + 2 : start + 4]:
             await kept.publish(one)
     await kept.written(*good, within=60)
-    dead_letters = await kept.letters(400, within=60, reason="negative_amount")
+    dead_letters = await kept.dead_letters(400, within=60, reason="negative_amount")
     assert {one.body for one in dead_letters} == {message(one) for one in bad}
     assert len({one.fingerprint for one in dead_letters}) == 1
     await kept.all_acknowledged()
@@ -101,7 +101,7 @@ async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_ke
     good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than the writer sends through the queue
     await kept.publish(*bad, good)
     await kept.written(good)
-    dead_letters = await kept.letters(9, within=60)
+    dead_letters = await kept.dead_letters(9, within=60)
     assert {dead_letter.body for dead_letter in dead_letters} == {message(one) for one in bad}
     assert all(dead_letter.type is None and dead_letter.headers == {} for dead_letter in dead_letters)
     await kept.all_acknowledged()
@@ -111,7 +111,7 @@ async def test_many_changes_that_die_on_the_retry_ladder_keep_all_their_attempts
     await fail_forever(kept)
     unlucky = [change(order(items=1, notes="unlucky")) for _ in range(12)]
     await asyncio.gather(*(kept.publish(one) for one in unlucky))
-    dead_letters = await kept.letters(12, within=60)
+    dead_letters = await kept.dead_letters(12, within=60)
     for dead_letter in dead_letters:
         assert (dead_letter.reason, dead_letter.deaths) == ("transient", 1)
         assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
@@ -127,7 +127,7 @@ async def test_many_changes_that_die_on_the_retry_ladder_keep_all_their_attempts
 async def test_poison_message_with_foreign_headers_is_kept(kept: Rig) -> None:
     strange: dict[str, int | str] = {"event": "x", "queue": "y", "level": "z", "big": "x" * 100_000}
     await kept.publisher.publish(Lane.CRITICAL.value, b"garbage", headers=strange)
-    [dead_letter] = await kept.letters(1)
+    [dead_letter] = await kept.dead_letters(1)
     assert (dead_letter.headers["event"], dead_letter.headers["queue"]) == ("x", "y")
     await kept.all_acknowledged()
     assert kept.writer.state()["failed"] == 1
@@ -140,7 +140,7 @@ async def test_dead_letter_shows_its_tenant_its_change_the_failure_and_the_time(
     made = change(order(), source="terminal/T-7", traceparent=TRACE)
     broken = encode(made).replace(*NEGATIVE)
     await kept.publish(broken)
-    [dead_letter] = await kept.letters(1)
+    [dead_letter] = await kept.dead_letters(1)
     assert (dead_letter.queue, dead_letter.lane) == (topology.dead_queue(Lane.CRITICAL), "critical")
     assert (dead_letter.change_id, dead_letter.entity, dead_letter.entity_id) == (made.id, "order", made.entity_id)
     assert (dead_letter.restaurant_id, dead_letter.version) == (RESTAURANT, 1)
@@ -158,7 +158,7 @@ async def test_dead_letter_lists_every_attempt_of_the_retry_ladder(kept: Rig) ->
     await fail_forever(kept)
     unlucky = change(order(notes="unlucky"))
     await kept.publish(unlucky)
-    [dead_letter] = await kept.letters(1)
+    [dead_letter] = await kept.dead_letters(1)
     # The first attempt, and one from each of the two retry queues.
     assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
     assert all("try again" in one.error and "write" in one.place for one in dead_letter.attempts)
@@ -191,9 +191,9 @@ async def fail_forever(rig: Rig) -> None:
 )
 async def test_dead_letter_of_any_content_is_kept_byte_for_byte(make_rig: MakeRig, body: bytes) -> None:
     rig = await make_rig()
-    rig.keeper.start()
+    rig.collector.start()
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body)
-    [dead_letter] = await rig.letters(1)
+    [dead_letter] = await rig.dead_letters(1)
     assert dead_letter.body == body
     assert await rig.depth(topology.dead_queue(Lane.NORMAL)) == 0
 
@@ -203,8 +203,8 @@ async def test_large_dead_letters_are_kept_one_at_a_time(make_rig: MakeRig) -> N
     bodies = [bytes([number]) * 10_000_000 for number in range(1, 5)]
     for body in bodies:
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), body, timeout=30)
-    rig.keeper.start()
-    dead_letters = await rig.letters(4, within=60)
+    rig.collector.start()
+    dead_letters = await rig.dead_letters(4, within=60)
     assert sorted(dead_letter.body for dead_letter in dead_letters) == bodies
 
 
@@ -214,8 +214,8 @@ async def test_field_that_postgres_refuses_is_left_out_and_the_body_is_kept(make
     strange, good = change(menu_item()), change(order())
     for one in (strange, good):
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.NORMAL), message(one))
-    rig.keeper.start()
-    dead_letters = {dead_letter.change_id: dead_letter for dead_letter in await rig.letters(2)}
+    rig.collector.start()
+    dead_letters = {dead_letter.change_id: dead_letter for dead_letter in await rig.dead_letters(2)}
     assert (dead_letters[strange.id].type, dead_letters[strange.id].body) == (None, message(strange))
     assert dead_letters[good.id].type == good.type
 
@@ -229,8 +229,8 @@ async def test_batch_over_the_delivery_limit_becomes_one_dead_letter_per_change(
         for _ in range(topology.DELIVERY_LIMIT + 1):
             taken = await eventually(lambda: queue.get(fail=False), what="delivered again")
             await taken.nack(requeue=True)
-    rig.keeper.start()
-    dead_letters = await rig.letters(3)
+    rig.collector.start()
+    dead_letters = await rig.dead_letters(3)
     assert {dead_letter.change_id for dead_letter in dead_letters} == {one.id for one in several}
     for dead_letter in dead_letters:
         assert (dead_letter.reason, dead_letter.place) == ("delivery_limit", "broker")
@@ -249,13 +249,13 @@ async def test_dead_letter_that_is_delivered_twice_counts_one_death(make_rig: Ma
     for _ in range(3):
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), dead.body, headers=headers)
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"the last one")
-    rig.keeper.start()
+    rig.collector.start()
 
     async def counted() -> float:  # follows the row a moment later; the earlier ones are counted by then
         return rig.counted('ticketrail_dead_letters_kept_total{reason="delivery_limit"}')
 
     await eventually(counted, what="the last one counted", until=lambda count: count == 1)
-    [dead_letter] = await rig.letters(1, reason="negative_amount")
+    [dead_letter] = await rig.dead_letters(1, reason="negative_amount")
     assert (dead_letter.deaths, dead_letter.revision, len(dead_letter.attempts)) == (1, 1, 1)
     assert rig.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 1
 
@@ -264,12 +264,12 @@ async def test_dead_letter_that_is_delivered_twice_counts_one_death(make_rig: Ma
 async def test_change_that_dies_again_is_the_same_dead_letter_and_opens_it_again(kept: Rig, status: str) -> None:
     broken = poison()
     await kept.publish(broken)
-    [first] = await kept.letters(1)
+    [first] = await kept.dead_letters(1)
     closed = "now()" if status != "open" else "null"
     await kept.database.execute(f"update dead_letters set status = $1, closed_at = {closed}", status)
     await kept.publish(broken)
     [dead_letter] = await eventually(
-        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2
+        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 2
     )
     assert (dead_letter.id, dead_letter.status, dead_letter.revision, dead_letter.closed_at) == (
         first.id,
@@ -284,31 +284,31 @@ async def test_change_that_dies_again_is_the_same_dead_letter_and_opens_it_again
 async def test_another_copy_that_dies_during_a_replay_does_not_end_the_replay(kept: Rig) -> None:
     broken = poison()
     await kept.publish(broken)
-    [first] = await kept.letters(1)
+    [first] = await kept.dead_letters(1)
     await kept.database.execute("update dead_letters set status = 'replaying'")
     await kept.publish(broken)
     [dead_letter] = await eventually(
-        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 2
+        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 2
     )
     assert dead_letter.status == "replaying"
     await kept.publisher.publish_to_queue(
         topology.lane_queue(Lane.CRITICAL), message(broken), headers={"ticketrail-replay": first.id}
     )
     [dead_letter] = await eventually(
-        lambda: kept.letters(1), what="died again", until=lambda found: found[0].deaths == 3
+        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 3
     )
     assert dead_letter.status == "open"
 
 
 async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(make_rig: MakeRig) -> None:
     rig = await make_rig()
-    rig.keeper.start()
+    rig.collector.start()
     broken = message(poison())
     for at in ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"):
         headers: dict[str, int | str] = {"ticketrail-reason": "negative_amount", "ticketrail-failed-at": at}
         await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, broken, headers=headers)
     await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="drained", until=lambda n: n == 0)
-    [dead_letter] = await rig.letters(1)
+    [dead_letter] = await rig.dead_letters(1)
     assert (dead_letter.lane, dead_letter.deaths, dead_letter.revision) == (None, 1, 1)
 
 
@@ -317,10 +317,10 @@ async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig
     bad = [poison() for _ in range(100)]
     for one in bad:  # not through the writer, which keeps many dead letters by itself
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
-    second = DeadLetterCollector(rig.settings, rig.postgres, rig.keeper._metrics)
-    rig.keeper.start()
+    second = DeadLetterCollector(rig.settings, rig.postgres, rig.collector._metrics)
+    rig.collector.start()
     second.start()
-    dead_letters = await rig.letters(100)
+    dead_letters = await rig.dead_letters(100)
     await second.stop()
     assert {dead_letter.body for dead_letter in dead_letters} == {message(one) for one in bad}
     assert all(dead_letter.deaths == 1 for dead_letter in dead_letters)
@@ -334,10 +334,10 @@ async def test_dead_letters_wait_in_the_broker_while_postgres_is_unavailable_and
     make_rig: MakeRig, servers: Servers, way: str
 ) -> None:
     rig = await make_rig(database_timeout_seconds=1.0)
-    rig.keeper.start()
+    rig.collector.start()
     dead = topology.dead_queue(Lane.CRITICAL)
     await rig.publisher.publish_to_queue(dead, message(poison()))
-    await rig.letters(1)
+    await rig.dead_letters(1)
     await rig.database.close()
     rig.database = None
     await asyncio.to_thread(getattr(servers.postgres, way))
@@ -346,7 +346,7 @@ async def test_dead_letters_wait_in_the_broker_while_postgres_is_unavailable_and
             await rig.publisher.publish_to_queue(dead, message(poison()))
 
         async def detached() -> bool:
-            return not rig.keeper.attached and await rig.depth(dead) == 5
+            return not rig.collector.attached and await rig.depth(dead) == 5
 
         await eventually(detached, what="the collector detached", within=30)
         # PostgreSQL may be slow after its return; with a short timeout that would cause a second delivery.
@@ -355,7 +355,7 @@ async def test_dead_letters_wait_in_the_broker_while_postgres_is_unavailable_and
     finally:
         await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
-    dead_letters = await rig.letters(6, within=30)
+    dead_letters = await rig.dead_letters(6, within=30)
     assert len(dead_letters) == 6
     assert all(dead_letter.headers.get("x-delivery-count", 0) <= 1 for dead_letter in dead_letters)
 
@@ -364,21 +364,21 @@ async def test_dead_queue_is_drained_after_a_broker_restart_and_after_the_queue_
     make_rig: MakeRig, servers: Servers
 ) -> None:
     rig = await make_rig()
-    rig.keeper.start()
+    rig.collector.start()
     dead = topology.dead_queue(Lane.CRITICAL)
     await rig.publisher.publish_to_queue(dead, b"first")
-    await rig.letters(1)
+    await rig.dead_letters(1)
     await asyncio.to_thread(servers.rabbitmq.stop)
     await asyncio.to_thread(servers.rabbitmq.start)
     await asyncio.wait_for(rig.publisher.wait_connected(), 30)
     await rig.publisher.publish_to_queue(dead, b"second")
-    await rig.letters(2, within=30)
+    await rig.dead_letters(2, within=30)
     async with rig.channel() as channel:
         await channel.queue_delete(dead)
         [queue] = [one for one in topology.queues(rig.settings) if one.name == dead]
         await channel.declare_queue(dead, durable=True, arguments=queue.arguments)
     await rig.publisher.publish_to_queue(dead, b"third")
-    assert [dead_letter.body for dead_letter in await rig.letters(3, within=30)] == [b"first", b"second", b"third"]
+    assert [dead_letter.body for dead_letter in await rig.dead_letters(3, within=30)] == [b"first", b"second", b"third"]
 
 
 async def test_collector_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None:
@@ -386,7 +386,11 @@ async def test_collector_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None
     rig = await make_rig()
     for step in range(60):
         collector = DeadLetterCollector(
-            rig.settings, rig.postgres, rig.keeper._metrics, check_consumers_delay_seconds=0.01, renew_delay_seconds=0.2
+            rig.settings,
+            rig.postgres,
+            rig.collector._metrics,
+            check_consumers_delay_seconds=0.01,
+            renew_delay_seconds=0.2,
         )
         collector.start()
         await asyncio.sleep(step * 0.003)
@@ -395,8 +399,8 @@ async def test_collector_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None
 
 async def test_collector_that_was_never_started_can_be_stopped_twice(make_rig: MakeRig) -> None:
     rig = await make_rig()
-    await rig.keeper.stop()
-    await rig.keeper.stop()
+    await rig.collector.stop()
+    await rig.collector.stop()
 
 
 # -- the retry ladder, as the ledger sees it -----------------------------------------------------------------------
@@ -433,7 +437,7 @@ async def test_retry_row_is_removed_when_the_dead_letter_is_kept(kept: Rig) -> N
     failure = Failure(FailureKind.TRANSIENT, "transient", "?")
     headers = headers_for(FailedChange(message(made), {topology.ATTEMPT: 1}, failure, made.time, made), "critical")
     await kept.publisher.publish_to_queue(topology.lane_queue(Lane.CRITICAL), message(made), headers=headers)
-    await kept.letters(1)
+    await kept.dead_letters(1)
     assert await kept.count("retries") == 0
 
 

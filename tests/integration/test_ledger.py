@@ -178,8 +178,8 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(b
     balance = await books.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"in_queue": 3}, "no collector has read the dead-letter queue yet"
     assert balance.unreadable == 1
-    books.rig.keeper.start()
-    dead_letters = [one for one in await books.rig.letters(4) if one.change_id]
+    books.rig.collector.start()
+    dead_letters = [one for one in await books.rig.dead_letters(4) if one.change_id]
     assert (await books.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
     async with books.ops.connection() as connection, connection.transaction():
         one, two, _ = dead_letters

@@ -32,7 +32,7 @@ ALLOW = "alter table orders drop constraint no_forbidden"
 @pytest.fixture
 async def kept(rig: Rig) -> Rig:
     """A writer, a dead-letter collector, and a database that refuses orders with the notes 'forbidden'."""
-    rig.keeper.start()
+    rig.collector.start()
     await rig.as_owner(NO_FORBIDDEN)
     return rig
 
@@ -41,7 +41,7 @@ async def dead(rig: Rig, count: int) -> list[Change]:
     """Makes `count` orders that the database refuses; returns them, the oldest dead letter first."""
     made = [change(order(items=1, notes="forbidden")) for _ in range(count)]
     await rig.publish(*made)
-    order_of = [dead_letter.change_id for dead_letter in await rig.letters(count)]
+    order_of = [dead_letter.change_id for dead_letter in await rig.dead_letters(count)]
     return sorted(made, key=lambda one: order_of.index(one.id))
 
 
@@ -109,7 +109,7 @@ async def reveal_and_kill(rig: Rig) -> list[Change]:
     made = change(order(items=1, notes="forbidden"))
     await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.head, bytes(made.data.after), made.time)])
     await rig.publish(made)
-    await rig.letters(1)
+    await rig.dead_letters(1)
 
     async def failed() -> bool:
         _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
@@ -199,7 +199,7 @@ async def test_event_with_the_id_of_a_written_change_is_not_mistaken_for_that_ch
     good = change(order())
     await kept.publish(good, msgspec.json.encode(good).replace(b'"total":', b'"total":-'))
     await kept.written(good)
-    await kept.letters(1)
+    await kept.dead_letters(1)
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1})
@@ -208,11 +208,11 @@ async def test_event_with_the_id_of_a_written_change_is_not_mistaken_for_that_ch
 
 async def test_undecodable_dead_letter_dies_again_and_its_job_fails(kept: Rig) -> None:
     await kept.publisher.publish(Lane.CRITICAL.value, b"\xffgarbage")
-    await kept.letters(1)
+    await kept.dead_letters(1)
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1})
-    [dead_letter] = await kept.letters(1)
+    [dead_letter] = await kept.dead_letters(1)
     assert (dead_letter.status, dead_letter.deaths, dead_letter.body) == ("open", 2, b"\xffgarbage")
 
 
@@ -220,8 +220,8 @@ async def test_dead_letter_of_a_signal_is_resolved_by_a_replay(make_rig: MakeRig
     rig = await make_rig()
     heartbeat = Signal(id=change(order()).id, type=HEARTBEAT, time=now(), lane="critical", epoch="x")
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), encode_signal(heartbeat))
-    rig.keeper.start()
-    await rig.letters(1)
+    rig.collector.start()
+    await rig.dead_letters(1)
     rig.replays.start()
     job = await ended(rig, await ask(rig))
     assert job.outcomes == {"resolved": 1}
@@ -230,7 +230,7 @@ async def test_dead_letter_of_a_signal_is_resolved_by_a_replay(make_rig: MakeRig
 async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await rig.writer.start()
-    rig.keeper.start()
+    rig.collector.start()
     lost, late = change(order()), change(order())
     await rig.publish(late)
     await rig.written(late)
@@ -238,20 +238,20 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
     for one in (lost, late):
         await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(one))
     broken = msgspec.json.encode(change(order())).replace(b'"total":', b'"total":-')
-    await rig.letters(2)
+    await rig.dead_letters(2)
     rig.replays.start()
     job = await ended(rig, await ask(rig))
     assert job.outcomes == {"resolved": 2}
     _, found = await rig.mirror.read(RESTAURANT, "order", [lost.entity_id, late.entity_id])
     assert [one is not None and one.pending for one in found] == [True, False], "PostgreSQL has the second one"
-    assert {dead_letter.status for dead_letter in await rig.letters(2)} == {"resolved"}
+    assert {dead_letter.status for dead_letter in await rig.dead_letters(2)} == {"resolved"}
 
     await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(broken))
-    await rig.letters(3)
+    await rig.dead_letters(3)
     for deaths in (2, 3):
         job = await ended(rig, await ask(rig))
         assert job.outcomes == {"failed": 1}
-        [dead_letter] = [one for one in await rig.letters(3) if one.status == "open"]
+        [dead_letter] = [one for one in await rig.dead_letters(3) if one.status == "open"]
         assert (dead_letter.reason, dead_letter.deaths, len(dead_letter.attempts)) == (
             "negative_amount",
             deaths,
@@ -281,11 +281,11 @@ async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: Ma
 
 async def dead_by_hand(rig: Rig, count: int) -> list[Change]:
     """Makes `count` dead letters of good changes, without a writer; returns the changes."""
-    rig.keeper.start()
+    rig.collector.start()
     made = [change(order(items=1)) for _ in range(count)]
     for one in made:
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
-    await rig.letters(count)
+    await rig.dead_letters(count)
     return made
 
 
@@ -348,7 +348,7 @@ async def test_canary_that_dies_again_holds_back_the_others(kept: Rig) -> None:
     kept.replays.start()
     job = await ended(kept, await ask(kept, canary=True))
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1, "waiting": 24})
-    assert {dead_letter.deaths for dead_letter in await kept.letters(25)} == {1, 2}
+    assert {dead_letter.deaths for dead_letter in await kept.dead_letters(25)} == {1, 2}
 
 
 async def test_first_death_of_the_same_cause_stops_a_job_without_canary(kept: Rig) -> None:
@@ -360,7 +360,7 @@ async def test_first_death_of_the_same_cause_stops_a_job_without_canary(kept: Ri
     assert 0 < 60 - job.outcomes["waiting"] < 60
     # The outcome of sent items is recorded also after the job has ended.
     await eventually(lambda: read_job(kept, job), what="settled", until=lambda one: "sent" not in one.outcomes)
-    assert {dead_letter.status for dead_letter in await kept.letters(60)} == {"open"}
+    assert {dead_letter.status for dead_letter in await kept.dead_letters(60)} == {"open"}
 
 
 async def test_cancelled_job_sends_no_more_and_still_records_the_outcome_of_sent_items(make_rig: MakeRig) -> None:
@@ -375,7 +375,7 @@ async def test_cancelled_job_sends_no_more_and_still_records_the_outcome_of_sent
     await rig.writer.start()
     job = await eventually(lambda: read_job(rig, job), what="resolved", until=lambda one: "resolved" in one.outcomes)
     assert job.outcomes == {"resolved": 1, "waiting": 19}
-    assert sorted({dead_letter.status for dead_letter in await rig.letters(20)}) == ["open", "resolved"]
+    assert sorted({dead_letter.status for dead_letter in await rig.dead_letters(20)}) == ["open", "resolved"]
 
 
 async def test_job_cancelled_while_the_broker_is_unavailable_leaves_its_dead_letters_open(
@@ -396,7 +396,7 @@ async def test_job_cancelled_while_the_broker_is_unavailable_leaves_its_dead_let
     await cancel(rig, job)
     job = await ended(rig, job)
     assert (job.state, job.outcomes) == ("cancelled", {"failed": 3})
-    assert {dead_letter.status for dead_letter in await rig.letters(3)} == {"open"}
+    assert {dead_letter.status for dead_letter in await rig.dead_letters(3)} == {"open"}
     monkeypatch.undo()
     await rig.writer.start()
     again = await ended(rig, await ask(rig))
@@ -489,7 +489,7 @@ async def test_two_workers_share_the_jobs_and_run_each_once(kept: Rig) -> None:
     for job in jobs:
         assert (await ended(kept, job)).outcomes == {"resolved": 1}
     await second.stop()
-    assert {dead_letter.revision for dead_letter in await kept.letters(20)} == {3}, (
+    assert {dead_letter.revision for dead_letter in await kept.dead_letters(20)} == {3}, (
         "each is replayed once and resolved once"
     )
 
@@ -540,7 +540,7 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(kept: Rig) -> None:
         await kept.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))  # type: ignore[arg-type]
     await kept.publisher.publish_to_queue(topology.MIRROR_DEAD, message(would_write))
     await kept.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"garbage")
-    await kept.letters(8)
+    await kept.dead_letters(8)
     before = await tables(kept)
     kept.replays.start()
     job = await ended(kept, await ask(kept, "dry_run", canary=True))

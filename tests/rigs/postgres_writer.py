@@ -47,7 +47,7 @@ class Rig:
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
         """Not started; used for its handling of single changes."""
-        self.keeper = DeadLetterCollector(
+        self.collector = DeadLetterCollector(
             settings, self.postgres, counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
         )
         self.replays = self.another_worker()
@@ -62,7 +62,7 @@ class Rig:
         await self.replays.stop()
         await self.heartbeats.stop()
         await self.writer.stop()
-        await self.keeper.stop()
+        await self.collector.stop()
         await self.publisher.stop()
         await self.mirror.close()
         await self.postgres.close()
@@ -74,13 +74,15 @@ class Rig:
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
         return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
 
-    async def letters(self, count: int, *, within: float = 20.0, **filters: Any) -> list[FullDeadLetter]:
+    async def dead_letters(self, count: int, *, within: float = 20.0, **filters: Any) -> list[FullDeadLetter]:
         """Waits until there are `count` dead letters; returns them, oldest first."""
 
         async def look() -> list[DeadLetter]:
             return await dead_letter_store.page(self.database, DeadLetterQuery(**filters), limit=1_000)
 
-        found = await eventually(look, within=within, what=f"{count} letters", until=lambda seen: len(seen) >= count)
+        found = await eventually(
+            look, within=within, what=f"{count} dead letters", until=lambda seen: len(seen) >= count
+        )
         whole = [await dead_letter_store.one(self.database, one.id) for one in reversed(found)]
         return [one for one in whole if one is not None]
 
