@@ -1,15 +1,15 @@
-"""What a journal looks like on disk: its tables, the sums that prove each row, and how one is read beside its owner.
+"""The layout of a journal file: its tables, the sums that prove each row, and reading it while its owner has it open.
 
-    entries   what waits: lane and event, to the letter, with a sum of both
-    names     what each entry is called: change, order, trace. Small and elsewhere in the file, so that an entry whose
-              bytes are destroyed can still be told by name
-    numbers   the highest order number reserved of each restaurant and day
-    damaged   what could not be kept whole; it is told, and not sent
-    series    which series the numbers are of: one more with every file that was set aside, because the highest number
-              reserved may have been among what is lost
+    entries   the changes that wait: lane and event, exact bytes, with a sum of both
+    names     the identity of each entry: change, order, trace. It is small and lies elsewhere in the file, so that an
+              entry can still be named after its bytes are destroyed
+    numbers   the highest order number that is reserved for each restaurant and day
+    damaged   entries that could not be salvaged; they are reported and not sent
+    series    the number of the series that `numbers` belongs to. It increases with every file that is set aside,
+              because the highest reserved number may be lost
 
-SQLite checks the structure of a file and not its contents: a bit that flips inside an event goes unnoticed without a
-sum. What is deleted is overwritten (`secure_delete`), so that what is dug out of a damaged file was still waiting.
+SQLite checks the structure of a file and not its contents. Without a sum, a flipped bit inside an event would go
+unnoticed. Deleted rows are overwritten (`secure_delete`), so that every entry that is salvaged was still waiting.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ create table numbers (restaurant text, day text, last integer not null, sum blob
 create table damaged (seq integer primary key, lane text, event blob, name blob, why text not null, at text not null);
 create table series (generation integer not null);
 """
-# How every file of ours begins (https://www.sqlite.org/fileformat2.html): pages of 4096 bytes, WAL. Damage there makes
-# SQLite misread the rest, or refuse to write, without calling the file corrupt.
+# The first bytes of each of our files (https://www.sqlite.org/fileformat2.html): pages of 4096 bytes, WAL. Damage there
+# makes SQLite misread the rest, or refuse to write, without calling the file corrupt.
 _HEADER = b"SQLite format 3\x00\x10\x00\x02\x02\x00\x40\x20\x20"
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WITHOUT_ENTRY = "select name from names where not exists (select 1 from entries e where e.seq = names.seq)"
@@ -47,13 +47,13 @@ _WITHOUT_NAME = "select lane, event from entries where not exists (select 1 from
 
 
 class Name(Struct, frozen=True, array_like=True, kw_only=True):
-    """What is known of an entry without its event."""
+    """The identity of an entry, readable without its event."""
 
     entry: str
     """The sum of the entry, in hexadecimal."""
     lane: str
     change_id: str = ""
-    """Empty, as all below it: of an event that cannot be read."""
+    """Empty for an event that cannot be read, like all fields below."""
     restaurant_id: str = ""
     subject: str = ""
     version: int = 0
@@ -62,17 +62,17 @@ class Name(Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class Damaged(Struct, frozen=True, kw_only=True):
-    """An entry that is not whole."""
+    """An entry that is not intact."""
 
     why: str
     lane: str | None = None
     event: bytes | None = None
-    """So much of it as could be read."""
+    """The readable part of the event."""
     name: Name | None = None
 
 
 class Contents(Struct, frozen=True, kw_only=True):
-    """A journal, read beside its owner."""
+    """The contents of a journal, read while its owner may have it open."""
 
     entries: list[tuple[Lane, bytes]]
     damaged: list[Damaged]
@@ -113,12 +113,12 @@ def read_name(name: bytes | None) -> Name | None:
         return None
 
 
-# -- making one ------------------------------------------------------------------------------------------------------
+# -- creating --------------------------------------------------------------------------------------------------------
 
 
 def create(path: Path) -> None:
-    """A whole file or none: it gets its name when everything is in it. So one that is empty or cut short was damaged
-    afterwards. Raises sqlite3.Error, OSError."""
+    """Creates a complete file or none: the file gets its name after everything is in it. A file that is empty or cut
+    short was therefore damaged later. Raises sqlite3.Error, OSError."""
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)
     fill(draft, generation=0)
@@ -129,9 +129,10 @@ def create(path: Path) -> None:
 def fill(
     path: Path, *, generation: int, entries: Iterable[tuple[str, bytes]] = (), damaged: Iterable[Damaged] = ()
 ) -> None:
-    """Makes a file of that name, durable when it returns. `damaged` is looked at when the entries are through."""
+    """Creates a file of that name, which is durable when this returns. Reads `damaged` after `entries` is exhausted."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        # Without a journal of its own, which a crash would leave beside it: nobody reads the file before it is whole.
+        # SQLite's own journal stays in memory, because a crash would leave its file behind. No reader opens this file
+        # before it is complete.
         for pragma in (
             f"page_size={PAGE}",
             "synchronous=FULL",
@@ -170,7 +171,7 @@ def put_damaged(db: sqlite3.Connection, one: Damaged) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Names in it are durable when this returns."""
+    """Makes the names of the files in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -182,7 +183,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Of the file; everything else (no space, no permission, no answer of the disk) may pass by itself."""
+    """Returns whether the error means that the file is damaged. Other errors (no space, no permission, no answer of the
+    disk) may pass by themselves."""
     return isinstance(error, sqlite3.Error) and _code(error) in _CORRUPT
 
 
@@ -191,7 +193,8 @@ def _code(error: sqlite3.Error) -> int:
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """Beside its owner, if it has one; nothing of the file is changed, also not by closing. Raises sqlite3.Error."""
+    """Opens the file for reading, also while its owner has it open. Changes nothing, not even when it is closed. Raises
+    sqlite3.Error."""
     if path.exists() and path.stat().st_size <= 1:
         # SQLite treats a file of one byte as empty, and removes the write-ahead log of an empty file even on a read.
         # The log may hold all entries that are left.
@@ -202,13 +205,13 @@ def read_only(path: Path) -> sqlite3.Connection:
 
 
 def read_text(text: bytes) -> str:
-    """Whatever is there: what was not written so shows in its sum."""
+    """Decodes any bytes without an error. The sum of the row detects damaged text."""
     return text.decode(errors="replace")
 
 
 def problem_of(path: Path) -> str | None:
-    """What is wrong with a file that nobody has open; None: all of it is as it was written. Raises sqlite3.Error and
-    OSError when it could not be looked at."""
+    """Returns the damage of a file, which must not be open, or None if all of it is as it was written. Raises
+    sqlite3.Error and OSError when the file cannot be checked."""
     with path.open("rb") as file:
         if file.read(len(_HEADER)) != _HEADER:
             return "it does not begin like a journal"
@@ -219,7 +222,7 @@ def problem_of(path: Path) -> str | None:
                 return str(found).replace("\n", " ")
             version = _version(db)
             if version == 0 and not db.execute("select 1 from sqlite_master where name = 'names'").fetchone():
-                return None  # from before there were sums
+                return None  # of the layout without sums
             if version != LAYOUT_VERSION:
                 return f"it is of version {version}"
             for seq, entry, lane, event in db.execute("select seq, sum, lane, event from entries"):
@@ -248,7 +251,7 @@ def whole(entry: Any, lane: Any, event: Any) -> bool:
 
 
 def broken(db: sqlite3.Connection, seq: int, lane: Any, event: Any) -> Damaged:
-    """An entry that is not what was written, by the name that was written beside it."""
+    """Returns a damaged entry, with its row in `names` or, without one, a name from its readable part."""
     lane, event = str(lane), event if isinstance(event, bytes) else str(event).encode()
     row = db.execute("select name from names where seq = ?", (seq,)).fetchone()
     return Damaged(lane=lane, event=event, name=(row and read_name(row[0])) or name_of(lane, event), why=NOT_WHOLE)
@@ -260,7 +263,7 @@ def damaged_in(db: sqlite3.Connection) -> Iterator[Damaged]:
 
 
 def contents(path: Path) -> Contents:
-    """Everything in it, at one moment. Raises sqlite3.Error."""
+    """Returns everything in the file, as of one moment. Raises sqlite3.Error."""
     with closing(read_only(path)) as db:
         db.execute("begin")
         if _version(db) == 0:
@@ -278,7 +281,7 @@ def contents(path: Path) -> Contents:
 
 
 def roll(path: Path) -> tuple[list[Name], list[Damaged]]:
-    """What waits in it, and what is damaged, by name: without reading the events. Raises sqlite3.Error."""
+    """Returns the names of the waiting entries, and the damaged ones, without reading events. Raises sqlite3.Error."""
     with closing(read_only(path)) as db:
         db.execute("begin")
         if _version(db) == 0:
@@ -291,7 +294,7 @@ def roll(path: Path) -> tuple[list[Name], list[Damaged]]:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """From the version without sums: in one transaction of its own."""
+    """Converts a file of the layout without sums, in one transaction of its own."""
     if _version(db) != 0:
         return
     db.execute("begin immediate")

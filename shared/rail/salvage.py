@@ -1,13 +1,13 @@
-"""Getting the entries out of a journal whose file is damaged.
+"""Salvages the intact entries of a damaged journal file.
 
-SQLite's own recovery is not in Python's module, and what SQLite reads of such a file depends on the pages above a row.
-Here no structure is trusted: every page is searched for what the record of an entry looks like, and its sum says
-whether each byte is as it was written. So an entry is found wherever its own bytes are whole, whatever became of the
-header, of the pages above it or of the write-ahead log.
+Python's module does not include SQLite's own recovery, and SQLite finds a row of such a file only through intact pages
+above it. This module trusts no structure. It searches every page for byte patterns of an entry's record, and the sum of
+the entry proves that every byte is as it was written. It therefore finds each entry whose own bytes are intact, even if
+the header, the pages above it or the write-ahead log are damaged.
 
-Searched are all pages of the file, what the log has committed, and everything in the log behind that. There lies what
-was committed behind a damaged frame; or what an append that a crash has cut short wrote, which nobody was told of. So
-what was drained a while ago may be found too: to send it again does no harm.
+It searches all pages of the file, the pages that the write-ahead log has committed, and the rest of that log. The rest
+holds entries that were committed behind a damaged frame, and the entries of an append that a crash interrupted, which
+were never acknowledged. The search may also find entries that were drained before; sending them again does no harm.
 """
 
 import mmap
@@ -26,9 +26,9 @@ from shared.rail.journal_file import NOT_WHOLE, PAGE, Damaged, Name, name_of, re
 # stands for it; 0x2c: a blob of 16 bytes, the sum; odd: a text; even: a blob), then the values.
 _RECORD = re.compile(rb"\x00\x2c")
 _LANES = {13 + 2 * len(lane): lane.value for lane in Lane}
-_LONGEST = 32 << 20
-_LOCAL = PAGE - 35
-_LEAST_LOCAL = (PAGE - 12) * 32 // 255 - 23
+_MAX_EVENT_BYTES = 32 << 20
+_MAX_LOCAL_BYTES = PAGE - 35
+_MIN_LOCAL_BYTES = (PAGE - 12) * 32 // 255 - 23
 
 _WAL_HEADER = struct.Struct(">IIIIIIII")
 _FRAME = struct.Struct(">IIIIII")
@@ -38,16 +38,16 @@ _OLDER = 1 << 10
 
 
 class Wal(Struct):
-    """A write-ahead log, taken apart without SQLite, which ignores whatever follows a damaged frame."""
+    """A write-ahead log, parsed without SQLite, which ignores everything after a damaged frame."""
 
     committed: dict[int, int]
-    """Page number -> where its newest committed content begins in the file."""
+    """Page number -> byte offset of its newest committed content in the log."""
     behind: list[tuple[int, int]]
-    """The same of all frames behind the last commit, in order."""
+    """(page number, byte offset) of each frame after the last commit, in order."""
     rest: tuple[int, int]
-    """Where all that stands behind it begins and ends."""
+    """Byte offsets at which the part after the last commit begins and ends."""
     problem: str | None
-    """What is damaged; what a crash has cut short is not."""
+    """A description of the damage, or None. A frame that a crash cut short does not count as damage."""
 
 
 def read_wal(data: "bytes | mmap.mmap") -> Wal:
@@ -67,7 +67,8 @@ def read_wal(data: "bytes | mmap.mmap") -> Wal:
         if valid and whole:
             state = _checksum(data[slot : slot + 8] + data[slot + _FRAME.size : slot + _SLOT], order, state)
             if tuple(proof) != state and 0 < (salt - its_salt) & _MASK < _OLDER:
-                end = slot  # of a log before this one, all of which is in the file: the salt goes up with each
+                # The frame is of an earlier log, which is completely in the file: each log increases the salt.
+                end = slot
                 break
             valid = (its_salt, its_salt_2) == (salt, salt_2) and tuple(proof) == state
             if not valid:
@@ -85,7 +86,7 @@ def wal_of(path: Path) -> Path:
 
 
 def wal_problem(path: Path) -> tuple[str | None, bool]:
-    """(what is wrong with the log of this file, whether anything lies behind its last commit)"""
+    """Returns (the damage of this file's write-ahead log or None, whether frames follow its last commit)."""
     try:
         wal = read_wal(wal_of(path).read_bytes())
     except FileNotFoundError:
@@ -94,8 +95,8 @@ def wal_problem(path: Path) -> tuple[str | None, bool]:
 
 
 class Salvage:
-    """What can be told of the entries in a file and its log; either may be missing. Nobody may have the file open in
-    this process: to close it here would take its locks away. Raises OSError."""
+    """Finds the entries in a file and its write-ahead log, either of which may be missing. The file must not be open in
+    this process, because closing it here would release the locks of the other user. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -108,8 +109,8 @@ class Salvage:
         return len(self._whole)
 
     def entries(self, *, unfinished: bool = False) -> Iterator[tuple[str, bytes]]:
-        """Lane and event of those that are as they were written, each once. `unfinished`: only what lies behind the
-        last commit of the log."""
+        """Yields lane and event of each intact entry once. `unfinished`: searches only the part of the log after its
+        last commit."""
         with ExitStack() as opened:
             main, log = (_mapped(one, opened) for one in (self._path, wal_of(self._path)))
             pages = _Pages(main, log, read_wal(log))
@@ -119,7 +120,7 @@ class Salvage:
                         yield entry
 
     def damaged(self) -> list[Damaged]:
-        """When all entries are through: what is left of the others."""
+        """Returns the entries that are not intact. Call it after `entries` is exhausted."""
         lost = {entry: name for entry, name in self._names.items() if bytes.fromhex(entry) not in self._whole}
         damaged = []
         for proof, (lane, event) in self._broken.items():
@@ -129,7 +130,7 @@ class Salvage:
         return damaged + [Damaged(lane=name.lane, name=name, why="its bytes are gone") for name in lost.values()]
 
     def _look(self, image: "bytes | mmap.mmap", at: int, pages: "_Pages") -> tuple[str, bytes] | None:
-        """What begins here may be the record of an entry, or of a name."""
+        """Parses the record at this place, if it is one. Returns an intact entry, and remembers a name."""
         if at < 0 or at + 4 > len(image):
             return None
         if (lane := _LANES.get(image[at + 3])) is not None:
@@ -169,7 +170,7 @@ class _Pages:
         self._last = {**wal.committed, **dict(wal.behind)}
 
     def images(self) -> "Iterator[bytes | mmap.mmap]":
-        # Whole, and not page by page: what is out of place may lie anywhere.
+        # As a whole and not page by page, because a displaced record may lie anywhere.
         yield self._main
         for place in self._wal.committed.values():
             yield self._wal_data[place : place + PAGE]
@@ -179,7 +180,7 @@ class _Pages:
         yield self._wal_data[self._wal.rest[0] : self._wal.rest[1]]
 
     def versions(self, number: int) -> Iterator[bytes]:
-        """What a page may have been, the newest first."""
+        """Yields the known versions of a page, newest first."""
         for found in (self._last, self._wal.committed):
             if number in found:
                 yield self._wal_data[found[number] : found[number] + PAGE]
@@ -187,19 +188,19 @@ class _Pages:
 
 
 def _fits(header: int, length: int, kind: int) -> bool:
-    """The record's header is as long as it says, and ends with the type of a blob."""
-    return header == length and kind >= 12 and kind % 2 == 0 and kind < 2 * _LONGEST
+    """Returns whether the record's header has the length that it states and ends with the type of a blob."""
+    return header == length and kind >= 12 and kind % 2 == 0 and kind < 2 * _MAX_EVENT_BYTES
 
 
 def _payloads(image: "bytes | mmap.mmap", record: int, start: int, length: int, pages: _Pages) -> Iterator[bytes]:
-    """The last value of a record, of so many bytes from `start` on: as it stands in its page, or with what has
-    overflown into others, of which there may be several versions."""
+    """Yields candidates for the last value of a record, which has `length` bytes and begins at `start`. A value that
+    overflows into other pages has a candidate for each version of those pages."""
     whole = start - record + length
-    if whole <= _LOCAL:
+    if whole <= _MAX_LOCAL_BYTES:
         yield image[start : start + length]
         return
-    local = _LEAST_LOCAL + (whole - _LEAST_LOCAL) % (PAGE - 4)
-    local = _LEAST_LOCAL if local > _LOCAL else local
+    local = _MIN_LOCAL_BYTES + (whole - _MIN_LOCAL_BYTES) % (PAGE - 4)
+    local = _MIN_LOCAL_BYTES if local > _MAX_LOCAL_BYTES else local
     here = record + local
     first, following = image[start:here], int.from_bytes(image[here : here + 4], "big")
     for newest in range(3):
@@ -215,7 +216,7 @@ def _payloads(image: "bytes | mmap.mmap", record: int, start: int, length: int, 
 
 
 def _varint(data: "bytes | mmap.mmap", at: int) -> tuple[int, int]:
-    """(value, where it ends); at most 4 bytes long: no header of ours has a longer one."""
+    """Returns (value, offset of its end). Reads at most 4 bytes, because no header of ours has a longer one."""
     value = 0
     for place in range(at, min(at + 4, len(data))):
         value = value << 7 | data[place] & 0x7F

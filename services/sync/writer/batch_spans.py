@@ -1,5 +1,5 @@
-"""Traces of the writer: a span for a batch, linked to each of its changes that is traced, and a span in the trace of
-each of those changes. A change that failed is always traced."""
+"""Traces of the PostgreSQL writer. A batch has a span that links to its traced changes, and each of these has a span in
+its own trace. A failed change is always traced."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "BATCH"}
 
 
 def _names(change: Change) -> dict[str, str]:
-    """Traces of an order are found by its id, also for a change that never reaches PostgreSQL."""
+    """Returns the span attributes by which traces are searched, also for a change that never reaches PostgreSQL."""
     return {"ticketrail.change_id": change.id, f"ticketrail.{change.entity}_id": change.entity_id}
 
 
@@ -29,8 +29,8 @@ def trace_batch(
     began: int,
     ended: int,
 ) -> None:
-    """`messages`: how many the batch was made of. `began`, `ended`: from taking them to the commit, in nanoseconds
-    since 1970."""
+    """Adds the spans of a batch. `messages`: the number of its messages. `began`, `ended`: when they were taken and
+    when they were committed, in nanoseconds since 1970."""
     if not tracer.on:
         return
     traced = [

@@ -6,12 +6,12 @@ in a retry queue or among the dead letters.
     unavailable      the batch is held and tried again, with jittered backoff; no attempt is burned. After
                      `sink_hold_seconds`, HoldExpired: the caller must release its messages, because a broker closes the
                      channel of a consumer that holds them too long
-    any other error  every change is tried in a transaction of its own: those that fail again have failed, the others
-                     are written
+    any other error  every change is tried in a transaction of its own: a change that fails again counts as failed, and
+                     the others are written
     only timeouts    when changes time out and nothing else succeeds, the server is slow and not these changes: the
-                     batch is held as if PostgreSQL were unavailable. After one commit in between, they have failed
+                     batch is held as if PostgreSQL were unavailable. After one commit in between, they count as failed
 
-Shutdown: it may be cancelled at any time. What was not acknowledged is delivered again, and writing it twice is
+Shutdown: it may be cancelled at any time. Unacknowledged messages are delivered again, and writing a change twice is
 idempotent.
 """
 
@@ -76,8 +76,8 @@ class BatchWriter:
             return await self._one_by_one(batch)
 
     async def store_dead_letters(self, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter] | None:
-        """Returns those whose death is new. None: nothing is stored, and they must go through the dead-letter queue,
-        whose collector tries longer."""
+        """Returns the dead letters whose death was not stored yet. None: nothing is stored, and all of them must go
+        through the dead-letter queue, whose collector tries longer."""
         try:
             async with self._postgres.connection() as connection:
                 return await dead_letter_store.keep(connection, dead_letters)
@@ -86,7 +86,7 @@ class BatchWriter:
             return None
 
     async def note_retries(self, retries: Sequence[Retry]) -> None:
-        """Stores for the ledger what is on the retry ladder. Best effort: an error is only logged."""
+        """Stores for the ledger which changes are on the retry ladder. Best effort: an error is only logged."""
         try:
             async with self._postgres.connection() as connection:
                 await retry_store.note(connection, retries)
@@ -135,7 +135,7 @@ class BatchWriter:
             elif failure.timed_out and not served:
                 timed_out.append((change, failure))
                 if len(timed_out) == _TIMEOUTS_OF_SLOW_SERVER:
-                    # Append them, so that the changes that were not tried yet come first.
+                    # Append them, so that untried changes come first.
                     waiting.extend(one for one, _ in timed_out)
                     timed_out.clear()
                     await self._hold(failure)

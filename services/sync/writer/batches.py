@@ -1,4 +1,4 @@
-"""Parsing of messages from a lane: changes to write, heartbeats to store, and what cannot be read. Pure."""
+"""Parses messages of a lane into changes to write, heartbeats to store, and unreadable changes. Pure."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Message(Protocol):
 
 
 class ReceivedChange(Struct, frozen=True):
-    """One change, with what is needed to send it on by itself."""
+    """One change, with the message that carried it, so that it can be forwarded by itself."""
 
     event: bytes
     message: Message
@@ -30,12 +30,12 @@ class ReceivedChange(Struct, frozen=True):
 
     @property
     def retried(self) -> bool:
-        """It has been on the retry ladder."""
+        """Whether the change has been on the retry ladder."""
         return topology.ATTEMPT in self.message.headers
 
     @property
     def name(self) -> tuple[str, str]:
-        """(restaurant, change)"""
+        """(restaurant id, change id)"""
         return (self.written.change.restaurantid, self.written.change.id)
 
     def failed(self, failure: Failure) -> FailedChange:
@@ -53,12 +53,12 @@ class WriteBatch(Struct):
 
 
 def estimate_changes(body: bytes) -> int:
-    """About how many changes are in a message body, without parsing it. Only limits the size of a batch."""
+    """Estimates the number of changes in a message body without parsing it. Only limits the size of a batch."""
     return max(1, body.count(b'"entityversion"'))
 
 
 def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
-    """Never raises: what cannot be read is in `failed`."""
+    """Never raises: unreadable changes are in `failed`."""
     batch = WriteBatch(lane, [], [], [])
     for message in messages:
         try:
@@ -76,7 +76,7 @@ def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
                 change = decode_change(event)
                 entity, state = registry.read(change)
                 batch.changes.append(ReceivedChange(event, message, Written(lane, entity, change, state)))
-            except Exception as error:  # noqa: BLE001  (of this change)
+            except Exception as error:  # noqa: BLE001  (any error is a failure of this change)
                 batch.failed.append(
                     FailedChange(single_change_body(event), message.headers, classify(error), now(), change, message)
                 )

@@ -1,12 +1,11 @@
-"""Taking messages from a lane, on a connection and a channel of its own.
+"""Takes messages from a lane, on a connection and a channel of its own.
 
-Guarantee: `take` hands out every message that the broker delivers, and only `settle` removes it from its queue. A lost
-connection is renewed, to the next node of the cluster where there are several. What was taken over the lost one can no
-longer be settled: it is forgotten here, and the broker delivers it again. `close` gives everything back that was not
-settled.
+Guarantee: `take` returns every message that the broker delivers, and only `settle` removes it from its queue. A lost
+connection is replaced by one to the next node of the cluster. Messages of the lost connection can no longer be settled:
+the intake forgets them, and the broker delivers them again. `close` returns every unsettled message to the broker.
 
-"All messages up to this tag" may be acknowledged only when all of them are settled (`Tags`). It pays: a prototype
-wrote 6,400 changes/s with such acknowledgements and 3,500 with one for each message.
+One acknowledgement may cover all messages up to a tag, but only when all of them are settled (`Tags`). A prototype
+wrote 6,400 changes/s with such acknowledgements, and 3,500 with one for each message.
 """
 
 import asyncio
@@ -37,7 +36,7 @@ _MAX_SIGNAL_BYTES = 1_000
 
 
 class Tags:
-    """The delivery tags of one channel, and which acknowledgements cover exactly the settled messages."""
+    """Chooses the acknowledgements that cover exactly the settled messages of one channel."""
 
     def __init__(self) -> None:
         self._all_up_to = 0
@@ -74,7 +73,7 @@ class Intake:
 
     @property
     def held(self) -> int:
-        """Messages that were delivered and are not settled."""
+        """The number of messages that were delivered and are not settled."""
         return len(self._held)
 
     async def open(self) -> None:
@@ -115,8 +114,8 @@ class Intake:
             await subscription.close()
 
     async def take(self) -> list[Delivery]:
-        """Waits for one message, then collects more until the batch is large enough or its wait is over. Empty:
-        ended."""
+        """Waits for one message, then collects more until the batch is large enough or `batch_wait_ms` has passed.
+        Returns an empty list after `end`."""
         taken: list[Delivery] = []
         size = 0
         loop = asyncio.get_running_loop()
@@ -157,14 +156,15 @@ class Intake:
         self._held.difference_update(deliveries)
 
     async def end(self) -> None:
-        """Stops deliveries; `take` hands out what has arrived, then nothing. May be called twice, or before `open`."""
+        """Stops deliveries. `take` still returns the messages that have arrived. May be called twice, or before
+        `open`."""
         self._ending = True
         if self._subscription is not None:
             await self._subscription.end()
         self._arrived.put_nowait(None)
 
     async def close(self) -> None:
-        """Gives back everything that is not settled. `open` may follow. May be called twice, or before `open`."""
+        """Returns every unsettled message to the broker. `open` may follow. May be called twice, or before `open`."""
         reopening, self._reopening = self._reopening, None
         if reopening is not None:
             reopening.cancel()
@@ -182,7 +182,7 @@ class Intake:
         self._arrived.put_nowait(delivery)
         self._watch.active(self.lane)
         if len(delivery.body) < _MAX_SIGNAL_BYTES:
-            with contextlib.suppress(BrokenContract):  # `parse_batch` finds it again and sends it on
+            with contextlib.suppress(BrokenContract):  # `parse_batch` finds it again and reports it
                 signal = signal_in(delivery.body[1:-1])
                 if signal is not None and signal.type == HEARTBEAT and signal.lane == self.lane:
                     self._watch.arrived(self.lane, signal.time)

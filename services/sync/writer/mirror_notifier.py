@@ -1,8 +1,8 @@
-"""Tells the mirror what became of changes: committed by PostgreSQL, or failed on the way there.
+"""Notifies the mirror of the result of each change: committed in PostgreSQL, or failed.
 
-Best effort, next to the writing and never before it: `notify` only enqueues. What the mirror does not take is dropped,
-and the reconciler repairs the sync states later. The log names an outage when it begins and when it ends. At shutdown
-what still waits gets one second.
+Best effort, concurrently with the writing: `notify` only enqueues. A notification that the mirror does not accept is
+dropped, and the reconciler repairs the sync states later. The beginning and the end of an outage are logged. At
+shutdown, waiting notifications have one second.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _SHUTDOWN_GRACE_SECONDS = 1.0
 
 
 class WriteResult(Struct, frozen=True):
-    """What became of one batch."""
+    """The result of writing one batch."""
 
     committed: Sequence[Written]
     failed: Sequence[FailedChange]
@@ -102,8 +102,8 @@ class MirrorNotifier:
 
 
 def _by_cause(failed: Sequence[FailedChange]) -> dict[tuple[str, str, str, int], list[FailedChange]]:
-    """The failures of one batch that have the same cause, by that cause: one call for each, so that a burst of failures
-    does not load the mirror."""
+    """Groups the failures of one batch by cause. One call per group keeps a burst of failures from loading the
+    mirror."""
     groups: dict[tuple[str, str, str, int], list[FailedChange]] = {}
     for one in failed:
         change = one.change

@@ -1,16 +1,16 @@
 """The PostgreSQL writer: writes the changes that wait in the lanes into the tables, in batches.
 
-    take ─► parse ─┬─► write ─────────────────┬─► acknowledge ─► notify the mirror
-                   └─► send failed changes on ─┘
+    take ─► parse ─┬─► write ──────────────────┬─► acknowledge ─► notify the mirror
+                   └─► forward failed changes ─┘
 
 Guarantee: a message is acknowledged only when every change in it is committed, or when the broker has confirmed it in a
-retry queue or a dead-letter queue. A message that is acknowledged too late is delivered again, and writing it again is
-idempotent.
+retry queue or a dead-letter queue. If the acknowledgement is lost, the message is delivered again, and writing it again
+is idempotent.
 
 Order: not kept, and not needed. Several consumers share each lane, and the guard decides which state wins.
 
-Failed changes are sent on next to the writing, and the next batch does not wait for their confirms. A message is
-acknowledged when both are finished with it.
+Failed changes are forwarded concurrently with the writing, and the next batch does not wait for their confirms. A
+message is acknowledged when both have finished with it.
 
 Dead letters take two ways. Up to eight failures of a batch go through the dead-letter queue, from which the collector
 stores them. More of them at once are stored in PostgreSQL directly, in one statement, and use the queue only when that
@@ -23,8 +23,8 @@ While PostgreSQL is unavailable, batches are held (`batch_writer`), and the pref
 `sink_hold_seconds` the consumers release their messages, and subscribe again when PostgreSQL answers. While RabbitMQ is
 unavailable, connections are renewed (`intake`). The writer never waits for the mirror (`mirror_notifier`).
 
-Shutdown: no new deliveries; what was taken is finished and acknowledged, within 10 seconds. What cannot be finished,
-for example because PostgreSQL is unavailable, returns to its queue.
+Shutdown: deliveries stop, and the taken messages are finished and acknowledged within 10 seconds. A message that cannot
+be finished, for example because PostgreSQL is unavailable, returns to its queue.
 """
 
 import asyncio
@@ -84,11 +84,11 @@ class Batcher:
         self.store = BatchWriter(postgres, settings)
         self._ladder = RetryLadder(publisher, settings.retry_steps_ms, metrics)
         self._open_steps: Counter[Delivery] = Counter()
-        """Per message, how many steps must still finish before it may be acknowledged."""
+        """The number of steps per message that must still finish before it may be acknowledged."""
         self._sending: set[asyncio.Task[None]] = set()
         self._settling = asyncio.Lock()
         self._broken = asyncio.Event()
-        """Sending on has failed: all messages are returned to the broker and taken again."""
+        """Set when forwarding failed changes breaks: all messages are returned to the broker and taken again."""
         self._watch = watch
         self._notifier = notifier
         self.written = 0
@@ -124,7 +124,8 @@ class Batcher:
                 task.cancel()
 
     async def _take(self) -> list[Delivery]:
-        """As `intake.take`; empty, with `_broken` set, when sending on has failed meanwhile."""
+        """Like `intake.take`, but returns an empty list when forwarding failed changes breaks during the wait
+        (`_broken` is then set)."""
         taking = asyncio.ensure_future(self.intake.take())
         broken = asyncio.ensure_future(self._broken.wait())
         try:
@@ -147,7 +148,7 @@ class Batcher:
             await asyncio.wait(self._sending)
 
     def _send_on(self, failed: list[FailedChange]) -> "asyncio.Task[None]":
-        """Sends failed changes on in the background. Their messages wait for it before they are acknowledged."""
+        """Forwards failed changes in the background. Their messages are acknowledged only after this."""
         messages: list[Delivery] = list({one.message: None for one in failed})  # type: ignore[misc]
         self._open_steps.update(messages)
         task = asyncio.create_task(self._send(failed, messages), name=f"failed-{self.lane}")
@@ -169,7 +170,7 @@ class Batcher:
             self._broken.set()
 
     async def _store_dead_letters(self, failed: list[FailedChange]) -> list[FailedChange]:
-        """Stores the dead letters among many failures, as the collector would. Returns the failures that must be
+        """Stores the dead letters among many failures, like the collector. Returns the failures that must still be
         sent."""
         dead = [one for one in failed if self._ladder.is_dead(one, self.lane)]
         queue, lane = dead_queue(self.lane), self.lane
@@ -190,7 +191,7 @@ class Batcher:
         return [one for one in failed if id(one) not in stored]
 
     async def _done(self, deliveries: list[Delivery]) -> None:
-        """Finishes one step of each message; acknowledges those with no open step."""
+        """Finishes one step of each message, and acknowledges each message that has no open step left."""
         ready = []
         for delivery in deliveries:
             self._open_steps[delivery] -= 1
@@ -273,7 +274,7 @@ class PostgresWriter:
 
     @property
     def held(self) -> int:
-        """Messages that were delivered and are not acknowledged."""
+        """The number of messages that were delivered and are not acknowledged."""
         return sum(batcher.intake.held for batcher in self._batchers)
 
     @property
@@ -281,7 +282,7 @@ class PostgresWriter:
         return any(batcher.store.holding_since is not None for batcher in self._batchers)
 
     def state(self) -> dict[str, Any]:
-        """For the health endpoint: `holding_since` is set while PostgreSQL is unavailable."""
+        """Returns the state for the health endpoint. `holding_since` is set while PostgreSQL is unavailable."""
         holds = [batcher.store.holding_since for batcher in self._batchers if batcher.store.holding_since]
         commits = [batcher.last_commit_at for batcher in self._batchers if batcher.last_commit_at]
         return {

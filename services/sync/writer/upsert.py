@@ -160,12 +160,12 @@ where excluded.sent_at > t.sent_at
 
 
 def data_of(change: Change) -> str:
-    """JSON with before and after exactly as received. `decode_change` has checked that they are text."""
+    """Returns JSON with before and after exactly as received. `decode_change` has checked that they are text."""
     return f'{{"before":{bytes(change.data.before).decode()},"after":{bytes(change.data.after).decode()}}}'
 
 
 def highest(written: Iterable[Written]) -> list[Written]:
-    """The change with the highest head of each entity, sorted by key."""
+    """Returns the change with the highest head of each entity, sorted by key."""
     found: dict[Key, Written] = {}
     for one in written:
         known = found.get(one.key)
@@ -183,10 +183,11 @@ async def write_batch(
     retried: Sequence[tuple[str, str]] = (),
 ) -> Outcome:
     """Writes everything or nothing. `timeout_seconds`: when the server cancels a statement or stops waiting for a lock.
-    `retried`: those of them, as (restaurant, change), that come from the retry ladder.
+    `retried`: the changes that come from the retry ladder, as (restaurant id, change id).
 
-    Give it less than the connection's own command timeout: then a slow statement ends as an answer of the server
-    (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not answer at all.
+    `timeout_seconds` must be less than the connection's own command timeout. Then a slow statement ends with an error
+    of the server (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not
+    answer at all.
     """
     async with connection.transaction():
         # Without statistics (a young database) the planner would read all of `changes` for every batch.
