@@ -1,11 +1,13 @@
-"""Heartbeats: small messages that go through every lane and the change log, so that silence differs from loss.
+"""Heartbeats: small messages that go through every lane and the change log, to distinguish an idle path from a broken
+one.
 
-`HeartbeatSender` sends one through every lane every few seconds; each reaches the log too. `HeartbeatMonitor` remembers
-which ones came out. Two events count: a heartbeat that arrived at a consumer proves the binding of its lane; a
-heartbeat that was stored (committed by PostgreSQL, or applied by the mirror writer) shows how far that sink is.
+`HeartbeatSender` sends a heartbeat through every lane every few seconds; each one reaches the log too.
+`HeartbeatMonitor` records which heartbeats came out. Two events count. A heartbeat that arrives at a consumer proves
+the binding of its lane. A heartbeat that a sink stores (PostgreSQL commits it, or the mirror writer applies it) shows
+how far that sink is.
 
-Other side unavailable: nothing here waits for PostgreSQL. Without it, the sender uses the last known epoch of the log,
-and sends nothing before it knows one. A heartbeat that RabbitMQ does not confirm is dropped.
+Backend unavailable: nothing here waits for PostgreSQL. Without it, the sender uses the last known epoch of the log, and
+sends nothing before it knows one. A heartbeat that RabbitMQ does not confirm is dropped.
 
 Shutdown: at any time; nothing has to be finished.
 """
@@ -35,7 +37,7 @@ log = structlog.get_logger(__name__)
 
 
 def log_path_of(lane: Lane) -> str:
-    """The name of the path through a lane's routing key into the log."""
+    """Returns the name of the path through a lane's routing key into the log."""
     return f"log/{lane}"
 
 
@@ -49,12 +51,12 @@ class HeartbeatPath(Struct):
     `float` on the monotonic clock of this process."""
 
     unanswered: float | None = None
-    """When we first sent a heartbeat on this path that has not come out; None: none is missing."""
+    """When the oldest missing heartbeat of this path was sent; None if none is missing."""
     arrived_at: datetime | None = None
     """The time in the newest heartbeat that came out."""
     arrived: float = 0.0
     active: float = 0.0
-    """When any message came out."""
+    """When the last message of any kind came out."""
     noted_at: datetime | None = None
     """The time in the newest heartbeat that the sink has stored."""
     noted: float = 0.0
@@ -76,66 +78,68 @@ class HeartbeatMonitor:
         self._idle[lane.value] = idle
 
     def sent(self, lane: Lane) -> None:
-        """The broker has confirmed a heartbeat."""
+        """Records that the broker has confirmed a heartbeat."""
         for name in (lane.value, log_path_of(lane)):
             path = self._paths[name]
             path.unanswered = path.unanswered or time.monotonic()
 
     def active(self, lane: Lane) -> None:
-        """Some message came out of the lane."""
+        """Records that a message of any kind came out of the lane."""
         self._paths[lane.value].active = time.monotonic()
 
     def arrived(self, lane: Lane, sent_at: datetime) -> None:
-        """A consumer of the lane has received a heartbeat."""
+        """Records that a consumer of the lane has received a heartbeat."""
         self._arrived(self._paths[lane.value], sent_at)
 
     def note(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
-        """PostgreSQL has committed it."""
+        """Records that PostgreSQL has committed the heartbeat."""
         self._note(self._paths[lane.value], sent_at, noted_at)
 
     def note_log_end(self) -> None:
-        """The mirror writer has read the log to its end: from now on a missing heartbeat means a missing binding."""
+        """Records that the mirror writer has read the log to its end. From now on a missing heartbeat means a missing
+        binding."""
         for lane in Lane:
             self._idle[log_path_of(lane)] = lambda: True
             self._paths[log_path_of(lane)].active = time.monotonic()
 
     def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
-        """The mirror writer has read a heartbeat. This proves the binding, also while the mirror is unavailable."""
+        """Records that the mirror writer has read a heartbeat. This proves the binding, also while the mirror is
+        unavailable."""
         self._arrived(self._paths[log_path_of(lane)], sent_at)
 
     def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
-        """The mirror writer has applied the log up to it."""
+        """Records that the mirror writer has applied the log up to the heartbeat."""
         self._note(self._paths[log_path_of(lane)], sent_at, noted_at)
 
     # -- results ------------------------------------------------------------------------------------------
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """(ready, details for the health endpoint): ready when a heartbeat came out of every path within three
+        """Returns (ready, details for the health endpoint). Ready: a heartbeat came out of every path within three
         intervals. Ages and lags are in seconds."""
         stale, ages, lags = self.stale(), self.ages(), self.lags()
         return not stale, {"stale": stale, "age_seconds": ages, "lag_seconds": lags}
 
     def stale(self) -> list[str]:
-        """The paths without a heartbeat for three intervals."""
+        """Returns the paths from which no heartbeat came out for three intervals."""
         soonest = time.monotonic() - self._fresh_seconds
         return [name for name, path in self._paths.items() if path.arrived_at is None or path.arrived < soonest]
 
     def ages(self) -> dict[str, float | None]:
-        """Seconds since each sink last stored a heartbeat; None: never."""
+        """Returns the seconds since each sink last stored a heartbeat; None if it never did."""
         at = time.monotonic()
         return {name: None if path.noted_at is None else at - path.noted for name, path in self._paths.items()}
 
     def lags(self) -> dict[str, float | None]:
-        """Seconds from sending to storing the last heartbeat of each path; None: none was stored."""
+        """Returns the seconds from sending to storing the last heartbeat of each path; None if none was stored."""
         return {name: None if path.noted_at is None else path.lag for name, path in self._paths.items()}
 
     async def prove(self, timeout: float) -> bool:
-        """Waits until a heartbeat that was sent after this call has come out of every path. True: every binding is
-        proved.
+        """Waits until a heartbeat that was sent after this call has come out of every path. Returns True if every
+        binding is proved.
 
-        False: at least one is missing after `timeout` seconds, for a reason that may be harmless: a backlog in front of
-        it, or PostgreSQL or the broker is unavailable. `readiness` keeps watching. Raises TopologyError when no such
-        reason is left: the heartbeat was sent, its queue is empty and consumed, and the heartbeat did not come out.
+        Returns False if a heartbeat is missing after `timeout` seconds for a reason that may be harmless: a backlog in
+        front of it, or PostgreSQL or the broker is unavailable. `readiness` continues to check. Raises TopologyError if
+        no such reason is left: the heartbeat was sent, its queue is empty and consumed, and it did not come out.
         """
         began = now()
         for path in self._paths.values():

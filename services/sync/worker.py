@@ -1,8 +1,9 @@
-"""The sync worker, wired: the PostgreSQL writer, the mirror writer, the keeper of dead letters and their replays,
-heartbeats and the reconciler, with a health endpoint.
+"""Wires the sync worker: the PostgreSQL writer, the mirror writer, the dead-letter collector, replays, heartbeats, the
+reconciler, thresholds and the cleanup, with a health endpoint.
 
-Starts while PostgreSQL, Redis or RabbitMQ is away and waits for them; refuses to start on a broker that answers and
-lacks a queue or a binding. Stops in this order: consumers let go and finish what they have taken, then the rest.
+The worker starts while PostgreSQL, Redis or RabbitMQ is unavailable, and waits for them. It refuses to start if the
+broker answers and lacks a queue or a binding. At a stop, consumers unsubscribe and finish their messages before the
+connections are closed.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_LEAST_PROOF = 5.0  # seconds
+_MIN_PROOF_SECONDS = 5.0
 
 
 class WorkerParts(Struct, frozen=True):
@@ -59,7 +60,7 @@ def assemble(settings: Settings) -> WorkerParts:
     metrics = Metrics()
     writer_metrics = WriterMetrics(metrics)
     postgres = Postgres(settings.database_writer_url, settings)
-    # Without a journal: a claim that cannot be recorded now stays in the mirror for the next round.
+    # The worker needs no journal: a claim that cannot be recorded now stays in the mirror for the next round.
     rail_parts = assemble_rail(settings, tracer=tracer, metrics=RailMetrics(metrics))
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     watch = HeartbeatMonitor(settings)
@@ -142,7 +143,7 @@ async def start(parts: WorkerParts) -> None:
     parts.collector.start()
     parts.mirror_writer.start()
     await parts.heartbeats.start()
-    await parts.watch.prove(max(_LEAST_PROOF, 3 * parts.settings.heartbeat_interval_seconds))
+    await parts.watch.prove(max(_MIN_PROOF_SECONDS, 3 * parts.settings.heartbeat_interval_seconds))
     parts.reconciler.start()
     parts.replays.start()
     parts.thresholds.start()
@@ -165,7 +166,8 @@ async def stop(parts: WorkerParts) -> None:
 
 
 async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:
-    """Ready when a heartbeat has come through every lane and the log of late. A sink that is away is named."""
+    """Returns (ready, details for the health endpoint). Ready: the start has finished, and a heartbeat came out of
+    every lane and the log within three intervals."""
     fresh, heartbeats = parts.watch.readiness()
     proven = started.done() and not started.cancelled() and started.exception() is None
     return proven and fresh, {

@@ -1,6 +1,6 @@
 """The cleanup deletes expired data: refresh tokens and sessions, the positions of imports that were not resumed for a
 month, dead letters and replays that were closed long ago, and old traces. Orders, changes and open dead letters stay
-for ever. Idempotent; two may run at the same time.
+for ever. The cleanup is idempotent, and two may run at the same time.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _TRACE_DAYS = 7.0
 
 class Cleanup:
     def __init__(self, settings: Settings, postgres: Postgres) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._settings = settings
         self._postgres = postgres
         self.loop = BackgroundLoop("cleanup", self._run)

@@ -1,4 +1,4 @@
-"""`ticketrail cleanup`: remove expired data."""
+"""`ticketrail cleanup`: deletes expired data and finishes stale claims."""
 
 import json
 

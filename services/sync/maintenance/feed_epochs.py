@@ -15,6 +15,6 @@ async def present(connection: Connection) -> str:
 
 
 async def begin(connection: Connection, why: str) -> str:
-    """From here on every older cursor is void; as the writer role."""
+    """Begins a new epoch, which makes every older cursor void. `connection`: of the writer role."""
     epoch: str = await connection.fetchval(_BEGIN, why)
     return epoch

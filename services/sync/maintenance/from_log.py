@@ -42,20 +42,20 @@ _CHUNK_SIZE = 500
 
 class LogReplayReport(Struct):
     read: int = 0
-    """Changes in the log, each as often as it stands there."""
+    """Changes in the log; a change that is in it twice counts twice."""
     missing: int = 0
-    """Those that PostgreSQL lacked."""
+    """Changes that PostgreSQL did not have."""
     written: int = 0
     dead: int = 0
-    """Those that it lacks and that have a dead letter: left alone."""
+    """Missing changes that have a dead letter. They are not written."""
     failed: int = 0
-    """Sent where failures go."""
+    """Changes that were sent to the retry ladder or a dead-letter queue."""
     unreadable: int = 0
-    """No change can be read out of them: the worker has dead-lettered them."""
+    """Events that cannot be read, which the worker has dead-lettered."""
     entities: Counter[str] = field(default_factory=Counter)
-    """Of the missing ones."""
+    """The number of missing changes per entity."""
     first: datetime | None = None
-    """When the first change that was read was accepted: older ones the log does not have."""
+    """When the first change in the log was accepted. The log has no older changes."""
     last: datetime | None = None
     feed_epoch: str | None = None
 
@@ -67,7 +67,8 @@ class _Message(Struct, frozen=True):
 
 class LogReplay:
     def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, *, dry_run: bool = False) -> None:
-        """`postgres` as the writer role; `publisher` of the exchange for changes, started. A dry run only counts."""
+        """`postgres`: a pool of the writer role. `publisher`: a started publisher of the exchange for changes. A dry
+        run only counts."""
         self._settings = settings
         self._postgres = postgres
         self._dry_run = dry_run
@@ -77,8 +78,8 @@ class LogReplay:
     async def run(
         self, *, since: datetime | None = None, progress: Callable[[LogReplayReport], None] = lambda _: None
     ) -> LogReplayReport:
-        """`since`: a moment before the backup was taken; None is the beginning of the log. Raises SinkGone when
-        PostgreSQL stays away, or one of AWAY."""
+        """`since`: a moment before the backup was taken; None is the beginning of the log. Raises HoldExpired when
+        PostgreSQL stays unavailable, or one of UNAVAILABLE."""
         report = LogReplayReport()
         if not self._dry_run:
             async with self._postgres.connection() as connection:
@@ -94,7 +95,7 @@ class LogReplay:
         return report
 
     async def _entries(self, since: datetime | None) -> AsyncIterator[list[LogEntry]]:
-        """What stands in the log now."""
+        """Yields the entries of the log, up to its present end."""
         reader = LogReader(
             self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.heartbeat_interval_seconds * 3
         )
@@ -116,7 +117,7 @@ class LogReplay:
         await self._send_on(lane, refused, report)
 
     async def _missing(self, taken: Iterable[ReceivedChange], report: LogReplayReport) -> list[ReceivedChange]:
-        """Each once, without those that have a dead letter."""
+        """Returns each change that PostgreSQL lacks once, without changes that have a dead letter."""
         by_name = {one.name: one for one in taken}
         async with self._postgres.connection() as connection:
             synced = await ledger_store.synced(connection, list(by_name))
@@ -130,7 +131,8 @@ class LogReplay:
         return [one for (_, change), one in lacking.items() if change not in dead]
 
     async def _send_unreadable(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
-        """What cannot be read has a dead letter; one that was kept after the backup has none any more."""
+        """Sends unreadable events that have no dead letter to the dead-letter queue: dead letters that were stored
+        after the backup are lost."""
         report.unreadable += len(failed)
         queue = dead_queue(lane)
         digests = {digest(queue, one.body): one for one in failed}
@@ -148,5 +150,5 @@ class LogReplay:
 
 
 def lane_of(entry: LogEntry) -> Lane:
-    """The routing key; what came another way was no change of a request."""
+    """Returns the lane that the routing key names. An entry without one was not made by a request: it is background."""
     return Lane(entry.lane) if entry.lane in set(Lane) else Lane.BACKGROUND

@@ -1,4 +1,4 @@
-"""`ticketrail replay --from-log`: PostgreSQL came back from a backup."""
+"""`ticketrail replay --from-log`: writes the changes that PostgreSQL lacks after it was restored from a backup."""
 
 import sys
 from datetime import datetime
@@ -16,17 +16,17 @@ from shared.settings import Settings
 
 
 @click.command("replay")
-@click.option("--from-log", is_flag=True, required=True, help="write what the log has and PostgreSQL lacks")
+@click.option("--from-log", is_flag=True, required=True, help="write the changes that the log has and PostgreSQL lacks")
 @click.option(
     "--since", type=Since(), help="a moment before the backup was taken: 2h, 7d, ISO 8601; by default all of the log"
 )
 @click.option("--dry-run", is_flag=True, help="only count what is missing")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def replay_command(from_log: bool, since: datetime | None, dry_run: bool, as_json: bool) -> None:
-    """Bring a PostgreSQL that was restored from a backup to where the log is.
+    """Write the changes that a PostgreSQL restored from a backup lacks and the log has.
 
-    It may run beside the services, be stopped and be repeated. Exit code 1 when something could not be written: it is
-    on the retry ladder or among the dead letters then."""
+    The services may run meanwhile, and the command may be stopped and repeated. Exit code 1 when a change could not be
+    written: it is then on the retry ladder or a dead letter."""
     report = run(_replay(Settings.load(), since, dry_run, quiet=as_json))
     if as_json:
         click.echo(encode(report).decode())
@@ -67,7 +67,7 @@ def _show(report: LogReplayReport, dry_run: bool) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in report.entities.most_common())
     click.echo(f"missing: {report.missing}{f' ({kinds})' if kinds else ''}")
     if report.dead:
-        click.echo(f"left alone: {report.dead} that have a dead letter")
+        click.echo(f"not written: {report.dead} that have a dead letter")
     if dry_run:
         return None
     click.echo(f"written: {report.written}, failed: {report.failed}, unreadable: {report.unreadable}")

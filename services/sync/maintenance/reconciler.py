@@ -1,4 +1,4 @@
-"""The reconciler: repairs what no request repairs. Every few seconds, over all tenants, it
+"""The reconciler repairs in the background what no request repairs. Every few seconds, over all tenants, it
 
 - finishes stale claims: records and reveals the same change;
 - repairs the sync states in the mirror (mirror/sync_states.py);
@@ -42,7 +42,7 @@ _STATES_PER_QUERY = 500
 _GAP_MINUTES = 10
 _PAUSE_PER_SECOND_OF_WORK = 9
 """Seconds to pause for each second that repairing the sync states took."""
-_MAX_TRIM_STATES_PER_QUERYS = 20
+_MAX_TRIM_QUERIES = 20
 _MIN_BEHIND_SECONDS = 2.0
 _LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
@@ -85,7 +85,7 @@ class Reconciler:
             await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
     async def finish_claims(self) -> int:
-        """Finishes stale claims. Returns how many."""
+        """Finishes stale claims. Returns their number."""
         finished = 0
         for member in await self._mirror.stale_claims():
             left = await self._mirror.mark(member)
@@ -131,20 +131,20 @@ class Reconciler:
 
     @property
     def _behind(self) -> float:
-        """How old, in seconds, the last heartbeat of an empty lane may be."""
+        """The greatest age of the last heartbeat of an empty lane, in seconds."""
         return (
             max(_MIN_BEHIND_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
             + self._settings.reconcile_interval_seconds
         )
 
     async def _lanes_emptied(self) -> datetime | None:
-        """Everything that was sent before this moment has left its lane; None while a lane had no heartbeat yet."""
+        """Returns a moment before which every sent message has left its lane; None while a lane had no heartbeat."""
         async with self._postgres.connection() as connection:
             found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
         return found
 
     async def record_lost_again(self) -> int:
-        """Records lost changes again and returns how many. Failed changes are left to the operators."""
+        """Records lost changes again and returns their number. Failed changes are left to the operators."""
         emptied = await self._lanes_emptied()
         if emptied is None:
             return 0
@@ -219,7 +219,7 @@ class Reconciler:
         return len(found)
 
     async def trim(self) -> int:
-        """Removes documents that have left the live window. Returns how many."""
+        """Removes documents that have left the live window. Returns their number."""
         before = now() - timedelta(days=self._settings.mirror_window_days)
         trimmed = 0
         for restaurant in await self._mirror.restaurant_ids():
@@ -228,7 +228,7 @@ class Reconciler:
                     continue  # all of them stay
                 stays = 0
                 # Only an import leaves more than one block.
-                for _ in range(_MAX_TRIM_STATES_PER_QUERYS):
+                for _ in range(_MAX_TRIM_QUERIES):
                     looked, left = await self._trim_block(restaurant, entity, before, stays)
                     trimmed += left
                     stays += looked - left
@@ -239,7 +239,7 @@ class Reconciler:
         return trimmed
 
     async def _trim_block(self, restaurant: str, entity: Entity, before: datetime, stays: int) -> tuple[int, int]:
-        """Returns (documents read, documents removed). `stays`: skip so many of the newest, which stay."""
+        """Returns (documents read, documents removed). `stays`: how many of the newest to skip, because they stay."""
         ids = await self._mirror.live_ids(
             restaurant, entity.name, most=before.timestamp(), count=stays + _STATES_PER_QUERY
         )

@@ -1,4 +1,4 @@
-"""`ticketrail full-sync`: compare the mirror with PostgreSQL."""
+"""`ticketrail full-sync`: compares the mirror with PostgreSQL and repairs the mirror."""
 
 import sys
 from typing import Any

@@ -1,10 +1,10 @@
-"""The full sync: compares the mirror with PostgreSQL, and repairs the mirror.
+"""The full sync compares the mirror with PostgreSQL, and repairs the mirror.
 
 It compares the live window in PostgreSQL with the documents of the mirror. A pending document is ahead of PostgreSQL
-and correct; every other one must come from the same change. A document that is behind or missing is written under the
-guard. One that differs at the same change is removed and written again, unless it changes meanwhile. A change that was
-accepted a moment ago may be in PostgreSQL before it is revealed, so recent differences are compared once more after
-three seconds.
+and correct; every other document must come from the same change. A document that is behind or missing is written under
+the guard. A document of the same change with another state is removed and written again, unless it changes meanwhile. A
+change that was just accepted may be in PostgreSQL before it is revealed, so recent differences are compared once more
+after three seconds.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Compared(Struct):
 
 class FullSync:
     def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._window = timedelta(days=settings.mirror_window_days)
         self._postgres = postgres
         self._mirror = mirror
@@ -104,7 +104,7 @@ class FullSync:
         return known
 
     def _difference(self, entity: Entity, stored: StoredState, document: Document | None) -> str | None:
-        """The name of the difference; empty: none; None: the mirror is ahead."""
+        """Returns the name of the difference, an empty string if there is none, or None if the mirror is ahead."""
         if document is None:
             state = entity.decode_state(stored.state)
             if entity.live(state):
@@ -173,7 +173,7 @@ class FullSync:
         repair: bool,
         report: Callable[[Difference], None],
     ) -> None:
-        """Documents that only the mirror has although they are not pending: their origin is unknown."""
+        """Reports documents that only the mirror has although they are not pending: their origin is unknown."""
         ids = [id_ for id_ in await self._mirror.live_ids(restaurant, entity.name) if id_ not in known]
         for start in range(0, len(ids), _DOCUMENTS_PER_READ):
             chunk = ids[start : start + _DOCUMENTS_PER_READ]

@@ -1,19 +1,19 @@
-"""The mirror writer: applies every change of the log to the mirror, and decides when the mirror is warm.
+"""The mirror writer applies every change of the log to the mirror, and decides when the mirror is warm.
 
 Guarantee: every change is applied at least once, under the guard. The offset is stored in the mirror and moves in the
-same script as the data. A mirror that was wiped or came back stale therefore rewinds the writer: to the offset that it
-still has, or, without one, to the live window from PostgreSQL and then the log since PostgreSQL's last heartbeat minus
-ten minutes.
+same script as the data. A mirror that was wiped or came back stale therefore rewinds the writer. If the mirror still
+has an offset, the writer continues there. Without one it loads the live window from PostgreSQL, and then the log since
+PostgreSQL's last heartbeat minus ten minutes.
 
-Order: that of the log.
+Order: changes are applied in the order of the log.
 
 Warm: a mirror takes claims when the log has been read to its end and `mirror_settle_seconds` have passed since the
 mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A fresh system, where
 nothing can be in flight, does not wait.
 
-A warm mirror is asked first which changes it lacks: the requests have revealed most of them, and what the mirror has at
-that version or above is neither decoded nor sent. The answer holds only for that mirror: when another one has taken its
-place, the writer rewinds.
+The writer first asks a warm mirror which changes it lacks, because the requests have revealed most of them. A change
+that the mirror has in that version or a later one is neither decoded nor sent. The answer holds only for that mirror:
+when another one has replaced it, the writer rewinds.
 
 A change that cannot be applied goes to `sync.mirror.dead.v1`; the writer continues after the confirm. While Redis,
 RabbitMQ or (for a rebuild) PostgreSQL is unavailable, it waits with jittered backoff.
@@ -90,16 +90,16 @@ class _StartPoint(Struct):
     start: Start
     warm: bool
     settled_at: float
-    """On the monotonic clock: the mirror is not warm before this moment."""
+    """The earliest moment at which the mirror may be warm, on the monotonic clock."""
 
 
 class _Logged(Struct):
-    """One change of the log, as far as it is decoded."""
+    """One change of the log, of which only the outline is decoded."""
 
     entry: LogEntry
     event: bytes
     outline: Outline | None
-    """None when it cannot be read."""
+    """None when the change cannot be read."""
 
 
 class MirrorWriter:
@@ -154,7 +154,7 @@ class MirrorWriter:
         return await self._rebuild(found_at)
 
     async def _rebuild(self, found_at: float) -> _StartPoint:
-        # The epoch that the log itself carries: PostgreSQL's may be that of a backup.
+        # Prefer the epoch in the log itself: PostgreSQL may have the epoch of a backup.
         epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
             epoch = epoch or await connection.fetchval(_EPOCH)
@@ -174,7 +174,7 @@ class MirrorWriter:
             async for rows in states.holds(connection):
                 await self._mirror.hold(rows)
         log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
-        # On a fresh system nothing can be under way.
+        # On a fresh system nothing can be in flight.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
         return _StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
@@ -190,7 +190,7 @@ class MirrorWriter:
     async def _follow(self, begun: _StartPoint) -> None:
         state, self.warm = begun.state, begun.warm
         if not self.warm:
-            # The mark that proves the end of the log must be younger than what was under way.
+            # The mark that proves the end of the log must be younger than every change that was in flight.
             await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
         async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
             async for batch in batches:
@@ -244,7 +244,7 @@ class MirrorWriter:
 
     async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
         """Applies in chunks, because a script blocks Redis for all others while it runs. The offset moves with the last
-        chunk, after the repair of late changes: what stops half-way is repeated from the previous offset."""
+        chunk, after the repair of late changes: after an interruption, the writer repeats from the previous offset."""
         chunks = [
             wanted[start : start + _CHANGES_PER_SCRIPT] for start in range(0, len(wanted), _CHANGES_PER_SCRIPT)
         ] or [[]]
@@ -263,8 +263,8 @@ class MirrorWriter:
         return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
-        """States from PostgreSQL in place of late ones: an old event for a doc that the mirror lacks must not restore
-        an old state. Keeps the event where PostgreSQL is behind it."""
+        """Replaces late states by states from PostgreSQL, because an old event for a document that the mirror lacks
+        must not restore an old state. Keeps the event if PostgreSQL is behind it."""
         found = []
         async with self._postgres.connection() as connection:
             for one in late:
@@ -276,7 +276,7 @@ class MirrorWriter:
         return found
 
     async def would_apply(self, event: bytes) -> bool:
-        """False: the mirror has this change or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
+        """Returns False if the mirror has this change or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
         seen = outline(event)
         return seen is not None and bool(await self._mirror.missing([seen]))
 
@@ -288,7 +288,7 @@ class MirrorWriter:
         one = Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")
         if await self._mirror.apply([one]):
             await self._mirror.apply(await self._from_postgres([one]))
-        # PostgreSQL may have committed it before the mirror had a doc whose sync state could change.
+        # PostgreSQL may have committed it before the mirror had a document whose sync state could change.
         async with self._postgres.connection() as connection:
             found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
@@ -304,8 +304,8 @@ class MirrorWriter:
         return found
 
     async def _missing(self, found: list[_Logged]) -> list[_Logged]:
-        """The changes that the mirror lacks, and those that cannot be read. A warm mirror has most of them from the
-        requests that made them."""
+        """Returns the changes that the mirror lacks, and the unreadable ones. A warm mirror has most changes already,
+        because the requests that made them revealed them."""
         if not self.warm:
             return found
         known = [(place, one.outline) for place, one in enumerate(found) if one.outline is not None]

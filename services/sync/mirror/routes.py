@@ -1,4 +1,4 @@
-"""GET /api/sync/status: how far the changes of a restaurant have come on their way to PostgreSQL."""
+"""GET /api/sync/status: the sync status of a restaurant."""
 
 from litestar.types import ASGIApp
 

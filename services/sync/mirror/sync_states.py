@@ -1,9 +1,8 @@
 """Keeps the sync states in the mirror equal to PostgreSQL.
 
 The PostgreSQL writer notifies the mirror as it writes (`mirror_notifier`), best effort. This module repairs what the
-mirror missed then or has lost since: states that are committed although the mirror calls them pending, changes that
-have failed, and entities with an open conflict. PostgreSQL is the source of all three; this module writes nothing
-there.
+mirror missed or has lost: states that are committed although the mirror calls them pending, changes that have failed,
+and entities with an open conflict. PostgreSQL is the source of all three, and this module writes nothing there.
 """
 
 import math
@@ -27,18 +26,18 @@ _STATES_PER_QUERY = 500
 
 
 class SyncStates:
-    """Every method raises what the stores raise."""
+    """Every method raises MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE when a store does not answer."""
 
     def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
         self.open_conflicts = math.nan
-        """Entities with an open conflict, over all restaurants, at the last count; NaN while the number is unknown."""
+        """The number of entities with an open conflict, over all restaurants, at the last count; NaN while unknown."""
 
     async def sync_pending(self) -> int:
-        """Marks states as synced that PostgreSQL has although the mirror calls them pending. Returns how many."""
+        """Marks states as synced that the mirror calls pending although PostgreSQL has them. Returns their number."""
         synced = 0
         before = now() - timedelta(seconds=self._settings.pending_check_after_seconds)
         for restaurant in await self._mirror.restaurant_ids():
@@ -65,7 +64,7 @@ class SyncStates:
         return len(head)
 
     async def _note_failed(self, restaurant: str, entity: Entity, ids: list[str]) -> None:
-        """Notes failures again: a mirror that was rebuilt has lost them."""
+        """Writes failures into the mirror again, because a rebuilt mirror has lost them."""
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         waiting = {
             document.head.change_id: (id_, document.head)

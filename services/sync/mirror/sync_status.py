@@ -27,7 +27,7 @@ class SyncStatus(Struct, frozen=True):
     """The reply of `sync_status`. `unknown`: the stores that are unavailable."""
 
     summary: str
-    """The first that applies of unknown, conflict, failed, pending, synced."""
+    """The first of unknown, conflict, failed, pending, synced that applies."""
     above_threshold: bool
     warnings: list[Above]
     totals: Counts
@@ -50,8 +50,8 @@ async def _stored(connection: Connection, entity: Entity, restaurant: str) -> in
 
 
 async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
-    """Counts per entity; null while the store that knows them is unavailable, which `unknown` names. A failed change is
-    pending too. `warnings`: the numbers above their threshold."""
+    """Returns the counts per entity. A count is null while its store is unavailable, which `unknown` names. A failed
+    change counts as pending too. `warnings`: the numbers above their threshold."""
     tables: dict[str, dict[str, int | None]] = {}
     unknown = []
     try:
@@ -93,7 +93,7 @@ def _total(counts: Iterable[int | None]) -> int | None:
 
 
 def _summary(totals: dict[str, int | None], unknown: list[str]) -> str:
-    """The first that applies of unknown, conflict, failed, pending, synced."""
+    """Returns the first of unknown, conflict, failed, pending, synced that applies."""
     if unknown:
         return "unknown"
     return next((state for state in ("conflict", "failed", "pending") if totals[state]), "synced")

@@ -27,7 +27,7 @@ class Above(Struct, frozen=True):
 
 
 def warnings(settings: Settings, pending: int, failed: int) -> list[Above]:
-    """The numbers that are above their threshold."""
+    """Returns the numbers that are above their threshold."""
     seen = (("pending", pending, settings.pending_warning_changes), ("failed", failed, settings.failed_warning_changes))
     return [Above(state, count, threshold) for state, count, threshold in seen if count > threshold]
 
