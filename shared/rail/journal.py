@@ -1,15 +1,17 @@
-"""The journal of one instance: where changes wait on local disk while the broker cannot take them.
+"""The journal of one instance: it keeps changes on local disk while the broker cannot take them.
 
-SQLite in WAL mode with `synchronous=FULL`: what `append` has returned for survives kill -9 and power loss. Appends that
-wait at the same moment share one commit. All access is by a single thread of its own, so that no flush blocks the event
-loop. One process owns the file, by the lease of its number (instance.py); others may read it (journal_file.py).
+The file is an SQLite database in WAL mode with `synchronous=FULL`: after `append` returns, its entries survive kill -9
+and power loss. Appends that wait at the same moment share one commit. All access happens in one thread of the journal,
+so that no flush blocks the event loop. One process owns the file, by the lease of its number (instance.py); other
+processes may read it (journal_file.py).
 
-What is refused was not kept: a full journal (by its bound, or because the disk must have room for draining it) says so
-before it writes anything, and an append that failed is wiped from the log before the next one. Where not even that
-could be done the answer is JournalInDoubt.
+A refused change is not kept. A full journal refuses before it writes anything: it has a bound, and the disk must keep
+room for draining it. A failed append is removed from the write-ahead log before the next append. If that also fails,
+`append` raises JournalInDoubt.
 
-A damaged file is set aside with every entry that is whole carried over (set_aside.py), at the opening or whenever
-SQLite meets it. One that cannot be opened now is tried again with every use, a second apart.
+A damaged file is set aside, and every intact entry moves to a new file (set_aside.py). This happens when the journal
+opens, or later when SQLite reports the damage. A file that cannot be opened is tried again at its next use, at most
+once per `_REOPEN_INTERVAL_SECONDS`.
 """
 
 import asyncio
@@ -42,19 +44,21 @@ from shared.rail.journal_file import (
     whole,
 )
 from shared.rail.salvage import Salvage, wal_of, wal_problem
-from shared.rail.set_aside import files_aside, finish, set_aside
+from shared.rail.set_aside import files_aside, finish_set_aside, set_aside
 
 log = structlog.get_logger(__name__)
 
-# Numbers are reserved in blocks: one flush for many. Those of a block that a crash leaves unused are never given.
-_BLOCK = 20
-_OPEN_AGAIN = 1.0  # seconds
+# Order numbers are reserved in blocks, so that many numbers need one flush. After a crash the unused numbers of a block
+# are never given.
+_NUMBER_BLOCK_SIZE = 20
+_REOPEN_INTERVAL_SECONDS = 1.0
+_MAX_CACHED_NUMBER_SERIES = 10_000
 
 T = TypeVar("T")
 
 
 class JournalBroken(Exception):
-    """The disk or the file will not take the change; nothing of it was kept."""
+    """The disk or the file cannot take the change; nothing of it is kept."""
 
 
 class JournalFull(JournalBroken):
@@ -62,7 +66,7 @@ class JournalFull(JournalBroken):
 
 
 class JournalInDoubt(JournalBroken):
-    """The disk failed in a way that leaves open whether the change was kept."""
+    """The disk failed, and the change may or may not be kept."""
 
 
 class JournalEntry(Struct, frozen=True):
@@ -75,8 +79,9 @@ class Journal:
     def __init__(
         self, path: Path, *, instance: int, max_bytes: int, reserve_bytes: int = 0, lease: Lease | None = None
     ) -> None:
-        """`reserve_bytes`: what an append leaves free on the disk. `lease`: of this file, where the caller holds it;
-        otherwise it is taken while the journal is open."""
+        """`max_bytes`: the bound for all events together. `reserve_bytes`: the space that an append must leave free on
+        the disk. `lease`: the lease of this file, if the caller holds it; otherwise the journal takes it while it is
+        open."""
         self._path = path
         self._instance = instance
         self._max_bytes = max_bytes
@@ -85,9 +90,11 @@ class Journal:
         self._own_lease: Lease | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._db: sqlite3.Connection | None = None
-        self._wanted = False
+        self._requested = False
+        """True from `open` to `close`, also while the file cannot be opened."""
         self._tried_at = 0.0
         self._untidy = False
+        """True while the write-ahead log may hold a failed append."""
         self._waiting: list[tuple[Sequence[tuple[Lane, bytes]], asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
         self._numbers: dict[tuple[str, str], tuple[str, int, int]] = {}
@@ -97,30 +104,30 @@ class Journal:
         self.depth = 0
         self.bytes = 0
         self.damaged = 0
-        """Entries that are not whole: told, and not sent."""
+        """The number of damaged entries, which are reported and never sent."""
         self.set_aside = 0
-        """Files of this journal that were damaged and lie beside it."""
+        """The number of set-aside files of this journal."""
 
     @property
     def opened(self) -> bool:
         return self._db is not None
 
     async def open(self) -> None:
-        """Raises JournalBroken, also when another process has it. Whatever is used next tries again."""
-        self._wanted = True
+        """Raises JournalBroken, also if another process holds the journal. After an error, the next use tries again."""
+        self._requested = True
         await self._run(self._open)
 
     async def close(self) -> None:
-        """May be called twice, and without an open."""
-        self._wanted = False
+        """May be called twice, also on a journal that was never opened."""
+        self._requested = False
         if self._flushing is not None:
             await asyncio.gather(self._flushing, return_exceptions=True)
         if self._db is not None or self._own_lease is not None:
             await self._run(self._close)
 
     async def append(self, entries: Sequence[tuple[Lane, bytes]]) -> None:
-        """Durable when it returns. Raises JournalBroken or JournalFull: then none of the entries was kept; or
-        JournalInDoubt."""
+        """The entries are durable when this returns. Raises JournalBroken or JournalFull if none of them is kept, and
+        JournalInDoubt if they may be kept."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((entries, done))
         if self._flushing is None or self._flushing.done():
@@ -128,21 +135,23 @@ class Journal:
         await done
 
     async def oldest(self, count: int, lane: Lane | None = None) -> list[JournalEntry]:
-        """Of one lane, or of all. What is not as it was written is not among them."""
+        """Up to `count` entries, oldest first, of one lane or of all lanes. Damaged entries are moved to the table
+        `damaged` and not returned. Raises JournalBroken."""
         return await self._run(partial(self._do, lambda: self._oldest(count, lane)))
 
     async def remove(self, entries: Sequence[JournalEntry]) -> None:
-        """Of entries that are recorded elsewhere now."""
+        """Removes entries that the broker has confirmed. Raises JournalBroken."""
         await self._run(partial(self._do, lambda: self._remove(entries)))
 
     async def next_number(self, restaurant: str, day: str) -> str:
-        """`J1-0007`: the series of this instance, so that no number is given twice whoever counts."""
+        """The next order number of a business day, such as `J1-0007`. Each instance has a series of its own, so that no
+        number is given twice. Raises JournalBroken."""
         async with self._numbering:
             series, last, reserved = self._numbers.get((restaurant, day), ("", 0, 0))
             if last == reserved:
                 series, reserved = await self._run(partial(self._do, lambda: self._reserve(restaurant, day)))
-                last = reserved - _BLOCK
-                if len(self._numbers) > 10_000:  # business days gone by
+                last = reserved - _NUMBER_BLOCK_SIZE
+                if len(self._numbers) > _MAX_CACHED_NUMBER_SERIES:  # most belong to past business days
                     self._numbers.clear()
             self._numbers[restaurant, day] = (series, last + 1, reserved)
         return f"{series}-{last + 1:04d}"
@@ -155,7 +164,7 @@ class Journal:
             try:
                 entries = [entry for entries, _ in waiting for entry in entries]
                 await self._run(partial(self._do, partial(self._append, entries)))
-            except Exception as error:  # noqa: BLE001  (told to all that wait for it, whatever it is)
+            except Exception as error:  # noqa: BLE001  (every waiting caller gets the error, whatever it is)
                 broken = (
                     error if isinstance(error, JournalBroken) else JournalInDoubt(f"{type(error).__name__}: {error}")
                 )
@@ -176,11 +185,11 @@ class Journal:
     # -- in the journal's thread -------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[], T]) -> T:
-        """With the journal open; once more when its file turned out to be damaged and was set aside."""
+        """Does the work with the journal open. If SQLite reports damage, sets the file aside and does it once more."""
         if self._db is None:
-            if not self._wanted:
+            if not self._requested:
                 raise JournalBroken(f"journal {self._path} is not open")
-            if time.monotonic() - self._tried_at < _OPEN_AGAIN:
+            if time.monotonic() - self._tried_at < _REOPEN_INTERVAL_SECONDS:
                 raise JournalBroken(f"journal {self._path} could not be opened a moment ago")
             self._open()
         try:
@@ -188,7 +197,7 @@ class Journal:
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
-            self._let_go()
+            self._disconnect()
             set_aside(self._path, str(error))
             self._open()
             return work()
@@ -202,7 +211,7 @@ class Journal:
                 raise JournalBroken(str(error)) from error
             if self._own_lease is None:
                 raise JournalBroken(f"journal {self._path} is held by {Lease.holder(self._path) or 'another process'}")
-        finish(self._path)
+        finish_set_aside(self._path)
         left = False
         if self._path.exists() or wal_of(self._path).exists():
             left = self._check()
@@ -211,17 +220,22 @@ class Journal:
         self._connect(list(Salvage(self._path).entries(unfinished=True)) if left else [])
 
     def _check(self) -> bool:
-        """Sets a damaged file aside; whether something lies behind the last commit of its log."""
+        """Sets a damaged file aside. Returns whether its write-ahead log holds data after the last commit."""
         problem, left = wal_problem(self._path)
         if problem is None:
-            problem = problem_of(self._path) if self._path.exists() else "the file is gone, its log is there"
+            problem = (
+                problem_of(self._path)
+                if self._path.exists()
+                else "the file is missing and its write-ahead log is there"
+            )
         if problem is not None:
             set_aside(self._path, problem)
             return False
         return left
 
     def _connect(self, found: Sequence[tuple[str, bytes]]) -> None:
-        """`found`: what an append that a crash has cut short has left in the log; no harm in keeping it."""
+        """`found`: (lane, event) of the entries that an interrupted append left in the write-ahead log. They are kept:
+        nobody was told that they were refused, and a change that is sent twice is harmless."""
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=1.0)
         db.text_factory = read_text
         try:
@@ -232,8 +246,9 @@ class Journal:
         self._db, self._untidy = db, False
 
     def _prepare(self, db: sqlite3.Connection, found: Sequence[tuple[str, bytes]]) -> None:
-        # Nothing is written before a commit, and what is deleted is gone: what lies in the file is what waits. A log
-        # that begins anew is cut: nothing of the one before it stands behind its end.
+        # With these settings the file holds exactly the waiting entries: SQLite writes nothing before a commit,
+        # overwrites deleted entries with zeros, and truncates a restarted write-ahead log, so that nothing of the
+        # previous one follows its end.
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "cache_spill=OFF"):
             db.execute(f"pragma {pragma}")
         db.execute("pragma journal_size_limit=0")
@@ -258,12 +273,12 @@ class Journal:
         self.set_aside = len(files_aside(self._path))
 
     def _close(self) -> None:
-        self._let_go()
+        self._disconnect()
         lease, self._own_lease = self._own_lease, None
         if lease is not None:
             lease.release()
 
-    def _let_go(self) -> None:
+    def _disconnect(self) -> None:
         db, self._db = self._db, None
         if db is not None:
             db.close()
@@ -297,8 +312,8 @@ class Journal:
         self.bytes += size
 
     def _leave_room(self, size: int) -> None:
-        """What lies here must be drained, which takes room of its own; and a disk that is full in the middle of a
-        commit leaves doubt."""
+        """Refuses an append that would leave too little space on the disk. Draining the journal needs space of its own,
+        and a disk that fills up during a commit leaves the append in doubt. Raises JournalFull."""
         if self._reserve_bytes:
             disk = os.statvfs(self._path.parent)
             left = disk.f_bavail * disk.f_frsize
@@ -306,7 +321,7 @@ class Journal:
                 raise JournalFull(f"the disk of journal {self._path} has {left} bytes left")
 
     def _wipe(self, db: sqlite3.Connection) -> None:
-        """What a failed append has left in the log: a crash must not bring back what was refused."""
+        """Removes a failed append from the write-ahead log, because a crash must not bring back a refused change."""
         self._untidy = True
         try:
             _tidy(db)
@@ -322,10 +337,11 @@ class Journal:
             (lane, count),
         ).fetchall()
         if lost := [row for row in rows if not whole(*row[1:])]:
-            self._give_up_on(lost)
+            self._keep_damaged(lost)
         return [JournalEntry(seq, Lane(of), event) for seq, entry, of, event in rows if whole(entry, of, event)]
 
-    def _give_up_on(self, rows: Sequence[tuple[int, bytes, str, bytes]]) -> None:
+    def _keep_damaged(self, rows: Sequence[tuple[int, bytes, str, bytes]]) -> None:
+        """Moves damaged entries to the table `damaged` and reports each one."""
         with _transaction(self._writable()) as db:
             for seq, _, lane, event in rows:
                 found = broken(db, seq, lane, event)
@@ -339,7 +355,7 @@ class Journal:
         gone = []
         with _transaction(self._writable()) as db:
             for entry in entries:
-                # By its sum too: a file that was set aside meanwhile has numbered its entries anew.
+                # The sum must match too: if the file was set aside meanwhile, the new file numbers its entries again.
                 proof = sum_of(entry.lane, entry.event)
                 if db.execute("delete from entries where seq = ? and sum = ?", (entry.seq, proof)).rowcount:
                     db.execute("delete from names where seq = ?", (entry.seq,))
@@ -348,7 +364,7 @@ class Journal:
         self.bytes -= sum(gone)
 
     def _reserve(self, restaurant: str, day: str) -> tuple[str, int]:
-        """(series, the highest number that is ours now)"""
+        """Reserves a block of numbers. Returns (series, highest number of the block)."""
         key = (restaurant, day)
         with _transaction(self._writable()) as db:
             row = db.execute("select last, sum from numbers where restaurant = ? and day = ?", key).fetchone()
@@ -359,21 +375,21 @@ class Journal:
                 db.execute("delete from numbers")
                 log.error("journal_numbers_damaged", journal=str(self._path), series=self._generation)
                 last = 0
-            last += _BLOCK
+            last += _NUMBER_BLOCK_SIZE
             values = (restaurant, day, last, sum_of_number(restaurant, day, last))
             db.execute("insert or replace into numbers values (?, ?, ?, ?)", values)
         return f"J{self._instance}.{self._generation}" if self._generation else f"J{self._instance}", last
 
 
 def _tidy(db: sqlite3.Connection) -> None:
-    """Everything into the file, and the log cut to nothing. Raises sqlite3.Error."""
+    """Moves everything from the write-ahead log into the file and truncates the log. Raises sqlite3.Error."""
     if db.execute("pragma wal_checkpoint(TRUNCATE)").fetchone()[0]:
-        raise sqlite3.OperationalError("a reader holds the log")
+        raise sqlite3.OperationalError("a reader holds the write-ahead log")
 
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """All or nothing, and on an error none is left open: the next one could not begin."""
+    """A transaction that is rolled back on an SQLite error; if it stayed open, the next one could not begin."""
     db.execute("begin immediate")
     try:
         yield db

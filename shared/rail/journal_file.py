@@ -280,8 +280,8 @@ def contents(path: Path) -> Contents:
         return Contents(entries=entries, damaged=damaged)
 
 
-def roll(path: Path) -> tuple[list[Name], list[Damaged]]:
-    """Returns the names of the waiting entries, and the damaged ones, without reading events. Raises sqlite3.Error."""
+def list_entries(path: Path) -> tuple[list[Name], list[Damaged]]:
+    """The names of the waiting entries, and the damaged entries, without reading events. Raises sqlite3.Error."""
     with closing(read_only(path)) as db:
         db.execute("begin")
         if _version(db) == 0:

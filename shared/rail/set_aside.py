@@ -1,13 +1,14 @@
-"""A journal whose file is damaged is set aside: renamed beside itself, never changed and never removed, while a new
-file takes its name with every entry that could be read whole. What could not is told in the log, and listed in the new
-file.
+"""Sets a damaged journal file aside: it is renamed and kept unchanged, and a new file takes its name.
 
-    1  everything that can be read goes into <name>.mended, which is durable before anything else happens
-    2  <name> and its write-ahead log are renamed to <name>.corrupt-<time> and <name>.corrupt-<time>-wal
-    3  <name>.mended becomes <name>
+The new file gets every intact entry. The damaged ones are logged, and listed in the new file.
 
-A crash in 1 leaves all as it was: it is begun again. One behind the first rename is finished by `finish`, which every
-opening begins with.
+    1  write everything that can be read to <name>.rebuilt, durably, before anything else happens
+    2  rename <name> and its write-ahead log to <name>.corrupt-<time> and <name>.corrupt-<time>-wal
+    3  rename <name>.rebuilt to <name>
+
+After a crash in step 1 nothing has changed, and the next opening starts again. After a crash in step 2 or 3
+`finish_set_aside` completes them; every opening of a journal calls it first. If the crash came before the first rename,
+it removes <name>.rebuilt instead, and the opening starts again.
 """
 
 import re
@@ -24,21 +25,21 @@ from shared.rail.salvage import Salvage, wal_of
 
 log = structlog.get_logger(__name__)
 
-_MOST_TOLD = 20
-_JOURNAL = re.compile(r"orders-(\d+)\.sqlite(-wal|\.mended)?")
+_MAX_REPORTED = 20
+_JOURNAL = re.compile(r"orders-(\d+)\.sqlite(-wal|\.rebuilt)?")
 _ASIDE = re.compile(r"\.corrupt-[0-9TZ.]+(-wal)?$")
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Returns where it lies now. Nobody may have the file open. Raises sqlite3.Error or OSError when there is no room
-    for the new one: then the old one is where it was."""
+    """Returns the new path of the damaged file. No process may have the file open. Raises sqlite3.Error or OSError, for
+    example if there is no room for the new file; then the old file keeps its name."""
     found = Salvage(path)
     generation, earlier = _remembered(path)
     generation = max(generation, len(files_aside(path))) + 1
-    mended = _mended(path)
-    # By another name until it is whole: where the old file has lost its name, `finish` takes the mended one as it is.
-    filling = mended.with_name(f"{mended.name}.filling")
-    for one in (mended, filling):
+    rebuilt = _rebuilt(path)
+    # It has another name until it is complete, because `finish_set_aside` uses a .rebuilt file as it is.
+    filling = rebuilt.with_name(f"{rebuilt.name}.filling")
+    for one in (rebuilt, filling):
         one.unlink(missing_ok=True)
     damaged: list[Damaged] = []
 
@@ -47,10 +48,10 @@ def set_aside(path: Path, why: str) -> Path:
         yield from (*earlier, *damaged)
 
     fill(filling, generation=generation, entries=found.entries(), damaged=all_damaged())
-    filling.rename(mended)
+    filling.rename(rebuilt)
     flush_folder(path.parent)
     aside = _move_aside(path)
-    finish(path)
+    finish_set_aside(path)
     log.error(
         "journal_set_aside",
         journal=str(path),
@@ -58,51 +59,53 @@ def set_aside(path: Path, why: str) -> Path:
         why=why,
         kept=found.kept,
         damaged=len(damaged),
-        lost=[_told(one) for one in damaged[:_MOST_TOLD]],
+        lost=[_described(one) for one in damaged[:_MAX_REPORTED]],
     )
     return aside
 
 
-def finish(path: Path) -> None:
-    """What a crash in the middle of `set_aside` has left to do."""
-    mended = _mended(path)
-    if not mended.exists():
+def finish_set_aside(path: Path) -> None:
+    """Finishes a `set_aside` that a crash interrupted; does nothing if there was none."""
+    rebuilt = _rebuilt(path)
+    if not rebuilt.exists():
         return
     if path.exists():
-        mended.unlink()  # it may lack something: it is made again
+        rebuilt.unlink()  # it may be older than the damaged file, so `set_aside` writes it again
         return
-    # SQLite would play the log of the old file into the new one.
+    # Otherwise SQLite would apply the write-ahead log of the old file to the new one.
     if wal_of(path).exists():
         _move_aside(path)
-    mended.rename(path)
+    rebuilt.rename(path)
     flush_folder(path.parent)
 
 
 def journals_in(folder: Path) -> dict[int, Path]:
-    """Number of its instance -> the journal, of all in a folder. One whose file is gone is there while its log is, or
-    what a crash has left of mending it: `Journal.open` makes it whole. Raises OSError."""
+    """Instance number -> path of its journal, for all journals in a folder.
+
+    A journal also counts if a crash has left only its write-ahead log or its .rebuilt file; `Journal.open` restores it.
+    Raises OSError."""
     found = (_JOURNAL.fullmatch(one.name) for one in folder.iterdir())
     numbers = sorted({int(match[1]) for match in found if match})
     return {number: folder / f"orders-{number}.sqlite" for number in numbers}
 
 
 def files_of(path: Path) -> list[Path]:
-    """In which its entries may be, as far as they are there: the file, its log, and what is to take its place."""
-    return [one for one in (path, wal_of(path), _mended(path)) if one.exists()]
+    """The existing files that may hold entries of a journal: the file, its write-ahead log and its .rebuilt file."""
+    return [one for one in (path, wal_of(path), _rebuilt(path)) if one.exists()]
 
 
 def readable(path: Path) -> Path:
-    """The file to read of a journal that nobody has opened since a crash."""
-    return _mended(path) if not path.exists() and _mended(path).exists() else path
+    """The file to read entries from, also if no process has opened the journal since a crash."""
+    return _rebuilt(path) if not path.exists() and _rebuilt(path).exists() else path
 
 
 def files_aside(path: Path) -> list[Path]:
-    """Of this journal; a log counts where it is without its file."""
+    """The set-aside files of a journal; a write-ahead log is listed only if its file is missing."""
     return [one for one in _aside_in(path.parent) if one.name.startswith(f"{path.name}.corrupt-")]
 
 
 def count_aside(folder: Path) -> int:
-    """Of all journals in a folder."""
+    """The number of set-aside files of all journals in a folder; 0 if the folder cannot be read."""
     try:
         return len(_aside_in(folder))
     except OSError:
@@ -116,12 +119,12 @@ def _aside_in(folder: Path) -> list[Path]:
     )
 
 
-def _mended(path: Path) -> Path:
-    return path.with_name(f"{path.name}.mended")
+def _rebuilt(path: Path) -> Path:
+    return path.with_name(f"{path.name}.rebuilt")
 
 
 def _move_aside(path: Path) -> Path:
-    """The file first: while it has its name, everything is as it was."""
+    """Renames the file first, because nothing has changed as long as it has its name. Returns the new path."""
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     aside = path.with_name(f"{path.name}.corrupt-{at}")
     for one, name in ((path, aside), (wal_of(path), wal_of(aside))):
@@ -134,7 +137,7 @@ def _move_aside(path: Path) -> Path:
 
 
 def _remembered(path: Path) -> tuple[int, list[Damaged]]:
-    """(series of numbers, what was damaged before), where the old file still tells them."""
+    """(generation of the number series, entries that were damaged before), as far as the old file can be read."""
     generation, damaged = 0, list[Damaged]()
     try:
         with closing(read_only(path)) as db:
@@ -145,7 +148,7 @@ def _remembered(path: Path) -> tuple[int, list[Damaged]]:
     return min(max(generation, 0), 1_000_000), damaged
 
 
-def _told(one: Damaged) -> str:
+def _described(one: Damaged) -> str:
     if one.name is None or not one.name.change_id:
-        return f"something of {len(one.event or b'')} bytes"
+        return f"an unknown entry of {len(one.event or b'')} bytes"
     return f"{one.name.subject} version {one.name.version}, change {one.name.change_id}: {one.why}"

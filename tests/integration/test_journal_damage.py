@@ -319,7 +319,7 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
     monkeypatch.undo()
     await opened(path)
     assert set(half.waiting) <= set(contents(path).entries)
-    assert not path.with_name(f"{path.name}.mended").exists()
+    assert not path.with_name(f"{path.name}.rebuilt").exists()
 
 
 # -- damage while the journal is open --------------------------------------------------------------------------------
@@ -474,13 +474,13 @@ async def test_use_opens_a_journal_that_could_not_be_opened_before(
     path = tmp_path / "orders-1.sqlite"
     path.mkdir()
     journal = journal_of(path)
-    monkeypatch.setattr("shared.rail.journal._OPEN_AGAIN", 60.0)
+    monkeypatch.setattr("shared.rail.journal._REOPEN_INTERVAL_SECONDS", 60.0)
     with pytest.raises(JournalBroken):
         await journal.open()
     with pytest.raises(JournalBroken, match="a moment ago"):
         await journal.append([entry()])
     path.rmdir()
-    monkeypatch.setattr("shared.rail.journal._OPEN_AGAIN", 0.0)
+    monkeypatch.setattr("shared.rail.journal._REOPEN_INTERVAL_SECONDS", 0.0)
     await journal.append([entry()])
     assert (journal.opened, journal.depth) == (True, 1)
     await journal.close()

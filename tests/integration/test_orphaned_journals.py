@@ -140,7 +140,7 @@ async def test_intact_entries_of_a_damaged_journal_are_recorded_and_the_file_is_
     assert await orphaned.drain() == 0
 
 
-@pytest.mark.parametrize("ending", ["-wal", ".mended"])
+@pytest.mark.parametrize("ending", ["-wal", ".rebuilt"])
 async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacement(tmp_path: Path, ending: str) -> None:
     events = [encode(builders.change(builders.order(items=0))) for _ in range(3)]
     (living := tmp_path / "living").mkdir()
@@ -153,7 +153,7 @@ async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacemen
         (tmp_path / "orders-2.sqlite-wal").write_bytes(log)
     else:
         await journal.close()
-        (living / "orders-2.sqlite").rename(tmp_path / "orders-2.sqlite.mended")
+        (living / "orders-2.sqlite").rename(tmp_path / "orders-2.sqlite.rebuilt")
     assert journals(tmp_path).depths == {"orders-2.sqlite": 3}
     shown = await asyncio.to_thread(
         CliRunner().invoke, main, ["journal", "show", str(tmp_path / "orders-2.sqlite"), "--json"]

@@ -17,7 +17,7 @@ from shared.entities.contract import now
 from shared.mirror.mirror import Mirror
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import Postgres
-from shared.rail.journal_file import Damaged, Name, name_of, roll
+from shared.rail.journal_file import Damaged, Name, list_entries, name_of
 from shared.rail.salvage import Salvage
 from shared.rail.set_aside import journals_in, readable
 from shared.settings import Settings
@@ -50,7 +50,7 @@ def journals(folder: Path) -> Journals:
     found = Journals({}, {}, {}, [])
     for path in journals_in(folder).values() if folder.exists() else ():
         try:
-            waiting, damaged = roll(readable(path))
+            waiting, damaged = list_entries(readable(path))
         except (sqlite3.Error, ValueError) as error:
             log.warning("journal_salvaged", journal=str(path), error=str(error))
             try:
