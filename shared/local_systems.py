@@ -1,8 +1,8 @@
-"""The systems that `make run` starts: where each writes what the command line needs, and which of them run.
+"""The systems that `make run` starts: their settings for the command line, and the list of those that run.
 
-A system has a home. `make run` writes `<home>/system.env` there: the settings of its services with their secrets, for
-its owner alone, in a form that `sh` reads too. While it runs it is listed in a folder of its user. An entry counts only
-while the run holds the lock of its home, so a run that was killed needs no cleanup.
+A system has a home directory. `make run` writes the settings and secrets of its services to `<home>/system.env`, which
+only its owner can read, and in a form that `sh` can read too. A running system is listed in a directory of its user.
+An entry counts only while its run holds the lock in the home, so a killed run needs no cleanup.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-"""The directory of these sources."""
+"""The root directory of this source tree."""
 ENV_FILE = "system.env"
 LOCK_FILE = "run.lock"
 PREFIX = "TICKETRAIL_"
@@ -34,18 +34,18 @@ BACKENDS = tuple(
         "DATABASE_OPS_URL",
     )
 )
-"""Whoever sets one of these in the environment has chosen a system already, as containers do."""
+"""If the environment sets one of these, it has chosen the system; containers do so."""
 
 
 class NoSystem(Exception):
-    """No system was chosen, or several could be meant; says which there are and how to choose."""
+    """No system was found, or several fit; the message lists them and says how to choose one."""
 
 
 @dataclass(frozen=True)
 class LocalSystem:
     home: Path
     checkout: Path
-    """The directory of the sources that run it."""
+    """The root of the source tree that runs it."""
 
     @property
     def name(self) -> str:
@@ -68,17 +68,17 @@ class LocalSystem:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a command talks to."""
+    """The system that a command talks to."""
 
     label: str
     environment: Mapping[str, str]
-    """Settings to add to the environment."""
+    """The settings to add to the environment."""
     overrides: bool = False
-    """These settings replace those of the environment, which otherwise win."""
+    """True if these settings win over the environment; otherwise the environment wins."""
 
 
 def write_environment(home: Path, environment: Mapping[str, str]) -> None:
-    """Complete or not at all."""
+    """Writes `system.env` of a home; a reader sees the old or the new file, never a part."""
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items())]
     aside = home / f"{ENV_FILE}.new"
     aside.unlink(missing_ok=True)
@@ -88,7 +88,7 @@ def write_environment(home: Path, environment: Mapping[str, str]) -> None:
 
 
 def read_environment(home: Path) -> dict[str, str] | None:
-    """None where `make run` has never written one."""
+    """The settings in `system.env` of a home; None if it cannot be read, such as before the first `make run`."""
     try:
         text = (home / ENV_FILE).read_text()
     except OSError:
@@ -98,34 +98,41 @@ def read_environment(home: Path) -> dict[str, str] | None:
 
 
 def list_system(system: LocalSystem) -> Path:
-    """Adds it to the list of systems that run; returns its entry, to be removed at the end."""
+    """Adds a system to the list of running systems. Returns the file of its entry; the caller removes it at the end."""
     entry = _folder() / f"{hashlib.sha256(str(system.home).encode()).hexdigest()[:16]}.json"
     entry.write_text(json.dumps({"home": str(system.home), "checkout": str(system.checkout)}))
     return entry
 
 
 def running_systems() -> list[LocalSystem]:
-    """Those of this user, by their homes."""
+    """The running systems of this user, sorted by home."""
     found = []
     for entry in _folder().glob("*.json"):
         try:
             known = json.loads(entry.read_text())
             system = LocalSystem(Path(known["home"]), Path(known["checkout"]))
         except (OSError, ValueError, KeyError):
-            continue  # removed or being written at this moment
+            continue  # its run removes or writes the entry at this moment
         if system.running:
             found.append(system)
     return sorted(found, key=lambda system: str(system.home))
 
 
 def choose(
-    wanted: str | None, environment: Mapping[str, str], *, checkout: Path, configured_home: Path | None
+    requested: str | None, environment: Mapping[str, str], *, checkout: Path, configured_home: Path | None
 ) -> Chosen:
-    """The system that a command of `checkout` talks to. The first of these decides: `wanted` (a path or a name), a
-    backend in the environment, TICKETRAIL_HOME there, `configured_home` (from `.env`), the one that runs, the one that
-    ran here last, the settings. Raises NoSystem when several could be meant."""
-    if wanted is not None:
-        return _of(_wanted(wanted, checkout), overrides=True)
+    """The system that a command of `checkout` talks to. The first of these that is given decides:
+
+    1  `requested`, a path or a name
+    2  a URL of a backend in the environment
+    3  TICKETRAIL_HOME in the environment, then `configured_home` (from `.env`)
+    4  the running system of this checkout, or else the only running one
+    5  the last system of this checkout, or the default settings if there was none
+
+    Raises NoSystem if several systems run, or if no system is called `requested`.
+    """
+    if requested is not None:
+        return _of(_find_requested(requested, checkout), overrides=True)
     if set(BACKENDS) & environment.keys():
         return Chosen("the backends that the environment names", {})
     home = Path(environment[HOME]) if environment.get(HOME) else configured_home
@@ -135,7 +142,7 @@ def choose(
     here = [system for system in running if system.checkout == checkout] or running
     if len(here) > 1:
         raise NoSystem(
-            f"{len(here)} systems run, {_listed(here)}: choose one with --system NAME, or set {HOME} to its directory"
+            f"{len(here)} systems run: {_listed(here)}. Choose one with --system NAME, or set {HOME} to its directory"
         )
     return _of(here[0] if here else LocalSystem(checkout / ".local", checkout))
 
@@ -143,22 +150,24 @@ def choose(
 def _of(system: LocalSystem, *, overrides: bool = False) -> Chosen:
     written = read_environment(system.home)
     if written is None:
-        return Chosen(f"the default settings, because `make run` has not started one in {system.home}", {})
+        return Chosen(f"the default settings, because `make run` has not started a system in {system.home}", {})
     state = "runs" if system.running else "does not run"
     return Chosen(f"{system.name}, in {system.home}, {state}", written, overrides)
 
 
-def _wanted(wanted: str, checkout: Path) -> LocalSystem:
-    for home in (Path(wanted), Path(wanted) / ".local"):
+def _find_requested(requested: str, checkout: Path) -> LocalSystem:
+    for home in (Path(requested), Path(requested) / ".local"):
         if (home / ENV_FILE).exists():
             return LocalSystem(home.absolute(), checkout)
     running = running_systems()
-    named = [system for system in running if system.name == wanted]
+    named = [system for system in running if system.name == requested]
     if not named:
-        known = f"these run: {_listed(running)}" if running else "none runs"
-        raise NoSystem(f"--system {wanted}: no directory of `make run` and no name of a system that runs; {known}")
+        known = f"running systems: {_listed(running)}" if running else "no system runs"
+        raise NoSystem(
+            f"--system {requested}: it is neither a directory of `make run` nor the name of a running system; {known}"
+        )
     if len(named) > 1:
-        raise NoSystem(f"--system {wanted}: {_listed(named)} have this name; choose one by its directory")
+        raise NoSystem(f"--system {requested}: {_listed(named)} have this name; choose one by its directory")
     return named[0]
 
 
@@ -167,7 +176,8 @@ def _listed(systems: Sequence[LocalSystem]) -> str:
 
 
 def _folder() -> Path:
-    """Of this user alone: an entry of somebody else could send commands, with passwords, to another server."""
+    """The directory of the entries. It must belong to this user: an entry of another user could make commands send
+    passwords to another server. Raises NoSystem."""
     folder = Path(tempfile.gettempdir()) / f"ticketrail-systems-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

@@ -1,5 +1,5 @@
-"""Restaurants: plain rows in PostgreSQL without changes. A copy in the mirror allows pricing while PostgreSQL is
-unavailable."""
+"""Restaurants: plain rows in PostgreSQL, without changes. The mirror has a copy, so that the orders service can price
+orders while PostgreSQL is unavailable."""
 
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +19,7 @@ _ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
 
 class RestaurantSettings(Struct, frozen=True):
     country: Annotated[str, Meta(pattern="^[A-Z]{2}$", max_length=2, examples=["DE"])] | None = None
-    """ISO 3166 code of the country of phone numbers without a country code."""
+    """ISO 3166 code of the country that a phone number without a country code belongs to."""
     minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
     """The payment, in minor units, that gives one loyalty point."""
 

@@ -1,6 +1,6 @@
-"""How a setting is declared and described: its group, unit and sentence, and the values that it allows.
+"""Declares and describes settings: group, unit, sentence and allowed values.
 
-`.env.example`, `docs/settings.md` and the message for a wrong value are made from these descriptions.
+`.env.example`, `docs/settings.md` and the message for a wrong value are generated from these descriptions.
 """
 
 import json
@@ -21,7 +21,7 @@ PREFIX = "TICKETRAIL_"
 
 
 class Group(Struct, frozen=True):
-    """Settings that belong together. `about`: a sentence that is printed below the title."""
+    """Settings that belong together. `about`: a sentence that the documents print below the title."""
 
     title: str
     about: str
@@ -54,7 +54,7 @@ class Group(Struct, frozen=True):
 
 
 class Words(Struct, frozen=True):
-    """Metadata of a type: what it allows, in words that complete the sentence "it must be …"."""
+    """Metadata of a type: its allowed values, in words that complete the sentence "it must be …"."""
 
     text: str
 
@@ -107,11 +107,12 @@ TRACES = Group("Traces", "See docs/tracing.md.")
 NOTIFIER = Group("Notifier", "Push to terminals and browsers.")
 
 
-# -- what is allowed ---------------------------------------------------------------------------------------------
+# -- allowed values ----------------------------------------------------------------------------------------------
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """In words that complete the sentence "it must be …": "a whole number from 1 to 65535"."""
+    """The allowed values of a setting, in words that complete the sentence "it must be …", such as "a whole number from
+    1 to 65535"."""
     return description_of(field).allowed or _words(field.annotation, field.metadata)
 
 
@@ -143,10 +144,10 @@ def _range(limits: list[Any]) -> str:
     least, above, most = None, None, None
     for limit in limits:
         # `Field(ge=…)` inside Annotated holds its limits in `metadata`.
-        for one in limit.metadata if isinstance(limit, FieldInfo) else [limit]:
-            least = one.ge if isinstance(one, Ge) else least
-            above = one.gt if isinstance(one, Gt) else above
-            most = one.le if isinstance(one, Le) else most
+        for bound in limit.metadata if isinstance(limit, FieldInfo) else [limit]:
+            least = bound.ge if isinstance(bound, Ge) else least
+            above = bound.gt if isinstance(bound, Gt) else above
+            most = bound.le if isinstance(bound, Le) else most
     if most is not None and least is not None:
         return f" from {least} to {most}"
     if most is not None and above is not None:
@@ -163,7 +164,7 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-# Decoded here and not by pydantic-settings, whose error for broken JSON is not a ValidationError.
+# These types decode JSON themselves, because pydantic-settings does not raise a ValidationError for broken JSON.
 Steps = Annotated[
     tuple[Annotated[int, Gt(0)], ...],
     MinLen(1),
@@ -181,7 +182,8 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 def url_of(*schemes: str, several: bool = False) -> AfterValidator:
-    """For a text: empty, or a URL of one of these schemes; `several`: or more than one, separated by commas."""
+    """A validator that accepts an empty text or a URL with one of these schemes; with `several` also several URLs,
+    separated by commas."""
 
     def check(value: str) -> str:
         for url in host_urls(value) if several and value else [value] if value else []:
@@ -197,9 +199,9 @@ def url_of(*schemes: str, several: bool = False) -> AfterValidator:
 
 
 def _are_networks(value: str) -> str:
-    for one in value.split(","):
-        if one.strip():
-            ip_network(one.strip(), strict=False)
+    for network in value.split(","):
+        if network.strip():
+            ip_network(network.strip(), strict=False)
     return value
 
 

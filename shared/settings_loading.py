@@ -1,6 +1,6 @@
-"""Reads settings from the environment and `.env`, and reports what is wrong in sentences for people.
+"""Reads settings from the environment and `.env`, and reports wrong ones in plain sentences.
 
-Unknown `TICKETRAIL_…` names are refused: a misspelt setting would otherwise leave the default in force without a word.
+Unknown `TICKETRAIL_…` names are refused; otherwise a misspelt setting would silently keep its default.
 """
 
 import difflib
@@ -63,11 +63,12 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 class SettingsError(ValueError):
-    """A setting cannot be used. The message has a sentence for each and repeats no secret."""
+    """Settings cannot be used. The message has one line for each wrong setting and repeats no secret."""
 
 
 def load(kind: type[S]) -> S:
-    """`kind` from the environment, then from `.env` in the working directory. Raises SettingsError."""
+    """Reads settings of class `kind` from the environment, and the others from `.env` in the working directory. Raises
+    SettingsError."""
     given = _given(kind)
     known = {variable(name) for name in kind.model_fields} | LOCAL_RUN_NAMES | OTHER_NAMES.keys()
     unknown = [_unknown(name, origin, known) for name, (_, origin) in sorted(given.items()) if name not in known]
@@ -76,7 +77,7 @@ def load(kind: type[S]) -> S:
     try:
         return kind()
     except ValidationError as error:
-        # `from None`: the error of pydantic shows the values of secrets.
+        # `from None` hides the error of pydantic, which shows the values of secrets.
         raise SettingsError("\n".join(_sentences(kind, error, given))) from None
 
 
@@ -90,7 +91,7 @@ def exit_on_bad_settings() -> Iterator[None]:
 
 
 def _given(kind: type[BaseSettings]) -> dict[str, tuple[str, str]]:
-    """Every name with our prefix, in upper case: its text, and where it stands when that is a file."""
+    """Name in upper case -> (text, origin), for every name with our prefix. `origin` is empty for the environment."""
     path = Path(str(kind.model_config.get("env_file") or ".env"))
     try:
         # The working directory may hold a directory of this name, which pydantic-settings skips.
@@ -113,7 +114,7 @@ def _sentences(kind: type[BaseSettings], error: ValidationError, given: Mapping[
         name = str(one["loc"][0]) if one["loc"] else ""
         if one["type"] == "default_factory_not_called":  # follows from an error of another setting
             continue
-        # A check of several settings together names them itself.
+        # The message of a check across several settings names them itself.
         found.setdefault(name or str(one["msg"]), _sentence(kind, name, one, given) if name else _message(one))
     return list(found.values())
 
