@@ -38,7 +38,7 @@ from shared.setting_fields import (
 )
 from shared.settings_loading import load
 
-LEAST_SECRET_BYTES = 32
+MIN_SECRET_BYTES = 32
 """An HMAC key of HS256 has at least the length of its hash (RFC 7518, section 3.2)."""
 
 _USE_RANDOM = "use a random text, such as the output of `openssl rand -hex 32`"
@@ -166,7 +166,7 @@ class Settings(BaseSettings):
     jwt_secret: str = SIGN_IN.setting(
         "development-only-secret-change-me-please",
         "The secret of HS256.",
-        allowed=f"a text of at least {LEAST_SECRET_BYTES} bytes",
+        allowed=f"a text of at least {MIN_SECRET_BYTES} bytes",
         secret=True,
     )
     jwt_private_key: str = SIGN_IN.setting(
@@ -387,9 +387,9 @@ class Settings(BaseSettings):
         if (
             self.environment != "development"
             and self.jwt_algorithm == "HS256"
-            and len(self.jwt_secret.encode()) < LEAST_SECRET_BYTES
+            and len(self.jwt_secret.encode()) < MIN_SECRET_BYTES
         ):
-            raise ValueError(f"{variable('jwt_secret')} is shorter than {LEAST_SECRET_BYTES} bytes; {_USE_RANDOM}")
+            raise ValueError(f"{variable('jwt_secret')} is shorter than {MIN_SECRET_BYTES} bytes; {_USE_RANDOM}")
         if self.environment == "production":
             for name in ("jwt_secret", "sync_token") if self.jwt_algorithm == "HS256" else ("sync_token",):
                 if wrong := weakness(getattr(self, name)):

@@ -1,4 +1,4 @@
-"""Declaring the topology (for `ticketrail migrate`) and checking that it is there (for every service's start)."""
+"""Declares the topology, for `ticketrail migrate`, and checks that it exists, when a service starts."""
 
 from uuid import uuid4
 
@@ -19,17 +19,19 @@ log = structlog.get_logger(__name__)
 
 
 class TopologyError(Exception):
-    """The broker does not hold what this version needs; says which queue and what to do."""
+    """The broker lacks a queue or exchange, or has it with other arguments; the message says which and what to do."""
 
 
 async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
-    """To the first node that answers, for whoever asks once."""
+    """A connection to the first node that answers, for a single use: it does not reconnect."""
     return await Hosts(url).connect(timeout=timeout)
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
-    """Asked on a channel of its own: the broker closes the channel of a question with the answer no. Raises one of
-    BROKEN_LINK for a queue that is there and not recovered yet, such as a stream of a broker that has just started."""
+    """Whether the broker has the queue. Uses a channel of its own, because the broker closes the channel if it has not.
+
+    Raises one of BROKEN_LINK for a queue that is not recovered yet, such as a stream of a broker that has just started.
+    """
     channel = await connection.channel()
     try:
         await channel.declare_queue(queue, passive=True)
@@ -41,9 +43,9 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
     return True
 
 
-async def _stands_as_before(connection: AbstractConnection, queue: QueueSpec) -> bool:
-    """Whether the queue was declared by an earlier version, with other arguments. Each question on a channel of its
-    own: the broker closes it with the answer no."""
+async def _has_older_arguments(connection: AbstractConnection, queue: QueueSpec) -> bool:
+    """Whether an earlier version declared the queue, with its older arguments. Each try uses a channel of its own,
+    because the broker closes the channel if the arguments differ."""
     for arguments in (queue.arguments, queue.older):
         channel = await connection.channel()
         try:
@@ -52,7 +54,7 @@ async def _stands_as_before(connection: AbstractConnection, queue: QueueSpec) ->
             continue
         await channel.close()
         return arguments is queue.older
-    return False  # with arguments that we never gave: declaring it says so
+    return False  # no version declared these arguments: `_declare` raises TopologyError for them
 
 
 async def _declare(channel: AbstractChannel, queue: QueueSpec) -> None:
@@ -60,7 +62,7 @@ async def _declare(channel: AbstractChannel, queue: QueueSpec) -> None:
         await channel.declare_queue(queue.name, durable=True, arguments=queue.arguments)
     except ChannelPreconditionFailed as error:
         raise TopologyError(
-            f"queue {queue.name!r} exists with other arguments ({error}): drain it and delete it, or keep its settings"
+            f"queue {queue.name!r} exists with other arguments ({error}): drain and delete it, or restore its settings"
         ) from error
 
 
@@ -69,17 +71,17 @@ async def log_exists(connection: AbstractConnection) -> bool:
 
 
 async def declare(connection: AbstractConnection, settings: Settings) -> None:
-    """Everything but the logs; repeating it changes nothing."""
+    """Declares everything except the logs; a repetition changes nothing. Raises TopologyError."""
     async with connection.channel() as channel:
         exchange = await channel.declare_exchange(topology.CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
         for queue in topology.queues(settings):
-            if queue.older is not None and await _stands_as_before(connection, queue):
+            if queue.older is not None and await _has_older_arguments(connection, queue):
                 log.warning(
                     "queue_keeps_older_arguments",
                     queue=queue.name,
                     has=queue.older,
-                    wanted=queue.arguments,
-                    hint="works as before; drain it, delete it and migrate again to give it the new ones",
+                    expected=queue.arguments,
+                    hint="the queue works; for the new arguments drain it, delete it and migrate again",
                 )
                 continue
             await _declare(channel, queue)
@@ -88,13 +90,13 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
 
 
 async def declare_logs(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
-    """The streams and, before anything can reach a new one through a binding, a heartbeat in each that says its epoch.
-    Without the log all of them are made anew: they share its epoch."""
-    anew = not await log_exists(connection)
+    """Declares the streams. Each gets a heartbeat with the epoch before its bindings, so that a new stream starts with
+    it. If the change log is missing, all streams are created again, because they share its epoch."""
+    recreate = not await log_exists(connection)
     async with connection.channel() as channel:
         exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
         for queue in topology.logs(settings):
-            if anew:
+            if recreate:
                 await channel.queue_delete(queue.name)
             await _declare(channel, queue)
             heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, source="migrate")
@@ -105,7 +107,8 @@ async def declare_logs(connection: AbstractConnection, settings: Settings, epoch
 
 
 async def check(connection: AbstractConnection, settings: Settings) -> None:
-    """Refuse to run on a broker that lacks a queue. Bindings cannot be asked for: the heartbeats prove those."""
+    """Checks that the broker has every queue. AMQP cannot ask for bindings; heartbeats prove those. Raises
+    TopologyError."""
     channel = await connection.channel()
     try:
         await channel.declare_exchange(topology.CHANGES, passive=True)
@@ -120,8 +123,11 @@ async def check(connection: AbstractConnection, settings: Settings) -> None:
 
 
 async def check_at_start(settings: Settings, *, within: float | None = START_WAIT_SECONDS) -> bool:
-    """`check` once the broker is ready. False: it is not ready within so many seconds, which is logged, and the service
-    starts without it. None waits for it without a limit. Raises TopologyError."""
+    """Waits until the broker is ready and runs `check`. `within`: a limit in seconds, or None for no limit.
+
+    Returns False if the broker is not ready in time; this is logged, and the service starts without the broker. Raises
+    TopologyError.
+    """
     try:
         await when_ready(settings.rabbitmq_url, lambda connection: check(connection, settings), within=within)
     except BrokerNotReady as error:
@@ -131,7 +137,7 @@ async def check_at_start(settings: Settings, *, within: float | None = START_WAI
 
 
 async def check_log_at_start(settings: Settings) -> None:
-    """The same for a service that only reads the log."""
+    """Like `check_at_start`, for a service that only reads the change log."""
     try:
         there = await when_ready(settings.rabbitmq_url, log_exists, within=START_WAIT_SECONDS)
     except BrokerNotReady as error:

@@ -1,13 +1,13 @@
-"""Waiting for a broker that is not ready yet. Every start-up check of every service and `migrate` asks through here.
+"""Waits for a broker that is not ready yet. The start-up checks of all services and `migrate` use this module.
 
-A RabbitMQ node that starts refuses connections, hangs up, calls its vhost down, and answers NOT_FOUND "home node … is
-down or inaccessible" for each queue that it has not recovered; a stream without a leader answers INTERNAL_ERROR or
-nothing at all. Streams recover seconds after everything else. All of these mean "not ready": `until_ready` asks again,
-with jittered back-off, until a deadline, and then raises BrokerNotReady with the last answer.
+A RabbitMQ node that is starting refuses connections, closes them, says that its vhost is down, and answers NOT_FOUND
+"home node … is down or inaccessible" for each queue that it has not recovered. A stream without a leader answers
+INTERNAL_ERROR or nothing at all. Streams recover seconds after everything else. All of these answers mean "not ready":
+`until_ready` tries again, with jittered backoff, until a deadline, and then raises BrokerNotReady with the last answer.
 
-Two answers are final, because waiting changes neither. NOT_FOUND "no queue" or "no exchange": RabbitMQ lists durable
-queues before it listens, so a queue that it does not know at all is missing. And an error that the question raises by
-itself, such as TopologyError.
+Two answers are final, because waiting does not change them. One is NOT_FOUND "no queue" or "no exchange": RabbitMQ
+lists durable queues before it accepts connections, so a queue that it does not know is missing. The other is an error
+of the attempt itself, such as TopologyError.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 START_WAIT_SECONDS = 3.0
-"""How long a service that can start without the broker waits for it."""
+"""The time for which a service that can start without the broker waits for it."""
 _MISSING = ("no queue", "no exchange")
 _REFUSED_STATUS = (400, 401, 403, 405)
 
@@ -39,7 +39,7 @@ class BrokerNotReady(ConnectionError):
 
 
 def is_missing(error: BaseException) -> bool:
-    """The broker does not know the queue or exchange at all. False for one that it has not recovered yet."""
+    """True if the broker does not know the queue or exchange; False if it has not recovered it yet."""
     return isinstance(error, ChannelNotFoundEntity) and any(said in str(error) for said in _MISSING)
 
 
@@ -76,8 +76,8 @@ async def until_ready(attempt: Callable[[], Awaitable[T]], *, within: float | No
 
 
 async def when_ready(url: str, work: Callable[[AbstractConnection], Awaitable[T]], *, within: float | None) -> T:
-    """`work` on a connection to the broker, as `until_ready` says. Each attempt has a connection of its own: a broker
-    that recovers closes channels, and sometimes the connection, with its answer."""
+    """Runs `work` with a connection to the broker, and repeats it like `until_ready`. Each attempt has a connection of
+    its own, because a broker that is recovering answers by closing channels and sometimes the connection."""
     hosts = Hosts(url)
 
     async def attempt() -> T:

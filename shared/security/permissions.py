@@ -13,7 +13,7 @@ _OPERATORS = frozenset({Role.OPERATOR})
 _ANYBODY = frozenset(Role)
 
 PUBLIC = "public"
-"""The action of routes that need no token."""
+"""The action that routes without a token name."""
 
 ACTIONS: dict[str, frozenset[Role]] = {
     PUBLIC: _ANYBODY,
@@ -49,5 +49,5 @@ ACTIONS: dict[str, frozenset[Role]] = {
 
 
 def allowed(action: str, role: Role) -> bool:
-    """Raises KeyError for an unknown action."""
+    """Whether a role may do an action. Raises KeyError for an unknown action."""
     return role in ACTIONS[action]

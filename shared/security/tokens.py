@@ -22,10 +22,10 @@ from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
 from shared.security.weak_secrets import weakness
 from shared.setting_fields import variable
-from shared.settings import LEAST_SECRET_BYTES, Settings
+from shared.settings import MIN_SECRET_BYTES, Settings
 from shared.settings_loading import SettingsError
 
-LEAST_RSA_BITS = 2048
+MIN_RSA_BITS = 2048
 """RS256 requires at least this size (RFC 7518, section 3.3)."""
 _MAX_CACHED_TOKENS = 4096
 
@@ -63,7 +63,7 @@ class BadKey(SettingsError):
 
 
 class Key(Struct, frozen=True):
-    """`id` is derived from the key, so every service computes the same one."""
+    """A key for tokens. `id` is derived from the key, so every service computes the same id."""
 
     id: str
     algorithm: str
@@ -92,16 +92,17 @@ def key_pair(algorithm: str, text: str) -> Key:
         raise BadKey(f"no file with a key for {algorithm}: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
         raise BadKey(f"no key for {algorithm}: {error}") from error
-    if isinstance(public, RSAPublicKey) and public.key_size < LEAST_RSA_BITS:
-        raise BadKey(f"an RSA key of {public.key_size} bits; it must have at least {LEAST_RSA_BITS}")
+    if isinstance(public, RSAPublicKey) and public.key_size < MIN_RSA_BITS:
+        raise BadKey(f"an RSA key of {public.key_size} bits; it must have at least {MIN_RSA_BITS}")
     der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return Key(hashlib.sha256(der).hexdigest()[:16], algorithm, public, signing)
 
 
 def _any_key(text: str) -> Key:
-    """A secret or a key of either algorithm: the previous key may be of another kind. Raises BadKey."""
+    """Reads a secret or a key of either algorithm, because the previous key may be of another kind than the current
+    one. Raises BadKey."""
     if "-----BEGIN" not in text and not _is_file(text):
-        if text.endswith((".pem", ".key", ".pub")):  # as a secret, the path would be easy to guess
+        if text.endswith((".pem", ".key", ".pub")):  # used as a secret, the path would be easy to guess
             raise BadKey("the path of a file that does not exist")
         return secret_key(text)
     try:
@@ -141,7 +142,7 @@ class Tokens:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Raises BadKey, which names the setting."""
+        """Reads the keys from the settings. Raises BadKey, which names the setting."""
         algorithm, before = settings.jwt_algorithm, settings.jwt_previous_key
         if algorithm == "HS256":
             key = secret_key(settings.jwt_secret)
@@ -156,8 +157,8 @@ class Tokens:
         except BadKey as error:
             raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY holds {error}") from error
         if settings.environment != "development" and previous is not None and previous.algorithm == "HS256":
-            if len(before.encode()) < LEAST_SECRET_BYTES:
-                raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {LEAST_SECRET_BYTES} bytes")
+            if len(before.encode()) < MIN_SECRET_BYTES:
+                raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {MIN_SECRET_BYTES} bytes")
             if wrong := weakness(before):
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY {wrong}")
         return cls(key, ttl_seconds=settings.cli_token_ttl_seconds, previous=previous)

@@ -4,9 +4,10 @@ from urllib.parse import unquote, urlsplit
 
 from shared.host_urls import host_urls
 
-LEAST_LENGTH = 16
-LEAST_DIFFERENT = 8
-# From examples, defaults and common passwords. A random text of 43 characters contains none of them by chance.
+MIN_LENGTH_CHARS = 16
+MIN_DIFFERENT_CHARS = 8
+# These words come from examples, defaults and common passwords. A random text of 43 characters is very unlikely to
+# contain one.
 COMMON_WORDS = (
     "12345",
     "admin",
@@ -32,10 +33,10 @@ def weakness(secret: str) -> str | None:
     """
     if not secret:
         return "is empty"
-    if len(secret) < LEAST_LENGTH:
-        return f"is shorter than {LEAST_LENGTH} characters"
-    if len(set(secret)) < LEAST_DIFFERENT:
-        return f"has fewer than {LEAST_DIFFERENT} different characters"
+    if len(secret) < MIN_LENGTH_CHARS:
+        return f"is shorter than {MIN_LENGTH_CHARS} characters"
+    if len(set(secret)) < MIN_DIFFERENT_CHARS:
+        return f"has fewer than {MIN_DIFFERENT_CHARS} different characters"
     plain = "".join(char for char in secret.lower() if char.isalnum())
     if any(word in plain for word in COMMON_WORDS):
         return "contains a common word that is easy to guess"
