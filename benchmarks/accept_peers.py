@@ -16,7 +16,7 @@ from benchmarks.peers.node import prepared
 from benchmarks.peers.transaction import SCHEMA
 from benchmarks.rig import ROOT, BenchmarkRig, NotReady, RunningProgram, execute, fetch_value, run
 from deploy.local.child import Child
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.messaging import declare
 from shared.messaging.management import ask
 from shared.messaging.topology import CHANGES

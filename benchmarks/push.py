@@ -30,7 +30,7 @@ from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, 
 from benchmarks.random_orders import encoded_orders
 from benchmarks.rig import BenchmarkRig, NotReady, RunningProgram
 from benchmarks.rig import run as run_async
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.entities.contract import CONTENT_TYPE, encode_batch, split_batch
 from shared.messaging.topology import CHANGES
 

@@ -11,7 +11,7 @@ import urllib.request
 from benchmarks.load import gets, order_body, wrk
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave
 from benchmarks.rig import BenchmarkRig
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 
 QUESTION = "read"
 

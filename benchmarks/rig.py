@@ -26,7 +26,7 @@ from redis import Redis
 from benchmarks.restaurants import SeededRestaurant, seed
 from deploy.local import packages, servers
 from deploy.local.child import Child
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.entities.contract import Lane
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue

@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.question import BenchmarkPlan, ResultRow, compared
 from benchmarks.rig import ROOT, SERVICES, WITHOUT_RATE_LIMITS, BenchmarkRig
 from deploy.local.child import Child
-from deploy.local.environment import LocalSettings
-from deploy.local.ports import find_free
+from deploy.local.local_settings import LocalSettings
+from deploy.local.port_check import find_free
 
 QUESTION = "start"
 _READY_SECONDS = 120.0

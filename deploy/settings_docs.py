@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from deploy.local.environment import ROOT, LocalSettings
+from deploy.local.local_settings import ROOT, LocalSettings
 from shared.setting_fields import Described, allowed_values, description_of, variable
 from shared.settings_loading import OTHER_NAMES
 

@@ -32,7 +32,7 @@ LOCAL_RUN_NAMES = frozenset(
         "rabbitmq_dist_port",
     )
 )
-"""Settings of `make run` alone (deploy/local/environment.py). Its services inherit them."""
+"""Settings of `make run` alone (deploy/local/local_settings.py). Its services inherit them."""
 
 OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_BIND": "docker-compose.yml: the address on which the gateway listens",

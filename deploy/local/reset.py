@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from deploy.local import database
-from deploy.local.environment import LocalSettings
+from deploy.local.local_settings import LocalSettings
 from deploy.local.run import lock, say
 from shared.settings_loading import exit_on_bad_settings
 

@@ -24,9 +24,9 @@ from typing import IO, Any
 import httpx
 
 from deploy.local import child, demo, layout, leftovers, reload
-from deploy.local.environment import ROOT, LocalSettings, command_environment, service_environment
+from deploy.local.local_settings import ROOT, LocalSettings, command_environment, service_environment
 from deploy.local.packages import PackagesMissing, Programs, ensure
-from deploy.local.ports import PortTaken, require_free
+from deploy.local.port_check import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
 from shared.local_systems import LOCK_FILE, LocalSystem, list_system, write_environment

@@ -22,7 +22,7 @@ from pathlib import Path
 from deploy.local import database
 from deploy.local.child import Child
 from deploy.local.packages import Programs
-from deploy.local.ports import HOST, require_free
+from deploy.local.port_check import HOST, require_free
 from deploy.local.rabbitmq_home import make_home
 from shared.messaging.management import ask
 

@@ -23,6 +23,7 @@ from msgspec import Struct
 from services.notifier.cursor import Cursor, Position
 from services.notifier.events import PushEvent
 from services.notifier.interest import Interest
+from services.notifier.resume import missed_events
 from services.notifier.window import Window
 
 log = structlog.get_logger(__name__)
@@ -30,7 +31,7 @@ log = structlog.get_logger(__name__)
 # A disconnected client may read its last bytes for so long.
 _LAST_READ_SECONDS = 2.0
 # Events of the window in one step of a replay.
-_REPLAY_STEP_EVENTS = 256
+_RESUME_STEP_EVENTS = 256
 
 
 class Form(Struct, frozen=True):
@@ -189,18 +190,15 @@ class Hub:
             if not rooms:
                 del self._tenants[audience.interest.tenant]
 
-    def replay(self, subscriber: Subscriber) -> bytes | None:
+    def resume(self, subscriber: Subscriber) -> bytes | None:
         """The next part of the events that the subscriber missed (may be empty). None: the subscriber is live now."""
-        cursor, window, audience = subscriber.position, self.window, subscriber.audience
+        cursor, audience = subscriber.position, subscriber.audience
         if cursor is None or subscriber.ended:
             return None
-        reason = "other_epoch" if cursor.epoch != window.epoch or cursor.position > window.present else ""
-        if not reason and not window.holds_all_after(cursor.position):
-            reason = "too_old"
-        if reason:
+        missed = missed_events(self.window, audience.interest.tenant, cursor, limit=_RESUME_STEP_EVENTS)
+        if isinstance(missed, str):
             self._join(subscriber)
-            return audience.form.resync(reason, window.cursor)
-        missed = window.after(audience.interest.tenant, cursor.position, _REPLAY_STEP_EVENTS)
+            return audience.form.resync(missed, self.window.cursor)
         if not missed:
             self._join(subscriber)
             return None

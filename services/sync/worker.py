@@ -16,7 +16,7 @@ from litestar import Litestar
 from msgspec import Struct
 
 from services.sync.dead_letters.collector import DeadLetterCollector
-from services.sync.dead_letters.replays import Replays
+from services.sync.dead_letters.replay_worker import Replays
 from services.sync.heartbeat import HEARTBEAT_PATHS, HeartbeatMonitor, HeartbeatSender
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler

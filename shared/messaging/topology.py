@@ -17,7 +17,7 @@ they need not read the bulk of all changes.
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.entities.contract import Lane
+from shared.entities.contract import Change, Lane
 from shared.settings import Settings
 
 CHANGES = "ticketrail.changes"
@@ -31,6 +31,12 @@ DEAD_DELIVERY_LIMIT = 1_000_000_000
 ATTEMPT = "ticketrail-attempt"
 """Our header with the number of attempts so far: from 4.0.1 on, RabbitMQ ignores `x-death` when a message is published
 again."""
+
+
+def lane_of(change: Change) -> Lane:
+    """The lane, and so the queue, of a change: the one with the highest priority that the change reaches. The priority
+    is that of the entity (shared/entities) unless the draft named a lane."""
+    return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)
 
 
 def lane_queue(lane: Lane) -> str:

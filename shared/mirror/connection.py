@@ -36,7 +36,14 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE = 512
+_SCRIPT_PARTS = ("stock", "order_number")
 _PROBE_TIMEOUT_SECONDS = 0.1  # a server that is back answers a probe in a few milliseconds
+
+
+def _with_parts(text: str, texts: dict[str, str]) -> str:
+    """The script behind the parts that its first line names: `-- with stock.lua, order_number.lua`."""
+    first = text.partition("\n")[0]
+    return "\n".join([*(texts[part] for part in _SCRIPT_PARTS if f"{part}.lua" in first), text])
 
 
 class MirrorUnavailable(Exception):
@@ -75,10 +82,7 @@ class MirrorConnection:
         texts = {
             path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
         }
-        shared = texts.pop("stock")
-        self._scripts = {
-            name: f"{shared}\n{text}" if text.startswith("-- with stock.lua") else text for name, text in texts.items()
-        }
+        self._scripts = {name: _with_parts(text, texts) for name, text in texts.items() if name not in _SCRIPT_PARTS}
         self._timeout = timeout
         self._shas: dict[str, str] = {}
         self._forgotten = False  # the next round trip needs a new connection

@@ -1,5 +1,7 @@
-"""The names of all metrics that Prometheus reads from `/metrics`, with one registry per process. docs/metrics.md
-explains each metric.
+"""The metrics that Prometheus reads from `/metrics`, with one registry per process. docs/metrics.md explains each one.
+
+Counters and histograms are named here. A gauge that shows one part of a service is named where that part is wired: in
+the service's `app.py` or `worker.py`, and for the rail in `shared/rail/assemble.py`.
 
 Labels are bounded: routes by their templates, codes and reasons by a closed list or a cap. No label is an id or a
 tenant. Depths, ages and connections are read at each scrape (`watch`). The counters of one order cost a few

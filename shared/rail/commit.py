@@ -20,12 +20,13 @@ from shared.entities.contract import (
 )
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
+from shared.messaging.topology import lane_of
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, Busy, Claimed, Cold, HeadMoved, Mirror, Stale, StockShort, stock_text
 from shared.observability import tracing
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
-from shared.rail.draft import Draft, change_of, lane_of
+from shared.rail.draft import Draft, change_of
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.order_numbers import HighestNumbers, number_in, series_of, with_number
 from shared.rail.record import Durability, Recorder, Unrecorded

@@ -59,8 +59,3 @@ def change_of(draft: Draft) -> Change:
         actor=draft.actor,
         data=ChangeData(after=Raw(after), before=Raw(before)),
     )
-
-
-def lane_of(change: Change) -> Lane:
-    """The lane with the highest priority that the change's own priority reaches."""
-    return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)

@@ -1,6 +1,6 @@
 """Order numbers: how a change gets the number of its series (one series per restaurant and business day).
 
-The claim script (shared/mirror/scripts/claim.lua) increments the series in the mirror: "0042". Without a warm mirror
+`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror
 the journal gives a number of the instance's own series: "J1-0007" (`Journal.next_number`).
 """
 

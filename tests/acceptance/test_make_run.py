@@ -20,7 +20,7 @@ import pytest
 
 from deploy.local import reset
 from deploy.local.packages import ensure
-from deploy.local.ports import find_free, is_free
+from deploy.local.port_check import find_free, is_free
 from tests.rigs.http_client import http_client
 from tests.rigs.system import ROOT, eventually
 

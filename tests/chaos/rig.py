@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 import redis.asyncio
 
 from deploy.local.child import Child
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from tests.chaos.schedule import SERVERS, Fault, Kind
 from tests.rigs.http_client import http_client
 from tests.rigs.proxy import Mode, Proxy

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from deploy.local import packages
 from deploy.local import servers as local
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.sync.cli.main import main
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology

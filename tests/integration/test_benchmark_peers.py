@@ -19,7 +19,7 @@ from benchmarks.accept_peers import declare_stream
 from benchmarks.peers.dual_write import document_key, live_key
 from benchmarks.rig import ROOT
 from deploy.local.child import Child
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.entities import registry
 from shared.entities.contract import decode_change, split_batch
 from shared.messaging.log import LogReader

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.sync.writer.intake import Intake
 from shared.entities.contract import Lane
 from shared.entities.signal import HEARTBEAT

@@ -11,7 +11,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.sync.command_session import CommandSession
 from services.sync.imports import routes
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts

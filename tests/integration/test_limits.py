@@ -14,7 +14,7 @@ import pytest
 from litestar import Litestar, get
 from msgspec import Struct
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.errors import InvalidInput
 from shared.http import limits
 from shared.http.bodies import MAX_BODY_BYTES, read_body

@@ -8,7 +8,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.orders.resources import RESOURCES, Resource
 from shared.entities.order import OrderStatus, PaymentStatus
 from shared.security.tokens import Role

@@ -8,7 +8,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.security.tokens import Role
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import Shop, expect, made, open_shop, refused

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorUnavailable
 from tests.rigs.servers import Redis, Servers

@@ -9,7 +9,7 @@ import httpx
 import msgspec
 import pytest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.orders.entity_changes import EntityChanges
 from services.orders.entity_reads import FoundState
 from services.orders.order_commands import OrderCommands

@@ -11,7 +11,7 @@ import pytest
 from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob
-from services.sync.dead_letters.replays import Replays
+from services.sync.dead_letters.replay_worker import Replays
 from services.sync.dead_letters.store import DeadLetterQuery, FullDeadLetter
 from shared.entities.contract import Change, Lane, now
 from shared.entities.order import ENTITY, OrderStatus

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.entities.contract import encode
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging import topology

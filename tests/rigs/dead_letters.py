@@ -12,7 +12,7 @@ import httpx
 import structlog
 from click.testing import CliRunner
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.sync.cli.main import main
 from services.sync.failures.retry_ladder import ERROR, FAILED_AT, PLACE, REASON
 from shared.entities.contract import Change, Lane, encode, now

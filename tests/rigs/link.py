@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
-from deploy.local.ports import HOST, find_free
+from deploy.local.port_check import HOST, find_free
 
 
 class Link:

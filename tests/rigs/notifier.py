@@ -13,7 +13,7 @@ import aio_pika
 import httpx
 from msgspec import structs
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.entities.contract import Change, Lane, now
 from shared.entities.order import Order, OrderStatus
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal

@@ -10,7 +10,7 @@ from aio_pika.abc import AbstractIncomingMessage
 
 from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.collector import DeadLetterCollector
-from services.sync.dead_letters.replays import Replays
+from services.sync.dead_letters.replay_worker import Replays
 from services.sync.dead_letters.store import DeadLetter, DeadLetterQuery, FullDeadLetter
 from services.sync.heartbeat import HeartbeatMonitor, HeartbeatSender
 from services.sync.mirror.mirror_writer import MirrorWriter

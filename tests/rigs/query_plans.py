@@ -13,7 +13,7 @@ import asyncpg
 from msgspec import Struct
 
 from benchmarks.history import History, PastRestaurant, fill
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.mirror.mirror import Mirror
 from shared.postgres.migrate import migrate
 from shared.postgres.pool import Postgres

@@ -9,7 +9,7 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 

@@ -17,7 +17,7 @@ import asyncpg
 import httpx
 
 from deploy.local.child import Child
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from shared.messaging.management import ask
 from shared.settings import Settings
 from tests.rigs import zygote

@@ -56,7 +56,7 @@ def taken(subscriber: Subscriber) -> list[str]:
 
 def replayed(from_: Hub, subscriber: Subscriber) -> list[str]:
     found = []
-    while (chunk := from_.replay(subscriber)) is not None:
+    while (chunk := from_.resume(subscriber)) is not None:
         found += chunk.decode().split()
     return found
 
@@ -128,7 +128,7 @@ def test_events_published_during_a_replay_arrive_once_and_in_order() -> None:
     subscriber = rail.subscribe(Interest("a"), FORM, cursor(0))
     found = []
     offset = 600
-    while (chunk := rail.replay(subscriber)) is not None:
+    while (chunk := rail.resume(subscriber)) is not None:
         found += chunk.decode().split()
         if offset < 605:
             publish(rail, event(offset))
@@ -166,7 +166,7 @@ def test_a_replay_that_the_window_overtakes_gets_a_resync() -> None:
     rail = hub(changes=400)
     publish(rail, *(event(offset) for offset in range(1, 401)))
     subscriber = rail.subscribe(Interest("a"), FORM, cursor(0))
-    assert rail.replay(subscriber)
+    assert rail.resume(subscriber)
     publish(rail, *(event(offset) for offset in range(401, 801)))
     assert replayed(rail, subscriber) == ["resync:too_old:e-800-0"]
 
@@ -223,7 +223,7 @@ def test_a_new_log_resyncs_all_subscribers_and_empties_the_window() -> None:
     live = rail.subscribe(Interest("a"), FORM, None)
     publish(rail, *(event(offset) for offset in range(1, 600)))
     replaying = rail.subscribe(Interest("a"), FORM, cursor(0))
-    assert rail.replay(replaying)
+    assert rail.resume(replaying)
     live.take()
     rail.begin("new", 0)
     assert taken(live) == ["resync:other_epoch:new-0-0"]
@@ -260,7 +260,7 @@ def test_closing_ends_all_subscribers_including_later_ones() -> None:
         await asyncio.wait_for(waiting, 1)
         late = rail.subscribe(Interest("a"), FORM, None)
         assert live.ended and replaying.ended and late.ended
-        assert rail.replay(replaying) is None
+        assert rail.resume(replaying) is None
         await asyncio.wait_for(late.wait(), 1)
 
     asyncio.run(scene())
@@ -302,7 +302,7 @@ class Client:
 
     def replay(self) -> None:
         if self.subscriber.position is not None:
-            self.got += (self.rail.replay(self.subscriber) or b"").decode().split()
+            self.got += (self.rail.resume(self.subscriber) or b"").decode().split()
 
     def take(self) -> None:
         if self.subscriber.position is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local import layout, reset, run
-from deploy.local.environment import ROOT
+from deploy.local.local_settings import ROOT
 from shared.mirror import keys
 from shared.rail import journal_file
 

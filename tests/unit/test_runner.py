@@ -20,8 +20,8 @@ import pytest
 
 from deploy.local import demo, leftovers, run
 from deploy.local.child import Child
-from deploy.local.environment import ROOT, LocalSettings, service_environment
-from deploy.local.ports import HOST, PortTaken, find_free, is_free, require_free
+from deploy.local.local_settings import ROOT, LocalSettings, service_environment
+from deploy.local.port_check import HOST, PortTaken, find_free, is_free, require_free
 from deploy.local.supervisor import Program, Service, Supervisor
 from shared.http import server as http_server
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from deploy import settings_docs
-from deploy.local.environment import LocalSettings
+from deploy.local.local_settings import LocalSettings
 from services.sync.cli.main import main
 from shared.setting_fields import description_of, variable
 from shared.settings import Settings

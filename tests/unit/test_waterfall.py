@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from rich.console import Console
 
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from services.sync.cli.trace_search import DeadChange, FoundTraces, TracedChange, find_traces
 from services.sync.cli.waterfall import Line, as_json, lines_of, render
 from shared.observability.trace_files import SpanRow

@@ -147,7 +147,7 @@ class _Stream:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await _write(send, _control_event("connected", cursor, restaurantId=self._interest.tenant))
-            while (missed := self._hub.replay(subscriber)) is not None:
+            while (missed := self._hub.resume(subscriber)) is not None:
                 if missed:
                     await _write(send, missed)
             while not subscriber.idle or not subscriber.ended:

@@ -10,7 +10,7 @@ is committed together with its row in `audit`. A dead letter changes only for an
     editing.py        checks an operator's event against the contract; pure
     repairs.py        edits, discards and restores that may commit a change
     replay_jobs.py    makes, reads and cancels replays and dry runs
-    replays.py        runs them in the worker; its SQL is in replay_steps.py
+    replay_worker.py        runs them in the worker; its SQL is in replay_sql.py
     dry_run.py        forecasts what a replay would do
     retention.py      removes what was closed long ago
     routes.py, requests.py, commands.py    the HTTP API and `ticketrail dlq`

@@ -4,7 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from services.sync.dead_letters.replay_steps import ToReplay, is_written
+from services.sync.dead_letters.replay_sql import ToReplay, is_written
 from services.sync.failures.classification import FailureKind, classify
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.upsert import Written, write_batch

@@ -1,6 +1,6 @@
 """Makes, reads and cancels replays and dry runs. They are rows, so that they survive the worker that runs them.
 
-The API and the command line use this module. `replays.py` runs the jobs, with the statements in `replay_steps.py`.
+The API and the command line use this module. `replay_worker.py` runs the jobs, with the statements in `replay_sql.py`.
 
     waiting -> running -> done | cancelled | stopped (by itself: a dead letter failed with the same cause again)
 

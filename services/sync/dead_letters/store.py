@@ -4,7 +4,7 @@ A dead letter is open, replaying (on its way through its lane again), resolved (
 an edit) or discarded. Every operator action and every death increments its `revision`. An action names the revision
 that the operator saw; if another action came first, it gets Conflict `dead_letter_changed`.
 
-The SQL of actions is in `actions.py`, of replays in `replay_jobs.py` and `replay_steps.py`, of storing in
+The SQL of actions is in `actions.py`, of replays in `replay_jobs.py` and `replay_sql.py`, of storing in
 `failures/dead_letter_store.py`.
 
 Connections: of the ops role for operators; of the api role, inside `Postgres.tenant`, for the admins of a restaurant.

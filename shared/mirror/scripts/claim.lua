@@ -1,4 +1,4 @@
--- with stock.lua
+-- with stock.lua, order_number.lua
 -- claim: reserves the next version of an entity for one change, or says why it cannot.
 -- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
 -- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event  6 wants a number (0/1)
@@ -63,9 +63,7 @@ if ARGV[10] ~= '' then
 end
 local number = ''
 if ARGV[6] == '1' then
-  number = math.max(tonumber(redis.call('GET', KEYS[5]) or 0), tonumber(ARGV[7])) + 1
-  redis.call('SET', KEYS[5], number, 'EX', 691200)
-  number = string.format('%04d', number)
+  number = next_order_number(KEYS[5], tonumber(ARGV[7]))
 end
 redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now,
   'server', server, 'h', reserved)

@@ -1,4 +1,4 @@
--- stock: holds of orders. It is put in front of the scripts that begin with "with stock.lua".
+-- stock: holds of orders. Part of the scripts whose first line names it.
 -- {restaurant}:stock:<item>  hash  count, since (µs): as counted;  sum of what is held;
 --                                  <order id>  -> "<quantity>@<µs>,..."  what its state takes, and since when
 --                                  <order id>+ -> the same for its claim

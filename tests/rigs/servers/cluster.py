@@ -14,7 +14,7 @@ from typing import Any
 from deploy.local import packages, servers
 from deploy.local.child import Child
 from deploy.local.packages import Programs
-from deploy.local.ports import HOST, find_free
+from deploy.local.port_check import HOST, find_free
 from shared.messaging.management import ask
 from tests.rigs.servers import RabbitMQ
 from tests.rigs.servers.processes import LocalProcess

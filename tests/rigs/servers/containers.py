@@ -12,7 +12,7 @@ from requests.exceptions import RequestException
 from testcontainers.core.container import DockerContainer
 
 from deploy.local import database
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from deploy.local.servers import PASSWORD
 from shared.messaging.management import ask
 from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.local import packages, servers
-from deploy.local.ports import find_free
+from deploy.local.port_check import find_free
 from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
 

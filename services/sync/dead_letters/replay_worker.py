@@ -23,8 +23,9 @@ from uuid import uuid4
 import structlog
 
 from services.sync.dead_letters import dry_run
-from services.sync.dead_letters import replay_steps as steps
-from services.sync.dead_letters.replay_steps import Progress, Running, ToReplay
+from services.sync.dead_letters import replay_sql as steps
+from services.sync.dead_letters.replay_sql import Progress, Running, ToReplay
+from services.sync.dead_letters.replay_throttle import CANARIES, Pace, allowed
 from services.sync.failures.classification import classify, describe, fingerprint
 from services.sync.failures.retry_ladder import REPLAY, publish_timeout_seconds
 from services.sync.mirror.mirror_writer import MirrorWriter
@@ -38,7 +39,6 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_CANARIES = (1, 11)
 _STEP_SIZE = 10
 """Dead letters in one step. Their bodies can have many megabytes."""
 _MAX_JOBS = 3
@@ -49,33 +49,6 @@ _SLACK_SECONDS = 60.0
 _RELEASE_TIMEOUT_SECONDS = 2.0
 
 
-class Pace:
-    """Limits the rate. Idle time earns no burst."""
-
-    def __init__(self, per_second: float, *, at: float) -> None:
-        self._per_second = per_second
-        self._next = at
-
-    def take(self, requested: int, at: float) -> int:
-        """How many of `requested` may be sent at `at`, on the monotonic clock."""
-        if at < self._next or requested <= 0:
-            return 0
-        self._next = max(self._next, at - 0.1)
-        due = 1 + int((at - self._next) * self._per_second)
-        taken = min(requested, due)
-        self._next += taken / self._per_second
-        return taken
-
-
-def allowed(job: Running, progress: Progress) -> int:
-    """How many dead letters of the job may have been sent so far."""
-    if job.canary and job.kind == "replay":
-        for canaries in _CANARIES:
-            if progress.settled < min(canaries, job.total):
-                return min(canaries, job.total)
-    return job.total
-
-
 def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str] | None:
     """(state, message) of a job that must end now; None if it continues."""
     if job.kind == "replay":
@@ -84,7 +57,7 @@ def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str
                 "stopped",
                 f"{progress.again} failed with the same cause again, after {progress.started} of {job.total}",
             )
-        if job.canary and progress.failed and progress.started <= _CANARIES[-1]:
+        if job.canary and progress.failed and progress.started <= CANARIES[-1]:
             return "stopped", f"{progress.failed} of the first {progress.started} failed again, with another cause"
     if progress.settled >= progress.dead_letters and job.kind == "dry_run":
         return "done", f"{job.total} tried, nothing was written"

@@ -1,0 +1,33 @@
+"""How many dead letters of a replay may be sent now: its rate and its canaries. Does no I/O."""
+
+from services.sync.dead_letters.replay_sql import Progress, Running
+
+CANARIES = (1, 11)
+"""Ends of the canary steps: one dead letter, then ten more. Each step waits for the outcomes of the one before."""
+
+
+class Pace:
+    """Limits the rate. Idle time earns no burst."""
+
+    def __init__(self, per_second: float, *, at: float) -> None:
+        self._per_second = per_second
+        self._next = at
+
+    def take(self, requested: int, at: float) -> int:
+        """How many of `requested` may be sent at `at`, on the monotonic clock."""
+        if at < self._next or requested <= 0:
+            return 0
+        self._next = max(self._next, at - 0.1)
+        due = 1 + int((at - self._next) * self._per_second)
+        taken = min(requested, due)
+        self._next += taken / self._per_second
+        return taken
+
+
+def allowed(job: Running, progress: Progress) -> int:
+    """How many dead letters of the job may have been sent so far."""
+    if job.canary and job.kind == "replay":
+        for canaries in CANARIES:
+            if progress.settled < min(canaries, job.total):
+                return min(canaries, job.total)
+    return job.total
