@@ -190,7 +190,7 @@ class Notifier:
         return int((await self.health())[1]["subscribers"])
 
     async def has_cut(self) -> bool:
-        return '"event": "cut"' in self.child.tail(5)
+        return '"event": "subscriber_writing_cancelled"' in self.child.tail(5)
 
     async def get(self, path: str = "/api/v1/sync/events", *, by: str | None = None, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {by or token()}", **more.pop("headers", {})}
