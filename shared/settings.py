@@ -223,7 +223,7 @@ class Settings(BaseSettings):
         unit="milliseconds",
     )
     claim_stale_seconds: PositiveFloat = COMMIT.setting(
-        2.0, "A claim of this age counts as abandoned, and the sync worker finishes it.", unit="seconds"
+        2.0, "A claim of this age counts as stale, and the sync worker finishes it.", unit="seconds"
     )
     claim_timeout_seconds: PositiveFloat = COMMIT.setting(
         1.0, "A claim that gets no answer is repeated for this long.", unit="seconds"
@@ -288,13 +288,15 @@ class Settings(BaseSettings):
         unit="milliseconds",
     )
     sink_hold_seconds: PositiveFloat = WORKER.setting(
-        300.0, "While PostgreSQL is away a batch is held this long; then the consumers unsubscribe.", unit="seconds"
+        300.0,
+        "While PostgreSQL is unavailable, a batch is held this long; then the consumers unsubscribe.",
+        unit="seconds",
     )
     mirror_window_days: PositiveInt = WORKER.setting(
         3, "The mirror keeps closed orders of so many days; older ones are read from PostgreSQL.", unit="days"
     )
     reconcile_interval_seconds: PositiveFloat = WORKER.setting(
-        2.0, "The interval at which abandoned claims and pending changes are looked for.", unit="seconds"
+        2.0, "The interval at which stale claims and pending changes are looked for.", unit="seconds"
     )
     lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
@@ -332,7 +334,9 @@ class Settings(BaseSettings):
         le=1,
     )
     trace_slow_ms: PositiveFloat = TRACES.setting(
-        1_000.0, "A request, or the way of a change to PostgreSQL, is slow from here on.", unit="milliseconds"
+        1_000.0,
+        "A request, or the way of a change to PostgreSQL, counts as slow after this time.",
+        unit="milliseconds",
     )
     trace_slow_per_second: PositiveInt = TRACES.setting(
         20,
@@ -361,7 +365,7 @@ class Settings(BaseSettings):
     replay_window_bytes: PositiveInt = NOTIFIER.setting(256 << 20, "The most memory for these changes.", unit="bytes")
     client_buffer_events: PositiveInt = NOTIFIER.setting(
         1_000,
-        "Events that may wait for a client; one that reads too slowly is told to resync and disconnected.",
+        "Events that may wait for a client; a client that reads too slowly gets a `resync` and is disconnected.",
         unit="events",
     )
     client_buffer_bytes: PositiveInt = NOTIFIER.setting(
@@ -378,12 +382,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """From the environment and `.env`. Raises SettingsError, which names settings and allowed values."""
+        """Reads the environment and `.env`. Raises SettingsError, which names settings and allowed values."""
         return load(cls)
 
     @model_validator(mode="after")
     def _no_weak_secrets(self) -> Self:
-        """In production. An empty URL has no secret that could be weak: the service does not use it."""
+        """Refuses weak secrets in production. An empty URL has no secret, because the service does not use it."""
         if (
             self.environment != "development"
             and self.jwt_algorithm == "HS256"
@@ -401,14 +405,14 @@ class Settings(BaseSettings):
         return self
 
     def numbered(self, instance: int) -> Self:
-        """A copy with the number that this process has leased in place of `auto`."""
+        """Returns a copy with the number that this process has leased in place of `auto`."""
         return self.model_copy(update={"instance": instance})
 
     @property
     def instance_number(self) -> int:
-        """Raises ValueError while the instance is `auto` and no number was leased."""
+        """The number of this instance. Raises ValueError while it is `auto` and no number was leased."""
         if self.instance == "auto":
-            raise ValueError(f"{variable('instance')}=auto, and no number was leased yet")
+            raise ValueError(f"{variable('instance')} is auto, and no number was leased yet")
         return self.instance
 
     @property

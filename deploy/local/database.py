@@ -1,6 +1,6 @@
-"""What PostgreSQL needs: a user to run as, a directory that this user can reach, our role and our database.
+"""Prepares PostgreSQL: a user to run as, a directory that this user can reach, our role and our database.
 
-Everything is idempotent, and changes only our own instance.
+Every function is idempotent and changes only our own instance.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def user_to_run_as() -> str | None:
-    """None: the present user. PostgreSQL refuses to run as root."""
+    """Returns the user that PostgreSQL runs as, or None for the present user. PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     known = {entry.pw_name for entry in pwd.getpwall()}
@@ -31,7 +31,7 @@ def user_to_run_as() -> str | None:
 
 
 def make_reachable(directory: Path, user: str | None) -> None:
-    """Makes `directory`, owned by `user`. If that user cannot reach it, it becomes a link to a directory elsewhere."""
+    """Creates `directory`, owned by `user`. If that user cannot reach it, it becomes a link to another directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     place = directory
     if directory.is_symlink():
@@ -39,7 +39,7 @@ def make_reachable(directory: Path, user: str | None) -> None:
     elif user and not directory.exists() and not _may_enter(directory.parent, user):
         OUTSIDE.mkdir(mode=0o755, exist_ok=True)
         place = OUTSIDE / hashlib.sha256(str(directory).encode()).hexdigest()[:12]
-        # An earlier instance of this directory, whose link somebody removed, may have left its data.
+        # An earlier instance of this directory may have left its data, if only its link was removed.
         shutil.rmtree(place, ignore_errors=True)
         directory.symlink_to(place)
     place.mkdir(mode=0o700, exist_ok=True)
@@ -65,14 +65,16 @@ def forget_foreign_lock(data: Path) -> None:
 
 
 def postgres_for(data: Path, newest: Path) -> Path:
-    """The server of the version that made `data`, if it is installed, because no other version can read it."""
+    """Returns the server of the version that created `data`, if it is installed, because no other version can read the
+    data. Otherwise returns `newest`."""
     version = (data / "PG_VERSION").read_text().strip()
     own = Path("/usr/lib/postgresql") / version / "bin/postgres"
     return own if own.exists() else newest
 
 
 def run_sql(url: str, *statements: str, timeout: float = 60.0) -> None:
-    """Each statement in a transaction of its own (CREATE DATABASE wants that). Raises OSError, asyncpg errors."""
+    """Executes each statement in a transaction of its own, which CREATE DATABASE requires. `timeout` in seconds, per
+    statement. Raises OSError and the errors of asyncpg."""
 
     async def execute() -> None:
         connection = await asyncpg.connect(url, ssl=False, timeout=timeout)
@@ -86,8 +88,8 @@ def run_sql(url: str, *statements: str, timeout: float = 60.0) -> None:
 
 
 def make_owner(url: str, password: str) -> bool:
-    """As superuser: the role that owns the database and may create the other roles, and the database. False while the
-    server starts or recovers."""
+    """Creates the database and its owner, a role that may create the other roles. `url`: of a superuser. Returns False
+    while the server starts or recovers."""
 
     async def ensure() -> bool:
         try:
@@ -107,6 +109,6 @@ def make_owner(url: str, password: str) -> bool:
 
 
 def _in_own_loop(work: Coroutine[Any, Any, T]) -> T:
-    """In another thread, because asyncio.run fails if the caller (a test) is in a running event loop."""
+    """Runs a coroutine in another thread, because asyncio.run fails inside a running event loop, such as a test's."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()

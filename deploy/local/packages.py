@@ -1,6 +1,6 @@
-"""Finds the programs of RabbitMQ, PostgreSQL and Redis, and installs what is missing when it may.
+"""Finds the programs of RabbitMQ, PostgreSQL and Redis, and installs missing packages if it can.
 
-`ensure` returns only when every program is there, or raises `PackagesMissing`. It never starts, stops or configures a
+`ensure` returns only when every program is present, or raises `PackagesMissing`. It never starts, stops or configures a
 server that belongs to the machine (see apt-install.sh).
 """
 
@@ -21,12 +21,12 @@ SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 
 
 class PackagesMissing(Exception):
-    """Servers are missing and could not be installed; the message names the packages."""
+    """A server is missing and could not be installed. The message names the packages."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Where the servers' programs are."""
+    """The paths of the servers' programs."""
 
     rabbitmq_server: Path
     epmd: Path
@@ -36,7 +36,7 @@ class Programs:
 
 
 def ensure() -> Programs:
-    """Find all programs, installing the packages of those that are missing first (a minute on a bare machine)."""
+    """Installs the packages of missing programs (about a minute on a bare machine), and returns all programs."""
     missing = _missing()
     if missing:
         if subprocess.run(["sh", str(INSTALL), *missing], check=False, stdin=subprocess.DEVNULL).returncode != 0:
@@ -66,7 +66,8 @@ def _rabbitmq(name: str) -> Path | None:
 
 
 def _epmd() -> Path | None:
-    """The port mapper that Erlang nodes find each other by; packages put it on PATH or below the Erlang runtime."""
+    """Finds Erlang's port mapper, by which nodes find each other. Packages put it on PATH or below the Erlang
+    runtime."""
     return _on_path("epmd") or _first(sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"), reverse=True))
 
 

@@ -40,8 +40,8 @@ def is_free(port: int) -> bool:
 
 
 def require_free(port: int, setting: str | None, what: str, *, within: float = 10.0) -> None:
-    """Raises PortTaken: at once when somebody listens there. Where nobody does it is an outgoing connection's local
-    port, which chance gave to it: that one is waited for, `within` so many seconds."""
+    """Raises PortTaken at once if a process listens on the port. If none listens, an outgoing connection uses it as its
+    local port by chance: then this waits up to `within` seconds for that connection to end."""
     deadline = time.monotonic() + within
     while not is_free(port):
         if _listens(port) or time.monotonic() > deadline:
@@ -71,7 +71,7 @@ _reserved: list[IO[str]] = []
 
 
 def _reserve(port: int) -> bool:
-    """A lock on a file named after the port; the kernel lets go of it when this process ends, however it ends."""
+    """Locks a file named after the port. The kernel releases the lock when this process ends, however it ends."""
     folder = Path(tempfile.gettempdir()) / f"ticketrail-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     file = (folder / str(port)).open("w")

@@ -1,7 +1,7 @@
-"""A home for a RabbitMQ node with the plugins that it uses, made of links into the installed one.
+"""Creates a home for a RabbitMQ node with only the plugins that it uses, as links to the installed files.
 
-A node that starts looks for each of its thousand modules in the folder of one installed plugin after the other; most of
-those looks fail. Without what nobody enabled, RabbitMQ is up after 0.6 (3.10) or 0.7 (4.0) times the seconds.
+A starting node searches the folders of all installed plugins for each of its thousand modules. Without the folders of
+disabled plugins, RabbitMQ needs 0.6 (3.10) or 0.7 (4.0) of the time to start.
 """
 
 import re
@@ -11,19 +11,20 @@ from pathlib import Path
 
 _APPLICATIONS = re.compile(r"\{\s*(?:applications|included_applications)\s*,\s*\[([^]]*)\]")
 _BROKER = "rabbit"
-_UNREADABLE = re.compile(r"[\s:*?[]")  # not quoted in the scripts, and in a list with colons
+_UNREADABLE = re.compile(r"[\s:*?[]")  # the scripts do not quote the path, and put it into a list with colons
 
 
 def make_home(program: Path, home: Path, plugins: Iterable[str]) -> Path | None:
-    """Makes `home` anew, for the server script `program` and these plugins with all that they need. Returns the
-    directory of its scripts, for RABBITMQ_SCRIPTS_DIR; None where the installed files do not lie as RabbitMQ's own
-    packages lay them, or its scripts could not read the path of `home`: then the node is to run from those."""
+    """Creates `home`, in place of an earlier one, for the server script `program` and these plugins with their
+    dependencies. Returns the directory of its scripts, for RABBITMQ_SCRIPTS_DIR. Returns None if the layout of the
+    installed files differs from RabbitMQ's own packages, or if the scripts could not read the path of `home`: the node
+    must then run from the installed files."""
     if _UNREADABLE.search(str(home)):
         return None
     installed = program.resolve().parent.parent
     folders = list((installed / "plugins").glob("*-*/"))
     found = {folder.name.partition("-")[0]: folder for folder in folders}
-    if len(found) < len(folders):  # of two versions RabbitMQ takes the newer one
+    if len(found) < len(folders):  # a plugin has two versions, of which RabbitMQ chooses the newer one
         return None
     needs = {name: _needs(folder / "ebin" / f"{name}.app") for name, folder in found.items()}
     wanted = _with_all_they_need({_BROKER, *plugins}, needs)
@@ -39,12 +40,12 @@ def make_home(program: Path, home: Path, plugins: Iterable[str]) -> Path | None:
 
 
 def _needs(app: Path) -> set[str]:
-    """What an application's resource file says that it needs: plugins, libraries and parts of Erlang alike."""
+    """Returns the dependencies in an application's resource file: plugins, libraries and parts of Erlang."""
     try:
-        said = app.read_text(encoding="utf-8", errors="replace")
+        text = app.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return set()
-    return {name.strip() for names in _APPLICATIONS.findall(said) for name in names.split(",") if name.strip()}
+    return {name.strip() for names in _APPLICATIONS.findall(text) for name in names.split(",") if name.strip()}
 
 
 def _with_all_they_need(names: set[str], needs: dict[str, set[str]]) -> set[str]:

@@ -1,11 +1,11 @@
-"""Private instances of RabbitMQ, PostgreSQL and Redis: what `make run` and the tests start.
+"""Private instances of RabbitMQ, PostgreSQL and Redis, for `make run` and the tests.
 
-- Each lives in one directory, listens on 127.0.0.1 alone, on the ports it was given, and touches no other instance.
-- `start` returns when the server really answers, or raises ServerFailed with the tail of its log and leaves nothing
+- Each instance lives in one directory, listens only on 127.0.0.1 and its given ports, and affects no other instance.
+- `start` returns when the server answers, or raises ServerFailed with the tail of its log and leaves no process
   running. A port that is taken raises PortTaken.
 - Data survives stop, kill and a new start, also by another process with the same directory.
-- `stop`, `kill`, `freeze` and `thaw` reach every process of that server and no other; on one that does not run they do
-  nothing. `stop` from another thread ends a `start` that is under way.
+- `stop`, `kill`, `freeze` and `thaw` affect every process of the server and no other. They do nothing if the server is
+  not running. `stop` in one thread ends a `start` in another thread.
 """
 
 import base64
@@ -35,11 +35,11 @@ class ServerFailed(Exception):
 
 class Server(ABC):
     name: str
-    stop_within = 6.0  # seconds for an orderly end, then it is killed
+    stop_within = 6.0  # seconds for an orderly end, after which the server is killed
     stop_signal = signal.SIGTERM
 
     def __init__(self, directory: Path, log: Path, ports: Mapping[str, int]) -> None:
-        """`ports`: by the name of the setting that moves each."""
+        """`ports`: name of the setting that moves the port -> port."""
         self.directory = directory.absolute()
         self.log = log.absolute()
         self._ports = ports
@@ -47,7 +47,7 @@ class Server(ABC):
 
     @property
     def pid(self) -> int | None:
-        """The root of the server's processes."""
+        """The pid of the root of the server's processes; None if it was not started."""
         return self._children[-1].pid if self._children else None
 
     @property
@@ -57,7 +57,7 @@ class Server(ABC):
     def start(self, within: float = 60.0) -> None:
         if self.running:
             return
-        self.kill()  # helpers of an instance that died
+        self.kill()  # ends the helpers of an instance that died
         for setting, port in self._ports.items():
             require_free(port, setting, self.name)
         try:
@@ -69,11 +69,11 @@ class Server(ABC):
             raise
 
     def wait(self) -> int | None:
-        """Until the server ends by itself or by another's hand; its return code, negative for a signal."""
+        """Waits until the server ends. Returns its return code, which is negative for a signal."""
         return self._children[-1].wait() if self._children else None
 
     def stop(self) -> bool:
-        """False: it did not end in time and was killed."""
+        """Stops the server. Returns False if it did not end in time and was killed."""
         children, self._children = self._children, []
         ended = [child.terminate(self.stop_within, self.stop_signal) for child in reversed(children)]
         return all(ended)
@@ -93,15 +93,15 @@ class Server(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Make what must be on disk. Idempotent, and safe to kill at any point."""
+        """Creates the files that the server needs. Idempotent, and safe to kill at any point."""
 
     @abstractmethod
     def _launch(self) -> None:
-        """Put the started programs into `_children`, each as soon as it is started, the server last."""
+        """Starts the programs, and adds each one to `_children` at once. The server comes last."""
 
     @abstractmethod
     def _answers(self) -> bool:
-        """One try, bounded to about a second. May raise OSError."""
+        """Checks once, within about a second, whether the server answers. May raise OSError."""
 
     def _wait_until_it_answers(self, deadline: float) -> None:
         pause = 0.02
@@ -144,13 +144,13 @@ class Redis(Server):
             "maxmemory-policy": "noeviction",
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "save": "",  # the append-only file is the copy; a second one by fork doubles memory at the worst moment
+            "save": "",  # the append-only file is enough; a snapshot by fork doubles memory at the worst moment
         }
         command = [str(self._program), *(part for name, value in options.items() for part in (f"--{name}", value))]
         self._children = [Child.spawn(command, log=self.log, env=_environment(), cwd=self.directory)]
 
     def _answers(self) -> bool:
-        # While it reads its file back it answers -LOADING.
+        # Redis answers -LOADING while it reads its file.
         with socket.create_connection((HOST, self.port), timeout=1) as connection:
             connection.sendall(b"PING\r\n")
             return connection.recv(5) == b"+PONG"
@@ -163,7 +163,7 @@ class RabbitMQ(Server):
     """One RabbitMQ node with the management plugin and a port mapper (epmd) of its own, 3.10 and newer."""
 
     name = "rabbitmq"
-    stop_within = 7.5  # its orderly end takes 6 to 7 s on 3.10
+    stop_within = 7.5  # an orderly end takes 6 to 7 s on 3.10
 
     def __init__(
         self,
@@ -195,21 +195,21 @@ class RabbitMQ(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the server and its port mapper; whole once `_prepare` ran."""
+        """The environment of the server and its port mapper. It is complete after `_prepare`."""
         directory = self.directory
         home = {"RABBITMQ_SCRIPTS_DIR": str(self._scripts)} if self._scripts else {}
         return {
             **_environment(),
             **home,
-            "HOME": str(directory),  # the cookie is in there
-            # The data directory is named after the node: with the port in it, moving the port would lose the data.
+            "HOME": str(directory),  # holds the cookie
+            # The data directory is named after the node. The name is stored, so that moving the port keeps the data.
             "RABBITMQ_NODENAME": self._node_name(),
             "RABBITMQ_MNESIA_BASE": str(directory / "data"),
             "RABBITMQ_LOG_BASE": str(directory / "log"),
             "RABBITMQ_SCHEMA_DIR": str(directory / "schema"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(directory / "schema"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
-            # Not those of the machine, in /etc/rabbitmq.
+            # Without these the node would read the files of the machine, in /etc/rabbitmq.
             "RABBITMQ_CONFIG_FILES": str(directory / "conf.d"),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
@@ -217,11 +217,11 @@ class RabbitMQ(Server):
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "ERL_EPMD_PORT": str(self.epmd_port),
             "ERL_EPMD_ADDRESS": HOST,
-            # No core for each scheduler: all nodes of a machine, in the tests many, would choose the same first one.
+            # Schedulers are not bound to cores: all nodes of a machine, many in the tests, would choose the same core.
             "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
             # The node must not start a port mapper (ours runs already), nor listen for other nodes beyond this machine.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
-            # The start script then becomes the server instead of waiting for it: signals reach it directly.
+            # With this the start script becomes the server instead of waiting for it, so signals reach the server.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
 
@@ -280,8 +280,8 @@ log.file = false
 class PostgreSQL(Server):
     """One PostgreSQL with the role `ticketrail_owner` and its database `ticketrail`.
 
-    PostgreSQL refuses to run as root: started by root it runs as another user. Where that user cannot reach
-    `directory` (a checkout below /root), the data lies in /var/lib/ticketrail and `directory` is a link to it.
+    PostgreSQL refuses to run as root, so root starts it as another user. If that user cannot reach `directory` (a
+    checkout below /root), the data lies in /var/lib/ticketrail and `directory` is a link to it.
     """
 
     name = "postgres"
@@ -306,7 +306,7 @@ class PostgreSQL(Server):
         if self._data.exists():
             database.forget_foreign_lock(self._data)
             return
-        # Made aside and renamed: a run that was killed half way leaves no directory that looks complete.
+        # The directory gets its name when it is complete, so a killed run leaves none that looks complete.
         place = self.directory.resolve()
         fresh, password = place / "data.new", place / "password"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -342,7 +342,7 @@ class PostgreSQL(Server):
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would point a server or its tools at another instance."""
+    """Returns our environment without variables that would point a server or its tools at another instance."""
     foreign = (
         "RABBITMQ_",
         "ERL_",

@@ -1,8 +1,8 @@
-"""The wiring of the notifier.
+"""Wires the notifier.
 
-Starts while RabbitMQ is unavailable and is not ready until it has read the log. Refuses to start when the broker
-answers and has no log. Stops in this order: every stream ends (the server waits for open responses), then the follower
-stops."""
+The notifier starts while RabbitMQ is unavailable, and is not ready until it has read the log. It refuses to start when
+the broker answers and has no log. At a stop, every stream ends first (the server waits for open responses), and then
+the follower stops."""
 
 import asyncio
 from collections.abc import AsyncIterator

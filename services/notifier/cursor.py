@@ -34,8 +34,8 @@ class Cursor(Struct, frozen=True):
 
 
 def parse_cursor(text: str, *, field: str) -> Cursor:
-    """Raises InvalidInput with `field`. A cursor that was valid once always parses; the window decides whether it can
-    still be resumed."""
+    """Parses a cursor. Raises InvalidInput with `field`. A cursor that was valid once always parses; the window decides
+    whether it can still be resumed."""
     found = _FORM.fullmatch(text)
     if found is None:
         raise InvalidInput("not a cursor; send the id of a received event", field=field)

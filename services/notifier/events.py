@@ -1,4 +1,4 @@
-"""Turns a change into a push event, as a pure function.
+"""Converts a change into a push event. Pure.
 
 | change                        | event          | for a subscriber of one order |
 |-------------------------------|----------------|-------------------------------|
@@ -55,7 +55,7 @@ _OF_ORDER = {
 }
 _OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
 
-# Internal to idempotency. No screen needs it, and it would let a customer compare requests.
+# Idempotency uses this field internally. No screen needs it, and a customer could compare requests by it.
 _INTERNAL = ("request_hash",)
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
@@ -80,7 +80,7 @@ class PushEvent(Struct, frozen=True):
         return "order_stage_change" if of_one_order and self.kind is PushKind.STAGE_CHANGE else self._name
 
     def payload(self, *, of_one_order: bool) -> bytes:
-        """JSON on one line."""
+        """Returns the event as JSON on one line."""
         return b'{"eventType":"%b",%b' % (self.name(of_one_order=of_one_order).encode(), self._rest)
 
     @property
@@ -89,7 +89,8 @@ class PushEvent(Struct, frozen=True):
 
 
 def push_event(encoded: bytes, position: Position) -> PushEvent | None:
-    """None for a change that is not pushed. Raises BrokenContract for a change that no store accepts either."""
+    """Returns the push event of an encoded change, or None if the change is not pushed. Raises BrokenContract for a
+    change that no store accepts either."""
     change = decode_change(encoded)
     entity, state = read(change)
     if entity is not order.ENTITY:

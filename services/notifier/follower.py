@@ -56,12 +56,12 @@ class LogFollower:
 
     @property
     def caught_up(self) -> bool:
-        """The window is filled and the log is read to its end."""
+        """Whether the window is filled and the log is read to its end."""
         return self._reader.caught_up and self._hub.window.epoch is not None
 
     @property
     def serving(self) -> bool:
-        """The window was filled once; the broker may be unavailable since then."""
+        """Whether the window was filled once. The broker may be unavailable since then."""
         return self._filled and self._hub.window.epoch is not None
 
     def start(self) -> None:
@@ -79,8 +79,9 @@ class LogFollower:
         return float("nan") if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Not ready while the window is being filled or the broker is unavailable. Stale heartbeats mean that the sync
-        worker is down; push works without it, so they are only reported."""
+        """Returns (ready, details for the health endpoint). The notifier is not ready while the window is being filled
+        or the broker is unavailable. Stale heartbeats mean that the sync worker is down; push works without it, so they
+        are only reported."""
         heartbeat_at = self._reader.heartbeat_at
         age = None if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
         stale = age is None or age > max(2.0, self._settings.heartbeat_interval_seconds * 3)
@@ -133,7 +134,8 @@ class LogFollower:
         self._trace(events, began)
 
     def _trace(self, events: list[PushEvent], began: int) -> None:
-        """Not before the window is filled: the events read until then were pushed before the start."""
+        """Adds spans and metrics for pushed events. Skips the events that fill the window, which were pushed before the
+        start."""
         if not self._filled:
             return
         ended = time.time_ns()
@@ -156,7 +158,7 @@ class LogFollower:
 
 
 def _events_in(entry: LogEntry) -> tuple[list[PushEvent], Position]:
-    """The push events of one message, and the position of its last change."""
+    """Returns the push events of one message, and the position of its last change."""
     events = []
     index = 0
     try:

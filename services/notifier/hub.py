@@ -1,4 +1,4 @@
-"""The hub: distributes push events to subscribers.
+"""The hub distributes push events to subscribers.
 
 Guarantees: a subscriber receives the events of its interest from its cursor on, in the order of the log, each change
 once and without a gap. Where that is impossible (the cursor is older than the window, of another epoch or ahead of the
@@ -28,9 +28,9 @@ from services.notifier.window import Window
 
 log = structlog.get_logger(__name__)
 
-# A disconnected client may read its last bytes for so long.
+# The time that a disconnected client has to read its last bytes.
 _LAST_READ_SECONDS = 2.0
-# Events of the window in one step of a replay.
+# The most events of the window in one step of a resume.
 _RESUME_STEP_EVENTS = 256
 
 
@@ -51,9 +51,9 @@ class Subscriber:
     def __init__(self, audience: "Audience", position: Cursor | None) -> None:
         self.audience = audience
         self.position = position
-        """How far its replay has come; None when it is live."""
+        """The cursor that its replay has reached; None when the subscriber is live."""
         self.ended = False
-        """The hub adds nothing more. The buffer may still be taken."""
+        """Whether the hub has stopped adding to the buffer. The transport may still take from it."""
         self.task: asyncio.Task[Any] | None = None
         """The task that writes to the client. It is cancelled when the client does not read its last bytes."""
         self._chunks: list[bytes] = []
@@ -69,7 +69,7 @@ class Subscriber:
             self._wake()
 
     def take(self) -> bytes:
-        """Empties the buffer; returns its content as one chunk."""
+        """Empties the buffer and returns its content as one chunk."""
         if not self._chunks:
             return b""
         chunks, self._chunks = self._chunks, []
@@ -145,7 +145,7 @@ class Hub:
         self._ahead: list[tuple[Position, asyncio.Future[None]]] = []
         self._closed = False
         self.slow = 0
-        """Subscribers disconnected because they did not read, since the start."""
+        """The number of subscribers that were disconnected since the start because they did not read."""
 
     def __len__(self) -> int:
         return len(self._subscribers)
@@ -164,7 +164,7 @@ class Hub:
     # -- subscriptions -------------------------------------------------------------------------------------------
 
     def subscribe(self, interest: Interest, form: Form, cursor: Cursor | None) -> Subscriber:
-        """A subscription from `cursor`, or from now without one. The transport calls `replay` until it returns None."""
+        """Subscribes from `cursor`, or from now without one. The transport must call `replay` until it returns None."""
         subscriber = Subscriber(Audience(interest, form), cursor)
         if self._closed:
             subscriber.end()
@@ -191,7 +191,8 @@ class Hub:
                 del self._tenants[audience.interest.tenant]
 
     def resume(self, subscriber: Subscriber) -> bytes | None:
-        """The next part of the events that the subscriber missed (may be empty). None: the subscriber is live now."""
+        """Returns the next part of the events that the subscriber missed (it may be empty), or None when the subscriber
+        is live."""
         cursor, audience = subscriber.position, subscriber.audience
         if cursor is None or subscriber.ended:
             return None
@@ -206,7 +207,7 @@ class Hub:
         return b"".join(audience.frames(missed, cursor.epoch))
 
     def _join(self, subscriber: Subscriber) -> None:
-        """There must be no await between the check that nothing was missed and this call."""
+        """Makes a subscriber live. There must be no await between the check that it missed nothing and this call."""
         own = subscriber.audience
         rooms = self._tenants.setdefault(own.interest.tenant, {})
         room = rooms.setdefault(own.room, {})
@@ -240,7 +241,7 @@ class Hub:
             self._disconnect_slow(subscriber)
 
     def listeners(self, event: PushEvent) -> int:
-        """How many live subscribers get this event. Expensive: for traces of a few events."""
+        """Returns the number of live subscribers that get this event. Expensive: for traces of a few events."""
         rooms = self._tenants.get(event.tenant, {})
         return sum(
             len(audience.live)
@@ -286,7 +287,7 @@ class Hub:
                 subscriber.put(chunk, 0)
 
     def close(self) -> None:
-        """Ends every stream, and every later one at once. May be called twice."""
+        """Ends every stream. A later subscription ends at once. May be called twice."""
         self._closed = True
         for subscriber in list(self._subscribers):
             self._end(subscriber)

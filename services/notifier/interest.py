@@ -1,4 +1,4 @@
-"""Which events a subscriber requested and may see. It is decided once, before anything is encoded for it."""
+"""Decides which events a subscriber requested and may see, once and before any event is encoded for it."""
 
 from uuid import UUID
 
@@ -19,7 +19,7 @@ class Interest(Struct, frozen=True):
     """Set for customers, who see only the orders of their own session."""
 
     def wants(self, event: PushEvent) -> bool:
-        """Whether a subscriber gets this event of its tenant. The hub separates tenants before it calls this."""
+        """Returns whether a subscriber gets this event of its tenant. The hub separates tenants first."""
         return (
             bool(event.kind & self.kinds)
             and (self.order_id is None or event.order_id == self.order_id)
@@ -28,8 +28,8 @@ class Interest(Struct, frozen=True):
 
 
 def interest_of(identity: Identity, *, order_id: str | None, event_types: str | None) -> Interest:
-    """Empty parameters count as absent. Raises Forbidden for a caller without a restaurant, and InvalidInput with the
-    name of the parameter."""
+    """Returns the interest that a request names. Empty parameters count as absent. Raises Forbidden for a caller
+    without a restaurant, and InvalidInput with the name of the parameter."""
     return Interest(
         tenant=identity.tenant,
         kinds=_kinds(event_types) if event_types else EVERY_KIND,

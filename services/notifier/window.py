@@ -1,4 +1,4 @@
-"""The window: the recent changes of all tenants in memory, from which a subscriber can resume.
+"""The window holds the recent changes of all tenants in memory, from which a subscriber can resume.
 
 Invariants: for every position from `floor` to `present` the window holds every push event after it, and each change
 once. `floor` only rises, until another log begins. Age, number and bytes are bounded.
@@ -62,7 +62,7 @@ class Window:
 
     @property
     def cursor(self) -> Cursor:
-        """Cursor of a subscriber that is fully caught up."""
+        """The cursor of a subscriber that is fully caught up."""
         return Cursor(self.epoch or "", self.present)
 
     def add(self, events: Sequence[PushEvent], upto: Position, at: float) -> list[PushEvent]:

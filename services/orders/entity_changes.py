@@ -38,13 +38,13 @@ Change = Callable[[Any, datetime], tuple[str, Any]]
 
 
 class Receipt(Struct, frozen=True):
-    """What a write returns: the state after it and how durable it is."""
+    """The result of a write: the state after it and its durability."""
 
     entity: Entity
     state: Any
     head: Head
     durability: Durability | None
-    """None when nothing was recorded: for a replay, or a change of nothing."""
+    """None when nothing was recorded: the request was a repeat, or it changed nothing."""
     visible: bool = True
     replayed: bool = False
 
@@ -71,9 +71,9 @@ class EntityChanges:
         *,
         same: Callable[[Any], bool] = lambda _: True,
     ) -> Receipt:
-        """`key`: the Idempotency-Key that `id_` was made from. `same`: whether an existing state was created by an
-        equal request. Raises what `build` and the rail raise, and InvalidInput for a key that was used for another
-        request."""
+        """Creates an entity. `key`: the Idempotency-Key from which `id_` is derived. `same`: returns whether an equal
+        request created an existing state. Raises the errors of `build` and the rail, and InvalidInput for a key that
+        was used for another request."""
         at = now()
         try:
             state = build(at)
@@ -110,7 +110,8 @@ class EntityChanges:
             await _pause(2)
 
     async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-        """What an earlier request with the same key created, or None. Raises Unavailable when no store can tell."""
+        """Returns the entity that an earlier request with the same key created, or None. Raises Unavailable when no
+        store can answer."""
         try:
             found = await self._reads.one(entity, restaurant, id_)
         except NotFound:
@@ -130,12 +131,12 @@ class EntityChanges:
         deleted: bool = False,
         adds: bool = False,
     ) -> Receipt:
-        """`version`: the head version that the caller requires; None for any. `deleted`: the entity may be deleted.
-        `adds`: the change adds a fact, so concurrent changes do not forbid it. Raises NotFound, Conflict (with the head
-        version), Unavailable, and what `change` raises."""
+        """Changes an entity. `version`: the head version that the caller requires; None for any. `deleted`: the entity
+        may be deleted. `adds`: the change adds a fact, so it is retried for four seconds after concurrent changes.
+        Raises NotFound, Conflict (with the head version), Unavailable, and the errors of `change`."""
         if not adds:
             return await self._change(identity, entity, id_, version, change, deleted=deleted)
-        # Changes of this instance take turns, because a lost claim costs as much as a won one.
+        # Changes in this instance run one after the other, because a lost claim costs as much as a won one.
         async with self._turns.setdefault(id_, asyncio.Lock()):
             return await self._change(identity, entity, id_, version, change, deleted=deleted, adds=True)
 
@@ -197,7 +198,8 @@ class EntityChanges:
 
 
 async def _pause(times: int) -> None:
-    """Jittered, about as long as a commit takes, so that the losers of a race do not collide again."""
+    """Sleeps for a jittered time, about as long as a commit takes, so that the losers of a race do not collide
+    again."""
     await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
 

@@ -1,5 +1,5 @@
-"""The back office's entities, each as a declaration of what differs between them; `routes/entities.py` makes their
-routes. Their rules are pure functions; `prepare` looks up what a rule needs."""
+"""Declares each entity of the back office; `routes/entities.py` creates the routes from the declarations. The rules of
+an entity are pure functions; `prepare` reads the data that they need."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -53,21 +53,21 @@ class Resource(Struct, frozen=True, kw_only=True):
     tag: str
     noun: str
     actions: tuple[str, str]
-    """The actions that a caller's role needs: to read, to change."""
+    """(action for reading, action for changing), which the caller's role must allow."""
     create: Any
     update: Any
     query: Any = ListQuery
     example: Fields = field(default_factory=dict)
     normalize_query: Callable[[Any, Restaurant], Any] = lambda query, _: query
-    """Turns the query's values into the states' form. Raises InvalidInput."""
+    """Converts the values of a query into the form of the states. Raises InvalidInput."""
     prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
-    """Looks up what the rules need (`Context.prepared`). Raises InvalidInput."""
+    """Reads the data that the rules need (`Context.prepared`). Raises InvalidInput."""
     made: Callable[[Fields, Context], Fields] = _as_requested
-    """The fields of a new entity. Raises InvalidInput."""
+    """Returns the fields of a new entity. Raises InvalidInput."""
     changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_requested
-    """(event, changed fields). Raises InvalidInput, Conflict."""
+    """Returns (event, changed fields). Raises InvalidInput, Conflict."""
     more: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
-    """Derived fields that the caller sees with each state."""
+    """Returns the derived fields that the caller sees with each state."""
     more_types: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,14 +192,14 @@ def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, 
 
 
 def _place(queued: list[BayJob], position: int, state: BayJob) -> str:
-    """The sort key between the neighbours at this position. `queued`: the other jobs."""
+    """Returns the sort key between the neighbours at this position. `queued`: the other jobs."""
     before = queued[: position - 1][-1:]
     after = queued[position - 1 :][:1]
     if before and after:
         return job.place_between(before[0].place, after[0].place, share=state.id)
     if before or after:
-        beside, seconds = (before[0], 1) if before else (after[0], -1)
-        return job.place_beside(beside.place, seconds, state.created_at)
+        neighbour, seconds = (before[0], 1) if before else (after[0], -1)
+        return job.place_beside(neighbour.place, seconds, state.created_at)
     return state.place
 
 
@@ -216,7 +216,8 @@ _E164_LENGTH = 16  # with the plus
 
 
 def e164(text: str, country: str | None) -> str:
-    """The number in E.164 format. `country`: ISO 3166 code for numbers without a country code. Raises InvalidInput."""
+    """Returns the number in E.164 format. `country`: ISO 3166 code for numbers without a country code. Raises
+    InvalidInput."""
     try:
         found = phonenumbers.parse(text, country)
     except phonenumbers.NumberParseException as error:

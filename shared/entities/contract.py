@@ -21,10 +21,10 @@ CONTENT_TYPE = "application/cloudevents-batch+json"
 SPECVERSION = "1.0"
 MAX_BATCH = 256
 MAX_EVENT_BYTES = 8_000_000
-"""Largest encoded change. RabbitMQ 4 refuses messages above 16 MiB, and a change that no broker takes is not accepted.
-"""
+"""The size of the largest encoded change. RabbitMQ 4 refuses messages above 16 MiB, and a change that the broker would
+refuse must not be accepted."""
 MAX_DATA_BYTES = MAX_EVENT_BYTES - 10_000
-"""Largest states before and after together; the rest is room for the other attributes."""
+"""The size of the largest states before and after together; the rest is room for the other attributes."""
 
 # Ids are lower-case canonical UUIDs as text: their text order is their byte order, so that Python, Lua and
 # PostgreSQL agree which of two change ids is the larger.
@@ -49,11 +49,11 @@ class SyncState(StrEnum):
     FAILED = "failed"
     """Still pending; the last attempt to write it failed."""
     CONFLICT = "conflict"
-    """It is one side of a fork that an operator must decide."""
+    """The entity has a fork that an operator must decide."""
 
 
 class Lane(StrEnum):
-    """Which queue a change waits in, so that a bulk import never delays an order."""
+    """One of three queues with different priorities, so that a bulk import never delays an order."""
 
     CRITICAL = "critical"
     NORMAL = "normal"
@@ -103,7 +103,7 @@ class Change(Struct, frozen=True, kw_only=True):
     basechangeid: Id | None = None
     traceparent: Label | None = None
     actor: Label | None = None
-    """Id of the user, or of the guest's session, that asked for the change."""
+    """Id of the user or of the guest's session that requested the change."""
     datacontenttype: str = "application/json"
     specversion: str = SPECVERSION
 
@@ -164,13 +164,13 @@ def encode(value: Any) -> bytes:
 
 
 def encode_batch(changes: Iterable[bytes]) -> bytes:
-    """One message body from encoded changes."""
+    """Returns one message body with these encoded changes."""
     return b"[" + b",".join(changes) + b"]"
 
 
 def split_batch(body: bytes) -> list[bytes]:
-    """The encoded events of a message, not decoded, so that a poison one does not affect the others. Raises
-    BrokenContract."""
+    """Returns the encoded events of a message. They are not decoded, so that a poison event does not affect the others.
+    Raises BrokenContract."""
     try:
         return [bytes(raw) for raw in _raws.decode(body)]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -178,10 +178,11 @@ def split_batch(body: bytes) -> list[bytes]:
 
 
 def decode_change(event: bytes) -> Change:
+    """Decodes and validates an event. Raises BrokenContract."""
     if len(event) > MAX_EVENT_BYTES:
         raise BrokenContract("too_large", f"{len(event)} bytes are more than {MAX_EVENT_BYTES}")
     try:
-        event.decode()  # also the parts that no type reads, which are kept as they are
+        event.decode()  # also checks the unknown attributes, which are kept verbatim
         change = _changes.decode(event)
         escaped = b"\\u" in event
         if escaped:
@@ -202,7 +203,7 @@ def decode_change(event: bytes) -> Change:
 
 
 def outline(event: bytes) -> Outline | None:
-    """None for an unreadable event; `decode_change` gives the reason."""
+    """Returns the outline of an event, or None if it is unreadable; `decode_change` gives the reason."""
     try:
         return _outlines.decode(event)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -210,18 +211,18 @@ def outline(event: bytes) -> Outline | None:
 
 
 def in_range(at: datetime) -> bool:
-    """False at the ends of the calendar, where conversions to UTC overflow."""
+    """Returns whether the time is from 1970 to 2199. At the ends of the calendar, conversions to UTC overflow."""
     return 1970 <= at.year < 2200
 
 
 def traceparent_in(event: bytes) -> str | None:
-    """The traceparent of an event that we encoded, without decoding it."""
+    """Returns the traceparent of an event that our code encoded, without decoding the event."""
     found = _TRACEPARENT.search(event)
     return found[1].decode() if found else None
 
 
 def changed_fields(before: Struct | None, after: Struct) -> dict[str, Any]:
-    """The old values of the top-level fields in which two states differ."""
+    """Returns the old values of the top-level fields in which two states differ."""
     if before is None:
         return {}
     old: Mapping[str, Any] = msgspec.to_builtins(before)

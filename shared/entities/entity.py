@@ -1,6 +1,6 @@
-"""What every entity declares about itself: lane, conflict strategy, tables, mirror index, numbering.
+"""The declaration of an entity: lane, conflict strategy, tables, mirror index, numbering.
 
-The stores are generic: the PostgreSQL writer and the mirror writer read these declarations and know no single entity.
+The stores are generic: the PostgreSQL writer and the mirror writer read only these declarations.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ Hold = tuple[str, int, datetime]
 
 
 class OnConflict(StrEnum):
-    """Which side wins when a terminal and the central system changed the same entity."""
+    """The side that wins when a terminal and the central system changed the same entity."""
 
     TERMINAL_WINS = "terminal_wins"
     CENTRAL_WINS = "central_wins"
@@ -58,12 +58,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Table(_Rows):
-    """The readers' table of an entity; keyed by (restaurant_id, id), with version and change_id as the guard."""
+    """The table of an entity that readers use. Its key is (restaurant_id, id); version and change_id are the guard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Children(_Rows):
-    """Rows that belong to one state and are replaced with it; keyed by (restaurant_id, <parent>, position)."""
+    """Rows that belong to one state and are replaced with it. Their key is (restaurant_id, <parent>, position)."""
 
     parent: str
     rows: Callable[[Any], Sequence[Struct]]
@@ -71,8 +71,8 @@ class Children(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(_Rows):
-    """Rows keyed by their parent and an id of their own. They are kept from every snapshot, superseded and forked ones
-    too."""
+    """Rows with an id of their own below a parent. They are kept from every snapshot, also from superseded and forked
+    ones."""
 
     parent: str
     field: str
@@ -85,8 +85,8 @@ class Facts(_Rows):
 
 @dataclass(frozen=True)
 class Numbering:
-    """How an entity gets its number. Each business day is a series. A state without a number has the empty string, and
-    its claim gives it one (shared/rail/order_numbers.py)."""
+    """The numbering of an entity. Each business day is a series. A state without a number has the empty string, and its
+    claim assigns one (shared/rail/order_numbers.py)."""
 
     business_day: Callable[[Any], str]
     number: Callable[[Any], str]
@@ -102,7 +102,7 @@ class Entity:
     on_conflict: OnConflict
     table: Table
     live: Callable[[Any], bool]
-    """Whether a state belongs to the mirror's live window whatever its age (an open order, a dish on the menu)."""
+    """Whether a state belongs to the mirror's live window regardless of its age (an open order, a dish on the menu)."""
     window_sql: str = ""
     """The live window as an SQL condition on the table `t`; `$1` is the time when it begins. Empty: all rows."""
     score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
@@ -122,11 +122,12 @@ class Entity:
         return f"ticketrail.{self.name}.{event}.v1"
 
     def decode_state(self, encoded: bytes) -> Any:
-        """A state from one of our own stores, which was validated before."""
+        """Decodes a state from one of our own stores, which was validated before."""
         return msgspec.json.decode(encoded, type=self.state)
 
     def decode(self, change: Change) -> Any:
-        """The validated state after a change. Raises BrokenContract, also when it names another tenant or entity."""
+        """Returns the validated state after a change. Raises BrokenContract, also if the state names another tenant or
+        entity."""
         try:
             state = msgspec.json.decode(change.data.after, type=self.state)
         except msgspec.ValidationError as error:
@@ -148,7 +149,7 @@ class Entity:
 
 
 def micros(at: datetime) -> int:
-    """Exact microseconds since the epoch, so that all stores order two times in the same way."""
+    """Returns the exact microseconds since 1970, so that all stores order two times in the same way."""
     return (at - _EPOCH) // timedelta(microseconds=1)
 
 
@@ -166,7 +167,7 @@ def event_of(type_: str) -> tuple[str, str, str]:
 
 
 def columns(*names_and_types: str) -> Iterable[Column]:
-    """Shorthand for columns that are attributes of the same name: `columns("name text", "price int8")`."""
+    """Yields columns that are attributes of the same name: `columns("name text", "price int8")`."""
     for text in names_and_types:
         name, _, pg_type = text.partition(" ")
         yield Column(name, pg_type)

@@ -1,4 +1,4 @@
-"""The back office's routes beyond those of every entity: stock and loyalty moves, bulk availability, a bay's queue."""
+"""Further routes of the back office: stock and loyalty moves, availability of many dishes, the queue of a bay."""
 
 import asyncio
 from collections.abc import Callable
@@ -91,7 +91,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
         if item.quantity + move.quantity < 0:
             raise Conflict(
-                f"the stock is only {item.quantity}", code="below_zero", field="quantity", quantity=item.quantity
+                f"only {item.quantity} in stock", code="below_zero", field="quantity", quantity=item.quantity
             )
         moves = (*item.moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
@@ -126,7 +126,7 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         points = found or 0
 
     def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
-        # The second of two concurrent redemptions sees here what the first one took.
+        # The second of two concurrent redemptions sees the move of the first one here.
         left = points + sum(other.points for other in one.loyalty_moves if other.id not in counted)
         if move.points < 0 and left + move.points < 0:
             raise Conflict(
@@ -152,7 +152,7 @@ async def _move(
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
 ) -> Receipt:
-    """Adds a fact to an entity. Concurrent moves all count; a repeat with the same id counts once."""
+    """Adds a fact to an entity. All concurrent moves count; a repeat with the same id counts once."""
     value = getattr(requested, amount)
     if value == 0:
         raise InvalidInput("must not be 0", field=amount)

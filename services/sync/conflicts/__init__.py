@@ -1,7 +1,7 @@
 """Conflicts: forks that an operator must decide.
 
-Guarantee: both sides of a fork are kept, and payments of both sides count. A decision is committed together with its
-row in `audit`, after the change that it needs is recorded.
+Guarantee: both sides of a fork are kept, and payments of both sides count. A decision may need a change. It is recorded
+first, and then the decision is committed together with its row in `audit`.
 
     store.py            reads conflicts and closes them
     decisions.py        shows both sides and decides which change holds

@@ -1,6 +1,6 @@
 """`ticketrail conflicts`: lists, shows and decides conflicts, by the same functions as the API.
 
-Exit codes: 0 done; 1 it could not be done; 2 wrong usage.
+Exit codes: 0 success, 1 failure, 2 wrong usage.
 """
 
 import json

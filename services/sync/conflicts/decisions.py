@@ -1,13 +1,14 @@
-"""Decides conflicts: which of the two changes of a fork holds. For the API and the command line.
+"""Decides conflicts for the API and the command line: which of the two changes of a fork holds.
 
 By the guard, the change with the larger (version, change id) wins in every store. That is a rule, not a judgement. A
-decision says which change holds and enforces it: a new change at head version + 1 restores the fields in which the two
-differ and in which the entity has the other side's value. Later changes stay. If the losing side is to hold and such a
-field has a third value by now, only the restaurant can know what is right, and the decision is refused. Payments and
-stock moves are facts: those of both sides count, whatever is decided (`forked_payments.py` restores those of an order).
+decision names the change that holds and enforces it: a new change at head version + 1 restores the fields in which the
+two differ and in which the entity has the other side's value. Later changes stay. If the losing side shall hold and
+such a field has a third value by now, the decision is refused, because only the restaurant knows the right value.
+Payments and stock moves are facts: those of both sides count after every decision (`forked_payments.py` restores the
+payments of an order).
 
-The conflict is locked meanwhile. The change is recorded before the conflict is closed: a failure in between leaves the
-conflict open and the change recorded, and repeating the decision makes no second change.
+The conflict is locked during the decision. The change is recorded before the conflict is closed: a failure in between
+leaves the conflict open and the change recorded, and repeating the decision makes no second change.
 """
 
 from datetime import datetime
@@ -72,7 +73,7 @@ async def show(connection: Connection, id_: str) -> ShownFork:
 
 class ConflictDecisions:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
-        """`postgres` as the ops role."""
+        """`postgres`: a pool of the ops role."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
@@ -111,10 +112,10 @@ class ConflictDecisions:
 
 
 def with_decision(entity: Entity, present: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
-    """`present`, in which each field with the value of `dropped` has the value of `kept` instead. Pure.
+    """Returns `present`, in which each field with the value of `dropped` has the value of `kept` instead. Pure.
 
-    A field in which the two differ can have a third value by now. `strict`: it raises Conflict (`changed_since`).
-    Otherwise it stays."""
+    A field in which the two differ can have a third value by now. If `strict`, such a field raises Conflict
+    (`changed_since`). Otherwise it keeps its value."""
     kept, dropped = (_plain(entity.decode_state(encode(side))) for side in (kept, dropped))
     after = _plain(present)
     left_alone = _DERIVED_FIELDS | {facts.field for facts in entity.facts}
@@ -159,13 +160,13 @@ def _is_closed(order: Order) -> bool:
 
 
 def event_between(entity: Entity, before: Any, after: Any) -> str:
-    """The event type of a change from `before` to `after`. Pure."""
+    """Returns the event type of a change from `before` to `after`. Pure."""
     if after.deleted_at and not before.deleted_at:
         return "deleted"
     return "restored" if before.deleted_at and not after.deleted_at and "restored" in entity.events else "updated"
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """As plain JSON values, the way our stores encode it."""
+    """Returns the state as plain JSON values, in the encoding of our stores."""
     found: dict[str, Any] = msgspec.json.decode(encode(state))
     return found

@@ -1,8 +1,9 @@
 """Restores payments that a fork left out: the losing state of an order can hold payments that the winner lacks.
 
-A new change adds them, so that the order, its payment status and every store have all payments. Only orders are looked
-at whose conflict was opened since the last look, because nothing else loses a payment. The conflict stays open for
-everything else that differs. Repeating it, or two instances at once, does no harm: a payment is identified by its id.
+A new change adds them, so that the order, its payment status and every store have all payments. Each round checks only
+orders whose conflict was opened since the previous round, because nothing else loses a payment. The conflict stays open
+for the other differences. Rounds may be repeated and may run in two instances, because a payment is identified by its
+id.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from shared.rail.draft import Draft
 log = structlog.get_logger(__name__)
 
 _ENTITY = orders.ENTITY
-# At the start: conflicts that the previous process opened and did not handle are younger than this.
+# The first round checks conflicts of this age, because the previous process may not have handled them.
 _LOOK_BACK = timedelta(days=7)
 # A conflict has the time at which its transaction began, but is visible only after its commit.
 _OVERLAP = timedelta(minutes=5)
@@ -34,14 +35,15 @@ _OVERLAP = timedelta(minutes=5)
 
 class ForkedPayments:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
         self._since = now() - _LOOK_BACK
 
     async def restore(self) -> int:
-        """Returns how many orders had payments restored. Raises what the stores and the rail raise."""
+        """Returns the number of orders whose payments were restored. Raises the errors of the stores, and
+        of `Rail.commit` except ClaimLost, Unavailable and InvalidInput."""
         async with self._postgres.connection() as connection:
             looked_at: datetime = await connection.fetchval("select now()")
             found = await money.left_out(connection, self._since)
@@ -52,7 +54,7 @@ class ForkedPayments:
             try:
                 restored += await self._add(restaurant, order, payments)
             except (ClaimLost, Unavailable):
-                complete = False  # somebody changes the order now, or the mirror is behind: the next round tries again
+                complete = False  # another change came first, or the mirror is behind: the next round tries again
             except InvalidInput as error:
                 log.error("forked_payments_not_restored", id=order, restaurant_id=restaurant, error=str(error))
         if complete:
@@ -60,7 +62,7 @@ class ForkedPayments:
         return restored
 
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
-        """Returns False if the order already has them, on their way to PostgreSQL."""
+        """Returns False if the order does not exist, or if its head already has the payments."""
         async with self._postgres.connection() as connection:
             found = await current_head(connection, self._mirror, _ENTITY, restaurant, id_)
         if found is None:

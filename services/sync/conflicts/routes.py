@@ -1,4 +1,4 @@
-"""/api/ops/conflicts: conflicts for operators. Admins see those of their own restaurant."""
+"""/api/ops/conflicts: conflicts for operators. Admins see the conflicts of their own restaurant."""
 
 from litestar.types import ASGIApp
 

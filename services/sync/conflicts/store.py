@@ -1,7 +1,8 @@
 """Reads conflicts and closes them. `shared/postgres/changes.py` opens them, for two changes that claim one version or
 have one base.
 
-Connections: of the ops role; of the api role, inside `Postgres.tenant`, to read those of one restaurant.
+Connections have the ops role. To read the conflicts of one restaurant they may have the api role, inside
+`Postgres.tenant`.
 """
 
 from datetime import datetime
@@ -90,8 +91,8 @@ async def page(
     before: tuple[datetime, str] | None = None,
     limit: int = 50,
 ) -> list[Fork]:
-    """Newest first. `is_open` None: also decided ones. Ask for one row more than a page to learn whether there is
-    another page."""
+    """Returns conflicts, newest first. `is_open`: None for both open and decided ones. To learn whether another page
+    follows, ask for one row more than a page."""
     at, id_ = before or (None, None)
     rows = await connection.fetch(_LIST, restaurant_id, entity, entity_id, is_open, at, id_, limit)
     return [Fork(**row) for row in rows]
@@ -106,13 +107,13 @@ async def one(connection: Connection, id_: str) -> Fork:
 
 
 async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
-    """(id, a few words about it) of the conflicts whose ids are from `first` to `last`, in order."""
+    """Returns (id, short description) of the conflicts whose ids are from `first` to `last`, in order."""
     return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
 
 
 async def take(connection: Connection, id_: str) -> Fork:
-    """Locks an open conflict until the transaction ends. Raises NotFound, and Conflict (`conflict_resolved`) if
-    somebody has decided it."""
+    """Locks an open conflict until the transaction ends. Raises NotFound, and Conflict (`conflict_resolved`) if it is
+    already decided."""
     row = await connection.fetchrow(f"{_ONE} for update", id_)
     if row is None:
         raise NotFound("no such conflict")
@@ -127,7 +128,7 @@ async def take(connection: Connection, id_: str) -> Fork:
 
 
 async def sides(connection: Connection, conflict: Fork) -> tuple[Side, Side]:
-    """(the winner by the guard, the loser)"""
+    """Returns (winner by the guard, loser)."""
     ids = [conflict.change_id, conflict.other_change_id]
     found = [_side(row) for row in await connection.fetch(_SIDES, conflict.restaurant_id, ids)]
     loser, winner = sorted(found, key=lambda side: side.head)
@@ -144,8 +145,8 @@ async def resolve(
     actor: str,
     role: str,
 ) -> Fork:
-    """Closes it with a row in `audit`, in the caller's transaction. `change_id`: the change that enforces it, if
-    any."""
+    """Closes the conflict with a row in `audit`, in the caller's transaction. `change_id`: the change that enforces the
+    decision, if any."""
     (row,) = await connection.fetch(_RESOLVE, conflict.id, actor, why, keep, change_id)
     await audit.record(
         connection,

@@ -5,16 +5,16 @@ is committed together with its row in `audit`. A dead letter changes only for an
 
     collector.py      moves messages from the dead-letter queues into the table `dead_letters`
     store.py          reads dead letters: lists, groups, one
-    view.py           one dead letter with everything that is known of it
+    view.py           assembles everything that is known about one dead letter
     actions.py        the SQL of discard, restore and replace, each with its audit row
     editing.py        checks an operator's event against the contract; pure
     repairs.py        edits, discards and restores that may commit a change
     replay_jobs.py    makes, reads and cancels replays and dry runs
-    replay_worker.py        runs them in the worker; its SQL is in replay_sql.py
+    replay_worker.py  runs replay jobs in the worker; its SQL is in replay_sql.py
     dry_run.py        forecasts what a replay would do
-    retention.py      removes what was closed long ago
+    retention.py      removes dead letters and replay jobs that were closed long ago
     routes.py, requests.py, commands.py    the HTTP API and `ticketrail dlq`
 
-Others may use: `collector` and `replays` (the worker), `retention` (maintenance), `routes` (api.py), `commands` (the
+Others may use: `collector` and `replay_worker` (the worker), `retention` (maintenance), `routes` (api.py), `commands` (the
 command line). The rest is internal. Storing dead letters is in `failures/dead_letter_store.py`.
 """

@@ -50,29 +50,29 @@ async def take(connection: Connection, id_: str, *, revision: int, status: str =
         raise Conflict(
             f"this dead letter is {found['status']}", code=f"dead_letter_not_{status}", status=found["status"]
         )
-    letter = await dead_letter_store.one(connection, id_)
-    assert letter is not None
-    return letter
+    dead_letter = await dead_letter_store.one(connection, id_)
+    assert dead_letter is not None
+    return dead_letter
 
 
 async def discard(
     connection: Connection, id_: str, *, revision: int, why: str, actor: str, role: str, replaced_by: str | None = None
 ) -> DeadLetter:
-    """open -> discarded. `replaced_by`: the change that takes back what the mirror shows of it. Raises what `take`
-    raises."""
-    letter = await take(connection, id_, revision=revision)
+    """Changes the status from open to discarded. `replaced_by`: the change that reverts the dead letter's change in the
+    mirror. Raises what `take` raises."""
+    dead_letter = await take(connection, id_, revision=revision)
     await connection.execute(_DISCARD, id_, why, replaced_by)
     details = {"replaced_by": replaced_by} if replaced_by else {}
-    return await _done(connection, letter, "discard", why, actor, role, details)
+    return await _done(connection, dead_letter, "discard", why, actor, role, details)
 
 
 async def restore(
     connection: Connection, id_: str, *, revision: int, why: str | None, actor: str, role: str
 ) -> DeadLetter:
-    """discarded -> open. Raises what `take` raises."""
-    letter = await take(connection, id_, revision=revision, status="discarded")
+    """Changes the status from discarded to open. Raises what `take` raises."""
+    dead_letter = await take(connection, id_, revision=revision, status="discarded")
     await connection.execute(_RESTORE, id_)
-    return await _done(connection, letter, "restore", why, actor, role, {})
+    return await _done(connection, dead_letter, "restore", why, actor, role, {})
 
 
 async def replace(
@@ -87,11 +87,11 @@ async def replace(
     actor: str,
     role: str,
 ) -> DeadLetter:
-    """open -> resolved by an edit, which is stored too. Raises what `take` raises."""
-    letter = await take(connection, id_, revision=revision)
+    """Changes the status from open to resolved, and stores the edit. Raises what `take` raises."""
+    dead_letter = await take(connection, id_, revision=revision)
     await connection.execute(_REPLACE, id_, change_id)
     await connection.execute(_STORE_EDIT, id_, actor, why, _json(event), _json(difference), change_id)
-    return await _done(connection, letter, "edit", why, actor, role, {"change_id": change_id})
+    return await _done(connection, dead_letter, "edit", why, actor, role, {"change_id": change_id})
 
 
 async def _done(
@@ -113,8 +113,10 @@ async def _done(
         why=why,
         details={"status": before.status, "revision": before.revision, **details},
     )
-    [letter] = await dead_letter_store.page(connection, dead_letter_store.DeadLetterQuery(ids=(before.id,)), limit=1)
-    return letter
+    [dead_letter] = await dead_letter_store.page(
+        connection, dead_letter_store.DeadLetterQuery(ids=(before.id,)), limit=1
+    )
+    return dead_letter
 
 
 def _json(value: Any) -> str:

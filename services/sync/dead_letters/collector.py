@@ -1,15 +1,15 @@
-"""The dead-letter collector: moves messages from every dead-letter queue into the table `dead_letters`, where
-operators find what could not be written.
+"""The dead-letter collector moves messages from every dead-letter queue into the table `dead_letters`, where operators
+find the changes that could not be written.
 
 Guarantee: a message leaves its dead-letter queue only after its dead letter is committed; storing one twice
 is idempotent. Every content is stored: a field that PostgreSQL refuses is left out, the body never is. Order does not
 matter. Several collectors share the queues.
 
-Other side unavailable: without PostgreSQL dead letters wait in RabbitMQ. The collector releases what it holds and
-consumes again only when PostgreSQL has answered, so that an outage costs each message one delivery, not one per try.
-Without RabbitMQ, or after a queue was deleted and created again, it reconnects with jittered backoff.
+Backend unavailable: without PostgreSQL dead letters wait in RabbitMQ. The collector releases its messages and consumes
+again only when PostgreSQL has answered, so that an outage costs each message one delivery, not one per try. Without
+RabbitMQ, or after a queue was deleted and created again, it reconnects with jittered backoff.
 
-Shutdown: at any time; what is not committed returns to its queue.
+Shutdown: at any time; uncommitted messages return to their queue.
 """
 
 import asyncio
@@ -45,9 +45,9 @@ _LANES = dict(topology.dead_queues())
 _PREFETCH = 16
 _BATCH_BYTES = 16_000_000
 _CHECK_CONSUMERS_DELAY_SECONDS = 10.0
-"""After so long without a message, check that the consumers still exist: a deleted queue ends its consumer silently."""
+"""The time without a message after which the consumers are checked: a deleted queue ends its consumer silently."""
 _RENEW_DELAY_SECONDS = 300.0
-"""After so long, an idle connection is renewed. When a queue was deleted and created again at once, RabbitMQ 3.10
+"""The time after which an idle connection is renewed. When a queue was deleted and created again at once, RabbitMQ 3.10
 counts the old consumer and assigns messages to it, but delivers them only to a new connection."""
 _MAX_ATTEMPTS = 5
 _COUNT_INTERVAL_SECONDS = 10.0
@@ -67,7 +67,7 @@ class DeadLetterCollector:
         check_consumers_delay_seconds: float = _CHECK_CONSUMERS_DELAY_SECONDS,
         renew_delay_seconds: float = _RENEW_DELAY_SECONDS,
     ) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._hosts = Hosts(settings.rabbitmq_url)
         self._postgres = postgres
         self._metrics = metrics
@@ -111,7 +111,7 @@ class DeadLetterCollector:
         while True:
             try:
                 async with self._postgres.connection() as connection:
-                    await dead_letter_store.open_letters(connection)
+                    await dead_letter_store.count_open(connection)
                 return
             except Exception as error:  # noqa: BLE001  (any error means: not yet)
                 attempt += 1
@@ -121,7 +121,7 @@ class DeadLetterCollector:
     # -- draining ----------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Returns when it is time for a new connection, while no message is under way. Raises PostgresNotReady, or one
+        """Returns when the connection is due for renewal and no message is in flight. Raises PostgresNotReady, or one
         of BROKEN_LINK."""
         arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
         subscription = Subscription(
@@ -168,7 +168,7 @@ class DeadLetterCollector:
             await one.ack()
 
     async def _store(self, dead_letters: Sequence[NewDeadLetter], attempts: int = 0) -> list[NewDeadLetter]:
-        """Stores them and returns those whose death is new. Raises PostgresNotReady."""
+        """Stores dead letters and returns those whose death was not stored yet. Raises PostgresNotReady."""
         try:
             async with self._postgres.connection() as connection:
                 return await keep(connection, dead_letters)
@@ -191,7 +191,7 @@ class DeadLetterCollector:
         while True:
             try:
                 async with self._postgres.connection() as connection:
-                    self.open_dead_letters = await dead_letter_store.open_letters(connection)
+                    self.open_dead_letters = await dead_letter_store.count_open(connection)
                     await retry_store.sweep(connection)
             except Exception as error:  # noqa: BLE001  (the count is unknown then)
                 self.open_dead_letters = math.nan
@@ -201,8 +201,8 @@ class DeadLetterCollector:
 
 
 def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") -> list[Delivery]:
-    """The first message and what else has arrived, as far as it fits into one transaction. Raises ConnectionError when
-    the connection is lost."""
+    """Returns the first message and further ones that have arrived, up to the size of one transaction. Raises
+    ConnectionError when the connection is lost."""
     batch: list[Delivery] = []
     size = 0
     while True:

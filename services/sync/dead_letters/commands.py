@@ -1,6 +1,6 @@
 """`ticketrail dlq`: dead letters on the command line, by the same functions as the API.
 
-Exit codes: 0 done; 1 it could not be done, or a replay did not write every dead letter; 2 wrong usage.
+Exit codes: 0 success, 1 failure or a replay that did not write every dead letter, 2 wrong usage.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _query(status: Sequence[str], since: float | None, ids: Sequence[str] = (), **filters: Any) -> DeadLetterQuery:
-    """By the API's own filter. Here several statuses can be given."""
+    """Builds a query with the API's own filter. Unlike the API, it accepts several statuses."""
     failed_from = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     filters["restaurant_id"] = filters.pop("restaurant")
     query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(ids))
@@ -157,7 +157,7 @@ def _sparkline(group: DeadLetterGroup) -> str:
 @click.argument("dead_letter", type=_DEAD_LETTER)
 @json_option
 def show_command(dead_letter: str, as_json: bool) -> None:
-    """Show a dead letter with everything that is known of it."""
+    """Show everything that is known about a dead letter."""
     seen = ask(lambda connection: dead_letter_view(connection, dead_letter, operator=True))
     if as_json:
         print_json(seen)
@@ -208,7 +208,8 @@ def export_command(out: str | None, **filters: Any) -> None:
     if out is None:
         ask(lambda connection: write(connection, sys.stdout.buffer))
         return
-    # Renamed when complete, so that nobody takes part an export for a whole one. A pipe or a device has no other name.
+    # The file is renamed when it is complete, so that a partial export never looks complete. A pipe or a device cannot
+    # be renamed.
     target = Path(out).resolve()
     part = target.with_name(f"{target.name}.part") if target.is_file() or not target.exists() else target
     try:
@@ -225,7 +226,7 @@ def export_command(out: str | None, **filters: Any) -> None:
 
 
 def _put(file: IO[bytes], line: bytes) -> None:
-    """Reports errors of the file here: `run` would report them as a backend that does not answer."""
+    """Writes one line. Reports errors of the file here, because `run` would report them as an unavailable backend."""
     try:
         file.write(line)
         file.flush()
@@ -264,7 +265,7 @@ def replay_command(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Replay DEAD_ITEMS, or all open ones that match the filters: shows the plan, then starts a job in the worker.
+    """Replay DEAD_LETTERS, or all open ones that match the filters: show the plan, then start a job in the worker.
 
     Exit code 1 if not every dead letter was written, a named one is not open, or the job stopped by itself."""
     query = _query(**filters, ids=dead_letters)
@@ -335,7 +336,7 @@ def cancel_command(job: str, as_json: bool) -> None:
 
 
 def _seen(dead_letter: str) -> FullDeadLetter:
-    """As it is now: an action names the revision that it saw."""
+    """Returns the dead letter in its present revision, which the action must name."""
     found = ask(lambda connection: dead_letter_store.one(connection, dead_letter))
     if found is None:
         raise click.ClickException("no such dead letter")
@@ -388,7 +389,7 @@ def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: 
 def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
     """Discard a dead letter; it can be restored within the retention.
 
-    A new change takes back what readers saw of it."""
+    If readers have seen its change, a new change reverts it."""
     seen = _seen(dead_letter)
 
     done = with_rail(

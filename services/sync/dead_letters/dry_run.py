@@ -35,7 +35,7 @@ class Readable(Struct, frozen=True):
 
 
 def read(body: bytes) -> Readable | None:
-    """The change in the body of a dead letter; None for a signal or an empty batch. Raises BrokenContract.
+    """Returns the change in the body of a dead letter, or None for a signal or an empty batch. Raises BrokenContract.
 
     A dead letter holds one change, or a body that cannot be split."""
     for event in split_batch(body):
@@ -46,22 +46,24 @@ def read(body: bytes) -> Readable | None:
 
 
 async def forecast(
-    connection: Connection, letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
+    connection: Connection, dead_letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
 ) -> Forecast:
-    """Leaves nothing behind. `patience`: as for `write_batch`. Raises ForecastUnavailable, MirrorUnavailable,
-    MirrorInDoubt."""
+    """Forecasts a replay without any lasting effect. `patience`: the `timeout_seconds` of `write_batch`. Raises
+    ForecastUnavailable, MirrorUnavailable, MirrorInDoubt."""
     try:
-        found = read(letter.body)
+        found = read(dead_letter.body)
     except BrokenContract as error:
         return _would_fail(error)
     if found is None:
         return Forecast("superseded", "a signal, which has no effect any more")
-    if letter.lane is None:
+    if dead_letter.lane is None:
         if await mirror_writer.would_apply(found.event):
             return Forecast("would_write", f"version {found.change.entityversion}, into the mirror")
         return Forecast("superseded", "the mirror has this version or a later one")
     try:
-        return await _write(connection, Written(Lane(letter.lane), found.entity, found.change, found.state), patience)
+        return await _write(
+            connection, Written(Lane(dead_letter.lane), found.entity, found.change, found.state), patience
+        )
     except Exception as error:
         failure = classify(error)
         if failure.kind is FailureKind.UNAVAILABLE:

@@ -1,8 +1,8 @@
 """Checks the event with which an operator replaces a dead letter. Pure.
 
-The event is checked against the contract, as a writer would check it. Restaurant and subject cannot be changed if they
-are readable in the dead letter. The change that results is a new one at head version + 1: its id, version, base and
-time are assigned here, whatever the event says.
+The event must obey the contract, which is checked in the same way as by a writer. Restaurant and subject cannot be
+changed if they are readable in the dead letter. The result is a new change at head version + 1: its id, version, base
+and time are assigned by the rail, and the values in the event are ignored.
 """
 
 import re
@@ -24,7 +24,7 @@ _NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def event_in(body: bytes) -> dict[str, Any] | None:
-    """The event in the body of a dead letter; None if the body is not exactly one JSON event."""
+    """Returns the event in the body of a dead letter, or None if the body is not exactly one JSON event."""
     try:
         events = split_batch(body)
         found = msgspec.json.decode(events[0]) if len(events) == 1 else None
@@ -34,7 +34,8 @@ def event_in(body: bytes) -> dict[str, Any] | None:
 
 
 def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tuple[Entity, str, Any]:
-    """(entity, event, state after it) of an operator's event. Raises InvalidInput, which names the field."""
+    """Returns (entity, event name, state after it) of an operator's event. Raises InvalidInput, which names the
+    field."""
     for name in _REQUIRED:
         if name not in edited:
             raise InvalidInput("is missing", field=f"event.{name}")
@@ -68,7 +69,7 @@ def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tup
 
 
 def _field(error: BrokenContract) -> str:
-    """The path of the field in the request, as precisely as the error tells it."""
+    """Returns the path of the field in the request, as precisely as the error names it."""
     text = str(error)
     if error.reason in ("unknown_type", "unsupported_version"):
         return "event.type"

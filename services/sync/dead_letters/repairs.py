@@ -1,9 +1,9 @@
-"""Repairs dead letters: edit, discard and restore, for the API and the command line.
+"""Edits, discards and restores dead letters, for the API and the command line.
 
-An edit commits a change, and so does a discard if the mirror already shows the change of the dead letter. The dead
-letter is locked meanwhile, so that the second of two operators gets a Conflict. The change is recorded before the dead
-letter is updated: a failure in between leaves the dead letter open and the change recorded, and repeating the action is
-harmless.
+An edit commits a change, and so does a discard if the mirror already shows the change of the dead letter. The action
+locks the dead letter, so that the second of two operators gets a Conflict. The change is recorded before the row of the
+dead letter is updated: a failure in between leaves the dead letter open and the change recorded, and repeating the
+action is harmless.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from shared.rail.commit import Rail
 
 class DeadLetterRepairs:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
-        """`postgres` as the ops role."""
+        """`postgres`: a pool of the ops role."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
@@ -38,8 +38,8 @@ class DeadLetterRepairs:
         Raises InvalidInput, NotFound, Conflict, Unavailable, OutcomeUnknown."""
         with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
-                letter = await actions.take(connection, id_, revision=revision)
-                original = event_in(letter.body)
+                dead_letter = await actions.take(connection, id_, revision=revision)
+                original = event_in(dead_letter.body)
                 entity, name, state = edited_event(original, event)
                 base = await current_head(connection, self._mirror, entity, state.restaurant_id, state.id)
                 recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor)
@@ -56,14 +56,14 @@ class DeadLetterRepairs:
                 )
 
     async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> DeadLetter:
-        """Discards it. If the mirror shows its change, a new change restores the state of PostgreSQL, or deletes the
-        entity if PostgreSQL has none. Raises what `edit` raises."""
+        """Discards the dead letter. If the mirror shows its change, a new change restores the state of PostgreSQL, or
+        deletes the entity if PostgreSQL has none. Raises what `edit` raises."""
         if not why.strip():
             raise InvalidInput("must give a reason", field="why")
         with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
-                letter = await actions.take(connection, id_, revision=revision)
-                recorded.change_id = await self._take_back(connection, letter, actor)
+                dead_letter = await actions.take(connection, id_, revision=revision)
+                recorded.change_id = await self._take_back(connection, dead_letter, actor)
                 return await actions.discard(
                     connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
                 )
@@ -73,17 +73,23 @@ class DeadLetterRepairs:
             async with self._postgres.connection() as connection, connection.transaction():
                 return await actions.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
 
-    async def _take_back(self, connection: Connection, letter: FullDeadLetter, actor: str) -> str | None:
-        """The id of the change that takes it back; None if readers never saw the change of the dead letter."""
-        entity = registry.ENTITIES.get(letter.entity or "")
-        if entity is None or letter.restaurant_id is None or letter.entity_id is None or letter.change_id is None:
+    async def _take_back(self, connection: Connection, dead_letter: FullDeadLetter, actor: str) -> str | None:
+        """Reverts the dead letter's change in the mirror. Returns the id of the change that does so, or None if the
+        mirror does not show the change of the dead letter."""
+        entity = registry.ENTITIES.get(dead_letter.entity or "")
+        if (
+            entity is None
+            or dead_letter.restaurant_id is None
+            or dead_letter.entity_id is None
+            or dead_letter.change_id is None
+        ):
             return None
-        shown = await head_in_mirror(self._mirror, entity, letter.restaurant_id, letter.entity_id)
-        if shown is None or shown[0].change_id != letter.change_id:
+        shown = await head_in_mirror(self._mirror, entity, dead_letter.restaurant_id, dead_letter.entity_id)
+        if shown is None or shown[0].change_id != dead_letter.change_id:
             return None
-        before = await head_in_postgres(connection, entity, letter.restaurant_id, letter.entity_id)
+        before = await head_in_postgres(connection, entity, dead_letter.restaurant_id, dead_letter.entity_id)
         if before is not None and before[0] >= shown[0]:
-            return None  # PostgreSQL has this change or a later one: there is nothing to take back
+            return None  # PostgreSQL has this change or a later one: there is nothing to revert
         if before is not None:
             return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
         gone = msgspec.structs.replace(shown[1], deleted_at=now())

@@ -38,10 +38,10 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     ) = None
 
     def query(self, ids: tuple[str, ...] = ()) -> DeadLetterQuery:
-        """Raises InvalidInput."""
+        """Returns the filter in the form of the store. Raises InvalidInput."""
         for name, at in (("from", self.from_), ("to", self.to)):
             if at is not None and not in_range(at):
-                raise InvalidInput("a time between 1970 and 2200", field=name)
+                raise InvalidInput("must be a time between 1970 and 2200", field=name)
         return DeadLetterQuery(
             ids=ids,
             queue=self.queue,

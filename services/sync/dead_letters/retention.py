@@ -1,11 +1,11 @@
 """Removes dead letters and replay jobs that were closed longer ago than the retention. Open dead letters stay for ever.
 
-Used by `maintenance/cleanup.py`, as the writer role.
+`maintenance/cleanup.py` calls it with connections of the writer role.
 """
 
 from shared.postgres.pool import Connection
 
-_CLOSED_DEAD_ITEMS = """
+_CLOSED_DEAD_LETTERS = """
 delete from dead_letters
 where closed_at < now() - make_interval(days => $1) and status in ('resolved', 'discarded')
 """
@@ -17,12 +17,12 @@ delete from replay_jobs j where finished_at < now() - make_interval(days => $1)
 
 
 async def remove_closed_dead_letters(connection: Connection, days: int) -> int:
-    """Removes dead letters that were resolved or discarded more than `days` days ago. Returns how many."""
-    return _count(await connection.execute(_CLOSED_DEAD_ITEMS, days))
+    """Removes dead letters that were resolved or discarded more than `days` days ago. Returns their number."""
+    return _count(await connection.execute(_CLOSED_DEAD_LETTERS, days))
 
 
 async def remove_ended_jobs(connection: Connection, days: int) -> int:
-    """Removes replays and dry runs that ended more than `days` days ago. Returns how many."""
+    """Removes replays and dry runs that ended more than `days` days ago. Returns their number."""
     return _count(await connection.execute(_ENDED_JOBS, days))
 
 

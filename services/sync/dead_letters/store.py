@@ -1,4 +1,4 @@
-"""Reads dead letters: lists, groups, one with everything.
+"""Reads dead letters: lists, groups, and one with all of its columns.
 
 A dead letter is open, replaying (on its way through its lane again), resolved (its change is written or was replaced by
 an edit) or discarded. Every operator action and every death increments its `revision`. An action names the revision
@@ -7,7 +7,7 @@ that the operator saw; if another action came first, it gets Conflict `dead_lett
 The SQL of actions is in `actions.py`, of replays in `replay_jobs.py` and `replay_sql.py`, of storing in
 `failures/dead_letter_store.py`.
 
-Connections: of the ops role for operators; of the api role, inside `Postgres.tenant`, for the admins of a restaurant.
+Connections have the ops role for operators, and the api role, inside `Postgres.tenant`, for the admins of a restaurant.
 Row-level security shows admins only the dead letters of their own restaurant.
 """
 
@@ -30,7 +30,7 @@ _TREND_HOURS = 24
 _LIKE = re.compile(r"[\\%_]")
 _ESCAPED = r"\\\g<0>"
 _MAX_TEXT_BYTES = 262_144
-"""A text search skips larger bodies, because it reads each one."""
+"""A text search skips larger bodies, because it reads every body."""
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True):
@@ -95,7 +95,7 @@ class DeadLetterGroup(Struct, frozen=True, kw_only=True):
     sample_error: str
     """The error of the newest dead letter."""
     trend: tuple[int, ...]
-    """How many failed last in each of the past 24 hours, oldest hour first."""
+    """The number of last failures in each of the past 24 hours, oldest hour first."""
 
 
 class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -114,7 +114,7 @@ class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     """Both compare with the time of the last failure."""
     statuses: tuple[str, ...] = ()
     text: str | None = None
-    """Occurs in the error, the place or an id, regardless of case, or in the body, with the same case."""
+    """A text in the error, the place or an id, regardless of case, or in the body, with the same case."""
 
 
 Cursor = tuple[datetime, str]
@@ -137,7 +137,8 @@ from dead_letter_edits where dead_letter_id = $1 order by at, id
 """
 
 
-async def open_letters(connection: Connection) -> int:
+async def count_open(connection: Connection) -> int:
+    """Counts dead letters that are open or replaying."""
     found: int = await connection.fetchval("select count(*) from dead_letters where status in ('open', 'replaying')")
     return found
 
@@ -176,7 +177,8 @@ def conditions(query: DeadLetterQuery, arguments: list[Any]) -> str:
 async def page(
     connection: Connection, query: DeadLetterQuery, *, before: Cursor | None = None, limit: int = 50
 ) -> list[DeadLetter]:
-    """Newest failure first. Ask for one row more than a page to learn whether there is another page."""
+    """Returns dead letters, newest failure first. To learn whether another page follows, ask for one row more than a
+    page."""
     arguments: list[Any] = []
     where = conditions(query, arguments)
     if before is not None:
@@ -247,12 +249,12 @@ async def one(connection: Connection, id_: str) -> FullDeadLetter | None:
 
 
 async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
-    """(id, a few words about it) of the dead letters whose ids are from `first` to `last`, in order."""
+    """Returns (id, short description) of the dead letters whose ids are from `first` to `last`, in order."""
     return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
 
 
 async def edits(connection: Connection, id_: str) -> list[DeadLetterEdit]:
-    """Oldest first. The api role may not read edits."""
+    """Returns the edits of a dead letter, oldest first. The api role may not read edits."""
     return [
         DeadLetterEdit(**{**row, "event": _read(row["event"]), "difference": _read(row["difference"])})
         for row in await connection.fetch(_EDITS, id_)

@@ -1,4 +1,4 @@
-"""A dead letter with everything that is known of it, for the API and for `ticketrail dlq show`."""
+"""Assembles everything that is known about a dead letter, for the API and for `ticketrail dlq show`."""
 
 from typing import Any
 
@@ -40,15 +40,16 @@ class DeadLetterView(Struct, frozen=True, kw_only=True):
 
 
 async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
-    """`operator`: with edits, replays and actions, which name other people's work. Raises NotFound."""
-    letter = await dead_letter_store.one(connection, id_)
-    if letter is None:
+    """Returns the view of a dead letter. `operator`: includes edits, replays and actions, which show the work of other
+    people. Raises NotFound."""
+    dead_letter = await dead_letter_store.one(connection, id_)
+    if dead_letter is None:
         raise NotFound("no such dead letter")
-    event, body, cut = shown_body(letter.body)
+    event, body, cut = shown_body(dead_letter.body)
     return DeadLetterView(
-        dead_letter=DeadLetter(**{name: getattr(letter, name) for name in DeadLetter.__struct_fields__}),
-        attempts=letter.attempts,
-        headers=letter.headers,
+        dead_letter=DeadLetter(**{name: getattr(dead_letter, name) for name in DeadLetter.__struct_fields__}),
+        attempts=dead_letter.attempts,
+        headers=dead_letter.headers,
         event=event,
         body=body,
         body_cut=cut,
@@ -59,7 +60,7 @@ async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) 
 
 
 def shown_body(body: bytes, max_bytes: int = _MAX_BODY_BYTES) -> tuple[Any, str | None, bool]:
-    """(event or None, body as text or None, whether that text was cut)."""
+    """Returns (event or None, body as text or None, whether that text was cut)."""
     event = event_in(body)
     if event is not None and len(body) <= max_bytes:
         return event, None, False

@@ -59,7 +59,7 @@ async def sync_order(request: Call) -> ASGIApp:
 
 
 def check_token(given: str | None, expected: str) -> None:
-    """Raises Unauthenticated unless `given` is the token. An empty `expected` token lets nobody in."""
+    """Raises Unauthenticated unless `given` is the token. If `expected` is empty, every request is refused."""
     # Hashes have equal length, so neither the time nor the length of the comparison tells how much is right.
     given_hash = hashlib.sha256((given or "").encode("latin-1")).digest()
     expected_hash = hashlib.sha256(expected.encode()).digest()
