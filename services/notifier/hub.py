@@ -10,7 +10,7 @@ each subscriber gets a reference to the bytes and one wake-up. So the cost of an
 screens.
 
 A subscriber that resumes reads the window at its own pace. It joins its audience in the same step of the event loop in
-which it reaches the window's end, so that there is neither a gap nor a repetition between replay and live events.
+which it reaches the window's end, so that there is neither a gap nor a repetition between resumed and live events.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class Subscriber:
     def __init__(self, audience: "Audience", position: Cursor | None) -> None:
         self.audience = audience
         self.position = position
-        """The cursor that its replay has reached; None when the subscriber is live."""
+        """The cursor up to which it has resumed; None when the subscriber is live."""
         self.ended = False
         """Whether the hub has stopped adding to the buffer. The transport may still take from it."""
         self.task: asyncio.Task[Any] | None = None
@@ -164,7 +164,7 @@ class Hub:
     # -- subscriptions -------------------------------------------------------------------------------------------
 
     def subscribe(self, interest: Interest, form: Form, cursor: Cursor | None) -> Subscriber:
-        """Subscribes from `cursor`, or from now without one. The transport must call `replay` until it returns None."""
+        """Subscribes from `cursor`, or from now without one. The transport must call `resume` until it returns None."""
         subscriber = Subscriber(Audience(interest, form), cursor)
         if self._closed:
             subscriber.end()
@@ -272,7 +272,7 @@ class Hub:
         """Restarts the window on another log, in which no earlier cursor is valid."""
         self.window.begin(epoch, first_offset)
         for subscriber in self._subscribers:
-            # Subscribers in a replay notice the new epoch by themselves.
+            # Subscribers that are still resuming notice the new epoch by themselves.
             if subscriber.position is None:
                 subscriber.put(subscriber.audience.form.resync("other_epoch", self.window.cursor), 1)
 

@@ -234,8 +234,8 @@ class Journal:
         return left
 
     def _connect(self, found: Sequence[tuple[str, bytes]]) -> None:
-        """`found`: (lane, event) of the entries that an interrupted append left in the write-ahead log. They are kept:
-        nobody was told that they were refused, and a change that is sent twice is harmless."""
+        """`found`: (lane, event) of the entries that an interrupted append left in the write-ahead log. They are kept,
+        because no client got a refusal of them, and a change that is sent twice is harmless."""
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=1.0)
         db.text_factory = read_text
         try:

@@ -15,6 +15,6 @@ is committed together with its row in `audit`. A dead letter changes only for an
     retention.py      removes dead letters and replay jobs that were closed long ago
     routes.py, requests.py, commands.py    the HTTP API and `ticketrail dlq`
 
-Others may use: `collector` and `replay_worker` (the worker), `retention` (maintenance), `routes` (api.py), `commands` (the
-command line). The rest is internal. Storing dead letters is in `failures/dead_letter_store.py`.
+Others may use: `collector` and `replay_worker` (the worker), `retention` (maintenance), `routes` (api.py), `commands`
+(the command line). The rest is internal. Storing dead letters is in `failures/dead_letter_store.py`.
 """
