@@ -88,7 +88,7 @@ class Accounts:
     # -- before the tenant is known ----------------------------------------------------------------------------
 
     async def by_email(self, email: str) -> tuple[User, str | None] | None:
-        """(user, password hash), or None for an unknown email."""
+        """Returns (user, password hash), or None for an unknown email."""
         async with self._anyone() as connection:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])

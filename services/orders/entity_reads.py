@@ -231,8 +231,8 @@ class EntityReads:
     async def _matching(
         self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
     ) -> tuple[bool, list[FoundState]]:
-        """(whether the mirror was warm for every read, matching states). `ids`: newest first; reading stops when the
-        page is full."""
+        """Returns (whether the mirror was warm for every read, matching states). `ids`: newest first; reading stops
+        when the page is full."""
         found: list[FoundState] = []
         all_warm = True
         for start in range(0, len(ids), _BLOCK_SIZE):

@@ -55,7 +55,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def layout(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[tuple[int, int]]:
-    """(place of a column, its width) for each column that is shown in `width` character cells. Pure."""
+    """Returns (place of a column, its width) for each column that is shown in `width` character cells. Pure."""
     natural = [max(map(cell_len, (column.title, *(row[n] for row in rows)))) for n, column in enumerate(columns)]
     least = [
         min(wide, max(_MIN_TEXT_COLUMNS, cell_len(column.title))) if column.kind == "text" else wide
@@ -80,7 +80,7 @@ def print_json(value: Any) -> None:
 
 
 def ago(at: datetime) -> str:
-    """How long ago a moment was, such as "3 min"."""
+    """Returns how long ago a moment was, such as "3 min"."""
     seconds = (datetime.now(UTC) - at).total_seconds()
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:

@@ -20,8 +20,8 @@ from shared.rail.draft import Draft
 
 
 async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-    """(head, state) in a warm mirror; None if the mirror has no such entity. Raises Unavailable without a warm mirror,
-    because then the head is unknown."""
+    """Returns (head, state) in a warm mirror; None if the mirror has no such entity. Raises Unavailable without a warm
+    mirror, because then the head is unknown."""
     try:
         warm, (document,) = await mirror.read(restaurant, entity.name, [id_])
     except (MirrorUnavailable, MirrorInDoubt) as error:
@@ -34,7 +34,7 @@ async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: s
 async def head_in_postgres(
     connection: Connection, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """(head, state) in PostgreSQL, or None. `connection` as a role that sees this restaurant."""
+    """Returns (head, state) in PostgreSQL, or None. `connection`: of a role that sees this restaurant."""
     found = await states.find_state(connection, entity, restaurant, id_)
     return None if found is None else (found.head, entity.decode_state(found.state))
 
@@ -42,8 +42,8 @@ async def head_in_postgres(
 async def current_head(
     connection: Connection, mirror: Mirror, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """(head, state) that a new change must be built on, or None. Raises Unavailable without a warm mirror, and while
-    the mirror is behind PostgreSQL: a change on its outdated head would be one side of a fork."""
+    """Returns (head, state) that a new change must be built on, or None. Raises Unavailable without a warm mirror, and
+    while the mirror is behind PostgreSQL: a change on its outdated head would be one side of a fork."""
     shown = await head_in_mirror(mirror, entity, restaurant, id_)
     kept = await head_in_postgres(connection, entity, restaurant, id_)
     if shown is None:

@@ -81,7 +81,7 @@ def whole_id(text: str) -> str | None:
 
 
 def prefix_range(text: str) -> tuple[UUID, UUID] | None:
-    """(first, last) of the ids that begin with `text`; None where no id can. Pure."""
+    """Returns (first, last) of the ids that begin with `text`; None where no id can. Pure."""
     text = text.lower()
     digits = text.replace("-", "")
     if len(digits) < MIN_PREFIX_CHARS or len(digits) > 32 or not _SHAPE.fullmatch(text):

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def page_of(
     found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]]
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """(page, its `pagination`). `found`: up to `limit` + 1 entries, so that it shows whether there is a next page.
-    `place`: the time and id by which the entries are sorted."""
+    """Returns (page, its `pagination`). `found`: up to `limit` + 1 entries, so that it shows whether there is a next
+    page. `place`: the time and id by which the entries are sorted."""
     page = found[:limit]
     more = len(found) > limit
     return page, {"limit": limit, "next_cursor": cursor_after(*place(page[-1])) if more else None}

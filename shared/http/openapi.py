@@ -94,7 +94,7 @@ _SECRET_HEADERS = {"x-sync-token": "sync_token"}
 
 
 def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Operation]]:
-    """(method, path, declaration) of the declared routes, sorted by path."""
+    """Returns (method, path, declaration) of the declared routes, sorted by path."""
     found = []
     for handler in handlers:
         operation = handler.opt.get("operation")

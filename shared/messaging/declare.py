@@ -28,7 +28,8 @@ async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
-    """Whether the broker has the queue. Uses a channel of its own, because the broker closes the channel if it has not.
+    """Returns whether the broker has the queue. Uses a channel of its own, because the broker closes the channel if it
+    has not.
 
     Raises one of BROKEN_LINK for a queue that is not recovered yet, such as a stream of a broker that has just started.
     """
@@ -44,8 +45,8 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
 
 
 async def _has_older_arguments(connection: AbstractConnection, queue: QueueSpec) -> bool:
-    """Whether an earlier version declared the queue, with its older arguments. Each try uses a channel of its own,
-    because the broker closes the channel if the arguments differ."""
+    """Returns whether an earlier version declared the queue, with its older arguments. Each try uses a channel of its
+    own, because the broker closes the channel if the arguments differ."""
     for arguments in (queue.arguments, queue.older):
         channel = await connection.channel()
         try:

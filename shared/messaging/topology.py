@@ -84,7 +84,7 @@ def _dead(name: str) -> QueueSpec:
 
 
 def dead_queues() -> list[tuple[str, Lane | None]]:
-    """(queue, its lane) of each dead-letter queue; the lane is None for that of the mirror writer."""
+    """Returns (queue, its lane) of each dead-letter queue; the lane is None for that of the mirror writer."""
     return [*((dead_queue(lane), lane) for lane in Lane), (MIRROR_DEAD, None)]
 
 

@@ -261,8 +261,8 @@ class MirrorConnection:
         return best[1]
 
     async def _look_at(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
-        """((whether the host is warm, its offset in the log), a connection to it). Raises MirrorUnavailable for a
-        replica."""
+        """Returns ((whether the host is warm, its offset in the log), a connection to it). Raises MirrorUnavailable for
+        a replica."""
         options = {**host, **self._options}
         connection = options.pop("connection_class", Connection)(**options)
         try:
@@ -294,7 +294,7 @@ class MirrorConnection:
         self._drop()
 
     def _hung_up(self) -> bool:
-        """Whether the server has closed the connection. A call sent on it now would needlessly be in doubt."""
+        """Returns whether the server has closed the connection. A call sent on it now would needlessly be in doubt."""
         return self._connection is not None and self._connection._reader.at_eof()
 
     def _drop(self) -> None:
@@ -313,6 +313,6 @@ _REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY", "MASTERDOWN", "NOPERM", "NOAUTH")
 
 
 def _takes_no_writes(error: ResponseError) -> bool:
-    """Whether the server is full, is a replica or cannot persist. It refuses a script at its first write, so nothing
-    was done."""
+    """Returns whether the server is full, is a replica or cannot persist. It refuses a script at its first write, so
+    nothing was done."""
     return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(_REFUSALS)

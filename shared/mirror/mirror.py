@@ -276,8 +276,8 @@ class Mirror:
         await self._redis.script("sync_state", all_keys, arguments)
 
     async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
-        """(whether the mirror is warm, documents in the order of the ids). An entity that a cold mirror lacks may
-        still exist."""
+        """Returns (whether the mirror is warm, documents in the order of the ids). An entity that a cold mirror lacks
+        may still exist."""
         reply = await self._redis.script(
             "read",
             [
@@ -359,7 +359,8 @@ class Mirror:
     # -- stock and limits --------------------------------------------------------------------------------------
 
     async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """(count, amount that orders hold) of each inventory item; None if the mirror is cold or does not count it."""
+        """Returns (count, amount that orders hold) of each inventory item; None if the mirror is cold or does not count
+        it."""
         warm, *found = await asyncio.gather(
             self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
         )

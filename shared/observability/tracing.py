@@ -215,8 +215,8 @@ class Tracer:
             )
 
     def wanted(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
-        """Whether a span of this change will be exported: its trace is sampled, or `slow_ns` (nanoseconds so far) is
-        slow. Call it before building attributes."""
+        """Returns whether a span of this change will be exported: its trace is sampled, or `slow_ns` (nanoseconds so
+        far) is slow. Call it before building attributes."""
         if self._processor is None or not traceparent:
             return False
         return traceparent[-1] in "13579bdf" or (slow_ns > self._slow_ns and self._may_keep_slow())

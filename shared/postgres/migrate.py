@@ -21,7 +21,7 @@ class MigrationError(RuntimeError):
 
 
 def files() -> list[tuple[str, str]]:
-    """(name, SQL) of every migration, in the order in which they apply."""
+    """Returns (name, SQL) of every migration, in the order in which they apply."""
     folder = resources.files("shared.postgres") / "migrations"
     found = [(path.name, path.read_text()) for path in folder.iterdir() if path.name.endswith(".sql")]
     return sorted(found)

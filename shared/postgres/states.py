@@ -107,7 +107,7 @@ async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Se
 
 
 async def list_conflicts(connection: Connection) -> list[tuple[str, str, str]]:
-    """(restaurant, entity, id) of every entity with an open conflict, over all tenants."""
+    """Returns (restaurant, entity, id) of every entity with an open conflict, over all tenants."""
     rows = await connection.fetch(
         "select distinct restaurant_id::text, entity, entity_id::text from conflicts where resolved_at is null"
     )
@@ -191,7 +191,8 @@ group by i.restaurant_id, h.order_id
 
 
 async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, list[Hold]]]]:
-    """(restaurant, order, holds) of every order with holds since the last count, over all tenants, in blocks of 500."""
+    """Yields (restaurant, order, holds) of every order with holds since the last count, over all tenants, in blocks of
+    500."""
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(_HOLDS)
         while rows := await cursor.fetch(500):

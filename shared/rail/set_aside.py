@@ -137,7 +137,8 @@ def _move_aside(path: Path) -> Path:
 
 
 def _remembered(path: Path) -> tuple[int, list[Damaged]]:
-    """(generation of the number series, entries that were damaged before), as far as the old file can be read."""
+    """Returns (generation of the number series, entries that were damaged before), as far as the old file can be
+    read."""
     generation, damaged = 0, list[Damaged]()
     try:
         with closing(read_only(path)) as db:

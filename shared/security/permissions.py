@@ -49,5 +49,5 @@ ACTIONS: dict[str, frozenset[Role]] = {
 
 
 def allowed(action: str, role: Role) -> bool:
-    """Whether a role may do an action. Raises KeyError for an unknown action."""
+    """Returns whether a role may do an action. Raises KeyError for an unknown action."""
     return role in ACTIONS[action]

@@ -23,7 +23,7 @@ select id::text, name from menu_items where restaurant_id = $1 and id between $2
 async def dishes_between(
     restaurant: str, connection: Connection, first: UUID, last: UUID, limit: int
 ) -> list[tuple[str, str]]:
-    """(id, name) of the dishes of a restaurant whose ids are from `first` to `last`, in order."""
+    """Returns (id, name) of the dishes of a restaurant whose ids are from `first` to `last`, in order."""
     return [tuple(row) for row in await connection.fetch(_BETWEEN, restaurant, first, last, limit)]
 
 

@@ -82,8 +82,8 @@ def _id(*names: str) -> str:
 
 class Seeder:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres` as the writer role. `secret`: the key of the demo terminal and the password of the demo users are
-        derived from it, so that they are the same at every seeding."""
+        """`postgres`: a pool of the writer role. `secret`: the key of the demo terminal and the password of the demo
+        users are derived from it, so that they are the same at every seeding."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail

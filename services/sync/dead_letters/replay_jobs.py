@@ -240,7 +240,7 @@ async def of_dead_letter(
 
 
 async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
-    """(id, a few words about it) of the jobs whose ids are from `first` to `last`, in order."""
+    """Returns (id, a few words about it) of the jobs whose ids are from `first` to `last`, in order."""
     return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
 
 

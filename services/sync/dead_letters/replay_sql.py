@@ -230,7 +230,7 @@ async def note(
 
 
 async def is_written(connection: Connection, restaurant: str | None, change: str | None) -> bool:
-    """Whether PostgreSQL has the change."""
+    """Returns whether PostgreSQL has the change."""
     return bool(restaurant and change and await connection.fetchval(_WRITTEN, restaurant, change))
 
 

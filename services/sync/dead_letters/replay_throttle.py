@@ -14,7 +14,7 @@ class Pace:
         self._next = at
 
     def take(self, requested: int, at: float) -> int:
-        """How many of `requested` may be sent at `at`, on the monotonic clock."""
+        """Returns how many of `requested` may be sent at `at`, on the monotonic clock."""
         if at < self._next or requested <= 0:
             return 0
         self._next = max(self._next, at - 0.1)
@@ -25,7 +25,7 @@ class Pace:
 
 
 def allowed(job: Running, progress: Progress) -> int:
-    """How many dead letters of the job may have been sent so far."""
+    """Returns how many dead letters of the job may have been sent so far."""
     if job.canary and job.kind == "replay":
         for canaries in CANARIES:
             if progress.settled < min(canaries, job.total):

@@ -50,7 +50,7 @@ _RELEASE_TIMEOUT_SECONDS = 2.0
 
 
 def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str] | None:
-    """(state, message) of a job that must end now; None if it continues."""
+    """Returns (state, message) of a job that must end now; None if it continues."""
     if job.kind == "replay":
         if progress.again:
             return (
@@ -80,8 +80,8 @@ class Replays:
         silent_seconds: float = _SILENT_SECONDS,
         slack_seconds: float = _SLACK_SECONDS,
     ) -> None:
-        """`postgres` as the writer role. `silent_seconds`: after this silence of its worker a job is taken over.
-        `slack_seconds`: the time that a change may take in addition to the delays of its retry queues."""
+        """`postgres`: a pool of the writer role. `silent_seconds`: after this silence of its worker a job is taken
+        over. `slack_seconds`: the time that a change may take in addition to the delays of its retry queues."""
         self._postgres = postgres
         self._mirror_writer = mirror_writer
         self._publisher = publisher

@@ -136,7 +136,8 @@ class ExternalOrderUpserts:
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
     async def _head(self, state: Order, external: ExternalOrder) -> tuple[Head, Order] | None:
-        """(head, state) from a warm mirror, else from PostgreSQL; None if neither has it. Raises Unavailable."""
+        """Returns (head, state) from a warm mirror, else from PostgreSQL; None if neither has it. Raises
+        Unavailable."""
         restaurant, id_ = state.restaurant_id, state.id
         try:
             warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])

@@ -87,7 +87,7 @@ class _Begun(Struct, frozen=True):
 
 class Importer:
     def __init__(self, postgres: Postgres, upserts: ExternalOrderUpserts) -> None:
-        """`postgres` as the writer role."""
+        """`postgres`: a pool of the writer role."""
         self._postgres = postgres
         self._upserts = upserts
 

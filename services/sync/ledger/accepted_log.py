@@ -95,7 +95,7 @@ class AcceptedLog:
                 self.synced[one.restaurant_id] += 1
 
     def has(self, change_id: str) -> bool:
-        """Whether the change was in the log."""
+        """Returns whether the change was in the log."""
         return _packed(change_id) in self._seen
 
     async def _follow(self) -> None:

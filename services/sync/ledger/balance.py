@@ -142,7 +142,7 @@ def _newest_first(one: AcceptedChange) -> tuple[float, str]:
 def counted(
     synced: Counter[str], places: Mapping[str, Iterable[AcceptedChange]], slugs: Mapping[str, str]
 ) -> tuple[Count, list[RestaurantCount]]:
-    """(counts of all restaurants, counts by restaurant)"""
+    """Returns (counts of all restaurants, counts by restaurant)."""
     total, each = Count(), dict[str, RestaurantCount]()
 
     def add(restaurant: str, place: str, number: int = 1) -> None:

@@ -171,7 +171,7 @@ class Ledger:
     async def _sort(
         self, unsettled: list[AcceptedChange], journals: Journals, heartbeats: dict[str, LastHeartbeat]
     ) -> tuple[Placement, dict[str, int]]:
-        """(changes by place, number of dead letters by status)"""
+        """Returns (changes by place, number of dead letters by status)."""
         dead = await sources.dead(self._ops, unsettled)
         retrying = await sources.retrying(self._ops, unsettled)
         placement = Placement()
@@ -191,7 +191,8 @@ class Ledger:
         return placement, outcomes
 
     def _heartbeat_age(self, one: AcceptedChange, heartbeats: dict[str, LastHeartbeat]) -> timedelta | None:
-        """How much later than its next heartbeat the last one that came out of its lane was sent; None if none came."""
+        """Returns how much later than its next heartbeat the last one that came out of its lane was sent; None if none
+        came."""
         behind, noted = self._log.after_heartbeat.get(one.change_id), heartbeats.get(one.lane)
         return noted.sent_at - behind if behind is not None and noted is not None and noted.sent_at >= behind else None
 
@@ -202,7 +203,7 @@ class Ledger:
         return one.seen_in != "log" or depths.lanes.get(one.lane, 0) == 0
 
     async def _hints(self) -> tuple[list[Missing], list[str]]:
-        """(changes that only the mirror shows, sources that could not be asked)"""
+        """Returns (changes that only the mirror shows, sources that could not be asked)."""
         if self._mirror is None:
             return [], []
         try:
