@@ -176,7 +176,7 @@ async def _filled(superuser: str, name: str, restaurants: list[PastRestaurant]) 
 
 
 async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dict[str, list[list[list[float]]]]:
-    """For each case and database, the slices of latencies in milliseconds."""
+    """Returns the slices of latencies in milliseconds for each case and database."""
     found: dict[str, list[list[list[float]]]] = {case.name: [[] for _ in filled] for case in CASES}
     asked = 60 if plan.quick else _REQUESTS
     next_request = dict.fromkeys(((one.name, case.name) for one in filled for case in CASES), 0)

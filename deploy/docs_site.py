@@ -45,7 +45,7 @@ class _Page(HTMLParser):
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """One line for each problem of the site in `folder`."""
+    """Returns one line for each problem of the site in `folder`."""
     pages = {path.resolve(): _Page(path.read_text()) for path in sorted(folder.rglob("*.html"))}
     if not pages:
         yield f"{folder} has no pages"

@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def documents() -> dict[str, str]:
-    """By path from the root of the repository."""
+    """Returns path from the root of the repository -> text of the document."""
     return {".env.example": env_example(), "docs/settings.md": page()}
 
 
@@ -84,7 +84,7 @@ def _groups() -> Iterator[tuple[Described, list[tuple[str, FieldInfo]]]]:
 
 
 def _default(field: FieldInfo) -> str:
-    """As text of an environment variable."""
+    """Returns the default as the text of an environment variable."""
     value: Any = field.get_default(call_default_factory=True, validated_data={"environment": "development"})
     if value is None:
         return ""

@@ -55,7 +55,7 @@ class Demo:
         }
 
     def curl_lines(self, order_id: str) -> list[tuple[str, str]]:
-        """What each does, and the line."""
+        """Returns (description, command line) of each call."""
         bearer = f"-H 'Authorization: Bearer {self.tokens['staff']}'"
         body = json.dumps(self.order, separators=(",", ":"))
         return [

@@ -77,7 +77,7 @@ class LocalSettings(Settings):
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:
-        """For each setting: the port, and the name of the server that listens there."""
+        """Name of a setting -> (its port, the name of the server that listens there)."""
         return {
             "TICKETRAIL_ORDERS_PORT": (self.orders_port, "orders"),
             "TICKETRAIL_SYNC_PORT": (self.sync_port, "sync API"),
@@ -120,13 +120,14 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
 
 
 def command_environment(settings: LocalSettings, services: Mapping[str, str]) -> dict[str, str]:
-    """For the command line: the settings from the environment or `.env`, overridden by those of the services."""
+    """Returns the environment of the command line: the settings from the environment or `.env`, which the settings of
+    the services override."""
     chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
-    told = {
+    from_services = {
         f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
         for name, value in chosen.items()
     }
-    return told | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
+    return from_services | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
 
 
 def _secret(kept: Path, settings: Settings, name: str) -> str:

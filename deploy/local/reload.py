@@ -34,7 +34,8 @@ async def watch(
 
 
 def users_of(changed: Iterable[Path], services: Mapping[str, str]) -> list[str]:
-    """Those of `services`, names with their folders, that run from one of these files. All services share the rest."""
+    """Returns the services that run from one of the changed files. `services`: name -> folder. All services share the
+    files outside these folders."""
     paths, own = list(changed), set(services.values())
     shared = any(not any(path.is_relative_to(folder) for folder in own) for path in paths)
     return [name for name, folder in services.items() if shared or any(path.is_relative_to(folder) for path in paths)]

@@ -31,7 +31,7 @@ class Program(Protocol):
         """Waits until it ends. Returns its return code, negative for a signal."""
 
     def stop(self) -> bool:
-        """False: it did not end in time and was killed."""
+        """Stops the process. Returns False if it did not end in time and was killed."""
 
 
 class Service:

@@ -134,8 +134,8 @@ class EntityReads:
         return _from_stored(entity, stored)
 
     async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:
-        """One page of a list. `state`: only entities with this sync state. Raises Unavailable when neither store
-        answers."""
+        """Returns one page of a list. `state`: only entities with this sync state. Raises Unavailable when neither
+        store answers."""
         if state in (SyncState.PENDING, SyncState.FAILED):
             return await self._pending_page(entity, restaurant, selection, state)
         try:

@@ -23,7 +23,7 @@ from shared.settings import Settings
 
 @asynccontextmanager
 async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
-    """One connection as the role in `url`."""
+    """Opens one connection with the role in `url`."""
     postgres = Postgres(url, settings, size=1)
     try:
         async with postgres.connection() as connection:

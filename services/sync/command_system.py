@@ -32,7 +32,7 @@ def follow_system(context: click.Context, wanted: str | None) -> None:
 
 
 def system_label() -> str:
-    """For the first line of `status` and for errors."""
+    """Returns the name of the chosen system, for the first line of `status` and for errors."""
     context = click.get_current_context(silent=True)
     found = context.find_object(Chosen) if context else None
     return found.label if found else "the settings of this process"

@@ -149,7 +149,7 @@ def _held(order: Order) -> list[Hold]:
 
 
 def _hold_rows(order: Order) -> list[StockHold]:
-    """With the time since which each hold counts, the last column of the holds' index."""
+    """Returns the holds with the time since which each one counts, the last column of the holds' index."""
     return [msgspec.structs.replace(hold, held_at=hold.held_at or order.created_at) for hold in order.holds]
 
 

@@ -136,8 +136,9 @@ class LogReader:
     # -- whether this is the known log---------------------------------------------------------------------------
 
     async def _verify(self, start: Start, *, missing: bool) -> Start:
-        """Where to start, checked before every attach because offsets of one log mean nothing in another. The first
-        heartbeat decides. A late heartbeat of an old epoch, from a worker that does not know the new one, does not."""
+        """Returns where to start. It is checked before every attach, because offsets of one log mean nothing in
+        another. The first heartbeat in the log decides. A late heartbeat of an old epoch, from a worker that does not
+        know the new one, is ignored."""
         found = await self.first_epoch()
         known, self.epoch = self.epoch, found or self.epoch
         other = found is not None and known is not None and found != known
@@ -274,8 +275,9 @@ class _LogConnection:
         return mark.id
 
     async def next(self, timeout_seconds: float) -> list[AbstractIncomingMessage]:
-        """At least one message and what else has arrived, up to half of the prefetch, so that the broker can send the
-        other half meanwhile. Raises TimeoutError after a silence, ConnectionError when the connection is lost."""
+        """Returns at least one message and further ones that have arrived, up to half of the prefetch, so that the
+        broker can send the other half meanwhile. Raises TimeoutError after a silence, ConnectionError when the
+        connection is lost."""
         first = await self._first(timeout_seconds)
         messages: list[AbstractIncomingMessage] = []
         while first is not None:

@@ -83,5 +83,5 @@ async def left_out(connection: Connection, since: datetime) -> list[dict[str, An
 
 
 async def days(connection: Connection, restaurant: str, start: date, end: date) -> list[dict[str, Any]]:
-    """One row for each business day that has orders, from `start` to `end`, both included."""
+    """Returns one row for each business day that has orders, from `start` to `end`, both included."""
     return [dict(row) for row in await connection.fetch(_DAYS, restaurant, start, end)]

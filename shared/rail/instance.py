@@ -113,8 +113,8 @@ class Lease:
 
 
 def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
-    """For a service whose number names only its trace files: the settings with a number, and its lease. `auto` leases a
-    number in the folder of the traces. Keep the lease as long as traces are written. Raises NumberTaken."""
+    """Returns (settings with a number, its lease) for a service whose number names only its trace files. `auto` leases
+    a number in the folder of the traces. Keep the lease as long as traces are written. Raises NumberTaken."""
     if settings.instance == "auto":
         lease = Lease.take(settings.traces_path, kind, "auto")
     else:

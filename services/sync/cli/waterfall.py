@@ -85,7 +85,7 @@ def _note(span: SpanRow) -> str:
 
 
 def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
-    """One part per change, by version, then one per dead letter, then traces that PostgreSQL does not know."""
+    """Renders one part per change, by version, then one per dead letter, then traces that PostgreSQL does not know."""
     parts: list[RenderableType] = []
     shown: set[str] = set()
     for change in found.changes:

@@ -205,7 +205,7 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
 
 
 def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
-    """One row from the records of an order. All records after the first one hold only an item."""
+    """Builds one row from the records of an order. All records after the first one hold only an item."""
     line = group[0].line
     for one in group:
         if one.error:
