@@ -123,11 +123,11 @@ def command_environment(settings: LocalSettings, services: Mapping[str, str]) ->
     """Returns the environment of the command line: the settings from the environment or `.env`, which the settings of
     the services override."""
     chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
-    from_services = {
+    own = {
         f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
         for name, value in chosen.items()
     }
-    return from_services | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
+    return own | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
 
 
 def _secret(kept: Path, settings: Settings, name: str) -> str:

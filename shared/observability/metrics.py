@@ -150,7 +150,7 @@ class WriterMetrics:
         )
         self.retries = metrics.counter_by("ticketrail_retries", "Changes sent to a retry queue by attempt", "attempt")
         self.dead = metrics.counter_by("ticketrail_dead", "Changes sent to a dead-letter queue by reason", "reason")
-        self.letters = metrics.counter_by(
+        self.dead_letters = metrics.counter_by(
             "ticketrail_dead_letters_kept", "Deaths stored as dead letters by reason", "reason"
         )
 

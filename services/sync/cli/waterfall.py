@@ -94,11 +94,11 @@ def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
         lines = lines_of(found.spans, trace) if trace else []
         shown.add(trace or "")
         parts.append(_table(lines, width) if lines else Text(f"  {_unsampled(change)}\n", style="dim"))
-    for letter in found.dead_letters:
-        parts.append(_dead_letter(letter))
-        if letter.trace_id and letter.trace_id not in shown:
-            shown.add(letter.trace_id)
-            if lines := lines_of(found.spans, letter.trace_id):
+    for dead_letter in found.dead_letters:
+        parts.append(_dead_letter(dead_letter))
+        if dead_letter.trace_id and dead_letter.trace_id not in shown:
+            shown.add(dead_letter.trace_id)
+            if lines := lines_of(found.spans, dead_letter.trace_id):
                 parts.append(_table(lines, width))
     for trace in _traces_naming(order_id, found.spans):
         if trace not in shown:
@@ -109,7 +109,7 @@ def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
 
 
 def as_json(order_id: str, found: FoundTraces) -> dict[str, Any]:
-    known = {change.trace_id for change in found.changes} | {letter.trace_id for letter in found.dead_letters}
+    known = {change.trace_id for change in found.changes} | {dead_letter.trace_id for dead_letter in found.dead_letters}
     return {
         "order_id": order_id,
         "changes": [
@@ -126,10 +126,10 @@ def as_json(order_id: str, found: FoundTraces) -> dict[str, Any]:
         ],
         "dead_letters": [
             {
-                **to_builtins(letter),
-                "spans": [span for span in found.spans if span.trace_id == letter.trace_id],
+                **to_builtins(dead_letter),
+                "spans": [span for span in found.spans if span.trace_id == dead_letter.trace_id],
             }
-            for letter in found.dead_letters
+            for dead_letter in found.dead_letters
         ],
         "elsewhere": [
             {"trace_id": trace, "spans": [span for span in found.spans if span.trace_id == trace]}
@@ -153,14 +153,15 @@ def _headline(change: TracedChange) -> Text:
     )
 
 
-def _dead_letter(letter: DeadChange) -> Text:
-    version = f"  version {letter.version}" if letter.version else ""
+def _dead_letter(dead_letter: DeadChange) -> Text:
+    version = f"  version {dead_letter.version}" if dead_letter.version else ""
     return Text.assemble(
-        (printable(letter.type or "unreadable"), "bold"),
+        (printable(dead_letter.type or "unreadable"), "bold"),
         version,
-        (f"  dead, {letter.status}", "bold red" if letter.status in ("open", "replaying") else "dim"),
-        f"  last failed {letter.last_failed_at:%Y-%m-%d %H:%M:%S}\n  {printable(f'{letter.reason}: {letter.error}')}",
-        f"\n  ticketrail dlq show {letter.id}\n  trace {letter.trace_id or 'unknown'}",
+        (f"  dead, {dead_letter.status}", "bold red" if dead_letter.status in ("open", "replaying") else "dim"),
+        f"  last failed {dead_letter.last_failed_at:%Y-%m-%d %H:%M:%S}"
+        f"\n  {printable(f'{dead_letter.reason}: {dead_letter.error}')}",
+        f"\n  ticketrail dlq show {dead_letter.id}\n  trace {dead_letter.trace_id or 'unknown'}",
     )
 
 

@@ -162,7 +162,7 @@ class DeadLetterCollector:
         ]
         if reasons := Counter(dead_letter.reason for dead_letter in await self._store(dead_letters)):
             for reason, count in reasons.items():
-                self._metrics.letters.inc(reason, count)
+                self._metrics.dead_letters.inc(reason, count)
             log.warning("dead_letters_stored", dead_letters=reasons.total(), reasons=dict(reasons))
         for one in batch:
             await one.ack()

@@ -37,7 +37,7 @@ from changes c join unnest($1::uuid[], $2::uuid[]) as lost (restaurant_id, chang
     on c.restaurant_id = lost.restaurant_id and c.base_change_id = lost.change_id
 order by c.base_change_id, c.version
 """
-_LETTERS = "select digest from dead_letters where digest = any($1::bytea[])"
+_STORED_DEAD_LETTERS = "select digest from dead_letters where digest = any($1::bytea[])"
 _RESTAURANTS = "select id::text, slug from restaurants"
 
 Key = tuple[str, str]
@@ -79,9 +79,9 @@ async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str
     return {row[0]: row[1] for row in await connection.fetch(_SUCCESSORS, *_columns(changes))}
 
 
-async def letters(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """The digests of which there is a dead letter, in any status."""
-    return {row[0] for row in await connection.fetch(_LETTERS, list(digests))}
+async def stored_dead_letters(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
+    """Returns the digests of which there is a dead letter, in any status."""
+    return {row[0] for row in await connection.fetch(_STORED_DEAD_LETTERS, list(digests))}
 
 
 async def slugs(connection: Connection) -> dict[str, str]:

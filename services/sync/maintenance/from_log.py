@@ -137,7 +137,7 @@ class LogReplay:
         queue = dead_queue(lane)
         digests = {digest(queue, one.body): one for one in failed}
         async with self._postgres.connection() as connection:
-            known = await ledger_store.letters(connection, list(digests))
+            known = await ledger_store.stored_dead_letters(connection, list(digests))
         lost = [one for key, one in digests.items() if key not in known]
         if lost and not self._dry_run:
             await self._send_on(lane, lost, report)

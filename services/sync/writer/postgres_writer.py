@@ -183,7 +183,7 @@ class Batcher:
         if new is None:
             return failed
         for reason, count in Counter(one.reason for one in new).items():
-            self._metrics.letters.inc(reason, count)
+            self._metrics.dead_letters.inc(reason, count)
         for (reason, error), count in Counter((one.failure.reason, one.failure.error) for one in dead).items():
             self._metrics.dead.inc(reason, count)
             log.warning("changes_failed", queue=queue, reason=reason, error=error, changes=count)
