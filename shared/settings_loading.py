@@ -56,6 +56,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_TEST_SERVERS": "tests: containers or processes for the servers of a test run",
     "TICKETRAIL_FUZZ_GROUND": "tests: set by `make fuzz` for itself",
     "TICKETRAIL_FUZZ_COUNTED": "tests: set by `make fuzz` for itself",
+    "TICKETRAIL_OUTCOMES": "tests: set by `.ci/run` for its run of pytest",
 }
 """Names that are not settings of a service but may stand in the same environment or `.env`, and their readers."""
 

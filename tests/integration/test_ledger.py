@@ -459,7 +459,7 @@ async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the
     code, out, err = await books.cli("journal", "drain", str(path))
     assert code == 1
     assert "29 changes published" in out
-    assert "1 damaged entries were not sent" in err
+    assert "1 damaged entries were not published" in err
     assert "was set aside" in err
     balance = await books.until(synced=29, unexplained=1)
     assert [one.change_id for one in balance.missing] == [made[7].id]

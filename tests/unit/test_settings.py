@@ -28,7 +28,7 @@ ENTRY_POINTS = {
     "make run": ["deploy.local.run"],
 }
 # Wrong on purpose, in tests of the refusal.
-_MISSPELT = {"TICKETRAIL_TRACE_SAMPEL", "TICKETRAIL_ORDER_PORT", "TICKETRAIL_EXTRA"}
+_MISSPELT = {"TICKETRAIL_TRACE_SAMPEL", "TICKETRAIL_ORDER_PORT", "TICKETRAIL_EXTRA", "TICKETRAIL_NO_SUCH_SETTING"}
 
 Load = Callable[..., Settings]
 
