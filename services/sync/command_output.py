@@ -21,7 +21,7 @@ _GAP_COLUMNS = 2
 _MIN_TEXT_COLUMNS = 10
 
 
-class Column(Struct, frozen=True):
+class TableColumn(Struct, frozen=True):
     title: str
     kind: Literal["id", "fixed", "text"] = "fixed"
     """An `id` and a `fixed` column are shown whole; a `text` column is cut with an ellipsis where space is short."""
@@ -39,7 +39,7 @@ def console(*, min_columns: int = 0) -> Console:
     return found
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def print_table(columns: Sequence[TableColumn], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table that fits the terminal: optional columns go first, then texts get shorter. Ids stay whole; where
     they alone are wider than the terminal, the table is too."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
@@ -54,7 +54,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
     console(min_columns=sum(width for _, width in shown) + _GAP_COLUMNS * (len(shown) - 1)).print(table)
 
 
-def layout(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[tuple[int, int]]:
+def layout(columns: Sequence[TableColumn], rows: Sequence[Sequence[str]], width: int) -> list[tuple[int, int]]:
     """Returns (place of a column, its width) for each column that is shown in `width` character cells. Pure."""
     natural = [max(map(cell_len, (column.title, *(row[n] for row in rows)))) for n, column in enumerate(columns)]
     least = [

@@ -1,9 +1,14 @@
 """Tables of the command line: what is left out and cut where a terminal is narrow."""
 
-from services.sync.command_output import Column, layout
+from services.sync.command_output import TableColumn, layout
 
 ID = "7d0c5f1e-4c11-4c0a-9b1d-7f0c3b526f1e"
-COLUMNS = (Column("id", "id"), Column("age", optional=1), Column("by", optional=2), Column("error", "text"))
+COLUMNS = (
+    TableColumn("id", "id"),
+    TableColumn("age", optional=1),
+    TableColumn("by", optional=2),
+    TableColumn("error", "text"),
+)
 
 
 def widths(row: list[str], width: int) -> dict[str, int]:

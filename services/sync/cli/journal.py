@@ -14,7 +14,7 @@ import click
 from msgspec import Struct
 from rich.text import Text
 
-from services.sync.command_output import Column, console, print_table
+from services.sync.command_output import TableColumn, console, print_table
 from services.sync.command_session import run
 from shared.entities.contract import Lane, encode, now
 from shared.messaging.publisher import InDoubt, NotSent
@@ -33,12 +33,12 @@ _CONNECT_TIMEOUT_SECONDS = 10.0
 _MAX_ATTEMPTS = 3
 _RETRY_PAUSE_SECONDS = 1.0
 _COLUMNS = (
-    Column("lane", optional=1),
-    Column("change", "id"),
-    Column("of", "id"),
-    Column("version", optional=3, right=True),
-    Column("waits", optional=2, right=True),
-    Column("bytes", optional=4, right=True),
+    TableColumn("lane", optional=1),
+    TableColumn("change", "id"),
+    TableColumn("of", "id"),
+    TableColumn("version", optional=3, right=True),
+    TableColumn("waits", optional=2, right=True),
+    TableColumn("bytes", optional=4, right=True),
 )
 
 

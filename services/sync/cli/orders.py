@@ -11,7 +11,7 @@ from uuid import UUID
 import click
 from msgspec import Struct
 
-from services.sync.command_output import Column, ago, json_option, print_json, print_table
+from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.id_argument import RESTAURANT, prefix_range, the_only_one, whole_id
 from services.sync.operator_session import ask
 from shared.postgres.pool import Connection
@@ -35,13 +35,13 @@ _BY_NUMBER = _SELECT.format(condition="order_number = any($3::text[])")
 _BETWEEN = _SELECT.format(condition="id between $3 and $4")
 
 _COLUMNS = (
-    Column("number", "id"),
-    Column("id", "id"),
-    Column("restaurant", "text", optional=1),
-    Column("day", optional=2),
-    Column("status", optional=3),
-    Column("total", optional=4, right=True),
-    Column("created", optional=5),
+    TableColumn("number", "id"),
+    TableColumn("id", "id"),
+    TableColumn("restaurant", "text", optional=1),
+    TableColumn("day", optional=2),
+    TableColumn("status", optional=3),
+    TableColumn("total", optional=4, right=True),
+    TableColumn("created", optional=5),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from services.sync.command_output import Column, ago, json_option, print_json, print_table
+from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
 from services.sync.conflicts.store import Fork, Side
@@ -20,12 +20,12 @@ from shared.postgres.pool import Connection
 
 _CONFLICT = IdArgument("conflict", conflict_store.ids_between)
 _COLUMNS = (
-    Column("id", "id"),
-    Column("opened", optional=2),
-    Column("about", optional=1),
-    Column("entity id", "id"),
-    Column("restaurant", "text", optional=3),
-    Column("decided", "text", optional=4),
+    TableColumn("id", "id"),
+    TableColumn("opened", optional=2),
+    TableColumn("about", optional=1),
+    TableColumn("entity id", "id"),
+    TableColumn("restaurant", "text", optional=3),
+    TableColumn("decided", "text", optional=4),
 )
 
 

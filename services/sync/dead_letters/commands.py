@@ -19,7 +19,7 @@ from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from services.sync.command_output import Column, ago, json_option, print_json, print_table
+from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.command_session import connected, run
 from services.sync.dead_letters import replay_jobs
 from services.sync.dead_letters import store as dead_letter_store
@@ -41,22 +41,22 @@ from shared.settings import Settings
 _DEAD_LETTER = IdArgument("dead letter", dead_letter_store.ids_between)
 _REPLAY_JOB = IdArgument("replay job", replay_jobs.ids_between)
 _LIST_COLUMNS = (
-    Column("id", "id"),
-    Column("failed", optional=1),
-    Column("deaths", optional=3, right=True),
-    Column("status", optional=2),
-    Column("about", "text"),
-    Column("error", "text"),
+    TableColumn("id", "id"),
+    TableColumn("failed", optional=1),
+    TableColumn("deaths", optional=3, right=True),
+    TableColumn("status", optional=2),
+    TableColumn("about", "text"),
+    TableColumn("error", "text"),
 )
 _GROUP_COLUMNS = (
-    Column("fingerprint", "id"),
-    Column("count", right=True),
-    Column("open", right=True),
-    Column("first", optional=2),
-    Column("last", optional=1),
-    Column("24 h", optional=3),
-    Column("reason", "text"),
-    Column("place", "text"),
+    TableColumn("fingerprint", "id"),
+    TableColumn("count", right=True),
+    TableColumn("open", right=True),
+    TableColumn("first", optional=2),
+    TableColumn("last", optional=1),
+    TableColumn("24 h", optional=3),
+    TableColumn("reason", "text"),
+    TableColumn("place", "text"),
 )
 _BARS = " ▁▂▃▄▅▆▇█"
 _EXPORT_PAGE_SIZE = 200
