@@ -460,7 +460,7 @@ async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the
     assert code == 1
     assert "29 changes published" in out
     assert "1 damaged entries were not published" in err
-    assert "was set aside" in err
+    assert "the file was damaged and set aside" in err
     balance = await books.until(synced=29, unexplained=1)
     assert [one.change_id for one in balance.missing] == [made[7].id]
     [aside] = files_aside(path)
