@@ -28,7 +28,7 @@ _INSERT = (
 class SeededRestaurant(Struct, frozen=True):
     id: str
     token: str
-    """Of a member of staff."""
+    """Access token of a staff account."""
     menu_item_ids: list[str]
     table_id: str
 

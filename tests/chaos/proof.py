@@ -27,7 +27,7 @@ class Proof(Struct):
     """All other violations."""
     forks: int = 0
     forked_creations: int = 0
-    """Of these, creations that were repeated while neither store knew them."""
+    """The forks of creations that were repeated while neither store knew them."""
     pushed: int = 0
     unexplained: list[str] = field(default_factory=list)
     """Change ids."""
