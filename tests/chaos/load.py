@@ -31,8 +31,8 @@ class Acknowledged(Struct, frozen=True):
     mark: str
 
 
-class _Shop(Struct):
-    restaurant: str
+class _Restaurant(Struct):
+    id: str
     token: str
     dish: str
     orders: list[str]
@@ -42,9 +42,9 @@ class Load:
     def __init__(self, rig: Rig, seed: int, *, clients: int = 6, pause: float = 0.03) -> None:
         system = rig.system
         self._urls = [url for name, url in system.urls.items() if name.endswith("orders")]
-        self._shops = [
-            _Shop(system.restaurant, system.token("admin"), system.dish(), []),
-            _Shop(rig.other["restaurant_id"], rig.other["token"], rig.other["dish"], []),
+        self._restaurants = [
+            _Restaurant(system.restaurant_id, system.token("admin"), system.dish(), []),
+            _Restaurant(rig.other["restaurant_id"], rig.other["token"], rig.other["dish"], []),
         ]
         self._clients = clients
         self._pause = pause
@@ -71,59 +71,59 @@ class Load:
     async def _work(self, number: int) -> None:
         async with http_client(timeout=_TIMEOUT) as client:
             while not self._stop.is_set():
-                shop = self._shops[0] if self._chance.random() < 0.8 else self._shops[1]
+                restaurant = self._restaurants[0] if self._chance.random() < 0.8 else self._restaurants[1]
                 act = self._chance.choices(
                     (self._create, self._change, self._pay, self._try_a_strangers, self._list), (50, 28, 15, 5, 2)
                 )[0]
-                await act(client, shop)
+                await act(client, restaurant)
                 await asyncio.sleep(self._pause * self._chance.uniform(0.5, 1.5))
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    async def _create(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+    async def _create(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
         mark = uuid4().hex
-        body = {"items": [{"menu_item_id": shop.dish, "quantity": 1}], "notes": mark}
-        done = await self._until_known(client, shop, "POST", "/api/orders", body, mark, key=mark)
+        body = {"items": [{"menu_item_id": restaurant.dish, "quantity": 1}], "notes": mark}
+        done = await self._until_known(client, restaurant, "POST", "/api/orders", body, mark, key=mark)
         if done is None:
             return
-        self._note(shop, done["id"], "created", 0, mark)
-        shop.orders.append(done["id"])
+        self._note(restaurant, done["id"], "created", 0, mark)
+        restaurant.orders.append(done["id"])
         self._durability[done["id"]] = (
             f"{'visible' if done['visible'] else 'not visible'}, {done.get('durability', 'by a repeat')}"
         )
-        del shop.orders[:-_KNOWN]
+        del restaurant.orders[:-_KNOWN]
         if self._chance.random() < 0.1:
-            outcome, again = await self._send(client, shop, "POST", "/api/orders", body, key=mark)
+            outcome, again = await self._send(client, restaurant, "POST", "/api/orders", body, key=mark)
             if outcome == "yes" and again["id"] != done["id"]:
                 self.wrong.append(f"a repeat made another order: {done['id']}, {again['id']}")
 
-    async def _change(self, client: httpx.AsyncClient, shop: _Shop) -> None:
+    async def _change(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
         """Changes one order once or twice concurrently, without a version: both changes may succeed in turn."""
-        if shop.orders:
-            order = self._chance.choice(shop.orders)
+        if restaurant.orders:
+            order = self._chance.choice(restaurant.orders)
             await asyncio.gather(
-                *(self._change_one(client, shop, order) for _ in range(self._chance.choice((1, 1, 2))))
+                *(self._change_one(client, restaurant, order) for _ in range(self._chance.choice((1, 1, 2))))
             )
 
-    async def _change_one(self, client: httpx.AsyncClient, shop: _Shop, order: str) -> None:
+    async def _change_one(self, client: httpx.AsyncClient, restaurant: _Restaurant, order: str) -> None:
         mark = uuid4().hex
-        outcome, data = await self._send(client, shop, "PUT", f"/api/orders/{order}", {"notes": mark})
+        outcome, data = await self._send(client, restaurant, "PUT", f"/api/orders/{order}", {"notes": mark})
         if outcome == "yes":
-            self._note(shop, order, "changed", data["version"], mark)
+            self._note(restaurant, order, "changed", data["version"], mark)
         elif outcome == "no":
             self.refused[mark] = data["said"]
             self._not_found(order, data["said"])
         else:
             self.unknown.add(mark)
 
-    async def _pay(self, client: httpx.AsyncClient, shop: _Shop) -> None:
-        if not shop.orders:
+    async def _pay(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
+        if not restaurant.orders:
             return
-        order, payment = self._chance.choice(shop.orders), str(uuid4())
+        order, payment = self._chance.choice(restaurant.orders), str(uuid4())
         body = {"id": payment, "amount": 1, "method": "card"}
-        done = await self._until_known(client, shop, "POST", f"/api/orders/{order}/payments", body, payment)
+        done = await self._until_known(client, restaurant, "POST", f"/api/orders/{order}/payments", body, payment)
         if done is not None:
-            self._note(shop, order, "paid", 0, payment)
+            self._note(restaurant, order, "paid", 0, payment)
         elif payment in self.refused:
             self._not_found(order, self.refused[payment])
 
@@ -132,25 +132,25 @@ class Load:
         if ": 404 " in said:
             self.answers[f"404 of an own order ({self._durability[order]})"] += 1
 
-    async def _try_a_strangers(self, client: httpx.AsyncClient, shop: _Shop) -> None:
-        other = next(one for one in self._shops if one is not shop)
+    async def _try_a_strangers(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
+        other = next(one for one in self._restaurants if one is not restaurant)
         if not other.orders:
             return
         path = f"/api/orders/{self._chance.choice(other.orders)}"
         if self._chance.random() < 0.5:
-            outcome, _ = await self._send(client, shop, "GET", path)
+            outcome, _ = await self._send(client, restaurant, "GET", path)
         else:
             mark = uuid4().hex
-            outcome, data = await self._send(client, shop, "PUT", path, {"notes": mark})
+            outcome, data = await self._send(client, restaurant, "PUT", path, {"notes": mark})
             self.refused[mark] = data.get("said", "a stranger's, whatever the answer was")
         if outcome == "yes":
             self.wrong.append(f"a stranger's order was shown or changed: {path}")
 
-    async def _list(self, client: httpx.AsyncClient, shop: _Shop) -> None:
-        outcome, data = await self._send(client, shop, "GET", "/api/orders?limit=20")
+    async def _list(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
+        outcome, data = await self._send(client, restaurant, "GET", "/api/orders?limit=20")
         if outcome == "yes":
             self.wrong += [
-                f"a stranger's order was listed: {one['id']}" for one in data if one["restaurant_id"] != shop.restaurant
+                f"a stranger's order was listed: {one['id']}" for one in data if one["restaurant_id"] != restaurant.id
             ]
 
     # -- answers -----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Load:
     async def _until_known(
         self,
         client: httpx.AsyncClient,
-        shop: _Shop,
+        restaurant: _Restaurant,
         method: str,
         path: str,
         body: dict[str, Any],
@@ -169,7 +169,7 @@ class Load:
         """Repeats an unanswered request, as a client should. Returns None if it was refused or stays unknown."""
         in_doubt = False
         for _ in range(_REPEATS):
-            outcome, data = await self._send(client, shop, method, path, body, key=key)
+            outcome, data = await self._send(client, restaurant, method, path, body, key=key)
             if outcome == "yes":
                 answered: dict[str, Any] = data
                 return answered
@@ -184,7 +184,7 @@ class Load:
     async def _send(
         self,
         client: httpx.AsyncClient,
-        shop: _Shop,
+        restaurant: _Restaurant,
         method: str,
         path: str,
         body: dict[str, Any] | None = None,
@@ -192,7 +192,7 @@ class Load:
         key: str | None = None,
     ) -> tuple[str, Any]:
         """Returns the outcome ("yes", "no" or "unknown") and the data."""
-        headers = {"Authorization": f"Bearer {shop.token}", **({"Idempotency-Key": key} if key else {})}
+        headers = {"Authorization": f"Bearer {restaurant.token}", **({"Idempotency-Key": key} if key else {})}
         url = self._chance.choice(self._urls) + path
         try:
             reply = await client.request(method, url, json=body, headers=headers)
@@ -212,6 +212,6 @@ class Load:
         self.wrong.append(f"{method} {path}: {reply.status_code} {reply.text[:300]}")
         return "unknown", {}
 
-    def _note(self, shop: _Shop, order: str, what: str, version: int, mark: str) -> None:
-        self.acknowledged.append(Acknowledged(shop.restaurant, order, what, version, mark))
+    def _note(self, restaurant: _Restaurant, order: str, what: str, version: int, mark: str) -> None:
+        self.acknowledged.append(Acknowledged(restaurant.id, order, what, version, mark))
         self.unknown.discard(mark)

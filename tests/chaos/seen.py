@@ -168,7 +168,7 @@ async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, MirroredOrder]:
     found: dict[str, MirroredOrder] = {}
     mirror = Mirror(rig.servers.redis.url, timeout=5.0, stale_seconds=60.0)
     try:
-        for restaurant in (rig.system.restaurant, rig.other["restaurant_id"]):
+        for restaurant in (rig.system.restaurant_id, rig.other["restaurant_id"]):
             ids = sorted(orders.union(await mirror.live_ids(restaurant, "order")))
             for start in range(0, len(ids), _BLOCK):
                 block = ids[start : start + _BLOCK]

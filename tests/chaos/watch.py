@@ -20,7 +20,7 @@ class Watch:
     def __init__(self, rig: Rig) -> None:
         system = rig.system
         self._url = f"{system.urls['notifier']}/api/v1/sync/events"
-        self._tokens = {system.restaurant: system.token("admin"), rig.other["restaurant_id"]: rig.other["token"]}
+        self._tokens = {system.restaurant_id: system.token("admin"), rig.other["restaurant_id"]: rig.other["token"]}
         self._tasks: list[asyncio.Task[None]] = []
         self.pushed: dict[str, Counter[str]] = {restaurant: Counter() for restaurant in self._tokens}
         """Restaurant -> change -> how often."""

@@ -21,7 +21,7 @@ from tests.rigs.system import eventually
 pytestmark = pytest.mark.timeout(300)
 
 
-class Clustered(Rig):
+class ClusterRig(Rig):
     """The system with all three nodes in its broker setting, each behind a proxy."""
 
     def __init__(self, cluster: Cluster, shared: Servers, folder: Path) -> None:
@@ -71,11 +71,11 @@ class Clustered(Rig):
 
 
 @pytest.fixture
-async def clustered(servers: Servers, tmp_path: Path) -> AsyncIterator[Clustered]:
+async def clustered(servers: Servers, tmp_path: Path) -> AsyncIterator[ClusterRig]:
     cluster = Cluster(tmp_path / "cluster")
     try:
         await asyncio.to_thread(cluster.start)
-        rig = Clustered(cluster, servers, tmp_path)
+        rig = ClusterRig(cluster, servers, tmp_path)
         try:
             await rig.up()
             yield rig
@@ -86,7 +86,7 @@ async def clustered(servers: Servers, tmp_path: Path) -> AsyncIterator[Clustered
 
 
 async def test_no_acknowledged_change_is_lost_when_one_node_is_killed_and_another_cut_off(
-    clustered: Clustered,
+    clustered: ClusterRig,
 ) -> None:
     cluster = clustered.cluster
     for node in cluster.locals:

@@ -28,7 +28,7 @@ PATIENCE = 10.0
 SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT}
 
 
-class Shop(Struct):
+class OrdersRig(Struct):
     """Clients of one system, and the ids of the orders that they have placed."""
 
     system: System
@@ -84,14 +84,14 @@ class Shop(Struct):
 
 
 @pytest.fixture
-async def shop(victim: System, tmp_path: Path) -> AsyncIterator[Shop]:
+async def rig(victim: System, tmp_path: Path) -> AsyncIterator[OrdersRig]:
     """A system with a journal folder of its own, and ten clients."""
     await victim.stop("orders")
     home, victim.env["TICKETRAIL_HOME"] = victim.env["TICKETRAIL_HOME"], str(tmp_path)
     clients = [victim.client() for _ in range(10)]
     for client in clients:
         client.timeout = httpx.Timeout(PATIENCE)
-    made = Shop(victim, clients, tmp_path, now(), [])
+    made = OrdersRig(victim, clients, tmp_path, now(), [])
     try:
         await made.restart(**SETTINGS)
         yield made
@@ -102,62 +102,64 @@ async def shop(victim: System, tmp_path: Path) -> AsyncIterator[Shop]:
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
-async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_loses_none(shop: Shop, how: str) -> None:
-    rabbitmq = shop.system.servers.rabbitmq
+async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_loses_none(
+    rig: OrdersRig, how: str
+) -> None:
+    rabbitmq = rig.system.servers.rabbitmq
 
     for _ in range(20):
-        if {one["durability"] for one in await shop.place(10)} == {"broker"}:
+        if {one["durability"] for one in await rig.place(10)} == {"broker"}:
             break  # otherwise a confirm took longer than the timeout
     else:
         pytest.fail("the broker confirms no batch of orders in time")
-    await shop.drained()  # so that the depth counts only the orders below
-    doubts = shop.doubts()
+    await rig.drained()  # so that the depth counts only the orders below
+    doubts = rig.doubts()
     away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
     await asyncio.to_thread(away)
     try:
         for _ in range(5):
-            taken = await shop.place(10)
+            taken = await rig.place(10)
             assert {one["durability"] for one in taken} == {"journal"}
             assert all(one["visible"] for one in taken)
-        changed = await shop.clients[0].put(f"/api/orders/{shop.placed[0]}", json={"status": "received"})
+        changed = await rig.clients[0].put(f"/api/orders/{rig.placed[0]}", json={"status": "received"})
         assert (changed.status_code, changed.json()["data"]["durability"]) == (200, "journal")
-        assert (await shop.journal())["depth"] == 51
+        assert (await rig.journal())["depth"] == 51
         # Only the first publish waited for its confirm; all later ones went to the journal at once.
-        assert shop.doubts() <= doubts + 1
-        out = await shop.system.cli("journal", "show", "--instance", "1")
+        assert rig.doubts() <= doubts + 1
+        out = await rig.system.cli("journal", "show", "--instance", "1")
         assert "51 changes wait (51 critical)" in out, out
-        output = await shop.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
+        output = await rig.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
         assert output == "", "drained although its instance is running"
 
-        shop.system.kill("orders")
-        await shop.restart(**SETTINGS)
-        assert (await shop.journal())["depth"] == 51
-        assert {one["durability"] for one in await shop.place(10)} == {"journal"}
-        reply = await shop.clients[0].get(f"/api/orders/{shop.placed[0]}")
+        rig.system.kill("orders")
+        await rig.restart(**SETTINGS)
+        assert (await rig.journal())["depth"] == 51
+        assert {one["durability"] for one in await rig.place(10)} == {"journal"}
+        reply = await rig.clients[0].get(f"/api/orders/{rig.placed[0]}")
         assert reply.json()["data"]["status"] == "received"
     finally:
         await asyncio.to_thread(back)
-    await shop.drained()
-    await shop.all_stored()
-    assert (await shop.system.stored_orders())[shop.placed[0]] == 2
+    await rig.drained()
+    await rig.all_stored()
+    assert (await rig.system.stored_orders())[rig.placed[0]] == 2
 
 
-async def test_a_full_journal_refuses_with_503_and_takes_orders_again_once_drained(shop: Shop) -> None:
-    await shop.system.stop("orders")
-    await shop.restart(journal_max_bytes=40_000)
-    async with Load(shop.system, changes=False) as load:
+async def test_a_full_journal_refuses_with_503_and_takes_orders_again_once_drained(rig: OrdersRig) -> None:
+    await rig.system.stop("orders")
+    await rig.restart(journal_max_bytes=40_000)
+    async with Load(rig.system, changes=False) as load:
         await load.more(10)
-        await asyncio.to_thread(shop.system.servers.rabbitmq.kill)
+        await asyncio.to_thread(rig.system.servers.rabbitmq.kill)
 
         async def refused() -> int:
             return load.refused["POST", 503]
 
         try:
             await eventually(refused, within=40, what="a full journal", until=lambda count: count >= 10)
-            assert (await shop.journal())["depth"] > 5
+            assert (await rig.journal())["depth"] > 5
         finally:
-            await asyncio.to_thread(shop.system.servers.rabbitmq.start)
-        await shop.drained()
+            await asyncio.to_thread(rig.system.servers.rabbitmq.start)
+        await rig.drained()
         await load.more(10)
     assert load.journaled > 5
     await load.everything_arrives()
@@ -193,13 +195,13 @@ def fill(file: Path) -> None:
 
 @pytest.mark.parametrize("reserve", [4 << 20, 0], ids=["with a reserve", "to the last byte"])
 async def test_a_full_disk_refuses_orders_and_takes_them_again_when_it_has_room(
-    shop: Shop, small_disk: Path, reserve: int
+    rig: OrdersRig, small_disk: Path, reserve: int
 ) -> None:
-    await shop.system.stop("orders")
-    await shop.restart(home=small_disk.parent, journal_reserve_bytes=reserve)
-    async with Load(shop.system, changes=False) as load:
+    await rig.system.stop("orders")
+    await rig.restart(home=small_disk.parent, journal_reserve_bytes=reserve)
+    async with Load(rig.system, changes=False) as load:
         await load.more(10)
-        await asyncio.to_thread(shop.system.servers.rabbitmq.kill)
+        await asyncio.to_thread(rig.system.servers.rabbitmq.kill)
         try:
             await load.more(10)
             await asyncio.to_thread(fill, small_disk / "filler")
@@ -213,37 +215,37 @@ async def test_a_full_disk_refuses_orders_and_takes_them_again_when_it_has_room(
             (small_disk / "filler").unlink()
             await load.more(10)
         finally:
-            await asyncio.to_thread(shop.system.servers.rabbitmq.start)
-        await shop.drained()
+            await asyncio.to_thread(rig.system.servers.rabbitmq.start)
+        await rig.drained()
         await load.more(10)
     await load.everything_arrives()
 
 
-async def test_a_service_with_a_damaged_journal_starts_and_drains_all_intact_entries(shop: Shop) -> None:
-    rabbitmq, path = shop.system.servers.rabbitmq, shop.home / "journal" / "orders-1.sqlite"
+async def test_a_service_with_a_damaged_journal_starts_and_drains_all_intact_entries(rig: OrdersRig) -> None:
+    rabbitmq, path = rig.system.servers.rabbitmq, rig.home / "journal" / "orders-1.sqlite"
     await asyncio.to_thread(rabbitmq.kill)
     try:
         for _ in range(4):
-            await shop.place(10)
-        shop.system.kill("orders")
-        harm(path, shop.placed[17])
-        await shop.restart(**SETTINGS)
-        journal = await shop.journal()
+            await rig.place(10)
+        rig.system.kill("orders")
+        harm(path, rig.placed[17])
+        await rig.restart(**SETTINGS)
+        journal = await rig.journal()
         assert (journal["depth"], journal["damaged"], journal["set_aside"]) == (39, 1, 1)
     finally:
         await asyncio.to_thread(rabbitmq.start)
-    await shop.drained()
+    await rig.drained()
     async with http_client() as client:
-        metrics = (await client.get(f"{shop.system.urls['orders']}/metrics")).text
+        metrics = (await client.get(f"{rig.system.urls['orders']}/metrics")).text
     assert "ticketrail_journal_damaged 1.0" in metrics
     assert "ticketrail_journal_files_aside 1.0" in metrics
     assert len(files_aside(path)) == 1
-    log = (shop.system.directory / "orders.log").read_text()
+    log = (rig.system.directory / "orders.log").read_text()
     assert "journal_set_aside" in log
-    assert shop.placed[17] in log
-    lost = shop.placed.pop(17)
-    await shop.all_stored()
-    assert lost not in await shop.system.stored_orders()
+    assert rig.placed[17] in log
+    lost = rig.placed.pop(17)
+    await rig.all_stored()
+    assert lost not in await rig.system.stored_orders()
 
 
 def harm(path: Path, order: str) -> None:

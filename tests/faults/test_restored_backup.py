@@ -77,7 +77,7 @@ class Watch:
         system = self._outage.system
         async with system.client("admin") as first, system.client("admin", service="second-orders") as second:
             while not self._stopping:
-                mine = [one.order for one in self._load.acknowledged if one.restaurant == system.restaurant]
+                mine = [one.order for one in self._load.acknowledged if one.restaurant == system.restaurant_id]
                 for order in dict.fromkeys(mine[-60:]):
                     for client in (first, second):
                         went_down = await self._went_down(client, order)

@@ -12,10 +12,10 @@ import pytest
 
 from services.sync.cli.main import _migrate
 from shared.settings import Settings
-from tests.rigs.dead_letters import Desk, open_desk
+from tests.rigs.dead_letters import OperatorRig, operator_rig
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.servers import Servers
-from tests.rigs.sign_in import Place, guarded, register
+from tests.rigs.sign_in import RegisteredRestaurant, guarded, register
 from tests.rigs.system import System
 
 
@@ -60,16 +60,16 @@ async def rig(make_rig: MakeRig) -> Rig:
 
 
 @pytest.fixture(scope="module")
-async def desk(system: System) -> AsyncIterator[Desk]:
+async def ops_rig(system: System) -> AsyncIterator[OperatorRig]:
     """A restaurant whose dead letters operators see."""
-    async with open_desk(system) as desk:
-        yield desk
+    async with operator_rig(system) as ops_rig:
+        yield ops_rig
 
 
 @pytest.fixture(scope="module")
-async def nadia(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
+async def nadia(ops_rig: OperatorRig) -> AsyncIterator[httpx.AsyncClient]:
     """An operator."""
-    async with desk.client() as client:
+    async with ops_rig.client() as client:
         yield client
 
 
@@ -81,7 +81,7 @@ async def url(system: System) -> AsyncIterator[str]:
 
 
 @pytest.fixture(scope="module")
-async def place(system: System, url: str) -> Place:
+async def registered(system: System, url: str) -> RegisteredRestaurant:
     return await register(system, url)
 
 

@@ -13,41 +13,41 @@ from shared.rail.journal import Journal
 from shared.settings import Settings
 from tests.rigs.builders import change, message, order, payment
 from tests.rigs.command_line import in_terminal
-from tests.rigs.dead_letters import Desk
+from tests.rigs.dead_letters import OperatorRig
 from tests.rigs.forks import wait_stored
-from tests.rigs.restaurant import Shop, expect, open_shop
+from tests.rigs.restaurant import RestaurantRig, expect, register_restaurant
 from tests.rigs.system import eventually
 
 in_narrow_terminals = pytest.mark.parametrize("columns", [80, 100])
 
 
-async def printed_json(desk: Desk, *arguments: str) -> Any:
+async def printed_json(ops_rig: OperatorRig, *arguments: str) -> Any:
     """Runs a command with --json; returns its JSON."""
-    code, out, err = await desk.cli(*arguments, "--json")
+    code, out, err = await ops_rig.cli(*arguments, "--json")
     assert code == 0, f"{arguments}: {out}\n{err}"
     return json.loads(out)
 
 
-async def slug_of(desk: Desk) -> str:
-    async with desk.system.database() as connection:
-        return str(await connection.fetchval("select slug from restaurants where id = $1", desk.restaurant))
+async def slug_of(ops_rig: OperatorRig) -> str:
+    async with ops_rig.system.database() as connection:
+        return str(await connection.fetchval("select slug from restaurants where id = $1", ops_rig.restaurant_id))
 
 
-async def in_postgres(desk: Desk, order_id: str) -> dict[str, Any]:
+async def in_postgres(ops_rig: OperatorRig, order_id: str) -> dict[str, Any]:
     """Waits until `ticketrail orders` lists the order; returns it as listed."""
 
     async def look() -> Any:
-        return await printed_json(desk, "orders", order_id)
+        return await printed_json(ops_rig, "orders", order_id)
 
     [found] = await eventually(look, what="the order in PostgreSQL", until=bool)
     return dict(found)
 
 
-async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> str:
+async def earlier_order(ops_rig: OperatorRig, number: str, restaurant: RestaurantRig | None = None) -> str:
     """Imports an order of an earlier day with this number; returns its id."""
-    async with desk.client() as client:
+    async with ops_rig.client() as client:
         body = {
-            "restaurant_id": (shop or desk.shop).restaurant,
+            "restaurant_id": (restaurant or ops_rig.restaurant).id,
             "external_id": f"pos-{number}",
             "order_number": number,
             "created_at": "2026-03-14T12:00:00Z",
@@ -55,7 +55,7 @@ async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> st
         }
         headers = {"x-sync-token": Settings.model_fields["sync_token"].default}
         id_ = str(expect(await client.post("/api/sync/order", json=body, headers=headers))["id"])
-    await in_postgres(desk, id_)
+    await in_postgres(ops_rig, id_)
     return id_
 
 
@@ -63,30 +63,34 @@ async def earlier_order(desk: Desk, number: str, shop: Shop | None = None) -> st
 
 
 @in_narrow_terminals
-async def test_dead_letters_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, marker: str, columns: int) -> None:
-    await desk.send_to_dead_queue(change(desk.table(label=marker)), place=marker, error=f"KeyError: {'long ' * 40}")
-    [dead_letter] = await desk.dead_letters(1, text=marker)
-    out = await in_terminal(desk.system, "dlq", "list", "--text", marker, columns=columns)
+async def test_dead_letters_keep_their_ids_whole_in_a_narrow_terminal(
+    ops_rig: OperatorRig, marker: str, columns: int
+) -> None:
+    await ops_rig.send_to_dead_queue(
+        change(ops_rig.table(label=marker)), place=marker, error=f"KeyError: {'long ' * 40}"
+    )
+    [dead_letter] = await ops_rig.dead_letters(1, text=marker)
+    out = await in_terminal(ops_rig.system, "dlq", "list", "--text", marker, columns=columns)
     assert dead_letter["id"] in out
     assert "KeyError" in out and "…" in out
     assert max(map(len, out.splitlines())) <= columns
-    groups = await in_terminal(desk.system, "dlq", "groups", "--text", marker, columns=columns)
+    groups = await in_terminal(ops_rig.system, "dlq", "groups", "--text", marker, columns=columns)
     assert dead_letter["fingerprint"] in groups
     assert max(map(len, groups.splitlines())) <= columns
 
 
 @in_narrow_terminals
-async def test_orders_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, columns: int) -> None:
-    placed = await in_postgres(desk, await desk.place())
-    out = await in_terminal(desk.system, "orders", "--restaurant", desk.restaurant, columns=columns)
+async def test_orders_keep_their_ids_whole_in_a_narrow_terminal(ops_rig: OperatorRig, columns: int) -> None:
+    placed = await in_postgres(ops_rig, await ops_rig.place())
+    out = await in_terminal(ops_rig.system, "orders", "--restaurant", ops_rig.restaurant_id, columns=columns)
     assert placed["id"] in out and placed["order_number"] in out
     assert max(map(len, out.splitlines())) <= columns
 
 
 @in_narrow_terminals
-async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, columns: int) -> None:
-    id_ = await desk.place(notes="as it was")
-    state, base = await wait_stored(desk.system, orders.ENTITY, id_)
+async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(ops_rig: OperatorRig, columns: int) -> None:
+    id_ = await ops_rig.place(notes="as it was")
+    state, base = await wait_stored(ops_rig.system, orders.ENTITY, id_)
     sides = [
         change(
             structs.replace(state, notes=notes, payments=(payment(amount=100),)),
@@ -94,57 +98,59 @@ async def test_conflicts_keep_their_ids_whole_in_a_narrow_terminal(desk: Desk, c
         )
         for notes in ("no bread", "extra bread")
     ]  # fmt: skip
-    await desk.publisher.publish(Lane.CRITICAL.value, message(*sides))
+    await ops_rig.publisher.publish(Lane.CRITICAL.value, message(*sides))
 
     async def listed() -> Any:
-        found = await printed_json(desk, "conflicts", "list", "--restaurant", desk.restaurant)
+        found = await printed_json(ops_rig, "conflicts", "list", "--restaurant", ops_rig.restaurant_id)
         return [conflict for conflict in found if conflict["entity_id"] == id_]
 
     [conflict] = await eventually(listed, what="the conflict", until=bool)
-    out = await in_terminal(desk.system, "conflicts", "list", "--restaurant", desk.restaurant, columns=columns)
+    out = await in_terminal(ops_rig.system, "conflicts", "list", "--restaurant", ops_rig.restaurant_id, columns=columns)
     assert conflict["id"] in out and id_ in out
     assert max(map(len, out.splitlines())) <= columns
-    shown = await in_terminal(desk.system, "conflicts", "show", conflict["id"], columns=columns)
+    shown = await in_terminal(ops_rig.system, "conflicts", "show", conflict["id"], columns=columns)
     for side in sides:
         assert side.id in shown
         assert orders.ENTITY.decode(side).payments[0].id in shown
 
 
 @in_narrow_terminals
-async def test_journal_keeps_its_ids_whole_in_a_narrow_terminal(desk: Desk, tmp_path: Path, columns: int) -> None:
+async def test_journal_keeps_its_ids_whole_in_a_narrow_terminal(
+    ops_rig: OperatorRig, tmp_path: Path, columns: int
+) -> None:
     path = tmp_path / "orders-1.sqlite"
     waiting = change(order(items=1))
     journal = Journal(path, instance=1, max_bytes=1 << 20)
     await journal.open()
     await journal.append([(Lane.CRITICAL, encode(waiting))])
     await journal.close()
-    out = await in_terminal(desk.system, "journal", "show", str(path), columns=columns)
+    out = await in_terminal(ops_rig.system, "journal", "show", str(path), columns=columns)
     assert waiting.id in out and waiting.subject in out
 
 
 # -- prefixes ------------------------------------------------------------------------------------------------------
 
 
-async def test_commands_accept_the_prefix_of_an_id(desk: Desk, marker: str) -> None:
-    [dead_letter] = await desk.make_dead_letters(marker)
-    assert (await printed_json(desk, "dlq", "show", dead_letter["id"][:13]))["dead_letter"] == dead_letter
-    assert (await printed_json(desk, "dlq", "discard", dead_letter["id"][:13], "--why", "a test"))[
+async def test_commands_accept_the_prefix_of_an_id(ops_rig: OperatorRig, marker: str) -> None:
+    [dead_letter] = await ops_rig.make_dead_letters(marker)
+    assert (await printed_json(ops_rig, "dlq", "show", dead_letter["id"][:13]))["dead_letter"] == dead_letter
+    assert (await printed_json(ops_rig, "dlq", "discard", dead_letter["id"][:13], "--why", "a test"))[
         "status"
     ] == "discarded"
-    assert (await printed_json(desk, "dlq", "restore", dead_letter["id"][:13].replace("-", "")))["status"] == "open"
-    replayed = await printed_json(desk, "dlq", "replay", dead_letter["id"][:13], "--yes")
+    assert (await printed_json(ops_rig, "dlq", "restore", dead_letter["id"][:13].replace("-", "")))["status"] == "open"
+    replayed = await printed_json(ops_rig, "dlq", "replay", dead_letter["id"][:13], "--yes")
     assert [item["dead_letter_id"] for item in replayed["items"]] == [dead_letter["id"]]
-    code, _, err = await desk.dlq("cancel", replayed["job"]["id"][:13])
+    code, _, err = await ops_rig.dlq("cancel", replayed["job"]["id"][:13])
     assert (code, err) == (1, "Error: this replay job is done\n")
 
 
-async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(desk: Desk, marker: str) -> None:
-    dead_letters = await desk.make_dead_letters(marker, 2)
+async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(ops_rig: OperatorRig, marker: str) -> None:
+    dead_letters = await ops_rig.make_dead_letters(marker, 2)
     shared = dead_letters[0]["id"][:9]
     twin = f"{shared}{dead_letters[1]['id'][9:]}"
-    async with desk.system.database() as database:
+    async with ops_rig.system.database() as database:
         await database.execute("update dead_letters set id = $2 where id = $1", dead_letters[1]["id"], twin)
-    code, out, err = await desk.dlq("show", shared)
+    code, out, err = await ops_rig.dlq("show", shared)
     assert (code, out) == (1, "")
     first, *rest = err.splitlines()
     assert first == f"Error: more than one dead letter has an id that begins with {shared}:"
@@ -153,32 +159,32 @@ async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(desk: Desk
 
 
 @pytest.mark.parametrize("command", ["show", "restore", "replay", "cancel"])
-async def test_prefix_without_a_match_is_refused_and_named(desk: Desk, command: str) -> None:
-    code, _, err = await desk.dlq(command, "order")
+async def test_prefix_without_a_match_is_refused_and_named(ops_rig: OperatorRig, command: str) -> None:
+    code, _, err = await ops_rig.dlq(command, "order")
     assert code == 2
     assert "'order' is neither an id nor the beginning of one" in err
-    code, _, err = await desk.dlq(command, "00000000-0000")
+    code, _, err = await ops_rig.dlq(command, "00000000-0000")
     assert code == 1
     assert err.startswith("Error: no ") and err.endswith("has an id that begins with 00000000-0000\n")
 
 
-async def test_restaurant_is_named_by_its_slug_or_a_prefix_of_its_id(desk: Desk, marker: str) -> None:
-    [dead_letter] = await desk.make_dead_letters(marker)
-    for name in (await slug_of(desk), desk.restaurant[:13], desk.restaurant):
-        assert await printed_json(desk, "dlq", "list", "--text", marker, "--restaurant", name) == [dead_letter]
-    code, _, err = await desk.dlq("list", "--restaurant", "no-such-place")
+async def test_restaurant_is_named_by_its_slug_or_a_prefix_of_its_id(ops_rig: OperatorRig, marker: str) -> None:
+    [dead_letter] = await ops_rig.make_dead_letters(marker)
+    for name in (await slug_of(ops_rig), ops_rig.restaurant_id[:13], ops_rig.restaurant_id):
+        assert await printed_json(ops_rig, "dlq", "list", "--text", marker, "--restaurant", name) == [dead_letter]
+    code, _, err = await ops_rig.dlq("list", "--restaurant", "no-such-place")
     assert (code, err) == (1, "Error: no restaurant has the slug no-such-place\n")
 
 
-async def test_dish_is_named_by_a_prefix_of_its_id(desk: Desk) -> None:
-    dish = await desk.shop.dish()
+async def test_dish_is_named_by_a_prefix_of_its_id(ops_rig: OperatorRig) -> None:
+    dish = await ops_rig.restaurant.dish()
 
     async def stored() -> Any:
-        async with desk.system.database() as connection:
+        async with ops_rig.system.database() as connection:
             return await connection.fetchval("select true from menu_items where id = $1", dish["id"])
 
     await eventually(stored, what="the dish in PostgreSQL", until=bool)
-    code, out, err = await desk.cli("dish", await slug_of(desk), dish["id"][:13], "--price", "1234")
+    code, out, err = await ops_rig.cli("dish", await slug_of(ops_rig), dish["id"][:13], "--price", "1234")
     assert code == 0, err
     assert json.loads(out)["price"] == 1234
 
@@ -186,38 +192,40 @@ async def test_dish_is_named_by_a_prefix_of_its_id(desk: Desk) -> None:
 # -- order numbers -------------------------------------------------------------------------------------------------
 
 
-async def test_order_is_found_by_its_number_with_or_without_leading_zeros(desk: Desk) -> None:
-    placed = await in_postgres(desk, await desk.place())
+async def test_order_is_found_by_its_number_with_or_without_leading_zeros(ops_rig: OperatorRig) -> None:
+    placed = await in_postgres(ops_rig, await ops_rig.place())
     number = placed["order_number"]
     for text in (number, number.lstrip("0"), placed["id"][:13]):
-        assert await printed_json(desk, "orders", text, "--restaurant", desk.restaurant) == [placed]
+        assert await printed_json(ops_rig, "orders", text, "--restaurant", ops_rig.restaurant_id) == [placed]
 
 
-async def test_trace_takes_the_newest_order_with_a_number_and_says_so(desk: Desk) -> None:
-    placed = await in_postgres(desk, await desk.place())
+async def test_trace_takes_the_newest_order_with_a_number_and_says_so(ops_rig: OperatorRig) -> None:
+    placed = await in_postgres(ops_rig, await ops_rig.place())
     number = placed["order_number"]
-    await earlier_order(desk, number)
-    code, out, err = await desk.cli("trace", number, "--restaurant", await slug_of(desk), "--json")
+    await earlier_order(ops_rig, number)
+    code, out, err = await ops_rig.cli("trace", number, "--restaurant", await slug_of(ops_rig), "--json")
     assert code == 0, err
     assert json.loads(out)["order_id"] == placed["id"]
     assert f"the newest is {placed['id']}, {number} of {placed['business_day']}" in err
-    assert len(await printed_json(desk, "orders", number, "--restaurant", desk.restaurant)) == 2
+    assert len(await printed_json(ops_rig, "orders", number, "--restaurant", ops_rig.restaurant_id)) == 2
 
 
-async def test_order_number_of_several_restaurants_is_refused_and_lists_the_orders(desk: Desk, marker: str) -> None:
+async def test_order_number_of_several_restaurants_is_refused_and_lists_the_orders(
+    ops_rig: OperatorRig, marker: str
+) -> None:
     number = f"A-{marker[-8:]}"
-    ours = await earlier_order(desk, number)
-    theirs = await earlier_order(desk, number, await open_shop(desk.system))
-    code, out, err = await desk.cli("trace", number)
+    ours = await earlier_order(ops_rig, number)
+    theirs = await earlier_order(ops_rig, number, await register_restaurant(ops_rig.system))
+    code, out, err = await ops_rig.cli("trace", number)
     assert (code, out) == (1, "")
     assert err.startswith(f"Error: more than one restaurant has an order {number}; choose by --restaurant:\n")
     assert ours in err and theirs in err
-    assert [match["id"] for match in await printed_json(desk, "orders", number, "--restaurant", desk.restaurant)] == [
-        ours
-    ]
+    assert [
+        match["id"] for match in await printed_json(ops_rig, "orders", number, "--restaurant", ops_rig.restaurant_id)
+    ] == [ours]
 
 
-async def test_unknown_order_number_is_refused(desk: Desk) -> None:
-    code, _, err = await desk.cli("trace", "Z-9999")
+async def test_unknown_order_number_is_refused(ops_rig: OperatorRig) -> None:
+    code, _, err = await ops_rig.cli("trace", "Z-9999")
     assert code == 1
     assert "no order in PostgreSQL has the number Z-9999" in err

@@ -11,14 +11,16 @@ import pytest
 from services.orders.resources import e164
 from shared.errors import InvalidInput
 from tests.rigs.recorded_changes import recorded
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
+async def restaurant(system: System) -> RestaurantRig:
     """A restaurant in Germany without tax, with one point for each euro."""
-    return await open_shop(system, tax_basis_points=0, settings={"country": "DE", "minor_units_per_point": 100})
+    return await register_restaurant(
+        system, tax_basis_points=0, settings={"country": "DE", "minor_units_per_point": 100}
+    )
 
 
 async def customer(client: httpx.AsyncClient, **fields: Any) -> str:
@@ -32,8 +34,8 @@ def id_of(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-async def order(shop: Shop, client: httpx.AsyncClient, customer: str, price: int, **fields: Any) -> str:
-    dish = (await shop.dish(price=price))["id"]
+async def order(restaurant: RestaurantRig, client: httpx.AsyncClient, customer: str, price: int, **fields: Any) -> str:
+    dish = (await restaurant.dish(price=price))["id"]
     body = {"items": [{"menu_item_id": dish, "quantity": 1}], "customer_id": id_of(customer), **fields}
     return f"/api/orders/{made(await client.post('/api/orders', json=body))['id']}"
 
@@ -101,9 +103,9 @@ def test_invalid_phone_number_is_refused(text: str, country: str | None) -> None
     assert (refused.value.details["field"], refused.value.error_code) == ("phone", "invalid_phone")
 
 
-async def test_customers_are_found_by_their_phone_number_in_any_form(shop: Shop) -> None:
-    other = await open_shop(shop.system)
-    async with shop.client() as staff, other.client() as stranger:
+async def test_customers_are_found_by_their_phone_number_in_any_form(restaurant: RestaurantRig) -> None:
+    other = await register_restaurant(restaurant.system)
+    async with restaurant.client() as staff, other.client() as stranger:
         made_ = made(await staff.post("/api/customers", json={"name": "Ada", "phone": "030 9876543"}))
         assert made_["phone"] == "+49309876543"
         for text in ("030 9876543", "+49 30 9876543", "+49309876543"):
@@ -127,17 +129,17 @@ async def test_customers_are_found_by_their_phone_number_in_any_form(shop: Shop)
 # -- spending ----------------------------------------------------------------------------------------------------
 
 
-async def test_order_counts_when_it_is_paid_and_without_its_refunds(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_order_counts_when_it_is_paid_and_without_its_refunds(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         ada, bea = await customer(staff), await customer(staff, name="Bea")
-        first = await order(shop, staff, ada, 1_250)
-        await order(shop, staff, ada, 9_999)  # never paid
+        first = await order(restaurant, staff, ada, 1_250)
+        await order(restaurant, staff, ada, 9_999)  # never paid
         await pay(staff, first, 1_000)
         await synced(staff, first)
         assert await totals(staff, ada) == (0, 0, 0)
         await pay(staff, first, 250)
         await totals_become(staff, ada, 1_250, 1, 12)
-        second = await order(shop, staff, ada, 760)
+        second = await order(restaurant, staff, ada, 760)
         await pay(staff, second, 760)
         await totals_become(staff, ada, 2_010, 2, 20)
         await pay(staff, second, -60)
@@ -152,14 +154,14 @@ async def test_order_counts_when_it_is_paid_and_without_its_refunds(shop: Shop) 
         await totals_become(staff, bea, 1_250, 1, 12)
 
 
-async def test_free_order_counts_as_a_visit_and_a_deleted_order_does_not(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_free_order_counts_as_a_visit_and_a_deleted_order_does_not(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         ada = await customer(staff)
-        free = await order(shop, staff, ada, 500, deposit_used=500)
+        free = await order(restaurant, staff, ada, 500, deposit_used=500)
         await totals_become(staff, ada, 0, 1, 0)
         expect(await staff.put(free, json={"status": "cancelled"}))
         await totals_become(staff, ada, 0, 0, 0)
-        paid = await order(shop, staff, ada, 800)
+        paid = await order(restaurant, staff, ada, 800)
         await pay(staff, paid, 800)
         await totals_become(staff, ada, 800, 1, 8)
         expect(await staff.delete(paid))
@@ -173,19 +175,19 @@ async def test_free_order_counts_as_a_visit_and_a_deleted_order_does_not(shop: S
         assert await totals(staff, ada) == (800, 1, 8)
 
 
-async def test_order_counts_once_however_often_its_events_arrive(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_order_counts_once_however_often_its_events_arrive(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         ada = await customer(staff)
         expect(await staff.post(f"{ada}/loyalty", json={"points": 5, "id": str(uuid4())}))
-        paid = await order(shop, staff, ada, 1_000)
+        paid = await order(restaurant, staff, ada, 1_000)
         for amount in (400, 600, -100):
             await pay(staff, paid, amount)
         await totals_become(staff, ada, 900, 1, 14)
-        events = [*await recorded(shop, id_of(paid), 4), *await recorded(shop, id_of(ada), 2)]
-        async with shop.system.database() as connection:
+        events = [*await recorded(restaurant, id_of(paid), 4), *await recorded(restaurant, id_of(ada), 2)]
+        async with restaurant.system.database() as connection:
             for _ in range(3):
-                await shop.publish(*reversed(events), *events)
-            last = await order(shop, staff, ada, 1)
+                await restaurant.publish(*reversed(events), *events)
+            last = await order(restaurant, staff, ada, 1)
             await synced(staff, last)  # after them in the lane
             assert await connection.fetchval("select count(*) from payments where order_id = $1", id_of(paid)) == 3
         assert await totals(staff, ada) == (900, 1, 14)
@@ -194,9 +196,9 @@ async def test_order_counts_once_however_often_its_events_arrive(shop: Shop) -> 
 # -- points ------------------------------------------------------------------------------------------------------
 
 
-async def test_moves_of_points_count_once_and_are_visible_at_once(shop: Shop) -> None:
+async def test_moves_of_points_count_once_and_are_visible_at_once(restaurant: RestaurantRig) -> None:
     ids = [str(uuid4()) for _ in range(15)]
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         ada = await customer(staff)
         moves = [staff.post(f"{ada}/loyalty", json={"points": 3, "id": one, "reason": "quiz"}) for one in ids * 2]
         replies = await asyncio.gather(*moves)
@@ -213,7 +215,7 @@ async def test_moves_of_points_count_once_and_are_visible_at_once(shop: Shop) ->
         assert (await totals(staff, bea), await totals(staff, ada)) == ((0, 0, 4), (0, 0, 40))
         await synced(staff, ada, bea)
         assert (await totals(staff, bea), await totals(staff, ada)) == ((0, 0, 4), (0, 0, 40))
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
         found = await connection.fetchrow(
             "select count(*), sum(points) from loyalty_moves where customer_id = $1", id_of(ada)
         )
@@ -221,10 +223,10 @@ async def test_moves_of_points_count_once_and_are_visible_at_once(shop: Shop) ->
     assert tuple(found) == (16, 40)
 
 
-async def test_concurrent_redemptions_never_exceed_the_points(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_concurrent_redemptions_never_exceed_the_points(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         ada = await customer(staff)
-        paid = await order(shop, staff, ada, 5_000)
+        paid = await order(restaurant, staff, ada, 5_000)
         await pay(staff, paid, 5_000)
         await totals_become(staff, ada, 5_000, 1, 50)
         expect(await staff.post(f"{ada}/loyalty", json={"points": 20}))

@@ -15,7 +15,7 @@ from services.sync.ledger.balance import PLACES
 from shared.entities.contract import Lane, encode
 from shared.messaging import management, topology
 from tests.rigs.builders import change, message, order
-from tests.rigs.dead_letters import DEAD_LETTERS, JOBS, Desk, details_of
+from tests.rigs.dead_letters import DEAD_LETTERS, JOBS, OperatorRig, details_of
 from tests.rigs.restaurant import expect, refused
 from tests.rigs.system import System, eventually
 
@@ -28,22 +28,22 @@ async def replay(nadia: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
 
 
 async def test_order_that_postgres_refused_is_synced_after_its_replay(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    async with desk.refused_orders(marker) as allow:
-        placed = await desk.place(notes=marker)
-        await desk.sync_state(placed, "failed")
-        [dead_letter] = await desk.dead_letters(1, entity_id=placed)
+    async with ops_rig.refused_orders(marker) as allow:
+        placed = await ops_rig.place(notes=marker)
+        await ops_rig.sync_state(placed, "failed")
+        [dead_letter] = await ops_rig.dead_letters(1, entity_id=placed)
         assert (dead_letter["reason"], dead_letter["entity_id"]) == ("refused_by_postgres", placed)
         planned = await replay(nadia, ids=[dead_letter["id"]], dry_run=True)
-        assert (await desk.ended(planned["job"]))["outcomes"] == {"would_fail": 1}
+        assert (await ops_rig.ended(planned["job"]))["outcomes"] == {"would_fail": 1}
         await allow()
         planned = await replay(nadia, ids=[dead_letter["id"]], why="allowed again")
     assert planned["plan"]["total"] == 1
     assert planned["plan"]["queues"] == {topology.lane_queue(Lane.CRITICAL): 1}
-    job = await desk.ended(planned["job"])
+    job = await ops_rig.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 1})
-    await desk.sync_state(placed, "synced")
+    await ops_rig.sync_state(placed, "synced")
     shown = await details_of(nadia, dead_letter)
     assert (shown["dead_letter"]["status"], shown["dead_letter"]["deaths"]) == ("resolved", 1)
     assert [(one["job"]["kind"], one["item"]["outcome"]) for one in shown["replays"]] == [
@@ -54,13 +54,13 @@ async def test_order_that_postgres_refused_is_synced_after_its_replay(
 
 @pytest.mark.parametrize("way", ["ids", "fingerprint", "filter"])
 async def test_dead_letters_are_replayed_by_ids_by_fingerprint_and_by_filter(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str, way: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str, way: str
 ) -> None:
-    made = [change(desk.table(label=marker)) for _ in range(3)]
-    await desk.send_to_dead_queue(*made, place=marker)
-    other = change(desk.table(label=f"other {marker}"))
-    await desk.send_to_dead_queue(other, place=f"{marker}:other")
-    dead_letters = await desk.dead_letters(4, text=marker)
+    made = [change(ops_rig.table(label=marker)) for _ in range(3)]
+    await ops_rig.send_to_dead_queue(*made, place=marker)
+    other = change(ops_rig.table(label=f"other {marker}"))
+    await ops_rig.send_to_dead_queue(other, place=f"{marker}:other")
+    dead_letters = await ops_rig.dead_letters(4, text=marker)
     selection: dict[str, Any] = {
         "ids": {"ids": [dead_letter["id"] for dead_letter in dead_letters[:3]]},
         "fingerprint": {"fingerprint": dead_letters[0]["fingerprint"]},
@@ -70,43 +70,45 @@ async def test_dead_letters_are_replayed_by_ids_by_fingerprint_and_by_filter(
     assert planned["plan"]["queues"] == {topology.lane_queue(Lane.NORMAL): 3}
     assert planned["plan"]["fingerprints"] == {dead_letters[0]["fingerprint"]: 3}
     assert (planned["job"]["total"], planned["job"]["actor"]) == (3, "nadia@ops.example")
-    job = await desk.ended(planned["job"])
+    job = await ops_rig.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"resolved": 3})
     items = expect(await nadia.get(f"{JOBS}/{job['id']}/items", params={"outcome": "resolved"}))
     assert [item["dead_letter_id"] for item in items] == [dead_letter["id"] for dead_letter in dead_letters[:3]]
-    assert await desk.written(*(one.id for one in made)) == 3
-    assert await desk.written(other.id) == 0
-    [untouched] = await desk.dead_letters(1, text=marker, status="open")
+    assert await ops_rig.written(*(one.id for one in made)) == 3
+    assert await ops_rig.written(other.id) == 0
+    [untouched] = await ops_rig.dead_letters(1, text=marker, status="open")
     assert untouched == dead_letters[3]
 
 
-async def test_dry_run_reports_outcomes_and_changes_nothing(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
-    good = change(desk.table(label=marker))
-    broken = encode(change(desk.table(label=marker))).replace(b'"seats":4', b'"seats":0')
-    await desk.send_to_dead_queue(good, message(broken))
-    dead_letters = await desk.dead_letters(2, text=marker)
+async def test_dry_run_reports_outcomes_and_changes_nothing(
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
+) -> None:
+    good = change(ops_rig.table(label=marker))
+    broken = encode(change(ops_rig.table(label=marker))).replace(b'"seats":4', b'"seats":0')
+    await ops_rig.send_to_dead_queue(good, message(broken))
+    dead_letters = await ops_rig.dead_letters(2, text=marker)
     planned = await replay(nadia, text=marker, dry_run=True)
     assert (planned["plan"]["total"], planned["job"]["kind"]) == (2, "dry_run")
-    job = await desk.ended(planned["job"])
+    job = await ops_rig.ended(planned["job"])
     assert (job["state"], job["outcomes"]) == ("done", {"would_write": 1, "would_fail": 1})
     first, second = expect(await nadia.get(f"{JOBS}/{job['id']}/items"))
     assert (first["outcome"], first["detail"]) == ("would_write", "version 1")
     assert second["detail"].startswith("contract_broken: BrokenContract: data.after: Expected `int` >= 1")
-    assert await desk.dead_letters(2, text=marker) == dead_letters
-    assert await desk.written(good.id) == 0
+    assert await ops_rig.dead_letters(2, text=marker) == dead_letters
+    assert await ops_rig.written(good.id) == 0
 
 
 async def test_cancelled_replay_leaves_the_remaining_dead_letters_open(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    await desk.make_dead_letters(marker, 4)
+    await ops_rig.make_dead_letters(marker, 4)
     planned = await replay(nadia, text=marker, per_second=0.001, canary=False)
     cancelled = expect(await nadia.post(f"{JOBS}/{planned['job']['id']}/cancel"))
     assert cancelled["cancel_asked"] is True
-    job = await desk.ended(cancelled)
+    job = await ops_rig.ended(cancelled)
     assert job["state"] == "cancelled"
     assert job["outcomes"]["waiting"] >= 3, "the rate allows one replay in 1,000 seconds"
-    still_open = await desk.dead_letters(job["outcomes"]["waiting"], text=marker, status="open")
+    still_open = await ops_rig.dead_letters(job["outcomes"]["waiting"], text=marker, status="open")
     assert {dead_letter["revision"] for dead_letter in still_open} == {1}
     refused(await nadia.post(f"{JOBS}/{job['id']}/cancel"), 409, "job_ended")
     refused(await nadia.post(f"{JOBS}/{uuid4()}/cancel"), 404, "not_found")
@@ -135,14 +137,14 @@ async def test_invalid_replay_request_is_refused_with_the_name_of_the_field(
 
 
 async def test_replay_by_ids_lists_unknown_ids_and_is_refused_when_all_are_unknown(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    [dead_letter] = await desk.make_dead_letters(marker)
+    [dead_letter] = await ops_rig.make_dead_letters(marker)
     unknown = [str(uuid4()), str(uuid4())]
     refused(await nadia.post(f"{DEAD_LETTERS}/replay", json={"ids": unknown}), 404, "not_found")
     planned = await replay(nadia, ids=[unknown[0], dead_letter["id"], unknown[1]])
     assert (planned["plan"]["total"], planned["plan"]["absent"], planned["job"]["total"]) == (1, unknown, 1)
-    assert (await desk.ended(planned["job"]))["outcomes"] == {"resolved": 1}
+    assert (await ops_rig.ended(planned["job"]))["outcomes"] == {"resolved": 1}
     refused(await nadia.post(f"{DEAD_LETTERS}/replay", json={"ids": [dead_letter["id"]]}), 409, "dead_letter_not_open")
 
 
@@ -157,12 +159,12 @@ async def test_replay_of_a_filter_without_matches_is_done_at_once_and_says_so(
 # -- edit and discard --------------------------------------------------------------------------------------------------
 
 
-async def contract_breaker(desk: Desk, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
+async def contract_breaker(ops_rig: OperatorRig, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes a dead letter of a table without a seat; returns (the dead letter, its event)."""
-    body = encode(change(desk.table(label=marker))).replace(b'"seats":4', b'"seats":0')
-    await desk.send_to_dead_queue(message(body), reason="contract_broken")
-    [dead_letter] = await desk.dead_letters(1, text=marker)
-    async with desk.client() as client:
+    body = encode(change(ops_rig.table(label=marker))).replace(b'"seats":4', b'"seats":0')
+    await ops_rig.send_to_dead_queue(message(body), reason="contract_broken")
+    [dead_letter] = await ops_rig.dead_letters(1, text=marker)
+    async with ops_rig.client() as client:
         return dead_letter, (await details_of(client, dead_letter))["event"]
 
 
@@ -171,16 +173,16 @@ def with_seats(event: dict[str, Any], seats: Any) -> dict[str, Any]:
 
 
 async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_event(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    dead_letter, event = await contract_breaker(desk, marker)
+    dead_letter, event = await contract_breaker(ops_rig, marker)
     body = {"revision": 1, "event": with_seats(event, 6), "why": "it has six"}
     edited = expect(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body))
     assert (edited["status"], edited["revision"]) == ("resolved", 2)
     assert edited["replaced_by"] not in (None, dead_letter["change_id"])
-    await eventually(lambda: desk.written(edited["replaced_by"]), what="the new change written")
-    assert await desk.written(dead_letter["change_id"]) == 0
-    async with desk.shop.client() as staff:
+    await eventually(lambda: ops_rig.written(edited["replaced_by"]), what="the new change written")
+    assert await ops_rig.written(dead_letter["change_id"]) == 0
+    async with ops_rig.restaurant.client() as staff:
         table = expect(await staff.get(f"/api/tables/{dead_letter['entity_id']}"))
     assert (table["seats"], table["label"], table["version"]) == (6, marker, 1)
     shown = await details_of(nadia, dead_letter)
@@ -212,20 +214,20 @@ async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_ev
     ids=["too-few", "text", "no-after", "type", "unknown", "subject", "restaurant", "missing"],
 )
 async def test_invalid_edit_is_refused_with_the_name_of_the_field(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str, wrong: Any, field: str, code: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str, wrong: Any, field: str, code: str
 ) -> None:
-    dead_letter, event = await contract_breaker(desk, marker)
+    dead_letter, event = await contract_breaker(ops_rig, marker)
     body = {"revision": 1, "event": wrong(event)}
     refused(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body), 422, code, field)
-    assert await desk.dead_letters(1, text=marker) == [dead_letter]
+    assert await ops_rig.dead_letters(1, text=marker) == [dead_letter]
 
 
 async def test_second_of_two_operators_who_edit_one_dead_letter_gets_a_conflict(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    dead_letter, event = await contract_breaker(desk, marker)
+    dead_letter, event = await contract_breaker(ops_rig, marker)
     path = f"{DEAD_LETTERS}/{dead_letter['id']}/edit"
-    async with desk.client(name="omar") as omar:
+    async with ops_rig.client(name="omar") as omar:
         replies = await asyncio.gather(
             nadia.post(path, json={"revision": 1, "event": with_seats(event, 2)}),
             omar.post(path, json={"revision": 1, "event": with_seats(event, 8)}),
@@ -237,16 +239,16 @@ async def test_second_of_two_operators_who_edit_one_dead_letter_gets_a_conflict(
 
 
 async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    dead_letter, event = await contract_breaker(desk, marker)
+    dead_letter, event = await contract_breaker(ops_rig, marker)
     path = f"{DEAD_LETTERS}/{dead_letter['id']}"
     for without in ({}, {"why": ""}, {"why": "  "}):
         refused(await nadia.post(f"{path}/discard", json={"revision": 1, **without}), 422, "invalid_input", "why")
     gone = expect(await nadia.post(f"{path}/discard", json={"revision": 1, "why": "a test of the terminal"}))
     assert (gone["status"], gone["why"], gone["revision"]) == ("discarded", "a test of the terminal", 2)
     assert gone["replaced_by"] is None, "no reader saw the change, so no change replaces it"
-    async with desk.client(name="omar") as omar:
+    async with ops_rig.client(name="omar") as omar:
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
             refused(await omar.post(f"{path}/{act}", json=body), 409, "dead_letter_changed")
@@ -263,7 +265,8 @@ async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
         ("dead_letter.discard", "nadia@ops.example", "a test of the terminal"),
     ]
     assert all(
-        act["restaurant_id"] == desk.restaurant and desk.since < datetime.fromisoformat(act["at"]) for act in acts
+        act["restaurant_id"] == ops_rig.restaurant_id and ops_rig.since < datetime.fromisoformat(act["at"])
+        for act in acts
     )
     for act in ("edit", "discard", "restore"):
         body = {"revision": 1, "why": "?"} | ({"event": event} if act == "edit" else {})
@@ -271,16 +274,16 @@ async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
 
 
 async def test_discard_of_an_order_that_readers_saw_deletes_the_order(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    async with desk.refused_orders(marker):
-        placed = await desk.place(notes=marker)
-        await desk.sync_state(placed, "failed")
-        [dead_letter] = await desk.dead_letters(1, entity_id=placed)
+    async with ops_rig.refused_orders(marker):
+        placed = await ops_rig.place(notes=marker)
+        await ops_rig.sync_state(placed, "failed")
+        [dead_letter] = await ops_rig.dead_letters(1, entity_id=placed)
         body = {"revision": dead_letter["revision"], "why": "never cooked"}
         gone = expect(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/discard", json=body))
     assert gone["replaced_by"] not in (None, dead_letter["change_id"])
-    async with desk.shop.client() as staff:
+    async with ops_rig.restaurant.client() as staff:
         refused(await staff.get(f"/api/orders/{placed}"), 404, "order_deleted")
 
 
@@ -288,7 +291,7 @@ async def test_discard_of_an_order_that_readers_saw_deletes_the_order(
 
 
 async def test_queue_depths_come_from_the_management_api_and_without_it_from_the_broker(
-    desk: Desk, nadia: httpx.AsyncClient
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient
 ) -> None:
     names = [topology.MIRROR_DEAD, *(of(lane) for lane in Lane for of in (topology.lane_queue, topology.dead_queue))]
 
@@ -312,7 +315,7 @@ async def test_queue_depths_come_from_the_management_api_and_without_it_from_the
     assert counted["away"] == []
     assert set(counted["heartbeat_age_seconds"]) == {lane.value for lane in Lane}
     wrong = "http://nobody:wrong@127.0.0.1:9"
-    async with desk.another_api(rabbitmq_watcher_url=wrong) as url, desk.client(url=url) as client:
+    async with ops_rig.another_api(rabbitmq_watcher_url=wrong) as url, ops_rig.client(url=url) as client:
         without_management = expect(await client.get("/api/ops/queues"))
     assert (without_management["source"], without_management["away"]) == ("broker", ["management"])
     assert has_all_counts(without_management)
@@ -345,18 +348,20 @@ async def test_queue_watcher_account_may_read_depths_and_nothing_else(system: Sy
             await exchange.publish(aio_pika.Message(b"[]"), Lane.NORMAL.value)
 
 
-async def test_ledger_adds_up_and_explains_every_change(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
-    good = change(order(restaurant_id=desk.restaurant, items=1, notes=marker))
-    await desk.publisher.publish(Lane.CRITICAL.value, message(good))
-    await desk.poison(marker)
-    await desk.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
+async def test_ledger_adds_up_and_explains_every_change(
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
+) -> None:
+    good = change(order(restaurant_id=ops_rig.restaurant_id, items=1, notes=marker))
+    await ops_rig.publisher.publish(Lane.CRITICAL.value, message(good))
+    await ops_rig.poison(marker)
+    await ops_rig.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
 
     async def balance() -> Any:
-        return expect(await nadia.get("/api/ops/ledger", params={"since": desk.since.isoformat()}))
+        return expect(await nadia.get("/api/ops/ledger", params={"since": ops_rig.since.isoformat()}))
 
     def ours(found: Any) -> dict[str, int]:
-        [one] = [one for one in found["restaurants"] if one["restaurant_id"] == desk.restaurant]
-        assert one["slug"] == desk.shop.slug
+        [one] = [one for one in found["restaurants"] if one["restaurant_id"] == ops_rig.restaurant_id]
+        assert one["slug"] == ops_rig.restaurant.slug
         return {place: one[place] for place in PLACES}
 
     found = await eventually(balance, within=60, what="nothing queued", until=lambda seen: not ours(seen)["queued"])

@@ -11,7 +11,7 @@ from shared.entities.contract import Lane, encode, now
 from shared.messaging import topology
 from shared.security.tokens import Role
 from tests.rigs.builders import change, message, order
-from tests.rigs.dead_letters import DEAD_LETTERS, JOBS, Desk, details_of
+from tests.rigs.dead_letters import DEAD_LETTERS, JOBS, OperatorRig, details_of
 from tests.rigs.restaurant import expect, refused
 from tests.rigs.system import eventually
 
@@ -22,15 +22,17 @@ NOT_UTF8 = b"\x00\xff\xfe \x80 not UTF-8"
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-async def test_each_filter_selects_the_matching_dead_letters(desk: Desk, nadia: httpx.AsyncClient, marker: str) -> None:
+async def test_each_filter_selects_the_matching_dead_letters(
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
+) -> None:
     at = datetime(2026, 3, 14, 12, tzinfo=UTC)
     hours = [(at + timedelta(hours=n)).isoformat() for n in range(3)]
     theirs = str(uuid4())
-    first = change(order(restaurant_id=desk.restaurant, items=1, notes=f"only here {marker}"))
-    second, third = change(desk.table()), change(order(restaurant_id=theirs, items=1))
+    first = change(order(restaurant_id=ops_rig.restaurant_id, items=1, notes=f"only here {marker}"))
+    second, third = change(ops_rig.table()), change(order(restaurant_id=theirs, items=1))
     for made, lane, number in ((first, Lane.CRITICAL, 0), (second, Lane.NORMAL, 1), (third, Lane.CRITICAL, 2)):
-        await desk.send_to_dead_queue(made, lane=lane, reason=f"{marker}-{number}", at=hours[number])
-    dead_letters = await desk.dead_letters(3, text=marker)
+        await ops_rig.send_to_dead_queue(made, lane=lane, reason=f"{marker}-{number}", at=hours[number])
+    dead_letters = await ops_rig.dead_letters(3, text=marker)
     one, two, three = (dead_letter["id"] for dead_letter in dead_letters)
     discard = {"revision": 1, "why": "a test"}
     expect(await nadia.post(f"{DEAD_LETTERS}/{two}/discard", json=discard))
@@ -48,7 +50,7 @@ async def test_each_filter_selects_the_matching_dead_letters(desk: Desk, nadia: 
     assert await found(entity="order") == [three, one]
     assert await found(entity_id=second.entity_id) == [two]
     assert await found(change_id=third.id) == [three]
-    assert await found(restaurant_id=desk.restaurant) == [two, one]
+    assert await found(restaurant_id=ops_rig.restaurant_id) == [two, one]
     assert await found(**{"from": hours[1]}) == [three, two]
     assert await found(to=hours[1]) == [two, one]
     assert await found(**{"from": hours[1], "to": hours[1]}) == [two]
@@ -58,12 +60,14 @@ async def test_each_filter_selects_the_matching_dead_letters(desk: Desk, nadia: 
 
 
 async def test_pages_contain_each_dead_letter_once_while_new_ones_arrive(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     at = datetime(2026, 3, 14, 12, tzinfo=UTC)
     for n in range(7):  # three fail at the same second, so the cursor needs the id as well
-        await desk.send_to_dead_queue(change(desk.table(label=marker)), at=(at + timedelta(seconds=n // 3)).isoformat())
-    expected = [dead_letter["id"] for dead_letter in await desk.dead_letters(7, text=marker)]
+        await ops_rig.send_to_dead_queue(
+            change(ops_rig.table(label=marker)), at=(at + timedelta(seconds=n // 3)).isoformat()
+        )
+    expected = [dead_letter["id"] for dead_letter in await ops_rig.dead_letters(7, text=marker)]
     read: list[str] = []
     cursor: dict[str, str] = {}
     while True:
@@ -73,8 +77,8 @@ async def test_pages_contain_each_dead_letter_once_while_new_ones_arrive(
         if following is None:
             break
         if not cursor:
-            await desk.send_to_dead_queue(change(desk.table(label=marker)))
-            await desk.dead_letters(8, text=marker)
+            await ops_rig.send_to_dead_queue(change(ops_rig.table(label=marker)))
+            await ops_rig.dead_letters(8, text=marker)
         cursor = {"cursor": following}
     assert read == expected[::-1]
 
@@ -103,16 +107,16 @@ async def test_bad_query_is_refused_with_the_name_of_the_field(
 
 
 async def test_groups_show_count_first_and_last_failure_and_trend(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     at = now()
     times = [at - timedelta(hours=30), at - timedelta(hours=2, minutes=5), at]
     for number, moment in enumerate(times):
-        await desk.send_to_dead_queue(
-            change(desk.table(label=marker)), place=marker, error=f"KeyError: {number}", at=moment.isoformat()
+        await ops_rig.send_to_dead_queue(
+            change(ops_rig.table(label=marker)), place=marker, error=f"KeyError: {number}", at=moment.isoformat()
         )
-    await desk.send_to_dead_queue(change(desk.table(label=marker)), place=f"{marker}:other")
-    dead_letters = await desk.dead_letters(4, text=marker)
+    await ops_rig.send_to_dead_queue(change(ops_rig.table(label=marker)), place=f"{marker}:other")
+    dead_letters = await ops_rig.dead_letters(4, text=marker)
     expect(await nadia.post(f"{DEAD_LETTERS}/{dead_letters[0]['id']}/discard", json={"revision": 1, "why": "old"}))
     first, second = expect(await nadia.get(f"{DEAD_LETTERS}/groups", params={"text": marker}))
     assert (first["count"], first["open"], first["place"]) == (3, 2, marker)
@@ -122,19 +126,19 @@ async def test_groups_show_count_first_and_last_failure_and_trend(
     assert len(first["trend"]) == 24
     assert (sum(first["trend"]), first["trend"][-3]) == (2, 1), "the trend leaves out the failure of 30 hours ago"
     assert (second["count"], second["place"]) == (1, f"{marker}:other")
-    assert {one["id"] for one in await desk.dead_letters(3, fingerprint=first["fingerprint"])} == {
+    assert {one["id"] for one in await ops_rig.dead_letters(3, fingerprint=first["fingerprint"])} == {
         dead_letter["id"] for dead_letter in dead_letters[:3]
     }
 
 
 async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    made = change(desk.table(label=marker), source="terminal/T-7", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
+    made = change(ops_rig.table(label=marker), source="terminal/T-7", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
     broken = encode(made).replace(b'"seats":4', b'"seats":0')
-    await desk.publisher.publish(Lane.NORMAL.value, message(broken))
+    await ops_rig.publisher.publish(Lane.NORMAL.value, message(broken))
     # The mirror writer has read it too and makes a dead letter of its own.
-    [listed] = await desk.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
+    [listed] = await ops_rig.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
     shown = await details_of(nadia, listed)
     dead_letter = shown["dead_letter"]
     assert dead_letter == listed
@@ -146,7 +150,7 @@ async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
         "entity_id": made.entity_id,
         "version": 1,
     }
-    assert (dead_letter["restaurant_id"], dead_letter["terminal_id"]) == (desk.restaurant, "T-7")
+    assert (dead_letter["restaurant_id"], dead_letter["terminal_id"]) == (ops_rig.restaurant_id, "T-7")
     assert (dead_letter["trace_id"], dead_letter["type"]) == (TRACE, made.type)
     assert dead_letter["reason"] == "contract_broken"
     assert dead_letter["error"].startswith("BrokenContract: data.after: Expected `int` >= 1")
@@ -169,10 +173,10 @@ async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
     ids=["not-utf8", "long-number", "deep", "half-a-character", "no-event"],
 )
 async def test_body_of_any_content_can_be_shown_and_fetched_byte_for_byte(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str, body: bytes
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str, body: bytes
 ) -> None:
-    await desk.send_to_dead_queue(body, reason=marker)
-    [dead_letter] = await desk.dead_letters(1, reason=marker)
+    await ops_rig.send_to_dead_queue(body, reason=marker)
+    [dead_letter] = await ops_rig.dead_letters(1, reason=marker)
     shown = await details_of(nadia, dead_letter)
     assert shown["event"] is not None or shown["body"] == body.decode(errors="replace")
     reply = await nadia.get(f"{DEAD_LETTERS}/{dead_letter['id']}/body")
@@ -180,12 +184,12 @@ async def test_body_of_any_content_can_be_shown_and_fetched_byte_for_byte(
 
 
 async def test_body_of_ten_megabytes_is_shown_in_part_and_fetched_whole(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     body = NOT_UTF8 + bytes(range(256)) * 40_000
     assert len(body) > 10_000_000
-    await desk.send_to_dead_queue(body, reason=marker)
-    [dead_letter] = await desk.dead_letters(1, reason=marker)
+    await ops_rig.send_to_dead_queue(body, reason=marker)
+    [dead_letter] = await ops_rig.dead_letters(1, reason=marker)
     assert dead_letter["body_bytes"] == len(body)
     shown = await details_of(nadia, dead_letter)
     assert (shown["event"], shown["body_cut"], len(shown["body"]) <= 65_536) == (None, True, True)
@@ -193,10 +197,10 @@ async def test_body_of_ten_megabytes_is_shown_in_part_and_fetched_whole(
 
 
 async def test_each_kind_of_bad_input_is_a_group_and_good_changes_are_still_written(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     def make(**fields: Any) -> Any:
-        return change(order(restaurant_id=desk.restaurant, items=1, notes=marker), **fields)
+        return change(order(restaurant_id=ops_rig.restaurant_id, items=1, notes=marker), **fields)
 
     def too_large() -> bytes:
         return encode(make()).replace(b'"before":{}', b'"before":{"x":"' + b"y" * 10_000_000 + b'"}')
@@ -214,36 +218,38 @@ async def test_each_kind_of_bad_input_is_a_group_and_good_changes_are_still_writ
     good = make()
     for body_of in kinds.values():
         for _ in range(2):
-            await desk.publisher.publish(Lane.CRITICAL.value, body_of())
-    await desk.publisher.publish(Lane.CRITICAL.value, message(good))
+            await ops_rig.publisher.publish(Lane.CRITICAL.value, body_of())
+    await ops_rig.publisher.publish(Lane.CRITICAL.value, message(good))
     # The queue leaves out the dead letters of the mirror writer. A body that is too large is not searched for text.
     queue = topology.dead_queue(Lane.CRITICAL)
-    selections = ({"text": marker}, {"reason": "too_large", "restaurant_id": desk.restaurant})
+    selections = ({"text": marker}, {"reason": "too_large", "restaurant_id": ops_rig.restaurant_id})
     groups: list[dict[str, Any]] = []
     for filters, count in zip(selections, (14, 2), strict=True):
-        await desk.dead_letters(count, queue=queue, **filters)
+        await ops_rig.dead_letters(count, queue=queue, **filters)
         groups += expect(await nadia.get(f"{DEAD_LETTERS}/groups", params={"queue": queue, **filters}))
     assert {group["reason"]: group["count"] for group in groups} == dict.fromkeys(kinds, 2)
     assert len({group["fingerprint"] for group in groups}) == len(kinds)
-    await eventually(lambda: desk.written(good.id), what="the good change written")
+    await eventually(lambda: ops_rig.written(good.id), what="the good change written")
 
 
 # -- permissions -----------------------------------------------------------------------------------------------------
 
 
 async def test_admins_see_only_the_dead_letters_of_their_restaurant_and_cannot_act_on_them(
-    desk: Desk, nadia: httpx.AsyncClient, marker: str
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
-    [ours] = await desk.make_dead_letters(marker)
+    [ours] = await ops_rig.make_dead_letters(marker)
     other = str(uuid4())
-    await desk.send_to_dead_queue(change(desk.table(restaurant_id=other, label=marker)))
+    await ops_rig.send_to_dead_queue(change(ops_rig.table(restaurant_id=other, label=marker)))
     # It names two restaurants, so neither may see it: it has content of the other.
-    await desk.send_to_dead_queue(change(desk.table(restaurant_id=other, label=marker), restaurantid=desk.restaurant))
-    await desk.send_to_dead_queue(marker.encode())
-    everything = await desk.dead_letters(4, text=marker)
+    await ops_rig.send_to_dead_queue(
+        change(ops_rig.table(restaurant_id=other, label=marker), restaurantid=ops_rig.restaurant_id)
+    )
+    await ops_rig.send_to_dead_queue(marker.encode())
+    everything = await ops_rig.dead_letters(4, text=marker)
     expect(await nadia.post(f"{DEAD_LETTERS}/{ours['id']}/discard", json={"revision": 1, "why": "secret"}))
     expect(await nadia.post(f"{DEAD_LETTERS}/{ours['id']}/restore", json={"revision": 2}))
-    async with desk.client(Role.ADMIN) as admin:
+    async with ops_rig.client(Role.ADMIN) as admin:
         assert [one["id"] for one in expect(await admin.get(DEAD_LETTERS, params={"text": marker}))] == [ours["id"]]
         assert [one["count"] for one in expect(await admin.get(f"{DEAD_LETTERS}/groups", params={"text": marker}))] == [
             1
@@ -268,7 +274,7 @@ async def test_admins_see_only_the_dead_letters_of_their_restaurant_and_cannot_a
         for path in (JOBS, "/api/ops/queues", "/api/ops/ledger"):
             refused(await admin.get(path), 403, "forbidden")
     for role in (Role.STAFF, Role.CUSTOMER):
-        async with desk.client(role) as client:
+        async with ops_rig.client(role) as client:
             for path in (
                 DEAD_LETTERS,
                 f"{DEAD_LETTERS}/groups",

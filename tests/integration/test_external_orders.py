@@ -23,7 +23,7 @@ from shared.mirror import keys
 from shared.settings import Settings
 from tests.rigs.http_client import http_client
 from tests.rigs.link import Link, link_to
-from tests.rigs.restaurant import Shop, expect, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, refused, register_restaurant
 from tests.rigs.system import System, eventually, settings_of
 
 TOKEN = Settings.model_fields["sync_token"].default
@@ -31,8 +31,8 @@ NAMES = ["Margherita", "House red"]
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
-    return await open_shop(system, tax_basis_points=700)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system, tax_basis_points=700)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ async def other(system: System) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def body(shop: Shop, **fields: Any) -> dict[str, Any]:
+def body(restaurant: RestaurantRig, **fields: Any) -> dict[str, Any]:
     found = {
-        "restaurant_id": shop.restaurant,
+        "restaurant_id": restaurant.id,
         "external_id": f"pos-{uuid4().hex}",
         "items": [{"name": name, "quantity": 2, "unit_price": 980} for name in NAMES],
         **fields,
@@ -73,20 +73,20 @@ async def send_until_taken(client: httpx.AsyncClient, sent: dict[str, Any]) -> d
     return found
 
 
-async def read(shop: Shop, id_: str) -> dict[str, Any]:
-    async with shop.client() as staff:
+async def read(restaurant: RestaurantRig, id_: str) -> dict[str, Any]:
+    async with restaurant.client() as staff:
         found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
         return found
 
 
-async def stored(shop: Shop, id_: str, version: int) -> list[tuple[str, str, str]]:
+async def stored(restaurant: RestaurantRig, id_: str, version: int) -> list[tuple[str, str, str]]:
     """Waits until PostgreSQL has the order at this version; returns (type, lane, source) of each change."""
 
     async def look() -> int | None:
-        return (await shop.system.stored_orders()).get(id_)
+        return (await restaurant.system.stored_orders()).get(id_)
 
     await eventually(look, what=f"version {version} in PostgreSQL", until=lambda found: found == version)
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
         rows = await connection.fetch(
             "select type, lane, source from changes where entity_id = $1 order by version", id_
         )
@@ -94,11 +94,13 @@ async def stored(shop: Shop, id_: str, version: int) -> list[tuple[str, str, str
     return [(row["type"].split(".")[2], row["lane"], row["source"]) for row in rows]
 
 
-async def test_order_is_created_then_updated_then_left_unchanged(shop: Shop, other: httpx.AsyncClient) -> None:
-    sent = body(shop, status="received", table_id=str(uuid4()))
+async def test_order_is_created_then_updated_then_left_unchanged(
+    restaurant: RestaurantRig, other: httpx.AsyncClient
+) -> None:
+    sent = body(restaurant, status="received", table_id=str(uuid4()))
     first = await send(other, sent)
     assert (first["outcome"], first["version"]) == ("created", 1)
-    assert first["id"] == order_id(shop.restaurant, sent["external_id"])
+    assert first["id"] == order_id(restaurant.id, sent["external_id"])
     again = await send(other, sent)
     assert again == {**first, "outcome": "unchanged"}
     paid = {"id": "card-1", "amount": 4194, "method": "card"}
@@ -107,14 +109,14 @@ async def test_order_is_created_then_updated_then_left_unchanged(shop: Shop, oth
         "outcome": "updated",
         "version": 2,
     }
-    seen = await read(shop, first["id"])
+    seen = await read(restaurant, first["id"])
     assert (seen["status"], seen["payment_status"], seen["order_number"]) == ("ready", "paid", first["order_number"])
     assert (seen["subtotal"], seen["tax_amount"], seen["total"]) == (3920, 274, 4194)
-    assert await stored(shop, first["id"], 2) == [
+    assert await stored(restaurant, first["id"], 2) == [
         ("created", "critical", "sync"),
         ("status_changed", "critical", "sync"),
     ]
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
         items = await connection.fetch("select name, quantity from order_items where order_id = $1", first["id"])
         amounts = await connection.fetch("select amount from payments where order_id = $1", first["id"])
         external = await connection.fetchval("select external_id from orders where id = $1", first["id"])
@@ -123,81 +125,87 @@ async def test_order_is_created_then_updated_then_left_unchanged(shop: Shop, oth
     assert external == sent["external_id"]
 
 
-async def test_convex_id_and_external_id_name_the_same_order(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_convex_id_and_external_id_name_the_same_order(
+    restaurant: RestaurantRig, other: httpx.AsyncClient
+) -> None:
     name = f"k{uuid4().hex}"
     found = [
-        await send(other, body(shop, external_id=external, convex_id=convex, notes=notes))
+        await send(other, body(restaurant, external_id=external, convex_id=convex, notes=notes))
         for external, convex, notes in ((name, None, "1"), (None, name, "2"), (name, name, "2"))
     ]
     assert [one["outcome"] for one in found] == ["created", "updated", "unchanged"]
     assert len({one["id"] for one in found}) == 1
 
 
-async def test_eight_concurrent_requests_make_one_order(shop: Shop, other: httpx.AsyncClient) -> None:
-    sent = body(shop)
+async def test_eight_concurrent_requests_make_one_order(restaurant: RestaurantRig, other: httpx.AsyncClient) -> None:
+    sent = body(restaurant)
     found = await asyncio.gather(*(send_until_taken(other, sent) for _ in range(8)))
     assert sorted(one["outcome"] for one in found) == ["created", *["unchanged"] * 7]
     assert len({(one["id"], one["order_number"], one["version"]) for one in found}) == 1
-    assert await stored(shop, found[0]["id"], 1) == [("created", "critical", "sync")]
+    assert await stored(restaurant, found[0]["id"], 1) == [("created", "critical", "sync")]
 
 
-async def test_each_payment_of_concurrent_updates_counts(shop: Shop, other: httpx.AsyncClient) -> None:
-    sent = body(shop)
+async def test_each_payment_of_concurrent_updates_counts(restaurant: RestaurantRig, other: httpx.AsyncClient) -> None:
+    sent = body(restaurant)
     payments = [{"id": f"p{i}", "amount": 100 + i, "method": "cash"} for i in range(8)]
     found = await asyncio.gather(*(send_until_taken(other, {**sent, "payments": [one]}) for one in payments))
     id_ = found[0]["id"]
     assert max(one["version"] for one in found) == 8
-    assert sorted(one["amount"] for one in (await read(shop, id_))["payments"]) == list(range(100, 108))
-    changes = await stored(shop, id_, 8)
+    assert sorted(one["amount"] for one in (await read(restaurant, id_))["payments"]) == list(range(100, 108))
+    changes = await stored(restaurant, id_, 8)
     assert {kind for kind, _, _ in changes[1:]} == {"payment_recorded"}
 
 
-async def test_late_older_update_is_ignored_except_for_its_payments(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_late_older_update_is_ignored_except_for_its_payments(
+    restaurant: RestaurantRig, other: httpx.AsyncClient
+) -> None:
     placed = now() - timedelta(minutes=20)
 
     def at(minutes: int, **fields: Any) -> dict[str, Any]:
         return {**sent, "updated_at": (placed + timedelta(minutes=minutes)).isoformat(), **fields}
 
-    sent = body(shop, created_at=placed)
+    sent = body(restaurant, created_at=placed)
     await send(other, at(0))
     ready = await send(other, at(10, status="ready"))
     assert await send(other, at(5, status="preparing")) == {**ready, "outcome": "unchanged"}
     late = at(5, status="preparing", payments=[{"id": "deposit", "amount": 1000, "method": "cash"}])
     assert (await send(other, late))["outcome"] == "updated"
-    seen = await read(shop, ready["id"])
+    seen = await read(restaurant, ready["id"])
     assert (seen["status"], seen["payment_status"]) == ("ready", "partially_paid")
 
 
-async def test_old_orders_go_through_the_background_lane(shop: Shop, other: httpx.AsyncClient) -> None:
-    old = await send(other, body(shop, status="completed", created_at=now() - timedelta(days=3)))
-    assert await stored(shop, old["id"], 1) == [("created", "background", "sync")]
+async def test_old_orders_go_through_the_background_lane(restaurant: RestaurantRig, other: httpx.AsyncClient) -> None:
+    old = await send(other, body(restaurant, status="completed", created_at=now() - timedelta(days=3)))
+    assert await stored(restaurant, old["id"], 1) == [("created", "background", "sync")]
 
 
-async def test_new_tax_rate_does_not_change_existing_orders(shop: Shop, other: httpx.AsyncClient) -> None:
+async def test_new_tax_rate_does_not_change_existing_orders(
+    restaurant: RestaurantRig, other: httpx.AsyncClient
+) -> None:
     """A second instance applies the update, because the first one caches the old rate."""
-    sent = body(shop)
+    sent = body(restaurant)
     id_ = (await send(other, sent))["id"]
     async with (
-        shop.system.database("ticketrail_writer") as connection,
-        CommandSession(settings_of(shop.system)) as session,
+        restaurant.system.database("ticketrail_writer") as connection,
+        CommandSession(settings_of(restaurant.system)) as session,
     ):
-        await connection.execute("update restaurants set tax_basis_points = 1900 where id = $1", shop.restaurant)
+        await connection.execute("update restaurants set tax_basis_points = 1900 where id = $1", restaurant.id)
         try:
             again = await upserts_of(session).upsert(read_body(json.dumps(sent).encode(), ExternalOrder))
             later = await upserts_of(session).upsert(
                 read_body(json.dumps({**sent, "notes": "x"}).encode(), ExternalOrder)
             )
         finally:
-            await connection.execute("update restaurants set tax_basis_points = 700 where id = $1", shop.restaurant)
+            await connection.execute("update restaurants set tax_basis_points = 700 where id = $1", restaurant.id)
     assert (again.outcome, later.outcome) == ("unchanged", "updated")
-    assert (await read(shop, id_))["tax_amount"] == 274
+    assert (await read(restaurant, id_))["tax_amount"] == 274
 
 
 # -- token and body ------------------------------------------------------------------------------------------------
 
 
-async def test_request_without_the_sync_token_is_refused(shop: Shop, system: System) -> None:
-    sent = body(shop)
+async def test_request_without_the_sync_token_is_refused(restaurant: RestaurantRig, system: System) -> None:
+    sent = body(restaurant)
     wrong = ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é", system.token("admin")]
     async with http_client(base_url=system.urls["sync"]) as client:
         for token in (None, *wrong):
@@ -209,8 +217,8 @@ async def test_request_without_the_sync_token_is_refused(shop: Shop, system: Sys
             "/api/sync/order", content=b"{", headers={"Authorization": f"Bearer {system.token('admin')}"}
         )
         assert reply.status_code == 401
-    async with shop.client() as staff:
-        assert (await staff.get(f"/api/orders/{order_id(shop.restaurant, sent['external_id'])}")).status_code == 404
+    async with restaurant.client() as staff:
+        assert (await staff.get(f"/api/orders/{order_id(restaurant.id, sent['external_id'])}")).status_code == 404
 
 
 async def test_sync_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,14 +259,16 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), BAD_BODIES, ids=lambda value: str(value)[:40])
-async def test_bad_field_is_named(shop: Shop, other: httpx.AsyncClient, fields: dict[str, Any], field: str) -> None:
-    refused(await other.post("/api/sync/order", json=body(shop, **fields)), 422, "invalid_input", field)
+async def test_bad_field_is_named(
+    restaurant: RestaurantRig, other: httpx.AsyncClient, fields: dict[str, Any], field: str
+) -> None:
+    refused(await other.post("/api/sync/order", json=body(restaurant, **fields)), 422, "invalid_input", field)
 
 
 async def test_unknown_restaurant_and_bodies_that_are_not_orders_are_refused(
-    shop: Shop, other: httpx.AsyncClient
+    restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
-    unknown = await other.post("/api/sync/order", json=body(shop, restaurant_id=str(uuid4())))
+    unknown = await other.post("/api/sync/order", json=body(restaurant, restaurant_id=str(uuid4())))
     refused(unknown, 404, "not_found", "restaurant_id")
     for content in (b"", b"{", b"[]", b"null", b"\xff"):
         reply = await other.post("/api/sync/order", content=content)
@@ -268,13 +278,13 @@ async def test_unknown_restaurant_and_bodies_that_are_not_orders_are_refused(
 
 
 async def test_payment_that_contradicts_a_known_payment_is_refused_with_409(
-    shop: Shop, other: httpx.AsyncClient
+    restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
-    sent = body(shop, payments=[{"id": "p", "amount": 100, "method": "card"}])
+    sent = body(restaurant, payments=[{"id": "p", "amount": 100, "method": "card"}])
     id_ = (await send(other, sent))["id"]
     sent["payments"][0]["amount"] = 200
     refused(await other.post("/api/sync/order", json=sent), 409, "payment_id_reused", "payments[0].id")
-    assert [one["amount"] for one in (await read(shop, id_))["payments"]] == [100]
+    assert [one["amount"] for one in (await read(restaurant, id_))["payments"]] == [100]
 
 
 # -- backends unavailable: a second instance, whose links the test cuts ----------------------------------------------
@@ -316,27 +326,27 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
 
 
 @pytest.fixture
-async def lone(shop: Shop, second: httpx.AsyncClient) -> httpx.AsyncClient:
+async def lone(restaurant: RestaurantRig, second: httpx.AsyncClient) -> httpx.AsyncClient:
     """The second instance, once it has recovered from the cut links of the test before."""
 
     async def taken() -> int:
-        return (await second.post("/api/sync/order", json=body(shop))).status_code
+        return (await second.post("/api/sync/order", json=body(restaurant))).status_code
 
     await eventually(taken, what="the second instance takes orders", until=lambda status: status == 200)
     return second
 
 
 async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
-    shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
+    restaurant: RestaurantRig, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
-    known = body(shop)
+    known = body(restaurant)
     first = await send(lone, known)
-    new = body(shop)
+    new = body(restaurant)
     await links["broker"].cut()
     try:
 
         async def connected() -> int:
-            return (await lone.post("/api/sync/order", json=body(shop))).status_code
+            return (await lone.post("/api/sync/order", json=body(restaurant))).status_code
 
         await eventually(connected, what="503 after the cut", until=lambda status: status == 503)
         for sent in (new, {**known, "notes": "x"}):
@@ -345,10 +355,10 @@ async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
             assert int(reply.headers["retry-after"]) >= 1
     finally:
         await links["broker"].restore()
-    id_ = order_id(shop.restaurant, new["external_id"])
-    async with shop.client() as staff:
+    id_ = order_id(restaurant.id, new["external_id"])
+    async with restaurant.client() as staff:
         assert (await staff.get(f"/api/orders/{id_}")).status_code == 404
-    assert (await read(shop, first["id"]))["version"] == 1
+    assert (await read(restaurant, first["id"]))["version"] == 1
 
     async def taken() -> dict[str, Any]:
         return dict((await lone.post("/api/sync/order", json=new)).json())
@@ -356,14 +366,14 @@ async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
     found = await eventually(taken, what="the order accepted", until=lambda reply: bool(reply["success"]))
     # The first request after the link is restored may have been recorded without a reply; a repeat is then unchanged.
     assert found["data"]["outcome"] in ("created", "unchanged")
-    assert await stored(shop, id_, 1) == [("created", "critical", "sync")]
+    assert await stored(restaurant, id_, 1) == [("created", "critical", "sync")]
 
 
 async def test_outcome_is_unknown_while_rabbitmq_is_frozen_and_a_repeat_finds_the_order(
-    shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
+    restaurant: RestaurantRig, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
-    await send(lone, body(shop))
-    sent = body(shop)
+    await send(lone, body(restaurant))
+    sent = body(restaurant)
     links["broker"].freeze()
     try:
         refused(await lone.post("/api/sync/order", json=sent), 504, "outcome_unknown")
@@ -375,15 +385,19 @@ async def test_outcome_is_unknown_while_rabbitmq_is_frozen_and_a_repeat_finds_th
 
     found = await eventually(taken, what="an answer", until=lambda reply: bool(reply["success"]))
     assert found["data"]["version"] == 1
-    assert len(await stored(shop, found["data"]["id"], 1)) == 1
+    assert len(await stored(restaurant, found["data"]["id"], 1)) == 1
 
 
 async def test_recent_orders_are_accepted_while_postgresql_is_unavailable(
-    shop: Shop, links: dict[str, Link], lone: httpx.AsyncClient
+    restaurant: RestaurantRig, links: dict[str, Link], lone: httpx.AsyncClient
 ) -> None:
     """Old and undated orders are refused: they may have left the mirror, so only PostgreSQL knows if they exist."""
-    recent, undated, old = body(shop, created_at=now()), body(shop), body(shop, created_at=now() - timedelta(days=9))
-    known = body(shop)
+    recent, undated, old = (
+        body(restaurant, created_at=now()),
+        body(restaurant),
+        body(restaurant, created_at=now() - timedelta(days=9)),
+    )
+    known = body(restaurant)
     await send(lone, known)
     await links["database"].cut()
     try:
@@ -392,29 +406,29 @@ async def test_recent_orders_are_accepted_while_postgresql_is_unavailable(
         assert (await send(lone, {**known, "notes": "x"}))["outcome"] == "updated"
         for sent in (undated, old):
             refused(await lone.post("/api/sync/order", json=sent), 503, "unavailable")
-        fresh = await open_shop(shop.system)
+        fresh = await register_restaurant(restaurant.system)
         another = body(fresh, created_at=now())
         assert (await send(lone, another))["outcome"] == "created", "the mirror knows the restaurant"
     finally:
         await links["database"].restore()
-    assert len(await stored(shop, order_id(shop.restaurant, recent["external_id"]), 1)) == 1
+    assert len(await stored(restaurant, order_id(restaurant.id, recent["external_id"]), 1)) == 1
 
 
-async def test_order_that_the_command_line_cannot_record_is_refused_and_not_lost(shop: Shop) -> None:
+async def test_order_that_the_command_line_cannot_record_is_refused_and_not_lost(restaurant: RestaurantRig) -> None:
     """A session has no journal: a refusal leaves no claim, and the claim finisher records the change in doubt."""
-    async with link_to(shop.system.rabbitmq_url) as broker:
-        settings = settings_of(shop.system, rabbitmq_url=broker.url, publish_timeout_seconds=0.5)
+    async with link_to(restaurant.system.rabbitmq_url) as broker:
+        settings = settings_of(restaurant.system, rabbitmq_url=broker.url, publish_timeout_seconds=0.5)
         async with CommandSession(settings) as session:
             upserts = upserts_of(session)
-            sent = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
-            id_ = order_id(shop.restaurant, sent.name)
+            sent = read_body(json.dumps(body(restaurant)).encode(), ExternalOrder)
+            id_ = order_id(restaurant.id, sent.name)
             broker.freeze()
             with pytest.raises(OutcomeUnknown):
                 await upserts.upsert(sent)
             await broker.cut()
-            second = read_body(json.dumps(body(shop)).encode(), ExternalOrder)
+            second = read_body(json.dumps(body(restaurant)).encode(), ExternalOrder)
             with pytest.raises(Unavailable):
                 await upserts.upsert(second)
-            claim = keys.claim(shop.restaurant, "order", order_id(shop.restaurant, second.name))
+            claim = keys.claim(restaurant.id, "order", order_id(restaurant.id, second.name))
             assert await session.mirror._redis.call("EXISTS", claim) == 0
-    assert await stored(shop, id_, 1) == [("created", "critical", "sync")]
+    assert await stored(restaurant, id_, 1) == [("created", "critical", "sync")]

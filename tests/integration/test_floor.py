@@ -19,20 +19,20 @@ from shared.entities.job import BayJob, JobStage, place_at, place_beside, place_
 from shared.entities.selection import Selection
 from shared.security.tokens import Role
 from tests.rigs.builders import CREATED_AT, RESTAURANT, new_id
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
-    return await open_shop(system)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
-async def test_table_is_free_occupied_or_reserved(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_table_is_free_occupied_or_reserved(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         table = made(await staff.post("/api/tables", json={"label": "Window 4", "seats": 4}))
         url = f"/api/tables/{table['id']}"
         assert table["state"] == "free"
@@ -60,9 +60,9 @@ async def shown_at(client: httpx.AsyncClient, table: str) -> list[dict[str, Any]
     return found
 
 
-async def test_table_shows_its_open_orders(shop: Shop) -> None:
-    dish = (await shop.dish(price=700))["id"]
-    async with shop.client() as staff:
+async def test_table_shows_its_open_orders(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish(price=700))["id"]
+    async with restaurant.client() as staff:
         table, other = [made(await staff.post("/api/tables", json={"label": x, "seats": 2}))["id"] for x in "AB"]
         assert await shown_at(staff, table) == []
         first, second, third, fourth = [await at_table(staff, table, dish) for _ in range(4)]
@@ -81,16 +81,19 @@ async def test_table_shows_its_open_orders(shop: Shop) -> None:
         assert len(await shown_at(staff, other)) == 2
 
 
-async def test_guest_sees_only_its_own_orders_at_a_table(shop: Shop) -> None:
-    dish = (await shop.dish())["id"]
-    async with shop.client() as staff:
+async def test_guest_sees_only_its_own_orders_at_a_table(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client() as staff:
         table = made(await staff.post("/api/tables", json={"label": "Corner", "seats": 6}))["id"]
         await at_table(staff, table, dish)
         tokens = []
         for _ in range(2):
-            scanned = {"slug": shop.slug, "table_id": table}
+            scanned = {"slug": restaurant.slug, "table_id": table}
             tokens.append(made(await staff.post("/api/auth/table-session", json=scanned))["access_token"])
-        async with shop.system.client(token=tokens[0]) as guest, shop.system.client(token=tokens[1]) as stranger:
+        async with (
+            restaurant.system.client(token=tokens[0]) as guest,
+            restaurant.system.client(token=tokens[1]) as stranger,
+        ):
             own = await at_table(guest, table, dish)
             assert [one["id"] for one in await shown_at(guest, table)] == [own["id"]]
             assert await shown_at(stranger, table) == []
@@ -127,8 +130,8 @@ async def move(client: httpx.AsyncClient, job: dict[str, Any], **fields: Any) ->
     return found
 
 
-async def test_job_goes_through_its_stages(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_job_goes_through_its_stages(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         job = await queue_up(staff, bay)
         assert (job["stage"], job["position"], job["started_at"]) == ("queued", 1, None)
@@ -158,8 +161,8 @@ async def test_job_goes_through_its_stages(shop: Shop) -> None:
         assert by_stage == {"queued": [], "in_progress": [], "done": [job["id"]], "cancelled": [other["id"]]}
 
 
-async def test_closed_bay_starts_no_job_and_keeps_its_queue(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_closed_bay_starts_no_job_and_keeps_its_queue(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff, is_open=False)
         job = await queue_up(staff, bay, "Dry")
         refused(await staff.put(f"/api/jobs/{job['id']}", json={"stage": "in_progress"}), 409, "bay_closed", "stage")
@@ -169,8 +172,8 @@ async def test_closed_bay_starts_no_job_and_keeps_its_queue(shop: Shop) -> None:
         assert (await move(staff, job, stage="in_progress"))["stage"] == "in_progress"
 
 
-async def test_jobs_of_a_deleted_bay_wait_for_another_bay(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_jobs_of_a_deleted_bay_wait_for_another_bay(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay, other = await open_bay(staff), await open_bay(staff)
         job = await queue_up(staff, bay, "Dry")
         expect(await staff.delete(f"/api/bays/{bay}"))
@@ -181,8 +184,8 @@ async def test_jobs_of_a_deleted_bay_wait_for_another_bay(shop: Shop) -> None:
         assert (await move(staff, job, bay_id=other, stage="in_progress"))["bay_id"] == other
 
 
-async def test_job_moves_to_the_given_position(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_job_moves_to_the_given_position(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABCDE"}
         assert await queue_of(staff, bay) == list("ABCDE")
@@ -208,8 +211,8 @@ async def test_job_moves_to_the_given_position(shop: Shop) -> None:
         assert await queue_of(staff, bay) == list("ACBDEF")
 
 
-async def test_job_moves_into_the_queue_of_another_bay(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_job_moves_into_the_queue_of_another_bay(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         one, other = await open_bay(staff), await open_bay(staff)
         jobs = {title: await queue_up(staff, one if title in "ABC" else other, title) for title in "ABCXYZ"}
         assert (await move(staff, jobs["B"], bay_id=other, position=2))["position"] == 2
@@ -218,8 +221,8 @@ async def test_job_moves_into_the_queue_of_another_bay(shop: Shop) -> None:
         assert await queue_of(staff, other) == list("AXBYZ")
 
 
-async def test_moves_into_the_same_gap_never_exhaust_it(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_moves_into_the_same_gap_never_exhaust_it(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABC"}
         for _ in range(20):
@@ -228,9 +231,11 @@ async def test_moves_into_the_same_gap_never_exhaust_it(shop: Shop) -> None:
         assert await queue_of(staff, bay) == list("ABC")
 
 
-async def test_jobs_scheduled_for_one_moment_keep_their_order_of_creation_and_can_be_moved(shop: Shop) -> None:
+async def test_jobs_scheduled_for_one_moment_keep_their_order_of_creation_and_can_be_moved(
+    restaurant: RestaurantRig,
+) -> None:
     at = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title, scheduled_at=at) for title in "ABCD"}
         assert await queue_of(staff, bay) == list("ABCD")
@@ -238,8 +243,8 @@ async def test_jobs_scheduled_for_one_moment_keep_their_order_of_creation_and_ca
         assert await queue_of(staff, bay) == list("ADBC")
 
 
-async def test_concurrent_moves_leave_every_job_at_its_own_position(shop: Shop) -> None:
-    async with shop.client() as staff:
+async def test_concurrent_moves_leave_every_job_at_its_own_position(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         jobs = {title: await queue_up(staff, bay, title) for title in "ABCDEF"}
         for position in (1, 2, 6):
@@ -254,13 +259,13 @@ async def test_concurrent_moves_leave_every_job_at_its_own_position(shop: Shop) 
             assert await queue_of(staff, bay) == queue
 
 
-async def test_scheduled_job_is_queued_at_its_time(shop: Shop) -> None:
+async def test_scheduled_job_is_queued_at_its_time(restaurant: RestaurantRig) -> None:
     now = datetime.now(UTC)
 
     def in_minutes(minutes: int) -> str:
         return (now + timedelta(minutes=minutes)).isoformat()
 
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         await queue_up(staff, bay, "at once")
         late = await queue_up(staff, bay, "in 60", scheduled_at=in_minutes(60), expected_minutes=20, assigned_to="Kim")
@@ -276,8 +281,8 @@ async def test_scheduled_job_is_queued_at_its_time(shop: Shop) -> None:
 @pytest.mark.parametrize(
     "at", ["1969-12-31T23:59:59Z", "2200-01-01T00:00:00Z", "0001-01-01T00:00:00Z", "2026-01-01T00:00:00"]
 )
-async def test_time_outside_the_calendar_is_refused(shop: Shop, at: str) -> None:
-    async with shop.client() as staff:
+async def test_time_outside_the_calendar_is_refused(restaurant: RestaurantRig, at: str) -> None:
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         job = await queue_up(staff, bay)
         reply = await staff.post("/api/jobs", json={"bay_id": bay, "title": "x", "scheduled_at": at})
@@ -286,9 +291,9 @@ async def test_time_outside_the_calendar_is_refused(shop: Shop, at: str) -> None
         refused(reply, 422, "invalid_input", "scheduled_at")
 
 
-async def test_job_belongs_to_an_order(shop: Shop) -> None:
-    dish = (await shop.dish())["id"]
-    async with shop.client() as staff:
+async def test_job_belongs_to_an_order(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client() as staff:
         bay = await open_bay(staff)
         body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
         order, deleted = [made(await staff.post("/api/orders", json=body))["id"] for _ in range(2)]
@@ -307,7 +312,7 @@ async def test_job_belongs_to_an_order(shop: Shop) -> None:
             refused(reply, 422, "unknown_order", "order_id")
 
         async def stored() -> Any:
-            async with shop.system.database() as connection:
+            async with restaurant.system.database() as connection:
                 return await connection.fetchrow(
                     "select order_id::text, stage, place from jobs where id = $1", linked["id"]
                 )
@@ -316,8 +321,8 @@ async def test_job_belongs_to_an_order(shop: Shop) -> None:
     assert tuple(row) == (order, "queued", linked["place"])
 
 
-async def test_guests_see_neither_bays_nor_jobs(shop: Shop) -> None:
-    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+async def test_guests_see_neither_bays_nor_jobs(restaurant: RestaurantRig) -> None:
+    async with restaurant.client(Role.CUSTOMER, session="guest") as guest:
         for path in ("/api/bays", "/api/jobs", f"/api/bays/{uuid4()}/queue"):
             refused(await guest.get(path), 403, "forbidden")
 

@@ -28,16 +28,16 @@ from tests.rigs.system import System, eventually
 ARRIVALS = ["the winner first", "the loser first", "both in one message"]
 
 
-class Shop(Struct):
+class RestaurantWithDish(Struct):
     """A restaurant of its own."""
 
     id: str
     token: str
-    dish: str
+    dish_id: str
 
 
 @pytest.fixture
-async def shop(system: System) -> Shop:
+async def restaurant(system: System) -> RestaurantWithDish:
     name = uuid4().hex[:10]
     async with http_client(base_url=system.urls["orders"], timeout=10) as client:
         made = await client.post(
@@ -53,7 +53,7 @@ async def shop(system: System) -> Shop:
         token = data["session"]["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         dish = await client.post("/api/menu", json={"name": "Soup", "price": 500, "category": "Mains"}, headers=headers)
-    return Shop(data["restaurant"]["id"], token, dish.json()["data"]["id"])
+    return RestaurantWithDish(data["restaurant"]["id"], token, dish.json()["data"]["id"])
 
 
 async def publish(system: System, lane: Lane, *bodies: bytes) -> None:
@@ -142,10 +142,10 @@ async def pushed(system: System, token: str, change_ids: set[str]) -> AsyncItera
 
 @pytest.mark.parametrize("arrival", ARRIVALS)
 async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_payments_count(
-    system: System, shop: Shop, arrival: str
+    system: System, restaurant: RestaurantWithDish, arrival: str
 ) -> None:
-    async with system.client(token=shop.token) as client:
-        placed = await client.post("/api/orders", json={"items": [{"menu_item_id": shop.dish, "quantity": 4}]})
+    async with system.client(token=restaurant.token) as client:
+        placed = await client.post("/api/orders", json={"items": [{"menu_item_id": restaurant.dish_id, "quantity": 4}]})
         id_ = placed.json()["data"]["id"]
         state, base = await wait_stored(system, orders.ENTITY, id_)
         made = []
@@ -154,7 +154,7 @@ async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_paym
             made.append(change(after, event="payment_recorded", before=state, entityversion=2, basechangeid=base))
         winner, loser = fork(*made)
 
-        async with pushed(system, shop.token, {winner.id, loser.id}) as events:
+        async with pushed(system, restaurant.token, {winner.id, loser.id}) as events:
             await send(system, Lane.CRITICAL, arrival, winner, loser)
         await both_are_kept(system, winner, loser)
         await winner_is_the_head(system, orders.ENTITY, winner)
@@ -181,9 +181,9 @@ async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_paym
 
 @pytest.mark.parametrize("arrival", ARRIVALS)
 async def test_orders_are_charged_the_winning_one_of_two_forked_prices(
-    system: System, shop: Shop, arrival: str
+    system: System, restaurant: RestaurantWithDish, arrival: str
 ) -> None:
-    state, base = await wait_stored(system, menu_item.ENTITY, shop.dish)
+    state, base = await wait_stored(system, menu_item.ENTITY, restaurant.dish_id)
     made = [
         change(structs.replace(state, price=price), before=state, event="updated", entityversion=2, basechangeid=base)
         for price in (600, 700)
@@ -195,7 +195,7 @@ async def test_orders_are_charged_the_winning_one_of_two_forked_prices(
     await both_are_kept(system, winner, loser)
     await winner_is_the_head(system, menu_item.ENTITY, winner)
 
-    async with system.client(token=shop.token) as client:
+    async with system.client(token=restaurant.token) as client:
 
         async def price(dish: str) -> int:
             reply = await client.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]})
@@ -203,4 +203,4 @@ async def test_orders_are_charged_the_winning_one_of_two_forked_prices(
 
         # The marker dish was published last: when it can be ordered, both sides of the fork have been read.
         await eventually(lambda: price(marker.id), what="the marker dish on the menu")
-        assert await price(shop.dish) == menu_item.ENTITY.decode(winner).price
+        assert await price(restaurant.dish_id) == menu_item.ENTITY.decode(winner).price

@@ -25,13 +25,13 @@ from shared.mirror.mirror import Apply
 from shared.postgres import states
 from tests.rigs import builders
 from tests.rigs.command_line import ticketrail
-from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
 from tests.rigs.system import System, eventually, settings_of
 
 
 @pytest.fixture
-async def shop(system: System) -> Shop:
-    return await open_shop(system)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system)
 
 
 @pytest.fixture
@@ -40,150 +40,154 @@ async def raw(system: System) -> AsyncIterator[Any]:
         yield client
 
 
-async def place(shop: Shop, count: int = 1) -> list[str]:
+async def place(restaurant: RestaurantRig, count: int = 1) -> list[str]:
     """Places orders, waits until they are synced and returns their ids."""
-    dish = (await shop.dish())["id"]
-    async with shop.client() as staff:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client() as staff:
         ids = [
             made(await staff.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))["id"]
             for _ in range(count)
         ]
         for id_ in ids:
-            await synced(shop, id_)
+            await synced(restaurant, id_)
     return ids
 
 
-async def synced(shop: Shop, id_: str) -> None:
+async def synced(restaurant: RestaurantRig, id_: str) -> None:
     async def look() -> str:
-        async with shop.client() as staff:
+        async with restaurant.client() as staff:
             return str(expect(await staff.get(f"/api/orders/{id_}"))["sync"]["state"])
 
     await eventually(look, what="synced", until=lambda found: found == "synced")
 
 
-async def read_from_the_log(shop: Shop) -> None:
+async def read_from_the_log(restaurant: RestaurantRig) -> None:
     """Waits until the mirror writer has read everything recorded so far, so that it restores nothing removed later."""
     began, path = time.monotonic(), log_path_of(Lane.CRITICAL)
 
     async def sent() -> float:
         asked = time.monotonic()
-        heartbeats = (await asyncio.to_thread(shop.system.health, "worker"))["heartbeats"]
+        heartbeats = (await asyncio.to_thread(restaurant.system.health, "worker"))["heartbeats"]
         return asked - float(heartbeats["age_seconds"][path]) - float(heartbeats["lag_seconds"][path])
 
     await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
 
 
-async def compare(shop: Shop, *, repair: bool) -> tuple[Compared, dict[str, str]]:
+async def compare(restaurant: RestaurantRig, *, repair: bool) -> tuple[Compared, dict[str, str]]:
     """Returns the result, and {id: kind of difference} of this restaurant only, since other tests use the system."""
     differences: list[Difference] = []
-    async with CommandSession(settings_of(shop.system)) as session:
+    async with CommandSession(settings_of(restaurant.system)) as session:
         found = await FullSync(session.settings, session.postgres, session.mirror).run(
             repair=repair, report=differences.append
         )
-    return found, {one.id: one.what for one in differences if one.restaurant_id == shop.restaurant}
+    return found, {one.id: one.what for one in differences if one.restaurant_id == restaurant.id}
 
 
-def doc(shop: Shop, id_: str, entity: str = "order") -> str:
-    return keys.doc(shop.restaurant, entity, id_)
+def doc(restaurant: RestaurantRig, id_: str, entity: str = "order") -> str:
+    return keys.doc(restaurant.id, entity, id_)
 
 
-async def served(shop: Shop, id_: str) -> dict[str, Any]:
-    async with shop.client() as staff:
+async def served(restaurant: RestaurantRig, id_: str) -> dict[str, Any]:
+    async with restaurant.client() as staff:
         reply = await staff.get(f"/api/orders/{id_}")
     return {"by": reply.headers["x-served-by"], **expect(reply)}
 
 
-async def test_mirror_that_lost_its_keys_is_rebuilt(shop: Shop, raw: Any) -> None:
-    ids = await place(shop, 3)
-    dish = (await shop.dish(name="Gone from the mirror"))["id"]
-    before = [await served(shop, id_) for id_ in ids]
-    found, differing = await compare(shop, repair=False)
+async def test_mirror_that_lost_its_keys_is_rebuilt(restaurant: RestaurantRig, raw: Any) -> None:
+    ids = await place(restaurant, 3)
+    dish = (await restaurant.dish(name="Gone from the mirror"))["id"]
+    before = [await served(restaurant, id_) for id_ in ids]
+    found, differing = await compare(restaurant, repair=False)
     assert differing == {}, "the mirror is complete before the test"
     assert found.compared > 3
     # The worker is frozen: their creations may still come from the log.
-    async with shop.system.frozen("worker"):
+    async with restaurant.system.frozen("worker"):
         await raw.delete(
-            *(doc(shop, id_) for id_ in ids[:2]), doc(shop, dish, "menu_item"), keys.restaurant(shop.restaurant)
+            *(doc(restaurant, id_) for id_ in ids[:2]),
+            doc(restaurant, dish, "menu_item"),
+            keys.restaurant(restaurant.id),
         )
-        verified = await ticketrail(shop.system, "full-sync", "--verify")
+        verified = await ticketrail(restaurant.system, "full-sync", "--verify")
         assert verified.code == 1
-        lines = [line.split() for line in verified.out.splitlines() if shop.restaurant in line]
+        lines = [line.split() for line in verified.out.splitlines() if restaurant.id in line]
         assert sorted(line[:3] for line in lines) == sorted(
             [["missing", "menu_item", dish], *(["missing", "order", id_] for id_ in ids[:2])]
         )
         assert ", 0 repaired" in verified.out
-        assert await raw.exists(doc(shop, ids[0])) == 0, "--verify changes nothing"
+        assert await raw.exists(doc(restaurant, ids[0])) == 0, "--verify changes nothing"
 
-        repaired = await ticketrail(shop.system, "full-sync", "--json")
+        repaired = await ticketrail(restaurant.system, "full-sync", "--json")
         assert repaired.code == 0
-        differences = [one for one in repaired.printed["differences"] if one["restaurant_id"] == shop.restaurant]
+        differences = [one for one in repaired.printed["differences"] if one["restaurant_id"] == restaurant.id]
         assert {one["id"]: one["what"] for one in differences} == dict.fromkeys([*ids[:2], dish], "missing")
     assert repaired.printed["repaired"] >= 3
-    assert [await served(shop, id_) for id_ in ids] == before
+    assert [await served(restaurant, id_) for id_ in ids] == before
     assert {one["by"] for one in before} == {"mirror"}
-    assert await raw.exists(keys.restaurant(shop.restaurant)) == 1
-    assert (await compare(shop, repair=False))[1] == {}
+    assert await raw.exists(keys.restaurant(restaurant.id)) == 1
+    assert (await compare(restaurant, repair=False))[1] == {}
 
 
-async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaired(shop: Shop, raw: Any) -> None:
-    behind, differs, pending_too = await place(shop, 3)
-    old = await raw.hgetall(doc(shop, behind))
-    async with shop.client() as staff:
+async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaired(
+    restaurant: RestaurantRig, raw: Any
+) -> None:
+    behind, differs, pending_too = await place(restaurant, 3)
+    old = await raw.hgetall(doc(restaurant, behind))
+    async with restaurant.client() as staff:
         expect(await staff.put(f"/api/orders/{behind}", json={"notes": "new"}))
-    await synced(shop, behind)
+    await synced(restaurant, behind)
     # The worker is frozen: the change may still come from the log.
-    async with shop.system.frozen("worker"):
-        await raw.delete(doc(shop, behind))
-        await raw.hset(doc(shop, behind), mapping=old)
+    async with restaurant.system.frozen("worker"):
+        await raw.delete(doc(restaurant, behind))
+        await raw.hset(doc(restaurant, behind), mapping=old)
         for id_ in (differs, pending_too):
-            state = json.loads(await raw.hget(doc(shop, id_), "d"))
-            await raw.hset(doc(shop, id_), "d", json.dumps({**state, "total": 1}))
+            state = json.loads(await raw.hget(doc(restaurant, id_), "d"))
+            await raw.hset(doc(restaurant, id_), "d", json.dumps({**state, "total": 1}))
         # The mirror marks it as pending by mistake: PostgreSQL has this very change.
-        await raw.zadd(keys.pending(shop.restaurant, "order"), {pending_too: 1.0})
-        unknown = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
-        await put(shop, unknown, "stored")
+        await raw.zadd(keys.pending(restaurant.id, "order"), {pending_too: 1.0})
+        unknown = builders.order(restaurant_id=restaurant.id, created_at=now(), updated_at=now())
+        await put(restaurant, unknown, "stored")
 
         expected = {behind: "behind", differs: "differs", pending_too: "differs", unknown.id: "unknown"}
-        assert (await compare(shop, repair=False))[1] == expected
-        found, differing = await compare(shop, repair=True)
+        assert (await compare(restaurant, repair=False))[1] == expected
+        found, differing = await compare(restaurant, repair=True)
         assert differing == expected
     assert found.repaired >= 4
-    assert (await compare(shop, repair=False))[1] == {}
-    assert (await served(shop, behind))["notes"] == "new"
-    assert [(await served(shop, id_))["total"] for id_ in (differs, pending_too)] == [1050, 1050]
-    assert await raw.exists(doc(shop, unknown.id)) == 0
+    assert (await compare(restaurant, repair=False))[1] == {}
+    assert (await served(restaurant, behind))["notes"] == "new"
+    assert [(await served(restaurant, id_))["total"] for id_ in (differs, pending_too)] == [1050, 1050]
+    assert await raw.exists(doc(restaurant, unknown.id)) == 0
 
 
-async def put(shop: Shop, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Head:
+async def put(restaurant: RestaurantRig, state: orders.Order, how: str, version: int = 1, *, at: Any = None) -> Head:
     """Writes a state to the mirror only; returns its head."""
     head = Head(version, str(uuid4()))
-    async with CommandSession(settings_of(shop.system)) as session:
+    async with CommandSession(settings_of(restaurant.system)) as session:
         await session.mirror.apply([Apply(orders.ENTITY, state, head, encode(state), at or now(), how)])
     return head
 
 
-async def test_pending_states_are_left_alone(shop: Shop, raw: Any) -> None:
+async def test_pending_states_are_left_alone(restaurant: RestaurantRig, raw: Any) -> None:
     """One order is new and one is ahead of PostgreSQL; both are pending."""
-    (known,) = await place(shop)
-    state = msgspec.json.decode(await raw.hget(doc(shop, known), "d"), type=orders.Order)
+    (known,) = await place(restaurant)
+    state = msgspec.json.decode(await raw.hget(doc(restaurant, known), "d"), type=orders.Order)
     ahead = structs.replace(state, notes="ahead")
-    new = builders.order(restaurant_id=shop.restaurant, created_at=now(), updated_at=now())
-    heads = [await put(shop, ahead, "reveal", 2), await put(shop, new, "reveal")]
-    found, differing = await compare(shop, repair=True)
+    new = builders.order(restaurant_id=restaurant.id, created_at=now(), updated_at=now())
+    heads = [await put(restaurant, ahead, "reveal", 2), await put(restaurant, new, "reveal")]
+    found, differing = await compare(restaurant, repair=True)
     assert differing == {}
     assert found.pending >= 2
-    async with CommandSession(settings_of(shop.system)) as session:
-        _, documents = await session.mirror.read(shop.restaurant, "order", [known, new.id])
+    async with CommandSession(settings_of(restaurant.system)) as session:
+        _, documents = await session.mirror.read(restaurant.id, "order", [known, new.id])
         assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in heads]
         for id_, head in zip([known, new.id], heads, strict=True):  # for later tests
-            await session.mirror.note_sync_states(shop.restaurant, "order", [(id_, head)])
-            await session.mirror.trim(shop.restaurant, "order", {id_: head.change_id})
+            await session.mirror.note_sync_states(restaurant.id, "order", [(id_, head)])
+            await session.mirror.trim(restaurant.id, "order", {id_: head.change_id})
 
 
-async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(shop: Shop) -> None:
+async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(restaurant: RestaurantRig) -> None:
     """The reconciler may trim an order during the comparison."""
     edge = now() - timedelta(days=3)
-    settings = settings_of(shop.system)
+    settings = settings_of(restaurant.system)
     async with CommandSession(settings) as session:
         comparing = FullSync(settings, session.postgres, session.mirror)
         for updated_at, status, what in (
@@ -197,16 +201,16 @@ async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(shop: S
 
 
 async def test_changes_in_progress_are_not_treated_as_differences(
-    shop: Shop, raw: Any, monkeypatch: pytest.MonkeyPatch
+    restaurant: RestaurantRig, raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change may be in PostgreSQL a moment before its reveal, and new orders arrive during the comparison."""
     monkeypatch.setattr(full_sync, "_IN_FLIGHT", timedelta(minutes=5))  # longer than this test
-    (known,) = await place(shop)
-    await read_from_the_log(shop)
-    current = await raw.hgetall(doc(shop, known))
-    await raw.delete(doc(shop, known))
+    (known,) = await place(restaurant)
+    await read_from_the_log(restaurant)
+    current = await raw.hgetall(doc(restaurant, known))
+    await raw.delete(doc(restaurant, known))
 
-    dish = (await shop.dish())["id"]
+    dish = (await restaurant.dish())["id"]
     stop = asyncio.Event()
     placed: list[str] = []
     under_way = asyncio.Lock()
@@ -215,14 +219,14 @@ async def test_changes_in_progress_are_not_treated_as_differences(
     async def pause(seconds: float) -> None:
         """Runs before the second look: by then every change in progress is revealed."""
         pauses.append(seconds)
-        await raw.hset(doc(shop, known), mapping=current)
+        await raw.hset(doc(restaurant, known), mapping=current)
         async with under_way:
             pass
 
     monkeypatch.setattr(full_sync, "asyncio", SimpleNamespace(sleep=pause))
 
     async def place_orders() -> None:
-        async with shop.client() as staff:
+        async with restaurant.client() as staff:
             while not stop.is_set():
                 body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
                 async with under_way:
@@ -232,11 +236,11 @@ async def test_changes_in_progress_are_not_treated_as_differences(
 
     placing = asyncio.create_task(place_orders())
     try:
-        assert (await compare(shop, repair=False))[1] == {}
+        assert (await compare(restaurant, repair=False))[1] == {}
         assert 300.0 in pauses, "the unrevealed change was compared a second time"
-        assert (await compare(shop, repair=True))[1] == {}
+        assert (await compare(restaurant, repair=True))[1] == {}
     finally:
         stop.set()
         await placing
     for id_ in placed:
-        assert (await served(shop, id_))["version"] == 2
+        assert (await served(restaurant, id_))["version"] == 2

@@ -23,15 +23,15 @@ from services.sync.imports.sources import source_of
 from shared.errors import NotFound
 from tests.rigs.command_line import ticketrail
 from tests.rigs.link import link_to
-from tests.rigs.restaurant import Shop, open_shop
+from tests.rigs.restaurant import RestaurantRig, register_restaurant
 from tests.rigs.system import ROOT, System, eventually, settings_of
 
 LAST_YEAR = datetime(2025, 6, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture
-async def shop(system: System) -> Shop:
-    return await open_shop(system, tax_basis_points=0)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system, tax_basis_points=0)
 
 
 def names(count: int) -> list[str]:
@@ -58,13 +58,13 @@ def jsonl(path: Path, lines: Sequence[bytes]) -> str:
 
 
 async def import_from(
-    shop: Shop, name: str, *, query: str | None = None, again: bool = False, **urls: str
+    restaurant: RestaurantRig, name: str, *, query: str | None = None, again: bool = False, **urls: str
 ) -> tuple[ImportReport, list[RefusedRow]]:
     """Runs an import in this process; returns (report, refused rows)."""
-    async with CommandSession(settings_of(shop.system, **urls)) as session:
+    async with CommandSession(settings_of(restaurant.system, **urls)) as session:
         upserts = ExternalOrderUpserts(session.postgres, session.mirror, session.rail, source="import", window_days=3)
         return await Importer(session.postgres, upserts).run(
-            source_of(name, query), shop.restaurant, again=again, progress=lambda _: None
+            source_of(name, query), restaurant.id, again=again, progress=lambda _: None
         )
 
 
@@ -72,32 +72,30 @@ def counts(report: ImportReport) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__struct_fields__ if getattr(report, name)}
 
 
-async def stored(shop: Shop) -> list[dict[str, Any]]:
-    async with shop.system.database() as connection:
+async def stored(restaurant: RestaurantRig) -> list[dict[str, Any]]:
+    async with restaurant.system.database() as connection:
         rows = await connection.fetch(
             "select external_id, order_number, status, version, total, created_at from orders where restaurant_id = $1"
             " order by external_id",
-            shop.restaurant,
+            restaurant.id,
         )
     return [dict(row) for row in rows]
 
 
-async def all_there(shop: Shop, expected: Sequence[str], *, within: float = 30.0) -> None:
+async def all_there(restaurant: RestaurantRig, expected: Sequence[str], *, within: float = 30.0) -> None:
     """Waits until PostgreSQL has exactly these orders; asserts one background change for each and no conflict."""
 
     async def look() -> list[str]:
-        return [row["external_id"] for row in await stored(shop)]
+        return [row["external_id"] for row in await stored(restaurant)]
 
     await eventually(look, within=within, what="all orders", until=lambda found: found == sorted(expected))
-    assert {row["version"] for row in await stored(shop)} == {1}
-    async with shop.system.database() as connection:
+    assert {row["version"] for row in await stored(restaurant)} == {1}
+    async with restaurant.system.database() as connection:
         ways = await connection.fetch(
             "select lane, source, count(*) from changes where restaurant_id = $1 and entity = 'order' group by 1, 2",
-            shop.restaurant,
+            restaurant.id,
         )
-        assert (
-            await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", shop.restaurant) == 0
-        )
+        assert await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", restaurant.id) == 0
     assert [tuple(row) for row in ways] == [("background", "import", len(expected))]
 
 
@@ -111,15 +109,15 @@ async def done(system: System, name: str) -> int:
 
 
 async def test_file_is_imported_through_the_background_lane_and_each_refused_row_is_reported(
-    shop: Shop, tmp_path: Path
+    restaurant: RestaurantRig, tmp_path: Path
 ) -> None:
     known = names(303)
     lines = [line_of(name, number) for number, name in enumerate(known)]
     lines[7:7] = [b"{", b'{"external_id": "\xff"}']
     lines[250:250] = [line_of("elsewhere", restaurant_id=str(uuid4())), line_of("nul", **{"a\x00b": 1})]
     source, refused_rows = jsonl(tmp_path / "orders.jsonl", lines), tmp_path / "refused.jsonl"
-    arguments = ("import", source, "--restaurant", shop.restaurant, "--refused", str(refused_rows))
-    first = await ticketrail(shop.system, *arguments, "--json")
+    arguments = ("import", source, "--restaurant", restaurant.id, "--refused", str(refused_rows))
+    first = await ticketrail(restaurant.system, *arguments, "--json")
     refusals = first.printed.pop("refusals")
     assert {name: n for name, n in first.printed.items() if name != "refusals"} == {
         "read": 307, "skipped": 0, "created": 303, "updated": 0, "unchanged": 0, "refused": 4,
@@ -133,9 +131,9 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
     assert [json.loads(line) for line in refused_rows.read_bytes().splitlines()] == refusals
     assert first.code == 1, "rows were refused"
     assert "━" not in first.err, "no progress bar without a terminal"
-    await all_there(shop, known)
+    await all_there(restaurant, known)
 
-    again = await ticketrail(shop.system, *arguments)
+    again = await ticketrail(restaurant.system, *arguments)
     assert again.code == 1
     assert again.out.splitlines()[-1] == (
         "0 created, 0 updated, 0 unchanged, 4 refused, 307 imported by an earlier run"
@@ -143,51 +141,53 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
     assert again.out.startswith("line 8: body: ")
     assert "line 251: restaurant_id: no such restaurant" in again.out
     assert "━" not in again.err
-    report, why = await import_from(shop, source, again=True)
+    report, why = await import_from(restaurant, source, again=True)
     assert counts(report) == {"read": 307, "unchanged": 303, "refused": 4}
     assert [one.line for one in why] == [8, 9, 251, 252]
-    await all_there(shop, known)
+    await all_there(restaurant, known)
 
 
-async def test_open_order_without_a_number_gets_the_next_number_of_its_day(shop: Shop, tmp_path: Path) -> None:
+async def test_open_order_without_a_number_gets_the_next_number_of_its_day(
+    restaurant: RestaurantRig, tmp_path: Path
+) -> None:
     known = names(3)
     lines = [line_of(name, order_number="", status="ready") for name in known]
-    await import_from(shop, jsonl(tmp_path / "orders.jsonl", lines))
-    await all_there(shop, known)
-    assert sorted(row["order_number"] for row in await stored(shop)) == ["0001", "0002", "0003"]
+    await import_from(restaurant, jsonl(tmp_path / "orders.jsonl", lines))
+    await all_there(restaurant, known)
+    assert sorted(row["order_number"] for row in await stored(restaurant)) == ["0001", "0002", "0003"]
 
 
-async def test_changed_file_is_read_from_its_beginning(shop: Shop, tmp_path: Path) -> None:
+async def test_changed_file_is_read_from_its_beginning(restaurant: RestaurantRig, tmp_path: Path) -> None:
     known = names(4)
     path = tmp_path / "orders.jsonl"
-    assert counts((await import_from(shop, jsonl(path, [line_of(name) for name in known[:3]])))[0]) == {
+    assert counts((await import_from(restaurant, jsonl(path, [line_of(name) for name in known[:3]])))[0]) == {
         "read": 3,
         "created": 3,
     }
     changed = [line_of(known[3]), line_of(known[0], notes="changed"), *(line_of(name) for name in known[1:3])]
-    report, _ = await import_from(shop, jsonl(path, changed))
+    report, _ = await import_from(restaurant, jsonl(path, changed))
     assert counts(report) == {"read": 4, "created": 1, "updated": 1, "unchanged": 2}
 
 
-async def test_rows_of_one_order_apply_in_file_order(shop: Shop, tmp_path: Path) -> None:
+async def test_rows_of_one_order_apply_in_file_order(restaurant: RestaurantRig, tmp_path: Path) -> None:
     (known,) = names(1)
     expected = [f"note {number}" for number in range(20)]
     lines = [line_of(known, notes=note, created_at=None, status="ready") for note in expected]
-    report, _ = await import_from(shop, jsonl(tmp_path / "orders.jsonl", lines))
+    report, _ = await import_from(restaurant, jsonl(tmp_path / "orders.jsonl", lines))
     assert counts(report) == {"read": 20, "created": 1, "updated": 19}
 
     async def notes() -> list[str]:
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             rows = await connection.fetch(
                 "select data->'after'->>'notes' from changes where restaurant_id = $1 order by version",
-                shop.restaurant,
+                restaurant.id,
             )
         return [row[0] for row in rows]
 
     await eventually(notes, what="the notes in file order", until=lambda found: found == expected)
 
 
-async def test_both_csv_formats_make_the_same_orders(shop: Shop, tmp_path: Path) -> None:
+async def test_both_csv_formats_make_the_same_orders(restaurant: RestaurantRig, tmp_path: Path) -> None:
     one, other = names(2)
     items = json.dumps([{"name": "Soup", "quantity": 2, "unit_price": 620}]).replace('"', '""')
     (tmp_path / "whole.csv").write_text(
@@ -198,21 +198,23 @@ async def test_both_csv_formats_make_the_same_orders(shop: Shop, tmp_path: Path)
         f"{other},completed,2025-06-01T12:00:00Z,Soup,1,620\n{other},,,Bread,1,620\n"
     )
     for name in ("whole.csv", "items.csv"):
-        assert counts((await import_from(shop, str(tmp_path / name)))[0]) == {"read": 1, "created": 1}
-    await all_there(shop, [one, other])
-    assert [(row["total"], row["created_at"]) for row in await stored(shop)] == [(1240, LAST_YEAR)] * 2
+        assert counts((await import_from(restaurant, str(tmp_path / name)))[0]) == {"read": 1, "created": 1}
+    await all_there(restaurant, [one, other])
+    assert [(row["total"], row["created_at"]) for row in await stored(restaurant)] == [(1240, LAST_YEAR)] * 2
 
 
-async def test_unknown_restaurant_ends_the_import_at_once(system: System, tmp_path: Path, shop: Shop) -> None:
+async def test_unknown_restaurant_ends_the_import_at_once(
+    system: System, tmp_path: Path, restaurant: RestaurantRig
+) -> None:
     source = jsonl(tmp_path / "orders.jsonl", [line_of("x")])
     ended = await ticketrail(system, "import", source, "--restaurant", str(uuid4()))
     assert (ended.code, "no such restaurant" in ended.err) == (1, True)
     assert "Traceback" not in ended.err
-    unregistered = Shop(system, str(uuid4()), "", "", "", "")
+    unregistered = RestaurantRig(system, str(uuid4()), "", "", "", "")
     with pytest.raises(NotFound):
         await import_from(unregistered, source)
     # The refused runs noted no rows as done, so a known restaurant imports the whole file.
-    assert counts((await import_from(shop, source))[0]) == {"read": 1, "created": 1}
+    assert counts((await import_from(restaurant, source))[0]) == {"read": 1, "created": 1}
 
 
 # -- another database ----------------------------------------------------------------------------------------------
@@ -223,10 +225,10 @@ QUERY = (
 )
 
 
-async def test_orders_are_imported_from_another_postgresql(shop: Shop) -> None:
+async def test_orders_are_imported_from_another_postgresql(restaurant: RestaurantRig) -> None:
     """The import reads numerics, times, uuids and JSON; a later run finds new rows and leaves the others unchanged."""
     database = f"till{uuid4().hex[:8]}"
-    url = await asyncio.to_thread(shop.system.servers.postgres.make_database, database)
+    url = await asyncio.to_thread(restaurant.system.servers.postgres.make_database, database)
     known = names(5)
     try:
         till = await asyncpg.connect(url)
@@ -246,95 +248,96 @@ async def test_orders_are_imported_from_another_postgresql(shop: Shop) -> None:
         await add(known[0], 0)
         await add("broken", 1, "7.55")
         await add(known[1], 2)
-        report, why = await import_from(shop, url, query=QUERY)
+        report, why = await import_from(restaurant, url, query=QUERY)
         assert counts(report) == {"read": 3, "created": 2, "refused": 1}
         assert [(one.line, one.reason) for one in why] == [(2, "total: Expected `int | null`, got `float`")]
-        await all_there(shop, known[:2])
-        assert [(row["total"], row["created_at"]) for row in await stored(shop)] == [
+        await all_there(restaurant, known[:2])
+        assert [(row["total"], row["created_at"]) for row in await stored(restaurant)] == [
             (700, LAST_YEAR),
             (700, LAST_YEAR + timedelta(minutes=2)),
         ]
         await add(known[2], 3)
-        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
+        assert counts((await import_from(restaurant, url, query=QUERY))[0]) == {
             "read": 4, "skipped": 3, "created": 1, "refused": 1,
         }  # fmt: skip
         await add(known[3], -1)  # sorts first, so a run that skips the first four rows would miss it
-        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
+        assert counts((await import_from(restaurant, url, query=QUERY))[0]) == {
             "read": 5, "created": 1, "unchanged": 3, "refused": 1,
         }  # fmt: skip
         await till.execute("delete from till where external_id = any($1)", known[:2])
         await add(known[4], 4)
-        assert counts((await import_from(shop, url, query=QUERY))[0]) == {
+        assert counts((await import_from(restaurant, url, query=QUERY))[0]) == {
             "read": 4, "created": 1, "unchanged": 2, "refused": 1,
         }  # fmt: skip
-        await all_there(shop, known)
-        wrong = await ticketrail(shop.system, "import", url, "--query", "select * from nowhere")
+        await all_there(restaurant, known)
+        wrong = await ticketrail(restaurant.system, "import", url, "--query", "select * from nowhere")
         assert (wrong.code, 'relation "nowhere" does not exist' in wrong.err) == (1, True)
         password = url.partition("//")[2].partition("@")[0].partition(":")[2]
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             noted = await connection.fetchval("select string_agg(source, ' ') from imports")
         assert f":{password}@" not in noted
         await till.close()
     finally:
-        await asyncio.to_thread(shop.system.servers.postgres.drop_database, database)
+        await asyncio.to_thread(restaurant.system.servers.postgres.drop_database, database)
 
 
 # -- interruptions -------------------------------------------------------------------------------------------------
 
 
-async def test_killed_import_continues_where_it_stopped(shop: Shop, tmp_path: Path) -> None:
+async def test_killed_import_continues_where_it_stopped(restaurant: RestaurantRig, tmp_path: Path) -> None:
     known = names(700)
     lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
     source = jsonl(tmp_path / "orders.jsonl", lines)
-    command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", shop.restaurant]
+    command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", restaurant.id]
     # The import reaches the broker through this process, so it cannot finish while this process is stalled.
-    async with link_to(shop.system.rabbitmq_url) as broker:
-        env = {**shop.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url}
+    async with link_to(restaurant.system.rabbitmq_url) as broker:
+        env = {**restaurant.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url}
         process = await asyncio.create_subprocess_exec(
             *command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        await eventually(lambda: done(shop.system, source), what="some rows done")
+        await eventually(lambda: done(restaurant.system, source), what="some rows done")
         process.kill()
         await process.wait()
-    so_far = await done(shop.system, source)
+    so_far = await done(restaurant.system, source)
     assert 0 < so_far < len(lines), "it was killed in the middle"
 
-    ended = await ticketrail(shop.system, *command[3:], "--json")
+    ended = await ticketrail(restaurant.system, *command[3:], "--json")
     printed = ended.printed
     assert printed["skipped"] == so_far
     assert printed["created"] + printed["unchanged"] == len(lines) - so_far
     assert [one["line"] for one in printed["refusals"]] == [1], "the rows that the killed run refused are reported too"
     assert ended.code == 1
-    await all_there(shop, known)
+    await all_there(restaurant, known)
 
 
 @pytest.mark.parametrize("unavailable", ["rabbitmq", "redis", "postgresql"])
 async def test_import_waits_while_a_backend_is_unavailable_and_continues_after_it(
-    shop: Shop, tmp_path: Path, unavailable: str
+    restaurant: RestaurantRig, tmp_path: Path, unavailable: str
 ) -> None:
     known = names(320)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name, order_number="") for name in known])
     async with AsyncExitStack() as stack:
         links = {
-            "rabbitmq": ("rabbitmq_url", await stack.enter_async_context(link_to(shop.system.rabbitmq_url))),
-            "redis": ("redis_url", await stack.enter_async_context(link_to(shop.system.redis.url))),
+            "rabbitmq": ("rabbitmq_url", await stack.enter_async_context(link_to(restaurant.system.rabbitmq_url))),
+            "redis": ("redis_url", await stack.enter_async_context(link_to(restaurant.system.redis.url))),
             "postgresql": (
                 "database_writer_url",
-                await stack.enter_async_context(link_to(shop.system.database_url("ticketrail_writer"))),
+                await stack.enter_async_context(link_to(restaurant.system.database_url("ticketrail_writer"))),
             ),
         }
-        running = asyncio.create_task(import_from(shop, source, **{name: link.url for name, link in links.values()}))  # type: ignore[arg-type]
-        await eventually(lambda: done(shop.system, source), what="some rows done")
+        urls: dict[str, Any] = {name: link.url for name, link in links.values()}
+        running = asyncio.create_task(import_from(restaurant, source, **urls))
+        await eventually(lambda: done(restaurant.system, source), what="some rows done")
         link = links[unavailable][1]
         await link.cut()
-        before = await _stable_value(lambda: done(shop.system, source))
+        before = await _stable_value(lambda: done(restaurant.system, source))
         assert not running.done(), "the import waits"
         await link.restore()
         report, why = await running
     assert 0 < before < len(known)
     assert (report.refused, why) == (0, [])
     assert report.created + report.unchanged == len(known)
-    await all_there(shop, known)
+    await all_there(restaurant, known)
 
 
 async def _stable_value(look: Callable[[], Any], seconds: float = 1.0) -> int:
@@ -348,11 +351,11 @@ async def _stable_value(look: Callable[[], Any], seconds: float = 1.0) -> int:
     return seen
 
 
-async def test_import_shows_a_progress_bar_on_a_terminal(shop: Shop, tmp_path: Path) -> None:
+async def test_import_shows_a_progress_bar_on_a_terminal(restaurant: RestaurantRig, tmp_path: Path) -> None:
     known = names(150)
     source = jsonl(tmp_path / "orders.jsonl", [line_of(name) for name in known])
     ours, theirs = pty.openpty()
-    arguments = ["import", source, "--restaurant", shop.restaurant]
+    arguments = ["import", source, "--restaurant", restaurant.id]
 
     def drain() -> bytes:
         shown = b""
@@ -366,7 +369,7 @@ async def test_import_shows_a_progress_bar_on_a_terminal(shop: Shop, tmp_path: P
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.sync.cli", *arguments),
         cwd=ROOT,
-        env={**shop.system.env, "TERM": "xterm", "COLUMNS": "120"},
+        env={**restaurant.system.env, "TERM": "xterm", "COLUMNS": "120"},
         stdout=subprocess.PIPE,
         stderr=theirs,
     )

@@ -21,18 +21,18 @@ from shared.security.tokens import Role
 from shared.settings import Settings
 from tests.rigs.builders import change
 from tests.rigs.recorded_changes import recorded
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
-    return await open_shop(system)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system)
 
 
-async def stock(shop: Shop, quantity: int, **fields: Any) -> str:
+async def stock(restaurant: RestaurantRig, quantity: int, **fields: Any) -> str:
     """Creates an inventory item and returns its path."""
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         found = made(await staff.post("/api/inventory", json={"name": "Dough", "quantity": quantity, **fields}))
     assert (found["available"], found["held"]) == (quantity, 0)
     return f"/api/inventory/{found['id']}"
@@ -42,9 +42,9 @@ def id_of(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-async def dish(shop: Shop, *consumes: tuple[str, int], name: str = "Pizza") -> str:
+async def dish(restaurant: RestaurantRig, *consumes: tuple[str, int], name: str = "Pizza") -> str:
     needs = [{"inventory_item_id": id_of(path), "quantity": quantity} for path, quantity in consumes]
-    return str((await shop.dish(name=name, consumes=needs))["id"])
+    return str((await restaurant.dish(name=name, consumes=needs))["id"])
 
 
 def of(*items: tuple[str, int]) -> dict[str, Any]:
@@ -62,14 +62,14 @@ async def left(client: httpx.AsyncClient, item: str) -> int:
     return int(found["available"])
 
 
-async def stored(shop: Shop, item: str) -> int:
+async def stored(restaurant: RestaurantRig, item: str) -> int:
     """Returns the available amount according to PostgreSQL, once it has all changes."""
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
 
         async def pending() -> int:
-            mirror = Mirror(shop.system.redis.url, timeout=5.0, stale_seconds=60)
+            mirror = Mirror(restaurant.system.redis.url, timeout=5.0, stale_seconds=60)
             try:
-                return sum([(await mirror.counts(shop.restaurant, name))[0] for name in ("order", "inventory_item")])
+                return sum([(await mirror.counts(restaurant.id, name))[0] for name in ("order", "inventory_item")])
             finally:
                 await mirror.close()
 
@@ -84,13 +84,13 @@ async def stored(shop: Shop, item: str) -> int:
     return int(quantity - held)
 
 
-async def repeat(shop: Shop, changes: Sequence[Change]) -> None:
+async def repeat(restaurant: RestaurantRig, changes: Sequence[Change]) -> None:
     """Publishes the events again, several times in another order; returns when both writers have consumed them."""
     for _ in range(3):
-        await shop.publish(*reversed(changes), *changes)
-    async with shop.client() as staff:
-        path = await place(staff, (await dish(shop), 1))
-        await recorded(shop, id_of(path), 1)
+        await restaurant.publish(*reversed(changes), *changes)
+    async with restaurant.client() as staff:
+        path = await place(staff, (await dish(restaurant), 1))
+        await recorded(restaurant, id_of(path), 1)
 
         async def synced() -> str:
             return str(expect(await staff.get(path))["sync"]["state"])
@@ -102,12 +102,12 @@ async def repeat(shop: Shop, changes: Sequence[Change]) -> None:
 
 
 async def test_order_that_exceeds_the_stock_is_refused_and_lists_what_is_left(
-    shop: Shop,
+    restaurant: RestaurantRig,
 ) -> None:
-    dough, basil = await stock(shop, 5), await stock(shop, 100, name="Basil")
-    cola, pizza = await dish(shop, name="Cola"), await dish(shop, (dough, 2), (basil, 1), name="Margherita")
-    calzone = await dish(shop, (dough, 1), name="Calzone")
-    async with shop.client() as staff:
+    dough, basil = await stock(restaurant, 5), await stock(restaurant, 100, name="Basil")
+    cola, pizza = await dish(restaurant, name="Cola"), await dish(restaurant, (dough, 2), (basil, 1), name="Margherita")
+    calzone = await dish(restaurant, (dough, 1), name="Calzone")
+    async with restaurant.client() as staff:
         await place(staff, (pizza, 1))
         reply = await staff.post("/api/orders", json=of((cola, 3), (pizza, 1), (calzone, 2)))
         details = refused(reply, 409, "out_of_stock", "items[1].quantity")
@@ -121,10 +121,10 @@ async def test_order_that_exceeds_the_stock_is_refused_and_lists_what_is_left(
         await place(staff, (cola, 1))
 
 
-async def test_concurrent_orders_of_one_dish_sell_exactly_the_stock(shop: Shop) -> None:
-    dough = await stock(shop, 50)
-    pizza = await dish(shop, (dough, 1))
-    async with shop.client() as staff:
+async def test_concurrent_orders_of_one_dish_sell_exactly_the_stock(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 50)
+    pizza = await dish(restaurant, (dough, 1))
+    async with restaurant.client() as staff:
         replies = await asyncio.gather(*(staff.post("/api/orders", json=of((pizza, 1))) for _ in range(120)))
         outcomes = Counter(
             (reply.status_code, None if reply.status_code == 201 else reply.json()["error"]["code"])
@@ -133,13 +133,13 @@ async def test_concurrent_orders_of_one_dish_sell_exactly_the_stock(shop: Shop) 
         assert outcomes == {(201, None): 50, (409, "out_of_stock"): 70}
         assert {one.json()["error"]["details"]["items"][0]["available"] for one in replies if one.is_error} == {0}
         assert await left(staff, dough) == 0
-    assert await stored(shop, dough) == 0
+    assert await stored(restaurant, dough) == 0
 
 
-async def test_dishes_with_a_shared_ingredient_share_its_stock(shop: Shop) -> None:
-    dough = await stock(shop, 60)
-    small, large = await dish(shop, (dough, 1)), await dish(shop, (dough, 3))
-    async with shop.client() as staff:
+async def test_dishes_with_a_shared_ingredient_share_its_stock(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 60)
+    small, large = await dish(restaurant, (dough, 1)), await dish(restaurant, (dough, 3))
+    async with restaurant.client() as staff:
         replies = await asyncio.gather(
             *(staff.post("/api/orders", json=of(((small, large)[n % 2], 1))) for n in range(80))
         )
@@ -150,11 +150,13 @@ async def test_dishes_with_a_shared_ingredient_share_its_stock(shop: Shop) -> No
         assert [one.status_code for one in [await staff.post("/api/orders", json=of((small, 60 - sold + 1)))]] == [409]
 
 
-async def test_repeat_with_the_same_key_takes_stock_once_and_succeeds_when_none_is_left(shop: Shop) -> None:
-    dough = await stock(shop, 3)
-    pizza = await dish(shop, (dough, 1))
+async def test_repeat_with_the_same_key_takes_stock_once_and_succeeds_when_none_is_left(
+    restaurant: RestaurantRig,
+) -> None:
+    dough = await stock(restaurant, 3)
+    pizza = await dish(restaurant, (dough, 1))
     key = {"Idempotency-Key": str(uuid4())}
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         replies = await asyncio.gather(*(staff.post("/api/orders", json=of((pizza, 2)), headers=key) for _ in range(8)))
         assert len({made(reply)["id"] for reply in replies}) == 1
         assert await left(staff, dough) == 1
@@ -167,10 +169,10 @@ async def test_repeat_with_the_same_key_takes_stock_once_and_succeeds_when_none_
 # -- changing ----------------------------------------------------------------------------------------------------
 
 
-async def test_changed_items_take_and_return_the_difference(shop: Shop) -> None:
-    dough, cheese = await stock(shop, 5), await stock(shop, 5, name="Cheese")
-    pizza, toast, cola = await dish(shop, (dough, 1)), await dish(shop, (cheese, 2)), await dish(shop)
-    async with shop.client() as staff:
+async def test_changed_items_take_and_return_the_difference(restaurant: RestaurantRig) -> None:
+    dough, cheese = await stock(restaurant, 5), await stock(restaurant, 5, name="Cheese")
+    pizza, toast, cola = await dish(restaurant, (dough, 1)), await dish(restaurant, (cheese, 2)), await dish(restaurant)
+    async with restaurant.client() as staff:
         order = await place(staff, (pizza, 3))
         expect(await staff.put(order, json=of((pizza, 5))))
         assert await left(staff, dough) == 0
@@ -181,27 +183,29 @@ async def test_changed_items_take_and_return_the_difference(shop: Shop) -> None:
         expect(await staff.put(order, json=of((cola, 1))))
         assert [await left(staff, one) for one in (dough, cheese)] == [5, 5]
         expect(await staff.put(order, json={"notes": "no ice"}))
-    assert [await stored(shop, one) for one in (dough, cheese)] == [5, 5]
+    assert [await stored(restaurant, one) for one in (dough, cheese)] == [5, 5]
 
 
-async def test_cancelled_order_returns_its_stock_once_however_often_its_events_arrive(shop: Shop) -> None:
-    dough = await stock(shop, 10)
-    pizza = await dish(shop, (dough, 1))
-    async with shop.client() as staff:
+async def test_cancelled_order_returns_its_stock_once_however_often_its_events_arrive(
+    restaurant: RestaurantRig,
+) -> None:
+    dough = await stock(restaurant, 10)
+    pizza = await dish(restaurant, (dough, 1))
+    async with restaurant.client() as staff:
         kept, order = await place(staff, (pizza, 3)), await place(staff, (pizza, 2))
         expect(await staff.put(order, json=of((pizza, 4))))
         expect(await staff.put(order, json={"status": "cancelled"}))
         assert await left(staff, dough) == 7
-        events = [*await recorded(shop, id_of(order), 3), *await recorded(shop, id_of(kept), 1)]
-        await repeat(shop, events)
+        events = [*await recorded(restaurant, id_of(order), 3), *await recorded(restaurant, id_of(kept), 1)]
+        await repeat(restaurant, events)
         assert await left(staff, dough) == 7
-    assert await stored(shop, dough) == 7
+    assert await stored(restaurant, dough) == 7
 
 
-async def test_order_is_restored_if_the_stock_suffices_and_refused_otherwise(shop: Shop) -> None:
-    dough = await stock(shop, 3)
-    pizza = await dish(shop, (dough, 1))
-    async with shop.client() as staff:
+async def test_order_is_restored_if_the_stock_suffices_and_refused_otherwise(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 3)
+    pizza = await dish(restaurant, (dough, 1))
+    async with restaurant.client() as staff:
         order = await place(staff, (pizza, 2))
         expect(await staff.delete(order))
         assert await left(staff, dough) == 3
@@ -214,16 +218,16 @@ async def test_order_is_restored_if_the_stock_suffices_and_refused_otherwise(sho
         expect(await staff.post(f"{order}/restore"))
         refused(await staff.post(f"{order}/restore"), 409, "not_deleted")
         assert await left(staff, dough) == 3
-    assert await stored(shop, dough) == 3
+    assert await stored(restaurant, dough) == 3
 
 
 # -- counting and moving -----------------------------------------------------------------------------------------
 
 
-async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(shop: Shop) -> None:
-    dough = await stock(shop, 10)
-    pizza = await dish(shop, (dough, 1))
-    async with shop.client() as staff:
+async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 10)
+    pizza = await dish(restaurant, (dough, 1))
+    async with restaurant.client() as staff:
         before, deleted = await place(staff, (pizza, 4)), await place(staff, (pizza, 2))
         expect(await staff.delete(deleted))
         renamed = expect(await staff.put(dough, json={"name": "Fresh dough", "low_at": 2}))
@@ -238,14 +242,14 @@ async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(shop: S
         expect(await staff.put(before, json={"status": "cancelled"}))
         assert await left(staff, dough) == 1
         assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3  # a recount with the same number
-    assert await stored(shop, dough) == 3
+    assert await stored(restaurant, dough) == 3
 
 
-async def test_concurrent_moves_count_once_each(shop: Shop) -> None:
-    dough = await stock(shop, 10)
-    pizza = await dish(shop, (dough, 1))
+async def test_concurrent_moves_count_once_each(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 10)
+    pizza = await dish(restaurant, (dough, 1))
     ids = [str(uuid4()) for _ in range(12)]
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         moves = [staff.post(f"{dough}/moves", json={"quantity": 2, "id": one, "reason": "delivery"}) for one in ids * 2]
         orders = [staff.post("/api/orders", json=of((pizza, 1))) for _ in range(10)]
         replies = await asyncio.gather(*moves, *orders)
@@ -262,32 +266,32 @@ async def test_concurrent_moves_count_once_each(shop: Shop) -> None:
         details = refused(await staff.post(f"{dough}/moves", json={"quantity": -35}), 409, "below_zero", "quantity")
         assert details["quantity"] == 34
         assert expect(await staff.post(f"{dough}/moves", json={"quantity": -4, "reason": "burnt"}))["available"] == 20
-    assert await stored(shop, dough) == 20
-    async with shop.system.database() as connection:
+    assert await stored(restaurant, dough) == 20
+    async with restaurant.system.database() as connection:
         found = await connection.fetch(
             "select quantity from stock_moves where inventory_item_id = $1 order by quantity", id_of(dough)
         )
     assert [row["quantity"] for row in found] == [-4, *[2] * 12]
 
 
-async def test_old_move_is_recognised_after_it_has_left_the_state(shop: Shop) -> None:
-    dough, first = await stock(shop, 0), {"quantity": 5, "id": str(uuid4()), "reason": "the first"}
-    async with shop.client() as staff:
+async def test_old_move_is_recognised_after_it_has_left_the_state(restaurant: RestaurantRig) -> None:
+    dough, first = await stock(restaurant, 0), {"quantity": 5, "id": str(uuid4()), "reason": "the first"}
+    async with restaurant.client() as staff:
         expect(await staff.post(f"{dough}/moves", json=first))
-        base = (await recorded(shop, id_of(dough), 2))[-1]
+        base = (await recorded(restaurant, id_of(dough), 2))[-1]
         item = ITEM.decode(base)
         others = tuple(StockMove(id=str(uuid4()), quantity=1, created_at=item.updated_at) for _ in range(200))
-        await shop.publish(change(structs.replace(item, quantity=205, moves=others), base=base), lane=Lane.NORMAL)
+        await restaurant.publish(change(structs.replace(item, quantity=205, moves=others), base=base), lane=Lane.NORMAL)
         await eventually(lambda: left(staff, dough), what="the other moves", until=lambda found: found == 205)
-        assert await stored(shop, dough) == 205
+        assert await stored(restaurant, dough) == 205
         assert expect(await staff.post(f"{dough}/moves", json=first))["quantity"] == 205
         refused(await staff.post(f"{dough}/moves", json={**first, "quantity": 6}), 409, "move_id_reused", "id")
 
 
-async def test_low_stock_is_marked(shop: Shop) -> None:
-    dough, salt = await stock(shop, 5, low_at=3), await stock(shop, 0)
-    pizza = await dish(shop, (dough, 1))
-    async with shop.client() as staff:
+async def test_low_stock_is_marked(restaurant: RestaurantRig) -> None:
+    dough, salt = await stock(restaurant, 5, low_at=3), await stock(restaurant, 0)
+    pizza = await dish(restaurant, (dough, 1))
+    async with restaurant.client() as staff:
 
         async def low() -> dict[str, bool]:
             found = expect(await staff.get("/api/inventory?limit=200&fields=low,available"))
@@ -302,9 +306,13 @@ async def test_low_stock_is_marked(shop: Shop) -> None:
         refused(await staff.put(dough, json={"low_at": -1}), 422, "invalid_input", "low_at")
 
 
-async def test_dish_that_consumes_an_unknown_inventory_item_is_refused(shop: Shop) -> None:
-    dough, other = await stock(shop, 1), await open_shop(shop.system)
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin, other.client(Role.ADMIN) as stranger:
+async def test_dish_that_consumes_an_unknown_inventory_item_is_refused(restaurant: RestaurantRig) -> None:
+    dough, other = await stock(restaurant, 1), await register_restaurant(restaurant.system)
+    async with (
+        restaurant.client() as staff,
+        restaurant.client(Role.ADMIN) as admin,
+        other.client(Role.ADMIN) as stranger,
+    ):
         body = {"name": "Pizza", "price": 1, "category": "Mains"}
         needs = [{"inventory_item_id": id_of(dough), "quantity": 1}]
         reply = await stranger.post("/api/menu", json={**body, "consumes": needs})
@@ -323,13 +331,15 @@ async def test_dish_that_consumes_an_unknown_inventory_item_is_refused(shop: Sho
 # -- reads -------------------------------------------------------------------------------------------------------
 
 
-async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_without_both(shop: Shop) -> None:
-    dough = await stock(shop, 9, low_at=7)
-    async with shop.client() as staff:
-        await place(staff, (await dish(shop, (dough, 1)), 2))
-        assert await stored(shop, dough) == 7
+async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_without_both(
+    restaurant: RestaurantRig,
+) -> None:
+    dough = await stock(restaurant, 9, low_at=7)
+    async with restaurant.client() as staff:
+        await place(staff, (await dish(restaurant, (dough, 1)), 2))
+        assert await stored(restaurant, dough) == 7
     settings = Settings(_env_file=None, database_timeout_seconds=15.0)
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
         state = await connection.fetchval(
             "select (c.data->'after')::text from inventory_items t join changes c using (restaurant_id, change_id)"
             " where t.id = $1",
@@ -338,12 +348,12 @@ async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_witho
     item = ITEM.decode_state(state.encode())
     unavailable = Mirror("redis://127.0.0.1:1/0", timeout=0.2, stale_seconds=60)
     for url, expected in (
-        (shop.system.database_url("ticketrail_api"), {"available": 7, "held": 2, "low": True}),
+        (restaurant.system.database_url("ticketrail_api"), {"available": 7, "held": 2, "low": True}),
         ("postgresql://nobody@127.0.0.1:1/none", {"available": None, "held": None, "low": None}),
     ):
         postgres = Postgres(url, settings)
         figures = DerivedFigures(None, postgres, unavailable)  # type: ignore[arg-type]
-        assert await figures.available(shop.restaurant, [item]) == [expected]
+        assert await figures.available(restaurant.id, [item]) == [expected]
         await postgres.close()
     await unavailable.close()
 
@@ -351,11 +361,15 @@ async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_witho
 # -- random operations -------------------------------------------------------------------------------------------
 
 
-async def test_concurrent_random_operations_leave_the_stock_that_postgres_has(shop: Shop) -> None:
+async def test_concurrent_random_operations_leave_the_stock_that_postgres_has(restaurant: RestaurantRig) -> None:
     chance = Random(7)
-    items = [await stock(shop, 25) for _ in range(3)]
-    dishes = [await dish(shop, (items[0], 1)), await dish(shop, (items[0], 2), (items[1], 1)), await dish(shop)]
-    dishes.append(await dish(shop, (items[2], 3)))
+    items = [await stock(restaurant, 25) for _ in range(3)]
+    dishes = [
+        await dish(restaurant, (items[0], 1)),
+        await dish(restaurant, (items[0], 2), (items[1], 1)),
+        await dish(restaurant),
+    ]
+    dishes.append(await dish(restaurant, (items[2], 3)))
     codes: Counter[str] = Counter()
 
     async def work(staff: httpx.AsyncClient, seed: int) -> None:
@@ -382,11 +396,11 @@ async def test_concurrent_random_operations_leave_the_stock_that_postgres_has(sh
                 reply = await staff.put(chance.choice(items), json={"quantity": chance.randrange(20)})
             codes["done" if reply.is_success else reply.json()["error"]["code"]] += 1
 
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         await asyncio.gather(*(work(staff, chance.randrange(10**6)) for _ in range(12)))
         assert codes["done"] > 50
         assert codes["out_of_stock"] > 5
         assert not codes["internal"]
         for item in items:
             shown = await left(staff, item)
-            assert await stored(shop, item) == shown
+            assert await stored(restaurant, item) == shown

@@ -36,7 +36,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 TIMEOUT_SECONDS = 1.0
 
 
-class Books:
+class LedgerRig:
     """A rig of the PostgreSQL writer with heartbeats and a folder for journals, and its ledger."""
 
     def __init__(self, rig: Rig) -> None:
@@ -97,28 +97,28 @@ class Books:
 
 
 @pytest.fixture
-async def make_books(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[Any]:
-    made: list[Books] = []
+async def make_ledger_rig(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[Any]:
+    made: list[LedgerRig] = []
 
-    async def make(**settings: Any) -> Books:
+    async def make(**settings: Any) -> LedgerRig:
         # By default without the management API, because its figures are seconds old.
         urls = {"rabbitmq_management_url": "", "rabbitmq_watcher_url": ""}
-        books = Books(await make_rig(home=tmp_path, **{**urls, **settings}))
-        made.append(books)
-        await books.rig.writer.start()
-        await books.rig.heartbeats.start()
-        return books
+        ledger_rig = LedgerRig(await make_rig(home=tmp_path, **{**urls, **settings}))
+        made.append(ledger_rig)
+        await ledger_rig.rig.writer.start()
+        await ledger_rig.rig.heartbeats.start()
+        return ledger_rig
 
     yield make
-    for books in made:
-        for journal in books.journals:
+    for ledger_rig in made:
+        for journal in ledger_rig.journals:
             await journal.close()
-        await books.ops.close()
+        await ledger_rig.ops.close()
 
 
 @pytest.fixture
-async def books(make_books: Any) -> Books:
-    made: Books = await make_books()
+async def ledger_rig(make_ledger_rig: Any) -> LedgerRig:
+    made: LedgerRig = await make_ledger_rig()
     return made
 
 
@@ -129,33 +129,33 @@ def traced(**fields: Any) -> Change:
 # -- the places that explain a change --------------------------------------------------------------------------------
 
 
-async def test_written_changes_count_once_as_synced_for_each_restaurant(books: Books) -> None:
+async def test_written_changes_count_once_as_synced_for_each_restaurant(ledger_rig: LedgerRig) -> None:
     mine = [change(order(items=1)) for _ in range(5)]
     other = change(menu_item(restaurant_id=OTHER_RESTAURANT))
-    await books.rig.publish(*mine)
-    await books.rig.publish(mine[0], mine[1])  # a second copy, as after a publish in doubt
-    await books.rig.publish(other, lane=Lane.NORMAL)
-    balance = await books.until(synced=6)
+    await ledger_rig.rig.publish(*mine)
+    await ledger_rig.rig.publish(mine[0], mine[1])  # a second copy, as after a publish in doubt
+    await ledger_rig.rig.publish(other, lane=Lane.NORMAL)
+    balance = await ledger_rig.until(synced=6)
     counts = {one.restaurant_id: (one.accepted, one.synced) for one in balance.restaurants}
     assert counts == {mine[0].restaurantid: (5, 5), OTHER_RESTAURANT: (1, 1)}
 
     async def after_heartbeat() -> bool:
-        return (await books.balance()).until is not None
+        return (await ledger_rig.balance()).until is not None
 
     await eventually(after_heartbeat, what="a heartbeat from every lane")
 
 
-async def test_change_that_waits_in_its_lane_is_queued(books: Books) -> None:
-    await books.rig.writer.stop()
-    await books.rig.publish(*(change(order(items=1)) for _ in range(3)))
-    await books.until(queued=3)
-    await books.another_writer().start()
-    await books.until(synced=3)
+async def test_change_that_waits_in_its_lane_is_queued(ledger_rig: LedgerRig) -> None:
+    await ledger_rig.rig.writer.stop()
+    await ledger_rig.rig.publish(*(change(order(items=1)) for _ in range(3)))
+    await ledger_rig.until(queued=3)
+    await ledger_rig.another_writer().start()
+    await ledger_rig.until(synced=3)
 
 
-async def test_change_on_the_retry_ladder_is_retrying(make_books: Any) -> None:
-    books: Books = await make_books(retry_steps_ms=(60_000,))
-    await books.rig.as_owner(
+async def test_change_on_the_retry_ladder_is_retrying(make_ledger_rig: Any) -> None:
+    ledger_rig: LedgerRig = await make_ledger_rig(retry_steps_ms=(60_000,))
+    await ledger_rig.rig.as_owner(
         """
         create function fail() returns trigger language plpgsql as
             $$ begin raise exception 'try again' using errcode = 'serialization_failure'; end $$;
@@ -163,43 +163,45 @@ async def test_change_on_the_retry_ladder_is_retrying(make_books: Any) -> None:
         """
     )
     unlucky, fine = change(menu_item()), change(order(items=1))
-    await books.rig.publish(unlucky, lane=Lane.NORMAL)
-    await books.rig.publish(fine)
-    await books.until(synced=1, retrying=1)
+    await ledger_rig.rig.publish(unlucky, lane=Lane.NORMAL)
+    await ledger_rig.rig.publish(fine)
+    await ledger_rig.until(synced=1, retrying=1)
     # Without a row in `retries`, the ledger counts the messages in the retry queue.
-    await eventually(lambda: books.rig.count("retries"), what="noted", until=lambda count: count == 1)
-    await books.rig.database.execute("delete from retries")
-    await books.until(synced=1, retrying=1)
+    await eventually(lambda: ledger_rig.rig.count("retries"), what="noted", until=lambda count: count == 1)
+    await ledger_rig.rig.database.execute("delete from retries")
+    await ledger_rig.until(synced=1, retrying=1)
 
 
-async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(books: Books) -> None:
+async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(ledger_rig: LedgerRig) -> None:
     dead = [encode(traced()).replace(b'"total":', b'"total":-') for _ in range(3)]
-    await books.rig.publish(*dead, change(order(items=1)), b'{"id": "no change at all"}')
-    balance = await books.until(synced=1, dead=3)
+    await ledger_rig.rig.publish(*dead, change(order(items=1)), b'{"id": "no change at all"}')
+    balance = await ledger_rig.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"in_queue": 3}, "no collector has read the dead-letter queue yet"
     assert balance.unreadable == 1
-    books.rig.collector.start()
-    dead_letters = [one for one in await books.rig.dead_letters(4) if one.change_id]
-    assert (await books.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
-    async with books.ops.connection() as connection, connection.transaction():
+    ledger_rig.rig.collector.start()
+    dead_letters = [one for one in await ledger_rig.rig.dead_letters(4) if one.change_id]
+    assert (await ledger_rig.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
+    async with ledger_rig.ops.connection() as connection, connection.transaction():
         one, two, _ = dead_letters
         by = {"why": "a test", "actor": "a tester", "role": "operator"}
         await actions.discard(connection, one.id, revision=one.revision, **by)
         edit = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
         await actions.replace(connection, two.id, revision=two.revision, **edit, **by)  # type: ignore[arg-type]
-    balance = await books.until(synced=1, dead=3)
+    balance = await ledger_rig.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 
 
-async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_waits_in_a_lane(books: Books) -> None:
-    await books.rig.writer.stop()
+async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_waits_in_a_lane(
+    ledger_rig: LedgerRig,
+) -> None:
+    await ledger_rig.rig.writer.stop()
     both, only_journal, only_lane = traced(), traced(), traced()
-    await books.journal(both, only_journal)
-    await books.rig.publish(both, only_lane)
-    balance = await books.until(journaled=2, queued=1)
+    await ledger_rig.journal(both, only_journal)
+    await ledger_rig.rig.publish(both, only_lane)
+    balance = await ledger_rig.until(journaled=2, queued=1)
     assert balance.journals == {"orders-1.sqlite": 2}
-    await books.another_writer().start()
-    assert (await books.until(synced=2, journaled=1)).accepted == 3
+    await ledger_rig.another_writer().start()
+    assert (await ledger_rig.until(synced=2, journaled=1)).accepted == 3
 
 
 # -- unexplained changes ---------------------------------------------------------------------------------------------
@@ -207,78 +209,78 @@ async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_wai
 
 @pytest.mark.parametrize("management", [False, True])
 async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_command_fails(
-    make_books: Any, servers: Servers, management: bool
+    make_ledger_rig: Any, servers: Servers, management: bool
 ) -> None:
     urls = {
         "rabbitmq_management_url": servers.rabbitmq.management_url,
         "rabbitmq_watcher_url": servers.rabbitmq.management_url.replace("ticketrail:", "ticketrail_watcher:", 1),
     }
-    books: Books = await make_books(**(urls if management else {}))
+    ledger_rig: LedgerRig = await make_ledger_rig(**(urls if management else {}))
 
     async def unavailable() -> list[str]:  # a management API that answers late counts as unavailable
-        return (await books.balance()).away
+        return (await ledger_rig.balance()).away
 
     await eventually(
         unavailable,
         what="the list of unavailable sources",
         until=lambda found: found == ([] if management else ["management"]),
     )
-    await books.rig.publish(change(order(items=1)))
-    await books.until(synced=1)
-    assert (await books.cli("ledger", "--all", "--timeout", "1"))[0] == 0
-    await books.rig.writer.stop()
+    await ledger_rig.rig.publish(change(order(items=1)))
+    await ledger_rig.until(synced=1)
+    assert (await ledger_rig.cli("ledger", "--all", "--timeout", "1"))[0] == 0
+    await ledger_rig.rig.writer.stop()
     lost = [traced() for _ in range(2)]
-    await books.rig.publish(*lost)
-    async with books.rig.channel() as channel:
+    await ledger_rig.rig.publish(*lost)
+    async with ledger_rig.rig.channel() as channel:
         queue = await channel.get_queue(topology.lane_queue(Lane.CRITICAL), ensure=False)
         await queue.purge()
-    await books.another_writer().start()
-    balance = await books.until(synced=1, unexplained=2)
+    await ledger_rig.another_writer().start()
+    balance = await ledger_rig.until(synced=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {one.id for one in lost}
     timeout = [] if management else ["--timeout", "1"]
-    code, out, _ = await books.cli("ledger", *timeout)
+    code, out, _ = await ledger_rig.cli("ledger", *timeout)
     assert code == 1
     assert all(f"change {one.id} of {one.subject}" in out for one in lost), out
     assert TRACE in out
     if management:
         return  # the management API reports depths seconds late, and each balance waits for them
-    code, out, _ = await books.cli("ledger", "--all", "--json", *timeout)
+    code, out, _ = await ledger_rig.cli("ledger", "--all", "--json", *timeout)
     printed = msgspec.json.decode(out)
     assert (code, printed["accepted"], printed["synced"], printed["unexplained"]) == (1, 3, 1, 2)
     assert {one["trace_id"] for one in printed["missing"]} == {TRACE}
     # A later change was built on a lost one, so its content is not lost: the ledger names this successor.
-    await books.rig.publish(change(order(items=1, id=lost[0].entity_id), base=lost[0]))
-    balance = await books.until(synced=2, unexplained=2)
+    await ledger_rig.rig.publish(change(order(items=1, id=lost[0].entity_id), base=lost[0]))
+    balance = await ledger_rig.until(synced=2, unexplained=2)
     assert sum(one.successor is not None for one in balance.missing) == 1
 
 
-async def test_row_that_is_missing_from_changes_is_named(books: Books, servers: Servers) -> None:
+async def test_row_that_is_missing_from_changes_is_named(ledger_rig: LedgerRig, servers: Servers) -> None:
     made = [traced() for _ in range(4)]
-    await books.rig.publish(*made)
-    await books.until(synced=4)
-    name = books.rig.settings.database_url.rpartition("/")[2]
+    await ledger_rig.rig.publish(*made)
+    await ledger_rig.until(synced=4)
+    name = ledger_rig.rig.settings.database_url.rpartition("/")[2]
     superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
     await superuser.execute("delete from changes where change_id = $1", made[2].id)
     await superuser.close()
-    balance = await books.until(synced=3, unexplained=1)
+    balance = await ledger_rig.until(synced=3, unexplained=1)
     assert [(one.change_id, one.trace_id) for one in balance.missing] == [(made[2].id, TRACE)]
 
 
-async def test_missing_and_damaged_journal_entries_are_named(books: Books) -> None:
+async def test_missing_and_damaged_journal_entries_are_named(ledger_rig: LedgerRig) -> None:
     lost, flipped, kept = traced(), traced(), traced()
-    path = await books.journal(lost, flipped, kept)
-    await books.until(journaled=3)
+    path = await ledger_rig.journal(lost, flipped, kept)
+    await ledger_rig.until(journaled=3)
     with sqlite3.connect(path) as db:
         db.execute("delete from entries where seq = 1")
-    balance = await books.until(journaled=2, unexplained=1)
+    balance = await ledger_rig.until(journaled=2, unexplained=1)
     assert [(one.change_id, one.seen_in) for one in balance.missing] == [(lost.id, "orders-1.sqlite")]
-    code, out, _ = await books.cli("ledger", "--timeout", "1")
+    code, out, _ = await ledger_rig.cli("ledger", "--timeout", "1")
     assert code == 1
     assert f"change {lost.id}" in out
     with sqlite3.connect(path) as db:
         db.execute("update entries set event = replace(event, 'Masala', 'Masalo') where seq = 2")
-    assert len(await books.journals[0].oldest(10)) == 1  # reading finds the damage
-    balance = await books.until(journaled=1, unexplained=2)
+    assert len(await ledger_rig.journals[0].oldest(10)) == 1  # reading finds the damage
+    balance = await ledger_rig.until(journaled=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {lost.id, flipped.id}
 
 
@@ -286,23 +288,23 @@ async def test_missing_and_damaged_journal_entries_are_named(books: Books) -> No
 
 
 async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end(
-    make_books: Any,
+    make_ledger_rig: Any,
 ) -> None:
     # A long timeout: while a batch of one consumer is delayed, another consumer passes the heartbeats behind it.
-    books: Books = await make_books(database_timeout_seconds=15.0)
+    ledger_rig: LedgerRig = await make_ledger_rig(database_timeout_seconds=15.0)
     stop = asyncio.Event()
     sent = 0
 
     async def load() -> None:
         nonlocal sent
         while not stop.is_set():
-            await books.rig.publish(*(change(order(items=1)) for _ in range(5)))
-            await books.rig.publish(change(menu_item()), lane=Lane.NORMAL)
+            await ledger_rig.rig.publish(*(change(order(items=1)) for _ in range(5)))
+            await ledger_rig.rig.publish(change(menu_item()), lane=Lane.NORMAL)
             sent += 6
 
     loads = [asyncio.create_task(load()) for _ in range(3)]
     timeout_seconds = 6.0
-    async with Ledger(books.rig.settings, books.ops, timeout_seconds=timeout_seconds) as ledger:
+    async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=timeout_seconds) as ledger:
 
         async def synced() -> int:
             balance = await ledger.look()
@@ -322,12 +324,12 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
 
 
 async def test_next_look_continues_reading_and_asks_for_no_change_twice(
-    books: Books, monkeypatch: pytest.MonkeyPatch
+    ledger_rig: LedgerRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [change(order(items=1)) for _ in range(50)]
-    await books.rig.publish(*made)
-    await books.until(synced=50)
-    async with Ledger(books.rig.settings, books.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
+    await ledger_rig.rig.publish(*made)
+    await ledger_rig.until(synced=50)
+    async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
         assert (await ledger.look()).synced == 50
         asked: list[int] = []
         settle = ledger._log.settle
@@ -337,8 +339,8 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(
             await settle(entries)
 
         monkeypatch.setattr(ledger._log, "settle", counted)
-        await books.rig.publish(*made[:5])  # they are counted already
-        await books.rig.publish(change(order(items=1)))
+        await ledger_rig.rig.publish(*made[:5])  # they are counted already
+        await ledger_rig.rig.publish(change(order(items=1)))
 
         async def synced() -> int:
             return (await ledger.look()).synced
@@ -347,43 +349,43 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(
         assert max(asked) <= 1
 
 
-async def test_balance_begins_at_the_given_time(books: Books) -> None:
-    await books.rig.publish(change(order(items=1)))
-    await books.until(synced=1)
-    assert (await books.balance(since=now())).accepted <= 1
-    await books.rig.publish(change(order(items=1)))
-    await books.until(synced=2)
-    code, out, err = await books.cli("ledger", "--since", "yesterday")
+async def test_balance_begins_at_the_given_time(ledger_rig: LedgerRig) -> None:
+    await ledger_rig.rig.publish(change(order(items=1)))
+    await ledger_rig.until(synced=1)
+    assert (await ledger_rig.balance(since=now())).accepted <= 1
+    await ledger_rig.rig.publish(change(order(items=1)))
+    await ledger_rig.until(synced=2)
+    code, out, err = await ledger_rig.cli("ledger", "--since", "yesterday")
     assert (code, out) == (2, "")
     assert "ISO 8601" in err
 
 
 async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexplained(
-    books: Books, monkeypatch: pytest.MonkeyPatch
+    ledger_rig: LedgerRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from services.sync.ledger import sources
 
     restaurant = f"{os.urandom(4).hex()}-1111-4111-8111-111111111111"
     state = order(items=1, restaurant_id=restaurant)
     one = change(state)
-    await books.rig.mirror.keep_restaurant(restaurant, b"{}")
-    await books.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
+    await ledger_rig.rig.mirror.keep_restaurant(restaurant, b"{}")
+    await ledger_rig.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
     monkeypatch.setattr(sources, "_MIN_PENDING_AGE", sources._MIN_PENDING_AGE * 0)
-    found = await books.balance(mirror=books.rig.mirror)
+    found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0
-    await books.rig.publish(one)
-    await books.until(synced=1)
-    found = await books.balance(mirror=books.rig.mirror)
+    await ledger_rig.rig.publish(one)
+    await ledger_rig.until(synced=1)
+    found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
     assert one.id not in {hint.change_id for hint in found.mirror_only}
 
 
-async def test_ledger_needs_postgres_and_the_command_says_so(books: Books, servers: Servers) -> None:
+async def test_ledger_needs_postgres_and_the_command_says_so(ledger_rig: LedgerRig, servers: Servers) -> None:
     await asyncio.to_thread(servers.postgres.stop)
     try:
         with pytest.raises(Unavailable):
-            await books.balance()
-        code, _, err = await books.cli("ledger")
+            await ledger_rig.balance()
+        code, _, err = await ledger_rig.cli("ledger")
         assert code == 2
         assert "needs PostgreSQL" in err
     finally:
@@ -393,76 +395,78 @@ async def test_ledger_needs_postgres_and_the_command_says_so(books: Books, serve
 # -- the journal commands --------------------------------------------------------------------------------------------
 
 
-async def test_show_lists_waiting_changes_of_a_running_instance_and_changes_nothing(books: Books) -> None:
+async def test_show_lists_waiting_changes_of_a_running_instance_and_changes_nothing(ledger_rig: LedgerRig) -> None:
     made = [traced() for _ in range(3)]
-    path = await books.journal(*made)
-    code, out, _ = await books.cli("journal", "show", "--instance", "1")
+    path = await ledger_rig.journal(*made)
+    code, out, _ = await ledger_rig.cli("journal", "show", "--instance", "1")
     assert code == 0
     assert "3 changes wait (3 critical)" in out
     assert f"process {os.getpid()}" in out
     assert all(one.id in out and one.subject in out for one in made), out
-    code, out, _ = await books.cli("journal", "show", str(path), "--json", "--limit", "1")
+    code, out, _ = await ledger_rig.cli("journal", "show", str(path), "--json", "--limit", "1")
     printed = msgspec.json.decode(out)
     assert (code, printed["count"], len(printed["entries"]), printed["lanes"]) == (0, 3, 1, {"critical": 3})
     first = printed["entries"][0]
     assert (first["change_id"], first["trace_id"], first["bytes"]) == (made[0].id, TRACE, len(encode(made[0])))
     assert first["age_seconds"] >= 0
-    await books.journals[0].append([(Lane.CRITICAL, encode(traced()))])
-    assert books.journals[0].depth == 4
+    await ledger_rig.journals[0].append([(Lane.CRITICAL, encode(traced()))])
+    assert ledger_rig.journals[0].depth == 4
 
 
 async def test_drain_is_refused_for_a_running_instance_and_publishes_an_orphaned_journal(
-    books: Books,
+    ledger_rig: LedgerRig,
 ) -> None:
     made = [traced() for _ in range(300)]
     dish = change(menu_item())
-    path = await books.journal(*made)
-    await books.journals[0].append([(Lane.NORMAL, encode(dish))])
-    code, _, err = await books.cli("journal", "drain", "--instance", "1")
+    path = await ledger_rig.journal(*made)
+    await ledger_rig.journals[0].append([(Lane.NORMAL, encode(dish))])
+    code, _, err = await ledger_rig.cli("journal", "drain", "--instance", "1")
     assert code == 1
     assert "its instance runs" in err
-    assert books.journals[0].depth == 301
-    await books.journals[0].close()
-    code, out, _ = await books.cli("journal", "drain", "--instance", "1")
+    assert ledger_rig.journals[0].depth == 301
+    await ledger_rig.journals[0].close()
+    code, out, _ = await ledger_rig.cli("journal", "drain", "--instance", "1")
     assert (code, out) == (0, f"301 changes published (300 critical, 1 normal), 0 left in {path}\n")
-    await books.rig.written(*made, dish)
-    await books.until(synced=301)
-    code, out, _ = await books.cli("journal", "drain", str(path), "--json")
+    await ledger_rig.rig.written(*made, dish)
+    await ledger_rig.until(synced=301)
+    code, out, _ = await ledger_rig.cli("journal", "drain", str(path), "--json")
     assert (code, msgspec.json.decode(out)["published"]) == (0, 0)
     with Lease.take(path.parent, "orders", 1, within=0.0):
         pass
 
 
-async def test_drain_without_a_broker_keeps_all_entries_and_says_so(books: Books, servers: Servers) -> None:
-    path = await books.journal(traced())
-    await books.journals[0].close()
-    url = books.rig.settings.rabbitmq_url
-    books.rig.settings = books.rig.settings.model_copy(update={"rabbitmq_url": "amqp://nobody:here@127.0.0.1:1/"})
-    code, out, err = await books.cli("journal", "drain", str(path))
-    books.rig.settings = books.rig.settings.model_copy(update={"rabbitmq_url": url})
+async def test_drain_without_a_broker_keeps_all_entries_and_says_so(ledger_rig: LedgerRig, servers: Servers) -> None:
+    path = await ledger_rig.journal(traced())
+    await ledger_rig.journals[0].close()
+    url = ledger_rig.rig.settings.rabbitmq_url
+    ledger_rig.rig.settings = ledger_rig.rig.settings.model_copy(
+        update={"rabbitmq_url": "amqp://nobody:here@127.0.0.1:1/"}
+    )
+    code, out, err = await ledger_rig.cli("journal", "drain", str(path))
+    ledger_rig.rig.settings = ledger_rig.rig.settings.model_copy(update={"rabbitmq_url": url})
     assert code == 1
     assert "0 changes published (none), 1 left" in out
     assert "RabbitMQ does not accept them" in err
-    await books.until(journaled=1)
+    await ledger_rig.until(journaled=1)
 
 
-async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the_others(books: Books) -> None:
+async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the_others(ledger_rig: LedgerRig) -> None:
     made = [traced(notes=f"{n:0400}") for n in range(30)]
-    path = await books.journal(*made)
-    await books.journals[0].close()
+    path = await ledger_rig.journal(*made)
+    await ledger_rig.journals[0].close()
     data = bytearray(path.read_bytes())
     data[data.index(f'"notes":"{7:0400}'.encode()) + 40] ^= 1
     path.write_bytes(bytes(data))
-    code, out, _ = await books.cli("journal", "show", str(path))
+    code, out, _ = await ledger_rig.cli("journal", "show", str(path))
     assert code == 1
     assert f"damaged: change {made[7].id} of {made[7].subject}" in out
-    code, out, err = await books.cli("journal", "drain", str(path))
+    code, out, err = await ledger_rig.cli("journal", "drain", str(path))
     assert code == 1
     assert "29 changes published" in out
     assert "1 damaged entries were not published" in err
     assert "the file was damaged and set aside" in err
-    balance = await books.until(synced=29, unexplained=1)
+    balance = await ledger_rig.until(synced=29, unexplained=1)
     assert [one.change_id for one in balance.missing] == [made[7].id]
     [aside] = files_aside(path)
     assert aside.read_bytes() == bytes(data)
-    assert (await books.cli("journal", "drain", str(aside)))[0] == 1
+    assert (await ledger_rig.cli("journal", "drain", str(aside)))[0] == 1

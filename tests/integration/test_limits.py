@@ -27,7 +27,7 @@ from shared.mirror.mirror import Mirror
 from shared.security.tokens import Role
 from shared.settings import Settings
 from tests.rigs.http_client import http_client
-from tests.rigs.restaurant import Shop, made
+from tests.rigs.restaurant import RestaurantRig, made
 from tests.rigs.servers import Servers
 from tests.rigs.system import ROOT, System, eventually
 
@@ -217,11 +217,11 @@ async def limited(system: System) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def shop(system: System, limited: str) -> Shop:
-    return await new_shop(system, limited)
+async def restaurant(system: System, limited: str) -> RestaurantRig:
+    return await new_restaurant(system, limited)
 
 
-async def new_shop(system: System, limited: str) -> Shop:
+async def new_restaurant(system: System, limited: str) -> RestaurantRig:
     """Registers a restaurant from a new address, because registrations are limited too."""
     slug = f"shop-{uuid4().hex[:12]}"
     body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good"}
@@ -229,7 +229,7 @@ async def new_shop(system: System, limited: str) -> Shop:
         data = made(await client.post("/api/auth/register-restaurant", json=body))
     session = data["session"]
     admin, token = session["user"]["id"], session["access_token"]
-    return Shop(system, data["restaurant"]["id"], slug, admin, token, staff=str(uuid4()))
+    return RestaurantRig(system, data["restaurant"]["id"], slug, admin, token, staff_id=str(uuid4()))
 
 
 def headers_of(token: str | None = None, *, address: str | None = None) -> dict[str, str]:
@@ -237,8 +237,10 @@ def headers_of(token: str | None = None, *, address: str | None = None) -> dict[
     return found if token is None else {**found, "Authorization": f"Bearer {token}"}
 
 
-async def test_requests_of_a_restaurant_are_limited_across_addresses(limited: str, shop: Shop, system: System) -> None:
-    tokens = [shop.token, shop.token_of(Role.STAFF), shop.token_of(Role.CUSTOMER, session="s1")]
+async def test_requests_of_a_restaurant_are_limited_across_addresses(
+    limited: str, restaurant: RestaurantRig, system: System
+) -> None:
+    tokens = [restaurant.token, restaurant.token_of(Role.STAFF), restaurant.token_of(Role.CUSTOMER, session="s1")]
     async with http_client(base_url=limited) as client:
         for place in range(BURST_REQUESTS):
             reply = await client.get("/api/menu", headers=headers_of(tokens[place % 3]))
@@ -246,18 +248,18 @@ async def test_requests_of_a_restaurant_are_limited_across_addresses(limited: st
             assert reply.headers["ratelimit-limit"] == str(BURST_REQUESTS)
             assert reply.headers["ratelimit-remaining"] == str(BURST_REQUESTS - 1 - place)
             assert int(reply.headers["ratelimit-reset"]) == (place + 1) * 10
-        reply = await client.get("/api/menu", headers=headers_of(shop.token))
+        reply = await client.get("/api/menu", headers=headers_of(restaurant.token))
         assert reply.status_code == 429
         assert reply.json()["error"]["code"] == "rate_limited"
         assert 1 <= int(reply.headers["retry-after"]) <= 10
         assert (reply.headers["ratelimit-limit"], reply.headers["ratelimit-remaining"]) == (str(BURST_REQUESTS), "0")
         # Other restaurants continue, and requests without a valid token do not count for the restaurant.
-        other = await new_shop(system, limited)
+        other = await new_restaurant(system, limited)
         assert (await client.get("/api/menu", headers=headers_of(other.token))).status_code == 200
         assert (await client.get("/api/menu", headers=headers_of("garbage"))).status_code == 401
 
 
-async def test_requests_from_an_address_are_limited_across_callers(limited: str, shop: Shop) -> None:
+async def test_requests_from_an_address_are_limited_across_callers(limited: str, restaurant: RestaurantRig) -> None:
     address = next(_addresses)
     async with http_client(base_url=limited) as client:
         for place in range(ADDRESS_BURST_REQUESTS):
@@ -266,18 +268,18 @@ async def test_requests_from_an_address_are_limited_across_callers(limited: str,
             reply = await client.get("/api/menu", headers=headers)
             assert reply.status_code == 401
             assert reply.headers["ratelimit-remaining"] == str(ADDRESS_BURST_REQUESTS - 1 - place)
-        for token in (None, shop.token):
+        for token in (None, restaurant.token):
             reply = await client.get("/api/menu", headers=headers_of(token, address=address))
             assert reply.status_code == 429
             assert 1 <= int(reply.headers["retry-after"]) <= 10
-        assert (await client.get("/api/menu", headers=headers_of(shop.token))).status_code == 200
+        assert (await client.get("/api/menu", headers=headers_of(restaurant.token))).status_code == 200
         # Health checks are not counted.
         for _ in range(ADDRESS_BURST_REQUESTS + 1):
             reply = await client.get("/health/live", headers=headers_of(address=address))
             assert reply.status_code == 200
 
 
-async def test_service_without_redis_still_limits(system: System, shop: Shop) -> None:
+async def test_service_without_redis_still_limits(system: System, restaurant: RestaurantRig) -> None:
     name, (port, unused_port) = "alone", find_free(2)
     system.urls[name] = f"http://127.0.0.1:{port}"
     system.start(
@@ -291,7 +293,7 @@ async def test_service_without_redis_still_limits(system: System, shop: Shop) ->
     )
     try:
         await system.ready(name)
-        async with http_client(base_url=system.urls[name], headers=headers_of(shop.token)) as client:
+        async with http_client(base_url=system.urls[name], headers=headers_of(restaurant.token)) as client:
             replies = [await client.get("/api/sync/status") for _ in range(BURST_REQUESTS + 2)]
     finally:
         await system.stop(name)
@@ -313,7 +315,7 @@ async def preflight(url: str, origin: str) -> httpx.Response:
         return await client.options(f"/api/orders/{uuid4()}", headers={**headers_of(), **asked})
 
 
-async def test_pages_of_configured_origins_may_call(limited: str, shop: Shop) -> None:
+async def test_pages_of_configured_origins_may_call(limited: str, restaurant: RestaurantRig) -> None:
     for origin in (ORIGIN, "https://other.example"):
         reply = await preflight(limited, origin)
         assert reply.status_code == 204
@@ -324,10 +326,10 @@ async def test_pages_of_configured_origins_may_call(limited: str, shop: Shop) ->
     async with http_client(base_url=limited) as client:
         # Errors need the headers too, or a page could not show its user what was wrong.
         for path, token, status in (
-            ("/api/menu", shop.token, 200),
+            ("/api/menu", restaurant.token, 200),
             ("/api/menu", None, 401),
-            ("/api/menu?limit=x", shop.token, 422),
-            (f"/api/menu/{uuid4()}", shop.token, 404),
+            ("/api/menu?limit=x", restaurant.token, 422),
+            (f"/api/menu/{uuid4()}", restaurant.token, 404),
             ("/no/such/path", None, 404),
         ):
             reply = await client.get(path, headers={**headers_of(token), "Origin": ORIGIN})
@@ -340,10 +342,10 @@ async def test_pages_of_configured_origins_may_call(limited: str, shop: Shop) ->
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "https://app.example.evil.example", "null", "http://app.example"]
 )
-async def test_pages_of_other_origins_may_not_call(limited: str, shop: Shop, origin: str) -> None:
+async def test_pages_of_other_origins_may_not_call(limited: str, restaurant: RestaurantRig, origin: str) -> None:
     assert "access-control-allow-origin" not in (await preflight(limited, origin)).headers
     async with http_client(base_url=limited) as client:
-        reply = await client.get("/api/menu", headers={**headers_of(shop.token), "Origin": origin})
+        reply = await client.get("/api/menu", headers={**headers_of(restaurant.token), "Origin": origin})
         assert "access-control-allow-origin" not in reply.headers
 
 
@@ -404,9 +406,9 @@ async def test_every_kind_of_reply_has_the_security_headers(system: System, serv
         check(await client.get("/health/live", headers={"Host": "a b"}))
 
 
-async def test_replies_of_the_orders_api_have_the_security_headers(system: System, shop: Shop) -> None:
-    dish = await shop.dish()
-    async with shop.client(Role.ADMIN) as client:
+async def test_replies_of_the_orders_api_have_the_security_headers(system: System, restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish()
+    async with restaurant.client(Role.ADMIN) as client:
         path = f"/api/menu/{dish['id']}"
         replies = {
             201: await client.post("/api/menu", json={"name": "Dosa", "price": 1, "category": "Mains"}),

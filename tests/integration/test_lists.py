@@ -14,7 +14,7 @@ from shared.entities.order import OrderStatus, PaymentStatus
 from shared.security.tokens import Role
 from tests.rigs.builders import change, item, new_id, order
 from tests.rigs.http_client import http_client
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 EVERY = pytest.mark.parametrize("resource", RESOURCES, ids=[one.entity.name for one in RESOURCES])
@@ -47,13 +47,13 @@ CHANGES: dict[str, tuple[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
-    return await open_shop(system, tax_basis_points=0)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system, tax_basis_points=0)
 
 
 @pytest.fixture(scope="module")
-async def bay(shop: Shop) -> str:
-    async with shop.client() as staff:
+async def bay(restaurant: RestaurantRig) -> str:
+    async with restaurant.client() as staff:
         return str(made(await staff.post("/api/bays", json={"name": "Wash"}))["id"])
 
 
@@ -84,10 +84,12 @@ async def ids(client: httpx.AsyncClient, path: str, **query: Any) -> list[str]:
 
 
 @EVERY
-async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_every_entity_can_be_deleted_and_restored(
+    restaurant: RestaurantRig, bay: str, resource: Resource
+) -> None:
     path, name = resource.path, resource.entity.name
     field, value = CHANGES[name]
-    async with shop.client(Role.ADMIN) as admin, shop.client() as staff:
+    async with restaurant.client(Role.ADMIN) as admin, restaurant.client() as staff:
         one = made(await admin.post(path, json=body_of(resource, bay)))
         url = f"{path}/{one['id']}"
         assert (one["version"], one["deleted_at"]) == (1, None)
@@ -112,7 +114,7 @@ async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, re
         assert (await ids(admin, path, include_deleted="true"))[0] == one["id"]
 
         async def stored() -> Any:
-            async with shop.system.database() as connection:
+            async with restaurant.system.database() as connection:
                 return await connection.fetchrow(
                     f"select version, deleted_at from {resource.entity.table.name} where id = $1", one["id"]
                 )
@@ -137,10 +139,12 @@ async def test_every_entity_can_be_deleted_and_restored(shop: Shop, bay: str, re
 
 
 @EVERY
-async def test_repeated_creation_with_its_key_returns_the_same_entity(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_repeated_creation_with_its_key_returns_the_same_entity(
+    restaurant: RestaurantRig, bay: str, resource: Resource
+) -> None:
     key = {"Idempotency-Key": str(uuid4())}
     body = body_of(resource, bay)
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
         first = await admin.post(resource.path, json=body, headers=key)
         again = await admin.post(resource.path, json=body, headers=key)
         assert made(again)["id"] == made(first)["id"]
@@ -155,11 +159,13 @@ async def test_repeated_creation_with_its_key_returns_the_same_entity(shop: Shop
 
 
 @EVERY
-async def test_change_without_effect_creates_no_version(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_change_without_effect_creates_no_version(
+    restaurant: RestaurantRig, bay: str, resource: Resource
+) -> None:
     body = body_of(resource, bay)
     if resource.entity.name == "inventory_item":
         body = {name: value for name, value in body.items() if name != "quantity"}  # a count is always a change
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         same = await admin.put(f"{resource.path}/{one['id']}", json=body)
         assert (expect(same)["version"], expect(same)["updated_at"]) == (1, one["updated_at"])
@@ -170,9 +176,11 @@ async def test_change_without_effect_creates_no_version(shop: Shop, bay: str, re
 
 
 @EVERY
-async def test_pages_list_every_entity_once_newest_first(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_pages_list_every_entity_once_newest_first(
+    restaurant: RestaurantRig, bay: str, resource: Resource
+) -> None:
     path = resource.path
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
         new = [made(await admin.post(path, json=body_of(resource, bay))) for _ in range(5)]
         newest = [one["id"] for one in reversed(new)]
         since = new[0]["created_at"]
@@ -201,10 +209,10 @@ async def test_pages_list_every_entity_once_newest_first(shop: Shop, bay: str, r
 
 
 @EVERY
-async def test_fields_select_what_is_returned(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_fields_select_what_is_returned(restaurant: RestaurantRig, bay: str, resource: Resource) -> None:
     field, _ = CHANGES[resource.entity.name]
     nothing = {"created_to": "1999-01-01T00:00:00Z"}
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         requested = [field, "version", *resource.more_types]
         listed = expect(await admin.get(resource.path, params={"fields": ", ".join(requested), "limit": 1}))
@@ -216,10 +224,10 @@ async def test_fields_select_what_is_returned(shop: Shop, bay: str, resource: Re
             refused(reply, 422, "invalid_input", "fields")
 
 
-async def test_orders_are_filtered_and_shown_as_requested(shop: Shop) -> None:
-    dish = (await shop.dish())["id"]
+async def test_orders_are_filtered_and_shown_as_requested(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish())["id"]
     body = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": str(uuid4())}
-    async with shop.client(Role.ADMIN) as admin, shop.client() as staff:
+    async with restaurant.client(Role.ADMIN) as admin, restaurant.client() as staff:
         orders = [
             made(await staff.post("/api/orders", json=body, headers={"Idempotency-Key": new_id()})) for _ in "abc"
         ]
@@ -238,9 +246,9 @@ async def test_orders_are_filtered_and_shown_as_requested(shop: Shop) -> None:
         refused(await staff.get("/api/orders", params={"fields": "request_hash"}), 422, "invalid_input", "fields")
 
 
-async def test_guest_sees_nothing_of_other_guests(shop: Shop) -> None:
-    dish = (await shop.dish())["id"]
-    async with shop.client(Role.ADMIN) as admin:
+async def test_guest_sees_nothing_of_other_guests(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client(Role.ADMIN) as admin:
         table = made(await admin.post("/api/tables", json={"label": "Bar", "seats": 9}))["id"]
         others = made(
             await admin.post(
@@ -255,7 +263,7 @@ async def test_guest_sees_nothing_of_other_guests(shop: Shop) -> None:
         )
         deleted = made(await admin.post("/api/menu", json={"name": "Old dish", "price": 1, "category": "x"}))["id"]
         expect(await admin.delete(f"/api/menu/{deleted}"))
-    async with shop.client(Role.CUSTOMER, session="session-of-ada") as guest:
+    async with restaurant.client(Role.CUSTOMER, session="session-of-ada") as guest:
         for path in ("/api/orders", "/api/menu", "/api/menu/categories", "/api/menu/brands", "/api/tables"):
             seen = await guest.get(path, params={"limit": 200})
             expect(seen)
@@ -281,9 +289,9 @@ async def audit(client: httpx.AsyncClient, count: int, **query: Any) -> list[dic
 
 
 @EVERY
-async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resource: Resource) -> None:
+async def test_audit_shows_actor_and_changed_fields(restaurant: RestaurantRig, bay: str, resource: Resource) -> None:
     field, value = CHANGES[resource.entity.name]
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         url = f"{resource.path}/{one['id']}"
         expect(await admin.put(url, json={field: value}))
@@ -293,7 +301,7 @@ async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resour
     name = resource.entity.name
     events = [f"ticketrail.{name}.{event}.v1" for event in ("restored", "deleted", "updated", "created")]
     assert [(each["type"], each["version"]) for each in found] == list(zip(events, (4, 3, 2, 1), strict=True))
-    assert {each["actor"] for each in found} == {shop.admin}
+    assert {each["actor"] for each in found} == {restaurant.admin_id}
     assert {(each["entity"], each["source"]) for each in found} == {(name, "orders")}
     restored, deleted, updated, created = (each["changed"] for each in found)
     assert created == {}
@@ -303,11 +311,11 @@ async def test_audit_shows_actor_and_changed_fields(shop: Shop, bay: str, resour
 
 
 async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -> None:
-    shop = await open_shop(system)
-    dish = (await shop.dish())["id"]
+    restaurant = await register_restaurant(system)
+    dish = (await restaurant.dish())["id"]
     session = f"table-{uuid4()}"
-    async with shop.client(Role.ADMIN) as admin, shop.client() as staff:
-        async with shop.client(Role.CUSTOMER, session=session) as guest:
+    async with restaurant.client(Role.ADMIN) as admin, restaurant.client() as staff:
+        async with restaurant.client(Role.CUSTOMER, session=session) as guest:
             placed = made(await guest.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
         url = f"/api/orders/{placed['id']}"
         expect(await staff.put(url, json={"status": "received", "notes": "hurry"}))
@@ -317,13 +325,13 @@ async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -
         expect(await staff.post("/api/menu/availability", json={"menu_item_ids": [dish], "is_available": False}))
         found = await audit(admin, 7)
         assert [(one["type"].split(".", 1)[1], one["actor"]) for one in found] == [
-            ("menu_item.updated.v1", shop.staff),
-            ("order.restored.v1", shop.staff),
-            ("order.deleted.v1", shop.admin),
-            ("order.payment_recorded.v1", shop.staff),
-            ("order.status_changed.v1", shop.staff),
+            ("menu_item.updated.v1", restaurant.staff_id),
+            ("order.restored.v1", restaurant.staff_id),
+            ("order.deleted.v1", restaurant.admin_id),
+            ("order.payment_recorded.v1", restaurant.staff_id),
+            ("order.status_changed.v1", restaurant.staff_id),
             ("order.created.v1", session),
-            ("menu_item.created.v1", shop.admin),
+            ("menu_item.created.v1", restaurant.admin_id),
         ]
         assert found[0]["changed"] == {"is_available": {"before": True, "after": False}}
         assert found[4]["changed"] == {
@@ -349,16 +357,16 @@ async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -
             return [everything.index(one["change_id"]) for one in rows]
 
         assert await chosen(actor=session) == [5]
-        assert await chosen(actor=shop.admin) == [2, 6]
+        assert await chosen(actor=restaurant.admin_id) == [2, 6]
         assert await chosen(entity="menu_item") == [0, 6]
         assert await chosen(entity="order", entity_id=dish) == []
         assert await chosen(**{"from": found[3]["accepted_at"]}) == [0, 1, 2, 3]
         assert await chosen(**{"from": found[3]["accepted_at"], "to": found[2]["accepted_at"]}) == [2, 3]
         refused(await admin.get("/api/audit", params={"cursor": "x"}), 422, "invalid_cursor", "cursor")
-        for client in (shop.client(Role.STAFF), shop.client(Role.CUSTOMER, session=session)):
+        for client in (restaurant.client(Role.STAFF), restaurant.client(Role.CUSTOMER, session=session)):
             async with client as other:
                 refused(await other.get("/api/audit"), 403, "forbidden")
-    async with (await open_shop(system)).client(Role.ADMIN) as stranger:
+    async with (await register_restaurant(system)).client(Role.ADMIN) as stranger:
         assert expect(await stranger.get("/api/audit")) == []
 
 
@@ -366,13 +374,13 @@ async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -
 
 
 async def test_summary_adds_up_each_business_day(system: System) -> None:
-    shop = await open_shop(system, currency="CHF", tax_basis_points=0)
+    restaurant = await register_restaurant(system, currency="CHF", tax_basis_points=0)
     monday, tuesday, friday = date(2026, 3, 2), date(2026, 3, 3), date(2026, 3, 6)
 
     def of(day: date, price: int, **fields: Any) -> Any:
         return order(
             items=(item(unit_price=price),),
-            restaurant_id=shop.restaurant,
+            restaurant_id=restaurant.id,
             business_day=day,
             subtotal=price,
             tax_amount=price // 10,
@@ -389,8 +397,8 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
         of(tuesday, 100),
         of(friday, 10),
     ]
-    await shop.publish(*(change(state) for state in states))
-    async with shop.client() as staff:
+    await restaurant.publish(*(change(state) for state in states))
+    async with restaurant.client() as staff:
         span = {"from": "2026-03-01", "to": "2026-03-06"}
 
         async def look() -> Any:
@@ -416,7 +424,7 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
         assert expect(await staff.get("/api/orders/summary", params={"to": "2026-03-03"}))["orders"] == 4
 
         # Without dates the summary ends today, which is the business day of the new order.
-        dish = (await shop.dish(price=700))["id"]
+        dish = (await restaurant.dish(price=700))["id"]
         placed = made(await staff.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
 
         async def today() -> Any:
@@ -438,7 +446,7 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
 
 
 @pytest.fixture(scope="module")
-async def blind(system: System, shop: Shop) -> AsyncIterator[str]:
+async def blind(system: System, restaurant: RestaurantRig) -> AsyncIterator[str]:
     """URL of a second instance of the orders service that cannot reach PostgreSQL."""
     port, unused_port = find_free(2)
     system.start(
@@ -458,10 +466,10 @@ async def blind(system: System, shop: Shop) -> AsyncIterator[str]:
 
 
 async def test_lists_without_postgres_come_from_the_mirror_and_are_marked_incomplete(
-    shop: Shop, bay: str, blind: str
+    restaurant: RestaurantRig, bay: str, blind: str
 ) -> None:
-    dish = (await shop.dish())["id"]
-    async with shop.client() as staff:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client() as staff:
         body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
         placed = made(await staff.post("/api/orders", json=body))["id"]
         paid = [
@@ -475,7 +483,7 @@ async def test_lists_without_postgres_come_from_the_mirror_and_are_marked_incomp
             return bool(expect(await staff.get(f"/api/orders/{placed}"))["sync"]["state"] == "synced")
 
         await eventually(synced, what="synced")
-    headers = {"Authorization": f"Bearer {shop.token}"}
+    headers = {"Authorization": f"Bearer {restaurant.token}"}
     async with http_client(base_url=blind, headers=headers, timeout=10.0) as admin:
         for resource in RESOURCES:
             one = made(await admin.post(resource.path, json=body_of(resource, bay)))

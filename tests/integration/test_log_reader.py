@@ -71,7 +71,7 @@ async def broker(servers: Servers) -> AsyncIterator[Broker]:
     await asyncio.to_thread(servers.rabbitmq.delete_vhost, broker.name)
 
 
-class Read:
+class BatchCollector:
     """Collects the batches of a reader."""
 
     def __init__(self, reader: LogReader) -> None:
@@ -108,8 +108,8 @@ class Read:
 @asynccontextmanager
 async def reading(
     url: str, start: Start = "first", *, epoch: str | None = None, idle: float = 5.0, prefetch: int = 1_000
-) -> AsyncIterator[Read]:
-    read = Read(LogReader(url, name="test", idle_seconds=idle, prefetch=prefetch))
+) -> AsyncIterator[BatchCollector]:
+    read = BatchCollector(LogReader(url, name="test", idle_seconds=idle, prefetch=prefetch))
     task = asyncio.create_task(read.run(start, epoch))
     try:
         yield read

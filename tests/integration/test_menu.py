@@ -11,7 +11,7 @@ import pytest
 from deploy.local.port_check import find_free
 from shared.security.tokens import Role
 from tests.rigs.http_client import http_client
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 SIZE = {
@@ -32,8 +32,8 @@ EXTRAS = {
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
-    return await open_shop(system)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system)
 
 
 def body(*dishes: str, **item: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def chosen(*options: tuple[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "option": option} for name, option in options]
 
 
-async def test_dish_keeps_all_its_fields(shop: Shop) -> None:
+async def test_dish_keeps_all_its_fields(restaurant: RestaurantRig) -> None:
     fields = {
         "name": "Pizza",
         "price": 980,
@@ -55,8 +55,8 @@ async def test_dish_keeps_all_its_fields(shop: Shop) -> None:
         "image_url": "https://example.com/pizza.jpg",
     }
     groups = [SIZE, EXTRAS]
-    dish = await shop.dish(**fields, customizations=groups)
-    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+    dish = await restaurant.dish(**fields, customizations=groups)
+    async with restaurant.client(Role.CUSTOMER, session="guest") as guest:
         seen = expect(await guest.get(f"/api/menu/{dish['id']}"))
         assert {name: seen[name] for name in fields} == fields
         size, extras = seen["customizations"]
@@ -72,15 +72,15 @@ async def test_dish_keeps_all_its_fields(shop: Shop) -> None:
             assert expect(nothing) == []
 
     async def stored() -> Any:
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             return await connection.fetchrow("select * from menu_items where id = $1", dish["id"])
 
     row = await eventually(stored, what="the dish in PostgreSQL")
     assert {name: row[name] for name in fields} == fields
 
 
-async def test_categories_and_brands_are_separate(shop: Shop) -> None:
-    async with shop.client(Role.ADMIN) as admin:
+async def test_categories_and_brands_are_separate(restaurant: RestaurantRig) -> None:
+    async with restaurant.client(Role.ADMIN) as admin:
         category = made(await admin.post("/api/menu/categories", json={"name": "Soups", "position": 3}))
         brand = made(await admin.post("/api/menu/brands", json={"name": "Fritz", "description": "from Hamburg"}))
         assert [one["id"] for one in expect(await admin.get("/api/menu/categories"))] == [category["id"]]
@@ -89,9 +89,9 @@ async def test_categories_and_brands_are_separate(shop: Shop) -> None:
         refused(await admin.get(f"/api/menu/brands/{category['id']}"), 404, "not_found")
 
 
-async def test_only_an_admin_may_change_the_menu(shop: Shop) -> None:
-    dish = await shop.dish()
-    for client in (shop.client(Role.STAFF), shop.client(Role.CUSTOMER, session="guest")):
+async def test_only_an_admin_may_change_the_menu(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish()
+    for client in (restaurant.client(Role.STAFF), restaurant.client(Role.CUSTOMER, session="guest")):
         async with client as caller:
             for reply in (
                 await caller.post("/api/menu", json={"name": "x", "price": 1, "category": "x"}),
@@ -124,10 +124,10 @@ async def test_only_an_admin_may_change_the_menu(shop: Shop) -> None:
     ids=lambda value: str(value)[:40],
 )
 async def test_invalid_dish_is_refused_with_the_name_of_the_field(
-    shop: Shop, fields: dict[str, Any], field: str
+    restaurant: RestaurantRig, fields: dict[str, Any], field: str
 ) -> None:
-    dish = await shop.dish()
-    async with shop.client(Role.ADMIN) as admin:
+    dish = await restaurant.dish()
+    async with restaurant.client(Role.ADMIN) as admin:
         for reply in (
             await admin.post("/api/menu", json={"name": "x", "price": 1, "category": "x", **fields}),
             await admin.put(f"/api/menu/{dish['id']}", json=fields),
@@ -135,9 +135,9 @@ async def test_invalid_dish_is_refused_with_the_name_of_the_field(
             assert expect(reply, 422)["details"]["field"] == field
 
 
-async def test_prices_of_placed_orders_never_change(shop: Shop) -> None:
-    dish = await shop.dish(name="Thali", price=1_000, customizations=[SIZE])
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+async def test_prices_of_placed_orders_never_change(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish(name="Thali", price=1_000, customizations=[SIZE])
+    async with restaurant.client() as staff, restaurant.client(Role.ADMIN) as admin:
         placed = made(
             await staff.post("/api/orders", json=body(dish["id"], customizations=chosen(("size", "large")), quantity=2))
         )
@@ -153,7 +153,7 @@ async def test_prices_of_placed_orders_never_change(shop: Shop) -> None:
         assert changed["total"] == placed["total"] + 100
 
         async def stored() -> Any:
-            async with shop.system.database() as connection:
+            async with restaurant.system.database() as connection:
                 return await connection.fetchrow(
                     "select o.version, o.subtotal, i.name, i.unit_price, i.line_total"
                     " from orders o join order_items i on i.order_id = o.id where o.id = $1",
@@ -164,17 +164,17 @@ async def test_prices_of_placed_orders_never_change(shop: Shop) -> None:
     assert tuple(row) == (2, 2_500, "Thali", 1_250, 2_500)
 
 
-async def test_new_price_counts_from_the_next_order_on(shop: Shop) -> None:
-    dish = await shop.dish(price=1_000)
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+async def test_new_price_counts_from_the_next_order_on(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish(price=1_000)
+    async with restaurant.client() as staff, restaurant.client(Role.ADMIN) as admin:
         for price in (1_100, 1_200, 1_300):
             expect(await admin.put(f"/api/menu/{dish['id']}", json={"price": price}))
             assert made(await staff.post("/api/orders", json=body(dish["id"])))["items"][0]["unit_price"] == price
 
 
-async def test_deleted_dish_is_not_sold_until_it_is_restored(shop: Shop) -> None:
-    dish = await shop.dish()
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+async def test_deleted_dish_is_not_sold_until_it_is_restored(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish()
+    async with restaurant.client() as staff, restaurant.client(Role.ADMIN) as admin:
         expect(await admin.delete(f"/api/menu/{dish['id']}"))
         refused(
             await staff.post("/api/orders", json=body(dish["id"])), 422, "unknown_menu_item", "items[0].menu_item_id"
@@ -183,10 +183,10 @@ async def test_deleted_dish_is_not_sold_until_it_is_restored(shop: Shop) -> None
         made(await staff.post("/api/orders", json=body(dish["id"])))
 
 
-async def test_server_prices_the_choices(shop: Shop) -> None:
-    dish = await shop.dish(price=1_000, customizations=[SIZE, EXTRAS])
+async def test_server_prices_the_choices(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish(price=1_000, customizations=[SIZE, EXTRAS])
     options = chosen(("size", "large"), ("extras", "egg"), ("extras", "cheese"))
-    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+    async with restaurant.client(Role.CUSTOMER, session="guest") as guest:
         (item,) = made(await guest.post("/api/orders", json=body(dish["id"], customizations=options, quantity=3)))[
             "items"
         ]
@@ -218,10 +218,10 @@ async def test_server_prices_the_choices(shop: Shop) -> None:
     ids=lambda value: str(value)[:50],
 )
 async def test_choice_that_the_dish_does_not_offer_is_refused(
-    shop: Shop, options: tuple[tuple[str, str], ...], code: str, field: str
+    restaurant: RestaurantRig, options: tuple[tuple[str, str], ...], code: str, field: str
 ) -> None:
-    plain, dish = await shop.dish(), await shop.dish(customizations=[SIZE, EXTRAS])
-    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+    plain, dish = await restaurant.dish(), await restaurant.dish(customizations=[SIZE, EXTRAS])
+    async with restaurant.client(Role.CUSTOMER, session="guest") as guest:
         items = [*body(plain["id"])["items"], *body(dish["id"], customizations=chosen(*options))["items"]]
         reply = await guest.post("/api/orders", json={"items": items})
         refused(reply, 422, code, f"items[1].customizations{field}")
@@ -229,9 +229,9 @@ async def test_choice_that_the_dish_does_not_offer_is_refused(
         refused(reply, 422, "unknown_customization", "items[0].customizations[0].name")
 
 
-async def test_choices_are_checked_when_the_items_of_an_order_change(shop: Shop) -> None:
-    dish = await shop.dish(price=1_000, customizations=[SIZE])
-    async with shop.client() as staff:
+async def test_choices_are_checked_when_the_items_of_an_order_change(restaurant: RestaurantRig) -> None:
+    dish = await restaurant.dish(price=1_000, customizations=[SIZE])
+    async with restaurant.client() as staff:
         placed = made(await staff.post("/api/orders", json=body(dish["id"], customizations=chosen(("size", "large")))))
         url = f"/api/orders/{placed['id']}"
         refused(await staff.put(url, json=body(dish["id"])), 422, "customization_count", "items[0].customizations")
@@ -245,10 +245,10 @@ async def set_availability(client: httpx.AsyncClient, dishes: list[str], availab
     return {one["id"]: one["outcome"] for one in found}
 
 
-async def test_dishes_made_unavailable_in_one_call_cannot_be_ordered_from_then_on(shop: Shop) -> None:
-    dishes = [(await shop.dish())["id"] for _ in range(12)]
+async def test_dishes_made_unavailable_in_one_call_cannot_be_ordered_from_then_on(restaurant: RestaurantRig) -> None:
+    dishes = [(await restaurant.dish())["id"] for _ in range(12)]
     sold_out, left = dishes[:11], dishes[11]
-    async with shop.client() as staff, shop.client(Role.CUSTOMER, session="guest") as guest:
+    async with restaurant.client() as staff, restaurant.client(Role.CUSTOMER, session="guest") as guest:
         placed = made(await guest.post("/api/orders", json=body(*dishes)))
         assert await set_availability(staff, [*sold_out, sold_out[0]], False) == dict.fromkeys(sold_out, "changed")
         for place, dish in enumerate(sold_out):
@@ -281,9 +281,9 @@ async def without_broker(system: System) -> AsyncIterator[str]:
 
 
 async def test_instance_prices_by_its_own_menu_changes_without_waiting_for_the_log(
-    shop: Shop, without_broker: str
+    restaurant: RestaurantRig, without_broker: str
 ) -> None:
-    headers = {"Authorization": f"Bearer {shop.token}"}
+    headers = {"Authorization": f"Bearer {restaurant.token}"}
     async with http_client(base_url=without_broker, headers=headers, timeout=10.0) as admin:
         dish = {"name": "Dosa", "price": 1_000, "category": "Mains"}
         dishes = [made(await admin.post("/api/menu", json=dish))["id"] for _ in range(3)]
@@ -296,9 +296,9 @@ async def test_instance_prices_by_its_own_menu_changes_without_waiting_for_the_l
         assert made(await admin.post("/api/orders", json=body(dishes[2])))["subtotal"] == 1_234
 
 
-async def test_unknown_dish_leaves_the_availability_of_all_dishes_unchanged(shop: Shop) -> None:
-    dish, deleted = (await shop.dish())["id"], (await shop.dish())["id"]
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+async def test_unknown_dish_leaves_the_availability_of_all_dishes_unchanged(restaurant: RestaurantRig) -> None:
+    dish, deleted = (await restaurant.dish())["id"], (await restaurant.dish())["id"]
+    async with restaurant.client() as staff, restaurant.client(Role.ADMIN) as admin:
         expect(await admin.delete(f"/api/menu/{deleted}"))
         for wrong in (str(uuid4()), deleted):
             request = {"menu_item_ids": [dish, wrong], "is_available": False}
@@ -307,9 +307,9 @@ async def test_unknown_dish_leaves_the_availability_of_all_dishes_unchanged(shop
         assert expect(await staff.get(f"/api/menu/{dish}"))["version"] == 1
 
 
-async def test_concurrent_changes_of_availability_and_price_keep_both(shop: Shop) -> None:
-    dish = (await shop.dish())["id"]
-    async with shop.client() as staff, shop.client(Role.ADMIN) as admin:
+async def test_concurrent_changes_of_availability_and_price_keep_both(restaurant: RestaurantRig) -> None:
+    dish = (await restaurant.dish())["id"]
+    async with restaurant.client() as staff, restaurant.client(Role.ADMIN) as admin:
 
         async def take_off() -> str:
             return (await set_availability(staff, [dish], False))[dish]

@@ -16,7 +16,7 @@ from tests.rigs.notifier import (
     EPOCH,
     OTHER_EPOCH,
     Notifier,
-    Rail,
+    NotifierRig,
     come_back,
     deaf,
     flood,
@@ -29,15 +29,15 @@ from tests.rigs.system import eventually
 
 
 @pytest.fixture
-async def rail(servers: Servers, tmp_path: Path) -> AsyncIterator[Rail]:
-    rail = Rail(servers, tmp_path)
-    await rail.make()
-    yield rail
-    await rail.clean()
+async def rig(servers: Servers, tmp_path: Path) -> AsyncIterator[NotifierRig]:
+    rig = NotifierRig(servers, tmp_path)
+    await rig.make()
+    yield rig
+    await rig.clean()
 
 
-async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_connected_comes_first_then_each_change_once_and_in_order(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen() as screen:
         assert screen.response.headers["content-type"].startswith("text/event-stream")
         assert screen.response.headers["cache-control"] == "no-cache"
@@ -48,13 +48,13 @@ async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Ra
         assert connected.data["cursor"] == connected.id
         placed = [order(order_number=f"{number:04}") for number in range(60)]
         created = [change(state) for state in placed]
-        await rail.send(message(*created[:50]), *(message(one) for one in created[50:]))
+        await rig.send(message(*created[:50]), *(message(one) for one in created[50:]))
         first, state = created[0], placed[0]
         received, state = moved(first, state, OrderStatus.RECEIVED)
         noted = change(state, base=received)
         deleted = change(state, event="deleted", base=noted)
         restored = change(state, event="restored", base=deleted)
-        await rail.say(received, noted, deleted, restored)
+        await rig.say(received, noted, deleted, restored)
         events = await screen.has(64)
         assert [event.data["orderID"] for event in events[:60]] == [state.id for state in placed]
         assert {event.name for event in events[:60]} == {"order_created"}
@@ -70,18 +70,18 @@ async def test_connected_comes_first_then_each_change_once_and_in_order(rail: Ra
         assert len({event.id for event in screen.events}) == 65
 
 
-async def test_change_that_is_recorded_twice_is_pushed_once(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_change_that_is_recorded_twice_is_pushed_once(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen() as screen:
         one, other = change(order()), change(order())
-        await rail.say(one, one, other, one)
-        await rail.say(last := change(order()))
+        await rig.say(one, one, other, one)
+        await rig.say(last := change(order()))
         events = await screen.has(3)
         assert [event.data["orderID"] for event in events] == [one.entity_id, other.entity_id, last.entity_id]
 
 
-async def test_tenant_sees_only_its_own_changes_even_if_events_name_foreign_orders(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_tenant_sees_only_its_own_changes_even_if_events_name_foreign_orders(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     theirs = order(restaurant_id=OTHER_RESTAURANT)
     async with (
         notifier.screen() as screen,
@@ -89,37 +89,37 @@ async def test_tenant_sees_only_its_own_changes_even_if_events_name_foreign_orde
         notifier.screen(orderID=theirs.id) as curious,
     ):
         forged = change(theirs, restaurantid=RESTAURANT)
-        await rail.say(forged, change(theirs), mine := change(order()))
+        await rig.say(forged, change(theirs), mine := change(order()))
         assert [event.data["orderID"] for event in await screen.has(1)] == [mine.entity_id]
         assert [event.data["orderID"] for event in await other.has(1)] == [theirs.id]
-        await rail.say(change(order()), change(order(restaurant_id=OTHER_RESTAURANT)))
+        await rig.say(change(order()), change(order(restaurant_id=OTHER_RESTAURANT)))
         await asyncio.gather(screen.has(2), other.has(2))
         assert len(screen.events) == 3 and len(other.events) == 3 and len(curious.events) == 1
     async with notifier.screen(after=screen.events[0].id, orderID=theirs.id) as curious:
-        await rail.say(change(order(id=theirs.id)))
+        await rig.say(change(order(id=theirs.id)))
         assert (await curious.has(1))[0].data["data"]["restaurant_id"] == RESTAURANT
 
 
-async def test_customer_sees_only_orders_of_its_session_live_and_replayed(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_customer_sees_only_orders_of_its_session_live_and_replayed(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     customer = token(Role.CUSTOMER, session="table-7")
     own, others, staff = (order(customer_session_id=session) for session in ("table-7", "table-8", None))
     async with notifier.screen(by=customer) as live, notifier.screen(by=customer, orderID=others.id) as curious:
-        await rail.say(change(others), change(staff), change(own))
+        await rig.say(change(others), change(staff), change(own))
         assert [event.data["orderID"] for event in await live.has(1)] == [own.id]
         start = live.events[0].id
     async with notifier.screen(by=customer, after=start) as replayed:
-        await rail.say(change(last := order(customer_session_id="table-7")))
+        await rig.say(change(last := order(customer_session_id="table-7")))
         assert [event.data["orderID"] for event in await replayed.has(2)] == [own.id, last.id]
     assert len(curious.events) == 1
 
 
-async def test_subscriber_of_one_order_gets_only_its_events_under_their_order_names(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_subscriber_of_one_order_gets_only_its_events_under_their_order_names(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     followed, other = order(), order()
     async with notifier.screen(orderID=followed.id.upper()) as one, notifier.screen() as every:
         created, noise = change(followed), change(other)
-        await rail.say(
+        await rig.say(
             noise,
             created,
             moved(noise, other, OrderStatus.RECEIVED)[0],
@@ -137,8 +137,8 @@ async def test_subscriber_of_one_order_gets_only_its_events_under_their_order_na
         assert again.names == one.names and [event.id for event in again.events[1:]] == [event.id for event in events]
 
 
-async def test_event_types_filter_the_stream(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_event_types_filter_the_stream(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     state = order()
     created = change(state)
     received, state = moved(created, state, OrderStatus.RECEIVED)
@@ -148,7 +148,7 @@ async def test_event_types_filter_the_stream(rail: Rail) -> None:
         notifier.screen(eventTypes="order_created") as births,
         notifier.screen(eventTypes="validated", orderID="") as nothing,
     ):
-        await rail.say(created, received, noted, change(state, event="deleted", base=noted))
+        await rig.say(created, received, noted, change(state, event="deleted", base=noted))
         await stages.has(2)
         await births.has(1)
         assert stages.names == ["stage_change", "order_deleted"]
@@ -159,15 +159,15 @@ async def test_event_types_filter_the_stream(rail: Rail) -> None:
         assert replayed.names == ["status_update"]
 
 
-async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rail: Rail) -> None:
-    first = await rail.notifier()
+async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rig: NotifierRig) -> None:
+    first = await rig.notifier()
     changes = [change(order()) for _ in range(10)]
     async with first.screen() as screen:
-        await rail.send(message(*changes[:4]), message(*changes[4:8]))
+        await rig.send(message(*changes[:4]), message(*changes[4:8]))
         seen = await screen.has(8)
     cursor = seen[2].id  # in the middle of a message
     await asyncio.to_thread(first.child.terminate, 10)
-    second, third = await asyncio.gather(rail.notifier(), rail.notifier(instance=2))
+    second, third = await asyncio.gather(rig.notifier(), rig.notifier(instance=2))
     for notifier in (second, third):
         # A browser that reconnects repeats the query of its first request, so the header takes precedence.
         async with notifier.screen(lastEventId=seen[0].id, after=cursor) as screen:
@@ -176,30 +176,30 @@ async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rail: Ra
             assert [event.data["orderID"] for event in events] == [change.entity_id for change in changes[3:8]]
             assert [event.id for event in events] == [event.id for event in seen[3:]]
     async with second.screen(after=cursor) as on_second, third.screen(after=seen[-1].id) as on_third:
-        await rail.say(*changes[8:])
+        await rig.say(*changes[8:])
         assert [event.id for event in (await on_second.has(7))[5:]] == [event.id for event in await on_third.has(2)]
         assert "resync" not in on_second.names + on_third.names
 
 
-async def test_cursor_of_connected_resumes_before_any_event_has_come(rail: Rail) -> None:
-    notifier = await rail.notifier()
-    await rail.say(change(order()))
+async def test_cursor_of_connected_resumes_before_any_event_has_come(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
+    await rig.say(change(order()))
     await eventually(notifier.health, until=lambda health: health[1]["window"] == 1)
     async with notifier.screen() as screen:
         cursor = screen.last_event_id
-    await rail.say(missed := change(order()))
+    await rig.say(missed := change(order()))
     async with notifier.screen(after=cursor) as screen:
         assert [event.data["orderID"] for event in await screen.has(1)] == [missed.entity_id]
 
 
-async def test_replay_continues_live_without_a_gap_or_a_repetition(rail: Rail) -> None:
-    notifier = await rail.notifier(client_buffer_events=100_000, client_buffer_bytes=1 << 30)
-    await rail.say(change(order()))
+async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(client_buffer_events=100_000, client_buffer_bytes=1 << 30)
+    await rig.say(change(order()))
     async with notifier.screen() as screen:
         start = screen.events[0].id
     # There must be more events than one step of a replay holds, or the switch to live would not be tested.
     changes = [change(order(items=1)) for _ in range(3_000)]
-    saying = asyncio.create_task(rail.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
+    saying = asyncio.create_task(rig.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
 
     coming: list[Any] = []
     while not saying.done() and len(coming) < 12:
@@ -210,16 +210,16 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rail: Rail) -
         assert seen[1:] == [change.entity_id for change in changes]
 
 
-async def test_cursor_older_than_the_window_gets_a_resync_and_continues_live(rail: Rail) -> None:
-    notifier = await rail.notifier(replay_window_changes=5)
+async def test_cursor_older_than_the_window_gets_a_resync_and_continues_live(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(replay_window_changes=5)
     async with notifier.screen() as screen:
-        await rail.say(*(change(order()) for _ in range(10)))
+        await rig.say(*(change(order()) for _ in range(10)))
         seen = await screen.has(10)
     async with notifier.screen(after=seen[3].id) as late:
         resync = (await late.has(1))[0]
         assert resync.name == "resync"
         assert resync.data == {"reason": "too_old", "cursor": resync.id}
-        await rail.say(fresh := change(order()))
+        await rig.say(fresh := change(order()))
         assert (await late.has(2))[1].data["orderID"] == fresh.entity_id
     async with notifier.screen(after=seen[5].id) as in_time:
         await in_time.has(5)
@@ -228,15 +228,15 @@ async def test_cursor_older_than_the_window_gets_a_resync_and_continues_live(rai
         assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
 
 
-async def test_cursor_beyond_the_log_gets_a_resync(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_cursor_beyond_the_log_gets_a_resync(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen(after=f"{EPOCH}-999999-0") as screen:
         assert (await screen.has(1))[0].data["reason"] == "other_epoch"
 
 
-async def test_cursor_ahead_of_this_instance_waits_for_it(rail: Rail) -> None:
-    notifier = await rail.notifier()
-    async with notifier.screen() as screen, rail.publishing() as publish:
+async def test_cursor_ahead_of_this_instance_waits_for_it(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
+    async with notifier.screen() as screen, rig.publishing() as publish:
         await publish(message(change(order())))
         for count in (1, 3, 5):
             epoch, offset, _ = (await screen.has(count))[-1].id.rsplit("-", 2)
@@ -278,24 +278,24 @@ async def test_stream_needs_a_token_and_a_restaurant(one_notifier: Notifier) -> 
 
 @pytest.fixture(scope="module")
 async def one_notifier(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Notifier]:
-    rail = Rail(servers, tmp_path_factory.mktemp("notifier"))
-    await rail.make()
-    yield await rail.notifier()
-    await rail.clean()
+    rig = NotifierRig(servers, tmp_path_factory.mktemp("notifier"))
+    await rig.make()
+    yield await rig.notifier()
+    await rig.clean()
 
 
-async def test_recreated_log_resyncs_connected_clients_and_clients_with_an_old_cursor(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_recreated_log_resyncs_connected_clients_and_clients_with_an_old_cursor(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen() as screen:
-        await rail.say(change(order()), change(order()))
+        await rig.say(change(order()), change(order()))
         old = (await screen.has(2))[1]
-        await rail.remake_log()
-        await rail.say(fresh := change(order()))
+        await rig.remake_log()
+        await rig.say(fresh := change(order()))
         resync, event = (await screen.has(4))[2:]
         assert (resync.name, resync.data["reason"]) == ("resync", "other_epoch")
         assert event.data["orderID"] == fresh.entity_id
         assert event.id.startswith(OTHER_EPOCH)
-        for back in (notifier, await rail.notifier()):
+        for back in (notifier, await rig.notifier()):
             async with back.screen(after=old.id) as late:
                 assert (await late.has(1))[0].data["reason"] == "other_epoch"
             async with back.screen(after=resync.id) as resumed:
@@ -303,11 +303,11 @@ async def test_recreated_log_resyncs_connected_clients_and_clients_with_an_old_c
     assert (await notifier.health())[1]["epoch"] == OTHER_EPOCH
 
 
-async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_poison_in_the_log_is_skipped_and_stops_nothing(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen() as screen:
         good = [change(order()) for _ in range(3)]
-        await rail.send(
+        await rig.send(
             b"\xff not even JSON",
             b"{}",
             message(good[0], b'{"type":"ticketrail.order.created.v1"}', good[1]),
@@ -317,33 +317,33 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rail: Rail) -> Non
             b"[]",
             lane=Lane.CRITICAL,
         )
-        await rail.send(message(change(menu_item())), lane=Lane.NORMAL)
-        await rail.say(good[2])
+        await rig.send(message(change(menu_item())), lane=Lane.NORMAL)
+        await rig.say(good[2])
         assert [event.data["orderID"] for event in await screen.has(3)] == [one.entity_id for one in good]
         assert len(screen.events) == 4
         assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
 
 
-async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_continue(rail: Rail) -> None:
-    notifier = await rail.notifier(client_buffer_events=30)
+async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_continue(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(client_buffer_events=30)
     async with notifier.screen() as quick:
         sent = 0
         for _ in range(3):  # a machine that stalls for two seconds cuts the client, although it would read in time
             async with deaf(notifier) as reader:
-                sent += await flood(rail, notifier)
+                sent += await flood(rig, notifier)
                 if received := await last_words(reader):
                     break
         assert b'event: resync\ndata: {"reason":"slow","cursor":"' in received
         await quick.has(sent)
-        await rail.say(change(order()))
+        await rig.say(change(order()))
         await quick.has(sent + 1)
         assert set(quick.names) == {"order_created"}
 
 
-async def test_slow_client_that_never_reads_again_is_cut(rail: Rail) -> None:
-    notifier = await rail.notifier(client_buffer_bytes=1_000_000)
+async def test_slow_client_that_never_reads_again_is_cut(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(client_buffer_bytes=1_000_000)
     async with deaf(notifier) as reader:
-        await flood(rail, notifier)
+        await flood(rig, notifier)
         await eventually(notifier.has_cut)
         received = b""
         async with asyncio.timeout(20):
@@ -352,17 +352,17 @@ async def test_slow_client_that_never_reads_again_is_cut(rail: Rail) -> None:
         assert b"resync" not in received
 
 
-async def test_client_that_leaves_is_removed(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_client_that_leaves_is_removed(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen(), notifier.screen(orderID=str(uuid4())):
         assert await notifier.subscribers() == 2
     await eventually(notifier.subscribers, until=lambda count: count == 0)
 
 
-async def test_keep_alives_carry_a_cursor_inside_the_window(rail: Rail) -> None:
-    notifier = await rail.notifier(push_keepalive_seconds=0.2, replay_window_changes=2)
+async def test_keep_alives_carry_a_cursor_inside_the_window(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(push_keepalive_seconds=0.2, replay_window_changes=2)
     async with notifier.screen(eventTypes="order_deleted") as screen:
-        await rail.say(*(change(order()) for _ in range(5)))
+        await rig.say(*(change(order()) for _ in range(5)))
         await eventually(notifier.health, until=lambda health: health[1]["window"] == 2)
         keep_alives = screen.comments
         await screen.until(lambda: screen.comments >= keep_alives + 2)
@@ -374,8 +374,8 @@ async def test_keep_alives_carry_a_cursor_inside_the_window(rail: Rail) -> None:
         assert back.names == []
 
 
-async def test_sigterm_ends_open_streams_and_the_process(rail: Rail) -> None:
-    notifier = await rail.notifier()
+async def test_sigterm_ends_open_streams_and_the_process(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
     async with notifier.screen() as one, notifier.screen(orderID=str(uuid4())) as other:
         assert await asyncio.to_thread(notifier.child.terminate, 15.0), notifier.child.tail()
         await one.until(lambda: one.ended)
@@ -384,18 +384,18 @@ async def test_sigterm_ends_open_streams_and_the_process(rail: Rail) -> None:
     assert notifier.child.returncode == 0
 
 
-async def test_client_that_does_not_read_does_not_block_the_shutdown(rail: Rail) -> None:
-    notifier = await rail.notifier(client_buffer_events=1_000_000, client_buffer_bytes=1 << 30)
+async def test_client_that_does_not_read_does_not_block_the_shutdown(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(client_buffer_events=1_000_000, client_buffer_bytes=1 << 30)
     async with deaf(notifier), notifier.screen() as other:
-        await rail.say(*(change(order(items=400)) for _ in range(150)))
+        await rig.say(*(change(order(items=400)) for _ in range(150)))
         await other.has(150)
         assert await asyncio.to_thread(notifier.child.terminate, 20.0), notifier.child.tail()
 
 
-async def test_notifier_is_not_ready_before_its_window_is_filled(rail: Rail, servers: Servers) -> None:
+async def test_notifier_is_not_ready_before_its_window_is_filled(rig: NotifierRig, servers: Servers) -> None:
     await asyncio.to_thread(servers.rabbitmq.freeze)
     try:
-        notifier = await rail.notifier(wait=False)
+        notifier = await rig.notifier(wait=False)
         status, details = await eventually(notifier.health, what="an answer")
         assert (status, details["caught_up"], details["broker"]) == (503, False, False)
         answer = await notifier.get()
@@ -407,9 +407,9 @@ async def test_notifier_is_not_ready_before_its_window_is_filled(rail: Rail, ser
     await notifier.ready()
 
 
-async def test_start_on_a_long_log_is_ready_only_after_all_of_it_is_read(rail: Rail) -> None:
-    await rail.send(*(message(*(change(order(items=1)) for _ in range(250))) for _ in range(20)))
-    notifier = await rail.notifier(wait=False)
+async def test_start_on_a_long_log_is_ready_only_after_all_of_it_is_read(rig: NotifierRig) -> None:
+    await rig.send(*(message(*(change(order(items=1)) for _ in range(250))) for _ in range(20)))
+    notifier = await rig.notifier(wait=False)
     seen: list[tuple[int, int]] = []
 
     async def look() -> int:
@@ -421,16 +421,16 @@ async def test_start_on_a_long_log_is_ready_only_after_all_of_it_is_read(rail: R
     assert {window for status, window in seen if status == 200} == {5_000}
 
 
-async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rail: Rail) -> None:
-    notifier = await rail.notifier(heartbeat_interval_seconds=0.1)
+async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rig: NotifierRig) -> None:
+    notifier = await rig.notifier(heartbeat_interval_seconds=0.1)
     status, details = await eventually(notifier.health, until=lambda health: health[1]["heartbeats"] == "stale")
     assert status == 200 and details["epoch"] == EPOCH
     async with notifier.screen() as screen:
-        await rail.say(change(order()))
+        await rig.say(change(order()))
         await screen.has(1)
 
     async def after_a_heartbeat() -> dict[str, Any]:
-        await rail.heartbeat()
+        await rig.heartbeat()
         return (await notifier.health())[1]
 
     # One look after the other, because each heartbeat is fresh for two seconds.
@@ -438,9 +438,9 @@ async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rail
 
 
 async def test_start_without_the_log_is_refused_and_names_the_command(servers: Servers, tmp_path: Path) -> None:
-    rail = Rail(servers, tmp_path)
-    await rail.make(with_log=False)
-    notifier = await rail.notifier(wait=False)
+    rig = NotifierRig(servers, tmp_path)
+    await rig.make(with_log=False)
+    notifier = await rig.notifier(wait=False)
     assert await asyncio.to_thread(notifier.child.wait, 20) not in (None, 0)
     assert "changes.log.v1" in notifier.child.tail(50) and "ticketrail migrate" in notifier.child.tail(50)
-    await rail.clean()
+    await rig.clean()

@@ -275,7 +275,7 @@ async def test_garbage_version_is_named(system: System) -> None:
 
 
 async def test_every_route_answers_401_without_a_valid_token(system: System) -> None:
-    claims = {"userId": "u", "restaurantId": system.restaurant, "role": "admin", "exp": int(time.time()) + 60}
+    claims = {"userId": "u", "restaurantId": system.restaurant_id, "role": "admin", "exp": int(time.time()) + 60}
     tokens = [None, "x", jwt.encode(claims, "", algorithm="none"), jwt.encode(claims, "k" * 40, algorithm="HS256")]
     routes = [
         ("POST", "/api/orders"),
@@ -296,7 +296,7 @@ async def test_every_route_answers_401_without_a_valid_token(system: System) -> 
 
 def token_for(system: System, role: Role, *, restaurant: str | None = None, session: str | None = None) -> str:
     tokens = Tokens(system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=60)
-    return tokens.issue(Identity(str(uuid4()), role, restaurant or system.restaurant, "", session))
+    return tokens.issue(Identity(str(uuid4()), role, restaurant or system.restaurant_id, "", session))
 
 
 async def test_customer_creates_and_sees_only_orders_of_its_own_session(system: System) -> None:
@@ -339,19 +339,19 @@ async def test_changed_price_counts_without_a_restart(system: System) -> None:
     body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
     async with system.client() as client:
         before = (await place(client, body))["items"][0]["unit_price"]
-        await system.cli("dish", system.restaurant, dish, "--price", str(before + 7), "--available")
+        await system.cli("dish", system.restaurant_id, dish, "--price", str(before + 7), "--available")
 
         async def price() -> int:
             return int((await place(client, body))["items"][0]["unit_price"])
 
         await eventually(price, what="the new price", until=lambda seen: seen == before + 7)
-        await system.cli("dish", system.restaurant, dish, "--unavailable")
+        await system.cli("dish", system.restaurant_id, dish, "--unavailable")
 
         async def code() -> str:
             return str((await client.post("/api/orders", json=body)).json().get("error", {}).get("code"))
 
         await eventually(code, what="unavailable", until=lambda seen: seen == "menu_item_unavailable")
-        await system.cli("dish", system.restaurant, dish, "--available", "--price", str(before))
+        await system.cli("dish", system.restaurant_id, dish, "--available", "--price", str(before))
 
 
 async def test_order_that_left_the_mirror_is_read_from_postgres_and_repaired(system: System) -> None:
@@ -367,7 +367,7 @@ async def test_order_that_left_the_mirror_is_read_from_postgres_and_repaired(sys
         await eventually(synced, what="synced")
         # The worker is frozen: it may not have read the order yet, and would write it to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
-            await mirror.delete(f"{{{system.restaurant}}}:order:{placed['id']}")
+            await mirror.delete(f"{{{system.restaurant_id}}}:order:{placed['id']}")
             reply = await client.get(url)
             assert reply.headers["x-served-by"] == "postgres"
             assert reply.json()["data"] | {"sync": 0} == {
@@ -404,9 +404,9 @@ async def test_repeat_finds_its_order_after_the_order_left_the_mirror(system: Sy
 
         await eventually(synced, what="synced")
         mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
-        _, (document,) = await mirror.read(system.restaurant, "order", [placed["id"]])
+        _, (document,) = await mirror.read(system.restaurant_id, "order", [placed["id"]])
         assert document is not None
-        assert await mirror.trim(system.restaurant, "order", {placed["id"]: document.head.change_id}) == 1
+        assert await mirror.trim(system.restaurant_id, "order", {placed["id"]: document.head.change_id}) == 1
         await mirror.close()
         again = await client.post("/api/orders", json=system.order_body(), headers=key)
     assert again.headers["idempotency-replayed"] == "true"
@@ -421,7 +421,7 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
     async with system.client() as client, redis.asyncio.from_url(system.redis.url) as raw:
         table = str(uuid4())
         placed = await place(client, system.order_body(table_id=table))
-        name = f"{{{system.restaurant}}}:order:{placed['id']}"
+        name = f"{{{system.restaurant_id}}}:order:{placed['id']}"
         old = await raw.hgetall(name)
         await client.put(f"/api/orders/{placed['id']}", json={"notes": "new"})
 
@@ -434,11 +434,11 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
             stamp = await raw.getdel("ticketrail:warm")
             try:
                 await raw.hset(name, mapping=old)  # type: ignore[arg-type]
-                await raw.zadd(f"{{{system.restaurant}}}:pending:order", {placed["id"]: 1.0})
+                await raw.zadd(f"{{{system.restaurant_id}}}:pending:order", {placed["id"]: 1.0})
                 page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
             finally:
                 assert stamp is not None
                 await raw.set("ticketrail:warm", stamp)
-                await raw.zrem(f"{{{system.restaurant}}}:pending:order", placed["id"])
+                await raw.zrem(f"{{{system.restaurant_id}}}:pending:order", placed["id"])
                 await raw.delete(name)
     assert [(one["version"], one["notes"]) for one in page] == [(2, "new")]

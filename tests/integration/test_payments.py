@@ -21,19 +21,19 @@ from shared.rail.draft import Draft
 from shared.security.tokens import Identity, Role
 from tests.rigs import builders
 from tests.rigs.builders import new_id, payment
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
 @pytest.fixture(scope="module")
-async def shop(system: System) -> Shop:
+async def restaurant(system: System) -> RestaurantRig:
     """A restaurant without tax: an order costs the sum of its items."""
-    return await open_shop(system, tax_basis_points=0)
+    return await register_restaurant(system, tax_basis_points=0)
 
 
-async def place(shop: Shop, client: httpx.AsyncClient, price: int = 1_000, **fields: Any) -> str:
+async def place(restaurant: RestaurantRig, client: httpx.AsyncClient, price: int = 1_000, **fields: Any) -> str:
     """An order that costs `price`; returns its path."""
-    dish = (await shop.dish(price=price))["id"]
+    dish = (await restaurant.dish(price=price))["id"]
     body = {"items": [{"menu_item_id": dish, "quantity": 1}], **fields}
     return f"/api/orders/{made(await client.post('/api/orders', json=body))['id']}"
 
@@ -50,17 +50,17 @@ async def state(client: httpx.AsyncClient, order: str) -> tuple[str, list[int]]:
     return found["payment_status"], [one["amount"] for one in found["payments"]]
 
 
-async def stored_payments(shop: Shop, order: str) -> list[int]:
-    async with shop.system.database() as connection:
+async def stored_payments(restaurant: RestaurantRig, order: str) -> list[int]:
+    async with restaurant.system.database() as connection:
         rows = await connection.fetch(
             "select amount from payments where order_id = $1 order by created_at, id", order.rpartition("/")[2]
         )
     return [row["amount"] for row in rows]
 
 
-async def test_payments_determine_the_payment_status(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_payments_determine_the_payment_status(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         assert await state(staff, order) == ("pending", [])
         first = await pay(staff, order, 400, method="cash", reference="till 2")
         assert first["payment_status"] == "partially_paid"
@@ -86,33 +86,33 @@ async def test_payments_determine_the_payment_status(shop: Shop) -> None:
             assert await state(staff, order) == (status, expected)
 
         await eventually(
-            lambda: stored_payments(shop, order), what="all in PostgreSQL", until=lambda found: found == expected
+            lambda: stored_payments(restaurant, order), what="all in PostgreSQL", until=lambda found: found == expected
         )
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             stored = await connection.fetchval("select payment_status from orders where id = $1", first["id"])
         assert stored == "refunded"
 
 
-async def test_payment_status_follows_changes_of_the_total(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_payment_status_follows_changes_of_the_total(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         await pay(staff, order, 1_000)
         assert expect(await staff.put(order, json={"tip_amount": 1}))["payment_status"] == "partially_paid"
-        dearer, cheaper = (await shop.dish(price=1_500))["id"], (await shop.dish(price=600))["id"]
+        dearer, cheaper = (await restaurant.dish(price=1_500))["id"], (await restaurant.dish(price=600))["id"]
         for dish, status in ((dearer, "partially_paid"), (cheaper, "paid")):
             changed = expect(await staff.put(order, json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
             assert changed["payment_status"] == status
         assert await state(staff, order) == ("paid", [1_000])
 
 
-async def test_order_with_nothing_to_pay_is_paid(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000, deposit_used=1_000)
+async def test_order_with_nothing_to_pay_is_paid(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000, deposit_used=1_000)
         assert expect(await staff.get(order))["total"] == 0
         assert await state(staff, order) == ("paid", [])
         assert expect(await staff.put(order, json={"tip_amount": 50}))["payment_status"] == "pending"
         assert (await pay(staff, order, 50))["payment_status"] == "paid"
-        for_free = await place(shop, staff, 0)
+        for_free = await place(restaurant, staff, 0)
         assert await state(staff, for_free) == ("paid", [])
 
 
@@ -136,9 +136,9 @@ def test_payment_status_is_derived_from_payments_and_total(amounts: Sequence[int
     assert payment_status(tuple(payment(amount=amount) for amount in amounts), total) == status
 
 
-async def test_repeated_payment_counts_once(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order, other = await place(shop, staff, 1_000), await place(shop, staff, 1_000)
+async def test_repeated_payment_counts_once(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order, other = await place(restaurant, staff, 1_000), await place(restaurant, staff, 1_000)
         body = {"id": new_id(), "amount": 300, "method": "card", "reference": "auth 7"}
         replies = await asyncio.gather(*(staff.post(f"{order}/payments", json=body) for _ in range(10)))
         assert {made(reply)["payment"]["id"] for reply in replies} == {body["id"]}
@@ -169,10 +169,13 @@ async def second(system: System) -> AsyncIterator[str]:
         del system.urls["second"]
 
 
-async def test_concurrent_payments_all_count(shop: Shop, second: str) -> None:
+async def test_concurrent_payments_all_count(restaurant: RestaurantRig, second: str) -> None:
     """The payments go to two instances, at the same time as other changes."""
-    async with shop.client() as staff, shop.system.client(service="second", token=shop.token) as other:
-        order = await place(shop, staff, 20_000)
+    async with (
+        restaurant.client() as staff,
+        restaurant.system.client(service="second", token=restaurant.token) as other,
+    ):
+        order = await place(restaurant, staff, 20_000)
         amounts = [1_000 + n for n in range(20)]
         paid = asyncio.gather(*(pay((staff, other)[n % 2], order, amount) for n, amount in enumerate(amounts)))
         noted = asyncio.gather(*(staff.put(order, json={"notes": f"n{n}"}) for n in range(2)))
@@ -183,7 +186,7 @@ async def test_concurrent_payments_all_count(shop: Shop, second: str) -> None:
         assert (status, sorted(found)) == ("paid", amounts)
 
         async def stored() -> list[int]:
-            return sorted(await stored_payments(shop, order))
+            return sorted(await stored_payments(restaurant, order))
 
         await eventually(stored, what="all payments in PostgreSQL", until=lambda seen: seen == amounts)
 
@@ -212,9 +215,9 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
     assert len(done.state.payments) == 11
 
 
-async def test_refund_is_never_more_than_the_paid_amount(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_refund_is_never_more_than_the_paid_amount(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         reply = await staff.post(f"{order}/payments", json={"amount": -1, "method": "card"})
         assert refused(reply, 409, "refund_above_paid", "amount")["paid"] == 0
         await pay(staff, order, 700)
@@ -228,9 +231,9 @@ async def test_refund_is_never_more_than_the_paid_amount(shop: Shop) -> None:
         assert await state(staff, order) == ("refunded", [700, -200, -500])
 
 
-async def test_concurrent_refunds_never_exceed_the_paid_amount(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_concurrent_refunds_never_exceed_the_paid_amount(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         await pay(staff, order, 1_000)
         replies = await asyncio.gather(
             *(staff.post(f"{order}/payments", json={"amount": -300, "method": "card"}) for _ in range(8))
@@ -254,17 +257,17 @@ async def test_concurrent_refunds_never_exceed_the_paid_amount(shop: Shop) -> No
     ],
     ids=str,
 )
-async def test_invalid_payment_is_refused(shop: Shop, fields: dict[str, Any], field: str) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_invalid_payment_is_refused(restaurant: RestaurantRig, fields: dict[str, Any], field: str) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         reply = await staff.post(f"{order}/payments", json={"amount": 100, "method": "card", **fields})
         refused(reply, 422, "invalid_input", field)
         assert await state(staff, order) == ("pending", [])
 
 
-async def test_cancelled_order_can_be_refunded_but_not_paid(shop: Shop) -> None:
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+async def test_cancelled_order_can_be_refunded_but_not_paid(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         await pay(staff, order, 1_000)
         expect(await staff.put(order, json={"status": "cancelled"}))
         reply = await staff.post(f"{order}/payments", json={"amount": 1, "method": "card"})
@@ -272,17 +275,17 @@ async def test_cancelled_order_can_be_refunded_but_not_paid(shop: Shop) -> None:
         assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"
 
 
-async def test_missing_or_foreign_order_cannot_be_paid(shop: Shop) -> None:
+async def test_missing_or_foreign_order_cannot_be_paid(restaurant: RestaurantRig) -> None:
     body = {"amount": 100, "method": "card"}
-    stranger = await open_shop(shop.system)
-    async with shop.client() as staff, stranger.client(Role.ADMIN) as them:
-        order = await place(shop, staff, 1_000)
+    stranger = await register_restaurant(restaurant.system)
+    async with restaurant.client() as staff, stranger.client(Role.ADMIN) as them:
+        order = await place(restaurant, staff, 1_000)
         refused(await them.post(f"{order}/payments", json=body), 404, "not_found")
         assert expect(await them.get("/api/payments")) == []
         refused(await staff.post(f"/api/orders/{uuid4()}/payments", json=body), 404, "not_found")
         expect(await staff.delete(order))
         refused(await staff.post(f"{order}/payments", json=body), 404, "order_deleted")
-    async with shop.client(Role.CUSTOMER, session="guest") as guest:
+    async with restaurant.client(Role.CUSTOMER, session="guest") as guest:
         refused(await guest.post(f"{order}/payments", json=body), 403, "forbidden")
         refused(await guest.get("/api/payments"), 403, "forbidden")
 
@@ -303,20 +306,20 @@ async def pages(client: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]
 
 
 async def test_list_has_every_payment_once_including_pending_ones(system: System) -> None:
-    shop = await open_shop(system)
-    async with shop.client() as staff:
+    restaurant = await register_restaurant(system)
+    async with restaurant.client() as staff:
         paid: list[tuple[str, str]] = []
-        orders = [await place(shop, staff, 5_000) for _ in range(2)]
+        orders = [await place(restaurant, staff, 5_000) for _ in range(2)]
         for n in range(12):
             order = orders[n % 2]
             made_now = await pay(staff, order, 100 + n)
             paid.insert(0, (order.rpartition("/")[2], made_now["payment"]["id"]))
             listed = await pages(staff, limit=5)
             assert [(one["order_id"], one["id"]) for one in listed] == paid
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             await eventually(
                 lambda: connection.fetchval(
-                    "select count(*) from payments where restaurant_id = $1::uuid", shop.restaurant
+                    "select count(*) from payments where restaurant_id = $1::uuid", restaurant.id
                 ),
                 what="all payments in PostgreSQL",
                 until=lambda count: count == 12,
@@ -332,9 +335,9 @@ async def test_list_has_every_payment_once_including_pending_ones(system: System
 
 
 async def test_list_filters_by_time_method_and_order(system: System) -> None:
-    shop = await open_shop(system)
-    async with shop.client() as staff:
-        one, other = await place(shop, staff, 5_000), await place(shop, staff, 5_000)
+    restaurant = await register_restaurant(system)
+    async with restaurant.client() as staff:
+        one, other = await place(restaurant, staff, 5_000), await place(restaurant, staff, 5_000)
         for order, amount, method in ((one, 1, "cash"), (other, 2, "card"), (one, 3, "card"), (other, -2, "card")):
             await pay(staff, order, amount, method=method)
         listed = await pages(staff)
@@ -353,7 +356,7 @@ async def test_list_filters_by_time_method_and_order(system: System) -> None:
             assert await amounts(**{"from": newest, "method": "cash"}) == []
 
             async def stored() -> int:
-                return len(await stored_payments(shop, one)) + len(await stored_payments(shop, other))
+                return len(await stored_payments(restaurant, one)) + len(await stored_payments(restaurant, other))
 
             await eventually(stored, what="all payments in PostgreSQL", until=lambda count: count == 4)
         for name in ("from", "to"):
@@ -366,15 +369,15 @@ async def test_list_filters_by_time_method_and_order(system: System) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["00000000", "ffffffff"], ids=["superseded", "head"])
-async def test_payments_in_both_states_of_a_fork_count(shop: Shop, prefix: str) -> None:
+async def test_payments_in_both_states_of_a_fork_count(restaurant: RestaurantRig, prefix: str) -> None:
     """After a lost mirror two terminals claimed one version. Each recorded a payment, and one state is the head."""
-    async with shop.client() as staff:
-        order = await place(shop, staff, 1_000)
+    async with restaurant.client() as staff:
+        order = await place(restaurant, staff, 1_000)
         await pay(staff, order, 400)
         id_ = order.rpartition("/")[2]
 
         async def stored(version: int) -> Any:
-            async with shop.system.database() as connection:
+            async with restaurant.system.database() as connection:
                 return await connection.fetchrow(
                     "select base_change_id::text as base, data->'after' as after from changes"
                     " where entity_id = $1 and version = $2",
@@ -391,7 +394,7 @@ async def test_payments_in_both_states_of_a_fork_count(shop: Shop, prefix: str) 
         base = builders.change(before, id=row["base"], entityversion=1)
         # If two changes have one version, the larger change id wins.
         id_of_change = prefix + new_id()[8:]
-        await shop.publish(
+        await restaurant.publish(
             builders.change(fork, event="payment_recorded", base=base, before=before, id=id_of_change, time=at)
         )
 
@@ -402,14 +405,14 @@ async def test_payments_in_both_states_of_a_fork_count(shop: Shop, prefix: str) 
         await eventually(seen, what="both payments", until=lambda found: found == ("paid", [400, 600]))
 
         async def row_of_order() -> Any:
-            async with shop.system.database() as connection:
+            async with restaurant.system.database() as connection:
                 return await connection.fetchrow("select version, payment_status from orders where id = $1", id_)
 
         await eventually(row_of_order, what="paid in PostgreSQL", until=lambda found: tuple(found) == (3, "paid"))
-        assert sorted(await stored_payments(shop, order)) == [400, 600]
+        assert sorted(await stored_payments(restaurant, order)) == [400, 600]
         listed = expect(await staff.get("/api/payments", params={"order_id": id_}))
         assert sorted(one["amount"] for one in listed) == [400, 600]
-        async with shop.system.database() as connection:
+        async with restaurant.system.database() as connection:
             conflicts = await connection.fetch("select resolved_at from conflicts where entity_id = $1", id_)
         assert [one["resolved_at"] for one in conflicts] == [None]
         # The whole sum can be refunded, and no more.

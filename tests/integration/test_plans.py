@@ -57,9 +57,9 @@ def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
     async def page(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         without = chosen.pop("without", [])
-        async with database.api.tenant(database.shop.id) as connection:
+        async with database.api.tenant(database.restaurant.id) as connection:
             return await states.list_page(
-                connection, order.ENTITY, database.shop.id, Selection(**chosen), without=without
+                connection, order.ENTITY, database.restaurant.id, Selection(**chosen), without=without
             )
 
     return page
@@ -68,8 +68,8 @@ def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
 def payments(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
     async def listed(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
-        async with database.api.tenant(database.shop.id) as connection:
-            return await money.payments(connection, database.shop.id, money.PaymentFilter(**chosen))
+        async with database.api.tenant(database.restaurant.id) as connection:
+            return await money.payments(connection, database.restaurant.id, money.PaymentFilter(**chosen))
 
     return listed
 
@@ -79,8 +79,8 @@ def audited(limit: int = PAGE_ROWS, **fields: Any) -> Callable[[Database], Await
 
     async def listed(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
-        async with database.api.tenant(database.shop.id) as connection:
-            return await audit.changes(connection, database.shop.id, **{**nothing, **chosen}, limit=limit)
+        async with database.api.tenant(database.restaurant.id) as connection:
+            return await audit.changes(connection, database.restaurant.id, **{**nothing, **chosen}, limit=limit)
 
     return listed
 
@@ -88,8 +88,8 @@ def audited(limit: int = PAGE_ROWS, **fields: Any) -> Callable[[Database], Await
 def summed(days: int) -> Callable[[Database], Awaitable[Any]]:
     async def summary(database: Database) -> list[Any]:
         today = database.history.until.date()
-        async with database.api.tenant(database.shop.id) as connection:
-            return await money.days(connection, database.shop.id, today - timedelta(days=days - 1), today)
+        async with database.api.tenant(database.restaurant.id) as connection:
+            return await money.days(connection, database.restaurant.id, today - timedelta(days=days - 1), today)
 
     return summary
 
@@ -100,42 +100,42 @@ def derived_figures(database: Database) -> DerivedFigures:
 
 
 async def one_order(database: Database) -> Any:
-    async with database.api.tenant(database.shop.id) as connection:
-        return await states.find_state(connection, order.ENTITY, database.shop.id, database.oldest[0].id)
+    async with database.api.tenant(database.restaurant.id) as connection:
+        return await states.find_state(connection, order.ENTITY, database.restaurant.id, database.oldest[0].id)
 
 
 async def the_menu(database: Database) -> Any:
-    async with database.api.tenant(database.shop.id) as connection:
-        return await states.list_states(connection, menu_item.ENTITY, database.shop.id)
+    async with database.api.tenant(database.restaurant.id) as connection:
+        return await states.list_states(connection, menu_item.ENTITY, database.restaurant.id)
 
 
 async def heads_of_orders(database: Database) -> Any:
-    async with database.api.tenant(database.shop.id) as connection:
-        return await states.heads(connection, order.ENTITY, database.shop.id, [database.oldest[0].id] * 50)
+    async with database.api.tenant(database.restaurant.id) as connection:
+        return await states.heads(connection, order.ENTITY, database.restaurant.id, [database.oldest[0].id] * 50)
 
 
 async def orders_at_tables(database: Database) -> Any:
-    identity = Identity(database.shop.user_id, Role.STAFF, database.shop.id, "a@example.org")
-    tables: Any = [SimpleNamespace(id=id_) for id_ in database.shop.table_ids]
-    return await derived_figures(database).orders_at(database.shop.id, identity, tables)
+    identity = Identity(database.restaurant.user_id, Role.STAFF, database.restaurant.id, "a@example.org")
+    tables: Any = [SimpleNamespace(id=id_) for id_ in database.restaurant.table_ids]
+    return await derived_figures(database).orders_at(database.restaurant.id, identity, tables)
 
 
 async def totals_of_customers(database: Database) -> Any:
     at = database.history.until
     of = [
-        customer.Customer(id=id_, restaurant_id=database.shop.id, name="Ada", created_at=at, updated_at=at)
-        for id_ in database.shop.customer_ids[:3]
+        customer.Customer(id=id_, restaurant_id=database.restaurant.id, name="Ada", created_at=at, updated_at=at)
+        for id_ in database.restaurant.customer_ids[:3]
     ]
-    return await derived_figures(database).totals(Restaurant(id=database.shop.id, slug="a", name="A"), of)
+    return await derived_figures(database).totals(Restaurant(id=database.restaurant.id, slug="a", name="A"), of)
 
 
 async def held_stock(database: Database) -> Any:
-    async with database.api.tenant(database.shop.id) as connection:
-        return await states.held(connection, database.shop.id, [database.shop.stock_id])
+    async with database.api.tenant(database.restaurant.id) as connection:
+        return await states.held(connection, database.restaurant.id, [database.restaurant.stock_id])
 
 
 async def status_of_sync(database: Database) -> Any:
-    return await sync_status(Settings(), database.api, database.mirror, database.shop.id)
+    return await sync_status(Settings(), database.api, database.mirror, database.restaurant.id)
 
 
 def before_the_last_page(database: Database) -> tuple[datetime, str]:
@@ -148,7 +148,7 @@ def ago(days: float) -> Callable[[Database], datetime]:
 
 
 def at_first_table(database: Database) -> dict[str, Any]:
-    return {"table_id": database.shop.table_ids[0]}
+    return {"table_id": database.restaurant.table_ids[0]}
 
 
 STATE_ROWS = 2 * PAGE_ROWS + 6
@@ -177,7 +177,7 @@ CASES = {
         orders(equal=lambda database: {"status": "pending", **at_first_table(database)}), 12, not_when="for all values"
     ),
     "orders of a customer": Case(
-        orders(equal=lambda database: {"customer_id": database.shop.customer_ids[0]}), STATE_ROWS
+        orders(equal=lambda database: {"customer_id": database.restaurant.customer_ids[0]}), STATE_ROWS
     ),
     "orders of a guest": Case(orders(equal={"customer_session_id": "unknown"}), 0),
     "an order": Case(one_order, 2),
@@ -201,7 +201,7 @@ CASES = {
     "the newest changes of customers": Case(audited(5, entity="customer"), 5, not_when="at first"),
     "changes of an entity": Case(audited(entity="order", entity_id=lambda database: database.oldest[0].id), 4),
     "changes by an id only": Case(audited(entity_id=lambda database: database.oldest[0].id), 4),
-    "changes by one actor": Case(audited(actor=lambda database: database.shop.user_id), PAGE_ROWS),
+    "changes by one actor": Case(audited(actor=lambda database: database.restaurant.user_id), PAGE_ROWS),
     "changes by an unknown actor": Case(audited(actor="unknown"), 0),
 }
 
@@ -238,7 +238,7 @@ async def test_row_level_security_is_active_in_these_tests(database: Database) -
         for table in BIG:
             assert await connection.fetchval("select row_security_active($1)", table), table
         assert await connection.fetchval("select current_user") == "ticketrail_api"
-    async with database.api.tenant(database.shop.id) as connection:
+    async with database.api.tenant(database.restaurant.id) as connection:
         assert await connection.fetchval("select count(*) from orders") == ORDERS_PER_RESTAURANT
 
 
@@ -301,13 +301,15 @@ async def _rows(connection: Any, table: str) -> list[str]:
 async def test_bulk_fill_writes_the_same_rows_as_the_writer(servers: Servers) -> None:
     history = History("same", 2, 120, datetime.now(UTC))
     async with empty_database(servers) as (_, superuser_url, settings):
-        shops = await fill(superuser_url, history)
+        restaurants = await fill(superuser_url, history)
         superuser = await asyncpg.connect(superuser_url)
         filled = {table: await _rows(superuser, table) for table in BIG}
         await superuser.execute("truncate orders, order_items, order_holds, payments, conflicts")
         await superuser.execute("delete from changes where entity = 'order'")
         writer: Any = await asyncpg.connect(settings.database_writer_url)
-        written = sorted((one for of_one in history.written(shops) for one in of_one), key=lambda one: one.change.time)
+        written = sorted(
+            (one for of_one in history.written(restaurants) for one in of_one), key=lambda one: one.change.time
+        )
         for start in range(0, len(written), 50):
             await write_batch(writer, written[start : start + 50], timeout_seconds=10.0)
         assert {table: await _rows(superuser, table) for table in BIG} == filled

@@ -20,7 +20,7 @@ from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror.mirror import Apply
 from tests.rigs import builders
-from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
 from tests.rigs.servers import Servers
 from tests.rigs.system import System, eventually, settings_of
 
@@ -42,15 +42,15 @@ async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) ->
         await asyncio.to_thread(own_redis.discard)
 
 
-async def place(shop: Shop, count: int, dish: str) -> list[str]:
+async def place(restaurant: RestaurantRig, count: int, dish: str) -> list[str]:
     body = {"items": [{"menu_item_id": dish, "quantity": 1}]}
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         return [made(await staff.post("/api/orders", json=body))["id"] for _ in range(count)]
 
 
-async def versions(shop: Shop, ids: list[str]) -> list[list[int]]:
+async def versions(restaurant: RestaurantRig, ids: list[str]) -> list[list[int]]:
     """Returns the versions that `changes` has of each order."""
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
         rows = await connection.fetch(
             "select entity_id::text, array_agg(version order by version) from changes"
             " where entity_id = any($1::uuid[]) group by 1",
@@ -61,31 +61,36 @@ async def versions(shop: Shop, ids: list[str]) -> list[list[int]]:
 
 
 async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are_not(patient: System) -> None:
-    shop = await open_shop(patient)
-    dish = (await shop.dish())["id"]
-    await eventually(lambda: stored_dish(shop, dish), what="the dish in PostgreSQL")
+    restaurant = await register_restaurant(patient)
+    dish = (await restaurant.dish())["id"]
+    await eventually(lambda: stored_dish(restaurant, dish), what="the dish in PostgreSQL")
     await patient.stop("worker")
 
-    behind = await place(shop, 3, dish)
+    behind = await place(restaurant, 3, dish)
     async with reconciler_of(patient) as reconciler:
         await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # much longer than the threshold
         assert await reconciler.record_lost_again() == 0, "the lanes were not empty since then"
     patient.start("worker")
     await patient.ready("worker")
-    await eventually(lambda: versions(shop, behind), what="the waiting orders", until=lambda found: found == [[1]] * 3)
+    await eventually(
+        lambda: versions(restaurant, behind), what="the waiting orders", until=lambda found: found == [[1]] * 3
+    )
 
     await patient.stop("worker")
-    lost = await place(shop, 3, dish)
-    async with shop.client() as staff:
+    lost = await place(restaurant, 3, dish)
+    async with restaurant.client() as staff:
         paid = made(await staff.post(f"/api/orders/{lost[0]}/payments", json={"amount": 300, "method": "card"}))
     queue = f"/api/queues/{quote(patient.name)}/{lane_queue(Lane.CRITICAL)}/contents"
     await asyncio.to_thread(ask, patient.servers.rabbitmq.management_url, "DELETE", queue)
     patient.start("worker")
     await patient.ready("worker")
     await eventually(
-        lambda: versions(shop, lost), within=30, what="recorded again", until=lambda found: found == [[3], [2], [2]]
+        lambda: versions(restaurant, lost),
+        within=30,
+        what="recorded again",
+        until=lambda found: found == [[3], [2], [2]],
     )
-    async with shop.client() as staff:
+    async with restaurant.client() as staff:
         for id_, version in zip(lost, (3, 2, 2), strict=True):
 
             async def seen(id_: str = id_) -> dict[str, Any]:
@@ -97,18 +102,16 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
     async with patient.database() as connection:
         rows = await connection.fetch("select source, actor, lane from changes where entity_id = any($1::uuid[])", lost)
         payments = await connection.fetch("select id::text, amount from payments where order_id = $1", lost[0])
-        assert (
-            await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", shop.restaurant) == 0
-        )
+        assert await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", restaurant.id) == 0
     assert {tuple(row) for row in rows} == {("sync", "reconciler", "critical")}
     assert [tuple(row) for row in payments] == [(paid["payment"]["id"], 300)]
     # Meanwhile the reconciler has checked the late orders several times.
-    assert await versions(shop, behind) == [[1]] * 3
-    assert await versions(shop, lost) == [[3], [2], [2]], "each order must be recorded again only once"
+    assert await versions(restaurant, behind) == [[1]] * 3
+    assert await versions(restaurant, lost) == [[3], [2], [2]], "each order must be recorded again only once"
 
 
-async def stored_dish(shop: Shop, dish: str) -> bool:
-    async with shop.system.database() as connection:
+async def stored_dish(restaurant: RestaurantRig, dish: str) -> bool:
+    async with restaurant.system.database() as connection:
         return bool(await connection.fetchval("select count(*) from menu_items where id = $1", dish))
 
 
@@ -119,20 +122,20 @@ async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconc
         yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
 
 
-async def pending(shop: Shop, *, count: int = 1, age: float = 120, **fields: Any) -> list[str]:
+async def pending(restaurant: RestaurantRig, *, count: int = 1, age: float = 120, **fields: Any) -> list[str]:
     """Writes orders that only the mirror has, accepted `age` seconds ago; returns their ids. The age is below the
     threshold of the system's own worker, which must not record them again."""
     at = now() - timedelta(seconds=age)
     states = [
-        builders.order(restaurant_id=shop.restaurant, **{"created_at": at, "updated_at": at, **fields})
+        builders.order(restaurant_id=restaurant.id, **{"created_at": at, "updated_at": at, **fields})
         for _ in range(count)
     ]
-    await put(shop, states, at, "reveal")
+    await put(restaurant, states, at, "reveal")
     return [state.id for state in states]
 
 
-async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) -> None:
-    async with CommandSession(settings_of(shop.system)) as session:
+async def put(restaurant: RestaurantRig, states: list[orders.Order], at: datetime, how: str) -> None:
+    async with CommandSession(settings_of(restaurant.system)) as session:
         for start in range(0, len(states), 100):
             await session.mirror.apply(
                 [
@@ -144,8 +147,8 @@ async def put(shop: Shop, states: list[orders.Order], at: datetime, how: str) ->
 
 async def test_journals_get_time_to_drain_after_an_outage(system: System) -> None:
     """Changes that were accepted while RabbitMQ was unavailable are old when it returns, but they wait in a journal."""
-    shop = await open_shop(system)
-    (old,) = await pending(shop)
+    restaurant = await register_restaurant(system)
+    (old,) = await pending(restaurant)
     async with reconciler_of(system, lost_message_seconds=LOST_MESSAGE_SECONDS) as reconciler:
         reconciler._recorded_again_at = 0.0  # its last pass was long ago
         emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
@@ -159,12 +162,12 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
         began = time.monotonic()
         emptied[0] = now()  # RabbitMQ is back
         await reconciler._record_again_at_times()
-        assert await versions(shop, [old]) == [[]]
+        assert await versions(restaurant, [old]) == [[]]
 
         async def healed() -> list[list[int]]:
             emptied[0] = now()
             await reconciler._record_again_at_times()
-            return await versions(shop, [old])
+            return await versions(restaurant, [old])
 
         await eventually(healed, what="recorded again", until=lambda found: found == [[2]])
         assert time.monotonic() - began >= LOST_MESSAGE_SECONDS
@@ -185,27 +188,27 @@ async def test_lanes_are_empty_only_after_a_heartbeat_came_through_each(system: 
 
 
 async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(system: System) -> None:
-    shop = await open_shop(system)
-    (failed,) = await pending(shop)
-    (young,) = await pending(shop, age=0)
-    (broken,) = await pending(shop, created_at=datetime(2300, 1, 1, tzinfo=UTC))
-    lost = await pending(shop, count=2)
+    restaurant = await register_restaurant(system)
+    (failed,) = await pending(restaurant)
+    (young,) = await pending(restaurant, age=0)
+    (broken,) = await pending(restaurant, created_at=datetime(2300, 1, 1, tzinfo=UTC))
+    lost = await pending(restaurant, count=2)
     async with CommandSession(settings_of(system)) as session:
-        _, (document,) = await session.mirror.read(shop.restaurant, "order", [failed])
+        _, (document,) = await session.mirror.read(restaurant.id, "order", [failed])
         assert document is not None
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
-        await session.mirror.note_sync_states(shop.restaurant, "order", [(failed, document.head)], failure=failure)
+        await session.mirror.note_sync_states(restaurant.id, "order", [(failed, document.head)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.record_lost_again() == 2
-    await eventually(lambda: versions(shop, lost), what="recorded again", until=lambda found: found == [[2], [2]])
-    assert await versions(shop, [failed, young, broken]) == [[], [], []]
+    await eventually(lambda: versions(restaurant, lost), what="recorded again", until=lambda found: found == [[2], [2]])
+    assert await versions(restaurant, [failed, young, broken]) == [[], [], []]
 
 
 async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(system: System) -> None:
     """The mirror is as after an import: more than one block of orders that stay, then orders that must go."""
-    shop = await open_shop(system)
+    restaurant = await register_restaurant(system)
     at = now() - timedelta(days=30)
-    fields: dict[str, Any] = {"restaurant_id": shop.restaurant, "items": 1, "updated_at": at}
+    fields: dict[str, Any] = {"restaurant_id": restaurant.id, "items": 1, "updated_at": at}
     stay = [
         builders.order(**fields, created_at=at + timedelta(seconds=number), status=orders.OrderStatus.READY)
         for number in range(620)
@@ -214,8 +217,8 @@ async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(sys
         builders.order(**fields, created_at=at - timedelta(seconds=number), status=orders.OrderStatus.COMPLETED)
         for number in range(3)
     ]
-    await put(shop, stay + go, at, "stored")
+    await put(restaurant, stay + go, at, "stored")
     async with reconciler_of(system) as reconciler:
         await reconciler.trim()
-        live = set(await reconciler._mirror.live_ids(shop.restaurant, "order"))
+        live = set(await reconciler._mirror.live_ids(restaurant.id, "order"))
     assert live == {order.id for order in stay}

@@ -29,7 +29,7 @@ from shared.security.permissions import ACTIONS, PUBLIC, allowed
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.rigs.http_client import http_client
-from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
 from tests.rigs.system import System, eventually
 
 HANDLERS: dict[str, list[HTTPRouteHandler]] = {"orders": ORDERS, "sync": sync.ROUTES, "notifier": TRANSPORTS}
@@ -72,10 +72,10 @@ ROUTES.sort(key=lambda route: (["GET", "POST", "PUT", "DELETE"].index(route.meth
 GUARDED = [route for route in ROUTES if route.operation.action != PUBLIC]
 
 
-class Ours(Struct, frozen=True):
+class OurRestaurant(Struct, frozen=True):
     """A restaurant with one entity of every kind."""
 
-    shop: Shop
+    restaurant: RestaurantRig
     ids: dict[str, str]
     """Parameter of a path -> id."""
     shown: str
@@ -109,7 +109,7 @@ class Ours(Struct, frozen=True):
         """Returns our secrets that a reply contains; ids that the caller named in the path are allowed."""
         public = ("menu_item_id", "category_id", "brand_id", "table_id") if guest else ()
         secret = [id_ for name, id_ in self.ids.items() if name not in public and id_ not in path]
-        secret += [self.hidden] if guest else [self.hidden, self.shown, self.shop.restaurant, self.shop.slug]
+        secret += [self.hidden] if guest else [self.hidden, self.shown, self.restaurant.id, self.restaurant.slug]
         return [one for one in secret if one in text]
 
 
@@ -132,10 +132,10 @@ insert into replay_jobs (kind, state, wanted, actor) values ('dry_run', 'done', 
 
 
 @pytest.fixture(scope="module")
-async def ours(system: System) -> Ours:
-    shop = await open_shop(system, name=f"shown-{uuid4().hex}")
+async def ours(system: System) -> OurRestaurant:
+    restaurant = await register_restaurant(system, name=f"shown-{uuid4().hex}")
     shown, hidden = f"shown-{uuid4().hex}", f"hidden-{uuid4().hex}"
-    async with shop.client(Role.ADMIN) as admin:
+    async with restaurant.client(Role.ADMIN) as admin:
 
         async def one(path: str, **body: Any) -> str:
             return str(made(await admin.post(path, json=body))["id"])
@@ -161,18 +161,18 @@ async def ours(system: System) -> Ours:
         )
         ids["job_id"] = await one("/api/jobs", bay_id=ids["bay_id"], order_id=ids["order_id"], title=hidden)
         made(await admin.post(f"/api/orders/{ids['order_id']}/payments", json={"amount": 100, "method": hidden}))
-    async with shop.system.client(token=shop.token, service="sync") as watcher:
+    async with restaurant.system.client(token=restaurant.token, service="sync") as watcher:
 
         async def pending() -> int:
             return int(expect(await watcher.get("/api/sync/status"))["totals"]["pending"])
 
         # Both stores must have the data, so that the tests cover both.
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
-    async with shop.system.database() as connection:
-        ids["dead_letter_id"] = await connection.fetchval(_LETTER, shop.restaurant, hidden)
-        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, shop.restaurant, ids["order_id"])  # type: ignore[misc]
+    async with restaurant.system.database() as connection:
+        ids["dead_letter_id"] = await connection.fetchval(_LETTER, restaurant.id, hidden)
+        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, restaurant.id, ids["order_id"])  # type: ignore[misc]
         ids["replay_id"] = await connection.fetchval(_REPLAY, hidden)
-    return Ours(shop, ids, shown, hidden)
+    return OurRestaurant(restaurant, ids, shown, hidden)
 
 
 class Answer(Struct, frozen=True):
@@ -186,7 +186,9 @@ class Answer(Struct, frozen=True):
         return f"{self.route.name}: {self.status} {self.text[:300]}"
 
 
-async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, ordered: bool = True) -> list[Answer]:
+async def walk(
+    ours: OurRestaurant, routes: list[Route], authorization: str | None, *, ordered: bool = True
+) -> list[Answer]:
     """Calls the routes: GET routes concurrently, others one by one if `ordered`. Reads only the start of a stream."""
     headers = {} if authorization is None else {"Authorization": authorization}
     async with http_client(headers=headers, timeout=20.0) as client:
@@ -197,7 +199,7 @@ async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, or
             async with (
                 gate,
                 client.stream(
-                    route.method, f"{ours.shop.system.urls[route.service]}{path}", json=ours.body(route)
+                    route.method, f"{ours.restaurant.system.urls[route.service]}{path}", json=ours.body(route)
                 ) as reply,
             ):
                 if reply.headers.get("content-type", "").startswith("text/event-stream"):
@@ -211,9 +213,9 @@ async def walk(ours: Ours, routes: list[Route], authorization: str | None, *, or
         return [*answers, *[await call(route) for route in in_turn]]
 
 
-def bearer(ours: Ours, role: Role, *, restaurant: str | None = None, session: str | None = None) -> str:
-    tokens = Tokens(ours.shop.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
-    tenant = "" if role is Role.OPERATOR else restaurant or ours.shop.restaurant
+def bearer(ours: OurRestaurant, role: Role, *, restaurant: str | None = None, session: str | None = None) -> str:
+    tokens = Tokens(ours.restaurant.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
+    tenant = "" if role is Role.OPERATOR else restaurant or ours.restaurant.id
     session = session or f"s-{uuid4()}" if role is Role.CUSTOMER else None
     return f"Bearer {tokens.issue(Identity(str(uuid4()), role, tenant, '', session))}"
 
@@ -284,18 +286,18 @@ async def test_api_document_names_every_route_and_its_roles(system: System, serv
 # -- callers -----------------------------------------------------------------------------------------------------
 
 
-async def test_no_route_answers_without_a_valid_token(ours: Ours) -> None:
-    claims = {"userId": "u", "restaurantId": ours.shop.restaurant, "role": "admin", "exp": int(time.time()) + 600}
-    expired = Tokens(ours.shop.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-5)
+async def test_no_route_answers_without_a_valid_token(ours: OurRestaurant) -> None:
+    claims = {"userId": "u", "restaurantId": ours.restaurant.id, "role": "admin", "exp": int(time.time()) + 600}
+    expired = Tokens(ours.restaurant.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-5)
     strangers = [
         None,
         "",
         "Bearer garbage",
         f"Bearer {jwt.encode(claims, '', algorithm='none')}",
         f"Bearer {jwt.encode(claims, 'another-secret-that-is-long-enough-too', algorithm='HS256')}",
-        f"Bearer {expired.issue(Identity('u', Role.ADMIN, ours.shop.restaurant))}",
-        f"Basic {ours.shop.token}",
-        ours.shop.token,
+        f"Bearer {expired.issue(Identity('u', Role.ADMIN, ours.restaurant.id))}",
+        f"Basic {ours.restaurant.token}",
+        ours.restaurant.token,
     ]
     for stranger in strangers:
         answers = await walk(ours, GUARDED, stranger, ordered=False)
@@ -303,13 +305,13 @@ async def test_no_route_answers_without_a_valid_token(ours: Ours) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-async def test_role_can_do_exactly_what_its_permissions_allow(ours: Ours, role: Role) -> None:
+async def test_role_can_do_exactly_what_its_permissions_allow(ours: OurRestaurant, role: Role) -> None:
     """The role calls the routes in its own restaurant, which has entities of the same kinds."""
-    theirs = await open_shop(ours.shop.system)
+    theirs = await register_restaurant(ours.restaurant.system)
     async with theirs.client(Role.ADMIN) as admin:
         dish = await theirs.dish()
         bay = made(await admin.post("/api/bays", json={"name": "Grill"}))
-    there = Ours(theirs, {**ours.ids, "menu_item_id": dish["id"], "bay_id": bay["id"]}, "", "")
+    there = OurRestaurant(theirs, {**ours.ids, "menu_item_id": dish["id"], "bay_id": bay["id"]}, "", "")
     token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(there, role)
     answers = await walk(there, GUARDED, token)
 
@@ -326,10 +328,10 @@ async def test_role_can_do_exactly_what_its_permissions_allow(ours: Ours, role: 
 
 
 @pytest.mark.parametrize("role", [Role.ADMIN, Role.STAFF, Role.CUSTOMER])
-async def test_another_restaurant_can_see_and_change_nothing(ours: Ours, role: Role) -> None:
-    theirs = await open_shop(ours.shop.system)
+async def test_another_restaurant_can_see_and_change_nothing(ours: OurRestaurant, role: Role) -> None:
+    theirs = await register_restaurant(ours.restaurant.system)
     before = await _all_of(ours)
-    token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(ours, role, restaurant=theirs.restaurant)
+    token = f"Bearer {theirs.token}" if role is Role.ADMIN else bearer(ours, role, restaurant=theirs.id)
     answers = await walk(ours, ROUTES, token)
 
     def right(answer: Answer) -> bool:
@@ -348,16 +350,16 @@ async def test_another_restaurant_can_see_and_change_nothing(ours: Ours, role: R
     assert await _all_of(ours) == before
 
 
-async def _all_of(ours: Ours) -> dict[str, tuple[int, str]]:
+async def _all_of(ours: OurRestaurant) -> dict[str, tuple[int, str]]:
     """Returns all data of our restaurant as its admin reads it, without the sync states."""
     readers = [route for route in GUARDED if route.method == "GET" and route.service == "orders"]
-    answers = await walk(ours, readers, f"Bearer {ours.shop.token}")
+    answers = await walk(ours, readers, f"Bearer {ours.restaurant.token}")
     every(answers, lambda answer: answer.status == 200)
     return {answer.path: (answer.status, re.sub(r'"sync":\{[^}]*\}', "", answer.text)) for answer in answers}
 
 
-async def test_entities_of_another_restaurant_are_unknown_in_requests(ours: Ours) -> None:
-    theirs = await open_shop(ours.shop.system)
+async def test_entities_of_another_restaurant_are_unknown_in_requests(ours: OurRestaurant) -> None:
+    theirs = await register_restaurant(ours.restaurant.system)
     ids = ours.ids
     dish = await theirs.dish()
     async with theirs.client(Role.ADMIN) as admin:
@@ -395,15 +397,15 @@ async def test_entities_of_another_restaurant_are_unknown_in_requests(ours: Ours
         # An order may name an unknown table. It belongs to their restaurant, and our table shows no new order.
         body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], "table_id": ids["table_id"]}
         placed = made(await admin.post("/api/orders", json=body))["id"]
-    async with ours.shop.client() as staff:
+    async with ours.restaurant.client() as staff:
         there = expect(await staff.get(f"/api/tables/{ids['table_id']}"))["current_orders"]
     assert [one["id"] for one in there] == [ids["order_id"]]
     assert placed != ids["order_id"]
 
 
-async def test_guest_sees_menu_and_tables_and_nothing_of_others(ours: Ours) -> None:
-    async with http_client(base_url=ours.shop.system.urls["orders"]) as client:
-        body = {"slug": ours.shop.slug, "table_id": ours.ids["table_id"]}
+async def test_guest_sees_menu_and_tables_and_nothing_of_others(ours: OurRestaurant) -> None:
+    async with http_client(base_url=ours.restaurant.system.urls["orders"]) as client:
+        body = {"slug": ours.restaurant.slug, "table_id": ours.ids["table_id"]}
         opened = made(await client.post("/api/auth/table-session", json=body))
     answers = await walk(ours, GUARDED, f"Bearer {opened['access_token']}")
 
@@ -417,23 +419,23 @@ async def test_guest_sees_menu_and_tables_and_nothing_of_others(ours: Ours) -> N
     every(answers, right)
     assert sum(ours.shown in answer.text for answer in answers) >= 6
     # Only admins see deleted entities.
-    async with ours.shop.system.client(token=opened["access_token"]) as guest:
+    async with ours.restaurant.system.client(token=opened["access_token"]) as guest:
         for path in ("/api/menu", "/api/orders", "/api/tables", "/api/menu/categories"):
             assert (await guest.get(f"{path}?include_deleted=true")).status_code == 403
 
 
-async def test_staff_do_not_see_deleted_entities(ours: Ours) -> None:
+async def test_staff_do_not_see_deleted_entities(ours: OurRestaurant) -> None:
     readers = [
         one for one in ROUTES if one.operation.many and "include_deleted" in one.operation.query.__struct_fields__
     ]
     assert len(readers) >= 10
-    async with ours.shop.client() as staff, ours.shop.client(Role.ADMIN) as admin:
+    async with ours.restaurant.client() as staff, ours.restaurant.client(Role.ADMIN) as admin:
         for route in readers:
             assert (await staff.get(f"{route.path}?include_deleted=true")).status_code == 403, route.name
             assert (await admin.get(f"{route.path}?include_deleted=true")).status_code == 200, route.name
 
 
-async def test_token_of_an_unknown_restaurant_finds_nothing(ours: Ours) -> None:
+async def test_token_of_an_unknown_restaurant_finds_nothing(ours: OurRestaurant) -> None:
     answers = await walk(ours, GUARDED, bearer(ours, Role.ADMIN, restaurant=str(uuid4())))
     every(
         answers,
@@ -449,7 +451,7 @@ async def test_token_of_an_unknown_restaurant_finds_nothing(ours: Ours) -> None:
     )
 
 
-async def test_routes_answer_no_other_method(ours: Ours) -> None:
+async def test_routes_answer_no_other_method(ours: OurRestaurant) -> None:
     known: dict[tuple[str, str], set[str]] = {}
     for route in ROUTES:
         known.setdefault((route.service, route.path), set()).add(route.method)
@@ -459,5 +461,5 @@ async def test_routes_answer_no_other_method(ours: Ours) -> None:
         for method in METHODS
         if method not in methods
     ]
-    for token in (None, f"Bearer {ours.shop.token}"):
+    for token in (None, f"Bearer {ours.restaurant.token}"):
         every(await walk(ours, others, token, ordered=False), lambda answer: answer.status == 405)

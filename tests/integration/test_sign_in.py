@@ -25,7 +25,7 @@ from tests.rigs.sign_in import (
     ATTEMPTS_PER_ADDRESS,
     GUEST_TOKEN_TTL_SECONDS,
     PASSWORD,
-    Place,
+    RegisteredRestaurant,
     addresses,
     client,
     expect,
@@ -41,19 +41,19 @@ from tests.rigs.system import System, eventually
 
 
 async def test_account_that_registers_a_restaurant_is_its_admin(system: System, url: str) -> None:
-    place = await register(
+    registered = await register(
         system, url, currency="CHF", time_zone="Europe/Zurich", tax_basis_points=810, settings={"country": "CH"}
     )
-    async with place.client() as admin:
+    async with registered.client() as admin:
         me = expect(await admin.get("/api/auth/me"))
-    assert (me["user_id"], me["role"], me["email"]) == (place.admin_id, "admin", place.email)
+    assert (me["user_id"], me["role"], me["email"]) == (registered.admin_id, "admin", registered.email)
     restaurant = me["restaurant"]
-    assert (restaurant["id"], restaurant["slug"], restaurant["currency"]) == (place.id, place.slug, "CHF")
+    assert (restaurant["id"], restaurant["slug"], restaurant["currency"]) == (registered.id, registered.slug, "CHF")
     assert (restaurant["tax_basis_points"], restaurant["settings"]["country"]) == (810, "CH")
     async with system.database("ticketrail_owner") as connection:
-        known = await connection.fetchval("select password_hash from users where id = $1", place.admin_id)
+        known = await connection.fetchval("select password_hash from users where id = $1", registered.admin_id)
     assert known.startswith("$argon2id$")
-    assert "password" not in json.dumps(place.session["user"])
+    assert "password" not in json.dumps(registered.session["user"])
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,14 @@ async def test_invalid_registration_is_refused_with_the_name_of_the_field(
     assert error["details"]["field"] == field
 
 
-async def test_slug_and_email_can_be_taken_only_once(system: System, url: str, place: Place) -> None:
+async def test_slug_and_email_can_be_taken_only_once(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
     async with client(url) as anybody:
         for fields, code in (
-            ({"slug": place.slug}, "slug_taken"),
-            ({"email": place.email}, "email_taken"),
-            ({"email": place.email.upper()}, "email_taken"),
+            ({"slug": registered.slug}, "slug_taken"),
+            ({"email": registered.email}, "email_taken"),
+            ({"email": registered.email.upper()}, "email_taken"),
         ):
             body = registration(**fields)
             error = expect(await anybody.post("/api/auth/register-restaurant", json=body), 409)
@@ -112,22 +114,22 @@ async def test_slug_and_email_can_be_taken_only_once(system: System, url: str, p
 # -- sessions ----------------------------------------------------------------------------------------------------
 
 
-async def test_email_is_one_account_in_any_spelling(url: str, place: Place) -> None:
+async def test_email_is_one_account_in_any_spelling(url: str, registered: RegisteredRestaurant) -> None:
     name = uuid4().hex[:8]
-    user = await place.user(email=f"Ada.{name}@People.EXAMPLE")
+    user = await registered.user(email=f"Ada.{name}@People.EXAMPLE")
     for spelled in (f"ada.{name}@people.example", f"ADA.{name.upper()}@PEOPLE.example"):
         session = expect(await sign_in(url, spelled))
         assert session["user"]["id"] == user["id"]
     claims = jwt.decode(session["access_token"], options={"verify_signature": False})
-    assert (claims["role"], claims["restaurantId"]) == ("staff", place.id)
+    assert (claims["role"], claims["restaurantId"]) == ("staff", registered.id)
     assert claims["exp"] - claims["iat"] == session["expires_in"]
 
 
-async def test_refresh_token_is_used_once(url: str, place: Place) -> None:
-    first = expect(await sign_in(url, (await place.user())["email"]))
+async def test_refresh_token_is_used_once(url: str, registered: RegisteredRestaurant) -> None:
+    first = expect(await sign_in(url, (await registered.user())["email"]))
     second = expect(await refresh(url, first["refresh_token"]))
     assert second["refresh_token"] != first["refresh_token"]
-    async with place.client(second["access_token"]) as staff:
+    async with registered.client(second["access_token"]) as staff:
         assert expect(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
     third = expect(await refresh(url, second["refresh_token"]))
     # The first token is used again, so it or its successor was stolen. The whole session ends.
@@ -139,8 +141,10 @@ async def test_refresh_token_is_used_once(url: str, place: Place) -> None:
         assert expect(await refresh(url, token), 401)["code"] == code
 
 
-async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_session(url: str, place: Place) -> None:
-    user = await place.user()
+async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_session(
+    url: str, registered: RegisteredRestaurant
+) -> None:
+    user = await registered.user()
     for _ in range(3):
         token = expect(await sign_in(url, user["email"]))["refresh_token"]
         replies = await asyncio.gather(*(refresh(url, token) for _ in range(4)))
@@ -149,16 +153,18 @@ async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_sessi
         assert (await refresh(url, winner["refresh_token"])).status_code == 401
 
 
-async def test_reused_token_does_not_end_other_sessions_of_the_user(url: str, place: Place) -> None:
-    user = await place.user()
+async def test_reused_token_does_not_end_other_sessions_of_the_user(url: str, registered: RegisteredRestaurant) -> None:
+    user = await registered.user()
     stolen, other = [expect(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
     expect(await refresh(url, stolen))
     expect(await refresh(url, stolen), 401)
     expect(await refresh(url, other))
 
 
-async def test_logout_ends_the_session_and_reveals_nothing_about_tokens(url: str, place: Place) -> None:
-    first = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+async def test_logout_ends_the_session_and_reveals_nothing_about_tokens(
+    url: str, registered: RegisteredRestaurant
+) -> None:
+    first = expect(await sign_in(url, (await registered.user())["email"]))["refresh_token"]
     second = expect(await refresh(url, first))["refresh_token"]
     async with client(url) as anybody:
         # An old token of the session works too; a repeated and an unknown token get the same reply.
@@ -172,8 +178,8 @@ async def test_invalid_refresh_token_is_refused(url: str, token: str) -> None:
     assert (await refresh(url, token)).status_code in (401, 422)
 
 
-async def test_refresh_token_expires(system: System, url: str, place: Place) -> None:
-    token = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+async def test_refresh_token_expires(system: System, url: str, registered: RegisteredRestaurant) -> None:
+    token = expect(await sign_in(url, (await registered.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         await connection.execute("update refresh_tokens set expires_at = now() where token_sha256 = $1", digest(token))
     assert expect(await refresh(url, token), 401)["code"] == "refresh_token_invalid"
@@ -183,8 +189,8 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-async def test_database_stores_no_usable_token(system: System, url: str, place: Place) -> None:
-    token = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+async def test_database_stores_no_usable_token(system: System, url: str, registered: RegisteredRestaurant) -> None:
+    token = expect(await sign_in(url, (await registered.user())["email"]))["refresh_token"]
     async with system.database("ticketrail_owner") as connection:
         rows = await connection.fetch("select t::text as row from refresh_tokens t")
     assert any(digest(token).hex() in row["row"] for row in rows)
@@ -194,16 +200,18 @@ async def test_database_stores_no_usable_token(system: System, url: str, place: 
 # -- guesses -----------------------------------------------------------------------------------------------------
 
 
-async def test_unknown_email_and_wrong_password_get_the_same_answer(system: System, url: str, place: Place) -> None:
-    known, inactive, deleted = [await place.user() for _ in range(3)]
-    async with place.client() as admin:
+async def test_unknown_email_and_wrong_password_get_the_same_answer(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
+    known, inactive, deleted = [await registered.user() for _ in range(3)]
+    async with registered.client() as admin:
         expect(await admin.put(f"/api/users/{inactive['id']}", json={"is_active": False}))
         expect(await admin.delete(f"/api/users/{deleted['id']}"))
     without = new_email()
     async with system.database("ticketrail_owner") as connection:
         await connection.execute(
             "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), $1, $2, 'staff')",
-            place.id,
+            registered.id,
             without,
         )
     answers = []
@@ -226,7 +234,7 @@ async def test_unknown_email_and_wrong_password_get_the_same_answer(system: Syst
 
 
 async def test_unknown_email_costs_the_same_work_as_a_known_one(
-    system: System, place: Place, monkeypatch: pytest.MonkeyPatch
+    system: System, registered: RegisteredRestaurant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each sign-in verifies one hash of the same cost."""
     verified: list[tuple[str, str]] = []
@@ -237,7 +245,7 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
         return really_fits(known, password)
 
     monkeypatch.setattr(signing_in, "fits", counted)
-    user = await place.user()
+    user = await registered.user()
     settings = Settings(_env_file=None)
     postgres = Postgres(system.database_url("ticketrail_api"), settings)
     mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
@@ -263,8 +271,8 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
     assert {cost for cost, _ in verified} == {"$argon2id$v=19$m=19456,t=2,p=1"}
 
 
-async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, place: Place) -> None:
-    user, other = await place.user(email=f"kim-{new_email()}"), await place.user()
+async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, registered: RegisteredRestaurant) -> None:
+    user, other = await registered.user(email=f"kim-{new_email()}"), await registered.user()
     guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(ATTEMPTS_PER_ACCOUNT)]
     assert {reply.status_code for reply in guesses} == {401}
     # The right password is refused too.
@@ -277,11 +285,11 @@ async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, pla
     expect(await sign_in(url, other["email"]))
 
 
-async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, place: Place) -> None:
+async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, registered: RegisteredRestaurant) -> None:
     address = next(addresses)
     replies = [await sign_in(url, new_email(), address=address) for _ in range(ATTEMPTS_PER_ADDRESS)]
     assert {reply.status_code for reply in replies} == {401}
-    email = (await place.user())["email"]
+    email = (await registered.user())["email"]
     assert expect(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
     async with client(url, address=address) as anybody:
         reply = await anybody.post("/api/auth/register-restaurant", json=registration())
@@ -296,12 +304,12 @@ async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
     assert (await sign_in(url, new_email(), address=f"{network}:8::1")).status_code == 429
 
 
-async def test_answers_that_reveal_taken_emails_are_limited(url: str, place: Place) -> None:
+async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered: RegisteredRestaurant) -> None:
     """Any registered admin could test for emails of other accounts by trying to take them."""
-    user = await place.user()
-    async with client(url, place.session["access_token"], address=next(addresses)) as admin:
+    user = await registered.user()
+    async with client(url, registered.session["access_token"], address=next(addresses)) as admin:
         asked = [
-            await admin.put(f"/api/users/{user['id']}", json={"email": place.email})
+            await admin.put(f"/api/users/{user['id']}", json={"email": registered.email})
             for _ in range(ATTEMPTS_PER_ADDRESS + 1)
         ]
         body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
@@ -313,14 +321,14 @@ async def test_answers_that_reveal_taken_emails_are_limited(url: str, place: Pla
 
 
 @pytest.mark.parametrize("password", ["x" * 201, "ä" * 100_000], ids=["201", "200 KB"])
-async def test_overlong_password_is_not_hashed(url: str, place: Place, password: str) -> None:
-    assert expect(await sign_in(url, place.email, password), 422)["details"]["field"] == "password"
+async def test_overlong_password_is_not_hashed(url: str, registered: RegisteredRestaurant, password: str) -> None:
+    assert expect(await sign_in(url, registered.email, password), 422)["details"]["field"] == "password"
 
 
-async def test_long_password_counts_to_its_last_character(url: str, place: Place) -> None:
+async def test_long_password_counts_to_its_last_character(url: str, registered: RegisteredRestaurant) -> None:
     """The hash must not stop at 72 bytes or at a NUL."""
     password = "\0" + "🍕" * 199
-    user = await place.user(password=password)
+    user = await registered.user(password=password)
     expect(await sign_in(url, user["email"], password))
     expect(await sign_in(url, user["email"], password[:-1]), 401)
     expect(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
@@ -338,10 +346,12 @@ async def waited_for(system: System, pid: int) -> bool:
     return found
 
 
-async def test_new_password_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
-    user = await place.user()
+async def test_new_password_ends_a_session_during_its_refresh(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
+    user = await registered.user()
     old, new = expect(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
-    async with system.database("ticketrail_api") as thief, place.client() as admin:
+    async with system.database("ticketrail_api") as thief, registered.client() as admin:
         async with thief.transaction():
             await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(old), digest(new))
             changing = asyncio.create_task(
@@ -354,8 +364,10 @@ async def test_new_password_ends_a_session_during_its_refresh(system: System, ur
     expect(await refresh(url, new), 401)
 
 
-async def test_reused_token_ends_a_session_during_its_refresh(system: System, url: str, place: Place) -> None:
-    first = expect(await sign_in(url, (await place.user())["email"]))["refresh_token"]
+async def test_reused_token_ends_a_session_during_its_refresh(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
+    first = expect(await sign_in(url, (await registered.user())["email"]))["refresh_token"]
     second, third = expect(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief:
         async with thief.transaction():
@@ -366,8 +378,10 @@ async def test_reused_token_ends_a_session_during_its_refresh(system: System, ur
     expect(await refresh(url, third), 401)
 
 
-async def test_password_changed_during_its_check_starts_no_session(system: System, place: Place) -> None:
-    user = await place.user()
+async def test_password_changed_during_its_check_starts_no_session(
+    system: System, registered: RegisteredRestaurant
+) -> None:
+    user = await registered.user()
     begin = "select begin_session($1, $2, $3, interval '1 day')"
     async with system.database("ticketrail_owner") as connection:
         known = await connection.fetchval("select password_hash from users where id = $1", user["id"])
@@ -379,32 +393,35 @@ async def test_password_changed_during_its_check_starts_no_session(system: Syste
 # -- guests at a table -------------------------------------------------------------------------------------------
 
 
-async def table_of(place: Place) -> str:
-    async with place.client() as admin:
+async def table_of(registered: RegisteredRestaurant) -> str:
+    async with registered.client() as admin:
         return str(expect(await admin.post("/api/tables", json={"label": "Window", "seats": 2}), 201)["id"])
 
 
-async def scan(place: Place, table: str, *, slug: str | None = None) -> httpx.Response:
-    async with client(place.url) as guest:
-        body = {"slug": slug or place.slug, "table_id": table}
+async def scan(registered: RegisteredRestaurant, table: str, *, slug: str | None = None) -> httpx.Response:
+    async with client(registered.url) as guest:
+        body = {"slug": slug or registered.slug, "table_id": table}
         return await guest.post("/api/auth/table-session", json=body)
 
 
-async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, place: Place) -> None:
-    table = await table_of(place)
-    first, second = [expect(await scan(place, table), 201) for _ in range(2)]
+async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, registered: RegisteredRestaurant) -> None:
+    table = await table_of(registered)
+    first, second = [expect(await scan(registered, table), 201) for _ in range(2)]
     assert first["customer_session_id"] != second["customer_session_id"]
     claims = jwt.decode(first["access_token"], options={"verify_signature": False})
-    assert (claims["role"], claims["restaurantId"]) == ("customer", place.id)
+    assert (claims["role"], claims["restaurantId"]) == ("customer", registered.id)
     assert claims["sessionId"] == first["customer_session_id"]
     assert claims["exp"] - claims["iat"] == first["expires_in"] == GUEST_TOKEN_TTL_SECONDS
-    async with place.client() as admin:
+    async with registered.client() as admin:
         body = {"name": "Dosa", "price": 900, "category": "Mains"}
         dish = expect(await admin.post("/api/menu", json=body), 201)["id"]
-    async with place.client(first["access_token"]) as guest, place.client(second["access_token"]) as neighbour:
+    async with (
+        registered.client(first["access_token"]) as guest,
+        registered.client(second["access_token"]) as neighbour,
+    ):
         me = expect(await guest.get("/api/auth/me"))
         assert me["customer_session_id"] == first["customer_session_id"]
-        assert place.email not in json.dumps(me)  # the email that the admin signs in with
+        assert registered.email not in json.dumps(me)  # the email that the admin signs in with
         order = {"items": [{"menu_item_id": dish, "quantity": 1}], "table_id": table}
         placed = expect(await guest.post("/api/orders", json=order), 201)
         assert placed["customer_session_id"] == first["customer_session_id"]
@@ -413,28 +430,30 @@ async def test_guest_gets_a_short_lived_token_with_its_own_session(url: str, pla
         expect(await neighbour.get(f"/api/orders/{placed['id']}"), 404)
 
 
-async def test_guest_gets_no_token_without_a_table_of_the_restaurant(system: System, url: str, place: Place) -> None:
+async def test_guest_gets_no_token_without_a_table_of_the_restaurant(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
     other = await register(system, url)
-    deleted, theirs = await table_of(place), await table_of(other)
-    async with place.client() as admin:
+    deleted, theirs = await table_of(registered), await table_of(other)
+    async with registered.client() as admin:
         expect(await admin.delete(f"/api/tables/{deleted}"))
-    errors = [expect(await scan(place, table), 404) for table in (str(uuid4()), deleted, theirs)]
+    errors = [expect(await scan(registered, table), 404) for table in (str(uuid4()), deleted, theirs)]
     for error in errors:
         error.pop("trace_id")
     # The reply must not reveal whether another restaurant has the table, or whether it was deleted.
     assert errors[0] == errors[1] == errors[2]
-    expect(await scan(place, theirs, slug="no-such-place"), 404)
-    expect(await scan(place, "1"), 422)
+    expect(await scan(registered, theirs, slug="no-such-registered"), 404)
+    expect(await scan(registered, "1"), 422)
 
 
-async def test_scans_from_an_address_are_limited(url: str, place: Place) -> None:
+async def test_scans_from_an_address_are_limited(url: str, registered: RegisteredRestaurant) -> None:
     address, table = next(addresses), str(uuid4())
     async with client(url, address=address) as guest:
-        body = {"slug": place.slug, "table_id": table}
+        body = {"slug": registered.slug, "table_id": table}
         replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(ATTEMPTS_PER_ADDRESS + 1)]
     assert [reply.status_code for reply in replies] == [404] * ATTEMPTS_PER_ADDRESS + [429]
     # Many scans do not block sign-ins from the same address.
-    expect(await sign_in(url, (await place.user())["email"], address=address))
+    expect(await sign_in(url, (await registered.user())["email"], address=address))
 
 
 # -- me ----------------------------------------------------------------------------------------------------------

@@ -16,18 +16,18 @@ from shared.entities import order as orders
 from shared.mirror import keys
 from shared.security.tokens import Role
 from tests.rigs.builders import change
-from tests.rigs.restaurant import Shop, expect, made, open_shop, refused
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
 @pytest.fixture
-async def shop(system: System) -> Shop:
-    return await open_shop(system)
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system)
 
 
 @pytest.fixture
-async def staff(shop: Shop) -> AsyncIterator[httpx.AsyncClient]:
-    async with shop.client() as client:
+async def staff(restaurant: RestaurantRig) -> AsyncIterator[httpx.AsyncClient]:
+    async with restaurant.client() as client:
         yield client
 
 
@@ -44,8 +44,8 @@ async def refusing(system: System, notes: str) -> AsyncIterator[None]:
         await owner.close()
 
 
-async def place(shop: Shop, client: httpx.AsyncClient, **fields: Any) -> str:
-    dish = await shop.dish()
+async def place(restaurant: RestaurantRig, client: httpx.AsyncClient, **fields: Any) -> str:
+    dish = await restaurant.dish()
     body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], **fields}
 
     async def placed() -> httpx.Response:
@@ -71,11 +71,11 @@ async def listed(client: httpx.AsyncClient, state: str) -> list[str]:
 
 
 async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_on_request(
-    system: System, shop: Shop, staff: httpx.AsyncClient
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
 ) -> None:
     notes = f"refused {uuid4()}"
     async with refusing(system, notes):
-        good, bad = await place(shop, staff), await place(shop, staff, notes=notes)
+        good, bad = await place(restaurant, staff), await place(restaurant, staff, notes=notes)
         sync = await becomes(staff, bad, "failed")
         assert sync["error"] and sync["attempts"] >= 1 and sync["last_attempt"]
         await becomes(staff, good, "synced")
@@ -83,7 +83,7 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
         assert await listed(staff, "pending") == []
         assert await listed(staff, "synced") == [good]
 
-        async with system.client(token=shop.token_of(Role.STAFF), service="sync") as client:
+        async with system.client(token=restaurant.token_of(Role.STAFF), service="sync") as client:
             status = expect(await client.get("/api/sync/status"))
         assert (
             status["summary"],
@@ -109,24 +109,26 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
     refused(await staff.post(f"/api/orders/{uuid4()}/sync"), 404, "not_found")
 
 
-async def test_failure_returns_to_a_mirror_that_lost_it(system: System, shop: Shop, staff: httpx.AsyncClient) -> None:
+async def test_failure_returns_to_a_mirror_that_lost_it(
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
+) -> None:
     notes = f"refused {uuid4()}"
     async with refusing(system, notes):
-        bad = await place(shop, staff, notes=notes)
+        bad = await place(restaurant, staff, notes=notes)
         known = await becomes(staff, bad, "failed")
         async with redis.asyncio.from_url(system.redis.url) as mirror:
-            assert await mirror.delete(keys.failed(shop.restaurant, "order")) == 1
+            assert await mirror.delete(keys.failed(restaurant.id, "order")) == 1
         # The reconciler checks after ten seconds, then pauses nine times as long as a pass over all restaurants takes.
         assert await becomes(staff, bad, "failed", within=120.0) == known
 
 
 async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
-    system: System, shop: Shop, staff: httpx.AsyncClient
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
 ) -> None:
-    first = await place(shop, staff)
+    first = await place(restaurant, staff)
     await becomes(staff, first, "synced")
     async with system.frozen("worker"):
-        placed = [await place(shop, staff) for _ in range(3)]
+        placed = [await place(restaurant, staff) for _ in range(3)]
         found: list[str] = []
         cursor: dict[str, str] = {}
         while True:
@@ -158,9 +160,9 @@ async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
 
 
 async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
-    system: System, shop: Shop, staff: httpx.AsyncClient
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
 ) -> None:
-    other, id_ = await place(shop, staff), await place(shop, staff)
+    other, id_ = await place(restaurant, staff), await place(restaurant, staff)
     await becomes(staff, id_, "synced")
     async with system.database() as connection:
         base, state = await connection.fetchrow(  # type: ignore[misc]
@@ -169,7 +171,7 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
         before = orders.ENTITY.decode_state(state.encode())
         for notes in ("one side", "the other"):
             after = structs.replace(before, notes=notes)
-            await shop.publish(change(after, before=before, event="updated", entityversion=2, basechangeid=base))
+            await restaurant.publish(change(after, before=before, event="updated", entityversion=2, basechangeid=base))
         assert await becomes(staff, id_, "conflict") == {"state": "conflict"}
         await becomes(staff, other, "synced")
         assert await listed(staff, "conflict") == [id_]
@@ -177,7 +179,7 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
 
         # The worker is frozen: it may not have read both sides yet, and would write one to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
-            await mirror.delete(keys.doc(shop.restaurant, "order", id_))
+            await mirror.delete(keys.doc(restaurant.id, "order", id_))
             from_postgres = await staff.get(f"/api/orders/{id_}")
             assert from_postgres.headers["x-served-by"] == "postgres"
             assert expect(from_postgres)["sync"] == {"state": "conflict"}

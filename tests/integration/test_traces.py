@@ -377,7 +377,7 @@ async def test_journaled_order_keeps_its_trace(traced: System) -> None:
 async def test_finished_claim_shows_in_the_trace_of_its_change(traced: System) -> None:
     await eventually(traced.warm, within=30, what="a warm mirror", until=lambda state: state == "warm")
     caller = Caller(sampled=False)
-    order = builders.order(items=1, order_number="", restaurant_id=traced.restaurant)
+    order = builders.order(items=1, order_number="", restaurant_id=traced.restaurant_id)
     left = builders.change(order, traceparent=caller.headers["traceparent"])
     mirror = Mirror(traced.redis.url, timeout=5.0, stale_seconds=2.0)
     try:  # then its owner dies

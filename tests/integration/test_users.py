@@ -9,7 +9,7 @@ import pytest
 
 from tests.rigs.sign_in import (
     PASSWORD,
-    Place,
+    RegisteredRestaurant,
     expect,
     new_email,
     refresh,
@@ -20,9 +20,9 @@ from tests.rigs.system import System
 
 
 async def test_users_are_created_listed_changed_deleted_and_restored(url: str, system: System) -> None:
-    place = await register(system, url)
-    kim, lou = await place.user(name="Kim"), await place.user("customer", name="Lou")
-    async with place.client() as admin:
+    registered = await register(system, url)
+    kim, lou = await registered.user(name="Kim"), await registered.user("customer", name="Lou")
+    async with registered.client() as admin:
         assert expect(await admin.get(f"/api/users/{kim['id']}")) == kim
         found: list[str] = []
         cursor: str | None = None
@@ -33,7 +33,7 @@ async def test_users_are_created_listed_changed_deleted_and_restored(url: str, s
             cursor = page["pagination"]["next_cursor"]
             if cursor is None:
                 break
-        assert found == [lou["id"], kim["id"], place.admin_id]
+        assert found == [lou["id"], kim["id"], registered.admin_id]
         of_role = await admin.get("/api/users", params={"role": "customer"})
         assert [one["id"] for one in expect(of_role)] == [lou["id"]]
         assert "argon2" not in of_role.text
@@ -54,11 +54,11 @@ async def test_users_are_created_listed_changed_deleted_and_restored(url: str, s
     expect(await sign_in(url, kim["email"]))
 
 
-async def test_email_of_a_deleted_user_is_free_for_another_user(url: str, place: Place) -> None:
-    user = await place.user()
-    async with place.client() as admin:
+async def test_email_of_a_deleted_user_is_free_for_another_user(url: str, registered: RegisteredRestaurant) -> None:
+    user = await registered.user()
+    async with registered.client() as admin:
         expect(await admin.delete(f"/api/users/{user['id']}"))
-        await place.user(email=user["email"])
+        await registered.user(email=user["email"])
         assert expect(await admin.post(f"/api/users/{user['id']}/restore"), 409)["code"] == "email_taken"
 
 
@@ -68,27 +68,27 @@ async def test_email_of_a_deleted_user_is_free_for_another_user(url: str, place:
 async def test_last_admin_of_a_restaurant_cannot_be_removed(
     system: System, url: str, change: dict[str, Any] | None
 ) -> None:
-    place = await register(system, url)
-    await place.user()
+    registered = await register(system, url)
+    await registered.user()
 
     async def without(admin: httpx.AsyncClient, id_: str) -> httpx.Response:
         path = f"/api/users/{id_}"
         return await (admin.delete(path) if change is None else admin.put(path, json=change))
 
-    async with place.client() as admin:
-        assert expect(await without(admin, place.admin_id), 409)["code"] == "last_admin"
+    async with registered.client() as admin:
+        assert expect(await without(admin, registered.admin_id), 409)["code"] == "last_admin"
         expect(await admin.get("/api/users"))
-        second = await place.user("admin")
+        second = await registered.user("admin")
         # Two admins remove each other at the same moment: one of them stays.
         token = expect(await sign_in(url, second["email"]))["access_token"]
-        async with place.client(token) as other:
-            replies = await asyncio.gather(without(admin, second["id"]), without(other, place.admin_id))
+        async with registered.client(token) as other:
+            replies = await asyncio.gather(without(admin, second["id"]), without(other, registered.admin_id))
         assert sorted(reply.status_code for reply in replies) in ([200, 401], [200, 409])
     async with system.database("ticketrail_owner") as connection:
         count = await connection.fetchval(
             "select count(*) from users"
             " where restaurant_id = $1 and role = 'admin' and is_active and deleted_at is null",
-            place.id,
+            registered.id,
         )
     assert count == 1
 
@@ -99,11 +99,11 @@ async def test_last_admin_of_a_restaurant_cannot_be_removed(
     ids=["shut-out", "password", "role", "deleted"],
 )
 async def test_reduced_access_or_a_new_password_revokes_all_sessions(
-    url: str, place: Place, change: dict[str, Any] | None
+    url: str, registered: RegisteredRestaurant, change: dict[str, Any] | None
 ) -> None:
-    user = await place.user()
+    user = await registered.user()
     sessions = [expect(await sign_in(url, user["email"])) for _ in range(2)]
-    async with place.client() as admin:
+    async with registered.client() as admin:
         path = f"/api/users/{user['id']}"
         expect(await admin.put(path, json={"name": "Still the same"}))
         sessions[0] = expect(await refresh(url, sessions[0]["refresh_token"]))
@@ -118,11 +118,11 @@ async def test_reduced_access_or_a_new_password_revokes_all_sessions(
     "change", [{"role": "staff"}, {"is_active": False}, None], ids=["demoted", "shut-out", "deleted"]
 )
 async def test_former_admin_cannot_manage_users_with_its_old_token(
-    url: str, place: Place, change: dict[str, Any] | None
+    url: str, registered: RegisteredRestaurant, change: dict[str, Any] | None
 ) -> None:
-    former = await place.user("admin")
+    former = await registered.user("admin")
     token = expect(await sign_in(url, former["email"]))["access_token"]
-    async with place.client() as admin, place.client(token) as left:
+    async with registered.client() as admin, registered.client(token) as left:
         expect(await left.get("/api/users"))
         path = f"/api/users/{former['id']}"
         expect(await (admin.delete(path) if change is None else admin.put(path, json=change)))
@@ -132,16 +132,18 @@ async def test_former_admin_cannot_manage_users_with_its_old_token(
             await left.get("/api/users"),
             await left.get(path),
             await left.put(path, json={"is_active": True}),
-            await left.delete(f"/api/users/{place.admin_id}"),
+            await left.delete(f"/api/users/{registered.admin_id}"),
             await left.post(f"{path}/restore"),
         ):
             assert expect(reply, 401)["code"] == "not_admin_any_more"
 
 
-async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: str, place: Place) -> None:
+async def test_admin_cannot_grant_more_access_than_its_own(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
     other = await register(system, url)
-    theirs, ours = await other.user(), await place.user()
-    async with place.client() as admin:
+    theirs, ours = await other.user(), await registered.user()
+    async with registered.client() as admin:
         for body, field in (
             ({"role": "operator"}, "role"),
             ({"restaurant_id": other.id}, "restaurant_id"),
@@ -168,14 +170,16 @@ async def test_admin_cannot_grant_more_access_than_its_own(system: System, url: 
         assert expect(await them.get(path)) == theirs
 
 
-async def test_database_itself_keeps_users_of_tenants_apart(system: System, url: str, place: Place) -> None:
+async def test_database_itself_keeps_users_of_tenants_apart(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
     """The database refuses these statements even if the API has a hole."""
     other = await register(system, url)
     add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
     async with system.database("ticketrail_api") as connection:
         assert await connection.fetchval("select count(id) from users") == 0
         for statement in (
-            add.format(place.id, "operator"),
+            add.format(registered.id, "operator"),
             add.format(other.id, "staff"),
             f"update users set restaurant_id = '{other.id}'",
             "update users set role = 'operator'",
@@ -185,14 +189,14 @@ async def test_database_itself_keeps_users_of_tenants_apart(system: System, url:
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 async with connection.transaction():
-                    await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+                    await connection.execute("select set_config('app.tenant', $1, true)", registered.id)
                     await connection.execute(statement)
         async with connection.transaction():
-            await connection.execute("select set_config('app.tenant', $1, true)", place.id)
+            await connection.execute("select set_config('app.tenant', $1, true)", registered.id)
             assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
         # A function that runs as the owner must not use a table of the caller.
         await connection.execute(
             "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
             " password_hash text, is_active boolean, deleted_at timestamptz)"
         )
-        assert await connection.fetchval("select id from sign_in_user($1)", place.email) == place.admin_id
+        assert await connection.fetchval("select id from sign_in_user($1)", registered.email) == registered.admin_id

@@ -22,7 +22,7 @@ from shared.messaging.publisher import Publisher
 from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import change, message
 from tests.rigs.http_client import http_client
-from tests.rigs.restaurant import Shop, expect, made, open_shop
+from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
 from tests.rigs.system import ROOT, System, eventually
 
 DEAD_LETTERS = "/api/ops/dead-letters"
@@ -32,25 +32,25 @@ Result = tuple[int, str, str]
 """The result of a command: exit code, stdout and stderr."""
 
 
-class Desk:
+class OperatorRig:
     """A restaurant of its own, clients for its operators, and helpers that turn its changes into dead letters."""
 
-    def __init__(self, shop: Shop, publisher: Publisher) -> None:
-        self.shop = shop
-        self.system = shop.system
+    def __init__(self, restaurant: RestaurantRig, publisher: Publisher) -> None:
+        self.restaurant = restaurant
+        self.system = restaurant.system
         self.publisher = publisher
         self.since = now()
         self._dish_id: str | None = None
 
     @property
-    def restaurant(self) -> str:
-        return self.shop.restaurant
+    def restaurant_id(self) -> str:
+        return self.restaurant.id
 
     def client(
         self, role: Role = Role.OPERATOR, *, name: str = "nadia", restaurant: str | None = None, url: str | None = None
     ) -> httpx.AsyncClient:
         """A client of the operators' API with a token of this role."""
-        tenant = "" if role is Role.OPERATOR else restaurant or self.restaurant
+        tenant = "" if role is Role.OPERATOR else restaurant or self.restaurant_id
         tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
         token = tokens.issue(Identity(str(uuid4()), role, tenant, f"{name}@ops.example", "a session"))
         headers = {"Authorization": f"Bearer {token}"}
@@ -60,7 +60,7 @@ class Desk:
 
     def table(self, **fields: Any) -> DiningTable:
         at = now()
-        defaults = {"id": str(uuid4()), "restaurant_id": self.restaurant, "label": "Window", "seats": 4}
+        defaults = {"id": str(uuid4()), "restaurant_id": self.restaurant_id, "label": "Window", "seats": 4}
         return DiningTable(**{**defaults, "created_at": at, "updated_at": at, **fields})
 
     async def poison(self, marker: str, *, lane: Lane = Lane.NORMAL, **fields: Any) -> Change:
@@ -104,13 +104,13 @@ class Desk:
 
     async def place(self, **fields: Any) -> str:
         """Places an order of one dish, as staff do; returns its id."""
-        async with self.shop.client() as staff:
+        async with self.restaurant.client() as staff:
             body = {"items": [{"menu_item_id": await self._dish(), "quantity": 1}], **fields}
             return str(made(await staff.post("/api/orders", json=body))["id"])
 
     async def _dish(self) -> str:
         if self._dish_id is None:
-            self._dish_id = str((await self.shop.dish())["id"])
+            self._dish_id = str((await self.restaurant.dish())["id"])
         return self._dish_id
 
     @asynccontextmanager
@@ -147,7 +147,7 @@ class Desk:
 
     async def sync_state(self, order_id: str, state: str) -> None:
         """Waits until the orders service shows this sync state of the order."""
-        async with self.shop.client() as staff:
+        async with self.restaurant.client() as staff:
 
             async def look() -> str:
                 return str(expect(await staff.get(f"/api/orders/{order_id}"))["sync"]["state"])
@@ -210,11 +210,11 @@ class Desk:
 
 
 @asynccontextmanager
-async def open_desk(system: System) -> AsyncIterator[Desk]:
+async def operator_rig(system: System) -> AsyncIterator[OperatorRig]:
     publisher = Publisher(system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=30.0)
     await publisher.start(wait=10)
     try:
-        yield Desk(await open_shop(system), publisher)
+        yield OperatorRig(await register_restaurant(system), publisher)
     finally:
         await publisher.stop()
 

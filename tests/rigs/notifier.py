@@ -96,7 +96,7 @@ class Screen:
         return [event.name for event in self.events[1:]]
 
 
-class Rail:
+class NotifierRig:
     """A vhost with the topology for one test, and notifiers on it."""
 
     def __init__(self, servers: Servers, folder: Path) -> None:
@@ -157,10 +157,10 @@ class Rail:
 
 
 class Notifier:
-    def __init__(self, rail: Rail, port: int, settings: dict[str, object]) -> None:
+    def __init__(self, rig: NotifierRig, port: int, settings: dict[str, object]) -> None:
         self.base = f"http://127.0.0.1:{port}"
         chosen = {
-            "rabbitmq_url": rail.url,
+            "rabbitmq_url": rig.url,
             "notifier_port": port,
             "jwt_secret": SECRET,
             "heartbeat_interval_seconds": 0.3,
@@ -168,7 +168,7 @@ class Notifier:
         }
         self.child = zygote.spawn(
             ["services.notifier"],
-            log=rail.folder / f"notifier-{port}.log",
+            log=rig.folder / f"notifier-{port}.log",
             env={
                 **{key: value for key, value in os.environ.items() if not key.startswith("TICKETRAIL_")},
                 **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in chosen.items()},
@@ -264,12 +264,12 @@ async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
     writer.close()
 
 
-async def flood(rail: Rail, notifier: Notifier) -> int:
+async def flood(rig: NotifierRig, notifier: Notifier) -> int:
     """Publishes large orders until the notifier disconnects a subscriber; returns their number.
     A few at a time, because the subscriber has only two seconds to read the end of its stream."""
     before = await notifier.subscribers()
     sent = 0
-    async with rail.publishing() as publish:
+    async with rig.publishing() as publish:
         while await notifier.subscribers() == before:
             await publish(*(message(change(order(items=400))) for _ in range(2)))
             sent += 2

@@ -64,7 +64,7 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _nodes(inner)
 
 
-class Explained(Postgres):
+class ExplainedPostgres(Postgres):
     """A pool of one connection, so that statements are prepared once; it keeps the plans that read the big tables."""
 
     def __init__(self, url: str, settings: Settings) -> None:
@@ -96,10 +96,10 @@ class Database(Struct):
     """A database that is filled, vacuumed and analyzed."""
 
     history: History
-    shop: PastRestaurant
+    restaurant: PastRestaurant
     """One of the 25 restaurants."""
-    api: Explained
-    writer: Explained
+    api: ExplainedPostgres
+    writer: ExplainedPostgres
     mirror: Mirror
     """A mirror without a server."""
     oldest: list[Any]
@@ -144,22 +144,22 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
         for table in BIG:
             # Off while it fills: a page that autovacuum reads then could not be marked all-visible by the last vacuum.
             await superuser.execute(f"alter table {table} set (autovacuum_enabled = off)")
-        shops = await fill(superuser_url, history)
+        restaurants = await fill(superuser_url, history)
         for role in ("ticketrail_api", "ticketrail_writer"):
             for setting, value in EXPLAIN.items():
                 await superuser.execute(f"alter role {role} in database {name} set {setting} = '{value}'")
         await superuser.close()
         mirror = Mirror(f"redis://127.0.0.1:{find_free(1)[0]}/0", timeout=0.5, stale_seconds=2.0)
-        api = Explained(settings.database_api_url, settings)
-        writer = Explained(settings.database_writer_url, settings)
+        api = ExplainedPostgres(settings.database_api_url, settings)
+        writer = ExplainedPostgres(settings.database_writer_url, settings)
         try:
-            yield Database(history, shops[7], api, writer, mirror, _oldest(history, shops, 7))
+            yield Database(history, restaurants[7], api, writer, mirror, _oldest(history, restaurants, 7))
         finally:
             await mirror.close()
             await api.close()
             await writer.close()
 
 
-def _oldest(history: History, shops: list[PastRestaurant], shop: int) -> list[Any]:
-    written = islice(history.written(shops), shop, 26 * len(shops), len(shops))
+def _oldest(history: History, restaurants: list[PastRestaurant], index: int) -> list[Any]:
+    written = islice(history.written(restaurants), index, 26 * len(restaurants), len(restaurants))
     return [changes[0].state for changes in written]

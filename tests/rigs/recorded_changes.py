@@ -5,7 +5,7 @@ from typing import Any
 from msgspec import Raw
 
 from shared.entities.contract import Change, ChangeData, Lane
-from tests.rigs.restaurant import Shop
+from tests.rigs.restaurant import RestaurantRig
 from tests.rigs.system import eventually
 
 _CHANGES = """
@@ -16,12 +16,12 @@ from changes where restaurant_id = $1 and entity_id = $2 order by version
 """
 
 
-async def recorded(shop: Shop, id_: str, count: int) -> list[Change]:
+async def recorded(restaurant: RestaurantRig, id_: str, count: int) -> list[Change]:
     """Waits until PostgreSQL has `count` changes of the entity; returns them by version."""
-    async with shop.system.database() as connection:
+    async with restaurant.system.database() as connection:
 
         async def look() -> Any:
-            return await connection.fetch(_CHANGES, shop.restaurant, id_)
+            return await connection.fetch(_CHANGES, restaurant.id, id_)
 
         rows = await eventually(look, what=f"{count} changes of {id_}", until=lambda found: len(found) == count)
     found = []

@@ -16,16 +16,16 @@ from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 
 
-class Shop(Struct, frozen=True):
+class RestaurantRig(Struct, frozen=True):
+    """A restaurant that was registered for one test. `admin_id` and `staff_id` are ids of users."""
+
     system: System
-    restaurant: str
+    id: str
     slug: str
-    admin: str
-    """User id."""
+    admin_id: str
     token: str
     """The admin's token from the registration."""
-    staff: str
-    """User id."""
+    staff_id: str
 
     def client(self, role: Role = Role.STAFF, *, session: str | None = None) -> httpx.AsyncClient:
         if role is Role.ADMIN:
@@ -33,9 +33,9 @@ class Shop(Struct, frozen=True):
         return self.system.client(token=self.token_of(role, session=session))
 
     def token_of(self, role: Role, *, session: str | None = None) -> str:
-        user = self.staff if role is Role.STAFF else str(uuid4())
+        user = self.staff_id if role is Role.STAFF else str(uuid4())
         tokens = Tokens(self.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
-        return tokens.issue(Identity(user, role, self.restaurant, "", session))
+        return tokens.issue(Identity(user, role, self.id, "", session))
 
     async def dish(self, **fields: Any) -> dict[str, Any]:
         async with self.client(Role.ADMIN) as admin:
@@ -53,14 +53,15 @@ class Shop(Struct, frozen=True):
             await publisher.stop()
 
 
-async def open_shop(system: System, **fields: Any) -> Shop:
+async def register_restaurant(system: System, **fields: Any) -> RestaurantRig:
+    """Registers a restaurant over HTTP; `fields` override those of the request."""
     slug = f"shop-{uuid4().hex[:12]}"
     body = {"name": slug, "slug": slug, "email": f"{slug}@shop.example", "password": "long enough to be good", **fields}
     async with http_client(base_url=system.urls["orders"], timeout=10.0) as client:
         data = made(await client.post("/api/auth/register-restaurant", json=body))
     session = data["session"]
-    return Shop(
-        system, data["restaurant"]["id"], slug, session["user"]["id"], session["access_token"], staff=str(uuid4())
+    return RestaurantRig(
+        system, data["restaurant"]["id"], slug, session["user"]["id"], session["access_token"], staff_id=str(uuid4())
     )
 
 

@@ -18,7 +18,7 @@ ATTEMPTS_PER_ACCOUNT, ATTEMPTS_PER_ADDRESS, GUEST_TOKEN_TTL_SECONDS = 5, 8, 900
 addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
 
-class Place(Struct, frozen=True):
+class RegisteredRestaurant(Struct, frozen=True):
     """A restaurant with its first admin."""
 
     system: System
@@ -89,12 +89,12 @@ def registration(**fields: Any) -> dict[str, Any]:
     return {"name": "Place", "slug": slug, "email": new_email(), "password": PASSWORD, **fields}
 
 
-async def register(system: System, url: str, **fields: Any) -> Place:
+async def register(system: System, url: str, **fields: Any) -> RegisteredRestaurant:
     """Registers a restaurant with its first admin."""
     body = registration(**fields)
     async with client(url) as anonymous:
         made = expect(await anonymous.post("/api/auth/register-restaurant", json=body), 201)
-    return Place(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
+    return RegisteredRestaurant(system, url, made["restaurant"]["id"], body["slug"], body["email"], made["session"])
 
 
 async def sign_in(url: str, email: str, password: str = PASSWORD, *, address: str | None = None) -> httpx.Response:

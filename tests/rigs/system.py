@@ -207,7 +207,7 @@ class System:
         return str(self.demo["menu_item_ids"][place])
 
     @property
-    def restaurant(self) -> str:
+    def restaurant_id(self) -> str:
         return str(self.demo["restaurant_id"])
 
     def client(self, role: str = "staff", *, service: str = "orders", token: str | None = None) -> httpx.AsyncClient:
