@@ -174,10 +174,11 @@ async def _events(client: httpx.AsyncClient, notifier_url: str) -> AsyncIterator
         if reply.status_code != 200:
             body = (await reply.aread()).decode(errors="replace")
             raise DemoFailed(f"the event stream answered {reply.status_code}: {body[:500]}")
-        yield _parsed(reply.aiter_lines())
+        yield parse_events(reply.aiter_lines())
 
 
-async def _parsed(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+async def parse_events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+    """Server-sent events as dicts of their fields, from the lines of an event stream."""
     event: dict[str, str] = {}
     async for line in lines:
         if line:

@@ -161,6 +161,13 @@ class Hub:
         if waiter in self._ahead:
             self._ahead.remove(waiter)
 
+    def live_subscribers(self) -> dict[str, dict[str, int]]:
+        """The number of live subscribers by tenant and room (`Audience.room`). Expensive: it visits every audience."""
+        return {
+            tenant: {room: sum(len(one.live) for one in audiences.values()) for room, audiences in rooms.items()}
+            for tenant, rooms in self._tenants.items()
+        }
+
     # -- subscriptions -------------------------------------------------------------------------------------------
 
     def subscribe(self, interest: Interest, form: Form, cursor: Cursor | None) -> Subscriber:

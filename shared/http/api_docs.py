@@ -13,7 +13,7 @@ from litestar.handlers import HTTPRouteHandler
 
 from shared.http.openapi import Api, document
 
-_FILES = {
+SWAGGER_FILES = {
     "swagger-ui.css": "text/css",
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
@@ -67,10 +67,10 @@ def pages(api: Api) -> list[HTTPRouteHandler]:
     def file(name: str) -> Response[bytes]:
         if name == "start.js":
             return Response(_START.encode(), media_type="text/javascript")
-        if name not in _FILES:
+        if name not in SWAGGER_FILES:
             raise NotFoundException("no such file")
         # Read at each request, so that a service does not hold 2 MB that are rarely requested.
         content = (_FOLDER / name).read_bytes()
-        return Response(content, media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
+        return Response(content, media_type=SWAGGER_FILES[name], headers={"Cache-Control": "max-age=86400"})
 
     return [show, as_json, file]

@@ -49,11 +49,18 @@ def _refuses_credentials(error: BaseException) -> bool:
     return isinstance(error, AuthenticationError | ProbableAuthenticationError)
 
 
-async def until_ready(attempt: Callable[[], Awaitable[T]], *, within: float | None, what: str = "RabbitMQ") -> T:
+async def until_ready(
+    attempt: Callable[[], Awaitable[T]],
+    *,
+    within: float | None,
+    what: str = "RabbitMQ",
+    pause_after: Callable[[int], float] = backoff,
+) -> T:
     """The result of `attempt`, which is repeated as long as the broker is not ready, so it must be idempotent.
 
     `within`: seconds for all attempts together, None for no limit. Raises BrokerNotReady after that, and at once when
-    the broker refuses the credentials, unless there is no limit. Other errors of `attempt` pass through.
+    the broker refuses the credentials, unless there is no limit. Other errors of `attempt` pass through. `pause_after`:
+    the seconds to wait after a number of failed attempts.
     """
     deadline = None if within is None else time.monotonic() + within
     tries = 0
@@ -66,7 +73,7 @@ async def until_ready(attempt: Callable[[], Awaitable[T]], *, within: float | No
             if is_missing(error):
                 raise
             said = str(error) or type(error).__name__
-            pause = backoff(tries)
+            pause = pause_after(tries)
             over = deadline is not None and time.monotonic() + pause > deadline
             if deadline is not None and (over or _refuses_credentials(error)):
                 raise BrokerNotReady(f"{what} is not ready: {said}") from error

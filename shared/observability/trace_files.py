@@ -46,7 +46,7 @@ class FileExporter(SpanExporter):
         self._failed = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        lines = b"".join(msgspec.json.encode(_row(span)) + b"\n" for span in spans)
+        lines = b"".join(msgspec.json.encode(span_row(span)) + b"\n" for span in spans)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size + len(lines) > self._max_bytes:
@@ -89,7 +89,8 @@ def _cut_short(file: IO[bytes]) -> bool:
     return file.read(1) != b"\n"
 
 
-def _row(span: ReadableSpan) -> SpanRow:
+def span_row(span: ReadableSpan) -> SpanRow:
+    """The row that stands for a span in a trace file."""
     context, parent = span.context, span.parent
     assert context is not None
     assert span.start_time is not None

@@ -17,7 +17,8 @@ stale claim sends it. Spans use OpenTelemetry's semantic conventions for HTTP, m
 import random
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -91,6 +92,16 @@ _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 def current() -> Trace | None:
     return _current.get()
+
+
+@contextmanager
+def attached(trace: Trace | None) -> Iterator[None]:
+    """Makes `trace` the current one for a `with` block; None for work that belongs to no trace."""
+    token = _current.set(trace)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def begun() -> Trace:

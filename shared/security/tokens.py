@@ -125,6 +125,23 @@ def _is_file(text: str) -> bool:
         return False
 
 
+class VerifiedTokens:
+    """The identities of tokens whose signature was verified, each until its token expires. Times are Unix seconds."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, Identity]] = {}
+
+    def keep(self, token: str, identity: Identity, *, expires_at: float) -> None:
+        if len(self._found) >= _MAX_CACHED_TOKENS:
+            self._found.clear()
+        self._found[token] = (expires_at, identity)
+
+    def identity_of(self, token: str) -> Identity | None:
+        """None for a token that was not verified yet or has expired."""
+        known = self._found.get(token)
+        return known[1] if known and known[0] > time.time() else None
+
+
 class Tokens:
     """Issues and verifies tokens.
 
@@ -134,11 +151,19 @@ class Tokens:
     verify, and `kid` in the header of the token selects between them. Without a `kid` the current key is used.
     """
 
-    def __init__(self, secret: str | Key, *, ttl_seconds: int, previous: Key | None = None) -> None:
+    def __init__(
+        self,
+        secret: str | Key,
+        *,
+        ttl_seconds: int,
+        previous: Key | None = None,
+        verified: VerifiedTokens | None = None,
+    ) -> None:
+        """`verified`: the cache, if it is shared; otherwise these tokens have one of their own."""
         self._key = secret_key(secret) if isinstance(secret, str) else secret
         self._keys = {key.id: key for key in (previous, self._key) if key is not None}
         self._ttl = ttl_seconds
-        self._verified: dict[str, tuple[float, Identity]] = {}
+        self._verified = verified if verified is not None else VerifiedTokens()
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -195,9 +220,8 @@ class Tokens:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("the request needs an Authorization header with a Bearer token")
-        known = self._verified.get(token)
-        if known and known[0] > time.time():
-            return known[1]
+        if (known := self._verified.identity_of(token)) is not None:
+            return known
         try:
             # The key determines the algorithm. The one in the token is not trusted: an attacker could choose `none`.
             kid = jwt.get_unverified_header(token).get("kid", self._key.id)
@@ -212,9 +236,7 @@ class Tokens:
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"the token is not valid: {error}") from error
         identity = _identity(claims)
-        if len(self._verified) >= _MAX_CACHED_TOKENS:
-            self._verified.clear()
-        self._verified[token] = (float(claims["exp"]), identity)
+        self._verified.keep(token, identity, expires_at=float(claims["exp"]))
         return identity
 
 

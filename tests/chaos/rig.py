@@ -24,7 +24,7 @@ from tests.rigs.system import System, eventually
 
 _JOURNAL_DISK = "16m"
 _COPY_EVERY = 2.5
-_COPY_AGE = 10.0
+COPY_AGE_SECONDS = 10.0
 
 
 class Rig:
@@ -235,7 +235,7 @@ class Rig:
             shutil.rmtree(copy, ignore_errors=True)
             return
         self._copies.append((time.monotonic(), copy))
-        while len(self._copies) > 2 and self._copies[1][0] < time.monotonic() - _COPY_AGE:
+        while len(self._copies) > 2 and self._copies[1][0] < time.monotonic() - COPY_AGE_SECONDS:
             shutil.rmtree(self._copies.pop(0)[1], ignore_errors=True)
 
     def _roll_back(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.chaos.rig import _COPY_AGE
+from tests.chaos.rig import COPY_AGE_SECONDS
 from tests.rigs.outage import Outage, acknowledged, ask, no_version_was_claimed_twice, proven, under_load
 
 pytestmark = pytest.mark.timeout(300)
@@ -74,7 +74,7 @@ async def test_a_killed_and_later_wiped_redis_loses_nothing(outage: Outage) -> N
 async def test_a_redis_restarted_from_a_copy_ten_seconds_old_loses_nothing(outage: Outage) -> None:
     await outage.new_price(2_222)
     async with under_load(outage, 2) as load:
-        await asyncio.gather(asyncio.sleep(_COPY_AGE), acknowledged(load, 40))
+        await asyncio.gather(asyncio.sleep(COPY_AGE_SECONDS), acknowledged(load, 40))
         async with postgres_behind(outage):
             await acknowledged(load, 10, what="changed")
             order = load.acknowledged[-1].order

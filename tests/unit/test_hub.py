@@ -243,9 +243,10 @@ def test_a_keep_alive_goes_only_to_idle_subscribers_and_carries_the_cursor() -> 
 def test_an_unsubscribed_subscriber_leaves_no_state_behind() -> None:
     rail = hub()
     some = [rail.subscribe(Interest("a", order_id=id_), FORM, None) for id_ in ("o", "o", "p", None)]
+    assert rail.live_subscribers() == {"a": {"order:o": 2, "order:p": 1, "": 1}}
     for subscriber in [*some, *some]:
         rail.unsubscribe(subscriber)
-    assert len(rail) == 0 and rail._tenants == {}
+    assert len(rail) == 0 and rail.live_subscribers() == {}
 
 
 def test_closing_ends_all_subscribers_including_later_ones() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.sync.imports.sources import ImportRow, _cell, count, rows, source_of
+from services.sync.imports.sources import ImportRow, count, json_value, rows, source_of
 from shared.errors import InvalidInput
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT
 
@@ -230,8 +230,8 @@ def test_a_file_is_identified_by_content_and_a_database_by_url_without_password(
 
 
 def test_whole_numbers_of_a_query_become_integers_whatever_their_type() -> None:
-    assert [_cell(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
-    assert all(type(_cell(cell)) is int for cell in (Decimal("980.00"), 980.0))
-    assert _cell(Decimal("9.80")) == 9.8
-    assert _cell(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field would count as left out"
-    assert _cell(float("inf")) == "inf"
+    assert [json_value(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
+    assert all(type(json_value(cell)) is int for cell in (Decimal("980.00"), 980.0))
+    assert json_value(Decimal("9.80")) == 9.8
+    assert json_value(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field would count as left out"
+    assert json_value(float("inf")) == "inf"

@@ -1,6 +1,5 @@
 """Waiting for a broker that is not ready yet: answers that are retried, and answers that are final."""
 
-from collections.abc import Callable
 from email.message import Message
 from urllib.error import HTTPError
 
@@ -13,7 +12,6 @@ from aiormq.exceptions import (
     ProbableAuthenticationError,
 )
 
-from shared.messaging import recovery
 from shared.messaging.declare import TopologyError
 from shared.messaging.recovery import BrokerNotReady, until_ready
 
@@ -24,10 +22,8 @@ def http(code: int) -> HTTPError:
     return HTTPError("http://127.0.0.1/api/users/x", code, "", Message(), None)
 
 
-@pytest.fixture
-def make_broker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], "Broker"]:
-    monkeypatch.setattr(recovery, "backoff", lambda _: 0.0)
-    return Broker
+def at_once(failures: int) -> float:
+    return 0.0
 
 
 class Broker:
@@ -61,11 +57,9 @@ class Broker:
     ],
     ids=str,
 )
-async def test_an_answer_of_a_recovering_broker_is_retried(
-    error: Exception, make_broker: Callable[[Exception, int], Broker]
-) -> None:
-    broker = make_broker(error, 3)
-    assert await until_ready(broker, within=HOUR) == "ready"
+async def test_an_answer_of_a_recovering_broker_is_retried(error: Exception) -> None:
+    broker = Broker(error, 3)
+    assert await until_ready(broker, within=HOUR, pause_after=at_once) == "ready"
     assert broker.questions == 4
 
 
@@ -79,24 +73,20 @@ async def test_an_answer_of_a_recovering_broker_is_retried(
     ids=str,
 )
 @pytest.mark.parametrize("within", [HOUR, None])
-async def test_a_missing_queue_or_exchange_is_refused_at_once(
-    error: Exception, within: float | None, make_broker: Callable[[Exception, int], Broker]
-) -> None:
-    broker = make_broker(error, 3)
+async def test_a_missing_queue_or_exchange_is_refused_at_once(error: Exception, within: float | None) -> None:
+    broker = Broker(error, 3)
     with pytest.raises(type(error)):
-        await until_ready(broker, within=within)
+        await until_ready(broker, within=within, pause_after=at_once)
     assert broker.questions == 1
 
 
 @pytest.mark.parametrize("error", [ProbableAuthenticationError("ACCESS_REFUSED"), http(401)], ids=str)
-async def test_refused_credentials_end_only_a_wait_with_a_deadline(
-    error: Exception, make_broker: Callable[[Exception, int], Broker]
-) -> None:
-    broker = make_broker(error, 3)
+async def test_refused_credentials_end_only_a_wait_with_a_deadline(error: Exception) -> None:
+    broker = Broker(error, 3)
     with pytest.raises(BrokerNotReady):
-        await until_ready(broker, within=HOUR)
+        await until_ready(broker, within=HOUR, pause_after=at_once)
     assert broker.questions == 1
-    assert await until_ready(broker, within=None) == "ready"
+    assert await until_ready(broker, within=None, pause_after=at_once) == "ready"
 
 
 async def test_the_deadline_ends_the_wait_with_the_last_answer() -> None:

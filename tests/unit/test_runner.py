@@ -450,7 +450,7 @@ async def test_event_parser_skips_keep_alives() -> None:
         for line in ["event: connected", "data: {}", "", ": keep-alive", "", "id: 1", "data: a", "data: b", ""]:
             yield line
 
-    assert [event async for event in demo._parsed(lines())] == [
+    assert [event async for event in demo.parse_events(lines())] == [
         {"event": "connected", "data": "{}"},
         {"id": "1", "data": "a\nb"},
     ]

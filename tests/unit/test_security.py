@@ -6,7 +6,7 @@ import jwt
 import pytest
 
 from shared.errors import Unauthenticated
-from shared.security.tokens import Identity, Role, Tokens
+from shared.security.tokens import Identity, Role, Tokens, VerifiedTokens
 from tests.rigs.builders import RESTAURANT
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
@@ -64,9 +64,12 @@ def test_an_invalid_token_is_refused(token: str) -> None:
 
 
 def test_a_cached_token_still_expires() -> None:
-    tokens = Tokens(SECRET, ttl_seconds=60)
-    expired = Tokens(SECRET, ttl_seconds=-5).issue(STAFF)
-    tokens._verified[expired] = (time.time() - 5, STAFF)  # as if it had been verified before it expired
+    verified = VerifiedTokens()
+    tokens = Tokens(SECRET, ttl_seconds=60, verified=verified)
+    expired, cached = Tokens(SECRET, ttl_seconds=-5).issue(STAFF), "verified before, so its signature is not checked"
+    verified.keep(expired, STAFF, expires_at=time.time() - 5)
+    verified.keep(cached, STAFF, expires_at=time.time() + 60)
+    assert tokens.verify(f"Bearer {cached}") == STAFF
     with pytest.raises(Unauthenticated):
         tokens.verify(f"Bearer {expired}")
 

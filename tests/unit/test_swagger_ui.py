@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from shared.http.api_docs import _FILES
+from shared.http.api_docs import SWAGGER_FILES
 from tests.rigs.system import ROOT
 
 FOLDER = ROOT / "shared/http/swagger_ui"
@@ -21,7 +21,7 @@ def test_every_vendored_file_has_its_listed_checksum() -> None:
 
 
 def test_the_page_serves_only_vendored_files_and_their_licences_are_kept() -> None:
-    assert set(_FILES) <= set(SUMS)
+    assert set(SWAGGER_FILES) <= set(SUMS)
     assert {"LICENSE", "NOTICE", "swagger-ui-bundle.js.LICENSE.txt"} <= set(SUMS)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", (FOLDER / "VERSION").read_text())
 

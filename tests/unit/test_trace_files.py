@@ -9,8 +9,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 from structlog.testing import capture_logs
 
-from shared.observability import trace_files
-from shared.observability.trace_files import FileExporter, SpanRow, read_spans
+from shared.observability.trace_files import FileExporter, SpanRow, read_spans, span_row
 
 OK, FAILED = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
 
@@ -54,7 +53,7 @@ def test_a_span_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_files_rotate_by_size_and_the_oldest_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.jsonl"
-    one = len(msgspec.json.encode(trace_files._row(span(1)))) + 1
+    one = len(msgspec.json.encode(span_row(span(1)))) + 1
     exporter = FileExporter(path, max_bytes=3 * one + 50, keep=2)
     for number in range(1, 21):
         assert exporter.export([span(number)]) is OK
@@ -84,7 +83,7 @@ def test_an_unfinished_last_line_of_a_killed_process_hides_no_other_span(tmp_pat
     exporter = FileExporter(path, max_bytes=10_000, keep=1)
     exporter.export([span(1), span(2)])
     with path.open("ab") as file:
-        file.write(msgspec.json.encode(trace_files._row(span(3)))[:-20])
+        file.write(msgspec.json.encode(span_row(span(3)))[:-20])
     FileExporter(tmp_path / "worker-1.jsonl", max_bytes=10_000, keep=1).export([span(4)])
     assert numbers(everything(tmp_path)) == [1, 2, 4]
     exporter.export([span(5), span(6)])  # a restarted process continues the same file

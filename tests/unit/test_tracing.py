@@ -39,9 +39,8 @@ def make(tmp_path: Path) -> Iterator[MakeTracer]:
 
 @pytest.fixture(autouse=True)
 def no_current_trace() -> Iterator[None]:
-    token = tracing._current.set(None)
-    yield
-    tracing._current.reset(token)
+    with tracing.attached(None):
+        yield
 
 
 def kept(tracer: Tracer, home: Path) -> list[SpanRow]:

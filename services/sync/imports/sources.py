@@ -273,7 +273,7 @@ async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncG
             number = 0
             async for record in connection.cursor(source.query, prefetch=500):
                 number += 1
-                value = {key: _cell(cell) for key, cell in record.items() if cell is not None}
+                value = {key: json_value(cell) for key, cell in record.items() if cell is not None}
                 try:
                     for field in _JSON:
                         if isinstance(value.get(field), str):
@@ -290,7 +290,7 @@ async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncG
         await connection.close(timeout=5)
 
 
-def _cell(cell: Any) -> Any:
+def json_value(cell: Any) -> Any:
     """Converts `numeric`, which is the type of a sum of integers in PostgreSQL. The decoder refuses what is no
     number."""
     if not isinstance(cell, (Decimal, float)):
