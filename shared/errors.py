@@ -7,8 +7,8 @@ TicketrailError
 ├── NotFound            404
 ├── Conflict            409  another change came first, or the current state forbids this one
 ├── TooManyRequests     429  a limit was reached; retry after `retry_after` seconds
-├── Unavailable         503  not done, and nothing of it will appear; retry after `retry_after` seconds
-└── OutcomeUnknown      504  may be done; repeat with the same Idempotency-Key
+├── Unavailable         503  nothing was done, and nothing will appear; retry after `retry_after` seconds
+└── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
 """
 
 from typing import Any, ClassVar

@@ -4,7 +4,7 @@ from shared.entities.menu_group import MenuGroup, menu_group_entity
 
 
 class Brand(MenuGroup, frozen=True, kw_only=True):
-    """The `brand` of a dish is the `name` of one of these."""
+    """A brand. The field `brand` of a dish contains the `name` of its brand."""
 
 
 ENTITY = menu_group_entity("brand", Brand, table="brands")

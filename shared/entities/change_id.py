@@ -1,12 +1,13 @@
-"""The id of a change, derived from what it says, so that a repeated change repeats its id."""
+"""The id of a change. It is derived from the content of the change, so that a repeated change has the same id."""
 
 import hashlib
 
 
 def change_id(entity_id: str, version: int, content: bytes) -> str:
-    """UUIDv5 in the namespace of the entity, of the version and the SHA-256 of `content`."""
+    """Returns the UUIDv5 whose namespace is the entity's id and whose name is the version with the SHA-256 of
+    `content`."""
     name = f"{version}:{hashlib.sha256(content).hexdigest()}"
-    # Computes what uuid.uuid5 computes without its objects, because every change needs an id.
+    # The result equals that of uuid.uuid5. This code makes no UUID objects, because every change needs an id.
     digest = bytearray(hashlib.sha1(bytes.fromhex(entity_id.replace("-", "")) + name.encode()).digest()[:16])  # noqa: S324
     digest[6] = digest[6] & 0x0F | 0x50
     digest[8] = digest[8] & 0x3F | 0x80

@@ -1,11 +1,11 @@
 """The event contract: the format of a change on the wire.
 
-A change is a CloudEvents 1.0 event in JSON. It travels in a JSON batch (`application/cloudevents-batch+json`), an array
-even for one change. It carries the whole state of its entity after the change, so that changes may be applied in any
-order and any number of times: the guard (`Head`) decides which state wins.
+A change is a CloudEvents 1.0 event in JSON. It travels in a JSON batch (`application/cloudevents-batch+json`), which is
+an array even for one change. It carries the whole state of its entity after the change, so that changes may be applied
+in any order and any number of times: the guard (`Head`) decides which state wins.
 
-Decoding ignores unknown attributes and is strict in types. An unreadable change raises `BrokenContract` with the reason
-that its dead letter shows.
+Decoding ignores unknown attributes and checks types strictly. An unreadable change raises `BrokenContract` with the
+reason that its dead letter shows.
 """
 
 import re
@@ -19,30 +19,30 @@ from msgspec import Meta, Raw, Struct, field
 
 CONTENT_TYPE = "application/cloudevents-batch+json"
 SPECVERSION = "1.0"
-MAX_BATCH = 256
+MAX_BATCH_CHANGES = 256
 MAX_EVENT_BYTES = 8_000_000
-"""The size of the largest encoded change. RabbitMQ 4 refuses messages above 16 MiB, and a change that the broker would
-refuse must not be accepted."""
+"""The maximum size of an encoded change. RabbitMQ 4 refuses messages above 16 MiB, so no change of that size may be
+accepted."""
 MAX_DATA_BYTES = MAX_EVENT_BYTES - 10_000
-"""The size of the largest states before and after together; the rest is room for the other attributes."""
+"""The maximum size of `before` and `after` together. The remaining 10,000 bytes are for the other attributes."""
 
-# Ids are lower-case canonical UUIDs as text: their text order is their byte order, so that Python, Lua and
-# PostgreSQL agree which of two change ids is the larger.
+# Ids are lower-case canonical UUIDs as text. Their text order equals their byte order, so that Python, Lua and
+# PostgreSQL agree on which of two change ids is larger.
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 
-# PostgreSQL cannot store NUL in text. The contract refuses it, so that no constraint has to.
+# PostgreSQL cannot store NUL in text. The contract refuses it, so that a change with NUL never reaches PostgreSQL.
 _NO_NUL = "^[^\\x00]*$"
 Label = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
 Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
 Time = Annotated[datetime, Meta(tz=True)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
-# Minor units of the restaurant's currency. The bounds keep every sum far within 64 bits.
+# Minor units of the restaurant's currency. The bounds keep every sum far below the limit of 64 bits.
 Amount = Annotated[int, Meta(ge=-(10**12), le=10**12, examples=[1960])]
 Money = Annotated[int, Meta(ge=0, le=10**12, examples=[1960])]
 
 
 class SyncState(StrEnum):
-    """How far the head of an entity has come on its way to PostgreSQL."""
+    """The progress of an entity's head towards PostgreSQL."""
 
     PENDING = "pending"
     SYNCED = "synced"
@@ -68,8 +68,8 @@ _PRIORITY = {Lane.CRITICAL: 10, Lane.NORMAL: 5, Lane.BACKGROUND: 1}
 
 
 class BrokenContract(ValueError):
-    """A change that no retry can write. `reason` is stable, because it groups dead letters; the message has the
-    details."""
+    """A change breaks the contract, so no retry can write it. Dead letters are grouped by `reason`, so its values are
+    stable. The message gives the details."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -77,7 +77,8 @@ class BrokenContract(ValueError):
 
 
 class Head(Struct, frozen=True, order=True):
-    """The guard: of two states of one entity the one with the larger (version, change id) wins, in every store."""
+    """The version and change id of a state. They are the guard: of two states of one entity, the one with the larger
+    (version, change id) wins, in every store."""
 
     version: int
     change_id: str
@@ -86,7 +87,7 @@ class Head(Struct, frozen=True, order=True):
 class ChangeData(Struct, frozen=True):
     after: Raw
     """The whole entity after the change."""
-    before: Raw = field(default_factory=lambda: Raw(b"{}"))  # msgspec makes no schema of a plain default
+    before: Raw = field(default_factory=lambda: Raw(b"{}"))  # a plain default would break the JSON schema
     """The old values of the fields that changed; empty for a creation."""
 
 
@@ -121,8 +122,8 @@ class Change(Struct, frozen=True, kw_only=True):
 
 
 class PartialEvent(Struct):
-    """The attributes of an event that may be broken: each is whatever JSON value the event has, or None. Decoding fails
-    only if the event is not a JSON object."""
+    """The attributes of an event that may break the contract. Each one has the JSON value from the event, whatever its
+    type, or None if it is missing. Decoding fails only if the event is not a JSON object."""
 
     id: Any = None
     restaurantid: Any = None
@@ -136,7 +137,8 @@ class PartialEvent(Struct):
 
 
 class Outline(Struct, frozen=True):
-    """The attributes that identify a change, to check whether a store has it. Texts are not validated."""
+    """The attributes that identify a change. Code that only checks whether a store has a change decodes these. Texts
+    are not validated."""
 
     id: str
     subject: str
@@ -164,13 +166,13 @@ def encode(value: Any) -> bytes:
 
 
 def encode_batch(changes: Iterable[bytes]) -> bytes:
-    """Returns one message body with these encoded changes."""
+    """Returns a message body that contains these encoded changes."""
     return b"[" + b",".join(changes) + b"]"
 
 
 def split_batch(body: bytes) -> list[bytes]:
-    """Returns the encoded events of a message. They are not decoded, so that a poison event does not affect the others.
-    Raises BrokenContract."""
+    """Returns the encoded events of a message. It does not decode them, so that a poison event does not affect the
+    others. Raises BrokenContract."""
     try:
         return [bytes(raw) for raw in _raws.decode(body)]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -182,11 +184,11 @@ def decode_change(event: bytes) -> Change:
     if len(event) > MAX_EVENT_BYTES:
         raise BrokenContract("too_large", f"{len(event)} bytes are more than {MAX_EVENT_BYTES}")
     try:
-        event.decode()  # also checks the unknown attributes, which are kept verbatim
+        event.decode()  # unknown attributes are kept verbatim, so they must be valid UTF-8 too
         change = _changes.decode(event)
         escaped = b"\\u" in event
         if escaped:
-            _builtins.decode(event)  # half a surrogate pair is an error here
+            _builtins.decode(event)  # raises an error for half of a surrogate pair
     except msgspec.ValidationError as error:
         missing = str(error) in _NO_TENANT
         raise BrokenContract("missing_tenant" if missing else "contract_broken", str(error)) from error
@@ -195,8 +197,8 @@ def decode_change(event: bytes) -> Change:
     if change.specversion != SPECVERSION:
         raise BrokenContract("unsupported_specversion", f"CloudEvents {change.specversion[:20]!r}, not {SPECVERSION}")
     if escaped and _NUL_ESCAPE.search(event):
-        # PostgreSQL's json accepts it, but cannot extract a field from it later.
-        raise BrokenContract("contract_broken", "text with a NUL")
+        # PostgreSQL's json type accepts an escaped NUL, but cannot extract the field later.
+        raise BrokenContract("contract_broken", "a text contains NUL")
     if not in_range(change.time):
         raise BrokenContract("contract_broken", "time is out of range")
     return change
@@ -211,7 +213,8 @@ def outline(event: bytes) -> Outline | None:
 
 
 def in_range(at: datetime) -> bool:
-    """Returns whether the time is from 1970 to 2199. At the ends of the calendar, conversions to UTC overflow."""
+    """Returns whether the year is from 1970 to 2199. Times near the ends of the calendar overflow when they are
+    converted to UTC."""
     return 1970 <= at.year < 2200
 
 

@@ -1,8 +1,8 @@
 """A customer of a restaurant.
 
-Sums are not part of the state: `total_spent` and `visits` are derived from the payments of the customer's orders, and
-`loyalty_points` from the payments and the moves below. Payments and moves are facts with ids of their own, so that each
-counts once, however often an event with it arrives.
+Sums are not part of the state. `total_spent` and `visits` are derived from the payments of the customer's orders;
+`loyalty_points` is derived from these payments and from `loyalty_moves`. Payments and moves are facts with their own
+ids, so that each one counts once, however often an event repeats it.
 """
 
 from typing import Annotated
@@ -18,7 +18,8 @@ Points = Annotated[int, Meta(ge=-(10**9), le=10**9)]
 
 
 class LoyaltyMove(Struct, frozen=True, kw_only=True):
-    """Points that are added, apart from the points for payments, or redeemed (negative)."""
+    """A change of the loyalty points that does not come from a payment: points that are added or
+    redeemed (negative)."""
 
     id: Id
     points: Points

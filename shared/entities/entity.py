@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from shared.entities.contract import BrokenContract, Change, Lane, in_range
 
-# msgspec's message for a negative amount.
+# The text of msgspec's error for a negative amount.
 _NEGATIVE = "Expected `int` >= 0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -52,18 +52,20 @@ class _Rows:
 
     @cached_property
     def times(self) -> Sequence[Column]:
-        """The columns with times, whose range is checked in every change."""
+        """The columns of type timestamptz. Every change must have times in range in these columns."""
         return tuple(column for column in self.columns if column.pg_type == "timestamptz")
 
 
 @dataclass(frozen=True)
 class Table(_Rows):
-    """The table of an entity that readers use. Its key is (restaurant_id, id); version and change_id are the guard."""
+    """The table with the current state of each entity, which readers use. Its key is (restaurant_id, id); version and
+    change_id are the guard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Children(_Rows):
-    """Rows that belong to one state and are replaced with it. Their key is (restaurant_id, <parent>, position)."""
+    """Rows that belong to one state. The rows of the next state replace them. Their key is (restaurant_id, <parent>,
+    position)."""
 
     parent: str
     rows: Callable[[Any], Sequence[Struct]]
@@ -71,12 +73,12 @@ class Children(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(_Rows):
-    """Rows with an id of their own below a parent. They are kept from every snapshot, also from superseded and forked
-    ones."""
+    """Rows of facts, each with its own id and a parent. They are kept from every snapshot, including superseded and
+    forked ones."""
 
     parent: str
     field: str
-    """The field of the state that carries them."""
+    """The field of the state that contains the facts."""
 
     def rows(self, state: Any) -> Sequence[Struct]:
         found: Sequence[Struct] = getattr(state, self.field)
@@ -85,8 +87,8 @@ class Facts(_Rows):
 
 @dataclass(frozen=True)
 class Numbering:
-    """The numbering of an entity. Each business day is a series. A state without a number has the empty string, and its
-    claim assigns one (shared/rail/order_numbers.py)."""
+    """The numbering of an entity. Each business day is a series. A state without a number has an empty string, and its
+    claim assigns the number (shared/rail/order_numbers.py)."""
 
     business_day: Callable[[Any], str]
     number: Callable[[Any], str]
@@ -102,27 +104,29 @@ class Entity:
     on_conflict: OnConflict
     table: Table
     live: Callable[[Any], bool]
-    """Whether a state belongs to the mirror's live window regardless of its age (an open order, a dish on the menu)."""
+    """Returns whether a state belongs to the mirror's live window at any age, such as an open order or a dish on the
+    menu."""
     window_sql: str = ""
-    """The live window as an SQL condition on the table `t`; `$1` is the time when it begins. Empty: all rows."""
+    """The live window as an SQL condition on the table `t`; `$1` is the time when the window begins. An empty text
+    means all rows."""
     score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
-    """The sort key in the mirror's live index."""
+    """Returns the sort key of a state in the mirror's live index."""
     children: Sequence[Children] = ()
     facts: Sequence[Facts] = ()
     numbering: Numbering | None = None
     holds: Callable[[Any], Sequence[Hold]] | None = None
-    """The stock that a state holds."""
+    """Returns the stock that a state holds."""
     stock: Callable[[Any], tuple[int, datetime] | None] | None = None
-    """(quantity, time of the count) of an inventory item; None when it has no stock, because it is deleted."""
+    """Returns (quantity, time of the count) of an inventory item, or None if the item is deleted."""
 
     def type(self, event: str) -> str:
-        """`created` -> `ticketrail.order.created.v1`."""
+        """Returns the type of an event on the wire: `created` -> `ticketrail.order.created.v1`."""
         if event not in self.events:
             raise ValueError(f"{self.name} has no event {event!r}")
         return f"ticketrail.{self.name}.{event}.v1"
 
     def decode_state(self, encoded: bytes) -> Any:
-        """Decodes a state from one of our own stores, which was validated before."""
+        """Decodes a state from the mirror or PostgreSQL, which was validated before it was stored."""
         return msgspec.json.decode(encoded, type=self.state)
 
     def decode(self, change: Change) -> Any:
@@ -159,7 +163,8 @@ def _check_time(table: str, column: Column, row: Any) -> None:
 
 
 def event_of(type_: str) -> tuple[str, str, str]:
-    """`ticketrail.order.created.v1` -> ("order", "created", "v1"). Raises BrokenContract for a foreign type."""
+    """Splits a type: `ticketrail.order.created.v1` -> ("order", "created", "v1"). Raises BrokenContract for a type of
+    another system."""
     parts = type_.split(".")
     if len(parts) != 4 or parts[0] != "ticketrail":
         raise BrokenContract("unknown_type", f"type {type_!r} is not a type of Ticketrail")
@@ -167,7 +172,7 @@ def event_of(type_: str) -> tuple[str, str, str]:
 
 
 def columns(*names_and_types: str) -> Iterable[Column]:
-    """Yields columns that are attributes of the same name: `columns("name text", "price int8")`."""
+    """Yields columns whose values are the attributes of the same name: `columns("name text", "price int8")`."""
     for text in names_and_types:
         name, _, pg_type = text.partition(" ")
         yield Column(name, pg_type)

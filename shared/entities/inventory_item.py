@@ -1,4 +1,4 @@
-"""An inventory item. available = quantity - holds of orders that were accepted since the count."""
+"""An inventory item. Its available amount is `quantity` minus the holds of the orders accepted since the count."""
 
 from typing import Annotated
 
@@ -31,7 +31,7 @@ class InventoryItem(Struct, frozen=True, kw_only=True):
     updated_at: Time
     unit: Label = "piece"
     low_at: Count | None = None
-    """At or below this available amount the item is reported as low."""
+    """The item is reported as low when its available amount is not above this."""
     moves: tuple[StockMove, ...] = ()
     """The latest moves. The table `stock_moves` has all of them."""
     deleted_at: Time | None = None

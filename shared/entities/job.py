@@ -26,13 +26,14 @@ _NEXT = {
 
 
 def allowed_next(stage: JobStage) -> tuple[JobStage, ...]:
-    """queued → in_progress → done; back to queued from in progress; cancelled from both."""
+    """Returns the stages that may follow: queued → in_progress → done. A job in progress may return to the queue. A job
+    in either of these two stages may be cancelled."""
     return _NEXT[stage]
 
 
-# Sort keys are decimal fractions without trailing zeros: the digits of the time that the job is for, then of the time
-# when it was created, so that jobs for one time keep their order. Another key fits between any two; a number of fixed
-# size would be exhausted after about twenty moves into the same gap.
+# A sort key is a decimal fraction without trailing zeros. It consists of the digits of the scheduled time and the
+# digits of the creation time, so that jobs with the same scheduled time sort by creation. Another key always fits
+# between two keys. A number of fixed size would be exhausted after about twenty moves into the same gap.
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = 16
 _MAX_DIGITS = 400
@@ -40,17 +41,18 @@ _MIN_GAP = 10**6
 
 
 def place_at(at: datetime, created: datetime) -> str:
+    """Returns the key of a job that is scheduled at a time."""
     return _fraction(_micros(at), created)
 
 
 def place_beside(place: str, seconds: int, created: datetime) -> str:
-    """The key `seconds` behind `place` (negative: before it), so that other keys fit between them later."""
+    """Returns a key `seconds` after `place` (before it if negative). Other keys fit between the two later."""
     return _fraction(int(place[:_DIGITS].ljust(_DIGITS, "0")) + seconds * 1_000_000, created)
 
 
 def place_between(low: str, high: str, *, share: str) -> str:
-    """A key between two keys. `share`: a UUID that separates jobs which are moved into one gap at the same time.
-    Returns `low` when both keys are equal, or the gap is exhausted after hundreds of moves."""
+    """Returns a key between two keys, or `low` if both are equal or the gap is exhausted after hundreds of moves.
+    `share`: a UUID, so that jobs that are moved into one gap at the same time get different keys."""
     for digits in range(_DIGITS, _MAX_DIGITS + 1):
         first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
         if last - first >= _MIN_GAP:

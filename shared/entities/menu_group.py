@@ -1,4 +1,4 @@
-"""Named groups of dishes: categories and brands. Both have the same fields and rules and differ in name and table."""
+"""Groups of dishes: categories and brands. They have the same fields and rules, but different names and tables."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from shared.entities.menu_item import Url
 
 
 class MenuGroup(Struct, frozen=True, kw_only=True):
-    """Dishes refer to a group by its `name`."""
+    """A group of dishes. Dishes refer to the group by its `name`."""
 
     id: Id
     restaurant_id: Id
@@ -24,7 +24,7 @@ class MenuGroup(Struct, frozen=True, kw_only=True):
 
 
 def menu_group_entity(name: str, state: type[MenuGroup], *, table: str) -> Entity:
-    """The entity of one kind of group. `table`: the name of its PostgreSQL table."""
+    """Returns the entity of one kind of group. `table`: the name of its PostgreSQL table."""
     return Entity(
         name=name,
         state=state,

@@ -18,7 +18,7 @@ Units = Annotated[int, Meta(ge=1, le=10**6)]
 class Option(Struct, frozen=True):
     name: Label
     price: Money = 0
-    """Added to the price of one piece, in minor units."""
+    """The amount that this option adds to the price of one piece, in minor units."""
     is_available: bool = True
 
 

@@ -1,7 +1,7 @@
 """An order with its items and payments, as one aggregate with one version.
 
-Money is in minor units of the restaurant's currency, tax in basis points. Payments are facts: each is kept from every
-snapshot, and the payment status is derived from them.
+Money is in minor units of the restaurant's currency, tax in basis points. Payments are facts: each one is kept from
+every snapshot, and the payment status is derived from them.
 """
 
 from datetime import date
@@ -35,12 +35,13 @@ _NEXT = {
 
 
 def allowed_next(status: OrderStatus) -> tuple[OrderStatus, ...]:
-    """pending → received → preparing → ready → completed; cancelled from any but completed."""
+    """Returns the statuses that may follow: pending → received → preparing → ready → completed. An order may be
+    cancelled in any status before completed."""
     return _NEXT[status]
 
 
 def items_may_change(status: OrderStatus) -> bool:
-    """The items are fixed after the kitchen has begun."""
+    """Returns whether the items may still change. They are fixed once the kitchen has begun."""
     return status in (OrderStatus.PENDING, OrderStatus.RECEIVED)
 
 
@@ -55,7 +56,8 @@ Quantity = Annotated[int, Meta(ge=1, le=1_000)]
 
 
 class Customization(Struct, frozen=True):
-    """`name`: the customization group's. `price`: part of the item's unit price."""
+    """An option that the guest chose. `name` is the name of the customization group. The item's unit price includes
+    `price`."""
 
     name: Label
     option: Label
@@ -73,17 +75,17 @@ class OrderItem(Struct, frozen=True, kw_only=True):
 
 
 class StockHold(Struct, frozen=True, omit_defaults=True):
-    """The stock of one item that an order holds. When its items change, a further need becomes a hold of its own,
-    because the stock may have been counted in between."""
+    """The amount of one inventory item that an order holds. If the order later needs more, the additional amount
+    becomes a separate hold, because the stock may have been counted in the meantime."""
 
     inventory_item_id: Id
     quantity: Money
     held_at: Time | None = None
-    """None means the time when the order was placed."""
+    """The time from which the hold counts. None means the time when the order was placed."""
 
 
 class Payment(Struct, frozen=True, kw_only=True):
-    """`amount` is negative for a refund."""
+    """A payment, or a refund if `amount` is negative."""
 
     id: Id
     amount: Amount
@@ -121,17 +123,17 @@ class Order(Struct, frozen=True, kw_only=True):
     placed_by: Label | None = None
     """Id of the user, or of the guest's session, that placed the order."""
     request_hash: str | None = None
-    """SHA-256 of the request, if it had an Idempotency-Key: a repeat of the key must have the same body."""
+    """SHA-256 of the request if it had an Idempotency-Key. A request that repeats the key must have the same body."""
     deleted_at: Time | None = None
     customer_id: Id | None = None
     external_id: Label | None = None
-    """The order's id in another system, from which its own id is made."""
+    """The order's id in another system. The order's own id is derived from it."""
     holds: tuple[StockHold, ...] = ()
 
 
 def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
-    """Derived, never set. `refunded`: there were payments, and all are refunded. An order with nothing to pay, because
-    it is free or a deposit covers it, is `paid`."""
+    """Returns the payment status, which is always derived and never set. `refunded` means that there were payments and
+    all of them are refunded. An order with nothing to pay, because it is free or a deposit covers it, is `paid`."""
     paid = sum(payment.amount for payment in payments)
     if not payments:
         return PaymentStatus.PENDING if total else PaymentStatus.PAID
@@ -141,15 +143,16 @@ def payment_status(payments: tuple[Payment, ...], total: int) -> PaymentStatus:
 
 
 def _held(order: Order) -> list[Hold]:
-    """A cancelled or deleted order holds nothing."""
-    gone = order.status is OrderStatus.CANCELLED or order.deleted_at is not None
+    """Returns the holds of an order. Every quantity is 0 if the order is cancelled or deleted."""
+    released = order.status is OrderStatus.CANCELLED or order.deleted_at is not None
     return [
-        (hold.inventory_item_id, 0 if gone else hold.quantity, hold.held_at or order.created_at) for hold in order.holds
+        (hold.inventory_item_id, 0 if released else hold.quantity, hold.held_at or order.created_at)
+        for hold in order.holds
     ]
 
 
 def _hold_rows(order: Order) -> list[StockHold]:
-    """Returns the holds with the time since which each one counts, the last column of the holds' index."""
+    """Returns the holds with `held_at` set in each one, because the index of the table contains that column."""
     return [msgspec.structs.replace(hold, held_at=hold.held_at or order.created_at) for hold in order.holds]
 
 

@@ -23,7 +23,7 @@ ENTITIES: dict[str, Entity] = {
 
 
 def read(change: Change) -> tuple[Entity, Any]:
-    """The entity of a change, and its validated state after the change. Raises BrokenContract."""
+    """Returns the entity of a change, and its validated state after the change. Raises BrokenContract."""
     name, event, version = event_of(change.type)
     entity = ENTITIES.get(name)
     if entity is None or name != change.entity:

@@ -1,4 +1,4 @@
-"""Which entities a list contains, as a pure rule, so that both stores give the same answer."""
+"""The selection of entities for a list. It is a pure rule, so that the mirror and PostgreSQL give the same answer."""
 
 from datetime import datetime
 from typing import Any
@@ -7,11 +7,12 @@ from msgspec import Struct, field
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """Newest first, by (created_at, id)."""
+    """The filters of a list and one page of it. Entities are sorted by (created_at, id), newest first."""
 
     equal: dict[str, Any] = field(default_factory=dict)
-    """Column, which is also a field of the state -> value."""
+    """Maps a column to the value that it must have. The column is also a field of the state."""
     among: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Maps a column to the values that it may have."""
     created_from: datetime | None = None
     created_to: datetime | None = None
     before: tuple[datetime, str] | None = None
@@ -20,6 +21,8 @@ class Selection(Struct, frozen=True, kw_only=True):
     include_deleted: bool = False
 
     def match(self, state: Any) -> bool:
+        """Returns whether a state in the mirror belongs to the list. PostgreSQL applies the same rule in SQL
+        (shared/postgres/states.py)."""
         return (
             (self.include_deleted or state.deleted_at is None)
             and all(getattr(state, name) == value for name, value in self.equal.items())

@@ -1,8 +1,9 @@
-"""Signals: small messages of the rail itself, which travel like changes and change no entity.
+"""Signals: small messages of the rail itself. They travel like changes, but change no entity.
 
-A *heartbeat* goes through every lane and the log every few seconds. Each sink stores it. It proves the bindings,
+A *heartbeat* goes through every lane and the log every few seconds, and each sink stores it. It proves the bindings,
 measures the sync lag and carries the epoch of the log. A *mark* goes only into the log: a reader that meets its own
-mark has read everything before it."""
+mark has read everything before it.
+"""
 
 from datetime import datetime
 
@@ -22,8 +23,8 @@ class Signal(Struct, frozen=True, kw_only=True):
     lane: str = ""
     """The lane that a heartbeat went through; empty for a mark."""
     epoch: str = ""
-    """The log's epoch, which is new when the stream is created again, so that cursors of an older stream are detected.
-    """
+    """The epoch of the log. A stream that is created again gets a new epoch, so that readers detect cursors of an older
+    stream."""
     source: str = "sync"
     specversion: str = "1.0"
 
@@ -33,13 +34,16 @@ _PREFIXES = tuple(b'"type":"' + name.encode() + b'"' for name in (HEARTBEAT, MAR
 
 
 def encode_signal(signal: Signal) -> bytes:
-    """A whole message body."""
+    """Returns the body of a message that contains only this signal."""
     return encode_batch((encode(signal),))
 
 
 def signal_in(event: bytes) -> Signal | None:
-    """The signal in an encoded event, or None for a change. Only `encode_signal` writes signals, without spaces and
-    with the type near the front; looking only there avoids decoding every change twice. Raises BrokenContract."""
+    """Returns the signal in an encoded event, or None if the event is a change. Raises BrokenContract.
+
+    It looks only at the first bytes, so that no change is decoded twice. `encode_signal` writes every signal: without
+    spaces, and with the type near the front.
+    """
     head = event[:120]
     if not any(prefix in head for prefix in _PREFIXES):
         return None

@@ -34,7 +34,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-# Behind the gateway each service's page has its own path.
+# Behind the gateway, the page of each service has a different path. The script therefore derives the URL from the path.
 _START = """SwaggerUIBundle({
   url: location.pathname.replace(/[/]+$/, "") + "/openapi.json",
   dom_id: "#page",
@@ -51,7 +51,7 @@ _CSP = (
 
 
 def pages(api: Api) -> list[HTTPRouteHandler]:
-    """`/api-docs` and `/api-docs/openapi.json`."""
+    """Returns the routes of `/api-docs`, `/api-docs/openapi.json` and the files of the page."""
     encoded = msgspec.json.encode(document(api))
     page = _PAGE.format(title=api.title)
 
@@ -69,7 +69,7 @@ def pages(api: Api) -> list[HTTPRouteHandler]:
             return Response(_START.encode(), media_type="text/javascript")
         if name not in SWAGGER_FILES:
             raise NotFoundException("no such file")
-        # Read at each request, so that a service does not hold 2 MB that are rarely requested.
+        # Each request reads the file, so that a service does not keep 2 MB in memory that are rarely requested.
         content = (_FOLDER / name).read_bytes()
         return Response(content, media_type=SWAGGER_FILES[name], headers={"Cache-Control": "max-age=86400"})
 

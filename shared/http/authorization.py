@@ -1,5 +1,5 @@
-"""Middleware of every route: begins the trace, applies the rate limits, identifies the caller and checks whether the
-caller's role may do what the route is for."""
+"""The middleware of every route. It begins the trace, applies the rate limits, identifies the caller and checks that
+the caller's role allows the action of the route."""
 
 import time
 from collections.abc import Callable
@@ -25,13 +25,16 @@ from shared.security.tokens import Tokens
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 OPEN_PATHS = ("/health/", "/metrics", "/api-docs")
-"""Beginnings of paths that need no token, are not limited and begin no trace."""
+"""Prefixes of paths that need no token, have no rate limit and begin no trace."""
 
 
 class Authorization:
     """ASGI middleware. Sets `request.user` to the caller's Identity (None on public routes), or raises Unauthenticated,
-    Forbidden or TooManyRequests. Ends the trace with the first byte of the response, so that the span of an event
-    stream says how long its client waited for it to begin."""
+    Forbidden or TooManyRequests.
+
+    The trace ends with the first byte of the response body. The span of an event stream therefore shows how long the
+    client waited until the stream began.
+    """
 
     def __init__(
         self, app: ASGIApp, tokens: Tokens, tracer: Tracer, metrics: HttpMetrics, limits: Limits | None, proxies: str
@@ -115,7 +118,8 @@ class Authorization:
 
     def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
         requested = str(scope.get("method", ""))
-        method = requested if requested in _METHODS else "_OTHER"  # clients may invent names; spans need few
+        # Clients may send any method, and spans must have few names.
+        method = requested if requested in _METHODS else "_OTHER"
         template = str(scope.get("path_template", ""))
         self._metrics.answered(f"{method} {template}", status, (time.time_ns() - trace.started) / 1e9)
         if not trace.kept:
@@ -138,5 +142,6 @@ class Authorization:
 def authorization(
     tokens: Tokens, tracer: Tracer, metrics: HttpMetrics, limits: Limits | None = None, *, proxies: str = ""
 ) -> Callable[[ASGIApp], ASGIApp]:
-    """The middleware as an entry of Litestar's list. Without `limits` nothing is limited."""
+    """Returns the middleware in the form that Litestar's list of middleware takes. Without `limits` there is no rate
+    limit."""
     return lambda app: Authorization(app, tokens, tracer, metrics, limits, proxies)

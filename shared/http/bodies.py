@@ -13,19 +13,19 @@ MAX_BODY_BYTES = 1_000_000
 
 T = TypeVar("T")
 
-_ENDPOINT = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
-_NAMED = re.compile(r"(?:unknown|required) field `([^`]*)`")
+_ERROR_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_FIELD_NAME = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def read_body(body: bytes, type_: type[T]) -> T:
-    """Decodes a request body; raises InvalidInput with the path of the field that is wrong."""
+    """Decodes a request body. Raises InvalidInput with the path of the field that is wrong."""
     try:
         return msgspec.json.decode(body, type=type_)
     except msgspec.ValidationError as error:
         message = str(error)
-        path = found["path"] if (found := _ENDPOINT.search(message)) else ""
-        message = _ENDPOINT.sub("", message)
-        if named := _NAMED.search(message):
+        path = found["path"] if (found := _ERROR_PATH.search(message)) else ""
+        message = _ERROR_PATH.sub("", message)
+        if named := _FIELD_NAME.search(message):
             path = f"{path}.{named[1]}" if path else named[1]
         if "matching regex '^[^\\\\x00]*$'" in message:
             message = "NUL characters cannot be stored"
@@ -40,7 +40,8 @@ def read_body(body: bytes, type_: type[T]) -> T:
 
 
 def _unstorable_text(body: bytes) -> str | None:
-    """The path of the first text with a lone surrogate or invalid UTF-8, because the fast decoder names no field."""
+    """Returns the path of the first text with a lone surrogate or invalid UTF-8, or None. The error of the fast decoder
+    does not name the field."""
 
     def walk(value: Any, path: str) -> str | None:
         if isinstance(value, str):

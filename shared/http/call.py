@@ -1,4 +1,4 @@
-"""The request as handlers get it."""
+"""The request, in the class that handlers receive."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,12 @@ _DISCARD_TIMEOUT_SECONDS = 2.0
 
 class Call(Request[Identity, Any, Any]):
     """A request whose body and headers are read directly from the ASGI messages. Litestar's own class streams the body
-    and builds a multidict of the headers, which together took a tenth of the time of an order."""
+    and builds a multidict of the headers. Both together took a tenth of the time of an order."""
 
     __slots__ = ()
 
     def header(self, name: bytes) -> str | None:
-        """The first header called `name` (lower case), or None."""
+        """Returns the first header with this name (in lower case), or None."""
         for found, value in self.scope["headers"]:
             if found == name:
                 return value.decode("latin-1")
@@ -31,13 +31,13 @@ class Call(Request[Identity, Any, Any]):
 
     @property
     def identity(self) -> Identity:
-        """The caller, as the authorization middleware found it."""
+        """The caller, as identified by the authorization middleware."""
         found: Identity = self.scope["user"]
         return found
 
     async def whole_body(self) -> bytes:
-        """The body, which can be read only once. Raises RequestEntityTooLarge above MAX_BODY_BYTES, InvalidInput when
-        the client disconnects before the end."""
+        """Reads the body, which is possible only once. Raises RequestEntityTooLarge if it is larger than
+        MAX_BODY_BYTES, and InvalidInput if the client disconnects before its end."""
         pieces: list[bytes] = []
         size = 0
         while True:
@@ -55,8 +55,8 @@ class Call(Request[Identity, Any, Any]):
 
 
 async def discard_body(receive: Receive) -> None:
-    """Reads the rest of a body without keeping it, for two seconds and 16 MB at most. The connection is reset when it
-    closes while its client still sends, and the client would never see the reply."""
+    """Reads the rest of a body without keeping it: at most 16 MB, for at most two seconds. If the server closed the
+    connection while the client still sends, the connection would be reset and the client would never see the reply."""
     left = _MAX_DISCARDED_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_TIMEOUT_SECONDS):

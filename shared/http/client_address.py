@@ -1,6 +1,6 @@
-"""The address of the client behind proxies. `X-Forwarded-For` counts only from trusted proxies.
+"""The address of the client behind proxies. `X-Forwarded-For` counts only if a trusted proxy sends it.
 
-Every client can send this header. Without the rule it could choose the address by which its requests are limited.
+Every client can send this header. Without this rule, a client could choose the address for which its rate limit counts.
 """
 
 from collections.abc import Iterable
@@ -12,22 +12,24 @@ _Network = IPv4Network | IPv6Network
 
 class TrustedProxies:
     def __init__(self, listed: str) -> None:
-        """`listed`: addresses and networks separated by commas (TICKETRAIL_TRUSTED_PROXIES). Raises ValueError."""
+        """`listed`: addresses and networks, separated by commas (TICKETRAIL_TRUSTED_PROXIES). Raises ValueError."""
         self._networks: tuple[_Network, ...] = tuple(
             ip_network(one.strip(), strict=False) for one in listed.split(",") if one.strip()
         )
 
     def client_of(self, scope: Any) -> str:
-        """The client's address of an ASGI scope; empty when the server does not know it (a Unix socket).
+        """Returns the address of the client from an ASGI scope, or an empty text if the server does not know it (a Unix
+        socket).
 
-        Reads the header from its end, over the trusted proxies, to the first other address. Everything before that
-        address may be forged."""
+        Reads the header from its end and skips the trusted proxies. The first other address is the client's. Everything
+        before it may be forged.
+        """
         peer = scope["client"][0] if scope.get("client") else ""
         if not self._trusts(peer):
             return peer
         for hop in reversed(_forwarded(scope["headers"])):
             if not _is_address(hop):
-                return peer  # no trusted proxy writes this
+                return peer  # a trusted proxy always writes an address
             peer = hop
             if not self._trusts(hop):
                 break

@@ -1,4 +1,4 @@
-"""Which pages of other origins may call a service (cross-origin resource sharing)."""
+"""Cross-origin resource sharing (CORS): pages of the configured origins may call a service."""
 
 from litestar.config.cors import CORSConfig
 
@@ -6,7 +6,8 @@ from shared.settings import Settings
 
 
 def cors(settings: Settings) -> CORSConfig | None:
-    """None without the setting `cors_origins`: then pages of other origins may not call."""
+    """Returns the configuration of CORS, or None if the setting `cors_origins` is empty. With None, pages of other
+    origins cannot call the service."""
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if not origins:
         return None

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def page_of(
     found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]]
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """Returns (page, its `pagination`). `found`: up to `limit` + 1 entries, so that it shows whether there is a next
-    page. `place`: the time and id by which the entries are sorted."""
+    """Returns (page, its `pagination`). `found`: up to `limit` + 1 entries; the additional one shows that there is a
+    next page. `place`: returns the time and id by which the entries are sorted."""
     page = found[:limit]
     more = len(found) > limit
     return page, {"limit": limit, "next_cursor": cursor_after(*place(page[-1])) if more else None}
@@ -30,7 +30,7 @@ def cursor_after(at: datetime, id_: str) -> str:
 
 
 def read_cursor(text: str) -> tuple[datetime, str]:
-    """Raises InvalidInput."""
+    """Returns (time, id) from a cursor. Raises InvalidInput."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
         at, _, id_ = raw.partition(" ")

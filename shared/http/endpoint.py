@@ -1,5 +1,5 @@
 """The declaration of a route: its action, input and reply. The authorization middleware, the OpenAPI document and the
-test of every route read this declaration.
+tests of all routes read this declaration.
 
     @endpoint("POST", "/api/tables", action="tables.change", summary="Add a table", body=CreateTable, status=201,
               answer=View(table.ENTITY))
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 MAX_LIMIT = 200
 _ESCAPED_PLUS = re.compile(r"(T[0-9:.]+) ([0-9]{2}:?[0-9]{2})$")
-_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_ERROR_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 
 
@@ -53,7 +53,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     """`data` is a list of `answer`, with `pagination`."""
     status: int = 200
     errors: tuple[int, ...] = ()
-    """Statuses of errors in addition to those of every route of its kind (openapi.py)."""
+    """Error statuses in addition to those that openapi.py lists for every route of this kind."""
     example: Any = None
     headers: tuple[str, ...] = ()
     """Request headers that the route reads, such as Idempotency-Key."""
@@ -76,7 +76,8 @@ class ListQuery(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRouteHandler]:
-    """A decorator. `declared`: the fields of Operation. Raises ValueError for an unknown action."""
+    """Returns a decorator that declares a route. `declared`: the fields of Operation. Raises ValueError for an unknown
+    action."""
     operation = Operation(**declared)
     if operation.action not in ACTIONS:
         raise ValueError(f"{method} {path}: no action {operation.action!r} in shared/security/permissions.py")
@@ -86,7 +87,7 @@ def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRou
 
 
 def read_query(request: Any, type_: type[T]) -> T:
-    """The query parameters as a Struct. Raises InvalidInput with the name of the parameter."""
+    """Returns the query parameters as a Struct. Raises InvalidInput with the name of the parameter."""
     texts = {
         name: _ESCAPED_PLUS.sub(r"\1+\2", text) if isinstance(text, str) else text
         for name, text in dict(request.query_params).items()
@@ -95,27 +96,26 @@ def read_query(request: Any, type_: type[T]) -> T:
         found = msgspec.convert(texts, type_, strict=False)
     except msgspec.ValidationError as error:
         message = str(error)
-        where = _PATH.search(message)
+        where = _ERROR_PATH.search(message)
         unknown = _UNKNOWN.search(message)
         name = unknown[1] if unknown else where["path"] if where else "query"
         known = ", ".join(type_.__struct_fields__)  # type: ignore[attr-defined]
-        message = f"unknown parameter; known parameters: {known}" if unknown else _PATH.sub("", message)
+        message = f"unknown parameter; known parameters: {known}" if unknown else _ERROR_PATH.sub("", message)
         raise InvalidInput(message, field=name) from error
     for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
         value = getattr(found, name)
-        if value is None and sent_as in texts:  # the text `null` would silently remove a filter
+        if value is None and sent_as in texts:  # the text `null`, which would silently remove a filter
             raise InvalidInput("null is not a value; omit the parameter", field=sent_as)
-        if isinstance(value, datetime) and (
-            ":" not in texts[sent_as] or not in_range(value)
-        ):  # a bare number is not a time
+        # Without a colon it is a number, which msgspec accepts as a time.
+        if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):
             raise InvalidInput("must be a time with a zone, such as 2026-03-01T12:00:00Z", field=sent_as)
         if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-            raise InvalidInput("text that cannot be stored", field=sent_as)
+            raise InvalidInput("contains characters that cannot be stored", field=sent_as)
     return found
 
 
 def path_id(text: str, name: str) -> str:
-    """A UUID in the path, in lower case. Raises InvalidInput."""
+    """Returns a UUID of the path in lower case. Raises InvalidInput."""
     try:
         return str(UUID(text))
     except ValueError as error:

@@ -16,7 +16,7 @@ from shared.observability.metrics import HttpMetrics
 log = structlog.get_logger(__name__)
 
 METRICS = "ticketrail.metrics"
-"""Key of the scope where the authorization middleware leaves HttpMetrics, so that errors are counted."""
+"""The key in the ASGI scope under which the authorization middleware stores HttpMetrics, so that errors are counted."""
 
 
 def _error_reply(
@@ -39,7 +39,7 @@ def _ticketrail_error(request: Request[Any, Any, Any], error: TicketrailError) -
 
 def _count(request: Request[Any, Any, Any], code: str) -> None:
     metrics = request.scope.get(METRICS)
-    if isinstance(metrics, HttpMetrics):  # a request without a route never reaches the middleware that puts them there
+    if isinstance(metrics, HttpMetrics):  # missing if no route matched, because then the middleware has not run
         metrics.refused(code)
 
 

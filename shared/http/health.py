@@ -1,4 +1,4 @@
-"""What supervisors and Prometheus ask: `/health/live`, `/health/ready` and `/metrics`."""
+"""The routes for supervisors and Prometheus: `/health/live`, `/health/ready` and `/metrics`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,8 +13,8 @@ Readiness = Callable[[], Awaitable[tuple[bool, dict[str, Any]]]]
 
 
 def health(readiness: Readiness) -> list[HTTPRouteHandler]:
-    """`/health/live`: the process answers. `/health/ready`: 200 when it can do its work, 503 when it cannot; both
-    with the details of `readiness`."""
+    """Returns the routes `/health/live` and `/health/ready`. The first one always replies 200. The second one replies
+    200 if the process can do its work and 503 if it cannot, with the details of `readiness`."""
 
     @get("/health/live", sync_to_thread=False)
     def live() -> Response[bytes]:
@@ -30,7 +30,7 @@ def health(readiness: Readiness) -> list[HTTPRouteHandler]:
 
 
 def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
-    """`/metrics` for Prometheus. It asks for no token, so do not expose it to clients."""
+    """Returns the route `/metrics` for Prometheus. The route needs no token, so do not expose it to clients."""
 
     @get("/metrics", sync_to_thread=False)
     def scrape() -> Response[bytes]:

@@ -1,9 +1,11 @@
-"""Rate limits: a token bucket for each restaurant and each address, shared by all instances of all services.
+"""Rate limits: a token bucket for each restaurant and each client address, shared by all instances of all services.
 
-A process takes up to a hundredth of the bucket at a time out of the mirror (atomically, scripts/bucket.lua) and spends
-these tokens itself, because a round trip for every request would be too expensive. It forgets unspent tokens after a
-second, which is at most a twentieth of what the bucket gains in that time. It does not ask for an empty bucket before
-that can have a token again. While the mirror is unavailable, each process uses a bucket of its own."""
+The mirror holds the buckets. A process takes up to a hundredth of a bucket at a time (atomically, scripts/bucket.lua)
+and spends these tokens itself, because a round trip for every request would be too expensive. It drops the unspent
+tokens after a second; they are at most a twentieth of what the bucket gains in that time. After it has found a bucket
+empty, it does not ask again until the bucket can have a token. While the mirror is unavailable, each process uses a
+bucket of its own.
+"""
 
 import asyncio
 import math
@@ -20,9 +22,9 @@ from shared.mirror.mirror import Mirror
 from shared.settings import Settings
 
 _MAX_BUCKETS = 10_000
-_SHARES = 100
-_SLICE = 20
-_FRESH_SECONDS = 1.0
+_MIN_SHARES_PER_BUCKET = 100
+_MIN_SHARES_PER_SECOND = 20
+_MAX_TOKEN_AGE_SECONDS = 1.0
 
 
 class Rate(Struct, frozen=True):
@@ -34,7 +36,7 @@ class _Bucket(Struct):
     tokens: float
     at: float
     left: int = 0
-    """Tokens in the shared bucket at the last round trip."""
+    """The number of tokens in the shared bucket after the last round trip."""
     empty_until: float = 0.0
 
 
@@ -45,17 +47,20 @@ class TokenBucket:
         self._mirror = mirror
         self._kind = kind
         self.rate = rate
-        self._share = max(1, min(rate.capacity // _SHARES, int(rate.per_second / _SLICE)))
+        self._share = max(
+            1, min(rate.capacity // _MIN_SHARES_PER_BUCKET, int(rate.per_second / _MIN_SHARES_PER_SECOND))
+        )
         self._taken: dict[str, _Bucket] = {}
         self._local: dict[str, _Bucket] = {}
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(self, caller: str) -> tuple[float, int]:
-        """Takes one token. Returns (seconds to wait, 0 if taken; tokens left)."""
+        """Takes one token. Returns (seconds to wait, tokens left). The wait is 0 if the token was taken."""
         if (spent := self._spend_taken(caller)) is not None:
             return spent
         if self._mirror is not None and self._mirror.available:
-            # One round trip at a time: otherwise many would each take a share, and all but one would be forgotten.
+            # Only one round trip per caller at a time. Otherwise several would each take a share, and all but one share
+            # would be lost.
             lock = self._asking.setdefault(caller, asyncio.Lock())
             async with lock:
                 try:
@@ -68,12 +73,13 @@ class TokenBucket:
         return self._take_locally(caller, time.monotonic())
 
     def _spend_taken(self, caller: str) -> tuple[float, int] | None:
-        """Spends a token that this process has taken. None: the mirror must be asked."""
+        """Spends a token that this process has already taken. Returns like `take`, or None if the process must ask the
+        mirror."""
         taken = self._taken.get(caller)
         if taken is None:
             return None
         now = time.monotonic()
-        if taken.tokens >= 1 and now - taken.at < _FRESH_SECONDS:
+        if taken.tokens >= 1 and now - taken.at < _MAX_TOKEN_AGE_SECONDS:
             taken.tokens -= 1
             return 0.0, taken.left + int(taken.tokens)
         return (taken.empty_until - now, 0) if now < taken.empty_until else None
@@ -111,7 +117,8 @@ def _keep(buckets: dict[str, _Bucket], caller: str, bucket: _Bucket) -> None:
 
 @lru_cache(10_000)
 def counted_as(address: str) -> str:
-    """The part of an address that a client cannot choose: for IPv6 its /64 network, which has 2^64 addresses."""
+    """Returns the part of an address that a client cannot choose. For IPv6 this is the /64 network, because a client
+    may use any of its 2^64 addresses."""
     try:
         found = ip_address(address)
     except ValueError:
@@ -123,7 +130,7 @@ def counted_as(address: str) -> str:
 
 class Limits:
     def __init__(self, mirror: Mirror | None, settings: Settings) -> None:
-        """A rate of 0 means no limit. Without a mirror each instance limits by itself."""
+        """A rate of 0 means no limit. Without a mirror, each instance applies the limits alone."""
         self._address = _bucket(
             mirror, "address", settings.address_burst_requests, settings.address_requests_per_second
         )
@@ -131,29 +138,31 @@ class Limits:
             mirror, "restaurant", settings.restaurant_burst_requests, settings.restaurant_requests_per_second
         )
 
-    async def of_address(self, address: str, answer: list[tuple[bytes, bytes]]) -> None:
-        """Adds RateLimit headers to `answer`. Raises TooManyRequests."""
+    async def of_address(self, address: str, headers: list[tuple[bytes, bytes]]) -> None:
+        """Takes a token for a client address and adds the RateLimit headers to `headers`. Raises TooManyRequests."""
         if self._address is not None and address:
-            await _spend(self._address, counted_as(address), answer, "address")
+            await _spend(self._address, counted_as(address), headers, "address")
 
-    async def of_restaurant(self, restaurant: str, answer: list[tuple[bytes, bytes]]) -> None:
+    async def of_restaurant(self, restaurant: str, headers: list[tuple[bytes, bytes]]) -> None:
+        """Takes a token for a restaurant, like `of_address`."""
         if self._restaurant is not None:
-            await _spend(self._restaurant, restaurant, answer, "restaurant")
+            await _spend(self._restaurant, restaurant, headers, "restaurant")
 
 
 def _bucket(mirror: Mirror | None, kind: str, burst: int, per_second: float) -> TokenBucket | None:
     return TokenBucket(mirror, kind, Rate(burst, per_second)) if per_second else None
 
 
-async def _spend(bucket: TokenBucket, caller: str, answer: list[tuple[bytes, bytes]], kind: str) -> None:
+async def _spend(bucket: TokenBucket, caller: str, headers: list[tuple[bytes, bytes]], kind: str) -> None:
     wait, left = await bucket.take(caller)
     rate = bucket.rate
-    # The headers show the tighter limit: the restaurant's, checked second, only if fewer requests are left.
-    told = next((int(value) for name, value in answer if name == b"ratelimit-remaining"), None)
-    if told is None or left < told:
-        answer[:] = [pair for pair in answer if not pair[0].startswith(b"ratelimit-")]
+    # The headers show the tighter limit. The restaurant's limit is checked second, and replaces the address's limit
+    # only if fewer requests are left.
+    shown = next((int(value) for name, value in headers if name == b"ratelimit-remaining"), None)
+    if shown is None or left < shown:
+        headers[:] = [pair for pair in headers if not pair[0].startswith(b"ratelimit-")]
         full = math.ceil((rate.capacity - left) / rate.per_second)
-        answer += (
+        headers += (
             (b"ratelimit-limit", b"%d" % rate.capacity),
             (b"ratelimit-remaining", b"%d" % left),
             (b"ratelimit-reset", b"%d" % full),

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of a service, made from the declarations of its routes. `api_docs.py` shows it."""
+"""The OpenAPI 3.1 document of a service, made from the declarations of its routes. api_docs.py shows it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ _ERRORS = {
     504: "The outcome is unknown; repeat with the same Idempotency-Key",
 }
 # An example of each error: (code, message, details).
-_SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
+_ERROR_EXAMPLES: dict[int, tuple[str, str, dict[str, Any]]] = {
     400: ("bad_request", "the request cannot be read", {}),
     401: ("token_expired", "the token has expired", {}),
     403: ("forbidden", "the role customer may not do this", {"action": "orders.change"}),
@@ -45,12 +45,12 @@ _SHOWN: dict[int, tuple[str, str, dict[str, Any]]] = {
     503: ("unavailable", "changes wait until the mirror is warm", {}),
     504: ("outcome_unknown", "the change was sent and not confirmed; it may appear", {}),
 }
-# RFC 9110's names. Python has them from 3.13 on, and older ones before.
+# Names from RFC 9110. Before version 3.13, Python has older names for these statuses.
 _PHRASES = {413: "ContentTooLarge", 422: "UnprocessableContent"}
-_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+_EXAMPLE_TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 _SYNC = {
     "type": "object",
-    "description": "How far the state has come on its way to PostgreSQL",
+    "description": "The progress of the state towards PostgreSQL",
     "properties": {
         "state": {"enum": [state.value for state in SyncState]},
         "error": {"type": "string", "description": "the error of a failed write"},
@@ -60,8 +60,8 @@ _SYNC = {
     "required": ["state"],
     "examples": [{"state": "pending"}],
 }
-_OF_EVERY_ANSWER = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
-_ANSWER_HEADERS: dict[str, dict[str, Any]] = {
+_COMMON_REPLY_HEADERS = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+_REPLY_HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
         "schema": {"type": "string"},
         "description": "The request's own X-Request-Id, or else the trace id",
@@ -74,7 +74,7 @@ _ANSWER_HEADERS: dict[str, dict[str, Any]] = {
     "ETag": {"schema": {"type": "string"}, "description": "The version, for If-Match and If-None-Match"},
     "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "An earlier request with the same key did it"},
 }
-_HEADERS = {
+_REQUEST_HEADERS = {
     "Idempotency-Key": (
         "A request with the same key takes effect once, however often it is sent",
         {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
@@ -89,7 +89,7 @@ _HEADERS = {
         {"type": "string", "pattern": "^([0-9A-Za-z][0-9A-Za-z-]{0,63}-[0-9]{1,18}-[0-9]{1,6})?$"},
     ),
 }
-# Headers with secrets other than the token, and their names in the document.
+# Request headers that contain a secret other than the token, and the names of these secrets in the document.
 _SECRET_HEADERS = {"x-sync-token": "sync_token"}
 
 
@@ -112,6 +112,7 @@ class Api(Struct, frozen=True):
 
 
 def document(api: Api) -> dict[str, Any]:
+    """Returns the whole document of a service."""
     found = operations(api.handlers)
     types = [type_ for _, _, operation in found for type_ in _types(operation)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
@@ -121,15 +122,21 @@ def document(api: Api) -> dict[str, Any]:
         if text := component.get("description"):
             component["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently
     components |= {"Error": _error_schema(), "Sync": _SYNC}
-    # The route that creates an entity, which has the shortest path, gives the example of the entity.
-    made: dict[Any, Any] = {}
+    # The route that creates an entity provides the example of the entity. Among the creating routes it is the first,
+    # because its path is the shortest.
+    example_by_entity: dict[Any, Any] = {}
     for _, _, operation in found:
         if operation.status == 201:
-            made.setdefault(_made_of(operation), operation.example)
+            example_by_entity.setdefault(_entity_of(operation), operation.example)
     paths: dict[str, dict[str, Any]] = {}
     for method, path, operation in found:
         paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = _operation(
-            method, path, operation, schema_of, components, operation.example or made.get(_made_of(operation))
+            method,
+            path,
+            operation,
+            schema_of,
+            components,
+            operation.example or example_by_entity.get(_entity_of(operation)),
         )
     return {
         "openapi": "3.1.0",
@@ -143,14 +150,15 @@ def document(api: Api) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "headers": _ANSWER_HEADERS,
+            "headers": _REPLY_HEADERS,
             "responses": {_error_name(status): _error(status) for status in _ERRORS},
             "securitySchemes": _security_schemes(found),
         },
     }
 
 
-def _made_of(operation: Operation) -> Any:
+def _entity_of(operation: Operation) -> Any:
+    """Returns a key of what the operation replies with: the name of the entity, or the identity of the type."""
     return operation.answer.entity.name if isinstance(operation.answer, View) else id(operation.answer)
 
 
@@ -179,7 +187,7 @@ def _operation(
     components: Mapping[str, Any],
     hint: Any,
 ) -> dict[str, Any]:
-    """`hint`: an example that resembles the reply."""
+    """Returns the description of one route. `hint`: an example that resembles the reply."""
     parameters: list[dict[str, Any]] = []
     for name in _PARAMETER.findall(path):
         type_ = operation.paths.get(name)
@@ -191,7 +199,7 @@ def _operation(
     secrets = [_SECRET_HEADERS[header] for header in operation.headers if header in _SECRET_HEADERS]
     for header in operation.headers:
         if header not in _SECRET_HEADERS:
-            text, schema = _HEADERS[header]
+            text, schema = _REQUEST_HEADERS[header]
             parameters.append(
                 {"name": header, "in": "header", "required": False, "description": text, "schema": schema}
             )
@@ -247,7 +255,7 @@ def _responses(
     schema_of: Mapping[int, Any],
     components: Mapping[str, Any],
     hint: Any,
-    takes: bool,
+    has_parameters: bool,
 ) -> dict[str, Any]:
     ok: dict[str, Any] = {"description": "Done", "headers": _headers(operation)}
     if operation.media_type != "application/json":
@@ -264,7 +272,7 @@ def _responses(
         statuses |= {401, 403}
     if operation.body is not None:
         statuses |= {413, 422}
-    if takes:
+    if has_parameters:
         statuses.add(422)
     if isinstance(operation.answer, View) and method != "GET":
         statuses |= {409, 504}
@@ -274,13 +282,13 @@ def _responses(
 
 
 def _error_name(status: int) -> str:
-    """405 -> "MethodNotAllowed"."""
+    """Returns the name of a status: 405 -> "MethodNotAllowed"."""
     return _PHRASES.get(status) or re.sub(r"\W", "", HTTPStatus(status).phrase.title())
 
 
 def _error(status: int) -> dict[str, Any]:
-    code, message, details = _SHOWN[status]
-    shown = {"message": message, "code": code, "details": details, "trace_id": _TRACE}
+    code, message, details = _ERROR_EXAMPLES[status]
+    shown = {"message": message, "code": code, "details": details, "trace_id": _EXAMPLE_TRACE_ID}
     found: dict[str, Any] = {
         "description": _ERRORS[status],
         "content": {
@@ -290,13 +298,13 @@ def _error(status: int) -> dict[str, Any]:
             }
         },
     }
-    names = [*_OF_EVERY_ANSWER, *(("Retry-After",) if status in (429, 503) else ())]
+    names = [*_COMMON_REPLY_HEADERS, *(("Retry-After",) if status in (429, 503) else ())]
     found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return found
 
 
 def _headers(operation: Operation) -> dict[str, Any]:
-    found = list(_OF_EVERY_ANSWER)
+    found = list(_COMMON_REPLY_HEADERS)
     if isinstance(operation.answer, View) and not operation.many:
         found.append("ETag")
     if "Idempotency-Key" in operation.headers:
@@ -332,7 +340,8 @@ def _envelope(
 def _view(
     view: View, schema_of: Mapping[int, Any], components: Mapping[str, Any], *, part: bool, written: bool
 ) -> dict[str, Any]:
-    """`part`: in a list, where `fields` may choose some fields. `written`: in the reply to a write."""
+    """Returns the schema of a View. `part`: the View is an entry of a list, where the parameter `fields` may choose
+    some fields. `written`: the View is the reply to a write."""
     state = schema_of[id(view.entity.state)]
     ours: dict[str, Any] = {
         "version": {"type": "integer", "minimum": 1},

@@ -1,5 +1,5 @@
-"""Examples of replies, made from their schemas. A value comes from the example of the request under the same name, else
-from the example of its type, else it is the simplest value of the type."""
+"""Examples of replies, made from their schemas. The value of a field comes from the request's example if that has a
+field with this name, otherwise from the example of the type. Without either, it is the simplest value of the type."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: Any = None, name: str = "text") -> Any:
-    """`hint`: an example of something similar. `name`: the name of the field. `schema`: as msgspec makes it."""
+    """Returns an example of a schema. `schema`: as msgspec makes it. `hint`: an example of something similar. `name`:
+    the name of the field."""
     default = schema.get("default")
     while "$ref" in schema:
         schema = components[schema["$ref"].rpartition("/")[2]]
@@ -49,6 +50,6 @@ def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: A
     if "examples" in schema:
         return schema["examples"][0]
     if kind == "string":
-        what = "uuid" if name == "id" or name.endswith("_id") else schema.get("format", "")
-        return _TEXTS.get(what, name)
+        format_ = "uuid" if name == "id" or name.endswith("_id") else schema.get("format", "")
+        return _TEXTS.get(format_, name)
     return {"object": {}, "boolean": True}.get(kind, max(1, schema.get("minimum", 1)))

@@ -6,7 +6,7 @@ from typing import Any
 from shared.observability import tracing
 
 REPLY_HEADERS = "ticketrail.reply_headers"
-"""Key of the scope with a list of (name, value), to which inner layers add headers of the response."""
+"""The key in the ASGI scope of a list of (name, value). Inner layers add headers of the response to this list."""
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _CSP = b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _HEADERS = [
@@ -18,9 +18,8 @@ _HEADERS = [
 
 
 class ResponseHeaders:
-    """ASGI, around the whole application: adds the request id, the trace id and the security headers to every response,
-    also where no route matches. A response may have a Content-Security-Policy of its own; all others get the strictest.
-    """
+    """ASGI middleware around the whole application. It adds the request id, the trace id and the security headers to
+    every response, even if no route matches. A response without a Content-Security-Policy gets the strictest one."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

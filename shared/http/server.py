@@ -6,8 +6,9 @@ from typing import Any
 
 
 def stop_event() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set before the server acts on them. Granian waits for open responses, so every
-    stream must end on this event, or the process never exits. Call it in the lifespan, inside the worker process."""
+    """Returns an event that is set by SIGTERM and SIGINT before the server acts on them. Granian waits for open
+    responses, so every stream must end on this event; otherwise the process never exits. Call this function in the
+    lifespan, inside the worker process."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -22,11 +23,13 @@ def stop_event() -> asyncio.Event:
     return stopping
 
 
-def serve(target: str, *, host: str, port: int, connections: int | None = None, kill_after: int = 8) -> None:
+def serve(target: str, *, host: str, port: int, connections: int | None = None, kill_after_seconds: int = 8) -> None:
     """Runs the ASGI factory `target` ("package.module:function") in one worker process until SIGTERM or SIGINT.
 
-    `connections`: how many may be open at once. Granian's default of 1,024 leaves none for /health when all of them are
-    streams. `kill_after`: seconds after the signal when the worker is killed; a client that does not read delays it."""
+    `connections`: the maximum number of open connections. Granian's default is 1,024; if all of these are streams, none
+    is left for /health. `kill_after_seconds`: the time from the signal until the worker is killed. Without it, a client
+    that does not read would delay the exit.
+    """
     from granian import Granian  # not at the top: tests of an app need no server
     from granian.constants import HTTPModes, Interfaces, Loops
 
@@ -41,5 +44,5 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
         loop=Loops.uvloop,
         workers=1,
         log_access=False,
-        workers_kill_timeout=kill_after,
+        workers_kill_timeout=kill_after_seconds,
     ).serve()

@@ -1,4 +1,4 @@
-"""Creates the application of a service, in one way for all of them."""
+"""Creates the application of each service in the same way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -30,7 +30,7 @@ Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
 
 
 def settings_of_service(name: str, settings: Settings | None) -> Settings:
-    """The first step of every service: reads the settings unless a test brings them, and configures the log."""
+    """Reads the settings, unless a test passes them, and configures the log. Every service calls this first."""
     settings = settings or Settings.load()
     configure_logging(name, settings.log_level)
     return settings
@@ -48,10 +48,11 @@ def create_service(
     metrics: Metrics,
     limits_mirror: Mirror | None,
 ) -> ResponseHeaders:
-    """An application with the routes of `api`, their documentation, health and metrics.
+    """Returns an application with the routes of `api`, their documentation, health and metrics.
 
-    `state`: what handlers find in `request.app.state`, by name.
-    `limits_mirror`: shares the rate limits between instances; None limits each instance by itself."""
+    `state`: the objects that handlers find in `request.app.state`, by name. `limits_mirror`: the mirror through which
+    instances share the rate limits. With None, each instance applies the limits alone.
+    """
     app = Litestar(
         route_handlers=[
             *_options(api.handlers),
@@ -78,7 +79,7 @@ def create_service(
 
 
 def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> Litestar:
-    """An application for a process without an API: health and metrics alone."""
+    """Returns an application for a process without an API. It has only health and metrics."""
     return Litestar(
         route_handlers=[*health(readiness), metrics_route(metrics)],
         exception_handlers=EXCEPTION_HANDLERS,
@@ -89,8 +90,8 @@ def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Life
 
 
 def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
-    """Handlers of OPTIONS, one for each path, which must stand before `handlers`. Litestar's own names the methods of
-    only one handler of a path that has several."""
+    """Returns one OPTIONS handler for each path. They must stand before `handlers`. If several handlers share a path,
+    Litestar's own OPTIONS handler names the methods of only one of them."""
     methods: dict[str, set[str]] = {}
     for handler in handlers:
         for path in handler.paths:

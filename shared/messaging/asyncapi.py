@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from shared.entities import order, registry
-from shared.entities.contract import CONTENT_TYPE, MAX_BATCH, Change, Lane
+from shared.entities.contract import CONTENT_TYPE, MAX_BATCH_CHANGES, Change, Lane
 from shared.entities.signal import HEARTBEAT, MARK, Signal
 from shared.messaging import topology
 from shared.messaging.topology import QueueSpec
@@ -91,7 +91,7 @@ def _lanes(entity: str) -> set[Lane]:
     return {one.lane, Lane.BACKGROUND} if one is _HISTORY else {one.lane}
 
 
-def _message(type_: str, summary: str, most: int = MAX_BATCH) -> dict[str, Any]:
+def _message(type_: str, summary: str, most: int = MAX_BATCH_CHANGES) -> dict[str, Any]:
     return {
         "name": type_,
         "title": type_,
@@ -170,7 +170,7 @@ def _exchange(events: dict[str, str]) -> dict[str, Any]:
     return {
         "address": topology.CHANGES,
         "description": f"Direct exchange; the routing key is the lane: {', '.join(Lane)}. Each message holds changes of"
-        f" one lane, 1 to {MAX_BATCH} of them, perhaps of several types.",
+        f" one lane, 1 to {MAX_BATCH_CHANGES} of them, perhaps of several types.",
         "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in (*events, HEARTBEAT)},
         "bindings": {
             "amqp": {

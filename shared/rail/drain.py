@@ -10,7 +10,7 @@ import time
 import structlog
 from opentelemetry.trace import SpanKind
 
-from shared.entities.contract import MAX_BATCH, Lane, encode_batch, traceparent_in
+from shared.entities.contract import MAX_BATCH_CHANGES, Lane, encode_batch, traceparent_in
 from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.observability.tracing import Tracer
@@ -61,7 +61,7 @@ class Drainer:
         whose queue is full does not stop the others; the first error (NotSent, InDoubt) is raised at the end."""
         drained, failed = 0, None
         for lane in Lane:
-            mine = _one_message(await self._journal.oldest(MAX_BATCH, lane))
+            mine = _one_message(await self._journal.oldest(MAX_BATCH_CHANGES, lane))
             if not mine:
                 continue
             began = time.time_ns()

@@ -14,7 +14,7 @@ import structlog
 from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
-from shared.entities.contract import MAX_BATCH, Lane, encode_batch
+from shared.entities.contract import MAX_BATCH_CHANGES, Lane, encode_batch
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
 from shared.observability import tracing
@@ -57,7 +57,7 @@ class Recorder:
         *,
         under_way: int,
         apart_ms: float = 0.0,
-        batch_max_changes: int = MAX_BATCH,
+        batch_max_changes: int = MAX_BATCH_CHANGES,
         metrics: RailMetrics | None = None,
     ) -> None:
         self._metrics = metrics
@@ -68,7 +68,7 @@ class Recorder:
         self._next_at = dict.fromkeys(Lane, 0.0)
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._draining = False
-        self._batch_changes = min(batch_max_changes, MAX_BATCH)
+        self._batch_changes = min(batch_max_changes, MAX_BATCH_CHANGES)
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
         self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
 

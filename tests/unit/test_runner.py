@@ -263,7 +263,7 @@ def test_the_notifier_drops_clients_that_do_not_read_before_the_supervisor_kills
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[int] = []
-    monkeypatch.setattr(http_server, "serve", lambda *_, kill_after, **__: served.append(kill_after))
+    monkeypatch.setattr(http_server, "serve", lambda *_, kill_after_seconds, **__: served.append(kill_after_seconds))
     runpy.run_module("services.notifier", run_name="__main__")
     assert served[0] < inspect.signature(Service).parameters["stop_within"].default
 
