@@ -2,7 +2,8 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
-# Unset even if the environment sets it: the tests start services a hundred times, which should compile once.
+# Cleared even if the environment sets it: the tests start services about a hundred times, and Python should compile them
+# only once.
 export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
@@ -12,27 +13,27 @@ EXAMPLES ?= 50
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# setpriv: if make is killed, the kernel stops the runner, and the runner stops everything that it started.
+# With setpriv, the kernel stops the runner if make is killed. The runner then stops everything that it started.
 run: bootstrap ## start the whole system under .local/ and send one order through it; Ctrl-C stops it
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run
 
-dev: bootstrap ## like run, and restart services when their files change
+dev: bootstrap ## like run, but restart services when their files change
 	@exec setpriv --pdeathsig TERM $(PYTHON) -m deploy.local.run --reload
 
-reset: bootstrap ## remove only the data of `make run`; not while it runs
+reset: bootstrap ## remove the data of `make run`, which must not be running
 	@$(PYTHON) -m deploy.local.reset
 
-# Three processes even on two cores, because tests mostly wait for servers. They run in the order of the folders: long tests come
-# first, so that none of the three processes is left with one at the end.
+# The tests run in three processes even on two cores, because they mostly wait for servers. They run in the order of their
+# folders, which puts long tests first, so that no process still runs a long test when the others have finished.
 PYTEST ?= pytest
 PYTEST_PARALLEL = -n 3 --dist loadfile --no-loadscope-reorder
-test: bootstrap ## run the tests on servers of their own, without the slow ones; ARGS="-k name" chooses
+test: bootstrap ## run all tests but the slow ones, on private servers; ARGS="-k name" selects
 	$(PYTHON) -m $(PYTEST) $(PYTEST_PARALLEL) -m "not slow" $(ARGS)
 
-test-slow: bootstrap ## run the tests that are slow by nature, such as many restarts; ARGS as above
+test-slow: bootstrap ## run the tests that are slow by nature, such as many restarts; ARGS as for test
 	$(PYTHON) -m $(PYTEST) $(PYTEST_PARALLEL) -m slow $(ARGS)
 
-coverage: bootstrap ## run the tests and report which lines they reach, in services too; HTML in .local/coverage
+coverage: bootstrap ## run the tests and report which lines they reach, also in services; HTML in .local/coverage
 	@rm -rf .local/coverage && mkdir -p .local/coverage
 	$(PYTHON) -m pytest $(PYTEST_PARALLEL) --cov --cov-report= $(ARGS); status=$$?; \
 		$(PYTHON) -m coverage report --format=total >.local/coverage/total && $(PYTHON) -m coverage html -q && \
@@ -85,7 +86,7 @@ swagger: ## replace the vendored files of Swagger UI; VERSION=5.35.0 (needs npm)
 secrets: ## write strong secrets for docker-compose.yml into .env; keep values that are set
 	@sh deploy/secrets.sh
 
-clean: ## remove .local with all its data, .venv and the caches; not while `make run` runs
+clean: ## remove .local with all its data, .venv and the caches; `make run` must not be running
 	@sh deploy/local/clean.sh
 
 bootstrap:

@@ -1,1 +1,4 @@
-"""What the rail costs, measured against what people would use instead. `make bench`; method: docs/benchmarks.md."""
+"""Measures what the rail costs, compared with what people would use instead.
+
+`make bench` runs the benchmarks, and docs/benchmarks.md describes the method.
+"""

@@ -1,8 +1,8 @@
 """`python -m benchmarks [QUESTION …] [--rounds 5] [--quick]`: measures the rail against its peers.
 
-Prints a table after each question and writes results.json, the plots and the table of docs/benchmarks.md. A question
-that is asked alone replaces only its own rows. A program that is not installed is reported in its row. A question that
-fails is reported too, the others still run, and the command ends with status 1.
+Prints a table after each question and writes results.json, the plots and the table of docs/benchmarks.md. A run
+replaces only the rows of the questions that it asks. A program that is not installed is reported in its row. A question
+that fails is reported too, the others still run, and the command ends with status 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.report import fill_in, terminal_table
 from benchmarks.results import RESULTS, merged, read_rows, write_rows
 from benchmarks.rig import BenchmarkRig
 
-QUESTIONS = ("accept", "away", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
+QUESTIONS = ("accept", "unavailable", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
 _PIPE_COLUMNS = 150
 """Width of the tables when the output is not a terminal."""
 
@@ -31,8 +31,8 @@ _PIPE_COLUMNS = 150
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], metavar="QUESTION", help=", ".join(QUESTIONS))
-    parser.add_argument("--rounds", type=int, default=5, help="slices of each case")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one slice of load")
+    parser.add_argument("--rounds", type=int, default=5, help="number of slices of each case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one slice of load in seconds")
     parser.add_argument("--quick", action="store_true", help="only show that everything runs; write nothing")
     arguments = parser.parse_args()
     plan = BenchmarkPlan(rounds=arguments.rounds, seconds=arguments.seconds)
@@ -47,11 +47,11 @@ def main() -> int:
     try:
         rig.start()
         for name in arguments.questions or QUESTIONS:
-            rig.rest()
+            rig.wait_until_idle()
             question_began = time.monotonic()
-            found = answer(name, rig, plan, failed)
-            rows += found
-            console.print(terminal_table(name, found, time.monotonic() - question_began))
+            answers = answer(name, rig, plan, failed)
+            rows += answers
+            console.print(terminal_table(name, answers, time.monotonic() - question_began))
     finally:
         rig.stop()
     console.print(f"{time.monotonic() - began:.0f} s in total; targets missed: {sum(row.met is False for row in rows)}")
@@ -63,12 +63,12 @@ def main() -> int:
 
 
 def answer(name: str, rig: BenchmarkRig, plan: BenchmarkPlan, failed: list[str]) -> list[ResultRow]:
-    """The rows of one question. Adds its name to `failed` if it raises anything but ProgramMissing."""
+    """Returns the rows of one question. Adds its name to `failed` if it raises anything but ProgramMissing."""
     try:
         rows: list[ResultRow] = importlib.import_module(f"benchmarks.{name}").run(rig, plan)
     except ProgramMissing as error:
         return [not_run(name, "", "", str(error))]
-    except Exception as error:  # noqa: BLE001  (the figures of the other questions must not be lost)
+    except Exception as error:  # noqa: BLE001  (a failure must not lose the figures of the other questions)
         traceback.print_exc()
         failed.append(name)
         return [not_run(name, "", "", f"{type(error).__name__}: {error}")]
@@ -78,7 +78,7 @@ def answer(name: str, rig: BenchmarkRig, plan: BenchmarkPlan, failed: list[str])
 def write(rows: list[ResultRow], console: Console) -> None:
     from benchmarks import plots  # matplotlib is needed only here
 
-    every = merged(read_rows(RESULTS, lambda sentence: console.print(f"[yellow]{sentence}[/]")), rows, QUESTIONS)
+    all_rows = merged(read_rows(RESULTS, lambda sentence: console.print(f"[yellow]{sentence}[/]")), rows, QUESTIONS)
     machine: dict[str, Any] = {
         "at": datetime.now(UTC).date().isoformat(),
         "cores": psutil.cpu_count(),
@@ -87,9 +87,9 @@ def write(rows: list[ResultRow], console: Console) -> None:
         "python": platform.python_version(),
         "rate limits": "off",
     }
-    write_rows(RESULTS, every, machine)
-    plots.draw(every)
-    fill_in(every, machine)
+    write_rows(RESULTS, all_rows, machine)
+    plots.draw(all_rows)
+    fill_in(all_rows, machine)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """How many orders per second does one server process accept, and how long does a client wait?
 
-Closed loop, 64 connections, one orders process, 10 % of the traces kept, no rate limits.
+The load is a closed loop over 64 connections to one orders process. 10 % of the traces are kept, without rate limits.
 
-    burst      the sync worker is stopped, so only the accept path is measured. 50 restaurants in turn, and one hot one
+    burst      the sync worker is frozen, so only the accept path is measured. The orders go to 50 restaurants in turn,
+               then to one hot restaurant
     sustained  everything runs for a minute: every order must reach PostgreSQL, the mirror and a subscriber's screen,
                and no queue may grow
 
 Peers, the most comparable first:
 
     dual write              one PostgreSQL transaction, the mirror, a confirmed publish (peers/dual_write.py): the same
-                            work. In the sustained case its notifier pushes to a screen too
+                            work as the rail. In the sustained case a notifier also pushes to a screen
     Litestar + PostgreSQL   the bare transaction (peers/direct.py): no mirror, no push
     Express + pg            the bare transaction in Node (peers/express)
 
@@ -30,8 +31,8 @@ from benchmarks.rig import BenchmarkRig, RunningProgram, cpu_seconds
 QUESTION = "accept"
 _DUAL, _DIRECT, _EXPRESS = DualWrite.label, "Litestar + PostgreSQL", "Express + pg"
 _CONNECTIONS = 64
-_SETTLE_SECONDS = 20.0
-"""How long the dual write may take until its three stores agree after the load."""
+_SETTLE_TIMEOUT_SECONDS = 20.0
+"""Time limit for the three stores of the dual write to agree after the load."""
 
 
 class AcceptSlice(Struct):
@@ -67,25 +68,25 @@ def burst(
     express: RunningProgram | None,
     missing: str,
 ) -> list[ResultRow]:
-    """`missing`: why there is no `express`."""
+    """Measures bursts against each peer. `missing` says why `express` is None."""
     many, hot = posts(rig.restaurants), posts(rig.restaurants[:1])
     brokers = {"rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid}
     with rig.rail() as (orders, worker):
 
         def ours(script: str) -> Callable[[], AcceptSlice]:
             def measure() -> AcceptSlice:
-                found = measured(orders, script, plan.seconds, {"orders": orders.pid, **brokers})
+                found = _measure_slice(orders, script, plan.seconds, {"orders": orders.pid, **brokers})
                 rig.purge()
                 return found
 
             return measure
 
         def theirs(peer: RunningProgram, script: str, processes: dict[str, int | None]) -> Callable[[], AcceptSlice]:
-            return lambda: measured(peer, script, plan.seconds, {"server": peer.pid, **processes})
+            return lambda: _measure_slice(peer, script, plan.seconds, {"server": peer.pid, **processes})
 
         postgres = {"postgres": rig.postgres.pid}
         for peer in filter(None, (orders, dual.program, direct, express)):
-            wrk(peer.url, many, seconds=1)  # fills menus, prepared statements and connections
+            wrk(peer.url, many, seconds=1)  # loads menus, prepares statements and opens connections
         worker.freeze()
         cases = {
             "rail": ours(many),
@@ -131,7 +132,9 @@ def burst(
     ]
 
 
-def measured(running: RunningProgram, script: str, seconds: float, processes: dict[str, int | None]) -> AcceptSlice:
+def _measure_slice(
+    running: RunningProgram, script: str, seconds: float, processes: dict[str, int | None]
+) -> AcceptSlice:
     before = {name: cpu_seconds(pid) for name, pid in processes.items()}
     result = wrk(running.url, script, connections=_CONNECTIONS, seconds=seconds)
     spent = {name: cpu_seconds(pid) - before[name] for name, pid in processes.items()}
@@ -155,13 +158,13 @@ def _cpu(slices: list[AcceptSlice]) -> str:
 
 class SustainedRun(Struct):
     slices: list[LoadResult]
-    sound: bool
-    """Every accepted order is everywhere, and no queue grew."""
+    complete_and_stable: bool
+    """Whether every accepted order reached all stores and the screen, and no queue grew."""
     note: str
 
 
 def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, dual: DualWrite, direct: RunningProgram) -> list[ResultRow]:
-    """A minute of the rail with everything running; each peer for a third of it before and after, in the same run."""
+    """Measures the rail with everything running. Each peer runs for a third of that time before and again after it."""
     script = posts(rig.restaurants)
     third = plan.sustained_seconds / 3
     duals = [_sustained_dual_write(rig, dual, script, third)]
@@ -179,8 +182,8 @@ def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, dual: DualWrite, direct: R
                  [one.per_second for one in directs], at_least=1.5),
     ]  # fmt: skip
     for row in rows:
-        row.met = bool(row.met) and ours.sound
-    if not all(one.sound for one in duals):
+        row.met = bool(row.met) and ours.complete_and_stable
+    if not all(one.complete_and_stable for one in duals):
         rows[0].met = None
     return rows
 
@@ -189,7 +192,7 @@ def _sustained_rail(rig: BenchmarkRig, plan: BenchmarkPlan, script: str) -> Sust
     with rig.rail() as (orders, worker):
         notifier = rig.service("notifier")
         screen = PushScreen(rig, notifier)
-        before, mirrored_before = rig.count_orders(), _mirrored(rig)
+        before, in_mirror_before = rig.count_orders(), _count_in_mirror(rig)
         processes = {
             "orders": orders.pid, "worker": worker.pid, "notifier": notifier.pid, "postgres": rig.postgres.pid,
             "rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid,
@@ -205,15 +208,15 @@ def _sustained_rail(rig: BenchmarkRig, plan: BenchmarkPlan, script: str) -> Sust
         behind = max(0, accepted - (rig.count_orders() - before))
         rig.until(lambda: rig.count_orders() - before >= accepted, "every accepted order in PostgreSQL")
         rig.until(lambda: screen.seen() >= accepted, "every accepted order on the screen")
-        stored = rig.count_orders() - before
-        rig.until(lambda: screen.seen() >= stored, "every stored order on the screen")
-        mirrored = _mirrored(rig) - mirrored_before
+        in_postgres = rig.count_orders() - before
+        rig.until(lambda: screen.seen() >= in_postgres, "every order of PostgreSQL on the screen")
+        in_mirror = _count_in_mirror(rig) - in_mirror_before
         screen.close()
         notifier.stop()
-    complete = _complete(accepted, stored, screen.last, mirrored, len(slices))
+    complete = _complete(accepted, in_postgres, screen.last_count, in_mirror, len(slices))
     note = (
-        f"{_whereabouts(accepted, stored, screen.last, mirrored, complete)}; messages queued after each sixth:"
-        f" {depths}; {behind} not yet in PostgreSQL at the end; CPU ms per order: "
+        f"{_counts_note(accepted, in_postgres, screen.last_count, in_mirror, complete)}; messages queued"
+        f" after each sixth: {depths}; {behind} not yet in PostgreSQL at the end; CPU ms per order: "
         + ", ".join(f"{name} {value:.2f}" for name, value in cpu_ms.items())
     )
     grew = depths[-1] > max(200, 2 * max(depths[: len(depths) // 2]))
@@ -221,33 +224,37 @@ def _sustained_rail(rig: BenchmarkRig, plan: BenchmarkPlan, script: str) -> Sust
 
 
 def _sustained_dual_write(rig: BenchmarkRig, dual: DualWrite, script: str, seconds: float) -> SustainedRun:
-    with dual.pushed() as screen:
-        before, mirrored_before = dual.count_orders(), dual.count_mirrored()
+    with dual.open_screen() as screen:
+        before, in_mirror_before = dual.count_orders(), dual.count_in_mirror()
         result = wrk(dual.program.url, script, connections=_CONNECTIONS, seconds=seconds)
 
         def counts() -> tuple[int, int, int]:
-            return dual.count_orders() - before, screen.seen(), dual.count_mirrored() - mirrored_before
+            return dual.count_orders() - before, screen.seen(), dual.count_in_mirror() - in_mirror_before
 
-        # An order that a lost client left between two of the three writes keeps them apart: then the note says so.
-        rig.reached(lambda: len(set(counts())) == 1, _SETTLE_SECONDS)
-        stored, shown, mirrored = counts()
-    complete = _complete(result.requests, stored, shown, mirrored, 1)
-    return SustainedRun([result], complete, _whereabouts(result.requests, stored, shown, mirrored, complete))
-
-
-def _complete(accepted: int, stored: int, shown: int, mirrored: int, slices: int) -> bool:
-    """wrk does not count the replies that it had not read when a slice ended: at most one per connection."""
-    return accepted <= stored <= accepted + _CONNECTIONS * slices and shown == stored == mirrored
+        # If a client disconnects between two of the three writes, its order stays incomplete and the counts differ. The
+        # note then reports it.
+        rig.reached(lambda: len(set(counts())) == 1, _SETTLE_TIMEOUT_SECONDS)
+        in_postgres, on_screen, in_mirror = counts()
+    complete = _complete(result.requests, in_postgres, on_screen, in_mirror, 1)
+    return SustainedRun([result], complete, _counts_note(result.requests, in_postgres, on_screen, in_mirror, complete))
 
 
-def _whereabouts(accepted: int, stored: int, shown: int, mirrored: int, complete: bool) -> str:
+def _complete(accepted: int, in_postgres: int, on_screen: int, in_mirror: int, slices: int) -> bool:
+    """Returns whether both stores and the screen have every order, and no more than that.
+
+    wrk does not count the replies that it had not read when a slice ended: at most one per connection.
+    """
+    return accepted <= in_postgres <= accepted + _CONNECTIONS * slices and on_screen == in_postgres == in_mirror
+
+
+def _counts_note(accepted: int, in_postgres: int, on_screen: int, in_mirror: int, complete: bool) -> str:
     return (
-        f"{accepted} accepted, {stored} in PostgreSQL, {shown} on the screen, {mirrored} in the mirror"
-        f" ({'all there' if complete else 'NOT THE SAME'})"
+        f"{accepted} accepted, {in_postgres} in PostgreSQL, {on_screen} on the screen, {in_mirror} in the mirror"
+        f" ({'complete' if complete else 'THE COUNTS DIFFER'})"
     )
 
 
-def _mirrored(rig: BenchmarkRig) -> int:
-    """Orders in the live windows of the mirror."""
+def _count_in_mirror(rig: BenchmarkRig) -> int:
+    """Returns the number of orders in the live windows of the mirror."""
     with Redis.from_url(rig.redis_url) as redis:
         return sum(int(redis.zcard(f"{{{one.id}}}:live:order")) for one in rig.restaurants)

@@ -1,4 +1,4 @@
-"""The peers of the accept benchmark as running programs, each with a database of its own."""
+"""Starts the peers of the accept benchmark, each with its own database."""
 
 import contextlib
 import json
@@ -10,9 +10,9 @@ from uuid import uuid4
 import aio_pika
 from redis import Redis
 
-from benchmarks.load import ProgramMissing, here
+from benchmarks.load import ProgramMissing, peer_path
 from benchmarks.peers import dual_write
-from benchmarks.peers.node import prepared
+from benchmarks.peers.node import install_packages
 from benchmarks.peers.transaction import SCHEMA
 from benchmarks.rig import ROOT, BenchmarkRig, NotReady, RunningProgram, execute, fetch_value, run
 from deploy.local.child import Child
@@ -26,14 +26,14 @@ _DATABASE = "bench_dual_write"
 _VHOST = "bench_dual_write"
 _REDIS_DATABASE = 1
 """Database 0 is the mirror of the rail."""
-_STOP_SECONDS = 5.0
+_STOP_TIMEOUT_SECONDS = 5.0
 
 
 class PushScreen:
-    """A subscriber of every restaurant's event stream that counts the orders it sees, in a process of its own."""
+    """A process that subscribes to the event stream of every restaurant and counts the orders it sees."""
 
     def __init__(self, rig: BenchmarkRig, notifier: RunningProgram) -> None:
-        """Waits until it is connected."""
+        """Starts the process and waits until it is connected."""
         name = f"screen-{uuid4().hex[:8]}"
         self._count_file = rig.folder / name
         tokens = rig.folder / "tokens.json"
@@ -44,23 +44,25 @@ class PushScreen:
             env=dict(os.environ),
             cwd=ROOT,
         )
-        self.last = 0
-        """Orders that it had seen at the last call of `seen`."""
+        self.last_count = 0
+        """The number that `seen` returned last."""
         rig.until(self._count_file.exists, "the screen to be connected")
 
     def seen(self) -> int:
         if self._child.returncode is not None:
-            raise RuntimeError(f"the screen has ended:\n{self._child.tail()}")
-        self.last = int(self._count_file.read_text() or 0)
-        return self.last
+            raise RuntimeError(f"the screen process ended:\n{self._child.tail()}")
+        self.last_count = int(self._count_file.read_text() or 0)
+        return self.last_count
 
     def close(self) -> None:
-        self._child.terminate(_STOP_SECONDS)
+        self._child.terminate(_STOP_TIMEOUT_SECONDS)
 
 
 class DualWrite:
-    """The dual write (peers/dual_write.py). Its exchange, stream and notifier are in a virtual host of their own, so
-    that the rail's worker never reads its orders."""
+    """Runs the dual write (peers/dual_write.py).
+
+    Its exchange and its stream are in a separate virtual host, so that the rail's worker never reads its orders.
+    """
 
     label = "dual write"
 
@@ -80,14 +82,13 @@ class DualWrite:
     def _make_stream(self) -> None:
         management = self._rig.management_url
         ask(management, "PUT", f"/api/vhosts/{_VHOST}")
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        ask(management, "PUT", f"/api/permissions/{_VHOST}/ticketrail", everything)
-
+        all_permissions = {"configure": ".*", "write": ".*", "read": ".*"}
+        ask(management, "PUT", f"/api/permissions/{_VHOST}/ticketrail", all_permissions)
         run(declare_stream(self._rabbitmq_url))
 
     @contextlib.contextmanager
-    def pushed(self) -> Iterator[PushScreen]:
-        """A notifier that follows its stream, and a screen that is subscribed to it."""
+    def open_screen(self) -> Iterator[PushScreen]:
+        """Runs a notifier that follows the stream of the dual write, and yields a screen that subscribes to it."""
         notifier = self._rig.service("notifier", rabbitmq_url=self._rabbitmq_url)
         screen = PushScreen(self._rig, notifier)
         try:
@@ -99,13 +100,13 @@ class DualWrite:
     def count_orders(self) -> int:
         return int(run(fetch_value(self._rig.database_url("owner", _DATABASE), "select count(*) from orders")))
 
-    def count_mirrored(self) -> int:
-        """Orders in its lists of live orders."""
+    def count_in_mirror(self) -> int:
+        """Returns the number of orders in the lists of live orders that the dual write keeps in Redis."""
         with Redis.from_url(self._redis_url) as redis:
             return sum(int(redis.zcard(dual_write.live_key(one.id))) for one in self._rig.restaurants)
 
     def stop(self) -> None:
-        """Removes what it has stored outside PostgreSQL too: the next questions share Redis and RabbitMQ."""
+        """Stops the program and removes its data from Redis and RabbitMQ, which the next questions use too."""
         self.program.stop()
         with Redis.from_url(self._redis_url) as redis:
             redis.flushdb()
@@ -127,9 +128,9 @@ def direct_peer(rig: BenchmarkRig) -> RunningProgram:
 
 
 def express_peer(rig: BenchmarkRig) -> RunningProgram:
-    """Raises ProgramMissing without Node. Uses the tables of the direct peer in a database of its own."""
-    folder = here("express")
-    node = prepared(folder)
+    """Starts Express with the tables of the direct peer in a separate database. Raises ProgramMissing without Node."""
+    folder = peer_path("express")
+    node = install_packages(folder)
     (port,) = find_free(1)
     url = rig.make_database("bench_express")
     execute(url, SCHEMA)

@@ -1,4 +1,4 @@
-"""Changes that create an entity, as the services record them, for what a benchmark stores without the API."""
+"""Builds changes that create entities, for benchmarks that store data without the API."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from shared.entities.entity import Entity
 
 
 def created(entity: Entity, state: Any, *, source: str = "orders", actor: str | None = None) -> Change:
-    """Version 1 of an entity, with `state` after it."""
+    """Returns the change that creates an entity with `state`, as the services record it."""
     after = encode(state)
     return Change(
         id=change_id(state.id, 1, after),

@@ -1,14 +1,15 @@
 """How fast does the worker write queued changes to PostgreSQL?
 
-The lanes are filled first, then the worker starts; the rate counts from its first commit to its last. Two fillings: one
-change per message, and 27 per message, the mean that a load of 64 connections records. The peers write to the same
-tables, orders with three items and the log of changes:
+The benchmark fills the lanes first and then starts the worker. The rate covers the time from the first commit to the
+last one. There are two cases: one change per message, and 27 changes per message, the mean under a load of 64
+connections. The peers write to the same tables: orders with three items, and `changes`.
 
-    plain FastStream         a handler with one transaction per message and a pool of 20 (peers/faststream_plain.py). It
-                             is slow and drains fewer messages, for the same rate
-    unnest without a queue   batches by unnest, from memory (peers/unnest_batches.py)
+    plain FastStream         one transaction per message, with a pool of 20 (peers/faststream_plain.py). It is slow, so
+                             it drains fewer messages
+    unnest without a queue   batches from memory, with unnest (peers/unnest_batches.py)
 
-How much do bad changes cost? One change that breaks the contract after each good one, against good ones alone.
+A last case shows what bad changes cost: one change that breaks the contract follows each good one. It is compared with
+good changes only.
 """
 
 import asyncio
@@ -33,16 +34,15 @@ _PEER_CHANGES = 10_000
 _MIXED_CHANGES = 10_000
 _CHANGES_PER_MESSAGE = 27
 _MESSAGES_IN_FLIGHT = 128
-"""While the lanes are filled."""
-_DRAIN_SECONDS = 300.0
-"""Time limit of one drain."""
-_STOP_SECONDS = 10.0
+"""Messages that wait for their confirms while the lanes are filled."""
+_DRAIN_TIMEOUT_SECONDS = 300.0
+_STOP_TIMEOUT_SECONDS = 10.0
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     many, fewer, mixed = (_CHANGES, _PEER_CHANGES, _MIXED_CHANGES) if not plan.quick else (5_000, 1_000, 1_000)
     plain = [_plain(rig, fewer) for _ in range(1 if plan.quick else 2)]
-    alone = _ours(rig, many, 1)
+    single = _ours(rig, many, 1)
     plain.append(_plain(rig, fewer))
     grouped = _ours(rig, many, _CHANGES_PER_MESSAGE)
     unnest = [run_async(unnest_batches.rate(rig, many // 5)) for _ in range(3)]
@@ -52,37 +52,37 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     )
     note = f"ours: {many} changes once; FastStream: {fewer} three times; unnest: {many // 5} three times"
     return [
-        compared(QUESTION, "one change a message", "throughput", "changes/s", [alone], "plain FastStream", plain,
+        compared(QUESTION, "one change per message", "throughput", "changes/s", [single], "plain FastStream", plain,
                  at_least=4.0, note=note),
-        compared(QUESTION, "as a load of 64 records", "throughput", "changes/s", [grouped], "plain FastStream", plain,
+        compared(QUESTION, "27 changes per message", "throughput", "changes/s", [grouped], "plain FastStream", plain,
                  at_least=4.0),
-        compared(QUESTION, "as a load of 64 records", "throughput", "changes/s", [grouped], "unnest without a queue",
+        compared(QUESTION, "27 changes per message", "throughput", "changes/s", [grouped], "unnest without a queue",
                  unnest, at_least=0.5),
         # The unit keeps this row out of the plot of peers.
         compared(QUESTION, "one bad change per good one", "throughput", "changes/s, good and bad",
-                 [2 * rate for rate in mixed_rates], "good changes alone", list(good_rates), at_least=0.5,
-                 note=f"{mixed} good and {mixed} bad, one change a message, until the last good one is written"),
+                 [2 * rate for rate in mixed_rates], "good changes only", list(good_rates), at_least=0.5,
+                 note=f"{mixed} good and {mixed} bad, one change per message, until the last good one is written"),
     ]  # fmt: skip
 
 
 def _ours(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> float:
-    """Changes per second of the worker; with `bad`, the good ones alone."""
+    """Returns how many changes per second the worker writes; with `bad`, it counts only the good ones."""
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, changes, per_message, bad=bad))
-    # Do not wait until it is ready: its heartbeats queue behind the changes that it is to drain.
+    # The worker cannot become ready before it has drained the changes, because its heartbeats queue behind them.
     worker = rig.service("worker", wait=False)
     try:
         rig.until(lambda: rig.count_orders() > before, "the first commit")
         began, first = time.monotonic(), rig.count_orders() - before
-        rig.until(lambda: rig.count_orders() - before >= changes, "every change in PostgreSQL", _DRAIN_SECONDS)
+        rig.until(lambda: rig.count_orders() - before >= changes, "every change in PostgreSQL", _DRAIN_TIMEOUT_SECONDS)
         return (changes - first) / (time.monotonic() - began)
     finally:
         worker.stop()
 
 
 def _plain(rig: BenchmarkRig, messages: int) -> float:
-    """Changes per second of the plain FastStream handler."""
+    """Returns how many changes per second the plain FastStream handler writes."""
     rig.purge()
     before = rig.count_orders()
     run_async(_fill(rig, messages, 1))
@@ -101,17 +101,19 @@ def _plain(rig: BenchmarkRig, messages: int) -> float:
     try:
         rig.until(lambda: rig.count_orders() > before, "the first commit of the plain handler")
         began, first = time.monotonic(), rig.count_orders() - before
-        rig.until(lambda: rig.count_orders() - before >= messages, "every message in PostgreSQL", _DRAIN_SECONDS)
+        rig.until(
+            lambda: rig.count_orders() - before >= messages, "every message in PostgreSQL", _DRAIN_TIMEOUT_SECONDS
+        )
         return (messages - first) / (time.monotonic() - began)
     finally:
-        child.terminate(_STOP_SECONDS)
+        child.terminate(_STOP_TIMEOUT_SECONDS)
 
 
 async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> None:
     """Publishes through the exchange, as the orders service does.
 
-    With `bad`, each message is followed by as many changes that break the contract. They go to the lane's queue alone,
-    because what the mirror does with them is not measured here.
+    With `bad`, each message is followed by one with as many changes that break the contract. Those go only to the queue
+    of the lane, because this benchmark does not measure what the mirror does with them.
     """
     async with await aio_pika.connect(rig.rabbitmq_url) as connection:
         channel = await connection.channel(publisher_confirms=True)
@@ -134,5 +136,5 @@ def _message(events: list[bytes]) -> aio_pika.Message:
 
 
 def _broken(event: bytes) -> bytes:
-    """The event with a negative total, which the contract forbids."""
+    """Returns the event with a negative total, which the contract forbids."""
     return event.replace(b'"total":', b'"total":-')

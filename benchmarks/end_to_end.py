@@ -1,8 +1,9 @@
 """How long does an order take from the moment it is due to be sent until a subscriber's screen shows it?
 
-Open loop: constant arrivals at 100 and 500 orders per second over 64 kept connections; latency counts from the intended
-start. Each restaurant has one SSE subscriber. Everything runs. The yardstick is a bare publisher confirm: one message
-of the size of an order at a time, to a quorum queue and a stream, measured between the slices.
+The load is an open loop: 100 and 500 orders per second arrive at a constant rate over 64 persistent connections, and
+latency counts from the moment an order was due. All services run, and each restaurant has one SSE subscriber. The peer
+is a bare publisher confirm, measured between the slices: one message of the size of an order at a time, published to a
+quorum queue and a stream.
 """
 
 import asyncio
@@ -23,8 +24,8 @@ from shared.messaging.publisher import Publisher
 QUESTION = "end_to_end"
 _ORDERS_PER_SECOND = (100, 500)
 _CONFIRMS = 200
-_CONFIRM_SECONDS = 5.0
-_PUSH_SECONDS = 20.0
+_CONFIRM_TIMEOUT_SECONDS = 5.0
+_PUSH_TIMEOUT_SECONDS = 20.0
 """Time limit for every accepted order to reach the screens."""
 _ORDER_BYTES = 1_700
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
@@ -59,26 +60,26 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 async def _measure(
     rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, notifier: RunningProgram
 ) -> dict[int, list[EndToEndSlice]]:
-    """The slices of each rate."""
+    """Returns the slices of each rate."""
     pushed: dict[str, float] = {}
     screens = [asyncio.create_task(_screen(notifier.url, one.token, pushed)) for one in rig.restaurants]
     confirms = _ConfirmProbe(rig)
     await confirms.open()
     address = urlsplit(orders.url)
     host, port = str(address.hostname), int(address.port or 0)
-    await open_loop(host, port, rig.restaurants, per_second=50, seconds=1)  # fills menus and connections
+    await open_loop(host, port, rig.restaurants, per_second=50, seconds=1)  # loads menus and opens connections
     found: dict[int, list[EndToEndSlice]] = {rate: [] for rate in _ORDERS_PER_SECOND}
     try:
         for _ in range(plan.rounds):
             for rate in _ORDERS_PER_SECOND:
                 confirm = await confirms.measure()
                 sent = await open_loop(host, port, rig.restaurants, per_second=rate, seconds=plan.seconds)
-                deadline = time.monotonic() + _PUSH_SECONDS
+                deadline = time.monotonic() + _PUSH_TIMEOUT_SECONDS
                 while any(one.order_id not in pushed for one in sent):
                     if ended := [screen for screen in screens if screen.done()]:
-                        raise RuntimeError(f"a stream ended: {ended[0].exception()!r}")
+                        raise RuntimeError(f"an event stream ended: {ended[0].exception()!r}")
                     if time.monotonic() > deadline:
-                        raise RuntimeError(f"an accepted order was not pushed within {_PUSH_SECONDS:.0f} s")
+                        raise RuntimeError(f"an accepted order was not pushed within {_PUSH_TIMEOUT_SECONDS:.0f} s")
                     await asyncio.sleep(0.01)
                 latencies_ms = [(pushed[one.order_id] - one.due) * 1000 for one in sent]
                 found[rate].append(
@@ -93,7 +94,7 @@ async def _measure(
 
 
 async def _screen(url: str, token: str, pushed: dict[str, float]) -> None:
-    """Notes in `pushed` when the event of each order id arrived, on the monotonic clock. Runs until cancelled."""
+    """Stores the monotonic time at which the event of each order arrives in `pushed`, by order id, until cancelled."""
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 22)
     writer.write(
@@ -112,7 +113,7 @@ _QUEUE_TYPES = ("quorum", "stream")
 
 
 class _ConfirmProbe:
-    """Our publisher with an exchange, a quorum queue and a stream of its own, bound like a lane."""
+    """Measures our publisher on a private exchange with a quorum queue and a stream, which are bound like a lane."""
 
     def __init__(self, rig: BenchmarkRig) -> None:
         self._url = rig.rabbitmq_url
@@ -121,7 +122,7 @@ class _ConfirmProbe:
             rig.rabbitmq_url,
             self._name,
             queues=[f"{self._name}.{queue_type}" for queue_type in _QUEUE_TYPES],
-            timeout=_CONFIRM_SECONDS,
+            timeout=_CONFIRM_TIMEOUT_SECONDS,
         )
 
     async def open(self) -> None:
@@ -133,10 +134,10 @@ class _ConfirmProbe:
                     f"{self._name}.{queue_type}", durable=True, arguments={"x-queue-type": queue_type}
                 )
                 await queue.bind(exchange, "critical")
-        await self._publisher.start(wait=_CONFIRM_SECONDS)
+        await self._publisher.start(wait=_CONFIRM_TIMEOUT_SECONDS)
 
     async def measure(self) -> float:
-        """Median time of a publish and its confirm, in milliseconds."""
+        """Returns the median time of a publish and its confirm in milliseconds."""
         body = b"x" * _ORDER_BYTES
         took_ms = []
         for _ in range(_CONFIRMS):

@@ -1,11 +1,11 @@
-"""The past orders of many restaurants, copied into PostgreSQL as the real writer would have left them.
+"""Fills PostgreSQL with the past orders of many restaurants, as the real writer would have left them.
 
 The orders of all restaurants are interleaved by time, so that those of one restaurant are spread over the whole table.
 Each order is placed, paid and completed: three changes, one current state, its items, its payment and the stock that it
 held. The newest five of each restaurant are still open; one in 20 is cancelled, one in 40 refunded, one in 50 deleted.
 
-The rows come from the declarations in `shared/entities`, as the writer makes them. COPY does not work under row-level
-security, so the connection is the superuser's.
+The rows follow the declarations in `shared/entities`, as in the real writer. COPY does not work under row-level
+security, so a superuser copies them.
 """
 
 import random
@@ -36,7 +36,7 @@ _CUSTOMERS = 20
 _TAX_BASIS_POINTS = 700
 _OPEN_ORDERS = 5
 _STOCK_COUNTED_DAYS = 30
-_WRITE_SECONDS = 30.0
+_WRITE_TIMEOUT_SECONDS = 30.0
 """Time limit for writing one restaurant's menu, tables, customers and stock."""
 _CHANGES = (
     "restaurant_id", "change_id", "entity", "entity_id", "version", "base_change_id", "type", "source", "lane",
@@ -54,15 +54,18 @@ class PastRestaurant(Struct, frozen=True):
     table_ids: tuple[str, ...]
     """Half of the orders are at the first table."""
     customer_ids: tuple[str, ...]
-    """Every fifth order has one of them."""
+    """Every fifth order has one of these customers."""
     stock_id: str
-    """Every third order takes from this item."""
+    """The inventory item that every third order holds."""
     user_id: str
     """The user who placed the orders."""
 
 
 class History(Struct, frozen=True):
-    """`orders` shared evenly among `restaurants`, over the 400 days before `until`. The ids depend on `name`."""
+    """Describes `orders`, spread evenly over `restaurants` and over the 400 days before `until`.
+
+    `name` determines all ids, so two histories with different names share none.
+    """
 
     name: str
     restaurants: int
@@ -70,20 +73,20 @@ class History(Struct, frozen=True):
     until: datetime
 
     @property
-    def each(self) -> int:
+    def orders_per_restaurant(self) -> int:
         return self.orders // self.restaurants
 
     def make_restaurants(self) -> list[PastRestaurant]:
         return [self._restaurant(number) for number in range(self.restaurants)]
 
-    def written(self, restaurants: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
-        """The changes of each order, oldest order first."""
-        chance = random.Random(self.name)  # noqa: S311
-        apart = timedelta(days=DAYS) / self.each
-        for place in range(self.each):
-            begun = self.until - apart * (self.each - place)
+    def changes(self, restaurants: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
+        """Yields the changes of each order, the oldest order first."""
+        generator = random.Random(self.name)  # noqa: S311
+        interval = timedelta(days=DAYS) / self.orders_per_restaurant
+        for place in range(self.orders_per_restaurant):
+            first_at = self.until - interval * (self.orders_per_restaurant - place)
             for number, restaurant in enumerate(restaurants):
-                yield self._order(restaurant, place, begun + apart * number / len(restaurants), chance)
+                yield self._order(restaurant, place, first_at + interval * number / len(restaurants), generator)
 
     def _id(self, *names: object) -> str:
         return str(uuid5(NAMESPACE_URL, "/".join(map(str, ("ticketrail-history", self.name, *names)))))
@@ -99,44 +102,44 @@ class History(Struct, frozen=True):
         customers = tuple(self._id(number, "customer", place) for place in range(_CUSTOMERS))
         return PastRestaurant(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
 
-    def _order(self, restaurant: PastRestaurant, place: int, at: datetime, chance: random.Random) -> list[Written]:
-        placed = _placed(restaurant, place, at, chance)
-        made = [_written(order.ENTITY, placed, "created", at, actor=restaurant.user_id)]
+    def _order(self, restaurant: PastRestaurant, place: int, at: datetime, generator: random.Random) -> list[Written]:
+        placed = _placed(restaurant, place, at, generator)
+        written = [_written(order.ENTITY, placed, "created", at, actor=restaurant.user_id)]
 
-        def then(event: str, minutes: int, **fields: Any) -> None:
-            last, later = made[-1], at + timedelta(minutes=minutes)
+        def add_change(event: str, minutes: int, **fields: Any) -> None:
+            last, later = written[-1], at + timedelta(minutes=minutes)
             after = structs.replace(last.state, **fields, updated_at=later)
-            made.append(_written(order.ENTITY, after, event, later, base=last, actor=restaurant.user_id))
+            written.append(_written(order.ENTITY, after, event, later, base=last, actor=restaurant.user_id))
 
-        if place >= self.each - _OPEN_ORDERS:
-            return made
+        if place >= self.orders_per_restaurant - _OPEN_ORDERS:
+            return written
         if place % 50 == 9:
-            then("deleted", 5, deleted_at=at + timedelta(minutes=5))
+            add_change("deleted", 5, deleted_at=at + timedelta(minutes=5))
         elif place % 20 == 7:
-            then("status_changed", 10, status=OrderStatus.CANCELLED)
+            add_change("status_changed", 10, status=OrderStatus.CANCELLED)
         else:
             amounts = [placed.total, -placed.total] if place % 40 == 3 else [placed.total]
-            for which, amount in enumerate(amounts):
-                paid_at = at + timedelta(minutes=40 + which)
-                payment = Payment(id=_random_id(chance), amount=amount, method=("card", "cash")[place % 2],
+            for number, amount in enumerate(amounts):
+                paid_at = at + timedelta(minutes=40 + number)
+                payment = Payment(id=_random_id(generator), amount=amount, method=("card", "cash")[place % 2],
                                   created_at=paid_at)  # fmt: skip
-                payments = (*made[-1].state.payments, payment)
-                then("payment_recorded", 40 + which, payments=payments,
+                payments = (*written[-1].state.payments, payment)
+                add_change("payment_recorded", 40 + number, payments=payments,
                      payment_status=payment_status(payments, placed.total))  # fmt: skip
-            then("status_changed", 45, status=OrderStatus.COMPLETED)
-        return made
+            add_change("status_changed", 45, status=OrderStatus.COMPLETED)
+        return written
 
 
-def _placed(restaurant: PastRestaurant, place: int, at: datetime, chance: random.Random) -> Order:
+def _placed(restaurant: PastRestaurant, place: int, at: datetime, generator: random.Random) -> Order:
     items = []
-    for dish in chance.sample(restaurant.dishes, 1 + place % 3):
-        quantity = chance.randint(1, 3)
+    for dish in generator.sample(restaurant.dishes, 1 + place % 3):
+        quantity = generator.randint(1, 3)
         items.append(OrderItem(menu_item_id=dish.id, name=dish.name, quantity=quantity, unit_price=dish.price,
                                line_total=quantity * dish.price))  # fmt: skip
     subtotal = sum(one.line_total for one in items)
     tax = (subtotal * _TAX_BASIS_POINTS + 5_000) // 10_000
     return Order(
-        id=_random_id(chance),
+        id=_random_id(generator),
         restaurant_id=restaurant.id,
         order_number=f"{place % 10_000:04}",
         business_day=(at - timedelta(hours=4)).date(),
@@ -160,15 +163,15 @@ def _placed(restaurant: PastRestaurant, place: int, at: datetime, chance: random
     )
 
 
-def _random_id(chance: random.Random) -> str:
-    text = f"{chance.getrandbits(128):032x}"
+def _random_id(generator: random.Random) -> str:
+    text = f"{generator.getrandbits(128):032x}"
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
 
 
 def _written(
     entity: Entity, state: Any, event: str, at: datetime, *, base: Written | None = None, actor: str | None = None
 ) -> Written:
-    """The change that the rail would have recorded; `base` None: a creation."""
+    """Returns the change that the rail would have recorded. Without `base`, it creates the entity."""
     type_, version = entity.type(event), base.change.entityversion + 1 if base else 1
     before, after = encode(changed_fields(base.state if base else None, state)), encode(state)
     base_id = base.change.id if base else None
@@ -195,7 +198,7 @@ async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
         restaurants = history.make_restaurants()
         await _write_references(connection, history, restaurants)
         block: list[list[Written]] = []
-        for changes in history.written(restaurants):
+        for changes in history.changes(restaurants):
             block.append(changes)
             if len(block) == _ORDERS_PER_COPY:
                 await _copy(connection, block)
@@ -208,7 +211,7 @@ async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
 
 
 async def _write_references(connection: Any, history: History, restaurants: Sequence[PastRestaurant]) -> None:
-    """Writes the restaurants and everything their orders refer to, by the writer's own statements: few rows."""
+    """Writes the restaurants and everything that their orders refer to, with the statements of the real writer."""
     at = history.until - timedelta(days=DAYS)
     for number, restaurant in enumerate(restaurants):
         await connection.execute(
@@ -221,19 +224,19 @@ async def _write_references(connection: Any, history: History, restaurants: Sequ
             for place, id_ in enumerate(restaurant.table_ids)
         ]
         states += [(customer.ENTITY, Customer(id=id_, name="Ada", **common)) for id_ in restaurant.customer_ids]
-        # The count already includes what was sold before it.
+        # The count already includes everything that was sold before it.
         counted = history.until - timedelta(days=_STOCK_COUNTED_DAYS)
         stock = InventoryItem(id=restaurant.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
         states.append((inventory_item.ENTITY, stock))
         await write_batch(
             connection,
             [_written(entity, state, "created", at) for entity, state in states],
-            timeout_seconds=_WRITE_SECONDS,
+            timeout_seconds=_WRITE_TIMEOUT_SECONDS,
         )
 
 
 async def _copy(connection: Any, orders: Sequence[list[Written]]) -> None:
-    """Copies the orders and their changes, the changes by time, in one transaction like a batch of the writer."""
+    """Copies the orders, and their changes sorted by time, in one transaction like a batch of the writer."""
     entity = order.ENTITY
     changes = sorted((one for of_order in orders for one in of_order), key=lambda one: one.change.time)
     current = [of_order[-1] for of_order in orders]

@@ -1,10 +1,12 @@
 """Are a restaurant's reads as fast among a million orders as among ten thousand?
 
-One server holds two databases with 200 restaurants each, filled by COPY as the writer would have left them
-(history.py): 50 orders per restaurant in one, 5,000 in the other, over the same 400 days. Each has an orders service of
-its own; both services read the same mirror. Closed loop, 4 connections, the two databases in turn. Each request is for
-another restaurant than the one before, and each read by id is for another order, too old for the mirror. Lists are
-pages of 20, so that both sides return the same number of rows.
+One server holds two databases with 200 restaurants each. COPY fills them as the writer would have left them
+(history.py): one with 50 orders per restaurant, the other with 5,000, over the same 400 days. Each database has its own
+orders service, and both services read the same mirror.
+
+The load is a closed loop over 4 connections, to the two databases in turn. Successive requests ask for different
+restaurants. Each read by id asks for a different order, which is too old for the mirror. Lists are pages of 20, so that
+both sides return the same number of rows.
 """
 
 import asyncio
@@ -32,17 +34,17 @@ from shared.settings import Settings
 
 QUESTION = "large"
 _CONNECTIONS = 4
-_REQUESTS = 1_000
-"""Per slice: the p99 is the tenth slowest."""
+_REQUESTS_PER_SLICE = 1_000
+"""The p99 is the tenth slowest of them."""
 _PAGE_ORDERS = 20
 _ORDERS_AFTER_CURSOR = 25
-"""Orders that follow the cursor of the page before the last."""
+"""Number of orders after the cursor, so that it requests the page before the last."""
 _OLD_ORDERS = 80
-"""Orders of each restaurant that are read by id."""
+"""Number of orders of each restaurant that are read by id."""
 _CONTENT_LENGTH = re.compile(rb"(?i)content-length: (\d+)")
-_P99_RATIO_AT_MOST = 2.0
-_REST_SECONDS = 60.0
-"""Longest wait for the checkpoint after the databases were filled."""
+_MAX_P99_RATIO = 2.0
+_MAX_CHECKPOINT_SECONDS = 60.0
+"""Maximum wait for the checkpoint after the databases are filled."""
 _LIVE_WINDOW = timedelta(days=3)
 
 Paths = Callable[["FilledDatabase", int], str]
@@ -51,11 +53,11 @@ Paths = Callable[["FilledDatabase", int], str]
 class ReadCase(Struct, frozen=True):
     name: str
     path: Paths
-    """Path for a database and the number of the request."""
-    judged: bool = True
+    """Returns the path of a request, from the database and the number of the request."""
+    has_target: bool = True
     """Whether the p99 has a target."""
     once: bool = False
-    """Each path is read only once, because a read puts the order into the mirror."""
+    """Whether each path is read only once, because a read puts the order into the mirror."""
 
 
 class FilledDatabase(Struct):
@@ -63,12 +65,12 @@ class FilledDatabase(Struct):
     restaurants: list[PastRestaurant]
     tokens: list[str]
     cursors: list[str]
-    old: list[list[str]]
-    """Per restaurant, ids of orders that the mirror does not hold."""
+    old_order_ids: list[list[str]]
+    """Ids of orders that the mirror does not hold, per restaurant."""
     running: RunningProgram | None = None
 
     def table_id(self, number: int) -> str:
-        """The first table of the restaurant that request `number` is for."""
+        """Returns the first table of the restaurant that request `number` asks for."""
         return self.restaurants[number % len(self.restaurants)].table_ids[0]
 
     def cursor(self, number: int) -> str:
@@ -80,7 +82,7 @@ def _orders(more: Callable[[FilledDatabase, int], str]) -> Paths:
 
 
 def _old_order(filled: FilledDatabase, number: int) -> str:
-    of_restaurant = filled.old[number % len(filled.restaurants)]
+    of_restaurant = filled.old_order_ids[number % len(filled.restaurants)]
     return f"/api/orders/{of_restaurant[number // len(filled.restaurants) % len(of_restaurant)]}"
 
 
@@ -103,7 +105,7 @@ CASES = (
     ReadCase("summary of 400 days", _long_summary),
     ReadCase("payments", lambda *_: f"/api/payments?limit={_PAGE_ORDERS}"),
     ReadCase("audit", lambda *_: f"/api/audit?limit={_PAGE_ORDERS}"),
-    ReadCase("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE_ORDERS}", judged=False),
+    ReadCase("customers with their totals", lambda *_: f"/api/customers?limit={_PAGE_ORDERS}", has_target=False),
 )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     restaurants, few, many = (20, 2_000, 10_000) if plan.quick else (200, 10_000, 1_000_000)
     filled = [_fill(rig, f"large_{orders}", restaurants, orders) for orders in (few, many)]
     try:
-        rig.rest(_REST_SECONDS)
+        rig.wait_until_idle(_MAX_CHECKPOINT_SECONDS)
         with rig.rail():
             for one in filled:
                 one.running = rig.service("orders", database_api_url=rig.database_url("api", one.name))
@@ -128,7 +130,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     for case in CASES:
         for share, metric in ((0.5, "p50"), (0.99, "p99")):
             small, large = ([percentile(one, share) for one in slices] for slices in found[case.name])
-            at_most = _P99_RATIO_AT_MOST if case.judged and metric == "p99" else None
+            at_most = _MAX_P99_RATIO if case.has_target and metric == "p99" else None
             rows.append(compared(QUESTION, case.name, metric, "ms", large, peer, small, at_most=at_most))
     rows.append(compared(QUESTION, "the rebuild of a lost mirror", "read time", "ms", rebuilt[1], peer, rebuilt[0]))
     return rows
@@ -169,7 +171,7 @@ async def _filled(superuser: str, name: str, restaurants: list[PastRestaurant]) 
             )
             last = oldest[_ORDERS_AFTER_CURSOR]
             found.cursors.append(cursor_after(last["created_at"], last["id"]))
-            found.old.append([row["id"] for row in oldest])
+            found.old_order_ids.append([row["id"] for row in oldest])
     finally:
         await connection.close()
     return found
@@ -178,7 +180,7 @@ async def _filled(superuser: str, name: str, restaurants: list[PastRestaurant]) 
 async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dict[str, list[list[list[float]]]]:
     """Returns the slices of latencies in milliseconds for each case and database."""
     found: dict[str, list[list[list[float]]]] = {case.name: [[] for _ in filled] for case in CASES}
-    asked = 60 if plan.quick else _REQUESTS
+    request_count = 60 if plan.quick else _REQUESTS_PER_SLICE
     next_request = dict.fromkeys(((one.name, case.name) for one in filled for case in CASES), 0)
 
     async def ask(one: FilledDatabase, case: ReadCase, count: int) -> list[float]:
@@ -188,16 +190,19 @@ async def _measure(filled: Sequence[FilledDatabase], plan: BenchmarkPlan) -> dic
 
     for case in CASES:
         for one in filled:
-            await ask(one, case, len(one.restaurants))  # fills menus, statements and plans
+            await ask(one, case, len(one.restaurants))  # loads menus, prepares statements and plans
     for number in range(plan.rounds):
         for case in CASES:
             for place in (0, 1) if number % 2 else (1, 0):
-                found[case.name][place].append(await ask(filled[place], case, asked))
+                found[case.name][place].append(await ask(filled[place], case, request_count))
     return found
 
 
 async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -> list[float]:
-    """Latencies in milliseconds. Raises RuntimeError if a reply is not 200 or comes from the wrong store."""
+    """Sends the requests and returns their latencies in milliseconds.
+
+    Raises RuntimeError if a reply is not 200 or comes from the wrong store.
+    """
     address = urlsplit(filled.running.url if filled.running else "")
     waiting = iter(numbers)
     took_ms: list[float] = []
@@ -226,7 +231,7 @@ async def _closed_loop(filled: FilledDatabase, case: ReadCase, numbers: range) -
 
 
 async def _rebuild(rig: BenchmarkRig, name: str, rounds: int) -> list[float]:
-    """Milliseconds that a rebuild of the mirror reads: the live window, and the stock that orders hold."""
+    """Returns how many milliseconds a rebuild of the mirror reads the live window and held stock, for each round."""
     connection: Any = await asyncpg.connect(rig.database_url("writer", name))
     took_ms = []
     try:

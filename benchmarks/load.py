@@ -1,8 +1,8 @@
-"""The two kinds of load.
+"""Generates the two kinds of load.
 
-Closed loop, by wrk: each connection sends its next request when it has the reply. It measures throughput.
-Open loop: requests are due at constant intervals, and latency counts from that moment. A server that stalls cannot hide
-it, so this measures latency.
+The closed loop (wrk) measures throughput: each connection sends its next request as soon as it has the reply.
+The open loop measures latency: requests are due at constant intervals, and latency counts from the moment a request was
+due. If the server stalls, the requests that wait for it count the stall too.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class LoadResult(Struct, frozen=True):
 
 
 def order_body(restaurant: SeededRestaurant, number: int = 0) -> bytes:
-    """An order as a terminal sends it: three items, a table, a name and a tip. `number` varies the items."""
+    """Returns an order as a terminal sends it: three items, a table, a name and a tip. `number` varies the items."""
     dishes = restaurant.menu_item_ids
     items = [{"menu_item_id": dishes[(number + place) % len(dishes)], "quantity": 1 + place} for place in range(3)]
     return json.dumps(
@@ -42,14 +42,14 @@ def order_body(restaurant: SeededRestaurant, number: int = 0) -> bytes:
 
 
 def posts(restaurants: Sequence[SeededRestaurant]) -> str:
-    """A wrk script that places orders at the restaurants in turn."""
-    made = [
+    """Returns a wrk script that places orders at the restaurants in turn."""
+    requests = [
         f'  wrk.format("POST", "/api/orders", {{["Authorization"]="Bearer {one.token}",'
         f' ["Content-Type"]="application/json"}}, {json.dumps(order_body(one, number).decode())}),'
         for number, one in enumerate(restaurants)
     ]
     return (
-        "local made, at\ninit = function()\n  at = 0\n  made = {\n" + "\n".join(made) + "\n  }\nend\n"
+        "local made, at\ninit = function()\n  at = 0\n  made = {\n" + "\n".join(requests) + "\n  }\nend\n"
         "request = function()\n  at = at % #made + 1\n  return made[at]\nend\n"
     )
 
@@ -59,9 +59,9 @@ def gets(path: str, token: str) -> str:
 
 
 def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> LoadResult:
-    """Runs `script` for `seconds`, rounded to whole seconds, one at least.
+    """Runs `script` for `seconds`, rounded to whole seconds, at least one.
 
-    Raises RuntimeError if any reply is not a 2xx or a socket fails, ProgramMissing without wrk.
+    Raises RuntimeError if any reply is not a 2xx or a socket fails, ProgramMissing if wrk is not installed.
     """
     program = shutil.which("wrk")
     if program is None:
@@ -99,7 +99,7 @@ def wrk(url: str, script: str, *, connections: int = 64, seconds: float) -> Load
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"no {pattern!r} in: {text}")
+        raise RuntimeError(f"no match for {pattern!r} in: {text}")
     return match[1]
 
 
@@ -114,7 +114,7 @@ def _milliseconds(text: str) -> float:
 
 
 class SentOrder(Struct):
-    """`due` and `answered` are moments on the monotonic clock."""
+    """An accepted order. `due` and `answered` are seconds of the monotonic clock."""
 
     due: float
     order_id: str
@@ -131,7 +131,7 @@ async def open_loop(
     connections: int = 64,
     into: list[SentOrder] | None = None,
 ) -> list[SentOrder]:
-    """Places orders at constant intervals over kept connections and returns them when all are answered.
+    """Places orders at constant intervals over persistent connections and returns them when all are answered.
 
     Adds each order to `into` as soon as it is answered. Raises RuntimeError if one is not accepted.
     """
@@ -176,6 +176,6 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def here(name: str) -> Path:
-    """Path of a file or folder in benchmarks/peers."""
+def peer_path(name: str) -> Path:
+    """Returns the path of a file or folder in benchmarks/peers."""
     return Path(__file__).parent / "peers" / name

@@ -1,4 +1,4 @@
-"""The plots of the README, from the rows of the last run."""
+"""Draws the plots of the README from the rows of the last run."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ mpl.rcParams.update(
     {"svg.hashsalt": "ticketrail", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 )
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt  # noqa: E402  (matplotlib must know the backend before this import)
 
 _OURS, _DIRECT, _OTHER = "#d9480f", "#868e96", "#ced4da"
 _ACCEPT_BARS = (
@@ -22,7 +22,7 @@ _ACCEPT_BARS = (
     ("one hot restaurant", "accept", "one hot restaurant", None),
     ("sustained, everything\nrunning", "accept", "sustained", "dual write"),
     ("sustained, everything\nrunning", "accept", "sustained", "Litestar + PostgreSQL"),
-    ("PostgreSQL frozen", "away", "PostgreSQL frozen", None),
+    ("PostgreSQL frozen", "unavailable", "PostgreSQL frozen", None),
 )
 
 
@@ -47,7 +47,7 @@ def draw(rows: Sequence[ResultRow]) -> None:
 
 
 def _throughput(rows: Sequence[ResultRow], question: str, case: str, peer: str | None) -> ResultRow | None:
-    """The first throughput row of the case that has both figures; `peer` None: of any peer."""
+    """Returns the throughput row of a case, or None if a figure of it is missing. `peer` None accepts any peer."""
     for row in rows:
         if (row.question, row.case, row.metric) == (question, case, "throughput") and peer in (None, row.peer):
             return row if row.ours and row.theirs else None
@@ -55,7 +55,7 @@ def _throughput(rows: Sequence[ResultRow], question: str, case: str, peer: str |
 
 
 def _draw_bars(name: str, title: str, groups: Sequence[tuple[str, float, float | None, str]]) -> None:
-    """`groups`: label, our figure, the peer's figure, the peer's name."""
+    """Draws a bar of ours and of the peer for each group: label, our figure, the peer's figure, the peer's name."""
     if not groups:
         return
     figure, axes = plt.subplots(figsize=(8.5, 0.75 * len(groups) + 1.0))

@@ -1,9 +1,10 @@
 """How fast do 200 events reach 1,000 connections of one process, and how much memory does an idle connection take?
 
-One restaurant with 1,000 subscribers; 200 created orders of three items, 25 per message as a load records them. The
-time runs from the first event at any client to the last event at the last client. The client is the same for every
-peer: one thread that reads sockets and counts marks in bytes. Peers: Socket.IO on Node (WebSocket, one room, the same
-JSON) and nginx with nchan (C, event stream). A peer that is not installed is reported in its row.
+One restaurant has 1,000 subscribers. The benchmark publishes 200 created orders of three items, 25 per message as under
+load. The time runs from the first event at any client to the last event at the last client. All servers are measured
+with the same client: one thread that reads sockets and counts a byte pattern. The peers are Socket.IO on Node
+(WebSocket, one room, the same JSON) and nginx with nchan (C, event stream). A peer that is not installed is reported in
+its row.
 """
 
 import base64
@@ -24,8 +25,8 @@ from urllib.parse import urlsplit
 import aio_pika
 import psutil
 
-from benchmarks.load import ProgramMissing, here
-from benchmarks.peers.node import prepared
+from benchmarks.load import ProgramMissing, peer_path
+from benchmarks.peers.node import install_packages
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave, not_run
 from benchmarks.random_orders import encoded_orders
 from benchmarks.rig import BenchmarkRig, NotReady, RunningProgram
@@ -37,18 +38,17 @@ from shared.messaging.topology import CHANGES
 QUESTION = "push"
 _CONNECTIONS = 1_000
 _EVENTS = 200
-_PER_MESSAGE = 25
-_EVENT_MARK = b'"customer_name":"Ada"'
-"""Every event contains it once."""
-_CONNECT_SECONDS = 10.0
+_EVENTS_PER_MESSAGE = 25
+_EVENT_PATTERN = b'"customer_name":"Ada"'
+"""Bytes that every event contains exactly once."""
+_CONNECT_TIMEOUT_SECONDS = 10.0
 _GREETING_SECONDS = 0.5
-"""Time for what a server sends before the first event."""
-_CROWD_SECONDS = 60.0
-"""Time limit for all deliveries."""
+"""Wait before the first event, so that the greetings of the server have arrived."""
+_DELIVERIES_TIMEOUT_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
-"""Between the last connection and the measurement of memory."""
+"""Wait between the last connection and the measurement of memory."""
 _OPEN_FILES = 16_384
-_NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
+_NCHAN_MODULE = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
@@ -61,12 +61,16 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     payload = encode_batch(encoded_orders(rig.restaurants[:1], _EVENTS))
     try:
         peers.append(socketio := _socketio(rig))
-        cases["socketio"] = lambda: _crowd(socketio, _join_socketio, lambda: _post(socketio, "/publish", payload))
+        cases["socketio"] = lambda: _measure_deliveries(
+            socketio, _join_socketio, lambda: _post(socketio, "/publish", payload)
+        )
     except ProgramMissing as error:
         missing["socketio"] = str(error)
     try:
         peers.append(nchan := _nchan(rig))
-        cases["nchan"] = lambda: _crowd(nchan, _join_stream("/sub", ""), lambda: _post_each(nchan, "/pub", payload))
+        cases["nchan"] = lambda: _measure_deliveries(
+            nchan, _join_stream("/sub", ""), lambda: _post_each(nchan, "/pub", payload)
+        )
     except ProgramMissing as error:
         missing["nchan"] = str(error)
     memory = [_memory(rig, notifier)]
@@ -86,32 +90,32 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     return rows
 
 
-# -- the crowd ---------------------------------------------------------------------------------------------------
+# -- the subscribers ---------------------------------------------------------------------------------------------
 
 Join = Callable[[socket.socket], bytes]
-"""Connects one socket and returns the mark that every event carries."""
+"""Subscribes on a socket and returns the byte pattern that every event contains."""
 
 
-def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> float:
-    """Deliveries per second of what `publish` sends."""
+def _measure_deliveries(server: RunningProgram, join: Join, publish: Callable[[], None]) -> float:
+    """Returns how many deliveries per second the server makes of the events that `publish` sends."""
     selector = selectors.DefaultSelector()
     links = []
-    mark = b""
+    pattern = b""
     buffer = bytearray(1 << 20)
     for _ in range(_CONNECTIONS):
         link = _connect(server)
-        mark = join(link)
+        pattern = join(link)
         link.setblocking(False)
         selector.register(link, selectors.EVENT_READ, [b""])
         links.append(link)
     time.sleep(_GREETING_SECONDS)
     thread = threading.Thread(target=publish)
     first = last = 0.0
-    wanted = _CONNECTIONS * _EVENTS
+    expected = _CONNECTIONS * _EVENTS
     seen = 0
     thread.start()
-    deadline = time.monotonic() + _CROWD_SECONDS
-    while seen < wanted:
+    deadline = time.monotonic() + _DELIVERIES_TIMEOUT_SECONDS
+    while seen < expected:
         for key, _ in selector.select(1.0):
             try:
                 size = key.fileobj.recv_into(buffer)  # type: ignore[union-attr]
@@ -119,26 +123,26 @@ def _crowd(server: RunningProgram, join: Join, publish: Callable[[], None]) -> f
                 continue
             if not size:
                 raise RuntimeError("the server closed a connection")
-            around = len(mark) - 1
-            # Count whole marks in place, without a copy, and a mark that was split between two reads.
-            count = buffer.count(mark, 0, size) + (key.data[0] + buffer[: min(around, size)]).count(mark)
-            key.data[0] = (key.data[0] + bytes(buffer[max(0, size - around) : size]))[-around:]
+            overlap = len(pattern) - 1
+            # Count the patterns in the buffer without a copy, and also one that is split between two reads.
+            count = buffer.count(pattern, 0, size) + (key.data[0] + buffer[: min(overlap, size)]).count(pattern)
+            key.data[0] = (key.data[0] + bytes(buffer[max(0, size - overlap) : size]))[-overlap:]
             if count:
                 last = time.monotonic()
                 first = first or last
                 seen += count
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{seen} of {wanted} deliveries within {_CROWD_SECONDS:.0f} s")
+            raise RuntimeError(f"{seen} of {expected} deliveries within {_DELIVERIES_TIMEOUT_SECONDS:.0f} s")
     thread.join()
     for link in links:
         link.close()
     selector.close()
-    return wanted / max(last - first, 1e-6)
+    return expected / max(last - first, 1e-6)
 
 
 def _connect(server: RunningProgram) -> socket.socket:
     address = urlsplit(server.url)
-    return socket.create_connection((address.hostname, address.port), timeout=_CONNECT_SECONDS)
+    return socket.create_connection((address.hostname, address.port), timeout=_CONNECT_TIMEOUT_SECONDS)
 
 
 def _join_stream(path: str, token: str) -> Join:
@@ -151,7 +155,7 @@ def _join_stream(path: str, token: str) -> Join:
     def join(link: socket.socket) -> bytes:
         link.sendall(head)
         _read_until(link, b"\r\n\r\n")
-        return _EVENT_MARK
+        return _EVENT_PATTERN
 
     return join
 
@@ -163,41 +167,41 @@ def _join_socketio(link: socket.socket) -> bytes:
         f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
     )
     _read_until(link, b'"sid"')
-    link.sendall(bytes((0x81, 0x82, 0, 0, 0, 0)) + b"40")  # joins the default namespace; masked with zeros
+    link.sendall(bytes((0x81, 0x82, 0, 0, 0, 0)) + b"40")  # joins the default namespace, with a mask of zeros
     _read_until(link, b"40{")
-    return _EVENT_MARK
+    return _EVENT_PATTERN
 
 
-def _read_until(link: socket.socket, mark: bytes) -> None:
+def _read_until(link: socket.socket, pattern: bytes) -> None:
     got = b""
-    while mark not in got:
-        piece = link.recv(65_536)
-        if not piece:
+    while pattern not in got:
+        chunk = link.recv(65_536)
+        if not chunk:
             raise RuntimeError(f"the server closed the connection after {got!r}")
-        got += piece
+        got += chunk
 
 
 # -- ours --------------------------------------------------------------------------------------------------------
 
 
 def _ours(rig: BenchmarkRig, notifier: RunningProgram) -> float:
-    made = encoded_orders(rig.restaurants[:1], _EVENTS)
+    events = encoded_orders(rig.restaurants[:1], _EVENTS)
 
     async def publish() -> None:
         async with await aio_pika.connect(rig.rabbitmq_url) as connection:
             exchange = await (await connection.channel()).get_exchange(CHANGES, ensure=False)
-            for start in range(0, _EVENTS, _PER_MESSAGE):
-                body = encode_batch(made[start : start + _PER_MESSAGE])
+            for start in range(0, _EVENTS, _EVENTS_PER_MESSAGE):
+                body = encode_batch(events[start : start + _EVENTS_PER_MESSAGE])
                 await exchange.publish(aio_pika.Message(body, content_type=CONTENT_TYPE), "critical")
 
     join = _join_stream("/api/v1/sync/events", rig.restaurants[0].token)
-    return _crowd(notifier, join, lambda: run_async(publish()))
+    return _measure_deliveries(notifier, join, lambda: run_async(publish()))
 
 
 def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
-    """Kilobytes by which the server's processes grow for each of the second 1,000 idle streams.
+    """Returns the kilobytes by which the notifier's processes grow for each idle stream.
 
-    The first 1,000 are not counted: they allocate what all streams share.
+    It measures the second 1,000 streams, because the first 1,000 allocate what all streams share.
     """
 
     def used() -> int:
@@ -209,16 +213,16 @@ def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
 
     join = _join_stream("/api/v1/sync/events", rig.restaurants[0].token)
 
-    def crowd() -> list[socket.socket]:
+    def connect_all() -> list[socket.socket]:
         links = [_connect(notifier) for _ in range(_CONNECTIONS)]
         for link in links:
             join(link)
         return links
 
-    first = crowd()
+    first = connect_all()
     time.sleep(_IDLE_SECONDS)
     before = used()
-    links = crowd()
+    links = connect_all()
     time.sleep(_IDLE_SECONDS)
     grown = (used() - before) / _CONNECTIONS / 1024
     for link in (*links, *first):
@@ -230,8 +234,8 @@ def _memory(rig: BenchmarkRig, notifier: RunningProgram) -> float:
 
 
 def _socketio(rig: BenchmarkRig) -> RunningProgram:
-    folder = here("socketio")
-    node = prepared(folder)
+    folder = peer_path("socketio")
+    node = install_packages(folder)
     (port,) = find_free(1)
     env = {**os.environ, "BENCH_PORT": str(port), "NODE_ENV": "production"}
     try:
@@ -242,15 +246,15 @@ def _socketio(rig: BenchmarkRig) -> RunningProgram:
 
 def _nchan(rig: BenchmarkRig) -> RunningProgram:
     nginx = shutil.which("nginx")
-    if nginx is None or not _NCHAN.exists():
+    if nginx is None or not _NCHAN_MODULE.exists():
         raise ProgramMissing("nginx with nchan is not installed: apt-get install nginx libnginx-mod-nchan")
     (port,) = find_free(1)
     folder = rig.folder / "nchan"
     folder.mkdir(exist_ok=True)
-    folder.chmod(0o777)  # as root, nginx runs its worker as another user
+    folder.chmod(0o777)  # if root starts nginx, its worker runs as another user
     config = folder / "nginx.conf"
-    template = here("nchan.conf.template").read_text()
-    config.write_text(template.format(module=_NCHAN, port=port, folder=folder))
+    template = peer_path("nchan.conf.template").read_text()
+    config.write_text(template.format(module=_NCHAN_MODULE, port=port, folder=folder))
     command = [nginx, "-p", str(folder), "-c", str(config), "-e", str(folder / "error.log")]
     try:
         return rig.program(command, dict(os.environ), port, name="nchan")

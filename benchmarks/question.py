@@ -15,7 +15,7 @@ class BenchmarkPlan(Struct, frozen=True):
     """Length of one slice of load."""
     sustained_seconds: float = 60.0
     quick: bool = False
-    """Only shows that everything runs; the figures mean nothing."""
+    """Whether the run only shows that everything works. Its figures then mean nothing."""
 
 
 class ResultRow(Struct):
@@ -24,14 +24,14 @@ class ResultRow(Struct):
     metric: str
     unit: str
     ours: float | None = None
-    """None: the case did not run."""
+    """None if the case did not run."""
     peer: str = ""
     theirs: float | None = None
-    """None: there is no peer, or it did not run."""
+    """None if there is no peer, or if it did not run."""
     ratio: float | None = None
     target: str = ""
     met: bool | None = None
-    """None: there is no target, or the peer did not run."""
+    """None if there is no target, or if the peer did not run."""
     samples_ours: list[float | None] = []
     samples_theirs: list[float | None] = []
     note: str = ""
@@ -54,19 +54,19 @@ def compared(
     at_most: float | None = None,
     note: str = "",
 ) -> ResultRow:
-    """A row of medians. With a peer, the bound applies to the ratio ours / theirs; without one, to our own figure."""
+    """Returns a row of medians. The bound applies to the ratio ours / theirs, or to our figure if there is no peer."""
     our_median = median(ours)
     peer_median = median(theirs) if theirs else None
     ratio = our_median / peer_median if peer_median else None
-    judged = ratio if theirs is not None else our_median
+    bounded_figure = ratio if theirs is not None else our_median
     sign = "×" if theirs is not None else f" {unit}"
     target, met = "", None
     if at_least is not None:
         target = f"≥ {at_least:g}{sign}"
-        met = None if judged is None else judged >= at_least
+        met = None if bounded_figure is None else bounded_figure >= at_least
     elif at_most is not None:
         target = f"≤ {at_most:g}{sign}"
-        met = None if judged is None else judged <= at_most
+        met = None if bounded_figure is None else bounded_figure <= at_most
     return ResultRow(
         question, case, metric, unit, our_median, peer, peer_median, ratio, target, met, [*ours], [*(theirs or [])],
         note,
@@ -74,11 +74,12 @@ def compared(
 
 
 def not_run(question: str, case: str, peer: str, reason: str, target: str = "") -> ResultRow:
+    """Returns the row of a case that did not run, with `reason` as its note."""
     return ResultRow(question, case, "", "", peer=peer, target=target, note=f"not run: {reason}")
 
 
 def interleave(rounds: int, cases: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Runs each case once per round and rotates their order, so that a machine that slows down slows all of them.
+    """Runs each case once per round and rotates their order, so that a slow phase of the machine hits all of them.
 
     Returns the results of each case by its name.
     """

@@ -1,4 +1,4 @@
-"""New orders for loads that do not go through the API."""
+"""Creates random orders for loads that do not go through the API."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from shared.entities.order import Order, OrderItem, OrderStatus
 
 
 def random_order(restaurants: Sequence[SeededRestaurant]) -> Order:
-    """A new order with three items at any of `restaurants`."""
+    """Returns a new order with three items at any of `restaurants`."""
     restaurant = random.choice(restaurants)  # noqa: S311
     at = now()
     items = tuple(
@@ -41,5 +41,5 @@ def random_order(restaurants: Sequence[SeededRestaurant]) -> Order:
 
 
 def encoded_orders(restaurants: Sequence[SeededRestaurant], count: int) -> list[bytes]:
-    """`count` encoded changes, each with a new order."""
+    """Returns `count` encoded changes, each of which creates a random order."""
     return [encode(created(orders.ENTITY, random_order(restaurants))) for _ in range(count)]

@@ -1,7 +1,7 @@
 """How fast is an order read by its id, from the mirror and from PostgreSQL?
 
-Closed loop, 64 connections, no rate limits. For PostgreSQL, an orders service whose mirror does not answer sends every
-read there. The peer is a bare Litestar route that returns the same bytes (peers/bare.py).
+The load is a closed loop over 64 connections, without rate limits. A second orders service has no reachable mirror, so
+it reads everything from PostgreSQL. The peer is a bare Litestar route that returns the same bytes (peers/bare.py).
 """
 
 import os

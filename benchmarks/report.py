@@ -1,4 +1,4 @@
-"""Result rows as tables: one for the terminal, one for docs/benchmarks.md."""
+"""Formats result rows as tables: one for the terminal, one for docs/benchmarks.md."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.question import ResultRow
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-_REGION = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_RESULTS_REGION = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _COLUMNS = (
     ("case", "left"), ("metric", "left"), ("ours", "right"), ("peer", "left"), ("theirs", "right"), ("ratio", "right"),
     ("target", "right"), ("", "left"), ("note", "left"),
@@ -18,7 +18,7 @@ _COLUMNS = (
 
 
 def terminal_table(question: str, rows: Sequence[ResultRow], seconds: float) -> Table:
-    """`seconds`: how long the question took."""
+    """Returns the table of a question. `seconds` is the time that the question took."""
     table = Table(title=f"{question}  ({seconds:.0f} s)", title_justify="left", expand=True)
     for column, justify in _COLUMNS:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -42,10 +42,10 @@ def _ratio(row: ResultRow) -> str:
 
 
 def fill_in(rows: Sequence[ResultRow], machine: dict[str, Any]) -> None:
-    """Replaces the table between the two marks in docs/benchmarks.md."""
+    """Replaces the table between the two HTML comments in docs/benchmarks.md."""
     page = DOCS / "benchmarks.md"
     table = markdown_table(rows, machine)
-    page.write_text(_REGION.sub(lambda found: found[1] + table + found[2], page.read_text()))
+    page.write_text(_RESULTS_REGION.sub(lambda found: found[1] + table + found[2], page.read_text()))
 
 
 def markdown_table(rows: Sequence[ResultRow], machine: dict[str, Any]) -> str:

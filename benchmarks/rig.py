@@ -1,7 +1,7 @@
-"""Private servers, 50 restaurants and the services for a benchmark, in a folder that is removed at the end.
+"""Runs private servers and services with 50 restaurants, in a folder that is removed at the end.
 
-The services have the settings of `make run`, with 10 % of the traces kept, but without rate limits. Each peer gets a
-database of its own on the same PostgreSQL server, and the restaurants as a JSON file.
+The services have the settings of `make run`, with 10 % of the traces kept, but without rate limits. Each peer gets its
+own database on the same PostgreSQL server, and a JSON file with the restaurants.
 """
 
 import asyncio
@@ -41,18 +41,18 @@ SERVICES = {
     "notifier": ("services.notifier",),
 }
 WITHOUT_RATE_LIMITS = {"restaurant_requests_per_second": 0, "address_requests_per_second": 0}
-"""Settings of every system under load. Readers of one restaurant reach more than its default 5,000 requests per second,
-and a 429 is not a figure."""
-_POLL_SECONDS = 0.1
-_READY_SECONDS = 60.0
-_STOP_SECONDS = 15.0
-_HTTP_SECONDS = 2.0
-_IDLE_CPU_PERCENT = 8
+"""Settings of every system under load. The readers of one restaurant exceed the default limit of 5,000 requests per
+second, and a reply with 429 measures nothing."""
+_POLL_INTERVAL_SECONDS = 0.1
+_READY_TIMEOUT_SECONDS = 60.0
+_STOP_TIMEOUT_SECONDS = 15.0
+_HTTP_TIMEOUT_SECONDS = 2.0
+_MAX_IDLE_CPU_PERCENT = 8
 T = TypeVar("T")
 
 
 class NotReady(RuntimeError):
-    """A program ended, or did not become ready in time; the message has the end of its log."""
+    """A program ended, or did not become ready in time. The message contains the end of its log."""
 
 
 class RunningProgram:
@@ -64,7 +64,7 @@ class RunningProgram:
         self.pid = child.pid
 
     def stop(self) -> None:
-        self.child.terminate(_STOP_SECONDS)
+        self.child.terminate(_STOP_TIMEOUT_SECONDS)
 
     def kill(self) -> None:
         self.child.kill()
@@ -81,7 +81,7 @@ class RunningProgram:
 class BenchmarkRig:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ticketrail-bench-"))
-        self.folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
+        self.folder.chmod(0o755)  # if root runs the benchmark, PostgreSQL runs as another user
         programs = packages.ensure()
         amqp, management, epmd, distribution, postgres, redis = find_free(6)
         logs = self.folder / "logs"
@@ -103,7 +103,7 @@ class BenchmarkRig:
         self.restaurants_file = self.folder / "restaurants.json"
         self._running: list[RunningProgram] = []
 
-    # -- life --------------------------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         for server in (self.postgres, self.redis, self.rabbitmq):
@@ -125,7 +125,7 @@ class BenchmarkRig:
         return f"postgresql://ticketrail_{role}:{servers.PASSWORD}@127.0.0.1:{self.postgres.port}/{name}"
 
     def environment(self, **settings: object) -> dict[str, str]:
-        """The environment of a service; `settings` are fields of shared/settings.py."""
+        """Returns the environment of a service. `settings` are fields of shared/settings.py."""
         chosen: dict[str, object] = {
             "home": self.folder / "home",
             "rabbitmq_url": self.rabbitmq_url,
@@ -158,7 +158,7 @@ class BenchmarkRig:
     def service(self, name: str, *, wait: bool = True, **settings: object) -> RunningProgram:
         """Starts a service and, unless `wait` is False, waits until it is ready.
 
-        Each has a port and an instance number of its own.
+        Each service gets its own port and instance number.
         """
         (port,) = find_free(1)
         key = "worker_port" if name == "worker" else f"{name}_port"
@@ -181,33 +181,33 @@ class BenchmarkRig:
         ready: str = "/health/ready",
         cwd: Path = ROOT,
     ) -> RunningProgram:
-        """Starts a program and waits until its path `ready`, if not empty, answers 200. Raises NotReady."""
+        """Starts a program. If `ready` is not empty, waits until that path answers 200. Raises NotReady."""
         log = self.folder / "logs" / f"{name}-{len(self._running)}.log"
         running = RunningProgram(Child.spawn(command, log=log, env=env, cwd=cwd), f"http://127.0.0.1:{port}")
         self._running.append(running)
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + _READY_TIMEOUT_SECONDS
         while ready and not _answers(running.url + ready):
             if running.child.returncode is not None or time.monotonic() > deadline:
                 raise NotReady(f"{name} does not become ready:\n{running.child.tail(30)}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_INTERVAL_SECONDS)
         return running
 
     def warm(self, worker: RunningProgram) -> None:
         """Waits until the mirror takes claims."""
         self.until(lambda: b'"mirror":"warm"' in _body(f"{worker.url}/health/ready"), "a warm mirror")
 
-    def until(self, look: Callable[[], object], what: str, within: float = 120.0) -> None:
-        """Waits until `look` returns something true; raises RuntimeError after `within` seconds."""
-        if not self.reached(look, within):
-            raise RuntimeError(f"not within {within:.0f} s: {what}")
+    def until(self, condition: Callable[[], object], what: str, timeout_seconds: float = 120.0) -> None:
+        """Waits until `condition` is true. Raises RuntimeError, which names `what`, after the time limit."""
+        if not self.reached(condition, timeout_seconds):
+            raise RuntimeError(f"waited {timeout_seconds:.0f} s for {what}")
 
-    def reached(self, look: Callable[[], object], within: float) -> bool:
-        """Whether `look` returned something true within so many seconds."""
-        deadline = time.monotonic() + within
-        while not look():
+    def reached(self, condition: Callable[[], object], timeout_seconds: float) -> bool:
+        """Returns whether `condition` became true within the time limit."""
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_INTERVAL_SECONDS)
         return True
 
     @contextlib.contextmanager
@@ -232,7 +232,10 @@ class BenchmarkRig:
         return self.database_url("owner", name)
 
     def depth(self, lane: Lane = Lane.CRITICAL) -> int:
-        """Messages that wait in the queue of a lane. Asks the queue: the management API is seconds behind."""
+        """Returns the number of messages in the queue of a lane.
+
+        It asks the queue itself, because the management API is seconds behind.
+        """
 
         async def ask_the_queue() -> int:
             async with await aio_pika.connect(self.rabbitmq_url) as connection:
@@ -244,21 +247,22 @@ class BenchmarkRig:
     def purge(self) -> None:
         """Empties the lanes, because the changes of one burst would cost the next one memory and disk.
 
-        The orders leave the mirror's pending lists too. Otherwise the reconciler would look for them during every later
-        question.
+        It also removes the orders from the mirror's pending lists. Otherwise the reconciler would look for them during
+        every later question.
         """
         for lane in Lane:
             ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
         with Redis.from_url(self.redis_url) as redis:
             redis.delete(*(keys.pending(one.id, "order") for one in self.restaurants))
 
-    def rest(self, within: float = 6.0) -> None:
-        """Waits until the machine is idle, `within` seconds at most.
+    def wait_until_idle(self, timeout_seconds: float = 6.0) -> None:
+        """Waits until the machine is idle or the time is over.
 
-        The servers still work for the last question (checkpoints, segments, rewritten files), at the cost of the next.
+        After a question the servers still write checkpoints, log segments and compacted files, which would slow down
+        the next question.
         """
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline and psutil.cpu_percent(interval=0.5) > _IDLE_CPU_PERCENT:
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and psutil.cpu_percent(interval=0.5) > _MAX_IDLE_CPU_PERCENT:
             pass
 
     def count_orders(self) -> int:
@@ -273,7 +277,7 @@ def run(work: Awaitable[T]) -> T:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """CPU seconds, user and system, that a process and its children have used so far."""
+    """Returns the CPU seconds, user and system, that a process and its children have used so far."""
     total = 0.0
     for process in _tree(pid or 0):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -292,7 +296,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as reply:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT_SECONDS) as reply:  # noqa: S310
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -300,7 +304,7 @@ def _answers(url: str) -> bool:
 
 def _body(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as reply:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT_SECONDS) as reply:  # noqa: S310
             return bytes(reply.read())
     except urllib.error.HTTPError as error:
         return error.read()

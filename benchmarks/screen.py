@@ -1,7 +1,8 @@
 """`python -m benchmarks.screen URL TOKENS FILE`: counts the orders that a subscriber sees.
 
 Subscribes to the event stream of each token and writes to FILE, five times per second, how many different orders were
-created. FILE appears once all streams are open. The client is light: it searches bytes and parses nothing.
+created. FILE appears once all streams are open. To use little CPU time, the client searches the bytes and parses
+nothing.
 """
 
 import json
@@ -35,7 +36,7 @@ def main(url: str, tokens: Path, count_file: Path) -> None:
         for key, _ in selector.select(_WRITE_INTERVAL_SECONDS):
             got = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
             if not got:
-                raise SystemExit("a stream ended")
+                raise SystemExit("an event stream ended")
             rest: bytearray = key.data
             rest += got
             end = rest.rfind(b"\n\n")

@@ -1,4 +1,4 @@
-"""How long does `make run` take until it is ready on existing data, and how long do the imports of a service take?"""
+"""How long does `make run` take to become ready on existing data, and how long do the imports of a service take?"""
 
 import os
 import re
@@ -16,9 +16,9 @@ from deploy.local.local_settings import LocalSettings
 from deploy.local.port_check import find_free
 
 QUESTION = "start"
-_READY_SECONDS = 120.0
-_STOP_SECONDS = 30.0
-_POLL_SECONDS = 0.1
+_READY_TIMEOUT_SECONDS = 120.0
+_STOP_TIMEOUT_SECONDS = 30.0
+_POLL_INTERVAL_SECONDS = 0.1
 _MODULES = {
     "orders": "services.orders.app",
     "worker": "services.sync.worker",
@@ -30,7 +30,13 @@ _MODULES = {
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     assert _MODULES.keys() == SERVICES.keys()
     rows = [
-        compared(QUESTION, f"imports of {name}", "import time", "ms", [_imports(module) for _ in range(plan.rounds)])
+        compared(
+            QUESTION,
+            f"imports of {name}",
+            "import time",
+            "ms",
+            [_import_milliseconds(module) for _ in range(plan.rounds)],
+        )
         for name, module in _MODULES.items()
     ]
     with tempfile.TemporaryDirectory(prefix="ticketrail-bench-run-", ignore_cleanup_errors=True) as folder:
@@ -41,8 +47,8 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 
 
 def _ready_after(folder: Path) -> float:
-    """Seconds until `make run` says that it is ready, with its data in `folder`."""
-    names = list(LocalSettings.model_construct().ports)  # defaults alone: only the names are used
+    """Returns the seconds until `make run` reports that it is ready, with its data in `folder`."""
+    names = list(LocalSettings.model_construct().ports)  # without the environment, because only the names are used
     ports = {name: str(port) for name, port in zip(names, find_free(len(names)), strict=True)}
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},
@@ -54,21 +60,21 @@ def _ready_after(folder: Path) -> float:
     log.unlink(missing_ok=True)
     child = Child.spawn([sys.executable, "-m", "deploy.local.run"], log=log, env=env, cwd=ROOT)
     try:
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + _READY_TIMEOUT_SECONDS
         while True:
             output = log.read_text() if log.exists() else ""
             if found := re.search(r"Ready after ([\d.]+) s", output):
                 return float(found[1])
             if child.returncode is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"make run does not become ready:\n{output[-2000:]}")
-            time.sleep(_POLL_SECONDS)
+                raise RuntimeError(f"make run did not become ready:\n{output[-2000:]}")
+            time.sleep(_POLL_INTERVAL_SECONDS)
     finally:
         os.kill(child.pid, signal.SIGINT)
-        child.terminate(_STOP_SECONDS)
+        child.terminate(_STOP_TIMEOUT_SECONDS)
 
 
-def _imports(module: str) -> float:
-    """Milliseconds that importing the module and everything it imports takes."""
+def _import_milliseconds(module: str) -> float:
+    """Returns the milliseconds that it takes to import the module and everything that the module imports."""
     output = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"import {module}"],
         cwd=ROOT,

@@ -1,7 +1,7 @@
 """What do traces cost?
 
-Two orders services run side by side and take turns: one with the default sampling (10 %, to files), one with tracing
-off. The sync worker is stopped.
+Two orders services run side by side, and the load goes to them in turn. One keeps 10 % of the traces in files, as by
+default in production; the other keeps none. The sync worker is frozen meanwhile.
 """
 
 from benchmarks.load import posts, wrk

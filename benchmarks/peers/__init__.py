@@ -1,1 +1,1 @@
-"""What people would use instead of the rail, each built as well as its design allows."""
+"""The systems that people would use instead of the rail. Each is built as well as its design allows."""

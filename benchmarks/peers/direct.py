@@ -1,6 +1,6 @@
-"""A peer of the accept benchmark: Litestar with one PostgreSQL transaction per order (transaction.py), and no more.
+"""A peer of the accept benchmark: Litestar with one PostgreSQL transaction per order (transaction.py).
 
-It writes no mirror and pushes nothing, so it does less than the rail: a lower bound for the work, not an equal.
+It writes no mirror and pushes nothing. It therefore does less work than the rail and is not an equal peer.
 """
 
 import os

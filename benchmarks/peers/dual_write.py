@@ -1,17 +1,17 @@
-"""A peer of the accept benchmark: the dual write, which does the same work as the rail in the order many would build.
+"""A peer of the accept benchmark: the dual write. It does the same work as the rail, in the usual order.
 
     1. one PostgreSQL transaction (transaction.py)
     2. the mirror: the order's document and its place in the list of live orders, one pipelined round trip to Redis
     3. the push: a persistent, mandatory, confirmed publish to the stream that a notifier follows, one per order
     4. the reply
 
-It gets our Redis client, which pipelines what waits at the same moment, our publisher and our notifier, so that only
-the design differs. The publish goes to a stream alone: PostgreSQL already holds the order, and a stream confirms
-without the flush that a quorum queue would add.
+It uses our Redis client, which pipelines the commands that wait at the same moment, our publisher and our notifier, so
+that only the design differs. It publishes only to a stream: PostgreSQL already holds the order, and a stream confirms
+without the flush that a quorum queue needs.
 
-What it does not promise: a crash, or an absent Redis or RabbitMQ, between steps 1 and 3 leaves an order that readers of
-the mirror and subscribers miss until the client repeats the request with the same key. A repeat runs steps 2 and 3
-again. While PostgreSQL is away it accepts nothing.
+It promises less than the rail. If it crashes between steps 1 and 3, or if Redis or RabbitMQ is unavailable, readers of
+the mirror and subscribers miss the order until the client repeats the request with the same key. A repeat runs steps 2
+and 3 again. While PostgreSQL is unavailable, it accepts nothing.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ from shared.messaging.publisher import Publisher
 from shared.messaging.topology import CHANGES, LOG
 from shared.mirror.connection import MirrorConnection
 
-_MIRROR_SECONDS = 0.5
-_PUBLISH_SECONDS = 1.5
-_CONNECT_SECONDS = 10.0
+_MIRROR_TIMEOUT_SECONDS = 0.5
+_PUBLISH_TIMEOUT_SECONDS = 1.5
+_CONNECT_TIMEOUT_SECONDS = 10.0
 
 
 @post("/api/orders")
@@ -55,7 +55,7 @@ def live_key(restaurant: str) -> str:
 
 
 async def mirror(redis: MirrorConnection, order: Order) -> None:
-    """Raises MirrorUnavailable or MirrorInDoubt; the order is in PostgreSQL by then."""
+    """Writes the order, which is in PostgreSQL by then, to Redis. Raises MirrorUnavailable or MirrorInDoubt."""
     restaurant = order.restaurant_id
     await asyncio.gather(
         redis.call("HSET", document_key(restaurant, order.id), "v", 1, "d", encode(order)),
@@ -64,18 +64,18 @@ async def mirror(redis: MirrorConnection, order: Order) -> None:
 
 
 async def push(publisher: Publisher, order: Order) -> None:
-    """Raises NotSent or InDoubt; the order is in PostgreSQL and in the mirror by then."""
+    """Publishes the order, which is in PostgreSQL and in Redis by then. Raises NotSent or InDoubt."""
     event = encode(created(orders.ENTITY, order, actor=order.placed_by))
     await publisher.publish(orders.ENTITY.lane.value, encode_batch([event]))
 
 
 @asynccontextmanager
 async def connections(app: Litestar) -> AsyncIterator[None]:
-    redis = MirrorConnection(os.environ["BENCH_REDIS_URL"], timeout=_MIRROR_SECONDS)
-    publisher = Publisher(os.environ["BENCH_RABBITMQ_URL"], CHANGES, queues=[LOG], timeout=_PUBLISH_SECONDS)
+    redis = MirrorConnection(os.environ["BENCH_REDIS_URL"], timeout=_MIRROR_TIMEOUT_SECONDS)
+    publisher = Publisher(os.environ["BENCH_RABBITMQ_URL"], CHANGES, queues=[LOG], timeout=_PUBLISH_TIMEOUT_SECONDS)
     app.state["mirror"], app.state["publisher"] = redis, publisher
     await redis.check()
-    await publisher.start(wait=_CONNECT_SECONDS)
+    await publisher.start(wait=_CONNECT_TIMEOUT_SECONDS)
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """A peer of the drain benchmark: FastStream as its documentation shows it.
 
-A handler per message commits one transaction and then acknowledges by hand; a pool of 20, and a prefetch of 20 to keep
-the pool busy. Each transaction has three prepared statements: the order under the version guard, its items, the change.
+The handler commits one transaction for each message and then acknowledges it. It has a pool of 20 connections, and a
+prefetch of 20 to keep the pool busy. Each transaction has three prepared statements: the order under the version guard,
+its items, and the change.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from shared.entities.signal import signal_in
 
 
 class _UndecodedBody:
-    """A codec that leaves the body alone: FastStream's own never calls a handler of bytes with JSON."""
+    """Leaves the body as it is, because FastStream's own codec never passes a JSON body to a handler as bytes."""
 
     async def decode(self, message: Any) -> Any:
         return message
@@ -30,7 +31,7 @@ class _UndecodedBody:
 
 
 _CONCURRENCY = 20
-"""Connections of the pool, and messages under way."""
+"""Number of connections in the pool, and of messages in flight."""
 _ORDER = """
 insert into orders as t (restaurant_id, id, version, change_id, order_number, business_day, status, customer_name,
     currency, subtotal, tax_basis_points, tax_amount, tip_amount, discount_amount, deposit_used, total, payment_status,

@@ -1,4 +1,4 @@
-"""The packages of the Node peers: installed from the lock file beside each into `node_modules`, never committed."""
+"""Installs the packages of the Node peers from their lock files into `node_modules`, which is never committed."""
 
 import shutil
 import subprocess
@@ -7,21 +7,21 @@ from pathlib import Path
 from benchmarks.load import ProgramMissing
 
 
-def prepared(folder: Path) -> str:
+def install_packages(folder: Path) -> str:
     """Installs the packages of `folder` and returns the path of Node. Raises ProgramMissing."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         raise ProgramMissing("Node is not installed: apt-get install nodejs npm")
     modules = folder / "node_modules"
     if not modules.exists():
-        done = subprocess.run(
+        process = subprocess.run(
             [npm, "ci", "--omit=dev", "--no-audit", "--no-fund"],
             cwd=folder,
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode != 0:
-            shutil.rmtree(modules, ignore_errors=True)  # half of the packages must not pass for all of them
-            raise ProgramMissing(f"npm ci failed: {done.stderr.strip()[-200:]}")
+        if process.returncode != 0:
+            shutil.rmtree(modules, ignore_errors=True)  # the next run would take a partial folder for a complete one
+            raise ProgramMissing(f"npm ci failed: {process.stderr.strip()[-200:]}")
     return node

@@ -1,8 +1,8 @@
-"""What the Litestar peers of the accept benchmark share: the same order in one PostgreSQL transaction.
+"""The common part of the Litestar peers of the accept benchmark: they store an order in one PostgreSQL transaction.
 
 Both use the server (Granian, one worker, uvloop), authorization, token cache, validation, pricing, in-memory menu and
 reply of the orders service. One transaction over a pool of 20 with prepared statements writes the items, a sync log
-row, the number counter and the order. A unique index decides idempotency: a repeated key gets the first order again.
+row, the number counter and the order. A unique index provides idempotency: a repeated key gets the first order again.
 Traces and rate limits are off.
 """
 
@@ -83,18 +83,18 @@ Resources = Callable[[Litestar], AbstractAsyncContextManager[None]]
 
 
 async def priced_order(request: Call) -> Order:
-    """The validated and priced order of the request, still without a number. Raises what the orders service raises."""
-    who = request.identity
-    wanted = read_body(await request.whole_body(), PlaceOrder)
-    book: MenuBook = request.app.state["books"][who.tenant]
+    """Returns the validated and priced order, without a number yet. Raises the same errors as the orders service."""
+    identity = request.identity
+    requested = read_body(await request.whole_body(), PlaceOrder)
+    book: MenuBook = request.app.state["books"][identity.tenant]
     restaurant, at = book.restaurant, now()
-    items = priced_items(wanted.items, book.menu)
+    items = priced_items(requested.items, book.menu)
     sums = totals(
         items,
         basis_points=restaurant.tax_basis_points,
-        tip=wanted.tip_amount,
-        discount=wanted.discount_amount,
-        deposit=wanted.deposit_used,
+        tip=requested.tip_amount,
+        discount=requested.discount_amount,
+        deposit=requested.deposit_used,
     )
     return Order(
         id=str(uuid4()),
@@ -107,15 +107,15 @@ async def priced_order(request: Call) -> Order:
         subtotal=sums.subtotal,
         tax_basis_points=restaurant.tax_basis_points,
         tax_amount=sums.tax_amount,
-        tip_amount=wanted.tip_amount,
-        discount_amount=wanted.discount_amount,
-        deposit_used=wanted.deposit_used,
+        tip_amount=requested.tip_amount,
+        discount_amount=requested.discount_amount,
+        deposit_used=requested.deposit_used,
         total=sums.total,
         created_at=at,
         updated_at=at,
-        table_id=str(wanted.table_id) if wanted.table_id else None,
-        customer_name=wanted.customer_name,
-        placed_by=who.user_id,
+        table_id=str(requested.table_id) if requested.table_id else None,
+        customer_name=requested.customer_name,
+        placed_by=identity.user_id,
     )
 
 
@@ -147,7 +147,7 @@ async def _insert(connection: Any, order: Order, key: str | None) -> Order:
         [item.line_total for item in items],
     )
     await connection.execute(_LOG, order.restaurant_id, order.id)
-    # As late as possible: the counter's row stays locked until the commit.
+    # This statement comes as late as possible, because it locks the row of the counter until the commit.
     number = await connection.fetchval(_COUNT, order.restaurant_id, order.business_day)
     numbered = msgspec.structs.replace(order, order_number=f"{number:04d}")
     await connection.execute(
@@ -176,7 +176,7 @@ async def _insert(connection: Any, order: Order, key: str | None) -> Order:
 
 
 async def _earlier(pool: asyncpg.Pool, order: Order, key: str | None) -> Order | None:
-    """The order that the caller placed with the same key; None if there is none."""
+    """Returns the order that the caller placed with the same key, or None."""
     async with pool.acquire() as connection:
         row = await connection.fetchrow(_EARLIER, order.restaurant_id, order.placed_by, key)
         if row is None:
@@ -190,7 +190,7 @@ async def _earlier(pool: asyncpg.Pool, order: Order, key: str | None) -> Order |
 
 
 def placed(order: Order) -> ASGIApp:
-    """The reply of the orders service."""
+    """Returns the reply that the orders service would send."""
     return success(state_view(encode(order), Head(1, order.id), PENDING), status=201, headers={"ETag": '"1"'})
 
 
@@ -200,9 +200,9 @@ async def ready() -> ASGIApp:
 
 
 def application(place: Any, *, name: str, resources: Resources | None = None) -> Litestar:
-    """An app with the route handler `place`. `resources` opens what it needs beyond the PostgreSQL pool."""
-    described = json.loads(Path(os.environ["BENCH_RESTAURANTS"]).read_text())
-    state = State({"books": {one["id"]: _book(one) for one in described["restaurants"]}})
+    """Creates an app with the route handler `place`. `resources` opens what it needs besides the PostgreSQL pool."""
+    config = json.loads(Path(os.environ["BENCH_RESTAURANTS"]).read_text())
+    state = State({"books": {one["id"]: _book(one) for one in config["restaurants"]}})
     tracer = Tracer(name, Settings.model_construct(trace_sample=0))
 
     @asynccontextmanager
@@ -218,7 +218,7 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
     return Litestar(
         route_handlers=[place, ready],
         state=state,
-        middleware=[authorization(Tokens(described["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
+        middleware=[authorization(Tokens(config["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[*([resources] if resources else []), lifespan],
@@ -227,13 +227,13 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
     )
 
 
-def _book(described: Mapping[str, Any]) -> MenuBook:
+def _book(config: Mapping[str, Any]) -> MenuBook:
     restaurant = Restaurant(
-        id=described["id"], slug="bench", name="Bench", time_zone="Europe/Berlin", tax_basis_points=700
+        id=config["id"], slug="bench", name="Bench", time_zone="Europe/Berlin", tax_basis_points=700
     )
     book = MenuBook(restaurant, {}, {})
     at = now()
-    for id_, name, price in described["dishes"]:
+    for id_, name, price in config["dishes"]:
         dish = MenuItem(
             id=id_, restaurant_id=restaurant.id, name=name, price=price, category="Mains", created_at=at, updated_at=at
         )

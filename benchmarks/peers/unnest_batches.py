@@ -1,6 +1,7 @@
-"""A peer of the drain benchmark: batches of 500 changes, by `unnest`, from memory straight into the tables.
+"""A peer of the drain benchmark: writes batches of 500 changes from memory into the tables, with `unnest`.
 
-One connection, no queue, no decoding, no acknowledgement: the upper bound for a writer behind a queue.
+It has one connection. It reads no queue, decodes nothing and acknowledges nothing, so it is the upper bound for a
+writer that does.
 """
 
 import time
@@ -16,18 +17,17 @@ from shared.entities.contract import Lane
 from shared.entities.order import Order
 
 _BATCH_CHANGES = 500
-_BATCH_SECONDS = 10.0
-"""Time limit of one batch."""
+_BATCH_TIMEOUT_SECONDS = 10.0
 
 
 async def rate(rig: BenchmarkRig, changes: int) -> float:
-    """Changes per second."""
+    """Returns how many changes it writes per second."""
     made = [_written(random_order(rig.restaurants)) for _ in range(changes)]
     url = rig.database_url("writer")
     async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, pool.acquire() as connection:
         began = time.monotonic()
         for start in range(0, changes, _BATCH_CHANGES):
-            await write_batch(connection, made[start : start + _BATCH_CHANGES], timeout_seconds=_BATCH_SECONDS)
+            await write_batch(connection, made[start : start + _BATCH_CHANGES], timeout_seconds=_BATCH_TIMEOUT_SECONDS)
         return changes / (time.monotonic() - began)
 
 

@@ -308,7 +308,7 @@ async def test_bulk_fill_writes_the_same_rows_as_the_writer(servers: Servers) ->
         await superuser.execute("delete from changes where entity = 'order'")
         writer: Any = await asyncpg.connect(settings.database_writer_url)
         written = sorted(
-            (one for of_one in history.written(restaurants) for one in of_one), key=lambda one: one.change.time
+            (one for of_one in history.changes(restaurants) for one in of_one), key=lambda one: one.change.time
         )
         for start in range(0, len(written), 50):
             await write_batch(writer, written[start : start + 50], timeout_seconds=10.0)

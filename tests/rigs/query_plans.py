@@ -161,5 +161,5 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
 
 
 def _oldest(history: History, restaurants: list[PastRestaurant], index: int) -> list[Any]:
-    written = islice(history.written(restaurants), index, 26 * len(restaurants), len(restaurants))
+    written = islice(history.changes(restaurants), index, 26 * len(restaurants), len(restaurants))
     return [changes[0].state for changes in written]

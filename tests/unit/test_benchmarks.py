@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.__main__ import QUESTIONS, answer
 from benchmarks.load import ProgramMissing
-from benchmarks.peers.node import prepared
+from benchmarks.peers.node import install_packages
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, not_run
 from benchmarks.report import markdown_table
 from benchmarks.results import merged, read_rows, write_rows
@@ -124,7 +124,7 @@ def test_services_under_load_keep_a_tenth_of_their_traces(rig: BenchmarkRig, mon
 def test_node_peers_without_node_are_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ProgramMissing, match="Node is not installed"):
-        prepared(tmp_path)
+        install_packages(tmp_path)
 
 
 def test_a_failed_installation_of_packages_leaves_no_folder_behind(
@@ -136,5 +136,5 @@ def test_a_failed_installation_of_packages_leaves_no_folder_behind(
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ProgramMissing, match="offline"):
-        prepared(tmp_path)
+        install_packages(tmp_path)
     assert not (tmp_path / "node_modules").exists()

@@ -1,6 +1,6 @@
-// A peer of the accept benchmark: Express with pg, one PostgreSQL transaction per order. It has the checks, prices, token
-// cache and statements of peers/transaction.py: a pool of 20, prepared statements, the menu in memory. Unlike there, a
-// repeated Idempotency-Key, which the load never sends, is refused by the unique index.
+// A peer of the accept benchmark: Express with pg and one PostgreSQL transaction per order. It has the checks, prices, token
+// cache and statements of peers/transaction.py, a pool of 20, prepared statements and the menu in memory. One thing differs:
+// the unique index refuses a repeated Idempotency-Key, which the load never sends.
 "use strict";
 const crypto = require("node:crypto");
 const fs = require("node:fs");
@@ -8,9 +8,9 @@ const express = require("express");
 const jwt = require("jsonwebtoken");
 const { Pool } = require("pg");
 
-const described = JSON.parse(fs.readFileSync(process.env.BENCH_RESTAURANTS, "utf8"));
-const books = new Map(
-  described.restaurants.map((one) => [
+const config = JSON.parse(fs.readFileSync(process.env.BENCH_RESTAURANTS, "utf8"));
+const menuBooks = new Map(
+  config.restaurants.map((one) => [
     one.id,
     { id: one.id, tax: 700, menu: new Map(one.dishes.map(([id, name, price]) => [id, { id, name, price }])) },
   ]),
@@ -23,7 +23,7 @@ const ORDER_FIELDS = new Set([
 ]);
 const ITEM_FIELDS = new Set(["menu_item_id", "quantity", "special_instructions", "customizations"]);
 
-class Refused extends Error {
+class RequestError extends Error {
   constructor(status, code, message, field) {
     super(message);
     Object.assign(this, { status, code, field });
@@ -31,31 +31,31 @@ class Refused extends Error {
 }
 
 const verified = new Map();
-function identity(header) {
+function authenticate(header) {
   if (!header || !header.toLowerCase().startsWith("bearer ")) {
-    throw new Refused(401, "unauthenticated", "an Authorization header with a Bearer token is needed");
+    throw new RequestError(401, "unauthenticated", "an Authorization header with a Bearer token is needed");
   }
   const token = header.slice(7);
   const known = verified.get(token);
   if (known && known.exp * 1000 > Date.now()) return known;
   let claims;
   try {
-    claims = jwt.verify(token, described.secret, { algorithms: ["HS256"] });
+    claims = jwt.verify(token, config.secret, { algorithms: ["HS256"] });
   } catch (error) {
-    throw new Refused(401, "unauthenticated", error.message);
+    throw new RequestError(401, "unauthenticated", error.message);
   }
   if (!UUID.test(claims.restaurantId) || !["admin", "staff", "customer"].includes(claims.role)) {
-    throw new Refused(401, "unauthenticated", "the token's role or restaurantId is not valid");
+    throw new RequestError(401, "unauthenticated", "the token's role or restaurantId is not valid");
   }
   if (verified.size >= 4096) verified.clear();
   verified.set(token, claims);
   return claims;
 }
 
-function text(value, field, most) {
+function text(value, field, maxLength) {
   if (value === undefined || value === null) return null;
-  if (typeof value !== "string" || value.length > most || value.includes("\0")) {
-    throw new Refused(422, "invalid_input", `text of at most ${most} characters`, field);
+  if (typeof value !== "string" || value.length > maxLength || value.includes("\0")) {
+    throw new RequestError(422, "invalid_input", `must be a text of at most ${maxLength} characters`, field);
   }
   return value;
 }
@@ -63,32 +63,32 @@ function text(value, field, most) {
 function amount(value, field) {
   if (value === undefined) return 0;
   if (!Number.isInteger(value) || value < 0 || value > 1e11) {
-    throw new Refused(422, "invalid_input", "minor units", field);
+    throw new RequestError(422, "invalid_input", "must be an amount in minor units", field);
   }
   return value;
 }
 
-function priced(wanted, book) {
-  if (typeof wanted !== "object" || wanted === null || Array.isArray(wanted)) {
-    throw new Refused(422, "invalid_input", "an object", "body");
+function priced(requested, book) {
+  if (typeof requested !== "object" || requested === null || Array.isArray(requested)) {
+    throw new RequestError(422, "invalid_input", "must be an object", "body");
   }
-  for (const name of Object.keys(wanted)) {
-    if (!ORDER_FIELDS.has(name)) throw new Refused(422, "invalid_input", "unknown field", name);
+  for (const name of Object.keys(requested)) {
+    if (!ORDER_FIELDS.has(name)) throw new RequestError(422, "invalid_input", "unknown field", name);
   }
-  if (!Array.isArray(wanted.items) || wanted.items.length < 1 || wanted.items.length > 1000) {
-    throw new Refused(422, "invalid_input", "1 to 1000 items", "items");
+  if (!Array.isArray(requested.items) || requested.items.length < 1 || requested.items.length > 1000) {
+    throw new RequestError(422, "invalid_input", "must be 1 to 1000 items", "items");
   }
-  if (wanted.table_id !== undefined && wanted.table_id !== null && !UUID.test(wanted.table_id)) {
-    throw new Refused(422, "invalid_input", "a UUID", "table_id");
+  if (requested.table_id !== undefined && requested.table_id !== null && !UUID.test(requested.table_id)) {
+    throw new RequestError(422, "invalid_input", "must be a UUID", "table_id");
   }
-  const items = wanted.items.map((item, place) => {
+  const items = requested.items.map((item, place) => {
     for (const name of Object.keys(item)) {
-      if (!ITEM_FIELDS.has(name)) throw new Refused(422, "invalid_input", "unknown field", `items[${place}].${name}`);
+      if (!ITEM_FIELDS.has(name)) throw new RequestError(422, "invalid_input", "unknown field", `items[${place}].${name}`);
     }
     const dish = book.menu.get(item.menu_item_id);
-    if (!dish) throw new Refused(422, "unknown_menu_item", "no such dish", `items[${place}].menu_item_id`);
+    if (!dish) throw new RequestError(422, "unknown_menu_item", "no such dish", `items[${place}].menu_item_id`);
     if (!Number.isInteger(item.quantity) || item.quantity < 1 || item.quantity > 1000) {
-      throw new Refused(422, "invalid_input", "1 to 1000", `items[${place}].quantity`);
+      throw new RequestError(422, "invalid_input", "must be 1 to 1000", `items[${place}].quantity`);
     }
     return {
       menu_item_id: dish.id,
@@ -100,23 +100,23 @@ function priced(wanted, book) {
       customizations: item.customizations ?? [],
     };
   });
-  const [tip, discount, deposit] = ["tip_amount", "discount_amount", "deposit_used"].map((f) => amount(wanted[f], f));
+  const [tip, discount, deposit] = ["tip_amount", "discount_amount", "deposit_used"].map((f) => amount(requested[f], f));
   const subtotal = items.reduce((sum, item) => sum + item.line_total, 0);
-  if (discount > subtotal) throw new Refused(422, "discount_above_subtotal", "more than the subtotal", "discount_amount");
+  if (discount > subtotal) throw new RequestError(422, "discount_above_subtotal", "must not be more than the subtotal", "discount_amount");
   const tax = Math.floor((subtotal * book.tax + 5000) / 10000);
   return {
     items, subtotal, tip, discount, deposit, tax, total: Math.max(0, subtotal + tax + tip - discount - deposit),
-    customer_name: text(wanted.customer_name, "customer_name", 200),
-    notes: text(wanted.notes, "notes", 2000),
+    customer_name: text(requested.customer_name, "customer_name", 200),
+    notes: text(requested.notes, "notes", 2000),
   };
 }
 
 const day = new Intl.DateTimeFormat("sv-SE", { timeZone: "Europe/Berlin", dateStyle: "short" });
 
 async function place(request, response) {
-  const who = identity(request.get("authorization"));
-  const book = books.get(who.restaurantId);
-  const made = priced(request.body, book);
+  const claims = authenticate(request.get("authorization"));
+  const book = menuBooks.get(claims.restaurantId);
+  const order = priced(request.body, book);
   const id = crypto.randomUUID();
   const at = new Date();
   const businessDay = day.format(new Date(at.getTime() - 4 * 3600 * 1000));
@@ -130,9 +130,9 @@ async function place(request, response) {
         "insert into order_items select $1, $2, * from unnest($3::int[], $4::uuid[], $5::text[], $6::int[]," +
         " $7::bigint[], $8::bigint[])",
       values: [
-        book.id, id, made.items.map((_, place) => place + 1), made.items.map((item) => item.menu_item_id),
-        made.items.map((item) => item.name), made.items.map((item) => item.quantity),
-        made.items.map((item) => item.unit_price), made.items.map((item) => item.line_total),
+        book.id, id, order.items.map((_, place) => place + 1), order.items.map((item) => item.menu_item_id),
+        order.items.map((item) => item.name), order.items.map((item) => item.quantity),
+        order.items.map((item) => item.unit_price), order.items.map((item) => item.line_total),
       ],
     });
     await client.query({
@@ -153,9 +153,9 @@ async function place(request, response) {
       text:
         "insert into orders values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)",
       values: [
-        book.id, id, number, businessDay, "pending", request.body.table_id ?? null, made.customer_name, "EUR",
-        made.subtotal, book.tax, made.tax, made.tip, made.discount, made.deposit, made.total,
-        request.get("idempotency-key") ?? null, who.userId, at, at,
+        book.id, id, number, businessDay, "pending", request.body.table_id ?? null, order.customer_name, "EUR",
+        order.subtotal, book.tax, order.tax, order.tip, order.discount, order.deposit, order.total,
+        request.get("idempotency-key") ?? null, claims.userId, at, at,
       ],
     });
     await client.query("commit");
@@ -168,10 +168,10 @@ async function place(request, response) {
   response.status(201).set("ETag", '"1"').json({
     success: true,
     data: {
-      id, restaurant_id: book.id, order_number: number, business_day: businessDay, status: "pending", items: made.items,
-      currency: "EUR", subtotal: made.subtotal, tax_basis_points: book.tax, tax_amount: made.tax, tip_amount: made.tip,
-      discount_amount: made.discount, deposit_used: made.deposit, total: made.total, created_at: at, updated_at: at,
-      table_id: request.body.table_id ?? null, customer_name: made.customer_name, notes: made.notes, version: 1,
+      id, restaurant_id: book.id, order_number: number, business_day: businessDay, status: "pending", items: order.items,
+      currency: "EUR", subtotal: order.subtotal, tax_basis_points: book.tax, tax_amount: order.tax, tip_amount: order.tip,
+      discount_amount: order.discount, deposit_used: order.deposit, total: order.total, created_at: at, updated_at: at,
+      table_id: request.body.table_id ?? null, customer_name: order.customer_name, notes: order.notes, version: 1,
       sync: { state: "pending" },
     },
   });

@@ -1,14 +1,14 @@
-// A peer of the push benchmark: Socket.IO with every client in one room. One request brings events, each is broadcast.
+// A peer of the push benchmark: Socket.IO with every client in one room. It broadcasts each event of a request.
 "use strict";
 const http = require("node:http");
 const { Server } = require("socket.io");
 
 const server = http.createServer((request, response) => {
   if (request.url === "/health/ready") return response.end("ready");
-  const pieces = [];
-  request.on("data", (piece) => pieces.push(piece));
+  const chunks = [];
+  request.on("data", (chunk) => chunks.push(chunk));
   request.on("end", () => {
-    for (const change of JSON.parse(Buffer.concat(pieces))) {
+    for (const change of JSON.parse(Buffer.concat(chunks))) {
       io.to("restaurant").emit("order_created", { eventType: "order_created", data: change.data.after });
     }
     response.end("ok");

@@ -1,9 +1,9 @@
-"""Does an absent store slow down accepting orders?
+"""Does the rail accept orders more slowly while a store is unavailable?
 
-Everything runs. Before a slice PostgreSQL or the mirror is killed (nothing listens) or stopped like a frozen machine
-(SIGSTOP: connections stay open, nothing answers). The first two seconds under load after a freeze are not counted:
-requests under way at that moment pay their timeout once, then the breaker is open. Between slices the writer catches up
-and the mirror is filled again. The bounds are ratios to our own normal slices.
+All services run. Before a slice, PostgreSQL or the mirror is killed (nothing listens) or frozen by SIGSTOP (connections
+stay open, but nothing answers). The first two seconds of load after a freeze are not measured: requests that are in
+flight then wait for their timeout once, and after that the breaker is open. Between slices the writer catches up and
+the mirror is filled again. The bounds are ratios to our own slices without a fault.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,12 @@ from benchmarks.load import LoadResult, posts, wrk
 from benchmarks.question import BenchmarkPlan, ResultRow, compared, interleave
 from benchmarks.rig import BenchmarkRig
 
-QUESTION = "away"
-_PEER = "the rail, all well"
-_P99_AT_MOST = {"PostgreSQL": 1.5, "the mirror": 3.0}
-"""Ratio to the p99 of the normal slices."""
-_THROUGHPUT_AT_LEAST = {"PostgreSQL": 0.9, "the mirror": None}
-_UNCOUNTED_SECONDS = 2.0
-"""Load after a freeze that is not measured."""
+QUESTION = "unavailable"
+_PEER = "the rail without a fault"
+_MAX_P99_RATIO = {"PostgreSQL": 1.5, "the mirror": 3.0}
+_MIN_THROUGHPUT_RATIO = {"PostgreSQL": 0.9, "the mirror": None}
+_UNMEASURED_SECONDS = 2.0
+"""Length of the load after a freeze that is not measured."""
 
 
 def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
@@ -32,15 +31,15 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
             return wrk(orders.url, script, seconds=plan.seconds)
 
         def without(
-            stop: Callable[[], object], resume: Callable[[], object], uncounted_seconds: float = 0.0
+            stop: Callable[[], object], resume: Callable[[], object], unmeasured_seconds: float = 0.0
         ) -> Callable[[], LoadResult]:
             def measured() -> LoadResult:
                 rig.until(lambda: rig.depth() == 0, "an empty lane")
                 rig.warm(worker)
                 stop()
                 try:
-                    if uncounted_seconds:
-                        wrk(orders.url, script, seconds=uncounted_seconds)
+                    if unmeasured_seconds:
+                        wrk(orders.url, script, seconds=unmeasured_seconds)
                     return wrk(orders.url, script, seconds=plan.seconds)
                 finally:
                     resume()
@@ -50,7 +49,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
         cases: dict[str, Callable[[], LoadResult]] = {"normal": normal}
         for store, server in (("PostgreSQL", rig.postgres), ("the mirror", rig.redis)):
             cases[f"{store} down"] = without(server.kill, server.start)
-            cases[f"{store} frozen"] = without(server.freeze, server.thaw, _UNCOUNTED_SECONDS)
+            cases[f"{store} frozen"] = without(server.freeze, server.thaw, _UNMEASURED_SECONDS)
         found = interleave(plan.rounds, cases)
         rig.until(lambda: rig.depth() == 0, "an empty lane")
     normal_per_second = [one.per_second for one in found["normal"]]
@@ -62,8 +61,8 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
             continue
         rows += [
             compared(QUESTION, case, "throughput", "orders/s", [one.per_second for one in slices], _PEER,
-                     normal_per_second, at_least=_THROUGHPUT_AT_LEAST[store]),
+                     normal_per_second, at_least=_MIN_THROUGHPUT_RATIO[store]),
             compared(QUESTION, case, "p99", "ms", [one.p99_ms for one in slices], _PEER, normal_p99,
-                     at_most=_P99_AT_MOST[store]),
+                     at_most=_MAX_P99_RATIO[store]),
         ]  # fmt: skip
     return rows
