@@ -1,4 +1,4 @@
-"""What keeps a process honest: background loops whose crash ends it, and how its memory is collected."""
+"""The background loops of a process, whose crash ends the process, and its garbage collection."""
 
 import asyncio
 import gc
@@ -21,7 +21,7 @@ class BackgroundLoop:
 
     | call                  | what happens                                                                             |
     |-----------------------|------------------------------------------------------------------------------------------|
-    | start                 | the work begins in a task of its own; needs a running event loop                         |
+    | start                 | the work begins in a separate task; needs a running event loop                           |
     | start while it runs   | nothing                                                                                  |
     | start after a stop    | the work begins again from its first line                                                |
     | stop                  | the work is cancelled; returns when it has ended, also when the work delays cancellation |
@@ -36,10 +36,10 @@ class BackgroundLoop:
     """
 
     def __init__(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """`name`: of the task, as the log shows it. `work`: called once for each start."""
+        """`name`: the name of the task in the log. `work`: called once for each start."""
         self.name = name
         self.turns = 0
-        """Rounds that the work has finished since this object was made."""
+        """The number of rounds that the work has finished since this object was made."""
         self._work = work
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -64,16 +64,17 @@ class BackgroundLoop:
             self._task = None
 
     def turned(self) -> None:
-        """The work calls this at the end of each round."""
+        """Counts a finished round. The work calls this at the end of each round."""
         self.turns += 1
         self._wake()
 
     async def turn_after(self, turns: int) -> int:
-        """Waits until more than `turns` rounds are finished; returns how many are.
+        """Waits until more than `turns` rounds are finished, and returns the number of finished rounds.
 
-        `turn_after(loop.turns)` waits for the round that is under way; `turn_after(loop.turns + 1)` also for one that
-        begins after the call, which therefore sees what the caller did before it. Raises RuntimeError when the loop
-        does not run, or ends first."""
+        `turn_after(loop.turns)` waits for the end of the current round. `turn_after(loop.turns + 1)` also waits for the
+        end of the next round, which begins after the call and therefore sees what the caller did before it. Raises
+        RuntimeError if the loop is not running or ends first.
+        """
         while self.turns <= turns:
             if not self.running:
                 raise RuntimeError(f"the loop {self.name} ended after {self.turns} rounds")
@@ -86,16 +87,17 @@ class BackgroundLoop:
 
 
 def vital_task(work: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
-    """Runs `work` once in a task whose crash ends the process: it logs `task_broke` and sends SIGTERM to this process,
-    so that the supervisor starts a new one. For work that lasts as long as the service, use BackgroundLoop."""
+    """Runs `work` once in a task. If the task crashes, it logs `task_broke` and sends SIGTERM to this process, so that
+    the supervisor starts a new one. For work that lasts as long as the service, use BackgroundLoop."""
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(_end_process)
     return task
 
 
 async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
-    """Cancels the tasks and returns when all of them have ended. Cancels again every half second: a client library that
-    is handling a failure of its own may turn a cancellation into that failure, and the task would go on."""
+    """Cancels the tasks and returns when all of them have ended. Cancels them again every half second, because a client
+    library that is handling a failure may raise that failure instead of the cancellation. The task would then continue.
+    """
     left = {task for task in tasks if not task.done()}
     for task in left:
         task.cancel()
@@ -106,12 +108,13 @@ async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
 
 
 def freeze_memory(*, collect_rarely: bool = True) -> None:
-    """Excludes everything that exists now from garbage collection. Call it once, when all that lives as long as the
-    process has been made.
+    """Excludes all existing objects from garbage collection. Call it once, after the objects that live as long as the
+    process have been made.
 
-    `collect_rarely`: also runs the cycle collector less often. Requests leave almost no cycles behind, and looking for
-    them took a seventh of the time of an order. False for services with thousands of connections that come and go,
-    because each connection leaves cycles."""
+    `collect_rarely`: also makes the cycle collector run less often. Requests leave almost no cycles behind, and the
+    search for cycles took a seventh of the time of an order. Pass False in a service with thousands of connections that
+    come and go, because each connection leaves cycles.
+    """
     gc.collect()
     gc.freeze()
     if collect_rarely:

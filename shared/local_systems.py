@@ -1,8 +1,9 @@
-"""The systems that `make run` starts: their settings for the command line, and the list of those that run.
+"""The systems that `make run` starts: the settings of each system for the command line, and the list of running
+systems.
 
 A system has a home directory. `make run` writes the settings and secrets of its services to `<home>/system.env`, which
-only its owner can read, and in a form that `sh` can read too. A running system is listed in a directory of its user.
-An entry counts only while its run holds the lock in the home, so a killed run needs no cleanup.
+only its owner can read. `sh` can read this file too. Each user has a directory with an entry for each running system.
+An entry counts only while its `make run` holds the lock in the home, so a killed run needs no cleanup.
 """
 
 import fcntl
@@ -34,18 +35,18 @@ BACKENDS = tuple(
         "DATABASE_OPS_URL",
     )
 )
-"""If the environment sets one of these, it has chosen the system; containers do so."""
+"""If the environment has one of these variables, it determines the system. Containers set them."""
 
 
 class NoSystem(Exception):
-    """No system was found, or several fit; the message lists them and says how to choose one."""
+    """No system was found, or several were found. The message lists them and says how to choose one."""
 
 
 @dataclass(frozen=True)
 class LocalSystem:
     home: Path
     checkout: Path
-    """The root of the source tree that runs it."""
+    """The root of the source tree that runs the system."""
 
     @property
     def name(self) -> str:
@@ -74,11 +75,11 @@ class Chosen:
     environment: Mapping[str, str]
     """The settings to add to the environment."""
     overrides: bool = False
-    """True if these settings win over the environment; otherwise the environment wins."""
+    """True if these settings take precedence over the environment; False if the environment takes precedence."""
 
 
 def write_environment(home: Path, environment: Mapping[str, str]) -> None:
-    """Writes `system.env` of a home; a reader sees the old or the new file, never a part."""
+    """Writes `system.env` of a home. A reader sees the old or the new file, never a part of one."""
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items())]
     aside = home / f"{ENV_FILE}.new"
     aside.unlink(missing_ok=True)
@@ -88,7 +89,8 @@ def write_environment(home: Path, environment: Mapping[str, str]) -> None:
 
 
 def read_environment(home: Path) -> dict[str, str] | None:
-    """The settings in `system.env` of a home; None if it cannot be read, such as before the first `make run`."""
+    """Returns the settings in `system.env` of a home, or None if the file cannot be read, for example before the first
+    `make run`."""
     try:
         text = (home / ENV_FILE).read_text()
     except OSError:
@@ -98,21 +100,22 @@ def read_environment(home: Path) -> dict[str, str] | None:
 
 
 def list_system(system: LocalSystem) -> Path:
-    """Adds a system to the list of running systems. Returns the file of its entry; the caller removes it at the end."""
+    """Adds a system to the list of running systems. Returns the file of its entry, which the caller
+    removes at the end."""
     entry = _folder() / f"{hashlib.sha256(str(system.home).encode()).hexdigest()[:16]}.json"
     entry.write_text(json.dumps({"home": str(system.home), "checkout": str(system.checkout)}))
     return entry
 
 
 def running_systems() -> list[LocalSystem]:
-    """The running systems of this user, sorted by home."""
+    """Returns the running systems of this user, sorted by home."""
     found = []
     for entry in _folder().glob("*.json"):
         try:
             known = json.loads(entry.read_text())
             system = LocalSystem(Path(known["home"]), Path(known["checkout"]))
         except (OSError, ValueError, KeyError):
-            continue  # its run removes or writes the entry at this moment
+            continue  # a `make run` is removing or writing the entry right now
         if system.running:
             found.append(system)
     return sorted(found, key=lambda system: str(system.home))
@@ -121,7 +124,7 @@ def running_systems() -> list[LocalSystem]:
 def choose(
     requested: str | None, environment: Mapping[str, str], *, checkout: Path, configured_home: Path | None
 ) -> Chosen:
-    """The system that a command of `checkout` talks to. The first of these that is given decides:
+    """Returns the system that a command of `checkout` talks to. The first item of this list that is given decides:
 
     1  `requested`, a path or a name
     2  a URL of a backend in the environment
@@ -176,8 +179,8 @@ def _listed(systems: Sequence[LocalSystem]) -> str:
 
 
 def _folder() -> Path:
-    """The directory of the entries. It must belong to this user: an entry of another user could make commands send
-    passwords to another server. Raises NoSystem."""
+    """Returns the directory of the entries. It must belong to this user, because an entry of another user could make
+    commands send passwords to another server. Raises NoSystem."""
     folder = Path(tempfile.gettempdir()) / f"ticketrail-systems-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

@@ -1,7 +1,8 @@
 """The AsyncAPI 3.0 document of all events and queues, made from the topology and the registry of entities.
 
-A message of the broker is an array: changes of one lane that wait at the same moment travel together. The document has
-a message for each event type, whose payload is such an array. An array may mix the types of its channel.
+A message of the broker is an array, because changes of one lane that wait at the same moment travel together. The
+document has one message for each event type; its payload is an array of this type. A real array may contain several
+types.
 """
 
 from typing import Any
@@ -17,24 +18,25 @@ from shared.settings import Settings
 from shared.version import VERSION
 
 _REF = "#/components/schemas/{name}"
-# Imported orders, and those of other systems that no client waits for, use the background lane.
-_HISTORY = order.ENTITY
+# Imported orders use the background lane. So do orders of other systems for which no client waits.
+_ENTITY_WITH_IMPORTS = order.ENTITY
 FAILURE_HEADERS = {
     "ticketrail-reason": "stable name of the cause; dead letters are grouped by it",
     "ticketrail-error": "error type and message, for people",
-    "ticketrail-lane": "the lane that it came through",
-    "ticketrail-failed-at": "when it failed last",
-    "ticketrail-first-failed-at": "when it failed first",
+    "ticketrail-lane": "lane that the change came through",
+    "ticketrail-failed-at": "time of the last failure",
+    "ticketrail-first-failed-at": "time of the first failure",
     "ticketrail-change-id": "id of the change, if it can be read",
-    "ticketrail-restaurant": "id of its restaurant, if it can be read",
-    "ticketrail-subject": "its entity as <entity>/<id>, if it can be read",
-    "ticketrail-log-offset": "its offset in the change log; only for dead letters of the mirror writer",
+    "ticketrail-restaurant": "id of the restaurant, if it can be read",
+    "ticketrail-subject": "entity of the change as <entity>/<id>, if it can be read",
+    "ticketrail-log-offset": "offset of the change in the change log; only for dead letters of the mirror writer",
 }
 RETRIED = "retried"
 DEAD = "dead"
 
 
 def document(settings: Settings) -> dict[str, Any]:
+    """Returns the whole document."""
     events = {type_: name for name, one in registry.ENTITIES.items() for type_ in _types(name)}
     channels: dict[str, Any] = {"changes": _exchange(events)}
     for queue in [*topology.queues(settings), *topology.logs(settings)]:
@@ -54,12 +56,19 @@ def document(settings: Settings) -> dict[str, Any]:
         "operations": _operations(settings),
         "components": {
             "messages": {
-                **{type_: _message(type_, f"Of {name}; lane {_lane(name)}") for type_, name in events.items()},
+                **{
+                    type_: _message(type_, f"A change of the entity {name}; lane {_lane(name)}")
+                    for type_, name in events.items()
+                },
                 HEARTBEAT: _message(
-                    HEARTBEAT, "Proves the path through a lane or into a log, every few seconds", most=1
+                    HEARTBEAT,
+                    "A heartbeat, which proves the path through a lane or into a log every few seconds",
+                    most=1,
                 ),
                 MARK: _message(
-                    MARK, "Published to a log by a reader, which then knows when it has read to the end", most=1
+                    MARK,
+                    "A mark that a reader publishes to a log, so that it knows when it has read to the end",
+                    most=1,
                 ),
                 **_failed(),
             },
@@ -74,11 +83,15 @@ def _types(entity: str) -> list[str]:
 
 def _lane(entity: str) -> str:
     lane = registry.ENTITIES[entity].lane
-    return f"{lane}, history {Lane.BACKGROUND}" if registry.ENTITIES[entity] is _HISTORY else lane
+    return (
+        f"{lane}, or {Lane.BACKGROUND} for imported orders"
+        if registry.ENTITIES[entity] is _ENTITY_WITH_IMPORTS
+        else lane
+    )
 
 
 def _held_by(queue: QueueSpec, events: dict[str, str]) -> list[str]:
-    """The messages that the queue may hold."""
+    """Returns the names of the messages that the queue may contain."""
     if not queue.bound_to:
         return [DEAD if queue.name.endswith(".dead.v1") else RETRIED]
     lanes = set(queue.bound_to)
@@ -88,7 +101,7 @@ def _held_by(queue: QueueSpec, events: dict[str, str]) -> list[str]:
 
 def _lanes(entity: str) -> set[Lane]:
     one = registry.ENTITIES[entity]
-    return {one.lane, Lane.BACKGROUND} if one is _HISTORY else {one.lane}
+    return {one.lane, Lane.BACKGROUND} if one is _ENTITY_WITH_IMPORTS else {one.lane}
 
 
 def _message(type_: str, summary: str, most: int = MAX_BATCH_CHANGES) -> dict[str, Any]:
@@ -153,12 +166,12 @@ def _failed() -> dict[str, Any]:
     attempt = {"type": "integer", "minimum": 1, "description": "number of attempts so far"}
     headers = {"type": "object", "properties": {topology.ATTEMPT: attempt, **texts}}
     one = {"type": "array", "items": {"$ref": "#/components/schemas/Change"}, "minItems": 1, "maxItems": 1}
-    alone = "One change that could not be written, bytes unchanged; the headers say why"
+    summary = "One change that could not be written, with unchanged bytes; the headers give the reason"
     return {
-        RETRIED: {"name": RETRIED, "summary": alone, "contentType": CONTENT_TYPE, "headers": headers, "payload": one},
+        RETRIED: {"name": RETRIED, "summary": summary, "contentType": CONTENT_TYPE, "headers": headers, "payload": one},
         DEAD: {
             "name": DEAD,
-            "summary": alone,
+            "summary": summary,
             "contentType": CONTENT_TYPE,
             "headers": headers,
             "payload": {"description": "Any bytes; they may be unreadable"},
@@ -169,8 +182,8 @@ def _failed() -> dict[str, Any]:
 def _exchange(events: dict[str, str]) -> dict[str, Any]:
     return {
         "address": topology.CHANGES,
-        "description": f"Direct exchange; the routing key is the lane: {', '.join(Lane)}. Each message holds changes of"
-        f" one lane, 1 to {MAX_BATCH_CHANGES} of them, perhaps of several types.",
+        "description": f"Direct exchange; the routing key is the lane: {', '.join(Lane)}. Each message contains 1 to"
+        f" {MAX_BATCH_CHANGES} changes of one lane, perhaps of several types.",
         "messages": {type_: {"$ref": f"#/components/messages/{type_}"} for type_ in (*events, HEARTBEAT)},
         "bindings": {
             "amqp": {
@@ -211,31 +224,35 @@ def _purpose(queue: QueueSpec, settings: Settings) -> str:
         return f"Changes of lane {lane} that no retry can write, or whose retries are used up."
     for step in settings.retry_steps_ms:
         if queue.name == topology.retry_queue(lane, step):
-            return f"Retry queue: after {step} ms back to {topology.lane_queue(lane)}."
-    return f"Lane {lane}: changes on their way to PostgreSQL."
+            return f"Retry queue: a change returns to {topology.lane_queue(lane)} after {step} ms."
+    return f"Changes of lane {lane} that wait to be written to PostgreSQL."
 
 
 def _operations(settings: Settings) -> dict[str, Any]:
     found = {
-        "record": _operation("send", "changes", "Orders, sync: mandatory, persistent, confirmed"),
+        "record": _operation(
+            "send", "changes", "The orders and sync services publish changes: mandatory, persistent and confirmed"
+        ),
         "follow": _operation(
-            "receive", topology.LOG, "The sync worker applies them to the mirror, the notifier pushes them"
+            "receive", topology.LOG, "The sync worker applies changes to the mirror, and the notifier pushes them"
         ),
         "follow_reference": _operation(
             "receive", topology.REFERENCE_LOG, "The orders service keeps its menus up to date"
         ),
-        "dead_letter_mirror": _operation("send", topology.MIRROR_DEAD, "The sync worker cannot read a change"),
+        "dead_letter_mirror": _operation(
+            "send", topology.MIRROR_DEAD, "The sync worker dead-letters a change that it cannot read"
+        ),
     }
     for lane in Lane:
         found[f"write_{lane}"] = _operation(
-            "receive", topology.lane_queue(lane), "The sync worker writes them to PostgreSQL"
+            "receive", topology.lane_queue(lane), "The sync worker writes changes to PostgreSQL"
         )
         for step in settings.retry_steps_ms:
             found[f"retry_{lane}_{step}ms"] = _operation(
-                "send", topology.retry_queue(lane, step), f"The sync worker tries again after {step} ms"
+                "send", topology.retry_queue(lane, step), f"The sync worker defers a change for {step} ms"
             )
         found[f"dead_letter_{lane}"] = _operation(
-            "send", topology.dead_queue(lane), "The sync worker cannot write a change"
+            "send", topology.dead_queue(lane), "The sync worker dead-letters a change that it cannot write"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Declares the topology, for `ticketrail migrate`, and checks that it exists, when a service starts."""
+"""Declares the topology for `ticketrail migrate`, and checks when a service starts that the topology exists."""
 
 from uuid import uuid4
 
@@ -19,19 +19,20 @@ log = structlog.get_logger(__name__)
 
 
 class TopologyError(Exception):
-    """The broker lacks a queue or exchange, or has it with other arguments; the message says which and what to do."""
+    """The broker lacks a queue or exchange, or has it with other arguments. The message says what to do."""
 
 
 async def connect(url: str, *, timeout: float = 5.0) -> AbstractConnection:
-    """A connection to the first node that answers, for a single use: it does not reconnect."""
+    """Returns a connection to the first node that answers. It does not reconnect, so use it for one task."""
     return await Hosts(url).connect(timeout=timeout)
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
-    """Returns whether the broker has the queue. Uses a channel of its own, because the broker closes the channel if it
-    has not.
+    """Returns whether the broker has the queue. It opens its own channel, because the broker closes the channel if the
+    queue is missing.
 
-    Raises one of BROKEN_LINK for a queue that is not recovered yet, such as a stream of a broker that has just started.
+    Raises one of BROKEN_LINK if the broker has not recovered the queue yet, such as a stream shortly after the broker's
+    start.
     """
     channel = await connection.channel()
     try:
@@ -45,8 +46,8 @@ async def _exists(connection: AbstractConnection, queue: str) -> bool:
 
 
 async def _has_older_arguments(connection: AbstractConnection, queue: QueueSpec) -> bool:
-    """Returns whether an earlier version declared the queue, with its older arguments. Each try uses a channel of its
-    own, because the broker closes the channel if the arguments differ."""
+    """Returns whether the queue exists with the arguments of an earlier release. It opens a channel for each attempt,
+    because the broker closes the channel if the arguments differ."""
     for arguments in (queue.arguments, queue.older):
         channel = await connection.channel()
         try:
@@ -55,7 +56,7 @@ async def _has_older_arguments(connection: AbstractConnection, queue: QueueSpec)
             continue
         await channel.close()
         return arguments is queue.older
-    return False  # no version declared these arguments: `_declare` raises TopologyError for them
+    return False  # no release declared its arguments, so `_declare` raises TopologyError
 
 
 async def _declare(channel: AbstractChannel, queue: QueueSpec) -> None:
@@ -72,7 +73,7 @@ async def log_exists(connection: AbstractConnection) -> bool:
 
 
 async def declare(connection: AbstractConnection, settings: Settings) -> None:
-    """Declares everything except the logs; a repetition changes nothing. Raises TopologyError."""
+    """Declares everything except the logs. A repeated call changes nothing. Raises TopologyError."""
     async with connection.channel() as channel:
         exchange = await channel.declare_exchange(topology.CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
         for queue in topology.queues(settings):
@@ -91,8 +92,8 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
 
 
 async def declare_logs(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
-    """Declares the streams. Each gets a heartbeat with the epoch before its bindings, so that a new stream starts with
-    it. If the change log is missing, all streams are created again, because they share its epoch."""
+    """Declares the streams. Each one gets a heartbeat with the epoch before it is bound, so that a new stream begins
+    with this heartbeat. If the change log is missing, all streams are created again, because they share its epoch."""
     recreate = not await log_exists(connection)
     async with connection.channel() as channel:
         exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
@@ -108,7 +109,7 @@ async def declare_logs(connection: AbstractConnection, settings: Settings, epoch
 
 
 async def check(connection: AbstractConnection, settings: Settings) -> None:
-    """Checks that the broker has every queue. AMQP cannot ask for bindings; heartbeats prove those. Raises
+    """Checks that the broker has every queue. AMQP cannot list bindings, but heartbeats prove them. Raises
     TopologyError."""
     channel = await connection.channel()
     try:
@@ -126,7 +127,7 @@ async def check(connection: AbstractConnection, settings: Settings) -> None:
 async def check_at_start(settings: Settings, *, within: float | None = START_WAIT_SECONDS) -> bool:
     """Waits until the broker is ready and runs `check`. `within`: a limit in seconds, or None for no limit.
 
-    Returns False if the broker is not ready in time; this is logged, and the service starts without the broker. Raises
+    If the broker is not ready in time, logs that and returns False; the service then starts without the broker. Raises
     TopologyError.
     """
     try:
@@ -138,11 +139,11 @@ async def check_at_start(settings: Settings, *, within: float | None = START_WAI
 
 
 async def check_log_at_start(settings: Settings) -> None:
-    """Like `check_at_start`, for a service that only reads the change log."""
+    """Does the same as `check_at_start`, but checks only the change log, for a service that needs nothing else."""
     try:
-        there = await when_ready(settings.rabbitmq_url, log_exists, within=START_WAIT_SECONDS)
+        exists = await when_ready(settings.rabbitmq_url, log_exists, within=START_WAIT_SECONDS)
     except BrokerNotReady as error:
         log.warning("starting_without_broker", error=str(error))
         return
-    if not there:
+    if not exists:
         raise TopologyError(f"stream {topology.LOG!r} is missing: run `ticketrail migrate`")

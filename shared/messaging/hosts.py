@@ -1,10 +1,10 @@
-"""How every module connects to RabbitMQ: to one broker, or to one of several nodes of a cluster.
+"""Connects to RabbitMQ: to one broker, or to one of several nodes of a cluster. All modules connect in this way.
 
 A connection goes to the first node that answers, starting with the one that answered last. A caller that loses its
 connection calls `turn`, so that the next attempt starts with another node: a frozen node accepts connections and never
 answers.
 
-AMQP heartbeats are frequent, because nothing else notices a dead connection on which a client only waits.
+AMQP heartbeats are frequent, because nothing else detects a dead connection while a client only waits.
 """
 
 import asyncio
@@ -18,16 +18,17 @@ from shared.host_urls import host_urls
 
 log = structlog.get_logger(__name__)
 
-_HEARTBEAT_SECONDS = 10
+_HEARTBEAT_INTERVAL_SECONDS = 10
 """A connection is dropped after three missed heartbeats."""
 
 
 class Hosts:
     def __init__(self, setting: str) -> None:
-        """`setting`: one URL or several, separated by commas. `heartbeat` in the query of a URL overrides ours."""
+        """`setting`: one URL, or several URLs separated by commas. A `heartbeat` in the query of a
+        URL overrides ours."""
         urls = [URL(url) for url in host_urls(setting)]
         self._urls = [
-            url if "heartbeat" in url.query else url.update_query(heartbeat=_HEARTBEAT_SECONDS) for url in urls
+            url if "heartbeat" in url.query else url.update_query(heartbeat=_HEARTBEAT_INTERVAL_SECONDS) for url in urls
         ]
         self._present = 0
 
@@ -37,18 +38,19 @@ class Hosts:
         return str(self._urls[self._present])
 
     def turn(self) -> None:
-        """Starts with the next node from now on."""
+        """Makes the next attempt start with the next node."""
         self._present = (self._present + 1) % len(self._urls)
 
     async def connect(self, *, timeout: float = 5.0) -> AbstractConnection:
-        """A plain connection: robust ones hide losses that our loops must see. `timeout`: seconds for all nodes
-        together, if at most one of them is slow. Raises what the last node raised."""
+        """Returns a plain connection, because a robust one would hide losses that our loops must see. `timeout`:
+        seconds. With several nodes, each one gets half of the time, so that the call ends in time if at most one node
+        is slow. Raises the error of the last node."""
         one = timeout if len(self._urls) == 1 else timeout / 2
         for left in reversed(range(len(self._urls))):
             url = self._urls[self._present]
             try:
                 return await _uncancelled(asyncio.create_task(aio_pika.connect(url, timeout=one), name="connect"))
-            except Exception as error:  # a broken node may cause any error; the next one may answer
+            except Exception as error:  # a broken node may cause any error, and the next node may answer
                 self.turn()
                 if not left:
                     raise
@@ -59,9 +61,9 @@ class Hosts:
 
 
 async def _uncancelled(connecting: "asyncio.Task[AbstractConnection]") -> AbstractConnection:
-    """Shields the handshake from cancellation: one that is cancelled half-way waits for its peer and then raises
-    another error, so that stopping a loop would take for ever. The handshake ends by itself, and its connection is
-    closed."""
+    """Shields the handshake from cancellation. A handshake that is cancelled half-way waits for its peer and then
+    raises another error, so stopping a loop could take forever. After a cancellation the handshake ends by itself, and
+    its connection is closed."""
     try:
         return await asyncio.shield(connecting)
     except asyncio.CancelledError:
@@ -75,5 +77,5 @@ _closing: set[asyncio.Task[None]] = set()
 def _close(connecting: "asyncio.Task[AbstractConnection]") -> None:
     if not connecting.cancelled() and connecting.exception() is None:
         task = asyncio.ensure_future(connecting.result().close())
-        _closing.add(task)  # or the task may be garbage-collected before it runs
+        _closing.add(task)  # without a reference, the task may be garbage-collected before it runs
         task.add_done_callback(_closing.discard)

@@ -1,23 +1,24 @@
 """Reads a log (the stream `changes.log.v1`, or the reference log) in order, as long as the caller wants.
 
 Guarantee: entries come in the order of their offsets, each once within a process, through any number of lost
-connections. A reader that starts from a remembered offset receives the entry at that offset once more. When the stream
-was deleted and created again (its first heartbeat carries another epoch), or lost its end (the remembered offset does
-not exist), the reader starts at the first entry and sets `LogBatch.restarted` once: what the caller built from the old
-log is void.
+connections. A reader that starts from a remembered offset receives the entry at that offset once more. The reader
+starts at the first entry and sets `LogBatch.restarted` once in two cases: the stream was deleted and created again (its
+first heartbeat has another epoch), or the stream lost its end (the remembered offset does not exist). What the caller
+built from the old log is then no longer valid.
 
-Caught up: at every attach the reader publishes a mark of its own to the log. The batch with that mark is `caught_up`:
-everything that was in the log at the attach has been handed out. After a silence it publishes another mark; when that
-does not return, the connection is dead, and the reader attaches again.
+Caught up: each time the reader attaches to the stream, it publishes a mark to the log. The batch with that mark has
+`caught_up` set: the caller has received everything that was in the log when the reader attached. After a time without
+messages the reader publishes another mark. If that mark does not come back, the connection is dead, and the reader
+attaches again.
 
-Other side unavailable: it waits and tries again, with jittered backoff.
+While the broker is unavailable, the reader waits and tries again, with jittered backoff.
 
 Shutdown: leave the loop. With `contextlib.aclosing` the connection is closed at once.
 
-Traps that shaped it: a task per delivery loses the order, so the callback only enqueues. A queue iterator nacks when it
-is left, and a stream answers that by closing the connection. Offsets have holes, so `+1` does not detect a gap. A
-deleted stream ends its consumers without closing their channel. RabbitMQ accepts an offset that does not exist, without
-an error.
+Traps that shaped this module: one task per delivery would lose the order, so the callback only enqueues. A queue
+iterator sends a nack when its loop is left, and a stream replies by closing the connection. Offsets have gaps, so `+1`
+does not detect a lost entry. If a stream is deleted, its consumers end but their channels stay open. RabbitMQ accepts
+an offset that does not exist, without an error.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import HEARTBEAT, MARK, Signal, encode_signal, signal_in
 from shared.messaging.hosts import Hosts
-from shared.messaging.publisher import BROKEN_LINK, closed_under_us
+from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 from shared.messaging.topology import LOG
 
 log = structlog.get_logger(__name__)
@@ -45,11 +46,13 @@ Start = int | datetime | str
 """An offset, a time, "first" or "next"."""
 
 _MARK_TIMEOUT_SECONDS = 5.0
-"""Until a confirmed mark must have returned; long enough for a cold disk."""
+"""The time within which a confirmed mark must come back. It is long enough for a cold disk."""
+_ATTACH_TIMEOUT_SECONDS = 10.0
+_CLOSE_TIMEOUT_SECONDS = 1.0
 _CHECK_CONSUMER_INTERVAL_SECONDS = 0.5
 """A deleted stream ends its consumer silently, so the reader checks that its consumer exists."""
 _MAX_SIGNAL_BYTES = 1_000
-"""Signals are small: longer bodies are not parsed for one."""
+"""The maximum size of a signal. The reader does not look for a signal in a longer body."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,20 @@ class LogEntry:
 
 @dataclass(frozen=True)
 class LogBatch:
-    """Entries without signals; `epoch`, `heartbeats` and `caught_up` hold what the signals said."""
+    """Entries of the log without its signals. `epoch`, `heartbeats` and `caught_up` come from the signals."""
 
     entries: list[LogEntry]
     epoch: str | None
-    """None only when this log never had a heartbeat."""
+    """None only if this log has never had a heartbeat."""
     heartbeats: dict[str, datetime]
-    """Lane -> when its heartbeat in this batch was sent."""
+    """Maps a lane to the time when its heartbeat in this batch was sent."""
     caught_up: bool
     last_offset: int
     first_offset: int = 0
     restarted: bool = False
-    """True for the first batch of another log than before, which starts at its first entry."""
+    """True for the first batch after the log was replaced. This batch starts at the first entry of the new log."""
     heartbeat_offsets: dict[str, int] = field(default_factory=dict)
-    """Lane -> the offset of its heartbeat in this batch."""
+    """Maps a lane to the offset of its heartbeat in this batch."""
 
 
 class _ForeignHeartbeat(Exception):
@@ -88,8 +91,8 @@ class _NoSuchOffset(Exception):
 
 class LogReader:
     def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
-        """`idle_seconds`: after so long without an entry (heartbeats come every few seconds) the reader checks its
-        connection with a mark. `prefetch`: unacknowledged messages."""
+        """`idle_seconds`: after this time without an entry, the reader checks its connection with a mark; heartbeats
+        come every few seconds. `prefetch`: the maximum number of unacknowledged messages."""
         self._hosts = Hosts(url)
         self._name = name
         self._stream = stream
@@ -102,11 +105,11 @@ class LogReader:
         self.heartbeat_at: datetime | None = None
         self.connected = False
         self.caught_up = False
-        """The caller has received everything that was in the log when this connection was made."""
+        """True after the caller has received everything that was in the log when this connection was made."""
 
     async def read(self, start: Start, *, epoch: str | None = None) -> AsyncGenerator[LogBatch, None]:
-        """Yields batches from `start` on, without end. `epoch`: that of the log in which an offset `start` was
-        given."""
+        """Yields batches from `start` on, without end. `epoch`: the epoch of the log to which an offset `start`
+        belongs."""
         self._last, self.epoch, self._restarted, self._other_epochs = None, epoch, False, set()
         attempt = 0
         missing = False
@@ -133,12 +136,12 @@ class LogReader:
             finally:
                 self.connected = self.caught_up = False
 
-    # -- whether this is the known log---------------------------------------------------------------------------
+    # -- the check for the known log -----------------------------------------------------------------------------
 
     async def _verify(self, start: Start, *, missing: bool) -> Start:
-        """Returns where to start. It is checked before every attach, because offsets of one log mean nothing in
-        another. The first heartbeat in the log decides. A late heartbeat of an old epoch, from a worker that does not
-        know the new one, is ignored."""
+        """Returns the position to start at. Every attach calls it first, because an offset of one log means nothing in
+        another. The epoch of the first heartbeat identifies the log. A later heartbeat with an old epoch, from a worker
+        that does not know the new epoch, is ignored."""
         found = await self.first_epoch()
         known, self.epoch = self.epoch, found or self.epoch
         other = found is not None and known is not None and found != known
@@ -152,8 +155,8 @@ class LogReader:
         return "first"
 
     async def first_epoch(self) -> str | None:
-        """The epoch of the first heartbeat; None when there is none. `migrate` publishes one as the first entry. After
-        retention has removed that, the next one follows within seconds of messages."""
+        """Returns the epoch of the first heartbeat, or None if the log has no heartbeat. `migrate` publishes one as the
+        first entry. If retention has removed it, the next heartbeat is at most a few seconds of messages later."""
         async with self._attach("first") as connection:
             while True:
                 for message in await connection.next(_MARK_TIMEOUT_SECONDS):
@@ -181,8 +184,8 @@ class LogReader:
                 raise _NoSuchOffset
             while True:
                 yield self._batch(messages, connection.mark)
-                # After the caller has taken them: a failing acknowledgement would lose the batch. It only moves the
-                # credit.
+                # This acknowledgement must come after the `yield`, because its failure would lose the batch. On a
+                # stream it only moves the credit.
                 await messages[-1].ack(multiple=True)
                 try:
                     messages = await connection.next(self._idle)
@@ -193,7 +196,7 @@ class LogReader:
     def _batch(self, messages: list[AbstractIncomingMessage], mark: str) -> LogBatch:
         entries: list[LogEntry] = []
         heartbeats: dict[str, datetime] = {}
-        places: dict[str, int] = {}
+        heartbeat_offsets: dict[str, int] = {}
         caught_up = False
         for message in messages:
             signal = _signal(message.body)
@@ -203,13 +206,16 @@ class LogReader:
                     entries.append(LogEntry(offset, message.routing_key or "", message.body))
             elif signal.type == HEARTBEAT:
                 self._note(signal)
-                heartbeats[signal.lane], places[signal.lane] = signal.time, _offset(message)
+                heartbeats[signal.lane], heartbeat_offsets[signal.lane] = signal.time, _offset(message)
             else:
                 caught_up = caught_up or signal.id == mark
-        # Last: after an exception above, none of these was handed out, and all are read again.
+        # This comes last. If the code above raises, the caller gets none of these messages, and the reader reads all of
+        # them again.
         self._last = max(_offset(messages[-1]), -1 if self._last is None else self._last)
         restarted, self._restarted = self._restarted, False
-        return LogBatch(entries, self.epoch, heartbeats, caught_up, self._last, _offset(messages[0]), restarted, places)
+        return LogBatch(
+            entries, self.epoch, heartbeats, caught_up, self._last, _offset(messages[0]), restarted, heartbeat_offsets
+        )
 
     def _note(self, heartbeat: Signal) -> None:
         if heartbeat.epoch != self.epoch and heartbeat.epoch not in self._other_epochs:
@@ -223,15 +229,15 @@ class LogReader:
     async def _attach(self, start: Start) -> "AsyncIterator[_LogConnection]":
         connection = await self._hosts.connect()
         try:
-            with closed_under_us():
+            with closed_channel_as_connection_error():
                 log_connection = _LogConnection(connection, self._stream, self._name, self._prefetch)
-                async with asyncio.timeout(10.0):
+                async with asyncio.timeout(_ATTACH_TIMEOUT_SECONDS):
                     await log_connection.open(start)
                 yield log_connection
         finally:
             try:
-                with closed_under_us():
-                    async with asyncio.timeout(1.0):
+                with closed_channel_as_connection_error():
+                    async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                         await connection.close()
             except BROKEN_LINK as error:
                 log.debug("log_close", reader=self._name, error=str(error) or type(error).__name__)
@@ -248,7 +254,7 @@ class _LogConnection:
         self._arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
         self._marks: AbstractChannel
         self.mark = ""
-        """The id of the first mark: entries before it were in the log at the attach."""
+        """The id of the first mark. The entries before this mark were in the log when the reader attached."""
 
     async def open(self, start: Start) -> None:
         channel = await self._connection.channel()
@@ -264,7 +270,7 @@ class _LogConnection:
         underlay = await channel.get_underlay_channel()
         assert isinstance(underlay, Channel)
         self._consumers = underlay.consumers
-        # On a channel of its own: a returned mark must not close the consumer.
+        # Marks use a separate channel, because a returned mark must not close the consumer.
         self._marks = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
         self.mark = await self.publish_mark()
 
@@ -275,9 +281,9 @@ class _LogConnection:
         return mark.id
 
     async def next(self, timeout_seconds: float) -> list[AbstractIncomingMessage]:
-        """Returns at least one message and further ones that have arrived, up to half of the prefetch, so that the
-        broker can send the other half meanwhile. Raises TimeoutError after a silence, ConnectionError when the
-        connection is lost."""
+        """Returns at least one message, and further messages that have arrived, up to half of the prefetch. The broker
+        can then send the other half meanwhile. Raises TimeoutError if no message comes in time, and ConnectionError if
+        the connection is lost."""
         first = await self._first(timeout_seconds)
         messages: list[AbstractIncomingMessage] = []
         while first is not None:
@@ -285,7 +291,7 @@ class _LogConnection:
             if self._arrived.empty() or len(messages) * 2 >= self._prefetch:
                 return messages
             first = self._arrived.get_nowait()
-        self._arrived.put_nowait(None)  # the next call raises
+        self._arrived.put_nowait(None)  # the next call raises the error
         if messages:
             return messages
         raise ConnectionError("the broker closed the channel")
@@ -314,7 +320,8 @@ def _offset(message: AbstractIncomingMessage) -> int:
 
 
 def _signal(body: bytes) -> Signal | None:
-    """The signal in a message; None when it has none. A signal is always the only event of its message."""
+    """Returns the signal in a message, or None if it contains none. A signal is always the only
+    event of its message."""
     if len(body) > _MAX_SIGNAL_BYTES:
         return None
     try:

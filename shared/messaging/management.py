@@ -1,4 +1,4 @@
-"""RabbitMQ's management API, by a URL that carries its credentials; and the user that may only read."""
+"""Calls RabbitMQ's management API through a URL with credentials, and creates the read-only user."""
 
 import base64
 import json
@@ -10,8 +10,8 @@ from shared.version import USER_AGENT
 
 
 def ask(base_url: str, method: str, path: str, body: object = None, timeout: float = 10.0) -> object:
-    """Calls the API once and returns its JSON; None for an empty reply. `timeout`: seconds. Raises
-    urllib.error.HTTPError, OSError."""
+    """Calls the API once. Returns the JSON of the reply, or None if the reply is empty. `timeout`: in seconds. Raises
+    urllib.error.HTTPError and OSError."""
     scheme, _, rest = base_url.partition("://")
     credentials, _, address = rest.rpartition("@")
     request = urllib.request.Request(  # noqa: S310  (the URL is a setting)
@@ -30,14 +30,14 @@ def ask(base_url: str, method: str, path: str, body: object = None, timeout: flo
 
 
 def vhost_of(amqp_url: str) -> str:
-    """The vhost of an AMQP URL, or of the first of several URLs."""
+    """Returns the vhost of an AMQP URL, or of the first of several URLs."""
     path = urlsplit(host_urls(amqp_url)[0]).path.removeprefix("/")
     return unquote(path) or "/"
 
 
 def make_watcher(admin_url: str, watcher_url: str, amqp_url: str) -> None:
-    """Creates the user of `watcher_url` with the password of that URL. It sees queues and rates, and may do nothing
-    else. Raises urllib.error.HTTPError, OSError."""
+    """Creates the user of `watcher_url` with the password in that URL. The user may only look at queues and rates.
+    Raises urllib.error.HTTPError and OSError."""
     parts = urlsplit(watcher_url)
     name = quote(unquote(parts.username or ""), safe="")
     ask(admin_url, "PUT", f"/api/users/{name}", {"password": unquote(parts.password or ""), "tags": "monitoring"})

@@ -1,21 +1,21 @@
 """Publishes one message at a time, each with a bounded wait for the publisher confirm, over a connection that is
 renewed in the background.
 
-Guarantee: `publish` returns when the broker has confirmed; quorum queues have flushed the message to a majority by
-then. It raises
+Guarantee: `publish` returns when the broker has confirmed the message. Quorum queues have then flushed it to a
+majority. `publish` raises
 
-    NotSent   nothing left this process: there is no connection
-    InDoubt   bytes were sent, and then a nack, a return, a timeout or a lost channel followed: the message may be there
+    NotSent   nothing was sent, because there is no connection
+    InDoubt   bytes were sent, but a nack, a return, a timeout or a lost channel followed: the broker may have it
 
-After an InDoubt the connection is dropped and a new one is made, with jittered backoff. A frozen broker costs one
-timeout, not one per message: until the next connection is ready, every publish raises NotSent at once.
+After an InDoubt the publisher drops the connection and makes a new one, with jittered backoff. A frozen broker costs
+one timeout, not one per message: until the next connection is ready, every publish raises NotSent at once.
 
-It counts as connected only when the broker has every queue that its messages go to. A broker that has just started has
-its exchanges and quorum queues seconds before its streams. It routes to the queues that exist and confirms: what it
-takes then is in no log.
+The publisher counts as connected only when the broker has every queue that its messages go to. A broker that has just
+started has its exchanges and quorum queues seconds before its streams. In that time it confirms messages after routing
+them to the existing queues only, so they would be in no log.
 
-After a nack the connection stays and its channel is renewed, at most every two seconds: a channel that was opened while
-a stream had no leader nacks for ever, long after the stream has one.
+After a nack the publisher keeps the connection and renews the channel, at most every two seconds. A channel that was
+opened while a stream had no leader sends nacks forever, even after the stream has a leader.
 """
 
 import asyncio
@@ -36,15 +36,16 @@ from shared.messaging.hosts import Hosts
 
 log = structlog.get_logger(__name__)
 
-# What connecting, publishing and closing raise when the broker is unavailable or the connection breaks.
-# StopAsyncIteration: the peer accepts and closes at once, such as a proxy in front of a broker that starts.
+# Connecting, publishing and closing raise these errors when the broker is unavailable or the connection breaks. A peer
+# that accepts a connection and closes it at once, such as a proxy in front of a broker that is starting, causes
+# StopAsyncIteration.
 BROKEN_LINK = (OSError, TimeoutError, EOFError, AMQPError, AMQPException, RuntimeError, StopAsyncIteration)
 
 
 @contextlib.contextmanager
-def closed_under_us() -> Iterator[None]:
-    """Wrap uses of a channel in it. aiormq raises a bare Exception in a call whose channel is closed meanwhile; this
-    turns it into a ConnectionError, which is one of BROKEN_LINK."""
+def closed_channel_as_connection_error() -> Iterator[None]:
+    """Turns the bare Exception that aiormq raises if a channel is closed during a call into a ConnectionError, which is
+    one of BROKEN_LINK. Use this context around every use of a channel."""
     try:
         yield
     except Exception as error:
@@ -61,7 +62,7 @@ class NotSent(Exception):
 
 
 class InDoubt(Exception):
-    """Sent and not confirmed: the broker may have the message."""
+    """The message was sent and not confirmed: the broker may have it."""
 
 
 class Publisher:
@@ -85,10 +86,11 @@ class Publisher:
         return self._exchange is not None
 
     async def start(self, *, wait: float = 0.0) -> None:
-        """Starts to connect, and waits up to `wait` seconds for the first connection. Returns in both cases."""
+        """Starts to connect and waits up to `wait` seconds for the first connection. Returns even if there is no
+        connection then."""
         self.loop.start()
         if wait:
-            with contextlib.suppress(TimeoutError):  # the caller goes on: the journal takes its changes
+            with contextlib.suppress(TimeoutError):  # the caller continues, because the journal takes its changes
                 await asyncio.wait_for(self._connected.wait(), wait)
 
     async def stop(self) -> None:
@@ -99,14 +101,14 @@ class Publisher:
         await self._connected.wait()
 
     async def publish(self, routing_key: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
-        """Publishes to the exchange: persistent, mandatory and confirmed. Raises NotSent, InDoubt."""
+        """Publishes to the exchange: persistent, mandatory and confirmed. Raises NotSent and InDoubt."""
         await self._publish(self._exchange, routing_key, body, headers)
 
     async def publish_to_queue(
         self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None, timeout: float | None = None
     ) -> None:
-        """Publishes to one queue, through the default exchange. `timeout`: seconds, for a large message. Raises
-        NotSent, InDoubt."""
+        """Publishes to one queue, through the default exchange. `timeout`: in seconds; pass it for a large message.
+        Raises NotSent and InDoubt."""
         await self._publish(self._default, queue, body, headers, timeout)
 
     async def _publish(
@@ -123,18 +125,19 @@ class Publisher:
             body,
             content_type=CONTENT_TYPE,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-            message_id=uuid4().hex,  # unique for every publish: returned messages are matched by it
+            message_id=uuid4().hex,  # unique for every publish, because returned messages are matched by it
             headers=dict(headers or {}),
         )
         try:
             await exchange.publish(message, routing_key, mandatory=True, timeout=timeout or self._timeout)
         except DeliveryError as error:
-            # A nack or a return: the connection is fine, but one of the queues is not. Others may have the message.
+            # After a nack or a return the connection works, but one of the queues does not. The other queues may have
+            # the message.
             if exchange in (self._exchange, self._default) and not isinstance(error, PublishError):
                 self._nacked.set()
             raise InDoubt(f"not confirmed: {type(error).__name__}") from error
         except Exception as error:
-            # BROKEN_LINK, or the bare Exception of a call whose channel is closed meanwhile.
+            # The error is one of BROKEN_LINK, or the bare Exception of a channel that was closed during the call.
             if exchange in (self._exchange, self._default):
                 self._give_up()
             raise InDoubt(f"no confirm: {type(error).__name__}: {error}") from error
@@ -143,7 +146,7 @@ class Publisher:
         self._exchange = self._default = None
         self._connected.clear()
         self._broken.set()
-        self._nacked.set()  # wake those that wait for either event
+        self._nacked.set()  # `_watch` waits for this event
 
     async def _keep_connected(self) -> None:
         attempt = 0
@@ -169,7 +172,7 @@ class Publisher:
                 continue
             log.warning("publisher_renews_channel")
             await self._open(connection)
-            with contextlib.suppress(TimeoutError):  # publishes in flight on the old channel end meanwhile
+            with contextlib.suppress(TimeoutError):  # meanwhile the publishes on the old channel end
                 await asyncio.wait_for(self._broken.wait(), _RENEW_INTERVAL_SECONDS)
             if not nacking.is_closed:
                 async with asyncio.timeout(5.0):
@@ -182,7 +185,7 @@ class Publisher:
         await self._open(connection)
 
     async def _open(self, connection: AbstractConnection) -> None:
-        """Opens a channel that replaces the present one."""
+        """Opens a channel that replaces the current one."""
         async with asyncio.timeout(5.0):
             channel: AbstractChannel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(self._exchange_name, ensure=False)
@@ -194,7 +197,8 @@ class Publisher:
         self._connected.set()
 
     def _lost(self, connection: AbstractConnection, channel: AbstractChannel | None = None) -> None:
-        """`channel`: the one that was lost, which may be an old one; None: the connection."""
+        """Handles the loss of a channel, or of the connection if `channel` is None. Ignores a channel or connection
+        that was replaced before."""
         if connection is self._connection and channel in (None, self._channel):
             self._give_up()
 
@@ -205,7 +209,7 @@ class Publisher:
         self._connected.clear()
         if connection is not None:
             try:
-                with closed_under_us():
+                with closed_channel_as_connection_error():
                     async with asyncio.timeout(1.0):
                         await connection.close()
             except BROKEN_LINK as error:

@@ -22,7 +22,7 @@ from aiormq.exceptions import AuthenticationError, ChannelNotFoundEntity, Probab
 
 from shared.backoff import backoff
 from shared.messaging.hosts import Hosts
-from shared.messaging.publisher import BROKEN_LINK, closed_under_us
+from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 
 log = structlog.get_logger(__name__)
 
@@ -39,8 +39,8 @@ class BrokerNotReady(ConnectionError):
 
 
 def is_missing(error: BaseException) -> bool:
-    """True if the broker does not know the queue or exchange; False if it has not recovered it yet."""
-    return isinstance(error, ChannelNotFoundEntity) and any(said in str(error) for said in _MISSING)
+    """Returns True if the broker does not know the queue or exchange, and False if it has not recovered it yet."""
+    return isinstance(error, ChannelNotFoundEntity) and any(answer in str(error) for answer in _MISSING)
 
 
 def _refuses_credentials(error: BaseException) -> bool:
@@ -56,35 +56,35 @@ async def until_ready(
     what: str = "RabbitMQ",
     pause_after: Callable[[int], float] = backoff,
 ) -> T:
-    """The result of `attempt`, which is repeated as long as the broker is not ready, so it must be idempotent.
+    """Repeats `attempt` until the broker is ready, and returns its result. `attempt` must be idempotent.
 
-    `within`: seconds for all attempts together, None for no limit. Raises BrokerNotReady after that, and at once when
-    the broker refuses the credentials, unless there is no limit. Other errors of `attempt` pass through. `pause_after`:
-    the seconds to wait after a number of failed attempts.
+    `within`: the limit in seconds for all attempts together, or None for no limit. With a limit, raises BrokerNotReady
+    when the time is over, and at once if the broker refuses the credentials. Other errors of `attempt` pass through.
+    `pause_after`: returns the seconds to wait after a number of failed attempts.
     """
     deadline = None if within is None else time.monotonic() + within
-    tries = 0
+    attempts = 0
     while True:
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                with closed_under_us():
+                with closed_channel_as_connection_error():
                     return await attempt()
         except BROKEN_LINK as error:
             if is_missing(error):
                 raise
-            said = str(error) or type(error).__name__
-            pause = pause_after(tries)
-            over = deadline is not None and time.monotonic() + pause > deadline
-            if deadline is not None and (over or _refuses_credentials(error)):
-                raise BrokerNotReady(f"{what} is not ready: {said}") from error
-            tries += 1
-            log.warning("waiting_for_broker", server=what, answer=said, attempt=tries)
+            answer = str(error) or type(error).__name__
+            pause = pause_after(attempts)
+            out_of_time = deadline is not None and time.monotonic() + pause > deadline
+            if deadline is not None and (out_of_time or _refuses_credentials(error)):
+                raise BrokerNotReady(f"{what} is not ready: {answer}") from error
+            attempts += 1
+            log.warning("waiting_for_broker", server=what, answer=answer, attempt=attempts)
             await asyncio.sleep(pause)
 
 
 async def when_ready(url: str, work: Callable[[AbstractConnection], Awaitable[T]], *, within: float | None) -> T:
-    """Runs `work` with a connection to the broker, and repeats it like `until_ready`. Each attempt has a connection of
-    its own, because a broker that is recovering answers by closing channels and sometimes the connection."""
+    """Runs `work` with a connection to the broker, and repeats it like `until_ready`. Each attempt opens a new
+    connection, because a broker that is recovering closes channels and sometimes the connection."""
     hosts = Hosts(url)
 
     async def attempt() -> T:

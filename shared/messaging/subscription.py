@@ -1,15 +1,15 @@
-"""Consuming queues through FastStream, for every consumer for which the order of messages does not matter.
+"""Consumes queues through FastStream, for all consumers that do not depend on the order of messages.
 
 Guarantee: each delivery is passed to `on_message` once, as raw bytes, and stays unacknowledged until its consumer
-acknowledges it. `close` gives back everything that was not acknowledged.
+acknowledges it. `close` gives all unacknowledged messages back to the broker.
 
-Messages are read by iterating over the subscriber. With a handler, FastStream starts to accept deliveries only after it
-has subscribed: what arrives in between is dropped and stays unacknowledged for ever. An iterator has no such moment,
-starts no handler task per delivery and decodes nothing.
+This module reads messages by iterating over the subscriber. With a handler, FastStream would accept deliveries only
+after it has subscribed. It would drop the messages that arrive in between, and they would stay unacknowledged forever.
+An iterator has no such gap, starts no task per delivery and decodes nothing.
 
-A subscription lives as long as one connection. When that is lost, `on_lost` is called once, and the owner makes a new
-subscription, perhaps to another node: the connection that FastStream makes would renew itself to the same node only.
-A second subscriber of a queue would share the channel of the first one, so a queue stands here once.
+A subscription lives as long as one connection. When the connection is lost, `on_lost` is called once, and the owner
+makes a new subscription, perhaps to another node; FastStream itself would reconnect only to the same node. Pass each
+queue only once, because a second subscriber of a queue would share the channel of the first one.
 
 See docs/adr/0014-faststream-consumes-where-order-does-not-matter.md.
 """
@@ -33,7 +33,7 @@ _CLOSE_TIMEOUT_SECONDS = 1.0
 
 
 class Delivery:
-    """One message of a queue, with what is needed to acknowledge it."""
+    """One message of a queue, and the channel on which to acknowledge it."""
 
     __slots__ = ("body", "channel", "headers", "queue", "tag")
 
@@ -47,12 +47,12 @@ class Delivery:
         self.tag: int = raw.delivery_tag
 
     @property
-    def ours(self) -> bool:
-        """False when its channel is closed: the broker delivers it again, to any consumer."""
+    def channel_open(self) -> bool:
+        """False if the channel is closed. The broker then delivers the message again, to any consumer."""
         return not self.channel.is_closed
 
     async def ack(self) -> None:
-        """Raises ChannelInvalidStateError or one of BROKEN_LINK when the channel is gone."""
+        """Acknowledges the message. Raises ChannelInvalidStateError or one of BROKEN_LINK if the channel is closed."""
         await self.channel.basic_ack(self.tag)
 
 
@@ -66,10 +66,12 @@ class Subscription:
         on_message: Callable[[Delivery], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """`url`: of one node. `prefetch`: unacknowledged messages of each queue, which has a channel of its own.
+        """`url`: the URL of one node. `prefetch`: the maximum number of unacknowledged messages of each queue. Each
+        queue has a separate channel.
 
-        Both callbacks must not block. `on_lost` is called when the connection or a subscriber ends without `end` or
-        `close`."""
+        Neither callback may block. `on_lost` is called when the connection or a subscriber ends without `end` or
+        `close`.
+        """
         self.up = True
         """False once the connection is lost or closed."""
         self._on_message = on_message
@@ -99,28 +101,29 @@ class Subscription:
         self._ending = False
 
     async def open(self) -> None:
-        """Connects and subscribes; once. Raises what the client libraries raise: close it then, also after a
-        cancellation."""
+        """Connects and subscribes. Call it only once. Errors of the client libraries pass through; call `close` after
+        an error or a cancellation."""
         self._opening = asyncio.create_task(self._start(), name="subscription-open")
         async with asyncio.timeout(_OPEN_TIMEOUT_SECONDS):
-            # Shielded: a handshake that is cancelled half-way waits for a peer that may be frozen.
+            # The handshake is shielded: if it is cancelled half-way, it waits for a peer that may be frozen.
             await asyncio.shield(self._opening)
         if not self.up:
             raise ConnectionError("the connection was lost as soon as it was open")
 
     async def consumers(self, queue: str) -> int:
-        """The number of consumers that the broker counts for a queue, in all processes. Raises one of BROKEN_LINK."""
+        """Returns the number of consumers of a queue that the broker counts, in all processes. Raises one of
+        BROKEN_LINK."""
         async with asyncio.timeout(_OPEN_TIMEOUT_SECONDS):
             connection = await self._broker.connect()
-            # On a new channel: one that has asked before answers from its memory.
+            # A channel that has asked before would answer from its cache, so this opens a new one.
             channel = await connection.channel(publisher_confirms=False)
             declared = await channel.declare_queue(queue, passive=True, robust=False)
             await channel.close()
         return declared.declaration_result.consumer_count or 0
 
     async def end(self) -> None:
-        """No more deliveries; those that were passed on can still be acknowledged. May be called twice, or before
-        `open`. Takes about a second at most."""
+        """Stops the deliveries. Messages that were passed on before can still be acknowledged. May be called twice, or
+        before `open`. Takes about one second at most."""
         self._ending = True
         readers, self._readers = self._readers, []
         for reader in readers:
@@ -131,8 +134,8 @@ class Subscription:
                 reader.cancel()
 
     async def close(self) -> None:
-        """Gives back what was not acknowledged. May be called twice, or before `open`. Takes about three seconds at
-        most."""
+        """Closes the connection, which gives the unacknowledged messages back to the broker. May be called twice, or
+        before `open`. Takes about three seconds at most."""
         await self.end()
         opening, self._opening = self._opening, None
         if opening is not None and not opening.done():
@@ -154,7 +157,7 @@ class Subscription:
         try:
             async for message in subscriber:
                 self._on_message(Delivery(queue, message))
-        except Exception as error:  # noqa: BLE001  (whatever a broken peer makes of the client: the owner connects again)
+        except Exception as error:  # noqa: BLE001  (a broken peer may cause any error; the owner connects again)
             log.warning("subscription_broke", queue=queue, error=f"{type(error).__name__}: {error}")
         self._lost()
 

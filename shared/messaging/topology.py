@@ -6,12 +6,12 @@ start.
                      ├── every lane ──► changes.log.v1 (stream)               sync.mirror.dead.v1
                      └── all but critical ──► changes.reference.log.v1 (stream)
 
-Retries return through the default exchange to the queue of their lane only: through `ticketrail.changes` the stream would
-receive them twice. Dead-lettering is at least once. For that RabbitMQ needs the strategy, `reject-publish` and an exchange
-together; without one of them it is silently at most once.
+Retries return to the queue of their lane through the default exchange. Through `ticketrail.changes` the stream would receive
+them twice. Dead-lettering is at least once. RabbitMQ guarantees that only with three arguments together: the strategy,
+`reject-publish` and an exchange. If one is missing, dead-lettering is silently at most once.
 
-The reference log is the change log without orders and payments, for readers that only need menus, tables or customers:
-they need not read the bulk of all changes.
+The reference log is the change log without orders and payments. Readers that need only menus, tables or customers read this
+log, because orders are the bulk of all changes.
 """
 
 from dataclasses import dataclass, field
@@ -26,16 +26,17 @@ REFERENCE_LOG = "changes.reference.log.v1"
 MIRROR_DEAD = "sync.mirror.dead.v1"
 DELIVERY_LIMIT = 100
 DEAD_DELIVERY_LIMIT = 1_000_000_000
-"""Delivery limit of the dead-letter queues, which dead-letter to nothing: by default RabbitMQ 4 would drop a message at its
-21st delivery."""
+"""The delivery limit of the dead-letter queues. They have no dead-letter target, and with its default limit RabbitMQ 4
+would drop a message at its 21st delivery."""
 ATTEMPT = "ticketrail-attempt"
-"""Our header with the number of attempts so far: from 4.0.1 on, RabbitMQ ignores `x-death` when a message is published
+"""Our header with the number of attempts so far. From 4.0.1 on, RabbitMQ ignores `x-death` when a message is published
 again."""
 
 
 def lane_of(change: Change) -> Lane:
-    """The lane, and so the queue, of a change: the one with the highest priority that the change reaches. The priority
-    is that of the entity (shared/entities) unless the draft named a lane."""
+    """Returns the lane of a change, which determines its queue. It is the highest lane whose priority is not above the
+    priority of the change. The priority of a change is that of its entity (shared/entities) unless the draft named a
+    lane."""
     return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)
 
 
@@ -48,12 +49,13 @@ def dead_queue(lane: Lane) -> str:
 
 
 def retry_queue(lane: Lane, delay_ms: int) -> str:
-    """The name contains the delay: other steps need other queues, so that arguments never conflict."""
+    """Returns the name of a retry queue. It contains the delay, because a queue keeps its arguments: another delay
+    needs another queue."""
     return f"sync.postgres.{lane}.retry.{delay_ms}ms.v1"
 
 
 def bound_queues() -> list[str]:
-    """The queues that receive changes from the exchange, over all lanes."""
+    """Returns the queues that receive changes from the exchange, for all lanes."""
     return [*(lane_queue(lane) for lane in Lane), REFERENCE_LOG, LOG]
 
 
@@ -63,7 +65,7 @@ class QueueSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     bound_to: tuple[Lane, ...] = ()
     older: dict[str, Any] | None = None
-    """The arguments of an earlier release: an existing queue with these is used as it is."""
+    """The arguments of an earlier release. A queue that exists with these arguments is used as it is."""
 
 
 def _quorum(**arguments: Any) -> dict[str, Any]:
@@ -84,12 +86,12 @@ def _dead(name: str) -> QueueSpec:
 
 
 def dead_queues() -> list[tuple[str, Lane | None]]:
-    """Returns (queue, its lane) of each dead-letter queue; the lane is None for that of the mirror writer."""
+    """Returns (queue, lane) of each dead-letter queue. The lane is None for the queue of the mirror writer."""
     return [*((dead_queue(lane), lane) for lane in Lane), (MIRROR_DEAD, None)]
 
 
 def logs(settings: Settings) -> list[QueueSpec]:
-    """The streams. The change log is last, so that the others exist when it does."""
+    """Returns the streams. The change log is the last one, so that the others exist when it exists."""
     arguments = {
         "x-queue-type": "stream",
         "x-max-age": settings.change_log_max_age,
@@ -100,8 +102,8 @@ def logs(settings: Settings) -> list[QueueSpec]:
 
 
 def queues(settings: Settings) -> list[QueueSpec]:
-    """All queues without the logs. Targets of dead-lettering come first: at-least-once dead-lettering to a missing queue
-    blocks its source."""
+    """Returns all queues without the logs. Targets of dead-lettering come first, because at-least-once dead-lettering
+    to a missing queue blocks its source."""
     found = [_dead(MIRROR_DEAD)]
     for lane in Lane:
         found.append(_dead(dead_queue(lane)))

@@ -17,7 +17,7 @@ from msgspec import Struct
 from shared.entities.contract import Lane, now
 from shared.messaging import declare, topology
 from shared.messaging.management import ask, vhost_of
-from shared.messaging.publisher import BROKEN_LINK, closed_under_us
+from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
@@ -68,7 +68,7 @@ async def look(settings: Settings, postgres: Postgres) -> QueuesReport:
         away.append("management")
         source = "broker"
         try:
-            with closed_under_us():
+            with closed_channel_as_connection_error():
                 found = await _from_broker(settings)
         except BROKEN_LINK as broken:
             log.warning("broker_unavailable", error=str(broken) or type(broken).__name__)

@@ -132,7 +132,7 @@ class Intake:
             if delivery is None:
                 self._arrived.put_nowait(None)  # for the next call
                 break
-            if delivery.ours:
+            if delivery.channel_open:
                 taken.append(delivery)
                 size += estimate_changes(delivery.body)
             until = until if until is not None or not taken else loop.time() + self._settings.batch_wait_ms / 1000
@@ -188,7 +188,7 @@ class Intake:
                     self._watch.arrived(self.lane, signal.time)
 
     def _lost(self) -> None:
-        self._held = {delivery for delivery in self._held if delivery.ours}
+        self._held = {delivery for delivery in self._held if delivery.channel_open}
         if self._subscribed and not self._ending:
             log.info("lane_lost", lane=self.lane)
             self._reopening = vital_task(self._reopen(), name=f"lane-{self.lane}-reopen")

@@ -158,7 +158,7 @@ class Batcher:
 
     async def _send(self, failed: list[FailedChange], messages: list[Delivery]) -> None:
         def ours() -> bool:
-            return any(delivery.ours for delivery in messages)
+            return any(delivery.channel_open for delivery in messages)
 
         try:
             left = await self._store_dead_letters(failed) if len(failed) > _MAX_FAILURES_THROUGH_QUEUE else failed
