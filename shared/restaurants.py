@@ -19,9 +19,9 @@ _ALL = f"select {_COLUMNS} from restaurants"  # noqa: S608  (a constant)
 
 class RestaurantSettings(Struct, frozen=True):
     country: Annotated[str, Meta(pattern="^[A-Z]{2}$", max_length=2, examples=["DE"])] | None = None
-    """ISO 3166 code of the country that a phone number without a country code belongs to."""
+    """The ISO 3166 code of the country to which a phone number without a country code belongs."""
     minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
-    """The payment, in minor units, that gives one loyalty point."""
+    """The payment that gives one loyalty point, in minor units."""
 
 
 class Restaurant(Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class Restaurant(Struct, frozen=True, kw_only=True):
     settings: RestaurantSettings = RestaurantSettings()
 
     def business_day(self, at: datetime) -> date:
-        """The business day of a time: before the cutoff hour it is the previous day."""
+        """Returns the business day of a time. Before the cutoff hour this is the previous day."""
         return (at.astimezone(ZoneInfo(self.time_zone)) - timedelta(hours=self.cutoff_hour)).date()
 
 

@@ -1,13 +1,13 @@
 """One connection to Redis for all callers of a process: commands that wait at the same moment go in one pipeline.
 
-With several hosts, a primary and its replicas, it connects to the current primary. Two hosts may both say that they are
-the primary, when the old primary comes back after a failover. Then it prefers a warm one, and among those the one that
-has applied most of the log.
+With several hosts (a primary and its replicas) this module connects to the current primary. When the old primary comes
+back after a failover, two hosts may report that they are the primary. The module then prefers a warm host, and among
+warm hosts the one that has applied the most of the log.
 
 A call raises
 
     MirrorUnavailable  nothing was done: no connection, the breaker is open, or the server takes no writes
-    MirrorInDoubt      sent without a reply: it may have been executed, or will be when a frozen server wakes
+    MirrorInDoubt      the command got no reply: the server may have executed it, or may do so when it wakes
 
 After a failure the breaker opens for a growing, jittered time, in which every call raises MirrorUnavailable at once.
 The first call after that time starts a probe and waits for it for at most `_PROBE_TIMEOUT_SECONDS`. The other calls
@@ -35,13 +35,13 @@ from shared.mirror.keys import LOG, WARM
 log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
-_MAX_PIPELINE = 512
+_MAX_PIPELINE_COMMANDS = 512
 _SCRIPT_PARTS = ("stock", "order_number")
 _PROBE_TIMEOUT_SECONDS = 0.1  # a server that is back answers a probe in a few milliseconds
 
 
 def _with_parts(text: str, texts: dict[str, str]) -> str:
-    """The script behind the parts that its first line names: `-- with stock.lua, order_number.lua`."""
+    """Returns the script after the parts that its first line names: `-- with stock.lua, order_number.lua`."""
     first = text.partition("\n")[0]
     return "\n".join([*(texts[part] for part in _SCRIPT_PARTS if f"{part}.lua" in first), text])
 
@@ -51,11 +51,11 @@ class MirrorUnavailable(Exception):
 
 
 class MirrorInDoubt(Exception):
-    """The command was sent and got no reply: the server may have executed it."""
+    """The command was sent and got no reply, so the server may have executed it."""
 
 
 class MirrorMisconfigured(MirrorUnavailable):
-    """The server is set to evict data, so it is not used, and a service refuses to start with it."""
+    """The server may evict data. It is therefore not used, and a service refuses to start with it."""
 
 
 class _Call:
@@ -71,7 +71,7 @@ class MirrorConnection:
         """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: in seconds."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
-            # With a timeout here redis-py would start a task for every write and a timer for every reply, which takes
+            # If this had a value, redis-py would start a task for every write and a timer for every reply, which takes
             # a tenth of the time of an order. `_drain` puts one timeout around the whole round trip instead.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
@@ -85,7 +85,8 @@ class MirrorConnection:
         self._scripts = {name: _with_parts(text, texts) for name, text in texts.items() if name not in _SCRIPT_PARTS}
         self._timeout = timeout
         self._shas: dict[str, str] = {}
-        self._forgotten = False  # the next round trip needs a new connection
+        self._must_reconnect = False
+        """True if the next round trip needs a new connection."""
         self._connection: Any = None
         self._waiting: list[_Call] = []
         self._task: asyncio.Task[Any] | None = None
@@ -94,12 +95,13 @@ class MirrorConnection:
         self._clock: float | None = None  # seconds by which the server's clock is ahead of our monotonic clock
 
     def server_ms(self, within: float) -> int | None:
-        """The server's time `within` seconds from now, in Unix milliseconds; None before the first connection."""
+        """Returns the server's time `within` seconds from now, in Unix milliseconds, or None before the first
+        connection."""
         return None if self._clock is None else int((time.monotonic() + self._clock + within) * 1000)
 
-    def forget(self) -> None:
+    def reconnect(self) -> None:
         """Makes the next call open a new connection, because the server's clock has jumped."""
-        self._forgotten = True
+        self._must_reconnect = True
 
     @property
     def available(self) -> bool:
@@ -125,7 +127,7 @@ class MirrorConnection:
         return await call.reply
 
     async def _probed(self) -> None:
-        """Returns if the server answers again; raises MirrorUnavailable if it does not."""
+        """Probes the server. Returns if it answers again, and raises MirrorUnavailable if it does not."""
         if self._task is None or self._task.done():
             self._task = probe = asyncio.create_task(self._probe(), name="mirror-probe")
             await asyncio.wait({probe}, timeout=_PROBE_TIMEOUT_SECONDS)
@@ -136,7 +138,7 @@ class MirrorConnection:
         raise MirrorUnavailable("the mirror did not answer; a probe is under way")
 
     async def _probe(self) -> MirrorUnavailable | None:
-        """Returns its error instead of raising it, because the caller may no longer wait for it."""
+        """Connects. Returns its error instead of raising it, because the caller may no longer wait for this task."""
         try:
             await self._connect_in_time()
         except MirrorUnavailable as unavailable:
@@ -145,13 +147,13 @@ class MirrorConnection:
         return None
 
     async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-        """Runs `scripts/<name>.lua`."""
+        """Runs `scripts/<name>.lua` and returns its reply. Raises like `call`."""
         try:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
         except NoScriptError:
             # The server has lost its scripts (SCRIPT FLUSH). Nothing was executed, so the call may be sent again. Only
             # `_drain` replaces the connection: dropping it here could break a round trip of other calls.
-            self._forgotten = True
+            self._must_reconnect = True
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
@@ -171,7 +173,7 @@ class MirrorConnection:
 
     async def _drain(self) -> None:
         while self._waiting:
-            if self._forgotten or self._hung_up():
+            if self._must_reconnect or self._closed_by_server():
                 self._drop()
             try:
                 if self._connection is None:
@@ -179,9 +181,9 @@ class MirrorConnection:
             except MirrorUnavailable as unavailable:
                 self._fail(self._take(), unavailable)
                 return
-            calls = self._take(_MAX_PIPELINE)
+            calls = self._take(_MAX_PIPELINE_COMMANDS)
             try:
-                # The timeout of one reply, plus a little for each call that is answered before the last one.
+                # The timeout is that of one reply, plus a little for each call that is answered before the last one.
                 async with asyncio.timeout(self._timeout * (1 + len(calls) / 64)):
                     await self._round_trip(calls)
                 self._failures = 0
@@ -201,12 +203,13 @@ class MirrorConnection:
         await self._connection.send_packed_command(packed, check_health=False)
         for call in calls:
             try:
-                # No `timeout=` here: redis-py would return None at a timeout and keep the connection, so every later
-                # reply would go to the wrong caller. `_drain` drops the connection after its timeout.
+                # `timeout=` is not passed here, because redis-py would return None at a timeout and keep the
+                # connection, so every later reply would go to the wrong caller. `_drain` drops the connection after its
+                # own timeout.
                 reply = await self._connection.read_response()
             except ResponseError as error:
                 if isinstance(error, ReadOnlyError):
-                    self._forgotten = True  # the primary became a replica, so another host is the primary now
+                    self._must_reconnect = True  # the primary became a replica, so another host is the primary now
                 if not call.reply.done():
                     call.reply.set_exception(MirrorUnavailable(str(error)) if _takes_no_writes(error) else error)
                 continue
@@ -232,12 +235,13 @@ class MirrorConnection:
             raise MirrorUnavailable(str(error)) from error
 
     async def _connect(self) -> None:
-        connection = await self._to_the_primary()
+        connection = await self._connect_to_primary()
         try:
             memory = await _ask(connection, "INFO", "memory")
             if b"maxmemory_policy:noeviction" not in memory:
                 raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction, or it would evict claims")
-            # Taken before the request: if the reply is slow, deadlines of claims are too late rather than too early.
+            # The clock is read before the request, so that a slow reply makes the deadlines of claims too late rather
+            # than too early.
             asked_at = time.monotonic()
             seconds, micros = await _ask(connection, "TIME")
             self._clock = int(seconds) + int(micros) / 1e6 - asked_at
@@ -246,12 +250,12 @@ class MirrorConnection:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._connection, self._forgotten = connection, False
+        self._connection, self._must_reconnect = connection, False
 
-    async def _to_the_primary(self) -> Any:
-        found = await asyncio.gather(*(self._look_at(host) for host in self._hosts), return_exceptions=True)
+    async def _connect_to_primary(self) -> Any:
+        found = await asyncio.gather(*(self._examine(host) for host in self._hosts), return_exceptions=True)
         primaries = [answer for answer in found if not isinstance(answer, BaseException)]
-        best = max(primaries, key=lambda primary: primary[0], default=None)  # the first one of equals
+        best = max(primaries, key=lambda primary: primary[0], default=None)  # of equal ones, the first
         for primary in primaries:
             if primary is not best:
                 await primary[1].disconnect(nowait=True)
@@ -260,9 +264,9 @@ class MirrorConnection:
             raise next((error for error in errors if not isinstance(error, MirrorUnavailable)), errors[0])
         return best[1]
 
-    async def _look_at(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
-        """Returns ((whether the host is warm, its offset in the log), a connection to it). Raises MirrorUnavailable for
-        a replica."""
+    async def _examine(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
+        """Connects to a host. Returns ((whether the host is warm, its offset in the log), the connection). Raises
+        MirrorUnavailable for a replica."""
         options = {**host, **self._options}
         connection = options.pop("connection_class", Connection)(**options)
         try:
@@ -293,8 +297,9 @@ class MirrorConnection:
         self._closed_until = time.monotonic() + backoff(self._failures)
         self._drop()
 
-    def _hung_up(self) -> bool:
-        """Returns whether the server has closed the connection. A call sent on it now would needlessly be in doubt."""
+    def _closed_by_server(self) -> bool:
+        """Returns whether the server has closed the connection. A call that is sent on such a connection would be in
+        doubt without need."""
         return self._connection is not None and self._connection._reader.at_eof()
 
     def _drop(self) -> None:

@@ -1,4 +1,4 @@
-"""The names of all keys in the mirror. Keys of a tenant have the restaurant as hash tag; the rail's own keys do not.
+"""The names of all keys in the mirror. A tenant's keys have the restaurant as hash tag; the rail's own keys have none.
 
     {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
     {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, stored,
@@ -22,7 +22,7 @@ Some scripts use keys of both kinds, so the mirror must be one primary with repl
 """
 
 LAYOUT_VERSION = 1
-"""Raise this number with every change of a name, type or field above, so that data in another layout is not used."""
+"""Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"

@@ -19,23 +19,25 @@ from shared.mirror.connection import MirrorConnection
 
 
 class Document(Struct, frozen=True):
-    """An encoded state in the mirror, and its sync state."""
+    """An encoded state in the mirror, with its sync state."""
 
     head: Head
     state: bytes
     pending: bool = False
     failure: bytes = b""
-    """JSON: {"error", "attempts", "last_attempt"}; empty when nothing failed."""
+    """JSON: {"error", "attempts", "last_attempt"}. Empty if nothing failed."""
     conflict: bool = False
     """True while a conflict of the entity is open."""
 
 
 class Claimed(Struct, frozen=True):
+    """The change holds the claim now. `number` is the order number that the claim gave, or empty."""
+
     number: str
 
 
 class Cold(Struct, frozen=True):
-    """The mirror writer has not filled the mirror since its server started, so it takes no claims."""
+    """The mirror takes no claims, because the mirror writer has not filled it since its server started."""
 
 
 class Busy(Struct, frozen=True):
@@ -51,14 +53,14 @@ class Stale(Struct, frozen=True):
 
 
 class HeadMoved(Struct, frozen=True):
-    """The base of the change is not the head. `state` is None when only PostgreSQL has it."""
+    """The change was not built on the head. `state` is None if only PostgreSQL has the state of the head."""
 
     head: Head
     state: bytes | None
 
 
 class StockShort(Struct, frozen=True):
-    """The stock has less than the change would hold. `left`: (inventory item, amount left) of each short item."""
+    """The stock is not enough for the change. `left`: (inventory item, amount left) of each item that is short."""
 
     left: tuple[tuple[str, int], ...]
 
@@ -83,7 +85,8 @@ class LogState(Struct, frozen=True):
     epoch: str
     offset: int
     lost: bool = False
-    """True if a mirror that had given order numbers was lost: orders with such numbers may not be read back yet."""
+    """True if a mirror was lost after it had given order numbers. Some orders with these numbers may not have been read
+    back yet."""
 
 
 class Mirror:
@@ -121,9 +124,10 @@ class Mirror:
     ) -> ClaimReply:
         """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
 
-        `base`: the head that the change was built on; None for a new entity. `series`: the business day, if the change
-        needs an order number. `floor`: the number is higher than this. `stock`: `stock_text` of the state. `within`:
-        seconds after which the server must not claim any more; it then replies as Cold.
+        `base`: the head that the change was built on, or None for a new entity. `series`: the business day, if the
+        change needs an order number. `floor`: the order number must be higher than this. `stock`: the result of
+        `stock_text` for the state. `within`: the number of seconds after which the server must refuse the claim; the
+        reply is then Cold.
         """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
@@ -152,7 +156,7 @@ class Mirror:
         )
         match reply[0]:
             case b"late":
-                self._redis.forget()  # the server answers, so it is not frozen: its clock has jumped
+                self._redis.reconnect()  # the server answers, so it is not frozen: its clock has jumped
                 return Cold()
             case b"short":
                 return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
@@ -168,8 +172,8 @@ class Mirror:
                 return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
 
     async def take_back(self, change: Change) -> bool:
-        """Removes the claim of a change that was never sent. True: the claim is gone and the change will not be
-        recorded. False: it may be recorded."""
+        """Removes the claim of a change that was never sent. Returns True if the claim is gone, so that the change will
+        not be recorded, and False if the change may be recorded."""
         restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
         reply = await self._redis.script(
             "take_back",
@@ -179,14 +183,14 @@ class Mirror:
         return bool(reply)
 
     async def stale_claims(self, *, most: int = 100) -> list[str]:
-        """Up to `most` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
+        """Returns up to `most` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
         seconds, micros = await self._redis.call("TIME")
         before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
         found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, most)
         return [member.decode() for member in found]
 
     async def mark(self, member: str) -> Stale | None:
-        """Marks a stale claim and returns it; None if there is nothing to finish."""
+        """Marks a stale claim and returns it. Returns None if there is nothing to finish."""
         restaurant, entity, id_ = member.split("|")
         reply = await self._redis.script(
             "mark",
@@ -240,8 +244,8 @@ class Mirror:
                 int(state.accepted_at.timestamp() * 1000),
                 keys.member(restaurant, name, id_),
                 state.how,
-                # Only numbers that this system can have given count. A longer one was imported, and Lua and Redis
-                # could not count it exactly.
+                # Only a number that this system can have given raises the counter. A longer number was imported, and
+                # Lua and Redis could not count it exactly.
                 number if number.isascii() and number.isdecimal() and len(number) < 10 else "",
                 stock_text(state.entity, state.state),
             ]
@@ -249,7 +253,7 @@ class Mirror:
         return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
 
     async def missing(self, changes: Sequence[Outline]) -> list[int]:
-        """The indexes of the changes that `apply` would change something for."""
+        """Returns the indexes of the changes for which `apply` would write something."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = []
         for one in changes:
@@ -261,8 +265,8 @@ class Mirror:
     async def note_sync_states(
         self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
     ) -> None:
-        """Notes that PostgreSQL has committed these states, given as (entity id, head). With `failure` (JSON, as in
-        `Document`): notes that they failed on the way there."""
+        """Stores that PostgreSQL has committed these states, given as (entity id, head). With a `failure` (JSON, as in
+        `Document`), stores that writing them to PostgreSQL failed."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = [failure]
         for id_, head in states:
@@ -276,8 +280,8 @@ class Mirror:
         await self._redis.script("sync_state", all_keys, arguments)
 
     async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
-        """Returns (whether the mirror is warm, documents in the order of the ids). An entity that a cold mirror lacks
-        may still exist."""
+        """Returns (whether the mirror is warm, documents in the order of the ids). If the mirror is cold, an entity
+        without a document may still exist."""
         reply = await self._redis.script(
             "read",
             [
@@ -300,12 +304,12 @@ class Mirror:
         return bool(reply[0]), found
 
     async def pending_ids(self, restaurant: str, entity: str) -> list[str]:
-        """The ids of pending entities, newest first."""
+        """Returns the ids of pending entities, newest first."""
         found = await self._redis.call("ZREVRANGE", keys.pending(restaurant, entity), 0, -1)
         return [id_.decode() for id_ in found]
 
     async def failed_ids(self, restaurant: str, entity: str) -> list[str]:
-        """The ids of entities that failed on the way to PostgreSQL, newest first."""
+        """Returns the ids of pending entities whose last attempt to write to PostgreSQL failed, newest first."""
         pending = keys.pending(restaurant, entity)
         ids = await self._redis.call("HKEYS", keys.failed(restaurant, entity))
         places = await self._redis.call("ZMSCORE", pending, *ids) if ids else []
@@ -313,23 +317,27 @@ class Mirror:
         return [id_ for _, id_ in sorted(found, reverse=True)]
 
     async def conflicts(self) -> set[str]:
-        """The members (see `keys.member`) that the mirror notes as having an open conflict, over all tenants."""
+        """Returns the members (see `keys.member`) that have an open conflict in the mirror, over all
+        tenants."""
         return {member.decode() for member in await self._redis.call("SMEMBERS", keys.CONFLICTS)}
 
     async def note_conflicts(self, opened: Sequence[str], closed: Sequence[str]) -> None:
-        """Notes members (see `keys.member`) whose conflict is open now, and members whose conflicts are all closed."""
+        """Adds the members (see `keys.member`) in `opened`, which have an open conflict. Removes the members in
+        `closed`, whose conflicts are all closed."""
         if opened:
             await self._redis.call("SADD", keys.CONFLICTS, *opened)
         if closed:
             await self._redis.call("SREM", keys.CONFLICTS, *closed)
 
     async def accepted_at(self, restaurant: str, entity: str, ids: Sequence[str]) -> list[float | None]:
-        """When the current state of each id was accepted, in Unix seconds; None for an id that the mirror lacks."""
+        """Returns the times when the current states of these ids were accepted, in Unix seconds. The time is None for
+        an id that the mirror lacks."""
         found = await asyncio.gather(*(self._redis.call("HGET", keys.doc(restaurant, entity, id_), "p") for id_ in ids))
         return [None if at is None else int(at) / 1000 for at in found]
 
     async def live_ids(self, restaurant: str, entity: str, *, most: float = float("inf"), count: int = -1) -> list[str]:
-        """Ids in the live window with an index score of at most `most`, newest first."""
+        """Returns ids in the live window with an index score of at most `most`, newest first. `count`: the maximum
+        number of ids; -1 means all."""
         found = await self._redis.call(
             "ZREVRANGEBYSCORE", keys.live(restaurant, entity), most, "-inf", "LIMIT", 0, count
         )
@@ -351,7 +359,7 @@ class Mirror:
         return int(left)
 
     async def counts(self, restaurant: str, entity: str) -> tuple[int, int]:
-        """The numbers of (pending, failed) entities."""
+        """Returns the numbers of (pending, failed) entities."""
         pending = await self._redis.call("ZCARD", keys.pending(restaurant, entity))
         failed = await self._redis.call("HLEN", keys.failed(restaurant, entity))
         return int(pending), int(failed)
@@ -359,22 +367,23 @@ class Mirror:
     # -- stock and limits --------------------------------------------------------------------------------------
 
     async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """Returns (count, amount that orders hold) of each inventory item; None if the mirror is cold or does not count
-        it."""
+        """Returns (count, amount that orders hold) of each inventory item. It is None for an item that the mirror does
+        not count, and for every item if the mirror is cold."""
         warm, *found = await asyncio.gather(
             self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
         )
         return [None if count is None or not warm else (int(count), int(held or 0)) for count, held in found]
 
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
-        """Sets the holds of orders, given as (restaurant, order, holds); orders in the live window are skipped."""
+        """Sets the holds of orders, given as (restaurant, order, holds). Skips orders in the live window."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
         await self._redis.script("stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
 
     async def take_tokens(self, caller: str, capacity: int, rate: float, requested: int) -> tuple[int, int, float]:
-        """Takes up to `requested` tokens from the bucket of a caller, which refills by `rate` tokens per second.
+        """Takes up to `requested` tokens from the bucket of a caller. The bucket gains `rate` tokens per second.
 
-        Returns (tokens taken, tokens left, seconds until one token is there)."""
+        Returns (tokens taken, tokens left, seconds until the bucket has a token).
+        """
         taken, left, wait = await self._redis.script("bucket", [keys.bucket(caller)], [capacity, rate, requested, 1])
         return int(taken), int(left), int(wait) / 1000
 
@@ -394,12 +403,13 @@ class Mirror:
     # -- the state of the mirror writer ------------------------------------------------------------------------
 
     async def log_state(self) -> LogState | None:
+        """Returns how far the mirror writer has applied the log, or None if the mirror has no log state."""
         epoch, offset, lost = await self._redis.call("HMGET", keys.LOG, "epoch", "offset", "lost")
         return None if epoch is None else LogState(epoch.decode(), int(offset), lost is not None)
 
     async def begin_log(self, state: LogState) -> None:
-        """The first step of filling a mirror: after it, `apply` with `at` writes only to this mirror and not to a later
-        one. Does nothing if the mirror has a log state already."""
+        """Begins to fill a mirror by setting its log state. After that, `apply` with `at` writes only to this mirror
+        and not to a later one. Does nothing if the mirror already has a log state."""
         await self._redis.script("begin_log", [keys.LOG, keys.WARM], [state.epoch, state.offset])
 
     async def is_warm(self) -> bool:
@@ -409,16 +419,18 @@ class Mirror:
     async def warm(self, at: LogState, series: Sequence[tuple[str, str]], gap: int) -> bool:
         """Makes the mirror warm. Skips `gap` order numbers in each of `series`, given as (restaurant, business day).
 
-        False: this is not the mirror that the caller has filled."""
+        Returns False if this is not the mirror that the caller has filled.
+        """
         counters = [keys.number(restaurant, day) for restaurant, day in series]
         return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
 
     async def note_heartbeats(self, heartbeats: dict[str, datetime]) -> None:
-        """Sets, for each lane, when PostgreSQL stored its last heartbeat."""
+        """Stores the times at which PostgreSQL stored the last heartbeat of each lane."""
         pairs = [part for lane, at in heartbeats.items() for part in (lane, at.isoformat())]
         await self._redis.call("HSET", keys.HEARTBEATS, *pairs)
 
     async def heartbeats(self) -> dict[str, datetime]:
+        """Returns the times at which PostgreSQL stored the last heartbeat of each lane."""
         reply = await self._redis.call("HGETALL", keys.HEARTBEATS)
         return {
             reply[i].decode(): msgspec.convert(reply[i + 1].decode(), datetime, strict=False)
@@ -431,7 +443,8 @@ def _hold_text(holds: Sequence[Hold]) -> str:
 
 
 def stock_text(entity: Entity, state: Any) -> str:
-    """The holds of an order, or the count of an inventory item, for scripts/stock.lua; empty for other states."""
+    """Returns the holds of an order, or the count of an inventory item, as text for scripts/stock.lua. The text is
+    empty for other entities."""
     if entity.holds is not None:
         return _hold_text(entity.holds(state))
     if entity.stock is None:

@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard output, each with the id of its trace."""
+"""Writes logs as JSON lines to standard output, each with the id of its trace."""
 
 import logging
 import sys
@@ -16,7 +16,8 @@ def _add_trace(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def configure_logging(service: str, level: str = "info") -> None:
-    """Call it once per process, in its entry point. Warnings of libraries that use `logging` get the same format."""
+    """Configures logging. Call it once per process, in its entry point. Warnings of libraries that use `logging` get
+    the same format."""
     number = getattr(logging, level.upper())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,

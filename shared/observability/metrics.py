@@ -1,11 +1,12 @@
 """The metrics that Prometheus reads from `/metrics`, with one registry per process. docs/metrics.md explains each one.
 
-Counters and histograms are named here. A gauge that shows one part of a service is named where that part is wired: in
-the service's `app.py` or `worker.py`, and for the rail in `shared/rail/assemble.py`.
+This module names the counters and histograms. A gauge that shows one part of a service is named where that part is
+wired: in the service's `app.py` or `worker.py`, and for the rail in `shared/rail/assemble.py`.
 
-Labels are bounded: routes by their templates, codes and reasons by a closed list or a cap. No label is an id or a
-tenant. Depths, ages and connections are read at each scrape (`watch`). The counters of one order cost a few
-microseconds together."""
+The number of label values is bounded. Routes are counted by their templates, and codes and reasons come from a closed
+list or have a cap. No label is an id or a tenant. Each scrape reads the depths, ages and connections (`watch`). All
+counters of one order together cost a few microseconds.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,9 +15,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from shared.postgres.pool import Postgres
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_LAGS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_DURATION_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LAG_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
+_SIZE_BUCKETS_CHANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _MAX_LABEL_VALUES = 64
 
 
@@ -45,13 +46,15 @@ class Metrics:
         self.content_type = CONTENT_TYPE_LATEST
 
     def text(self) -> bytes:
+        """Returns all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def watch(self, name: str, documentation: str, look: Callable[[], float]) -> None:
-        """A gauge that is read at each scrape. `look` must not block; it returns NaN for an unknown value."""
+        """Adds a gauge that is read at each scrape. `look` must not block; it returns NaN for an unknown value."""
         Gauge(name, documentation, registry=self.registry).set_function(look)
 
     def watch_each(self, name: str, documentation: str, label: str, looks: Mapping[str, Callable[[], float]]) -> None:
+        """Adds a gauge with one label. `looks`: maps each value of the label to a function like `look` of `watch`."""
         gauge = Gauge(name, documentation, [label], registry=self.registry)
         for value, look in looks.items():
             gauge.labels(value).set_function(look)
@@ -62,14 +65,17 @@ class Metrics:
     def counter_by(self, name: str, documentation: str, label: str) -> _Bounded:
         return _Bounded(Counter(name, documentation, [label], registry=self.registry))
 
-    def histogram(self, name: str, documentation: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+    def histogram(
+        self, name: str, documentation: str, buckets: Sequence[float] = _DURATION_BUCKETS_SECONDS
+    ) -> Histogram:
         return Histogram(name, documentation, buckets=buckets, registry=self.registry)
 
 
 def watch_pool(metrics: Metrics, postgres: Postgres) -> None:
+    """Adds gauges of the connections to PostgreSQL."""
     metrics.watch_each(
         "ticketrail_postgres_connections",
-        "Connections of the pool (in use, idle, the most allowed), and callers that wait for one",
+        "Connections of the pool (in use, idle, maximum) and callers that wait for a connection",
         "state",
         {
             "in_use": lambda: postgres.connections[0],
@@ -81,7 +87,7 @@ def watch_pool(metrics: Metrics, postgres: Postgres) -> None:
 
 
 class HttpMetrics:
-    """Replies, refusals and durations of an HTTP service."""
+    """Metrics of an HTTP service: replies, refusals and durations."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._answers = Counter(
@@ -91,14 +97,14 @@ class HttpMetrics:
             "ticketrail_http_answer_seconds",
             "Seconds from the request to the first byte of the reply",
             ["route"],
-            buckets=_SECONDS,
+            buckets=_DURATION_BUCKETS_SECONDS,
             registry=metrics.registry,
         )
         self._refused = metrics.counter_by("ticketrail_refused", "Refused requests by error code", "code")
         self._bound: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """`route`: method and path template."""
+        """Counts a reply and its duration. `route`: method and path template."""
         bound = self._bound.get((route, status))
         if bound is None:
             bound = self._answers.labels(route, str(status)), self._seconds.labels(route)
@@ -116,9 +122,11 @@ class RailMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.accepted = metrics.counter_by("ticketrail_accepted", "Accepted changes by event", "event")
         self.durable = metrics.counter_by(
-            "ticketrail_durable", "Changes made durable by place: broker, journal", "where"
+            "ticketrail_durable", "Changes made durable, by place (broker, journal)", "where"
         )
-        self.per_message = metrics.histogram("ticketrail_message_changes", "Changes in one message", _SIZES)
+        self.per_message = metrics.histogram(
+            "ticketrail_message_changes", "Changes in one message", _SIZE_BUCKETS_CHANGES
+        )
         self.claims_lost = metrics.counter("ticketrail_claims_lost", "Claims that another change won")
         self.claims_finished = metrics.counter("ticketrail_claims_finished", "Stale claims that this process finished")
 
@@ -128,7 +136,7 @@ class ReadMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self.mirror = metrics.counter_by(
-            "ticketrail_mirror_reads", "Reads by id: hit, miss, unavailable; and repairs of the mirror", "result"
+            "ticketrail_mirror_reads", "Reads by id (hit, miss, unavailable) and repairs of the mirror", "result"
         )
 
 
@@ -136,17 +144,19 @@ class WriterMetrics:
     """Metrics of the PostgreSQL writer and its retry ladder."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.batch = metrics.histogram("ticketrail_batch_changes", "Changes in one batch", _SIZES)
+        self.batch = metrics.histogram("ticketrail_batch_changes", "Changes in one batch", _SIZE_BUCKETS_CHANGES)
         self.write_seconds = metrics.histogram(
             "ticketrail_batch_write_seconds", "Seconds from taking a batch to its commit"
         )
         self.lag = metrics.histogram(
-            "ticketrail_postgres_lag_seconds", "Seconds from accepting a change to its commit in PostgreSQL", _LAGS
+            "ticketrail_postgres_lag_seconds",
+            "Seconds from accepting a change to its commit in PostgreSQL",
+            _LAG_BUCKETS_SECONDS,
         )
         self.mirror_lag = metrics.histogram(
             "ticketrail_mirror_lag_seconds",
             "Seconds from accepting a change until the mirror writer has applied it",
-            _LAGS,
+            _LAG_BUCKETS_SECONDS,
         )
         self.retries = metrics.counter_by("ticketrail_retries", "Changes sent to a retry queue by attempt", "attempt")
         self.dead = metrics.counter_by("ticketrail_dead", "Changes sent to a dead-letter queue by reason", "reason")
@@ -161,5 +171,5 @@ class PushMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.events = metrics.counter("ticketrail_push_events", "Events handed to the hub")
         self.lag = metrics.histogram(
-            "ticketrail_push_lag_seconds", "Seconds from accepting a change to its push", _LAGS
+            "ticketrail_push_lag_seconds", "Seconds from accepting a change to its push", _LAG_BUCKETS_SECONDS
         )

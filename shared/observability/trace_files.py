@@ -3,9 +3,9 @@
     {"trace_id", "span_id", "parent_id", "name", "kind", "service", "start_ns", "end_ns", "attributes", "links",
      "error"}
 
-Times are nanoseconds since the epoch; `links` are [trace id, span id]. Each process writes a file of its own
-(`<service>-<instance>.jsonl`, older ones `.1`, `.2`, ...). Readers may read at any time, because lines are written
-whole."""
+Times are nanoseconds since 1970, and `links` are pairs [trace id, span id]. Each process writes a separate file,
+`<service>-<instance>.jsonl`; older files end in `.1`, `.2` and so on. The files may be read at any time, because each
+line is written as a whole."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,8 @@ class SpanRow(Struct, kw_only=True):
 
 
 class FileExporter(SpanExporter):
-    """Runs in the thread of the span processor. A full disk loses spans, which is logged once, and no request."""
+    """Writes spans in the thread of the span processor. If the disk is full, spans are lost but no request fails. The
+    log reports this once."""
 
     def __init__(self, path: Path, *, max_bytes: int, keep: int) -> None:
         self._path = path
@@ -82,7 +83,8 @@ class FileExporter(SpanExporter):
 
 
 def _cut_short(file: IO[bytes]) -> bool:
-    """The last line is incomplete, after a kill or on a full disk. The next span must begin on a new line."""
+    """Returns whether the last line is incomplete, because of a kill or a full disk. The next span must then begin on a
+    new line."""
     if not file.tell():
         return False
     file.seek(-1, os.SEEK_END)
@@ -90,7 +92,7 @@ def _cut_short(file: IO[bytes]) -> bool:
 
 
 def span_row(span: ReadableSpan) -> SpanRow:
-    """The row that stands for a span in a trace file."""
+    """Returns the row of a span in a trace file."""
     context, parent = span.context, span.parent
     assert context is not None
     assert span.start_time is not None
@@ -117,8 +119,8 @@ def _error(span: ReadableSpan) -> str | None:
 
 
 def read_spans(folder: Path, ids: Sequence[bytes]) -> Iterator[SpanRow]:
-    """The spans whose line contains one of `ids` (trace ids, or an id among the attributes). Unreadable lines, such as
-    the last one of a killed process, are skipped."""
+    """Yields the spans whose line contains one of `ids` (trace ids, or an id among the attributes). Skips unreadable
+    lines, such as the last line of a killed process."""
     for path in sorted(folder.glob("*.jsonl*")):
         try:
             lines = path.read_bytes().splitlines()

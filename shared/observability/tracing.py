@@ -1,17 +1,18 @@
 """Traces of requests and changes as OpenTelemetry spans, sampled at the end of the work.
 
-While work is under way, only its times are noted (`Trace.note`, `span`), as tuples. At the end the spans are made and
-exported if the trace is sampled, failed or slow; otherwise they are forgotten. So the accept path stays cheap, and
-sampling loses no errors. A limit: if an unsampled trace turns out slow in the sync worker, the spans of its request are
-already gone. Where that matters, sample everything and let the collector decide on whole traces (docs/tracing.md).
+During the work, only its times are noted, as tuples (`Trace.note`, `span`). At the end of the work the spans are made
+and exported if the trace is sampled, failed or slow. Otherwise the times are dropped. This keeps the accept path cheap,
+and sampling loses no errors. It has a limit: if an unsampled trace becomes slow only in the sync worker, the spans of
+its request are already gone. If that matters, sample everything and let the collector decide about whole traces
+(docs/tracing.md).
 
     orders    POST /api/orders ─ claim ─ record ─ send ticketrail.changes ─ reveal
     worker                                              ├─ write order   (linked to the batch's own span)
                                                         └─ mirror order
     notifier                                            └─ push order_created
 
-A change carries the context of its `send` span (W3C `traceparent`), whether a request, a drainer or the finisher of a
-stale claim sends it. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
+A change carries the context of its `send` span (W3C `traceparent`). This holds for changes that a request, a drainer or
+the claim finisher sends. Spans use OpenTelemetry's semantic conventions for HTTP, messaging and databases.
 """
 
 import random
@@ -32,34 +33,34 @@ from shared.observability.trace_files import FileExporter
 from shared.settings import Settings
 from shared.version import VERSION
 
-# Ids of only zeros are invalid (W3C Trace Context).
+# An id that consists of zeros is invalid (W3C Trace Context).
 _TRACEPARENT = re.compile(r"^00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})\Z")
 _ERROR_TYPE = re.compile(r"([\w.]+)(?:: |\Z)")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _ERROR = StatusCode.ERROR
-_NOTHING: Mapping[str, Any] = {}
-_UPPER = 1 << 64
+_NO_ATTRIBUTES: Mapping[str, Any] = {}
+_SAMPLE_RANGE = 1 << 64
 
 
 _Noted = tuple[str, SpanKind, int, int, Mapping[str, Any], str | None, str | None, str | None]
 
 
 class Trace:
-    """One piece of work in this process: its trace context and the parts noted so far."""
+    """One piece of work in this process: its trace context and the spans noted so far."""
 
     __slots__ = ("attributes", "kept", "noted", "parent", "sampled", "span_id", "started", "trace_id")
 
     def __init__(self, trace_id: str, parent: str | None, *, sampled: bool, kept: bool) -> None:
         self.trace_id = trace_id
         self.parent = parent
-        """Span id of the caller, or None at the beginning of a trace."""
+        """The span id of the caller. None if the trace begins here."""
         self.sampled = sampled
         self.kept = kept
-        """False: tracing is off, and noting does nothing."""
+        """False if tracing is off. Then `note` does nothing."""
         self.span_id = new_span_id()
         self.started = time.time_ns()
         self.attributes: dict[str, Any] = {}
-        """Attributes of this work's own span that are known before its end."""
+        """Attributes of this work's own span that are known before the work ends."""
         self.noted: list[_Noted] = []
 
     @property
@@ -76,13 +77,13 @@ class Trace:
         ended: int,
         *,
         kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] = _NOTHING,
+        attributes: Mapping[str, Any] = _NO_ATTRIBUTES,
         error: str | None = None,
         span_id: str | None = None,
         parent: str | None = None,
     ) -> None:
-        """Notes a span below `parent`, by default below this work's own span. `began`, `ended`: nanoseconds since the
-        epoch. `error`: "type: text" or only the type. `span_id`: an id that another span already refers to."""
+        """Notes a span below `parent`; the default is this work's own span. `began`, `ended`: nanoseconds since 1970.
+        `error`: "type: text" or only the type. `span_id`: the id, if another span already refers to it."""
         if self.kept:
             self.noted.append((name, kind, began, ended, attributes, error, span_id, parent))
 
@@ -96,7 +97,7 @@ def current() -> Trace | None:
 
 @contextmanager
 def attached(trace: Trace | None) -> Iterator[None]:
-    """Makes `trace` the current one for a `with` block; None for work that belongs to no trace."""
+    """Makes `trace` the current trace in a `with` block. Pass None for work that belongs to no trace."""
     token = _current.set(trace)
     try:
         yield
@@ -105,7 +106,8 @@ def attached(trace: Trace | None) -> Iterator[None]:
 
 
 def begun() -> Trace:
-    """The current trace. For a request that is refused before a tracer saw it: a new one, used only for its id."""
+    """Returns the current trace. If a request is refused before a tracer has seen it, makes a new trace, which only
+    provides an id."""
     trace = _current.get()
     if trace is None:
         trace = Trace(_new_trace_id(), None, sampled=False, kept=False)
@@ -127,7 +129,7 @@ class span:
     __slots__ = ("_attributes", "_began", "_kind", "_name", "_trace")
 
     def __init__(
-        self, name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, Any] = _NOTHING
+        self, name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, Any] = _NO_ATTRIBUTES
     ) -> None:
         self._name = name
         self._kind = kind
@@ -139,18 +141,19 @@ class span:
 
     def __exit__(self, type_: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._trace is not None:
-            told = None if error is None else f"{type(error).__name__}: {error}"
+            text = None if error is None else f"{type(error).__name__}: {error}"
             self._trace.note(
-                self._name, self._began, time.time_ns(), kind=self._kind, attributes=self._attributes, error=told
+                self._name, self._began, time.time_ns(), kind=self._kind, attributes=self._attributes, error=text
             )
 
 
 class Tracer:
-    """One per process, made inside the process that serves (its exporter has a thread). `close` flushes."""
+    """Samples and exports traces. A process has one tracer. It is made in the process that serves, because its exporter
+    has a thread. `close` flushes it."""
 
     def __init__(self, service: str, settings: Settings) -> None:
         self._ratio = settings.trace_sample
-        self._below = int(settings.trace_sample * _UPPER)
+        self._below = int(settings.trace_sample * _SAMPLE_RANGE)
         self._slow_ns = int(settings.trace_slow_ms * 1_000_000)
         self._slow_left = self._slow_per_second = settings.trace_slow_per_second
         self._second = 0
@@ -169,11 +172,11 @@ class Tracer:
 
     @property
     def on(self) -> bool:
-        """`trace_sample` 0 switches tracing off completely."""
+        """False if `trace_sample` is 0, which switches tracing off completely."""
         return self._ratio > 0
 
     def begin(self, traceparent: str | None) -> Trace:
-        """Continues the caller's trace, or begins a new one, and makes it the current trace of this task."""
+        """Continues the caller's trace or begins a new one, and makes it the current trace of this task."""
         found = _TRACEPARENT.match(traceparent) if traceparent else None
         if found:
             sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
@@ -190,7 +193,7 @@ class Tracer:
         name: str,
         *,
         kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] = _NOTHING,
+        attributes: Mapping[str, Any] = _NO_ATTRIBUTES,
         error: str | None = None,
     ) -> None:
         """Ends the work. Exports its spans if the trace is sampled, failed or slow."""
@@ -226,8 +229,8 @@ class Tracer:
             )
 
     def wanted(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
-        """Returns whether a span of this change will be exported: its trace is sampled, or `slow_ns` (nanoseconds so
-        far) is slow. Call it before building attributes."""
+        """Returns whether a span of this change will be exported, because its trace is sampled or `slow_ns` (the
+        nanoseconds so far) is slow. Call it before you build attributes."""
         if self._processor is None or not traceparent:
             return False
         return traceparent[-1] in "13579bdf" or (slow_ns > self._slow_ns and self._may_keep_slow())
@@ -240,17 +243,17 @@ class Tracer:
         ended: int,
         *,
         kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] = _NOTHING,
+        attributes: Mapping[str, Any] = _NO_ATTRIBUTES,
         error: str | None = None,
         links: Iterable[str | None] = (),
         span_id: str | None = None,
     ) -> str | None:
-        """Exports a finished span below `traceparent`, or in a trace of its own without one. Returns the span's own
-        traceparent, or None when it was not made. `links`: traceparents; unreadable ones are left out."""
+        """Exports a finished span below `traceparent`, or in a new trace if that is None. Returns the span's own
+        traceparent, or None if it was not exported. `links`: traceparents; unreadable ones are skipped."""
         if self._processor is None:
             return None
         found = _TRACEPARENT.match(traceparent) if traceparent else None
-        if traceparent and found is None:  # the contract allows any text there, so it may be no trace context
+        if traceparent and found is None:  # the contract allows any text, so this may not be a trace context
             return None
         trace_id = found[1] if found else _new_trace_id()
         span_id = span_id or new_span_id()
@@ -258,7 +261,7 @@ class Tracer:
         return f"00-{trace_id}-{span_id}-01"
 
     def close(self) -> None:
-        """Exports the remaining spans, within a few seconds. May be called twice."""
+        """Exports the remaining spans, which takes a few seconds at most. May be called twice."""
         processor, self._processor = self._processor, None
         if processor is not None:
             processor.shutdown()  # type: ignore[no-untyped-call]
@@ -266,11 +269,13 @@ class Tracer:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _chosen(self, trace_id: str) -> bool:
-        """Decides like TraceIdRatioBased: by the lower half of the trace id, so equally in every process."""
+        """Returns whether a trace is sampled. Decides like TraceIdRatioBased, by the lower half of the trace id, so
+        that every process decides in the same way."""
         return int(trace_id[16:], 16) < self._below
 
     def _may_keep_slow(self) -> bool:
-        """Limits slow traces, because after an outage the whole backlog is slow and traces must not slow it more."""
+        """Returns whether another slow trace may be kept in this second. After an outage the whole backlog is slow, and
+        traces must not make it slower."""
         second = int(time.monotonic())
         if second != self._second:
             self._second, self._slow_left = second, self._slow_per_second
@@ -329,7 +334,8 @@ def _linked(traceparent: str | None) -> SpanContext | None:
 
 def _exporter(service: str, settings: Settings) -> SpanExporter:
     if settings.otlp_endpoint:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # 80 ms of imports
+        # Imported here, because the import takes 80 ms.
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         return OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
     path = settings.traces_path / f"{service}-{settings.instance}.jsonl"

@@ -1,9 +1,9 @@
 """The conditions of a query that lists rows of one restaurant, with their values.
 
-A page should be read from an index, in the order of the index, up to its limit. The planner does so only when it
-expects more rows than the limit. After five runs of a statement PostgreSQL may use a generic plan, which knows no
-values. Therefore a query holds only the conditions that the caller asked for, never `$2 is null or …`, and `between`
-compares times as rows.
+A page should be read from an index, in the order of the index, up to its limit. The planner does so only if it expects
+more rows than the limit. After five runs of a statement PostgreSQL may use a generic plan, which does not know the
+values. Therefore a query contains only the conditions that the caller asked for and never `$2 is null or …`, and
+`between` compares times as rows.
 """
 
 from datetime import datetime
@@ -30,11 +30,13 @@ class Conditions:
     def between(
         self, columns: str, start: datetime | None, end: datetime | None, before: tuple[datetime, str] | None
     ) -> None:
-        """Limits `columns`, a pair (time, id), to the times from `start` to `end`, both included, and to positions
+        """Limits `columns`, a pair (time, id), to the times from `start` to `end` (both included) and to positions
         before `before`.
 
-        For `time >= $1 and time <= $2` a generic plan expects one row in two hundred, so it would read and sort the
-        whole range. For a comparison of rows it expects a third, and reads in index order."""
+        For `time >= $1 and time <= $2` a generic plan expects one row in two hundred, so PostgreSQL would read and sort
+        the whole range. For a comparison of rows the plan expects a third of all rows, so PostgreSQL reads in index
+        order.
+        """
         if start is not None:
             self.add(f"({columns}) >= ({{}}, {{}}::uuid)", start, _FIRST)
         if before is not None and (end is None or before[0] <= end):

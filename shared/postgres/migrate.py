@@ -1,7 +1,8 @@
-"""Brings a database to the current schema: plain SQL files in order of name, each in a transaction of its own.
+"""Brings a database to the current schema. The migrations are plain SQL files, applied in the order of their names,
+each in a separate transaction.
 
-`migrate` holds an advisory lock, so two runs at the same time do the work once. It refuses a file whose content has
-changed since it was applied, because the database would not get the change.
+`migrate` holds an advisory lock, so that two runs at the same time do the work once. It refuses a file whose content
+has changed since it was applied, because the database would not get the change.
 """
 
 import hashlib
@@ -13,15 +14,15 @@ import asyncpg
 from shared.postgres.pool import Connection
 from shared.settings import Settings
 
-_LOCK = 0x71636B74
+_ADVISORY_LOCK_ID = 0x71636B74
 
 
 class MigrationError(RuntimeError):
-    """The database cannot be migrated; the message says why."""
+    """The database cannot be migrated. The message gives the reason."""
 
 
 def files() -> list[tuple[str, str]]:
-    """Returns (name, SQL) of every migration, in the order in which they apply."""
+    """Returns (name, SQL) of every migration, in the order in which they are applied."""
     folder = resources.files("shared.postgres") / "migrations"
     found = [(path.name, path.read_text()) for path in folder.iterdir() if path.name.endswith(".sql")]
     return sorted(found)
@@ -47,7 +48,7 @@ async def migrate(settings: Settings) -> list[str]:
     """Creates the roles, applies the missing files and returns their names. Raises MigrationError."""
     connection = await asyncpg.connect(settings.database_url, timeout=settings.database_timeout_seconds)
     try:
-        await connection.execute("select pg_advisory_lock($1)", _LOCK)
+        await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK_ID)
         for url in (settings.database_writer_url, settings.database_api_url, settings.database_ops_url):
             await _make_role(connection, url)
         await connection.execute(
@@ -74,6 +75,6 @@ async def migrate(settings: Settings) -> list[str]:
 
 
 async def present_epoch(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> str | None:
-    """The epoch of the current change log, or None before the first one."""
+    """Returns the epoch of the current change log, or None before the first one."""
     epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
     return epoch

@@ -25,7 +25,7 @@ order by business_day
 """
 
 
-# The payments of orders forked since $1 that the current state of the order does not contain.
+# Finds the payments that the current state of their order lacks, for orders that were forked since $1.
 _LEFT_OUT = """
 select p.restaurant_id::text, p.order_id::text, p.id::text, p.amount, p.method, p.created_at, p.reference
 from (select distinct restaurant_id, entity_id from conflicts where entity = 'order' and opened_at >= $1) forked
@@ -51,6 +51,7 @@ class PaymentFilter(Struct, frozen=True, kw_only=True):
     limit: int = 50
 
     def match(self, payment: Any) -> bool:
+        """Returns whether a payment in the mirror belongs to the list."""
         return (
             (self.start is None or payment.created_at >= self.start)
             and (self.end is None or payment.created_at <= self.end)
@@ -61,7 +62,7 @@ class PaymentFilter(Struct, frozen=True, kw_only=True):
 
 
 async def payments(connection: Connection, restaurant: str, requested: PaymentFilter) -> list[dict[str, Any]]:
-    """Up to limit + 1 payments, newest first; the extra one tells that there is another page."""
+    """Returns up to limit + 1 payments, newest first. The additional one shows that there is another page."""
     where = Conditions(restaurant)
     if requested.method is not None:
         where.add("t.method = {}", requested.method)
@@ -77,8 +78,8 @@ async def payments(connection: Connection, restaurant: str, requested: PaymentFi
 
 
 async def left_out(connection: Connection, since: datetime) -> list[dict[str, Any]]:
-    """Up to MAX_LEFT_OUT_ROWS payments, over all tenants, that are missing from the current state of their order,
-    for orders forked since `since`."""
+    """Returns up to MAX_LEFT_OUT_ROWS payments that the current state of their order lacks, over all tenants. Looks
+    only at orders that were forked since `since`."""
     return [dict(row) for row in await connection.fetch(_LEFT_OUT, since, MAX_LEFT_OUT_ROWS)]
 
 

@@ -46,11 +46,11 @@ class PostgresUnavailable(ConnectionError):
 class Postgres:
     """A pool that is created on first use, so that a service can start while PostgreSQL is unavailable.
 
-    The setting `database_timeout_seconds` bounds every wait: `acquire()` alone would wait forever, and only a timeout
-    detects a server that vanished without closing its connections.
+    The setting `database_timeout_seconds` bounds every wait. Without it, `acquire()` would wait forever, and a server
+    that vanished without closing its connections would not be detected.
 
     When the server is unavailable, a breaker opens for a growing, jittered time, and every caller fails at once. Then
-    one caller goes through as a probe, and the others still fail at once until the probe returns. Therefore a dead or
+    one caller is let through as a probe, and the others still fail at once until the probe returns. Therefore a dead or
     frozen server delays only the few requests that probe it.
     """
 
@@ -61,7 +61,7 @@ class Postgres:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._opening = asyncio.Lock()
         self.waiting = 0
-        """The number of callers that wait for a connection now."""
+        """The number of callers that wait for a connection."""
         self._failures = 0
         self._closed_until = 0.0
         self._answered = time.monotonic()
@@ -88,7 +88,8 @@ class Postgres:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection of the pool. Raises one of UNAVAILABLE if none is free in time or the server is unavailable."""
+        """Provides a connection of the pool. Raises one of UNAVAILABLE if none is free in time or the server is
+        unavailable."""
         began = time.monotonic()
         if began < self._closed_until:
             raise PostgresUnavailable("PostgreSQL did not answer a moment ago")
@@ -123,7 +124,8 @@ class Postgres:
         self._failures, self._closed_until, self._answered = 0, 0.0, time.monotonic()
 
     def _failed(self, error: BaseException, began: float) -> None:
-        # A timeout may only mean that all connections of the pool are in use. Then other callers got answers meanwhile.
+        # A timeout may only mean that all connections of the pool are in use. In that case other callers have got
+        # answers meanwhile.
         if isinstance(error, TimeoutError) and self._answered > began:
             return
         if isinstance(error, ValueError):  # asyncpg rejected an argument's type and sent nothing to the server
@@ -133,7 +135,7 @@ class Postgres:
 
     @asynccontextmanager
     async def tenant(self, restaurant_id: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
-        """A transaction that sees only this restaurant (by the row-level security of the api role)."""
+        """Begins a transaction that sees only this restaurant (by the row-level security of the api role)."""
         async with self.connection() as connection, connection.transaction(readonly=readonly):
             await connection.execute("select set_config('app.tenant', $1, true)", restaurant_id)
             yield connection
@@ -147,7 +149,7 @@ class Postgres:
         return self._pool.get_size() - idle, idle, self._size
 
     async def close(self) -> None:
-        """May be called more than once, also on a pool that was never used."""
+        """Closes all connections. May be called more than once, also on a pool that was never used."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.terminate()

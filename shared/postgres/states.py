@@ -1,6 +1,8 @@
-"""Reads current states: the row in an entity's table names the head, and `changes` holds the state of that change.
+"""Reads current states. The row in an entity's table names the head, and the table `changes` has the state of that
+change.
 
-Only `changes.py` writes states. A connection of the api role sees only the tenant of its transaction.
+Only the sync worker writes states (services/sync/writer/upsert.py). A connection of the api role sees only the tenant
+of its transaction.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +20,7 @@ from shared.postgres.pool import Connection
 if TYPE_CHECKING:
     import asyncpg
 
-# This join looks up changes row by row, after the limit of a page. In a plain join the planner assumes that restaurant
+# This join looks up changes row by row, after the limit of a page. In a plain join, the planner assumes that restaurant
 # and change are independent. It then expects a hundredth of the real number of rows, and reads all orders of a
 # restaurant, or all changes, to find a few.
 _LATERAL = (
@@ -61,6 +63,7 @@ def _columns(entity: Entity) -> str:
 
 
 async def find_state(connection: Connection, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
+    """Returns the current state of one entity, or None if PostgreSQL does not have it."""
     row = await connection.fetchrow(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.id = $2",
@@ -81,9 +84,10 @@ async def list_states(connection: Connection, entity: Entity, restaurant: str) -
 
 
 async def live_window(connection: Connection, entity: Entity, since: datetime) -> AsyncIterator[list[StoredState]]:
-    """The live window of an entity over all tenants, in blocks of up to 500 states.
+    """Yields the live window of an entity over all tenants, in blocks of up to 500 states.
 
-    Of orders, these are the open ones and the ones changed after `since`; of other entities, all states.
+    For orders, the window has the open ones and those that changed after `since`. For most other entities it has all
+    states (see `Entity.window_sql`).
     """
     where = entity.window_sql or "$1::timestamptz is not null"
     async with connection.transaction(readonly=True):
@@ -96,7 +100,7 @@ async def live_window(connection: Connection, entity: Entity, since: datetime) -
 
 
 async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Sequence[str]) -> dict[str, Head]:
-    """Entity id -> its head in PostgreSQL."""
+    """Returns a map from entity id to the entity's head in PostgreSQL."""
     rows = await connection.fetch(
         f"select id::text, version, change_id::text from {entity.table.name}"  # noqa: S608
         " where restaurant_id = $1 and id = any($2::uuid[])",
@@ -129,7 +133,8 @@ limit 100
 
 
 async def list_gaps(connection: Connection, *, older_minutes: int, younger_minutes: int) -> list[dict[str, Any]]:
-    """Up to 100 changes in this range of ages (in minutes) whose previous version is missing: it is late or lost."""
+    """Returns up to 100 changes in this range of ages (in minutes) whose previous version is missing, because it is
+    late or lost."""
     return [dict(row) for row in await connection.fetch(_GAPS, older_minutes, younger_minutes)]
 
 
@@ -142,7 +147,7 @@ async def list_page(
     without: Sequence[str] = (),
     conflict: bool | None = None,
 ) -> list[StoredState]:
-    """Up to limit + 1 states, newest first; the extra one tells that there is another page.
+    """Returns up to limit + 1 states, newest first. The additional one shows that there is another page.
 
     `without`: ids to leave out, because the caller has them from the mirror. `conflict`: True for only the states with
     an open conflict, False for only the states without one, None for both.
@@ -155,7 +160,8 @@ async def list_page(
     for column, values in selection.among.items():
         where.add(f"t.{column} = any({{}})", list(values))
     if conflict is not None:
-        # The ids of open conflicts are few. A check per row would read all rows of the restaurant to fill a page.
+        # Open conflicts are few, so the query collects their ids. A check per row would read all rows of the restaurant
+        # to fill a page.
         which = "in" if conflict else "not in"
         where.add(f"t.id {which} ({_OPEN_CONFLICTS.format(entity=entity.name)})")
     where.between("t.created_at, t.id", selection.created_from, selection.created_to, selection.before)
@@ -170,8 +176,8 @@ async def list_page(
     return [_stored(row) for row in rows]
 
 
-# Deleted items are included, since they can be restored with the count that they had.
-# The holds come first, so that PostgreSQL reads no order whose hold is older than the last count.
+# Deleted items are included, because they can be restored with the count that they had. The holds come first, so that
+# PostgreSQL reads no order whose hold is older than the last count.
 _HELD_SINCE = """
 from inventory_items i
 cross join lateral (
@@ -208,5 +214,6 @@ group by i.id
 
 
 async def held(connection: Connection, restaurant: str, items: Sequence[str]) -> dict[str, int]:
-    """Inventory item id -> the amount that orders in PostgreSQL hold; items without holds are left out."""
+    """Returns a map from inventory item id to the amount that orders in PostgreSQL hold. Items without holds are left
+    out."""
     return {row[0]: row[1] for row in await connection.fetch(_HELD, restaurant, list(items))}

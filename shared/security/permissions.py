@@ -1,7 +1,7 @@
 """Authorization: the complete table of roles and actions.
 
-Every route names one of these actions, and the gate checks it before the handler runs. Two more rules apply
-everywhere: a tenant sees only its own data, and a customer sees only the orders of its session.
+Every route names one of these actions, and the authorization middleware checks it before the handler runs. Two more
+rules apply everywhere: a tenant sees only its own data, and a customer sees only the orders of its session.
 """
 
 from shared.security.tokens import Role
@@ -13,7 +13,7 @@ _OPERATORS = frozenset({Role.OPERATOR})
 _ANYBODY = frozenset(Role)
 
 PUBLIC = "public"
-"""The action that routes without a token name."""
+"""The action of routes that need no token."""
 
 ACTIONS: dict[str, frozenset[Role]] = {
     PUBLIC: _ANYBODY,

@@ -1,7 +1,7 @@
-"""Authentication: verifies JSON Web Tokens and returns an `Identity`; issues tokens.
+"""Authentication: issues JSON Web Tokens, verifies them and returns an `Identity`.
 
-Claims: userId, restaurantId, email, role (admin, staff, customer or operator), and sessionId for customers.
-restaurantId is optional for operators.
+Claims: userId, restaurantId, email, role (admin, staff, customer or operator), and sessionId for customers. Operators
+may have no restaurantId.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ class Identity(Struct, frozen=True):
     restaurant_id: str = ""
     email: str = ""
     session_id: str | None = None
-    """Set for customers, who create and see only the orders of this session."""
+    """Only for customers, who create and see only the orders of this session."""
 
     @property
     def tenant(self) -> str:
-        """The id of the restaurant. Raises Forbidden if the token has none."""
+        """The id of the restaurant. Raises Forbidden if the token names no restaurant."""
         if not self.restaurant_id:
             raise Forbidden("this token belongs to no restaurant")
         return self.restaurant_id
@@ -59,11 +59,11 @@ class Identity(Struct, frozen=True):
 
 
 class BadKey(SettingsError):
-    """A setting holds no usable key."""
+    """A setting contains no usable key."""
 
 
 class Key(Struct, frozen=True):
-    """A key for tokens. `id` is derived from the key, so every service computes the same id."""
+    """A key that signs or verifies tokens. `id` is derived from the key, so every service computes the same id."""
 
     id: str
     algorithm: str
@@ -88,7 +88,7 @@ def key_pair(algorithm: str, text: str) -> Key:
             signing = serialization.load_pem_private_key(pem, password=None)
         public = signing.public_key() if signing else serialization.load_pem_public_key(pem)
         jwt.get_algorithm_by_name(algorithm).prepare_key(public)
-    except OSError as error:  # its text holds the path, which may be a key without its first line
+    except OSError as error:  # its text contains the path, which may be a key without its first line
         raise BadKey(f"no file with a key for {algorithm}: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
         raise BadKey(f"no key for {algorithm}: {error}") from error
@@ -99,10 +99,10 @@ def key_pair(algorithm: str, text: str) -> Key:
 
 
 def _any_key(text: str) -> Key:
-    """Reads a secret or a key of either algorithm, because the previous key may be of another kind than the current
-    one. Raises BadKey."""
+    """Reads a secret, or a key of either algorithm: the previous key may be of another kind than the current one.
+    Raises BadKey."""
     if "-----BEGIN" not in text and not _is_file(text):
-        if text.endswith((".pem", ".key", ".pub")):  # used as a secret, the path would be easy to guess
+        if text.endswith((".pem", ".key", ".pub")):  # a path that is used as a secret is easy to guess
             raise BadKey("the path of a file that does not exist")
         return secret_key(text)
     try:
@@ -126,7 +126,8 @@ def _is_file(text: str) -> bool:
 
 
 class VerifiedTokens:
-    """The identities of tokens whose signature was verified, each until its token expires. Times are Unix seconds."""
+    """The identities of tokens whose signature was verified. Each identity is kept until its token expires. Times are
+    Unix seconds."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[float, Identity]] = {}
@@ -137,7 +138,7 @@ class VerifiedTokens:
         self._found[token] = (expires_at, identity)
 
     def identity_of(self, token: str) -> Identity | None:
-        """None for a token that was not verified yet or has expired."""
+        """Returns the identity of a token, or None if the token was not verified yet or has expired."""
         known = self._found.get(token)
         return known[1] if known and known[0] > time.time() else None
 
@@ -159,7 +160,7 @@ class Tokens:
         previous: Key | None = None,
         verified: VerifiedTokens | None = None,
     ) -> None:
-        """`verified`: the cache, if it is shared; otherwise these tokens have one of their own."""
+        """`verified`: a cache that several objects share. By default each object has a cache of its own."""
         self._key = secret_key(secret) if isinstance(secret, str) else secret
         self._keys = {key.id: key for key in (previous, self._key) if key is not None}
         self._ttl = ttl_seconds
@@ -190,7 +191,7 @@ class Tokens:
 
     @property
     def signs(self) -> bool:
-        """False if only the public key is known."""
+        """True if this service can sign tokens; False if it knows only the public key."""
         return self._key.signing is not None
 
     def require_signing(self) -> None:
@@ -199,7 +200,7 @@ class Tokens:
             raise BadKey("TICKETRAIL_JWT_PRIVATE_KEY is needed to sign tokens; TICKETRAIL_JWT_PUBLIC_KEY only verifies")
 
     def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
-        """A token for an `Authorization: Bearer` header. Raises BadKey if only the public key is known."""
+        """Returns a token for an `Authorization: Bearer` header. Raises BadKey if only the public key is known."""
         self.require_signing()
         now = int(time.time())
         claims: dict[str, Any] = {
@@ -216,7 +217,7 @@ class Tokens:
         return jwt.encode(claims, self._key.signing, self._key.algorithm, headers={"kid": self._key.id})
 
     def verify(self, authorization: str | None) -> Identity:
-        """The caller of a request, from its `Authorization` header. Raises Unauthenticated."""
+        """Returns the caller of a request from its `Authorization` header. Raises Unauthenticated."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("the request needs an Authorization header with a Bearer token")

@@ -6,8 +6,8 @@ from shared.host_urls import host_urls
 
 MIN_LENGTH_CHARS = 16
 MIN_DIFFERENT_CHARS = 8
-# These words come from examples, defaults and common passwords. A random text of 43 characters is very unlikely to
-# contain one.
+# These words come from examples, defaults and common passwords. A random text of 43 characters very probably contains
+# none of them.
 COMMON_WORDS = (
     "12345",
     "admin",
@@ -27,7 +27,7 @@ COMMON_WORDS = (
 
 
 def weakness(secret: str) -> str | None:
-    """Why `secret` is weak, as the end of a sentence that begins with the setting; None if it is strong.
+    """Returns why `secret` is weak, as the end of a sentence that begins with the setting, or None if it is strong.
 
     The text does not repeat the secret.
     """
@@ -44,5 +44,5 @@ def weakness(secret: str) -> str | None:
 
 
 def passwords_in(urls: str) -> list[str]:
-    """The decoded password of each URL in a setting; empty for a URL without one."""
+    """Returns the decoded password of each URL in a setting. The password is empty for a URL without one."""
     return [unquote(urlsplit(url).password or "") for url in host_urls(urls)]

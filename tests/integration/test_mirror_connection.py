@@ -153,7 +153,7 @@ async def test_full_server_refuses_writes_without_effect_and_still_serves_reads(
 
 
 async def test_close_answers_all_waiting_calls(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_MAX_PIPELINE", 1)
+    monkeypatch.setattr(connection, "_MAX_PIPELINE_COMMANDS", 1)
     link = MirrorConnection(redis.url, timeout=TIMEOUT_SECONDS)
     calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
     await asyncio.sleep(0)

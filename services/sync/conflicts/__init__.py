@@ -9,5 +9,5 @@ first, and then the decision is committed together with its row in `audit`.
     routes.py, requests.py, commands.py    the HTTP API and `ticketrail conflicts`
 
 Others may use: `forked_payments` (maintenance), `routes` (api.py), `commands` (the command line). The rest is internal.
-Conflicts are opened where changes are written, in `shared/postgres/changes.py`.
+Conflicts are opened where changes are written, in `services/sync/writer/upsert.py`.
 """

@@ -1,5 +1,5 @@
-"""Reads conflicts and closes them. `shared/postgres/changes.py` opens them, for two changes that claim one version or
-have one base.
+"""Reads conflicts and closes them. `services/sync/writer/upsert.py` opens a conflict for two changes that claim one
+version or have one base.
 
 Connections have the ops role. To read the conflicts of one restaurant they may have the api role, inside
 `Postgres.tenant`.

@@ -1,19 +1,19 @@
 -- with stock.lua
--- apply: writes states into the mirror, each under the guard (version, change id). Reveals after a commit, the batches of
--- the mirror writer and its rebuild all use this script, so that the guard exists once.
+-- apply: writes states into the mirror, each under the guard (version, change id). The reveal of a commit, the batches of
+-- the mirror writer and the rebuild of a mirror all use this script, so that the guard exists only once.
 -- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
--- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 offset to note ('': none)
---       4 only where warm (0/1): the caller has asked this mirror what is missing, and sends nothing else
+-- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 new offset of the log state ('': keep it)
+--       4 write only to a warm mirror (0/1), because the caller sends only the states that this mirror lacked
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
---       what it holds of the stock, or the count of its item (see stock.lua)
---       how: 'reveal'  new to PostgreSQL as far as we know: pending, unless sync_state ran first (see there)
---            'stored'  comes from PostgreSQL
---            'late'    an old event: not written where the doc is missing, reported instead
--- Replies {'rewind'} when the mirror is not the one that the caller filled, else
+--       the stock that an order holds or the count of an inventory item (see stock.lua)
+--       how: 'reveal'  the state becomes pending, unless sync_state.lua has already noted its commit
+--            'stored'  the state comes from PostgreSQL
+--            'late'    an old event: if the doc is missing, the script reports the state instead of writing it
+-- Replies {'rewind'} if this is not the mirror that the caller filled, otherwise
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[2] ~= '' then
   local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-  -- A mirror ahead of the caller is fine: another mirror writer was faster, and applying a change twice is idempotent.
+  -- The mirror may be ahead of the caller: another mirror writer was faster, and applying a change twice is idempotent.
   if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
     return {'rewind'}
   end
@@ -35,22 +35,24 @@ for i = 1, count do
   if not head and how == 'late' then
     reply[#reply + 1] = i
   else
-    -- An equal head is written too where the state is gone: it had left the live window and returns.
+    -- An equal head is also written if the state is missing: the entity had left the live window and returns to it.
     if
       not head
       or version > head
       or (version == head and (change > doc[2] or (change == doc[2] and not doc[3])))
     then
       if cold and tonumber(ARGV[a + 8]) then
-        -- It was filled once and lacks this order: a mirror was lost, and order numbers with it (see warm.lua).
+        -- This mirror was filled before and lacks this order. So a mirror was lost, and order numbers with it (see
+        -- warm.lua).
         redis.call('HSET', KEYS[1], 'lost', 1)
       end
-      -- Write this first: a full server refuses a script only at its first write, and only if that write may grow.
+      -- This write must come first: a full server refuses a script only at its first write, and only if that write may
+      -- grow.
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
       redis.call('PERSIST', KEYS[k + 1])
       local id = string.match(KEYS[k + 1], '[^:]+$')
       redis.call('ZADD', KEYS[k + 3], ARGV[a + 4], id)
-      -- The noted failure belongs to the state before it.
+      -- The stored failure belongs to the previous state.
       if head then
         redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
       end
@@ -66,14 +68,14 @@ for i = 1, count do
       keep(KEYS[k + 1], ARGV[a + 9], doc[4])
       redis.call('HSET', KEYS[k + 1], 'h', ARGV[a + 9])
     end
-    -- A claim whose version is taken is finished, by any change.
+    -- A claim is finished when any change has taken its version.
     if claimed[1] and tonumber(claimed[1]) <= head then
       give_back(KEYS[k + 1], claimed[2])
       redis.call('DEL', KEYS[k + 2])
       redis.call('ZREM', KEYS[2], ARGV[a + 6])
     end
   end
-  -- A number that was seen is never given again.
+  -- An order number that a state contains is never given again.
   local number = tonumber(ARGV[a + 8])
   if number and number > tonumber(redis.call('GET', KEYS[k + 5]) or 0) then
     redis.call('SET', KEYS[k + 5], number, 'EX', 691200)

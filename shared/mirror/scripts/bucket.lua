@@ -1,7 +1,8 @@
 -- bucket: takes tokens out of a bucket that fills steadily; atomic for all instances of all services.
--- KEYS  1 bucket: hash t tokens, at (ms)    ARGV  1 capacity  2 tokens a second  3 how many are wanted  4 how many are needed
--- Replies {taken, left (whole tokens), ms until as many as are needed are there}: as many as are wanted, or what is there
--- where that is enough for what is needed, or none.
+-- KEYS  1 bucket: hash t tokens, at (ms)
+-- ARGV  1 capacity  2 tokens per second  3 maximum number of tokens to take  4 minimum number of tokens to take
+-- Replies {taken, left (whole tokens), ms until the bucket has the minimum}. If the bucket has less than the minimum, it
+-- takes none.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local capacity, rate = tonumber(ARGV[1]), tonumber(ARGV[2])

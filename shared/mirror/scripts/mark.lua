@@ -1,6 +1,6 @@
 -- with stock.lua
--- mark: marks a stale claim, so that the caller can finish it.
--- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 stale after (ms)
+-- mark: marks a stale claim, so that the caller can finish its change.
+-- KEYS  1 doc  2 claim  3 claims    ARGV  1 claims member  2 age at which a claim is stale (ms)
 -- Replies {} when there is nothing to finish, otherwise {change id, event, number}.
 -- A claim of a lost mirror is removed, not finished: it may have been taken back after this copy was made.
 local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')

@@ -1,7 +1,7 @@
--- missing: for which changes would `apply` do anything? The mirror writer asks before it decodes states and sends them,
--- because the request that made a change has revealed most of them.
+-- missing: finds the changes for which apply.lua would write something. The mirror writer calls it before it decodes and
+-- sends states, because most changes were already revealed by their requests.
 -- KEYS  per change: doc, claim    ARGV  per change: version, change id
--- Replies positions (from 1) of those whose state is missing here, or whose claim still exists.
+-- Replies the positions (from 1) of the changes whose state is missing here or whose claim still exists.
 local reply = {}
 for i = 1, #KEYS / 2 do
   local doc, version, change = KEYS[2 * i - 1], tonumber(ARGV[2 * i - 1]), ARGV[2 * i]

@@ -1,18 +1,20 @@
--- stock: holds of orders. Part of the scripts whose first line names it.
--- {restaurant}:stock:<item>  hash  count, since (µs): as counted;  sum of what is held;
---                                  <order id>  -> "<quantity>@<µs>,..."  what its state takes, and since when
---                                  <order id>+ -> the same for its claim
--- An order holds the larger of the two. What is left is count - sum, where sum adds the holds of all orders. Entries are
--- set, never added to, so that a repeated or late call changes nothing. What an order took before the count holds
--- nothing, because the count already lacks it.
+-- stock: the stock that orders hold. It is a part of the scripts whose first line names it.
+-- {restaurant}:stock:<item>  hash  count     the counted amount
+--                                  since     the time of the count (µs)
+--                                  sum       the sum of the holds of all orders
+--                                  <order>   "<quantity>@<µs>,...": what the state of the order holds, and since when
+--                                  <order>+  the same for the claim of the order
+-- The hold of an order is the larger one of the two. The amount left is count - sum. Entries are set and never added to,
+-- so that a repeated or late call changes nothing. A quantity from before the count is no hold, because the count already
+-- lacks it.
 --
--- Texts:  h<item>=<quantity>@<µs>,...  what an order takes; an item may occur several times
---         s<count>|<µs>                the count of an inventory item; s alone: it is no longer counted
+-- Texts:  h<item>=<quantity>@<µs>,...  what an order holds; an item may occur several times
+--         s<count>|<µs>                the count of an inventory item; a single s means that it is no longer counted
 local function stock_key(doc, item)
   return string.match(doc, '^{[^}]*}') .. ':stock:' .. item
 end
 
--- The items of a text in its order, and item -> "<quantity>@<µs>,...".
+-- Returns the items of a text in its order, and a table: item -> "<quantity>@<µs>,...".
 local function parts(text)
   local items, pieces = {}, {}
   for item, piece in string.gmatch(text, '([%x-]+)=(%d+@%d+)') do
@@ -36,7 +38,7 @@ local function taken(pieces, since)
   return sum
 end
 
--- suffix: '' for the hold of the state, '+' for that of the claim.
+-- Sets one hold and updates the sum. suffix: '' for the hold of the state, '+' for the hold of the claim.
 local function put(doc, item, suffix, pieces)
   local key, id = stock_key(doc, item), string.match(doc, '[^:]+$')
   local found = redis.call('HMGET', key, 'since', id, id .. '+')
@@ -54,11 +56,11 @@ local function put(doc, item, suffix, pieces)
   end
 end
 
--- Reserves only what grows: what a change gives back becomes free when it is revealed.
--- Returns {'short', item, left, ...} or nil, and the items that it reserved, for give_back.
-local function reserve(doc, wanted)
+-- Reserves only the additional amounts of a change. What the change gives back becomes free when it is revealed.
+-- Returns {'short', item, left, ...} or nil, and the reserved items for give_back.
+local function reserve(doc, requested)
   local short, grown = {'short'}, {}
-  local items, pieces = parts(wanted)
+  local items, pieces = parts(requested)
   for _, item in ipairs(items) do
     local found = redis.call('HMGET', stock_key(doc, item), 'count', 'since', 'sum', string.match(doc, '[^:]+$'))
     local held, more = taken(found[4], found[2]), taken(pieces[item], found[2])
@@ -114,7 +116,7 @@ local function count(doc, text)
   redis.call('HSET', key, 'sum', string.format('%.0f', sum))
 end
 
--- Sets the holds (or the count) of the new head. text: of its state; before: of the state of the previous head.
+-- Sets the holds (or the count) of the new head. text: from its state; before: from the state of the previous head.
 local function keep(doc, text, before)
   if string.sub(text, 1, 1) == 's' then
     count(doc, text)

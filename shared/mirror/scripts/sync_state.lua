@@ -1,14 +1,15 @@
--- sync state: notes what PostgreSQL has committed, or what has failed on the way there.
+-- sync state: stores that PostgreSQL has committed states, or that writing them failed.
 -- KEYS  per state: doc, pending, failed, claim
 -- ARGV  1 failure as JSON ('' when committed)  then per state: version, change id
--- A doc with a later head keeps its sync state: a later call changes it. For a change that the doc does not have yet, the
--- claim notes the commit: PostgreSQL was faster than the reveal, which would call the change pending.
+-- A doc with a later head keeps its sync state, because a later call will set it. If PostgreSQL was faster than the
+-- reveal, the doc does not have the change yet. The commit is then noted in the claim, so that the reveal does not make the
+-- change pending.
 for i = 1, (#ARGV - 1) / 2 do
   local k, a = (i - 1) * 4, 1 + (i - 1) * 2
   local id = string.match(KEYS[k + 1], '[^:]+$')
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c')
   local head = tonumber(doc[1])
-  -- The head in PostgreSQL is at least what it committed: a doc at or below that is synced.
+  -- PostgreSQL has this change or a later one as its head, so a doc at or below this change is synced.
   local version = tonumber(ARGV[a + 1])
   local ours = head and (head < version or (head == version and doc[2] <= ARGV[a + 2]))
   if ARGV[1] == '' then

@@ -2,7 +2,7 @@
 -- take back: removes the claim of a change that was never sent, unless it is marked and being finished.
 -- KEYS  1 claim  2 claims  3 doc    ARGV  1 change id  2 claims member
 -- Replies 1: the claim is gone, and the change will not be recorded; 0: it may be recorded.
--- On a mirror that came back after a loss the reply is 0: a mark may have been lost too.
+-- On a mirror that came back after a loss it replies 0, because a mark may have been lost too.
 local claim = redis.call('HMGET', KEYS[1], 'c', 'marked', 'server')
 if
   claim[1] ~= ARGV[1]

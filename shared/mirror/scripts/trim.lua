@@ -1,8 +1,9 @@
--- trim: removes docs from the live window, unless they have changed since the caller looked at them. Of a creation with an
--- Idempotency-Key, version and change id stay for 30 days, without the state, so that a repeat does not create it again.
+-- trim: removes docs from the live window, unless they have changed since the caller looked at them. If an order was
+-- created with an Idempotency-Key, its version and change id stay for 30 days without the state, so that a repeated request
+-- does not create it again.
 -- KEYS  1 live  2 pending  then docs    ARGV  change ids that the caller saw
--- Replies how many docs were removed.
-local left = 0
+-- Replies the number of removed docs.
+local removed = 0
 for i = 1, #ARGV do
   local key = KEYS[2 + i]
   local id = string.match(key, '[^:]+$')
@@ -16,7 +17,7 @@ for i = 1, #ARGV do
       redis.call('DEL', key)
     end
     redis.call('ZREM', KEYS[1], id)
-    left = left + 1
+    removed = removed + 1
   end
 end
-return left
+return removed

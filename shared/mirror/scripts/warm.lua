@@ -1,8 +1,8 @@
--- warm: marks the mirror as warm, after the mirror writer has read the log to its end: it takes claims from now on.
+-- warm: makes the mirror warm, after the mirror writer has read the log to its end. From now on the mirror takes claims.
 -- KEYS  1 ticketrail:log  2 warm stamp  then number counters of the present business day of each restaurant
--- ARGV  1 epoch  2 offset that the log state must have reached  3 gap: numbers that may have been under way when the last
---       mirror was lost; they are skipped, so that none is given twice (0: no mirror was lost)
--- Replies 1, or 0 when the mirror is not the one that the caller filled.
+-- ARGV  1 epoch  2 offset that the log state must have reached
+--       3 gap: how many numbers to skip, because the last mirror may have given them before it was lost (0: none was lost)
+-- Replies 1, or 0 if this is not the mirror that the caller filled.
 local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
 if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
   return 0
