@@ -1,5 +1,9 @@
 """Builds the rail's parts from the settings, in one way for every process that commits changes."""
 
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
 import structlog
 from msgspec import Struct
 
@@ -18,10 +22,11 @@ log = structlog.get_logger(__name__)
 
 
 class RailParts(Struct, frozen=True):
-    """The rail and the two connections that it commits through."""
+    """The rail and the parts that it commits through."""
 
     mirror: Mirror
     publisher: Publisher
+    recorder: Recorder
     rail: Rail
 
     def watch(self, metrics: Metrics) -> None:
@@ -51,17 +56,22 @@ class RailParts(Struct, frozen=True):
 def assemble_rail(
     settings: Settings,
     *,
+    mirror: Mirror | None = None,
+    publisher: Publisher | None = None,
     journal: Journal | None = None,
     publish_interval_ms: float = 0.0,
     tracer: Tracer | None = None,
     metrics: RailMetrics | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> RailParts:
     """Nothing connects before `publisher.start` and the first call of the mirror.
 
+    `mirror`, `publisher`: connections to use instead of new ones.
     `journal`: takes changes while the broker cannot. Without one, a change that cannot be recorded is refused, and a
     claim that cannot be finished stays in the mirror for the next round.
     `publish_interval_ms`: the least time between two publishes of one lane, so that changes share a message."""
-    mirror, publisher = mirror_of(settings), publisher_of(settings)
+    mirror, publisher = mirror or mirror_of(settings), publisher or publisher_of(settings)
     recorder = Recorder(
         publisher,
         journal,
@@ -78,8 +88,10 @@ def assemble_rail(
         reveal_timeout_seconds=settings.reveal_timeout_seconds,
         tracer=tracer,
         metrics=metrics,
+        clock=clock,
+        sleep=sleep,
     )
-    return RailParts(mirror, publisher, rail)
+    return RailParts(mirror, publisher, recorder, rail)
 
 
 def mirror_of(settings: Settings) -> Mirror:

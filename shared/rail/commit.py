@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import structlog
@@ -91,8 +92,11 @@ class Rail:
         reveal_timeout_seconds: float,
         tracer: Tracer | None = None,
         metrics: RailMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`tracer`: adds spans to the traces of other instances' claims that are finished here."""
+        """`tracer`: adds spans to the traces of other instances' claims that are finished here. `clock` and `sleep`
+        count seconds."""
         self._mirror = mirror
         self._recorder = recorder
         self._journal = journal
@@ -100,6 +104,8 @@ class Rail:
         self._reveal_seconds = reveal_timeout_seconds
         self._tracer = tracer
         self._metrics = metrics
+        self._clock = clock
+        self._sleep = sleep
         self._highest_numbers = HighestNumbers()
         # Recent creations with an idempotency key that this instance made without a claim; None while one is under way.
         # Until PostgreSQL has such a creation, only this table can recognise a repeat.
@@ -195,13 +201,13 @@ class Rail:
         series = series_of(draft.entity, draft.state)
         floor = self._highest_numbers.of(change.restaurantid, series)
         event, stock = encode(change), stock_text(draft.entity, draft.state)
-        deadline = time.monotonic() + self._claim_seconds
+        deadline = self._clock() + self._claim_seconds
         if draft.existing is not None and draft.state.id in self._without_claim:
             await self._raise_created(draft)
         while True:
             try:
                 # The mirror must not execute a claim after this commit has gone on without it.
-                within = max(0.0, deadline - time.monotonic())
+                within = max(0.0, deadline - self._clock())
                 reply = await self._mirror.claim(
                     draft.entity, change, event, draft.base, series, floor, stock, within=within
                 )
@@ -235,11 +241,11 @@ class Rail:
                     case StockShort(left):
                         raise OutOfStock(left)
                 continue
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 if draft.base is not None:
                     raise OutcomeUnknown("the mirror did not answer in time; the change may appear")
                 return await self._unclaimed(draft, series, None, doubt)
-            await asyncio.sleep(_RETRY_PAUSE_SECONDS)
+            await self._sleep(_RETRY_PAUSE_SECONDS)
 
     async def _unclaimed(
         self, draft: Draft, series: str | None, error: Exception | None, doubt: "_Doubt"
@@ -283,16 +289,16 @@ class Rail:
         """Returns whether the mirror has the change now. Tries for `reveal_timeout_seconds`, or once if not `patient`.
         After a failure the mirror writer applies the change from the log."""
         revealed = Apply(entity, state, change.head, bytes(change.data.after), change.time)
-        deadline = time.monotonic() + self._reveal_seconds
+        deadline = self._clock() + self._reveal_seconds
         while True:
             try:
                 await self._mirror.apply([revealed])
                 return True
             except (MirrorUnavailable, MirrorInDoubt) as error:
-                if not patient or self._mirror.down or time.monotonic() > deadline:
+                if not patient or self._mirror.down or self._clock() > deadline:
                     log.warning("not_revealed", change_id=change.id, error=str(error) or type(error).__name__)
                     return False
-            await asyncio.sleep(_RETRY_PAUSE_SECONDS)
+            await self._sleep(_RETRY_PAUSE_SECONDS)
 
     # -- creations without a claim -----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -77,18 +77,25 @@ class JournalEntry(Struct, frozen=True):
 
 class Journal:
     def __init__(
-        self, path: Path, *, instance: int, max_bytes: int, reserve_bytes: int = 0, lease: Lease | None = None
+        self,
+        path: Path,
+        *,
+        instance: int,
+        max_bytes: int,
+        reserve_bytes: int = 0,
+        lease: Lease | None = None,
+        executor: Executor | None = None,
     ) -> None:
         """`max_bytes`: the bound for all events together. `reserve_bytes`: the space that an append must leave free on
         the disk. `lease`: the lease of this file, if the caller holds it; otherwise the journal takes it while it is
-        open."""
+        open. `executor`: where all access happens, one call at a time; by default a thread of the journal's own."""
         self._path = path
         self._instance = instance
         self._max_bytes = max_bytes
         self._reserve_bytes = reserve_bytes
         self._lease = lease
         self._own_lease: Lease | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._db: sqlite3.Connection | None = None
         self._requested = False
         """True from `open` to `close`, also while the file cannot be opened."""
@@ -178,7 +185,7 @@ class Journal:
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except (sqlite3.Error, OSError) as error:
             raise JournalBroken(f"journal {self._path}: {error}") from error
 

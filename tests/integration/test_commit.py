@@ -11,30 +11,30 @@ import pytest
 
 from shared.entities.contract import Lane, encode
 from shared.entities.order import ENTITY as ORDER
-from shared.entities.order import Order
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging import topology
-from shared.mirror.mirror import Apply, Busy, Claimed, Stale
+from shared.messaging.publisher import NotSent
+from shared.mirror.mirror import Busy, Claimed
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.record import Durability
 from tests.rigs import builders
-from tests.rigs.rail import LANE, STALE_SECONDS, MakeRail, RailRig, ids, rails
+from tests.rigs.rail.vhost import LANE, Vhost, VhostRail, ids, open_vhost
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 
 @pytest.fixture
-async def make_rail(servers: Servers, tmp_path: Path) -> AsyncIterator[MakeRail]:
-    async with rails(servers, tmp_path) as make:
-        yield make
+async def vhost(servers: Servers, tmp_path: Path) -> AsyncIterator[Vhost]:
+    async with open_vhost(servers, tmp_path) as vhost:
+        yield vhost
 
 
 @pytest.fixture
-async def rig(make_rail: MakeRail) -> RailRig:
-    rig: RailRig = await make_rail()
-    await rig.warm()
+async def rig(vhost: Vhost) -> VhostRail:
+    rig = await vhost.instance()
+    await rig.server.warm()
     return rig
 
 
@@ -50,33 +50,27 @@ def kinds(outcomes: Sequence[Committed | TicketrailError]) -> Counter[str]:
     return Counter(type(one).__name__ for one in outcomes)
 
 
-async def stale_claims(rig: RailRig) -> list[str]:
-    """Waits for a stale claim. Returns only claims of this restaurant, since other tests use the same Redis."""
-
-    async def ours() -> list[str]:
-        found = await rig.mirror.stale_claims(most=10_000)
-        return [member for member in found if member.startswith(rig.restaurant)]
-
-    return await eventually(ours, what="a stale claim")
+async def stale_claims(rig: VhostRail) -> list[str]:
+    return await eventually(rig.stale_claims, what="a stale claim")
 
 
 # -- the path of a change --------------------------------------------------------------------------------------
 
 
-async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: RailRig) -> None:
+async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: VhostRail) -> None:
     done = await rig.rail.commit(rig.creation())
     assert (done.durability, done.visible, done.head.version) == (Durability.BROKER, True, 1)
     assert await rig.read(done.state.id) == (done.head, done.state)
     (message,) = await rig.queued(at_least=1)
     assert [change.id for change in message] == [done.head.change_id]
     assert bytes(message[0].data.after) == encode(done.state)
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
 
 
-async def test_only_one_of_two_claimants_of_a_version_commits(rig: RailRig, make_rail: MakeRail) -> None:
-    other = await make_rail()
+async def test_only_one_of_two_claimants_of_a_version_commits(vhost: Vhost) -> None:
     # However long one of them takes, the other must not treat its claim as stale and finish its change.
-    rig.mirror._stale_ms = other.mirror._stale_ms = 60_000
+    rig, other = [await vhost.instance(stale_seconds=60.0) for _ in range(2)]
+    await rig.server.warm()
     created = await rig.rail.commit(rig.creation())
     outcomes = await asyncio.gather(
         outcome(rig.rail.commit(rig.update(created, notes="mine"))),
@@ -88,7 +82,7 @@ async def test_only_one_of_two_claimants_of_a_version_commits(rig: RailRig, make
     assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.head.change_id, won.head.change_id])
 
 
-async def test_lost_claimant_gets_the_current_head(rig: RailRig) -> None:
+async def test_lost_claimant_gets_the_current_head(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
     won = await rig.rail.commit(rig.update(created, notes="first"))
     with pytest.raises(ClaimLost) as lost:
@@ -96,8 +90,8 @@ async def test_lost_claimant_gets_the_current_head(rig: RailRig) -> None:
     assert (lost.value.head, lost.value.state) == (won.head, won.state)
 
 
-async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig: RailRig, make_rail: MakeRail) -> None:
-    other = await make_rail()
+async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig: VhostRail, vhost: Vhost) -> None:
+    other = await vhost.instance()
     both = [rig, other]
     done = await asyncio.gather(*(both[n % 2].rail.commit(both[n % 2].creation()) for n in range(200)))
     assert sorted(one.state.order_number for one in done) == [f"{n:04d}" for n in range(1, 201)]
@@ -110,9 +104,10 @@ async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig
 # -- owners that die -------------------------------------------------------------------------------------------
 
 
-async def test_live_claim_keeps_its_version(rig: RailRig) -> None:
+async def test_live_claim_keeps_its_version(vhost: Vhost) -> None:
+    rig = await vhost.instance(stale_seconds=60.0)
+    await rig.server.warm()
     created = await rig.rail.commit(rig.creation())
-    rig.mirror._stale_ms = 60_000
     _, reply = await rig.claim(rig.update(created, notes="slow"))
     assert isinstance(reply, Claimed)
     with pytest.raises(ClaimLost) as lost:
@@ -123,15 +118,16 @@ async def test_live_claim_keeps_its_version(rig: RailRig) -> None:
 
 @pytest.mark.parametrize("died", ["before recording", "after recording", "before revealing, in the journal"])
 async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_version(
-    rig: RailRig, make_rail: MakeRail, died: str
+    rig: VhostRail, vhost: Vhost, died: str
 ) -> None:
-    owner = await make_rail()
+    owner = await vhost.instance()
+    assert owner.journal and owner.drainer
     created = await rig.rail.commit(rig.creation())
     await rig.queued(at_least=1)
     left, reply = await owner.claim(owner.update(created, notes="left behind"))
     assert isinstance(reply, Claimed)
     if died == "after recording":
-        assert await owner.recorder.record(Lane.CRITICAL, encode(left)) is Durability.BROKER
+        assert await owner.record(left) is Durability.BROKER
     elif died == "before revealing, in the journal":
         await owner.journal.append([(Lane.CRITICAL, encode(left))])
     await stale_claims(rig)
@@ -148,16 +144,14 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
     queued = await rig.queued(at_least=2 if died == "before recording" else 3)
     assert set(ids(queued)) == {left.id, next_one.head.change_id}
     assert {change.entityversion for message in queued for change in message} == {2, 3}
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
 
 
-async def test_finished_creation_keeps_the_number_of_its_claim(rig: RailRig) -> None:
+async def test_finished_creation_keeps_the_number_of_its_claim(rig: VhostRail) -> None:
     left, reply = await rig.claim(rig.creation())
     assert reply == Claimed("0001")
-    (member,) = await stale_claims(rig)
-    marked = await rig.mirror.mark(member)
-    assert isinstance(marked, Stale)
-    await rig.rail.finish(marked)
+    await stale_claims(rig)
+    await rig.finish_stale()
     head, order = await rig.read(left.entity_id) or pytest.fail("no document")
     assert (head, order.order_number) == (left.head, "0001")
     (message,) = await rig.queued(at_least=1)
@@ -165,8 +159,10 @@ async def test_finished_creation_keeps_the_number_of_its_claim(rig: RailRig) -> 
     assert (await rig.rail.commit(rig.creation())).state.order_number == "0002"
 
 
-async def test_stalled_owner_records_the_same_change_as_its_finisher(rig: RailRig, make_rail: MakeRail) -> None:
-    owner = await make_rail()
+async def test_stalled_owner_records_the_same_change_as_its_finisher(
+    rig: VhostRail, vhost: Vhost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = await vhost.instance()
     created = await rig.rail.commit(rig.creation())
     resumed = asyncio.Event()
     publish = owner.publisher.publish
@@ -175,7 +171,7 @@ async def test_stalled_owner_records_the_same_change_as_its_finisher(rig: RailRi
         await resumed.wait()
         await publish(*message)
 
-    owner.publisher.publish = stalled
+    monkeypatch.setattr(owner.publisher, "publish", stalled)
     slow = asyncio.create_task(owner.rail.commit(owner.update(created, notes="slow")))
     await stale_claims(rig)
     assert kinds([await outcome(rig.rail.commit(rig.update(created, notes="next")))]) == {"ClaimLost": 1}
@@ -187,7 +183,7 @@ async def test_stalled_owner_records_the_same_change_as_its_finisher(rig: RailRi
 
 
 async def test_marked_claim_cannot_be_taken_back(
-    rig: RailRig,
+    rig: VhostRail,
 ) -> None:
     change, _ = await rig.claim(rig.creation())
     (member,) = await stale_claims(rig)
@@ -198,11 +194,11 @@ async def test_marked_claim_cannot_be_taken_back(
     assert await rig.mirror.take_back(other) is False
 
 
-async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Servers, make_rail: MakeRail) -> None:
+async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Servers, vhost: Vhost) -> None:
     """The mirror comes back with an older copy. After that copy the claim may have been taken back with a 503."""
     redis = await asyncio.to_thread(servers.extra_redis)
-    rig = await make_rail(redis=redis)
-    await rig.warm()
+    rig = await vhost.instance(redis=redis)
+    await rig.server.warm()
     created = await rig.rail.commit(rig.creation())
     left, reply = await rig.claim(rig.update(created, notes="taken back"))
     assert isinstance(reply, Claimed)
@@ -212,14 +208,14 @@ async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Serve
     (member,) = await stale_claims(rig)
     assert await rig.mirror.take_back(left) is False  # a mark may be lost, and its finisher would go on
     assert await rig.mirror.mark(member) is None
-    assert await rig.claims() == 0
-    await rig.warm()
+    assert await rig.server.claims(rig.restaurant) == []
+    await rig.server.warm()
     won = await rig.rail.commit(rig.update(created, notes="won"))
     assert (won.head.version, won.state.notes) == (2, "won")
     await asyncio.to_thread(redis.discard)
 
 
-async def reachable(rig: RailRig) -> bool:
+async def reachable(rig: VhostRail) -> bool:
     try:
         await rig.mirror.check()
         return True
@@ -231,20 +227,21 @@ async def reachable(rig: RailRig) -> bool:
 
 
 async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_change(
-    servers: Servers, rig: RailRig
+    servers: Servers, rig: VhostRail, vhost: Vhost
 ) -> None:
-    async with rig.frozen(servers.rabbitmq):
-        done = await rig.rail.commit(rig.creation())
+    async with vhost.frozen(servers.rabbitmq) as brief:
+        done = await brief.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert await rig.read(done.state.id) == (done.head, done.state)
-        assert [change.id for change in await rig.journaled()] == [done.head.change_id]
+        assert [change.id for change in await brief.journaled()] == [done.head.change_id]
         # Nothing is sent until there is a new connection, so a second commit does not wait for a timeout.
-        assert not rig.publisher.connected
-        rig.publisher._timeout = 600.0
-        second = await asyncio.wait_for(rig.rail.commit(rig.creation()), 60)
+        assert not brief.publisher.connected
+        with pytest.raises(NotSent):
+            await brief.publisher.publish(Lane.CRITICAL, b"[]")
+        second = await brief.rail.commit(rig.creation())
         assert second.durability is Durability.JOURNAL
-    rig.drainer.start()  # type: ignore[union-attr]
-    await eventually(lambda: empty(rig), within=30, what="the journal drained")
+    brief.drainer.start()  # type: ignore[union-attr]
+    await eventually(lambda: empty(brief), within=30, what="the journal drained")
     found: Counter[str] = Counter()
 
     async def twice() -> bool:
@@ -255,12 +252,12 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
     assert set(found) == {done.head.change_id, second.head.change_id}
 
 
-async def empty(rig: RailRig) -> bool:
+async def empty(rig: VhostRail) -> bool:
     assert rig.journal is not None
     return rig.journal.depth == 0
 
 
-async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailRig) -> None:
+async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: VhostRail) -> None:
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
         arguments = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
@@ -289,7 +286,7 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: RailR
     await eventually(taken, what="the change from the journal", until=has_change)
 
 
-async def test_unroutable_change_goes_to_the_journal(rig: RailRig) -> None:
+async def test_unroutable_change_goes_to_the_journal(rig: VhostRail) -> None:
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
         exchange = await channel.get_exchange(topology.CHANGES)
@@ -301,30 +298,29 @@ async def test_unroutable_change_goes_to_the_journal(rig: RailRig) -> None:
 
 
 async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_removes_its_claim(
-    make_rail: MakeRail,
+    vhost: Vhost,
 ) -> None:
-    rig = await make_rail(publisher=False)
-    await rig.warm()
-    rig.journal._max_bytes = 10
+    rig = await vhost.instance(publisher=False, journal_bytes=10)
+    await rig.server.warm()
     draft = rig.creation()
     with pytest.raises(Unavailable) as refused:
         await rig.rail.commit(draft)
     assert isinstance(refused.value.__cause__.__cause__, JournalFull)  # type: ignore[union-attr]
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
     assert await rig.read(draft.state.id) is None
     await rig.publisher.start(wait=10)
     done = await rig.rail.commit(draft)  # the same change may be tried again
     assert ids(await rig.queued(at_least=1)) == [done.head.change_id]
 
 
-async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_version(make_rail: MakeRail) -> None:
-    rig = await make_rail(journal=False)
-    await rig.warm()
+async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_version(vhost: Vhost) -> None:
+    rig = await vhost.instance(journal_bytes=0)
+    await rig.server.warm()
     created = await rig.rail.commit(rig.creation())
     await rig.publisher.stop()
     with pytest.raises(Unavailable):
         await rig.rail.commit(rig.update(created, notes="refused"))
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
     await rig.publisher.start(wait=10)
     done = await rig.rail.commit(rig.update(created, notes="taken"))
     assert done.head.version == 2
@@ -332,24 +328,23 @@ async def test_commit_without_broker_and_journal_is_unavailable_and_frees_the_ve
 
 
 async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_keeps_the_claim(
-    rig: RailRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    rig: VhostRail, vhost: Vhost, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(entries: Any) -> None:
         raise JournalBroken("the disk is gone")
 
-    monkeypatch.setattr(rig.journal, "append", broken)
-    async with rig.frozen(servers.rabbitmq):
+    async with vhost.frozen(servers.rabbitmq) as brief:
+        monkeypatch.setattr(brief.journal, "append", broken)
         with pytest.raises(OutcomeUnknown):
-            await rig.rail.commit(rig.creation())
-    (member,) = await stale_claims(rig)  # the next writer or the claim finisher finishes it
-    left = await rig.mirror.mark(member)
-    assert left is not None
+            await brief.rail.commit(rig.creation())
+    await stale_claims(rig)  # the next writer or the claim finisher finishes it
+    (left,) = await rig.mark_stale()
     await eventually(lambda: connected(rig), what="a connection to the broker")
     await rig.rail.finish(left)
     assert set(ids(await rig.queued(at_least=2))) == {left.change_id}
 
 
-async def connected(rig: RailRig) -> bool:
+async def connected(rig: VhostRail) -> bool:
     return rig.publisher.connected
 
 
@@ -357,68 +352,71 @@ async def connected(rig: RailRig) -> bool:
 
 
 async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_is_unavailable(
-    rig: RailRig, servers: Servers
+    rig: VhostRail, vhost: Vhost, servers: Servers
 ) -> None:
     created = await rig.rail.commit(rig.creation())
     draft = rig.update(created, notes="doubtful")
-    async with rig.frozen(servers.redis):
+    async with vhost.frozen(servers.redis) as brief:
         with pytest.raises(OutcomeUnknown):
-            await rig.rail.commit(draft)
+            await brief.rail.commit(draft)
         with pytest.raises(Unavailable):
-            await rig.rail.commit(rig.update(created, notes="refused"))
+            await brief.rail.commit(rig.update(created, notes="refused"))
     # The server runs the sent script when it wakes. The script claims nothing, because it runs too late.
     await eventually(lambda: reachable(rig), what="the mirror again")
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
     head, _ = await rig.read(created.state.id) or pytest.fail("no document")
     assert head.version == 1
     again = await rig.rail.commit(draft)
     assert again.head.version == 2
 
 
-async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(rig: RailRig, servers: Servers) -> None:
-    async with rig.frozen(servers.redis):
-        done = await rig.rail.commit(rig.creation())
-        assert (done.state.order_number, done.durability, done.visible) == ("J1-0001", Durability.BROKER, False)
+async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(
+    rig: VhostRail, vhost: Vhost, servers: Servers
+) -> None:
+    async with vhost.frozen(servers.redis) as brief:
+        done = await brief.rail.commit(rig.creation())
+        assert done.state.order_number == f"J{brief.number}-0001"
+        assert (done.durability, done.visible) == (Durability.BROKER, False)
     (message,) = await rig.queued(at_least=1)
     assert [(change.id, ORDER.decode_state(bytes(change.data.after))) for change in message] == [
         (done.head.change_id, done.state)
     ]
     await eventually(lambda: reachable(rig), what="the mirror again")
     # The sent claim ran too late and left nothing to finish, so there is no second creation.
-    assert await rig.claims() == 0
+    assert await rig.server.claims(rig.restaurant) == []
 
 
 async def test_creation_whose_claim_may_exist_is_outcome_unknown(
-    rig: RailRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    rig: VhostRail, vhost: Vhost, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The frozen mirror may have run the claim. Without a journal and a number it must not report a failure."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")
 
-    monkeypatch.setattr(rig.journal, "append", broken)
-    monkeypatch.setattr(rig.journal, "next_number", broken)
-    async with rig.frozen(servers.redis):
+    async with vhost.frozen(servers.redis) as brief:
+        monkeypatch.setattr(brief.journal, "append", broken)
+        monkeypatch.setattr(brief.journal, "next_number", broken)
         with pytest.raises(OutcomeUnknown):
-            await rig.rail.commit(rig.creation())
+            await brief.rail.commit(rig.creation())
 
 
-async def test_cold_mirror_takes_creations_and_refuses_updates(rig: RailRig) -> None:
+async def test_cold_mirror_takes_creations_and_refuses_updates(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
-    await rig.chill()
+    await rig.server.cool()
     done = await rig.rail.commit(rig.creation())
     again = await rig.rail.commit(rig.creation())
     assert [done.state.order_number, again.state.order_number] == ["J1-0001", "J1-0002"]
     assert done.visible and await rig.read(done.state.id) == (done.head, done.state)
     with pytest.raises(Unavailable):
         await rig.rail.commit(rig.update(created, notes="refused"))
-    await rig.warm()
+    await rig.server.warm()
     assert (await rig.rail.commit(rig.update(created, notes="taken"))).head.version == 2
 
 
-async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: RailRig) -> None:
+async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
-    await rig.chill()
+    await rig.server.cool()
     draft = rig.creation(id=created.state.id)
 
     async def existing() -> Any:
@@ -430,7 +428,7 @@ async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: RailR
     assert lost.value.head == created.head
 
 
-async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(rig: RailRig) -> None:
+async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(rig: VhostRail) -> None:
     """PostgreSQL does not have the order yet, so only the memory of the instance has it."""
 
     async def existing() -> Any:
@@ -441,7 +439,7 @@ async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_sa
         draft.existing = existing
         return draft
 
-    await rig.chill()
+    await rig.server.cool()
     id_ = builders.new_id()
     outcomes = await asyncio.gather(*(rig.rail.commit(repeat()) for _ in range(5)), return_exceptions=True)
     [made] = [one for one in outcomes if isinstance(one, Committed)]
@@ -452,7 +450,7 @@ async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_sa
     assert ids(await rig.queued(at_least=1)) == [made.head.change_id]
 
 
-async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> None:
+async def test_commit_continues_after_its_caller_is_cancelled(rig: VhostRail) -> None:
     draft = rig.creation()
     caller = asyncio.create_task(rig.rail.commit(draft))
     await asyncio.sleep(0)  # the commit has started
@@ -464,37 +462,31 @@ async def test_commit_continues_after_its_caller_is_cancelled(rig: RailRig) -> N
     assert await rig.read(draft.state.id) is not None
 
 
-async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(rig: RailRig) -> None:
+async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
-    drafts = [rig.update(created, notes=notes) for notes in ("one", "two")]
-    forked = [(change_of(draft).head, draft.state) for draft in drafts]
+    forked = [change_of(rig.update(created, notes=notes)) for notes in ("one", "two")]
     for order in (forked, forked[::-1], forked + forked):
-        for head, state in order:
-            await rig.mirror.apply([applied(head, state, drafts[0].at)])
+        for change in order:
+            await rig.reveal(change)
         head, _ = await rig.read(created.state.id) or pytest.fail("no document")
-        assert head == max(head for head, _ in forked)
+        assert head == max(change.head for change in forked)
 
 
-def applied(head: Any, state: Order, at: Any) -> Apply:
-    return Apply(ORDER, state, head, encode(state), at)
-
-
-async def test_busy_version_is_free_after_its_claim_is_taken_back(rig: RailRig) -> None:
-    rig.mirror._stale_ms = 60_000
+async def test_busy_version_is_free_after_its_claim_is_taken_back(vhost: Vhost) -> None:
+    rig = await vhost.instance(stale_seconds=60.0)
+    await rig.server.warm()
     created = await rig.rail.commit(rig.creation())
     taken, _ = await rig.claim(rig.update(created, notes="one"))
     other = rig.update(created, notes="two")
     assert isinstance((await rig.claim(other))[1], Busy)
     await rig.mirror.take_back(taken)
     assert isinstance((await rig.claim(other))[1], Claimed)
-    assert STALE_SECONDS < 1
 
 
-async def test_unreadable_state_is_refused_before_it_is_claimed(rig: RailRig) -> None:
+async def test_unreadable_state_is_refused_before_it_is_claimed(rig: VhostRail) -> None:
     """The constructor of a state checks nothing, but every reader must be able to decode an accepted state."""
-    await rig.warm()
+    await rig.server.warm()
     draft = rig.creation(customer_name="x" * 201)
     with pytest.raises(InvalidInput):
         await rig.rail.commit(draft)
-    _, (document,) = await rig.mirror.read(rig.restaurant, "order", [draft.state.id])
-    assert document is None
+    assert await rig.read(draft.state.id) is None

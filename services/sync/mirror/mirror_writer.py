@@ -24,8 +24,9 @@ Shutdown: at any time.
 import asyncio
 import random
 import time
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import msgspec
 import structlog
@@ -85,7 +86,7 @@ class _Rewind(Exception):
     """The mirror is not the one that this writer filled, or the log is not the one that it read."""
 
 
-class _StartPoint(Struct):
+class StartPoint(Struct):
     state: LogState
     start: Start
     warm: bool
@@ -112,7 +113,11 @@ class MirrorWriter:
         watch: HeartbeatMonitor,
         tracer: Tracer,
         metrics: WriterMetrics,
+        *,
+        clock: Callable[[], datetime] = now,
     ) -> None:
+        """`clock`: decides which changes are late."""
+        self._clock = clock
         self._tracer = tracer
         self._metrics = metrics
         self._settings = settings
@@ -144,16 +149,18 @@ class MirrorWriter:
 
     # -- where to begin ----------------------------------------------------------------------------------------
 
-    async def _begin(self) -> _StartPoint:
+    async def _begin(self) -> StartPoint:
         found_at = time.monotonic()
         state = await self._mirror.log_state()
         if state is not None and state.offset != _NO_OFFSET:
             warm = await self._mirror.is_warm()
             log.info("mirror_resumes", offset=state.offset, warm=warm)
-            return _StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
-        return await self._rebuild(found_at)
+            return StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
+        return await self.rebuild(found_at)
 
-    async def _rebuild(self, found_at: float) -> _StartPoint:
+    async def rebuild(self, found_at: float) -> StartPoint:
+        """Fills an empty mirror from PostgreSQL. `found_at`: when it was found cold, on the monotonic clock. Raises
+        MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE."""
         # Prefer the epoch in the log itself: PostgreSQL may have the epoch of a backup.
         epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
@@ -176,7 +183,7 @@ class MirrorWriter:
         log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
         # On a fresh system nothing can be in flight.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
-        return _StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
+        return StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
     def _reader(self) -> LogReader:
         return LogReader(
@@ -187,7 +194,7 @@ class MirrorWriter:
 
     # -- following the log -------------------------------------------------------------------------------------
 
-    async def _follow(self, begun: _StartPoint) -> None:
+    async def _follow(self, begun: StartPoint) -> None:
         state, self.warm = begun.state, begun.warm
         if not self.warm:
             # The mark that proves the end of the log must be younger than every change that was in flight.
@@ -202,14 +209,19 @@ class MirrorWriter:
                     raise _Rewind(f"the log was created again: epoch {batch.epoch}")
                 noted = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
-                found = await self._split(batch)
-                await self._apply(await self._readable(await self._missing(found)), state, noted)
-                self._trace([one.outline for one in found if one.outline is not None], began)
+                self._trace(await self.apply_entries(batch.entries, state, noted), began)
                 state = noted
                 await self._notify(batch, state)
                 self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
                     await asyncio.sleep(_GATHER_SECONDS)
+
+    async def apply_entries(self, entries: Sequence[LogEntry], at: LogState, note: LogState | None) -> list[Outline]:
+        """Applies the changes that the mirror lacks, and then notes `note` in it. The mirror must have applied the log
+        at least to `at`. Returns the outlines of the readable changes."""
+        found = await self._split(entries)
+        await self._apply(await self._readable(await self._missing(found)), at, note)
+        return [one.outline for one in found if one.outline is not None]
 
     def _trace(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
@@ -294,9 +306,9 @@ class MirrorWriter:
         if found:
             await self._mirror.note_sync_states(change.restaurantid, entity.name, list(found.items()))
 
-    async def _split(self, batch: LogBatch) -> list[_Logged]:
+    async def _split(self, entries: Sequence[LogEntry]) -> list[_Logged]:
         found = []
-        for entry in batch.entries:
+        for entry in entries:
             try:
                 found += [_Logged(entry, event, outline(event)) for event in split_batch(entry.body)]
             except BrokenContract as error:
@@ -316,7 +328,7 @@ class MirrorWriter:
         return [one for place, one in enumerate(found) if place not in has]
 
     async def _readable(self, found: list[_Logged]) -> list[Apply]:
-        late_before = now() - _OVERLAP
+        late_before = self._clock() - _OVERLAP
         readable = []
         for one in found:
             try:

@@ -1,0 +1,145 @@
+"""Promises 1 to 5 of the design as laws about a world.
+
+law 1  a commit that returned is in the broker's log or in a journal
+law 2  after it, a reader of that mirror sees it, unless it said `visible: false` or that mirror was lost
+law 3  no reader ever sees a commit that raised ClaimLost or Unavailable, also not after all claims are finished
+law 4  in one life of a mirror a version is recorded by one change; a fork needs a lost mirror (or a creation made
+       without one) whose change was not in the log when the next mirror became warm. No number is given twice
+law 5  whatever the order and repetition, PostgreSQL and the mirror end with the same states, made of exactly the
+       recorded changes; one change id has one content
+"""
+
+from itertools import groupby, permutations
+
+from shared.entities.contract import Change, encode
+from shared.entities.order import ENTITY as ORDER
+from shared.errors import OutcomeUnknown, Unavailable
+from shared.rail.commit import ClaimLost, Committed
+from tests.model.world import GAP, Attempt, World
+from tests.rigs.rail.changes import changes_in
+
+ENTITIES = [f"{n}0000000-0000-4000-8000-000000000000" for n in (1, 2, 3, 4)]
+
+
+def check_always(world: World) -> None:
+    """Laws 1 to 3, which hold after every step."""
+    hear(world)
+    if not world.attempts:
+        return
+    sent = world.broker.recorded().keys() | world.run(world.journaled())
+    documents = world.run(world.instances[0].read_all(ENTITIES))
+    for attempt in world.attempts:
+        if done := attempt.committed:
+            assert done.head.change_id in sent, (
+                f"law 1: {attempt.tag} was acknowledged and is neither in the log nor in a journal"
+            )
+    for id_, head in world.shown.items():
+        assert id_ in documents, f"law 2: {id_} was acknowledged as visible and is not there"
+        assert documents[id_][0] >= head, f"law 2: {id_} was shown at {head}, is at {documents[id_][0]}"
+    absent = _absent(world)
+    for _, order in documents.values():
+        assert order.notes not in absent, f"law 3: {order.notes} was refused and a reader sees it"
+
+
+def hear(world: World) -> None:
+    """Checks and counts the results of commits that have ended since the last call."""
+    for attempt in world.attempts:
+        if attempt.heard or not attempt.ended:
+            continue
+        attempt.heard = True
+        if (done := attempt.committed) is None:
+            error = attempt.error
+            assert isinstance(error, (ClaimLost, Unavailable, OutcomeUnknown)), f"{attempt.tag} raised {error!r}"
+            world.seen[f"commit: {type(error).__name__}"] += 1
+            continue
+        world.seen[f"commit: {_outcome(done)}"] += 1
+        if done.visible:
+            world.shown[done.state.id] = max(done.head, world.shown.get(done.state.id, done.head))
+
+
+def check_at_the_end(world: World) -> None:
+    """Laws 3 to 5, after everything has been finished and delivered."""
+    recorded = world.broker.recorded()
+    absent = _absent(world)
+    for change in recorded.values():
+        notes = ORDER.decode(change).notes
+        assert notes not in absent, f"law 3: {notes} was refused and is recorded"
+    _check_forks(world, list(recorded.values()))
+    _check_numbers(world, list(recorded.values()))
+    _check_stores(world, recorded)
+
+
+def _outcome(done: Committed) -> str:
+    return f"{done.durability}, {'visible' if done.visible else 'not visible'}"
+
+
+def _absent(world: World) -> set[str]:
+    """Tags of changes that no reader may ever see, because every attempt at them was refused."""
+    refused = {one.tag for one in world.attempts if one.refused and not _may_exist(world, one)}
+    return refused - {one.tag for one in world.attempts if not one.refused}
+
+
+def _may_exist(world: World, attempt: Attempt) -> bool:
+    """A creation whose id already has a head is answered with that head, like a repeat: the order exists. After a
+    claim in doubt, the head may be its own change, which another process has finished."""
+    exists = isinstance(attempt.error, ClaimLost) and attempt.error.head is not None
+    return exists and attempt.draft.base is None and attempt.change_id in world.doubted
+
+
+def _check_forks(world: World, recorded: list[Change]) -> None:
+    claimed_in = world.mirror.claimed_in
+    for change in recorded:
+        if not claimed_in[change.id]:
+            number = ORDER.decode(change).order_number
+            unclaimed = change.basechangeid is None and number.startswith("J")
+            assert unclaimed, f"law 4: {change.id} was recorded and never claimed"
+    for (id_, version), group in groupby(sorted(recorded, key=_version_of), key=_version_of):
+        forked = list(group)
+        world.seen["fork"] += len(forked) > 1
+        for one, other in permutations(forked, 2):
+            lives, others = claimed_in[one.id], claimed_in[other.id]
+            assert not lives & others, f"law 4: {id_} version {version} twice in life {lives & others}"
+            for life in others:
+                known = world.in_log_when_warm.get(life, set())
+                assert one.id not in known, f"law 4: {id_} version {version} given again in life {life}"
+
+
+def _version_of(change: Change) -> tuple[str, int]:
+    return change.entity_id, change.entityversion
+
+
+def _check_numbers(world: World, recorded: list[Change]) -> None:
+    given: dict[str, Change] = {}
+    for change in recorded:
+        number = ORDER.decode(change).order_number
+        assert number, f"law 4: {change.subject} has no number"
+        if change.basechangeid is None:
+            other = given.setdefault(number, change)
+            twice = other.entity_id != change.entity_id and not _lost_with_a_gap(world, number, change, other)
+            assert not twice, f"law 4: number {number} twice"
+
+
+def _lost_with_a_gap(world: World, number: str, one: Change, other: Change) -> bool:
+    """The number gap covers one lost mirror. A number above a gap may be given again if only a journal holds it while
+    the next mirror is lost too: no remaining store knows it."""
+    lives, others = world.mirror.claimed_in[one.id], world.mirror.claimed_in[other.id]
+    if number.startswith("J") or int(number) <= GAP or lives & others:
+        return False
+    first, later = (one, others) if min(lives) < min(others) else (other, lives)
+    return all(first.id not in world.in_log_when_warm[life] for life in later if life > 1)
+
+
+def _check_stores(world: World, recorded: dict[str, Change]) -> None:
+    contents: dict[str, bytes] = {}
+    for change in changes_in(*world.broker.log):
+        after = bytes(change.data.after)
+        assert contents.setdefault(change.id, after) == after, f"law 5: {change.id} has two contents"
+    for attempt in world.attempts:
+        if done := attempt.committed:
+            assert contents[done.head.change_id] == encode(done.state), "law 5: the reply had another state"
+    lacks = "law 5: PostgreSQL lacks a change or has an extra one"
+    assert world.postgres.changes.keys() == recorded.keys(), lacks
+    documents = world.run(world.instances[0].read_all(ENTITIES))
+    heads = {id_: (change.head, bytes(change.data.after)) for id_, change in world.postgres.heads.items()}
+    found = {id_: (head, encode(order)) for id_, (head, order) in documents.items()}
+    assert found == heads, "law 5: the mirror and PostgreSQL disagree"

@@ -1,0 +1,111 @@
+"""Holds every call of a rail to its broker, journal and mirror as a `Step`, until the test chooses the outcome.
+
+So a crash or a stall can come before and after every step, and any two steps can be interleaved."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shared.errors import Unavailable
+from shared.messaging.publisher import InDoubt, NotSent
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
+from shared.rail.journal import JournalBroken
+from tests.rigs.rail.clock import Clock
+
+# The possible outcomes of each call; the first is success. A `late` call happens when the test chooses, or never.
+# `look` is the draft's search for an earlier creation.
+OUTCOMES = {
+    "claim": ("done", "done", "done", "done", "done, unheard", "done, unheard", "never", "late", "unavailable"),
+    "apply": ("done", "done", "done", "done", "done, unheard", "never", "late", "unavailable"),
+    "take_back": ("done", "done", "done", "done, unheard", "never", "late", "unavailable"),
+    "publish": ("done", "done", "done", "not sent", "not sent", "done, unheard", "late", "never"),
+    "append": ("done", "done", "done", "broken", "broken"),
+    "next_number": ("done", "done", "done", "broken"),
+    "remove": ("done", "done", "broken"),
+    "look": ("done", "done", "done", "no answer"),
+}
+_ANSWER_TIMEOUT_SECONDS = 0.6
+"""How long a missing answer takes: two of them reach the timeouts of the rail."""
+
+
+@dataclass
+class Step:
+    """One call; `do` makes it."""
+
+    kind: str
+    owner: Any
+    do: Callable[[], Any]
+    arguments: tuple[Any, ...]
+    reply: "asyncio.Future[Any]"
+
+
+class Gate:
+    """`seen`: counts the outcomes."""
+
+    def __init__(self, clock: Clock, seen: Counter[str]) -> None:
+        self._clock, self._seen = clock, seen
+        self.steps: list[Step] = []
+        self.late: list[Step] = []
+        """Steps whose caller has given up."""
+        self._dead: set[Any] = set()
+
+    def before(self, part: Any, owner: Any) -> Any:
+        """`part` with its calls held for `owner`; what is not in OUTCOMES passes through."""
+        return _Gated(self, part, owner)
+
+    async def ask(self, owner: Any, kind: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        if owner in self._dead:
+            raise asyncio.CancelledError
+        do = partial(call, *arguments, **named)
+        step = Step(kind, owner, do, arguments, asyncio.get_running_loop().create_future())
+        self.steps.append(step)
+        return await step.reply
+
+    def of(self, owner: Any) -> list[Step]:
+        return [step for step in self.steps if step.owner is owner]
+
+    async def happen(self, step: Step, outcome: str = "done") -> None:
+        self.steps.remove(step)
+        self._seen[f"{step.kind}: {outcome}"] += 1
+        if outcome in ("done", "done, unheard"):
+            result = await step.do()
+            if outcome == "done":
+                step.reply.set_result(result)
+                return
+        elif outcome == "late":
+            self.late.append(step)
+        self._clock.move(seconds=_ANSWER_TIMEOUT_SECONDS)
+        step.reply.set_exception(_error(step.kind, outcome))
+
+    def crash(self, owner: Any) -> None:
+        """kill -9: the owner's open steps never happen, and it takes no further ones."""
+        self._dead.add(owner)
+        self.steps = [step for step in self.steps if step.owner is not owner]
+
+
+class _Gated:
+    def __init__(self, gate: Gate, part: Any, owner: Any) -> None:
+        self._gate, self._part, self._owner = gate, part, owner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._part, name)
+        return partial(self._gate.ask, self._owner, name, found) if name in OUTCOMES else found
+
+
+def _error(kind: str, outcome: str) -> Exception:
+    match kind, outcome:
+        case _, "broken":
+            return JournalBroken("the test broke it")
+        case "look", _:
+            return Unavailable("neither store answers")
+        case "publish", "not sent":
+            return NotSent("no connection")
+        case "publish", _:
+            return InDoubt("no confirm")
+        case _, "unavailable":
+            return MirrorUnavailable("unavailable")
+        case _:
+            return MirrorInDoubt("no answer")

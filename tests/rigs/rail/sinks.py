@@ -1,0 +1,87 @@
+"""What consumes changes: the mirror writer and the PostgreSQL writer, which take what the test delivers.
+
+PostgreSQL comes as the real tables, and as a model in a few lines, which is written independently of the code that it
+checks."""
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any
+
+from services.sync.heartbeat import HeartbeatMonitor
+from services.sync.mirror.mirror_writer import MirrorWriter
+from services.sync.writer.upsert import Written, write_batch
+from shared.entities import registry
+from shared.entities.contract import Change
+from shared.entities.entity import Entity
+from shared.messaging.log import LogEntry
+from shared.mirror.mirror import LogState, Mirror
+from shared.observability.metrics import Metrics, WriterMetrics
+from shared.observability.tracing import Tracer
+from shared.postgres import states
+from shared.postgres.pool import Postgres
+from shared.settings import Settings
+from tests.rigs.rail.changes import State, applied
+from tests.rigs.rail.mirror_server import FRESH
+
+
+def mirror_writer(
+    settings: Settings, mirror: Mirror, *, postgres: Postgres | None = None, clock: Callable[[], datetime]
+) -> MirrorWriter:
+    """Not started. Without `postgres` it takes no late changes and cannot rebuild a mirror."""
+    nothing: Any = None
+    watch, tracer = HeartbeatMonitor(settings), Tracer("test", settings)
+    return MirrorWriter(
+        settings, postgres or nothing, mirror, nothing, watch, tracer, WriterMetrics(Metrics()), clock=clock
+    )
+
+
+def log_entries(messages: Iterable[bytes], first: int = 0) -> list[LogEntry]:
+    return [LogEntry(offset, "critical", body) for offset, body in enumerate(messages, first)]
+
+
+class PostgresTables:
+    """The tables of one restaurant. `mirror`: is notified of what they hold."""
+
+    def __init__(self, postgres: Postgres, mirror: Mirror) -> None:
+        self._postgres, self._mirror = postgres, mirror
+
+    async def take(self, changes: Iterable[Change]) -> None:
+        """Writes the changes in one batch."""
+        unique = list({change.id: change for change in changes}.values())
+        read = [(change, *registry.read(change)) for change in unique]
+        async with self._postgres.connection() as connection:
+            written = [Written(entity.lane, entity, change, state) for change, entity, state in read]
+            await write_batch(connection, written, timeout_seconds=5.0)
+        for change, entity, _ in read:
+            heads = [(change.entity_id, change.head)]
+            await self._mirror.note_sync_states(change.restaurantid, entity.name, heads)
+
+    async def find(self, entity: Entity, restaurant: str, id_: str) -> State | None:
+        async with self._postgres.connection() as connection:
+            stored = await states.find_state(connection, entity, restaurant, id_)
+        return (stored.head, entity.decode_state(stored.state)) if stored else None
+
+
+class PostgresModel:
+    """Promise 5: whatever the order and repetition, the largest (version, change id) wins, and every change is kept."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, Change] = {}
+        self.heads: dict[str, Change] = {}
+
+    def take(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self.changes.setdefault(change.id, change)
+            known = self.heads.get(change.entity_id)
+            if known is None or (change.entityversion, change.id) > (known.entityversion, known.id):
+                self.heads[change.entity_id] = change
+
+    def find(self, id_: str) -> State | None:
+        change = self.heads.get(id_)
+        return (change.head, registry.read(change)[1]) if change else None
+
+    async def fill(self, mirror: Mirror) -> LogState:
+        """Fills an empty mirror, as the mirror writer does from the tables."""
+        await mirror.begin_log(FRESH)
+        assert await mirror.apply([applied(one, "stored") for one in self.heads.values()], at=FRESH) is not None
+        return FRESH
