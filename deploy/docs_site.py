@@ -1,9 +1,9 @@
-"""Checks the documentation site that `make docs` has built: every file and anchor that a page refers to exists, and
-no page loads anything from another host.
+"""Checks the documentation site that `make docs` built: every file and anchor that a page refers to must exist, and no
+page may load anything from another host.
 
     python -m deploy.docs_site FOLDER
 
-Exit code 1 and a line for each problem.
+Prints a line for each problem. Exits with 1 if there is one.
 """
 
 import sys
@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What a browser fetches by itself when it shows a page. `a` is only followed by a click.
-_LOADED = {
+# The attributes whose URL a browser loads when it shows a page. It loads the URL of `a` only after a click.
+_LOADED_ATTRIBUTES = {
     "audio": "src",
     "embed": "src",
     "iframe": "src",
@@ -35,17 +35,17 @@ class _Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value for name, value in attrs if value is not None}
-        if "id" in found:
-            self.ids.add(found["id"])
-        if (url := found.get(_LOADED.get(tag, ""))) is not None:
+        values = {name: value for name, value in attrs if value is not None}
+        if "id" in values:
+            self.ids.add(values["id"])
+        if (url := values.get(_LOADED_ATTRIBUTES.get(tag, ""))) is not None:
             self.loads.append(url)
-        if tag == "a" and (url := found.get("href")) is not None:
+        if tag == "a" and (url := values.get("href")) is not None:
             self.links.append(url)
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """Returns one line for each problem of the site in `folder`."""
+    """Yields one line for each problem of the site in `folder`."""
     pages = {path.resolve(): _Page(path.read_text()) for path in sorted(folder.rglob("*.html"))}
     if not pages:
         yield f"{folder} has no pages"
@@ -76,7 +76,7 @@ def problems(folder: Path) -> Iterator[str]:
             "url(//",
         ):
             if marker in text:
-                yield f"{path.relative_to(folder)} loads from another host: {marker}"
+                yield f"{path.relative_to(folder)} contains {marker}, which loads from another host"
 
 
 def main() -> int:

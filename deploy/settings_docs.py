@@ -1,6 +1,6 @@
 """`make settings`: writes `.env.example` and `docs/settings.md` from the declarations of the settings.
 
-A test compares the files with the output, so neither can fall behind.
+A test compares both files with this output, so they are always up to date.
 """
 
 import json
@@ -16,17 +16,17 @@ from deploy.local.local_settings import ROOT, LocalSettings
 from shared.setting_fields import Described, allowed_values, description_of, variable
 from shared.settings_loading import OTHER_NAMES
 
-_WIDTH = 118
+_LINE_CHARS = 118
 
 
 def main() -> None:
     for path, text in documents().items():
         (ROOT / path).write_text(text)
-        print(f"written: {path}")
+        print(f"wrote {path}")
 
 
 def documents() -> dict[str, str]:
-    """Returns path from the root of the repository -> text of the document."""
+    """Returns the text of each document by its path in the repository."""
     return {".env.example": env_example(), "docs/settings.md": page()}
 
 
@@ -37,12 +37,12 @@ def env_example() -> str:
     ]
     for described, fields in _groups():
         title = f"# -- {described.group} "
-        parts.append(f"\n\n{title}{'-' * (_WIDTH - len(title))}\n{_comment(described.about)}")
+        parts.append(f"\n\n{title}{'-' * (_LINE_CHARS - len(title))}\n{_comment(described.about)}")
         for name, field in fields:
-            told = description_of(field)
-            notes = [f"Unit: {told.unit}."] if told.unit else []
-            notes += [f"Default: {told.default_text}."] if told.default_text else []
-            sentence = " ".join([told.sentence, *notes, f"Allowed: {allowed_values(field)}."])
+            description = description_of(field)
+            notes = [f"Unit: {description.unit}."] if description.unit else []
+            notes += [f"Default: {description.default_text}."] if description.default_text else []
+            sentence = " ".join([description.sentence, *notes, f"Allowed: {allowed_values(field)}."])
             parts.append(f"\n{_comment(sentence)}#{variable(name)}={_quoted(_default(field))}\n")
     return "".join(parts)
 
@@ -54,7 +54,7 @@ def page() -> str:
         "takes the\ndefault. `.env.example` lists them all: copy it to `.env`, and remove the `#` before each setting "
         "that you change.\n\n"
         "A process with a wrong value, or with an unknown name that begins with `TICKETRAIL_`, does not start. It "
-        "prints the setting,\nits value (never of a secret) and what is allowed, or the nearest known name.\n\n"
+        "prints the setting,\nits value (except that of a secret) and what is allowed, or the nearest known name.\n\n"
         "On Kubernetes set `enableServiceLinks: false`: a Service named `ticketrail-orders` otherwise puts variables "
         "such as\n`TICKETRAIL_ORDERS_PORT=tcp://10.0.0.7:8001` into every container.\n\n"
         "`make settings` writes this page from `shared/settings.py`.\n"
@@ -63,14 +63,14 @@ def page() -> str:
         parts.append(f"\n## {described.group}\n\n{described.about}\n\n")
         parts.append("| setting | default | unit | allowed | what it does |\n|---|---|---|---|---|\n")
         for name, field in fields:
-            told = description_of(field)
-            default = told.default_text or (f"`{_default(field)}`" if _default(field) else "empty")
-            row = (f"`{variable(name)}`", default, told.unit, allowed_values(field), told.sentence)
+            description = description_of(field)
+            default = description.default_text or (f"`{_default(field)}`" if _default(field) else "empty")
+            row = (f"`{variable(name)}`", default, description.unit, allowed_values(field), description.sentence)
             parts.append(f"| {' | '.join(row)} |\n".replace("|  |", "| |"))
     parts.append(
         "\n## Other names\n\n"
         "These names are not settings of a service. They may stand in the same environment or `.env`.\n\n"
-        "| name | what reads it |\n|---|---|\n"
+        "| name | read by |\n|---|---|\n"
     )
     parts += [f"| `{name}` | {reader} |\n" for name, reader in OTHER_NAMES.items()]
     return "".join(parts)
@@ -100,7 +100,7 @@ def _quoted(text: str) -> str:
 
 
 def _comment(text: str) -> str:
-    return textwrap.indent(textwrap.fill(text, _WIDTH - 2, break_on_hyphens=False) + "\n", "# ")
+    return textwrap.indent(textwrap.fill(text, _LINE_CHARS - 2, break_on_hyphens=False) + "\n", "# ")
 
 
 if __name__ == "__main__":

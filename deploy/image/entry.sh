@@ -1,6 +1,6 @@
 #!/bin/sh
-# The command of a container selects what it runs: orders, sync-worker, sync-api, notifier, migrate, or `ticketrail …`.
-# The image links this script as `ticketrail` too, for `docker compose exec`.
+# Runs the program that the command of the container names: orders, sync-worker, sync-api, notifier, migrate or `ticketrail …`.
+# The image also links this script as `ticketrail`, for `docker compose exec`.
 set -eu
 
 [ "${0##*/}" = ticketrail ] && set -- ticketrail "$@"
@@ -15,7 +15,7 @@ notifier) exec python -m services.notifier ;;
 migrate) exec python -m services.sync.cli migrate ;;
 ticketrail) exec python -m services.sync.cli "$@" ;;
 *)
-    echo "usage: orders | sync-worker | sync-api | notifier | migrate | ticketrail …; not '$command'" >&2
+    echo "unknown command '$command'; usage: orders | sync-worker | sync-api | notifier | migrate | ticketrail …" >&2
     exit 64
     ;;
 esac

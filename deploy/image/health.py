@@ -1,5 +1,5 @@
 #!/opt/ticketrail/venv/bin/python -IS
-"""`health.py PORT`: exit code 0 if the service on this port of the container is ready, else 1. Prints the answer."""
+"""`health.py PORT`: prints the health of the service on this port, and exits with 0 if it is ready, else with 1."""
 
 import http.client
 import sys

@@ -3,12 +3,12 @@
 #
 #   apt-install.sh PACKAGE...
 #
-# As root, or with a sudo that asks no password. Otherwise prints the packages and the command, and ends with 1.
-# Whatever happens half way, the machine's own policy-rc.d is back in place afterwards.
+# It needs root, or a sudo that asks for no password. Otherwise it prints the packages and the command, and exits with 1.
+# It restores the machine's own policy-rc.d in any case; if it is killed, its next run does.
 set -eu
 
 if ! command -v apt-get >/dev/null 2>&1; then
-    echo "ticketrail: missing: $* (no apt-get here; install them by other means)" >&2
+    echo "ticketrail: missing: $* (this machine has no apt-get; install them by other means)" >&2
     exit 1
 fi
 if [ "$(id -u)" -ne 0 ]; then
@@ -22,21 +22,21 @@ fi
 
 policy=/usr/sbin/policy-rc.d
 saved=$policy.before-ticketrail
-none=$policy.none-before-ticketrail
+absent=$policy.absent-before-ticketrail
 cluster=/etc/postgresql-common/createcluster.d/90-ticketrail.conf
 
 restore() {
     rm -f "$cluster"
     if [ -e "$saved" ] || [ -L "$saved" ]; then mv -f "$saved" "$policy"; fi
-    if [ -e "$none" ]; then rm -f "$policy" "$none"; fi
+    if [ -e "$absent" ]; then rm -f "$policy" "$absent"; fi
 }
-restore # what a killed run left behind
+restore # undoes what a killed run left behind
 trap restore EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# The marker or the copy comes first: a kill between two of these lines must not lose what was there.
-if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$saved"; else : >"$none"; fi
+# The marker or the copy comes first, so that a kill between two of these lines does not lose the original.
+if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$saved"; else : >"$absent"; fi
 printf '#!/bin/sh\nexit 101\n' >"$policy"
 chmod 755 "$policy"
 mkdir -p "${cluster%/*}"
@@ -45,7 +45,7 @@ echo 'create_main_cluster = false' >"$cluster"
 units=
 for package in "$@"; do
     case $package in
-    # Erlang, which comes with RabbitMQ, has a unit of its own.
+    # Erlang, which comes with RabbitMQ, brings its own units.
     rabbitmq-server) units="$units rabbitmq-server $(command -v epmd >/dev/null 2>&1 || echo epmd.service epmd.socket)" ;;
     redis-server) units="$units redis-server valkey-server" ;;
     postgresql) units="$units postgresql" ;;
@@ -54,24 +54,24 @@ done
 
 echo "ticketrail: installing $*"
 export DEBIAN_FRONTEND=noninteractive
-# Lists that are already there may do when this fails.
-apt-get update -qq -o DPkg::Lock::Timeout=120 || echo "ticketrail: apt-get update failed, trying without" >&2
-chosen=
+# If this fails, the existing package lists may be good enough.
+apt-get update -qq -o DPkg::Lock::Timeout=120 || echo "ticketrail: apt-get update failed; the existing package lists are used" >&2
+names=
 for package in "$@"; do
-    # Which of Redis and Valkey a release carries differs; either will do.
+    # Some releases have Redis, others have Valkey. Either one is fine.
     if [ "$package" = redis-server ] && ! apt-cache show redis-server >/dev/null 2>&1; then package=valkey-server; fi
-    chosen="$chosen $package"
+    names="$names $package"
 done
 output=$(mktemp)
 # shellcheck disable=SC2086  # a list of package names
-if ! apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $chosen >"$output" 2>&1; then
+if ! apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $names >"$output" 2>&1; then
     tail -n 30 "$output" >&2
     rm -f "$output"
     exit 1
 fi
 rm -f "$output"
 
-# policy-rc.d holds for the installation alone; enabled units would start at the next boot.
+# policy-rc.d only acts during the installation. Enabled units would start at the next boot.
 if command -v systemctl >/dev/null 2>&1; then
     for unit in $units; do systemctl disable -q "$unit" 2>/dev/null || true; done
 fi

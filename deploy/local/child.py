@@ -1,9 +1,9 @@
-"""A program that we started, with all its descendants: stops, kills, freezes and thaws them together.
+"""Starts a program, and stops, kills, freezes and thaws it together with all its descendants.
 
-- Signals go only to the processes of this tree, found by parent, never by name.
+- It sends signals only to the processes of this tree, which it finds by their parents, never by name.
 - The program has its own session, so that Ctrl-C in the terminal reaches the runner and not the program.
-- When the process that started it dies, even by kill -9, the kernel sends the program `death_signal`.
-- Stopping or killing a program twice, or after it has ended, is no error.
+- When the process that started the program dies, even by kill -9, the kernel sends `death_signal` to the program.
+- It is no error to stop or kill a program twice, or after it has ended.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ import psutil
 
 @functools.cache
 def _spawner() -> ThreadPoolExecutor:
-    """The one thread that starts children. The kernel sends the death signal when the *thread* that started a child
-    ends, so a server that a short-lived thread started would stop with that thread."""
+    """Returns an executor with one thread, which starts all children. The kernel sends the death signal when the
+    *thread* that started a child ends, so a child of a short-lived thread would stop with that thread."""
     return ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
 class Process(Protocol):
-    """What a Child needs of the process that it stands for; a subprocess.Popen has it."""
+    """The methods of a process that a Child needs. subprocess.Popen has them."""
 
     pid: int
 
@@ -40,7 +40,7 @@ class Process(Protocol):
 
 class Child:
     def __init__(self, process: Process, log: Path) -> None:
-        """`process` leads a process group of its own."""
+        """`process` must be the leader of its own process group."""
         self._process = process
         self.log = log
         self.pid = process.pid
@@ -58,16 +58,17 @@ class Child:
         death_signal: signal.Signals = signal.SIGTERM,
     ) -> "Child":
         """Starts a program and appends its output to `log`. Only root may set `user`."""
-        # setpriv becomes the program (same pid), and sets the death signal after the change of user, which clears it.
-        guard = ["setpriv", "--pdeathsig", death_signal.name.removeprefix("SIG")]
+        # setpriv turns into the program and keeps the pid. A change of user clears the death signal, so setpriv sets it
+        # after that.
+        prefix = ["setpriv", "--pdeathsig", death_signal.name.removeprefix("SIG")]
         if user is not None:
-            guard += ["--reuid", user, "--regid", _group_of(user), "--init-groups"]
+            prefix += ["--reuid", user, "--regid", _group_of(user), "--init-groups"]
         log.parent.mkdir(parents=True, exist_ok=True)
 
         def start() -> "subprocess.Popen[bytes]":
             with log.open("ab") as output:
                 return subprocess.Popen(
-                    [*guard, *map(str, command)],
+                    [*prefix, *map(str, command)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -80,29 +81,29 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; negative if a signal ended it."""
+        """The return code; None while the program runs, negative if a signal ended it."""
         return self._process.poll()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Its return code, or None when it still runs after `timeout` seconds."""
+        """Returns the return code, or None if the program still runs after `timeout` seconds."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
-    def terminate(self, within: float, how: signal.Signals = signal.SIGTERM) -> bool:
-        """Asks the program to end, and kills what is left of its tree after `within` seconds. True: it ended in
-        time."""
+    def terminate(self, within: float, request: signal.Signals = signal.SIGTERM) -> bool:
+        """Asks the program to end, and kills the rest of its tree after `within` seconds. Returns whether the program
+        ended in time."""
         if self.returncode is not None:
             self._kill_group()
             return True
         tree = self._tree()
-        self.thaw()  # a stopped process does not see the signal
-        self._process.send_signal(how)
+        self.thaw()  # a frozen process does not react to the signal
+        self._process.send_signal(request)
         ended = self.wait(within) is not None
         if not ended:
             self.kill()
-        # After the program ends its helpers have another parent, so they were listed while it ran.
+        # When the program ends, its helpers get another parent, so they were listed before.
         for process in tree:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(tree, timeout=5)
@@ -120,10 +121,10 @@ class Child:
 
     def freeze(self) -> list[psutil.Process]:
         frozen: list[psutil.Process] = []
-        while fresh := [process for process in self._tree() if process not in frozen]:
-            for process in fresh:
+        while new := [process for process in self._tree() if process not in frozen]:
+            for process in new:
                 _signal(process, signal.SIGSTOP)
-            frozen += fresh
+            frozen += new
         return frozen
 
     def thaw(self) -> None:
@@ -134,8 +135,8 @@ class Child:
         return tail(self.log, lines)
 
     def _kill_group(self) -> None:
-        """Kills workers that outlive their program: they have another parent, but are still in its group. Only once,
-        because another process may get the number later."""
+        """Kills workers that outlive the program. They have another parent by then, but are still in its group. Does so
+        only once, because another process group may get the number later."""
         if self._group_gone:
             return
         self._group_gone = True
@@ -143,7 +144,7 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
     def _tree(self) -> list[psutil.Process]:
-        """The program and its descendants, parents before children; empty after it has ended."""
+        """Returns the program and its descendants, parents before children, or nothing after the program has ended."""
         if self.returncode is not None:
             return []
         try:
@@ -164,7 +165,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)  # psutil checks the start time, so a reused pid gets no signal
+        process.send_signal(number)  # psutil checks the start time, so a process that reuses the pid gets no signal
 
 
 def _group_of(user: str) -> str:

@@ -1,20 +1,20 @@
 #!/bin/sh
 # `make clean`: removes the data of `make run`, then .local, .venv and the caches. Refuses while the system runs.
 #
-# `make reset` removes the data, because it finds the home as `make run` does: by TICKETRAIL_HOME in the environment, in
-# .env, or neither. Of a home that was moved it removes only what `make run` made.
+# It runs `make reset` for the data, because that finds the home as `make run` does: by TICKETRAIL_HOME in the environment or
+# in .env. In a home outside .local, `make reset` removes only what `make run` created.
 set -eu
 cd "$(dirname "$0")/../.."
 if [ -e .local/run.lock ] && ! flock -n .local/run.lock true; then
-    echo "ticketrail: make run is still running on .local: stop it first" >&2
+    echo "ticketrail: make run is still running on .local; stop it first" >&2
     exit 1
 fi
 if .venv/bin/python -c 'import deploy.local.reset' 2>/dev/null; then
     .venv/bin/python -m deploy.local.reset
 elif [ -n "${TICKETRAIL_HOME:-}" ] || grep -q '^[^#]*TICKETRAIL_HOME=' .env 2>/dev/null; then
-    echo "ticketrail: .venv does not work, so the data in TICKETRAIL_HOME stays: \`make reset\` removes it" >&2
+    echo "ticketrail: .venv does not work, so the data in TICKETRAIL_HOME stays; \`make reset\` removes it" >&2
 fi
-# PostgreSQL's data lies elsewhere when its user cannot reach this directory.
+# If the user of PostgreSQL cannot reach this directory, its data is elsewhere, and .local/postgres is a link to it.
 if [ -L .local/postgres ]; then
     case $(readlink .local/postgres) in /var/lib/ticketrail/*) rm -rf "$(readlink .local/postgres)" ;; esac
 fi

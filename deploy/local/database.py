@@ -31,27 +31,27 @@ def user_to_run_as() -> str | None:
 
 
 def make_reachable(directory: Path, user: str | None) -> None:
-    """Creates `directory`, owned by `user`. If that user cannot reach it, it becomes a link to another directory."""
+    """Creates `directory` for `user`. If that user cannot reach it, `directory` becomes a link to another place."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    place = directory
+    target = directory
     if directory.is_symlink():
-        place = directory.readlink()
+        target = directory.readlink()
     elif user and not directory.exists() and not _may_enter(directory.parent, user):
         OUTSIDE.mkdir(mode=0o755, exist_ok=True)
-        place = OUTSIDE / hashlib.sha256(str(directory).encode()).hexdigest()[:12]
-        # An earlier instance of this directory may have left its data, if only its link was removed.
-        shutil.rmtree(place, ignore_errors=True)
-        directory.symlink_to(place)
-    place.mkdir(mode=0o700, exist_ok=True)
+        target = OUTSIDE / hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+        # If only its link was removed, the data of an earlier instance may still be there.
+        shutil.rmtree(target, ignore_errors=True)
+        directory.symlink_to(target)
+    target.mkdir(mode=0o700, exist_ok=True)
     if user:
-        shutil.chown(place, user)
+        shutil.chown(target, user)
 
 
 def _may_enter(directory: Path, user: str) -> bool:
     return subprocess.run(["test", "-x", str(directory)], user=user, extra_groups=[], check=False).returncode == 0
 
 
-def forget_foreign_lock(data: Path) -> None:
+def remove_lock_of_killed_server(data: Path) -> None:
     """Removes the lock file of a killed server. PostgreSQL ignores a lock whose pid does not run, but not one whose pid
     now belongs to another process of the same user, such as another PostgreSQL of this machine."""
     lock = data / "postmaster.pid"
@@ -73,7 +73,7 @@ def postgres_for(data: Path, newest: Path) -> Path:
 
 
 def run_sql(url: str, *statements: str, timeout: float = 60.0) -> None:
-    """Executes each statement in a transaction of its own, which CREATE DATABASE requires. `timeout` in seconds, per
+    """Executes each statement in its own transaction, which CREATE DATABASE requires. `timeout` is in seconds per
     statement. Raises OSError and the errors of asyncpg."""
 
     async def execute() -> None:
@@ -88,8 +88,8 @@ def run_sql(url: str, *statements: str, timeout: float = 60.0) -> None:
 
 
 def make_owner(url: str, password: str) -> bool:
-    """Creates the database and its owner, a role that may create the other roles. `url`: of a superuser. Returns False
-    while the server starts or recovers."""
+    """Creates the database and its owner, a role that may create the other roles. `url` is the URL of a superuser.
+    Returns False while the server starts or recovers."""
 
     async def ensure() -> bool:
         try:
@@ -109,6 +109,6 @@ def make_owner(url: str, password: str) -> bool:
 
 
 def _in_own_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine in another thread, because asyncio.run fails inside a running event loop, such as a test's."""
+    """Runs a coroutine in another thread, because asyncio.run fails inside a running event loop, as in tests."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()

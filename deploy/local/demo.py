@@ -1,7 +1,7 @@
-"""One order through the whole system: accepted, visible, pushed, stored; each hop with its milliseconds.
+"""Sends one order through the whole system and measures each hop: accepted, readable, pushed, stored, synced.
 
-`travel` raises DemoFailed if a hop does not happen within its deadline, so that `make run` does not report a system as
-ready that starts but does not work.
+`send_order` raises DemoFailed if a hop misses its deadline, so that `make run` does not report a system as ready that
+starts but does not work.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ HOP_TIMEOUT_SECONDS = 20.0  # on an idle machine each hop takes milliseconds
 
 
 class DemoFailed(Exception):
-    """An order did not arrive everywhere; the message names the hop."""
+    """An order did not arrive everywhere. The message names the hop."""
 
 
 @dataclass
 class Demo:
-    """What the seed created, and its URLs: the content of `.local/demo.json`."""
+    """The content of `.local/demo.json`: what the seed created, and the URLs of the system."""
 
     orders_url: str
     sync_url: str
@@ -75,26 +75,26 @@ class Hop:
     detail: str
 
 
-async def travel(demo: Demo, database_url: str) -> tuple[str, list[Hop]]:
-    """Place one order as staff and watch it arrive everywhere: its id, and the hops in the order they happened, in
-    milliseconds since it was sent."""
+async def send_order(demo: Demo, database_url: str) -> tuple[str, list[Hop]]:
+    """Places one order as staff and waits until it has arrived everywhere. Returns its id, and the hops in the order in
+    which they happened, each with the milliseconds since the order was sent."""
     headers = {"Authorization": f"Bearer {demo.tokens['staff']}"}
     timeout = httpx.Timeout(10.0, read=HOP_TIMEOUT_SECONDS)
     async with (
         httpx.AsyncClient(headers=headers, timeout=timeout) as client,
         _events(client, demo.notifier_url) as events,
     ):
-        async with _within("connected to the event stream"):
+        async with _within("the connection to the event stream"):
             first = await anext(events)
         if first.get("event") != "connected":
             raise DemoFailed(f"the event stream began with {first}, not with `connected`")
-        # Connections are open before the clock starts: it measures the system, not the first handshake.
+        # The first request opens the connection, so that the measured time does not include the handshake.
         await client.get(f"{demo.orders_url}/health/live")
         database = await asyncpg.connect(database_url, timeout=5)
         try:
             return await _watch(demo, client, events, database)
         except httpx.HTTPError as error:
-            raise DemoFailed(f"{type(error).__name__} on the way: {error}") from error
+            raise DemoFailed(f"a request failed: {type(error).__name__}: {error}") from error
         finally:
             await database.close(timeout=5)
 
@@ -110,7 +110,7 @@ async def _watch(
     def hop(name: str, detail: str) -> Hop:
         return Hop(name, (time.perf_counter() - began) * 1000, detail)
 
-    # Sampled by its caller: this order's trace is kept whatever the service's own share is.
+    # The caller marks this trace as sampled, so the service keeps it whatever share of traces it keeps.
     traced = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
     reply = await client.post(f"{demo.orders_url}/api/orders", json=demo.order, headers=traced)
     accepted = hop("accepted", f"{reply.status_code}, order {_number(reply)}")
@@ -134,7 +134,7 @@ async def _watch(
     async def stored() -> Hop:
         query = "select version from orders where id = $1::uuid"
         while (version := await database.fetchval(query, order_id)) is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)  # a row gives no signal
+            await asyncio.sleep(0.002)  # PostgreSQL does not announce a new row
         return hop("stored", f"in PostgreSQL, version {version}")
 
     async def synced() -> Hop:
@@ -149,26 +149,26 @@ async def _watch(
     finally:
         for task in watched:
             task.cancel()
-    return order_id, sorted(hops, key=lambda each: each.milliseconds)
+    return order_id, sorted(hops, key=lambda hop: hop.milliseconds)
 
 
 async def _bounded(work: Callable[[], Awaitable[Hop]]) -> Hop:
-    async with _within(work.__name__):
+    async with _within(f"the hop `{work.__name__}`"):
         return await work()
 
 
 @asynccontextmanager
-async def _within(name: str) -> AsyncIterator[None]:
+async def _within(what: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(HOP_TIMEOUT_SECONDS):
             yield
     except TimeoutError:
-        raise DemoFailed(f"the order was not {name} within {HOP_TIMEOUT_SECONDS:.0f} s") from None
+        raise DemoFailed(f"{what} took longer than {HOP_TIMEOUT_SECONDS:.0f} s") from None
 
 
 @asynccontextmanager
 async def _events(client: httpx.AsyncClient, notifier_url: str) -> AsyncIterator[AsyncIterator[dict[str, str]]]:
-    """Server-sent events as dicts of their fields (`id`, `event`, `data`)."""
+    """Yields the server-sent events, each as a dict of its fields (`id`, `event`, `data`)."""
     url = f"{notifier_url}/api/v1/sync/events"
     async with client.stream("GET", url) as reply:
         if reply.status_code != 200:

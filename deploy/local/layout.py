@@ -1,10 +1,10 @@
-"""Whether the data of a home fits this version: `make run` says so in one sentence instead of failing somewhere later.
+"""Checks whether the data of a home fits this version. If not, `make run` says so in one sentence and does not start.
 
-- `check_home`, before anything starts: the mirror and the journal by a version each, which the home keeps in
-  `layout.json`.
-- `check_database`: migrations by name and content. Data fits when its migrations are the first of ours; `migrate` adds
-  the rest.
-- `check_queues`: queues by name.
+- `check_home` runs before anything starts. It compares the versions of the mirror and of the journal, which the home
+  keeps in `layout.json`.
+- `check_database` compares migrations by name and content. The data fits if its migrations are the first ones of ours;
+  `migrate` adds the rest.
+- `check_queues` compares queues by name.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ from shared.settings import Settings
 FILE = "layout.json"
 
 _VERSIONS = {"mirror": keys.LAYOUT_VERSION, "journal": journal_file.LAYOUT_VERSION}
-_DATA = ("postgres", "redis", "rabbitmq", "journal")  # folders of a home
-_OURS = re.compile(r"(sync|changes)\.")
-_DELAY = re.compile(r"\.retry\.\d+ms\.")  # a setting, not the layout
+_DATA_FOLDERS = ("postgres", "redis", "rabbitmq", "journal")
+_OUR_QUEUES = re.compile(r"(sync|changes)\.")
+_DELAY = re.compile(r"\.retry\.\d+ms\.")  # a delay is a setting and does not belong to the layout
 
 
 class OtherLayout(Exception):
-    """Another version made the data; the message says what differs."""
+    """Another version created the data. The message says what differs."""
 
 
 def check_home(home: Path) -> None:
-    """Raises OtherLayout. A home without data fits; it gets the versions of this layout before it gets any data, so a
-    run that is killed in between leaves a home that fits."""
+    """Raises OtherLayout if the data does not fit. A home without data fits. It gets the versions of this layout before
+    any data, so that a run which is killed in between leaves a home that fits."""
     file = home / FILE
-    # lexists: PostgreSQL's folder may be a link whose target is gone.
-    if not any(os.path.lexists(home / name) for name in _DATA):
+    # lexists, because the folder of PostgreSQL may be a link whose target does not exist.
+    if not any(os.path.lexists(home / name) for name in _DATA_FOLDERS):
         draft = file.with_suffix(".new")
         draft.write_text(json.dumps(_VERSIONS) + "\n")
         draft.rename(file)
@@ -60,7 +60,7 @@ def check_home(home: Path) -> None:
 
 
 async def check_database(url: str) -> None:
-    """Raises OtherLayout. An empty database fits."""
+    """Raises OtherLayout if the database does not fit. An empty database fits."""
     connection = await asyncpg.connect(url, timeout=10)
     try:
         if await connection.fetchval("select to_regclass('migrations')") is None:
@@ -77,11 +77,11 @@ async def check_database(url: str) -> None:
 
 
 def check_queues(management_url: str, amqp_url: str, settings: Settings) -> None:
-    """Raises OtherLayout, OSError. Ignores queues whose names do not begin as ours do."""
+    """Raises OtherLayout if the queues do not fit, and OSError. Ignores queues whose names do not begin like ours."""
     found: Any = ask(management_url, "GET", f"/api/queues/{quote(vhost_of(amqp_url), safe='')}?columns=name")
     known = {_without_delay(queue.name) for queue in [*topology.queues(settings), *topology.logs(settings)]}
     for name in sorted(queue["name"] for queue in found or ()):
-        if _OURS.match(name) and _without_delay(name) not in known:
+        if _OUR_QUEUES.match(name) and _without_delay(name) not in known:
             raise OtherLayout(f"this version has no queue {name}")
 
 

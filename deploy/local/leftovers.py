@@ -12,25 +12,26 @@ import psutil
 
 
 def record(file: Path, pids: Mapping[str, int]) -> None:
-    kept = {}
+    """Writes the pid and start time of each process to `file`."""
+    started = {}
     for name, pid in pids.items():
         try:
-            kept[name] = [pid, psutil.Process(pid).create_time()]
+            started[name] = [pid, psutil.Process(pid).create_time()]
         except psutil.NoSuchProcess:
             continue
-    aside = file.with_suffix(".new")
-    aside.write_text(json.dumps(kept))
-    aside.rename(file)
+    draft = file.with_suffix(".new")
+    draft.write_text(json.dumps(started))
+    draft.rename(file)
 
 
 def clear(file: Path, say: Callable[[str], None], within: float = 10.0) -> None:
     """Waits `within` seconds for the processes that an earlier run left behind, then kills them."""
     alive: dict[psutil.Process, str] = {}
     try:
-        known = json.loads(file.read_text())
+        recorded = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return
-    for name, (pid, created) in known.items():
+    for name, (pid, created) in recorded.items():
         try:
             process = psutil.Process(pid)
             if process.create_time() == created:
@@ -39,9 +40,9 @@ def clear(file: Path, say: Callable[[str], None], within: float = 10.0) -> None:
             continue
     if alive:
         say(f"waiting for processes of an earlier run: {', '.join(alive.values())}")
-        _, stubborn = psutil.wait_procs(list(alive), timeout=within)
-        for process in stubborn:
-            for each in [process, *process.children(recursive=True)]:
-                each.kill()
-        psutil.wait_procs(stubborn, timeout=5)
+        _, still_running = psutil.wait_procs(list(alive), timeout=within)
+        for process in still_running:
+            for member in [process, *process.children(recursive=True)]:
+                member.kill()
+        psutil.wait_procs(still_running, timeout=5)
     file.unlink(missing_ok=True)

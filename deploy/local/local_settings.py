@@ -25,7 +25,7 @@ _SERVERS = Group(
 )
 
 
-_FROM_BASE = (
+_PORTS_FROM_BASE = (
     "orders_port",
     "sync_port",
     "notifier_port",
@@ -37,7 +37,7 @@ _FROM_BASE = (
     "epmd_port",
     "rabbitmq_dist_port",
 )
-"""In the order of their ports: the first is the base plus one."""
+"""The ports that `port_base` moves, in ascending order. The first is the base plus one."""
 
 
 class LocalSettings(Settings):
@@ -45,8 +45,9 @@ class LocalSettings(Settings):
 
     port_base: int | None = _SERVERS.setting(
         None,
-        "Moves every port of a system: orders listens one above it, sync, notifier, worker, PostgreSQL, Redis, "
-        "RabbitMQ, its management API, epmd and Erlang distribution follow; the setting of one port overrides it.",
+        "Moves every port of a system: orders listens one above the base, and sync, notifier, worker, PostgreSQL, "
+        "Redis, RabbitMQ, its management API, epmd and Erlang distribution follow. The setting of one port overrides "
+        "it.",
         default_text="the ports below",
         ge=1023,
         le=65_525,
@@ -60,24 +61,24 @@ class LocalSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _ports_from_base(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if given.get("port_base") == "":  # as in .env.example
-            given = {name: value for name, value in given.items() if name != "port_base"}
+    def _ports_from_base(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("port_base") == "":  # as in .env.example
+            values = {name: value for name, value in values.items() if name != "port_base"}
         try:
-            base = int(given.get("port_base") or 0)
+            base = int(values.get("port_base") or 0)
         except ValueError:
-            return given  # the field's own check names it
-        derived = {name: base + place for place, name in enumerate(_FROM_BASE, 1)} if base else {}
-        return derived | given
+            return values  # the check of the field reports this value
+        derived = {name: base + position for position, name in enumerate(_PORTS_FROM_BASE, 1)} if base else {}
+        return derived | values
 
     @property
     def home_path(self) -> Path:
-        """Absolute."""
+        """The absolute path of the home."""
         return self.home if self.home.is_absolute() else ROOT / self.home
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:
-        """Name of a setting -> (its port, the name of the server that listens there)."""
+        """The port of each setting, with the name of the server that listens there."""
         return {
             "TICKETRAIL_ORDERS_PORT": (self.orders_port, "orders"),
             "TICKETRAIL_SYNC_PORT": (self.sync_port, "sync API"),
@@ -93,7 +94,7 @@ class LocalSettings(Settings):
 
 
 def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The environment of every service. Creates the secrets of this home if it has none."""
+    """Returns the environment of every service. Creates the secrets of the home if it has none."""
 
     def database(role: str) -> str:
         return f"postgresql://ticketrail_{role}:{PASSWORD}@127.0.0.1:{settings.postgres_port}/ticketrail"
@@ -122,22 +123,22 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
 def command_environment(settings: LocalSettings, services: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of the command line: the settings from the environment or `.env`, which the settings of
     the services override."""
-    chosen = settings.model_dump(mode="json", include=settings.model_fields_set)
+    explicit = settings.model_dump(mode="json", include=settings.model_fields_set)
     own = {
         f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
-        for name, value in chosen.items()
+        for name, value in explicit.items()
     }
     return own | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
 
 
-def _secret(kept: Path, settings: Settings, name: str) -> str:
-    """The secret that is set, else the one of this home, which its first start creates."""
+def _secret(file_of_home: Path, settings: Settings, name: str) -> str:
+    """Returns the secret from the settings, or else the one of this home, which the first start creates."""
     if name in settings.model_fields_set:
         return str(getattr(settings, name))
-    if not kept.exists():
-        aside = kept.with_suffix(".new")
-        aside.unlink(missing_ok=True)
-        with os.fdopen(os.open(aside, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
+    if not file_of_home.exists():
+        draft = file_of_home.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32))
-        aside.rename(kept)
-    return kept.read_text().strip()
+        draft.rename(file_of_home)
+    return file_of_home.read_text().strip()

@@ -1,7 +1,7 @@
 """Finds the programs of RabbitMQ, PostgreSQL and Redis, and installs missing packages if it can.
 
-`ensure` returns only when every program is present, or raises `PackagesMissing`. It never starts, stops or configures a
-server that belongs to the machine (see apt-install.sh).
+`ensure` returns when every program is present, and otherwise raises `PackagesMissing`. It never starts, stops or
+configures a server that belongs to the machine (apt-install.sh).
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 
 INSTALL = Path(__file__).parent / "apt-install.sh"
 
-# Directories before PATH: Debian's /usr/sbin/rabbitmq-server is a wrapper that switches to the user `rabbitmq` by su,
-# which cannot write into our directories and hides the real process.
+# These directories come before PATH, where Debian has a wrapper (/usr/sbin/rabbitmq-server). The wrapper hides the real
+# process and switches to the user `rabbitmq`, who cannot write into our directories.
 RABBITMQ_DIRECTORIES = (Path("/usr/lib/rabbitmq/bin"), Path("/opt/rabbitmq/sbin"))
 POSTGRES_DIRECTORIES = Path("/usr/lib/postgresql")
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -41,8 +41,10 @@ def ensure() -> Programs:
     if missing:
         if subprocess.run(["sh", str(INSTALL), *missing], check=False, stdin=subprocess.DEVNULL).returncode != 0:
             raise PackagesMissing(f"could not install: {' '.join(missing)}")
-        if still := _missing():
-            raise PackagesMissing(f"installed, but their programs were not found: {' '.join(still)}")
+        if still_missing := _missing():
+            raise PackagesMissing(
+                f"packages are installed, but their programs were not found: {' '.join(still_missing)}"
+            )
     return Programs(
         rabbitmq_server=_required(_rabbitmq("rabbitmq-server")),
         epmd=_required(_epmd()),
@@ -66,8 +68,7 @@ def _rabbitmq(name: str) -> Path | None:
 
 
 def _epmd() -> Path | None:
-    """Finds Erlang's port mapper, by which nodes find each other. Packages put it on PATH or below the Erlang
-    runtime."""
+    """Finds epmd, Erlang's port mapper, on PATH or in the folder of the Erlang runtime."""
     return _on_path("epmd") or _first(sorted(Path("/usr/lib/erlang").glob("erts-*/bin/epmd"), reverse=True))
 
 
@@ -97,6 +98,6 @@ def _on_path(name: str) -> Path | None:
 
 
 def _required(path: Path | None) -> Path:
-    if path is None:  # removed between the check and now
-        raise PackagesMissing("a server's program has just disappeared")
+    if path is None:  # the program was removed after the check
+        raise PackagesMissing("the program of a server was removed during the check")
     return path

@@ -1,7 +1,7 @@
-"""Ports on 127.0.0.1: whether one is free, and which are.
+"""Checks whether a port of 127.0.0.1 is free, and finds free ports.
 
-A port that is taken is an error that names the port and the setting that moves it; nothing here ever takes another
-port silently, because clients and printed URLs would then point at somebody else's server.
+If a port is in use, the error names the port and the setting that moves it. Nothing here silently takes another port,
+because clients and printed URLs would then point to another server.
 """
 
 import fcntl
@@ -15,22 +15,22 @@ from typing import IO
 
 HOST = "127.0.0.1"
 
-# Below the range from which Linux takes local ports for outgoing connections (32768 and up): a server that is stopped
-# and started again finds its port still free.
-FIRST, LAST = 20_000, 32_000
+# These ports are below those that Linux uses for outgoing connections (32768 and up), so a server that restarts finds
+# its port still free.
+FIRST_PORT, LAST_PORT = 20_000, 32_000
 
 
 class PortTaken(Exception):
     def __init__(self, port: int, setting: str | None, what: str) -> None:
         move = f", or move it with {setting}, or all ports with TICKETRAIL_PORT_BASE" if setting else ""
-        super().__init__(f"port {port} ({what}) is taken: stop what listens there{move}")
+        super().__init__(f"port {port} ({what}) is in use: stop the process that listens there{move}")
         self.port = port
         self.setting = setting
 
 
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do: connections that linger after a close (TIME_WAIT) do not count.
+        # Servers set this option too. With it, connections that linger after a close (TIME_WAIT) do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -40,8 +40,8 @@ def is_free(port: int) -> bool:
 
 
 def require_free(port: int, setting: str | None, what: str, *, within: float = 10.0) -> None:
-    """Raises PortTaken at once if a process listens on the port. If none listens, an outgoing connection uses it as its
-    local port by chance: then this waits up to `within` seconds for that connection to end."""
+    """Raises PortTaken at once if a process listens on the port. An outgoing connection can also use the port.
+    In that case, waits up to `within` seconds for the connection to end."""
     deadline = time.monotonic() + within
     while not is_free(port):
         if _listens(port) or time.monotonic() > deadline:
@@ -56,22 +56,23 @@ def _listens(port: int) -> bool:
 
 
 def find_free(count: int) -> list[int]:
-    """So many different ports that are free, and that no other process of ours was given while it lives: a server
-    takes seconds until it binds, and test runs go side by side."""
+    """Returns `count` different free ports and reserves them until this process ends. A server needs seconds until it
+    binds its port, and a test run beside this one could otherwise get the same port."""
     found: list[int] = []
-    for port in random.SystemRandom().sample(range(FIRST, LAST), k=LAST - FIRST):
+    for port in random.SystemRandom().sample(range(FIRST_PORT, LAST_PORT), k=LAST_PORT - FIRST_PORT):
         if is_free(port) and _reserve(port):
             found.append(port)
             if len(found) == count:
                 return found
-    raise RuntimeError(f"fewer than {count} free ports between {FIRST} and {LAST}")
+    raise RuntimeError(f"fewer than {count} free ports between {FIRST_PORT} and {LAST_PORT}")
 
 
 _reserved: list[IO[str]] = []
 
 
 def _reserve(port: int) -> bool:
-    """Locks a file named after the port. The kernel releases the lock when this process ends, however it ends."""
+    """Locks a file named after the port. The kernel releases the lock when this process ends. Returns False
+    if another process has the lock."""
     folder = Path(tempfile.gettempdir()) / f"ticketrail-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     file = (folder / str(port)).open("w")

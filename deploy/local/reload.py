@@ -1,21 +1,23 @@
-"""`make dev`: starts services again when a file that they run from changes.
+"""`make dev`: restarts services when a file that they use changes.
 
-Looks at the modification times of a few hundred files; `watch` runs until it is cancelled.
+`watch` polls the modification times of a few hundred files until it is cancelled.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
-_LOOK_INTERVAL_SECONDS = 0.5
+_POLL_INTERVAL_SECONDS = 0.5
 _SUFFIXES = {".py", ".lua", ".sql"}
 
 
 async def watch(
-    root: Path, folders: Iterable[str], *, interval: float = _LOOK_INTERVAL_SECONDS
+    root: Path, folders: Iterable[str], *, interval: float = _POLL_INTERVAL_SECONDS
 ) -> AsyncIterator[list[Path]]:
-    """The files, relative to `root`, that were changed, made or removed. It waits until a further look finds nothing
-    more, because an editor or `git` writes files one after the other."""
+    """Yields the files, relative to `root`, that were changed, created or removed.
+
+    It waits until a poll finds no further change, because an editor or `git` writes files one after another.
+    """
     names = list(folders)
     before = await asyncio.to_thread(_times, root, names)
     while True:
@@ -33,11 +35,11 @@ async def watch(
         before = after
 
 
-def users_of(changed: Iterable[Path], services: Mapping[str, str]) -> list[str]:
-    """Returns the services that run from one of the changed files. `services`: name -> folder. All services share the
-    files outside these folders."""
-    paths, own = list(changed), set(services.values())
-    shared = any(not any(path.is_relative_to(folder) for folder in own) for path in paths)
+def affected_services(changed: Iterable[Path], services: Mapping[str, str]) -> list[str]:
+    """Returns the names of the services that use a changed file. `services` has the folder of each service by name. All
+    services share the files outside these folders."""
+    paths, folders = list(changed), set(services.values())
+    shared = any(not any(path.is_relative_to(folder) for folder in folders) for path in paths)
     return [name for name, folder in services.items() if shared or any(path.is_relative_to(folder) for path in paths)]
 
 
@@ -49,7 +51,7 @@ def _times(root: Path, folders: list[str]) -> dict[Path, int]:
                 try:
                     found[path.relative_to(root)] = path.stat().st_mtime_ns
                 except FileNotFoundError:
-                    continue  # removed since it was listed
+                    continue  # the file was removed after rglob listed it
     return found
 
 

@@ -9,29 +9,32 @@ from deploy.local.local_settings import LocalSettings
 from deploy.local.run import lock, say
 from shared.settings_loading import exit_on_bad_settings
 
-_MADE = (
+_CREATED_BY_RUN = (
     "postgres", "redis", "rabbitmq", "journal", "traces", "logs",
     "demo.json", "layout.json", "run.pids", "secret", "sync_token", "system.env",
 )  # fmt: skip
 
 
 def reset(home: Path) -> bool:
-    """Returns False if the system runs. Removes only what `make run` creates, in case TICKETRAIL_HOME is wrong."""
+    """Removes only the files that `make run` creates, because TICKETRAIL_HOME may be wrong.
+
+    Returns False if the system is running.
+    """
     if not home.is_dir():
         return True
-    held = lock(home)
-    if held is None:
+    lock_file = lock(home)
+    if lock_file is None:
         return False
-    with held:
-        for thing in (home / name for name in _MADE):
-            if thing.is_symlink():  # the user of PostgreSQL cannot reach this home, so the data is elsewhere
-                if thing.readlink().parent == database.OUTSIDE:
-                    shutil.rmtree(thing.readlink(), ignore_errors=True)
-                thing.unlink()
-            elif thing.is_dir():
-                shutil.rmtree(thing)
+    with lock_file:
+        for path in (home / name for name in _CREATED_BY_RUN):
+            if path.is_symlink():  # the user of PostgreSQL cannot reach this home, so its data is elsewhere
+                if path.readlink().parent == database.OUTSIDE:
+                    shutil.rmtree(path.readlink(), ignore_errors=True)
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
             else:
-                thing.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
     return True
 
 
@@ -39,9 +42,9 @@ def main() -> int:
     with exit_on_bad_settings():
         home = LocalSettings.load().home_path
     if not reset(home):
-        say(f"ticketrail: make run is still running on {home}: stop it first")
+        say(f"ticketrail: make run is still running on {home}; stop it first")
         return 1
-    say(f"ticketrail: the data in {home} is removed")
+    say(f"ticketrail: removed the data in {home}")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""`make run`: a whole system on this machine, in the foreground, until Ctrl-C or SIGTERM.
+"""`make run`: runs a whole system on this machine, in the foreground, until Ctrl-C or SIGTERM.
 
-- One run per home (`.local`, or TICKETRAIL_HOME). It finds the data of earlier runs.
+- Each home (`.local`, or TICKETRAIL_HOME) has at most one run at a time. A run continues with the data of earlier runs.
 - It exits with 0 after Ctrl-C or SIGTERM, and with 1 if something does not start. In both cases it stops everything
   that it started within 15 s: first the services, then the servers. If it is killed with -9, the kernel stops them.
-- It starts a service or server that dies again, and writes the new pid to `demo.json`.
-- `system.env` in the home contains the settings and secrets of the services, for the command line.
+- It restarts a service or server that dies, and writes the new pid to `demo.json`.
+- It writes the settings and secrets of the services to `system.env` in the home, for the command line.
 - With `--reload` (`make dev`) it restarts a service when one of its files changes.
 """
 
@@ -35,10 +35,11 @@ from shared.settings_loading import exit_on_bad_settings
 
 READY_TIMEOUT_SECONDS = 60.0
 MAX_RESTARTS_BEFORE_READY = 3
+_HEALTH_INTERVAL_SECONDS = 0.05
 
 
 class StartFailed(Exception):
-    """The system did not come up; the message says what to look at."""
+    """The system did not start. The message says where to look."""
 
 
 def say(text: str) -> None:
@@ -69,7 +70,7 @@ class System:
         self.postgres = PostgreSQL(home / "postgres", logs / "postgres.log", programs, port=settings.postgres_port)
         self.redis = Redis(home / "redis", logs / "redis.log", programs, port=settings.redis_port)
         self.servers = Supervisor(
-            [self.postgres, self.redis, self.rabbitmq], say=say, on_restart=self.note_pids, first_pause=1.0
+            [self.postgres, self.redis, self.rabbitmq], say=say, on_restart=self.note_pids, first_pause_seconds=1.0
         )
         commands = {
             "orders": ["services.orders"],
@@ -105,7 +106,7 @@ class System:
             write_private(self.home / "demo.json", json.dumps(dataclasses.asdict(self.demo), indent=2) + "\n")
 
     async def start(self) -> None:
-        """Raises StartFailed, ServerFailed or PortTaken; the caller then calls `stop`."""
+        """Starts everything. Raises StartFailed, ServerFailed or PortTaken, after which the caller must call `stop`."""
         with self._layout_checked():
             layout.check_home(self.home)
         write_environment(self.home, command_environment(self.settings, self.env))
@@ -120,7 +121,7 @@ class System:
             self.note_pids()
             async with httpx.AsyncClient(timeout=2.0) as client:
                 await asyncio.gather(*(self.ready(client, service) for service in self.services.programs))
-        with Step("the demo restaurant is there"):
+        with Step("the demo restaurant exists"):
             seeded: dict[str, Any] = json.loads(await self.cli("seed", "--json"))
         known = {field.name for field in dataclasses.fields(demo.Demo)}
         self.demo = demo.Demo(
@@ -129,7 +130,7 @@ class System:
             orders_url=self.urls["orders"],
             sync_url=self.urls["sync_api"],
             notifier_url=self.urls["notifier"],
-            database_url=self.env["TICKETRAIL_DATABASE_WRITER_URL"],  # sees every tenant, which the owner does not
+            database_url=self.env["TICKETRAIL_DATABASE_WRITER_URL"],  # the owner sees no tenant, the writer sees all
             redis_url=self.env["TICKETRAIL_REDIS_URL"],
             rabbitmq_url=self.env["TICKETRAIL_RABBITMQ_URL"],
             rabbitmq_management_url=self.env["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"],
@@ -146,13 +147,13 @@ class System:
 
     @contextmanager
     def _layout_checked(self) -> Iterator[None]:
-        """Turns OtherLayout into StartFailed, with the command that removes the data."""
+        """Replaces OtherLayout by StartFailed, whose message has the command that removes the data."""
         try:
             yield
         except layout.OtherLayout as error:
             reset = f"TICKETRAIL_HOME={self.home} make reset" if self.home != ROOT / ".local" else "make reset"
             raise StartFailed(
-                f"the data in {self.home} has the layout of another version ({error}): `{reset}` removes it"
+                f"the data in {self.home} has the layout of another version ({error}); `{reset}` removes it"
             ) from error
 
     async def reload(self) -> None:
@@ -160,13 +161,13 @@ class System:
         folders = {"orders": "services/orders", "notifier": "services/notifier"}
         folders |= {"sync_worker": "services/sync", "sync_api": "services/sync"}
         async for changed in reload.watch(ROOT, ("services", "shared")):
-            if names := reload.users_of(changed, folders):
+            if names := reload.affected_services(changed, folders):
                 more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                say(f"{changed[0]}{more} changed: starting {', '.join(names)} again")
+                say(f"{changed[0]}{more} changed: restarting {', '.join(names)}")
                 await self.services.restart(names)
 
     async def stop(self) -> None:
-        """Services first, because they need the servers to settle the messages that they hold."""
+        """Stops the services first, because they need the servers to settle the messages that they hold."""
         for supervisor in (self.services, self.servers):
             names = list(supervisor.pids)
             await supervisor.stop()
@@ -175,8 +176,9 @@ class System:
         (self.home / "run.pids").unlink(missing_ok=True)
 
     async def ready(self, client: httpx.AsyncClient, service: Any) -> None:
+        """Waits until the service is ready. Raises StartFailed after 60 s or three restarts."""
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS
-        answer = "nothing"
+        answer = "no reply"
         while time.monotonic() < deadline and self.services.restarts[service.name] < MAX_RESTARTS_BEFORE_READY:
             try:
                 reply = await client.get(f"{self.urls[service.name]}/health/ready")
@@ -186,7 +188,7 @@ class System:
                 answer = f"{reply.status_code}: {reply.text[:500]}"
             except httpx.HTTPError as error:
                 answer = type(error).__name__
-            await asyncio.sleep(0.05)  # between two requests
+            await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
         raise StartFailed(
             f"{service.name} is not ready (GET /health/ready: {answer}); {service.log} ends with:\n"
             + child.tail(service.log)
@@ -249,7 +251,7 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs, *, relo
             return 0
         await start
         if reloads:
-            say("Services start again when a file in services/ or shared/ changes.")
+            say("Services restart when a file in services/ or shared/ changes.")
             reloading = asyncio.create_task(system.reload())
         await asyncio.wait({stop, *([reloading] if reloading else [])}, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done() and reloading:
@@ -269,14 +271,14 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs, *, relo
             task.cancel()
         await system.stop()
         await asyncio.gather(*tasks, return_exceptions=True)
-        say(f"everything is stopped, after {time.monotonic() - began:.1f} s; the data stays in {home}")
+        say(f"stopped everything after {time.monotonic() - began:.1f} s; the data stays in {home}")
 
 
 async def _start_and_show(system: System, began: float) -> None:
     await system.start()
     if system.demo is None:
         raise AssertionError("started without a demo restaurant")
-    order_id, hops = await demo.travel(system.demo, system.env["TICKETRAIL_DATABASE_WRITER_URL"])
+    order_id, hops = await demo.send_order(system.demo, system.env["TICKETRAIL_DATABASE_WRITER_URL"])
     show(system, order_id, hops, time.monotonic() - began)
 
 
@@ -292,28 +294,29 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     say(f"  {'management':<12} {system.env['TICKETRAIL_RABBITMQ_MANAGEMENT_URL']}")
     say(f"  {'PostgreSQL':<12} {system.demo.database_url}")
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
-    for what, line in system.demo.curl_lines(order_id):
-        say(f"\n# {what}\n{line}")
-    say(f"\n# show where its time went\n{_home_prefix(system)}.venv/bin/ticketrail trace {order_id}")
-    say(f"\nReady after {seconds:.1f} s. All of this, for scripts: {system.home / 'demo.json'}. Ctrl-C stops it.")
+    for description, line in system.demo.curl_lines(order_id):
+        say(f"\n# {description}\n{line}")
+    say(f"\n# show where the time of this order went\n{_home_prefix(system)}.venv/bin/ticketrail trace {order_id}")
+    file = system.home / "demo.json"
+    say(f"\nReady after {seconds:.1f} s. Scripts find all of this in {file}. Ctrl-C stops the system.")
 
 
 def _home_prefix(system: System) -> str:
-    """The setting that a command needs in front when the home is not the default."""
+    """Returns the variable that a command needs in front of it if the home is not the default."""
     return "" if system.home == ROOT / ".local" else f"TICKETRAIL_HOME='{system.home}' "
 
 
 def write_private(path: Path, text: str) -> None:
     """Writes the file completely or not at all, readable only by its owner, because it contains tokens."""
-    aside = path.with_suffix(".new")
-    aside.unlink(missing_ok=True)
-    aside.touch(mode=0o600)
-    aside.write_text(text)
-    aside.rename(path)
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    draft.write_text(text)
+    draft.rename(path)
 
 
 def lock(home: Path) -> IO[str] | None:
-    """The lock of a home, held as long as the file is open; None if another run holds it."""
+    """Takes the lock of a home. It is held as long as the returned file is open. Returns None if another run has it."""
     file = (home / LOCK_FILE).open("a+")
     for _ in range(3):
         try:
@@ -327,7 +330,7 @@ def lock(home: Path) -> IO[str] | None:
 
 
 def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
-    """Raises PortTaken, also if two settings name the same port."""
+    """Raises PortTaken if a port is in use or if two settings name the same port."""
     seen: dict[int, str] = {}
     for setting, (port, what) in ports.items():
         if port in seen:
@@ -342,11 +345,11 @@ def main(arguments: Sequence[str]) -> int:
         settings = LocalSettings.load()
     home = settings.home_path
     home.mkdir(parents=True, exist_ok=True)
-    held = lock(home)
-    if held is None:
+    lock_file = lock(home)
+    if lock_file is None:
         say(
-            f"ticketrail: already running on {home}: stop that run first, or set TICKETRAIL_HOME to another directory "
-            "and TICKETRAIL_PORT_BASE to other ports"
+            f"ticketrail: make run is already running on {home}; stop it first, or set TICKETRAIL_HOME to another "
+            "directory and TICKETRAIL_PORT_BASE to other ports"
         )
         return 1
     try:
@@ -360,7 +363,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     entry = list_system(LocalSystem(home, ROOT))
     try:
-        with held:
+        with lock_file:
             return asyncio.run(serve(settings, home, programs, reloads=reloads))
     finally:
         entry.unlink(missing_ok=True)

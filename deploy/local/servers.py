@@ -1,9 +1,9 @@
-"""Private instances of RabbitMQ, PostgreSQL and Redis, for `make run` and the tests.
+"""Runs private instances of RabbitMQ, PostgreSQL and Redis, for `make run` and the tests.
 
 - Each instance lives in one directory, listens only on 127.0.0.1 and its given ports, and affects no other instance.
 - `start` returns when the server answers, or raises ServerFailed with the tail of its log and leaves no process
-  running. A port that is taken raises PortTaken.
-- Data survives stop, kill and a new start, also by another process with the same directory.
+  running. It raises PortTaken if a port is in use.
+- Data survives a stop, a kill and a restart, also by another process that uses the same directory.
 - `stop`, `kill`, `freeze` and `thaw` affect every process of the server and no other. They do nothing if the server is
   not running. `stop` in one thread ends a `start` in another thread.
 """
@@ -26,28 +26,29 @@ from deploy.local.port_check import HOST, require_free
 from deploy.local.rabbitmq_home import make_home
 from shared.messaging.management import ask
 
-PASSWORD = "ticketrail"  # noqa: S105  (local instances on 127.0.0.1, the same for everyone)
+PASSWORD = "ticketrail"  # noqa: S105  (local instances on 127.0.0.1, the same on every machine)
 
 
 class ServerFailed(Exception):
-    """A server did not come up; the message ends with the tail of its log."""
+    """A server did not start. The message ends with the tail of its log."""
 
 
 class Server(ABC):
     name: str
-    stop_within = 6.0  # seconds for an orderly end, after which the server is killed
+    stop_timeout_seconds = 6.0
+    """The time that a server gets to end by itself before it is killed."""
     stop_signal = signal.SIGTERM
 
     def __init__(self, directory: Path, log: Path, ports: Mapping[str, int]) -> None:
-        """`ports`: name of the setting that moves the port -> port."""
+        """`ports` has each port by the name of the setting that moves it."""
         self.directory = directory.absolute()
         self.log = log.absolute()
         self._ports = ports
-        self._children: list[Child] = []  # the last is the server itself
+        self._children: list[Child] = []  # the last one is the server itself
 
     @property
     def pid(self) -> int | None:
-        """The pid of the root of the server's processes; None if it was not started."""
+        """The pid of the server's root process, or None if the server was not started."""
         return self._children[-1].pid if self._children else None
 
     @property
@@ -57,7 +58,7 @@ class Server(ABC):
     def start(self, within: float = 60.0) -> None:
         if self.running:
             return
-        self.kill()  # ends the helpers of an instance that died
+        self.kill()  # an instance that died may have left helpers
         for setting, port in self._ports.items():
             require_free(port, setting, self.name)
         try:
@@ -75,7 +76,7 @@ class Server(ABC):
     def stop(self) -> bool:
         """Stops the server. Returns False if it did not end in time and was killed."""
         children, self._children = self._children, []
-        ended = [child.terminate(self.stop_within, self.stop_signal) for child in reversed(children)]
+        ended = [child.terminate(self.stop_timeout_seconds, self.stop_signal) for child in reversed(children)]
         return all(ended)
 
     def kill(self) -> None:
@@ -122,7 +123,7 @@ class Server(ABC):
 
 
 class Redis(Server):
-    """Redis or Valkey, with an append-only file. `noeviction`: claims and pending state must never be evicted."""
+    """Redis or Valkey, with an append-only file. It never evicts keys, because claims and pending state must stay."""
 
     name = "redis"
 
@@ -144,7 +145,7 @@ class Redis(Server):
             "maxmemory-policy": "noeviction",
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "save": "",  # the append-only file is enough; a snapshot by fork doubles memory at the worst moment
+            "save": "",  # no snapshots: the append-only file is enough, and a snapshot can double the memory
         }
         command = [str(self._program), *(part for name, value in options.items() for part in (f"--{name}", value))]
         self._children = [Child.spawn(command, log=self.log, env=_environment(), cwd=self.directory)]
@@ -156,14 +157,14 @@ class Redis(Server):
             return connection.recv(5) == b"+PONG"
 
 
-_PLUGINS = ("rabbitmq_management",)
+_RABBITMQ_PLUGINS = ("rabbitmq_management",)
 
 
 class RabbitMQ(Server):
-    """One RabbitMQ node with the management plugin and a port mapper (epmd) of its own, 3.10 and newer."""
+    """One node of RabbitMQ 3.10 or newer, with the management plugin and its own port mapper (epmd)."""
 
     name = "rabbitmq"
-    stop_within = 7.5  # an orderly end takes 6 to 7 s on 3.10
+    stop_timeout_seconds = 7.5  # a normal stop takes 6 to 7 s on 3.10
 
     def __init__(
         self,
@@ -195,13 +196,13 @@ class RabbitMQ(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the server and its port mapper. It is complete after `_prepare`."""
+        """The environment of the server and its port mapper, complete only after `_prepare`."""
         directory = self.directory
         home = {"RABBITMQ_SCRIPTS_DIR": str(self._scripts)} if self._scripts else {}
         return {
             **_environment(),
             **home,
-            "HOME": str(directory),  # holds the cookie
+            "HOME": str(directory),  # the folder of the Erlang cookie
             # The data directory is named after the node. The name is stored, so that moving the port keeps the data.
             "RABBITMQ_NODENAME": self._node_name(),
             "RABBITMQ_MNESIA_BASE": str(directory / "data"),
@@ -209,7 +210,7 @@ class RabbitMQ(Server):
             "RABBITMQ_SCHEMA_DIR": str(directory / "schema"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(directory / "schema"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
-            # Without these the node would read the files of the machine, in /etc/rabbitmq.
+            # Without these, the node would read the files of the machine in /etc/rabbitmq.
             "RABBITMQ_CONFIG_FILES": str(directory / "conf.d"),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
@@ -217,11 +218,11 @@ class RabbitMQ(Server):
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "ERL_EPMD_PORT": str(self.epmd_port),
             "ERL_EPMD_ADDRESS": HOST,
-            # Schedulers are not bound to cores: all nodes of a machine, many in the tests, would choose the same core.
+            # The node must not bind its schedulers to cores, because all nodes of a machine would choose the same core.
             "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
-            # The node must not start a port mapper (ours runs already), nor listen for other nodes beyond this machine.
+            # The node must not start a port mapper (ours already runs) and must not be reachable from other machines.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
-            # With this the start script becomes the server instead of waiting for it, so signals reach the server.
+            # With this, the start script turns into the server instead of waiting for it, so signals reach the server.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
 
@@ -234,8 +235,8 @@ class RabbitMQ(Server):
             cookie.chmod(0o400)
         _write(self.directory / "rabbitmq-env.conf", "")
         _write(self.directory / "advanced.config", "[].\n")
-        _write(self.directory / "enabled_plugins", f"[{','.join(_PLUGINS)}].\n")
-        self._scripts = make_home(self._programs.rabbitmq_server, self.directory / "home", _PLUGINS)
+        _write(self.directory / "enabled_plugins", f"[{','.join(_RABBITMQ_PLUGINS)}].\n")
+        self._scripts = make_home(self._programs.rabbitmq_server, self.directory / "home", _RABBITMQ_PLUGINS)
         _write(
             self.directory / "rabbitmq.conf",
             f"""\
@@ -254,15 +255,15 @@ log.file = false
 
     def _launch(self) -> None:
         env = self.environment
-        mapper = [str(self._programs.epmd), "-port", str(self.epmd_port), "-address", HOST]
-        self._children = [Child.spawn(mapper, log=self.log, env=env, cwd=self.directory)]
+        port_mapper = [str(self._programs.epmd), "-port", str(self.epmd_port), "-address", HOST]
+        self._children = [Child.spawn(port_mapper, log=self.log, env=env, cwd=self.directory)]
         server = Child.spawn([self._programs.rabbitmq_server], log=self.log, env=env, cwd=self.directory)
         self._children = [*self._children, server]
 
     def _answers(self) -> bool:
         with socket.create_connection((HOST, self.port), timeout=1) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
-            if connection.recv(1) != b"\x01":  # a method frame: connection.start
+            if connection.recv(1) != b"\x01":  # a method frame, connection.start
                 return False
         try:
             return ask(self.management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None
@@ -270,22 +271,22 @@ log.file = false
             return False
 
     def _node_name(self) -> str:
-        known = self.directory / "node"
-        if not known.exists():
+        name_file = self.directory / "node"
+        if not name_file.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(known, f"ticketrail-{self.port}@localhost")
-        return known.read_text().strip()
+            _write(name_file, f"ticketrail-{self.port}@localhost")
+        return name_file.read_text().strip()
 
 
 class PostgreSQL(Server):
-    """One PostgreSQL with the role `ticketrail_owner` and its database `ticketrail`.
+    """A PostgreSQL server with the role `ticketrail_owner` and its database `ticketrail`.
 
     PostgreSQL refuses to run as root, so root starts it as another user. If that user cannot reach `directory` (a
-    checkout below /root), the data lies in /var/lib/ticketrail and `directory` is a link to it.
+    checkout below /root), the data is in /var/lib/ticketrail and `directory` is a link to it.
     """
 
     name = "postgres"
-    stop_signal = signal.SIGINT  # "fast": ends sessions instead of waiting for them
+    stop_signal = signal.SIGINT  # a "fast" shutdown, which ends sessions instead of waiting for them
 
     def __init__(self, directory: Path, log: Path, programs: Programs, *, port: int) -> None:
         super().__init__(directory, log, {"TICKETRAIL_POSTGRES_PORT": port})
@@ -304,22 +305,23 @@ class PostgreSQL(Server):
     def _prepare(self) -> None:
         database.make_reachable(self.directory, self._user)
         if self._data.exists():
-            database.forget_foreign_lock(self._data)
+            database.remove_lock_of_killed_server(self._data)
             return
-        # The directory gets its name when it is complete, so a killed run leaves none that looks complete.
+        # initdb fills another directory, which is renamed when it is complete. A killed run therefore leaves no
+        # directory that only looks complete.
         place = self.directory.resolve()
-        fresh, password = place / "data.new", place / "password"
-        shutil.rmtree(fresh, ignore_errors=True)
+        draft, password = place / "data.new", place / "password"
+        shutil.rmtree(draft, ignore_errors=True)
         _write(password, PASSWORD + "\n")
         if self._user:
             shutil.chown(password, self._user)
-        command: list[str | Path] = [self._programs.initdb, "--pgdata", fresh, "--username", "postgres"]
+        command: list[str | Path] = [self._programs.initdb, "--pgdata", draft, "--username", "postgres"]
         command += ["--auth", "scram-sha-256", "--pwfile", password, "--encoding", "UTF8", "--locale", "C.UTF-8"]
-        maker = Child.spawn(command, log=self.log, env=_environment(), cwd=place, user=self._user)
-        self._children = [maker]
-        if maker.wait(60) != 0:
-            raise ServerFailed(f"initdb failed; {self.log} ends with:\n{maker.tail()}")
-        fresh.rename(self._data)
+        initdb = Child.spawn(command, log=self.log, env=_environment(), cwd=place, user=self._user)
+        self._children = [initdb]
+        if initdb.wait(60) != 0:
+            raise ServerFailed(f"initdb failed; {self.log} ends with:\n{initdb.tail()}")
+        draft.rename(self._data)
         password.unlink()
 
     def _launch(self) -> None:
@@ -343,7 +345,7 @@ class PostgreSQL(Server):
 
 def _environment() -> dict[str, str]:
     """Returns our environment without variables that would point a server or its tools at another instance."""
-    foreign = (
+    foreign_prefixes = (
         "RABBITMQ_",
         "ERL_",
         "ELIXIR_ERL",
@@ -355,7 +357,9 @@ def _environment() -> dict[str, str]:
         "LANG",
         "TICKETRAIL_",
     )
-    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {"LC_ALL": "C.UTF-8"}
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign_prefixes)} | {
+        "LC_ALL": "C.UTF-8"
+    }
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 """Keeps programs running: restarts a program that dies, and stops all of them.
 
-- A program that dies is reported in one line and restarted after a pause. The pause doubles with each restart up to
-  5 s, so that a program which cannot start does not spin, and is short again after the program has run for 30 s.
-- `stop` returns when no program that was started here runs. It may be called before `start`, and twice.
+- It reports a program that dies in one line, and restarts it after a pause. The pause doubles with each restart up to
+  5 s, so that a program that cannot start uses little CPU time. After the program has run for 30 s, the pause is short
+  again.
+- `stop` returns when none of its programs runs any more. It may be called before `start`, and twice.
 """
 
 import asyncio
@@ -28,14 +29,14 @@ class Program(Protocol):
     def pid(self) -> int | None: ...
     def start(self) -> None: ...
     def wait(self) -> int | None:
-        """Waits until it ends. Returns its return code, negative for a signal."""
+        """Waits until the program ends. Returns its return code, which is negative for a signal."""
 
     def stop(self) -> bool:
-        """Stops the process. Returns False if it did not end in time and was killed."""
+        """Stops the program. Returns False if it did not end in time and was killed."""
 
 
 class Service:
-    """One of the services: `python -m …`."""
+    """A service, which runs as `python -m …`."""
 
     def __init__(
         self,
@@ -46,12 +47,12 @@ class Service:
         cwd: Path,
         log: Path,
         program: str = sys.executable,
-        stop_within: float = 7.0,
+        stop_timeout_seconds: float = 7.0,
     ) -> None:
         self.name = name
         self.log = log
         self._command = [program, *arguments]
-        self._env, self._cwd, self._stop_within = env, cwd, stop_within
+        self._env, self._cwd, self._stop_timeout_seconds = env, cwd, stop_timeout_seconds
         self._child: Child | None = None
 
     @property
@@ -67,7 +68,7 @@ class Service:
         return self._child.wait() if self._child else None
 
     def stop(self) -> bool:
-        return self._child is None or self._child.terminate(self._stop_within)
+        return self._child is None or self._child.terminate(self._stop_timeout_seconds)
 
 
 class Supervisor:
@@ -77,16 +78,20 @@ class Supervisor:
         *,
         say: Callable[[str], None],
         on_restart: Callable[[], None] = lambda: None,
-        first_pause: float = 0.2,
-        longest_pause: float = 5.0,
+        first_pause_seconds: float = 0.2,
+        max_pause_seconds: float = 5.0,
         settled_seconds: float = 30.0,
     ) -> None:
         self.programs = programs
         self.restarts = {program.name: 0 for program in programs}
         self._say, self._on_restart = say, on_restart
-        self._first_pause, self._longest_pause, self._settled_seconds = first_pause, longest_pause, settled_seconds
+        self._first_pause_seconds, self._max_pause_seconds, self._settled_seconds = (
+            first_pause_seconds,
+            max_pause_seconds,
+            settled_seconds,
+        )
         self._stopping = asyncio.Event()
-        self._asked = {program.name: asyncio.Event() for program in programs}
+        self._restart_requested = {program.name: asyncio.Event() for program in programs}
         self._watchers: list[asyncio.Task[None]] = []
         # Two calls per program may block at the same time: the wait of its watcher, and a stop.
         self._threads = ThreadPoolExecutor(2 * len(programs), thread_name_prefix="supervisor")
@@ -96,7 +101,7 @@ class Supervisor:
         return {program.name: program.pid for program in self.programs if program.pid is not None}
 
     async def start(self) -> None:
-        """Starts all at the same time. Raises the first error, after every start has succeeded or failed."""
+        """Starts all programs at the same time. When every start has succeeded or failed, raises the first error."""
         results = await asyncio.gather(
             *(self._blocking(program.start) for program in self.programs), return_exceptions=True
         )
@@ -106,43 +111,43 @@ class Supervisor:
         self._watchers = [asyncio.create_task(self._watch(program)) for program in self.programs]
 
     async def restart(self, names: Collection[str]) -> None:
-        """Stops these programs. Each restarts immediately, without a report, even if it is in a pause."""
+        """Restarts these programs at once, without a report, even one that is in its pause."""
         chosen = [program for program in self.programs if program.name in names]
         for program in chosen:
-            self._asked[program.name].set()
+            self._restart_requested[program.name].set()
         await asyncio.gather(*(self._blocking(program.stop) for program in chosen))
 
     async def stop(self) -> None:
         self._stopping.set()
         ended = await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
-        for program, by_itself in zip(self.programs, ended, strict=True):
-            if not by_itself:
+        for program, in_time in zip(self.programs, ended, strict=True):
+            if not in_time:
                 self._say(f"{program.name} did not end in time and was killed")
         await asyncio.gather(*self._watchers)
-        # Again, for a program that was restarting during the first stop.
+        # A program may have restarted during the first stop.
         await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
 
     async def _watch(self, program: Program) -> None:
-        pause, asked = self._first_pause, self._asked[program.name]
-        while not self._stopping.is_set():  # a stop during a restart ends the program itself
+        pause, restart_requested = self._first_pause_seconds, self._restart_requested[program.name]
+        while not self._stopping.is_set():  # `stop` also ends a program that restarts meanwhile
             started = time.monotonic()
             code = await self._blocking(program.wait)
             if self._stopping.is_set():
                 return
             if time.monotonic() - started > self._settled_seconds:
-                pause = self._first_pause
+                pause = self._first_pause_seconds
             reason = describe(code)
             while True:
-                if not asked.is_set():
-                    self._say(f"{program.name} ended ({reason}); starting it again in {pause:.1f} s")
-                    if await self._stopped_within(pause, asked):
+                if not restart_requested.is_set():
+                    self._say(f"{program.name} ended ({reason}); restarting it in {pause:.1f} s")
+                    if await self._stopped_within(pause, restart_requested):
                         return
-                    pause = min(pause * 2, self._longest_pause)
+                    pause = min(pause * 2, self._max_pause_seconds)
                     self.restarts[program.name] += 1
-                asked.clear()
+                restart_requested.clear()
                 try:
                     await self._blocking(program.start)
-                except Exception as error:  # noqa: BLE001  (whatever the error is, the next try may succeed)
+                except Exception as error:  # noqa: BLE001  (after any error, the next try may succeed)
                     if self._stopping.is_set():
                         return
                     reason = str(error).splitlines()[0]
@@ -150,9 +155,9 @@ class Supervisor:
                     break
             self._on_restart()
 
-    async def _stopped_within(self, seconds: float, asked: asyncio.Event) -> bool:
-        """Waits so many seconds, less if a restart is requested. True if the supervisor is stopping."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._stopping, asked)]
+    async def _stopped_within(self, seconds: float, restart_requested: asyncio.Event) -> bool:
+        """Waits for `seconds`, or until a restart is requested. Returns whether the supervisor is stopping."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._stopping, restart_requested)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()

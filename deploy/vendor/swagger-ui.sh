@@ -1,10 +1,10 @@
 #!/bin/sh
-# Replaces the files of Swagger UI in shared/http/swagger_ui by those of another version.
+# Replaces the files of Swagger UI in shared/http/swagger_ui by the files of another version.
 #
 #   swagger-ui.sh VERSION
 #
-# npm checks the package against the checksum of its registry. The files stay unchanged, with their licences; SHA256SUMS
-# holds their checksums, and a test compares.
+# npm checks the package against the checksum of the registry. The files are copied unchanged, with their licences. SHA256SUMS
+# holds their checksums, and a test compares them.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -27,4 +27,4 @@ echo "$version" >VERSION
 sha256sum $files VERSION >SHA256SUMS
 # shellcheck disable=SC2086
 install -m 644 $files VERSION SHA256SUMS "$target/"
-echo "ticketrail: shared/http/swagger_ui has version $version now; open /api-docs of a service before you commit it"
+echo "ticketrail: shared/http/swagger_ui now has version $version; open /api-docs of a service before you commit"

@@ -203,7 +203,7 @@ async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[
             os.kill(killed, signal.SIGKILL)
 
             async def reported() -> bool:
-                return bool(re.search(r"^orders ended .*starting it again", run.text, re.MULTILINE))
+                return bool(re.search(r"^orders ended .*restarting it", run.text, re.MULTILINE))
 
             await eventually(reported, what="the restart, in one line")
 

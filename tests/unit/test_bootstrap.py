@@ -28,10 +28,10 @@ def test_every_python_from_3_11_on_is_accepted(
     fake = tmp_path / name
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n')
     fake.chmod(0o755)
-    function = re.search(r"^usable\(\) \{\n.*?^\}\n", _SCRIPT, re.MULTILINE | re.DOTALL)
+    function = re.search(r"^find_usable\(\) \{\n.*?^\}\n", _SCRIPT, re.MULTILINE | re.DOTALL)
     assert function
     found = subprocess.run(
-        ["/bin/sh", "-c", f"{function[0]}usable 'import venv'"],
+        ["/bin/sh", "-c", f"{function[0]}find_usable 'import venv'"],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,

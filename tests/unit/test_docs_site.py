@@ -41,7 +41,7 @@ def test_a_missing_target_or_a_foreign_host_is_named(tmp_path: Path, body: str, 
 
 def test_a_style_sheet_that_loads_from_another_host_is_named(tmp_path: Path) -> None:
     found = site(tmp_path, "", css="@font-face { src: url('https://fonts.example/a.woff') }")
-    assert found == ["style.css loads from another host: url('http"]
+    assert found == ["style.css contains url('http, which loads from another host"]
 
 
 def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:

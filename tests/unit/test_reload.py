@@ -25,7 +25,7 @@ SERVICES = {"orders": "services/orders", "worker": "services/sync", "api": "serv
 def test_a_service_file_restarts_its_service_and_a_shared_file_restarts_all(
     changed: list[str], users: list[str]
 ) -> None:
-    assert reload.users_of(map(Path, changed), SERVICES) == users
+    assert reload.affected_services(map(Path, changed), SERVICES) == users
 
 
 async def test_changed_new_and_removed_source_files_are_reported_and_other_files_are_not(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ async def test_a_requested_restart_is_immediate_and_does_not_count_as_a_crash(tm
     service = Service("one", ["-c", "import time; time.sleep(600)"], env={}, cwd=tmp_path, log=tmp_path / "log")
     started = asyncio.Event()
     hour = 3_600.0  # longer than the test's timeout, so the test fails if it waits for the pause
-    supervisor = Supervisor([service], say=messages.append, on_restart=started.set, first_pause=hour)
+    supervisor = Supervisor([service], say=messages.append, on_restart=started.set, first_pause_seconds=hour)
     await supervisor.start()
     first = supervisor.pids["one"]
     try:
@@ -78,7 +78,7 @@ async def test_a_crashed_service_restarts_at_once_after_a_file_change(tmp_path: 
     messages: asyncio.Queue[str] = asyncio.Queue()
     service = Service("one", [str(script)], env={}, cwd=tmp_path, log=tmp_path / "log")
     started = asyncio.Event()
-    supervisor = Supervisor([service], say=messages.put_nowait, on_restart=started.set, first_pause=3_600.0)
+    supervisor = Supervisor([service], say=messages.put_nowait, on_restart=started.set, first_pause_seconds=3_600.0)
     await supervisor.start()
     try:
         assert "exit code 3" in await asyncio.wait_for(messages.get(), 60)

@@ -177,12 +177,21 @@ async def supervise(tmp_path: Path) -> AsyncIterator[Callable[..., Supervisor]]:
     """Makes supervisors of Python snippets, by name, and stops them at the end."""
     made: list[Supervisor] = []
 
-    def make(messages: Messages, *, stop_within: float = 7.0, first_pause: float = 0.01, **snippets: str) -> Supervisor:
+    def make(
+        messages: Messages, *, stop_timeout_seconds: float = 7.0, first_pause_seconds: float = 0.01, **snippets: str
+    ) -> Supervisor:
         programs: list[Program] = [
-            Service(name, ["-c", code], env=ENV, cwd=tmp_path, log=tmp_path / f"{name}.log", stop_within=stop_within)
+            Service(
+                name,
+                ["-c", code],
+                env=ENV,
+                cwd=tmp_path,
+                log=tmp_path / f"{name}.log",
+                stop_timeout_seconds=stop_timeout_seconds,
+            )
             for name, code in snippets.items()
         ]
-        made.append(Supervisor(programs, say=messages, first_pause=first_pause))
+        made.append(Supervisor(programs, say=messages, first_pause_seconds=first_pause_seconds))
         return made[-1]
 
     yield make
@@ -202,7 +211,7 @@ async def test_a_killed_service_is_restarted_and_reported_in_one_line(
     before = supervisor.pids
     os.kill(before["orders"], signal.SIGKILL)
     await eventually(lambda: supervisor.pids["orders"] != before["orders"])
-    assert messages == ["orders ended (signal 9, SIGKILL); starting it again in 0.0 s"]
+    assert messages == ["orders ended (signal 9, SIGKILL); restarting it in 0.0 s"]
     assert psutil.pid_exists(supervisor.pids["orders"])
     assert supervisor.pids["notifier"] == before["notifier"]
 
@@ -211,7 +220,7 @@ async def test_a_service_that_cannot_start_is_retried_with_doubling_pauses(
     supervise: Callable[..., Supervisor],
 ) -> None:
     messages = Messages()
-    supervisor = supervise(messages, first_pause=0.1, broken="raise SystemExit(3)")
+    supervisor = supervise(messages, first_pause_seconds=0.1, broken="raise SystemExit(3)")
     await supervisor.start()
     await eventually(lambda: len(messages) == 4)
     assert [line.rsplit(" ", 2)[1] for line in messages] == ["0.1", "0.2", "0.4", "0.8"]
@@ -221,7 +230,7 @@ async def test_a_service_that_cannot_start_is_retried_with_doubling_pauses(
 async def test_pauses_never_exceed_the_longest_pause(tmp_path: Path) -> None:
     messages = Messages()
     broken = Service("broken", ["-c", "raise SystemExit(3)"], env=ENV, cwd=tmp_path, log=tmp_path / "log")
-    supervisor = Supervisor([broken], say=messages, first_pause=0.1, longest_pause=0.2)
+    supervisor = Supervisor([broken], say=messages, first_pause_seconds=0.1, max_pause_seconds=0.2)
     await supervisor.start()
     await eventually(lambda: len(messages) == 4)
     await supervisor.stop()
@@ -230,7 +239,7 @@ async def test_pauses_never_exceed_the_longest_pause(tmp_path: Path) -> None:
 
 async def test_stop_does_not_wait_for_the_restart_of_a_service(supervise: Callable[..., Supervisor]) -> None:
     messages = Messages()
-    supervisor = supervise(messages, first_pause=60.0, broken="raise SystemExit(3)")
+    supervisor = supervise(messages, first_pause_seconds=60.0, broken="raise SystemExit(3)")
     await supervisor.start()
     await eventually(lambda: messages)
     async with asyncio.timeout(5):
@@ -248,7 +257,7 @@ async def test_a_service_that_ignores_sigterm_is_killed_with_its_child_processes
         time.sleep(1000)
     """)
     messages = Messages()
-    supervisor = supervise(messages, stop_within=0.5, stubborn=stubborn)
+    supervisor = supervise(messages, stop_timeout_seconds=0.5, stubborn=stubborn)
     await supervisor.start()
     worker = tmp_path / "worker"
     await eventually(lambda: worker.exists() and worker.read_text().endswith("."))
@@ -265,7 +274,7 @@ def test_the_notifier_drops_clients_that_do_not_read_before_the_supervisor_kills
     served: list[int] = []
     monkeypatch.setattr(http_server, "serve", lambda *_, kill_after_seconds, **__: served.append(kill_after_seconds))
     runpy.run_module("services.notifier", run_name="__main__")
-    assert served[0] < inspect.signature(Service).parameters["stop_within"].default
+    assert served[0] < inspect.signature(Service).parameters["stop_timeout_seconds"].default
 
 
 async def test_workers_of_a_killed_service_end_when_it_is_restarted(
@@ -316,7 +325,7 @@ class SlowRestart:
 
 async def test_a_stop_during_the_restart_of_a_service_ends_that_service() -> None:
     orders = SlowRestart()
-    supervisor = Supervisor([orders], say=Messages(), first_pause=0.01)
+    supervisor = Supervisor([orders], say=Messages(), first_pause_seconds=0.01)
     await supervisor.start()
     orders.ended.set()
     await eventually(orders.under_way.is_set)
