@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.chaos.run import run, show
 from tests.chaos.schedule import schedule
 from tests.rigs.servers.processes import prepare
@@ -21,7 +21,7 @@ async def main() -> int:
     faults = schedule(seed, seconds)
     folder = Path(tempfile.mkdtemp(prefix="ticketrail-chaos-"))
     servers = await asyncio.to_thread(prepare)
-    rig = Rig(servers, folder)
+    rig = ChaosRig(servers, folder)
     try:
         await asyncio.to_thread(servers.start_all)
         await rig.up()

@@ -1,7 +1,7 @@
-"""A sync worker that acknowledges messages as it takes them, before it commits their changes.
+"""A sync worker that acknowledges each message when it takes it, before it commits the changes.
 
-Killed, it loses changes, and the proof must report them. `python -m tests.chaos.broken_worker` replaces the real
-worker.
+A kill makes it lose changes, and the proof must report them. `python -m tests.chaos.broken_worker` runs it in place of
+the real worker.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class AcknowledgesTooEarly(Intake):
         return taken
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
-        """Nothing: they are acknowledged already."""
+        """Does nothing: `take` has acknowledged them already."""
 
 
 def create() -> Litestar:

@@ -1,7 +1,7 @@
-"""The load: creations, concurrent changes of one order, payments, repeats, and attempts at another restaurant's orders.
-It remembers every answer, and `proof.py` compares the answers with the stores.
+"""The load: it places orders, changes one order concurrently, pays, repeats requests, and tries to read and change
+orders of another restaurant. It remembers every reply, and `proof.py` compares the replies with the stores.
 
-Every write contains a mark of its own, by which it is found in every store.
+Every write contains a unique mark, by which the proof finds it in every store.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.rigs.http_client import http_client
 
-_TIMEOUT = 8.0
-_REPEATS = 4
-_KNOWN = 60
+_TIMEOUT_SECONDS = 8.0
+_MAX_ATTEMPTS = 4
+_MAX_KNOWN_ORDERS = 60
 
 
 class Acknowledged(Struct, frozen=True):
     restaurant: str
     order: str
-    what: str
+    kind: str
     """created, changed or paid"""
     version: int
     """0 for a creation or a payment, because a repeat of it is answered with the head version."""
@@ -39,27 +39,27 @@ class _Restaurant(Struct):
 
 
 class Load:
-    def __init__(self, rig: Rig, seed: int, *, clients: int = 6, pause: float = 0.03) -> None:
-        system = rig.system
+    def __init__(self, rig: ChaosRig, seed: int, *, clients: int = 6, pause: float = 0.03) -> None:
+        system, other = rig.system, rig.other_restaurant
         self._urls = [url for name, url in system.urls.items() if name.endswith("orders")]
         self._restaurants = [
             _Restaurant(system.restaurant_id, system.token("admin"), system.dish(), []),
-            _Restaurant(rig.other["restaurant_id"], rig.other["token"], rig.other["dish"], []),
+            _Restaurant(other["id"], other["token"], other["dish"], []),
         ]
         self._clients = clients
         self._pause = pause
-        self._chance = random.Random(seed)
+        self._random = random.Random(seed)
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.acknowledged: list[Acknowledged] = []
         self.refused: dict[str, str] = {}
-        """Mark of each write that was finally refused with 4xx or 503 -> the answer."""
+        """The mark of each write whose last reply was 4xx or 503 -> that reply."""
         self.unknown: set[str] = set()
         self.answers: Counter[str] = Counter()
         self._durability: dict[str, str] = {}
-        """Order -> visibility and durability in the reply to its creation."""
+        """Order -> the visibility and durability that the reply to its creation named."""
         self.wrong: list[str] = []
-        """Answers that no fault justifies."""
+        """Replies that no fault justifies."""
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
@@ -69,14 +69,14 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     async def _work(self, number: int) -> None:
-        async with http_client(timeout=_TIMEOUT) as client:
+        async with http_client(timeout=_TIMEOUT_SECONDS) as client:
             while not self._stop.is_set():
-                restaurant = self._restaurants[0] if self._chance.random() < 0.8 else self._restaurants[1]
-                act = self._chance.choices(
-                    (self._create, self._change, self._pay, self._try_a_strangers, self._list), (50, 28, 15, 5, 2)
+                restaurant = self._restaurants[0] if self._random.random() < 0.8 else self._restaurants[1]
+                action = self._random.choices(
+                    (self._create, self._change, self._pay, self._try_foreign_order, self._list), (50, 28, 15, 5, 2)
                 )[0]
-                await act(client, restaurant)
-                await asyncio.sleep(self._pause * self._chance.uniform(0.5, 1.5))
+                await action(client, restaurant)
+                await asyncio.sleep(self._pause * self._random.uniform(0.5, 1.5))
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -91,18 +91,18 @@ class Load:
         self._durability[done["id"]] = (
             f"{'visible' if done['visible'] else 'not visible'}, {done.get('durability', 'by a repeat')}"
         )
-        del restaurant.orders[:-_KNOWN]
-        if self._chance.random() < 0.1:
+        del restaurant.orders[:-_MAX_KNOWN_ORDERS]
+        if self._random.random() < 0.1:
             outcome, again = await self._send(client, restaurant, "POST", "/api/orders", body, key=mark)
             if outcome == "yes" and again["id"] != done["id"]:
                 self.wrong.append(f"a repeat made another order: {done['id']}, {again['id']}")
 
     async def _change(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
-        """Changes one order once or twice concurrently, without a version: both changes may succeed in turn."""
+        """Sends one change of an order, or two at the same time. They name no version, so both may succeed in turn."""
         if restaurant.orders:
-            order = self._chance.choice(restaurant.orders)
+            order = self._random.choice(restaurant.orders)
             await asyncio.gather(
-                *(self._change_one(client, restaurant, order) for _ in range(self._chance.choice((1, 1, 2))))
+                *(self._change_one(client, restaurant, order) for _ in range(self._random.choice((1, 1, 2))))
             )
 
     async def _change_one(self, client: httpx.AsyncClient, restaurant: _Restaurant, order: str) -> None:
@@ -111,49 +111,52 @@ class Load:
         if outcome == "yes":
             self._note(restaurant, order, "changed", data["version"], mark)
         elif outcome == "no":
-            self.refused[mark] = data["said"]
-            self._not_found(order, data["said"])
+            self.refused[mark] = data["reply"]
+            self._count_not_found(order, data["reply"])
         else:
             self.unknown.add(mark)
 
     async def _pay(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
         if not restaurant.orders:
             return
-        order, payment = self._chance.choice(restaurant.orders), str(uuid4())
+        order, payment = self._random.choice(restaurant.orders), str(uuid4())
         body = {"id": payment, "amount": 1, "method": "card"}
         done = await self._until_known(client, restaurant, "POST", f"/api/orders/{order}/payments", body, payment)
         if done is not None:
             self._note(restaurant, order, "paid", 0, payment)
         elif payment in self.refused:
-            self._not_found(order, self.refused[payment])
+            self._count_not_found(order, self.refused[payment])
 
-    def _not_found(self, order: str, said: str) -> None:
-        """Counts the 404 of an acknowledged order. It is no error of the proof: see architecture.md, limits."""
-        if ": 404 " in said:
-            self.answers[f"404 of an own order ({self._durability[order]})"] += 1
+    def _count_not_found(self, order: str, reply_text: str) -> None:
+        """Counts a 404 for an acknowledged order. The proof allows it: an order that is not in the mirror yet is not
+        found (docs/architecture.md, Limits)."""
+        if ": 404 " in reply_text:
+            self.answers[f"404 for an acknowledged order ({self._durability[order]})"] += 1
 
-    async def _try_a_strangers(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
+    async def _try_foreign_order(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
         other = next(one for one in self._restaurants if one is not restaurant)
         if not other.orders:
             return
-        path = f"/api/orders/{self._chance.choice(other.orders)}"
-        if self._chance.random() < 0.5:
+        path = f"/api/orders/{self._random.choice(other.orders)}"
+        if self._random.random() < 0.5:
             outcome, _ = await self._send(client, restaurant, "GET", path)
         else:
             mark = uuid4().hex
             outcome, data = await self._send(client, restaurant, "PUT", path, {"notes": mark})
-            self.refused[mark] = data.get("said", "a stranger's, whatever the answer was")
+            self.refused[mark] = data.get("reply", "an order of another restaurant")
         if outcome == "yes":
-            self.wrong.append(f"a stranger's order was shown or changed: {path}")
+            self.wrong.append(f"an order of another restaurant was shown or changed: {path}")
 
     async def _list(self, client: httpx.AsyncClient, restaurant: _Restaurant) -> None:
         outcome, data = await self._send(client, restaurant, "GET", "/api/orders?limit=20")
         if outcome == "yes":
             self.wrong += [
-                f"a stranger's order was listed: {one['id']}" for one in data if one["restaurant_id"] != restaurant.id
+                f"an order of another restaurant was listed: {one['id']}"
+                for one in data
+                if one["restaurant_id"] != restaurant.id
             ]
 
-    # -- answers -----------------------------------------------------------------------------------------------
+    # -- replies -----------------------------------------------------------------------------------------------
 
     async def _until_known(
         self,
@@ -166,16 +169,17 @@ class Load:
         *,
         key: str | None = None,
     ) -> dict[str, Any] | None:
-        """Repeats an unanswered request, as a client should. Returns None if it was refused or stays unknown."""
+        """Repeats a request that got no reply, as a client should. Returns None if it was refused or if its outcome
+        stays unknown."""
         in_doubt = False
-        for _ in range(_REPEATS):
+        for _ in range(_MAX_ATTEMPTS):
             outcome, data = await self._send(client, restaurant, method, path, body, key=key)
             if outcome == "yes":
                 answered: dict[str, Any] = data
                 return answered
             in_doubt = in_doubt or outcome == "unknown"
             if outcome == "no" and not in_doubt:
-                self.refused[mark] = data["said"]
+                self.refused[mark] = data["reply"]
                 return None
             await asyncio.sleep(0.2)
         self.unknown.add(mark)
@@ -193,12 +197,12 @@ class Load:
     ) -> tuple[str, Any]:
         """Returns the outcome ("yes", "no" or "unknown") and the data."""
         headers = {"Authorization": f"Bearer {restaurant.token}", **({"Idempotency-Key": key} if key else {})}
-        url = self._chance.choice(self._urls) + path
+        url = self._random.choice(self._urls) + path
         try:
             reply = await client.request(method, url, json=body, headers=headers)
         except httpx.ConnectError:
             self.answers["no connection"] += 1
-            return "no", {"said": "no connection"}
+            return "no", {"reply": "no connection"}
         except httpx.HTTPError as error:
             self.answers[type(error).__name__] += 1
             return "unknown", {}
@@ -207,11 +211,11 @@ class Load:
         if reply.status_code in (200, 201):
             return "yes", reply.json()["data"]
         if reply.status_code in (503, 504) or 400 <= reply.status_code < 500:
-            said = f"{method} {url} {reply.headers.get('date')}: {reply.status_code} {reply.text[:200]}"
-            return ("unknown" if reply.status_code == 504 else "no"), {"said": said}
+            reply_text = f"{method} {url} {reply.headers.get('date')}: {reply.status_code} {reply.text[:200]}"
+            return ("unknown" if reply.status_code == 504 else "no"), {"reply": reply_text}
         self.wrong.append(f"{method} {path}: {reply.status_code} {reply.text[:300]}")
         return "unknown", {}
 
-    def _note(self, restaurant: _Restaurant, order: str, what: str, version: int, mark: str) -> None:
-        self.acknowledged.append(Acknowledged(restaurant.id, order, what, version, mark))
+    def _note(self, restaurant: _Restaurant, order: str, kind: str, version: int, mark: str) -> None:
+        self.acknowledged.append(Acknowledged(restaurant.id, order, kind, version, mark))
         self.unknown.discard(mark)

@@ -1,5 +1,5 @@
-"""The system under test: local servers of its own behind proxies, two instances of the orders service, and a journal on
-a file system that can be full. `begin` starts a fault, `end` ends it."""
+"""The system under test: its own local servers behind proxies, two instances of the orders service, and journals on a
+file system that a fault can fill. `begin` starts a fault and `end` ends it."""
 
 import asyncio
 import shutil
@@ -22,29 +22,30 @@ from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Server, Servers
 from tests.rigs.system import System, eventually
 
-_JOURNAL_DISK = "16m"
-_COPY_EVERY = 2.5
+_JOURNAL_DISK_SIZE = "16m"
+_COPY_INTERVAL_SECONDS = 2.5
 COPY_AGE_SECONDS = 10.0
 
 
-class Rig:
+class ChaosRig:
     def __init__(self, servers: Servers, folder: Path, **settings: Any) -> None:
         self.servers = servers
         self.folder = folder
         self._settings = settings
         self.proxies: dict[str, Proxy] = {}
         self.system: System
-        self.other: dict[str, Any] = {}
-        """A second restaurant: `restaurant_id`, `token`, `dish`."""
+        self.other_restaurant: dict[str, Any] = {}
+        """A second restaurant: `id`, `token`, `dish`."""
         self._more: dict[str, dict[str, object]] = {}
         self._copies: list[tuple[float, Path]] = []
-        # They are made, used and removed in threads: none may go, and no half folder be copied, under a roll back.
+        # Threads make, use and remove copies. Without the lock, a rollback could use a copy that is half made or
+        # removed.
         self._copies_lock = threading.Lock()
         self._copying: asyncio.Task[None] | None = None
-        self.revived: Counter[str] = Counter()
-        """Service -> how often it ended by itself."""
+        self.restarted: Counter[str] = Counter()
+        """Service -> how often it was restarted because it ended by itself."""
         self.disk: Path | None = None
-        """The file system of the journals, if this user may mount one."""
+        """The file system of the journals; None if this user may not mount one."""
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Rig:
         self._mount(home / "journal")
         plain = System(self.servers, home, **self._settings)
         databases = {
-            name: self._through("postgres", plain.database_url(role))
+            name: self._through_proxy("postgres", plain.database_url(role))
             for name, role in (
                 ("database_url", "ticketrail_owner"),
                 ("database_writer_url", "ticketrail_writer"),
@@ -71,15 +72,15 @@ class Rig:
         }
         proxied = {
             **databases,
-            "redis_url": self._through("redis", self.servers.redis.url),
-            "rabbitmq_url": self._through("rabbitmq", plain.rabbitmq_url),
+            "redis_url": self._through_proxy("redis", self.servers.redis.url),
+            "rabbitmq_url": self._through_proxy("rabbitmq", plain.rabbitmq_url),
         }
         self.system = plain
         plain.env |= {f"TICKETRAIL_{name.upper()}": url for name, url in proxied.items()}
         await plain.up()
         await self.add("second-orders", 2)
-        await self._register_another()
-        self._copying = asyncio.create_task(self._copy_now_and_then())
+        await self._register_other_restaurant()
+        self._copying = asyncio.create_task(self._copy_periodically())
 
     async def add(self, name: str, instance: int) -> None:
         """Starts another instance of a service, such as `third-worker`, and waits until it is ready."""
@@ -104,19 +105,19 @@ class Rig:
     def _mount(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={_JOURNAL_DISK}", "tmpfs", str(folder)],
+            ["mount", "-t", "tmpfs", "-o", f"size={_JOURNAL_DISK_SIZE}", "tmpfs", str(folder)],
             capture_output=True,
             check=False,
         )
         self.disk = folder if mounted.returncode == 0 else None
 
-    def _through(self, name: str, url: str) -> str:
+    def _through_proxy(self, name: str, url: str) -> str:
         parts = urlsplit(url)
         user, _, host = parts.netloc.rpartition("@")
         address = f"{host.partition(':')[0]}:{self.proxies[name].port}"
         return urlunsplit(parts._replace(netloc=f"{user}@{address}" if user else address))
 
-    async def _register_another(self) -> None:
+    async def _register_other_restaurant(self) -> None:
         async with http_client(base_url=self.system.urls["orders"], timeout=10) as client:
             made = await client.post(
                 "/api/auth/register-restaurant",
@@ -134,8 +135,8 @@ class Rig:
                 json={"name": "Soup", "price": 500, "category": "Mains"},
                 headers={"Authorization": f"Bearer {token}"},
             )
-        self.other = {
-            "restaurant_id": data["restaurant"]["id"],
+        self.other_restaurant = {
+            "id": data["restaurant"]["id"],
             "token": token,
             "dish": dish.json()["data"]["id"],
         }
@@ -149,7 +150,7 @@ class Rig:
             case Kind.KILL:
                 await asyncio.to_thread(self.system.children[fault.target].kill)
             case Kind.FREEZE:
-                await asyncio.to_thread(self._one(fault.target).freeze)
+                await asyncio.to_thread(self._target(fault.target).freeze)
             case Kind.SLOW:
                 self.proxies[fault.target].set(Mode.FORWARD, delay=0.05)
             case Kind.STALL:
@@ -159,7 +160,7 @@ class Rig:
             case Kind.WIPE:
                 await self._wipe()
             case Kind.ROLL_BACK:
-                await asyncio.to_thread(self._with_copies, self._roll_back)
+                await asyncio.to_thread(self._with_copies_locked, self._roll_back)
             case Kind.DISK_FULL:
                 self._fill_disk()
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
@@ -171,7 +172,7 @@ class Rig:
             case Kind.KILL:
                 self._start(fault.target)
             case Kind.FREEZE:
-                await asyncio.to_thread(self._one(fault.target).thaw)
+                await asyncio.to_thread(self._target(fault.target).thaw)
             case Kind.SLOW | Kind.STALL | Kind.LOSE:
                 self.proxies[fault.target].set(Mode.FORWARD)
             case Kind.ROLL_BACK:
@@ -183,11 +184,12 @@ class Rig:
             case Kind.WIPE:
                 pass
 
-    def revive(self, *, but: Container[str] = ()) -> None:
-        """Restarts services that ended by themselves, like a supervisor. `but`: services that a fault keeps down."""
+    def restart_ended(self, *, except_for: Container[str] = ()) -> None:
+        """Restarts services that ended by themselves, like a supervisor. Leaves those in `except_for` down: a fault
+        stopped them."""
         for name, child in list(self.system.children.items()):
-            if child.returncode is not None and name not in but:
-                self.revived[name] += 1
+            if child.returncode is not None and name not in except_for:
+                self.restarted[name] += 1
                 self._start(name)
 
     async def all_ready(self) -> None:
@@ -202,10 +204,10 @@ class Rig:
         found: Server = getattr(self.servers, name)
         return found
 
-    def _one(self, name: str) -> Server | Child:
+    def _target(self, name: str) -> Server | Child:
         return self._server(name) if name in SERVERS else self.system.children[name]
 
-    # -- the mirror, wiped and rolled back ---------------------------------------------------------------------
+    # -- wiping and rolling back the mirror ---------------------------------------------------------------------
 
     async def _wipe(self) -> None:
         async with redis.asyncio.from_url(self.servers.redis.url, socket_timeout=5) as mirror:
@@ -213,17 +215,17 @@ class Rig:
 
     @property
     def _redis_folder(self) -> Path:
-        # A method of the local server (tests/rigs/servers/processes.py).
+        # `kill` is a bound method of the local server (tests/rigs/servers/processes.py), which knows its folder.
         kill: Any = self.servers.redis.kill
         found: Path = kill.__self__.directory
         return found
 
-    async def _copy_now_and_then(self) -> None:
+    async def _copy_periodically(self) -> None:
         while True:
-            await asyncio.to_thread(self._with_copies, self._copy)
-            await asyncio.sleep(_COPY_EVERY)
+            await asyncio.to_thread(self._with_copies_locked, self._copy)
+            await asyncio.sleep(_COPY_INTERVAL_SECONDS)
 
-    def _with_copies(self, work: Callable[[], None]) -> None:
+    def _with_copies_locked(self, work: Callable[[], None]) -> None:
         with self._copies_lock:
             work()
 
@@ -231,7 +233,7 @@ class Rig:
         copy = self.folder / f"redis-{time.monotonic():.2f}"
         try:
             shutil.copytree(self._redis_folder, copy)
-        except (OSError, shutil.Error):  # rewritten while it was copied: the next one will do
+        except (OSError, shutil.Error):  # Redis rewrote a file during the copy; the next copy succeeds
             shutil.rmtree(copy, ignore_errors=True)
             return
         self._copies.append((time.monotonic(), copy))

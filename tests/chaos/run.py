@@ -1,4 +1,5 @@
-"""One run: load and faults for some seconds, then all services ready again, no change under way, and the proof."""
+"""One run: load and faults for some seconds. Then it waits until all services are ready and no change is under way, and
+proves that nothing was lost."""
 
 import asyncio
 import contextlib
@@ -6,26 +7,26 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 
+from tests.chaos.idle import wait_until_idle
 from tests.chaos.load import Load
 from tests.chaos.proof import Proof, prove
-from tests.chaos.rest import rest
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.chaos.schedule import Fault
-from tests.chaos.watch import Watch
+from tests.chaos.screens import Screens
 
 
-async def run(rig: Rig, seed: int, faults: Sequence[Fault], seconds: float, *, clients: int = 6) -> Proof:
-    """`faults` end within `seconds`; `seed` is the load's."""
-    load, watch = Load(rig, seed, clients=clients), Watch(rig)
-    watch.start()
+async def run(rig: ChaosRig, seed: int, faults: Sequence[Fault], seconds: float, *, clients: int = 6) -> Proof:
+    """Runs the load with `seed`, and the faults, which end within `seconds`."""
+    load, screens = Load(rig, seed, clients=clients), Screens(rig)
+    screens.start()
     load.start()
     began = time.monotonic()
     faulty: set[str] = set()
     locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def one(fault: Fault) -> None:
-        await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
-        # A server killed during its start would look like a server that cannot start.
+    async def cause(fault: Fault) -> None:
+        await asyncio.sleep(max(0.0, began + fault.starts_at - time.monotonic()))
+        # One fault at a time per target: a server that is killed during its start looks like one that cannot start.
         async with locks[fault.target]:
             print(fault, flush=True)
             faulty.add(fault.target)
@@ -37,34 +38,34 @@ async def run(rig: Rig, seed: int, faults: Sequence[Fault], seconds: float, *, c
     async def supervise() -> None:
         while True:
             await asyncio.sleep(1.0)
-            rig.revive(but=faulty)
+            rig.restart_ended(except_for=faulty)
 
     supervising = asyncio.create_task(supervise())
     try:
         try:
-            await asyncio.gather(*(one(fault) for fault in faults))
+            await asyncio.gather(*(cause(fault) for fault in faults))
             await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
         finally:
             await load.stop()
         await rig.all_ready()
         ready = time.monotonic()
-        restless = ""
+        not_idle = ""
         try:
-            await rest(rig)
-        except AssertionError as error:  # the proof still names the lost changes
-            restless = str(error)
-        seconds_to_rest = time.monotonic() - ready
-        proof = await prove(rig, load, watch)
+            await wait_until_idle(rig)
+        except AssertionError as error:  # the proof runs all the same and names the lost changes
+            not_idle = str(error)
+        seconds_until_idle = time.monotonic() - ready
+        proof = await prove(rig, load, screens)
     finally:
         supervising.cancel()
-        await watch.stop()
+        await screens.stop()
     with contextlib.suppress(asyncio.CancelledError):
         await supervising  # raises the error with which it ended, if any
-    proof.seconds_to_rest = round(seconds_to_rest, 1)
-    proof.wrong += [restless] if restless else []
-    print(f"answers: {', '.join(f'{count} {what}' for what, count in sorted(load.answers.items()))}")
-    for name, times in rig.revived.items():
-        print(f"{name} ended by itself and was started again {times} times")
+    proof.seconds_until_idle = round(seconds_until_idle, 1)
+    proof.wrong += [not_idle] if not_idle else []
+    print(f"replies: {', '.join(f'{count} {what}' for what, count in sorted(load.answers.items()))}")
+    for name, times in rig.restarted.items():
+        print(f"{name} ended by itself and was restarted {times} times")
     return proof
 
 
@@ -77,5 +78,5 @@ def show(proof: Proof, seed: int, faults: int) -> None:
         f"seed {seed}: {faults} faults, {proof.acknowledged} acknowledged, {len(proof.lost)} lost,"
         f" {len(proof.doubled)} doubled, {len(proof.unexplained)} unexplained, {proof.forks} forks"
         f" ({proof.forked_creations} of creations),"
-        f" {len(proof.wrong)} other, {proof.pushed} pushed, at rest after {proof.seconds_to_rest} s"
+        f" {len(proof.wrong)} other, {proof.pushed} pushed, idle after {proof.seconds_until_idle} s"
     )

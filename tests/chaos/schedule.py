@@ -20,7 +20,7 @@ class Kind(StrEnum):
 SERVICES = ("orders", "second-orders", "worker", "notifier", "sync")
 SERVERS = ("postgres", "redis", "rabbitmq")
 
-# kind -> (targets, shortest and longest in seconds, weight)
+# kind -> (targets, (shortest, longest) in seconds, weight)
 _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
     Kind.KILL: ((*SERVICES, *SERVERS), (0.5, 5.0), 6),
     Kind.FREEZE: ((*SERVICES, *SERVERS), (1.0, 8.0), 5),
@@ -31,52 +31,54 @@ _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
     Kind.ROLL_BACK: (("redis",), (0.5, 2.0), 1),
     Kind.DISK_FULL: (("rabbitmq",), (2.0, 5.0), 1),
 }
-_LONG_STALL = 70.0
-_LONG_RUN = 170.0
-_PAUSE = (0.5, 3.0)
-_OVERLAP = 0.2
-_REST = 0.5
+_LONG_STALL_SECONDS = 70.0
+_LONG_RUN_SECONDS = 170.0
+_PAUSE_SECONDS = (0.5, 3.0)
+_OVERLAP_PROBABILITY = 0.2
+_MIN_GAP_SECONDS = 0.5
 """Seconds between two faults of one target."""
 
 
 class Fault(Struct, frozen=True):
-    at: float
-    """Seconds since the beginning."""
+    starts_at: float
+    """Seconds since the run began."""
     kind: Kind
     target: str
     seconds: float
 
     @property
-    def until(self) -> float:
-        return self.at + self.seconds
+    def ends_at(self) -> float:
+        return self.starts_at + self.seconds
 
     def __str__(self) -> str:
         lasts = f" for {self.seconds:.1f} s" if self.seconds else ""
-        return f"{self.at:6.1f} s  {self.kind} {self.target}{lasts}"
+        return f"{self.starts_at:6.1f} s  {self.kind} {self.target}{lasts}"
 
 
 def schedule(seed: int, length: float) -> list[Fault]:
-    """Faults that all end within `length` seconds. Faults of different targets sometimes overlap, those of one target
-    never do. A run of three minutes has one connection that stalls for over a minute."""
+    """Returns faults that all end within `length` seconds. Faults of different targets may overlap; faults of one
+    target never do. In a run of three minutes or more, one connection stalls for over a minute."""
     chance = random.Random(seed)
     faults: list[Fault] = []
-    if length >= _LONG_RUN:
-        long = Fault(
-            round(chance.uniform(5.0, length - _LONG_STALL - 10.0), 2), Kind.STALL, chance.choice(SERVERS), _LONG_STALL
-        )
-        faults.append(long)
+    if length >= _LONG_RUN_SECONDS:
+        starts_at = round(chance.uniform(5.0, length - _LONG_STALL_SECONDS - 10.0), 2)
+        faults.append(Fault(starts_at, Kind.STALL, chance.choice(SERVERS), _LONG_STALL_SECONDS))
     at = chance.uniform(1.0, 3.0)
     kinds, weights = list(_KINDS), [weight for _, _, weight in _KINDS.values()]
     while True:
         kind = chance.choices(kinds, weights)[0]
         targets, (shortest, longest), _ = _KINDS[kind]
         fault = Fault(round(at, 2), kind, chance.choice(targets), round(chance.uniform(shortest, longest), 2))
-        if fault.at > length:
-            return sorted(faults, key=lambda one: one.at)
-        apart = [one for one in faults if one.target == fault.target]
-        if fault.until > length or any(one.at < fault.until + _REST and fault.at < one.until + _REST for one in apart):
-            at += _REST  # another kind, later
+        if fault.starts_at > length:
+            return sorted(faults, key=lambda one: one.starts_at)
+        same_target = [one for one in faults if one.target == fault.target]
+        too_close = any(
+            one.starts_at < fault.ends_at + _MIN_GAP_SECONDS and fault.starts_at < one.ends_at + _MIN_GAP_SECONDS
+            for one in same_target
+        )
+        if fault.ends_at > length or too_close:
+            at += _MIN_GAP_SECONDS
             continue
         faults.append(fault)
-        pause = chance.uniform(*_PAUSE)
-        at = fault.at + pause if chance.random() < _OVERLAP else fault.until + pause
+        pause = chance.uniform(*_PAUSE_SECONDS)
+        at = fault.starts_at + pause if chance.random() < _OVERLAP_PROBABILITY else fault.ends_at + pause

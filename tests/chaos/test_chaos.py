@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
+from tests.chaos.idle import unfinished_work
 from tests.chaos.load import Load
-from tests.chaos.proof import judge
-from tests.chaos.rest import restless
-from tests.chaos.rig import Rig
+from tests.chaos.proof import check_answers
+from tests.chaos.rig import ChaosRig
 from tests.chaos.run import run, show
 from tests.chaos.schedule import Kind, schedule
-from tests.chaos.seen import look
+from tests.chaos.stores import read_stores
 from tests.rigs.servers import Servers
 from tests.rigs.servers.processes import with_own_redis
 from tests.rigs.system import SERVICES, eventually
@@ -20,10 +20,10 @@ from tests.rigs.system import SERVICES, eventually
 pytestmark = pytest.mark.timeout(300)
 
 SEED, SECONDS = 4458, 20.0
-SHOWN = 50
-"""The ledger's screen names so many at most; its JSON, which the proof reads, names all."""
-# Sessions that wait to insert into `changes`: a batch of the worker.
-_HELD_UP = """
+MAX_PRINTED = 50
+"""The ledger prints at most this many names; its JSON, which the proof reads, has all of them."""
+# Sessions of a worker whose batch waits to insert into `changes`.
+_SELECT_WAITING_SESSIONS = """
 select a.pid from pg_locks l join pg_stat_activity a using (pid)
 where l.database = (select oid from pg_database where datname = current_database())
     and l.relation = 'changes'::regclass and l.mode = 'RowExclusiveLock' and not l.granted
@@ -31,11 +31,11 @@ where l.database = (select oid from pg_database where datname = current_database
 
 
 @pytest.fixture(scope="module")
-async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
-    """One for both, in this order: after the second nothing adds up in it any more. Nothing heals what is lost before
-    it is found."""
+async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ChaosRig]:
+    """One system for both tests. The order matters: the second test loses changes for good. The long
+    `lost_message_seconds` keeps the reconciler from recording a lost change again before the test finds it."""
     folder = tmp_path_factory.mktemp("chaos")
-    rig = Rig(with_own_redis(servers, folder), folder, lost_message_seconds=3_600)
+    rig = ChaosRig(with_own_redis(servers, folder), folder, lost_message_seconds=3_600)
     await asyncio.to_thread(rig.servers.redis.start)
     try:
         await rig.up()
@@ -47,7 +47,7 @@ async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
         await asyncio.to_thread(rig.servers.redis.discard)
 
 
-async def test_faults_at_random_times_lose_and_double_nothing(rig: Rig) -> None:
+async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> None:
     faults = schedule(SEED, SECONDS)
     assert {(one.kind, one.target) for one in faults} >= {
         (Kind.KILL, "worker"),
@@ -64,12 +64,12 @@ async def test_faults_at_random_times_lose_and_double_nothing(rig: Rig) -> None:
     assert proof.pushed > 0
 
 
-async def test_a_worker_that_acknowledges_before_it_commits_loses_changes_and_they_are_named(
-    rig: Rig, servers: Servers, monkeypatch: pytest.MonkeyPatch
+async def test_the_proof_names_the_changes_that_a_worker_loses_by_acknowledging_too_early(
+    rig: ChaosRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await rig.system.stop("worker")
     monkeypatch.setitem(SERVICES, "worker", ["tests.chaos.broken_worker"])
-    # A long timeout: the worker is to be killed while it waits for a lock, however long that takes.
+    # A long timeout: the worker must still wait for the lock when it is killed.
     rig.system.env |= {"TICKETRAIL_DATABASE_TIMEOUT_SECONDS": "60"}
     rig.system.start("worker")
     await rig.system.ready("worker")
@@ -81,43 +81,43 @@ async def test_a_worker_that_acknowledges_before_it_commits_loses_changes_and_th
     finally:
         await load.stop()
 
-    async def still_moving() -> dict[str, int]:
-        found = await restless(rig)
-        return {name: count for name, count in found.items() if name != "pending"}  # what is lost stays pending
+    async def work_left_besides_pending() -> dict[str, int]:
+        found = await unfinished_work(rig)
+        return {name: count for name, count in found.items() if name != "pending"}  # a lost change stays pending
 
-    await eventually(still_moving, within=60, what="rest", until=lambda found: not found)
-    (code, told, _), seen = await asyncio.gather(rig.system.command("ledger", "--all"), look(rig))
-    stored = {one.change for one in seen.changes}
-    lost = {one.change: one for one in seen.logged if one.change not in stored}
+    await eventually(work_left_besides_pending, within=60, what="no work left", until=lambda found: not found)
+    (code, printed, _), contents = await asyncio.gather(rig.system.command("ledger", "--all"), read_stores(rig))
+    stored = {one.change for one in contents.changes}
+    lost = {one.change: one for one in contents.logged if one.change not in stored}
     assert lost
-    assert set(seen.unexplained) == set(lost)
+    assert set(contents.unexplained) == set(lost)
     assert code == 1
-    named = [one for one in lost.values() if f"change {one.change} of order/{one.order}" in told]
-    assert len(named) == min(len(lost), SHOWN), told
-    assert all(one.trace is not None and one.trace in told for one in named), told
-    proof = judge(load.acknowledged, load.refused, load.unknown, seen)
+    named = [one for one in lost.values() if f"change {one.change} of order/{one.order}" in printed]
+    assert len(named) == min(len(lost), MAX_PRINTED), printed
+    assert all(one.trace is not None and one.trace in printed for one in named), printed
+    proof = check_answers(load.acknowledged, load.refused, load.unknown, contents)
     assert not proof.holds
     # Changes that were never acknowledged may be lost too; the proof names every acknowledged one.
     assert proof.lost
     assert all(any(change in line for change in lost) or line.startswith("payment ") for line in proof.lost)
 
 
-async def kill_the_worker_before_it_commits(rig: Rig, servers: Servers) -> None:
+async def kill_the_worker_before_it_commits(rig: ChaosRig, servers: Servers) -> None:
     """Kills the worker by kill -9 while its batch waits for a lock on `changes`, and ends the batch's transaction."""
     address = servers.postgres.superuser_url.rpartition("/")[0]
     locker, watcher = [await asyncpg.connect(f"{address}/{rig.system.name}") for _ in range(2)]
 
-    async def held_up() -> list[int]:
-        return [row["pid"] for row in await watcher.fetch(_HELD_UP)]
+    async def waiting_sessions() -> list[int]:
+        return [row["pid"] for row in await watcher.fetch(_SELECT_WAITING_SESSIONS)]
 
     try:
         async with locker.transaction():
             await locker.execute("lock table changes in access exclusive mode")
-            await eventually(held_up, what="a batch that waits")
+            await eventually(waiting_sessions, what="a batch that waits for the lock")
             await asyncio.to_thread(rig.system.children["worker"].kill)
-            for pid in await held_up():
+            for pid in await waiting_sessions():
                 await watcher.execute("select pg_terminate_backend($1)", pid)
-            await eventually(held_up, what="none that waits", until=lambda pids: not pids)
+            await eventually(waiting_sessions, what="no batch that waits", until=lambda pids: not pids)
     finally:
         await locker.close()
         await watcher.close()

@@ -1,4 +1,4 @@
-"""Systems whose backends and services the tests of this folder stop, kill and freeze."""
+"""Systems whose backends and services the tests in this folder stop, kill and freeze."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ async def victim(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="package")
 async def outage(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Outage]:
-    """A system for all tests of this folder that end the faults they begin."""
+    """A system that all tests in this folder share. Each test ends the faults that it begins."""
     rig = Outage(servers, tmp_path_factory.mktemp("outage"))
     try:
         await rig.up()

@@ -1,5 +1,5 @@
-"""A cluster of three RabbitMQ nodes under load: one node is killed and started again; then another is frozen, and its
-client connections are half open. No acknowledged change is lost, by broker or journal, and none is doubled."""
+"""A cluster of three RabbitMQ nodes under load: one node is killed and started again. Then another node is frozen, and
+its client connections are half open. No change that the broker or a journal took is lost or doubled."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,8 +10,8 @@ import pytest
 
 from shared.entities.contract import Lane
 from shared.messaging import topology
-from tests.chaos.rig import Rig
-from tests.rigs.outage import acknowledged, proven, under_load
+from tests.chaos.rig import ChaosRig
+from tests.rigs.outage import under_load, wait_acknowledged, wait_and_prove
 from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Servers
 from tests.rigs.servers.cluster import SIZE, Cluster
@@ -21,7 +21,7 @@ from tests.rigs.system import eventually
 pytestmark = pytest.mark.timeout(300)
 
 
-class ClusterRig(Rig):
+class ClusterRig(ChaosRig):
     """The system with all three nodes in its broker setting, each behind a proxy."""
 
     def __init__(self, cluster: Cluster, shared: Servers, folder: Path) -> None:
@@ -44,13 +44,13 @@ class ClusterRig(Rig):
         await asyncio.to_thread(self.servers.postgres.drop_database, self.system.name)
         await asyncio.to_thread(self.servers.redis.discard)
 
-    def _through(self, name: str, url: str) -> str:
+    def _through_proxy(self, name: str, url: str) -> str:
         if name != "rabbitmq":
-            return super()._through(name, url)
+            return super()._through_proxy(name, url)
         port = f":{self.cluster.nodes[0].port}/"
         return ",".join(url.replace(port, f":{link.port}/") for link in self.links)
 
-    async def whole(self, count: int, *, seen_by: int) -> None:
+    async def wait_running(self, count: int, *, seen_by: int) -> None:
         """Waits until the node `seen_by` sees `count` running nodes."""
 
         async def running() -> int:
@@ -58,8 +58,8 @@ class ClusterRig(Rig):
 
         await eventually(running, within=60, what=f"{count} nodes running", until=lambda seen: seen == count)
 
-    async def by_the_broker(self) -> None:
-        """Waits until both instances of the orders service record by the broker again."""
+    async def wait_for_confirms(self) -> None:
+        """Waits until the broker confirms the changes of both orders instances again."""
         for service in ("orders", "second-orders"):
 
             async def durability(service: str = service) -> str:
@@ -100,30 +100,30 @@ async def test_no_acknowledged_change_is_lost_when_one_node_is_killed_and_anothe
         await eventually(members, what=f"replicas of {queue}", until=lambda seen: len(seen) == SIZE)
 
     async with under_load(clustered, 5) as load:
-        await acknowledged(load, 60)
+        await wait_acknowledged(load, 60)
         # All services are connected to the first node. It leads every queue, because they were declared on it.
         await asyncio.to_thread(cluster.nodes[0].kill)
-        await acknowledged(load, 20, what="created")
-        await clustered.by_the_broker()
-        await acknowledged(load, 20, what="changed")
+        await wait_acknowledged(load, 20, kind="created")
+        await clustered.wait_for_confirms()
+        await wait_acknowledged(load, 20, kind="changed")
         await asyncio.to_thread(cluster.nodes[0].start)
-        await clustered.whole(SIZE, seen_by=1)
-        await acknowledged(load, 20)
+        await clustered.wait_running(SIZE, seen_by=1)
+        await wait_acknowledged(load, 20)
 
         await asyncio.to_thread(cluster.nodes[1].freeze)
         clustered.links[1].set(Mode.LOSE)
-        await acknowledged(load, 20, what="created")
-        await clustered.whole(SIZE - 1, seen_by=0)
-        await clustered.by_the_broker()
-        await acknowledged(load, 20, what="changed")
-        # The thawed node rejoins with its old state, and clients reach it. Then it is restarted, the usual remedy.
+        await wait_acknowledged(load, 20, kind="created")
+        await clustered.wait_running(SIZE - 1, seen_by=0)
+        await clustered.wait_for_confirms()
+        await wait_acknowledged(load, 20, kind="changed")
+        # The thawed node has its old state, and clients reach it. The usual repair follows: restart the node.
         clustered.links[1].set(Mode.FORWARD)
         await asyncio.to_thread(cluster.nodes[1].thaw)
-        await acknowledged(load, 20)
+        await wait_acknowledged(load, 20)
         await asyncio.to_thread(cluster.nodes[1].kill)
         await asyncio.to_thread(cluster.nodes[1].start)
-        await clustered.whole(SIZE, seen_by=1)
-        await acknowledged(load, 20)
-    await proven(clustered, load)
+        await clustered.wait_running(SIZE, seen_by=1)
+        await wait_acknowledged(load, 20)
+    await wait_and_prove(clustered, load)
     for service in ("orders", "second-orders", "worker", "notifier"):
         await clustered.system.ready(service)

@@ -1,5 +1,5 @@
-"""The journal in place of RabbitMQ, over HTTP: it takes over at once, the reply says so, it survives a kill -9, drains
-by itself and refuses rather than loses. A damaged journal does not keep the service from starting."""
+"""The journal takes the place of RabbitMQ at once, and replies say so. It survives a kill -9, drains by itself, and
+refuses orders rather than losing them. The service starts with a damaged journal. All tests use HTTP."""
 
 import asyncio
 import subprocess
@@ -20,12 +20,12 @@ from tests.rigs.system import PATIENT, System, eventually
 
 pytestmark = pytest.mark.timeout(150)
 
-PUBLISH_TIMEOUT = 1.0
-"""What a broker that is frozen costs, once: below the two seconds in which the journal is to take over."""
-PATIENCE = 10.0
-"""Seconds after which a client gives up: more than a machine stands still for."""
-# PATIENT: long timeouts for the mirror, which no test here stops.
-SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT}
+PUBLISH_TIMEOUT_SECONDS = 1.0
+"""The time that a frozen broker costs once. It is below two seconds, within which the journal must take over."""
+CLIENT_TIMEOUT_SECONDS = 10.0
+"""Longer than a busy machine stalls."""
+# PATIENT has long timeouts for the mirror, which no test here stops.
+SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT_SECONDS}
 
 
 class OrdersRig(Struct):
@@ -35,11 +35,11 @@ class OrdersRig(Struct):
     clients: list[httpx.AsyncClient]
     home: Path
     since: datetime
-    """Orders accepted earlier belong to other tests, even if they are stored only now."""
+    """Orders that were accepted earlier belong to other tests, even if PostgreSQL stores them only now."""
     placed: list[str] = []
 
     async def place(self, count: int = 1) -> list[dict[str, Any]]:
-        """Places orders at the same moment by different clients. Each order must be accepted."""
+        """Places orders at the same moment, each by another client. Every order must be accepted."""
         replies = await asyncio.gather(
             *(client.post("/api/orders", json=self.system.order_body()) for client in self.clients[:count])
         )
@@ -57,8 +57,8 @@ class OrdersRig(Struct):
         found: dict[str, Any] = (await self.health())["journal"]
         return found
 
-    def doubts(self) -> int:
-        """How many publishes of the orders service got no confirm in time, each after `PUBLISH_TIMEOUT`."""
+    def unconfirmed_publishes(self) -> int:
+        """Returns how many publishes of the orders service got no confirm within `PUBLISH_TIMEOUT_SECONDS`."""
         return (self.system.directory / "orders.log").read_text().count("record_in_doubt")
 
     async def drained(self) -> None:
@@ -75,12 +75,12 @@ class OrdersRig(Struct):
         await eventually(
             stored, within=40, what="every acknowledged order stored", until=lambda found: expected <= found
         )
-        assert await stored() == expected, "an order that was never acknowledged"
+        assert await stored() == expected, "PostgreSQL has an order that was never acknowledged"
 
     async def restart(self, **settings: Any) -> None:
         self.system.start("orders", **settings)
         await self.system.ready("orders")
-        await eventually(self.system._can_price, what="the menu to be known")
+        await eventually(self.system._can_price, what="an orders service that knows the menu")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ async def rig(victim: System, tmp_path: Path) -> AsyncIterator[OrdersRig]:
     home, victim.env["TICKETRAIL_HOME"] = victim.env["TICKETRAIL_HOME"], str(tmp_path)
     clients = [victim.client() for _ in range(10)]
     for client in clients:
-        client.timeout = httpx.Timeout(PATIENCE)
+        client.timeout = httpx.Timeout(CLIENT_TIMEOUT_SECONDS)
     made = OrdersRig(victim, clients, tmp_path, now(), [])
     try:
         await made.restart(**SETTINGS)
@@ -112,24 +112,24 @@ async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_l
             break  # otherwise a confirm took longer than the timeout
     else:
         pytest.fail("the broker confirms no batch of orders in time")
-    await rig.drained()  # so that the depth counts only the orders below
-    doubts = rig.doubts()
-    away, back = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
-    await asyncio.to_thread(away)
+    await rig.drained()  # so that the depth counts only the orders of this test
+    unconfirmed_publishes = rig.unconfirmed_publishes()
+    stop, start_again = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
+    await asyncio.to_thread(stop)
     try:
         for _ in range(5):
-            taken = await rig.place(10)
-            assert {one["durability"] for one in taken} == {"journal"}
-            assert all(one["visible"] for one in taken)
+            placed = await rig.place(10)
+            assert {one["durability"] for one in placed} == {"journal"}
+            assert all(one["visible"] for one in placed)
         changed = await rig.clients[0].put(f"/api/orders/{rig.placed[0]}", json={"status": "received"})
         assert (changed.status_code, changed.json()["data"]["durability"]) == (200, "journal")
         assert (await rig.journal())["depth"] == 51
         # Only the first publish waited for its confirm; all later ones went to the journal at once.
-        assert rig.doubts() <= doubts + 1
+        assert rig.unconfirmed_publishes() <= unconfirmed_publishes + 1
         out = await rig.system.cli("journal", "show", "--instance", "1")
         assert "51 changes wait (51 critical)" in out, out
         output = await rig.system.cli("journal", "drain", "--instance", "1", "--json", check=False)
-        assert output == "", "drained although its instance is running"
+        assert output == "", "the command drained the journal of a running instance"
 
         rig.system.kill("orders")
         await rig.restart(**SETTINGS)
@@ -138,7 +138,7 @@ async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_l
         reply = await rig.clients[0].get(f"/api/orders/{rig.placed[0]}")
         assert reply.json()["data"]["status"] == "received"
     finally:
-        await asyncio.to_thread(back)
+        await asyncio.to_thread(start_again)
     await rig.drained()
     await rig.all_stored()
     assert (await rig.system.stored_orders())[rig.placed[0]] == 2
@@ -167,13 +167,13 @@ async def test_a_full_journal_refuses_with_503_and_takes_orders_again_once_drain
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MB for the journals, if this user may mount one. The load alone cannot fill it while the
-    broker starts; without a reserve, a journal on a disk that it has filled itself cannot be drained."""
+    """A file system of 64 MB for the journals, if this user may mount one. It is so large that the load alone cannot
+    fill it while the broker starts: without a reserve, a journal that has filled its disk cannot be drained."""
     folder = tmp_path / "small" / "journal"
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False)
     if mounted.returncode:
-        # Only root may mount one. The test above covers a full journal without it, by a setting.
+        # Only root may mount one. The test above covers a full journal by a setting instead.
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -228,7 +228,7 @@ async def test_a_service_with_a_damaged_journal_starts_and_drains_all_intact_ent
         for _ in range(4):
             await rig.place(10)
         rig.system.kill("orders")
-        harm(path, rig.placed[17])
+        flip_bit(path, rig.placed[17])
         await rig.restart(**SETTINGS)
         journal = await rig.journal()
         assert (journal["depth"], journal["damaged"], journal["set_aside"]) == (39, 1, 1)
@@ -248,7 +248,7 @@ async def test_a_service_with_a_damaged_journal_starts_and_drains_all_intact_ent
     assert lost not in await rig.system.stored_orders()
 
 
-def harm(path: Path, order: str) -> None:
+def flip_bit(path: Path, order: str) -> None:
     """Flips a bit of this order's event wherever it is stored: in the journal file or in its write-ahead log."""
     for file in (path, path.with_name(f"{path.name}-wal")):
         data, at = bytearray(file.read_bytes()), -1

@@ -1,5 +1,5 @@
-"""PostgreSQL is restored under load from a backup without the last minute; `ticketrail replay --from-log` writes the
-missing changes. For readers no version goes down for longer than a moment. Cursors of the pull feed become invalid."""
+"""PostgreSQL is restored under load from a backup that lacks the last minute. `ticketrail replay --from-log` writes the
+missing changes. Readers see no version go down for longer than a moment. Cursors of the pull feed become void."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from deploy.local.database import run_sql
 from tests.chaos.load import Load
-from tests.rigs.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.outage import Outage, under_load, wait_acknowledged, wait_and_prove
 from tests.rigs.proxy import Mode
 from tests.rigs.system import eventually
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 async def without_services(outage: Outage, *statements: str) -> None:
-    """Runs SQL while no service is connected: for the services PostgreSQL is unavailable for a moment."""
+    """Runs SQL while no service is connected. The services see PostgreSQL as unavailable for a moment."""
     outage.proxies["postgres"].set(Mode.REFUSE)
     try:
 
@@ -54,14 +54,14 @@ async def feed_epoch(outage: Outage) -> str:
 
 
 async def count_missing(outage: Outage, load: Load) -> int:
-    """How many acknowledged creations PostgreSQL does not have."""
-    marks = [one.mark for one in load.acknowledged if one.what == "created"]
+    """Returns how many acknowledged creations PostgreSQL does not have."""
+    marks = [one.mark for one in load.acknowledged if one.kind == "created"]
     async with outage.system.database() as connection:
         found = await connection.fetch("select distinct data->'after'->>'notes' from changes where version = 1")
     return len(set(marks) - {row[0] for row in found})
 
 
-class Watch:
+class VersionWatcher:
     """Reads orders repeatedly and remembers versions that went down."""
 
     def __init__(self, outage: Outage, load: Load) -> None:
@@ -69,7 +69,7 @@ class Watch:
         self._highest: Counter[str] = Counter()
         self.down: list[str] = []
         self.reads = 0
-        self._doubts: dict[tuple[httpx.AsyncClient, str], asyncio.Task[None]] = {}
+        self._suspicions: dict[tuple[httpx.AsyncClient, str], asyncio.Task[None]] = {}
         self._stopping = False
         self._task = asyncio.create_task(self._run())
 
@@ -81,25 +81,27 @@ class Watch:
                 for order in dict.fromkeys(mine[-60:]):
                     for client in (first, second):
                         went_down = await self._went_down(client, order)
-                        if went_down and (client, order) not in self._doubts:
-                            self._doubts[client, order] = asyncio.create_task(self._doubt(client, order, went_down))
+                        if went_down and (client, order) not in self._suspicions:
+                            self._suspicions[client, order] = asyncio.create_task(
+                                self._confirm(client, order, went_down)
+                            )
                 await asyncio.sleep(0.05)
-            await asyncio.gather(*self._doubts.values())
+            await asyncio.gather(*self._suspicions.values())
 
-    async def _doubt(self, client: httpx.AsyncClient, order: str, went_down: str) -> None:
-        """If the mirror misses its half second, PostgreSQL answers instead and may be behind until it is restored.
-        Therefore only a lower version that persists counts."""
+    async def _confirm(self, client: httpx.AsyncClient, order: str, went_down: str) -> None:
+        """Records a lower version only if it persists: when the mirror does not answer within half a second, PostgreSQL
+        answers instead, and it may be behind until it is restored."""
         for _ in range(5):
             await asyncio.sleep(0.2)
             seen = await self._went_down(client, order)
             if seen == "":
-                del self._doubts[client, order]
+                del self._suspicions[client, order]
                 return
             went_down = seen or went_down
         self.down.append(went_down)
 
     async def _went_down(self, client: httpx.AsyncClient, order: str) -> str | None:
-        """A description of the lower version; empty if the version did not go down; None if no answer came."""
+        """Describes the lower version. Returns "" if the version did not go down, and None if no reply came."""
         try:
             reply = await client.get(f"/api/orders/{order}")
         except httpx.HTTPError:
@@ -126,15 +128,15 @@ async def replay(outage: Outage, *options: str) -> dict[str, Any]:
 async def test_a_restored_database_gets_its_missing_changes_from_the_log_under_load(outage: Outage) -> None:
     epoch = await feed_epoch(outage)
     async with under_load(outage, 6) as load:
-        watch = Watch(outage, load)
-        await acknowledged(load, 40)
+        watcher = VersionWatcher(outage, load)
+        await wait_acknowledged(load, 40)
         await take_backup(outage)
-        await acknowledged(load, 60)
+        await wait_acknowledged(load, 60)
         await eventually(
-            lambda: count_missing(outage, load), what="PostgreSQL to have them", within=30, until=lambda n: n < 20
+            lambda: count_missing(outage, load), what="most creations in PostgreSQL", within=30, until=lambda n: n < 20
         )
         await restore_backup(outage)
-        await acknowledged(load, 20)
+        await wait_acknowledged(load, 20)
         assert await count_missing(outage, load) >= 10
 
         counted = await replay(outage, "--dry-run", "--since", "10m")
@@ -144,11 +146,11 @@ async def test_a_restored_database_gets_its_missing_changes_from_the_log_under_l
         done = await replay(outage)
         assert done["missing"] > 10
         assert (done["written"], done["failed"], done["dead"], done["unreadable"]) == (done["missing"], 0, 0, 0)
-        await acknowledged(load, 20)
-        await watch.stop()
-    await proven(outage, load)
-    assert watch.reads > 100
-    assert not watch.down, watch.down[:5]
+        await wait_acknowledged(load, 20)
+        await watcher.stop()
+    await wait_and_prove(outage, load)
+    assert watcher.reads > 100
+    assert not watcher.down, watcher.down[:5]
     assert await feed_epoch(outage) == done["feed_epoch"] != epoch
     again = await replay(outage)
     assert (again["missing"], again["written"]) == (0, 0)

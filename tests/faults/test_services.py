@@ -9,7 +9,7 @@ import pytest
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.rigs.http_client import http_client
-from tests.rigs.outage import Outage, acknowledged, proven, under_load
+from tests.rigs.outage import Outage, under_load, wait_acknowledged, wait_and_prove
 from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -27,21 +27,21 @@ async def test_one_of_three_instances_of_a_service_can_be_killed_or_stopped_unde
         async with under_load(outage, 3) as load:
             for how in ("killed", "stopped"):
                 for service in ("worker", "orders", "notifier", "sync"):
-                    await acknowledged(load, chance.randrange(1, 20))
+                    await wait_acknowledged(load, chance.randrange(1, 20))
                     name = chance.choice([one for one in outage.system.children if one.endswith(service)])
                     if how == "killed":
-                        await asyncio.to_thread(outage.one(name).kill)
+                        await asyncio.to_thread(outage.target(name).kill)
                     else:
-                        assert await outage.system.stop(name, within=20.0), f"{name} was still there after 20 s"
-                    await acknowledged(load, 5)
+                        assert await outage.system.stop(name, within=20.0), f"{name} still ran after 20 s"
+                    await wait_acknowledged(load, 5)
                     await outage.start_again(name)
-            await acknowledged(load, 20)
-        await proven(outage, load)
+            await wait_acknowledged(load, 20)
+        await wait_and_prove(outage, load)
     finally:
         for name, _ in added:
             await outage.system.stop(name)
             del outage.system.urls[name]
-    assert rewinds(outage) - rewound < 10, "the workers rewind the mirror in turn"
+    assert rewinds(outage) - rewound < 10, "the workers keep rewinding the mirror in turn"
 
 
 def rewinds(outage: Outage) -> int:
@@ -60,7 +60,7 @@ async def test_a_worker_is_not_ready_and_does_not_start_without_a_binding(victim
         async with http_client() as client:
             return (await client.get(f"{victim.urls['worker']}/health/ready")).status_code
 
-    await eventually(readiness, what="not ready", until=lambda status: status == 503)
+    await eventually(readiness, what="a worker that is not ready", until=lambda status: status == 503)
     await victim.stop("worker")
     # The worker checks heartbeats once, three intervals after its start; a longer interval leaves it time to start.
     victim.start("worker", heartbeat_interval_seconds=3)
@@ -68,7 +68,9 @@ async def test_a_worker_is_not_ready_and_does_not_start_without_a_binding(victim
     async def ended() -> int | None:
         return victim.children["worker"].returncode
 
-    await eventually(ended, within=90, what="refused to start", until=lambda code: code is not None)
+    await eventually(
+        ended, within=90, what="the end of a worker that lacks a binding", until=lambda code: code is not None
+    )
     assert queue in victim.children["worker"].tail(20)
     await victim.cli("migrate")
     victim.start("worker")
@@ -87,7 +89,7 @@ async def test_services_refuse_to_start_on_a_broker_without_their_queues(victim:
         async def ended(name: str = name) -> int | None:
             return victim.children[name].returncode
 
-        await eventually(ended, within=30, what=f"{name} refused", until=lambda code: code is not None)
+        await eventually(ended, within=30, what=f"the end of {name}", until=lambda code: code is not None)
         assert "ticketrail migrate" in victim.children[name].tail(40)
     await victim.cli("migrate")
     for name in ("orders", "worker"):

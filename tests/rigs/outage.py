@@ -1,4 +1,4 @@
-"""The system of tests/chaos with one fault at a time: a mirror of two hosts, a load, and the proof afterwards."""
+"""The system of tests/chaos with one fault at a time: its mirror has two hosts, a load runs, and a proof follows."""
 
 import asyncio
 import shutil
@@ -12,10 +12,10 @@ import httpx
 import redis.asyncio
 
 from deploy.local.child import Child
+from tests.chaos.idle import wait_until_idle
 from tests.chaos.load import Load
 from tests.chaos.proof import Proof, prove
-from tests.chaos.rest import rest
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.chaos.schedule import SERVERS
 from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Redis, Server, Servers
@@ -23,8 +23,9 @@ from tests.rigs.servers.processes import local_redis, with_own_redis
 from tests.rigs.system import eventually
 
 
-class Outage(Rig):
-    """A primary and a replica for the mirror, both named in the setting; the replica replicates through a proxy."""
+class Outage(ChaosRig):
+    """A system whose mirror has a primary and a replica. The setting names both; the replica replicates through a
+    proxy."""
 
     def __init__(self, shared: Servers, folder: Path, **settings: Any) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
@@ -47,9 +48,9 @@ class Outage(Rig):
             await asyncio.to_thread(one.discard)
         shutil.rmtree(self._local, ignore_errors=True)
 
-    def _through(self, name: str, url: str) -> str:
-        there = super()._through(name, url)
-        return f"{there},{super()._through('replica', url)}" if name == "redis" else there
+    def _through_proxy(self, name: str, url: str) -> str:
+        through = super()._through_proxy(name, url)
+        return f"{through},{super()._through_proxy('replica', url)}" if name == "redis" else through
 
     async def replicate(self) -> None:
         if "replication" in self.proxies:
@@ -60,14 +61,14 @@ class Outage(Rig):
         await ask(self.replica, "REPLICAOF", "127.0.0.1", self.proxies["replication"].port)
 
         async def linked() -> bool:
-            said = await ask(self.replica, "INFO", "replication")
-            return bool(said["role"] == "slave" and said["master_link_status"] == "up")
+            info = await ask(self.replica, "INFO", "replication")
+            return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
-        await eventually(linked, what="a replica in step")
+        await eventually(linked, what="a replica in sync")
 
     async def fail_over(self, *, lost_seconds: float) -> None:
-        """Stalls the link for `lost_seconds`, so that the replica lacks the last writes; then kills the primary and
-        promotes the replica. The proof reads the new primary from here on."""
+        """Stalls the replication for `lost_seconds`, so that the replica lacks the last writes. Then kills the primary
+        and promotes the replica. From then on the proof reads the new primary."""
         self.proxies["replication"].set(Mode.LOSE)
         await asyncio.sleep(lost_seconds)
         await asyncio.to_thread(self.servers.redis.kill)
@@ -75,11 +76,12 @@ class Outage(Rig):
         self.servers.redis, self.replica = self.replica, self.servers.redis
 
     async def kill_and_roll_back(self) -> None:
-        await asyncio.to_thread(self._with_copies, self._roll_back)
+        await asyncio.to_thread(self._with_copies_locked, self._roll_back)
 
-    def one(self, name: str) -> Server | Child:
-        """A server or a service; both have kill, freeze and thaw. Call them in a thread: this loop runs proxies."""
-        return self._one(name)
+    def target(self, name: str) -> Server | Child:
+        """Returns a server or a service. Call its `kill`, `freeze` and `thaw` in a thread: this event loop runs the
+        proxies."""
+        return self._target(name)
 
     async def start_again(self, name: str) -> None:
         """Starts a server or a service after a kill -9."""
@@ -91,7 +93,7 @@ class Outage(Rig):
 
     async def restart(self, name: str) -> None:
         """Kills a server or a service with kill -9 and starts it again."""
-        await asyncio.to_thread(self.one(name).kill)
+        await asyncio.to_thread(self.target(name).kill)
         await self.start_again(name)
 
     async def warm(self, *, within: float = 60.0) -> None:
@@ -107,14 +109,14 @@ class Outage(Rig):
             return await client.request(method, path, json=body, headers=headers, timeout=20)
 
     async def create(self) -> dict[str, Any]:
-        """An order of one dish, by way of the API; asserts that it is taken."""
+        """Places an order of one dish over the API, which must accept it; returns the order."""
         reply = await self.call("POST", "/api/orders", {"items": [{"menu_item_id": self.system.dish(), "quantity": 1}]})
         assert reply.status_code == 201, reply.text
         data: dict[str, Any] = reply.json()["data"]
         return data
 
-    async def new_price(self, price: int) -> None:
-        """Of that dish, known to both instances."""
+    async def change_price(self, price: int) -> None:
+        """Changes the price of the dish that `create` orders; waits until both orders instances charge it."""
         dish = self.system.dish()
         reply = await self.call("PUT", f"/api/menu/{dish}", {"price": price})
         assert reply.status_code == 200, reply.text
@@ -128,7 +130,7 @@ class Outage(Rig):
 
         await eventually(charged, what="the new price", until=lambda found: found == {price})
 
-    async def refuses_changes(self, order: str) -> None:
+    async def assert_refuses_changes(self, order: str) -> None:
         reply = await self.call("PUT", f"/api/orders/{order}", {"notes": "refused"})
         assert reply.status_code == 503, f"{reply.status_code} {reply.text}"
         assert int(reply.headers["retry-after"]) > 0
@@ -140,7 +142,7 @@ async def ask(server: Redis, *command: object) -> Any:
 
 
 @asynccontextmanager
-async def under_load(rig: Rig, seed: int) -> AsyncIterator[Load]:
+async def under_load(rig: ChaosRig, seed: int) -> AsyncIterator[Load]:
     load = Load(rig, seed, clients=4, pause=0.1)
     load.start()
     try:
@@ -149,28 +151,36 @@ async def under_load(rig: Rig, seed: int) -> AsyncIterator[Load]:
         await load.stop()
 
 
-async def acknowledged(load: Load, more: int, *, what: str | None = None, within: float = 60.0) -> None:
-    """Waits until `more` further requests are acknowledged. `what` counts only one kind: created, changed or paid."""
+async def wait_acknowledged(load: Load, more: int, *, kind: str | None = None, within: float = 60.0) -> None:
+    """Waits until `more` further requests are acknowledged. With `kind`, only requests of that kind count: created,
+    changed or paid."""
 
     async def count() -> int:
-        return sum(what is None or one.what == what for one in load.acknowledged)
+        return sum(kind is None or one.kind == kind for one in load.acknowledged)
 
     goal = await count() + more
-    await eventually(count, within=within, what=f"{more} more {what or 'answers'}", until=lambda seen: seen >= goal)
+    await eventually(
+        count,
+        within=within,
+        what=f"{more} more requests acknowledged ({kind or 'of any kind'})",
+        until=lambda seen: seen >= goal,
+    )
 
 
-async def proven(rig: Rig, load: Load) -> Proof:
-    """Waits for rest, then proves: nothing lost, nothing doubled, PostgreSQL equals the mirror, nothing unexplained."""
-    await rest(rig)
+async def wait_and_prove(rig: ChaosRig, load: Load) -> Proof:
+    """Waits until no change is under way. Then proves that nothing is lost, doubled or unexplained, and that PostgreSQL
+    and the mirror agree."""
+    await wait_until_idle(rig)
     proof = await prove(rig, load)
     assert proof.acknowledged > 0
     assert proof.holds, f"lost {proof.lost[:5]}, doubled {proof.doubled[:5]}, wrong {proof.wrong[:5]}, {proof}"
     return proof
 
 
-async def no_version_was_claimed_twice(rig: Rig) -> None:
-    """No fork exists, with one exception: while neither store answers, two instances may both create an order for one
-    repeated idempotency key. That is one order, with a fork of its first version and a number of each series."""
+async def assert_no_version_claimed_twice(rig: ChaosRig) -> None:
+    """Asserts that no fork exists, with one exception: while neither store answers, two instances may both create an
+    order for one idempotency key. The result is one order with a fork of its first version, and a number from the
+    series of each instance."""
     async with rig.system.database() as connection:
         rows = await connection.fetch(
             "select entity_id::text, version, array_agg(data->'after'->>'order_number') as numbers,"
@@ -178,7 +188,7 @@ async def no_version_was_claimed_twice(rig: Rig) -> None:
             " from changes where entity = 'order' group by 1, 2 having count(*) > 1"
         )
     for row in rows:
-        unclaimed = [number for number in row["numbers"] if number.startswith("J")]
+        own_series = [number for number in row["numbers"] if number.startswith("J")]
         described = f"{row['entity_id']} version {row['version']}: {row['numbers']} {row['sides']}"
         print(f"fork: {described}")
-        assert row["version"] == 1 and len(unclaimed) >= len(row["numbers"]) - 1, described
+        assert row["version"] == 1 and len(own_series) >= len(row["numbers"]) - 1, described

@@ -19,17 +19,17 @@ def test_each_seed_has_its_own_schedule() -> None:
 def test_faults_of_one_target_never_overlap_and_all_end_before_the_run_ends(length: float) -> None:
     for seed in SEEDS:
         faults = schedule(seed, length)
-        assert faults == sorted(faults, key=lambda one: one.at)
-        assert all(one.at > 0.0 and one.until <= length for one in faults)
+        assert faults == sorted(faults, key=lambda one: one.starts_at)
+        assert all(one.starts_at > 0.0 and one.ends_at <= length for one in faults)
         for one, other in itertools.combinations(faults, 2):
-            assert one.target != other.target or one.until < other.at, (seed, one, other)
+            assert one.target != other.target or one.ends_at < other.starts_at, (seed, one, other)
 
 
 def test_faults_of_different_targets_sometimes_overlap() -> None:
     together = 0
     for seed in SEEDS:
         faults = schedule(seed, 60.0)
-        together += any(other.at < one.until for one, other in itertools.pairwise(faults))
+        together += any(other.starts_at < one.ends_at for one, other in itertools.pairwise(faults))
     assert together > len(SEEDS) / 4
 
 

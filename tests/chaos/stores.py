@@ -1,4 +1,4 @@
-"""Reads what all stores hold at rest; proof.py checks it."""
+"""Reads the content of all stores while no change is under way; proof.py checks it."""
 
 import asyncio
 import json
@@ -16,18 +16,20 @@ from shared.entities.signal import MARK, Signal, encode_signal
 from shared.messaging import topology
 from shared.mirror.mirror import Mirror
 from shared.observability.tracing import trace_id_of
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 
-_CHANGES = (
+_SELECT_CHANGES = (
     "select restaurant_id::text, change_id::text, entity_id::text, version, type, accepted_at, traceparent, data::text"
     " from changes where entity = 'order'"
 )
-_NUMBERS_TWICE = "select order_number, count(*) from orders group by restaurant_id, business_day, 1 having count(*) > 1"
-_DEAD = "select queue, error from dead_letters where status <> 'resolved' limit 10"
-_BLOCK = 200
+_SELECT_REPEATED_NUMBERS = (
+    "select order_number, count(*) from orders group by restaurant_id, business_day, 1 having count(*) > 1"
+)
+_SELECT_DEAD = "select queue, error from dead_letters where status <> 'resolved' limit 10"
+_BLOCK_SIZE = 200
 
 
-class Step(Struct, frozen=True):
+class OrderChange(Struct, frozen=True):
     """One change of an order."""
 
     restaurant: str
@@ -38,7 +40,7 @@ class Step(Struct, frozen=True):
     at: str
     trace: str | None
     notes: str | None
-    """The notes of the whole state, whichever change wrote them."""
+    """The notes in the state after the change; this change or an earlier one wrote them."""
     wrote_notes: bool
     payments: tuple[str, ...]
 
@@ -55,39 +57,40 @@ class MirroredOrder(Struct, frozen=True):
     payments: tuple[str, ...]
 
 
-class Seen(Struct, frozen=True, kw_only=True):
-    changes: list[Step]
-    """In PostgreSQL."""
+class StoreContents(Struct, frozen=True, kw_only=True):
+    changes: list[OrderChange]
+    """The rows of `changes`."""
     payments: Counter[str]
-    """The same: rows of each."""
+    """Payment -> number of its rows in PostgreSQL."""
     conflicts: set[tuple[str, int]]
     """(order, version) of open conflicts."""
-    numbers_twice: list[str] = field(default_factory=list)
+    repeated_numbers: list[str] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
-    logged: list[Step]
+    logged: list[OrderChange]
     """Every change in the log, including repeats."""
     mirror: dict[str, MirroredOrder]
     differs: list[str] = field(default_factory=list)
-    """Between PostgreSQL and the mirror, by `full-sync --verify`."""
+    """Differences between PostgreSQL and the mirror, from `full-sync --verify`."""
     unexplained: list[str] = field(default_factory=list)
-    """Change ids, by the ledger."""
+    """Change ids, from the ledger."""
 
 
-async def look(rig: Rig) -> Seen:
-    # The ledger comes first: a change that it misses has been missing for long, so it cannot arrive during later reads.
+async def read_stores(rig: ChaosRig) -> StoreContents:
+    # The ledger comes first: it reports only changes that have been missing for long, so none arrives during later
+    # reads.
     unexplained, differs = await asyncio.gather(_unexplained(rig), _differs(rig))
     async with rig.system.database() as connection:
-        changes = [_stored(row) for row in await connection.fetch(_CHANGES)]
+        changes = [_stored(row) for row in await connection.fetch(_SELECT_CHANGES)]
         payments = Counter(row[0] for row in await connection.fetch("select id::text from payments"))
         conflicts = await connection.fetch("select entity_id::text, version from conflicts where resolved_at is null")
-        twice = await connection.fetch(_NUMBERS_TWICE)
-        dead = await connection.fetch(_DEAD)
+        repeated = await connection.fetch(_SELECT_REPEATED_NUMBERS)
+        dead = await connection.fetch(_SELECT_DEAD)
     logged = await _logged(rig)
-    return Seen(
+    return StoreContents(
         changes=changes,
         payments=payments,
         conflicts={(row[0], row[1]) for row in conflicts},
-        numbers_twice=[f"{row[0]} given {row[1]} times" for row in twice],
+        repeated_numbers=[f"{row[0]} given {row[1]} times" for row in repeated],
         dead=[f"{row['queue']}: {row['error']}" for row in dead],
         logged=logged,
         mirror=await _mirrored(rig, {one.order for one in changes} | {one.order for one in logged}),
@@ -96,8 +99,8 @@ async def look(rig: Rig) -> Seen:
     )
 
 
-def _stored(row: Any) -> Step:
-    return _step(
+def _stored(row: Any) -> OrderChange:
+    return _order_change(
         json.loads(row["data"]),
         restaurant=row["restaurant_id"],
         change=row["change_id"],
@@ -109,9 +112,9 @@ def _stored(row: Any) -> Step:
     )
 
 
-def _step(data: dict[str, Any], *, type: str, **fields: Any) -> Step:
+def _order_change(data: dict[str, Any], *, type: str, **fields: Any) -> OrderChange:
     after = data["after"]
-    return Step(
+    return OrderChange(
         **fields,
         type=type,
         notes=after.get("notes"),
@@ -124,14 +127,14 @@ def _payments(state: dict[str, Any]) -> tuple[str, ...]:
     return tuple(one["id"] for one in state.get("payments") or ())
 
 
-async def _logged(rig: Rig) -> list[Step]:
-    found: list[Step] = []
+async def _logged(rig: ChaosRig) -> list[OrderChange]:
+    found: list[OrderChange] = []
     end = asyncio.Event()
     async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
         channel = await connection.channel()
         await channel.set_qos(prefetch_count=500)
         stream = await channel.get_queue(topology.LOG, ensure=False)
-        # The mark of a log reader; all other readers skip it.
+        # A log reader ends its reading at such a mark; all other readers skip it.
         mark = encode_signal(Signal(id=str(uuid4()), type=MARK, time=now(), source="proof"))
 
         async def take(message: aio_pika.abc.AbstractIncomingMessage) -> None:
@@ -147,11 +150,11 @@ async def _logged(rig: Rig) -> list[Step]:
     return found
 
 
-def _of_orders(events: Iterable[dict[str, Any]]) -> Iterable[Step]:
+def _of_orders(events: Iterable[dict[str, Any]]) -> Iterable[OrderChange]:
     for event in events:
         entity, _, id_ = event.get("subject", "").partition("/")
         if entity == "order" and "entityversion" in event:
-            yield _step(
+            yield _order_change(
                 event["data"],
                 restaurant=event["restaurantid"],
                 change=event["id"],
@@ -163,15 +166,15 @@ def _of_orders(events: Iterable[dict[str, Any]]) -> Iterable[Step]:
             )
 
 
-async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, MirroredOrder]:
-    """The given orders and all others in the mirror, of both restaurants."""
+async def _mirrored(rig: ChaosRig, orders: set[str]) -> dict[str, MirroredOrder]:
+    """Reads the given orders and all others that the mirror holds, for both restaurants."""
     found: dict[str, MirroredOrder] = {}
     mirror = Mirror(rig.servers.redis.url, timeout=5.0, stale_seconds=60.0)
     try:
-        for restaurant in (rig.system.restaurant_id, rig.other["restaurant_id"]):
+        for restaurant in (rig.system.restaurant_id, rig.other_restaurant["id"]):
             ids = sorted(orders.union(await mirror.live_ids(restaurant, "order")))
-            for start in range(0, len(ids), _BLOCK):
-                block = ids[start : start + _BLOCK]
+            for start in range(0, len(ids), _BLOCK_SIZE):
+                block = ids[start : start + _BLOCK_SIZE]
                 _, documents = await mirror.read(restaurant, "order", block)
                 for id_, document in zip(block, documents, strict=True):
                     if document is not None:
@@ -183,7 +186,7 @@ async def _mirrored(rig: Rig, orders: set[str]) -> dict[str, MirroredOrder]:
     return found
 
 
-async def _differs(rig: Rig) -> list[str]:
+async def _differs(rig: ChaosRig) -> list[str]:
     printed = json.loads(await rig.system.cli("full-sync", "--verify", "--json", check=False))
     found = [f"{one['what']} {one['entity']} {one['id']}" for one in printed["differences"]]
     if not printed["compared"]:
@@ -193,6 +196,6 @@ async def _differs(rig: Rig) -> list[str]:
     return found
 
 
-async def _unexplained(rig: Rig) -> list[str]:
+async def _unexplained(rig: ChaosRig) -> list[str]:
     printed = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
     return [one["change_id"] for one in printed["missing"]]

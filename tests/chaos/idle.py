@@ -6,7 +6,7 @@ import redis.asyncio
 
 from shared.entities.contract import Lane
 from shared.messaging import topology
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.rigs.http_client import http_client
 from tests.rigs.system import eventually
 
@@ -21,12 +21,14 @@ select count(*) from payments p where not exists (
 """
 
 
-async def rest(rig: Rig) -> None:
-    """Raises AssertionError that names the changes still under way after 120 seconds."""
-    await eventually(lambda: restless(rig), within=_TIMEOUT_SECONDS, what="rest", until=lambda found: not found)
+async def wait_until_idle(rig: ChaosRig) -> None:
+    """After 120 seconds, raises an AssertionError that names the work left."""
+    await eventually(
+        lambda: unfinished_work(rig), within=_TIMEOUT_SECONDS, what="no work left", until=lambda found: not found
+    )
 
 
-async def restless(rig: Rig) -> dict[str, int]:
+async def unfinished_work(rig: ChaosRig) -> dict[str, int]:
     found: dict[str, int] = {}
     async with redis.asyncio.from_url(rig.servers.redis.url) as mirror:
         found["claims"] = int(await mirror.zcard("ticketrail:claims"))
@@ -39,11 +41,11 @@ async def restless(rig: Rig) -> dict[str, int]:
     found |= await _depths(rig)
     if not any(found.values()):
         async with rig.system.database() as connection:
-            found["payments left out"] = await connection.fetchval(_LEFT_OUT)
+            found["payments that a fork left out"] = await connection.fetchval(_LEFT_OUT)
     return {name: count for name, count in found.items() if count}
 
 
-async def _depths(rig: Rig) -> dict[str, int]:
+async def _depths(rig: ChaosRig) -> dict[str, int]:
     found: dict[str, int] = {}
     async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:
         channel = await connection.channel()

@@ -1,4 +1,4 @@
-"""A screen of each restaurant, by server-sent events. It reconnects with its cursor until the run ends."""
+"""One screen for each restaurant, which follows the event stream. It reconnects with its cursor until the run ends."""
 
 import asyncio
 import contextlib
@@ -8,22 +8,22 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.rig import Rig
+from tests.chaos.rig import ChaosRig
 from tests.rigs.http_client import http_client
 
-# Heartbeats come every 15 seconds: a link that is silent for longer is dead.
-_TIMEOUT = httpx.Timeout(5.0, read=20.0)
-_PAUSE = 0.5
+# Keep-alives come every 15 seconds: a connection that is silent for longer is dead.
+_TIMEOUTS = httpx.Timeout(5.0, read=20.0)
+_RETRY_PAUSE_SECONDS = 0.5
 
 
-class Watch:
-    def __init__(self, rig: Rig) -> None:
-        system = rig.system
+class Screens:
+    def __init__(self, rig: ChaosRig) -> None:
+        system, other = rig.system, rig.other_restaurant
         self._url = f"{system.urls['notifier']}/api/v1/sync/events"
-        self._tokens = {system.restaurant_id: system.token("admin"), rig.other["restaurant_id"]: rig.other["token"]}
+        self._tokens = {system.restaurant_id: system.token("admin"), other["id"]: other["token"]}
         self._tasks: list[asyncio.Task[None]] = []
         self.pushed: dict[str, Counter[str]] = {restaurant: Counter() for restaurant in self._tokens}
-        """Restaurant -> change -> how often."""
+        """Restaurant -> change -> number of pushes."""
         self.resyncs = 0
         self.wrong: list[str] = []
 
@@ -37,7 +37,7 @@ class Watch:
 
     async def _follow(self, restaurant: str, token: str) -> None:
         cursor = ""
-        async with http_client(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {token}"}) as client:
+        async with http_client(timeout=_TIMEOUTS, headers={"Authorization": f"Bearer {token}"}) as client:
             while True:
                 headers = {"Last-Event-ID": cursor} if cursor else {}
                 with contextlib.suppress(httpx.HTTPError):
@@ -49,7 +49,7 @@ class Watch:
                                 cursor = line[4:]
                             elif line.startswith("data: "):
                                 self.take(restaurant, json.loads(line[6:]))
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(_RETRY_PAUSE_SECONDS)
 
     def take(self, restaurant: str, event: dict[str, Any]) -> None:
         """Records one event that the screen of `restaurant` received."""
