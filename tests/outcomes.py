@@ -1,8 +1,9 @@
-"""A pytest plugin that writes what a run came to into the JSON file that TICKETRAIL_OUTCOMES names; see `retry_failed`.
+"""A pytest plugin that writes the outcomes of a run into the JSON file that TICKETRAIL_OUTCOMES names; see
+`retry_failed`.
 
-`passed` and `failed` are lists of node ids. `broken` is a list of sentences: what is not a failed test and cannot be
-excused by a second try, such as a collection error or a crashed worker. The file is written at the end of the session;
-a run that dies before leaves none.
+`passed` and `failed` are lists of node ids. `broken` is a list of sentences about problems that are no failed tests and
+that no second try excuses, such as a collection error or a crashed worker. The plugin writes the file at the end of the
+session; a run that dies earlier leaves no file.
 """
 
 import json
@@ -19,7 +20,7 @@ class Outcomes:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._passed: set[str] = set()
-        self._failed: dict[str, None] = {}  # a dict keeps the order in which they failed
+        self._failed: dict[str, None] = {}  # a dict, because it keeps the order in which they failed
         self._broken: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -54,5 +55,6 @@ class Outcomes:
 
 def pytest_configure(config: pytest.Config) -> None:
     file = os.environ.get(FILE_VARIABLE)
-    if file and not hasattr(config, "workerinput"):  # the controller hears what all workers report
+    # not in a worker of pytest-xdist: the controller gets the reports of all workers
+    if file and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(Path(file)))

@@ -1,11 +1,12 @@
-"""`python -m tests.retry_failed PYTEST_ARGUMENTS`: runs pytest, and what failed once more, alone.
+"""`python -m tests.retry_failed PYTEST_ARGUMENTS` runs pytest, and then runs the failed tests once more.
 
-A slow machine can stall one test out of thousands. A test that fails is repeated once in a process of its own, with
-nothing beside it, and both outcomes and the log of the first are printed. Failing twice fails the run. A test that
-passed at the second try does not; it is listed in SECOND_TRIES as a bug to fix.
+A slow machine can stall one test out of thousands. So the failed tests run again in a second pytest process, with no
+other tests at the same time. Both outcomes and the path of the first log are printed. A test that fails twice fails the
+run. A test that passes at its second try does not; it is listed in SECOND_TRIES as a bug to fix.
 
-Exit code 0: every test passed, at the latest at its second try. Never 0: a collection error, a crash of pytest or of
-one of its workers, no test at all, or more failures than a stall explains; none of these is repeated.
+The exit code is 0 if every test passed at its first or second try. It is never 0 after a collection error, after a
+crash of pytest or of one of its workers, without any test, or with more failures than a stall explains. None of these
+is tried again.
 """
 
 import json
@@ -26,7 +27,7 @@ SECOND_TRIES = "second-tries.txt"
 _MAX_REPEATED = 20
 
 
-class Ended(Struct):
+class Outcome(Struct):
     code: int
     log: Path
     passed: list[str] = []
@@ -45,24 +46,26 @@ def main(arguments: Sequence[str], *, logs: Path = LOGS) -> int:
     if first.code == 0 and not first.broken:
         return 0
     for sentence in first.broken:
-        print(f"no failed test, and not repeated: {sentence}")
+        print(f"not a failed test, so it is not tried again: {sentence}")
     if not first.repeatable:
         print(f"FAILED with exit code {first.code} and {len(first.failed)} failed tests; log: {first.log}")
         return first.code if first.code > 0 else 1
 
-    print(f"\n{len(first.failed)} failed and run once more, alone; log of the first run: {first.log}\n")
+    print(
+        f"\n{len(first.failed)} tests failed and run once more, without the others; log of the first run: {first.log}\n"
+    )
     second = _run(first.failed, folder, "second")
-    healed = [name for name in first.failed if name in second.passed]
+    passed_later = [name for name in first.failed if name in second.passed]
     print(f"\nfirst log: {first.log}\nsecond log: {second.log}")
     for name in first.failed:
-        print(f"  failed, then {'passed' if name in healed else 'failed again'}: {name}")
-    if healed:
+        print(f"  failed, then {'passed' if name in passed_later else 'failed again'}: {name}")
+    if passed_later:
         with (logs / SECOND_TRIES).open("a") as file:
-            file.writelines(f"{name}  ({first.log})\n" for name in healed)
-    return 0 if second.code == 0 and not second.broken and len(healed) == len(first.failed) else 1
+            file.writelines(f"{name}  ({first.log})\n" for name in passed_later)
+    return 0 if second.code == 0 and not second.broken and len(passed_later) == len(first.failed) else 1
 
 
-def _run(arguments: Sequence[str], folder: Path, name: str) -> Ended:
+def _run(arguments: Sequence[str], folder: Path, name: str) -> Outcome:
     log, file = folder / f"{name}.log", folder / f"{name}.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-p", outcomes.__name__, *arguments],
@@ -79,8 +82,8 @@ def _run(arguments: Sequence[str], folder: Path, name: str) -> Ended:
             sys.stdout.flush()
     code = process.wait()
     if not file.exists():
-        return Ended(code or 1, log, broken=["pytest ended without saying what it came to"])
-    return Ended(code, log, **json.loads(file.read_text()))
+        return Outcome(code or 1, log, broken=["pytest ended without writing its outcomes"])
+    return Outcome(code, log, **json.loads(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make run` as a person uses it: all its processes, on their own ports and in their own home."""
+"""Runs `make run` as a user does, with a home and ports of its own."""
 
 import asyncio
 import contextlib
@@ -64,10 +64,10 @@ class Run:
                 pytest.fail(self.text)
             return self.text.count("Ready after") == times
 
-        await eventually(look, within=240, what=f"ready for the {times}. time")
+        await eventually(look, within=240, what=f"`Ready after` in the output, {times} times")
 
     async def stop(self) -> None:
-        """Stops the run. All its processes must end, and no service may need a kill, whatever streams are open."""
+        """Stops the run. All its processes must end and no service may need a kill, even if event streams are open."""
         tree = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
         self.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(self.process.wait, 60)
@@ -87,16 +87,16 @@ def env(tmp_path: Path) -> dict[str, str]:
     return (
         clean
         | {f"TICKETRAIL_{name}": str(port) for name, port in ports.items()}
-        # TMPDIR holds the list of running systems, so that other runs of this user are not seen.
+        # The list of running systems is in TMPDIR. A folder of its own hides other systems of this user.
         | {"TICKETRAIL_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     )
 
 
 async def command(env: dict[str, str], *arguments: str, **settings: str) -> tuple[int, str, str]:
-    """Runs `ticketrail …` with only these settings. Returns exit code, output, errors."""
+    """Runs `ticketrail …` with only these settings. Returns (exit code, stdout, stderr)."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.sync.cli", *arguments),
-        cwd=env["TMPDIR"],  # without the .env of this checkout
+        cwd=env["TMPDIR"],  # so that the command does not read the .env of this checkout
         env={name: value for name, value in env.items() if not name.startswith("TICKETRAIL_")} | settings,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -106,7 +106,7 @@ async def command(env: dict[str, str], *arguments: str, **settings: str) -> tupl
 
 
 def free_base() -> int:
-    """A port base whose ten next ports are free."""
+    """Returns a port base; the ten ports after it are free."""
     while True:
         (base,) = find_free(1)
         if all(is_free(base + place) for place in range(1, 11)):
@@ -115,7 +115,7 @@ def free_base() -> int:
 
 @asynccontextmanager
 async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
-    """The events that the third printed curl line receives."""
+    """Yields a queue of the events that the third printed curl command receives."""
     events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     process = await asyncio.create_subprocess_exec(*curl_lines(run)[2], stdout=asyncio.subprocess.PIPE)
 
@@ -159,7 +159,7 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
         ("http://127.0.0.1:8003", run.demo["notifier_url"]),
     ):
         block = block.replace(there, here)
-    assert "127.0.0.1:800" not in block, "a port was not replaced"
+    assert "127.0.0.1:800" not in block, "the block names a port that was not replaced"
     process = await asyncio.create_subprocess_exec(
         "sh",
         "-c",
@@ -167,7 +167,7 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # a group of its own
+        start_new_session=True,  # its process group can be ended as a whole
         limit=1 << 20,
     )
     assert process.stdout is not None
@@ -180,7 +180,7 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
                     break
     finally:
         with contextlib.suppress(ProcessLookupError):
-            # SIGTERM, because background processes of a script ignore SIGINT.
+            # SIGTERM, because background processes of a shell script ignore SIGINT.
             os.killpg(process.pid, signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
     return printed.decode()
@@ -205,16 +205,16 @@ async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[
             async def reported() -> bool:
                 return bool(re.search(r"^orders ended .*restarting it", run.text, re.MULTILINE))
 
-            await eventually(reported, what="the restart, in one line")
+            await eventually(reported, what="a line that reports the restart")
 
             async def restarted() -> bool:
                 async with http_client() as client:
                     status = (await client.get(f"{run.demo['orders_url']}/health/ready")).status_code
-                # For a moment a child process of the killed service still answers.
+                # For a moment, a child process of the killed service still answers.
                 return status == 200 and run.demo["pids"]["orders"] != killed
 
-            await eventually(restarted, what="orders to be back")
-            await run.stop()  # with an open event stream
+            await eventually(restarted, what="a new orders process that is ready")
+            await run.stop()  # while an event stream is open
 
         run = Run(tmp_path / "home", env)
         await run.ready(2)
@@ -229,7 +229,7 @@ async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[
         ]
         placed_first, read_while_frozen = (answer["data"] for answer in quickstart)
         assert placed_first["durability"] == "broker"
-        assert read_while_frozen["sync"]["state"] == "pending", "PostgreSQL is frozen"
+        assert read_while_frozen["sync"]["state"] == "pending", "PostgreSQL was frozen, so it cannot have the order"
 
         printed = await calls_of("README.md", 0, run=run)
         answers = [json.loads(line) for line in printed.splitlines() if line.startswith('{"success"')]
@@ -303,7 +303,7 @@ async def test_two_systems_run_side_by_side_and_the_command_line_uses_the_chosen
 
 
 @pytest.mark.parametrize("versions", [None, '{"mirror": 0, "journal": 0}'])
-async def test_data_of_another_layout_is_refused_in_one_sentence_before_anything_starts(
+async def test_data_of_another_layout_is_refused_before_anything_starts(
     env: dict[str, str], tmp_path: Path, versions: str | None
 ) -> None:
     home = tmp_path / "home"

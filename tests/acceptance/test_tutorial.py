@@ -1,4 +1,4 @@
-"""Follows docs/add-an-entity.md like a reader: each edit and each command, on a copy of the repository."""
+"""Follows docs/add-an-entity.md as a reader does: makes each edit and runs each command on a copy of the repository."""
 
 import asyncio
 import json
@@ -27,7 +27,8 @@ def steps() -> Iterator[tuple[str, str, str]]:
 
 
 def edit(path: Path, difference: str) -> None:
-    """Replaces the lines with ' ' and '-' by those with ' ' and '+'. The file must contain them exactly once."""
+    """Applies a diff: replaces the lines with ' ' and '-' by the lines with ' ' and '+'. The file must contain the
+    replaced lines exactly once."""
     lines = difference.splitlines(keepends=True)
     before = "".join(line[1:] for line in lines if line[0] in " -")
     after = "".join(line[1:] for line in lines if line[0] in " +")
@@ -47,7 +48,7 @@ async def shell(block: str, cwd: Path) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The files of a fresh clone, with this virtual environment."""
+    """Makes a folder with the files of a fresh clone and this virtual environment."""
     root = tmp_path / "clone"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -100,7 +101,7 @@ async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path
                 pytest.fail(f"the tutorial has an unknown instruction {order!r}")
         done.append(order)
     assert done.count("run until") == 1
-    assert len(done) == PAGE.count("\n```") // 2, "a block of the tutorial was not followed"
+    assert len(done) == PAGE.count("\n```") // 2, "a code block of the tutorial has no instruction"
     async with system.database() as connection:
         stored = await connection.fetchrow("select name, guests, version from reservations")
     assert stored is not None

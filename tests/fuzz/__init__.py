@@ -1,5 +1,5 @@
-"""Property-based runs of schemathesis against the documents of the running services, with valid and invalid requests.
+"""Runs schemathesis against running services: it makes valid and invalid requests from their API documents.
 `make fuzz` runs all of them, `make test` a few (tests/integration/test_fuzz.py).
 
-A finding is an error either in the code or in the document. `ground.py` makes the entities that requests can name.
+A finding is an error in the code or in the document. `known_entities.py` makes the entities that requests can name.
 """

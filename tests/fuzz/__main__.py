@@ -1,5 +1,5 @@
-"""`make fuzz`: runs every service's document with every role, on its own servers and services, with `--examples` for
-each operation. Prints every finding with its request and then exits with code 1."""
+"""`make fuzz`: tests the document of every service with every role, on its own servers, with `--examples` for each
+operation. Prints every finding with its request. The exit code is 1 if there is one."""
 
 import argparse
 import asyncio
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.run import RUNS, fuzz, patient
+from tests.fuzz.run import RUNS, fuzz, fuzz_settings
 from tests.rigs.servers import prepare_servers
 from tests.rigs.system import System
 
@@ -15,7 +15,10 @@ from tests.rigs.system import System
 async def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument(
-        "--examples", type=int, default=50, help="for each operation, besides the boundaries of its fields"
+        "--examples",
+        type=int,
+        default=50,
+        help="examples for each operation, besides those at the limits of its fields",
     )
     parser.add_argument("services", nargs="*", default=sorted({service for service, _ in RUNS}))
     parser.add_argument("--seed", type=int, help="the seed that an earlier run printed")
@@ -26,7 +29,7 @@ async def main() -> int:
     found = []
     try:
         with tempfile.TemporaryDirectory(prefix="ticketrail-fuzz-") as folder:
-            system = System(servers, Path(folder), **patient())
+            system = System(servers, Path(folder), **fuzz_settings())
             await system.up()
             for service, role in RUNS:
                 if service in arguments.services:
@@ -37,7 +40,7 @@ async def main() -> int:
             await system.down()
     finally:
         servers.stop_all()
-    print("nothing was found" if not found else f"found something: {'; '.join(found)}")
+    print("no findings" if not found else f"findings in: {'; '.join(found)}")
     return 1 if found else 0
 
 

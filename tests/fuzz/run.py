@@ -1,4 +1,4 @@
-"""One run: the document of one service, one role, some examples. The running service supplies the document."""
+"""One run tests the document of one service with the token of one role. The running service supplies the document."""
 
 import asyncio
 import json
@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tests.fuzz.ground import prepare
+from tests.fuzz.known_entities import prepare
 from tests.rigs.system import PATIENT, ROOT, System
 
-# Environment variables with the files that hooks.py, in the process of schemathesis, reads and writes.
-GROUND = "TICKETRAIL_FUZZ_GROUND"
-COUNTED = "TICKETRAIL_FUZZ_COUNTED"
+# Environment variables that name the files which hooks.py reads and writes, in the process of schemathesis.
+KNOWN_ENTITIES_VARIABLE = "TICKETRAIL_FUZZ_KNOWN_ENTITIES"
+COUNTS_VARIABLE = "TICKETRAIL_FUZZ_COUNTS"
 
 RUNS: list[tuple[str, str | None]] = [
     ("orders", "admin"),
@@ -28,11 +28,11 @@ RUNS: list[tuple[str, str | None]] = [
     ("notifier", "customer"),
     ("notifier", None),
 ]
-"""(service, role; None: without a token)"""
+"""(service, role); role None means no token."""
 
 
-def patient() -> dict[str, Any]:
-    """Settings of a system that accepts so many requests."""
+def fuzz_settings() -> dict[str, Any]:
+    """Returns settings that let a system accept all requests of a run."""
     return {**PATIENT, "sign_in_attempts_per_account": 1_000_000, "sign_in_attempts_per_address": 1_000_000}
 
 
@@ -40,21 +40,21 @@ class Outcome(Struct, frozen=True):
     passed: bool
     output: str
     counted: dict[str, int]
-    """"POST /api/orders 201" -> how often."""
+    """Operation and status, such as `POST /api/orders 201` -> number of replies."""
 
     def reached(self, status: str) -> set[str]:
-        """The operations that were answered with a status that begins with `status`, such as `2`."""
+        """Returns the operations with at least one reply whose HTTP status begins with `status`, such as `2`."""
         return {label for label, _, found in (one.rpartition(" ") for one in self.counted) if found.startswith(status)}
 
 
 async def fuzz(system: System, service: str, role: str | None, *arguments: str) -> Outcome:
-    """Runs schemathesis. `role` None: without a token. `arguments`: for `schemathesis run`."""
-    ground = await prepare(system)
+    """Runs `schemathesis run` with `arguments` and a token of `role`; None means no token."""
+    entities = await prepare(system)
     folder = system.directory / f"fuzz-{service}-{role}"
     folder.mkdir(exist_ok=True)
-    config, known, counted = folder / "schemathesis.toml", folder / "ground.json", folder / "counted.json"
-    config.write_text(_config(ground.tokens.get(role or ""), system.demo["sync_token"], service))
-    known.write_bytes(msgspec.json.encode(ground))
+    config, known, counted = folder / "schemathesis.toml", folder / "entities.json", folder / "counted.json"
+    config.write_text(_config(entities.tokens.get(role or ""), system.demo["sync_token"], service))
+    known.write_bytes(msgspec.json.encode(entities))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -65,7 +65,7 @@ async def fuzz(system: System, service: str, role: str | None, *arguments: str) 
         f"{system.urls[service]}/api-docs/openapi.json",
         *arguments,
         cwd=ROOT,
-        env={**os.environ, GROUND: str(known), COUNTED: str(counted)},
+        env={**os.environ, KNOWN_ENTITIES_VARIABLE: str(known), COUNTS_VARIABLE: str(counted)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -74,7 +74,7 @@ async def fuzz(system: System, service: str, role: str | None, *arguments: str) 
 
 
 def _config(token: str | None, sync_token: str, service: str) -> str:
-    """The configuration as TOML. Its strings are JSON strings, which are valid TOML."""
+    """Returns the configuration as TOML. Its strings are written as JSON strings, which are valid TOML."""
     lines = [
         'hooks = "tests.fuzz.hooks"',
         "continue-on-failure = true",

@@ -8,7 +8,7 @@ import pytest
 
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
-from tests.fuzz.run import fuzz, patient
+from tests.fuzz.run import fuzz, fuzz_settings
 from tests.rigs.http_client import http_client
 from tests.rigs.servers import Servers
 from tests.rigs.system import System, eventually
@@ -26,7 +26,7 @@ RUNS = [
 @pytest.fixture(scope="module")
 async def fuzzed(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
     """A system for this module only, without limits on sign-ins."""
-    system = System(servers, tmp_path_factory.mktemp("fuzz"), **patient())
+    system = System(servers, tmp_path_factory.mktemp("fuzz"), **fuzz_settings())
     try:
         await system.up()
         yield system

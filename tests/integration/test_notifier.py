@@ -17,11 +17,11 @@ from tests.rigs.notifier import (
     OTHER_EPOCH,
     Notifier,
     NotifierRig,
-    come_back,
-    deaf,
     flood,
-    last_words,
     moved,
+    read_to_end,
+    resume,
+    silent_client,
     token,
 )
 from tests.rigs.servers import Servers
@@ -54,8 +54,8 @@ async def test_connected_comes_first_then_each_change_once_and_in_order(rig: Not
         noted = change(state, base=received)
         deleted = change(state, event="deleted", base=noted)
         restored = change(state, event="restored", base=deleted)
-        await rig.say(received, noted, deleted, restored)
-        events = await screen.has(64)
+        await rig.publish_each(received, noted, deleted, restored)
+        events = await screen.first(64)
         assert [event.data["orderID"] for event in events[:60]] == [state.id for state in placed]
         assert {event.name for event in events[:60]} == {"order_created"}
         assert screen.names[60:] == ["stage_change", "status_update", "order_deleted", "status_update"]
@@ -74,9 +74,9 @@ async def test_change_that_is_recorded_twice_is_pushed_once(rig: NotifierRig) ->
     notifier = await rig.notifier()
     async with notifier.screen() as screen:
         one, other = change(order()), change(order())
-        await rig.say(one, one, other, one)
-        await rig.say(last := change(order()))
-        events = await screen.has(3)
+        await rig.publish_each(one, one, other, one)
+        await rig.publish_each(last := change(order()))
+        events = await screen.first(3)
         assert [event.data["orderID"] for event in events] == [one.entity_id, other.entity_id, last.entity_id]
 
 
@@ -89,15 +89,15 @@ async def test_tenant_sees_only_its_own_changes_even_if_events_name_foreign_orde
         notifier.screen(orderID=theirs.id) as curious,
     ):
         forged = change(theirs, restaurantid=RESTAURANT)
-        await rig.say(forged, change(theirs), mine := change(order()))
-        assert [event.data["orderID"] for event in await screen.has(1)] == [mine.entity_id]
-        assert [event.data["orderID"] for event in await other.has(1)] == [theirs.id]
-        await rig.say(change(order()), change(order(restaurant_id=OTHER_RESTAURANT)))
-        await asyncio.gather(screen.has(2), other.has(2))
+        await rig.publish_each(forged, change(theirs), mine := change(order()))
+        assert [event.data["orderID"] for event in await screen.first(1)] == [mine.entity_id]
+        assert [event.data["orderID"] for event in await other.first(1)] == [theirs.id]
+        await rig.publish_each(change(order()), change(order(restaurant_id=OTHER_RESTAURANT)))
+        await asyncio.gather(screen.first(2), other.first(2))
         assert len(screen.events) == 3 and len(other.events) == 3 and len(curious.events) == 1
     async with notifier.screen(after=screen.events[0].id, orderID=theirs.id) as curious:
-        await rig.say(change(order(id=theirs.id)))
-        assert (await curious.has(1))[0].data["data"]["restaurant_id"] == RESTAURANT
+        await rig.publish_each(change(order(id=theirs.id)))
+        assert (await curious.first(1))[0].data["data"]["restaurant_id"] == RESTAURANT
 
 
 async def test_customer_sees_only_orders_of_its_session_live_and_replayed(rig: NotifierRig) -> None:
@@ -105,12 +105,12 @@ async def test_customer_sees_only_orders_of_its_session_live_and_replayed(rig: N
     customer = token(Role.CUSTOMER, session="table-7")
     own, others, staff = (order(customer_session_id=session) for session in ("table-7", "table-8", None))
     async with notifier.screen(by=customer) as live, notifier.screen(by=customer, orderID=others.id) as curious:
-        await rig.say(change(others), change(staff), change(own))
-        assert [event.data["orderID"] for event in await live.has(1)] == [own.id]
+        await rig.publish_each(change(others), change(staff), change(own))
+        assert [event.data["orderID"] for event in await live.first(1)] == [own.id]
         start = live.events[0].id
     async with notifier.screen(by=customer, after=start) as replayed:
-        await rig.say(change(last := order(customer_session_id="table-7")))
-        assert [event.data["orderID"] for event in await replayed.has(2)] == [own.id, last.id]
+        await rig.publish_each(change(last := order(customer_session_id="table-7")))
+        assert [event.data["orderID"] for event in await replayed.first(2)] == [own.id, last.id]
     assert len(curious.events) == 1
 
 
@@ -119,21 +119,21 @@ async def test_subscriber_of_one_order_gets_only_its_events_under_their_order_na
     followed, other = order(), order()
     async with notifier.screen(orderID=followed.id.upper()) as one, notifier.screen() as every:
         created, noise = change(followed), change(other)
-        await rig.say(
+        await rig.publish_each(
             noise,
             created,
             moved(noise, other, OrderStatus.RECEIVED)[0],
             moved(created, followed, OrderStatus.RECEIVED)[0],
         )
-        await every.has(4)
-        events = await one.has(2)
+        await every.first(4)
+        events = await one.first(2)
         assert one.names == ["order_created", "order_stage_change"]
         assert {event.data["orderID"] for event in events} == {followed.id}
         assert events[1].data["eventType"] == "order_stage_change"
         assert every.names == ["order_created", "order_created", "stage_change", "stage_change"]
         assert events[1].id == every.events[4].id
     async with notifier.screen(orderID=followed.id, lastEventId=one.events[0].id) as again:
-        await again.has(2)
+        await again.first(2)
         assert again.names == one.names and [event.id for event in again.events[1:]] == [event.id for event in events]
 
 
@@ -148,14 +148,14 @@ async def test_event_types_filter_the_stream(rig: NotifierRig) -> None:
         notifier.screen(eventTypes="order_created") as births,
         notifier.screen(eventTypes="validated", orderID="") as nothing,
     ):
-        await rig.say(created, received, noted, change(state, event="deleted", base=noted))
-        await stages.has(2)
-        await births.has(1)
+        await rig.publish_each(created, received, noted, change(state, event="deleted", base=noted))
+        await stages.first(2)
+        await births.first(1)
         assert stages.names == ["stage_change", "order_deleted"]
         assert births.names == ["order_created"]
         assert nothing.names == []
     async with notifier.screen(eventTypes="status_update", after=stages.events[0].id) as replayed:
-        await replayed.has(1)
+        await replayed.first(1)
         assert replayed.names == ["status_update"]
 
 
@@ -164,7 +164,7 @@ async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rig: Not
     changes = [change(order()) for _ in range(10)]
     async with first.screen() as screen:
         await rig.send(message(*changes[:4]), message(*changes[4:8]))
-        seen = await screen.has(8)
+        seen = await screen.first(8)
     cursor = seen[2].id  # in the middle of a message
     await asyncio.to_thread(first.child.terminate, 10)
     second, third = await asyncio.gather(rig.notifier(), rig.notifier(instance=2))
@@ -172,29 +172,29 @@ async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rig: Not
         # A browser that reconnects repeats the query of its first request, so the header takes precedence.
         async with notifier.screen(lastEventId=seen[0].id, after=cursor) as screen:
             assert screen.events[0].data["cursor"] == cursor
-            events = await screen.has(5)
+            events = await screen.first(5)
             assert [event.data["orderID"] for event in events] == [change.entity_id for change in changes[3:8]]
             assert [event.id for event in events] == [event.id for event in seen[3:]]
     async with second.screen(after=cursor) as on_second, third.screen(after=seen[-1].id) as on_third:
-        await rig.say(*changes[8:])
-        assert [event.id for event in (await on_second.has(7))[5:]] == [event.id for event in await on_third.has(2)]
+        await rig.publish_each(*changes[8:])
+        assert [event.id for event in (await on_second.first(7))[5:]] == [event.id for event in await on_third.first(2)]
         assert "resync" not in on_second.names + on_third.names
 
 
 async def test_cursor_of_connected_resumes_before_any_event_has_come(rig: NotifierRig) -> None:
     notifier = await rig.notifier()
-    await rig.say(change(order()))
+    await rig.publish_each(change(order()))
     await eventually(notifier.health, until=lambda health: health[1]["window"] == 1)
     async with notifier.screen() as screen:
         cursor = screen.last_event_id
-    await rig.say(missed := change(order()))
+    await rig.publish_each(missed := change(order()))
     async with notifier.screen(after=cursor) as screen:
-        assert [event.data["orderID"] for event in await screen.has(1)] == [missed.entity_id]
+        assert [event.data["orderID"] for event in await screen.first(1)] == [missed.entity_id]
 
 
 async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: NotifierRig) -> None:
     notifier = await rig.notifier(client_buffer_events=100_000, client_buffer_bytes=1 << 30)
-    await rig.say(change(order()))
+    await rig.publish_each(change(order()))
     async with notifier.screen() as screen:
         start = screen.events[0].id
     # There must be more events than one step of a replay holds, or the switch to live would not be tested.
@@ -203,7 +203,7 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: Notifier
 
     coming: list[Any] = []
     while not saying.done() and len(coming) < 12:
-        coming.append(asyncio.create_task(come_back(notifier, start, 3_000)))
+        coming.append(asyncio.create_task(resume(notifier, start, 3_000)))
         await asyncio.wait((saying,), timeout=0.05)
     await saying
     for seen in await asyncio.gather(*coming):
@@ -213,25 +213,25 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: Notifier
 async def test_cursor_older_than_the_window_gets_a_resync_and_continues_live(rig: NotifierRig) -> None:
     notifier = await rig.notifier(replay_window_changes=5)
     async with notifier.screen() as screen:
-        await rig.say(*(change(order()) for _ in range(10)))
-        seen = await screen.has(10)
+        await rig.publish_each(*(change(order()) for _ in range(10)))
+        seen = await screen.first(10)
     async with notifier.screen(after=seen[3].id) as late:
-        resync = (await late.has(1))[0]
+        resync = (await late.first(1))[0]
         assert resync.name == "resync"
         assert resync.data == {"reason": "too_old", "cursor": resync.id}
-        await rig.say(fresh := change(order()))
-        assert (await late.has(2))[1].data["orderID"] == fresh.entity_id
+        await rig.publish_each(fresh := change(order()))
+        assert (await late.first(2))[1].data["orderID"] == fresh.entity_id
     async with notifier.screen(after=seen[5].id) as in_time:
-        await in_time.has(5)
+        await in_time.first(5)
         assert "resync" not in in_time.names
     async with notifier.screen(after=resync.id) as resumed:
-        assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
+        assert [event.data["orderID"] for event in await resumed.first(1)] == [fresh.entity_id]
 
 
 async def test_cursor_beyond_the_log_gets_a_resync(rig: NotifierRig) -> None:
     notifier = await rig.notifier()
     async with notifier.screen(after=f"{EPOCH}-999999-0") as screen:
-        assert (await screen.has(1))[0].data["reason"] == "other_epoch"
+        assert (await screen.first(1))[0].data["reason"] == "other_epoch"
 
 
 async def test_cursor_ahead_of_this_instance_waits_for_it(rig: NotifierRig) -> None:
@@ -239,9 +239,9 @@ async def test_cursor_ahead_of_this_instance_waits_for_it(rig: NotifierRig) -> N
     async with notifier.screen() as screen, rig.publishing() as publish:
         await publish(message(change(order())))
         for count in (1, 3, 5):
-            epoch, offset, _ = (await screen.has(count))[-1].id.rsplit("-", 2)
+            epoch, offset, _ = (await screen.first(count))[-1].id.rsplit("-", 2)
             asked = asyncio.Event()
-            coming = asyncio.create_task(come_back(notifier, f"{epoch}-{int(offset) + 1}-0", 1, asked=asked, within=45))
+            coming = asyncio.create_task(resume(notifier, f"{epoch}-{int(offset) + 1}-0", 1, asked=asked, within=45))
             await asyncio.wait_for(asked.wait(), 60)
             await publish(message(change(order())), message(last := change(order())))
             seen = await coming
@@ -287,19 +287,19 @@ async def one_notifier(servers: Servers, tmp_path_factory: pytest.TempPathFactor
 async def test_recreated_log_resyncs_connected_clients_and_clients_with_an_old_cursor(rig: NotifierRig) -> None:
     notifier = await rig.notifier()
     async with notifier.screen() as screen:
-        await rig.say(change(order()), change(order()))
-        old = (await screen.has(2))[1]
-        await rig.remake_log()
-        await rig.say(fresh := change(order()))
-        resync, event = (await screen.has(4))[2:]
+        await rig.publish_each(change(order()), change(order()))
+        old = (await screen.first(2))[1]
+        await rig.recreate_log()
+        await rig.publish_each(fresh := change(order()))
+        resync, event = (await screen.first(4))[2:]
         assert (resync.name, resync.data["reason"]) == ("resync", "other_epoch")
         assert event.data["orderID"] == fresh.entity_id
         assert event.id.startswith(OTHER_EPOCH)
         for back in (notifier, await rig.notifier()):
             async with back.screen(after=old.id) as late:
-                assert (await late.has(1))[0].data["reason"] == "other_epoch"
+                assert (await late.first(1))[0].data["reason"] == "other_epoch"
             async with back.screen(after=resync.id) as resumed:
-                assert [event.data["orderID"] for event in await resumed.has(1)] == [fresh.entity_id]
+                assert [event.data["orderID"] for event in await resumed.first(1)] == [fresh.entity_id]
     assert (await notifier.health())[1]["epoch"] == OTHER_EPOCH
 
 
@@ -318,8 +318,8 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rig: NotifierRig) 
             lane=Lane.CRITICAL,
         )
         await rig.send(message(change(menu_item())), lane=Lane.NORMAL)
-        await rig.say(good[2])
-        assert [event.data["orderID"] for event in await screen.has(3)] == [one.entity_id for one in good]
+        await rig.publish_each(good[2])
+        assert [event.data["orderID"] for event in await screen.first(3)] == [one.entity_id for one in good]
         assert len(screen.events) == 4
         assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
 
@@ -329,22 +329,22 @@ async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_contin
     async with notifier.screen() as quick:
         sent = 0
         for _ in range(3):  # a machine that stalls for two seconds cuts the client, although it would read in time
-            async with deaf(notifier) as reader:
+            async with silent_client(notifier) as reader:
                 sent += await flood(rig, notifier)
-                if received := await last_words(reader):
+                if received := await read_to_end(reader):
                     break
         assert b'event: resync\ndata: {"reason":"slow","cursor":"' in received
-        await quick.has(sent)
-        await rig.say(change(order()))
-        await quick.has(sent + 1)
+        await quick.first(sent)
+        await rig.publish_each(change(order()))
+        await quick.first(sent + 1)
         assert set(quick.names) == {"order_created"}
 
 
 async def test_slow_client_that_never_reads_again_is_cut(rig: NotifierRig) -> None:
     notifier = await rig.notifier(client_buffer_bytes=1_000_000)
-    async with deaf(notifier) as reader:
+    async with silent_client(notifier) as reader:
         await flood(rig, notifier)
-        await eventually(notifier.has_cut)
+        await eventually(notifier.has_cut_client)
         received = b""
         async with asyncio.timeout(20):
             while data := await reader.read(1 << 20):
@@ -362,7 +362,7 @@ async def test_client_that_leaves_is_removed(rig: NotifierRig) -> None:
 async def test_keep_alives_carry_a_cursor_inside_the_window(rig: NotifierRig) -> None:
     notifier = await rig.notifier(push_keepalive_seconds=0.2, replay_window_changes=2)
     async with notifier.screen(eventTypes="order_deleted") as screen:
-        await rig.say(*(change(order()) for _ in range(5)))
+        await rig.publish_each(*(change(order()) for _ in range(5)))
         await eventually(notifier.health, until=lambda health: health[1]["window"] == 2)
         keep_alives = screen.comments
         await screen.until(lambda: screen.comments >= keep_alives + 2)
@@ -386,9 +386,9 @@ async def test_sigterm_ends_open_streams_and_the_process(rig: NotifierRig) -> No
 
 async def test_client_that_does_not_read_does_not_block_the_shutdown(rig: NotifierRig) -> None:
     notifier = await rig.notifier(client_buffer_events=1_000_000, client_buffer_bytes=1 << 30)
-    async with deaf(notifier), notifier.screen() as other:
-        await rig.say(*(change(order(items=400)) for _ in range(150)))
-        await other.has(150)
+    async with silent_client(notifier), notifier.screen() as other:
+        await rig.publish_each(*(change(order(items=400)) for _ in range(150)))
+        await other.first(150)
         assert await asyncio.to_thread(notifier.child.terminate, 20.0), notifier.child.tail()
 
 
@@ -426,8 +426,8 @@ async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rig:
     status, details = await eventually(notifier.health, until=lambda health: health[1]["heartbeats"] == "stale")
     assert status == 200 and details["epoch"] == EPOCH
     async with notifier.screen() as screen:
-        await rig.say(change(order()))
-        await screen.has(1)
+        await rig.publish_each(change(order()))
+        await screen.first(1)
 
     async def after_a_heartbeat() -> dict[str, Any]:
         await rig.heartbeat()

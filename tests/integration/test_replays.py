@@ -263,7 +263,7 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
 async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: MakeRig) -> None:
     rig = await make_rig()
     [made] = await dead_by_hand(rig, 1)
-    replays = rig.another_worker(slack_seconds=0.2)
+    replays = rig.another_replay_worker(slack_seconds=0.2)
     replays.start()
     job = await ask(rig)
     await eventually(lambda: read_job(rig, job), what="sent", until=lambda one: one.outcomes == {"sent": 1})
@@ -425,13 +425,13 @@ async def test_dead_letter_that_is_no_longer_open_is_skipped(make_rig: MakeRig) 
 async def test_next_worker_continues_the_job_of_a_stopped_worker(make_rig: MakeRig) -> None:
     rig = await make_rig()
     await dead_by_hand(rig, 12)
-    first = rig.another_worker(silent_seconds=3600.0)
+    first = rig.another_replay_worker(silent_seconds=3600.0)
     first.start()
     job = await ask(rig, canary=True)
     await eventually(lambda: read_job(rig, job), what="the canary", until=lambda one: one.outcomes.get("sent") == 1)
     await first.stop()
     assert (await read_job(rig, job)).state == "running"
-    second = rig.another_worker(silent_seconds=3600.0)
+    second = rig.another_replay_worker(silent_seconds=3600.0)
     second.start()
     await rig.writer.start()
     job = await ended(rig, job)
@@ -483,7 +483,7 @@ async def test_two_workers_share_the_jobs_and_run_each_once(kept: Rig) -> None:
     made = await dead(kept, 20)
     await kept.as_owner(ALLOW)
     jobs = [await ask(kept, query=DeadLetterQuery(change_id=one.id)) for one in made]
-    second: Replays = kept.another_worker()
+    second: Replays = kept.another_replay_worker()
     kept.replays.start()
     second.start()
     for job in jobs:

@@ -74,8 +74,8 @@ def menu_item(**fields: Any) -> MenuItem:
 def change(
     state: Struct, *, event: str | None = None, base: Change | None = None, before: Struct | None = None, **fields: Any
 ) -> Change:
-    """The change with `state` after it: a creation, or a change built on `base`. `fields` override fields of the
-    change, such as `entityversion`, `id`, `type` or `restaurantid`."""
+    """Returns the change that leads to `state`: a creation, or a change built on `base`. `fields` override fields of
+    the change, such as `entityversion`, `id`, `type` or `restaurantid`."""
     entity = next(one for one in ENTITIES.values() if isinstance(state, one.state))
     id_, restaurant = state.id, state.restaurant_id  # type: ignore[attr-defined]
     after, old = encode(state), encode(changed_fields(before, state))

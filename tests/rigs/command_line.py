@@ -1,4 +1,5 @@
-"""Runs the `ticketrail` command in its own process on the servers of a system, also in a terminal of a given width."""
+"""Runs the command `ticketrail` in a process of its own on the servers of a system, also in a terminal of a given
+width."""
 
 import asyncio
 import contextlib
@@ -40,7 +41,8 @@ async def ticketrail(system: System, *arguments: str) -> Ended:
 
 
 async def in_terminal(system: System, *arguments: str, columns: int) -> str:
-    """Returns what `ticketrail` prints in a pseudo-terminal of this width, without styles; it must exit with 0."""
+    """Returns the output of `ticketrail` in a pseudo-terminal of this width, without styles. The command must exit with
+    0."""
     terminal, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {name: value for name, value in system.env.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}

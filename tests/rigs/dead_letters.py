@@ -1,4 +1,4 @@
-"""Operators on the running system: real dead letters, calls of the operators' API, and the command line."""
+"""Makes real dead letters on the running system, and acts on them as operators do: by the API and the command line."""
 
 import asyncio
 import subprocess
@@ -33,7 +33,7 @@ Result = tuple[int, str, str]
 
 
 class OperatorRig:
-    """A restaurant of its own, clients for its operators, and helpers that turn its changes into dead letters."""
+    """A restaurant with dead letters, and clients and commands of its operators."""
 
     def __init__(self, restaurant: RestaurantRig, publisher: Publisher) -> None:
         self.restaurant = restaurant
@@ -64,7 +64,7 @@ class OperatorRig:
         return DiningTable(**{**defaults, "created_at": at, "updated_at": at, **fields})
 
     async def poison(self, marker: str, *, lane: Lane = Lane.NORMAL, **fields: Any) -> Change:
-        """Publishes a table without a seat, as a terminal does; it breaks the contract. Returns the change."""
+        """Publishes a table without a seat, which breaks the contract; returns the change."""
         made = change(self.table(label=marker, **fields))
         await self.publisher.publish(lane.value, message(encode(made).replace(b'"seats":4', b'"seats":0')))
         return made
@@ -78,7 +78,7 @@ class OperatorRig:
         place: str = "services.sync.writer.upsert:write_batch",
         at: str | None = None,
     ) -> None:
-        """Sends changes to the dead-letter queue, as the PostgreSQL writer does; a good one can be replayed."""
+        """Sends changes to the dead-letter queue, as the PostgreSQL writer does. A valid change can be replayed."""
         headers: dict[str, int | str] = {REASON: reason, ERROR: error, PLACE: place}
         for one in changes:
             body = one if isinstance(one, bytes) else message(one)
@@ -98,7 +98,8 @@ class OperatorRig:
             )
 
     async def make_dead_letters(self, marker: str, count: int = 1) -> list[dict[str, Any]]:
-        """Makes `count` dead letters of good tables with this label; returns them in the order they were made."""
+        """Makes `count` dead letters of valid tables with this label; returns them in the order in which it made
+        them."""
         await self.send_to_dead_queue(*(change(self.table(label=marker)) for _ in range(count)))
         return await self.dead_letters(count, text=marker)
 
@@ -115,8 +116,8 @@ class OperatorRig:
 
     @asynccontextmanager
     async def refused_orders(self, notes: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """PostgreSQL refuses orders with these notes until the yielded function is called, or the context ends."""
-        # `not valid`: PostgreSQL does not check the rows that are already in the table.
+        """Makes PostgreSQL refuse orders with these notes until the yielded function is called or the block ends."""
+        # `not valid`, so that PostgreSQL does not check the rows that are already in the table.
         refuse = f"add constraint {notes} check (notes is distinct from '{notes}') not valid"
 
         async def alter(how: str) -> None:
@@ -143,7 +144,9 @@ class OperatorRig:
                 return found
 
             states = ("done", "cancelled", "stopped")
-            return await eventually(look, within=30, what="the job's end", until=lambda one: one["state"] in states)
+            return await eventually(
+                look, within=30, what="the end of the job", until=lambda one: one["state"] in states
+            )
 
     async def sync_state(self, order_id: str, state: str) -> None:
         """Waits until the orders service shows this sync state of the order."""
@@ -181,7 +184,8 @@ class OperatorRig:
         return await self.cli("dlq", *arguments, answer=answer)
 
     async def cli(self, *arguments: str, answer: str = "") -> Result:
-        """Runs `ticketrail` as nadia in this process: one process per command would take most of the time of a test."""
+        """Runs `ticketrail` as the user nadia, in this process: starting processes would take most of the time of a
+        test."""
         env = {name: value for name, value in self.system.env.items() if name.startswith("TICKETRAIL_")}
         logging = structlog.get_config()
         try:
@@ -195,7 +199,7 @@ class OperatorRig:
         return ran.exit_code, ran.stdout, ran.stderr
 
     async def dlq_process(self, *arguments: str, answer: str = "", **settings: str) -> Result:
-        """Runs `ticketrail dlq` in a process of its own, for behaviour that only a process shows."""
+        """Runs `ticketrail dlq` in a process of its own, to test exit codes and output as a shell sees them."""
         env = {f"TICKETRAIL_{name.upper()}": value for name, value in settings.items()}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "services.sync.cli", "dlq", *arguments),

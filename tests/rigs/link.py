@@ -1,4 +1,5 @@
-"""A link to a server that a test can cut or freeze for one process; other processes keep using the server."""
+"""A TCP proxy between one process and a server. A test can cut or freeze it, while other processes keep using the
+server."""
 
 import asyncio
 import contextlib
@@ -49,7 +50,7 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._server is None:
-            writer.transport.abort()  # the link was cut after it was accepted
+            writer.transport.abort()  # the link was cut after the connection was accepted
             return
         task = asyncio.current_task()
         assert task is not None

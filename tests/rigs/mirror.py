@@ -1,4 +1,4 @@
-"""For tests of the mirror's connection and scripts: a state to apply, and the head that the mirror has."""
+"""Helpers for tests of the mirror's connection and scripts: a state to apply, and the head that the mirror has."""
 
 from typing import Any
 from uuid import UUID

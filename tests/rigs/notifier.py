@@ -1,4 +1,4 @@
-"""Notifier processes on a stream of their own, and clients that listen, resume or read nothing."""
+"""Notifier processes with their own change log, and clients that listen, resume or read nothing."""
 
 import asyncio
 import json
@@ -77,17 +77,17 @@ class Screen:
         self.ended = True
         self._more.set()
 
-    async def until(self, seen: Callable[[], bool], within: float = 15.0) -> None:
+    async def until(self, condition: Callable[[], bool], within: float = 15.0) -> None:
         try:
             async with asyncio.timeout(within):
-                while not seen():
+                while not condition():
                     self._more.clear()
                     await self._more.wait()
         except TimeoutError:
-            raise AssertionError(f"not seen; ended: {self.ended}; events: {self.events[-10:]}") from None
+            raise AssertionError(f"not received; stream ended: {self.ended}; events: {self.events[-10:]}") from None
 
-    async def has(self, count: int) -> list[Event]:
-        """The first `count` events after `connected`."""
+    async def first(self, count: int) -> list[Event]:
+        """Waits for the first `count` events after `connected`; returns them."""
         await self.until(lambda: len(self.events) > count)
         return self.events[1 : count + 1]
 
@@ -97,7 +97,7 @@ class Screen:
 
 
 class NotifierRig:
-    """A vhost with the topology for one test, and notifiers on it."""
+    """A vhost with the topology, and notifiers that use it, for one test."""
 
     def __init__(self, servers: Servers, folder: Path) -> None:
         self.servers = servers
@@ -134,7 +134,7 @@ class NotifierRig:
         async with self.publishing(lane) as publish:
             await publish(*bodies)
 
-    async def say(self, *changes: Change) -> None:
+    async def publish_each(self, *changes: Change) -> None:
         """Publishes each change in its own message."""
         await self.send(*(message(change) for change in changes))
 
@@ -143,7 +143,7 @@ class NotifierRig:
             encode_signal(Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, lane="critical"))
         )
 
-    async def remake_log(self) -> None:
+    async def recreate_log(self) -> None:
         async with await declare.connect(self.url) as connection:
             await (await connection.channel()).queue_delete(LOG)
             await declare.declare_logs(connection, TOPOLOGY, OTHER_EPOCH)
@@ -182,14 +182,16 @@ class Notifier:
 
     async def ready(self) -> None:
         try:
-            await eventually(self.health, within=30, what="ready", until=lambda health: health[0] == 200)
+            await eventually(
+                self.health, within=30, what="a notifier that is ready", until=lambda health: health[0] == 200
+            )
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.child.tail(30)}") from None
 
     async def subscribers(self) -> int:
         return int((await self.health())[1]["subscribers"])
 
-    async def has_cut(self) -> bool:
+    async def has_cut_client(self) -> bool:
         return '"event": "subscriber_writing_cancelled"' in self.child.tail(5)
 
     async def get(self, path: str = "/api/v1/sync/events", *, by: str | None = None, **more: Any) -> httpx.Response:
@@ -206,8 +208,8 @@ class Notifier:
     async def screen(
         self, *, by: str | None = None, after: str | None = None, asked: asyncio.Event | None = None, **params: str
     ) -> AsyncIterator[Screen]:
-        """A client that has received `connected`. `after` is the `Last-Event-ID` that it sends; `asked` is set when
-        the request is sent."""
+        """Yields a client that has received `connected`. It sends `after` as its `Last-Event-ID`. `asked` is set when
+        it has sent the request."""
 
         async def trace(event: str, _: Any) -> None:
             if asked is not None and event == "http11.send_request_headers.complete":
@@ -244,7 +246,7 @@ def moved(base: Change, state: Order, status: OrderStatus) -> tuple[Change, Orde
     return change(after, event="status_changed", base=base, before=state), after
 
 
-async def come_back(
+async def resume(
     notifier: Notifier, cursor: str, count: int, *, asked: asyncio.Event | None = None, within: float = 150.0
 ) -> list[str]:
     """Resumes at the cursor; returns the order ids of the first `count` events, or the names of events without one."""
@@ -254,19 +256,20 @@ async def come_back(
 
 
 @asynccontextmanager
-async def deaf(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
-    """A client that reads nothing: first the kernel's buffers fill, then its buffer in the notifier."""
+async def silent_client(notifier: Notifier) -> AsyncIterator[asyncio.StreamReader]:
+    """Yields a connection whose client reads nothing: first the kernel's buffers fill, then its buffer in the
+    notifier."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(notifier.base.rsplit(":", 1)[1]), limit=1_024)
     before = await notifier.subscribers()
     writer.write(f"GET /api/v1/sync/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}\r\n\r\n".encode())
-    await eventually(notifier.subscribers, until=lambda count: count > before, what="it to be connected")
+    await eventually(notifier.subscribers, until=lambda count: count > before, what="a further subscriber")
     yield reader
     writer.close()
 
 
 async def flood(rig: NotifierRig, notifier: Notifier) -> int:
-    """Publishes large orders until the notifier disconnects a subscriber; returns their number.
-    A few at a time, because the subscriber has only two seconds to read the end of its stream."""
+    """Publishes large orders until the notifier disconnects a subscriber; returns the number of orders. Sends two at a
+    time, because the subscriber has only two seconds to read the end of its stream."""
     before = await notifier.subscribers()
     sent = 0
     async with rig.publishing() as publish:
@@ -277,7 +280,7 @@ async def flood(rig: NotifierRig, notifier: Notifier) -> int:
     return sent
 
 
-async def last_words(reader: asyncio.StreamReader) -> bytes:
+async def read_to_end(reader: asyncio.StreamReader) -> bytes:
     """Reads a stream to its end; returns its last bytes, or nothing if the connection was cut."""
     received = b""
     async with asyncio.timeout(60):

@@ -1,5 +1,5 @@
-"""A load that places and changes orders through the API and remembers the replies, and checks that compare the replies
-with the stores afterwards."""
+"""A load that places and changes orders over HTTP and remembers the replies. Its checks then compare the replies with
+the stores."""
 
 import asyncio
 from collections import Counter
@@ -16,8 +16,11 @@ from tests.rigs.system import System, eventually
 
 
 class Load:
-    """`placed`: id -> order number; `versions`: id -> highest acknowledged version; `journaled`: number of replies with
-    durability `journal`; `unknown`: number of requests without a known outcome (504, or no reply)."""
+    """Clients that place orders until the block ends.
+
+    `placed`: id -> order number. `versions`: id -> highest acknowledged version. `journaled`: number of replies with
+    durability `journal`. `unknown`: number of requests without a known outcome (504, or no reply).
+    """
 
     def __init__(
         self,
@@ -28,7 +31,7 @@ class Load:
         pause: float = 0.05,
         instances: Sequence[str] = ("orders",),
     ) -> None:
-        """`instances` of the orders service, over which the clients are spread."""
+        """`instances` are names of orders instances; the clients are spread over them."""
         self._instances = instances
         self._system = system
         self._clients = clients
@@ -44,7 +47,7 @@ class Load:
         self.unknown = 0
         self.unexpected: list[str] = []
         self._since = now()
-        """Changes accepted before this time do not belong to the load, even if they arrive later."""
+        """Changes that were accepted before this time do not belong to the load, even if they arrive later."""
 
     async def __aenter__(self) -> "Load":
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(self._clients)]
@@ -107,7 +110,7 @@ class Load:
     # -- afterwards --------------------------------------------------------------------------------------------
 
     async def everything_arrives(self, *, within: float = 40.0) -> None:
-        """Every acknowledged change is in PostgreSQL, no refused one is, and none is there twice."""
+        """Asserts that PostgreSQL has every acknowledged change once and no refused one."""
 
         async def missing() -> int:
             stored = await self._system.stored_orders()
@@ -134,29 +137,29 @@ class Load:
                 self._since,
             )
         extra = {row[0] for row in rows} - set(self.placed)
-        assert len(extra) <= self.unknown, f"{len(extra)} orders without a reply"
+        assert len(extra) <= self.unknown, f"{len(extra)} stored orders were never acknowledged"
         assert not twice, f"versions given twice: {twice}"
         assert not numbers, f"numbers given twice: {numbers}"
         assert conflicts == 0
         assert len(set(self.placed.values())) == len(self.placed)
 
     async def nothing_is_dead(self) -> None:
-        """No dead letter exists, and no attempt was burned: no change ever went to a retry queue."""
+        """Asserts that no dead letter exists and that no change ever went to a retry queue."""
         async with self._system.database() as connection:
             letters = await connection.fetch("select reason, error from dead_letters")
         assert not letters, letters[:3]
         broker = await aio_pika.connect(self._system.rabbitmq_url)
         async with broker:
             channel = await broker.channel()
-            for name, _ in topology.dead_queues():  # dead letters that the collector has not taken yet
+            for name, _ in topology.dead_queues():  # the collector may not have taken all dead letters yet
                 declared = await channel.declare_queue(name, passive=True)
                 assert declared.declaration_result.message_count == 0, name
         log = (self._system.directory / "worker.log").read_text()
         assert "change_failed" not in log
         assert "dead_letter" not in log
 
-    async def the_list_is_right(self) -> None:
-        """Read your writes: the list contains every change that was acknowledged before the request."""
+    async def list_is_complete(self) -> None:
+        """Asserts that the list contains every change that was acknowledged before the request."""
         known = dict(self.versions)
         async with self._system.client() as client:
             found: dict[str, int] = {}
@@ -171,4 +174,4 @@ class Load:
                 if cursor is None:
                     break
         behind = {id_: version for id_, version in known.items() if found.get(id_, 0) < version}
-        assert not behind, f"{len(behind)} of {len(known)} acknowledged changes are not in the list"
+        assert not behind, f"the list lacks {len(behind)} of {len(known)} acknowledged changes"

@@ -1,4 +1,4 @@
-"""A PostgreSQL writer in this process, with a database and a vhost of its own."""
+"""The parts of a sync worker in this process, with a database and a vhost of their own."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -28,7 +28,7 @@ from tests.rigs.system import eventually
 
 
 class Rig:
-    """A PostgreSQL writer with a database and a vhost of its own."""
+    """The parts of a sync worker; the test starts those that it needs."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -46,13 +46,14 @@ class Rig:
         self.mirror_writer = MirrorWriter(
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
-        """Not started; used for its handling of single changes."""
+        """It is not started: the replay worker uses it to apply single changes."""
         self.collector = DeadLetterCollector(
             settings, self.postgres, counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
         )
-        self.replays = self.another_worker()
+        self.replays = self.another_replay_worker()
         self.database: Any = None
-        """A connection of the writer, which sees every tenant; the owner sees none under forced row-level security."""
+        """A connection of the writer role, which sees every tenant. Row-level security is forced, so the owner sees
+        none."""
 
     async def up(self) -> None:
         self.database = await asyncpg.connect(self.settings.database_writer_url)
@@ -69,8 +70,8 @@ class Rig:
         if self.database is not None:
             await self.database.close()
 
-    def another_worker(self, **settings: Any) -> Replays:
-        """A second worker for replay jobs."""
+    def another_replay_worker(self, **settings: Any) -> Replays:
+        """Returns another replay worker."""
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
         return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
 
@@ -106,13 +107,15 @@ class Rig:
                 await self.database.fetchval("select count(*) from changes where change_id = any($1::uuid[])", ids)
             )
 
-        await eventually(look, within=within, what="changes written", until=lambda found: found == len(set(ids)))
+        await eventually(
+            look, within=within, what="every change in PostgreSQL", until=lambda found: found == len(set(ids))
+        )
 
     async def failed(self, count: int, *, within: float = 20.0) -> None:
         async def look() -> int:
             return int(self.writer.state()["failed"])
 
-        await eventually(look, within=within, what="changes failed", until=lambda found: found >= count)
+        await eventually(look, within=within, what=f"{count} failed changes", until=lambda found: found >= count)
 
     async def drained(self, *, within: float = 20.0) -> None:
         """Waits until the lanes and the retry queues are empty and the writer holds nothing."""
@@ -121,17 +124,20 @@ class Rig:
         async def look() -> dict[str, int]:
             return {name: depth for name in names if (depth := await self.depth(name))}
 
-        await eventually(look, within=within, what="drained", until=lambda left: not left and not self.held())
+        await eventually(
+            look, within=within, what="empty lanes and retry queues", until=lambda left: not left and not self.held()
+        )
 
     async def all_acknowledged(self) -> None:
-        """Waits until drained, then stops the writer: a message that it has not acknowledged returns to its queue."""
+        """Asserts that every message is acknowledged: waits until the queues are empty, then stops the writer. A
+        message without an acknowledgement would return to its queue."""
         await self.drained()
         await self.writer.stop()
         left = {lane: await self.depth(topology.lane_queue(lane)) for lane in Lane}
         assert not any(left.values()), f"not acknowledged: {left}"
 
     def counted(self, metric: str) -> float:
-        """The value of a metric in /metrics, by its name and labels; 0 if it is missing."""
+        """Returns the value of a metric as /metrics shows it, by name and labels; 0 if it is missing."""
         lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(f"{metric} ")]
         return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
@@ -139,7 +145,7 @@ class Rig:
         return sum(self.writer.state()["held_messages"].values())
 
     async def depth(self, queue: str) -> int:
-        async with self.channel() as channel:  # a new channel: a robust or used one answers from its cache
+        async with self.channel() as channel:  # a new channel, because a robust or used one answers from its cache
             return (await channel.declare_queue(queue, passive=True)).declaration_result.message_count or 0
 
     async def dead(self, lane: Lane = Lane.CRITICAL, *, count: int = 1) -> list[AbstractIncomingMessage]:
@@ -163,4 +169,4 @@ class Rig:
 
 
 MakeRig = Callable[..., Any]
-"""Takes settings that differ from the defaults of the tests, by name."""
+"""Takes the settings that differ from the defaults of the tests, as keyword arguments."""

@@ -1,4 +1,4 @@
-"""A TCP proxy for faults that kill and freeze cannot cause: a link that is slow, stalls, or is half open."""
+"""A TCP proxy for faults that `kill` and `freeze` cannot cause: a connection that is slow, stalls, or is half open."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ class Proxy:
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
-        self.set(Mode.REFUSE)  # ends every link; a task that is cancelled would be reported by asyncio's server
+        self.set(Mode.REFUSE)  # ends every connection; asyncio's server would report a task that is cancelled
         await asyncio.gather(*self._links, return_exceptions=True)
 
     def set(self, mode: Mode, *, delay: float = 0.0) -> None:
@@ -81,7 +81,7 @@ class Proxy:
                 self._open.discard(there_writer)
                 there_writer.transport.abort()
         except OSError:
-            pass  # the server is unavailable: the client sees the connection close
+            pass  # the server is unavailable; the client sees its connection close
         finally:
             self._open.discard(writer)
             writer.transport.abort()

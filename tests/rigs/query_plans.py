@@ -1,4 +1,4 @@
-"""A database with the history of many restaurants, whose server reports the plan of each statement (auto_explain)."""
+"""A database with the history of many restaurants. Its server reports the plan of each statement (auto_explain)."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ class Plan(Struct):
         return [node for node in self.nodes if node.get("Relation Name") in BIG]
 
     def read(self, *tables: str) -> int:
-        """Number of rows that were read, including rows that a filter then removed."""
+        """Returns the number of rows that were read, including those that a filter then removed."""
         return sum(
             node["Actual Loops"] * sum(node.get(name, 0) for name in _ROWS_READ)
             for node in self.scans
@@ -65,7 +65,8 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class ExplainedPostgres(Postgres):
-    """A pool of one connection, so that statements are prepared once; it keeps the plans that read the big tables."""
+    """A pool of one connection, so that each statement is prepared once. It keeps the plans that read the big
+    tables."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         super().__init__(url, settings, size=1)
@@ -80,7 +81,7 @@ class ExplainedPostgres(Postgres):
             try:
                 yield connection
             finally:
-                await asyncio.sleep(0)  # lets the listener receive the last messages of the server
+                await asyncio.sleep(0)  # gives the listener the last messages of the server
                 connection.remove_log_listener(self._note)
 
     def _note(self, _: Any, message: Any) -> None:
@@ -101,7 +102,7 @@ class Database(Struct):
     api: ExplainedPostgres
     writer: ExplainedPostgres
     mirror: Mirror
-    """A mirror without a server."""
+    """A mirror whose server does not exist."""
     oldest: list[Any]
     """The first orders of the restaurant, as they were placed."""
 
@@ -142,7 +143,8 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
     async with empty_database(servers) as (name, superuser_url, settings):
         superuser = await asyncpg.connect(superuser_url)
         for table in BIG:
-            # Off while it fills: a page that autovacuum reads then could not be marked all-visible by the last vacuum.
+            # Autovacuum is off while the tables fill: a page that it reads meanwhile would stay unmarked as
+            # all-visible.
             await superuser.execute(f"alter table {table} set (autovacuum_enabled = off)")
         restaurants = await fill(superuser_url, history)
         for role in ("ticketrail_api", "ticketrail_writer"):

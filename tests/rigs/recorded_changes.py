@@ -1,4 +1,4 @@
-"""The changes of an entity as they were recorded, so that a test can publish them again."""
+"""Reads the changes of an entity from PostgreSQL, so that a test can publish them again."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sign-in at an orders instance that allows few attempts and trusts a proxy; each client has its own address."""
+"""Sign-in at an orders instance that allows few attempts and trusts a proxy. Each client has its own address."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -44,7 +44,7 @@ class RegisteredRestaurant(Struct, frozen=True):
 
 
 def client(url: str, token: str | None = None, *, address: str | None = None) -> httpx.AsyncClient:
-    """A client with this address, by default one that no other client has."""
+    """Returns a client with this address; by default no other client has the same."""
     headers = {"X-Forwarded-For": address or next(addresses)}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
@@ -52,7 +52,7 @@ def client(url: str, token: str | None = None, *, address: str | None = None) ->
 
 
 def expect(reply: httpx.Response, status: int = 200) -> Any:
-    """Asserts the status; returns the reply's data, or its error from 400 on."""
+    """Asserts the status; returns `data` of the reply, or `error` if the status is 400 or higher."""
     assert reply.status_code == status, f"{reply.request.method} {reply.request.url}: {reply.status_code} {reply.text}"
     return reply.json()["data" if status < 400 else "error"]
 

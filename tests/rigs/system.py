@@ -1,5 +1,5 @@
-"""A whole Ticketrail for a test: a database and a vhost of its own on the servers of the run, and real service
-processes, each of which can be started, stopped, killed and frozen by itself."""
+"""A whole system for tests: a database and a vhost on the servers of the run, and real service processes. A test can
+start, stop, kill and freeze each process."""
 
 import asyncio
 import json
@@ -31,10 +31,10 @@ SERVICES = {
     "sync": ["services.sync", "api"],
     "notifier": ["services.notifier"],
 }
-# Settings for services whose servers keep running. If the machine stalls for a second, the defaults would lead to
-# another (correct) outcome, such as a 504 or an order number of the instance's own series.
+# Settings for tests that stop no server. With the default settings, a machine that stalls for a second leads to another
+# outcome that is correct but not expected, such as a 504 or an order number of the instance's own series.
 PATIENT = {
-    "heartbeat_interval_seconds": 1.0,  # readers of the log connect again after three times this without one
+    "heartbeat_interval_seconds": 1.0,  # log readers reconnect after three intervals without a heartbeat
     "redis_timeout_seconds": 3.0,
     "claim_timeout_seconds": 5.0,
     "reveal_timeout_seconds": 5.0,
@@ -47,11 +47,12 @@ T = TypeVar("T")
 async def eventually(
     look: Callable[[], Awaitable[T]], *, within: float = 60.0, what: str = "", until: Callable[[T], bool] = bool
 ) -> T:
-    """Calls `look` until `until` accepts its result, and returns it; fails with the last result. `within` is in
-    seconds, far more than a good run needs, since a stalled machine must not look like a defect."""
+    """Calls `look` until `until` accepts its result, and returns the result. After `within` seconds it raises an
+    AssertionError with the last result. The time is far more than a good run needs, because a machine that stalls must
+    not look like a defect."""
     deadline = time.monotonic() + within
     while True:
-        late = time.monotonic() > deadline  # taken before the look, so that the last look starts after the deadline
+        late = time.monotonic() > deadline  # computed before the call, so that the last call starts after the deadline
         seen: object
         try:
             found = seen = await look()
@@ -66,12 +67,13 @@ async def eventually(
 
 class System:
     def __init__(self, servers: Servers, directory: Path, *, redis: Redis | None = None, **settings: object) -> None:
-        """`settings` are TICKETRAIL_* settings in lower case; `redis` is its own server, if the test stops it."""
+        """`settings` are TICKETRAIL_* settings in lower case. A test that stops Redis passes a server of its own as
+        `redis`."""
         self.servers = servers
         self.directory = directory
         self.redis = redis or servers.redis
         self.root = ROOT
-        """The tree whose code runs; a test may set a copy of it."""
+        """The folder whose code runs; a test may set a copy of the repository."""
         self.name = f"t{uuid4().hex[:10]}"
         ports = find_free(4)
         self.ports = dict(zip(SERVICES, ports, strict=True))
@@ -93,12 +95,12 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
-            "sign_in_attempts_per_address": 100_000,  # all tests use one address
+            "sign_in_attempts_per_address": 100_000,  # because all tests have one address
             "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "mirror_settle_seconds": 1.0,
             "change_log_segment_bytes": 1_000_000,
-            "trace_sample": 0.1,  # as in production; development keeps every trace, which slows load tests
+            "trace_sample": 0.1,  # as in production: keeping every trace would slow load tests
             **settings,
         }
         self.env = {
@@ -111,10 +113,12 @@ class System:
     def database_url(self, role: str) -> str:
         return self.servers.postgres.url(role, self.name)
 
-    # -- life --------------------------------------------------------------------------------------------------
+    # -- start and stop
+    # --------------------------------------------------------------------------------------------------
 
     async def up(self, *names: str) -> None:
-        """Migrates, starts the services (all by default), seeds, waits until all is ready and the mirror warm."""
+        """Migrates, starts the services (all by default) and seeds. Waits until all services are ready and the mirror
+        is warm."""
         await self.cli("migrate")
         for name in names or SERVICES:
             self.start(name)
@@ -124,10 +128,11 @@ class System:
         if "worker" in self.children and "orders" in self.children:
             await eventually(self.warm, what="a warm mirror", until=lambda state: state == "warm")
         if "orders" in self.children:
-            await eventually(self._can_price, what="the menu to be known to the orders service")
+            await eventually(self._can_price, what="an orders service that knows the menu")
 
     async def _can_price(self) -> bool:
-        """The menu arrives by events. An order that is refused for its discount shows that its dish is known."""
+        """Returns True if the orders service knows the dish. The menu arrives by events. The service checks the
+        discount of an order only if it knows the dish."""
         async with self.client() as client:
             answer = await client.post(
                 "/api/orders",
@@ -136,7 +141,7 @@ class System:
         return bool(answer.json()["error"]["code"] == "discount_above_subtotal")
 
     def start(self, name: str, *, alias: str | None = None, **settings: object) -> None:
-        """Starts a service; `alias` and `settings` are for a second instance of it."""
+        """Starts a service. A second instance needs an `alias` and `settings` of its own."""
         env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
         log = self.directory / f"{alias or name}.log"
         self.children[alias or name] = zygote.spawn(SERVICES[name], log=log, env=env, cwd=self.root)
@@ -152,7 +157,7 @@ class System:
             raise AssertionError(f"{error}\n{self.children[name].tail(30)}") from None
 
     def health(self, name: str) -> dict[str, Any]:
-        """The details of a service's readiness reply, ready or not."""
+        """Returns the details of a service's readiness reply, even if it is not ready."""
         try:
             reply = urlopen(f"{self.urls[name]}/health/ready", timeout=10)
         except HTTPError as error:
@@ -194,7 +199,7 @@ class System:
         return out
 
     async def command(self, *arguments: str) -> tuple[int, str, str]:
-        """`ticketrail ARGUMENTS`: (exit code, standard output, standard error)"""
+        """Runs `ticketrail ARGUMENTS`; returns (exit code, stdout, stderr)."""
         command = ["services.sync.cli", *arguments]
         return await asyncio.to_thread(zygote.run, command, env=self.env, cwd=self.root)
 
@@ -226,18 +231,18 @@ class System:
             await connection.close()
 
     async def stored_orders(self) -> dict[str, int]:
-        """Order id -> version in PostgreSQL."""
+        """Returns the version of each order in PostgreSQL, by order id."""
         async with self.database() as connection:
             return {row["id"]: row["version"] for row in await connection.fetch("select id::text, version from orders")}
 
     def depths(self) -> dict[str, int]:
-        """Number of messages per queue, from the management API, which lags by seconds."""
+        """Returns the number of messages in each queue. The management API is seconds behind."""
         queues: Any = ask(self.servers.rabbitmq.management_url, "GET", f"/api/queues/{self.name}?columns=name,messages")
         return {queue["name"]: queue.get("messages", 0) for queue in queues}
 
 
 def settings_of(system: System, **fields: Any) -> Settings:
-    """The settings of the system's processes; `fields` override them."""
+    """Returns the settings of the system's processes; `fields` override them."""
     chosen = {
         name.removeprefix("TICKETRAIL_").lower(): text for name, text in system.env.items() if "TICKETRAIL" in name
     }

@@ -1,5 +1,5 @@
-"""Functions that wait for rounds of a background loop, instead of for time. They fail after a minute without a round,
-because then the loop hangs."""
+"""Functions that wait for rounds of a background loop instead of for a time. They fail after a minute without a round,
+because the loop then hangs."""
 
 import asyncio
 
@@ -15,6 +15,7 @@ async def next_turn(loop: BackgroundLoop) -> None:
 
 
 async def whole_turn(loop: BackgroundLoop) -> None:
-    """Waits for the end of a round that started after this call, so that it saw everything the test did before."""
+    """Waits for the end of a round that started after this call. Such a round has seen everything that the test did
+    before."""
     async with asyncio.timeout(_DEADLINE_SECONDS):
         await loop.turn_after(loop.turns + 1)

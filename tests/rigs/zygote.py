@@ -1,10 +1,10 @@
-"""Starts our programs by a fork of a process that has imported them: to start a service then costs no imports.
+"""Starts our programs without the cost of their imports: it forks a process that has imported them already.
 
-Each test process has one zygote, started on first use. It imports the services once and forks for each request. The
-program runs as `python -m` would run it: with its own session, environment, folder, arguments and output. It gets
-SIGTERM when its zygote ends, and the zygote gets it when its test process ends.
+Each test process starts one such process, the zygote, on first use. The zygote imports the services once and forks for
+each request. A forked program runs as under `python -m`: with its own session, environment, folder, arguments and
+output. The program gets SIGTERM when its zygote ends, and the zygote gets SIGTERM when its test process ends.
 
-`spawn` and `run` use `python -m` instead where coverage is measured, and where the tree that runs is a copy.
+`spawn` and `run` use `python -m` instead if coverage is measured or if the program belongs to a copy of the tree.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _LENGTH_BYTES = 8
 
 
 def spawn(arguments: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Child:
-    """`python -m ARGUMENTS` with its output appended to `log`."""
+    """Starts `python -m ARGUMENTS`; its output is appended to `log`."""
     if not _forks(cwd):
         return Child.spawn([sys.executable, "-m", *arguments], log=log, env=env, cwd=cwd)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def spawn(arguments: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: P
 
 
 def run(arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
-    """`python -m ARGUMENTS` to its end: (exit code, standard output, standard error)."""
+    """Runs `python -m ARGUMENTS` to its end; returns (exit code, stdout, stderr)."""
     if not _forks(cwd):
         ended = subprocess.run([sys.executable, "-m", *arguments], env=env, cwd=cwd, capture_output=True, text=True)
         return ended.returncode, ended.stdout, ended.stderr
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path = ROOT) -
 
 
 def warm_up() -> None:
-    """Starts the zygote without waiting for its imports, where it will be used."""
+    """Starts the zygote, if it will be used, without waiting for its imports."""
     if _forks(ROOT):
         _zygote()
 
@@ -77,22 +77,22 @@ def _forks(cwd: Path) -> bool:
 
 
 class ForkedProcess:
-    """What `Child` needs of a subprocess.Popen, for a program whose parent is the zygote."""
+    """A program whose parent is the zygote. It has those methods of subprocess.Popen that `Child` calls."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._told = connection.makefile("rb", buffering=0)
+        self._replies = connection.makefile("rb", buffering=0)
         self._returncode: int | None = None
-        first = self._told.readline()
+        first = self._replies.readline()
         if not first:
             raise RuntimeError("the zygote ended before it started the program")
         self.pid = int(first)
 
     def poll(self) -> int | None:
-        return self._look(0)
+        return self._read_returncode(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        code = self._look(timeout)
+        code = self._read_returncode(timeout)
         if code is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         return code
@@ -101,11 +101,11 @@ class ForkedProcess:
         if self.poll() is None:
             os.kill(self.pid, sig)
 
-    def _look(self, timeout: float | None) -> int | None:
+    def _read_returncode(self, timeout: float | None) -> int | None:
         if self._returncode is None and select.select([self._connection], [], [], timeout)[0]:
-            told = self._told.readline()
-            self._returncode = int(told) if told else -signal.SIGTERM  # the zygote ended, and the program with it
-            self._told.close()
+            reply = self._replies.readline()
+            self._returncode = int(reply) if reply else -signal.SIGTERM  # the zygote has ended, and the program with it
+            self._replies.close()
             self._connection.close()
         return self._returncode
 
@@ -132,7 +132,7 @@ class _Zygote:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 connection.connect(self._path)
-            except OSError as error:  # it still imports, and listens afterwards
+            except OSError as error:  # the zygote listens only after its imports
                 connection.close()
                 if self._child.wait(0.02) is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"no zygote: {error}\n{self._child.tail(30)}") from error
@@ -159,7 +159,8 @@ class _Program(Struct):
 
 
 def _serve(path: str) -> _Program:
-    """Answers requests as long as the process lives. Returns in each forked child, with what it is to run."""
+    """Handles requests as long as the zygote lives. Returns only in a forked child, with the program that the child
+    runs."""
     for module in _MODULES:
         importlib.import_module(module)
     prctl = ctypes.CDLL(None).prctl
@@ -185,7 +186,7 @@ def _serve(path: str) -> _Program:
         connection, _ = listener.accept()
         length, fds, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, 2)
         request = json.loads(_receive(connection, int.from_bytes(length, "big")))
-        pid = os.fork()  # in the main thread: the death signal comes when the thread that forked ends
+        pid = os.fork()  # in the main thread, because the death signal is sent when the forking thread ends
         if pid:
             for fd in fds:
                 os.close(fd)
@@ -199,7 +200,7 @@ def _serve(path: str) -> _Program:
         os.setsid()
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != zygote:
-            os._exit(1)  # it ended before the death signal was set
+            os._exit(1)  # the zygote ended before the death signal was set
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (fds[0], 1), (fds[1], 2)):
             os.dup2(source, target)
@@ -216,7 +217,8 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        with running.pop(pid) as connection, contextlib.suppress(BrokenPipeError):  # its test has ended
+        # the test has ended and does not wait
+        with running.pop(pid) as connection, contextlib.suppress(BrokenPipeError):
             connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 

@@ -1,4 +1,5 @@
-"""What `.ci/run` makes of a run of pytest: which exit code, what is repeated, what is listed."""
+"""`tests/retry_failed.py`: the exit code after each kind of run, the tests that run again, and the list of second
+tries."""
 
 import sys
 from collections.abc import Callable
@@ -35,11 +36,11 @@ class Run(Struct):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """Runs pytest on a file of this text, in a folder of its own."""
+    """Returns a function that runs pytest on a file with the given text, in a folder of its own."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing all plugins takes longer than the tests
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing all plugins would take longer than the tests
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -61,7 +62,7 @@ def test_a_test_that_fails_once_passes_and_is_listed_as_a_bug(run: Any, workers:
     first_log = Path(next(line for line in seen.out.splitlines() if line.startswith("first log: "))[11:])
     assert "assert not" in first_log.read_text()
     assert "1 failed, 1 passed" in seen.out
-    assert "= 1 passed in" in seen.out  # the second run has the failed test alone
+    assert "= 1 passed in" in seen.out  # the second run consists of the failed test
 
 
 def test_a_test_that_fails_twice_fails_the_run(run: Any) -> None:
@@ -115,7 +116,9 @@ def test_an_error_in_a_fixture_is_repeated_like_a_failure(run: Any) -> None:
         "more failures than a stall explains",
     ],
 )
-def test_what_is_no_stall_fails_at_once(run: Any, text: str, arguments: tuple[str, ...], code: int) -> None:
+def test_a_problem_that_no_stall_explains_fails_without_a_second_try(
+    run: Any, text: str, arguments: tuple[str, ...], code: int
+) -> None:
     seen = run(text, *arguments)
     assert (seen.code, seen.repeated, seen.second_tries) == (code, False, "")
     assert "FAILED" in seen.out

@@ -1,10 +1,11 @@
-"""The servers of one test run: RabbitMQ, PostgreSQL and Redis, started once; their data is removed after the run.
+"""The servers of a test run: RabbitMQ, PostgreSQL and Redis. They start once, and their data is removed after the run.
 
 One interface for two kinds of servers, chosen by TICKETRAIL_TEST_SERVERS: `containers` or `processes`. The default is
 containers if a Docker engine answers, else processes (missing packages are installed). For both, `kill` is kill -9,
 `freeze` stops every process without closing a connection, and a restarted server keeps its address and its data.
 
-All calls block until done; an async test uses `await asyncio.to_thread(servers.postgres.stop)` to keep its loop free.
+Every call blocks until it is done. An async test calls `await asyncio.to_thread(servers.postgres.stop)`, so that its
+event loop continues.
 """
 
 import os
@@ -19,7 +20,7 @@ from shared.messaging.management import ask
 
 
 class Lifecycle(Protocol):
-    """The operations that both kinds offer for each server. `start` returns when the server answers."""
+    """The operations of a server of either kind. `start` returns when the server answers."""
 
     def start(self) -> None: ...
     def stop(self) -> object: ...
@@ -138,7 +139,7 @@ class Servers:
 
 
 def prepare_servers() -> Servers:
-    """The servers of this run, not started yet."""
+    """Returns the servers of this run, which are not started yet."""
     from tests.rigs.servers import containers, processes
 
     way = os.environ.get("TICKETRAIL_TEST_SERVERS") or ("containers" if containers.engine_answers() else "processes")

@@ -1,8 +1,8 @@
 """A cluster of three RabbitMQ nodes, always as local processes on one machine.
 
-The nodes share a port mapper and a cookie. They notice a silent node in seconds, not in a minute, and a node that loses
-contact with the others pauses (`pause_minority`). On 3.10 a frozen node may stay apart after it is thawed, with any
-setting: restart it.
+The nodes share a port mapper and a cookie. They notice a silent node within seconds instead of a minute. A node that
+loses contact with the others pauses (`pause_minority`). On RabbitMQ 3.10 a thawed node may stay separate from the
+others with any setting; a restart repairs it.
 """
 
 import base64
@@ -25,7 +25,7 @@ _TICK_SECONDS = 8  # a node that is silent for this long counts as down
 
 class Node(servers.RabbitMQ):
     def __init__(self, directory: Path, programs: Programs, *, epmd_port: int, ports: list[int], first: str) -> None:
-        """`first` is the node that it joins; empty for the first node itself."""
+        """`first` is the node that this one joins; empty for the first node."""
         port, management, distribution = ports
         super().__init__(
             directory,
@@ -90,12 +90,13 @@ class Cluster:
             raise servers.ServerFailed(f"{running} of {SIZE} nodes are one cluster")
 
     def running(self, at: int) -> int:
-        """Number of running nodes that the node `at` sees, itself included. Raises OSError."""
+        """Returns the number of running nodes that the node `at` sees, including itself. Raises OSError."""
         found: Any = ask(self.nodes[at].management_url, "GET", "/api/nodes", timeout=5)
         return sum(bool(one.get("running")) for one in found)
 
     def members(self, vhost: str, queue: str) -> list[str]:
-        """Nodes with a replica of the queue; empty for some seconds, until the management API knows the queue."""
+        """Returns the nodes with a replica of the queue; none for some seconds, until the management API knows the
+        queue."""
         found: Any = ask(self.nodes[0].management_url, "GET", f"/api/queues/{vhost}/{queue}", timeout=5)
         return list(found.get("members", []))
 

@@ -17,7 +17,7 @@ from deploy.local.servers import PASSWORD
 from shared.messaging.management import ask
 from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
 
-_START_TIMEOUT_SECONDS = 90.0  # the images are there already
+_START_TIMEOUT_SECONDS = 90.0  # without the time to pull an image
 
 
 def engine_answers() -> bool:
@@ -58,7 +58,7 @@ class Container:
             if container.status != "running" or time.monotonic() > deadline:
                 log = container.logs(tail=15).decode(errors="replace")
                 raise RuntimeError(f"{self.definition.image} ({container.status}) does not answer:\n{log}")
-            time.sleep(0.1)  # between two attempts; there is no event to wait for
+            time.sleep(0.1)  # pause between two attempts, because no event signals readiness
 
     def stop(self) -> None:
         if self._made and self._container.status in ("running", "paused"):
@@ -113,7 +113,7 @@ def _rabbitmq(port: int, management_port: int) -> Container:
     management_url = f"http://ticketrail:{PASSWORD}@127.0.0.1:{management_port}"
 
     def answers() -> bool:
-        # The engine's proxy accepts connections before the server does, so only an answer counts.
+        # The engine's proxy accepts connections before the server does, so only a reply of the server counts.
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
             if connection.recv(1) != b"\x01":

@@ -19,7 +19,7 @@ class LocalProcess:
         self.thaw = server.thaw
 
     def discard(self) -> None:
-        # An orderly end of RabbitMQ takes seconds. PostgreSQL needs one, or its shared memory stays allocated.
+        # A graceful stop of RabbitMQ would take seconds. PostgreSQL needs one, or its shared memory stays allocated.
         if isinstance(self.server, servers.PostgreSQL):
             self.server.stop()
         else:
@@ -27,14 +27,15 @@ class LocalProcess:
 
 
 def local_redis(folder: Path) -> Redis:
-    """A Redis as a local process, even if the run uses containers, because tests copy and restore its files."""
+    """Returns a Redis that is a local process even if the run uses containers, because tests copy and restore its
+    files."""
     (port,) = find_free(1)
     own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", packages.ensure(), port=port)
     return Redis(LocalProcess(own), port)
 
 
 def with_own_redis(shared: Servers, folder: Path) -> Servers:
-    """The servers of the run, but with a Redis of their own that is not started."""
+    """Returns the servers of the run, with another Redis in place of the shared one. That Redis is not started."""
     return Servers(
         shared.rabbitmq,
         shared.postgres,
@@ -47,7 +48,7 @@ def with_own_redis(shared: Servers, folder: Path) -> Servers:
 def prepare() -> Servers:
     programs = packages.ensure()
     folder = Path(tempfile.mkdtemp(prefix="ticketrail-test-"))
-    folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
+    folder.chmod(0o755)  # root starts PostgreSQL as another user, which must be able to enter the folder
     logs = folder / "logs"
     amqp, management, epmd, distribution, postgres_port, *redis_ports = find_free(16)
     rabbitmq = servers.RabbitMQ(

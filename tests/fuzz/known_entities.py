@@ -1,5 +1,5 @@
-"""Entities that a run can name by id, so that most calls reach more than a 404: a restaurant of its own with several of
-each kind, made through the API."""
+"""Makes entities that requests can name by id, so that most calls get more than a 404: a new restaurant with several
+entities of each kind."""
 
 from typing import Any
 from uuid import uuid4
@@ -16,19 +16,19 @@ Ids = dict[str, list[str]]
 """Parameter, such as `order_id` -> ids that exist."""
 
 
-class Ground(Struct, frozen=True):
+class KnownEntities(Struct, frozen=True):
     tokens: dict[str, str]
     """Role -> token."""
     changed: Ids
-    """Entities that requests change and delete; the last of each kind is already deleted."""
-    referred: Ids
+    """Entities that requests may change and delete. The last one of each kind is deleted already."""
+    referenced: Ids
     """Entities that bodies and queries refer to."""
     admin_id: str
     choice: dict[str, str]
     """A customization that every dish has."""
 
 
-async def prepare(system: System) -> Ground:
+async def prepare(system: System) -> KnownEntities:
     slug = f"fuzz-{uuid4().hex[:12]}"
     credentials = {"email": f"admin@{slug}.example", "password": _PASSWORD}
     async with http_client(base_url=system.urls["orders"], timeout=10.0) as client:
@@ -36,19 +36,21 @@ async def prepare(system: System) -> Ground:
         session, restaurant = registered["session"], registered["restaurant"]["id"]
         tokens = {"admin": session["access_token"]}
         client.headers["Authorization"] = f"Bearer {tokens['admin']}"
-        referred = await _entities(client, 2) | {"slug": [slug], "restaurant_id": [restaurant]}
+        referenced = await _make_entities(client, 2) | {"slug": [slug], "restaurant_id": [restaurant]}
         page = (await client.get("/api/tables?limit=1")).json()["pagination"]
-        referred |= {"cursor": [page["next_cursor"]], "fields": ["created_at,version,sync"]}
-        changed = await _entities(client, 4) | {"user_id": [await _user(client, f"{n}@{slug}.example") for n in "123"]}
+        referenced |= {"cursor": [page["next_cursor"]], "fields": ["created_at,version,sync"]}
+        changed = await _make_entities(client, 4) | {
+            "user_id": [await _user(client, f"{n}@{slug}.example") for n in "123"]
+        }
         staff = {**credentials, "email": f"1@{slug}.example"}
         tokens["staff"] = (await _post(client, "/api/auth/login", staff))["access_token"]
-        guest = await _post(client, "/api/auth/table-session", {"slug": slug, "table_id": referred["table_id"][0]})
+        guest = await _post(client, "/api/auth/table-session", {"slug": slug, "table_id": referenced["table_id"][0]})
         tokens["customer"] = guest["access_token"]
         for name, path in _PATHS.items():
             await client.delete(f"{path}/{changed[name][-1]}")
         client.headers["Authorization"] = f"Bearer {tokens['customer']}"
-        changed["order_id"].append(await _make(client, "/api/orders", _order(referred)))
-    return Ground(tokens, changed, referred, session["user"]["id"], {"name": "size", "option": "large"})
+        changed["order_id"].append(await _make(client, "/api/orders", _order(referenced)))
+    return KnownEntities(tokens, changed, referenced, session["user"]["id"], {"name": "size", "option": "large"})
 
 
 _PATHS = {
@@ -65,8 +67,8 @@ _PATHS = {
 }
 
 
-async def _entities(client: httpx.AsyncClient, count: int) -> Ids:
-    """Makes `count` of each kind."""
+async def _make_entities(client: httpx.AsyncClient, count: int) -> Ids:
+    """Makes `count` entities of each kind; returns their ids."""
     ids: Ids = {}
 
     async def several(id_: str, **body: Any) -> None:
@@ -101,7 +103,7 @@ async def _make(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> s
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    answer = await client.post(path, json=body)
-    assert answer.is_success, answer.text
-    data: dict[str, Any] = answer.json()["data"]
+    reply = await client.post(path, json=body)
+    assert reply.is_success, reply.text
+    data: dict[str, Any] = reply.json()["data"]
     return data
