@@ -22,7 +22,7 @@ from shared.messaging.recovery import BrokerNotReady, when_ready
 from shared.settings import Settings
 from tests.rigs.servers import RabbitMQ, Servers
 from tests.rigs.servers.processes import LocalProcess
-from tests.rigs.system import System
+from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -120,6 +120,19 @@ async def unrecovered_answers(url: str) -> int:
                 await asyncio.sleep(0.01)
 
 
+async def first_stream_on_disk(folder: Path) -> None:
+    """Waits until the node has written the name of its stream coordinator, within a second of the first stream.
+
+    A RabbitMQ that is killed before that forgets the coordinator, and its streams stay down (docs/operations.md).
+    """
+
+    def written() -> bool:
+        files = folder.rglob("coordination/*/names.dets")
+        return any(b"rabbit_stream_coordinator" in file.read_bytes() for file in files)
+
+    await eventually(lambda: asyncio.to_thread(written), what="the stream coordinator is on disk")
+
+
 def migrate(environment: dict[str, str]) -> Result:
     """`ticketrail migrate` in this process: a new one would take longer to start than the broker to recover."""
     return CliRunner().invoke(main, ["migrate"], env=environment)
@@ -129,6 +142,7 @@ def migrate(environment: dict[str, str]) -> Result:
 @pytest.mark.parametrize("restarts", [2, pytest.param(12, marks=pytest.mark.slow)])
 async def test_migrate_start_checks_and_readers_wait_for_a_recovering_broker(system: System, restarts: int) -> None:
     await system.cli("migrate")
+    await first_stream_on_disk(system.directory)
     settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
     await fill(system.rabbitmq_url)
     broker = system.servers.rabbitmq
