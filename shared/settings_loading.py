@@ -54,8 +54,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_JAEGER_PORT": "docker-compose.yml: the port of Jaeger",
     "TICKETRAIL_PROMETHEUS_PORT": "docker-compose.yml: the port of Prometheus",
     "TICKETRAIL_TEST_SERVERS": "tests: containers or processes for the servers of a test run",
-    "TICKETRAIL_FUZZ_GROUND": "tests: set by `make fuzz` for itself",
-    "TICKETRAIL_FUZZ_COUNTED": "tests: set by `make fuzz` for itself",
+    "TICKETRAIL_FUZZ_KNOWN_ENTITIES": "tests: set by `make fuzz` for itself",
+    "TICKETRAIL_FUZZ_COUNTS": "tests: set by `make fuzz` for itself",
     "TICKETRAIL_OUTCOMES": "tests: set by `.ci/run` for its run of pytest",
 }
 """Names that are not settings of a service but may stand in the same environment or `.env`, and their readers."""
