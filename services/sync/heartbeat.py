@@ -19,6 +19,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import structlog
 from msgspec import Struct
 
@@ -30,7 +31,7 @@ from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.postgres.migrate import present_epoch
-from shared.postgres.pool import Postgres
+from shared.postgres.pool import Connection, Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,13 @@ def log_path_of(lane: Lane) -> str:
 HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane in Lane))
 
 _MIN_FRESH_SECONDS = 2.0
+_LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
+
+
+async def lanes_emptied(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> datetime | None:
+    """Returns a moment before which every sent message has left its lane; None while a lane had no heartbeat."""
+    found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
+    return found
 
 
 class HeartbeatPath(Struct):

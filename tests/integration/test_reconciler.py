@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,9 @@ from uuid import uuid4
 import pytest
 
 from services.sync.command_session import CommandSession
-from services.sync.maintenance.reconciler import _LANES_EMPTIED, Reconciler
+from services.sync.heartbeat import lanes_emptied
+from services.sync.maintenance.lost_messages import LostMessages
+from services.sync.maintenance.reconciler import Reconciler
 from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, encode, now
 from shared.messaging.management import ask
@@ -69,7 +70,7 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
     behind = await place(restaurant, 3, dish)
     async with reconciler_of(patient) as reconciler:
         await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # much longer than the threshold
-        assert await reconciler.record_lost_again() == 0, "the lanes were not empty since then"
+        assert await reconciler.lost_messages.record_again() == 0, "the lanes were not empty since then"
     patient.start("worker")
     await patient.ready("worker")
     await eventually(
@@ -149,41 +150,48 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
     """Changes that were accepted while RabbitMQ was unavailable are old when it returns, but they wait in a journal."""
     restaurant = await register_restaurant(system)
     (old,) = await pending(restaurant)
-    async with reconciler_of(system, lost_message_seconds=LOST_MESSAGE_SECONDS) as reconciler:
-        reconciler._recorded_again_at = 0.0  # its last pass was long ago
-        emptied: list[datetime | None] = [now() - timedelta(minutes=10)]
+    clock = 1_000.0
+    last_heartbeats: datetime | None = now() - timedelta(minutes=10)
 
-        async def lanes_emptied() -> datetime | None:
-            return emptied[0]
+    async def lanes_emptied() -> datetime | None:
+        return last_heartbeats
 
-        reconciler._lanes_emptied = lanes_emptied  # type: ignore[method-assign]
-        await reconciler._record_again_at_times()  # RabbitMQ is unavailable: no heartbeat arrives
-        await asyncio.sleep(1.2 * LOST_MESSAGE_SECONDS)
-        began = time.monotonic()
-        emptied[0] = now()  # RabbitMQ is back
-        await reconciler._record_again_at_times()
+    settings = settings_of(system, lost_message_seconds=60.0)
+    async with CommandSession(settings) as session:
+        lost_messages = LostMessages(
+            settings,
+            session.postgres,
+            session.mirror,
+            session.rail,
+            lanes_emptied=lanes_emptied,
+            clock=lambda: clock,
+        )
+        for pause in (0.0, 600.0):  # RabbitMQ is unavailable: no heartbeat arrives
+            clock += pause
+            assert await lost_messages.record_when_due() == 0
+        last_heartbeats = now()  # RabbitMQ is back
+        for pause in (0.0, 59.0):
+            clock += pause
+            assert await lost_messages.record_when_due() == 0
+        last_heartbeats = None  # one lane has no known heartbeat any more, so the wait starts again
+        assert await lost_messages.record_when_due() == 0
+        last_heartbeats = now()
+        for pause in (1.0, 59.0):
+            clock += pause
+            assert await lost_messages.record_when_due() == 0
         assert await versions(restaurant, [old]) == [[]]
-
-        async def healed() -> list[list[int]]:
-            emptied[0] = now()
-            await reconciler._record_again_at_times()
-            return await versions(restaurant, [old])
-
-        await eventually(healed, what="recorded again", until=lambda found: found == [[2]])
-        assert time.monotonic() - began >= LOST_MESSAGE_SECONDS
-        emptied[0] = None
-        await reconciler._record_again_at_times()
-        assert reconciler._empty_since is None, "one lane has no known heartbeat any more"
+        clock += 1.0
+        assert await lost_messages.record_when_due() > 0
+    await eventually(lambda: versions(restaurant, [old]), what="recorded again", until=lambda found: found == [[2]])
 
 
 async def test_lanes_are_empty_only_after_a_heartbeat_came_through_each(system: System) -> None:
-    lanes = [lane.value for lane in Lane]
     async with system.database("ticketrail_owner") as connection:
-        assert await connection.fetchval(_LANES_EMPTIED, lanes) is not None
+        assert await lanes_emptied(connection) is not None
         undone = connection.transaction()
         await undone.start()
         await connection.execute("delete from heartbeats where lane = 'background'")
-        assert await connection.fetchval(_LANES_EMPTIED, lanes) is None
+        assert await lanes_emptied(connection) is None
         await undone.rollback()
 
 
@@ -199,7 +207,7 @@ async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(syst
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
         await session.mirror.note_sync_states(restaurant.id, "order", [(failed, document.head)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
-        assert await reconciler.record_lost_again() == 2
+        assert await reconciler.lost_messages.record_again() == 2
     await eventually(lambda: versions(restaurant, lost), what="recorded again", until=lambda found: found == [[2], [2]])
     assert await versions(restaurant, [failed, young, broken]) == [[], [], []]
 
@@ -218,7 +226,8 @@ async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(sys
         for number in range(3)
     ]
     await put(restaurant, stay + go, at, "stored")
-    async with reconciler_of(system) as reconciler:
-        await reconciler.trim()
-        live = set(await reconciler._mirror.live_ids(restaurant.id, "order"))
+    async with CommandSession(settings_of(system)) as session:
+        reconciler = Reconciler(session.settings, session.postgres, session.mirror, session.rail)
+        assert await reconciler.trim() >= len(go)
+        live = set(await session.mirror.live_ids(restaurant.id, "order"))
     assert live == {order.id for order in stay}

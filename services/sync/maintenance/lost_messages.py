@@ -1,0 +1,138 @@
+"""Records changes again whose message is lost: a queue was purged, or a journal does not return.
+
+The state of a change that is pending for more than five minutes (`lost_message_seconds`), although every lane was empty
+for that long, becomes a new change. While lanes are behind, or a journal drains after RabbitMQ was unavailable, nothing
+counts as lost. Two instances may do this at the same time: only one of them can claim the next version. A backend that
+is unavailable raises its error, and the next call tries again.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+
+import structlog
+
+from services.sync.heartbeat import lanes_emptied
+from shared.entities import registry
+from shared.entities.contract import now
+from shared.entities.entity import Entity
+from shared.errors import InvalidInput
+from shared.mirror.mirror import Mirror
+from shared.postgres import states
+from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.rail.commit import ClaimLost, OutOfStock, Rail
+from shared.rail.draft import Draft
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_STATES_PER_QUERY = 500
+_MIN_BEHIND_SECONDS = 2.0
+
+
+class LostMessages:
+    def __init__(
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        rail: Rail,
+        *,
+        lanes_emptied: Callable[[], Awaitable[datetime | None]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`lanes_emptied`: returns a moment before which every sent message has left its lane, None if it is unknown;
+        by default it is read from the heartbeats in PostgreSQL. `clock`: returns seconds and never goes back."""
+        self._settings = settings
+        self._postgres = postgres
+        self._mirror = mirror
+        self._rail = rail
+        self._lanes_emptied = lanes_emptied or self._heartbeats
+        self._clock = clock
+        self._searched_at = clock()
+        self._empty_since: float | None = None
+
+    async def record_when_due(self) -> int:
+        """Call this in every round: it checks whether heartbeats come through every lane, to know since when they do.
+        When they have done so for `lost_message_seconds`, and the last search is as long ago, it calls `record_again`.
+        Returns the number of changes that were recorded again."""
+        try:
+            emptied = await self._lanes_emptied()
+        except UNAVAILABLE:
+            self._empty_since = None
+            raise
+        began = self._clock()
+        if emptied is None or (now() - emptied).total_seconds() > self._behind:
+            self._empty_since = None
+            return 0
+        if self._empty_since is None:
+            self._empty_since = began
+        if began - max(self._empty_since, self._searched_at) < self._settings.lost_message_seconds:
+            return 0
+        self._searched_at = began
+        return await self.record_again()
+
+    @property
+    def _behind(self) -> float:
+        """The greatest age of the last heartbeat of an empty lane, in seconds."""
+        return (
+            max(_MIN_BEHIND_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
+            + self._settings.reconcile_interval_seconds
+        )
+
+    async def record_again(self) -> int:
+        """Records lost changes again and returns their number. Failed changes are left to the operators."""
+        emptied = await self._lanes_emptied()
+        if emptied is None:
+            return 0
+        before = min(emptied, now()) - timedelta(seconds=self._settings.lost_message_seconds)
+        recorded = 0
+        for restaurant in await self._mirror.restaurant_ids():
+            for entity in registry.ENTITIES.values():
+                ids = await self._mirror.pending_ids(restaurant, entity.name)
+                for start in range(0, len(ids), _STATES_PER_QUERY):
+                    recorded += await self._record_again(
+                        restaurant, entity, ids[start : start + _STATES_PER_QUERY], before.timestamp()
+                    )
+        return recorded
+
+    async def _record_again(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
+        accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
+        old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is not None and at <= before]
+        if not old:
+            return 0
+        async with self._postgres.connection() as connection:
+            head = await states.heads(connection, entity, restaurant, old)
+        _, documents = await self._mirror.read(restaurant, entity.name, old)
+        recorded = 0
+        for id_, document in zip(old, documents, strict=True):
+            if document is None or not document.pending or document.failure:
+                continue
+            if id_ in head and head[id_] >= document.head:
+                continue
+            state = entity.decode_state(document.state)
+            draft = Draft(
+                entity=entity,
+                event="updated",
+                state=state,
+                base=document.head,
+                before=state,
+                at=now(),
+                source="sync",
+                actor="reconciler",
+            )
+            try:
+                await self._rail.commit(draft)
+            except ClaimLost:
+                continue  # another change was made meanwhile, and carries the whole state
+            except (InvalidInput, OutOfStock) as error:
+                # It would be refused every time: go on with the others.
+                log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
+                continue
+            recorded += 1
+            log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
+        return recorded
+
+    async def _heartbeats(self) -> datetime | None:
+        async with self._postgres.connection() as connection:
+            return await lanes_emptied(connection)
