@@ -32,12 +32,12 @@ from shared.entities.contract import Lane
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal_file import (
     broken,
+    connect,
     create,
     is_damage,
     problem_of,
     put,
     put_damaged,
-    read_text,
     sum_of,
     sum_of_number,
     upgrade,
@@ -85,21 +85,26 @@ class Journal:
         reserve_bytes: int = 0,
         lease: Lease | None = None,
         executor: Executor | None = None,
+        connect: Callable[[Path], sqlite3.Connection] = connect,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_bytes`: the bound for all events together. `reserve_bytes`: the space that an append must leave free on
         the disk. `lease`: the lease of this file, if the caller holds it; otherwise the journal takes it while it is
-        open. `executor`: where all access happens, one call at a time; by default a thread of the journal's own."""
+        open. `executor`: where all access happens, one call at a time; by default a thread of the journal's own.
+        `connect`: opens the file. `clock`: returns seconds and never goes back."""
         self._path = path
         self._instance = instance
         self._max_bytes = max_bytes
         self._reserve_bytes = reserve_bytes
         self._lease = lease
+        self._connection_to = connect
+        self._clock = clock
         self._own_lease: Lease | None = None
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._db: sqlite3.Connection | None = None
         self._requested = False
         """True from `open` to `close`, also while the file cannot be opened."""
-        self._tried_at = 0.0
+        self._tried_at = float("-inf")
         self._untidy = False
         """True while the write-ahead log may hold a failed append."""
         self._waiting: list[tuple[Sequence[tuple[Lane, bytes]], asyncio.Future[None]]] = []
@@ -196,7 +201,7 @@ class Journal:
         if self._db is None:
             if not self._requested:
                 raise JournalBroken(f"journal {self._path} is not open")
-            if time.monotonic() - self._tried_at < _REOPEN_INTERVAL_SECONDS:
+            if self._clock() - self._tried_at < _REOPEN_INTERVAL_SECONDS:
                 raise JournalBroken(f"journal {self._path} could not be opened a moment ago")
             self._open()
         try:
@@ -210,7 +215,7 @@ class Journal:
             return work()
 
     def _open(self) -> None:
-        self._tried_at = time.monotonic()
+        self._tried_at = self._clock()
         if self._lease is None and self._own_lease is None:
             try:
                 self._own_lease = Lease.beside(self._path)
@@ -243,8 +248,7 @@ class Journal:
     def _connect(self, found: Sequence[tuple[str, bytes]]) -> None:
         """`found`: (lane, event) of the entries that an interrupted append left in the write-ahead log. They are kept,
         because no client got a refusal of them, and a change that is sent twice is harmless."""
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=1.0)
-        db.text_factory = read_text
+        db = self._connection_to(self._path)
         try:
             self._prepare(db, found)
         except BaseException:

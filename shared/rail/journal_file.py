@@ -192,6 +192,13 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
+def connect(path: Path, factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
+    """Opens the file for its owner. Statements begin no transaction by themselves."""
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0, factory=factory)
+    db.text_factory = read_text
+    return db
+
+
 def read_only(path: Path) -> sqlite3.Connection:
     """Opens the file for reading, also while its owner has it open. Changes nothing, not even when it is closed. Raises
     sqlite3.Error."""

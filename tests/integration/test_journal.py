@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from shared.messaging.publisher import InDoubt, NotSent
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken, JournalFull
 from tests.rigs import builders
+from tests.rigs.journal_connection import JournalConnections
 from tests.rigs.system import ROOT
 from tests.rigs.turns import next_turn
 
@@ -43,8 +43,8 @@ asyncio.run(main())
 async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     made: list[Journal] = []
 
-    async def make(*, opened: bool = True, max_bytes: int = 1 << 20) -> Journal:
-        journal = Journal(tmp_path / "journal.sqlite", instance=1, max_bytes=max_bytes)
+    async def make(*, opened: bool = True, max_bytes: int = 1 << 20, **options: Any) -> Journal:
+        journal = Journal(tmp_path / "journal.sqlite", instance=1, max_bytes=max_bytes, **options)
         made.append(journal)
         if opened:
             await journal.open()
@@ -147,18 +147,12 @@ async def test_numbers_never_repeat_after_a_reopen_and_count_per_day_and_restaur
 
 
 async def test_appends_that_wait_at_the_same_moment_share_a_transaction(make: Callable[..., Any]) -> None:
-    journal = await make()
-    commits: list[int] = []
-    append_now = journal._append
-
-    def counted(entries: Any) -> None:
-        commits.append(len(entries))
-        append_now(entries)
-
-    journal._append = counted
+    connections = JournalConnections()
+    journal = await make(connect=connections)
+    before = connections.newest.commits
     await asyncio.gather(*(append(journal, b"%d" % n) for n in range(100)))
-    assert sum(commits) == 100
-    assert len(commits) <= 3
+    assert journal.depth == 100
+    assert 1 <= connections.newest.commits - before <= 3
 
 
 async def test_closed_or_unopened_journal_is_broken_and_may_be_closed_twice(
@@ -177,38 +171,24 @@ async def test_closed_or_unopened_journal_is_broken_and_may_be_closed_twice(
 
 @pytest.mark.parametrize("failing", ["insert", "delete", "commit"])
 async def test_journal_takes_changes_again_after_a_disk_error(make: Callable[..., Any], failing: str) -> None:
-    journal = await make()
+    connections = JournalConnections()
+    journal = await make(connect=connections)
     await append(journal, b"first")
-    real = journal._db
-
-    class Full:
-        """A connection whose disk is full at one statement."""
-
-        in_transaction = property(lambda self: real.in_transaction)
-
-        def execute(self, sql: str, *rest: Any) -> Any:
-            if sql.startswith(failing):
-                raise sqlite3.OperationalError("database or disk is full")
-            return real.execute(sql, *rest)
-
-        def executemany(self, sql: str, *rest: Any) -> Any:
-            if sql.startswith(failing):
-                raise sqlite3.OperationalError("database or disk is full")
-            return real.executemany(sql, *rest)
-
-    journal._db = Full()
+    connections.newest.fails_next = [failing]
     with pytest.raises(JournalBroken):
         if failing == "delete":
             await journal.remove(await journal.oldest(1))
         else:
             await append(journal, b"refused")
     if failing == "commit":
+        connections.newest.fails_next = [failing]
         with pytest.raises(JournalBroken):
             await journal.remove(await journal.oldest(1))
-    journal._db = real
+    assert not connections.newest.fails_next
     await append(journal, b"second")
     assert await contents(journal) == [b"first", b"second"]
     assert journal.depth == 2
+    assert len(connections.opened) == 1, "the file is not damaged"
 
 
 # -- the drainer, with a fake publisher ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,13 +16,15 @@ from msgspec import Struct
 from structlog.testing import capture_logs
 
 from shared.entities.contract import Lane, encode
+from shared.messaging.publisher import NotSent, Publisher
 from shared.rail import set_aside
 from shared.rail.journal import Journal, JournalBroken, JournalFull, JournalInDoubt
-from shared.rail.journal_file import contents, name_of, sum_of, sum_of_name
+from shared.rail.journal_file import contents, flush_folder, name_of, sum_of, sum_of_name
 from shared.rail.record import Recorder, Unrecorded
 from shared.rail.salvage import wal_of
 from shared.rail.set_aside import count_aside, files_aside
 from tests.rigs import builders
+from tests.rigs.journal_connection import JournalConnections
 from tests.rigs.system import ROOT
 
 PAGE_BYTES = 4096
@@ -52,8 +54,8 @@ def record_of_name(lane: Lane, event: bytes) -> bytes:
     return bytes([len(types) + 1]) + types + sum_of_name(name) + name
 
 
-def journal_of(path: Path) -> Journal:
-    return Journal(path, instance=1, max_bytes=1 << 26)
+def journal_of(path: Path, **options: Any) -> Journal:
+    return Journal(path, instance=1, max_bytes=1 << 26, **options)
 
 
 async def opened(path: Path, work: Callable[[Journal], Any] | None = None) -> Journal:
@@ -88,7 +90,8 @@ class Image(Struct, frozen=True):
 
 async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
     """`killed`: leaves the files as kill -9 does, with a write-ahead log; earlier batches are in the main file."""
-    journal = journal_of(path)
+    connections = JournalConnections()
+    journal = journal_of(path, connect=connections)
     await journal.open()
     waiting: list[Entry] = []
     lanes = [Lane.CRITICAL, Lane.NORMAL, Lane.BACKGROUND]
@@ -101,8 +104,7 @@ async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
             await journal.remove(removed)
             waiting = [one for one in waiting if one not in [(each.lane, each.event) for each in removed]]
         if n == checkpointed:
-            assert journal._db
-            journal._db.execute("pragma wal_checkpoint(TRUNCATE)")
+            connections.newest.execute("pragma wal_checkpoint(TRUNCATE)")
     alive = read_files(path)
     await journal.close()
     main, wal = alive if killed else read_files(path)
@@ -212,16 +214,16 @@ def test_undamaged_journal_opens_completely_and_silently_after_a_kill(
 
 
 async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damaged(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path / "orders-1.sqlite")
+    source, connections = tmp_path / "orders-1.sqlite", JournalConnections()
+    journal = journal_of(source, connect=connections)
     await journal.open()
-    assert journal._db
-    journal._db.execute("pragma wal_autocheckpoint=7")
+    connections.newest.execute("pragma wal_autocheckpoint=7")
     made = [[entry() for _ in range(1 + n % 9)] for n in range(60)]
     for limit in (0, -1):
-        journal._db.execute(f"pragma journal_size_limit={limit}")
+        connections.newest.execute(f"pragma journal_size_limit={limit}")
         for n, batch in enumerate(made):
             await journal.append(batch)
-            path = Image(*read_files(journal._path), []).write_files(tmp_path / "copy")
+            path = Image(*read_files(source), []).write_files(tmp_path / "copy")
             with capture_logs() as logs:
                 again = await opened(path)
             assert not logs
@@ -294,7 +296,7 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
         pass
 
     renames = 0
-    rename, flush = Path.rename, set_aside.flush_folder  # type: ignore[attr-defined]
+    rename, flush = Path.rename, flush_folder
 
     def crash_at(self: Path, target: Path) -> Path:
         nonlocal renames
@@ -326,14 +328,13 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
 
 
 async def test_flipped_bit_in_an_event_removes_only_that_entry_and_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "orders-1.sqlite"
-    journal = journal_of(path)
+    path, connections = tmp_path / "orders-1.sqlite", JournalConnections()
+    journal = journal_of(path, connect=connections)
     await journal.open()
     good, bad, last = entry(), entry(), entry(lane=Lane.NORMAL)
     await journal.append([good, bad, last])
-    assert journal._db
     flipped = bad[1].replace(b'"quantity":1', b'"quantity":3', 1)
-    journal._db.execute("update entries set event = ? where seq = 2", (flipped,))
+    connections.newest.execute("update entries set event = ? where seq = 2", (flipped,))
     with capture_logs() as logs:
         found = await journal.oldest(10)
     assert [(one.lane, one.event) for one in found] == [good, last]
@@ -351,10 +352,10 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
     path = tmp_path / "orders-1.sqlite"
     made = [entry() for _ in range(60)]
     await opened(path, lambda one: one.append(made))
-    journal = journal_of(path)
+    connections = JournalConnections()
+    journal = journal_of(path, connect=connections)
     await journal.open()
-    assert journal._db
-    journal._db.execute("pragma shrink_memory")
+    connections.newest.execute("pragma shrink_memory")  # so that the damaged page is read from the disk
     page = read_files(path)[0].index(made[30][1][:200]) // PAGE_BYTES
     damage = (
         "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
@@ -378,11 +379,14 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
 
 
 async def test_journal_leaves_disk_space_to_drain_it(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "orders-1.sqlite", instance=1, max_bytes=1 << 20, reserve_bytes=1 << 60)
+    path = tmp_path / "orders-1.sqlite"
+    journal = journal_of(path, reserve_bytes=1 << 60)
     await journal.open()
     with pytest.raises(JournalFull, match="bytes left"):
         await journal.append([entry()])
-    journal._reserve_bytes = 1
+    await journal.close()
+    journal = journal_of(path, reserve_bytes=1)
+    await journal.open()
     await journal.append([entry()])
     assert journal.depth == 1
     await journal.close()
@@ -433,29 +437,24 @@ async def test_append_that_the_disk_refused_half_way_does_not_return_after_a_cra
 
 
 async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path / "orders-1.sqlite")
+    connections = JournalConnections()
+    journal = journal_of(tmp_path / "orders-1.sqlite", connect=connections)
     await journal.open()
-    real: Any = journal._db
-
-    class Failing:
-        in_transaction = property(lambda self: real.in_transaction)
-
-        def execute(self, sql: str, *rest: Any) -> Any:
-            if sql.startswith(("commit", "pragma wal_checkpoint")):
-                raise sqlite3.OperationalError("disk I/O error")
-            return real.execute(sql, *rest)
-
-    journal._db = Failing()  # type: ignore[assignment]
+    db = connections.newest
+    db.fails_next = ["commit", "pragma wal_checkpoint"]
     with pytest.raises(JournalInDoubt):
         await journal.append([entry()])
-    recorder = Recorder(UnavailableBroker(), journal, under_way=1)  # type: ignore[arg-type]
-    with pytest.raises(JournalBroken):  # refused until the journal has cleaned up
+    db.fails_next = ["pragma wal_checkpoint"]
+    with pytest.raises(JournalBroken) as refused:  # refused until the journal has cleaned up
         await journal.append([entry()])
-    journal._untidy = False
+    assert not isinstance(refused.value, JournalInDoubt)
+    assert not db.fails_next
+    recorder = Recorder(cast(Publisher, UnavailableBroker()), journal, under_way=1)
+    db.fails_next = ["commit", "pragma wal_checkpoint"]
     with pytest.raises(Unrecorded) as unrecorded:
         await recorder.record(*entry())
     assert unrecorded.value.sent
-    journal._db = real
+    assert not db.fails_next
     await journal.append([entry()])
     assert journal.depth == 1
     await journal.close()
@@ -463,24 +462,20 @@ async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp
 
 class UnavailableBroker:
     async def publish(self, *_: Any) -> None:
-        from shared.messaging.publisher import NotSent
-
         raise NotSent("unavailable")
 
 
-async def test_use_opens_a_journal_that_could_not_be_opened_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "orders-1.sqlite"
+async def test_use_opens_a_journal_that_could_not_be_opened_before(tmp_path: Path) -> None:
+    path, seconds = tmp_path / "orders-1.sqlite", 0.0
     path.mkdir()
-    journal = journal_of(path)
-    monkeypatch.setattr("shared.rail.journal._REOPEN_INTERVAL_SECONDS", 60.0)
+    journal = journal_of(path, clock=lambda: seconds)
     with pytest.raises(JournalBroken):
         await journal.open()
+    path.rmdir()
+    seconds = 0.9
     with pytest.raises(JournalBroken, match="a moment ago"):
         await journal.append([entry()])
-    path.rmdir()
-    monkeypatch.setattr("shared.rail.journal._REOPEN_INTERVAL_SECONDS", 0.0)
+    seconds = 1.0
     await journal.append([entry()])
     assert (journal.opened, journal.depth) == (True, 1)
     await journal.close()
