@@ -67,8 +67,9 @@ class _Call:
 
 
 class MirrorConnection:
-    def __init__(self, url: str, *, timeout: float) -> None:
-        """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: in seconds."""
+    def __init__(self, url: str, *, timeout: float, max_pipeline_commands: int = _MAX_PIPELINE_COMMANDS) -> None:
+        """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: in seconds.
+        `max_pipeline_commands`: the most commands that are sent before their replies are read."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
             # If this had a value, redis-py would start a task for every write and a timer for every reply, which takes
@@ -84,6 +85,7 @@ class MirrorConnection:
         }
         self._scripts = {name: _with_parts(text, texts) for name, text in texts.items() if name not in _SCRIPT_PARTS}
         self._timeout = timeout
+        self._max_pipeline_commands = max_pipeline_commands
         self._shas: dict[str, str] = {}
         self._must_reconnect = False
         """True if the next round trip needs a new connection."""
@@ -107,6 +109,12 @@ class MirrorConnection:
     def available(self) -> bool:
         """False while the breaker is open."""
         return time.monotonic() >= self._closed_until
+
+    @property
+    def connected(self) -> bool:
+        """True while there is a connection that the server has not closed."""
+        # redis-py has no public property that notices the end of the stream.
+        return self._connection is not None and not self._connection._reader.at_eof()
 
     @property
     def down(self) -> bool:
@@ -173,7 +181,8 @@ class MirrorConnection:
 
     async def _drain(self) -> None:
         while self._waiting:
-            if self._must_reconnect or self._closed_by_server():
+            # A call that is sent on a connection which the server has closed would needlessly be in doubt.
+            if self._must_reconnect or not self.connected:
                 self._drop()
             try:
                 if self._connection is None:
@@ -181,7 +190,7 @@ class MirrorConnection:
             except MirrorUnavailable as unavailable:
                 self._fail(self._take(), unavailable)
                 return
-            calls = self._take(_MAX_PIPELINE_COMMANDS)
+            calls = self._take(self._max_pipeline_commands)
             try:
                 # The timeout is that of one reply, plus a little for each call that is answered before the last one.
                 async with asyncio.timeout(self._timeout * (1 + len(calls) / 64)):
@@ -296,11 +305,6 @@ class MirrorConnection:
         self._failures += 1
         self._closed_until = time.monotonic() + backoff(self._failures)
         self._drop()
-
-    def _closed_by_server(self) -> bool:
-        """Returns whether the server has closed the connection. A call that is sent on such a connection would be in
-        doubt without need."""
-        return self._connection is not None and self._connection._reader.at_eof()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

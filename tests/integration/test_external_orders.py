@@ -430,5 +430,5 @@ async def test_order_that_the_command_line_cannot_record_is_refused_and_not_lost
             with pytest.raises(Unavailable):
                 await upserts.upsert(second)
             claim = keys.claim(restaurant.id, "order", order_id(restaurant.id, second.name))
-            assert await session.mirror._redis.call("EXISTS", claim) == 0
+            assert await restaurant.system.redis.command("EXISTS", claim) == 0
     assert await stored(restaurant, id_, 1) == [("created", "critical", "sync")]

@@ -78,7 +78,7 @@ async def test_mirror_lacks_exactly_the_changes_that_would_alter_it(
     assert await mirror.missing([_outline(one) for one in requested]) == []
 
 
-async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirror: Mirror) -> None:
+async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirror: Mirror, redis: Redis) -> None:
     restaurant, series = builders.new_id(), DAY
     await warmed(mirror, restaurant)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32, order_number="")
@@ -93,18 +93,18 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
     await mirror.trim(restaurant, "order", {placed.id: change.id})
     assert await mirror.missing([found]) == [0], "the mirror remembers only its version"
     await mirror.apply([reveal])
-    await mirror._redis.call("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
+    await redis.command("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
     assert await mirror.missing([found]) == [0], "apply removes a claim whose version is taken"
 
 
-async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror) -> None:
+async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror, redis: Redis) -> None:
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     at = await mirror.log_state()
     assert at is not None
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
     note = LogState(at.epoch, at.offset + 1)
-    await mirror._redis.call("DEL", keys.WARM)  # like a promoted replica: it has the log state and no stamp
+    await redis.command("DEL", keys.WARM)  # like a promoted replica: it has the log state and no stamp
     assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
     assert await mirror.log_state() == at
     assert await mirror.apply([one], at=at, note=note) == []
@@ -189,7 +189,7 @@ async def test_only_a_warm_mirror_takes_claims_and_a_restart_makes_it_cold(mirro
     assert await claimed(mirror, restaurant) == Claimed("0001")
     await asyncio.to_thread(redis.stop)
     await asyncio.to_thread(redis.start)
-    await eventually(lambda: answers(mirror._redis), what="the server again")
+    await eventually(lambda: answers(mirror), what="the server again")
     assert await claimed(mirror, restaurant) == Cold()
     await warmed(mirror, restaurant, gap=100)
     assert await claimed(mirror, restaurant) == Claimed("0102")

@@ -70,7 +70,7 @@ class MirrorRig:
 @pytest.fixture
 async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
     rig = await make_rig(redis_url=redis.url, mirror_settle_seconds=0.2)
-    await rig.mirror._redis.call("FLUSHALL")
+    await redis.command("FLUSHALL")
     made = MirrorRig(rig)
     made.writer.start()
     await made.warm()
@@ -99,7 +99,7 @@ async def test_revealed_change_is_not_sent_again(mirrored: MirrorRig, monkeypatc
 
 
 async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
-    mirrored: MirrorRig, monkeypatch: pytest.MonkeyPatch
+    mirrored: MirrorRig, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica is promoted between the request and its reply: it has the log state but not yet the last reveals."""
     made = change(order(items=1))
@@ -113,7 +113,7 @@ async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
         if not failed_over and any(one.id == made.id for one in changes):
             failed_over = True
             assert answer == []
-            await mirrored.mirror._redis.call("DEL", keys.WARM, keys.doc(RESTAURANT, "order", made.entity_id))
+            await redis.command("DEL", keys.WARM, keys.doc(RESTAURANT, "order", made.entity_id))
         return answer
 
     monkeypatch.setattr(mirrored.mirror, "missing", lost_meanwhile)

@@ -10,11 +10,12 @@ from shared.mirror.mirror import Apply, Mirror
 from tests.rigs import builders
 
 
-async def answers(link: MirrorConnection) -> bool:
+async def answers(link: MirrorConnection | Mirror) -> bool:
     try:
-        return bool(await link.call("PING"))
+        await link.check()
     except (MirrorUnavailable, MirrorInDoubt):
         return False
+    return True
 
 
 def state(version: int, change: int = 1, *, id_: str, restaurant: str, how: str = "reveal", **fields: Any) -> Apply:

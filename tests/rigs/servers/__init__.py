@@ -4,15 +4,17 @@ One interface for two kinds of servers, chosen by TICKETRAIL_TEST_SERVERS: `cont
 containers if a Docker engine answers, else processes (missing packages are installed). For both, `kill` is kill -9,
 `freeze` stops every process without closing a connection, and a restarted server keeps its address and its data.
 
-Every call blocks until it is done. An async test calls `await asyncio.to_thread(servers.postgres.stop)`, so that its
-event loop continues.
+Every call but `Redis.command` blocks until it is done. An async test calls
+`await asyncio.to_thread(servers.postgres.stop)`, so that its event loop continues.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
+
+import redis.asyncio
 
 from deploy.local import database
 from deploy.local.servers import PASSWORD
@@ -89,6 +91,11 @@ class Redis(Server):
         super().__init__(lifecycle)
         self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
+
+    async def command(self, *command: str | bytes | float) -> Any:
+        """Sends one command on a connection of its own. Returns the reply as redis-py decodes it."""
+        async with redis.asyncio.from_url(self.url) as client:
+            return await client.execute_command(*command)
 
 
 class Servers:
