@@ -1,7 +1,7 @@
 """Wires the notifier.
 
-The notifier starts while RabbitMQ is unavailable, and is not ready until it has read the log. It refuses to start when
-the broker answers and has no log. At a stop, every stream ends first (the server waits for open responses), and then
+The notifier can start while RabbitMQ is unavailable, but it is not ready until it has read the log. It refuses to start
+if the broker answers but has no log. A stop first ends every stream, because the server waits for open responses. Then
 the follower stops."""
 
 import asyncio
@@ -51,14 +51,14 @@ def assemble(settings: Settings) -> NotifierParts:
     parts = NotifierParts(settings, hub, LogFollower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
     metrics.watch("ticketrail_subscribers", "Open push streams", lambda: len(hub))
     metrics.watch(
-        "ticketrail_window_changes", "Changes in the window, which clients can resume from", lambda: len(hub.window)
+        "ticketrail_window_changes", "Changes in the window, from which clients can resume", lambda: len(hub.window)
     )
     metrics.watch(
         "ticketrail_slow_subscribers",
-        "Slow clients disconnected since the start",
-        lambda: hub.slow,
+        "Slow clients that were disconnected since the start",
+        lambda: hub.slow_count,
     )
-    metrics.watch("ticketrail_caught_up", "1 while the log is read to its end", lambda: parts.follower.caught_up)
+    metrics.watch("ticketrail_caught_up", "1 if the log is read to its end", lambda: parts.follower.caught_up)
     metrics.watch(
         "ticketrail_heartbeat_age_seconds",
         "Seconds since the last heartbeat was sent",
@@ -68,7 +68,7 @@ def assemble(settings: Settings) -> NotifierParts:
 
 
 async def start(parts: NotifierParts) -> None:
-    """Raises TopologyError when the broker answers and has no log."""
+    """Starts to follow the log. Raises TopologyError if the broker answers but has no log."""
     await declare.check_log_at_start(parts.settings)
     parts.follower.start()
 

@@ -1,4 +1,4 @@
-"""Converts a change into a push event. Pure.
+"""Converts a change into a push event, with pure functions.
 
 | change                        | event          | for a subscriber of one order |
 |-------------------------------|----------------|-------------------------------|
@@ -55,7 +55,7 @@ _OF_ORDER = {
 }
 _OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
 
-# Idempotency uses this field internally. No screen needs it, and a customer could compare requests by it.
+# The field is internal to idempotency. No screen needs it, and a customer could use it to compare requests.
 _INTERNAL = ("request_hash",)
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
@@ -74,7 +74,7 @@ class PushEvent(Struct, frozen=True):
     """The JSON after the event's name, which the two names of a stage change share."""
     traceparent: str | None = None
     accepted_at: float = 0.0
-    """Seconds since the epoch."""
+    """Unix time in seconds."""
 
     def name(self, *, of_one_order: bool) -> str:
         return "order_stage_change" if of_one_order and self.kind is PushKind.STAGE_CHANGE else self._name
@@ -121,7 +121,7 @@ def _previous_stage(change: Change) -> Raw | None:
     try:
         return _fields.decode(change.data.before).get("status")
     except msgspec.DecodeError:
-        return None  # stores read only `after`, so a broken `before` is no error
+        return None  # no store reads `before`, so a malformed one is not an error
 
 
 def _rest(change: Change, data: dict[str, Any]) -> bytes:
@@ -136,6 +136,6 @@ def _rest(change: Change, data: dict[str, Any]) -> bytes:
         }
     )
     if b"\n" in encoded or b"\r" in encoded:
-        # A line break between JSON tokens would end the SSE field. (Inside strings it is escaped.)
+        # A line break between JSON tokens would end the SSE field. Inside strings, line breaks are escaped.
         encoded = msgspec.json.format(encoded, indent=-1)
     return encoded[1:]

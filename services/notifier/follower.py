@@ -34,8 +34,8 @@ _FROM_LOG = {
     "messaging.destination.name": LOG,
 }
 
-# Changes that the hub gets in one step. Clients are written to between steps; a larger step would fill their buffers
-# before they can read.
+# The maximum number of changes that the hub gets in one step. Streams are written between steps, so a larger step would
+# fill the buffers of clients before they can read.
 _MAX_STEP_CHANGES = 256
 
 
@@ -61,7 +61,7 @@ class LogFollower:
 
     @property
     def serving(self) -> bool:
-        """Whether the window was filled once. The broker may be unavailable since then."""
+        """Whether the window has been filled once. The broker may have become unavailable since then."""
         return self._filled and self._hub.window.epoch is not None
 
     def start(self) -> None:
@@ -74,7 +74,7 @@ class LogFollower:
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the last heartbeat was sent; NaN before the first one."""
+        """Seconds since the last heartbeat was sent, or NaN before the first one."""
         heartbeat_at = self._reader.heartbeat_at
         return float("nan") if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
 
@@ -123,13 +123,13 @@ class LogFollower:
         for entry in batch.entries:
             found, upto = _events_in(entry)
             events += found
-            changes += upto.place + 1
+            changes += upto.batch_index + 1
             if changes >= _MAX_STEP_CHANGES:
                 self._hub.publish(events, upto, time.monotonic())
                 self._trace(events, began)
                 events, changes = [], 0
                 await asyncio.sleep(0)
-        # Signals at the end of a batch move the cursor too.
+        # Signals at the end of a batch also move the cursor.
         self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
         self._trace(events, began)
 

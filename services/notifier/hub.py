@@ -6,8 +6,8 @@ log, or the buffer is full), it receives one `resync` with the reason; a slow su
 reaches another tenant, because fan-out begins with the tenant.
 
 Subscribers with the same interest form an audience. A batch of events is filtered, framed and joined once per audience;
-each subscriber gets a reference to the bytes and one wake-up. So the cost of an event hardly grows with the number of
-screens.
+each subscriber gets a reference to the bytes and one wake-up. The cost of an event therefore hardly grows with the
+number of screens.
 
 A subscriber that resumes reads the window at its own pace. It joins its audience in the same step of the event loop in
 which it reaches the window's end, so that there is neither a gap nor a repetition between resumed and live events.
@@ -28,17 +28,16 @@ from services.notifier.window import Window
 
 log = structlog.get_logger(__name__)
 
-# The time that a disconnected client has to read its last bytes.
-_LAST_READ_SECONDS = 2.0
-# The most events of the window in one step of a resume.
-_RESUME_STEP_EVENTS = 256
+# A client that the hub disconnects has this much time to read its last bytes.
+_LAST_READ_TIMEOUT_SECONDS = 2.0
+_MAX_RESUME_STEP_EVENTS = 256
 
 
 class Form(Struct, frozen=True):
-    """How a transport encodes what it sends. One object per transport, compared by identity."""
+    """The encoders of a transport. Each transport has one object, which is compared by identity."""
 
     event: Callable[[PushEvent, Cursor, bool], bytes]
-    """(event, its cursor, whether the subscriber follows one order) -> bytes."""
+    """Encodes (event, its cursor, whether the subscriber follows one order)."""
     resync: Callable[[str, Cursor], bytes]
     keep_alive: Callable[[Cursor], bytes]
 
@@ -51,11 +50,11 @@ class Subscriber:
     def __init__(self, audience: "Audience", position: Cursor | None) -> None:
         self.audience = audience
         self.position = position
-        """The cursor up to which it has resumed; None when the subscriber is live."""
+        """The cursor up to which the subscriber has resumed, or None if it is live."""
         self.ended = False
         """Whether the hub has stopped adding to the buffer. The transport may still take from it."""
         self.task: asyncio.Task[Any] | None = None
-        """The task that writes to the client. It is cancelled when the client does not read its last bytes."""
+        """The task that writes to the client. The hub cancels it if the client does not read its last bytes."""
         self._chunks: list[bytes] = []
         self._events = 0
         self._bytes = 0
@@ -80,7 +79,7 @@ class Subscriber:
         return self._events <= max_events and self._bytes <= max_bytes
 
     async def wait(self) -> None:
-        """Returns when the buffer has something or the subscription has ended. Only its transport may call this."""
+        """Waits until the buffer has a chunk or the subscription has ended. Only the transport may call this."""
         if not self._chunks and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -144,15 +143,15 @@ class Hub:
         self._subscribers: set[Subscriber] = set()
         self._ahead: list[tuple[Position, asyncio.Future[None]]] = []
         self._closed = False
-        self.slow = 0
+        self.slow_count = 0
         """The number of subscribers that were disconnected since the start because they did not read."""
 
     def __len__(self) -> int:
         return len(self._subscribers)
 
     async def reached(self, position: Position, *, within: float) -> None:
-        """Waits until the log has been read up to `position`, at most `within` seconds. The instance that gave a cursor
-        may be a few milliseconds ahead of this one."""
+        """Waits until the log has been read up to `position`, at most `within` seconds. The instance that issued a
+        cursor may be a few milliseconds ahead of this one."""
         if position <= self.window.present:
             return
         waiter = position, asyncio.get_running_loop().create_future()
@@ -182,7 +181,7 @@ class Hub:
         return subscriber
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        """May be called twice."""
+        """Ends a subscription. May be called twice."""
         self._subscribers.discard(subscriber)
         subscriber.end()
         audience = subscriber.audience
@@ -198,12 +197,12 @@ class Hub:
                 del self._tenants[audience.interest.tenant]
 
     def resume(self, subscriber: Subscriber) -> bytes | None:
-        """Returns the next part of the events that the subscriber missed (it may be empty), or None when the subscriber
-        is live."""
+        """Returns the next part of the events that the subscriber missed, which may be empty. Returns None if the
+        subscriber is live."""
         cursor, audience = subscriber.position, subscriber.audience
         if cursor is None or subscriber.ended:
             return None
-        missed = missed_events(self.window, audience.interest.tenant, cursor, limit=_RESUME_STEP_EVENTS)
+        missed = missed_events(self.window, audience.interest.tenant, cursor, limit=_MAX_RESUME_STEP_EVENTS)
         if isinstance(missed, str):
             self._join(subscriber)
             return audience.form.resync(missed, self.window.cursor)
@@ -225,7 +224,7 @@ class Hub:
     # -- fan-out -------------------------------------------------------------------------------------------------
 
     def publish(self, events: Sequence[PushEvent], upto: Position, at: float) -> None:
-        """Distributes events in the order of the log. `upto`: how far the log is read. `at`: monotonic seconds."""
+        """Distributes events in the order of the log. The log is read up to `upto`. `at` is in monotonic seconds."""
         new = self.window.add(events, upto, at)
         for waiter in [waiter for waiter in self._ahead if waiter[0] <= upto]:
             self._ahead.remove(waiter)
@@ -239,16 +238,17 @@ class Hub:
                 if room in rooms:
                     by_room.setdefault((event.tenant, room), []).append(event)
         slow: list[Subscriber] = []
-        for (tenant, room), theirs in by_room.items():
+        for (tenant, room), room_events in by_room.items():
             for audience in self._tenants[tenant][room].values():
-                frames = audience.frames(theirs, self.window.epoch or "")
+                frames = audience.frames(room_events, self.window.epoch or "")
                 if frames:
                     slow += self._fan_out(audience, b"".join(frames), len(frames))
         for subscriber in slow:
             self._disconnect_slow(subscriber)
 
     def listeners(self, event: PushEvent) -> int:
-        """Returns the number of live subscribers that get this event. Expensive: for traces of a few events."""
+        """Returns the number of live subscribers that get this event. It is expensive, so only traced events
+        may call it."""
         rooms = self._tenants.get(event.tenant, {})
         return sum(
             len(audience.live)
@@ -261,7 +261,7 @@ class Hub:
         max_events, max_bytes = self._buffer_events, self._buffer_bytes
         slow = []
         for subscriber in audience.live:
-            # One large batch alone does not make a client slow; only what it has not read counts.
+            # A client that has read everything gets even a batch that is larger than its buffer.
             if subscriber.idle or subscriber.fits(max_events - events, max_bytes - len(chunk)):
                 subscriber.put(chunk, events)
             else:
@@ -269,17 +269,17 @@ class Hub:
         return slow
 
     def _disconnect_slow(self, subscriber: Subscriber) -> None:
-        self.slow += 1
+        self.slow_count += 1
         subscriber.clear()
         subscriber.put(subscriber.audience.form.resync("slow", self.window.cursor), 1)
         log.info("slow_subscriber", restaurant_id=subscriber.audience.interest.tenant)
         self._end(subscriber)
 
     def begin(self, epoch: str | None, first_offset: int) -> None:
-        """Restarts the window on another log, in which no earlier cursor is valid."""
+        """Restarts the window on another log, in which earlier cursors are not valid."""
         self.window.begin(epoch, first_offset)
         for subscriber in self._subscribers:
-            # Subscribers that are still resuming notice the new epoch by themselves.
+            # A subscriber that is still resuming gets its resync from `resume`.
             if subscriber.position is None:
                 subscriber.put(subscriber.audience.form.resync("other_epoch", self.window.cursor), 1)
 
@@ -294,7 +294,7 @@ class Hub:
                 subscriber.put(chunk, 0)
 
     def close(self) -> None:
-        """Ends every stream. A later subscription ends at once. May be called twice."""
+        """Ends every stream. Later subscriptions end at once. May be called twice."""
         self._closed = True
         for subscriber in list(self._subscribers):
             self._end(subscriber)
@@ -303,7 +303,7 @@ class Hub:
         self.unsubscribe(subscriber)
         if subscriber.task is not None:
             # A client that never reads again would delay the shutdown, so its writing task is cancelled.
-            asyncio.get_running_loop().call_later(_LAST_READ_SECONDS, _cancel_writing, subscriber)
+            asyncio.get_running_loop().call_later(_LAST_READ_TIMEOUT_SECONDS, _cancel_writing, subscriber)
 
 
 def _cancel_writing(subscriber: Subscriber) -> None:

@@ -1,4 +1,4 @@
-"""Decides which events a subscriber requested and may see, once and before any event is encoded for it."""
+"""Decides which events a subscriber gets: those that it requested and may see. Runs before events are encoded."""
 
 from uuid import UUID
 

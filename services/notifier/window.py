@@ -1,7 +1,7 @@
 """The window holds the recent changes of all tenants in memory, from which a subscriber can resume.
 
 Invariants: for every position from `floor` to `present` the window holds every push event after it, and each change
-once. `floor` only rises, until another log begins. Age, number and bytes are bounded.
+once. `floor` only rises, until another log begins. The age, number and bytes of the events are limited.
 """
 
 from bisect import bisect_right
@@ -20,41 +20,41 @@ class _Track:
 
     def __init__(self) -> None:
         self.events: list[PushEvent | None] = []
-        self.gone = 0
+        self.dropped = 0
 
     def drop_first(self) -> None:
-        self.events[self.gone] = None  # frees the event; the list is cut when half of it is empty
-        self.gone += 1
-        if self.gone * 2 > len(self.events):
-            del self.events[: self.gone]
-            self.gone = 0
+        self.events[self.dropped] = None  # frees the event; the list is cut when more than half of it is empty
+        self.dropped += 1
+        if self.dropped * 2 > len(self.events):
+            del self.events[: self.dropped]
+            self.dropped = 0
 
     def after(self, position: Position, limit: int) -> list[PushEvent]:
-        begin = bisect_right(self.events, position, lo=self.gone, key=_position)
-        return self.events[begin : begin + limit]  # type: ignore[return-value]  # None stands only before `gone`
+        begin = bisect_right(self.events, position, lo=self.dropped, key=_position)
+        return self.events[begin : begin + limit]  # type: ignore[return-value]  # None occurs only before `dropped`
 
 
 class Window:
     def __init__(self, *, seconds: float, changes: int, size: int) -> None:
-        """`seconds`: the greatest age. `size`: bytes of encoded events."""
+        """`seconds` is the maximum age of a change, and `size` the maximum number of bytes of the encoded events."""
         self._seconds = seconds
         self._max_changes = changes
         self._max_bytes = size
-        self._held: deque[tuple[float, PushEvent]] = deque()
+        self._events: deque[tuple[float, PushEvent]] = deque()
         self._tracks: dict[str, _Track] = {}
-        self._known: set[str] = set()
+        self._change_ids: set[str] = set()
         self._bytes = 0
         self.epoch: str | None = None
         self.floor = self.present = Position(0, 0)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._events)
 
     def begin(self, epoch: str | None, first_offset: int) -> None:
         """Starts an empty window on a log that is read from `first_offset`."""
-        self._held.clear()
+        self._events.clear()
         self._tracks.clear()
-        self._known.clear()
+        self._change_ids.clear()
         self._bytes = 0
         self.epoch = epoch
         self.floor = Position(first_offset, -1)
@@ -66,14 +66,14 @@ class Window:
         return Cursor(self.epoch or "", self.present)
 
     def add(self, events: Sequence[PushEvent], upto: Position, at: float) -> list[PushEvent]:
-        """Adds events that arrived `at` (seconds of a monotonic clock) and returns the new ones, because a change may
-        be in the log twice. `upto`: how far the log has been read, also without an event."""
+        """Adds events that arrived at `at` (monotonic seconds). Returns only the new ones, because the log may have a
+        change twice. The log has been read up to `upto`, which may be after the last event."""
         new = []
         for event in events:
-            if event.change_id in self._known:
+            if event.change_id in self._change_ids:
                 continue
-            self._known.add(event.change_id)
-            self._held.append((at, event))
+            self._change_ids.add(event.change_id)
+            self._events.append((at, event))
             self._bytes += event.size
             track = self._tracks.get(event.tenant)
             if track is None:
@@ -85,13 +85,13 @@ class Window:
         return new
 
     def forget(self, at: float) -> None:
-        """Drops events beyond the bounds. Age counts from the arrival, because a journal brings old changes late."""
+        """Drops events beyond the limits. Age counts from the arrival, because a journal brings old changes late."""
         oldest = at - self._seconds
-        while self._held and (
-            self._held[0][0] < oldest or len(self._held) > self._max_changes or self._bytes > self._max_bytes
+        while self._events and (
+            self._events[0][0] < oldest or len(self._events) > self._max_changes or self._bytes > self._max_bytes
         ):
-            _, event = self._held.popleft()
-            self._known.discard(event.change_id)
+            _, event = self._events.popleft()
+            self._change_ids.discard(event.change_id)
             self._bytes -= event.size
             track = self._tracks[event.tenant]
             track.drop_first()

@@ -1,7 +1,7 @@
-"""Users and restaurants in PostgreSQL, as plain rows. The API touches these tables only here.
+"""Users and restaurants in PostgreSQL, as plain rows. The API uses these tables only here.
 
-The api role sees only the users of the tenant that is set. Before the tenant is known, functions of the database look
-up one row at a time: the user of an email, the session of a refresh token."""
+The api role sees only the users of the current tenant. Before the tenant is known, functions of the database look up
+one row at a time: the user of an email, or the session of a refresh token."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,9 +31,9 @@ _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_a
 
 
 def plain_email(email: str) -> str:
-    """The form in which an email is stored, counted and searched: lower case, always by Python. PostgreSQL's `lower`
-    maps more spellings to one account than Python's does (İ becomes i), and each spelling would have attempts of its
-    own."""
+    """Returns the form in which an email is stored, counted and searched: lower case, as Python makes it. PostgreSQL's
+    `lower` maps more spellings to one account than Python (İ becomes i), and each spelling would have its own attempts.
+    """
     return email.lower()
 
 
@@ -61,7 +61,7 @@ class Accounts:
         self._postgres = postgres
 
     @asynccontextmanager
-    async def _anyone(self) -> AsyncIterator[Connection]:
+    async def _without_tenant(self) -> AsyncIterator[Connection]:
         try:
             async with self._postgres.connection() as connection:
                 yield connection
@@ -69,14 +69,14 @@ class Accounts:
             raise Unavailable("sign-in needs the database, which is unavailable", retry_after=2.0) from error
 
     @asynccontextmanager
-    async def _of(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
+    async def _as_tenant(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
         committing = False
         try:
             async with self._postgres.tenant(restaurant, readonly=readonly) as connection:
                 yield connection
                 committing = not readonly
         except UNAVAILABLE as error:
-            if committing:  # the commit was sent without an answer; a 503 would say that nothing happened
+            if committing:  # the commit was sent but not answered; a 503 would promise that nothing happened
                 raise OutcomeUnknown("the database did not confirm the change; it may have been made") from error
             raise Unavailable("users need the database, which is unavailable", retry_after=2.0) from error
         except asyncpg.UniqueViolationError as error:
@@ -89,24 +89,24 @@ class Accounts:
 
     async def by_email(self, email: str) -> tuple[User, str | None] | None:
         """Returns (user, password hash), or None for an unknown email."""
-        async with self._anyone() as connection:
+        async with self._without_tenant() as connection:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
 
     async def restaurant_called(self, slug: str) -> Restaurant | None:
-        async with self._anyone() as connection:
+        async with self._without_tenant() as connection:
             return await restaurant_called(connection, slug)
 
-    async def begin_session(self, token_sha256: bytes, user: str, known: str, ttl_seconds: int) -> bool:
-        """False when the user is inactive, or `known` (the hash that the password matched) is no longer its hash."""
-        async with self._anyone() as connection:
+    async def begin_session(self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int) -> bool:
+        """Begins a session. Returns False if the user is inactive or if `matched_hash` is no longer the user's hash."""
+        async with self._without_tenant() as connection:
             begun: bool = await connection.fetchval(
-                _BEGIN_SESSION, token_sha256, user, known, timedelta(seconds=ttl_seconds)
+                _BEGIN_SESSION, token_sha256, user, matched_hash, timedelta(seconds=ttl_seconds)
             )
         return begun
 
     async def rotate_session(self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int) -> Rotated:
-        async with self._anyone() as connection:
+        async with self._without_tenant() as connection:
             row = await connection.fetchrow(
                 "select * from rotate_session($1, $2, $3)", old_sha256, new_sha256, timedelta(seconds=ttl_seconds)
             )
@@ -114,7 +114,7 @@ class Accounts:
         return Rotated(row["outcome"], _user(row) if row["outcome"] == "rotated" else None)
 
     async def end_session(self, token_sha256: bytes) -> None:
-        async with self._anyone() as connection:
+        async with self._without_tenant() as connection:
             await connection.execute("select end_session($1)", token_sha256)
 
     # -- restaurants -------------------------------------------------------------------------------------------
@@ -122,10 +122,10 @@ class Accounts:
     async def register(
         self, restaurant: Restaurant, email: str, name: str, password_hash: str, token_sha256: bytes, ttl_seconds: int
     ) -> User:
-        """Creates the restaurant, its first admin and a session in one transaction. Raises Conflict when the slug or
-        the email is taken, InvalidInput for a time zone that the database does not know."""
+        """Creates the restaurant, its first admin and a session in one transaction. Raises Conflict if the slug or
+        the email is in use, and InvalidInput for a time zone that the database does not know."""
         try:
-            async with self._of(restaurant.id, readonly=False) as connection:
+            async with self._as_tenant(restaurant.id, readonly=False) as connection:
                 await connection.execute(
                     _INSERT_RESTAURANT,
                     restaurant.id,
@@ -150,26 +150,27 @@ class Accounts:
         return user
 
     async def restaurant(self, restaurant_id: str) -> Restaurant | None:
-        async with self._anyone() as connection:
+        async with self._without_tenant() as connection:
             return await find_restaurant(connection, restaurant_id)
 
     # -- users of a restaurant ---------------------------------------------------------------------------------
 
     async def may_administer(self, restaurant: str, user_id: str) -> bool:
-        """False for a user that is no longer an active admin, whose token may still be valid. True for a subject that
-        is no user: the key that signed its token vouches for it."""
-        async with self._of(restaurant) as connection:
-            known: bool | None = await connection.fetchval(
+        """Returns whether the caller may administer the restaurant. False for a user that is no longer an active admin,
+        although its token may still be valid. True for a subject that is not a user, because its token is signed."""
+        async with self._as_tenant(restaurant) as connection:
+            is_admin: bool | None = await connection.fetchval(
                 "select role = 'admin' and is_active and deleted_at is null from users where id::text = $1", user_id
             )
-        return known is not False
+        return is_admin is not False
 
     async def users(
         self, restaurant: str, *, limit: int, before: tuple[datetime, str] | None, role: str | None, deleted: bool
     ) -> list[User]:
-        """Newest first. `before`: (created_at, id) of the previous page's last user. `deleted`: also deleted ones."""
+        """Returns users, newest first. `before` is (created_at, id) of the last user of the previous page. `deleted`
+        includes deleted users."""
         at, id_ = before or (None, None)
-        async with self._of(restaurant) as connection:
+        async with self._as_tenant(restaurant) as connection:
             rows = await connection.fetch(
                 f"select {_FIELDS} from users where ($1::timestamptz is null or (created_at, id) < ($1, $2::uuid))"  # noqa: S608
                 " and ($3::text is null or role = $3) and (deleted_at is null or $4)"
@@ -183,36 +184,36 @@ class Accounts:
         return [_user(row) for row in rows]
 
     async def user(self, restaurant: str, id_: str, *, deleted: bool = False) -> User:
-        """Raises NotFound."""
-        async with self._of(restaurant) as connection:
+        """Returns a user. Raises NotFound."""
+        async with self._as_tenant(restaurant) as connection:
             return await _one(connection, id_, deleted=deleted)
 
     async def add(self, restaurant: str, email: str, name: str, role: str, password_hash: str) -> User:
-        """Raises Conflict when the email is taken."""
-        async with self._of(restaurant, readonly=False) as connection:
+        """Adds a user. Raises Conflict if the email is in use."""
+        async with self._as_tenant(restaurant, readonly=False) as connection:
             row = await connection.fetchrow(
                 _INSERT_USER, str(uuid4()), restaurant, plain_email(email), name, role, password_hash
             )
         return _user(row)
 
     async def restore(self, restaurant: str, id_: str) -> User:
-        """Raises NotFound, and Conflict when the user is not deleted or its email is taken by now."""
+        """Restores a user. Raises NotFound, and Conflict if the user is not deleted or another one has its email."""
         if (await self.user(restaurant, id_, deleted=True)).deleted_at is None:
             raise Conflict("the user is not deleted", code="not_deleted")
         return await self.change(restaurant, id_, {"deleted_at": None}, deleted=True)
 
     async def change(self, restaurant: str, id_: str, fields: dict[str, Any], *, deleted: bool = False) -> User:
         """Changes columns of a user. Revokes all sessions if access was reduced or the password changed. Raises
-        NotFound, and Conflict when the email is taken or the restaurant would have no admin left."""
+        NotFound, and Conflict if the email is in use or the restaurant would have no admin left."""
         assert set(fields) <= set(_CHANGEABLE)
-        async with self._of(restaurant, readonly=False) as connection:
-            # One change at a time: two admins who remove each other would leave none.
+        async with self._as_tenant(restaurant, readonly=False) as connection:
+            # Changes run one at a time, because two admins who remove each other would leave none.
             await connection.execute("select pg_advisory_xact_lock(hashtextextended($1, 0))", restaurant)
             before = await _one(connection, id_, deleted=deleted)
             if "email" in fields:
                 fields = {**fields, "email": plain_email(fields["email"])}
             names = list(fields)
-            assignments = ", ".join(f"{name} = ${place}" for place, name in enumerate(names, start=2))
+            assignments = ", ".join(f"{name} = ${number}" for number, name in enumerate(names, start=2))
             row = await connection.fetchrow(
                 f"update users set {assignments + ', ' if names else ''}updated_at = now() where id = $1"  # noqa: S608
                 f" returning {_FIELDS}",

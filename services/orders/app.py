@@ -1,7 +1,7 @@
-"""The wiring of the orders service.
+"""Wires the orders service.
 
-Starts while any one backend is unavailable. Stops in this order: the server accepts no more requests, commits under way
-end, the drainer and the log reader stop, the connections close.
+It can start while any one backend is unavailable. It stops in this order: the server accepts no more requests, running
+commits end, the drainer and the log reader stop, the connections close.
 """
 
 from collections.abc import AsyncIterator
@@ -153,7 +153,8 @@ async def start(parts: OrdersParts) -> None:
     try:
         await parts.journal.open()
     except JournalBroken as error:
-        # The broker alone can take every order. The journal is opened again when it is needed.
+        # The broker can take every order without the journal. The rail tries to open the journal again when it needs
+        # it.
         log.error("starting_without_journal", error=str(error))
     await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
@@ -179,8 +180,9 @@ async def stop(parts: OrdersParts) -> None:
 
 
 async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
-    """Ready to accept orders: the menus are loaded, and the broker or the journal can record changes. The details name
-    unavailable backends, because orders are accepted without any one of them."""
+    """Returns (ready, details). The service is ready to accept orders when the menus are loaded and the broker or the
+    journal can record changes. Unavailable backends appear only in the details, because any one of them may be missing.
+    """
     reader = parts.menus.reader
     heartbeat_at = reader.heartbeat_at
     age = None if heartbeat_at is None else round((now() - heartbeat_at).total_seconds(), 3)
@@ -203,7 +205,8 @@ async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
 
 def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings_of_service("orders", settings)
-    # The holder of the number owns the journal beside it. Released after the journal is closed, or by death.
+    # The process that holds the number also owns its journal. It releases the number after it has closed the journal;
+    # the kernel does so if the process dies.
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)
     settings = settings.numbered(lease.number)
     parts = assemble(settings, lease)

@@ -7,8 +7,8 @@ from shared.entities import order, registry
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
-_BULK = order.ENTITY.name
-"""Nearly all changes are of orders; the others have an index of their own (changes_newest_of)."""
+_MOST_FREQUENT_ENTITY = order.ENTITY.name
+"""Nearly all changes are changes of orders. The changes of other entities have their own index (changes_newest_of)."""
 
 
 async def changes(
@@ -23,14 +23,14 @@ async def changes(
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """Newest first. `before`: (accepted_at, change id) of the last change of the previous page."""
+    """Returns changes, newest first. `before` is (accepted_at, change id) of the last change of the previous page."""
     where = Conditions(restaurant)
     if entity is not None:
         where.add("t.entity = {}", entity)
-        if entity != _BULK:
-            where.add(f"t.entity <> '{_BULK}'")
+        if entity != _MOST_FREQUENT_ENTITY:
+            where.add(f"t.entity <> '{_MOST_FREQUENT_ENTITY}'")
     elif entity_id is not None:
-        where.add("t.entity = any({})", list(registry.ENTITIES))  # the first column of the index
+        where.add("t.entity = any({})", list(registry.ENTITIES))  # the index needs its first column
     if entity_id is not None:
         where.add("t.entity_id = {}", entity_id)
     if actor is not None:

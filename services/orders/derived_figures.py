@@ -1,5 +1,5 @@
 """Figures that are computed with each request: a customer's totals, available stock, positions in a bay's queue, the
-open orders of a table. They are not stored, so they cannot become wrong."""
+open orders of a table. They are not stored, so they cannot become outdated."""
 
 import contextlib
 from datetime import datetime
@@ -26,8 +26,10 @@ from shared.security.tokens import Identity, Role
 
 T = TypeVar("T")
 
-_OPEN = tuple(status.value for status in OrderStatus if status not in (OrderStatus.COMPLETED, OrderStatus.CANCELLED))
-_PAGE_SIZE = 1_000
+_OPEN_STATUSES = tuple(
+    status.value for status in OrderStatus if status not in (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+)
+_PAGE_ENTITIES = 1_000
 
 # An order counts after it was paid in full, with its payments minus its refunds. A free order counts unless cancelled.
 _TOTALS = """
@@ -42,7 +44,8 @@ from (
 ) paid
 group by customer_id
 """
-# Excludes the moves that the caller has from the customers' states, because PostgreSQL may not have the latest yet.
+# Excludes the moves that the caller already knows from the states of the customers. PostgreSQL may not have the latest
+# yet.
 _POINTS = """
 select m.customer_id::text, sum(m.points)::int8 as points
 from loyalty_moves m
@@ -71,11 +74,11 @@ class DerivedFigures:
         self._mirror = mirror
 
     async def current_state(self, entity: Entity, restaurant: str, id_: str) -> Any:
-        """The current state. Raises NotFound, Unavailable."""
+        """Returns the current state. Raises NotFound, Unavailable."""
         return (await self._reads.one(entity, restaurant, id_)).decoded()
 
     async def must_exist(self, entity: Entity, restaurant: str, id_: str, field: str) -> None:
-        """Raises InvalidInput with the name of the field when there is no such entity, or it is deleted."""
+        """Raises InvalidInput with the name of the field if there is no such entity or if it is deleted."""
         try:
             found = await self.current_state(entity, restaurant, id_)
         except NotFound as error:
@@ -84,24 +87,27 @@ class DerivedFigures:
             raise InvalidInput(f"the {entity.name} is deleted", field=field, code=f"unknown_{entity.name}")
 
     async def orders_at(self, restaurant: str, identity: Identity, tables: list[DiningTable]) -> list[dict[str, Any]]:
-        """`current_orders` of each table: open orders, newest first. A customer sees only those of its own session."""
+        """Returns the open orders of each table (`current_orders`), newest first. Customers see those of their
+        session."""
         ids = tuple(one.id for one in tables)
         own = {"customer_session_id": identity.session_id} if identity.role is Role.CUSTOMER else {}
-        requested = Selection(equal=own, among={"table_id": ids, "status": _OPEN}, limit=_PAGE_SIZE)
+        requested = Selection(equal=own, among={"table_id": ids, "status": _OPEN_STATUSES}, limit=_PAGE_ENTITIES)
         page = await self._reads.page(order.ENTITY, restaurant, requested) if ids else None
         found: dict[str | None, list[OrderAtTable]] = {}
         for one in page.found if page is not None else ():
             state = one.decoded()
-            brief = OrderAtTable(state.id, state.order_number, state.status, state.total, state.created_at)
-            found.setdefault(state.table_id, []).append(brief)
+            summary = OrderAtTable(state.id, state.order_number, state.status, state.total, state.created_at)
+            found.setdefault(state.table_id, []).append(summary)
         return [{"current_orders": found.get(id_, [])} for id_ in ids]
 
     async def queue(self, restaurant: str, bay_id: str) -> list[BayJob]:
-        """Queued jobs of the bay; the next one is first."""
+        """Returns the queued jobs of the bay, the next one first."""
         found: list[BayJob] = []
         before = None
         while True:
-            requested = Selection(equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_PAGE_SIZE)
+            requested = Selection(
+                equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_PAGE_ENTITIES
+            )
             page = await self._reads.page(job.ENTITY, restaurant, requested)
             found += [one.decoded() for one in page.found]
             if not page.more:
@@ -109,7 +115,7 @@ class DerivedFigures:
             before = (found[-1].created_at, found[-1].id)
 
     async def positions(self, restaurant: str, jobs: list[BayJob]) -> list[dict[str, Any]]:
-        """`position` of each job in its bay's queue, from 1; None for a job that is not queued."""
+        """Returns the `position` of each job in its bay's queue, from 1, or None for a job that is not queued."""
         queues = {
             bay_id: {one.id: place for place, one in enumerate(await self.queue(restaurant, bay_id), start=1)}
             for bay_id in sorted({one.bay_id for one in jobs if one.stage is JobStage.QUEUED})
@@ -117,11 +123,11 @@ class DerivedFigures:
         return [{"position": queues.get(one.bay_id, {}).get(one.id)} for one in jobs]
 
     async def totals(self, restaurant: Restaurant, customers: list[Customer]) -> list[dict[str, Any]]:
-        """`loyalty_points`, `total_spent` (minor units) and `visits` of each customer; None while PostgreSQL is
-        unavailable. Payments count when PostgreSQL has them, loyalty moves at once."""
+        """Returns `loyalty_points`, `total_spent` (minor units) and `visits` of each customer, or None while PostgreSQL
+        is unavailable. Payments count once PostgreSQL has them, loyalty moves count at once."""
         ids = [one.id for one in customers]
-        here = [(one.id, move.id) for one in customers for move in one.loyalty_moves]
-        known = [customer for customer, _ in here], [move for _, move in here]
+        known_moves = [(one.id, move.id) for one in customers for move in one.loyalty_moves]
+        known = [customer for customer, _ in known_moves], [move for _, move in known_moves]
         try:
             async with self._postgres.tenant(restaurant.id) as connection:
                 paid = {row["customer_id"]: row for row in await connection.fetch(_TOTALS, restaurant.id, ids)}
@@ -138,7 +144,8 @@ class DerivedFigures:
         return found
 
     async def move(self, facts: Facts, type_: type[T], restaurant: str, parent: str, id_: str) -> T | None:
-        """The recorded fact with this id, which its entity's state may no longer contain. Raises Unavailable."""
+        """Returns the recorded fact with this id, which the entity's state may no longer contain. Raises
+        Unavailable."""
         names = ", ".join(column.name for column in facts.columns)
         sql = f"select id::text, {names} from {facts.name} where restaurant_id = $1 and {facts.parent} = $2 and id = $3"  # noqa: S608
         try:
@@ -149,8 +156,8 @@ class DerivedFigures:
         return None if row is None else type_(**row)
 
     async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
-        """`available`, `held` and `low` (at or below `low_at`) of each item; None while unknown. The mirror's figures
-        are exact; PostgreSQL's, used without the mirror, are late by the sync lag."""
+        """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. The figures
+        of the mirror are exact. Without the mirror they come from PostgreSQL and are late by the sync lag."""
         stock: dict[str, tuple[int, int] | None] = dict.fromkeys(one.id for one in items)
         with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
             stock = dict(zip(stock, await self._mirror.stock(restaurant, list(stock)), strict=True))

@@ -27,10 +27,11 @@ from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
 _MAX_RETRIES = 3
-# Changes that add a fact, such as a payment, are retried longer: each of many concurrent ones must count, also while
-# the broker does not answer and the previous one waits for the journal.
+_COMMIT_SECONDS = 0.01
+# Changes that add a fact, such as a payment, are retried for longer, because each of many concurrent ones must count.
+# While the broker does not answer, each one waits until the previous one is in the journal.
 _FACT_TIMEOUT_SECONDS = 4.0
-# A repeat waits this long for the first request: longer than a claim takes to become stale, so that it can finish it.
+# A repeat waits this long for the first request. This is longer than a claim takes to become stale and be finished.
 _REPEAT_TIMEOUT_SECONDS = 4.0
 
 Change = Callable[[Any, datetime], tuple[str, Any]]
@@ -44,7 +45,7 @@ class Receipt(Struct, frozen=True):
     state: Any
     head: Head
     durability: Durability | None
-    """None when nothing was recorded: the request was a repeat, or it changed nothing."""
+    """None if nothing was recorded, because the request was a repeat or changed nothing."""
     visible: bool = True
     replayed: bool = False
 
@@ -57,7 +58,7 @@ class EntityChanges:
     def __init__(self, rail: Rail, reads: EntityReads) -> None:
         self._rail = rail
         self._reads = reads
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # -- create ------------------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ class EntityChanges:
         *,
         same: Callable[[Any], bool] = lambda _: True,
     ) -> Receipt:
-        """Creates an entity. `key`: the Idempotency-Key from which `id_` is derived. `same`: returns whether an equal
+        """Creates an entity. `key` is the Idempotency-Key from which `id_` is derived. `same` returns whether an equal
         request created an existing state. Raises the errors of `build` and the rail, and InvalidInput for a key that
         was used for another request."""
         at = now()
@@ -97,7 +98,7 @@ class EntityChanges:
         deadline = time.monotonic() + _REPEAT_TIMEOUT_SECONDS
         while True:
             try:
-                return _done(entity, await self._rail.commit(draft))
+                return _receipt(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
                 if lost.head is not None and lost.state is None:
                     raise Unavailable("it was created before and cannot be read now", retry_after=2.0) from lost
@@ -110,7 +111,7 @@ class EntityChanges:
             await _pause(2)
 
     async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-        """Returns the entity that an earlier request with the same key created, or None. Raises Unavailable when no
+        """Returns the entity that an earlier request with the same key created, or None. Raises Unavailable if no
         store can answer."""
         try:
             found = await self._reads.one(entity, restaurant, id_)
@@ -129,16 +130,16 @@ class EntityChanges:
         change: Change,
         *,
         deleted: bool = False,
-        adds: bool = False,
+        adds_fact: bool = False,
     ) -> Receipt:
-        """Changes an entity. `version`: the head version that the caller requires; None for any. `deleted`: the entity
-        may be deleted. `adds`: the change adds a fact, so it is retried for four seconds after concurrent changes.
-        Raises NotFound, Conflict (with the head version), Unavailable, and the errors of `change`."""
-        if not adds:
+        """Changes an entity. `version` is the head version that the caller requires, or None for any. `deleted` allows
+        a deleted entity. `adds_fact` means that the change is retried for four seconds after concurrent changes. Raises
+        NotFound, Conflict (with the head version), Unavailable, and the errors of `change`."""
+        if not adds_fact:
             return await self._change(identity, entity, id_, version, change, deleted=deleted)
         # Changes in this instance run one after the other, because a lost claim costs as much as a won one.
-        async with self._turns.setdefault(id_, asyncio.Lock()):
-            return await self._change(identity, entity, id_, version, change, deleted=deleted, adds=True)
+        async with self._locks.setdefault(id_, asyncio.Lock()):
+            return await self._change(identity, entity, id_, version, change, deleted=deleted, adds_fact=True)
 
     async def _change(
         self,
@@ -149,7 +150,7 @@ class EntityChanges:
         change: Change,
         *,
         deleted: bool,
-        adds: bool = False,
+        adds_fact: bool = False,
     ) -> Receipt:
         retries, deadline = 0, time.monotonic() + _FACT_TIMEOUT_SECONDS
         while True:
@@ -174,10 +175,10 @@ class EntityChanges:
                 actor=actor_of(identity),
             )
             try:
-                return _done(entity, await self._rail.commit(draft))
+                return _receipt(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
-                gives_up = time.monotonic() > deadline if adds else retries == _MAX_RETRIES
-                if version is not None or gives_up:
+                give_up = time.monotonic() > deadline if adds_fact else retries == _MAX_RETRIES
+                if version is not None or give_up:
                     raise _conflict(lost.head) from lost
             retries += 1
             await _pause(min(retries, 5))
@@ -197,13 +198,13 @@ class EntityChanges:
         return await self.change(identity, entity, id_, version, change, deleted=True)
 
 
-async def _pause(times: int) -> None:
-    """Sleeps for a jittered time, about as long as a commit takes, so that the losers of a race do not collide
+async def _pause(commits: int) -> None:
+    """Sleeps for a jittered time, about as long as `commits` commits take, so that the losers of a race do not collide
     again."""
-    await asyncio.sleep(0.01 * times * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
+    await asyncio.sleep(_COMMIT_SECONDS * commits * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
 
-def _done(entity: Entity, committed: Committed) -> Receipt:
+def _receipt(entity: Entity, committed: Committed) -> Receipt:
     return Receipt(entity, committed.state, committed.head, committed.durability, committed.visible)
 
 

@@ -1,7 +1,7 @@
-"""Reads entities from the mirror, and from PostgreSQL what the mirror does not have.
+"""Reads entities from the mirror, or from PostgreSQL if the mirror does not have them.
 
 By id: a warm mirror that has the entity has its current state. A cold mirror may be behind or ahead of PostgreSQL, so
-both are read and the guard decides. A state that the mirror lacks is put back into it.
+both are read and the guard decides. A state that the mirror lacks is written into it.
 
 Lists: the pending entities are read from the mirror first, then the page from PostgreSQL without them; the two are
 merged. A change that is committed in between is therefore found at least once. Without PostgreSQL a list comes from the
@@ -28,7 +28,7 @@ from shared.postgres.states import StoredState
 
 log = structlog.get_logger(__name__)
 
-_BLOCK_SIZE = 200
+_BLOCK_ENTITIES = 200
 _MAX_REPAIRS = 100
 
 
@@ -49,13 +49,13 @@ class FoundState(Struct, frozen=True):
     served_by: str
     """`mirror` or `postgres`, for the header X-Served-By."""
     document: Document | None = None
-    """The mirror's document, which carries the sync state; None when the state comes from PostgreSQL."""
+    """The mirror's document, which has the sync state. None if the state comes from PostgreSQL."""
     conflict: bool = False
-    """PostgreSQL has an open conflict of the entity. For a state from the mirror, `document` says so."""
+    """Whether PostgreSQL has an open conflict of the entity. For a state from the mirror, `document` has this."""
 
     @property
     def sync_state(self) -> SyncState:
-        """An open conflict comes before every other state, because an operator must decide it."""
+        """The sync state. An open conflict hides every other state, because an operator must decide it."""
         known = self.document
         if self.conflict or (known is not None and known.conflict):
             return SyncState.CONFLICT
@@ -84,9 +84,9 @@ class Page(Struct, frozen=True):
     found: list[FoundState]
     """Newest first."""
     more: bool
-    """There is a next page."""
+    """Whether there is a next page."""
     complete: bool
-    """False when PostgreSQL is unavailable and the page covers only the mirror's live window."""
+    """False if PostgreSQL is unavailable, so that the page has only entities of the mirror's live window."""
 
 
 class EntityReads:
@@ -97,7 +97,7 @@ class EntityReads:
         self._repairs: set[asyncio.Task[None]] = set()
 
     async def one(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """The current state of an entity. Raises NotFound, and Unavailable when no store can tell."""
+        """Returns the current state of an entity. Raises NotFound, and Unavailable if no store can answer."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
@@ -118,8 +118,8 @@ class EntityReads:
         raise NotFound(f"no such {entity.name}")
 
     async def base(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """The head that a change is built on. Raises NotFound, and Unavailable without a warm mirror: only a warm
-        mirror knows the head, or that there is none."""
+        """Returns the head that a change is built on. Raises NotFound, and Unavailable without a warm mirror, because
+        only a warm mirror knows whether there is a head, and which."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if not warm:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
@@ -134,8 +134,8 @@ class EntityReads:
         return _from_stored(entity, stored)
 
     async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:
-        """Returns one page of a list. `state`: only entities with this sync state. Raises Unavailable when neither
-        store answers."""
+        """Returns one page of a list. With `state`, it has only entities with this sync state. Raises
+        Unavailable if neither store answers."""
         if state in (SyncState.PENDING, SyncState.FAILED):
             return await self._pending_page(entity, restaurant, selection, state)
         try:
@@ -164,7 +164,7 @@ class EntityReads:
         return self._cut(found, selection, complete=True)
 
     async def drain(self) -> None:
-        """Waits for the repairs of the mirror that are under way."""
+        """Waits until the running repairs of the mirror have ended."""
         await asyncio.gather(*self._repairs, return_exceptions=True)
 
     # -- the two stores ------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class EntityReads:
             return await states.find_state(connection, entity, restaurant, id_)
 
     async def _pending_page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState) -> Page:
-        """A page of pending or failed entities, which only a warm mirror knows. Raises Unavailable."""
+        """Returns a page of pending or failed entities, which only a warm mirror knows. Raises Unavailable."""
         try:
             read_ids = self._mirror.failed_ids if state is SyncState.FAILED else self._mirror.pending_ids
             ids = await read_ids(restaurant, entity.name)
@@ -213,8 +213,8 @@ class EntityReads:
         selection: Selection,
         state: SyncState | None,
     ) -> tuple[list[str], list[FoundState]]:
-        """The pending documents of a cold mirror that are newer than PostgreSQL's states, because a cold mirror may
-        lag. Returns all their ids, and the states that match the selection."""
+        """Finds the pending documents of a cold mirror that are newer than the states in PostgreSQL, because a cold
+        mirror may lag. Returns the ids of all of them, and the states of those that match the selection."""
         try:
             _, documents = await self._mirror.read(restaurant, entity.name, ids)
         except (MirrorUnavailable, MirrorInDoubt):
@@ -231,12 +231,12 @@ class EntityReads:
     async def _matching(
         self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
     ) -> tuple[bool, list[FoundState]]:
-        """Returns (whether the mirror was warm for every read, matching states). `ids`: newest first; reading stops
-        when the page is full."""
+        """Returns (whether the mirror was warm for every read, matching states). `ids` must have the newest first,
+        because reading stops when the page is full."""
         found: list[FoundState] = []
         all_warm = True
-        for start in range(0, len(ids), _BLOCK_SIZE):
-            warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK_SIZE])
+        for start in range(0, len(ids), _BLOCK_ENTITIES):
+            warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK_ENTITIES])
             found += [
                 one
                 for document in documents

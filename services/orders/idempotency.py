@@ -1,7 +1,8 @@
-"""Idempotency: how a repeated request is recognised, so that it makes one order, one payment, one stock move.
+"""Recognises repeated requests, so that a repeat creates no second order, payment or stock move.
 
-The key of a caller gives the id of what is created, so a repeat has the same id: the claim in the mirror refuses it, or
-PostgreSQL has it. `check_replay` then decides whether it is a repeat or another request with a used key.
+The id of a new entity is derived from the caller's key, so a repeat has the same id. The mirror then refuses the second
+claim, or PostgreSQL already has the entity. `check_replay` decides whether the request is a repeat, or another request
+with a used key.
 """
 
 import re
@@ -18,7 +19,7 @@ _KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 
 
 def idempotency_key(request: Call) -> str | None:
-    """The header Idempotency-Key. Raises InvalidInput."""
+    """Returns the header Idempotency-Key, or None without one. Raises InvalidInput."""
     key = request.header(b"idempotency-key")
     if key is not None and not _KEY.match(key):
         raise InvalidInput("must be 1 to 200 visible ASCII characters", field="Idempotency-Key")
@@ -26,15 +27,15 @@ def idempotency_key(request: Call) -> str | None:
 
 
 def id_for(identity: Identity, route: str, key: str | None) -> str:
-    """The id of the entity to create: the same for one key of one caller and route, and random without a key."""
+    """Returns the id of a new entity. It is the same for the same caller, route and key, and random without a key."""
     if key is None:
         return str(uuid4())
     return str(uuid5(_NAMESPACE, f"{identity.tenant}|{identity.user_id}|{identity.session_id or ''}|{route}|{key}"))
 
 
 def check_replay(state: Any, same: Callable[[Any], bool]) -> None:
-    """`state`: what was created with the key. `same`: whether this request would have created it. Raises InvalidInput
-    when the key was used for another request."""
+    """Raises InvalidInput if the key was used for another request. `state` is what was created with the key, and `same`
+    returns whether this request would have created it."""
     if not same(state):
         raise InvalidInput(
             "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"

@@ -1,4 +1,5 @@
-"""The query parameters and replies of lists, with their cursor: an opaque text that names the page's last entity."""
+"""Reads the query parameters of lists and builds their replies. A cursor is an opaque text that names the last entity
+of a page."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,8 +21,8 @@ _COMMON_PARAMETERS = frozenset(ListQuery.__struct_fields__)
 
 
 def selection(query: ListQuery, identity: Identity, **equal: Any) -> Selection:
-    """Parameters that ListQuery does not have are filters: the column of that name must be equal. `equal`: further
-    filters. Raises Forbidden, InvalidInput."""
+    """Returns the selection of a query. Parameters that ListQuery does not have are filters: the column of that name
+    must be equal. `equal` has further filters. Raises Forbidden, InvalidInput."""
     if query.include_deleted and not allowed("deleted.read", identity.role):
         raise Forbidden("only admins may list deleted entities", field="include_deleted")
     for name in query.__struct_fields__:
@@ -41,21 +42,22 @@ def list_reply(
     entity: Entity,
     page: Page,
     query: ListQuery,
-    more: list[dict[str, Any]] | None = None,
+    derived: list[dict[str, Any]] | None = None,
     *,
     names: Iterable[str] = (),
 ) -> Reply:
-    """`more`: further fields of each entity, in the order of the page. `names`: the names of these fields."""
-    chosen = _chosen(entity, query.fields, names)
+    """Returns the reply of a list. `derived` has further fields of each entity in the order of the page, and `names`
+    has the names of these fields."""
+    shown = _shown_fields(entity, query.fields, names)
     rows = [
         state_view(
             one.state,
             one.head,
             sync_of(one),
-            chosen=chosen,
-            **(more[place] if more else {}),
+            shown=shown,
+            **(derived[index] if derived else {}),
         )
-        for place, one in enumerate(page.found)
+        for index, one in enumerate(page.found)
     ]
     return success(
         rows,
@@ -69,10 +71,10 @@ def _after(last: Any) -> str:
     return cursor_after(last.created_at, last.id)
 
 
-def _chosen(entity: Entity, fields: str | None, more: Iterable[str]) -> frozenset[str] | None:
+def _shown_fields(entity: Entity, fields: str | None, derived: Iterable[str]) -> frozenset[str] | None:
     if fields is None:
         return None
-    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *more} - {"request_hash"}
+    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *derived} - {"request_hash"}
     requested = {name.strip() for name in fields.split(",") if name.strip()}
     for name in sorted(requested - known):
         raise InvalidInput(f"unknown field {name!r}; known fields: {', '.join(sorted(known))}", field="fields")

@@ -1,8 +1,8 @@
-"""The menus in memory, from which orders are priced.
+"""Keeps the menus in memory, from which orders are priced.
 
-A menu is loaded from PostgreSQL and the mirror, or from the one that answers; the guard decides for each dish. The
-reference log keeps it up to date. While all backends are unavailable, the last known menu is used. The menu of a new
-restaurant is loaded with its first order.
+A menu is loaded from PostgreSQL and the mirror, or from the one that answers. The guard decides which state of a dish
+is newer. The reference log keeps the menu up to date. While all backends are unavailable, orders are priced from the
+last known menu. The menu of a new restaurant is loaded with its first order.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from shared.restaurants import Restaurant, every_restaurant, find_restaurant
 
 log = structlog.get_logger(__name__)
 
-# The log is read from this long before the load, so that it brings changes that neither store had yet.
+# The log is read from this long before the load, so that it includes changes that neither store had yet.
 _OVERLAP = timedelta(seconds=60)
 
 
@@ -55,7 +55,7 @@ class Menus:
         self.reader = reader
         self._books: dict[str, MenuBook] = {}
         self._loading: dict[str, asyncio.Lock] = {}
-        # Dishes that the log brings while their restaurant's menu is being loaded; the stores may not have had them.
+        # Dishes from the log whose menu is being loaded. The stores may not have had them yet.
         self._arrived_while_loading: dict[str, list[tuple[Head, MenuItem]]] = {}
         self.loop = BackgroundLoop("menus", self._follow)
         self.loaded = False
@@ -67,7 +67,7 @@ class Menus:
         await self.loop.stop()
 
     async def book(self, restaurant_id: str) -> MenuBook:
-        """Raises NotFound when there is no such restaurant, Unavailable when neither store answers."""
+        """Returns the menu of a restaurant. Raises NotFound if there is none, Unavailable if neither store answers."""
         book = self._books.get(restaurant_id)
         if book is None:
             async with self._loading.setdefault(restaurant_id, asyncio.Lock()):
@@ -85,7 +85,7 @@ class Menus:
         return book
 
     def put(self, head: Head, dish: MenuItem) -> None:
-        """Applies a dish that this instance has committed, so that it does not wait for the log."""
+        """Applies a dish that this instance has committed, without waiting for the log."""
         if (book := self._books.get(dish.restaurant_id)) is not None:
             book.put(head, dish)
 
@@ -121,14 +121,14 @@ class Menus:
             return None
 
     async def _load(self, restaurant_id: str) -> MenuBook:
-        # The mirror is read first, so that PostgreSQL has what leaves the mirror in between.
+        # The mirror is read first. A dish that leaves the mirror in between is then found in PostgreSQL.
         mirror_restaurant, dishes, warm = await self._from_mirror(restaurant_id)
         try:
             async with self._postgres.tenant(restaurant_id) as connection:
                 restaurant = await find_restaurant(connection, restaurant_id)
                 stored = await states.list_states(connection, menu_item.ENTITY, restaurant_id)
         except UNAVAILABLE as error:
-            if not warm or mirror_restaurant is None:  # a cold mirror may hold half a menu, which would then stay
+            if not warm or mirror_restaurant is None:  # a cold mirror may have only a part of the menu
                 raise Unavailable("the menu cannot be loaded now", retry_after=2.0) from error
             restaurant, stored = mirror_restaurant, []
         if restaurant is None:

@@ -1,5 +1,5 @@
-"""The commands on orders: place, update, delete, restore, pay. Each builds the new state by the rules;
-entity_changes.py commits it."""
+"""The commands on orders: place, update, delete, restore, record again, pay. Each command builds the new state by the
+rules, and entity_changes.py commits it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from shared.security.tokens import Identity, Role
 
 _ENTITY = orders.ENTITY
 _MAX_PAYMENTS = 1_000
-_MAX_PAID = 10**12  # minor units
+_MAX_PAID_MINOR_UNITS = 10**12
 
 
 class OrderCommands:
@@ -42,7 +42,7 @@ class OrderCommands:
         self._menus = menus
 
     async def place(self, identity: Identity, requested: PlaceOrder, key: str | None) -> Receipt:
-        """Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
+        """Places an order. Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
         session = _session(identity, requested)
         id_ = id_for(identity, "POST /api/orders", key)
         request_hash = None if key is None else hashlib.sha256(encode(requested)).hexdigest()
@@ -60,7 +60,8 @@ class OrderCommands:
             raise _out_of_stock(error, requested, book) from error
 
     async def update(self, identity: Identity, id_: str, requested: UpdateOrder, version: int | None) -> Receipt:
-        """Raises NotFound, Conflict (with the allowed statuses, or the head version), InvalidInput, Unavailable."""
+        """Changes an order. Raises NotFound, Conflict (with the allowed statuses, or the head version), InvalidInput,
+        Unavailable."""
         book = await self._menus.book(identity.tenant)
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
@@ -92,11 +93,11 @@ class OrderCommands:
             return await self._changes.change(identity, _ENTITY, id_, version, change, deleted=True)
         except OutOfStock as error:
             raise Conflict(
-                "the stock that the order needs has been sold", code="out_of_stock", items=_left(error)
+                "the stock that the order needs has been sold", code="out_of_stock", items=_available_amounts(error)
             ) from error
 
-    async def send_again(self, identity: Identity, found: FoundState) -> Receipt:
-        """Records the current state again as a new change. Raises Conflict when it has changed since."""
+    async def record_again(self, identity: Identity, found: FoundState) -> Receipt:
+        """Records the current state as a new change. Raises Conflict if the order has changed since it was read."""
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             return "updated", msgspec.structs.replace(order, updated_at=at)
@@ -105,8 +106,8 @@ class OrderCommands:
         return await self._changes.change(identity, _ENTITY, id_, found.head.version, change, deleted=True)
 
     async def pay(self, identity: Identity, id_: str, requested: RecordPayment) -> tuple[Receipt, Payment]:
-        """Records a payment, or a refund (a negative amount). Concurrent payments all count; a repeat with the same id
-        counts once. Raises NotFound, Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
+        """Records a payment, or a refund (a negative amount). All concurrent payments count, and a repeat with the same
+        id counts once. Raises NotFound, Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
         if requested.amount == 0:
             raise InvalidInput("must not be 0", field="amount", code="invalid_input")
         payment_id = str(requested.id or uuid4())
@@ -122,19 +123,19 @@ class OrderCommands:
                     raise Conflict("this id was used for another payment", code="payment_id_reused", field="id")
                 return "payment_recorded", order
             _check_payment(order, requested)
-            made = Payment(
+            payment = Payment(
                 id=payment_id,
                 amount=requested.amount,
                 method=requested.method,
                 created_at=at,
                 reference=requested.reference,
             )
-            payments = (*order.payments, made)
+            payments = (*order.payments, payment)
             return "payment_recorded", msgspec.structs.replace(
                 order, payments=payments, payment_status=payment_status(payments, order.total), updated_at=at
             )
 
-        receipt = await self._changes.change(identity, _ENTITY, id_, None, change, adds=True)
+        receipt = await self._changes.change(identity, _ENTITY, id_, None, change, adds_fact=True)
         return receipt, next(one for one in receipt.state.payments if one.id == payment_id)
 
 
@@ -149,39 +150,39 @@ def _check_payment(order: Order, requested: RecordPayment) -> None:
         )
     if requested.amount > 0 and order.status is OrderStatus.CANCELLED:
         raise Conflict("a cancelled order cannot be paid", code="order_cancelled", field="amount")
-    if len(order.payments) >= _MAX_PAYMENTS or paid + requested.amount > _MAX_PAID:
+    if len(order.payments) >= _MAX_PAYMENTS or paid + requested.amount > _MAX_PAID_MINOR_UNITS:
         raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
 
 
 def _out_of_stock(error: OutOfStock, requested: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
-    """A Conflict with the available amounts and the requested items that need them."""
+    """Returns a Conflict with the available amounts and the requested items that need them."""
     items = requested.items if requested.items is not UNSET else []
     short = {id_ for id_, _ in error.left}
-    places = [place for place, item in enumerate(items) if short & _needs(item.menu_item_id, book.menu)]
-    names = dict.fromkeys(book.menu[str(items[place].menu_item_id)].name for place in places)
-    place = places[0] if places else 0
+    indexes = [index for index, item in enumerate(items) if short & _consumed_by(item.menu_item_id, book.menu)]
+    names = dict.fromkeys(book.menu[str(items[index].menu_item_id)].name for index in indexes)
+    first = indexes[0] if indexes else 0
     return Conflict(
         f"not enough stock for {', '.join(names)}" if names else "not enough stock",
         code="out_of_stock",
-        field=f"items[{place}].quantity",
+        field=f"items[{first}].quantity",
         items=[
-            {**one, "menu_item_ids": sorted(_dishes_of(one["inventory_item_id"], book.menu, items))}
-            for one in _left(error)
+            {**one, "menu_item_ids": sorted(_dishes_that_consume(one["inventory_item_id"], book.menu, items))}
+            for one in _available_amounts(error)
         ],
     )
 
 
-def _left(error: OutOfStock) -> list[dict[str, Any]]:
+def _available_amounts(error: OutOfStock) -> list[dict[str, Any]]:
     return [{"inventory_item_id": id_, "available": left} for id_, left in error.left]
 
 
-def _needs(dish_id: UUID, menu: Mapping[str, MenuItem]) -> set[str]:
+def _consumed_by(dish_id: UUID, menu: Mapping[str, MenuItem]) -> set[str]:
     dish = menu.get(str(dish_id))
     return {one.inventory_item_id for one in dish.consumes} if dish is not None else set()
 
 
-def _dishes_of(inventory_item: str, menu: Mapping[str, MenuItem], items: Any) -> set[str]:
-    return {str(item.menu_item_id) for item in items if inventory_item in _needs(item.menu_item_id, menu)}
+def _dishes_that_consume(inventory_item: str, menu: Mapping[str, MenuItem], items: Any) -> set[str]:
+    return {str(item.menu_item_id) for item in items if inventory_item in _consumed_by(item.menu_item_id, menu)}
 
 
 def _session(identity: Identity, requested: PlaceOrder) -> str | None:

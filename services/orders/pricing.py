@@ -1,5 +1,5 @@
-"""The price of an order and the stock that it holds, as pure functions. Prices come from the menu, never from the
-client."""
+"""Computes the price of an order and the stock that it holds, with pure functions. Prices come from the menu, never
+from the client."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from shared.errors import InvalidInput
 
 
 class Totals(Struct, frozen=True):
-    """In minor units of the currency."""
+    """Amounts in minor units of the currency."""
 
     subtotal: int
     tax_amount: int
@@ -23,21 +23,22 @@ class Totals(Struct, frozen=True):
 
 
 def tax(subtotal: int, basis_points: int) -> int:
-    """Minor units, rounded half up once per order."""
+    """Returns the tax in minor units, rounded half up once per order."""
     return (subtotal * basis_points + 5_000) // 10_000
 
 
 def priced_items(requested: Sequence[RequestedItem], menu: Mapping[str, MenuItem]) -> tuple[OrderItem, ...]:
-    """Raises InvalidInput with the field of an item or choice that is unknown or unavailable."""
+    """Returns the items with names and prices from the menu. Raises InvalidInput with the field of an item or choice
+    that is unknown or unavailable."""
     items = []
-    for place, item in enumerate(requested):
+    for index, item in enumerate(requested):
         dish = menu.get(str(item.menu_item_id))
-        field = f"items[{place}].menu_item_id"
+        field = f"items[{index}].menu_item_id"
         if dish is None or dish.deleted_at is not None:
             raise InvalidInput("the menu has no such dish", field=field, code="unknown_menu_item")
         if not dish.is_available:
             raise InvalidInput(f"{dish.name} is not available now", field=field, code="menu_item_unavailable")
-        chosen = _chosen(item.customizations, dish, f"items[{place}].customizations")
+        chosen = _chosen(item.customizations, dish, f"items[{index}].customizations")
         price = dish.price + sum(choice.price for choice in chosen)
         items.append(
             OrderItem(
@@ -58,19 +59,19 @@ def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: 
         return ()
     groups = {group.name: {option.name: option for option in group.options} for group in dish.customizations}
     chosen = []
-    for place, one in enumerate(requested):
+    for index, one in enumerate(requested):
         options = groups.get(one.name)
         if options is None:
             raise InvalidInput(
                 f"{dish.name} has no customization {one.name!r}",
-                field=f"{field}[{place}].name",
+                field=f"{field}[{index}].name",
                 code="unknown_customization",
             )
         option = options.get(one.option)
         if option is None or not option.is_available:
             raise InvalidInput(
                 f"{one.name} of {dish.name} cannot be {one.option!r}",
-                field=f"{field}[{place}].option",
+                field=f"{field}[{index}].option",
                 code="unknown_customization" if option is None else "option_unavailable",
             )
         chosen.append(Customization(one.name, one.option, option.price))
@@ -94,8 +95,8 @@ def holds(
     before: Sequence[StockHold] = (),
     at: datetime | None = None,
 ) -> tuple[StockHold, ...]:
-    """The stock that the items hold. A hold of `before` stays as far as it is still needed; a further need becomes a
-    new hold at `at`."""
+    """Returns the stock that the items hold. A hold in `before` keeps the quantity that is still needed. A further need
+    becomes a new hold at `at`."""
     needed: Counter[str] = Counter()
     for item in items:
         dish = menu.get(item.menu_item_id)
@@ -111,10 +112,10 @@ def holds(
 
 
 def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount: int, deposit: int) -> Totals:
-    """total = subtotal + tax + tip - discount - deposit, at least 0. Raises InvalidInput for a discount above the
-    subtotal and for a subtotal above 10^11 minor units."""
+    """Returns the totals: total = subtotal + tax + tip - discount - deposit, but at least 0. Raises InvalidInput for a
+    discount above the subtotal and for a subtotal above 10^11 minor units."""
     subtotal = sum(item.line_total for item in items)
-    if subtotal > _MAX_SUBTOTAL:
+    if subtotal > _MAX_SUBTOTAL_MINOR_UNITS:
         raise InvalidInput("the order is too large", field="items", code="order_too_large")
     if discount > subtotal:
         raise InvalidInput(
@@ -126,5 +127,5 @@ def totals(items: Sequence[OrderItem], *, basis_points: int, tip: int, discount:
     return Totals(subtotal, tax_amount, max(0, subtotal + tax_amount + tip - discount - deposit))
 
 
-# In minor units: a tenth of the largest amount of the contract, so that subtotal, tax and tip together stay below it.
-_MAX_SUBTOTAL = 10**11
+# A tenth of the largest amount of the contract, so that the sum of subtotal, tax and tip stays below it.
+_MAX_SUBTOTAL_MINOR_UNITS = 10**11

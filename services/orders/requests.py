@@ -1,5 +1,5 @@
-"""Request bodies and queries. Unknown fields are refused; money is in minor units (integers); fields that are absent in
-a change keep their values."""
+"""Request bodies and queries. Unknown fields are refused. Money is an integer in minor units. In a change, absent
+fields keep their values."""
 
 from datetime import date
 from typing import Annotated
@@ -37,7 +37,7 @@ class RequestedItem(Struct, forbid_unknown_fields=True, frozen=True):
     customizations: Annotated[list[RequestedCustomization], Meta(max_length=50)] = []
 
 
-# In minor units: far above any tip, and small enough that every sum stays within the contract.
+# In minor units. The limit is far above any tip, and low enough that every sum stays within the contract.
 Charge = Annotated[int, Meta(ge=0, le=10**11)]
 Items = Annotated[list[RequestedItem], Meta(min_length=1, max_length=1_000)]
 
@@ -78,7 +78,7 @@ class OrdersQuery(ListQuery, kw_only=True):
 
 
 class DaysQuery(Request, rename={"from_": "from"}):
-    """Business days, by default the last thirty."""
+    """A range of business days, by default the last thirty."""
 
     from_: date | None = None
     to: date | None = None
@@ -225,7 +225,7 @@ class CreateJob(Request):
 
 
 class UpdateJob(Request):
-    """`position`: the place in the bay's queue; 1 is next."""
+    """`position` is the position in the bay's queue. The next job has position 1."""
 
     bay_id: UUID | UnsetType = UNSET
     title: Label | UnsetType = UNSET
@@ -248,7 +248,7 @@ class JobsQuery(ListQuery, kw_only=True):
 
 
 class CreateCustomer(Request):
-    """`phone`: in E.164 format, or as dialled in the restaurant's country."""
+    """`phone` is in E.164 format, or as it is dialled in the restaurant's country."""
 
     name: Label
     phone: Label | None = None
@@ -284,7 +284,7 @@ class CreateInventoryItem(Request):
 
 
 class UpdateInventoryItem(Request):
-    """`quantity`: the amount counted now, after the orders placed before."""
+    """`quantity` is the amount that was counted now, after all earlier orders took their part."""
 
     name: Label | UnsetType = UNSET
     quantity: Count | UnsetType = UNSET
@@ -293,7 +293,8 @@ class UpdateInventoryItem(Request):
 
 
 class MoveStock(Request):
-    """A delivery, or a loss (negative). A move with the same `id` is recorded once, however often it is sent."""
+    """A delivery, or a loss with a negative quantity. A move with the same `id` is recorded once, however often it is
+    sent."""
 
     quantity: StockQuantity
     id: UUID | None = None

@@ -1,5 +1,5 @@
-"""Declares each entity of the back office; `routes/entities.py` creates the routes from the declarations. The rules of
-an entity are pure functions; `prepare` reads the data that they need."""
+"""Declares each entity of the back office. `routes/entities.py` creates the routes from the declarations. The rules of
+an entity are pure functions, and `prepare` reads the data that they need."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -24,9 +24,12 @@ Fields = dict[str, Any]
 
 
 class Context(Struct, frozen=True):
+    """What the rules of an entity know besides the fields and the state."""
+
     restaurant: Restaurant
     at: datetime
     prepared: Any = None
+    """The result of `Resource.prepare`."""
 
 
 def _as_requested(fields: Fields, _: Context) -> Fields:
@@ -37,11 +40,11 @@ def _changed_as_requested(state: Any, fields: Fields, _: Context) -> tuple[str, 
     return "updated", fields
 
 
-async def _nothing(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
+async def _prepare_nothing(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: Any | None) -> Any:
     return None
 
 
-async def _no_more(
+async def _no_derived_fields(
     figures: DerivedFigures, restaurant: Restaurant, identity: Identity, states: list[Any]
 ) -> list[Fields]:
     return [{} for _ in states]
@@ -60,28 +63,28 @@ class Resource(Struct, frozen=True, kw_only=True):
     example: Fields = field(default_factory=dict)
     normalize_query: Callable[[Any, Restaurant], Any] = lambda query, _: query
     """Converts the values of a query into the form of the states. Raises InvalidInput."""
-    prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _nothing
+    prepare: Callable[[DerivedFigures, Restaurant, Fields, Any | None], Awaitable[Any]] = _prepare_nothing
     """Reads the data that the rules need (`Context.prepared`). Raises InvalidInput."""
-    made: Callable[[Fields, Context], Fields] = _as_requested
+    new_fields: Callable[[Fields, Context], Fields] = _as_requested
     """Returns the fields of a new entity. Raises InvalidInput."""
-    changed: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_requested
+    changed_fields: Callable[[Any, Fields, Context], tuple[str, Fields]] = _changed_as_requested
     """Returns (event, changed fields). Raises InvalidInput, Conflict."""
-    more: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_more
-    """Returns the derived fields that the caller sees with each state."""
-    more_types: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[DerivedFigures, Restaurant, Identity, list[Any]], Awaitable[list[Fields]]] = _no_derived_fields
+    """Returns the derived fields of each state, which the caller sees with it."""
+    derived_types: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id_name(self) -> str:
         return f"{self.entity.name}_id"
 
     def new(self, id_: str, fields: Fields, context: Context) -> Any:
-        made = self.made(fields, context)
+        made = self.new_fields(fields, context)
         at, restaurant = context.at, context.restaurant.id
-        plain = {"id": id_, "restaurant_id": restaurant, "created_at": at, "updated_at": at, **made}
-        return _checked(self.entity, plain)
+        values = {"id": id_, "restaurant_id": restaurant, "created_at": at, "updated_at": at, **made}
+        return _checked(self.entity, values)
 
     def after(self, state: Any, fields: Fields, context: Context) -> tuple[str, Any]:
-        event, changed = self.changed(state, fields, context)
+        event, changed = self.changed_fields(state, fields, context)
         # The states are compared, because a request's values have other types than equal values of a state.
         after = _checked(self.entity, {**msgspec.structs.asdict(state), **changed})
         return event, state if after == state else msgspec.structs.replace(after, updated_at=context.at)
@@ -97,26 +100,26 @@ def _checked(entity: Entity, fields: Fields) -> Any:
 def _check_dish(fields: Fields) -> Fields:
     groups = fields.get("customizations") or ()
     seen: set[str] = set()
-    for place, group in enumerate(groups):
-        where = f"customizations[{place}]"
+    for index, group in enumerate(groups):
+        field_name = f"customizations[{index}]"
         if group.name in seen:
-            raise InvalidInput(f"two groups have the name {group.name!r}", field=f"{where}.name")
+            raise InvalidInput(f"two groups have the name {group.name!r}", field=f"{field_name}.name")
         seen.add(group.name)
         if group.min_choices > group.max_choices:
-            raise InvalidInput("min_choices is larger than max_choices", field=f"{where}.min_choices")
+            raise InvalidInput("min_choices is larger than max_choices", field=f"{field_name}.min_choices")
         names = [option.name for option in group.options]
         if len(set(names)) < len(names):
-            raise InvalidInput("two options have the same name", field=f"{where}.options")
+            raise InvalidInput("two options have the same name", field=f"{field_name}.options")
     needed = [str(one.inventory_item_id) for one in fields.get("consumes") or ()]
     if len(set(needed)) < len(needed):
         raise InvalidInput("names one inventory item twice", field="consumes")
     return fields
 
 
-async def _know_stock(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
-    for place, one in enumerate(fields.get("consumes") or ()):
+async def _check_consumed_items(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, _: Any | None) -> None:
+    for index, one in enumerate(fields.get("consumes") or ()):
         await figures.must_exist(
-            inventory_item.ENTITY, restaurant.id, str(one.inventory_item_id), f"consumes[{place}].inventory_item_id"
+            inventory_item.ENTITY, restaurant.id, str(one.inventory_item_id), f"consumes[{index}].inventory_item_id"
         )
 
 
@@ -126,10 +129,12 @@ async def _know_stock(figures: DerivedFigures, restaurant: Restaurant, fields: F
 class _Queue(Struct, frozen=True):
     bay_open: bool
     queued: list[BayJob]
-    """The other queued jobs of the bay; the next one is first."""
+    """The other queued jobs of the bay, the next one first."""
 
 
-async def _know_bay(figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None) -> _Queue:
+async def _read_bay_queue(
+    figures: DerivedFigures, restaurant: Restaurant, fields: Fields, state: BayJob | None
+) -> _Queue:
     requested = fields.get("bay_id")
     bay_id = str(requested) if requested is not None else state.bay_id if state is not None else ""
     try:
@@ -148,18 +153,21 @@ async def _know_bay(figures: DerivedFigures, restaurant: Restaurant, fields: Fie
     return _Queue(found is None or (found.is_open and found.deleted_at is None), queued)
 
 
-def _in_time(fields: Fields) -> Fields:
+def _check_scheduled_time(fields: Fields) -> Fields:
     if (at := fields.get("scheduled_at")) and not in_range(at):
         raise InvalidInput("must be a time between 1970 and 2200", field="scheduled_at")
     return fields
 
 
 def _new_job(fields: Fields, context: Context) -> Fields:
-    return {**_in_time(fields), "place": job.place_at(fields.get("scheduled_at") or context.at, context.at)}
+    return {
+        **_check_scheduled_time(fields),
+        "place": job.place_at(fields.get("scheduled_at") or context.at, context.at),
+    }
 
 
 def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, Fields]:
-    found: Fields = dict(_in_time(fields))
+    found: Fields = dict(_check_scheduled_time(fields))
     position = found.pop("position", None)
     event = "updated"
     stage = found.get("stage", state.stage)
@@ -185,14 +193,14 @@ def _changed_job(state: BayJob, fields: Fields, context: Context) -> tuple[str, 
     if position is not None:
         if stage is not JobStage.QUEUED:
             raise Conflict(f"a job that is {stage} has no position in the queue", code="not_queued", field="position")
-        found["place"] = _place(context.prepared.queued, position, state)
+        found["place"] = _sort_key(context.prepared.queued, position, state)
     elif found.get("scheduled_at") not in (None, state.scheduled_at):
         found["place"] = job.place_at(found["scheduled_at"], state.created_at)
     return event, found
 
 
-def _place(queued: list[BayJob], position: int, state: BayJob) -> str:
-    """Returns the sort key between the neighbours at this position. `queued`: the other jobs."""
+def _sort_key(queued: list[BayJob], position: int, state: BayJob) -> str:
+    """Returns a sort key between the neighbours at `position`. `queued` has the other jobs."""
     before = queued[: position - 1][-1:]
     after = queued[position - 1 :][:1]
     if before and after:
@@ -206,18 +214,18 @@ def _place(queued: list[BayJob], position: int, state: BayJob) -> str:
 # -- customers and stock -----------------------------------------------------------------------------------------
 
 
-def _customer(fields: Fields, context: Context) -> Fields:
+def _with_e164_phone(fields: Fields, context: Context) -> Fields:
     if fields.get("phone") is not None:
         return {**fields, "phone": e164(fields["phone"], context.restaurant.settings.country)}
     return fields
 
 
-_E164_LENGTH = 16  # with the plus
+_MAX_E164_CHARS = 16  # including the plus
 
 
 def e164(text: str, country: str | None) -> str:
-    """Returns the number in E.164 format. `country`: ISO 3166 code for numbers without a country code. Raises
-    InvalidInput."""
+    """Returns the number in E.164 format. `country` is the ISO 3166 code for numbers without a country code.
+    Raises InvalidInput."""
     try:
         found = phonenumbers.parse(text, country)
     except phonenumbers.NumberParseException as error:
@@ -226,14 +234,14 @@ def e164(text: str, country: str | None) -> str:
             message = "must begin with + and the country code"
         raise InvalidInput(message, field="phone", code="invalid_phone") from error
     number = phonenumbers.format_number(found, phonenumbers.PhoneNumberFormat.E164)
-    # Numbers that work only within their town count as possible too, but reach another subscriber from abroad.
+    # phonenumbers also accepts numbers that work only within one town. From abroad they reach another subscriber.
     possible = phonenumbers.is_possible_number_with_reason(found) == phonenumbers.ValidationResult.IS_POSSIBLE
-    if not possible or len(number) > _E164_LENGTH:
+    if not possible or len(number) > _MAX_E164_CHARS:
         raise InvalidInput("not a possible phone number", field="phone", code="invalid_phone")
     return number
 
 
-def _requested_customers(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
+def _with_e164_query(query: requests.CustomersQuery, restaurant: Restaurant) -> requests.CustomersQuery:
     if query.phone is None:
         return query
     # An unescaped plus in a query means a space.
@@ -241,7 +249,7 @@ def _requested_customers(query: requests.CustomersQuery, restaurant: Restaurant)
     return msgspec.structs.replace(query, phone=e164(text, restaurant.settings.country))
 
 
-def _counted(fields: Fields, context: Context) -> Fields:
+def _with_count_time(fields: Fields, context: Context) -> Fields:
     return {**fields, "counted_at": context.at} if "quantity" in fields else fields
 
 
@@ -288,9 +296,9 @@ RESOURCES = (
                 }
             ],
         },
-        prepare=_know_stock,
-        made=lambda fields, _: _check_dish(fields),
-        changed=lambda _, fields, __: ("updated", _check_dish(fields)),
+        prepare=_check_consumed_items,
+        new_fields=lambda fields, _: _check_dish(fields),
+        changed_fields=lambda _, fields, __: ("updated", _check_dish(fields)),
     ),
     Resource(
         entity=table.ENTITY,
@@ -302,8 +310,8 @@ RESOURCES = (
         update=requests.UpdateTable,
         query=requests.TablesQuery,
         example={"label": "Window 4", "seats": 4},
-        more=lambda figures, restaurant, identity, states: figures.orders_at(restaurant.id, identity, states),
-        more_types={"current_orders": list[OrderAtTable]},
+        derive=lambda figures, restaurant, identity, states: figures.orders_at(restaurant.id, identity, states),
+        derived_types={"current_orders": list[OrderAtTable]},
     ),
     Resource(
         entity=bay.ENTITY,
@@ -326,11 +334,11 @@ RESOURCES = (
         update=requests.UpdateJob,
         query=requests.JobsQuery,
         example={"bay_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e", "title": "Wash and dry", "expected_minutes": 20},
-        prepare=_know_bay,
-        made=_new_job,
-        changed=_changed_job,
-        more=lambda figures, restaurant, _, states: figures.positions(restaurant.id, states),
-        more_types={"position": int | None},
+        prepare=_read_bay_queue,
+        new_fields=_new_job,
+        changed_fields=_changed_job,
+        derive=lambda figures, restaurant, _, states: figures.positions(restaurant.id, states),
+        derived_types={"position": int | None},
     ),
     Resource(
         entity=customer.ENTITY,
@@ -341,12 +349,12 @@ RESOURCES = (
         create=requests.CreateCustomer,
         update=requests.UpdateCustomer,
         query=requests.CustomersQuery,
-        normalize_query=_requested_customers,
+        normalize_query=_with_e164_query,
         example={"name": "Ada", "phone": "+4930123456"},
-        made=_customer,
-        changed=lambda _, fields, context: ("updated", _customer(fields, context)),
-        more=lambda figures, restaurant, _, states: figures.totals(restaurant, states),
-        more_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
+        new_fields=_with_e164_phone,
+        changed_fields=lambda _, fields, context: ("updated", _with_e164_phone(fields, context)),
+        derive=lambda figures, restaurant, _, states: figures.totals(restaurant, states),
+        derived_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
     ),
     Resource(
         entity=inventory_item.ENTITY,
@@ -357,9 +365,9 @@ RESOURCES = (
         create=requests.CreateInventoryItem,
         update=requests.UpdateInventoryItem,
         example={"name": "Pizza dough", "quantity": 40, "unit": "piece", "low_at": 10},
-        made=_counted,
-        changed=lambda _, fields, context: ("updated", _counted(fields, context)),
-        more=lambda figures, restaurant, _, states: figures.available(restaurant.id, states),
-        more_types={"available": int | None, "held": int | None, "low": bool | None},
+        new_fields=_with_count_time,
+        changed_fields=lambda _, fields, context: ("updated", _with_count_time(fields, context)),
+        derive=lambda figures, restaurant, _, states: figures.available(restaurant.id, states),
+        derived_types={"available": int | None, "held": int | None, "low": bool | None},
     ),
 )

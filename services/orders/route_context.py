@@ -1,4 +1,4 @@
-"""What the routes need to serve a request, and the replies that several routes share."""
+"""Holds what the routes need to serve a request, and builds the replies that several routes share."""
 
 from typing import Any
 
@@ -38,7 +38,8 @@ def context_of(request: Call) -> RouteContext:
 
 
 def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
-    """The reply to a write, with version, visibility and durability. `more`: derived fields, perhaps `sync`."""
+    """Returns the reply to a write, with version, visibility and durability. `more` has derived fields, and `sync` if
+    it is known."""
     headers = {"ETag": f'"{receipt.head.version}"'}
     sync = more.pop("sync", PENDING)
     more["visible"] = receipt.visible
@@ -51,7 +52,7 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
 
 
 def found_reply(found: FoundState, known: str | None, **more: Any) -> Reply:
-    """304 when `known`, the request's If-None-Match, is the current version. `more`: derived fields."""
+    """Returns the reply to a read: 304 if the current version is `known` (If-None-Match). `more` has derived fields."""
     headers = {"ETag": f'"{found.head.version}"', "X-Served-By": found.served_by}
     if known == headers["ETag"]:
         return Reply(b"", status=304, headers=headers)

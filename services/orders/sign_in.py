@@ -1,8 +1,8 @@
 """Sign-in: passwords, sessions with rotating refresh tokens, and tokens for guests at a table.
 
 An unknown email and a wrong password get the same reply after the same work, so that a reply does not reveal which
-accounts exist. Attempts are limited for each account and each address. A refresh token is used once; a second use means
-that it was stolen, and ends the session.
+accounts exist. Attempts are limited for each account and each address. A refresh token is valid once. A second use
+means that it was stolen, and ends the session.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class SignInSession(Struct, frozen=True):
     access_token: str
     refresh_token: str
     expires_in: int
-    """Seconds."""
+    """The lifetime of the access token in seconds."""
     user: User
     token_type: str = "Bearer"  # noqa: S105
 
@@ -71,7 +71,7 @@ class SignIn:
     async def register(
         self, restaurant: Restaurant, email: str, name: str, password: str, address: str
     ) -> SignInSession:
-        """Raises Conflict, InvalidInput, TooManyRequests."""
+        """Registers a restaurant and its first admin. Raises Conflict, InvalidInput, TooManyRequests."""
         await self._count(self._by_address, counted_as(address))
         if restaurant.time_zone not in await asyncio.to_thread(_time_zones):
             raise InvalidInput("not a known time zone; an example is Europe/Berlin", field="time_zone")
@@ -84,28 +84,28 @@ class SignIn:
         return self._session(user, token)
 
     async def count_user(self, address: str) -> None:
-        """Call it before a user is created, or gets another email or password: hashing is expensive, and the reply
-        tells whether an email is taken. Raises TooManyRequests."""
+        """Counts an attempt to create a user, or to change an email or password. Raises TooManyRequests. Such attempts
+        are limited, because hashing is expensive and the reply reveals whether an email is in use."""
         await self._count(self._by_address, f"users:{counted_as(address)}")
 
     async def login(self, email: str, password: str, address: str) -> SignInSession:
-        """Raises Unauthenticated, TooManyRequests."""
+        """Signs a user in. Raises Unauthenticated, TooManyRequests."""
         await self._count(self._by_address, counted_as(address))
         await self._count(self._by_account, hashlib.sha256(plain_email(email).encode()).hexdigest()[:32])
         found = await self._accounts.by_email(email)
-        known = found[1] if found is not None and found[1] else None
-        fits = await self._fits(known or self._unknown_account_hash, password)
-        if found is None or known is None or not fits:
+        stored_hash = found[1] if found is not None and found[1] else None
+        matches = await self._matches(stored_hash or self._unknown_account_hash, password)
+        if found is None or stored_hash is None or not matches:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         token, ttl = secrets.token_urlsafe(32), self._settings.refresh_token_ttl_seconds
-        if not await self._accounts.begin_session(_digest(token), found[0].id, known, ttl):
-            # The password was changed, or the user was deactivated, after the lookup.
+        if not await self._accounts.begin_session(_digest(token), found[0].id, stored_hash, ttl):
+            # The password was changed or the user was deactivated after the lookup.
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         return self._session(found[0], token)
 
     async def refresh(self, token: str) -> SignInSession:
-        """New tokens for a refresh token, which is used up. Raises Unauthenticated; a token that was used before ends
-        its session."""
+        """Returns new tokens for a refresh token, which is then no longer valid. Raises Unauthenticated. A token that
+        was used before ends its session."""
         new = secrets.token_urlsafe(32)
         rotated = await self._accounts.rotate_session(
             _digest(token), _digest(new), self._settings.refresh_token_ttl_seconds
@@ -119,7 +119,7 @@ class SignIn:
         await self._accounts.end_session(_digest(token))
 
     async def at_table(self, slug: str, table_id: str, address: str) -> TableSession:
-        """A token for a guest of one table. Raises NotFound, TooManyRequests."""
+        """Returns a token for a guest at one table. Raises NotFound, TooManyRequests."""
         await self._count(self._by_address, f"table:{counted_as(address)}")
         restaurant = await self._accounts.restaurant_called(slug)
         if restaurant is None:
@@ -133,9 +133,9 @@ class SignIn:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    async def _fits(self, known: str, password: str) -> bool:
+    async def _matches(self, stored_hash: str, password: str) -> bool:
         async with self._hashing:
-            return await asyncio.to_thread(fits, known, password)
+            return await asyncio.to_thread(fits, stored_hash, password)
 
     async def _count(self, bucket: TokenBucket, caller: str) -> None:
         wait, _ = await bucket.take(caller)
@@ -151,7 +151,7 @@ class SignIn:
 
 @cache
 def _time_zones() -> frozenset[str]:
-    """Reads hundreds of files, so call it in a thread."""
+    """Returns the names of all time zones. It reads hundreds of files, so call it in a thread."""
     return frozenset(available_timezones())
 
 

@@ -1,4 +1,4 @@
-"""The JSON that clients see of an entity: its state, its version and its sync state.
+"""Builds the JSON that clients see of an entity: its state, its version and its sync state.
 
 {...state..., "version": 3, "sync": {"state": "pending" | "synced" | "failed" | "conflict", ...}}
 """
@@ -19,7 +19,7 @@ PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
 def sync_of(found: FoundState) -> dict[str, Any]:
-    """`state`, and for a failed change `error`, `attempts` and `last_attempt`."""
+    """Returns `state`, and for a failed change also `error`, `attempts` and `last_attempt`."""
     state = found.sync_state
     if state is SyncState.FAILED and found.document is not None:
         return {"state": state, **msgspec.json.decode(found.document.failure)}
@@ -27,12 +27,12 @@ def sync_of(found: FoundState) -> dict[str, Any]:
 
 
 def state_view(
-    state: bytes, head: Head, sync: dict[str, Any], *, chosen: frozenset[str] | None = None, **more: Any
+    state: bytes, head: Head, sync: dict[str, Any], *, shown: frozenset[str] | None = None, **more: Any
 ) -> Raw:
-    """`state`: encoded JSON, which is not decoded unless `chosen` names the only fields to show. `more`: further
-    fields."""
+    """Returns the JSON of an entity. `state` is encoded, and is decoded only if `shown` names the fields to show.
+    `more` has further fields."""
     extra = {"version": head.version, "sync": sync, **more}
-    if chosen is not None:
+    if shown is not None:
         found = {**msgspec.json.decode(state), **extra}
-        return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in chosen}))
+        return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in shown}))
     return Raw(_REQUEST_HASH.sub(b"", state, count=1)[:-1] + b"," + msgspec.json.encode(extra)[1:])

@@ -214,7 +214,7 @@ async def test_fields_select_what_is_returned(restaurant: RestaurantRig, bay: st
     nothing = {"created_to": "1999-01-01T00:00:00Z"}
     async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
-        requested = [field, "version", *resource.more_types]
+        requested = [field, "version", *resource.derived_types]
         listed = expect(await admin.get(resource.path, params={"fields": ", ".join(requested), "limit": 1}))
         assert listed == [{"id": one["id"], **{name: one[name] for name in requested}}]
         # The names are checked even if the list is empty.

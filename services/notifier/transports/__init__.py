@@ -1,4 +1,4 @@
-"""The push transports, one file each. To add one, add its file and its line here."""
+"""The push transports, each in its own file. To add a transport, add its file and a line to TRANSPORTS."""
 
 from services.notifier.transports import sse
 from shared.http.openapi import Api

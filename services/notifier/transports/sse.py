@@ -1,9 +1,9 @@
 """Server-sent events: `GET /api/v1/sync/events`.
 
 The first event is `connected`, keep-alives are comments, and the id of an event is its cursor. The stream is raw ASGI
-below Litestar's route, without a generator, task group, timer or second task per client: the server's own future tells
-when the client disconnects. Everything that waits for a client goes out in one write. The buffer of a client that does
-not read fills up, and the hub disconnects it.
+below Litestar's route, without a generator, task group, timer or second task per client: a future of
+the server shows that the client has disconnected. Everything that waits for a client goes out in one write. If a client
+does not read, its buffer fills up and the hub disconnects it.
 
 The stream ends when the client disconnects, when the hub ends it, and at shutdown. The client's reconnect
 (`Last-Event-ID`) then resumes on any instance.
@@ -25,7 +25,8 @@ from shared.errors import Unavailable
 from shared.http.call import Call
 from shared.http.endpoint import endpoint
 
-# A cursor ahead of this instance is waited for so long, because another instance may have read further.
+# A cursor may be ahead of this instance, because another instance has read further. This instance waits this long for
+# it.
 _AHEAD_TIMEOUT_SECONDS = 2.0
 
 _HEADERS = [
@@ -45,7 +46,7 @@ def _event(event: PushEvent, cursor: Cursor, of_one_order: bool) -> bytes:
 
 
 def _control_event(name: str, cursor: Cursor, **data: Any) -> bytes:
-    """The id becomes the client's `Last-Event-ID`, so that it can resume before the first event."""
+    """Encodes an event without a change. Its id lets the client resume even before the first change."""
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (
         str(cursor).encode(),
         name.encode(),
@@ -69,14 +70,15 @@ class EventsQuery(Struct):
 
     order_id: Annotated[str, Meta(pattern=f"^({_UUID})?$")] | None = field(default=None, name="orderID")
     event_types: (
-        Annotated[str, Meta(pattern=f"^(({_NAMES})(,({_NAMES}))*)?$", description="names with commas between")] | None
+        Annotated[str, Meta(pattern=f"^(({_NAMES})(,({_NAMES}))*)?$", description="names, separated by commas")] | None
     ) = field(default=None, name="eventTypes")
     last_event_id: Annotated[str, Meta(pattern=f"^({PATTERN})?$")] | None = field(default=None, name="lastEventId")
 
 
 class StreamEvent(Struct):
-    """One event of the stream. `data` is JSON: of `connected` {"restaurantId", "cursor"}, of `resync` {"reason",
-    "cursor"}, of all others {"eventType", "data": the order, "orderID", "timestamp", "version", "traceId"}."""
+    """One event of the stream. `data` is a JSON object. `connected` has {"restaurantId", "cursor"}, `resync` has
+    {"reason", "cursor"}, and all others have {"eventType", "data": the order, "orderID", "timestamp", "version",
+    "traceId"}."""
 
     id: Annotated[
         str,
@@ -102,7 +104,7 @@ class StreamEvent(Struct):
     action="events.follow",
     tag="Events",
     summary="Follow all changes as server-sent events",
-    description="The first event is `connected`; every change follows as an event. `resync`: load all data again.",
+    description="The first event is `connected`. Then every change is an event. After a `resync`, load all data again.",
     query=EventsQuery,
     answer=StreamEvent,
     media_type="text/event-stream",
@@ -110,7 +112,7 @@ class StreamEvent(Struct):
     errors=(422,),
 )
 async def events(request: Call) -> ASGIApp:
-    # From the application's state: Litestar's dependency injection opens a task group for every request.
+    # Both come from the application's state, because Litestar's dependency injection opens a task group per request.
     hub: Hub = request.app.state["hub"]
     follower: LogFollower = request.app.state["follower"]
     query = request.query_params
@@ -124,8 +126,8 @@ async def events(request: Call) -> ASGIApp:
 
 
 def _cursor(header: str | None, query: str | None) -> Cursor | None:
-    """The header wins, because a browser that reconnects repeats the query of its first request. Empty counts as
-    absent."""
+    """Returns the cursor of a request. The header wins, because a browser that reconnects repeats its first query. An
+    empty value counts as absent."""
     from_query = parse_cursor(query, field="lastEventId") if query else None
     return parse_cursor(header, field="Last-Event-ID") if header else from_query
 
@@ -142,8 +144,8 @@ class _Stream:
         subscriber = self._hub.subscribe(self._interest, FORM, self._cursor)
         cursor = self._cursor or self._hub.window.cursor
         subscriber.task = asyncio.current_task()
-        leaving = _Leaving(receive, self._hub, subscriber)
-        leaving.watch()
+        disconnect_watch = _DisconnectWatch(receive, self._hub, subscriber)
+        disconnect_watch.watch()
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await _write(send, _control_event("connected", cursor, restaurantId=self._interest.tenant))
@@ -159,20 +161,21 @@ class _Stream:
         except asyncio.CancelledError:
             if not subscriber.ended:
                 raise
-            # The hub or _Leaving cancelled this task: the client has disconnected, or has not read its last bytes.
+            # The hub or _DisconnectWatch cancelled this task: the client has disconnected, or has not read its last
+            # bytes.
             if subscriber.task is not None:
                 subscriber.task.uncancel()
         finally:
             subscriber.task = None
             self._hub.unsubscribe(subscriber)
-            leaving.cancel()
+            disconnect_watch.cancel()
 
 
 async def _write(send: Send, chunk: bytes) -> None:
     await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 
-class _Leaving:
+class _DisconnectWatch:
     """Ends a subscription when its client disconnects, because sending to a disconnected client raises no error."""
 
     __slots__ = ("_hub", "_receive", "_received", "_subscriber")
@@ -183,7 +186,7 @@ class _Leaving:
         self._subscriber = subscriber
 
     def watch(self) -> None:
-        # Granian returns a future. A task for each idle stream would cost 2.5 KB.
+        # Granian returns a future, so no task is needed. A task would cost 2.5 KB for each idle stream.
         self._received: asyncio.Future[Any] = asyncio.ensure_future(self._receive())
         self._received.add_done_callback(self._on_received)
 

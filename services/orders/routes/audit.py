@@ -40,7 +40,7 @@ class AuditedChange(Struct, frozen=True):
     accepted_at: datetime
     actor: str | None
     changed: dict[str, Any]
-    """Field name -> {"before", "after"}; empty for a creation."""
+    """{"before", "after"} of each changed field, by name. Empty for a creation."""
 
 
 @endpoint(

@@ -21,7 +21,7 @@ from shared.security.permissions import PUBLIC
 from shared.security.tokens import Role
 
 _TAG = "Sign-in"
-# `$` alone also matches before a final newline: "ada@x.example\n" would be another account than "ada@x.example".
+# `$` alone also matches before a final newline. "ada@x.example\n" would then be another account than "ada@x.example".
 _END = r"$(?!\n)"
 Email = Annotated[str, Meta(max_length=254, pattern=rf"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+{_END}")]
 Password = Annotated[str, Meta(min_length=10, max_length=200)]
@@ -177,9 +177,8 @@ async def me(request: Call) -> ASGIApp:
     identity, context = request.identity, context_of(request)
     restaurant = (await context.menus.book(identity.restaurant_id)).restaurant if identity.restaurant_id else None
     if restaurant is not None and identity.role is Role.CUSTOMER:
-        restaurant = structs.replace(
-            restaurant, email=None
-        )  # guests must not learn the email that the admin signs in with
+        # Guests must not learn the email with which the admin signs in.
+        restaurant = structs.replace(restaurant, email=None)
     return success(Me(identity.user_id, identity.role, identity.email, restaurant, identity.session_id))
 
 

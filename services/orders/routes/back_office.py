@@ -24,7 +24,7 @@ from shared.http.endpoint import View, endpoint, path_id
 from shared.http.replies import success
 from shared.security.tokens import Identity
 
-# The state keeps the latest moves, to recognise a repeat. PostgreSQL keeps all moves.
+# A state keeps its latest moves, so that a repeat is recognised. PostgreSQL keeps all moves.
 _MAX_MOVES_IN_STATE = 200
 
 
@@ -52,9 +52,9 @@ async def set_availability(request: Call) -> ASGIApp:
     identity, context = request.identity, context_of(request)
     book = await context.menus.book(identity.tenant)
     ids = list(dict.fromkeys(str(id_) for id_ in requested.menu_item_ids))
-    for place, id_ in enumerate(ids):
+    for index, id_ in enumerate(ids):
         if id_ not in book.menu or book.menu[id_].deleted_at is not None:
-            raise InvalidInput("no such dish", field=f"menu_item_ids[{place}]", code="unknown_menu_item")
+            raise InvalidInput("no such dish", field=f"menu_item_ids[{index}]", code="unknown_menu_item")
     found = await asyncio.gather(*(_set_one(context, identity, id_, requested.is_available) for id_ in ids))
     return success(found)
 
@@ -96,7 +96,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
         moves = (*item.moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
 
-    receipt = await _move(request, inventory_item.ENTITY, id_, requested, "moves", StockMove, "quantity", apply)
+    receipt = await _record_move(request, inventory_item.ENTITY, id_, requested, "moves", StockMove, "quantity", apply)
     context = context_of(request)
     return receipt_reply(receipt, **(await context.figures.available(receipt.state.restaurant_id, [receipt.state]))[0])
 
@@ -138,21 +138,23 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         moves = (*one.loyalty_moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
 
-    receipt = await _move(request, customer.ENTITY, id_, requested, "loyalty_moves", LoyaltyMove, "points", apply)
+    receipt = await _record_move(
+        request, customer.ENTITY, id_, requested, "loyalty_moves", LoyaltyMove, "points", apply
+    )
     return receipt_reply(receipt, **(await context.figures.totals(restaurant, [receipt.state]))[0])
 
 
-async def _move(
+async def _record_move(
     request: Call,
     entity: Any,
     id_: str,
     requested: Any,
-    kept_in: str,
+    moves_field: str,
     type_: Any,
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
 ) -> Receipt:
-    """Adds a fact to an entity. All concurrent moves count; a repeat with the same id counts once."""
+    """Adds a fact to an entity. All concurrent moves count, and a repeat with the same id counts once."""
     value = getattr(requested, amount)
     if value == 0:
         raise InvalidInput("must not be 0", field=amount)
@@ -160,11 +162,11 @@ async def _move(
     old = None
     if requested.id is not None:
         before = await context.figures.current_state(entity, tenant, id_)
-        if len(getattr(before, kept_in)) >= _MAX_MOVES_IN_STATE:
+        if len(getattr(before, moves_field)) >= _MAX_MOVES_IN_STATE:
             old = await context.figures.move(entity.facts[0], type_, tenant, id_, move_id)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
-        earlier = next((one for one in getattr(state, kept_in) if one.id == move_id), old)
+        earlier = next((one for one in getattr(state, moves_field) if one.id == move_id), old)
         if earlier is None:
             move = type_(id=move_id, created_at=at, reason=requested.reason, **{amount: value})
             return "updated", apply(state, move, at)
@@ -172,7 +174,7 @@ async def _move(
             raise Conflict("this id was used for another move", code="move_id_reused", field="id")
         return "updated", state
 
-    return await context.changes.change(request.identity, entity, id_, None, change, adds=True)
+    return await context.changes.change(request.identity, entity, id_, None, change, adds_fact=True)
 
 
 class QueuedJob(Struct, frozen=True):
@@ -193,7 +195,7 @@ async def bay_queue(request: Call, bay_id: str) -> ASGIApp:
     id_, context, tenant = path_id(bay_id, "bay_id"), context_of(request), request.identity.tenant
     await context.figures.current_state(bay.ENTITY, tenant, id_)
     queue = await context.figures.queue(tenant, id_)
-    return success([QueuedJob(place, one) for place, one in enumerate(queue, start=1)])
+    return success([QueuedJob(position, one) for position, one in enumerate(queue, start=1)])
 
 
 ROUTES = [set_availability, move_stock, move_loyalty, bay_queue]

@@ -23,8 +23,8 @@ from shared.http.replies import Reply
 from shared.security.tokens import Identity
 
 
-def fields_of(requested: Any) -> dict[str, Any]:
-    """The fields that the request contains; ids as text."""
+def requested_fields(requested: Any) -> dict[str, Any]:
+    """Returns the fields that the request contains, with ids as text."""
     found = {name: getattr(requested, name) for name in requested.__struct_fields__}
     return {
         name: str(value) if isinstance(value, UUID) else value for name, value in found.items() if value is not UNSET
@@ -35,7 +35,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     entity, noun = resource.entity, resource.noun
     one = f"{resource.path}/{{{resource.id_name}:str}}"
     read, change = resource.actions
-    view = View(entity, resource.more_types)
+    view = View(entity, resource.derived_types)
     a_noun = f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
     nouns = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("sh") else f"{noun}s"
     common: dict[str, Any] = {"tag": resource.tag, "answer": view}
@@ -55,7 +55,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     )
     async def create(request: Call) -> ASGIApp:
         key = idempotency_key(request)
-        fields = fields_of(read_body(await request.whole_body(), resource.create))
+        fields = requested_fields(read_body(await request.whole_body(), resource.create))
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         prepared = await resource.prepare(context.figures, restaurant, fields, None)
@@ -64,7 +64,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         def made(at: datetime) -> Any:
             return resource.new(id_, fields, Context(restaurant, at, prepared))
 
-        # A state that was changed since no longer shows what it was created with, so it counts as the same.
+        # A state that has changed since no longer shows the fields of its creation, so it counts as the same.
         receipt = await context.changes.create(
             identity,
             entity,
@@ -81,8 +81,10 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         query = resource.normalize_query(read_query(request, resource.query), restaurant)
         page = await context.reads.page(entity, identity.tenant, selection(query, identity), query.sync_state)
-        more = await resource.more(context.figures, restaurant, identity, [found.decoded() for found in page.found])
-        return list_reply(entity, page, query, more, names=resource.more_types)
+        derived = await resource.derive(
+            context.figures, restaurant, identity, [found.decoded() for found in page.found]
+        )
+        return list_reply(entity, page, query, derived, names=resource.derived_types)
 
     @endpoint(
         "GET",
@@ -101,12 +103,12 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         if state.deleted_at is not None:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
         # Derived fields change without a new version, so only an entity without them can be unmodified.
-        known = None if resource.more_types else request.header(b"if-none-match")
-        return found_reply(found, known, **await _more(context, resource, identity, state))
+        known = None if resource.derived_types else request.header(b"if-none-match")
+        return found_reply(found, known, **await _derived_fields(context, resource, identity, state))
 
     @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
     async def update(request: Call) -> ASGIApp:
-        fields = fields_of(read_body(await request.whole_body(), resource.update))
+        fields = requested_fields(read_body(await request.whole_body(), resource.update))
         identity, context = request.identity, context_of(request)
         id_, version = _id(request, resource), version_in(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
@@ -135,16 +137,18 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         context = context_of(request)
         if entity is menu_item.ENTITY:
             context.menus.put(receipt.head, receipt.state)
-        return receipt_reply(receipt, status=status, **await _more(context, resource, request.identity, receipt.state))
+        return receipt_reply(
+            receipt, status=status, **await _derived_fields(context, resource, request.identity, receipt.state)
+        )
 
     return [create, list_all, read_one, update, delete, restore]
 
 
-async def _more(context: RouteContext, resource: Resource, identity: Identity, state: Any) -> dict[str, Any]:
-    if not resource.more_types:
+async def _derived_fields(context: RouteContext, resource: Resource, identity: Identity, state: Any) -> dict[str, Any]:
+    if not resource.derived_types:
         return {}
     restaurant = (await context.menus.book(state.restaurant_id)).restaurant
-    return (await resource.more(context.figures, restaurant, identity, [state]))[0]
+    return (await resource.derive(context.figures, restaurant, identity, [state]))[0]
 
 
 def _id(request: Call, resource: Resource) -> str:

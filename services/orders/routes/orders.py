@@ -26,7 +26,7 @@ _ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
 
 
 def version_in(request: Call) -> int | None:
-    """The version in the header If-Match; None for any version (no header, or `*`). Raises InvalidInput."""
+    """Returns the version in the header If-Match, or None for any version (no header, or `*`). Raises InvalidInput."""
     text = request.header(b"if-match")
     if text is None or text.strip() == "*":
         return None
@@ -64,7 +64,7 @@ async def place_order(request: Call) -> ASGIApp:
     receipt = await context.order_commands.place(identity, requested, key)
     more: dict[str, Any] = {}
     if receipt.replayed:
-        # Best effort: the order exists, and its sync state is not needed for the reply.
+        # The reply is complete without the sync state, so a failed read does not matter.
         with contextlib.suppress(Unavailable, NotFound):
             more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id))
     return receipt_reply(receipt, status=201, **more)
@@ -118,7 +118,7 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
     action="orders.change",
     tag=_TAG,
     summary="Change an order or its status",
-    description="pending → received → preparing → ready → completed; cancelled from any but completed.",
+    description="pending → received → preparing → ready → completed. Every status but completed can become cancelled.",
     body=UpdateOrder,
     answer=_VIEW,
     errors=(404,),
@@ -167,8 +167,8 @@ async def restore_order(request: Call, order_id: str) -> ASGIApp:
     action="orders.change",
     tag=_TAG,
     summary="Record a pending order again",
-    description="Records the current state of a pending or failed order as a new change. Nothing changes if PostgreSQL"
-    " has it.",
+    description="Records the current state of a pending or failed order as a new change. Nothing changes if"
+    " PostgreSQL has the state.",
     answer=_VIEW,
     errors=(404,),
 )
@@ -177,7 +177,7 @@ async def sync_order(request: Call, order_id: str) -> ASGIApp:
     found = await context.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
         return found_reply(found, None)
-    return receipt_reply(await context.order_commands.send_again(request.identity, found))
+    return receipt_reply(await context.order_commands.record_again(request.identity, found))
 
 
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order, sync_order]

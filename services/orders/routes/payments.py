@@ -21,7 +21,7 @@ from shared.postgres import money
 from shared.postgres.pool import UNAVAILABLE
 
 _MAX_DAYS = 400
-_BLOCK_SIZE = 200
+_BLOCK_ORDERS = 200
 
 
 class ListedPayment(Struct, frozen=True):
@@ -34,7 +34,8 @@ class ListedPayment(Struct, frozen=True):
 
 
 class Day(Struct, frozen=True):
-    """Money in minor units. Deleted orders do not count; cancelled orders count without their money."""
+    """The totals of a business day, in minor units. Deleted orders do not count. Cancelled orders count, but their
+    amounts do not."""
 
     business_day: date
     orders: int
@@ -97,9 +98,10 @@ async def list_payments(request: Call) -> ASGIApp:
         before=read_cursor(query.cursor) if query.cursor else None,
         limit=query.limit,
     )
-    # Pending orders are read first, as in every list: a change that is committed in between is found at least once.
+    # Pending orders are read first, as in every list, so that a change that is committed in between is found at least
+    # once.
     try:
-        seen = await _of_orders(context, tenant, await context.mirror.pending_ids(tenant, orders.ENTITY.name))
+        seen = await _payments_in_mirror(context, tenant, await context.mirror.pending_ids(tenant, orders.ENTITY.name))
     except (MirrorUnavailable, MirrorInDoubt):
         seen = []
     complete = True
@@ -108,7 +110,7 @@ async def list_payments(request: Call) -> ASGIApp:
             seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, requested)]
     except UNAVAILABLE as error:
         try:
-            seen = await _of_orders(context, tenant, await context.mirror.live_ids(tenant, orders.ENTITY.name))
+            seen = await _payments_in_mirror(context, tenant, await context.mirror.live_ids(tenant, orders.ENTITY.name))
         except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
         complete = False
@@ -118,11 +120,11 @@ async def list_payments(request: Call) -> ASGIApp:
     return success(page, pagination=pagination, complete=complete)
 
 
-async def _of_orders(context: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
-    """The payments of these orders in the mirror. Raises MirrorUnavailable, MirrorInDoubt."""
+async def _payments_in_mirror(context: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
+    """Returns the payments of these orders from the mirror. Raises MirrorUnavailable, MirrorInDoubt."""
     found = []
-    for start in range(0, len(ids), _BLOCK_SIZE):
-        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK_SIZE])
+    for start in range(0, len(ids), _BLOCK_ORDERS):
+        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK_ORDERS])
         for document in documents:
             if document is not None:
                 order = orders.ENTITY.decode_state(document.state)
@@ -138,8 +140,8 @@ async def _of_orders(context: RouteContext, tenant: str, ids: list[str]) -> list
     "/api/orders/summary",
     action="orders.summary",
     tag="Orders",
-    summary="Totals by business day",
-    description="Read from PostgreSQL, so late by the sync lag. The default is the last thirty days.",
+    summary="Show totals by business day",
+    description="The totals come from PostgreSQL and are late by the sync lag. The default is the last thirty days.",
     query=DaysQuery,
     answer=Summary,
 )

@@ -93,11 +93,11 @@ async def list_users(request: Call) -> ASGIApp:
         role=query.role,
         deleted=query.include_deleted,
     )
-    page, pagination = page_of(found, query.limit, _place)
+    page, pagination = page_of(found, query.limit, _cursor_position)
     return success(page, pagination=pagination)
 
 
-def _place(user: User) -> tuple[datetime, str]:
+def _cursor_position(user: User) -> tuple[datetime, str]:
     assert user.created_at is not None  # every list selects it
     return user.created_at, user.id
 
@@ -167,8 +167,8 @@ async def restore_user(request: Call, user_id: str) -> ASGIApp:
 
 
 async def _tenant(request: Call) -> str:
-    """The caller's tenant. Raises Unauthenticated for a former admin whose token is still valid: it could make itself
-    an admin again."""
+    """Returns the caller's tenant. Raises Unauthenticated for a former admin whose token is still valid, because such a
+    user could make itself an admin again."""
     identity = request.identity
     if not await context_of(request).accounts.may_administer(identity.tenant, identity.user_id):
         raise Unauthenticated("this user is no longer an admin: sign in again", code="not_admin_any_more")
