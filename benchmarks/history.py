@@ -17,7 +17,7 @@ from uuid import NAMESPACE_URL, uuid5
 import asyncpg
 from msgspec import Raw, Struct, structs
 
-from services.sync.writer.upsert import Written, data_of, write_batch
+from services.sync.writer.upsert import DecodedChange, data_of, write_batch
 from shared.entities import customer, inventory_item, menu_item, order, table
 from shared.entities.change_id import change_id
 from shared.entities.contract import Change, ChangeData, changed_fields, encode
@@ -79,7 +79,7 @@ class History(Struct, frozen=True):
     def make_restaurants(self) -> list[PastRestaurant]:
         return [self._restaurant(number) for number in range(self.restaurants)]
 
-    def changes(self, restaurants: Sequence[PastRestaurant]) -> Iterator[list[Written]]:
+    def changes(self, restaurants: Sequence[PastRestaurant]) -> Iterator[list[DecodedChange]]:
         """Yields the changes of each order, the oldest order first."""
         generator = random.Random(self.name)  # noqa: S311
         interval = timedelta(days=DAYS) / self.orders_per_restaurant
@@ -102,7 +102,9 @@ class History(Struct, frozen=True):
         customers = tuple(self._id(number, "customer", place) for place in range(_CUSTOMERS))
         return PastRestaurant(id_, dishes, tables, customers, self._id(number, "stock"), self._id(number, "user"))
 
-    def _order(self, restaurant: PastRestaurant, place: int, at: datetime, generator: random.Random) -> list[Written]:
+    def _order(
+        self, restaurant: PastRestaurant, place: int, at: datetime, generator: random.Random
+    ) -> list[DecodedChange]:
         placed = _placed(restaurant, place, at, generator)
         written = [_written(order.ENTITY, placed, "created", at, actor=restaurant.user_id)]
 
@@ -169,8 +171,8 @@ def _random_id(generator: random.Random) -> str:
 
 
 def _written(
-    entity: Entity, state: Any, event: str, at: datetime, *, base: Written | None = None, actor: str | None = None
-) -> Written:
+    entity: Entity, state: Any, event: str, at: datetime, *, base: DecodedChange | None = None, actor: str | None = None
+) -> DecodedChange:
     """Returns the change that the rail would have recorded. Without `base`, it creates the entity."""
     type_, version = entity.type(event), base.change.entityversion + 1 if base else 1
     before, after = encode(changed_fields(base.state if base else None, state)), encode(state)
@@ -188,7 +190,7 @@ def _written(
         actor=actor,
         data=ChangeData(after=Raw(after), before=Raw(before)),
     )
-    return Written(entity.lane, entity, change, state)
+    return DecodedChange(entity.lane, entity, change, state)
 
 
 async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
@@ -197,7 +199,7 @@ async def fill(superuser_url: str, history: History) -> list[PastRestaurant]:
     try:
         restaurants = history.make_restaurants()
         await _write_references(connection, history, restaurants)
-        block: list[list[Written]] = []
+        block: list[list[DecodedChange]] = []
         for changes in history.changes(restaurants):
             block.append(changes)
             if len(block) == _ORDERS_PER_COPY:
@@ -235,7 +237,7 @@ async def _write_references(connection: Any, history: History, restaurants: Sequ
         )
 
 
-async def _copy(connection: Any, orders: Sequence[list[Written]]) -> None:
+async def _copy(connection: Any, orders: Sequence[list[DecodedChange]]) -> None:
     """Copies the orders, and their changes sorted by time, in one transaction like a batch of the writer."""
     entity = order.ENTITY
     changes = sorted((one for of_order in orders for one in of_order), key=lambda one: one.change.time)

@@ -7,7 +7,7 @@ import asyncpg
 from msgspec import Struct
 
 from benchmarks.created_changes import created
-from services.sync.writer.upsert import Written, write_batch
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import menu_item
 from shared.entities.contract import Lane, now
 from shared.entities.menu_item import MenuItem
@@ -55,13 +55,13 @@ async def seed(database_url: str, secret: str) -> tuple[list[SeededRestaurant], 
     return seeded, json.dumps({"restaurants": descriptions, "secret": secret}).encode()
 
 
-def _dish(restaurant: str, id_: str, name: str, price: int) -> Written:
+def _dish(restaurant: str, id_: str, name: str, price: int) -> DecodedChange:
     """Returns the change that an import of the menu would have recorded. `price` is in minor units."""
     at = now()
     dish = MenuItem(
         id=id_, restaurant_id=restaurant, name=name, price=price, category="Mains", created_at=at, updated_at=at
     )
-    return Written(Lane.NORMAL, menu_item.ENTITY, created(menu_item.ENTITY, dish, source="import"), dish)
+    return DecodedChange(Lane.NORMAL, menu_item.ENTITY, created(menu_item.ENTITY, dish, source="import"), dish)
 
 
 def _id(*names: object) -> str:

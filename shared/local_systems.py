@@ -121,7 +121,7 @@ def running_systems() -> list[LocalSystem]:
     return sorted(found, key=lambda system: str(system.home))
 
 
-def choose(
+def choose_system(
     requested: str | None, environment: Mapping[str, str], *, checkout: Path, configured_home: Path | None
 ) -> Chosen:
     """Returns the system that a command of `checkout` talks to. The first item of this list that is given decides:

@@ -44,7 +44,7 @@ def _restaurant(row: "asyncpg.Record") -> Restaurant:
     return Restaurant(**{**row, "settings": msgspec.json.decode(row["settings"], type=RestaurantSettings)})
 
 
-async def every_restaurant(connection: "Connection") -> list[Restaurant]:
+async def list_restaurants(connection: "Connection") -> list[Restaurant]:
     return [_restaurant(row) for row in await connection.fetch(_ALL)]
 
 
@@ -53,6 +53,6 @@ async def find_restaurant(connection: "Connection", restaurant_id: str) -> Resta
     return _restaurant(row) if row else None
 
 
-async def restaurant_called(connection: "Connection", slug: str) -> Restaurant | None:
+async def find_restaurant_by_slug(connection: "Connection", slug: str) -> Restaurant | None:
     row = await connection.fetchrow(f"{_ALL} where slug = $1", slug)
     return _restaurant(row) if row else None

@@ -11,7 +11,7 @@ import asyncpg
 from benchmarks.created_changes import created
 from benchmarks.random_orders import random_order
 from benchmarks.rig import BenchmarkRig
-from services.sync.writer.upsert import Written, write_batch
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from shared.entities.order import Order
@@ -31,5 +31,5 @@ async def rate(rig: BenchmarkRig, changes: int) -> float:
         return changes / (time.monotonic() - began)
 
 
-def _written(order: Order) -> Written:
-    return Written(Lane.CRITICAL, orders.ENTITY, created(orders.ENTITY, order), order)
+def _written(order: Order) -> DecodedChange:
+    return DecodedChange(Lane.CRITICAL, orders.ENTITY, created(orders.ENTITY, order), order)

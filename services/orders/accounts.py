@@ -15,7 +15,7 @@ from msgspec import Struct
 from shared.entities.contract import encode
 from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
-from shared.restaurants import Restaurant, find_restaurant, restaurant_called
+from shared.restaurants import Restaurant, find_restaurant, find_restaurant_by_slug
 
 _FIELDS = "id::text, restaurant_id::text, email, name, role, is_active, created_at, updated_at, deleted_at"
 _INSERT_RESTAURANT = (
@@ -93,9 +93,9 @@ class Accounts:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
 
-    async def restaurant_called(self, slug: str) -> Restaurant | None:
+    async def find_restaurant_by_slug(self, slug: str) -> Restaurant | None:
         async with self._without_tenant() as connection:
-            return await restaurant_called(connection, slug)
+            return await find_restaurant_by_slug(connection, slug)
 
     async def begin_session(self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int) -> bool:
         """Begins a session. Returns False if the user is inactive or if `matched_hash` is no longer the user's hash."""

@@ -24,7 +24,7 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.restaurants import Restaurant, every_restaurant, find_restaurant
+from shared.restaurants import Restaurant, find_restaurant, list_restaurants
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +112,7 @@ class Menus:
     async def _known_restaurants(self) -> list[str] | None:
         try:
             async with self._postgres.connection() as connection:
-                return [restaurant.id for restaurant in await every_restaurant(connection)]
+                return [restaurant.id for restaurant in await list_restaurants(connection)]
         except UNAVAILABLE as error:
             log.warning("menus_without_postgres", error=str(error) or type(error).__name__)
         try:

@@ -121,7 +121,7 @@ class SignIn:
     async def at_table(self, slug: str, table_id: str, address: str) -> TableSession:
         """Returns a token for a guest at one table. Raises NotFound, TooManyRequests."""
         await self._count(self._by_address, f"table:{counted_as(address)}")
-        restaurant = await self._accounts.restaurant_called(slug)
+        restaurant = await self._accounts.find_restaurant_by_slug(slug)
         if restaurant is None:
             raise NotFound("no such restaurant", field="slug")
         found = await self._reads.one(table.ENTITY, restaurant.id, table_id)

@@ -1,4 +1,4 @@
-"""`python -m services.sync worker` and `python -m services.sync api`"""
+"""Starts a process of the sync service: `python -m services.sync worker` or `python -m services.sync api`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The sync API, wired: what terminals and operators call."""
+"""Assembles the sync API, which terminals, other systems and operators call."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,11 +51,12 @@ ROUTES = [
     *ledger_routes.ROUTES,
     *conflict_routes.ROUTES,
 ]
-API = Api("Ticketrail: sync", "What terminals, other systems and operators call.", ROUTES)
+API = Api("Ticketrail: sync", "The API for terminals, other systems and operators.", ROUTES)
 
 
 async def readiness(parts: SyncApiParts) -> tuple[bool, dict[str, Any]]:
-    """Ready while one of the stores answers; the age of PostgreSQL's last heartbeat says how far the sync is behind."""
+    """Returns (ready, details for the health endpoint). The API is ready while PostgreSQL or the mirror answers. The
+    ages of the heartbeats in PostgreSQL show the sync lag."""
     details: dict[str, Any] = {"broker": parts.rail_parts.publisher.connected}
     try:
         async with parts.postgres.connection() as connection:
@@ -71,15 +72,15 @@ async def readiness(parts: SyncApiParts) -> tuple[bool, dict[str, Any]]:
     try:
         details["mirror"] = "warm" if await parts.rail_parts.mirror.is_warm() else "cold"
     except (MirrorUnavailable, MirrorInDoubt):
-        details["mirror"] = "away"
-    return details["postgres"] or details["mirror"] != "away", details
+        details["mirror"] = "unavailable"
+    return details["postgres"] or details["mirror"] != "unavailable", details
 
 
 def assemble(settings: Settings) -> SyncApiParts:
     tracer = Tracer("sync-api", settings)
     metrics = Metrics()
     postgres = Postgres(settings.database_api_url, settings)
-    # Without a journal: an order that cannot be recorded now is refused, and the other system sends it again.
+    # The sync API has no journal. It refuses an order that cannot be recorded now, and the other system sends it again.
     rail_parts = assemble_rail(settings, tracer=tracer, metrics=RailMetrics(metrics))
     mirror, rail = rail_parts.mirror, rail_parts.rail
     upserts = ExternalOrderUpserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)

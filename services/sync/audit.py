@@ -1,6 +1,7 @@
-"""The audit: one row for each thing that an operator did, with the reason. Rows are added and never changed.
+"""The audit: one row for each action of an operator, with the reason. Rows are added and never changed.
 
-Write a row in the transaction of the action itself, so that both are committed or neither is. As the ops role.
+Write the row in the transaction of the action, so that both are committed or neither is. The connection has the ops
+role.
 """
 
 from datetime import datetime
@@ -27,9 +28,9 @@ class OperatorAction(Struct, frozen=True, kw_only=True):
     role: str
     restaurant_id: str | None
     action: str
-    """Such as dead_letter.discard."""
+    """For example dead_letter.discard."""
     target: str
-    """Such as dead_letter/<id>."""
+    """For example dead_letter/<id>."""
     why: str | None
     details: dict[str, Any]
 
@@ -51,7 +52,7 @@ async def record(
 
 
 async def actions_on(connection: Connection, target: str, *, limit: int = 100) -> list[OperatorAction]:
-    """The actions on a target, newest first."""
+    """Returns the actions on a target, newest first."""
     return [
         OperatorAction(**{**row, "details": msgspec.json.decode(row["details"])})
         for row in await connection.fetch(_ACTIONS, target, limit)

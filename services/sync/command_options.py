@@ -12,7 +12,7 @@ _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 class Since(click.ParamType[datetime]):
-    """90s, 15m, 2h, 7d, or a time in ISO 8601 (UTC where it names no zone)."""
+    """A moment, given as an age (90s, 15m, 2h, 7d) or as a time in ISO 8601. A time without a zone is in UTC."""
 
     name = "since"
 
@@ -24,5 +24,5 @@ class Since(click.ParamType[datetime]):
         try:
             at = datetime.fromisoformat(str(value))
         except ValueError:
-            self.fail(f"{value!r} is neither like 90s, 15m, 2h or 7d nor a time in ISO 8601", param, ctx)
+            self.fail(f"{value!r} is neither an age such as 90s, 15m, 2h or 7d nor a time in ISO 8601", param, ctx)
         return at if at.tzinfo else at.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""How the commands of `ticketrail` print: tables in which ids are never cut, JSON, and ages."""
+"""Prints the output of the commands of `ticketrail`: tables in which ids are never cut, JSON, and ages."""
 
 import sys
 from collections.abc import Sequence
@@ -24,15 +24,17 @@ _MIN_TEXT_COLUMNS = 10
 class TableColumn(Struct, frozen=True):
     title: str
     kind: Literal["id", "fixed", "text"] = "fixed"
-    """An `id` and a `fixed` column are shown whole; a `text` column is cut with an ellipsis where space is short."""
+    """`id` and `fixed` columns are shown whole. A `text` column is cut with an ellipsis if the table is too wide."""
     optional: int = 0
-    """Columns above 0 are left out where space is short, the highest number first. 0: always shown."""
+    """If the table is too wide, columns above 0 are left out, the highest number first. A column with 0 always
+    stays."""
     right: bool = False
 
 
 def console(*, min_columns: int = 0) -> Console:
-    """As wide as the terminal, or `min_columns` if that is more. A pipe has no width and gets 160 columns."""
-    # Texts from outside may look like markup.
+    """Returns a console that is as wide as the terminal, or `min_columns` wide if that is more. A pipe has no width and
+    gets 160 columns."""
+    # Markup and emoji codes are off, because texts from outside may contain them by accident.
     found = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, markup=False, emoji=False)
     if found.width < min_columns:
         found.width = min_columns
@@ -40,8 +42,8 @@ def console(*, min_columns: int = 0) -> Console:
 
 
 def print_table(columns: Sequence[TableColumn], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table that fits the terminal: optional columns go first, then texts get shorter. Ids stay whole; where
-    they alone are wider than the terminal, the table is too."""
+    """Prints a table that fits the terminal. It first leaves out optional columns, and then cuts texts. Ids stay whole,
+    so the table may still be wider than the terminal."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     shown = layout(columns, cells, console().width)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP_COLUMNS, 0, 0), header_style="bold")
@@ -55,7 +57,8 @@ def print_table(columns: Sequence[TableColumn], rows: Sequence[Sequence[str]]) -
 
 
 def layout(columns: Sequence[TableColumn], rows: Sequence[Sequence[str]], width: int) -> list[tuple[int, int]]:
-    """Returns (place of a column, its width) for each column that is shown in `width` character cells. Pure."""
+    """Returns (index of a column, its width) for each column that is shown, so that the table fits into `width`
+    character cells. Pure."""
     natural = [max(map(cell_len, (column.title, *(row[n] for row in rows)))) for n, column in enumerate(columns)]
     least = [
         min(wide, max(_MIN_TEXT_COLUMNS, cell_len(column.title))) if column.kind == "text" else wide
@@ -80,7 +83,7 @@ def print_json(value: Any) -> None:
 
 
 def ago(at: datetime) -> str:
-    """Returns how long ago a moment was, such as "3 min"."""
+    """Returns the age of a moment as text, such as "3 min"."""
     seconds = (datetime.now(UTC) - at).total_seconds()
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:

@@ -1,4 +1,4 @@
-"""Connections for the commands of `ticketrail`, and errors as one line each."""
+"""Opens connections for the commands of `ticketrail`, and reports each error as one line."""
 
 import asyncio
 import sys
@@ -33,7 +33,7 @@ async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a command. An error that an operator can act on becomes one line and exit code 1."""
+    """Runs a command. Reports an expected error, such as an unavailable backend, as one line with exit code 1."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         return asyncio.run(work)
@@ -44,7 +44,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         raise click.ClickException(str(error)) from error
     except (MirrorUnavailable, MirrorInDoubt, *BROKEN_LINK, *UNAVAILABLE, asyncpg.PostgresError) as error:
         raise click.ClickException(
-            f"a backend does not answer: {type(error).__name__}: {error}; the system: {system_label()}"
+            f"a backend does not answer: {type(error).__name__}: {error}; the command uses {system_label()}"
         ) from error
 
 

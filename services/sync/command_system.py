@@ -1,26 +1,28 @@
-"""Which system the command line talks to: the settings that `make run` wrote for it, before a command reads them."""
+"""Chooses the system that the command line connects to, and adds the settings that `make run` wrote for this system to
+the environment, before a command reads its settings."""
 
 import os
 
 import click
 
-from shared.local_systems import CHECKOUT, Chosen, NoSystem, choose
+from shared.local_systems import CHECKOUT, Chosen, NoSystem, choose_system
 from shared.settings import Settings
 
 ASKS_FOR_HELP = "ticketrail.asks_for_help"
-"""In the context's `meta`: the command only prints its help."""
-_NEED_NO_SYSTEM = ("asyncapi",)
+"""The key in the context's `meta` that is true if the command only prints its help."""
+_COMMANDS_WITHOUT_SYSTEM = ("asyncapi",)
 
 
-def follow_system(context: click.Context, wanted: str | None) -> None:
-    """Adds the settings of the chosen system to the environment as long as the command runs. `wanted` replaces what the
-    environment says; without it, what the environment says wins."""
-    if context.invoked_subcommand in _NEED_NO_SYSTEM or context.meta.get(ASKS_FOR_HELP):
+def follow_system(context: click.Context, requested: str | None) -> None:
+    """Adds the settings of the chosen system to the environment until the command ends. `requested`: the value of
+    `--system`. If it is given, the settings of that system override the environment; otherwise variables that are
+    already set stay."""
+    if context.invoked_subcommand in _COMMANDS_WITHOUT_SYSTEM or context.meta.get(ASKS_FOR_HELP):
         return
     settings = Settings.load()
     configured = settings.home if "home" in settings.model_fields_set else None
     try:
-        chosen = choose(wanted, os.environ, checkout=CHECKOUT, configured_home=configured)
+        chosen = choose_system(requested, os.environ, checkout=CHECKOUT, configured_home=configured)
     except NoSystem as error:
         raise click.ClickException(str(error)) from error
     context.obj = chosen
@@ -32,7 +34,7 @@ def follow_system(context: click.Context, wanted: str | None) -> None:
 
 
 def system_label() -> str:
-    """Returns the name of the chosen system, for the first line of `status` and for errors."""
+    """Returns the name of the chosen system, which `status` and error messages show."""
     context = click.get_current_context(silent=True)
     found = context.find_object(Chosen) if context else None
     return found.label if found else "the settings of this process"

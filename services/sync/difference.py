@@ -1,4 +1,4 @@
-"""What differs between two JSON documents. Pure."""
+"""Compares two JSON documents. Pure."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ def difference(before: Any, after: Any, path: str = "") -> list[dict[str, Any]]:
         return found
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [
-            one
+            leaf
             for place, pair in enumerate(zip(before, after, strict=True))
-            for one in difference(*pair, f"{path}[{place}]")
+            for leaf in difference(*pair, f"{path}[{place}]")
         ]
     return [] if before == after and type(before) is type(after) else [{"path": path, "before": before, "after": after}]

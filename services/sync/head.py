@@ -1,4 +1,4 @@
-"""Reads the head of an entity and commits a change on it, for operators' tools outside the orders service."""
+"""Reads the head of an entity and commits a change on it, for the tools of operators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ from shared.rail.draft import Draft
 
 
 async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-    """Returns (head, state) in a warm mirror; None if the mirror has no such entity. Raises Unavailable without a warm
-    mirror, because then the head is unknown."""
+    """Returns (head, state) in the mirror, or None if the mirror has no such entity. Raises Unavailable unless the
+    mirror is warm, because the head is unknown otherwise."""
     try:
         warm, (document,) = await mirror.read(restaurant, entity.name, [id_])
     except (MirrorUnavailable, MirrorInDoubt) as error:
@@ -34,7 +34,8 @@ async def head_in_mirror(mirror: Mirror, entity: Entity, restaurant: str, id_: s
 async def head_in_postgres(
     connection: Connection, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """Returns (head, state) in PostgreSQL, or None. `connection`: of a role that sees this restaurant."""
+    """Returns (head, state) in PostgreSQL, or None if it has no such entity. The role of the connection must see this
+    restaurant."""
     found = await states.find_state(connection, entity, restaurant, id_)
     return None if found is None else (found.head, entity.decode_state(found.state))
 
@@ -42,22 +43,24 @@ async def head_in_postgres(
 async def current_head(
     connection: Connection, mirror: Mirror, entity: Entity, restaurant: str, id_: str
 ) -> tuple[Head, Any] | None:
-    """Returns (head, state) that a new change must be built on, or None. Raises Unavailable without a warm mirror, and
-    while the mirror is behind PostgreSQL: a change on its outdated head would be one side of a fork."""
-    shown = await head_in_mirror(mirror, entity, restaurant, id_)
-    kept = await head_in_postgres(connection, entity, restaurant, id_)
-    if shown is None:
-        return kept
-    if kept is not None and shown[0] < kept[0]:
+    """Returns (head, state) that a new change must be built on, or None if the entity does not exist. Raises
+    Unavailable unless the mirror is warm and at least as new as PostgreSQL, because a change on an outdated head would
+    cause a fork."""
+    in_mirror = await head_in_mirror(mirror, entity, restaurant, id_)
+    in_postgres = await head_in_postgres(connection, entity, restaurant, id_)
+    if in_mirror is None:
+        return in_postgres
+    if in_postgres is not None and in_mirror[0] < in_postgres[0]:
         raise Unavailable("the mirror is behind PostgreSQL; retry", retry_after=1.0)
-    return shown
+    return in_mirror
 
 
 async def commit(
     rail: Rail, entity: Entity, event: str, state: Any, base: tuple[Head, Any] | None, *, actor: str
 ) -> str:
-    """Commits a change at head version + 1 and returns its id. `event`: `created` becomes `updated` if `base` is given,
-    and every event becomes `created` if it is None. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
+    """Commits a change at head version + 1 and returns its id. `base`: the current head and state, or None if the
+    entity does not exist. `event` is replaced by `created` if `base` is None; otherwise `created` is replaced by
+    `updated`. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
     at = now()
     if base is None:
         event = "created"
@@ -78,20 +81,21 @@ async def commit(
     except ClaimLost as error:
         raise Conflict("another change came first; retry", code="version_conflict") from error
     except OutOfStock as error:
-        raise Conflict("the stock that it needs is sold out", code="out_of_stock", items=error.left) from error
+        raise Conflict("the stock that the order needs is sold out", code="out_of_stock", items=error.left) from error
 
 
 class Recorded(Struct):
-    """The change that was recorded for a dead letter or a conflict, before the row itself is updated."""
+    """The change that was recorded for a dead letter or a conflict before its row is updated."""
 
     change_id: str | None = None
 
 
 @contextmanager
 def record_first(what: str) -> Iterator[Recorded]:
-    """Wraps a transaction that locks `what` (such as "the dead letter"), records a change and then updates the row.
+    """Wraps a transaction that locks a row, records a change and then updates the row. `what`: the name of the row in
+    error messages, such as "the dead letter".
 
-    Raises Unavailable while nothing is recorded, and OutcomeUnknown once the change is recorded."""
+    If the database fails, raises Unavailable before the change is recorded, and OutcomeUnknown after it."""
     recorded = Recorded()
     try:
         yield recorded

@@ -1,15 +1,15 @@
-"""Heartbeats: small messages that go through every lane and the change log, to distinguish an idle path from a broken
-one.
+"""Heartbeats: small messages that go through every lane and the change log, and show whether a silent path is idle or
+broken.
 
-`HeartbeatSender` sends a heartbeat through every lane every few seconds; each one reaches the log too.
-`HeartbeatMonitor` records which heartbeats came out. Two events count. A heartbeat that arrives at a consumer proves
-the binding of its lane. A heartbeat that a sink stores (PostgreSQL commits it, or the mirror writer applies it) shows
-how far that sink is.
+`HeartbeatSender` sends a heartbeat through every lane every few seconds; each heartbeat reaches the log too.
+`HeartbeatMonitor` records two events. If a heartbeat arrives at a consumer, the binding of its lane exists. If a sink
+stores a heartbeat (PostgreSQL commits it, or the mirror writer applies it), the sink has everything that was sent
+before it.
 
-Backend unavailable: nothing here waits for PostgreSQL. Without it, the sender uses the last known epoch of the log, and
-sends nothing before it knows one. A heartbeat that RabbitMQ does not confirm is dropped.
+Backend unavailable: nothing here waits for PostgreSQL. While PostgreSQL is unavailable, the sender uses the last known
+epoch of the log. Until it knows an epoch, it sends nothing. A heartbeat that RabbitMQ does not confirm is dropped.
 
-Shutdown: at any time; nothing has to be finished.
+Shutdown: it may be stopped at any time, because nothing has to be finished.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from shared.lifecycle import BackgroundLoop
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from shared.postgres.migrate import present_epoch
+from shared.postgres.migrate import current_epoch
 from shared.postgres.pool import Connection, Postgres
 from shared.settings import Settings
 
@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 
 def log_path_of(lane: Lane) -> str:
-    """Returns the name of the path through a lane's routing key into the log."""
+    """Returns the name of the path into the log that uses the routing key of the lane."""
     return f"log/{lane}"
 
 
@@ -49,27 +49,30 @@ _LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) havin
 
 
 async def lanes_emptied(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> datetime | None:
-    """Returns a moment before which every sent message has left its lane; None while a lane had no heartbeat."""
+    """Returns a moment such that every message that was sent before it has left its lane. Returns None if a lane has no
+    heartbeat yet."""
     found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
     return found
 
 
 class HeartbeatPath(Struct):
-    """The state of one path: into the queue of a lane, or into the log. A `datetime` is on the sender's clock, a
+    """The state of one path: into the queue of a lane, or into the log. A `datetime` is on the clock of the sender, a
     `float` on the monotonic clock of this process."""
 
-    unanswered: float | None = None
-    """When the oldest missing heartbeat of this path was sent; None if none is missing."""
-    arrived_at: datetime | None = None
-    """The time in the newest heartbeat that came out."""
+    missing_since: float | None = None
+    """When the oldest heartbeat was sent that has not arrived; None if all have arrived."""
+    newest_arrived: datetime | None = None
+    """When the newest heartbeat that has arrived was sent."""
     arrived: float = 0.0
+    """When the newest heartbeat arrived."""
     active: float = 0.0
-    """When the last message of any kind came out."""
-    noted_at: datetime | None = None
-    """The time in the newest heartbeat that the sink has stored."""
-    noted: float = 0.0
+    """When the last message of any kind arrived."""
+    newest_stored: datetime | None = None
+    """When the newest heartbeat that the sink has stored was sent."""
+    stored: float = 0.0
+    """When this process learned that the sink had stored it."""
     lag: float = 0.0
-    """Seconds between sending and storing that heartbeat."""
+    """Seconds from sending to storing it."""
 
 
 class HeartbeatMonitor:
@@ -82,76 +85,78 @@ class HeartbeatMonitor:
     # -- called by sender and consumers ------------------------------------------------------------------------
 
     def watch_lane(self, lane: Lane, idle: Callable[[], bool]) -> None:
-        """`idle` returns True while the consumers of the lane are subscribed and hold no messages."""
+        """Registers a function that returns True while the consumers of the lane are subscribed and hold no
+        messages."""
         self._idle[lane.value] = idle
 
     def sent(self, lane: Lane) -> None:
         """Records that the broker has confirmed a heartbeat."""
         for name in (lane.value, log_path_of(lane)):
             path = self._paths[name]
-            path.unanswered = path.unanswered or time.monotonic()
+            path.missing_since = path.missing_since or time.monotonic()
 
     def active(self, lane: Lane) -> None:
-        """Records that a message of any kind came out of the lane."""
+        """Records that a consumer of the lane has received a message of any kind."""
         self._paths[lane.value].active = time.monotonic()
 
     def arrived(self, lane: Lane, sent_at: datetime) -> None:
         """Records that a consumer of the lane has received a heartbeat."""
         self._arrived(self._paths[lane.value], sent_at)
 
-    def note(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
+    def stored(self, lane: Lane, sent_at: datetime, stored_at: datetime) -> None:
         """Records that PostgreSQL has committed the heartbeat."""
-        self._note(self._paths[lane.value], sent_at, noted_at)
+        self._stored(self._paths[lane.value], sent_at, stored_at)
 
     def note_log_end(self) -> None:
-        """Records that the mirror writer has read the log to its end. From now on a missing heartbeat means a missing
-        binding."""
+        """Records that the mirror writer has read the log to its end. From now on, a heartbeat that is missing in the
+        log means that a binding is missing."""
         for lane in Lane:
             self._idle[log_path_of(lane)] = lambda: True
             self._paths[log_path_of(lane)].active = time.monotonic()
 
     def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
-        """Records that the mirror writer has read a heartbeat. This proves the binding, also while the mirror is
-        unavailable."""
+        """Records that the mirror writer has read a heartbeat, even if the mirror is unavailable. This proves the
+        binding."""
         self._arrived(self._paths[log_path_of(lane)], sent_at)
 
-    def note_log(self, lane: Lane, sent_at: datetime, noted_at: datetime) -> None:
+    def applied_to_mirror(self, lane: Lane, sent_at: datetime, applied_at: datetime) -> None:
         """Records that the mirror writer has applied the log up to the heartbeat."""
-        self._note(self._paths[log_path_of(lane)], sent_at, noted_at)
+        self._stored(self._paths[log_path_of(lane)], sent_at, applied_at)
 
     # -- results ------------------------------------------------------------------------------------------
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Returns (ready, details for the health endpoint). Ready: a heartbeat came out of every path within three
-        intervals. Ages and lags are in seconds."""
+        """Returns (ready, details for the health endpoint). Ready means that a heartbeat of every path arrived within
+        three intervals. Ages and lags are in seconds."""
         stale, ages, lags = self.stale(), self.ages(), self.lags()
         return not stale, {"stale": stale, "age_seconds": ages, "lag_seconds": lags}
 
     def stale(self) -> list[str]:
-        """Returns the paths from which no heartbeat came out for three intervals."""
-        soonest = time.monotonic() - self._fresh_seconds
-        return [name for name, path in self._paths.items() if path.arrived_at is None or path.arrived < soonest]
+        """Returns the paths of which no heartbeat has arrived for three intervals."""
+        earliest = time.monotonic() - self._fresh_seconds
+        return [name for name, path in self._paths.items() if path.newest_arrived is None or path.arrived < earliest]
 
     def ages(self) -> dict[str, float | None]:
         """Returns the seconds since each sink last stored a heartbeat; None if it never did."""
         at = time.monotonic()
-        return {name: None if path.noted_at is None else at - path.noted for name, path in self._paths.items()}
+        return {name: None if path.newest_stored is None else at - path.stored for name, path in self._paths.items()}
 
     def lags(self) -> dict[str, float | None]:
         """Returns the seconds from sending to storing the last heartbeat of each path; None if none was stored."""
-        return {name: None if path.noted_at is None else path.lag for name, path in self._paths.items()}
+        return {name: None if path.newest_stored is None else path.lag for name, path in self._paths.items()}
 
     async def prove(self, timeout: float) -> bool:
-        """Waits until a heartbeat that was sent after this call has come out of every path. Returns True if every
-        binding is proved.
+        """Waits until a heartbeat of every path has arrived that was sent after this call. Returns True then, because
+        every binding is proved.
 
-        Returns False if a heartbeat is missing after `timeout` seconds for a reason that may be harmless: a backlog in
-        front of it, or PostgreSQL or the broker is unavailable. `readiness` continues to check. Raises TopologyError if
-        no such reason is left: the heartbeat was sent, its queue is empty and consumed, and it did not come out.
+        Returns False if a heartbeat is missing after `timeout` seconds for a reason that may be harmless: it waits
+        behind a backlog, or PostgreSQL or the broker is unavailable. `readiness` continues to check. Raises
+        TopologyError if there is no such reason: the heartbeat was sent, its queue is empty and has consumers, and the
+        heartbeat did not arrive.
         """
         began = now()
         for path in self._paths.values():
-            path.unanswered = None
+            path.missing_since = None
         deadline = time.monotonic() + timeout
         while missing := self._missing(began):
             remaining = deadline - time.monotonic()
@@ -166,35 +171,37 @@ class HeartbeatMonitor:
         return True
 
     def _missing(self, began: datetime) -> list[str]:
-        return [name for name, path in self._paths.items() if path.arrived_at is None or path.arrived_at < began]
+        return [
+            name for name, path in self._paths.items() if path.newest_arrived is None or path.newest_arrived < began
+        ]
 
     def _check_missing(self, missing: list[str], timeout: float) -> bool:
-        quiet = min(timeout / 2, 2.0)
+        quiet_seconds = min(timeout / 2, 2.0)
         for name in missing:
             path, at = self._paths[name], time.monotonic()
-            unanswered = path.unanswered is not None and at - path.unanswered > quiet
-            if unanswered and self._idle.get(name, lambda: False)() and at - path.active > quiet:
+            overdue = path.missing_since is not None and at - path.missing_since > quiet_seconds
+            if overdue and self._idle.get(name, lambda: False)() and at - path.active > quiet_seconds:
                 of_the_log, _, lane = name.rpartition("/")
                 queue = topology.LOG if of_the_log else topology.lane_queue(Lane(lane))
                 raise TopologyError(
-                    f"a heartbeat was sent and did not come out of queue {queue!r}: its binding to exchange"
+                    f"a heartbeat was sent and did not arrive through queue {queue!r}: the binding to exchange"
                     f" {topology.CHANGES!r} with routing key {lane!r} is missing. Run `ticketrail migrate`"
                 )
         log.warning("bindings_not_proved_yet", missing=missing)
         return False
 
     def _arrived(self, path: HeartbeatPath, sent_at: datetime) -> None:
-        # Ignore an old heartbeat: the same row of PostgreSQL is read repeatedly.
-        if path.arrived_at is None or sent_at > path.arrived_at:
-            path.arrived_at, path.arrived = sent_at, time.monotonic()
-            path.active, path.unanswered = path.arrived, None
+        # Ignore a heartbeat that is not new, because the sender reads the same row of PostgreSQL repeatedly.
+        if path.newest_arrived is None or sent_at > path.newest_arrived:
+            path.newest_arrived, path.arrived = sent_at, time.monotonic()
+            path.active, path.missing_since = path.arrived, None
             self._changed.set()
 
-    def _note(self, path: HeartbeatPath, sent_at: datetime, noted_at: datetime) -> None:
+    def _stored(self, path: HeartbeatPath, sent_at: datetime, stored_at: datetime) -> None:
         self._arrived(path, sent_at)
-        if path.noted_at is None or sent_at > path.noted_at:
-            path.noted_at, path.noted = sent_at, time.monotonic()
-            path.lag = max(0.0, (noted_at - sent_at).total_seconds())
+        if path.newest_stored is None or sent_at > path.newest_stored:
+            path.newest_stored, path.stored = sent_at, time.monotonic()
+            path.lag = max(0.0, (stored_at - sent_at).total_seconds())
 
 
 class HeartbeatSender:
@@ -213,7 +220,7 @@ class HeartbeatSender:
         await self.loop.stop()
 
     async def _run(self) -> None:
-        looking = asyncio.create_task(self._look(), name="heartbeats-look")
+        looking = asyncio.create_task(self._read_postgres(), name="heartbeats-read")
         try:
             while True:
                 if self._epoch is None:
@@ -221,22 +228,22 @@ class HeartbeatSender:
                 await asyncio.gather(*(self._send(lane) for lane in Lane))
                 self.loop.turned()
                 await asyncio.sleep(self._interval)
-                # In a task of its own: a frozen PostgreSQL must not stop the heartbeats.
+                # Read in a task of its own, because a frozen PostgreSQL must not stop the heartbeats.
                 if looking.done():
-                    looking = asyncio.create_task(self._look(), name="heartbeats-look")
+                    looking = asyncio.create_task(self._read_postgres(), name="heartbeats-read")
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
-    async def _look(self) -> None:
-        """Reads the epoch of the log, and the heartbeats that other workers have stored: they prove our bindings
-        too."""
+    async def _read_postgres(self) -> None:
+        """Reads the epoch of the log, and the heartbeats that other workers have stored, because these prove the
+        bindings too."""
         try:
             async with self._postgres.connection() as connection:
-                self._epoch = await present_epoch(connection) or self._epoch
-                for row in await connection.fetch("select lane, sent_at, noted_at from heartbeats"):
+                self._epoch = await current_epoch(connection) or self._epoch
+                for row in await connection.fetch("select lane, sent_at, stored_at from heartbeats"):
                     if row["lane"] in set(Lane):
-                        self._watch.note(Lane(row["lane"]), row["sent_at"], row["noted_at"])
+                        self._watch.stored(Lane(row["lane"]), row["sent_at"], row["stored_at"])
         except Exception as error:  # noqa: BLE001  (the last known epoch is good enough)
             log.debug("heartbeats_without_postgres", error=describe(error))
 

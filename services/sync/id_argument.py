@@ -1,6 +1,6 @@
-"""Arguments that are ids: a whole id, or its beginning where only one id begins like this.
+"""Arguments that are ids: a whole id, or the beginning of an id if it is unique.
 
-A whole id is taken as it is, without asking the database. Restaurants can be named by their slug as well.
+A whole id is used without asking the database. A restaurant can also be given by its slug.
 """
 
 import re
@@ -14,9 +14,10 @@ from services.sync.operator_session import ask
 from shared.postgres.pool import Connection
 
 Candidate = tuple[str, str]
-"""(id, a few words that tell it from others)"""
+"""(id, short description)"""
 FindIds = Callable[[Connection, UUID, UUID, int], Awaitable[Sequence[Candidate]]]
-"""(connection of the ops role, first id, last id, limit) -> the ids from the first to the last one, in order."""
+"""(connection of the ops role, first id, last id, limit) -> candidates whose ids are from the first to the last one, in
+order."""
 
 MIN_PREFIX_CHARS = 4
 _MAX_LISTED = 10
@@ -28,7 +29,8 @@ _SLUGS = "select id::text, slug from restaurants where id = any($1::uuid[])"
 
 
 class IdArgument(click.ParamType[str]):
-    """A UUID of what `what` names, such as "dead letter", or a unique prefix of one with at least four characters."""
+    """A UUID, or a unique beginning of it with at least four characters. `what`: what has the id, such as "dead
+    letter"."""
 
     name = "id"
 
@@ -43,7 +45,7 @@ class IdArgument(click.ParamType[str]):
 
 
 class RestaurantArgument(IdArgument):
-    """As IdArgument; also the slug of a restaurant."""
+    """An IdArgument for a restaurant, which also accepts a slug."""
 
     def __init__(self) -> None:
         super().__init__("restaurant", _restaurants_between)
@@ -60,20 +62,20 @@ class RestaurantArgument(IdArgument):
 
 
 def full_id(text: str, what: str, find: FindIds) -> str:
-    """The id that `text` is or begins. Raises BadParameter for what cannot begin an id, ClickException where no id or
-    more than one id begins so."""
+    """Returns the id that equals `text` or begins with it. Raises BadParameter if no id can begin with `text`, and
+    ClickException if no id or several ids begin with it."""
     if (whole := whole_id(text)) is not None:
         return whole
     if (bounds := prefix_range(text)) is None:
         raise click.BadParameter(
-            f"{text!r} is neither an id nor the beginning of one, which has at least {MIN_PREFIX_CHARS} characters of"
-            " 0-9 and a-f"
+            f"{text!r} is neither an id nor the beginning of an id, which needs at least {MIN_PREFIX_CHARS} hexadecimal"
+            " digits"
         )
     return the_only_one(text, what, ask(lambda connection: find(connection, *bounds, _MAX_LISTED + 1)))
 
 
 def whole_id(text: str) -> str | None:
-    """The canonical form of a whole UUID; None for anything else."""
+    """Returns the canonical form of a whole UUID, or None if `text` is not one."""
     try:
         return str(UUID(text)) if len(text) in (32, 36) else None
     except ValueError:
@@ -81,7 +83,7 @@ def whole_id(text: str) -> str | None:
 
 
 def prefix_range(text: str) -> tuple[UUID, UUID] | None:
-    """Returns (first, last) of the ids that begin with `text`; None where no id can. Pure."""
+    """Returns (first, last) of the ids that begin with `text`, or None if no id can begin with it. Pure."""
     text = text.lower()
     digits = text.replace("-", "")
     if len(digits) < MIN_PREFIX_CHARS or len(digits) > 32 or not _SHAPE.fullmatch(text):
@@ -91,18 +93,19 @@ def prefix_range(text: str) -> tuple[UUID, UUID] | None:
 
 
 def the_only_one(text: str, what: str, candidates: Sequence[Candidate]) -> str:
-    """The id of the only candidate. Raises ClickException, which lists the candidates where there are several."""
+    """Returns the id of the only candidate. Raises ClickException if there is none, or if there are several, which the
+    message lists."""
     if not candidates:
         raise click.ClickException(f"no {what} has an id that begins with {text}")
     if len(candidates) == 1:
         return candidates[0][0]
-    lines = "".join(f"\n  {id_}  {words}" for id_, words in candidates[:_MAX_LISTED])
+    lines = "".join(f"\n  {id_}  {description}" for id_, description in candidates[:_MAX_LISTED])
     more = "\n  … and more" if len(candidates) > _MAX_LISTED else ""
     raise click.ClickException(f"more than one {what} has an id that begins with {text}:{lines}{more}")
 
 
 async def restaurant_slugs(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
-    """Restaurant id -> slug."""
+    """Returns restaurant id -> slug."""
     return {row["id"]: row["slug"] for row in await connection.fetch(_SLUGS, list(ids))}
 
 

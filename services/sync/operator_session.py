@@ -1,4 +1,4 @@
-"""Connections for the commands of operators, as the ops role."""
+"""Opens connections of the ops role for the commands of operators."""
 
 import getpass
 from collections.abc import Awaitable, Callable
@@ -16,7 +16,7 @@ ROLE = Role.OPERATOR.value
 
 
 def ask(question: Callable[[Connection], Awaitable[T]]) -> T:
-    """Runs `question` with a connection of the ops role."""
+    """Runs `question` with a connection of the ops role, and returns its result."""
 
     async def answer() -> T:
         settings = Settings.load()
@@ -44,5 +44,5 @@ def with_rail(action: Callable[[Postgres, Mirror, Rail], Awaitable[T]]) -> T:
 
 
 def actor() -> str:
-    """The name under which the audit records who runs the command."""
+    """Returns the actor for the audit: the user of the operating system who runs the command."""
     return f"cli/{getpass.getuser()}"

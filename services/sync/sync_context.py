@@ -1,4 +1,5 @@
-"""What the routes of the sync API work with. Knows no feature, so that every feature can use it."""
+"""The objects that the routes of the sync API use. This module imports no feature, so that every feature can import
+it."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,9 +18,9 @@ from shared.settings import Settings
 class SyncContext(Struct, frozen=True):
     settings: Settings
     ops: Postgres
-    """Pool of the ops role, which sees every tenant."""
+    """A pool of the ops role, which sees every tenant."""
     api: Postgres
-    """Pool of the api role, which sees one tenant at a time."""
+    """A pool of the api role, which sees one tenant at a time."""
     mirror: Mirror
     rail: Rail
 
@@ -30,8 +31,8 @@ class SyncContext(Struct, frozen=True):
 
     @asynccontextmanager
     async def connection_for(self, identity: Identity) -> AsyncIterator[Connection]:
-        """A connection that sees what the caller may see: operators see every tenant, others their own. Raises
-        Unavailable."""
+        """Opens a connection that sees what the caller may see: every tenant for operators, their own tenant for
+        others. Raises Unavailable."""
         try:
             if identity.role is Role.OPERATOR:
                 async with self.ops.connection() as connection:

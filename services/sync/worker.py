@@ -1,7 +1,7 @@
-"""Wires the sync worker: the PostgreSQL writer, the mirror writer, the dead-letter collector, replays, heartbeats, the
-reconciler, thresholds and the cleanup, with a health endpoint.
+"""Assembles the sync worker: the PostgreSQL writer, the mirror writer, the dead-letter collector, replays, heartbeats,
+the reconciler, thresholds, the cleanup, and a health endpoint.
 
-The worker starts while PostgreSQL, Redis or RabbitMQ is unavailable, and waits for them. It refuses to start if the
+The worker can start while PostgreSQL, Redis or RabbitMQ is unavailable, and waits for them. It refuses to start if the
 broker answers and lacks a queue or a binding. At a stop, consumers unsubscribe and finish their messages before the
 connections are closed.
 """
@@ -60,7 +60,8 @@ def assemble(settings: Settings) -> WorkerParts:
     metrics = Metrics()
     writer_metrics = WriterMetrics(metrics)
     postgres = Postgres(settings.database_writer_url, settings)
-    # The worker needs no journal: a claim that cannot be recorded now stays in the mirror for the next round.
+    # The worker needs no journal: a claim that the reconciler cannot record now stays in the mirror until the next
+    # round.
     rail_parts = assemble_rail(settings, tracer=tracer, metrics=RailMetrics(metrics))
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     watch = HeartbeatMonitor(settings)
@@ -91,7 +92,7 @@ def _watch(parts: WorkerParts) -> None:
     watch, heartbeats = parts.metrics.watch, parts.watch
     parts.metrics.watch_each(
         "ticketrail_heartbeat_age_seconds",
-        "Seconds since each sink stored a heartbeat of this path",
+        "Seconds since the sink of this path last stored a heartbeat",
         "path",
         {path: lambda path=path: seconds(heartbeats.ages(), path) for path in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
@@ -103,7 +104,7 @@ def _watch(parts: WorkerParts) -> None:
     )
     watch(
         "ticketrail_held_messages",
-        "Messages taken from the lanes and not acknowledged",
+        "Messages that were taken from the lanes and are not acknowledged",
         lambda: parts.postgres_writer.held,
     )
     watch(
@@ -114,7 +115,7 @@ def _watch(parts: WorkerParts) -> None:
     parts.rail_parts.watch(parts.metrics)
     watch(
         "ticketrail_dead_letters_open",
-        "Dead letters that wait for a decision of an operator",
+        "Dead letters that are open or replaying",
         lambda: parts.collector.open_dead_letters,
     )
     watch(
@@ -126,7 +127,7 @@ def _watch(parts: WorkerParts) -> None:
     watch("ticketrail_failed", "Pending changes that have failed", lambda: parts.thresholds.failed)
     parts.metrics.watch_each(
         "ticketrail_restaurants_above_threshold",
-        "Restaurants with more changes pending, or failed, than the settings allow",
+        "Restaurants with more pending or failed changes than the settings allow",
         "state",
         {name: lambda name=name: parts.thresholds.over[name] for name in ("pending", "failed")},  # type: ignore[misc]
     )
@@ -135,9 +136,11 @@ def _watch(parts: WorkerParts) -> None:
 
 
 async def start(parts: WorkerParts) -> None:
-    """Raises TopologyError when a queue or a binding is missing."""
+    """Starts all parts. Raises TopologyError if a queue or a binding is missing."""
     await parts.rail_parts.check_mirror()
-    await declare.check_at_start(parts.settings, within=None)  # without the broker this worker has nothing to do
+    await declare.check_at_start(
+        parts.settings, within=None
+    )  # waits without limit, because the worker has nothing to do without the broker
     await parts.rail_parts.publisher.start(wait=5.0)
     await parts.postgres_writer.start()
     parts.collector.start()
@@ -166,11 +169,11 @@ async def stop(parts: WorkerParts) -> None:
 
 
 async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bool, dict[str, Any]]:
-    """Returns (ready, details for the health endpoint). Ready: the start has finished, and a heartbeat came out of
-    every lane and the log within three intervals."""
+    """Returns (ready, details for the health endpoint). The worker is ready if the start has finished, and if a
+    heartbeat of every lane and of the log arrived within three intervals."""
     fresh, heartbeats = parts.watch.readiness()
-    proven = started.done() and not started.cancelled() and started.exception() is None
-    return proven and fresh, {
+    has_started = started.done() and not started.cancelled() and started.exception() is None
+    return has_started and fresh, {
         "heartbeats": heartbeats,
         "postgres_writer": parts.postgres_writer.state(),
         "mirror": "warm" if parts.mirror_writer.warm else "cold",
@@ -186,7 +189,7 @@ def create(settings: Settings | None = None) -> Litestar:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        # In the background: health must answer while the worker waits for a backend.
+        # Start in the background, because the health endpoint must answer while the worker waits for a backend.
         task = vital_task(start(parts), name="start")
         started.append(task)
         try:

@@ -80,7 +80,7 @@ def watch_pool(metrics: Metrics, postgres: Postgres) -> None:
         {
             "in_use": lambda: postgres.connections[0],
             "idle": lambda: postgres.connections[1],
-            "most": lambda: postgres.connections[2],
+            "max": lambda: postgres.connections[2],
             "waiting": lambda: postgres.waiting,
         },
     )

@@ -1,4 +1,4 @@
-"""An operator decides which of two forked changes holds: over HTTP and on the command line."""
+"""An operator decides which of two forked changes to keep, over HTTP and on the command line."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -230,7 +230,7 @@ async def test_command_line_lists_shows_and_resolves_conflicts(ops_rig: Operator
     assert (code, out, err) == (1, "", "Error: keep: must be the id of one of the two changes\n")
     code, out, _ = await ops_rig.cli("conflicts", "resolve", id_, "--keep", made.loser.id, "--why", "the guest said so")
     assert code == 0
-    assert out.startswith(f"resolved: {made.loser.id} holds, by change ")
+    assert out.startswith(f"resolved: change {made.loser.id} is kept, enforced by change ")
     await eventually(
         lambda: order(ops_rig, made.order), what="the loser", until=lambda one: one["notes"] == made.notes(made.loser)
     )

@@ -104,7 +104,7 @@ async def test_cancelled_replay_leaves_the_remaining_dead_letters_open(
     await ops_rig.make_dead_letters(marker, 4)
     planned = await replay(nadia, text=marker, per_second=0.001, canary=False)
     cancelled = expect(await nadia.post(f"{JOBS}/{planned['job']['id']}/cancel"))
-    assert cancelled["cancel_asked"] is True
+    assert cancelled["cancel_requested"] is True
     job = await ops_rig.ended(cancelled)
     assert job["state"] == "cancelled"
     assert job["outcomes"]["waiting"] >= 3, "the rate allows one replay in 1,000 seconds"
@@ -312,12 +312,12 @@ async def test_queue_depths_come_from_the_management_api_and_without_it_from_the
         what="a count of every queue",
         until=lambda reply: reply["source"] == "management" and has_all_counts(reply),
     )
-    assert counted["away"] == []
+    assert counted["unavailable"] == []
     assert set(counted["heartbeat_age_seconds"]) == {lane.value for lane in Lane}
     wrong = "http://nobody:wrong@127.0.0.1:9"
     async with ops_rig.another_api(rabbitmq_watcher_url=wrong) as url, ops_rig.client(url=url) as client:
         without_management = expect(await client.get("/api/ops/queues"))
-    assert (without_management["source"], without_management["away"]) == ("broker", ["management"])
+    assert (without_management["source"], without_management["unavailable"]) == ("broker", ["management"])
     assert has_all_counts(without_management)
     assert {queue["name"] for queue in counted["queues"]} == {queue["name"] for queue in without_management["queues"]}
 

@@ -260,7 +260,7 @@ async def test_job_covers_the_dead_letters_that_were_open_at_its_creation(store:
     job = await replay_jobs.make(ops, query, kind="replay", why="fixed", per_second=5.0, canary=False, **OPERATOR)
     await keep(store, new_dead_letter())
     assert (job.kind, job.state, job.total, job.outcomes, job.ended) == ("replay", "waiting", 2, {"waiting": 2}, False)
-    assert (job.wanted, job.per_second, job.canary) == ({"reason": "negative_amount"}, 5.0, False)
+    assert (job.selection, job.per_second, job.canary) == ({"reason": "negative_amount"}, 5.0, False)
     parts = await replay_jobs.items(ops, job.id)
     assert [part.position for part in parts] == [1, 2]
     whole = [await dead_letter_store.one(ops, part.dead_letter_id) for part in parts]

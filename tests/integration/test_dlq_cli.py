@@ -213,7 +213,7 @@ async def test_detached_replay_can_be_cancelled(ops_rig: OperatorRig, marker: st
     slowly = ("--rate", "0.1", "--no-canary", "--yes", "--detach")
     job = (await printed_json(ops_rig, "replay", "--text", marker, *slowly))["job"]
     assert job["state"] in ("waiting", "running")
-    assert (await printed_json(ops_rig, "cancel", job["id"]))["cancel_asked"] is True
+    assert (await printed_json(ops_rig, "cancel", job["id"]))["cancel_requested"] is True
     assert (await ops_rig.ended(job))["state"] == "cancelled"
     code, out, err = await ops_rig.dlq("cancel", job["id"])
     assert (code, out, one_line(err)) == (1, "", "Error: this replay job is cancelled")

@@ -40,7 +40,7 @@ async def replay(rig: Rig, **options: Any) -> LogReplayReport:
 
 async def epoch(rig: Rig) -> str:
     async with rig.postgres.connection() as connection:
-        return await feed_epochs.present(connection)
+        return await feed_epochs.current(connection)
 
 
 async def test_missing_changes_are_written_once_with_every_payment_and_no_version_goes_down(

@@ -63,7 +63,7 @@ async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None
     async def read_the_log() -> None:
         while True:
             for lane in Lane:
-                rig.watch.note_log(lane, now(), now())
+                rig.watch.applied_to_mirror(lane, now(), now())
             await asyncio.sleep(0.05)
 
     reading = asyncio.create_task(read_the_log())

@@ -218,7 +218,7 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
     ledger_rig: LedgerRig = await make_ledger_rig(**(urls if management else {}))
 
     async def unavailable() -> list[str]:  # a management API that answers late counts as unavailable
-        return (await ledger_rig.balance()).away
+        return (await ledger_rig.balance()).unavailable
 
     await eventually(
         unavailable,
@@ -307,7 +307,7 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
     async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=timeout_seconds) as ledger:
 
         async def synced() -> int:
-            balance = await ledger.look()
+            balance = await ledger.balance()
             if balance.missing:
                 pytest.fail(f"reported as unexplained: {balance.missing}")
             return balance.synced
@@ -330,7 +330,7 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(
     await ledger_rig.rig.publish(*made)
     await ledger_rig.until(synced=50)
     async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
-        assert (await ledger.look()).synced == 50
+        assert (await ledger.balance()).synced == 50
         asked: list[int] = []
         settle = ledger._log.settle
 
@@ -343,7 +343,7 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(
         await ledger_rig.rig.publish(change(order(items=1)))
 
         async def synced() -> int:
-            return (await ledger.look()).synced
+            return (await ledger.balance()).synced
 
         assert await eventually(synced, what="the next one", until=lambda count: count > 50) == 51
         assert max(asked) <= 1

@@ -139,7 +139,7 @@ async def test_replay_that_dies_again_is_the_same_dead_letter_and_stops_its_job(
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1})
     assert job.message is not None and "with the same cause again" in job.message
     [part] = await outcomes(kept, job)
-    assert part.again is True
+    assert part.same_cause is True
     assert part.detail is not None and part.detail.startswith("refused_by_postgres: CheckViolationError")
     dead_letter = await dead_letter_of(kept, made)
     assert (dead_letter.status, dead_letter.deaths, len(dead_letter.attempts)) == ("open", 2, 2)
@@ -157,7 +157,7 @@ async def test_replay_that_dies_of_another_cause_does_not_stop_the_others(kept: 
     job = await ended(kept, await ask(kept))
     assert (job.state, job.outcomes) == ("done", {"resolved": 2, "failed": 1})
     [failed] = [one for one in await outcomes(kept, job) if one.outcome == "failed"]
-    assert (failed.position, failed.again) == (1, False)
+    assert (failed.position, failed.same_cause) == (1, False)
 
 
 async def test_job_waits_for_a_replay_on_the_retry_ladder(kept: Rig) -> None:
@@ -275,7 +275,7 @@ async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: Ma
     await replays.stop()
     assert job.outcomes == {"failed": 1}
     [part] = await outcomes(rig, job)
-    assert part.detail is not None and "no outcome was seen" in part.detail
+    assert part.detail is not None and "did not come out of its lane" in part.detail
     assert (await dead_letter_of(rig, made)).status == "open"
 
 
@@ -307,14 +307,14 @@ async def test_canary_waits_for_one_then_for_ten_then_sends_the_rest(make_rig: M
         )
         assert seen.state == "running"
         # The worker sends nothing more in three rounds, because the canaries are still in the lane.
-        beats = seen.beat_at
+        beats = seen.heartbeat_at
         for _ in range(3):
             seen = await eventually(
                 lambda: read_job(rig, job),
                 what="a beat",
-                until=lambda one, beats=beats: one.beat_at != beats,  # type: ignore[misc]
+                until=lambda one, beats=beats: one.heartbeat_at != beats,  # type: ignore[misc]
             )
-            beats = seen.beat_at
+            beats = seen.heartbeat_at
         assert await rig.depth(lane) == waiting
         await take_by_hand(rig, made, waiting)
     await rig.writer.start()
@@ -445,7 +445,8 @@ async def test_job_of_a_dead_worker_is_taken_over_and_its_unfinished_items_are_s
     job = await ask(rig)
     # The state a minute after kill -9: one item was about to be sent, and it is in doubt.
     await rig.database.execute(
-        "update replay_jobs set state = 'running', worker = gen_random_uuid(), beat_at = now() - interval '1 minute'"
+        "update replay_jobs set state = 'running', worker = gen_random_uuid(),"
+        " heartbeat_at = now() - interval '1 minute'"
         " where id = $1",
         job.id,
     )
@@ -468,7 +469,8 @@ async def test_frozen_worker_leaves_a_job_that_another_worker_took_over(make_rig
     job = await ask(rig, canary=True)
     await eventually(lambda: read_job(rig, job), what="the canary", until=lambda one: one.outcomes.get("sent") == 1)
     await rig.database.execute(
-        "update replay_jobs set worker = gen_random_uuid(), beat_at = now() + interval '1 hour' where id = $1", job.id
+        "update replay_jobs set worker = gen_random_uuid(), heartbeat_at = now() + interval '1 hour' where id = $1",
+        job.id,
     )
     await rig.writer.start()
     settled = await eventually(

@@ -127,7 +127,7 @@ where restaurant_id = $1 and entity_id = $2
 returning id::text, change_id::text
 """
 _REPLAY = """
-insert into replay_jobs (kind, state, wanted, actor) values ('dry_run', 'done', '{}', $1) returning id::text
+insert into replay_jobs (kind, state, selection, actor) values ('dry_run', 'done', '{}', $1) returning id::text
 """
 
 

@@ -3,7 +3,7 @@
 import asyncpg
 import pytest
 
-from services.sync.writer.upsert import Written, write_batch
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, order, payment
@@ -19,7 +19,7 @@ async def of_two_tenants(system: System) -> None:
     async with system.database("ticketrail_writer") as connection:
         await write_batch(
             connection,  # type: ignore[arg-type]  # a connection of its own instead of a pool's
-            [Written(Lane.CRITICAL, orders.ENTITY, change(state), state) for state in states],
+            [DecodedChange(Lane.CRITICAL, orders.ENTITY, change(state), state) for state in states],
             timeout_seconds=5.0,
         )
 

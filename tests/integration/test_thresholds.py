@@ -59,8 +59,8 @@ async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_i
     await reveal(rig, 2, OTHER_RESTAURANT)
     await fail(rig, mine[:2])
     with capture_logs() as logs:
-        await watched.look()
-        await watched.look()
+        await watched.count()
+        await watched.count()
     logged = [(one["event"], one["restaurant_id"], one["state"], one["count"], one["threshold"]) for one in logs]
     assert logged == [
         ("sync_above_threshold", RESTAURANT, "failed", 2, 1),
@@ -71,7 +71,7 @@ async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_i
 
     await settle(rig, mine[:2])
     with capture_logs() as logs:
-        await watched.look()
+        await watched.count()
     assert [(one["event"], one["state"]) for one in logs] == [
         ("sync_below_threshold", "failed"),
         ("sync_below_threshold", "pending"),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from services.sync.writer.upsert import Outcome, Written, write_batch
+from services.sync.writer.upsert import DecodedChange, Outcome, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
 from shared.entities.order import Customization, Order, OrderStatus, PaymentStatus
@@ -72,8 +72,8 @@ async def empty(owner: Database) -> None:
     await owner.execute("truncate orders, order_items, payments, menu_items, tables, changes, conflicts")
 
 
-def written(*changes: Change, lane: Lane = Lane.CRITICAL) -> list[Written]:
-    return [Written(lane, *_read(one)) for one in changes]
+def written(*changes: Change, lane: Lane = Lane.CRITICAL) -> list[DecodedChange]:
+    return [DecodedChange(lane, *_read(one)) for one in changes]
 
 
 def _read(one: Change) -> tuple[Any, Change, Any]:

@@ -28,8 +28,8 @@ def test_a_message_is_split_into_changes_byte_for_byte() -> None:
     odd = encode(made[1]).replace(b"{", b"{ ", 1)
     batch = parse_batch(Lane.NORMAL, [Sent(message(made[0], odd)), Sent(message(made[2]), {"a": 1})])
     assert [one.event for one in batch.changes] == [encode(made[0]), odd, encode(made[2])]
-    assert [one.written.change.id for one in batch.changes] == [one.id for one in made]
-    assert {one.written.lane for one in batch.changes} == {Lane.NORMAL}
+    assert [one.decoded.change.id for one in batch.changes] == [one.id for one in made]
+    assert {one.decoded.lane for one in batch.changes} == {Lane.NORMAL}
     assert batch.changes[2].message.headers == {"a": 1}
     assert not batch.failed
 
@@ -38,7 +38,7 @@ def test_an_unreadable_change_fails_alone() -> None:
     good = change(order())
     bad = encode(change(order(), restaurantid=OTHER_RESTAURANT))
     batch = parse_batch(Lane.CRITICAL, [Sent(message(good, bad, b"7")), Sent(b"no batch")])
-    assert [one.written.change for one in batch.changes] == [good]
+    assert [one.decoded.change for one in batch.changes] == [good]
     assert [(one.body, one.failure.reason) for one in batch.failed] == [
         (b"[" + bad + b"]", "wrong_tenant"),
         (b"[7]", "contract_broken"),
@@ -64,7 +64,7 @@ def test_the_highest_head_of_each_entity_is_upserted_in_order_of_the_keys() -> N
     elsewhere = change(order(id=first.entity_id, restaurant_id=OTHER_RESTAURANT))
     several = [second, change(order()), fork, elsewhere, first]
     batch = parse_batch(Lane.CRITICAL, [Sent(message(*several))])
-    top = highest(one.written for one in batch.changes)
+    top = highest(one.decoded for one in batch.changes)
     assert [one.key for one in top] == sorted({(one.restaurantid, one.entity_id) for one in several})
     winner = max(second, fork, key=lambda one: one.id)
     assert winner in [one.change for one in top]

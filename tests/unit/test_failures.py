@@ -14,7 +14,7 @@ from services.sync.failures.retry_ladder import (
     FailedChange,
     attempts_in,
     destination,
-    for_the_mirror,
+    failure_for_mirror,
     headers_for,
 )
 from shared.entities import registry
@@ -206,7 +206,7 @@ def test_a_body_without_a_readable_change_still_gets_headers() -> None:
 
 
 def test_the_mirror_gets_the_error_the_number_of_attempts_and_the_time() -> None:
-    assert msgspec.json.decode(for_the_mirror(failed(**{topology.ATTEMPT: 1}))) == {  # type: ignore[arg-type]
+    assert msgspec.json.decode(failure_for_mirror(failed(**{topology.ATTEMPT: 1}))) == {  # type: ignore[arg-type]
         "error": "SerializationError: try again",
         "attempts": 2,
         "last_attempt": "2026-03-14T12:30:00Z",

@@ -143,13 +143,16 @@ BAD_ITEMS = [
     ("a,,1,620\n", {2: "items[0].name"}),
     (
         'a,Soup,1,620\na,"Bread"x,1,450\na,Tea,1,260\nb,Soup,1,620\n',
-        {2: "line 3 may belong to it", 3: "not CSV", 4: "line 3 may belong to it", 5: "b"},
+        {2: "line 3 may belong to this order", 3: "not CSV", 4: "line 3 may belong to this order", 5: "b"},
     ),
     (
         'a,Soup,1,620\nx,"Bread"x,1,450\nb,Soup,1,620\nc,Soup,1,620\n',
-        {2: "line 3 may belong to it", 3: "not CSV", 4: "line 3 may belong to it", 5: "c"},
+        {2: "line 3 may belong to this order", 3: "not CSV", 4: "line 3 may belong to this order", 5: "c"},
     ),
-    ('a,Soup,1,620\nb,"Soup,1,620\nc,Soup,1,620\n', {2: "line 3 may belong to it", 3: "not CSV: unexpected end"}),
+    (
+        'a,Soup,1,620\nb,"Soup,1,620\nc,Soup,1,620\n',
+        {2: "line 3 may belong to this order", 3: "not CSV: unexpected end"},
+    ),
 ]
 
 

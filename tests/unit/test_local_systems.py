@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared import local_systems
-from shared.local_systems import LOCK_FILE, LocalSystem, NoSystem, choose, list_system, read_environment
+from shared.local_systems import LOCK_FILE, LocalSystem, NoSystem, choose_system, list_system, read_environment
 
 Start = Callable[..., LocalSystem]
 
@@ -44,7 +44,7 @@ def test_settings_with_quotes_and_line_ends_are_read_back_unchanged(tmp_path: Pa
 def test_the_only_running_system_is_chosen(start: Start, tmp_path: Path) -> None:
     start("stopped", stopped=True)
     one = start("one")
-    chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
+    chosen = choose_system(None, {}, checkout=tmp_path, configured_home=None)
     assert chosen.environment == {"TICKETRAIL_HOME": str(one.home)}
     assert "one" in chosen.label
     assert "runs" in chosen.label
@@ -53,7 +53,7 @@ def test_the_only_running_system_is_chosen(start: Start, tmp_path: Path) -> None
 def test_a_choice_between_two_running_systems_is_refused_and_names_both(start: Start, tmp_path: Path) -> None:
     one, two = start("one"), start("two")
     with pytest.raises(NoSystem, match="--system NAME") as refused:
-        choose(None, {}, checkout=tmp_path, configured_home=None)
+        choose_system(None, {}, checkout=tmp_path, configured_home=None)
     assert str(one.home) in str(refused.value)
     assert str(two.home) in str(refused.value)
 
@@ -65,7 +65,7 @@ def test_the_option_system_chooses_by_name_or_path_and_overrides_the_environment
     start("one")
     two = start("shop/.local")
     requested = {"name": "shop", "path": str(two.home), "checkout of the path": str(two.home.parent)}[by]
-    chosen = choose(requested, {"TICKETRAIL_REDIS_URL": "redis://x"}, checkout=tmp_path, configured_home=None)
+    chosen = choose_system(requested, {"TICKETRAIL_REDIS_URL": "redis://x"}, checkout=tmp_path, configured_home=None)
     assert chosen.environment == {"TICKETRAIL_HOME": str(two.home)}
     assert chosen.overrides
 
@@ -73,13 +73,13 @@ def test_the_option_system_chooses_by_name_or_path_and_overrides_the_environment
 def test_an_unknown_system_is_refused_with_the_running_ones(start: Start, tmp_path: Path) -> None:
     start("one")
     with pytest.raises(NoSystem, match=r"--system tow: .*one"):
-        choose("tow", {}, checkout=tmp_path, configured_home=None)
+        choose_system("tow", {}, checkout=tmp_path, configured_home=None)
 
 
 def test_backends_set_in_the_environment_win_over_running_systems(start: Start, tmp_path: Path) -> None:
     one = start("one")
     environment = {"TICKETRAIL_DATABASE_URL": "postgresql://x", "TICKETRAIL_HOME": str(one.home)}
-    assert not choose(None, environment, checkout=tmp_path, configured_home=None).environment
+    assert not choose_system(None, environment, checkout=tmp_path, configured_home=None).environment
 
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
@@ -88,7 +88,7 @@ def test_the_home_setting_chooses_one_of_two_running_systems(start: Start, tmp_p
     two = start("two")
     environment = {"TICKETRAIL_HOME": str(two.home)} if where == "environment" else {}
     configured = Path("two") if where == ".env" else None
-    chosen = choose(None, environment, checkout=tmp_path, configured_home=configured)
+    chosen = choose_system(None, environment, checkout=tmp_path, configured_home=configured)
     assert chosen.environment == {"TICKETRAIL_HOME": str(two.home)}
     assert not chosen.overrides
 
@@ -96,11 +96,11 @@ def test_the_home_setting_chooses_one_of_two_running_systems(start: Start, tmp_p
 def test_a_running_system_of_this_checkout_is_preferred(start: Start, tmp_path: Path) -> None:
     start("other", checkout=tmp_path / "elsewhere")
     one = start("one")
-    chosen = choose(None, {}, checkout=tmp_path, configured_home=None)
+    chosen = choose_system(None, {}, checkout=tmp_path, configured_home=None)
     assert chosen.environment == {"TICKETRAIL_HOME": str(one.home)}
 
 
 def test_a_stopped_system_of_this_checkout_is_chosen_if_none_runs(start: Start, tmp_path: Path) -> None:
-    assert "default settings" in choose(None, {}, checkout=tmp_path, configured_home=None).label
+    assert "default settings" in choose_system(None, {}, checkout=tmp_path, configured_home=None).label
     start(".local", stopped=True)
-    assert "does not run" in choose(None, {}, checkout=tmp_path, configured_home=None).label
+    assert "does not run" in choose_system(None, {}, checkout=tmp_path, configured_home=None).label

@@ -10,7 +10,7 @@ starts quickly.
     orders.py         `orders`, and finding an order by id, prefix or number
     journal.py        `journal`
     status_screen.py  `status`
-    trace_search.py   `trace`; waterfall.py draws what it finds
+    trace_search.py   `trace`; waterfall.py draws the traces that it finds
 
 Nothing else imports this package.
 """

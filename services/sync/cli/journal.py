@@ -35,9 +35,9 @@ _RETRY_PAUSE_SECONDS = 1.0
 _COLUMNS = (
     TableColumn("lane", optional=1),
     TableColumn("change", "id"),
-    TableColumn("of", "id"),
+    TableColumn("subject", "id"),
     TableColumn("version", optional=3, right=True),
-    TableColumn("waits", optional=2, right=True),
+    TableColumn("age", optional=2, right=True),
     TableColumn("bytes", optional=4, right=True),
 )
 
@@ -55,7 +55,7 @@ class WaitingEntry(Struct, frozen=True, kw_only=True):
 
 
 class DamagedEntry(Struct, frozen=True, kw_only=True):
-    """An entry that is not intact. It is not published."""
+    """An entry that is not intact. `journal drain` does not publish it."""
 
     why: str
     lane: str | None
@@ -68,9 +68,9 @@ class DamagedEntry(Struct, frozen=True, kw_only=True):
 class JournalListing(Struct, frozen=True, kw_only=True):
     path: str
     held_by: str | None
-    """The process that has the journal open; None if no process has."""
+    """The process that has the journal open; None if no process has it open."""
     file_damaged: str | None
-    """Why SQLite cannot read the file. The entries listed were salvaged from it."""
+    """Why SQLite cannot read the file; None if it can. The entries were then salvaged from the file."""
     files_aside: list[str]
     count: int
     bytes: int
@@ -97,10 +97,10 @@ def journal_command() -> None:
     "--limit", type=click.IntRange(0), default=_MAX_LISTED, show_default=True, help="number of entries; 0: all"
 )
 def show_command(path: Path | None, instance: int | None, as_json: bool, limit: int) -> None:
-    """Show the entries, oldest first. Changes nothing, and works while the instance runs.
+    """Show the entries, oldest first. The command changes nothing, and works while the instance runs.
 
-    Exit code 1 if something in the journal is damaged."""
-    found = _look(_path_of(path, instance), limit)
+    The exit code is 1 if something in the journal is damaged."""
+    found = _read_listing(_path_of(path, instance), limit)
     if as_json:
         click.echo(encode(found).decode())
     else:
@@ -112,10 +112,10 @@ def show_command(path: Path | None, instance: int | None, as_json: bool, limit: 
 @journal_command.command("drain")
 @_one_journal
 def drain_command(path: Path | None, instance: int | None, as_json: bool) -> None:
-    """Publish all entries; each is removed after RabbitMQ confirmed it. Refused while the instance runs, which drains
-    its journal itself.
+    """Publish all entries, and remove each one after RabbitMQ has confirmed it. The command is refused while the
+    instance runs, because a running instance drains its journal itself.
 
-    Exit code 1 if entries are left, or are damaged and were not published."""
+    The exit code is 1 if entries are left, or if damaged entries were not published."""
     done = run(_drain(Settings.load(), _path_of(path, instance)))
     if as_json:
         click.echo(encode(done).decode())
@@ -144,22 +144,22 @@ def _path_of(path: Path | None, instance: int | None) -> Path:
 # -- show ------------------------------------------------------------------------------------------------------------
 
 
-def _look(path: Path, limit: int) -> JournalListing:
+def _read_listing(path: Path, limit: int) -> JournalListing:
     found, problem = _contents(path)
     at = now()
-    entries = [_waiting(lane, event, at) for lane, event in found.entries]
-    ages = [one.age_seconds for one in entries if one.age_seconds is not None]
+    entries = [_waiting_entry(lane, event, at) for lane, event in found.entries]
+    ages = [entry.age_seconds for entry in entries if entry.age_seconds is not None]
     return JournalListing(
         path=str(path),
         held_by=Lease.holder(path),
         file_damaged=problem,
-        files_aside=[one.name for one in files_aside(path)],
+        files_aside=[file.name for file in files_aside(path)],
         count=len(entries),
-        bytes=sum(one.bytes for one in entries),
-        lanes=dict(Counter(one.lane for one in entries)),
+        bytes=sum(entry.bytes for entry in entries),
+        lanes=dict(Counter(entry.lane for entry in entries)),
         oldest_seconds=max(ages, default=None),
         entries=entries[: limit or None],
-        damaged=[_broken(one) for one in found.damaged],
+        damaged=[_damaged_entry(entry) for entry in found.damaged],
     )
 
 
@@ -172,7 +172,7 @@ def _contents(path: Path) -> tuple[Contents, str | None]:
         return Contents(entries=entries, damaged=salvage.damaged()), str(error)
 
 
-def _waiting(lane: Lane, event: bytes, at: datetime) -> WaitingEntry:
+def _waiting_entry(lane: Lane, event: bytes, at: datetime) -> WaitingEntry:
     name = name_of(lane, event)
     age = None if name.accepted_at is None else round((at - name.accepted_at).total_seconds(), 1)
     return WaitingEntry(
@@ -188,15 +188,15 @@ def _waiting(lane: Lane, event: bytes, at: datetime) -> WaitingEntry:
     )
 
 
-def _broken(one: Damaged) -> DamagedEntry:
-    name = one.name or Name(entry="", lane=one.lane or "")
+def _damaged_entry(entry: Damaged) -> DamagedEntry:
+    name = entry.name or Name(entry="", lane=entry.lane or "")
     return DamagedEntry(
-        why=one.why,
-        lane=one.lane,
+        why=entry.why,
+        lane=entry.lane,
         change_id=name.change_id,
         subject=name.subject,
         trace_id=trace_id_of(name.traceparent),
-        bytes_left=len(one.event or b""),
+        bytes_left=len(entry.event or b""),
     )
 
 
@@ -206,7 +206,7 @@ def _print(found: JournalListing) -> None:
         f"{found.path}: {f'held by {found.held_by}' if found.held_by else 'no process has it open'}", soft_wrap=True
     )
     if found.file_damaged:
-        screen.print(_damaged(f"{found.file_damaged}; this is what could be salvaged from it"), soft_wrap=True)
+        screen.print(_damaged(f"{found.file_damaged}; the entries below were salvaged from it"), soft_wrap=True)
     if found.entries:
         rows = []
         for waiting in found.entries:
@@ -217,7 +217,7 @@ def _print(found: JournalListing) -> None:
     if len(found.entries) < found.count:
         screen.print(f"… and {found.count - len(found.entries)} more; --limit 0 shows all")
     lanes = ", ".join(f"{count} {lane}" for lane, count in sorted(found.lanes.items()))
-    oldest = "" if found.oldest_seconds is None else f", the oldest for {found.oldest_seconds:.0f} s"
+    oldest = "" if found.oldest_seconds is None else f"; the oldest has waited {found.oldest_seconds:.0f} s"
     screen.print(f"{found.count} changes wait{f' ({lanes})' if lanes else ''}, {found.bytes} bytes{oldest}")
     for bad in found.damaged:
         named = f"change {bad.change_id} of {bad.subject}" if bad.change_id else "an entry without an id"
@@ -243,7 +243,9 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
     except NumberTaken as error:
         raise click.ClickException(str(error)) from error
     if lease is None:
-        raise click.ClickException(f"its instance runs ({Lease.holder(path)}) and drains it itself: {path}")
+        raise click.ClickException(
+            f"the instance of this journal runs ({Lease.holder(path)}) and drains the journal itself: {path}"
+        )
     with lease:
         before = set(files_aside(path))
         journal = Journal(path, instance=lease.number, max_bytes=settings.journal_max_bytes, lease=lease)
@@ -252,7 +254,7 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
         try:
             await journal.open()
             await publisher.start(wait=_CONNECT_TIMEOUT_SECONDS)
-            stopped = await _empty(journal, drainer)
+            stopped = await _drain_all(journal, drainer)
         except JournalBroken as broken:
             raise click.ClickException(str(broken)) from broken
         finally:
@@ -264,13 +266,13 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
             "lanes": {lane.value: count for lane, count in drainer.drained.items() if count},
             "left": journal.depth,
             "damaged": journal.damaged,
-            "aside": [one.name for one in sorted(set(files_aside(path)) - before)],
+            "aside": [file.name for file in sorted(set(files_aside(path)) - before)],
             "error": stopped,
         }
 
 
-async def _empty(journal: Journal, drainer: Drainer) -> str:
-    """Publishes all entries. Returns why entries are left, or an empty text."""
+async def _drain_all(journal: Journal, drainer: Drainer) -> str:
+    """Publishes all entries. Returns the reason why entries are left, or an empty text if none is left."""
     failures = 0
     while journal.depth:
         try:
@@ -279,7 +281,7 @@ async def _empty(journal: Journal, drainer: Drainer) -> str:
         except (NotSent, InDoubt) as error:
             failures += 1
             if failures == _MAX_ATTEMPTS:
-                return f"RabbitMQ does not accept them: {error}"
+                return f"RabbitMQ does not accept the entries: {error}"
             await asyncio.sleep(_RETRY_PAUSE_SECONDS)
     return ""
 

@@ -1,4 +1,4 @@
-"""The command `ticketrail`, for operators and scripts. Each command connects, does its work and says what it did."""
+"""The command `ticketrail`, for operators and scripts. Each command connects, does its work and prints the result."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from shared.messaging import asyncapi, declare
 from shared.messaging.log import LogReader
 from shared.messaging.management import make_watcher
 from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
-from shared.postgres.migrate import migrate, present_epoch
+from shared.postgres.migrate import current_epoch, migrate
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from shared.settings_loading import SettingsError
@@ -42,13 +42,13 @@ from shared.version import VERSION
 
 _NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
 
-_TOPOLOGY_LOCK = 0x71636B75  # not the lock of the migrations
+_TOPOLOGY_LOCK = 0x71636B75  # differs from the lock of the migrations
 _BROKER_READY_SECONDS = 60.0
 _MANAGEMENT_READY_SECONDS = 10.0
 
 
 class _Commands(click.Group):
-    """Reports an invalid setting in one sentence, whichever command reads it."""
+    """A command group that reports an invalid setting in one sentence, for every command."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -65,16 +65,16 @@ class _Commands(click.Group):
 
 @click.group("ticketrail", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="ticketrail")
-@click.option("--system", "wanted", metavar="PATH|NAME", help="which system of `make run` to talk to")
+@click.option("--system", "requested", metavar="PATH|NAME", help="the system of `make run` to connect to")
 @click.pass_context
-def main(context: click.Context, wanted: str | None) -> None:
+def main(context: click.Context, requested: str | None) -> None:
     """Ticketrail: the order backbone of restaurants and points of sale."""
-    follow_system(context, wanted)
+    follow_system(context, requested)
 
 
 @main.command("migrate")
 def migrate_command() -> None:
-    """Bring PostgreSQL and RabbitMQ to what this version needs. It can be repeated."""
+    """Create or update the schema in PostgreSQL and the queues in RabbitMQ. The command can be repeated."""
     run(_migrate(Settings.load()))
 
 
@@ -94,7 +94,7 @@ async def _migrate(settings: Settings) -> None:
                 within=_MANAGEMENT_READY_SECONDS,
                 what="the management API of RabbitMQ",
             )
-        except BrokerNotReady as error:  # without the watcher operators see depths without rates
+        except BrokerNotReady as error:  # without the read-only user, operators see depths but no rates
             click.echo(f"{error}: its read-only user was not created", err=True)
 
 
@@ -103,19 +103,20 @@ async def _declare_topology(broker: AbstractConnection, settings: Settings) -> t
     await declare.declare(broker, settings)
     database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
     try:
-        # Held until the connection closes: of two migrations at once, the second finds the log of the first.
+        # The lock is held until the connection closes, so that the second of two concurrent migrations finds the log
+        # of the first one.
         await database.execute("select pg_advisory_lock($1)", _TOPOLOGY_LOCK)
         created = not await declare.log_exists(broker)
-        epoch = await present_epoch(database)
+        epoch = await current_epoch(database)
         if not created:
-            # Readers identify the log by the epoch in its heartbeats. A new database, or one from a backup, does not
-            # know that epoch.
+            # Readers identify the log by the epoch in its heartbeats. A new or restored database may not have that
+            # epoch.
             carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
             if carried is not None and carried != epoch:
                 epoch = carried
                 await database.execute(_NOTE_EPOCH, epoch)
         if epoch is None or created:
-            # Stored before the stream is created, because no heartbeat in it may carry an earlier epoch.
+            # Store the epoch before the stream exists, because no heartbeat in the stream may carry an earlier epoch.
             epoch = uuid4().hex[:12]
             await database.execute(_NOTE_EPOCH, epoch)
         await declare.declare_logs(broker, settings, epoch)
@@ -127,7 +128,7 @@ async def _declare_topology(broker: AbstractConnection, settings: Settings) -> t
 @main.command("seed")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def seed_command(as_json: bool) -> None:
-    """Create the demo restaurant: a menu, tables, a user for each role. It can be repeated."""
+    """Create the demo restaurant: a menu, tables and a user for each role. The command can be repeated."""
     settings = Settings.load()
     seeded = run(_seed(settings))
     if as_json:
@@ -148,7 +149,7 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 
 @main.command("token")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="staff", show_default=True)
-@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; operators need none")
+@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; not for operators")
 @click.option("--user", type=click.UUID, help="id of the user; default: a new id")
 @click.option("--email", default="")
 @click.option("--session", help="session of the customer")
@@ -157,9 +158,9 @@ def token_command(role: str, restaurant: str | None, user: UUID | None, email: s
     settings = Settings.load()
     identity = Identity(str(user or uuid4()), Role(role), restaurant or "", email, session)
     if identity.role is not Role.OPERATOR and restaurant is None:
-        raise click.UsageError("this role needs --restaurant")
+        raise click.UsageError("every role except operator needs --restaurant")
     if identity.role is Role.CUSTOMER and not session:
-        raise click.UsageError("a customer needs --session")
+        raise click.UsageError("the role customer needs --session")
     click.echo(Tokens.of(settings).issue(identity))
 
 
@@ -196,10 +197,10 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
     system = system_label()
     if not as_json:
         click.echo(f"system: {system}")
-    before = status_screen.look(urls)
+    before = status_screen.sample_services(urls)
     if not watch:
         time.sleep(min(interval, 1.0))
-        found = status_screen.facts(before, status_screen.look(urls))
+        found = status_screen.facts(before, status_screen.sample_services(urls))
         if as_json:
             click.echo(encode({"system": system, **found}).decode())
         else:
@@ -208,17 +209,17 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
     with Live(status_screen.screen({}), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(interval)
-            after = status_screen.look(urls)
+            after = status_screen.sample_services(urls)
             live.update(status_screen.screen(status_screen.facts(before, after)), refresh=True)
             before = after
 
 
 @main.command("trace")
 @click.argument("order")
-@click.option("--restaurant", type=RESTAURANT, help="of an order number: id, prefix of an id, or slug")
+@click.option("--restaurant", type=RESTAURANT, help="if ORDER is a number: id, prefix of an id, or slug")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:
-    """Show the trace of each change of ORDER, and where changes waited.
+    """Show the trace of each change of ORDER, with the time that it waited in queues.
 
     ORDER is an order number, an id, or the beginning of an id."""
     order_id = the_order(order, restaurant)
@@ -227,7 +228,8 @@ def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:
         for text in found.missing:
             click.echo(text, err=True)
         raise click.ClickException(
-            "this order has no change, no dead letter and no trace; `ticketrail ledger` shows changes on their way"
+            "this order has no change, no dead letter and no trace; `ticketrail ledger` counts changes that are not in"
+            " PostgreSQL yet"
         )
     if as_json:
         click.echo(encode(waterfall.as_json(order_id, found)).decode())

@@ -1,4 +1,4 @@
-"""Changes a dish from the command line: reads its head, changes it, commits."""
+"""Changes a dish from the command line: reads the head of the dish, changes its state and commits a new version."""
 
 from uuid import UUID
 
@@ -37,7 +37,8 @@ async def edit_dish(
     price: int | None = None,
     available: bool | None = None,
 ) -> MenuItem:
-    """Raises NotFound, ClaimLost if another change came first, Unavailable while the mirror is cold."""
+    """Commits the next version of a dish and returns its state. Raises NotFound, ClaimLost if another change came
+    first, and Unavailable while the mirror is cold."""
     base, before = await _head(postgres, mirror, restaurant, dish_id)
     at = now()
     after = msgspec.structs.replace(

@@ -1,6 +1,6 @@
-"""`ticketrail orders`: finds orders by number, id or the beginning of an id. `ticketrail trace` uses it too.
+"""`ticketrail orders`: finds orders by number, id or the beginning of an id. `ticketrail trace` uses this module too.
 
-PostgreSQL is asked, so an order that is still on its way is found by its whole id alone.
+The search reads PostgreSQL. An order that is not there yet can be found only by its whole id.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from shared.postgres.pool import Connection
 _NUMBER_DIGITS = 4
 _MAX_CANDIDATES = 11
 
-# Per restaurant, so that the indexes on (restaurant, created at) and (restaurant, id) serve.
+# Selects per restaurant, so that the indexes on (restaurant, created at) and (restaurant, id) are used.
 _SELECT = """
 select o.id::text, o.order_number, r.id::text as restaurant_id, r.slug as restaurant, o.business_day, o.status,
     o.total, o.currency, o.created_at
@@ -50,7 +50,7 @@ class OrderMatch(Struct, frozen=True, kw_only=True):
     order_number: str
     restaurant_id: str
     restaurant: str
-    """Its slug."""
+    """The slug of the restaurant."""
     business_day: date
     status: str
     total: int
@@ -94,8 +94,9 @@ def orders_command(order: str | None, restaurant: str | None, limit: int, as_jso
 async def find_orders(
     connection: Connection, order: str | None, restaurant: str | None, *, limit: int
 ) -> list[OrderMatch]:
-    """Newest first. `order`: None for all; an order number comes before an id that begins like it. `restaurant`: an id,
-    or None for all restaurants. As the ops role."""
+    """Returns the orders that match, newest first. `order`: a number, an id or the beginning of an id; None for all
+    orders. A text that is both a number and the beginning of an id counts as a number. `restaurant`: an id, or None for
+    all restaurants. `connection`: of the ops role."""
     if order is None:
         return _matches(await connection.fetch(_NEWEST, restaurant, limit))
     if (whole := whole_id(order)) is None:
@@ -107,37 +108,38 @@ async def find_orders(
 
 
 def the_order(text: str, restaurant: str | None) -> str:
-    """The id of the order that `text` names. Of several with one number in one restaurant it is the newest, which
-    standard error says. Raises ClickException where no order fits, or orders of several restaurants do."""
+    """Returns the id of the order that `text` names. If several orders of one restaurant have this number, returns the
+    newest one and says so on standard error. Raises ClickException if no order matches, or if orders of several
+    restaurants match."""
     if (whole := whole_id(text)) is not None:
         return whole
     found = ask(lambda connection: find_orders(connection, text, restaurant, limit=_MAX_CANDIDATES))
     if not found:
         raise click.ClickException(_unknown(text))
     if found[0].order_number not in _numbers(text):
-        return the_only_one(text, "order", [(match.id, _words(match)) for match in found])
+        return the_only_one(text, "order", [(match.id, _description(match)) for match in found])
     if len({match.restaurant_id for match in found}) > 1:
-        lines = "".join(f"\n  {match.id}  {_words(match)}" for match in found)
-        raise click.ClickException(f"more than one restaurant has an order {text}; choose by --restaurant:{lines}")
+        lines = "".join(f"\n  {match.id}  {_description(match)}" for match in found)
+        raise click.ClickException(f"several restaurants have an order {text}; choose one with --restaurant:{lines}")
     newest = found[0]
     if len(found) > 1:
-        click.echo(f"several orders have this number; the newest is {newest.id}, {_words(newest)}", err=True)
+        click.echo(f"several orders have this number; the newest is {newest.id}, {_description(newest)}", err=True)
     return newest.id
 
 
 def _numbers(text: str) -> list[str]:
-    """The order numbers that people may mean: 42 is 0042."""
+    """Returns the order numbers that `text` may mean: 42 may mean 0042."""
     return [text, text.upper(), text.zfill(_NUMBER_DIGITS)] if text.isdigit() else [text, text.upper()]
 
 
-def _words(match: OrderMatch) -> str:
+def _description(match: OrderMatch) -> str:
     return f"{match.order_number} of {match.business_day} at {match.restaurant}, {match.status}"
 
 
 def _unknown(text: str) -> str:
     return (
-        f"no order in PostgreSQL has the number {text} or an id that begins with it; an order that is still on its way"
-        " is found by its whole id"
+        f"no order in PostgreSQL has the number {text} or an id that begins with {text}; an order that is not in"
+        " PostgreSQL yet can be found only by its whole id"
     )
 
 

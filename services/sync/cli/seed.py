@@ -1,7 +1,7 @@
-"""Creates the demo restaurant: a menu, tables and one user for each role. Repeating it changes nothing.
+"""Creates the demo restaurant: a menu, tables and one user for each role. A second seeding changes nothing.
 
-Users are plain rows in PostgreSQL; dishes and tables are changes that are committed through the rail. All ids are
-derived from names, so that a second seeding finds the first one.
+Users are plain rows in PostgreSQL. Dishes and tables are committed as changes through the rail. All ids are derived
+from names, so that a second seeding finds the entities of the first one.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ def _id(*names: str) -> str:
 
 class Seeder:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres`: a pool of the writer role. `secret`: the key of the demo terminal and the password of the demo
-        users are derived from it, so that they are the same at every seeding."""
+        """`postgres`: a pool of the writer role. `secret`: the source of the demo terminal's key and of the demo users'
+        password, so that both are the same at every seeding."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
@@ -92,13 +92,13 @@ class Seeder:
         self._password = _derived_secret(secret, "demo-password", 20)
 
     async def seed(self) -> dict[str, Any]:
-        """Returns the ids and tokens with which a script can use the demo."""
+        """Creates the demo restaurant. Returns the ids and tokens that a script needs to use it."""
         restaurant, terminal = _RESTAURANT, _id("terminal")
         async with self._postgres.connection() as connection:
             await self._insert_accounts(connection, restaurant, terminal)
         with contextlib.suppress(
             MirrorUnavailable, MirrorInDoubt
-        ):  # the mirror writer adds it when it fills the mirror next
+        ):  # the mirror writer adds the restaurant the next time that it fills the mirror
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         at = datetime(2026, 1, 1, tzinfo=UTC)
         dishes = [
@@ -126,7 +126,7 @@ class Seeder:
             for label, seats in _TABLES
         ]
         created = sum([await self._create(menu_item.ENTITY, dish) for dish in dishes])
-        created += sum([await self._create(table.ENTITY, one) for one in tables])
+        created += sum([await self._create(table.ENTITY, dining_table) for dining_table in tables])
         return {
             "created": created,
             "restaurant_id": restaurant.id,
@@ -136,7 +136,7 @@ class Seeder:
             "password": self._password,
             "terminal": {"id": terminal, "api_key": self._api_key},
             "menu_item_ids": [dish.id for dish in dishes],
-            "table_ids": [one.id for one in tables],
+            "table_ids": [dining_table.id for dining_table in tables],
         }
 
     async def _insert_accounts(self, connection: Connection, restaurant: Restaurant, terminal: str) -> None:
@@ -175,7 +175,7 @@ class Seeder:
         )
 
     async def _create(self, entity: Entity, state: Any) -> bool:
-        """Returns False if the entity exists already, in any version."""
+        """Creates the entity. Returns False if the entity exists already, in any version."""
 
         async def existing() -> tuple[Head, Any] | None:
             async with self._postgres.connection() as connection:

@@ -26,7 +26,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class ServiceSample(Struct):
-    """One service at one moment; without samples if it was unavailable."""
+    """The state of one service at one moment. It has no samples if the service was unavailable."""
 
     url: str
     at: float
@@ -36,15 +36,16 @@ class ServiceSample(Struct):
     samples: Samples
 
     def value(self, name: str, **labels: str) -> float:
-        """NaN if there is no such sample."""
+        """Returns the value of one sample, or NaN if there is no such sample."""
         return self.samples.get((name, tuple(sorted(labels.items()))), math.nan)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of all series with this name and these labels."""
+        """Returns the sum of all series with this name and these labels."""
         required = set(labels.items())
         return sum(value for (found, has), value in self.samples.items() if found == name and required <= set(has))
 
     def by(self, name: str, label: str) -> dict[str, float]:
+        """Returns value of the label -> sum of the series with this value."""
         found: dict[str, float] = {}
         for (series, has), value in self.samples.items():
             if series == name and (key := dict(has).get(label)) is not None:
@@ -53,7 +54,8 @@ class ServiceSample(Struct):
 
 
 def urls_of(settings: Settings) -> dict[str, str]:
-    """Service -> its URL. The setting `status_urls` replaces the defaults, for containers."""
+    """Returns service -> URL. The setting `status_urls` replaces the defaults, because in containers each service has a
+    host of its own."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  (compared, not bound)
     own = {
         "orders": f"http://{host}:{settings.orders_port}",
@@ -64,12 +66,13 @@ def urls_of(settings: Settings) -> dict[str, str]:
     return settings.status_urls or own
 
 
-def look(urls: dict[str, str]) -> dict[str, ServiceSample]:
+def sample_services(urls: dict[str, str]) -> dict[str, ServiceSample]:
+    """Asks all services at the same time. `urls`: service -> URL."""
     with ThreadPoolExecutor(len(urls)) as threads:
-        return dict(zip(urls, threads.map(_look_at, urls.values()), strict=True))
+        return dict(zip(urls, threads.map(_sample_service, urls.values()), strict=True))
 
 
-def _look_at(url: str) -> ServiceSample:
+def _sample_service(url: str) -> ServiceSample:
     try:
         health, state = json.loads(_get(f"{url}/health/ready")), "ready"
     except urllib.error.HTTPError as error:
@@ -89,7 +92,6 @@ def _look_at(url: str) -> ServiceSample:
 
 
 def _get(url: str) -> bytes:
-
     request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})  # noqa: S310
     with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
         return bytes(reply.read())
@@ -107,21 +109,21 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def percentile(before: ServiceSample, after: ServiceSample, name: str, share: float) -> float:
-    """Upper bound, in seconds, of the bucket that contains this share of the interval's observations; NaN without
-    any."""
+    """Returns the upper bound, in seconds, of the histogram bucket that contains this share of the observations between
+    the two samples; NaN if there was no observation."""
     grown = {
         float(bound): after.by(f"{name}_bucket", "le")[bound] - before.by(f"{name}_bucket", "le").get(bound, 0.0)
         for bound in after.by(f"{name}_bucket", "le")
     }
-    every = max(grown.values(), default=0.0)
-    if every <= 0:
+    total = max(grown.values(), default=0.0)
+    if total <= 0:
         return math.nan
-    return min(bound for bound, count in grown.items() if count >= share * every)
+    return min(bound for bound, count in grown.items() if count >= share * total)
 
 
 def facts(before: dict[str, ServiceSample], after: dict[str, ServiceSample]) -> dict[str, dict[str, Any]]:
-    """Service -> the facts that the screen shows and `--json` prints. Seconds, counts, shares from 0 to 1; None:
-    unknown."""
+    """Returns service -> the figures that the screen shows and `--json` prints. Units are seconds, counts, and shares
+    from 0 to 1; None means unknown."""
     found: dict[str, dict[str, Any]] = {}
     for name, seen in after.items():
         found[name] = {"state": seen.state, "url": seen.url}

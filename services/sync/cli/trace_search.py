@@ -1,5 +1,5 @@
-"""Finds the traces of an order: changes and dead letters in PostgreSQL, which have trace ids, and spans in trace files
-or Jaeger. If one source is unavailable, the other one still answers."""
+"""Finds the traces of an order. Changes and dead letters in PostgreSQL have the trace ids; trace files or Jaeger have
+the spans. If one of the two sources is unavailable, the search returns the data of the other one."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from shared.version import USER_AGENT
 
 _TIMEOUT_SECONDS = 5.0
 
-# Per restaurant, so that the index on (restaurant, entity, entity id, version) is used.
+# Selects per restaurant, so that the index on (restaurant, entity, entity id, version) is used.
 _CHANGES = """
 select c.change_id::text, c.version, c.type, c.source, c.accepted_at, c.written_at, c.traceparent
 from restaurants r
@@ -72,7 +72,7 @@ class FoundTraces(Struct):
     """The changes in PostgreSQL, by version."""
     spans: list[SpanRow]
     missing: list[str]
-    """Sentences about sources that could not be asked."""
+    """One sentence for each source that could not be read."""
     dead_letters: list[DeadChange] = []
     """Oldest failure first."""
 
@@ -96,7 +96,7 @@ async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
         )
     finally:
         await postgres.close()
-    traced = [*(change.trace_id for change in changes), *(letter.trace_id for letter in dead_letters)]
+    traced = [*(change.trace_id for change in changes), *(dead_letter.trace_id for dead_letter in dead_letters)]
     ids = list(dict.fromkeys(filter(None, traced)))
     if settings.trace_query_url:
         try:
@@ -112,11 +112,11 @@ async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
 
 
 def _from_files(settings: Settings, ids: Sequence[str], order_id: str) -> list[SpanRow]:
-    # Spans of requests that name the order come first: they find changes that PostgreSQL does not have yet.
+    # Search by order id first: the spans of its requests lead to changes that PostgreSQL does not have yet.
     named = read_spans(settings.traces_path, [order_id.encode()])
     own = (span.trace_id for span in named if span.attributes.get("ticketrail.order_id") == order_id)
-    every = list(dict.fromkeys([*ids, *own]))
-    return list(read_spans(settings.traces_path, [id_.encode() for id_ in every])) if every else []
+    trace_ids = list(dict.fromkeys([*ids, *own]))
+    return list(read_spans(settings.traces_path, [id_.encode() for id_ in trace_ids])) if trace_ids else []
 
 
 # -- Jaeger ------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _ask(url: str) -> list[dict[str, Any]]:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
             answer = json.loads(reply.read())
     except urllib.error.HTTPError as error:
-        if error.code == 404:  # not sampled, or older than the retention
+        if error.code == 404:  # the trace was not sampled, or it is older than the retention
             return []
         raise
     except ValueError as error:
@@ -165,9 +165,9 @@ def _rows(traces: Iterable[dict[str, Any]]) -> Iterable[SpanRow]:
                 span_id=span["spanID"].zfill(16),
                 parent_id=next(
                     (
-                        one["spanID"].zfill(16)
-                        for one in references
-                        if one["refType"] == "CHILD_OF" and one["traceID"] == span["traceID"]
+                        reference["spanID"].zfill(16)
+                        for reference in references
+                        if reference["refType"] == "CHILD_OF" and reference["traceID"] == span["traceID"]
                     ),
                     None,
                 ),
@@ -178,9 +178,9 @@ def _rows(traces: Iterable[dict[str, Any]]) -> Iterable[SpanRow]:
                 end_ns=start + span["duration"] * 1_000,
                 attributes=tags,
                 links=[
-                    (one["traceID"].zfill(32), one["spanID"].zfill(16))
-                    for one in references
-                    if one["refType"] == "FOLLOWS_FROM"
+                    (reference["traceID"].zfill(32), reference["spanID"].zfill(16))
+                    for reference in references
+                    if reference["refType"] == "FOLLOWS_FROM"
                 ],
                 error=str(tags.get("otel.status_description") or tags.get("error.type") or "error") if failed else None,
             )

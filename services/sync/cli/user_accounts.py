@@ -1,4 +1,4 @@
-"""Adds users from the command line: operators, whom no route can add, and the first admin of a restaurant.
+"""Adds users from the command line: operators, because no route can add them, and the first admin of a restaurant.
 
 Users are plain rows without events.
 """
@@ -33,7 +33,8 @@ async def add_user(
     name: str = "",
     id_: str | None = None,
 ) -> str:
-    """Adds a user and returns its id. `connection` as the writer role. `id_`: if this user exists, its password stays.
+    """Adds a user and returns its id. `connection`: of the writer role. `id_`: the id of the user; default: a new id.
+    If a user with this id exists, its password stays.
 
     Raises Conflict if the email is taken, and NotFound if the restaurant does not exist."""
     id_ = id_ or str(uuid4())
@@ -47,7 +48,7 @@ async def add_user(
 
 
 async def set_password(connection: Connection, email: str, password: str) -> None:
-    """Ends all sessions of the user. Raises NotFound."""
+    """Sets the password and ends all sessions of the user. Raises NotFound."""
     async with connection.transaction():
         id_ = await connection.fetchval(_CHANGE, email, hash_password(password))
         if id_ is None:

@@ -1,4 +1,5 @@
-"""`ticketrail user`: adds operators, and users of a restaurant whom no admin can add through the API."""
+"""`ticketrail user`: adds users and sets passwords. It adds users whom no admin can add through the API, above all
+operators."""
 
 import sys
 
@@ -15,18 +16,19 @@ _MIN_PASSWORD_CHARS = 10
 
 @click.group("user")
 def user_command() -> None:
-    """Add users, above all operators, and set passwords. A password is prompted for, or read from standard input."""
+    """Add users, above all operators, and set passwords. The command asks for the password in a terminal, and otherwise
+    reads it from standard input."""
 
 
 @user_command.command("add")
 @click.argument("email")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="operator", show_default=True)
-@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; operators have none")
+@click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; not for operators")
 @click.option("--name", default="")
 def add_command(email: str, role: str, restaurant: str | None, name: str) -> None:
     """Add a user and print its id."""
     if (Role(role) is Role.OPERATOR) is (restaurant is not None):
-        raise click.UsageError("every role needs --restaurant, except operator, which has none")
+        raise click.UsageError("every role except operator needs --restaurant; operator must not have it")
     if "@" not in email:
         raise click.UsageError("EMAIL must be an email address")
 

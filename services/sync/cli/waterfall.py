@@ -1,4 +1,5 @@
-"""Draws the traces of an order as a waterfall: which step ran where and when, and the waits between steps. Pure.
+"""Draws the traces of an order as a waterfall: the time and the service of each step, and the waits between steps.
+Pure.
 
     POST /api/orders         orders        0.0     3.9 ms  ████████████
       claim                  orders        0.7     0.5 ms    ██
@@ -7,7 +8,7 @@
           · waits            critical.v1   3.4     6.6 ms            ░░░░░░░░░
           write order        sync-worker  10.0     4.0 ms                     ████
 
-The spans that consumed a change are below the span that sent it. The time between them is a row of its own.
+The spans that consumed a change are drawn below the span that sent it. The time between them is a row of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,7 @@ class Line(Struct):
 
 
 def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[Line]:
-    """The spans of one trace as the lines of a tree, earliest first, with the waits between them."""
+    """Returns the spans of one trace as the lines of a tree, earliest first, with the waits between them."""
     mine = {span.span_id: span for span in spans if span.trace_id == trace_id}
     children: dict[str | None, list[SpanRow]] = {}
     for span in mine.values():
@@ -51,10 +52,10 @@ def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[Line]:
             queue = str(span.attributes.get("messaging.destination.name", "")).removeprefix("sync.postgres.")
             lines.append(Line(depth, "· waits", queue, after.end_ns, span.start_ns, waits=True))
         lines.append(Line(depth, span.name, _service(span), span.start_ns, span.end_ns, _note(span), span.error))
-        for child in sorted(children.get(span.span_id, ()), key=lambda one: one.start_ns):
+        for child in sorted(children.get(span.span_id, ()), key=lambda span: span.start_ns):
             add(child, depth + 1, span)
 
-    for root in sorted(children.get(None, ()), key=lambda one: one.start_ns):
+    for root in sorted(children.get(None, ()), key=lambda span: span.start_ns):
         add(root, 0, None)
     return lines
 
@@ -85,7 +86,7 @@ def _note(span: SpanRow) -> str:
 
 
 def render(order_id: str, found: FoundTraces, width: int) -> RenderableType:
-    """Renders one part per change, by version, then one per dead letter, then traces that PostgreSQL does not know."""
+    """Renders the changes by version, then the dead letters, then the traces without a change in PostgreSQL."""
     parts: list[RenderableType] = []
     shown: set[str] = set()
     for change in found.changes:

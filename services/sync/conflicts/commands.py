@@ -31,13 +31,13 @@ _COLUMNS = (
 
 @click.group("conflicts")
 def conflicts_command() -> None:
-    """Conflicts: two changes of which only one can hold. Look at both, and decide."""
+    """List, show and decide conflicts. A conflict is two changes of one entity, of which you keep one."""
 
 
 @conflicts_command.command("list")
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug")
 @click.option("--entity", help="such as order")
-@click.option("--all", "everything", is_flag=True, help="also those that are decided")
+@click.option("--all", "everything", is_flag=True, help="include decided conflicts")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
 def list_command(restaurant: str | None, entity: str | None, everything: bool, limit: int, as_json: bool) -> None:
@@ -82,7 +82,7 @@ def show_command(conflict: str, as_json: bool) -> None:
         click.echo(printable(f"{name + ':':8}{_headline(side)}"))
     if seen.head is not None:
         click.echo(f"head:   {seen.head.change_id}  version {seen.head.version}")
-    # Lines, not a table: values can hold ids, which a narrow terminal would cut.
+    # Print lines instead of a table, because a narrow terminal would cut the ids in the values.
     for leaf in msgspec.to_builtins(seen.differs):
         click.echo(printable(f"differs: {leaf['path']}"))
         for side_name in ("winner", "loser"):
@@ -103,11 +103,11 @@ def _value(leaf: dict[str, Any], side: str) -> str:
 
 @conflicts_command.command("resolve")
 @click.argument("conflict", type=_CONFLICT)
-@click.option("--keep", required=True, help="the change that holds: the id of one of the two, or its beginning")
+@click.option("--keep", required=True, help="the change to keep: the id of one of the two, or its beginning")
 @click.option("--why", required=True, help="kept in the audit")
 @json_option
 def resolve_command(conflict: str, keep: str, why: str, as_json: bool) -> None:
-    """Decide which of the two changes holds. Later changes stay; payments of both sides count."""
+    """Decide which of the two changes to keep. Later changes stay, and payments of both sides count."""
     if whole_id(keep) is None:
         fork = ask(lambda connection: conflict_store.one(connection, conflict))
         sides = ((fork.change_id, ""), (fork.other_change_id, ""))
@@ -115,8 +115,8 @@ def resolve_command(conflict: str, keep: str, why: str, as_json: bool) -> None:
     done = with_rail(
         lambda *parts: ConflictDecisions(*parts).resolve(conflict, keep=keep, why=why, actor=actor(), role=ROLE)
     )
-    committed = f", by change {done.resolved_change_id}" if done.resolved_change_id else ""
-    print_json(done) if as_json else click.echo(f"resolved: {done.kept_change_id} holds{committed}")
+    committed = f", enforced by change {done.resolved_change_id}" if done.resolved_change_id else ""
+    print_json(done) if as_json else click.echo(f"resolved: change {done.kept_change_id} is kept{committed}")
 
 
 COMMANDS = (conflicts_command,)

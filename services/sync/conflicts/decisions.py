@@ -1,14 +1,14 @@
-"""Decides conflicts for the API and the command line: which of the two changes of a fork holds.
+"""Decides conflicts for the API and the command line: the operator keeps one of the two changes of a fork.
 
-By the guard, the change with the larger (version, change id) wins in every store. That is a rule, not a judgement. A
-decision names the change that holds and enforces it: a new change at head version + 1 restores the fields in which the
-two differ and in which the entity has the other side's value. Later changes stay. If the losing side shall hold and
-such a field has a third value by now, the decision is refused, because only the restaurant knows the right value.
-Payments and stock moves are facts: those of both sides count after every decision (`forked_payments.py` restores the
-payments of an order).
+By the guard, the change with the larger (version, change id) is the winner in every store. The guard is only a rule, so
+an operator may decide otherwise. The decision names the change to keep. If the entity has the value of the other change
+in a field in which the two differ, a new change at head version + 1 restores the value of the kept change. Later
+changes stay. If the operator keeps the loser and such a field has a third value by now, the decision is refused,
+because only the restaurant knows the right value. Payments and stock moves are facts: the facts of both sides count
+after every decision (`forked_payments.py` restores the payments of an order).
 
-The conflict is locked during the decision. The change is recorded before the conflict is closed: a failure in between
-leaves the conflict open and the change recorded, and repeating the decision makes no second change.
+The conflict is locked during the decision. The new change is recorded before the conflict is closed. A failure in
+between leaves the conflict open and the change recorded; a second attempt then makes no second change.
 """
 
 from datetime import datetime
@@ -36,7 +36,7 @@ _DERIVED_FIELDS = frozenset({"updated_at", "payment_status"})
 
 
 class Differs(Struct, frozen=True, omit_defaults=True):
-    """A leaf in which the two states differ. A side that lacks the leaf is left out."""
+    """A leaf of the JSON in which the two states differ. A side that lacks the leaf is left out."""
 
     path: str
     winner: Any = UNSET
@@ -54,7 +54,7 @@ class ShownFork(Struct, frozen=True, kw_only=True):
 
 
 async def show(connection: Connection, id_: str) -> ShownFork:
-    """Raises NotFound."""
+    """Returns both sides of a conflict and how they differ. Raises NotFound."""
     conflict = await conflict_store.one(connection, id_)
     winner, loser = await conflict_store.sides(connection, conflict)
     entity = registry.ENTITIES[conflict.entity]
@@ -79,8 +79,9 @@ class ConflictDecisions:
         self._rail = rail
 
     async def resolve(self, id_: str, *, keep: str, why: str, actor: str, role: str) -> Fork:
-        """`keep`: the id of the change that holds. Raises NotFound, InvalidInput, Conflict (`conflict_resolved`,
-        `changed_since`, `version_conflict`, `out_of_stock`), Unavailable, OutcomeUnknown."""
+        """Enforces the decision and closes the conflict. `keep`: the id of the change to keep. Raises NotFound,
+        InvalidInput, Conflict (`conflict_resolved`, `changed_since`, `version_conflict`, `out_of_stock`), Unavailable,
+        OutcomeUnknown."""
         if not why.strip():
             raise InvalidInput("must give a reason", field="why")
         with record_first("the conflict") as recorded:
@@ -97,7 +98,8 @@ class ConflictDecisions:
     async def _enforce(
         self, connection: Connection, conflict: Fork, winner: Side, loser: Side, keep: str, actor: str
     ) -> str | None:
-        """Commits the change that makes `keep` hold. Returns its id, or None if none is needed."""
+        """Commits the change that restores the values of the change `keep`. Returns the id of the new change, or None
+        if the entity already has these values."""
         entity = registry.ENTITIES[conflict.entity]
         base = await current_head(connection, self._mirror, entity, conflict.restaurant_id, conflict.entity_id)
         if base is None:
@@ -111,45 +113,46 @@ class ConflictDecisions:
         return await commit(self._rail, entity, event_between(entity, base[1], after), after, base, actor=actor)
 
 
-def with_decision(entity: Entity, present: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
-    """Returns `present`, in which each field with the value of `dropped` has the value of `kept` instead. Pure.
+def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
+    """Returns the state `current`, in which each field with the value of `dropped` has the value of `kept` instead.
+    Pure.
 
-    A field in which the two differ can have a third value by now. If `strict`, such a field raises Conflict
-    (`changed_since`). Otherwise it keeps its value."""
+    A field in which `kept` and `dropped` differ can have a third value by now. If `strict`, such a field raises
+    Conflict (`changed_since`). Otherwise the field keeps its value."""
     kept, dropped = (_plain(entity.decode_state(encode(side))) for side in (kept, dropped))
-    after = _plain(present)
-    left_alone = _DERIVED_FIELDS | {facts.field for facts in entity.facts}
-    third = []
-    for name in sorted({*kept, *dropped} - left_alone):
+    after = _plain(current)
+    ignored_fields = _DERIVED_FIELDS | {facts.field for facts in entity.facts}
+    changed_since = []
+    for name in sorted({*kept, *dropped} - ignored_fields):
         dropped_value, kept_value, value = (side.get(name, UNSET) for side in (dropped, kept, after))
         if kept_value in (dropped_value, value):
             continue
         if value != dropped_value:
-            third.append(name)
+            changed_since.append(name)
         elif kept_value is UNSET:
             del after[name]
         else:
             after[name] = kept_value
-    if strict and third:
+    if strict and changed_since:
         raise Conflict(
-            f"{', '.join(third)} changed after the fork: change the entity by hand, then keep the other side",
+            f"{', '.join(changed_since)} changed after the fork: change the entity by hand, then keep the winner",
             code="changed_since",
-            fields=third,
+            fields=changed_since,
         )
     state = entity.decode_state(encode(after))
-    if entity is inventory_item.ENTITY and state.quantity != present.quantity:
-        # The quantity of each side is the sum of its own moves only.
+    if entity is inventory_item.ENTITY and state.quantity != current.quantity:
+        # The quantity of a side includes only the stock moves of that side.
         raise Conflict(
             "stock moved on both sides: count the item, then keep the winner",
             code="changed_since",
             fields=["quantity"],
         )
-    return _with_derived_order_fields(present, state, now()) if entity is orders.ENTITY else state
+    return _with_derived_order_fields(current, state, now()) if entity is orders.ENTITY else state
 
 
 def _with_derived_order_fields(before: Order, after: Order, at: datetime) -> Order:
     if _is_closed(before) and not _is_closed(after):
-        # The order holds its stock again from now on, because the stock may have been counted since it released it.
+        # The holds begin again now: the stock may have been counted since the order released it.
         holds = tuple(msgspec.structs.replace(hold, held_at=at) for hold in after.holds)
         after = msgspec.structs.replace(after, holds=holds)
     return msgspec.structs.replace(after, payment_status=payment_status(after.payments, after.total))
@@ -160,13 +163,13 @@ def _is_closed(order: Order) -> bool:
 
 
 def event_between(entity: Entity, before: Any, after: Any) -> str:
-    """Returns the event type of a change from `before` to `after`. Pure."""
+    """Returns the event of a change from `before` to `after`: deleted, restored or updated. Pure."""
     if after.deleted_at and not before.deleted_at:
         return "deleted"
     return "restored" if before.deleted_at and not after.deleted_at and "restored" in entity.events else "updated"
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """Returns the state as plain JSON values, in the encoding of our stores."""
+    """Returns the state as plain JSON values, encoded as in our stores."""
     found: dict[str, Any] = msgspec.json.decode(encode(state))
     return found

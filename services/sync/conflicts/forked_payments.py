@@ -1,9 +1,9 @@
 """Restores payments that a fork left out: the losing state of an order can hold payments that the winner lacks.
 
-A new change adds them, so that the order, its payment status and every store have all payments. Each round checks only
-orders whose conflict was opened since the previous round, because nothing else loses a payment. The conflict stays open
-for the other differences. Rounds may be repeated and may run in two instances, because a payment is identified by its
-id.
+A new change adds the missing payments to the order and to its payment status, in every store. Each round checks only
+orders whose conflict was opened since the previous round, because only a fork can leave a payment out. The conflict
+stays open for its other differences. Rounds may be repeated and may run in two instances, because a payment is
+identified by its id.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from shared.rail.draft import Draft
 log = structlog.get_logger(__name__)
 
 _ENTITY = orders.ENTITY
-# The first round checks conflicts of this age, because the previous process may not have handled them.
+# The first round checks conflicts up to this age, because the previous process may not have handled them.
 _LOOK_BACK = timedelta(days=7)
-# A conflict has the time at which its transaction began, but is visible only after its commit.
+# `opened_at` is the time at which the transaction began, but the conflict is visible only after the commit.
 _OVERLAP = timedelta(minutes=5)
 
 
@@ -42,8 +42,8 @@ class ForkedPayments:
         self._since = now() - _LOOK_BACK
 
     async def restore(self) -> int:
-        """Returns the number of orders whose payments were restored. Raises the errors of the stores, and
-        of `Rail.commit` except ClaimLost, Unavailable and InvalidInput."""
+        """Runs one round. Returns the number of orders whose payments were restored. Raises the errors of the stores,
+        and those of `Rail.commit` except ClaimLost, Unavailable and InvalidInput."""
         async with self._postgres.connection() as connection:
             looked_at: datetime = await connection.fetchval("select now()")
             found = await money.left_out(connection, self._since)
@@ -54,7 +54,7 @@ class ForkedPayments:
             try:
                 restored += await self._add(restaurant, order, payments)
             except (ClaimLost, Unavailable):
-                complete = False  # another change came first, or the mirror is behind: the next round tries again
+                complete = False  # another change came first, or the mirror is behind; the next round tries again
             except InvalidInput as error:
                 log.error("forked_payments_not_restored", id=order, restaurant_id=restaurant, error=str(error))
         if complete:
@@ -62,7 +62,7 @@ class ForkedPayments:
         return restored
 
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
-        """Returns False if the order does not exist, or if its head already has the payments."""
+        """Adds payments to an order. Returns False if the order does not exist, or if its head already has them."""
         async with self._postgres.connection() as connection:
             found = await current_head(connection, self._mirror, _ENTITY, restaurant, id_)
         if found is None:

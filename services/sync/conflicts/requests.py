@@ -12,11 +12,11 @@ class ConflictsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     restaurant_id: UUID | None = None
     entity: Name | None = None
     entity_id: UUID | None = None
-    open: Annotated[bool, Meta(description="false: decided conflicts")] = True
+    open: Annotated[bool, Meta(description="true lists open conflicts, false lists decided ones")] = True
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the previous page")] | None = None
 
 
 class ResolveConflict(Struct, forbid_unknown_fields=True, kw_only=True):
-    keep: Annotated[UUID, Meta(description="the change that holds: one of the two")]
+    keep: Annotated[UUID, Meta(description="the change to keep: the id of one of the two")]
     why: Why

@@ -38,7 +38,7 @@ async def list_conflicts(request: Call) -> ASGIApp:
             before=read_cursor(query.cursor) if query.cursor else None,
             limit=query.limit + 1,
         )
-    page, pagination = page_of(found, query.limit, lambda one: (one.opened_at, one.id))
+    page, pagination = page_of(found, query.limit, lambda conflict: (conflict.opened_at, conflict.id))
     return success(page, pagination=pagination)
 
 
@@ -62,10 +62,11 @@ async def get_conflict(request: Call, conflict_id: str) -> ASGIApp:
     "/api/ops/conflicts/{conflict_id:str}/resolve",
     action="conflicts.resolve",
     tag=_TAG,
-    summary="Decide a conflict: which of the two changes holds",
-    description="A new change restores the fields in which the two differ and in which the entity has the value of the"
-    " other side. If such a field has a third value by now, the answer is 409 `changed_since`: change the entity by"
-    " hand, then keep the winner. Payments of both sides count in either case.",
+    summary="Decide a conflict: keep one of the two changes",
+    description="If the entity has the value of the other change in a field in which the two differ, a new change"
+    " restores the value of the kept change. If you keep the loser and such a field has a third value by now, the"
+    " answer is 409 `changed_since`: change the entity by hand, then keep the winner."
+    " Payments of both sides always count.",
     body=ResolveConflict,
     answer=Fork,
     errors=(404, 409, 504),

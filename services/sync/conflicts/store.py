@@ -1,8 +1,8 @@
-"""Reads conflicts and closes them. `services/sync/writer/upsert.py` opens a conflict for two changes that claim one
-version or have one base.
+"""Reads conflicts and closes them. `writer/upsert.py` opens a conflict for two changes that claim one version or have
+one base.
 
-Connections have the ops role. To read the conflicts of one restaurant they may have the api role, inside
-`Postgres.tenant`.
+Connections have the ops role. A connection that only reads may also have the api role, inside `Postgres.tenant`; it
+sees the conflicts of one restaurant.
 """
 
 from datetime import datetime
@@ -47,7 +47,8 @@ where id = $1 returning {_COLUMNS}
 
 
 class Fork(Struct, frozen=True, kw_only=True):
-    """Two accepted changes of one entity of which only one can hold. Open while `resolved_at` is None."""
+    """A conflict: two accepted changes of one entity, of which an operator keeps one. Open while `resolved_at` is
+    None."""
 
     id: str
     restaurant_id: str
@@ -62,7 +63,7 @@ class Fork(Struct, frozen=True, kw_only=True):
     why: str | None
     kept_change_id: str | None
     resolved_change_id: str | None
-    """The change that enforced the decision; None if none was needed."""
+    """The change that enforced the decision; None if the entity already had the values of the kept change."""
 
 
 class Side(Struct, frozen=True, kw_only=True):
@@ -91,15 +92,15 @@ async def page(
     before: tuple[datetime, str] | None = None,
     limit: int = 50,
 ) -> list[Fork]:
-    """Returns conflicts, newest first. `is_open`: None for both open and decided ones. To learn whether another page
-    follows, ask for one row more than a page."""
+    """Returns conflicts, newest first. `is_open`: None for open and decided conflicts. To learn whether another page
+    follows, ask for one row more than the page shows."""
     at, id_ = before or (None, None)
     rows = await connection.fetch(_LIST, restaurant_id, entity, entity_id, is_open, at, id_, limit)
     return [Fork(**row) for row in rows]
 
 
 async def one(connection: Connection, id_: str) -> Fork:
-    """Raises NotFound."""
+    """Returns one conflict. Raises NotFound."""
     row = await connection.fetchrow(_ONE, id_)
     if row is None:
         raise NotFound("no such conflict")
@@ -112,8 +113,8 @@ async def ids_between(connection: Connection, first: UUID, last: UUID, limit: in
 
 
 async def take(connection: Connection, id_: str) -> Fork:
-    """Locks an open conflict until the transaction ends. Raises NotFound, and Conflict (`conflict_resolved`) if it is
-    already decided."""
+    """Locks an open conflict until the transaction ends, and returns it. Raises NotFound, and Conflict
+    (`conflict_resolved`) if it is already decided."""
     row = await connection.fetchrow(f"{_ONE} for update", id_)
     if row is None:
         raise NotFound("no such conflict")
@@ -128,7 +129,7 @@ async def take(connection: Connection, id_: str) -> Fork:
 
 
 async def sides(connection: Connection, conflict: Fork) -> tuple[Side, Side]:
-    """Returns (winner by the guard, loser)."""
+    """Returns (winner, loser) by the guard."""
     ids = [conflict.change_id, conflict.other_change_id]
     found = [_side(row) for row in await connection.fetch(_SIDES, conflict.restaurant_id, ids)]
     loser, winner = sorted(found, key=lambda side: side.head)

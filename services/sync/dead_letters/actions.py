@@ -1,7 +1,8 @@
 """Discards, restores and replaces dead letters, each action with its row in `audit`.
 
-Runs as the ops role in the caller's transaction, so that an action and its audit row are committed together. Each
-action names the revision that the operator saw; an outdated revision raises Conflict `dead_letter_changed`.
+Each function runs in the caller's transaction, so that an action and its audit row are committed together. The
+connection has the ops role. Each action names the revision that the operator saw; an outdated revision raises Conflict
+`dead_letter_changed`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ values ($1, $2, $3, $4::json, $5::json, $6)
 
 
 async def take(connection: Connection, id_: str, *, revision: int, status: str = "open") -> FullDeadLetter:
-    """Locks the dead letter until the transaction ends. It must have this revision and status.
+    """Locks the dead letter until the transaction ends, and returns it. It must have this revision and status.
 
     Raises NotFound, and Conflict: `dead_letter_changed`, `dead_letter_not_open` or `dead_letter_not_discarded`."""
     found = await connection.fetchrow(_LOCK, id_)

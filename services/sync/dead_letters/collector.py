@@ -1,15 +1,16 @@
 """The dead-letter collector moves messages from every dead-letter queue into the table `dead_letters`, where operators
 find the changes that could not be written.
 
-Guarantee: a message leaves its dead-letter queue only after its dead letter is committed; storing one twice
-is idempotent. Every content is stored: a field that PostgreSQL refuses is left out, the body never is. Order does not
-matter. Several collectors share the queues.
+Guarantee: a message leaves its dead-letter queue only after its dead letter is committed, and storing a dead letter
+twice is idempotent. Every message can be stored: a field that PostgreSQL refuses is left out, but the body is always
+kept. Order does not matter. Several collectors may share the queues.
 
-Backend unavailable: without PostgreSQL dead letters wait in RabbitMQ. The collector releases its messages and consumes
-again only when PostgreSQL has answered, so that an outage costs each message one delivery, not one per try. Without
-RabbitMQ, or after a queue was deleted and created again, it reconnects with jittered backoff.
+Backend unavailable: while PostgreSQL is unavailable, dead letters wait in RabbitMQ. The collector releases its messages
+and consumes again only after PostgreSQL has answered, so that an outage costs each message one delivery instead of one
+per try. While RabbitMQ is unavailable, or after a queue was deleted and created again, the collector reconnects with
+jittered backoff.
 
-Shutdown: at any time; uncommitted messages return to their queue.
+Shutdown: it may be stopped at any time; uncommitted messages return to their queue.
 """
 
 import asyncio
@@ -41,13 +42,13 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _LANES = dict(topology.dead_queues())
-# Per queue. A dead letter may have 16 MB, which RabbitMQ and this process hold until PostgreSQL has it.
+# Messages per queue. A dead letter may have 16 MB, and RabbitMQ and this process hold it until PostgreSQL has it.
 _PREFETCH = 16
 _BATCH_BYTES = 16_000_000
 _CHECK_CONSUMERS_DELAY_SECONDS = 10.0
-"""The time without a message after which the consumers are checked: a deleted queue ends its consumer silently."""
+"""After this time without a message the consumers are checked, because a deleted queue ends its consumer silently."""
 _RENEW_DELAY_SECONDS = 300.0
-"""The time after which an idle connection is renewed. When a queue was deleted and created again at once, RabbitMQ 3.10
+"""An idle connection is renewed after this time. If a queue is deleted and created again at once, RabbitMQ 3.10 still
 counts the old consumer and assigns messages to it, but delivers them only to a new connection."""
 _MAX_ATTEMPTS = 5
 _COUNT_INTERVAL_SECONDS = 10.0
@@ -89,31 +90,31 @@ class DeadLetterCollector:
     async def _run(self) -> None:
         attempt = 0
         while True:
-            await self._postgres_answers()
+            await self._wait_for_postgres()
             try:
                 await self._drain()
                 attempt = 0
                 continue
             except PostgresNotReady as error:
                 log.warning("dead_letters_wait_for_postgres", error=str(error))
-                attempt = 0  # the broker is fine
+                attempt = 0  # this is no failure of the broker
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 attempt += 1
                 self._hosts.turn()
-                log.warning("collector_lost_the_broker", error=describe(error), attempt=attempt)
+                log.warning("collector_lost_broker", error=describe(error), attempt=attempt)
             except Exception:
                 attempt += 1  # a bug of ours: the messages are still in their queues
                 log.exception("collector_failed")
             await asyncio.sleep(backoff(attempt))
 
-    async def _postgres_answers(self) -> None:
+    async def _wait_for_postgres(self) -> None:
         attempt = 0
         while True:
             try:
                 async with self._postgres.connection() as connection:
                     await dead_letter_store.count_open(connection)
                 return
-            except Exception as error:  # noqa: BLE001  (any error means: not yet)
+            except Exception as error:  # noqa: BLE001  (any error means that PostgreSQL is not ready)
                 attempt += 1
                 log.debug("postgres_not_ready", error=describe(error))
             await asyncio.sleep(backoff(attempt))
@@ -121,8 +122,8 @@ class DeadLetterCollector:
     # -- draining ----------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Returns when the connection is due for renewal and no message is in flight. Raises PostgresNotReady, or one
-        of BROKEN_LINK."""
+        """Stores dead letters until the connection is due for renewal and no message is in flight. Raises
+        PostgresNotReady, or one of BROKEN_LINK."""
         arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
         subscription = Subscription(
             self._hosts.url,
@@ -133,13 +134,13 @@ class DeadLetterCollector:
         )
         try:
             await subscription.open()
-            self.attached, until = True, time.monotonic() + self._renew_delay_seconds
+            self.attached, renew_at = True, time.monotonic() + self._renew_delay_seconds
             while True:
                 try:
                     async with asyncio.timeout(self._check_consumers_delay_seconds):
                         first = await arrived.get()
                 except TimeoutError:
-                    if time.monotonic() > until:
+                    if time.monotonic() > renew_at:
                         return
                     await self._check_consumers(subscription)
                     continue
@@ -157,15 +158,17 @@ class DeadLetterCollector:
     async def _settle(self, batch: list[Delivery]) -> None:
         dead_letters = [
             dead_letter
-            for one in batch
-            for dead_letter in parse_dead_letters(one.queue, _LANES[one.queue], one.body, one.headers, now())
+            for message in batch
+            for dead_letter in parse_dead_letters(
+                message.queue, _LANES[message.queue], message.body, message.headers, now()
+            )
         ]
         if reasons := Counter(dead_letter.reason for dead_letter in await self._store(dead_letters)):
             for reason, count in reasons.items():
                 self._metrics.dead_letters.inc(reason, count)
             log.warning("dead_letters_stored", dead_letters=reasons.total(), reasons=dict(reasons))
-        for one in batch:
-            await one.ack()
+        for message in batch:
+            await message.ack()
 
     async def _store(self, dead_letters: Sequence[NewDeadLetter], attempts: int = 0) -> list[NewDeadLetter]:
         """Stores dead letters and returns those whose death was not stored yet. Raises PostgresNotReady."""
@@ -177,7 +180,7 @@ class DeadLetterCollector:
         if failure.kind is FailureKind.UNAVAILABLE:
             raise PostgresNotReady(failure.error)
         if len(dead_letters) > 1:
-            return [one for dead_letter in dead_letters for one in await self._store([dead_letter])]
+            return [new for dead_letter in dead_letters for new in await self._store([dead_letter])]
         if attempts == _MAX_ATTEMPTS:
             log.error("dead_letter_not_stored", error=failure.error, queue=dead_letters[0].queue)
             raise PostgresNotReady(failure.error)
@@ -201,8 +204,8 @@ class DeadLetterCollector:
 
 
 def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") -> list[Delivery]:
-    """Returns the first message and further ones that have arrived, up to the size of one transaction. Raises
-    ConnectionError when the connection is lost."""
+    """Returns `first` and the messages that have already arrived after it, up to the size of one transaction. Raises
+    ConnectionError if the connection is lost."""
     batch: list[Delivery] = []
     size = 0
     while True:
@@ -216,7 +219,7 @@ def _batch(first: Delivery | None, arrived: "asyncio.Queue[Delivery | None]") ->
 
 
 def _minimal(dead_letter: NewDeadLetter) -> NewDeadLetter:
-    """Keeps only the body and the fields that our own code computes."""
+    """Returns the dead letter with only its body and the fields that our own code computes."""
     return structs.replace(
         dead_letter,
         entity=None,

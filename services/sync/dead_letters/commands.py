@@ -1,6 +1,6 @@
-"""`ticketrail dlq`: dead letters on the command line, by the same functions as the API.
+"""`ticketrail dlq`: dead letters on the command line. The commands call the same functions as the API.
 
-Exit codes: 0 success, 1 failure or a replay that did not write every dead letter, 2 wrong usage.
+Exit codes: 0 success, 1 a failure or a replay that did not write every dead letter, 2 wrong usage.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug"),
         click.option("--status", type=click.Choice(dead_letter_store.STATUSES), multiple=True),
         click.option("--since", type=click.FloatRange(0), help="failed within this many hours"),
-        click.option("--text", help="in the error, the place or the body"),
+        click.option("--text", help="a text in the error, the place or the body"),
     )
     for option in reversed(options):
         command = option(command)
@@ -89,7 +89,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _query(status: Sequence[str], since: float | None, ids: Sequence[str] = (), **filters: Any) -> DeadLetterQuery:
-    """Builds a query with the API's own filter. Unlike the API, it accepts several statuses."""
+    """Builds a query with the filter of the API. Unlike the API, the command line accepts several statuses."""
     failed_from = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     filters["restaurant_id"] = filters.pop("restaurant")
     query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(ids))
@@ -115,9 +115,22 @@ def list_command(limit: int, as_json: bool, **filters: Any) -> None:
         print_json(found)
         return
     rows = []
-    for letter in found:
-        about = f"{letter.entity or '?'} v{letter.version}" if letter.version else (letter.entity or "unreadable")
-        rows.append((letter.id, ago(letter.last_failed_at), str(letter.deaths), letter.status, about, letter.error))
+    for dead_letter in found:
+        about = (
+            f"{dead_letter.entity or '?'} v{dead_letter.version}"
+            if dead_letter.version
+            else (dead_letter.entity or "unreadable")
+        )
+        rows.append(
+            (
+                dead_letter.id,
+                ago(dead_letter.last_failed_at),
+                str(dead_letter.deaths),
+                dead_letter.status,
+                about,
+                dead_letter.error,
+            )
+        )
     print_table(_LIST_COLUMNS, rows)
     click.echo(_count(len(found)) + (" (there may be more: --limit)" if len(found) == limit else ""))
 
@@ -149,8 +162,8 @@ def groups_command(as_json: bool, **filters: Any) -> None:
 
 
 def _sparkline(group: DeadLetterGroup) -> str:
-    most = max(group.trend) or 1
-    return "".join(_BARS[min(8, (8 * n + most - 1) // most)] for n in group.trend)
+    highest = max(group.trend) or 1
+    return "".join(_BARS[min(8, (8 * n + highest - 1) // highest)] for n in group.trend)
 
 
 @dlq_command.command("show")
@@ -186,18 +199,19 @@ def _lines(plain: dict[str, Any]) -> Iterator[str]:
 @_filters
 @click.option("--out", type=click.Path(dir_okay=False), help="a file; default: standard output")
 def export_command(out: str | None, **filters: Any) -> None:
-    """Write dead letters as JSON lines, with everything; the body is in base64, exactly as received."""
+    """Write dead letters with all their fields, one JSON object per line. The body is in base64, exactly as
+    received."""
     query = _query(**filters)
 
     async def write(connection: Connection, file: IO[bytes]) -> int:
-        # One at a time, because a body can have 16 MB. In one snapshot, because a dead letter that fails again during
-        # the export would move to the front.
+        # Read one body at a time, because it can have 16 MB. Use one snapshot, because a dead letter that fails again
+        # during the export moves to the front of the list, so that the export would miss it.
         written = 0
         before: tuple[datetime, str] | None = None
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             while page := await dead_letter_store.page(connection, query, before=before, limit=_EXPORT_PAGE_SIZE):
-                for letter in page:
-                    whole = await dead_letter_store.one(connection, letter.id)
+                for dead_letter in page:
+                    whole = await dead_letter_store.one(connection, dead_letter.id)
                     assert whole is not None
                     plain = msgspec.to_builtins(whole)
                     _put(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
@@ -208,8 +222,8 @@ def export_command(out: str | None, **filters: Any) -> None:
     if out is None:
         ask(lambda connection: write(connection, sys.stdout.buffer))
         return
-    # The file is renamed when it is complete, so that a partial export never looks complete. A pipe or a device cannot
-    # be renamed.
+    # Write to another file and rename it when it is complete, so that a partial export never looks complete. A pipe or
+    # a device cannot be renamed.
     target = Path(out).resolve()
     part = target.with_name(f"{target.name}.part") if target.is_file() or not target.exists() else target
     try:
@@ -226,11 +240,11 @@ def export_command(out: str | None, **filters: Any) -> None:
 
 
 def _put(file: IO[bytes], line: bytes) -> None:
-    """Writes one line. Reports errors of the file here, because `run` would report them as an unavailable backend."""
+    """Writes one line. Handles errors of the file, because `run` would report them as an unavailable backend."""
     try:
         file.write(line)
         file.flush()
-    except BrokenPipeError:  # the reader has closed it, and the interpreter flushes again at exit
+    except BrokenPipeError:  # replace standard output, because the interpreter flushes it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -244,11 +258,11 @@ def _put(file: IO[bytes], line: bytes) -> None:
 @click.argument("dead_letters", type=_DEAD_LETTER, nargs=-1)
 @_filters
 @click.option(
-    "--dry-run", is_flag=True, help="write each in a transaction that is rolled back, and say what would happen"
+    "--dry-run", is_flag=True, help="write each in a transaction that is rolled back, and show what would happen"
 )
-@click.option("--yes", is_flag=True, help="do not ask")
-@click.option("--detach", is_flag=True, help="do not wait for the end")
-@click.option("--canary/--no-canary", default=True, show_default=True, help="1, then 10, then the rest")
+@click.option("--yes", is_flag=True, help="do not ask for confirmation")
+@click.option("--detach", is_flag=True, help="do not wait until the job ends")
+@click.option("--canary/--no-canary", default=True, show_default=True, help="send 1, then 10, then the rest")
 @click.option(
     "--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="dead letters per second"
 )
@@ -265,21 +279,23 @@ def replay_command(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Replay DEAD_LETTERS, or all open ones that match the filters: show the plan, then start a job in the worker.
+    """Replay DEAD_LETTERS, or all open dead letters that match the filters. The command shows the plan, and then starts
+    a job in the worker.
 
-    Exit code 1 if not every dead letter was written, a named one is not open, or the job stopped by itself."""
+    The exit code is 1 if a dead letter was not written, if one of DEAD_LETTERS is not open, or if the job stopped by
+    itself."""
     query = _query(**filters, ids=dead_letters)
     if query == DeadLetterQuery():
         raise click.UsageError("name dead letters, or a filter such as --fingerprint or --status open")
     plan = ask(lambda connection: replay_jobs.plan(connection, query))
-    asks = plan.total > 0 and not dry_run and not yes
-    if asks or not as_json:
-        # With --json standard output is for the script alone, so the plan goes to standard error before the question.
+    needs_confirmation = plan.total > 0 and not dry_run and not yes
+    if needs_confirmation or not as_json:
+        # With --json only the script reads standard output, so the plan goes to standard error before the question.
         where = "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items())
         click.echo(f"{_count(plan.total, 'open ')}{where}", err=as_json)
     for id_ in plan.absent:
         click.echo(f"{id_} does not exist or is not open", err=True)
-    if asks:
+    if needs_confirmation:
         click.confirm("Replay them?", abort=True, err=as_json)
     job = ask(
         lambda connection: replay_jobs.make(
@@ -304,7 +320,7 @@ def replay_command(
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(job.outcomes.items()))
         message = f": {job.message}" if job.message else ""
         click.echo(f"job {job.id}: {job.state}" + (f", {outcomes}" if outcomes else "") + message)
-    fewer = bool(query.ids) and job.total < len(set(query.ids))  # some may be closed while the question is open
+    fewer = bool(query.ids) and job.total < len(set(query.ids))  # others may close dead letters during the question
     failed = not detach and (job.state != "done" or any(job.outcomes.get(bad) for bad in ("failed", "would_fail")))
     if fewer or failed:
         sys.exit(1)
@@ -330,13 +346,13 @@ async def _follow(settings: Settings, job: ReplayJob, *, quiet: bool) -> ReplayJ
 @click.argument("job", type=_REPLAY_JOB)
 @json_option
 def cancel_command(job: str, as_json: bool) -> None:
-    """Cancel a replay: it sends nothing more."""
+    """Cancel a replay. Dead letters that are already sent continue."""
     found = ask(lambda connection: replay_jobs.cancel(connection, job, actor=actor(), role=ROLE))
     print_json(found) if as_json else click.echo(f"job {found.id}: {found.state}")
 
 
-def _seen(dead_letter: str) -> FullDeadLetter:
-    """Returns the dead letter in its present revision, which the action must name."""
+def _current(dead_letter: str) -> FullDeadLetter:
+    """Returns the dead letter with its current revision, which the action must name."""
     found = ask(lambda connection: dead_letter_store.one(connection, dead_letter))
     if found is None:
         raise click.ClickException("no such dead letter")
@@ -353,10 +369,10 @@ def _seen(dead_letter: str) -> FullDeadLetter:
 @click.option("--why", help="kept in the audit")
 @json_option
 def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: bool) -> None:
-    """Repair a dead letter: your event becomes a new change at head version + 1.
+    """Repair a dead letter. The event that you give becomes a new change at head version + 1.
 
     Restaurant and subject cannot be edited."""
-    seen = _seen(dead_letter)
+    seen = _current(dead_letter)
     original = event_in(seen.body)
     if event is not None:
         text: str | bytes | None = Path(event).read_bytes()
@@ -390,15 +406,15 @@ def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
     """Discard a dead letter; it can be restored within the retention.
 
     If readers have seen its change, a new change reverts it."""
-    seen = _seen(dead_letter)
+    seen = _current(dead_letter)
 
     done = with_rail(
         lambda *parts: DeadLetterRepairs(*parts).discard(
             dead_letter, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
-    taken_back = f", taken back by change {done.replaced_by}" if done.replaced_by else ""
-    print_json(done) if as_json else click.echo(f"discarded{taken_back}")
+    reverted = f", reverted by change {done.replaced_by}" if done.replaced_by else ""
+    print_json(done) if as_json else click.echo(f"discarded{reverted}")
 
 
 @dlq_command.command("restore")
@@ -407,7 +423,7 @@ def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
 @json_option
 def restore_command(dead_letter: str, why: str | None, as_json: bool) -> None:
     """Open a discarded dead letter again."""
-    seen = _seen(dead_letter)
+    seen = _current(dead_letter)
 
     done = with_rail(
         lambda *parts: DeadLetterRepairs(*parts).restore(

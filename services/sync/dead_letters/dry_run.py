@@ -1,4 +1,4 @@
-"""Forecasts what a replay of a dead letter would do: writes it in a transaction that is rolled back."""
+"""Forecasts the result of a replay: writes the dead letter in a transaction that is rolled back."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from msgspec import Struct
 from services.sync.dead_letters.replay_sql import ToReplay, is_written
 from services.sync.failures.classification import FailureKind, classify
 from services.sync.mirror.mirror_writer import MirrorWriter
-from services.sync.writer.upsert import Written, write_batch
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, split_batch
 from shared.entities.entity import Entity
@@ -46,23 +46,23 @@ def read(body: bytes) -> Readable | None:
 
 
 async def forecast(
-    connection: Connection, dead_letter: ToReplay, mirror_writer: MirrorWriter, *, patience: float
+    connection: Connection, dead_letter: ToReplay, mirror_writer: MirrorWriter, *, timeout_seconds: float
 ) -> Forecast:
-    """Forecasts a replay without any lasting effect. `patience`: the `timeout_seconds` of `write_batch`. Raises
-    ForecastUnavailable, MirrorUnavailable, MirrorInDoubt."""
+    """Forecasts a replay without any lasting effect. `timeout_seconds`: see `write_batch`. Raises ForecastUnavailable,
+    MirrorUnavailable, MirrorInDoubt."""
     try:
         found = read(dead_letter.body)
     except BrokenContract as error:
         return _would_fail(error)
     if found is None:
-        return Forecast("superseded", "a signal, which has no effect any more")
+        return Forecast("superseded", "the body has no change")
     if dead_letter.lane is None:
         if await mirror_writer.would_apply(found.event):
             return Forecast("would_write", f"version {found.change.entityversion}, into the mirror")
         return Forecast("superseded", "the mirror has this version or a later one")
     try:
         return await _write(
-            connection, Written(Lane(dead_letter.lane), found.entity, found.change, found.state), patience
+            connection, DecodedChange(Lane(dead_letter.lane), found.entity, found.change, found.state), timeout_seconds
         )
     except Exception as error:
         failure = classify(error)
@@ -76,19 +76,21 @@ def _would_fail(error: Exception) -> Forecast:
     return Forecast("would_fail", f"{failure.reason}: {failure.error}")
 
 
-async def _write(connection: Connection, written: Written, patience: float) -> Forecast:
-    change = written.change
+async def _write(connection: Connection, decoded: DecodedChange, timeout_seconds: float) -> Forecast:
+    change = decoded.change
     if await is_written(connection, change.restaurantid, change.id):
         return Forecast("superseded", "it is already written")
     transaction = connection.transaction()
     await transaction.start()
     try:
-        outcome = await write_batch(connection, [written], timeout_seconds=patience)
-        found = await states.heads(connection, written.entity, change.restaurantid, [change.entity_id])
+        outcome = await write_batch(connection, [decoded], timeout_seconds=timeout_seconds)
+        found = await states.heads(connection, decoded.entity, change.restaurantid, [change.entity_id])
     finally:
         await transaction.rollback()
     head = found[change.entity_id]
     forks = ", and opens a conflict" if outcome.forks else ""
     if head == change.head:
         return Forecast("would_write", f"version {change.entityversion}{forks}")
-    return Forecast("superseded", f"the head is version {head.version}; kept as version {change.entityversion}{forks}")
+    return Forecast(
+        "superseded", f"the head is version {head.version}; stored as version {change.entityversion}{forks}"
+    )

@@ -1,8 +1,8 @@
 """Checks the event with which an operator replaces a dead letter. Pure.
 
-The event must obey the contract, which is checked in the same way as by a writer. Restaurant and subject cannot be
-changed if they are readable in the dead letter. The result is a new change at head version + 1: its id, version, base
-and time are assigned by the rail, and the values in the event are ignored.
+The event must obey the contract; the check is the same as in the PostgreSQL writer. If restaurant and subject are
+readable in the dead letter, they cannot be changed. The result is a new change at head version + 1. The rail assigns
+its id, version, base and time, and the values in the event are ignored.
 """
 
 import re
@@ -34,8 +34,8 @@ def event_in(body: bytes) -> dict[str, Any] | None:
 
 
 def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tuple[Entity, str, Any]:
-    """Returns (entity, event name, state after it) of an operator's event. Raises InvalidInput, which names the
-    field."""
+    """Checks an operator's event. Returns (entity, name of the event, state after the event). `original`: the event in
+    the dead letter, or None if it is not readable. Raises InvalidInput, which names the field."""
     for name in _REQUIRED:
         if name not in edited:
             raise InvalidInput("is missing", field=f"event.{name}")

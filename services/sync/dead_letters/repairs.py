@@ -1,9 +1,9 @@
 """Edits, discards and restores dead letters, for the API and the command line.
 
-An edit commits a change, and so does a discard if the mirror already shows the change of the dead letter. The action
-locks the dead letter, so that the second of two operators gets a Conflict. The change is recorded before the row of the
-dead letter is updated: a failure in between leaves the dead letter open and the change recorded, and repeating the
-action is harmless.
+An edit commits a change. A discard commits a change if the mirror already shows the change of the dead letter. The
+action locks the dead letter, so that the second of two operators gets a Conflict. The change is recorded before the row
+of the dead letter is updated. A failure in between leaves the dead letter open and the change recorded; a second
+attempt is then harmless.
 """
 
 from typing import Any
@@ -63,18 +63,19 @@ class DeadLetterRepairs:
         with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 dead_letter = await actions.take(connection, id_, revision=revision)
-                recorded.change_id = await self._take_back(connection, dead_letter, actor)
+                recorded.change_id = await self._revert(connection, dead_letter, actor)
                 return await actions.discard(
                     connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
                 )
 
     async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> DeadLetter:
+        """Opens a discarded dead letter again. Raises NotFound, Conflict, Unavailable."""
         with record_first("the dead letter"):
             async with self._postgres.connection() as connection, connection.transaction():
                 return await actions.restore(connection, id_, revision=revision, why=why, actor=actor, role=role)
 
-    async def _take_back(self, connection: Connection, dead_letter: FullDeadLetter, actor: str) -> str | None:
-        """Reverts the dead letter's change in the mirror. Returns the id of the change that does so, or None if the
+    async def _revert(self, connection: Connection, dead_letter: FullDeadLetter, actor: str) -> str | None:
+        """Commits a change that reverts the change of the dead letter. Returns the id of the new change, or None if the
         mirror does not show the change of the dead letter."""
         entity = registry.ENTITIES.get(dead_letter.entity or "")
         if (
@@ -89,7 +90,7 @@ class DeadLetterRepairs:
             return None
         before = await head_in_postgres(connection, entity, dead_letter.restaurant_id, dead_letter.entity_id)
         if before is not None and before[0] >= shown[0]:
-            return None  # PostgreSQL has this change or a later one: there is nothing to revert
+            return None  # PostgreSQL has this change or a later one, so there is nothing to revert
         if before is not None:
             return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
         gone = msgspec.structs.replace(shown[1], deleted_at=now())

@@ -1,10 +1,10 @@
-"""Makes, reads and cancels replays and dry runs. They are rows, so that they survive the worker that runs them.
+"""Makes, reads and cancels replays and dry runs. Each of them is a row, so that it survives the worker that runs it.
 
 The API and the command line use this module. `replay_worker.py` runs the jobs, with the statements in `replay_sql.py`.
 
     waiting -> running -> done | cancelled | stopped (by itself: a dead letter failed with the same cause again)
 
-A job replays the dead letters that are open and match at the moment when it is made.
+A job replays the dead letters that are open and match the query at the moment when the job is made.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import asyncpg
 
 MIRROR = "mirror"
-"""The target of dead letters of the mirror writer: they are applied to the mirror directly."""
+"""The target of dead letters of the mirror writer. A replay applies them to the mirror without a queue."""
 
 _PLAN = (
     "select l.lane, l.fingerprint, count(*)::int8, array_agg(l.id::text) filter (where l.id = any({ids}::uuid[]))"
@@ -34,10 +34,10 @@ _PLAN = (
 )
 _ANY = "select exists(select from dead_letters where id = any($1::uuid[]))"
 _MAKE = """
-insert into replay_jobs (kind, wanted, actor, why, per_second, canary) values ($1, $2::json, $3, $4, $5, $6)
+insert into replay_jobs (kind, selection, actor, why, per_second, canary) values ($1, $2::json, $3, $4, $5, $6)
 returning id::text
 """
-# Oldest first: later changes are built on them.
+# The oldest dead letter comes first, because later changes are built on it.
 _CHOOSE = """
 insert into replay_job_items (job_id, position, dead_letter_id, fingerprint)
 select {job}::uuid, row_number() over (order by l.first_failed_at, l.id), l.id, l.fingerprint
@@ -48,8 +48,8 @@ _EMPTY = (
     "update replay_jobs set state = 'done', message = 'no open dead letter matches', finished_at = now() where id = $1"
 )
 _COLUMNS = (
-    "j.id::text, j.kind, j.state, j.wanted::text, j.actor, j.why, j.per_second, j.canary, j.total, j.cancel_asked,"
-    " j.message, j.created_at, j.started_at, j.beat_at, j.finished_at"
+    "j.id::text, j.kind, j.state, j.selection::text, j.actor, j.why, j.per_second, j.canary, j.total,"
+    " j.cancel_requested, j.message, j.created_at, j.started_at, j.heartbeat_at, j.finished_at"
 )
 _OUTCOMES = """
 select job_id::text, coalesce(outcome, 'waiting') as outcome, count(*)::int8 as n
@@ -62,33 +62,33 @@ from replay_jobs where id between $1 and $2 order by id limit $3
 _LOCK = "select state from replay_jobs where id = $1 for update"
 _CANCEL_WAITING = """
 update replay_jobs
-set cancel_asked = true, state = 'cancelled', message = 'cancelled before it started', finished_at = now()
+set cancel_requested = true, state = 'cancelled', message = 'cancelled before it started', finished_at = now()
 where id = $1
 """
-_CANCEL = "update replay_jobs set cancel_asked = true where id = $1"
+_CANCEL = "update replay_jobs set cancel_requested = true where id = $1"
 _ITEMS = """
-select position, dead_letter_id::text, outcome, again, detail, at
+select position, dead_letter_id::text, outcome, same_cause, detail, at
 from replay_job_items
 where job_id = $1 and position > $2
     and (cardinality($3::text[]) = 0 or coalesce(outcome, 'waiting') = any($3::text[]))
 order by position limit $4
 """
 _OF_DEAD_LETTER = f"""
-select {_COLUMNS}, p.position, p.dead_letter_id::text, p.outcome, p.again, p.detail, p.at
+select {_COLUMNS}, p.position, p.dead_letter_id::text, p.outcome, p.same_cause, p.detail, p.at
 from replay_job_items p join replay_jobs j on j.id = p.job_id
 where p.dead_letter_id = $1 order by j.created_at desc, j.id desc limit $2
 """  # noqa: S608
 
 
 class ReplayPlan(Struct, frozen=True, kw_only=True):
-    """What a job would replay if it were made now."""
+    """The dead letters that a job would replay if it were made now."""
 
     total: int
     queues: dict[str, int]
     """Target (the queue of a lane, or MIRROR) -> number of dead letters."""
     fingerprints: dict[str, int]
     absent: tuple[str, ...] = ()
-    """Ids that were named and that do not exist, are not open or do not match the filter."""
+    """Requested ids of dead letters that do not exist, are not open or do not match the filter."""
 
 
 class ReplayJob(Struct, frozen=True, kw_only=True):
@@ -96,7 +96,7 @@ class ReplayJob(Struct, frozen=True, kw_only=True):
     kind: str
     """replay or dry_run"""
     state: str
-    wanted: dict[str, Any]
+    selection: dict[str, Any]
     actor: str
     why: str | None
     per_second: float
@@ -105,12 +105,12 @@ class ReplayJob(Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int]
     """Outcome -> number of items, without zeros. A replay has `waiting`, `sending`, `sent`, `resolved`, `failed` and
     `skipped`; a dry run has `waiting`, `would_write`, `superseded` and `would_fail`."""
-    cancel_asked: bool
+    cancel_requested: bool
     message: str | None
-    """Why it ended, as a sentence for people."""
+    """Why the job ended, as a sentence for people."""
     created_at: datetime
     started_at: datetime | None
-    beat_at: datetime | None
+    heartbeat_at: datetime | None
     finished_at: datetime | None
 
     @property
@@ -122,15 +122,15 @@ class ReplayItem(Struct, frozen=True, kw_only=True):
     position: int
     dead_letter_id: str
     outcome: str | None
-    again: bool | None
-    """It failed with the same cause as before."""
+    same_cause: bool | None
+    """Whether it failed again with the same fingerprint; None unless it failed."""
     detail: str | None
     at: datetime | None
 
 
 async def plan(connection: Connection, query: DeadLetterQuery) -> ReplayPlan:
-    """Counts the open dead letters that match. If ids are named and none is open, raises NotFound if none exists, and
-    Conflict (`dead_letter_not_open`) otherwise."""
+    """Counts the open dead letters that match. If the query has ids and none of them is open, raises NotFound if none
+    exists, and Conflict (`dead_letter_not_open`) otherwise."""
     arguments: list[Any] = [list(query.ids)]
     rows = await connection.fetch(_PLAN.format(ids="$1", where=conditions(query, arguments)), *arguments)
     queues: dict[str, int] = {}
@@ -162,7 +162,7 @@ async def make(
 ) -> ReplayJob:
     """Makes a job for the worker and its audit row, in one transaction. A job without dead letters is done at once.
 
-    `kind`: replay or dry_run. `per_second`: the most dead letters per second."""
+    `kind`: replay or dry_run. `per_second`: the maximum number of dead letters per second."""
     encoded = msgspec.json.encode(query).decode()
     async with connection.transaction():
         id_: str = await connection.fetchval(_MAKE, kind, encoded, actor, why, per_second, canary)
@@ -181,15 +181,16 @@ async def make(
             target=f"job/{id_}",
             restaurant_id=query.restaurant_id,
             why=why,
-            details={"wanted": query, "dead_letters": total, "per_second": per_second, "canary": canary},
+            details={"selection": query, "dead_letters": total, "per_second": per_second, "canary": canary},
         )
-    return await _known(connection, id_)
+    return await _existing(connection, id_)
 
 
 async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why: str | None = None) -> ReplayJob:
-    """Cancels a job, with an audit row in the same transaction. It sends nothing more; sent dead letters continue.
+    """Cancels a job, with an audit row in the same transaction. The job sends nothing more; dead letters that are
+    already sent continue.
 
-    Raises NotFound, and Conflict (`job_ended`) if it has ended."""
+    Raises NotFound, and Conflict (`job_ended`) if the job has ended."""
     async with connection.transaction():
         state = await connection.fetchval(_LOCK, id_)
         if state is None:
@@ -200,7 +201,7 @@ async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why
         await audit.record(
             connection, actor=actor, role=role, action="dead_letters.cancel", target=f"job/{id_}", why=why
         )
-    return await _known(connection, id_)
+    return await _existing(connection, id_)
 
 
 async def one(connection: Connection, id_: str) -> ReplayJob | None:
@@ -212,7 +213,7 @@ async def one(connection: Connection, id_: str) -> ReplayJob | None:
 async def recent(
     connection: Connection, *, limit: int = 50, before: tuple[datetime, str] | None = None
 ) -> list[ReplayJob]:
-    """Newest first. `before`: (created_at, id) of the last job of the previous page."""
+    """Returns jobs, newest first. `before`: (created_at, id) of the last job of the previous page."""
     where = "(j.created_at, j.id) < ($2, $3::uuid)" if before else "true"
     rows = await connection.fetch(
         f"select {_COLUMNS} from replay_jobs j where {where} order by j.created_at desc, j.id desc limit $1",  # noqa: S608
@@ -225,7 +226,7 @@ async def recent(
 async def items(
     connection: Connection, id_: str, *, outcomes: Sequence[str] = (), after: int = 0, limit: int = 200
 ) -> list[ReplayItem]:
-    """The items of a job in order, from the position after `after`."""
+    """Returns the items of a job in order, from the position after `after`."""
     rows = await connection.fetch(_ITEMS, id_, after, list(outcomes), limit)
     return [ReplayItem(**row) for row in rows]
 
@@ -233,18 +234,18 @@ async def items(
 async def of_dead_letter(
     connection: Connection, dead_letter_id: str, *, limit: int = 20
 ) -> list[tuple[ReplayJob, ReplayItem]]:
-    """The jobs that a letter was part of, the newest first."""
+    """Returns the jobs that a dead letter was part of, newest first, each with the item of the dead letter."""
     rows = await connection.fetch(_OF_DEAD_LETTER, dead_letter_id, limit)
     parts = [ReplayItem(**{name: row[name] for name in ReplayItem.__struct_fields__}) for row in rows]
     return list(zip(await _jobs(connection, rows), parts, strict=True))
 
 
 async def ids_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
-    """Returns (id, a few words about it) of the jobs whose ids are from `first` to `last`, in order."""
+    """Returns (id, short description) of the jobs whose ids are from `first` to `last`, in order."""
     return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
 
 
-async def _known(connection: Connection, id_: str) -> ReplayJob:
+async def _existing(connection: Connection, id_: str) -> ReplayJob:
     job = await one(connection, id_)
     assert job is not None
     return job
@@ -258,7 +259,7 @@ async def _jobs(connection: Connection, rows: "Iterable[asyncpg.Record]") -> lis
     fields = [name for name in ReplayJob.__struct_fields__ if name != "outcomes"]
     return [
         ReplayJob(
-            **{**{name: row[name] for name in fields}, "wanted": msgspec.json.decode(row["wanted"])},
+            **{**{name: row[name] for name in fields}, "selection": msgspec.json.decode(row["selection"])},
             outcomes=outcomes[row["id"]],
         )
         for row in rows

@@ -1,12 +1,12 @@
-"""The SQL of running a replay or a dry run. Each step is committed on its own, so that another worker can continue a
-job whose worker died.
+"""The SQL with which a worker runs a replay or a dry run. Each step is committed on its own, so that another worker can
+continue a job whose worker died.
 
     (none) -> sending -> sent -> resolved | failed | skipped
     (none) -> would_write | superseded | would_fail | skipped        in a dry run
 
-`sending` is written before the publish and `sent` after it. A job that another worker takes over in between sends the
-dead letter again, which is harmless. A dead letter is `replaying` from `sending` on. If it fails again it becomes open
-(`keep` in `failures/dead_letter_store.py`), from which `settle` derives the outcome, also for jobs that have ended.
+An item is `sending` before its publish and `sent` after it. If another worker takes over the job in between, it sends
+the dead letter again, which is harmless. A dead letter is `replaying` from `sending` on. If it fails again, it becomes
+open (`keep` in `failures/dead_letter_store.py`), and `settle` derives the outcome from this, also for ended jobs.
 """
 
 from collections.abc import Sequence
@@ -16,25 +16,26 @@ from msgspec import Struct
 from shared.postgres.pool import Connection
 
 _CLAIM = """
-update replay_jobs set state = 'running', worker = $1, beat_at = now(), started_at = coalesce(started_at, now())
+update replay_jobs set state = 'running', worker = $1, heartbeat_at = now(), started_at = coalesce(started_at, now())
 where id = (
     select id from replay_jobs
     where state = 'waiting'
         or state = 'running' and worker is distinct from $1
-            and (beat_at is null or beat_at < now() - make_interval(secs => $2))
+            and (heartbeat_at is null or heartbeat_at < now() - make_interval(secs => $2))
     order by created_at for update skip locked limit 1
 )
 returning id::text, kind, per_second, canary, total
 """
-_BEAT = """
-update replay_jobs set beat_at = now() where id = $1 and worker = $2 and state = 'running' returning cancel_asked
+_RENEW_CLAIM = """
+update replay_jobs set heartbeat_at = now() where id = $1 and worker = $2 and state = 'running'
+returning cancel_requested
 """
-_RELEASE = "update replay_jobs set worker = null, beat_at = null where worker = $1 and state = 'running'"
+_RELEASE = "update replay_jobs set worker = null, heartbeat_at = null where worker = $1 and state = 'running'"
 _END = """
 update replay_jobs set state = $3, message = $4, finished_at = now() where id = $1 and worker = $2 and state = 'running'
 returning true
 """
-# The job no longer sends these dead letters, and nothing else would open them again.
+# The job does not send these dead letters any more, and nothing else would open them again.
 _FREE = """
 with freed as (
     update dead_letters l set status = 'open', revision = l.revision + 1
@@ -42,15 +43,15 @@ with freed as (
     where p.job_id = $1 and p.outcome = 'sending' and l.id = p.dead_letter_id and l.status = 'replaying'
     returning l.id
 )
-update replay_job_items p set outcome = 'failed', again = false, at = now(),
-    detail = 'the job ended before the broker had confirmed it'
+update replay_job_items p set outcome = 'failed', same_cause = false, at = now(),
+    detail = 'the job ended before the broker confirmed this dead letter'
 from freed where p.job_id = $1 and p.dead_letter_id = freed.id and p.outcome = 'sending'
 """
 _PROGRESS = """
 select count(*) as dead_letters, count(*) filter (where outcome is not null and outcome <> 'sending') as started,
     count(*) filter (where outcome not in ('sending', 'sent')) as settled,
     count(*) filter (where outcome = 'failed') as failed,
-    count(*) filter (where again) as again
+    count(*) filter (where same_cause) as same_cause
 from replay_job_items where job_id = $1
 """
 _NEXT = """
@@ -77,15 +78,15 @@ update replay_job_items set outcome = 'sent', at = now()
 where job_id = $1 and position = any($2::int[]) and outcome = 'sending'
 """
 _NOTE = """
-update replay_job_items set outcome = $3, detail = $4, again = $5, at = now()
+update replay_job_items set outcome = $3, detail = $4, same_cause = $5, at = now()
 where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending' and $3 <> 'skipped')
 """
 _WRITTEN = "select true from changes where restaurant_id = $1 and change_id = $2"
 
 _ANY_UNDER_WAY = "select exists (select from replay_job_items where outcome in ('sending', 'sent'))"
-_ALONE = "select pg_try_advisory_xact_lock(hashtext('ticketrail.replays.settle'))"
+_TRY_LOCK = "select pg_try_advisory_xact_lock(hashtext('ticketrail.replays.settle'))"
 
-# A change in `changes` is written, whichever copy of it was first.
+# A change that is in `changes` counts as written, even if it arrived there by another copy of the message.
 _RESOLVE = """
 with written as (
     update dead_letters l set status = 'resolved', closed_at = now(), revision = l.revision + 1
@@ -101,15 +102,15 @@ select count(*) from written
 _OUTCOMES = """
 update replay_job_items p
 set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'resolved' else 'skipped' end,
-    again = case l.status when 'open' then l.fingerprint = p.fingerprint end,
+    same_cause = case l.status when 'open' then l.fingerprint = p.fingerprint end,
     detail = case l.status when 'open' then l.reason || ': ' || l.error
         when 'discarded' then 'discarded in the meantime' end,
     at = now()
 from dead_letters l
 where p.outcome in ('sending', 'sent') and l.id = p.dead_letter_id and l.status <> 'replaying'
 """
-# A heartbeat that was sent after the longest way through the lane and its retry queues has arrived: so would the
-# dead letter have.
+# A dead letter is lost if a heartbeat has come out of its lane that was sent after the dead letter could have passed
+# the lane and all its retry queues.
 _LOST = """
 with gone as (
     update dead_letters l set status = 'open', revision = l.revision + 1
@@ -121,8 +122,8 @@ with gone as (
         )
     returning l.id
 )
-update replay_job_items p set outcome = 'failed', again = false, at = now(),
-    detail = 'no outcome was seen, although its lane was empty since'
+update replay_job_items p set outcome = 'failed', same_cause = false, at = now(),
+    detail = 'it did not come out of its lane, although later messages did'
 from gone where p.dead_letter_id = gone.id and p.outcome = 'sent'
 """
 _FAIL_DIRECTLY = """
@@ -139,7 +140,7 @@ where id = $1 and status = 'replaying'
 
 
 class Running(Struct, frozen=True, kw_only=True):
-    """A job that this worker runs."""
+    """A replay job that this worker runs."""
 
     id: str
     kind: str
@@ -150,20 +151,20 @@ class Running(Struct, frozen=True, kw_only=True):
 
 class Progress(Struct, frozen=True, kw_only=True):
     dead_letters: int
-    """Without those that the retention has removed."""
+    """The number of dead letters in the job, without those that the retention has removed."""
     started: int
-    """Sent or settled."""
+    """The number of items that are sent or settled."""
     settled: int
     failed: int
-    again: int
-    """Failed with the same cause as before."""
+    same_cause: int
+    """The number of items that failed again with the same fingerprint."""
 
 
 class ToReplay(Struct, frozen=True, kw_only=True):
     position: int
     dead_letter_id: str
     fingerprint: str
-    """Its fingerprint when the job was made."""
+    """The fingerprint of the dead letter when the job was made."""
     lane: str | None
     body: bytes
     restaurant_id: str | None
@@ -172,15 +173,17 @@ class ToReplay(Struct, frozen=True, kw_only=True):
 
 
 async def claim(connection: Connection, worker: str, *, silent_seconds: float) -> Running | None:
-    """Takes the oldest job that waits or whose worker has been silent for `silent_seconds`; None if there is none."""
+    """Claims the oldest job that waits, or whose worker has been silent for `silent_seconds`. Returns None if there is
+    no such job."""
     row = await connection.fetchrow(_CLAIM, worker, silent_seconds)
     return None if row is None else Running(**row)
 
 
-async def beat(connection: Connection, job: str, worker: str) -> bool | None:
-    """Renews the hold on a job. Returns whether an operator has cancelled it; None if another worker has it now."""
-    asked: bool | None = await connection.fetchval(_BEAT, job, worker)
-    return asked
+async def renew_claim(connection: Connection, job: str, worker: str) -> bool | None:
+    """Renews the claim on a job. Returns whether an operator has cancelled the job; None if another worker has it
+    now."""
+    cancel_requested: bool | None = await connection.fetchval(_RENEW_CLAIM, job, worker)
+    return cancel_requested
 
 
 async def release(connection: Connection, worker: str) -> None:
@@ -202,7 +205,7 @@ async def progress(connection: Connection, job: str) -> Progress:
 
 
 async def following(connection: Connection, job: str, limit: int) -> list[ToReplay]:
-    """The next items that were not sent, in order."""
+    """Returns the next items that were not sent, in order."""
     return [ToReplay(**row) for row in await connection.fetch(_NEXT, job, limit)]
 
 
@@ -223,10 +226,10 @@ async def note(
     outcome: str,
     detail: str | None = None,
     *,
-    again: bool | None = None,
+    same_cause: bool | None = None,
 ) -> None:
     """Stores the outcome of an item that was not sent."""
-    await connection.execute(_NOTE, job, position, outcome, detail, again)
+    await connection.execute(_NOTE, job, position, outcome, detail, same_cause)
 
 
 async def is_written(connection: Connection, restaurant: str | None, change: str | None) -> bool:
@@ -235,23 +238,25 @@ async def is_written(connection: Connection, restaurant: str | None, change: str
 
 
 async def settle(connection: Connection, *, lost_seconds: float) -> None:
-    """Stores the outcomes of everything that was sent, for all jobs. `lost_seconds`: the longest time that a change
-    needs through an empty lane and all its retry queues."""
+    """Stores the outcomes of all dead letters that were sent, for all jobs. `lost_seconds`: the longest time that a
+    change needs through an empty lane and all its retry queues."""
     if not await connection.fetchval(_ANY_UNDER_WAY):
         return
     async with connection.transaction():
-        if not await connection.fetchval(_ALONE):
-            return  # another worker does it
+        if not await connection.fetchval(_TRY_LOCK):
+            return  # another worker settles now
         await connection.execute(_RESOLVE)
         await connection.execute(_OUTCOMES)
         await connection.execute(_LOST, lost_seconds)
 
 
-async def failed(connection: Connection, letter: str, reason: str, error: str, place: str, fingerprint: str) -> None:
-    """Marks a dead letter of the mirror writer as open, after it failed again. It is replayed without a queue."""
-    await connection.execute(_FAIL_DIRECTLY, letter, reason, error, place, fingerprint)
+async def failed(
+    connection: Connection, dead_letter: str, reason: str, error: str, place: str, fingerprint: str
+) -> None:
+    """Marks a dead letter as open, after it failed again without going through a queue."""
+    await connection.execute(_FAIL_DIRECTLY, dead_letter, reason, error, place, fingerprint)
 
 
-async def resolved(connection: Connection, letter: str) -> None:
-    """Marks a dead letter of the mirror writer as resolved, after it was applied."""
-    await connection.execute(_RESOLVE_DIRECTLY, letter)
+async def resolved(connection: Connection, dead_letter: str) -> None:
+    """Marks a dead letter as resolved, after it was handled without going through a queue."""
+    await connection.execute(_RESOLVE_DIRECTLY, dead_letter)

@@ -1,13 +1,14 @@
-"""How many dead letters of a replay may be sent now: its rate and its canaries. Does no I/O."""
+"""Computes how many dead letters of a replay may be sent now, from its rate and its canaries. Does no I/O."""
 
 from services.sync.dead_letters.replay_sql import Progress, Running
 
 CANARIES = (1, 11)
-"""Ends of the canary steps: one dead letter, then ten more. Each step waits for the outcomes of the one before."""
+"""The numbers of dead letters at the end of each canary step: one, then ten more. Each step waits for the outcomes of
+the previous one."""
 
 
 class Pace:
-    """Limits the rate. Idle time earns no burst."""
+    """Limits the rate of a replay. A pause does not allow a burst afterwards."""
 
     def __init__(self, per_second: float, *, at: float) -> None:
         self._per_second = per_second

@@ -1,19 +1,19 @@
-"""Runs replays and dry runs, which operators make, in the worker.
+"""Runs the replays and dry runs of operators in the sync worker.
 
 Guarantee: each dead letter of a job is sent at least once, or skipped because it is not open any more. Its outcome is
 observed: its change is in `changes`, or it failed again. Sending it twice is harmless. If a worker dies or stops,
 another one continues its jobs.
 
-    canary   one dead letter, then ten, then the rest; each step waits for the outcomes of the one before
-    stop     by itself, if a dead letter fails with the same cause again, or a canary fails with any cause
-    rate     limited to a number of dead letters per second
-    cancel   sends nothing more; sent dead letters continue
+    canary   the job sends one dead letter, then ten, then the rest; each step waits for the outcomes of the last one
+    stop     the job stops by itself if a dead letter fails again with the same cause, or a canary with any cause
+    rate     the job sends a limited number of dead letters per second
+    cancel   the job sends nothing more; dead letters that are already sent continue
 
-A dead letter goes only to the queue of its lane, through the default exchange: through `ticketrail.changes` the change
-log would have it twice. It carries no attempt number, so that all its retries are ahead of it. A dead letter of the
-mirror writer is applied to the mirror directly.
+A dead letter goes only to the queue of its lane, through the default exchange. If it went through `ticketrail.changes`,
+the change log would have it twice. It carries no attempt number, so that it gets all retries again. A dead letter of
+the mirror writer is applied to the mirror without a queue.
 
-While a backend is unavailable jobs wait for it, with jittered backoff. At shutdown they are released at once.
+While a backend is unavailable, jobs wait for it, with jittered backoff. At shutdown, jobs are released at once.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _STEP_SIZE = 10
-"""Dead letters in one step. Their bodies can have many megabytes."""
+"""The maximum number of dead letters in one step. The limit bounds the memory, because a body can have 16 MB."""
 _MAX_JOBS = 3
 _POLL_INTERVAL_SECONDS = 0.5
 _STEP_INTERVAL_SECONDS = 0.05
@@ -50,12 +50,12 @@ _RELEASE_TIMEOUT_SECONDS = 2.0
 
 
 def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str] | None:
-    """Returns (state, message) of a job that must end now; None if it continues."""
+    """Returns (state, message) if the job must end now; None if it continues."""
     if job.kind == "replay":
-        if progress.again:
+        if progress.same_cause:
             return (
                 "stopped",
-                f"{progress.again} failed with the same cause again, after {progress.started} of {job.total}",
+                f"{progress.same_cause} failed with the same cause again, after {progress.started} of {job.total}",
             )
         if job.canary and progress.failed and progress.started <= CANARIES[-1]:
             return "stopped", f"{progress.failed} of the first {progress.started} failed again, with another cause"
@@ -80,15 +80,16 @@ class Replays:
         silent_seconds: float = _SILENT_SECONDS,
         slack_seconds: float = _SLACK_SECONDS,
     ) -> None:
-        """`postgres`: a pool of the writer role. `silent_seconds`: after this silence of its worker a job is taken
-        over. `slack_seconds`: the time that a change may take in addition to the delays of its retry queues."""
+        """`postgres`: a pool of the writer role. `silent_seconds`: after this silence of its worker, another worker
+        takes over a job. `slack_seconds`: the time that a change may take in addition to the delays of its retry
+        queues."""
         self._postgres = postgres
         self._mirror_writer = mirror_writer
         self._publisher = publisher
         self._poll = poll
         self._silent = silent_seconds
         self._lost = sum(settings.retry_steps_ms) / 1000 + slack_seconds
-        self._patience = settings.database_timeout_seconds * 0.7
+        self._timeout_seconds = settings.database_timeout_seconds * 0.7
         self._worker = str(uuid4())
         self.loop = BackgroundLoop("replays", self._run)
         self._jobs: set[asyncio.Task[None]] = set()
@@ -104,7 +105,7 @@ class Replays:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_SECONDS), self._postgres.connection() as connection:
                 await steps.release(connection, self._worker)
-        except Exception as error:  # noqa: BLE001  (another worker takes them over after the silence)
+        except Exception as error:  # noqa: BLE001  (another worker takes over the jobs after the silence)
             log.info("replays_not_released", error=describe(error))
 
     async def _run(self) -> None:
@@ -143,9 +144,9 @@ class Replays:
                 await asyncio.sleep(backoff(failures))
 
     async def _step(self, job: Running, pace: Pace) -> bool:
-        """Returns True if the job has ended or belongs to another worker."""
+        """Handles the next dead letters of the job. Returns True if the job has ended or belongs to another worker."""
         async with self._postgres.connection() as connection:
-            cancel = await steps.beat(connection, job.id, self._worker)
+            cancel = await steps.renew_claim(connection, job.id, self._worker)
             if cancel is None:
                 log.warning("replay_job_lost", job=job.id)
                 return True
@@ -157,106 +158,121 @@ class Replays:
                 return True
             requested = min(_STEP_SIZE, allowed(job, progress) - progress.started)
             free = pace.take(requested, time.monotonic())
-            letters = await steps.following(connection, job.id, free) if free else []
+            dead_letters = await steps.following(connection, job.id, free) if free else []
             if job.kind == "dry_run":
-                for letter in letters:
-                    await self._forecast(connection, job, letter)
-            elif letters:
-                letters = await self._begin(connection, job, letters)
-        # Without holding a connection, because the broker may be unavailable for long.
-        if letters and job.kind == "replay":
-            await self._send(job, letters)
-        elif not letters:
+                for dead_letter in dead_letters:
+                    await self._forecast(connection, job, dead_letter)
+            elif dead_letters:
+                dead_letters = await self._begin(connection, job, dead_letters)
+        # Send without a database connection, because the broker may be unavailable for long.
+        if dead_letters and job.kind == "replay":
+            await self._send(job, dead_letters)
+        elif not dead_letters:
             await asyncio.sleep(_STEP_INTERVAL_SECONDS if requested > 0 else self._poll)
         return False
 
-    async def _forecast(self, connection: Connection, job: Running, letter: ToReplay) -> None:
-        if letter.status == "open":
-            found = await dry_run.forecast(connection, letter, self._mirror_writer, patience=self._patience)
-            await steps.note(connection, job.id, letter.position, found.outcome, found.detail)
+    async def _forecast(self, connection: Connection, job: Running, dead_letter: ToReplay) -> None:
+        if dead_letter.status == "open":
+            found = await dry_run.forecast(
+                connection, dead_letter, self._mirror_writer, timeout_seconds=self._timeout_seconds
+            )
+            await steps.note(connection, job.id, dead_letter.position, found.outcome, found.detail)
         else:
-            await steps.note(connection, job.id, letter.position, "skipped", f"it is {letter.status}")
+            await steps.note(connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}")
 
-    async def _begin(self, connection: Connection, job: Running, letters: list[ToReplay]) -> list[ToReplay]:
+    async def _begin(self, connection: Connection, job: Running, dead_letters: list[ToReplay]) -> list[ToReplay]:
         """Marks the dead letters as replaying and returns those that must be sent."""
-        begun = await steps.begin(connection, job.id, [letter.position for letter in letters])
+        begun = await steps.begin(connection, job.id, [dead_letter.position for dead_letter in dead_letters])
         to_send = []
-        for letter in letters:
-            if letter.position not in begun:
-                await steps.note(connection, job.id, letter.position, "skipped", f"it is {letter.status}")
-            elif await self._needs_sending(connection, job, letter):
-                to_send.append(letter)
+        for dead_letter in dead_letters:
+            if dead_letter.position not in begun:
+                await steps.note(connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}")
+            elif await self._needs_sending(connection, job, dead_letter):
+                to_send.append(dead_letter)
         return to_send
 
-    async def _needs_sending(self, connection: Connection, job: Running, letter: ToReplay) -> bool:
-        """Returns False if the outcome is known already; then it is stored."""
-        written = await steps.is_written(connection, letter.restaurant_id, letter.change_id)
+    async def _needs_sending(self, connection: Connection, job: Running, dead_letter: ToReplay) -> bool:
+        """Returns whether the dead letter must be sent. If its outcome is known already, stores it and returns
+        False."""
+        written = await steps.is_written(connection, dead_letter.restaurant_id, dead_letter.change_id)
         try:
-            found = dry_run.read(letter.body)
+            found = dry_run.read(dead_letter.body)
         except BrokenContract as error:
             if not written:
-                return True  # the writer of the lane decides
-            # `changes` has its id from another event, so that `settle` would count it as written.
-            await self._failed(connection, job, letter, error)
+                return True  # the PostgreSQL writer decides
+            # `changes` has this change id from another event, so `settle` would count the dead letter as written.
+            await self._failed(connection, job, dead_letter, error)
             return False
-        if found is None or (written and letter.lane is not None):
-            why = "a signal, which has no effect any more" if found is None else "it was already written"
-            await self._resolved(connection, job, letter, why)
+        if found is None or (written and dead_letter.lane is not None):
+            why = "the body has no change" if found is None else "it was already written"
+            await self._resolved(connection, job, dead_letter, why)
             return False
         return True
 
-    async def _send(self, job: Running, letters: list[ToReplay]) -> None:
-        """Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt. The next step sends what is not marked as sent."""
-        lane_letters = [letter for letter in letters if letter.lane is not None]
-        results = await asyncio.gather(*(self._publish(letter) for letter in lane_letters), return_exceptions=True)
-        positions = [one.position for one, result in zip(lane_letters, results, strict=True) if result is None]
+    async def _send(self, job: Running, dead_letters: list[ToReplay]) -> None:
+        """Sends dead letters. The next step sends those that are not marked as sent again. Raises NotSent, InDoubt,
+        MirrorUnavailable, MirrorInDoubt."""
+        lane_dead_letters = [dead_letter for dead_letter in dead_letters if dead_letter.lane is not None]
+        results = await asyncio.gather(
+            *(self._publish(dead_letter) for dead_letter in lane_dead_letters), return_exceptions=True
+        )
+        positions = [
+            dead_letter.position
+            for dead_letter, result in zip(lane_dead_letters, results, strict=True)
+            if result is None
+        ]
         if positions:
             async with self._postgres.connection() as connection:
                 await steps.sent(connection, job.id, positions)
-        for letter in letters:
-            if letter.lane is None:
-                await self._apply(job, letter)
+        for dead_letter in dead_letters:
+            if dead_letter.lane is None:
+                await self._apply(job, dead_letter)
         for result in results:
             if result is not None:
                 raise result
 
-    async def _publish(self, letter: ToReplay) -> None:
-        assert letter.lane is not None
+    async def _publish(self, dead_letter: ToReplay) -> None:
+        assert dead_letter.lane is not None
         await self._publisher.publish_to_queue(
-            lane_queue(Lane(letter.lane)),
-            letter.body,
-            headers={REPLAY: letter.dead_letter_id},
-            timeout=publish_timeout_seconds(len(letter.body)),
+            lane_queue(Lane(dead_letter.lane)),
+            dead_letter.body,
+            headers={REPLAY: dead_letter.dead_letter_id},
+            timeout=publish_timeout_seconds(len(dead_letter.body)),
         )
 
-    async def _apply(self, job: Running, letter: ToReplay) -> None:
+    async def _apply(self, job: Running, dead_letter: ToReplay) -> None:
         broken: BrokenContract | None = None
         try:
-            if (found := dry_run.read(letter.body)) is not None:
+            if (found := dry_run.read(dead_letter.body)) is not None:
                 await self._mirror_writer.apply_again(found.event)
         except BrokenContract as error:
             broken = error
         async with self._postgres.connection() as connection:
             if broken is not None:
-                await self._failed(connection, job, letter, broken)
+                await self._failed(connection, job, dead_letter, broken)
             else:
-                await self._resolved(connection, job, letter, "applied to the mirror")
+                await self._resolved(connection, job, dead_letter, "applied to the mirror")
 
-    async def _resolved(self, connection: Connection, job: Running, letter: ToReplay, why: str) -> None:
+    async def _resolved(self, connection: Connection, job: Running, dead_letter: ToReplay, why: str) -> None:
         async with (
             connection.transaction()
-        ):  # otherwise `settle` could come in between and store an outcome without a reason
-            await steps.resolved(connection, letter.dead_letter_id)
-            await steps.note(connection, job.id, letter.position, "resolved", why)
+        ):  # without it, `settle` could run in between and store an outcome without a reason
+            await steps.resolved(connection, dead_letter.dead_letter_id)
+            await steps.note(connection, job.id, dead_letter.position, "resolved", why)
 
-    async def _failed(self, connection: Connection, job: Running, letter: ToReplay, error: BrokenContract) -> None:
+    async def _failed(self, connection: Connection, job: Running, dead_letter: ToReplay, error: BrokenContract) -> None:
         failure = classify(error)
         new_fingerprint = fingerprint(failure.reason, failure.error, failure.place)
         async with connection.transaction():
             await steps.failed(
-                connection, letter.dead_letter_id, failure.reason, failure.error, failure.place, new_fingerprint
+                connection, dead_letter.dead_letter_id, failure.reason, failure.error, failure.place, new_fingerprint
             )
             detail = f"{failure.reason}: {failure.error}"
             await steps.note(
-                connection, job.id, letter.position, "failed", detail, again=new_fingerprint == letter.fingerprint
+                connection,
+                job.id,
+                dead_letter.position,
+                "failed",
+                detail,
+                same_cause=new_fingerprint == dead_letter.fingerprint,
             )

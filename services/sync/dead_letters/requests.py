@@ -29,11 +29,13 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     entity_id: UUID | None = None
     change_id: UUID | None = None
     restaurant_id: UUID | None = None
-    from_: Annotated[Time, Meta(description="compares with the time of the last failure")] | None = None
+    from_: Annotated[Time, Meta(description="the earliest time of the last failure")] | None = None
     to: Time | None = None
     status: DeadLetterStatus | None = None
     text: (
-        Annotated[str, Meta(min_length=1, max_length=200, pattern=NO_NUL, description="in the error, place or body")]
+        Annotated[
+            str, Meta(min_length=1, max_length=200, pattern=NO_NUL, description="a text in the error, place or body")
+        ]
         | None
     ) = None
 
@@ -64,7 +66,7 @@ class DeadLettersQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"})
 
 
 class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
-    """Replays the open ones among the dead letters that `ids` or the filter select. `dry_run` writes nothing."""
+    """A replay of the open dead letters that `ids` or the filter select. A `dry_run` writes nothing."""
 
     ids: Annotated[list[UUID], Meta(max_length=_MAX_IDS)] = []
     dry_run: bool = False
@@ -74,9 +76,10 @@ class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
 
 
 class EditDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`event`: restaurantid and subject as in the dead letter, type, and data.after with the whole state."""
+    """The repair of a dead letter. `event` has restaurantid and subject as in the dead letter, type, and data.after
+    with the whole state."""
 
-    revision: Annotated[int, Meta(ge=1, description="of the dead letter as you read it")]
+    revision: Annotated[int, Meta(ge=1, description="the revision of the dead letter when you read it")]
     event: dict[str, Any]
     why: Why | None = None
 

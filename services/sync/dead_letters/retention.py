@@ -1,6 +1,6 @@
 """Removes dead letters and replay jobs that were closed longer ago than the retention. Open dead letters stay for ever.
 
-`maintenance/cleanup.py` calls it with connections of the writer role.
+`maintenance/cleanup.py` calls these functions with connections of the writer role.
 """
 
 from shared.postgres.pool import Connection
@@ -9,7 +9,7 @@ _CLOSED_DEAD_LETTERS = """
 delete from dead_letters
 where closed_at < now() - make_interval(days => $1) and status in ('resolved', 'discarded')
 """
-# A job that waits for the outcome of a dead letter stays until it has it.
+# A job that waits for the outcome of a dead letter stays until the outcome is stored.
 _ENDED_JOBS = """
 delete from replay_jobs j where finished_at < now() - make_interval(days => $1)
     and not exists (select from replay_job_items p where p.job_id = j.id and p.outcome in ('sending', 'sent'))

@@ -1,7 +1,8 @@
 """/api/ops/dead-letters and /api/ops/jobs: dead letters and their replays, for operators. Admins see the dead letters
 of their own restaurant.
 
-A handler parses, calls and replies. Repairs are in repairs.py, replay jobs in replay_jobs.py; the worker runs them.
+A handler parses, calls and replies. Repairs are in repairs.py, and replay jobs in replay_jobs.py. The sync worker runs
+replay jobs.
 """
 
 from litestar.types import ASGIApp
@@ -58,7 +59,7 @@ async def list_dead_letters(request: Call) -> ASGIApp:
     before = read_cursor(query.cursor) if query.cursor else None
     async with sync_context(request).connection_for(request.identity) as connection:
         found = await dead_letter_store.page(connection, query.query(), before=before, limit=query.limit + 1)
-    page, pagination = page_of(found, query.limit, lambda one: (one.last_failed_at, one.id))
+    page, pagination = page_of(found, query.limit, lambda dead_letter: (dead_letter.last_failed_at, dead_letter.id))
     return success(page, pagination=pagination)
 
 
@@ -68,7 +69,7 @@ async def list_dead_letters(request: Call) -> ASGIApp:
     action="dead_letters.read",
     tag=_TAG,
     summary="Group dead letters by cause, largest group first",
-    description="`trend`: how many failed last in each of the past 24 hours, oldest hour first.",
+    description="`trend`: the number of dead letters that failed last in each of the past 24 hours, oldest hour first.",
     query=DeadLetterFilter,
     answer=list[DeadLetterGroup],
 )
@@ -83,7 +84,7 @@ async def list_groups(request: Call) -> ASGIApp:
     "/api/ops/dead-letters/{dead_letter_id:str}",
     action="dead_letters.read",
     tag=_TAG,
-    summary="Show a dead letter with everything that is known of it",
+    summary="Show everything that is known about a dead letter",
     answer=DeadLetterView,
     errors=(404,),
 )
@@ -105,10 +106,10 @@ async def get_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
 async def get_body(request: Call, dead_letter_id: str) -> ASGIApp:
     id_ = path_id(dead_letter_id, "dead_letter_id")
     async with sync_context(request).connection_for(request.identity) as connection:
-        letter = await dead_letter_store.one(connection, id_)
-    if letter is None:
+        dead_letter = await dead_letter_store.one(connection, id_)
+    if dead_letter is None:
         raise NotFound("no such dead letter")
-    return Reply(letter.body, content_type=b"application/octet-stream")
+    return Reply(dead_letter.body, content_type=b"application/octet-stream")
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------
@@ -119,10 +120,10 @@ async def get_body(request: Call, dead_letter_id: str) -> ASGIApp:
     "/api/ops/dead-letters/replay",
     action="dead_letters.repair",
     tag=_TAG,
-    summary="Replay dead letters: named ones, a group or a filter",
+    summary="Replay dead letters, selected by ids, by fingerprint or by another filter",
     description="Returns the plan and the job that executes it. A dry run writes each dead letter in a transaction that"
-    " is rolled back; the items of the job say what would happen. Named dead letters that are not open are in `absent`"
-    " of the plan; if none is open there is no job.",
+    " is rolled back; the items of the job show what would happen. The field `absent` of the plan lists the `ids` that"
+    " are not open. If none of the `ids` is open, the answer is 404 or 409 and there is no job.",
     body=ReplayRequest,
     answer=Planned,
     status=202,
@@ -167,7 +168,7 @@ async def list_jobs(request: Call) -> ASGIApp:
     before = read_cursor(query.cursor) if query.cursor else None
     async with sync_context(request).connection_for(request.identity) as connection:
         found = await replay_jobs.recent(connection, limit=query.limit + 1, before=before)
-    page, pagination = page_of(found, query.limit, lambda one: (one.created_at, one.id))
+    page, pagination = page_of(found, query.limit, lambda job: (job.created_at, job.id))
     return success(page, pagination=pagination)
 
 
@@ -214,7 +215,7 @@ async def get_job_items(request: Call, replay_id: str) -> ASGIApp:
     "/api/ops/jobs/{replay_id:str}/cancel",
     action="dead_letters.repair",
     tag=_TAG,
-    summary="Cancel a replay: it sends nothing more",
+    summary="Cancel a replay; dead letters that are already sent continue",
     answer=ReplayJob,
     errors=(404, 409),
 )
@@ -233,8 +234,8 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Repair a dead letter: commit an edited event at head version + 1",
-    description="The event is checked against the contract. Restaurant and subject must stay. The dead letter is kept,"
-    " with the difference.",
+    description="The event is checked against the contract. Restaurant and subject must stay. The dead letter stays as"
+    " it was received, and the edit is stored with the difference.",
     body=EditDeadLetter,
     answer=DeadLetter,
     errors=(404, 409, 504),
@@ -265,7 +266,8 @@ async def edit_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Discard a dead letter, with the reason",
-    description="A new change takes back what readers saw of it. It can be restored within the retention.",
+    description="If readers have seen the change of the dead letter, a new change reverts it. A discarded dead letter"
+    " can be restored within the retention.",
     body=DiscardDeadLetter,
     answer=DeadLetter,
     errors=(404, 409, 504),

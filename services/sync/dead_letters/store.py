@@ -1,14 +1,14 @@
-"""Reads dead letters: lists, groups, and one with all of its columns.
+"""Reads dead letters: a list, groups, or one with all its columns.
 
-A dead letter is open, replaying (on its way through its lane again), resolved (its change is written or was replaced by
-an edit) or discarded. Every operator action and every death increments its `revision`. An action names the revision
-that the operator saw; if another action came first, it gets Conflict `dead_letter_changed`.
+A dead letter is open, replaying (it goes through its lane again), resolved (its change is written or was replaced by an
+edit) or discarded. Every operator action and every death increments its `revision`. An action names the revision that
+the operator saw. If another action came first, the action is refused with Conflict `dead_letter_changed`.
 
-The SQL of actions is in `actions.py`, of replays in `replay_jobs.py` and `replay_sql.py`, of storing in
-`failures/dead_letter_store.py`.
+`actions.py` has the SQL of actions, `replay_jobs.py` and `replay_sql.py` that of replays, and
+`failures/dead_letter_store.py` stores dead letters.
 
-Connections have the ops role for operators, and the api role, inside `Postgres.tenant`, for the admins of a restaurant.
-Row-level security shows admins only the dead letters of their own restaurant.
+For operators a connection has the ops role. For the admins of a restaurant it has the api role, inside
+`Postgres.tenant`, and row-level security shows only the dead letters of this restaurant.
 """
 
 import re
@@ -30,7 +30,7 @@ _TREND_HOURS = 24
 _LIKE = re.compile(r"[\\%_]")
 _ESCAPED = r"\\\g<0>"
 _MAX_TEXT_BYTES = 262_144
-"""A text search skips larger bodies, because it reads every body."""
+"""The maximum size of a body that a text search reads. Larger bodies would make the search slow."""
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
     status: str
     revision: int
     replaced_by: str | None
-    """The change that an edit or a discard committed in its place."""
+    """The change that an edit or a discard committed in place of the dead letter."""
     why: str | None
     kept_at: datetime
     closed_at: datetime | None
@@ -67,7 +67,7 @@ class FullDeadLetter(DeadLetter, frozen=True, kw_only=True):
     attempts: tuple[Attempt, ...]
     headers: dict[str, Any]
     body: bytes
-    """Exactly as received."""
+    """The body exactly as it was received."""
 
 
 class DeadLetterEdit(Struct, frozen=True, kw_only=True):
@@ -111,10 +111,10 @@ class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     restaurant_id: str | None = None
     failed_from: datetime | None = None
     failed_to: datetime | None = None
-    """Both compare with the time of the last failure."""
+    """`failed_from` and `failed_to` limit the time of the last failure."""
     statuses: tuple[str, ...] = ()
     text: str | None = None
-    """A text in the error, the place or an id, regardless of case, or in the body, with the same case."""
+    """A text to search. In the error, the place and the ids the case does not matter; in the body it must match."""
 
 
 Cursor = tuple[datetime, str]
@@ -144,7 +144,7 @@ async def count_open(connection: Connection) -> int:
 
 
 def conditions(query: DeadLetterQuery, arguments: list[Any]) -> str:
-    """The SQL condition on `dead_letters l` that selects what `query` names. Appends its values to `arguments`."""
+    """Returns the SQL condition on `dead_letters l` for the query, and appends its values to `arguments`."""
     found = ["true"]
 
     def where(condition: str, *values: Any) -> None:
@@ -177,8 +177,8 @@ def conditions(query: DeadLetterQuery, arguments: list[Any]) -> str:
 async def page(
     connection: Connection, query: DeadLetterQuery, *, before: Cursor | None = None, limit: int = 50
 ) -> list[DeadLetter]:
-    """Returns dead letters, newest failure first. To learn whether another page follows, ask for one row more than a
-    page."""
+    """Returns dead letters, newest failure first. To learn whether another page follows, ask for one row more than the
+    page shows."""
     arguments: list[Any] = []
     where = conditions(query, arguments)
     if before is not None:
@@ -200,7 +200,7 @@ async def count(connection: Connection, query: DeadLetterQuery) -> int:
 
 
 async def groups(connection: Connection, query: DeadLetterQuery, *, limit: int = 100) -> list[DeadLetterGroup]:
-    """Groups by fingerprint, largest group first."""
+    """Returns the dead letters grouped by fingerprint, largest group first."""
     arguments: list[Any] = []
     where = conditions(query, arguments)
     rows = await connection.fetch(
@@ -221,7 +221,7 @@ async def groups(connection: Connection, query: DeadLetterQuery, *, limit: int =
     samples = await connection.fetch(_SAMPLES, [row["sample"] for row in rows])
     trends = {row["fingerprint"]: [0] * _TREND_HOURS for row in rows}
     for fingerprint, ago, n in hours:
-        # A failure in the future (a clock ahead of the database) counts as now.
+        # A clock may be ahead of the database: a failure in the future counts for the current hour.
         trends[fingerprint][_TREND_HOURS - 1 - max(ago, 0)] += n
     sampled = {row["id"]: row for row in samples}
     return [

@@ -32,7 +32,7 @@ class DeadLetterView(Struct, frozen=True, kw_only=True):
     event: Any
     """The event; None if the body is not one event or is too long."""
     body: str | None
-    """The body as text where `event` is None. The route …/body returns the exact bytes."""
+    """The body as text; None if `event` is set. The route …/body returns the exact bytes."""
     body_cut: bool
     edits: list[DeadLetterEdit]
     replays: list[ReplayOf]
@@ -40,8 +40,8 @@ class DeadLetterView(Struct, frozen=True, kw_only=True):
 
 
 async def dead_letter_view(connection: Connection, id_: str, *, operator: bool) -> DeadLetterView:
-    """Returns the view of a dead letter. `operator`: includes edits, replays and actions, which show the work of other
-    people. Raises NotFound."""
+    """Returns everything that is known about a dead letter. `operator`: whether to include edits, replays and actions,
+    which only operators may see. Raises NotFound."""
     dead_letter = await dead_letter_store.one(connection, id_)
     if dead_letter is None:
         raise NotFound("no such dead letter")

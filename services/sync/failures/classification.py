@@ -1,14 +1,15 @@
-"""Classifies the failure of a change. Pure: does not wait and sends nothing.
+"""Classifies the failure of a change. Pure.
 
-    unavailable  the sink accepts nothing now: hold the batch, burn no attempt
-    transient    the failure may pass by itself: use the retry ladder
-    poison       no retry can succeed: dead letter at once, bytes unchanged
+    unavailable  the sink accepts nothing now: hold the batch, and burn no attempt
+    transient    the failure may pass by itself: send the change to the retry ladder
+    poison       no retry can succeed: dead-letter the change at once, with its bytes unchanged
 
 A client that only waits cannot distinguish a frozen server from a slow statement. Therefore the server must cancel a
-statement before the client gives up (`write_batch(timeout_seconds=…)`): a QueryCanceledError is an answer, so the
-server lives and the statement is slow; our own TimeoutError means that not even this answer arrived.
+statement before the client stops waiting (`write_batch(timeout_seconds=…)`). A QueryCanceledError comes from the
+server, so the server works and the statement is slow. Our own TimeoutError means that the server did not answer at all.
 
-An unknown error is a bug of ours: it takes the retry ladder and ends as a dead letter with its name, never silently.
+An unknown error is a bug of ours. The change takes the retry ladder and ends as a dead letter with the name of the
+error, so that the bug is visible.
 """
 
 import hashlib
@@ -32,18 +33,19 @@ class FailureKind(StrEnum):
     POISON = "poison"
 
 
-# SQLSTATE classes and codes, https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest match applies.
+# By class or code of SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html). A code overrides its
+# class.
 _BY_SQLSTATE = {
     "08": FailureKind.UNAVAILABLE,  # connection
     "22": FailureKind.POISON,  # data
     "23": FailureKind.POISON,  # constraint
     "25006": FailureKind.UNAVAILABLE,  # read-only: a standby, or a primary that has just been demoted
-    "28": FailureKind.UNAVAILABLE,  # our role is not known (yet)
+    "28": FailureKind.UNAVAILABLE,  # authorization: our role does not exist (yet)
     "3D": FailureKind.UNAVAILABLE,  # no such database
     "40": FailureKind.TRANSIENT,  # deadlock, serialization failure
-    "42501": FailureKind.UNAVAILABLE,  # not permitted: `ticketrail migrate` has not run; no change is at fault
-    "42703": FailureKind.UNAVAILABLE,  # no such column: the same
-    "42P01": FailureKind.UNAVAILABLE,  # no such table: the same
+    "42501": FailureKind.UNAVAILABLE,  # not permitted: `ticketrail migrate` has not run, so the change is not the cause
+    "42703": FailureKind.UNAVAILABLE,  # no such column: `ticketrail migrate` has not run
+    "42P01": FailureKind.UNAVAILABLE,  # no such table: `ticketrail migrate` has not run
     "53": FailureKind.UNAVAILABLE,  # out of disk, memory, connections
     "55P03": FailureKind.TRANSIENT,  # lock not available in time
     "57": FailureKind.UNAVAILABLE,  # shutting down, starting, crashed
@@ -60,14 +62,14 @@ _REASONS = {
 class Failure(Struct, frozen=True):
     kind: FailureKind
     reason: str
-    """Stable name of the cause, by which dead letters are grouped."""
+    """The stable name of the cause, for example `transient`. It is a part of the fingerprint."""
     error: str
     """Error type and message for people, at most 500 characters."""
     place: str = UNKNOWN_PLACE
     """The function in our code where the change failed, as `module:function`."""
     timed_out: bool = False
-    """The server cancelled the statement or stopped waiting for a lock. When nothing else succeeds either, the server
-    is slow, not this change."""
+    """Whether the server cancelled the statement or stopped waiting for a lock. If no other change succeeds either, the
+    cause is a slow server and not this change."""
 
 
 def classify(error: Exception) -> Failure:
@@ -101,18 +103,18 @@ def fingerprint(reason: str, error: str, place: str) -> str:
     """Returns the fingerprint that groups dead letters, as 12 hex digits. It uses only the type of the error
     (`describe`), because messages contain ids."""
     kind = error.partition(":")[0].strip()
-    # All violations of the contract have one type: their reason distinguishes them.
-    named = reason if kind == _BROKEN else kind
-    return hashlib.sha256(f"{reason}|{named}|{place}".encode(errors="replace")).hexdigest()[:12]
+    # All violations of the contract have one error type, so their reason distinguishes them.
+    cause = reason if kind == _BROKEN else kind
+    return hashlib.sha256(f"{reason}|{cause}|{place}".encode(errors="replace")).hexdigest()[:12]
 
 
 def describe(error: Exception) -> str:
-    """Returns error type and message as text that always fits into a header."""
+    """Returns error type and message as text that is short enough for a header."""
     return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _MAX_ERROR_CHARS)
 
 
-def clip(text: str, most: int) -> str:
-    """Returns the first `most` characters, as text that UTF-8 and PostgreSQL can hold."""
-    if len(text) <= most and text.isascii() and "\x00" not in text:
+def clip(text: str, max_chars: int) -> str:
+    """Returns the first `max_chars` characters, as text that UTF-8 and PostgreSQL can hold."""
+    if len(text) <= max_chars and text.isascii() and "\x00" not in text:
         return text
-    return text[:most].encode(errors="replace").decode().replace("\x00", "�")
+    return text[:max_chars].encode(errors="replace").decode().replace("\x00", "�")

@@ -20,7 +20,7 @@ _KEEP_TIMEOUT_SECONDS = 30.0  # bodies can have many megabytes
 
 
 class Attempt(Struct, frozen=True):
-    """One failed attempt to write a change, as in the header `ticketrail-attempts`."""
+    """One failed attempt to write a change, in the format of the header `ticketrail-attempts`."""
 
     at: Time
     reason: str
@@ -29,13 +29,14 @@ class Attempt(Struct, frozen=True):
 
 
 class NewDeadLetter(Struct, frozen=True, kw_only=True):
-    """One dead letter as parsed from a dead message (services/sync/failures/parsing.py)."""
+    """One dead letter, parsed from a dead message (services/sync/failures/parsing.py)."""
 
     digest: bytes
     """SHA-256 of dead-letter queue and body. It identifies the dead letter through all of its deaths."""
     queue: str
     lane: str | None
-    """None for a dead letter of the mirror writer. A rewind reads its change again, which does not count as a death."""
+    """None for a dead letter of the mirror writer. After a rewind the mirror writer reads the change again, which does
+    not count as a death."""
     restaurant_id: str | None
     change_id: str | None
     entity: str | None
@@ -46,7 +47,7 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     terminal_id: str | None
     trace_id: str | None
     mixed: bool = False
-    """The dead letter names two restaurants, of which neither may see the other's part."""
+    """Whether the dead letter names two restaurants. Neither of them may see the part of the other."""
     reason: str
     error: str
     place: str
@@ -56,7 +57,7 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     headers: dict[str, Any]
     body: bytes
     replay_of: str | None = None
-    """Id of the dead letter whose replay failed and produced this one."""
+    """The id of the dead letter whose replay failed and produced this one."""
 
 
 _NEW: Sequence[tuple[str, str, Callable[[NewDeadLetter], Any]]] = (
@@ -66,10 +67,10 @@ _NEW: Sequence[tuple[str, str, Callable[[NewDeadLetter], Any]]] = (
     *((name, "bytea", attrgetter(name)) for name in ("digest", "body")),
     ("version", "int4", attrgetter("version")),
     ("mixed", "bool", attrgetter("mixed")),
-    ("attempts", "json", lambda one: _json(one.attempts)),
-    ("headers", "json", lambda one: _json(one.headers)),
-    ("first_failed_at", "timestamptz", lambda one: one.attempts[0].at),
-    ("last_failed_at", "timestamptz", lambda one: one.attempts[-1].at),
+    ("attempts", "json", lambda dead_letter: _json(dead_letter.attempts)),
+    ("headers", "json", lambda dead_letter: _json(dead_letter.headers)),
+    ("first_failed_at", "timestamptz", lambda dead_letter: dead_letter.attempts[0].at),
+    ("last_failed_at", "timestamptz", lambda dead_letter: dead_letter.attempts[-1].at),
 )
 _NAMES = ", ".join(name for name, _, _ in _NEW)
 _KEEP = (
@@ -89,24 +90,32 @@ where id = $1
 async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter]:
     """Stores all dead letters or none, in a transaction of its own. Returns those whose death was not stored yet.
 
-    A dead letter that is stored already has died again: its attempts are appended, it has one death more and is open
-    again, and its revision increases. A message that was delivered twice changes nothing, because its failure is stored
+    If a dead letter is stored already, it has died again: `keep` appends its attempts, opens it again, and increments
+    its deaths and its revision. A message that was delivered twice changes nothing, because its failure is stored
     already. The same transaction deletes the changes from `retries`."""
     first: dict[bytes, NewDeadLetter] = {}
     for dead_letter in dead_letters:
         first.setdefault(dead_letter.digest, dead_letter)
-    fresh = [first[digest] for digest in sorted(first)]  # in one order everywhere: collectors must not deadlock
+    fresh = [first[digest] for digest in sorted(first)]  # all collectors use this order, so that they cannot deadlock
     async with connection.transaction():
-        arrays = ([value(one) for one in fresh] for _, _, value in _NEW)
+        arrays = ([value(dead_letter) for dead_letter in fresh] for _, _, value in _NEW)
         rows = await connection.fetch(_KEEP, *arrays, timeout=_KEEP_TIMEOUT_SECONDS)
         new = {row[0] for row in rows}
-        known = [one for one in dead_letters if one.digest not in new or one is not first[one.digest]]
-        news = [one for one in fresh if one.digest in new]
-        news += [one for one in sorted(known, key=attrgetter("digest")) if await _died_again(connection, one)]
+        known = [
+            dead_letter
+            for dead_letter in dead_letters
+            if dead_letter.digest not in new or dead_letter is not first[dead_letter.digest]
+        ]
+        news = [dead_letter for dead_letter in fresh if dead_letter.digest in new]
+        news += [
+            dead_letter
+            for dead_letter in sorted(known, key=attrgetter("digest"))
+            if await _died_again(connection, dead_letter)
+        ]
         retried = [
-            (one.restaurant_id, one.change_id)
-            for one in dead_letters
-            if len(one.attempts) > 1 and one.restaurant_id and one.change_id
+            (dead_letter.restaurant_id, dead_letter.change_id)
+            for dead_letter in dead_letters
+            if len(dead_letter.attempts) > 1 and dead_letter.restaurant_id and dead_letter.change_id
         ]
         if retried:
             await retry_store.forget(connection, retried)
@@ -118,11 +127,11 @@ async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> boo
     if known is None or dead_letter.lane is None:
         return False
     before = msgspec.json.decode(known["attempts"], type=list[Attempt])
-    if dead_letter.attempts[-1].at in {one.at for one in before}:
+    if dead_letter.attempts[-1].at in {attempt.at for attempt in before}:
         return False
-    attempts = [*before, *(one for one in dead_letter.attempts if one not in before)]
-    # The death of another copy of the change says nothing about the result of the replay.
-    still = known["status"] == "replaying" and dead_letter.replay_of != known["id"]
+    attempts = [*before, *(attempt for attempt in dead_letter.attempts if attempt not in before)]
+    # If another copy of the change died, the replay still runs.
+    still_replaying = known["status"] == "replaying" and dead_letter.replay_of != known["id"]
     await connection.execute(
         _DIED_AGAIN,
         known["id"],
@@ -133,14 +142,14 @@ async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> boo
         dead_letter.place,
         dead_letter.fingerprint,
         _json(dead_letter.headers),
-        "replaying" if still else "open",
+        "replaying" if still_replaying else "open",
     )
     return True
 
 
-def bounded(attempts: list[Attempt], most: int) -> list[Attempt]:
-    """Returns at most `most` attempts: the first one and the latest ones."""
-    return attempts if len(attempts) <= most else [attempts[0], *attempts[1 - most :]]
+def bounded(attempts: list[Attempt], max_attempts: int) -> list[Attempt]:
+    """Returns at most `max_attempts` attempts: the first one and the latest ones."""
+    return attempts if len(attempts) <= max_attempts else [attempts[0], *attempts[1 - max_attempts :]]
 
 
 def _json(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Reads how changes failed last, which readers of an entity see while its change waits for a retry or is dead.
+"""Reads the last failure of changes. Readers of an entity see it while the change waits for a retry or is dead.
 
-The source is the tables `retries` and `dead_letters`. The connection may have any role that can read both.
+The sources are the tables `retries` and `dead_letters`. The connection may have any role that can read both.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from shared.postgres.pool import Connection
 
 _FAILED = """
 select r.change_id::text, r.error, r.attempt as attempts, r.failed_at from retries r
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 union all
 select l.change_id::text, l.error, json_array_length(l.attempts), l.last_failed_at from dead_letters l
-join unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 where l.lane is not null and l.status in ('open', 'replaying')
 order by failed_at
 """

@@ -1,5 +1,5 @@
-"""Parses a dead message into dead letters for the table `dead_letters`. Pure, and never raises: for every message the
-result can be stored in PostgreSQL, with the exact bytes of the body.
+"""Parses a dead message into dead letters for the table `dead_letters`. Pure. Parsing never raises: every message
+becomes dead letters that PostgreSQL can store, with the exact bytes of the body.
 
 One message is one dead letter. The exception is a message that the broker itself dead-lettered because of the delivery
 limit: it can hold a whole batch, and each change of the batch becomes a dead letter.
@@ -44,7 +44,8 @@ _CANONICAL = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 def parse_dead_letters(
     queue: str, lane: Lane | None, body: bytes, headers: Mapping[str, Any], received_at: datetime
 ) -> list[NewDeadLetter]:
-    """Returns at least one dead letter. `lane`: the lane of the dead-letter queue; None for the mirror writer's."""
+    """Returns at least one dead letter. `lane`: the lane of the dead-letter queue; None for the queue of the mirror
+    writer."""
     attempts = parse_attempts(headers, received_at)
     by_broker = attempts[-1].place == BROKER
     return [_dead_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
@@ -68,11 +69,11 @@ def parse_attempts(headers: Mapping[str, Any], received_at: datetime) -> tuple[A
                 )
             )
         return tuple(attempts)
-    at, text = received_at, "the broker dead-lettered it"
+    at, text = received_at, "the broker dead-lettered the message"
     deaths = headers.get(_DEATHS)
     if isinstance(deaths, list) and deaths and isinstance(newest := deaths[0], Mapping):
         at = _time(newest.get("time")) or received_at
-        text = f"the broker dead-lettered it: {newest.get('reason')} in {newest.get('queue')}"
+        text = f"the broker dead-lettered the message: {newest.get('reason')} in {newest.get('queue')}"
     return (*attempts, Attempt(at, DELIVERY_LIMIT, clip(text, _MAX_ERROR_CHARS), BROKER))
 
 
@@ -112,7 +113,7 @@ def _dead_letter(
         place=last.place,
         fingerprint=fingerprint(last.reason, last.error, last.place),
         attempts=attempts,
-        # The attempts have a column of their own.
+        # The table has a column for the attempts.
         headers={clip(name, _MAX_NAME_CHARS): _plain(value) for name, value in headers.items() if name != ATTEMPTS},
         body=body,
         replay_of=replay if isinstance(replay, str) else None,
@@ -120,10 +121,10 @@ def _dead_letter(
 
 
 def digest(queue: str, body: bytes) -> bytes:
-    """Returns the digest that identifies a dead letter. Spaces around a single event do not change it, because our own
-    code dead-letters a change in the form of `single_change_body`, without them."""
-    tight = body.startswith(b"[{") and body.endswith(b"}]")
-    parts = [body] if tight else _parts(body)
+    """Returns the digest that identifies a dead letter. Spaces around a single event do not change the digest, because
+    our own code dead-letters the same change without spaces (`single_change_body`)."""
+    without_spaces = body.startswith(b"[{") and body.endswith(b"}]")
+    parts = [body] if without_spaces else _parts(body)
     return hashlib.sha256(queue.encode() + b"\0" + (parts[0] if len(parts) == 1 else body)).digest()
 
 
@@ -146,13 +147,13 @@ def _names_another(data: msgspec.Raw, restaurant: str | None) -> bool:
     try:
         after = msgspec.json.decode(data, type=_Data).after
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        # Unreadable, so its restaurant is unknown: treat it as another restaurant's, unless it is empty.
+        # The restaurant of unreadable data is unknown. Treat it as another restaurant, unless the data is empty.
         return len(data) > 0
     return after is not None and after.restaurant_id is not None and _uuid(after.restaurant_id) != restaurant
 
 
 def _uuid(value: Any) -> str | None:
-    """Returns the UUID in canonical form, or None if the value is not one."""
+    """Returns the UUID in canonical form, or None if the value is not a UUID."""
     if not isinstance(value, str) or len(value) > 45:
         return None
     if _CANONICAL.fullmatch(value):
@@ -179,7 +180,7 @@ def _time(value: Any) -> datetime | None:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Returns the value in a form that JSON can hold; other types become text."""
+    """Returns the value with only types that JSON has; other types become text."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -193,7 +194,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
     if depth < _MAX_HEADER_DEPTH and isinstance(value, Mapping):
-        return {clip(str(name), _MAX_NAME_CHARS): _plain(one, depth + 1) for name, one in value.items()}
+        return {clip(str(name), _MAX_NAME_CHARS): _plain(part, depth + 1) for name, part in value.items()}
     if depth < _MAX_HEADER_DEPTH and isinstance(value, list | tuple):
-        return [_plain(one, depth + 1) for one in value]
+        return [_plain(part, depth + 1) for part in value]
     return clip(str(value), _MAX_HEADER_CHARS)

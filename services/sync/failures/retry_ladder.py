@@ -1,12 +1,12 @@
-"""The retry ladder: sends a change that could not be written to the next retry queue, or to the dead-letter queue of
-its lane.
+"""The retry ladder sends a change that could not be written to the next retry queue, or to the dead-letter queue of its
+lane.
 
-Guarantee: `send` returns only when the broker has confirmed, so that the original may be acknowledged then. While the
-broker does not confirm, it tries again. A change may therefore be enqueued twice (idempotent) but is never lost.
+Guarantee: `send` returns only after the broker has confirmed the change, so that the caller may acknowledge the
+original. Until then, it repeats the publish. A change may therefore be enqueued twice (idempotent) but is never lost.
 
-Each change travels by itself, with its bytes unchanged. Our headers carry what is known of its failures: the attempt
-number, the last failure and the list of all failures. No `x-*` header is copied: RabbitMQ may silently lose a message
-with a copied `x-death` at its next expiry.
+Each change is sent in a message of its own, with its bytes unchanged. Our headers carry its failures: the attempt
+number, the last failure and the list of all failures. No `x-*` header is copied, because RabbitMQ may silently lose a
+message with a copied `x-death` when it expires.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ REASON = "ticketrail-reason"
 ERROR = "ticketrail-error"
 PLACE = "ticketrail-place"
 ATTEMPTS = "ticketrail-attempts"
-"""JSON: [{"at", "reason", "error", "place"}], oldest failure first."""
+"""The header with the failed attempts as JSON: [{"at", "reason", "error", "place"}], oldest first."""
 REPLAY = "ticketrail-replay"
-"""Id of the dead letter that this message replays. It stays with the change through all retry queues."""
+"""The header with the id of the dead letter that the message replays. It stays on the change in all retry queues."""
 LANE = "ticketrail-lane"
 FAILED_AT = "ticketrail-failed-at"
 FIRST_FAILED_AT = "ticketrail-first-failed-at"
@@ -44,16 +44,16 @@ CHANGE_ID = "ticketrail-change-id"
 RESTAURANT = "ticketrail-restaurant"
 SUBJECT = "ticketrail-subject"
 
-# All headers of a message must fit into one frame of 128 KiB, or the broker closes the connection.
+# All headers of a message must fit into one frame of 128 KiB. Otherwise the broker closes the connection.
 _MAX_ATTEMPTS = 16
 _MAX_ATTEMPT_ERROR_CHARS = 300
 _MAX_KEPT_HEADER_BYTES = 16_384
-# Only our own headers are logged: other senders choose the names of theirs.
+# Only our own headers are logged, because other senders may choose any name.
 _LOGGED = (topology.ATTEMPT, REASON, ERROR, PLACE, LANE, FIRST_FAILED_AT, CHANGE_ID, RESTAURANT, SUBJECT, REPLAY)
 _MAX_PUBLISHES_IN_FLIGHT = 256
 _MAX_BYTES_IN_FLIGHT = 4_000_000
-# Long enough for a broker that is only slow: after a timeout everything in flight would be sent again.
-_PUBLISH_TIMEOUT_SECONDS, _BYTES_PER_SECOND = 10.0, 1_000_000
+# The timeout allows for a slow broker, because after a timeout everything in flight is sent again.
+_PUBLISH_TIMEOUT_SECONDS, _MIN_BYTES_PER_SECOND = 10.0, 1_000_000
 
 Headers = dict[str, int | str]
 
@@ -62,35 +62,37 @@ class FailedChange(Struct, frozen=True):
     """A change that could not be written, or a whole message that cannot be parsed."""
 
     body: bytes
-    """A message body: a batch with only this change, bytes unchanged."""
+    """A message body: a batch with only this change, its bytes unchanged."""
     headers: Mapping[str, Any]
-    """Headers of the message that carried it."""
+    """The headers of the message that carried the change."""
     failure: Failure
     at: datetime
     change: Change | None = None
-    """None when the change cannot be read."""
+    """None if the change cannot be read."""
     message: object = None
-    """The message that carried it, which is acknowledged when this change is committed or confirmed elsewhere."""
+    """The message that carried the change. It is acknowledged when the change is committed or confirmed elsewhere."""
 
     @property
     def attempt(self) -> int:
-        """The number of attempts so far, including this one."""
+        """The number of attempts up to now, including this one."""
         before = self.headers.get(topology.ATTEMPT)
         return (before if isinstance(before, int) and before > 0 else 0) + 1
 
 
 def single_change_body(event: bytes) -> bytes:
-    """Returns a message body with one change in it."""
+    """Returns a message body with only this change."""
     return encode_batch((event,))
 
 
 def destination(failed: FailedChange, lane: Lane, steps_ms: tuple[int, ...]) -> str:
+    """Returns the name of the queue to which the change goes next. `steps_ms`: the delays of the retry queues."""
     if failed.failure.kind is FailureKind.POISON or failed.attempt > len(steps_ms):
         return topology.dead_queue(lane)
     return topology.retry_queue(lane, steps_ms[failed.attempt - 1])
 
 
 def headers_for(failed: FailedChange, lane: str) -> Headers:
+    """Returns the headers with which the change goes to its next queue."""
     kept = _kept(failed.headers)
     at = failed.at.isoformat()
     return {
@@ -115,23 +117,28 @@ def _kept(headers: Mapping[str, Any]) -> Headers:
         value = headers[name]
         if name.startswith("x-") or name == ATTEMPTS or not isinstance(value, int | str):
             continue
-        its = len(name) + (len(value.encode(errors="replace")) if isinstance(value, str) else 8)
-        if size + its <= _MAX_KEPT_HEADER_BYTES:
-            size += its
+        header_bytes = len(name) + (len(value.encode(errors="replace")) if isinstance(value, str) else 8)
+        if size + header_bytes <= _MAX_KEPT_HEADER_BYTES:
+            size += header_bytes
             kept[name] = value
     return kept
 
 
 def attempts_in(headers: Mapping[str, Any]) -> list[Attempt]:
-    """Returns the attempts in the headers of a message, or an empty list when they cannot be read."""
+    """Returns the attempts in the headers of a message, or an empty list if they cannot be read."""
     try:
         found = msgspec.json.decode(headers.get(ATTEMPTS) or b"[]", type=list[Attempt])
     except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError):
         return []
     return [
-        Attempt(one.at, clip(one.reason, 100), clip(one.error, _MAX_ATTEMPT_ERROR_CHARS), clip(one.place, 200))
-        for one in bounded(found, _MAX_ATTEMPTS)
-        if in_range(one.at)
+        Attempt(
+            attempt.at,
+            clip(attempt.reason, 100),
+            clip(attempt.error, _MAX_ATTEMPT_ERROR_CHARS),
+            clip(attempt.place, 200),
+        )
+        for attempt in bounded(found, _MAX_ATTEMPTS)
+        if in_range(attempt.at)
     ]
 
 
@@ -141,15 +148,15 @@ def _attempts(failed: FailedChange) -> list[Attempt]:
     return bounded([*attempts_in(failed.headers), this], _MAX_ATTEMPTS)
 
 
-def for_the_mirror(failed: FailedChange) -> bytes:
-    """Returns the failure as the mirror shows it: JSON {"error", "attempts", "last_attempt"}."""
+def failure_for_mirror(failed: FailedChange) -> bytes:
+    """Returns the failure in the format of the mirror: JSON {"error", "attempts", "last_attempt"}."""
     return encode({"error": failed.failure.error, "attempts": failed.attempt, "last_attempt": failed.at})
 
 
 def publish_timeout_seconds(size: int) -> float:
     """Returns the timeout of a publish of `size` bytes. It grows with the size, so that a slow broker does not look
     like an unavailable one."""
-    return _PUBLISH_TIMEOUT_SECONDS + size / _BYTES_PER_SECOND
+    return _PUBLISH_TIMEOUT_SECONDS + size / _MIN_BYTES_PER_SECOND
 
 
 class RetryLadder:
@@ -163,28 +170,28 @@ class RetryLadder:
         return destination(failed, lane, self._steps_ms) == topology.dead_queue(lane)
 
     async def send(self, failed: Sequence[FailedChange], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
-        """Returns when all are confirmed, or when their messages are not `ours` any more: the broker delivers those
-        again. The result lists the readable changes that are in a retry queue now.
+        """Sends failed changes. Returns the readable ones that are in a retry queue now. `ours`: whether the channel of
+        their messages is still open; if it is closed, `send` stops, because the broker delivers the messages again.
 
-        Publishes many at the same time, because waiting for each confirm would delay the lane. The bytes in flight are
-        limited: all of them must reach the broker before a publish times out."""
+        Publishes many changes at the same time, because waiting for each confirm would delay the lane. The bytes in
+        flight are limited, because all of them must reach the broker before a publish times out."""
         for group in _groups(failed):
-            timeout = publish_timeout_seconds(sum(len(one.body) for one in group))
-            await asyncio.gather(*(self._send(one, lane, ours, timeout) for one in group))
+            timeout = publish_timeout_seconds(sum(len(failed_change.body) for failed_change in group))
+            await asyncio.gather(*(self._send(failed_change, lane, ours, timeout) for failed_change in group))
         return [
             Retry(
-                restaurant_id=one.change.restaurantid,
-                change_id=one.change.id,
+                restaurant_id=failed_change.change.restaurantid,
+                change_id=failed_change.change.id,
                 lane=lane.value,
-                entity=one.change.entity,
-                entity_id=one.change.entity_id,
-                attempt=one.attempt,
-                reason=one.failure.reason,
-                error=one.failure.error,
-                failed_at=one.at,
+                entity=failed_change.change.entity,
+                entity_id=failed_change.change.entity_id,
+                attempt=failed_change.attempt,
+                reason=failed_change.failure.reason,
+                error=failed_change.failure.error,
+                failed_at=failed_change.at,
             )
-            for one in failed
-            if one.change is not None and not self.is_dead(one, lane)
+            for failed_change in failed
+            if failed_change.change is not None and not self.is_dead(failed_change, lane)
         ]
 
     async def _send(self, failed: FailedChange, lane: Lane, ours: Callable[[], bool], timeout: float) -> None:
@@ -214,18 +221,18 @@ class RetryLadder:
 def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:
     group: list[FailedChange] = []
     size = 0
-    for one in failed:
-        if group and (size + len(one.body) > _MAX_BYTES_IN_FLIGHT or len(group) >= _MAX_PUBLISHES_IN_FLIGHT):
+    for failed_change in failed:
+        if group and (size + len(failed_change.body) > _MAX_BYTES_IN_FLIGHT or len(group) >= _MAX_PUBLISHES_IN_FLIGHT):
             yield group
             group, size = [], 0
-        group.append(one)
-        size += len(one.body)
+        group.append(failed_change)
+        size += len(failed_change.body)
     if group:
         yield group
 
 
 def _identity(failed: FailedChange) -> Headers:
-    """Returns the readable ids of change, restaurant and entity as headers. Operators search dead letters by them."""
+    """Returns the readable ids of change, restaurant and entity as headers, so that operators can search for them."""
     try:
         seen = msgspec.json.decode(failed.body, type=list[PartialEvent])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,10 +1,10 @@
-"""Reads and writes the table `retries`, which lists the changes on the retry ladder. The ledger uses it to account for
-every change that is neither in `changes` nor a dead letter.
+"""Writes the table `retries`, which lists the changes on the retry ladder. The ledger needs it to account for changes
+that are neither in `changes` nor dead letters.
 
-A row is inserted when the broker has confirmed the change in its retry queue, and deleted in the transaction that
-commits the change or stores its dead letter. Between the confirm and the row, the change may have returned, and another
-copy of it may have been committed: `sweep` regularly deletes such leftover rows. A row that could not be inserted
-because PostgreSQL was unavailable is missing only in the ledger: the change is in its retry queue anyway.
+A row is inserted after the broker has confirmed the change in its retry queue, and deleted in the transaction that
+commits the change or stores its dead letter. The change may be committed before its row is inserted; `sweep` regularly
+deletes such leftover rows. If PostgreSQL is unavailable, the row is not inserted. The change is in its retry queue
+anyway, and only the ledger misses it.
 """
 
 from collections.abc import Sequence
@@ -53,17 +53,17 @@ class Retry(Struct, frozen=True, kw_only=True):
 
 
 async def note(connection: Connection, retries: Sequence[Retry]) -> None:
-    """Inserts or updates the rows of changes that are in a retry queue now. Skips those that are in `changes`
-    already."""
-    last = {(one.restaurant_id, one.change_id): one for one in retries}
+    """Inserts or updates the rows of changes that are in a retry queue now. Skips changes that are already in
+    `changes`."""
+    last = {(retry.restaurant_id, retry.change_id): retry for retry in retries}
     rows = list(last.values())
-    await connection.execute(_NOTE, *([getattr(one, name) for one in rows] for name in Retry.__struct_fields__))
+    await connection.execute(_NOTE, *([getattr(retry, name) for retry in rows] for name in Retry.__struct_fields__))
 
 
 async def forget(connection: Connection, changes: Sequence[tuple[str, str]]) -> None:
     """Deletes the rows of changes that are committed or dead. `changes`: (restaurant id, change id)."""
     ordered = sorted(changes)
-    await connection.execute(_FORGET, [one for one, _ in ordered], [one for _, one in ordered])
+    await connection.execute(_FORGET, [restaurant for restaurant, _ in ordered], [change for _, change in ordered])
 
 
 async def sweep(connection: Connection) -> int:

@@ -1,12 +1,12 @@
-"""Imports: orders of another system come in, one at a time over HTTP or in bulk from a file or a database.
+"""Imports orders of another system: one at a time over HTTP, or in bulk from a file or a database.
 
-Guarantee: an external order becomes one order, however often it is sent. An import that is interrupted continues where
-it stopped. Bulk imports use the background lane, so that they do not delay new orders.
+Guarantee: an external order becomes one order, however often it is sent. An interrupted import continues where it
+stopped. Bulk imports use the background lane, so that they do not delay new orders.
 
-    external_orders.py         an order of another system, and how it merges into ours; pure
+    external_orders.py         the format of external orders, and their merge into our orders; pure
     external_order_upserts.py  commits one external order
     sources.py                 reads rows from JSON lines, CSV or another PostgreSQL
-    importer.py                imports all rows of a source and remembers how far it came
+    importer.py                imports all rows of a source and stores the progress
     routes.py, commands.py     POST /api/sync/order and `ticketrail import`
 
 Others may use: `external_order_upserts` and `routes` (api.py), `commands` (the command line). The rest is internal.

@@ -21,7 +21,7 @@ _MAX_LISTED = 50
 @click.command("import")
 @click.argument("source")
 @click.option("--restaurant", type=RESTAURANT, help="for rows without restaurant_id: id, prefix of an id, or slug")
-@click.option("--query", help="for a postgres:// source; one column per field, items as JSON")
+@click.option("--query", help="SQL for a postgres:// source; one column per field, items as JSON")
 @click.option("--refused", type=click.File("wb", lazy=False), help="file for refused rows, one JSON object per line")
 @click.option("--again", is_flag=True, help="start from the first row, even if an earlier run imported it")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
@@ -30,8 +30,8 @@ def import_command(
 ) -> None:
     """Import existing orders from FILE.jsonl, FILE.csv or postgres://…
 
-    Uses the background lane, so that new orders are not delayed. An interrupted import continues where it stopped.
-    Exit code 1 if rows were refused."""
+    The import uses the background lane, so that it does not delay new orders. An interrupted import continues where it
+    stopped. The exit code is 1 if rows were refused."""
     report, refusals = run(_import(Settings.load(), source, restaurant, query, again, as_json))
     if refused is not None:
         refused.writelines(encode(row) + b"\n" for row in refusals)
@@ -41,7 +41,7 @@ def import_command(
         for row in refusals[:_MAX_LISTED]:
             click.echo(f"line {row.line}: {row.reason}")
         if len(refusals) > _MAX_LISTED:
-            click.echo(f"… and {len(refusals) - _MAX_LISTED} more; --refused FILE has all of them")
+            click.echo(f"… and {len(refusals) - _MAX_LISTED} more; --refused FILE writes all of them")
         click.echo(
             f"{report.created} created, {report.updated} updated, {report.unchanged} unchanged,"
             f" {report.refused} refused, {report.skipped} imported by an earlier run"

@@ -24,7 +24,7 @@ from shared.rail.draft import Draft
 from shared.restaurants import Restaurant, find_restaurant
 
 _ENTITY = orders.ENTITY
-# Longer than the age at which a claim is stale, so that an abandoned claim is finished meanwhile.
+# The wait is longer than the age at which a claim is stale, so that the claim finisher can finish an abandoned claim.
 _WAIT_SECONDS = 4.0
 _RESTAURANT_CACHE_SECONDS = 60.0
 
@@ -37,7 +37,7 @@ class UpsertedOrder(Struct, frozen=True):
 
 class ExternalOrderUpserts:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, *, source: str, window_days: int) -> None:
-        """`window_days`: the live window of the mirror."""
+        """`source`: the source of the changes, such as "import". `window_days`: the live window of the mirror."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
@@ -46,8 +46,8 @@ class ExternalOrderUpserts:
         self._restaurants: dict[str, tuple[float, Restaurant]] = {}
 
     async def unknown(self, external_orders: Sequence[ExternalOrder]) -> set[str]:
-        """The ids of those orders that no store has, for the argument `new` of `upsert`. Needs a pool of the writer
-        role. Raises one of UNAVAILABLE."""
+        """Returns our ids of the orders that neither the mirror nor PostgreSQL has, for the argument `new` of `upsert`.
+        Needs a pool of the writer role. Raises one of UNAVAILABLE."""
         by_restaurant: dict[str, list[str]] = {}
         for order in external_orders:
             restaurant = str(order.restaurant_id)
@@ -67,9 +67,9 @@ class ExternalOrderUpserts:
         return found
 
     async def upsert(self, external: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> UpsertedOrder:
-        """`lane`: default by the age of the order. `new`: no store had the order a moment ago, so that it is not read
-        first; the claim notices if it exists by now. Raises InvalidInput, NotFound (no such restaurant), Conflict,
-        Unavailable, OutcomeUnknown."""
+        """Creates or updates the order. `lane`: None chooses the lane by the age of the order. `new`: neither store had
+        the order a moment ago, so `upsert` does not read it first; if the order exists by now, the claim fails and
+        `upsert` reads it. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
         restaurant = await self.restaurant(str(external.restaurant_id))
         deadline, tried = time.monotonic() + _WAIT_SECONDS, 0
         while True:
@@ -79,7 +79,7 @@ class ExternalOrderUpserts:
             base, before = (None, None) if found is None else found
             if before is not None and base is not None:
                 if (before.currency, before.tax_basis_points) != (state.currency, state.tax_basis_points):
-                    # An order keeps the terms under which it was placed: a new tax rate does not change it.
+                    # An order keeps its currency and its tax rate, even if those of the restaurant have changed.
                     terms = msgspec.structs.replace(
                         restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points
                     )
@@ -112,9 +112,9 @@ class ExternalOrderUpserts:
             return UpsertedOrder("created" if before is None else "updated", done.state, done.head)
 
     async def restaurant(self, id_: str) -> Restaurant:
-        """Raises NotFound, Unavailable."""
-        until, known = self._restaurants.get(id_, (0.0, None))
-        if known is not None and time.monotonic() < until:
+        """Returns a restaurant, at most a minute old while PostgreSQL is available. Raises NotFound, Unavailable."""
+        expires_at, known = self._restaurants.get(id_, (0.0, None))
+        if known is not None and time.monotonic() < expires_at:
             return known
         try:
             async with self._postgres.connection() as connection:
@@ -136,8 +136,8 @@ class ExternalOrderUpserts:
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
     async def _head(self, state: Order, external: ExternalOrder) -> tuple[Head, Order] | None:
-        """Returns (head, state) from a warm mirror, else from PostgreSQL; None if neither has it. Raises
-        Unavailable."""
+        """Returns (head, state) of an order from a warm mirror, otherwise from PostgreSQL, or None if neither has the
+        order. Raises Unavailable."""
         restaurant, id_ = state.restaurant_id, state.id
         try:
             warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
@@ -150,6 +150,6 @@ class ExternalOrderUpserts:
                 stored = await states.find_state(connection, _ENTITY, restaurant, id_)
         except UNAVAILABLE as error:
             if warm and external.created_at is not None and now() - external.created_at < self._window:
-                return None  # an order this young is still in the live window, so it does not exist
+                return None  # so young an order would be in the mirror, so it does not exist
             raise Unavailable("the order cannot be read; retry", retry_after=2.0) from error
         return None if stored is None else (stored.head, _ENTITY.decode_state(stored.state))

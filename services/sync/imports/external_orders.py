@@ -1,7 +1,7 @@
-"""An order of another system, and the order that it becomes. Pure.
+"""Converts an order of another system into our order, and merges its updates. Pure.
 
-Prices, names and numbers of the other system are kept, because it priced the order; missing figures are computed.
-Payments are facts: they are added to the known ones and never removed, also by an update that arrives late.
+The order keeps the prices, names and numbers of the other system, and missing amounts are computed. Payments are facts:
+an update, even a late one, adds payments and never removes any.
 """
 
 from datetime import datetime, timedelta
@@ -43,7 +43,8 @@ class ExternalCustomization(_External):
 
 
 class ExternalItem(_External):
-    """`unit_price` includes the customizations. Without `menu_item_id` the name identifies the dish."""
+    """A line of an external order. `unit_price` includes the customizations. Without `menu_item_id`, the name
+    identifies the dish."""
 
     name: Label
     quantity: Quantity
@@ -54,7 +55,7 @@ class ExternalItem(_External):
 
 
 class ExternalPayment(_External):
-    """`id`: the id in the other system."""
+    """A payment of an external order. `id` is the id in the other system."""
 
     id: Label
     amount: Amount
@@ -64,8 +65,9 @@ class ExternalPayment(_External):
 
 
 class ExternalOrder(_External):
-    """`external_id` or `convex_id` identifies the order. Money is in minor units. Of two updates the one with the later
-    `updated_at` wins, whatever arrives first; without `updated_at` a status never goes back."""
+    """An order of another system, identified by `external_id` or `convex_id`. Money is in minor units. Of two updates,
+    the one with the later `updated_at` wins, in whichever order they arrive. An update without `updated_at` never moves
+    the status back."""
 
     restaurant_id: UUID
     items: Annotated[list[ExternalItem], Meta(min_length=1, max_length=1_000)]
@@ -91,7 +93,7 @@ class ExternalOrder(_External):
 
     @property
     def name(self) -> str:
-        """The id in the other system. Raises InvalidInput if it is missing, or given twice with two values."""
+        """The id in the other system. Raises InvalidInput if it is missing, or if both fields are given and differ."""
         if self.external_id and self.convex_id and self.external_id != self.convex_id:
             raise InvalidInput("external_id and convex_id must not differ", field="convex_id")
         if found := self.external_id or self.convex_id:
@@ -100,16 +102,18 @@ class ExternalOrder(_External):
 
 
 def order_id(restaurant: str, name: str) -> str:
-    """Our id of an external order: always the same for the same restaurant and name."""
+    """Returns our id of an external order. The same restaurant and name always give the same id."""
     return str(uuid5(_NAMESPACE, f"{restaurant}|{name}"))
 
 
 def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> Order:
-    """The order that an external order becomes. Raises InvalidInput."""
+    """Returns our order for an external order. Raises InvalidInput."""
     created = external.created_at or at
     updated = max(created, external.updated_at or created)
     times = [("created_at", created), ("updated_at", updated)]
-    times += [(f"payments[{i}].created_at", one.created_at or created) for i, one in enumerate(external.payments)]
+    times += [
+        (f"payments[{i}].created_at", payment.created_at or created) for i, payment in enumerate(external.payments)
+    ]
     for field, moment in times:
         if not in_range(moment):
             raise InvalidInput("must be a time between 1970 and 2200", field=field)
@@ -118,8 +122,8 @@ def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> 
         if payment.id in ids:
             raise InvalidInput("must differ from the ids of other payments", field=f"payments[{place}].id")
         ids.add(payment.id)
-    items = tuple(_item(one) for one in external.items)
-    subtotal = sum(one.line_total for one in items)
+    items = tuple(_item(item) for item in external.items)
+    subtotal = sum(item.line_total for item in items)
     tax = external.tax_amount
     if tax is None:
         tax = (subtotal * restaurant.tax_basis_points + 5_000) // 10_000
@@ -129,7 +133,7 @@ def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> 
     if max(subtotal, total) > _MAX_AMOUNT:
         raise InvalidInput("the order is too large", field="items", code="order_too_large")
     id_ = order_id(restaurant.id, external.name)
-    payments = tuple(_payment(one, id_, created) for one in external.payments)
+    payments = tuple(_payment(payment, id_, created) for payment in external.payments)
     return Order(
         id=id_,
         restaurant_id=restaurant.id,
@@ -161,22 +165,22 @@ def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> 
 
 
 def merged(before: Order, sent: Order, *, dated: bool, at: datetime) -> Order | None:
-    """The state after the update `sent` of a known order; None if it changes nothing. `dated`: the update has its own
-    `updated_at`, so that a late one is recognized. Raises Conflict."""
+    """Returns the state of the order `before` after the update `sent`, or None if the update changes nothing. `dated`:
+    whether the other system has set `updated_at`, so that a late update can be recognized. Raises Conflict."""
     payments = _with_payments(before, sent)
     if dated and sent.updated_at < before.updated_at:
         if payments == before.payments:
             return None
         return msgspec.structs.replace(before, payments=payments, payment_status=payment_status(payments, before.total))
-    # An update without a time can be a repetition of an old one.
-    back = not dated and _RANK[sent.status] < _RANK[before.status]
+    # An update without a time may be sent a second time, after later updates.
+    moves_back = not dated and _RANK[sent.status] < _RANK[before.status]
     after = msgspec.structs.replace(
         sent,
-        status=before.status if back else sent.status,
+        status=before.status if moves_back else sent.status,
         order_number=sent.order_number or before.order_number,
         business_day=before.business_day,
         created_at=before.created_at,
-        # Stored even if nothing else is new, so that an earlier update that arrives later is recognized.
+        # The new time is stored even if nothing else is new, so that an older update that arrives later is recognized.
         updated_at=sent.updated_at if dated else before.updated_at,
         customer_session_id=before.customer_session_id,
         placed_by=before.placed_by,
@@ -192,20 +196,21 @@ def merged(before: Order, sent: Order, *, dated: bool, at: datetime) -> Order | 
 
 
 def _with_payments(before: Order, sent: Order) -> tuple[Payment, ...]:
-    known = {one.id: one for one in before.payments}
-    for place, one in enumerate(sent.payments):
-        earlier = known.get(one.id)
-        if earlier is not None and (earlier.amount, earlier.method) != (one.amount, one.method):
+    known = {payment.id: payment for payment in before.payments}
+    for place, payment in enumerate(sent.payments):
+        earlier = known.get(payment.id)
+        if earlier is not None and (earlier.amount, earlier.method) != (payment.amount, payment.method):
             raise Conflict(
                 "this id belongs to another payment", code="payment_id_reused", field=f"payments[{place}].id"
             )
-    payments = (*before.payments, *(one for one in sent.payments if one.id not in known))
+    payments = (*before.payments, *(payment for payment in sent.payments if payment.id not in known))
     if len(payments) > _MAX_PAYMENTS:
         raise Conflict("the order has too many payments", code="too_many_payments", field="payments")
     return payments
 
 
 def event_of(before: Order | None, after: Order) -> str:
+    """Returns the event of a change from `before` to `after`."""
     if before is None:
         return "created"
     if after.status is not before.status:
@@ -217,32 +222,32 @@ def event_of(before: Order | None, after: Order) -> str:
 
 
 def lane_of(external: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
-    """The critical lane for an order of the last day, because people wait for it. The background lane for an older one,
-    and for a final one that is new and has no time."""
+    """Returns the critical lane for an order of the last day, because people wait for it, and the background lane for
+    an older order. An order without any time goes to the background lane only if its status is final."""
     known = None if before is None else before.updated_at
-    said = [one for one in (external.created_at, external.updated_at, known) if one is not None]
-    if not said:
+    known_times = [moment for moment in (external.created_at, external.updated_at, known) if moment is not None]
+    if not known_times:
         return Lane.BACKGROUND if after.status in _FINAL_STATUSES else Lane.CRITICAL
-    return Lane.CRITICAL if at - max(said) < _MAX_CRITICAL_AGE else Lane.BACKGROUND
+    return Lane.CRITICAL if at - max(known_times) < _MAX_CRITICAL_AGE else Lane.BACKGROUND
 
 
-def _item(one: ExternalItem) -> OrderItem:
+def _item(item: ExternalItem) -> OrderItem:
     return OrderItem(
-        menu_item_id=str(one.menu_item_id or uuid5(_NAMESPACE, f"dish|{one.name}")),
-        name=one.name,
-        quantity=one.quantity,
-        unit_price=one.unit_price,
-        line_total=one.unit_price * one.quantity,
-        special_instructions=one.special_instructions,
-        customizations=tuple(Customization(c.name, c.option, c.price) for c in one.customizations),
+        menu_item_id=str(item.menu_item_id or uuid5(_NAMESPACE, f"dish|{item.name}")),
+        name=item.name,
+        quantity=item.quantity,
+        unit_price=item.unit_price,
+        line_total=item.unit_price * item.quantity,
+        special_instructions=item.special_instructions,
+        customizations=tuple(Customization(c.name, c.option, c.price) for c in item.customizations),
     )
 
 
-def _payment(one: ExternalPayment, order: str, created: datetime) -> Payment:
+def _payment(payment: ExternalPayment, order: str, created: datetime) -> Payment:
     return Payment(
-        id=str(uuid5(_NAMESPACE, f"{order}|payment|{one.id}")),
-        amount=one.amount,
-        method=one.method,
-        created_at=one.created_at or created,
-        reference=one.reference,
+        id=str(uuid5(_NAMESPACE, f"{order}|payment|{payment.id}")),
+        amount=payment.amount,
+        method=payment.method,
+        created_at=payment.created_at or created,
+        reference=payment.reference,
     )

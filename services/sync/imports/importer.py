@@ -1,13 +1,13 @@
 """Imports the orders of another system through the background lane, so that new orders are not delayed.
 
-Guarantee: every row is accepted, or refused with its line and reason, and becomes one order however often it is read.
-Progress and refused rows are stored in PostgreSQL after each block, once all its rows are recorded. An interrupted
-import continues from there, and repeating a block changes nothing. While a backend is unavailable the import waits, for
-a minute at most.
+Guarantee: every row is accepted, or refused with its line and reason. An accepted row becomes one order, however often
+it is read. Progress and refused rows are stored in PostgreSQL after each block, when all its rows are recorded. An
+interrupted import continues there, and repeating a block changes nothing. While a backend is unavailable, the import
+waits for at most a minute.
 
-The import keeps pace with PostgreSQL and rests: a block starts when PostgreSQL has the previous one and the same time
-has passed again. So few changes of an import are on their way at any moment, and the import rests longer on a machine
-that is busy with new orders.
+The import does not run ahead of PostgreSQL. After each block it waits until PostgreSQL has the block, and then pauses
+for as long as the block took. Therefore only a few changes of an import are in the lanes at any moment, and the import
+pauses longer on a machine that is busy with new orders.
 """
 
 import asyncio
@@ -30,18 +30,17 @@ from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 
-# Measured by benchmarks/importing.py on a machine that was busy otherwise: twice the block and the concurrency made a
-# new order nearly twice as slow and the import no faster. Concurrent rows share a message, which makes each of them
-# cheap.
+# Measured by benchmarks/importing.py on a machine with other load: twice the block size and twice the concurrency made
+# new orders nearly twice as slow and the import no faster. Concurrent rows share a message, so each row costs little.
 _BLOCK_SIZE = 100
 _CONCURRENCY = 32
-_REST_SHARE = 1.0
-"""Rest after a block, as a multiple of the time that the block took."""
+_PAUSE_SHARE = 1.0
+"""The pause after a block, as a multiple of the time that the block took."""
 _SYNC_TIMEOUT_SECONDS = 2.0
 _SYNC_INTERVAL_SECONDS = 0.02
 _RETRY_TIMEOUT_SECONDS = 60.0
 _SKIP_REPORT_INTERVAL = 1_000
-"""Skipped rows between two calls of `progress`."""
+"""The number of skipped rows between two calls of `progress`."""
 _MAX_REASON_CHARS = 500
 T = TypeVar("T")
 
@@ -59,7 +58,7 @@ _REFUSE = (
 _REFUSED = "select line, reason from import_refusals where source_sha256 = $1 order by line"
 _FINISH = "update imports set finished_at = now(), updated_at = now() where source_sha256 = $1"
 _FORGET = "delete from imports where source_sha256 = $1"
-_NOWHERE = "00000000-0000-0000-0000-000000000000"
+_NO_RESTAURANT = "00000000-0000-0000-0000-000000000000"
 
 
 class RefusedRow(Struct, frozen=True):
@@ -82,7 +81,7 @@ class _Begun(Struct, frozen=True):
     done: int
     refused: int
     passed: str
-    """Digest of the rows that are done, because a database can return other rows now."""
+    """The digest of the rows that are done. It shows whether a database returns the same rows again."""
 
 
 class Importer:
@@ -94,9 +93,10 @@ class Importer:
     async def run(
         self, source: ImportSource, restaurant: str | None, *, again: bool, progress: Callable[[ImportReport], None]
     ) -> tuple[ImportReport, list[RefusedRow]]:
-        """Returns the report and all refused rows, also those of earlier runs. `again`: starts from the first row, even
-        if an earlier run imported it. Raises NotFound (no such restaurant), InvalidInput (the source cannot be read),
-        and Unavailable, OutcomeUnknown or one of UNAVAILABLE if a backend stays unavailable; the progress is kept."""
+        """Imports the source. Returns the report and all refused rows, including those of earlier runs. `restaurant`:
+        the id for rows without restaurant_id. `again`: starts from the first row, even if an earlier run imported it.
+        Raises NotFound (no such restaurant) and InvalidInput (the source cannot be read). Raises Unavailable,
+        OutcomeUnknown or one of UNAVAILABLE if a backend stays unavailable; the progress is kept then."""
         if restaurant is not None:
             await _with_retries(lambda: self._upserts.restaurant(restaurant))
         digest = f"{await asyncio.to_thread(lambda: source.digest)}:{restaurant or ''}"
@@ -112,15 +112,15 @@ class Importer:
     async def _import_rows(
         self, source: ImportSource, restaurant: str | None, begun: _Begun, progress: Callable[[ImportReport], None]
     ) -> ImportReport | None:
-        """Imports the rows after those that are done. Returns None if the source has changed in the rows that are
-        done."""
+        """Imports the rows after those that are done. Returns None if the rows that are done have changed in the
+        source."""
         report = ImportReport(refused=begun.refused)
         passed = hashlib.sha256()
         block: list[ImportRow] = []
         async with contextlib.aclosing(rows(source, restaurant)) as found:
             async for row in found:
                 report.read += 1
-                if source.kind == "postgres":  # the digest of a file covers its content
+                if source.kind == "postgres":  # for a file, `source.digest` covers the rows
                     passed.update(row.digest)
                 if report.read <= begun.done:
                     report.skipped += 1
@@ -136,7 +136,7 @@ class Importer:
                     progress(report)
                     block = []
                     await self._wait_for_postgres(last)
-                    await asyncio.sleep(_REST_SHARE * (time.monotonic() - began))
+                    await asyncio.sleep(_PAUSE_SHARE * (time.monotonic() - began))
         if report.read < begun.done:
             return None
         if block:
@@ -146,7 +146,7 @@ class Importer:
     async def _import_block(
         self, digest: str, block: Sequence[ImportRow], passed: str, report: ImportReport
     ) -> UpsertedOrder | None:
-        """Imports a block and stores the progress. Returns the last order that it changed."""
+        """Imports a block and stores the progress. Returns the last order that the block changed."""
         refused = [RefusedRow(row.line, row.error) for row in block if row.order is None]
         report.refused += len(refused)
         chains: dict[tuple[UUID, str], list[tuple[int, ExternalOrder]]] = {}
@@ -155,7 +155,7 @@ class Importer:
                 chains.setdefault((row.order.restaurant_id, row.order.name), []).append((row.line, row.order))
         firsts = [chain[0][1] for chain in chains.values()]
         new = await _with_retries(lambda: self._upserts.unknown(firsts))
-        gate = asyncio.Semaphore(_CONCURRENCY)
+        limit = asyncio.Semaphore(_CONCURRENCY)
 
         async def import_chain(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
             """Imports the rows of one order, one after the other."""
@@ -174,23 +174,23 @@ class Importer:
                     last = last if done.outcome == "unchanged" else done
             return last
 
-        async def gated(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
-            async with gate:
+        async def import_limited(chain: list[tuple[int, ExternalOrder]]) -> UpsertedOrder | None:
+            async with limit:
                 return await import_chain(chain)
 
-        imported = await asyncio.gather(*map(gated, chains.values()))
+        imported = await asyncio.gather(*map(import_limited, chains.values()))
         await _with_retries(lambda: self._note(digest, report, passed, refused))
-        return next((one for one in reversed(imported) if one is not None), None)
+        return next((order for order in reversed(imported) if order is not None), None)
 
     async def _upsert(self, order: ExternalOrder, new: set[str]) -> UpsertedOrder:
         id_ = order_id(str(order.restaurant_id), order.name)
         is_new = id_ in new
-        new.discard(id_)  # a retry must read the order, because the first try may have committed it
+        new.discard(id_)  # a retry must read the order, because the first attempt may have committed it
         return await self._upserts.upsert(order, lane=Lane.BACKGROUND, new=is_new)
 
     async def _wait_for_postgres(self, last: UpsertedOrder | None) -> None:
-        """Waits until PostgreSQL has the order, at most _SYNC_TIMEOUT_SECONDS: a stopped worker must not stop an
-        import."""
+        """Waits until PostgreSQL has the order, at most _SYNC_TIMEOUT_SECONDS, so that a stopped worker does not stop
+        an import."""
         deadline = time.monotonic() + _SYNC_TIMEOUT_SECONDS
         while last is not None and time.monotonic() < deadline:
             order = last.order
@@ -207,7 +207,7 @@ class Importer:
         async with self._postgres.connection() as connection, connection.transaction():
             if again:
                 await connection.execute(_FORGET, digest)
-            row = await connection.fetchrow(_BEGIN, digest, source.shown, restaurant or _NOWHERE)
+            row = await connection.fetchrow(_BEGIN, digest, source.shown, restaurant or _NO_RESTAURANT)
         assert row is not None
         return _Begun(digest, row["done"], row["refused"], row["passed_sha256"])
 
@@ -215,8 +215,8 @@ class Importer:
         async with self._postgres.connection() as connection, connection.transaction():
             await connection.execute(_NOTE, digest, report.read, report.refused, passed)
             if refused:
-                reasons = [_storable(one.reason) for one in refused]
-                await connection.execute(_REFUSE, digest, [one.line for one in refused], reasons)
+                reasons = [_storable(row.reason) for row in refused]
+                await connection.execute(_REFUSE, digest, [row.line for row in refused], reasons)
 
     async def _refusals(self, digest: str) -> list[RefusedRow]:
         async with self._postgres.connection() as connection:
@@ -237,12 +237,12 @@ async def _with_retries(work: Callable[[], Awaitable[T]]) -> T:
             if time.monotonic() > deadline:
                 raise
         except Conflict as error:
-            # An earlier try whose outcome is unknown holds the claim until the claim finisher finishes it.
+            # An earlier attempt with an unknown outcome may hold the claim until the claim finisher finishes it.
             if error.error_code != "version_conflict" or time.monotonic() > deadline:
                 raise
         await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
 
 
 def _storable(reason: str) -> str:
-    """The reason without characters that PostgreSQL cannot store: it can quote a part of the row."""
+    """Returns the reason without characters that PostgreSQL cannot store. It may quote a part of the row."""
     return reason.replace("\x00", "?").encode(errors="replace").decode()[:_MAX_REASON_CHARS]

@@ -1,4 +1,4 @@
-"""POST /api/sync/order: brings in one order of another system."""
+"""POST /api/sync/order: imports one order of another system."""
 
 import hashlib
 import hmac
@@ -34,10 +34,11 @@ class ImportedOrder(Struct, frozen=True):
     "/api/sync/order",
     action=PUBLIC,
     tag="Sync",
-    summary="Bring in an order of another system",
-    description="Authenticated by `x-sync-token`. An order is identified by its external_id (or convex_id), so that it "
-    "exists once however often it is sent. Of two updates the one with the later updated_at wins; without updated_at a "
-    "status never goes back. Payments are identified by their ids and added.",
+    summary="Import an order of another system",
+    description="The header `x-sync-token` authenticates the request. `external_id` (or `convex_id`) identifies the"
+    " order, so that it exists once, however often it is sent. Of two updates, the one with the later `updated_at`"
+    " wins. An update without `updated_at` never moves the status back. New"
+    " payments, identified by their ids, are added.",
     body=ExternalOrder,
     answer=ImportedOrder,
     errors=(401, 404, 409, 504),
@@ -60,7 +61,7 @@ async def sync_order(request: Call) -> ASGIApp:
 
 def check_token(given: str | None, expected: str) -> None:
     """Raises Unauthenticated unless `given` is the token. If `expected` is empty, every request is refused."""
-    # Hashes have equal length, so neither the time nor the length of the comparison tells how much is right.
+    # Hashes have equal length, so the duration of the comparison does not reveal how much of the token is right.
     given_hash = hashlib.sha256((given or "").encode("latin-1")).digest()
     expected_hash = hashlib.sha256(expected.encode()).digest()
     if not given or not hmac.compare_digest(given_hash, expected_hash):

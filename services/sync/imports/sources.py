@@ -2,9 +2,9 @@
 
 Rows come one at a time and always in the same order, so that an import can continue where it stopped.
 
-CSV and query have a column for each field of `ExternalOrder`; `items` and `payments` hold JSON. A CSV without `items`
-has a row for each item (`item_name`, `item_quantity`, `item_unit_price`), and the rows of an order follow one another:
-an order is imported whole or not at all.
+A CSV file and the result of a query have a column for each field of `ExternalOrder`; `items` and `payments` hold JSON.
+A CSV file without the column `items` has one row per item (`item_name`, `item_quantity`, `item_unit_price`). The rows
+of an order must then follow one another, because an order is imported whole or not at all.
 """
 
 import csv
@@ -40,7 +40,7 @@ _QUERY = "select * from orders order by 1"
 
 class ImportRow(Struct, frozen=True):
     line: int
-    """The line on which it begins in the file, from 1; for a query the number of the row."""
+    """The line of the file on which the row begins, or the number of the row in the query; from 1."""
     order: ExternalOrder | None
     error: str = ""
 
@@ -50,7 +50,7 @@ class ImportRow(Struct, frozen=True):
 
 
 class _Order(ExternalOrder, kw_only=True):
-    """An order in a row. The restaurant can be given once for all rows instead."""
+    """An order in a row. It may lack the restaurant if the import names one for all rows."""
 
     restaurant_id: UUID | None = None  # type: ignore[assignment]
 
@@ -63,7 +63,7 @@ class ImportSource(Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        """Identifies the source: the hash of a file's content, or of URL and query without the password."""
+        """Identifies the source: the hash of the content of a file, or of URL and query without the password."""
         if self.kind == "postgres":
             return hashlib.sha256(f"{_without_password(self.name)}|{self.query}".encode()).hexdigest()
         with Path(self.name).open("rb") as file:
@@ -71,7 +71,7 @@ class ImportSource(Struct, frozen=True):
 
     @property
     def shown(self) -> str:
-        """The name to show, without a password."""
+        """The name to show to people, without a password."""
         return _without_password(self.name) if self.kind == "postgres" else self.name
 
 
@@ -82,7 +82,7 @@ def _without_password(url: str) -> str:
 
 
 def source_of(name: str, query: str | None) -> ImportSource:
-    """Raises InvalidInput."""
+    """Returns the source with this file name or URL. Raises InvalidInput."""
     if name.startswith(("postgres://", "postgresql://")):
         return ImportSource(name, "postgres", query or _QUERY)
     suffix = Path(name).suffix.lower()
@@ -96,7 +96,7 @@ def source_of(name: str, query: str | None) -> ImportSource:
 
 
 def count(source: ImportSource) -> int | None:
-    """The number of rows, for a progress bar; None if it is not known in advance."""
+    """Returns the number of rows, for a progress bar; None if it is not known in advance."""
     if source.kind == "jsonl":
         with Path(source.name).open("rb") as file:
             return sum(1 for line in file if line.strip())
@@ -104,7 +104,8 @@ def count(source: ImportSource) -> int | None:
 
 
 def rows(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
-    """`restaurant`: for rows without restaurant_id. Raises InvalidInput if the source as a whole cannot be read."""
+    """Yields the rows of the source. `restaurant`: the id for rows without restaurant_id. Raises InvalidInput if the
+    source cannot be read."""
     return (_from_postgres if source.kind == "postgres" else _from_file)(source, restaurant)
 
 
@@ -133,8 +134,9 @@ class _Cells(Struct):
     line: int
     cells: dict[str, str]
     error: str = ""
-    """Why it cannot be read. `unknown`: its order is not known either."""
+    """Why the record cannot be read; empty if it can."""
     unknown: bool = False
+    """Whether it is unknown to which order the record belongs."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -161,12 +163,12 @@ def _csv_records(name: str) -> Iterator[_Cells]:
                 yield _Cells(line, dict.fromkeys(cells, ""))
             elif cells:
                 found = {column: cell for column, cell in zip(heading, cells, strict=False) if column and cell}
-                many = "more cells than the heading has columns" if len(cells) > len(heading) else ""
-                yield _Cells(line, found, many)
+                error_text = "more cells than the heading has columns" if len(cells) > len(heading) else ""
+                yield _Cells(line, found, error_text)
 
 
 def _csv_groups(name: str) -> Iterator[list[_Cells]]:
-    """Yields the records of each order together."""
+    """Yields a list with the records of each order."""
     records = _csv_records(name)
     heading = next(records, None)
     if heading is None:
@@ -174,42 +176,42 @@ def _csv_groups(name: str) -> Iterator[list[_Cells]]:
     if heading.error:
         raise InvalidInput(f"line {heading.line}: {heading.error}", field="source")
     if "items" in heading.cells:
-        for one in records:
-            yield [one]
+        for record in records:
+            yield [record]
         return
     group: list[_Cells] = []
     seen: set[int] = set()
-    torn = 0  # the line of an unreadable record, which may belong to the previous or to the next order
-    for one in records:
-        if one.unknown:
+    unreadable_line = 0  # the line of an unreadable record, which may belong to the previous or to the next order
+    for record in records:
+        if record.unknown:
             if group:
-                group[0].error = group[0].error or f"line {one.line} may belong to it and cannot be read"
+                group[0].error = group[0].error or f"line {record.line} may belong to this order and cannot be read"
                 yield group
-            yield [one]
-            group, torn = [], one.line
+            yield [record]
+            group, unreadable_line = [], record.line
             continue
-        named = any(one.order[1:])
-        if group and (one.order != group[0].order or not named):
+        named = any(record.order[1:])
+        if group and (record.order != group[0].order or not named):
             yield group
             group = []
-        if torn:
-            one.error = one.error or f"line {torn} may belong to it and cannot be read"
-        elif not group and named and hash(one.order) in seen:
-            one.error = one.error or "the rows of this order do not follow one another"
+        if unreadable_line:
+            record.error = record.error or f"line {unreadable_line} may belong to this order and cannot be read"
+        elif not group and named and hash(record.order) in seen:
+            record.error = record.error or "the rows of this order do not follow one another"
         if not group:
-            seen.add(hash(one.order))
-        group.append(one)
-        torn = 0
+            seen.add(hash(record.order))
+        group.append(record)
+        unreadable_line = 0
     if group:
         yield group
 
 
 def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
-    """Builds one row from the records of an order. All records after the first one hold only an item."""
+    """Builds one row from the records of an order. Only the item is read from the records after the first one."""
     line = group[0].line
-    for one in group:
-        if one.error:
-            return ImportRow(line, None, one.error if one.line == line else f"line {one.line}: {one.error}")
+    for record in group:
+        if record.error:
+            return ImportRow(line, None, record.error if record.line == line else f"line {record.line}: {record.error}")
     value: dict[str, Any] = dict(group[0].cells)
     try:
         for field in _JSON:
@@ -222,7 +224,7 @@ def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
             if field in value:
                 value[field] = _time(value[field])
         if "items" not in value:
-            value["items"] = [_item(place, one.cells) for place, one in enumerate(group)]
+            value["items"] = [_item(place, record.cells) for place, record in enumerate(group)]
             for column in _ITEM:
                 value.pop(column, None)
     except ValueError as error:
@@ -231,7 +233,7 @@ def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
 
 
 def _item(place: int, cells: dict[str, str]) -> dict[str, Any]:
-    """Raises ValueError."""
+    """Returns the item of a record. Raises ValueError."""
     found: dict[str, Any] = {field: cells[column] for column, field in _ITEM.items() if column in cells}
     for field in ("quantity", "unit_price"):
         if field in found:
@@ -256,7 +258,8 @@ def _integer(field: str, text: str) -> int:
 
 
 def _time(text: str) -> datetime | str:
-    """Accepts the formats of PostgreSQL and spreadsheets. The decoder refuses other texts and names the field."""
+    """Parses the time formats of PostgreSQL and spreadsheets. Returns other texts unchanged: the decoder refuses them
+    and names the field."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -291,8 +294,8 @@ async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncG
 
 
 def json_value(cell: Any) -> Any:
-    """Converts `numeric`, which is the type of a sum of integers in PostgreSQL. The decoder refuses what is no
-    number."""
+    """Converts a `numeric`, which is the type of a sum of integers in PostgreSQL, to int or float. The decoder refuses
+    NaN and infinity, which are returned as text."""
     if not isinstance(cell, (Decimal, float)):
         return cell
     if not math.isfinite(cell):
@@ -314,7 +317,7 @@ def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> Im
 
 
 def _unreadable(value: dict[str, Any]) -> str:
-    """The name of the field whose text is not UTF-8."""
+    """Returns the name of the field whose text is not UTF-8."""
     for field, content in value.items():
         try:
             field.encode()

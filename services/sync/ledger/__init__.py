@@ -1,13 +1,13 @@
-"""The ledger: where every accepted change is, and which changes are nowhere.
+"""The ledger: finds the place of every accepted change, and reports changes that are in no place.
 
-Guarantee: each accepted change counts exactly once, and a change counts as unexplained only after every place where it
-could be was searched. Under load the ledger reports an unexplained change late rather than wrongly.
+Guarantee: each accepted change counts exactly once. A change counts as unexplained only after the ledger has searched
+every place where it could be. Under load, the ledger reports unexplained changes late rather than falsely.
 
-    ledger.py         takes a balance, once or again and again
-    balance.py        the figures, and how a missing change is classified; pure
-    accepted_log.py   reads the changes that the change log holds
+    ledger.py         takes balances
+    balance.py        the figures of a balance, and the classification of missing changes; pure
+    accepted_log.py   reads the accepted changes from the change log
     sources.py        asks PostgreSQL, the broker, the journals and the mirror
-    store.py          SQL that says where changes are
+    store.py          the SQL that finds changes
     queues.py         depths, rates and ages of the queues
     routes.py, requests.py, commands.py    the HTTP API and `ticketrail ledger`
 

@@ -1,7 +1,8 @@
 """Reads the accepted changes from the change log: each change once, and the first heartbeat after it.
 
-Reads in the background while it is open. `settle` removes changes that PostgreSQL has, which are only counted from then
-on. If the log is created again, reading starts again and `restarted` says so. While RabbitMQ is unavailable it waits.
+`AcceptedLog` reads in the background between `start` and `stop`. `settle` removes the changes that PostgreSQL has, and
+keeps only their number. If the log is created again, `AcceptedLog` reads it from the beginning and sets `restarted`.
+While RabbitMQ is unavailable, it waits.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from shared.settings import Settings
 
 _READ_TIMEOUT_SECONDS = 20.0
 _MAX_OPEN = 20_000
-"""Above this number, changes are settled while the log is read, which bounds the memory."""
+"""The number of open changes above which they are settled while the log is read, to bound the memory."""
 
 
 _partial_events = msgspec.json.Decoder(PartialEvent)
@@ -34,7 +35,7 @@ _partial_events = msgspec.json.Decoder(PartialEvent)
 
 class AcceptedLog:
     def __init__(self, settings: Settings, ops: Postgres, since: datetime | None) -> None:
-        """`since`: None is the beginning of the log."""
+        """`since`: the moment from which changes are read; None is the beginning of the log."""
         self._ops = ops
         self._since = since
         self._reader = LogReader(
@@ -54,9 +55,9 @@ class AcceptedLog:
         self.synced: Counter[str] = Counter()
         """Restaurant -> number of changes that PostgreSQL has."""
         self.open: dict[str, AcceptedChange] = {}
-        """Change id -> change, for those that PostgreSQL was not seen to have."""
-        self.after_heartbeat: dict[str, datetime] = {}
-        """Change id -> when the first heartbeat after it in its lane was sent, for open changes."""
+        """Change id -> change, for changes that were not found in PostgreSQL."""
+        self.next_heartbeat: dict[str, datetime] = {}
+        """Id of an open change -> when the first heartbeat after it in its lane was sent."""
         self.unreadable = 0
 
     @property
@@ -68,14 +69,14 @@ class AcceptedLog:
             self._task = asyncio.create_task(self._follow(), name="ledger-log")
 
     async def stop(self) -> None:
-        """May be called twice, and without a start."""
+        """Stops reading. May be called twice, and without `start`."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
     async def read_to_the_end(self) -> None:
-        """Returns after everything is read that was in the log at the start. Raises Unavailable."""
+        """Waits until everything is read that was in the log at the start. Raises Unavailable."""
         while not self._caught_up:
             if self._task is None or self._task.done():
                 raise Unavailable("the change log is not being read")
@@ -89,10 +90,10 @@ class AcceptedLog:
     async def settle(self, entries: Sequence[AcceptedChange]) -> None:
         """Removes the changes that PostgreSQL has. Raises one of UNAVAILABLE."""
         found = await sources.synced(self._ops, entries)
-        for one in entries:
-            if one.change_id in found and self.open.pop(one.change_id, None) is not None:
-                self.after_heartbeat.pop(one.change_id, None)
-                self.synced[one.restaurant_id] += 1
+        for change in entries:
+            if change.change_id in found and self.open.pop(change.change_id, None) is not None:
+                self.next_heartbeat.pop(change.change_id, None)
+                self.synced[change.restaurant_id] += 1
 
     def has(self, change_id: str) -> bool:
         """Returns whether the change was in the log."""
@@ -112,22 +113,24 @@ class AcceptedLog:
         if batch.restarted:
             self._restart()
             self.restarted = True
-        behind: dict[str, list[str]] = {lane: [] for lane in self._before_heartbeat}
-        for one in batch.entries:
+        after_heartbeat: dict[str, list[str]] = {lane: [] for lane in self._before_heartbeat}
+        for entry in batch.entries:
             before_heartbeat = (
-                self._before_heartbeat if one.offset < batch.heartbeat_offsets.get(one.lane, -1) else behind
+                self._before_heartbeat
+                if entry.offset < batch.heartbeat_offsets.get(entry.lane, -1)
+                else after_heartbeat
             )
-            for entry in self._read(one.lane, one.body):
-                if not self.has(entry.change_id):
-                    self._seen.add(_packed(entry.change_id))
-                    self.open[entry.change_id] = entry
-                    before_heartbeat.setdefault(entry.lane, []).append(entry.change_id)
+            for change in self._read(entry.lane, entry.body):
+                if not self.has(change.change_id):
+                    self._seen.add(_packed(change.change_id))
+                    self.open[change.change_id] = change
+                    before_heartbeat.setdefault(change.lane, []).append(change.change_id)
         for lane, sent_at in batch.heartbeats.items():
-            self.after_heartbeat.update(
-                (one, sent_at) for one in self._before_heartbeat.get(lane, ()) if one in self.open
+            self.next_heartbeat.update(
+                (change_id, sent_at) for change_id in self._before_heartbeat.get(lane, ()) if change_id in self.open
             )
             self._before_heartbeat[lane] = []
-        for lane, ids in behind.items():
+        for lane, ids in after_heartbeat.items():
             self._before_heartbeat.setdefault(lane, []).extend(ids)
 
     def _read(self, lane: str, body: bytes) -> Iterable[AcceptedChange]:

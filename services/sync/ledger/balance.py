@@ -1,4 +1,4 @@
-"""The figures of a balance, and how each change gets its place. Pure; see ledger.py."""
+"""The figures of a balance, and the rules that give each change its place. Pure; see ledger.py."""
 
 import re
 from collections import Counter
@@ -20,14 +20,14 @@ class AcceptedChange(Struct, frozen=True, kw_only=True):
 
     change_id: str
     restaurant_id: str
-    """Empty if the event has no valid restaurant id."""
+    """The restaurant; empty if the event has no valid restaurant id."""
     subject: str
     version: int
     lane: str
     accepted_at: datetime | None
     trace_id: str | None
     seen_in: str
-    """`log`, or the name of a journal."""
+    """Where the ledger has found the change: `log`, `mirror`, or the name of a journal."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -35,7 +35,7 @@ class AcceptedChange(Struct, frozen=True, kw_only=True):
 
 
 class Missing(Struct, frozen=True, kw_only=True):
-    """A change that is in none of the places where it could be."""
+    """A change that is in no place where the ledger can find it."""
 
     change_id: str
     restaurant_id: str
@@ -46,8 +46,8 @@ class Missing(Struct, frozen=True, kw_only=True):
     trace_id: str | None
     seen_in: str
     successor: str | None = None
-    """A change in PostgreSQL with this one as its base. It carries the whole state, so that nothing is lost but a
-    step."""
+    """A change in PostgreSQL that has the missing change as its base. It carries the whole state, so only the history
+    lacks a version."""
 
 
 class Count(Struct, kw_only=True):
@@ -70,35 +70,37 @@ class RestaurantCount(Count, kw_only=True):
 
 
 class Balance(Count, kw_only=True):
-    """The counts cover all restaurants."""
+    """The result of the ledger. The counts cover all restaurants."""
 
     since: datetime | None
     """The moment from which changes count; None is the beginning of the log."""
     until: datetime | None
-    """Time of the last heartbeat that came out of every lane. Only changes accepted before it can be unexplained."""
+    """When the last heartbeat that came out of every lane was sent; None if a lane had none. Only changes that were
+    accepted before it can be unexplained."""
     epoch: str | None
     restaurants: list[RestaurantCount]
     missing: list[Missing]
     """The unexplained changes, oldest first."""
     suspects: int
-    """Changes that are missing, but not long enough to be unexplained. They count as queued."""
+    """The number of changes that are missing, but not for long enough to be unexplained. They count as queued."""
     dead_outcomes: dict[str, int]
-    """Status (open, replaying, discarded or edited) -> number of dead changes. `in_queue`: not collected yet."""
+    """Status -> number of dead changes. The status is that of the dead letter (open, replaying, discarded or edited),
+    or `in_queue` if the collector has not stored it yet."""
     mirror_only: list[Missing]
-    """A hint: changes that the mirror shows as pending for more than a minute and that no other source knows. They were
-    not accepted, or their journal is on another host."""
+    """Changes that the mirror shows as pending for more than a minute and that no other source has. This is only a
+    hint: either they were not accepted, or their journal is on another host."""
     unreadable: int
-    """Number of events in the log without a valid change id."""
+    """The number of events in the log without a valid change id."""
     journals: dict[str, int]
     """Name of each journal on this host -> number of its entries."""
-    away: list[str]
-    """Sources that could not be asked: management, mirror, or the name of a journal."""
+    unavailable: list[str]
+    """The sources that were unavailable: management, rabbitmq, postgres, mirror, or the name of a journal."""
     restarted: bool
-    """The log was created again while it was read; only what came later is counted."""
+    """Whether the log was created again while it was read. Then only the changes in the new log are counted."""
 
 
 class Placement(Struct):
-    """Changes by place, while a balance is taken."""
+    """The changes by place, while the ledger takes a balance."""
 
     places: dict[str, list[AcceptedChange]] = field(default_factory=lambda: {place: [] for place in PLACES})
     suspects: list[AcceptedChange] = field(default_factory=list)
@@ -111,23 +113,24 @@ def classify_missing(
     cleared: Container[str],
     timeout_seconds: float,
 ) -> int:
-    """Places the suspects. Returns how many were not missing for long enough and count as queued.
+    """Gives each suspect a place. Returns the number of suspects that are not missing for long enough; they count as
+    queued.
 
-    `waiting`: (place, lane) -> number of messages in queues of that place whose ids are not known. They are taken to be
-    the newest suspects, which are the most likely ones. `missing_for`: change id -> seconds. `cleared`: suspects that
-    their lane cannot hold any more."""
+    `waiting`: (place, lane) -> number of messages in queues of that place whose ids are not known. The rule assumes
+    that these are the newest suspects. `missing_for`: change id -> seconds. `cleared`: the suspects that their lane
+    cannot hold any more."""
     left = dict(waiting)
     undecided = 0
-    for one in sorted(placement.suspects, key=_newest_first, reverse=True):
-        place = next((place for place in ("retrying", "dead") if left.get((place, one.lane), 0) > 0), None)
+    for change in sorted(placement.suspects, key=_newest_first, reverse=True):
+        place = next((place for place in ("retrying", "dead") if left.get((place, change.lane), 0) > 0), None)
         if place is not None:
-            left[place, one.lane] -= 1
-            placement.places[place].append(one)
-        elif missing_for[one.change_id] < timeout_seconds:
+            left[place, change.lane] -= 1
+            placement.places[place].append(change)
+        elif missing_for[change.change_id] < timeout_seconds:
             undecided += 1
-            placement.places["queued"].append(one)
+            placement.places["queued"].append(change)
         else:
-            placement.places["unexplained" if one.change_id in cleared else "queued"].append(one)
+            placement.places["unexplained" if change.change_id in cleared else "queued"].append(change)
     return undecided
 
 
@@ -135,8 +138,8 @@ def is_id(value: Any) -> bool:
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
-def _newest_first(one: AcceptedChange) -> tuple[float, str]:
-    return (one.accepted_at.timestamp() if one.accepted_at else 0.0, one.change_id)
+def _newest_first(change: AcceptedChange) -> tuple[float, str]:
+    return (change.accepted_at.timestamp() if change.accepted_at else 0.0, change.change_id)
 
 
 def counted(
@@ -155,20 +158,20 @@ def counted(
     for restaurant, number in synced.items():
         add(restaurant, "synced", number)
     for place, entries in places.items():
-        for one in entries:
-            add(one.restaurant_id, place)
-    return total, sorted(each.values(), key=lambda one: (one.slug, one.restaurant_id))
+        for change in entries:
+            add(change.restaurant_id, place)
+    return total, sorted(each.values(), key=lambda count: (count.slug, count.restaurant_id))
 
 
-def missing_of(one: AcceptedChange, successor: str | None = None) -> Missing:
+def missing_of(change: AcceptedChange, successor: str | None = None) -> Missing:
     return Missing(
-        change_id=one.change_id,
-        restaurant_id=one.restaurant_id,
-        subject=one.subject,
-        version=one.version,
-        lane=one.lane,
-        accepted_at=one.accepted_at,
-        trace_id=one.trace_id,
-        seen_in=one.seen_in,
+        change_id=change.change_id,
+        restaurant_id=change.restaurant_id,
+        subject=change.subject,
+        version=change.version,
+        lane=change.lane,
+        accepted_at=change.accepted_at,
+        trace_id=change.trace_id,
+        seen_in=change.seen_in,
         successor=successor,
     )

@@ -1,4 +1,4 @@
-"""`ticketrail ledger`: where every accepted change is, and which changes are nowhere."""
+"""`ticketrail ledger`: shows the place of every accepted change, and the changes that are in no place."""
 
 import asyncio
 import sys
@@ -32,7 +32,7 @@ _EXIT_UNAVAILABLE = 2
 
 @click.command("ledger")
 @click.option("--since", type=Since(), default="1h", show_default=True, help="90s, 15m, 2h, 7d, or a time in ISO 8601")
-@click.option("--all", "everything", is_flag=True, help="from the beginning of the change log")
+@click.option("--all", "everything", is_flag=True, help="count from the beginning of the change log")
 @click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option(
     "--interval", type=click.FloatRange(0.2, 3_600), default=2.0, show_default=True, help="seconds, for --watch"
@@ -42,9 +42,9 @@ _EXIT_UNAVAILABLE = 2
 def ledger_command(
     since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, timeout: float | None
 ) -> None:
-    """Show where every accepted change is: accepted = synced + queued + retrying + journaled + dead + unexplained.
+    """Show the place of every accepted change: accepted = synced + queued + retrying + journaled + dead + unexplained.
 
-    Exit code 1 if a change is unexplained, 2 if the balance cannot be taken."""
+    The exit code is 1 if a change is unexplained, and 2 if the balance cannot be taken."""
     start = None if everything else since
     try:
         if watch:
@@ -88,7 +88,7 @@ def _watch(since: datetime | None, interval: float, as_json: bool, timeout: floa
             with _Lines() if as_json else Live(console=console(), auto_refresh=False) as screen:
                 while True:
                     try:
-                        balance = await ledger.look()
+                        balance = await ledger.balance()
                     except Unavailable as error:
                         screen.update(Text(f"{error}; waiting", "bold yellow"), refresh=True)
                     else:
@@ -102,7 +102,7 @@ def _watch(since: datetime | None, interval: float, as_json: bool, timeout: floa
 
 
 class _Lines:
-    """Prints lines instead of drawing a screen."""
+    """A screen that prints each update as a line."""
 
     def __enter__(self) -> "_Lines":
         return self
@@ -119,7 +119,7 @@ def _show(balance: Balance, as_json: bool) -> None:
         click.echo(encode(balance).decode())
         return
     drawn = _drawn(balance)
-    # A table that does not fit is wider than the terminal, because a cut id or figure is worth nothing.
+    # A table that does not fit becomes wider than the terminal, because a cut id or figure is useless.
     console(min_columns=console().measure(drawn.renderables[0]).maximum).print(drawn)
 
 
@@ -132,12 +132,12 @@ def _drawn(balance: Balance) -> Group:
         table.add_row(restaurant.slug or restaurant.restaurant_id or "(none)", *_figures(restaurant))
     table.add_row("all", *_figures(balance), style="bold")
     lines = [Text(_window(balance))]
-    lines += [Text(_named(one), "bold red") for one in balance.missing[:_MAX_LISTED]]
+    lines += [Text(_missing_line(missing), "bold red") for missing in balance.missing[:_MAX_LISTED]]
     if len(balance.missing) > _MAX_LISTED:
-        lines.append(Text(f"… and {len(balance.missing) - _MAX_LISTED} more; --json names all", "bold red"))
+        lines.append(Text(f"… and {len(balance.missing) - _MAX_LISTED} more; --json lists all of them", "bold red"))
     if balance.suspects:
         lines.append(
-            Text(f"{balance.suspects} of the queued were not found anywhere; the ledger still searches for them")
+            Text(f"{balance.suspects} of the queued changes were not found; the ledger still searches for them")
         )
     if balance.dead_outcomes:
         lines.append(Text("dead: " + ", ".join(f"{n} {what}" for what, n in sorted(balance.dead_outcomes.items()))))
@@ -148,10 +148,12 @@ def _drawn(balance: Balance) -> Group:
         lines.append(
             Text(f"{balance.unreadable} events in the log have no valid change id; they are among the dead letters")
         )
-    for one in balance.mirror_only[:_MAX_LISTED]:
-        lines.append(Text(f"hint: only the mirror shows change {one.change_id} of {one.subject}, as pending", "yellow"))
-    if balance.away:
-        lines.append(Text(f"unavailable: {', '.join(balance.away)}", "yellow"))
+    for missing in balance.mirror_only[:_MAX_LISTED]:
+        lines.append(
+            Text(f"hint: only the mirror shows change {missing.change_id} of {missing.subject}, as pending", "yellow")
+        )
+    if balance.unavailable:
+        lines.append(Text(f"unavailable: {', '.join(balance.unavailable)}", "yellow"))
     if balance.restarted:
         lines.append(Text("the change log was created again; only later changes are counted", "yellow"))
     return Group(table, *lines)
@@ -167,21 +169,21 @@ def _figures(count: Count) -> list[Text]:
 def _window(balance: Balance) -> str:
     begin = "the beginning of the log" if balance.since is None else _utc(balance.since)
     if balance.until is None:
-        return f"from {begin}; no heartbeat has come out of every lane yet"
-    return f"from {begin}; the last heartbeat out of every lane is of {_utc(balance.until)}"
+        return f"from {begin}; not every lane has delivered a heartbeat yet"
+    return f"from {begin}; every lane has delivered the heartbeats until {_utc(balance.until)}"
 
 
 def _utc(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _named(one: Missing) -> str:
-    at = f" accepted {_utc(one.accepted_at)}" if one.accepted_at else ""
-    where = "" if one.seen_in == "log" else f", from {one.seen_in}"
-    after = f"; its successor {one.successor} is written" if one.successor else ""
+def _missing_line(missing: Missing) -> str:
+    at = f" accepted {_utc(missing.accepted_at)}" if missing.accepted_at else ""
+    where = "" if missing.seen_in == "log" else f", from {missing.seen_in}"
+    after = f"; its successor {missing.successor} is written" if missing.successor else ""
     return (
-        f"unexplained: change {one.change_id} of {one.subject} version {one.version}, {one.lane},{at}{where},"
-        f" trace {one.trace_id or '-'}{after}"
+        f"unexplained: change {missing.change_id} of {missing.subject} version {missing.version},"
+        f" {missing.lane},{at}{where}, trace {missing.trace_id or '-'}{after}"
     )
 
 

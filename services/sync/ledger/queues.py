@@ -1,8 +1,8 @@
-"""Depths, rates and ages of the queues, for operators.
+"""Reads depths, rates and ages of the queues, for operators.
 
-They come from the management API, as a read-only user. While it is unavailable they come from the broker, without
-rates; while both are unavailable only the ages are known, from PostgreSQL. Nothing here takes a message out of a queue,
-because that would count as a delivery.
+Depths and rates come from the management API, which is asked as a read-only user. While it is unavailable, the broker
+gives the depths, and there are no rates. While both are unavailable, only the ages are known, from PostgreSQL. Nothing
+here takes a message out of a queue, because that would count as a delivery.
 """
 
 import asyncio
@@ -37,15 +37,16 @@ class QueueStatus(Struct, frozen=True, kw_only=True):
     kind: Literal["lane", "retry", "dead", "log"]
     lane: str | None
     depth: int | None
-    """None if it is unknown."""
+    """The number of messages; None if it is unknown."""
     unacknowledged: int | None = None
     dead_lettering: int | None = None
-    """Messages on their way out of a retry queue, which the depth of AMQP does not include."""
+    """The number of expired messages that leave a retry queue now. `depth` does not include them."""
     consumers: int | None = None
     in_per_second: float | None = None
     out_per_second: float | None = None
     oldest_seconds: float | None = None
-    """Upper bound for the age of the oldest message. For a lane: time since the last heartbeat that came out of it."""
+    """An upper bound for the age of the oldest message. For a lane, it is the time since the last heartbeat that came
+    out of the lane was sent."""
 
 
 class QueuesReport(Struct, frozen=True):
@@ -54,25 +55,26 @@ class QueuesReport(Struct, frozen=True):
     heartbeat_age_seconds: dict[str, float]
     retrying: dict[str, int]
     """Lane -> number of changes in its retry queues, according to PostgreSQL."""
-    away: list[str]
-    """Sources that could not be asked."""
+    unavailable: list[str]
+    """The sources that were unavailable: management, rabbitmq or postgres."""
 
 
-async def look(settings: Settings, postgres: Postgres) -> QueuesReport:
-    away: list[str] = []
+async def queues_report(settings: Settings, postgres: Postgres) -> QueuesReport:
+    """Asks all sources. Never raises because of an unavailable source. `postgres`: a pool of the ops role."""
+    unavailable: list[str] = []
     source: Literal["management", "broker", "none"] = "management"
     try:
         found = await asyncio.to_thread(_from_management, settings)
     except (OSError, ValueError) as error:
         log.warning("management_unavailable", error=str(error) or type(error).__name__)
-        away.append("management")
+        unavailable.append("management")
         source = "broker"
         try:
             with closed_channel_as_connection_error():
                 found = await _from_broker(settings)
         except BROKEN_LINK as broken:
             log.warning("broker_unavailable", error=str(broken) or type(broken).__name__)
-            away.append("rabbitmq")
+            unavailable.append("rabbitmq")
             found, source = {}, "none"
     heartbeats: dict[str, datetime] = {}
     retries: dict[str, tuple[int, datetime]] = {}
@@ -81,12 +83,12 @@ async def look(settings: Settings, postgres: Postgres) -> QueuesReport:
             heartbeats = {row["lane"]: row["sent_at"] for row in await connection.fetch(_HEARTBEATS)}
             retries = {row["lane"]: (row["retrying"], row["oldest"]) for row in await connection.fetch(_RETRYING)}
     except UNAVAILABLE:
-        away.append("postgres")
+        unavailable.append("postgres")
     at = now()
     ages = {lane: round((at - sent).total_seconds(), 1) for lane, sent in heartbeats.items()}
     oldest = {lane: round((at - failed).total_seconds(), 1) for lane, (_, failed) in retries.items()}
     queues = [_queue(name, kind, lane, found, ages, oldest) for name, kind, lane in _all(settings)]
-    return QueuesReport(source, queues, ages, {lane: count for lane, (count, _) in retries.items()}, away)
+    return QueuesReport(source, queues, ages, {lane: count for lane, (count, _) in retries.items()}, unavailable)
 
 
 def _all(settings: Settings) -> list[tuple[str, Literal["lane", "retry", "dead", "log"], str | None]]:
@@ -109,9 +111,9 @@ def _queue(
 ) -> QueueStatus:
     seen = found.get(name, {})
     depth = seen.get("messages")
-    waits = (depth or 0) + (seen.get("messages_dlx") or 0)
+    waiting = (depth or 0) + (seen.get("messages_dlx") or 0)
     age = None
-    if waits and lane is not None:
+    if waiting and lane is not None:
         age = ages.get(lane) if kind == "lane" else oldest.get(lane) if kind == "retry" else None
     stats = seen.get("message_stats") or {}
     return QueueStatus(
@@ -129,7 +131,8 @@ def _queue(
 
 
 def _from_management(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Raises OSError (an HTTP error too) or ValueError."""
+    """Returns name -> queue, as the management API describes it. Raises OSError (also for an HTTP error) or
+    ValueError."""
     if not settings.rabbitmq_watcher_url:
         raise OSError("the setting TICKETRAIL_RABBITMQ_WATCHER_URL is empty")
     vhost = quote(vhost_of(settings.rabbitmq_url), safe="")
@@ -140,14 +143,15 @@ def _from_management(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 async def _from_broker(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Raises one of BROKEN_LINK."""
+    """Returns name -> depth and consumers, in the format of the management API. Raises one of BROKEN_LINK."""
     found: dict[str, dict[str, Any]] = {}
     async with (
         asyncio.timeout(_TIMEOUT_SECONDS),
         await declare.connect(settings.rabbitmq_url, timeout=_TIMEOUT_SECONDS) as connection,
     ):
         for name, _, _ in _all(settings):
-            # On a new channel: a missing queue closes it, and a robust channel would answer from its cache.
+            # Use a new channel for each queue: a missing queue closes its channel, and a robust channel would answer
+            # from its cache.
             channel = await connection.channel()
             try:
                 declared = (await channel.declare_queue(name, passive=True)).declaration_result

@@ -1,4 +1,4 @@
-"""/api/ops/queues and /api/ops/ledger, for operators."""
+"""The routes /api/ops/queues and /api/ops/ledger, for operators."""
 
 from datetime import timedelta
 
@@ -20,13 +20,14 @@ from shared.http.replies import success
     "/api/ops/queues",
     action="ops.read",
     tag="Operators",
-    summary="Show how full the queues are",
-    description="From the management API; without rates from the broker if the management API is unavailable.",
+    summary="Show depths, rates and ages of the queues",
+    description="The figures come from the management API. While it is unavailable, they come from the broker, without"
+    " rates.",
     answer=queues.QueuesReport,
 )
 async def get_queues(request: Call) -> ASGIApp:
     context = sync_context(request)
-    return success(await queues.look(context.settings, context.ops))
+    return success(await queues.queues_report(context.settings, context.ops))
 
 
 @endpoint(
@@ -34,8 +35,9 @@ async def get_queues(request: Call) -> ASGIApp:
     "/api/ops/ledger",
     action="ops.read",
     tag="Operators",
-    summary="Show where every accepted change is, and which changes are nowhere",
-    description="accepted = synced + queued + retrying + journaled + dead + unexplained, between two heartbeats.",
+    summary="Show the place of every accepted change",
+    description="accepted = synced + queued + retrying + journaled + dead + unexplained. An unexplained change is in no"
+    " place where the ledger can find it.",
     query=LedgerQuery,
     answer=Balance,
 )

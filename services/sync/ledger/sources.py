@@ -1,4 +1,5 @@
-"""The sources of the ledger besides the change log: PostgreSQL, the queues, the journals on this host, the mirror."""
+"""Reads the sources of the ledger besides the change log: PostgreSQL, the queues, the journals on this host, the
+mirror."""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -24,29 +25,33 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_BLOCK = 5_000
+_CHUNK_SIZE = 5_000
 _MIN_PENDING_AGE = timedelta(minutes=1)
 _MAX_PENDING = 1_000
 
 
 class Journals(Struct, frozen=True):
     waiting: dict[str, AcceptedChange]
+    """Change id -> change, for intact entries."""
     damaged: dict[str, AcceptedChange]
-    """Change id -> change, for entries that no journal has intact."""
+    """Change id -> change, for damaged entries without an intact copy in any journal."""
     depths: dict[str, int]
-    unread: list[str]
+    """Name of a journal -> number of its intact entries."""
+    unreadable: list[str]
+    """The names of journals that could not be read."""
 
 
 class Depths(Struct, frozen=True):
     lanes: dict[str, int]
-    """Lane -> messages in it. With the management API this includes the messages that a consumer holds."""
+    """Lane -> number of messages. From the management API, it includes the messages that consumers hold."""
     unknown: dict[tuple[str, str], int]
-    """(retrying or dead, lane) -> messages in such queues whose ids PostgreSQL does not know."""
-    away: list[str]
+    """(retrying or dead, lane) -> number of messages in such queues that PostgreSQL does not list."""
+    unavailable: list[str]
+    """The sources that were unavailable."""
 
 
 def journals(folder: Path) -> Journals:
-    """Reads all journals in the folder, also while their instances run. Changes nothing."""
+    """Reads all journals in the folder without changing them. Their instances may run."""
     found = Journals({}, {}, {}, [])
     for path in journals_in(folder).values() if folder.exists() else ():
         try:
@@ -56,11 +61,11 @@ def journals(folder: Path) -> Journals:
             try:
                 waiting, damaged = _salvaged(readable(path))
             except OSError:
-                found.unread.append(path.name)
+                found.unreadable.append(path.name)
                 continue
         found.depths[path.name] = len(waiting)
         found.waiting.update(_entries(waiting, path.name))
-        found.damaged.update(_entries([one.name for one in damaged if one.name is not None], path.name))
+        found.damaged.update(_entries([entry.name for entry in damaged if entry.name is not None], path.name))
     for change_id in found.waiting.keys() & found.damaged.keys():
         del found.damaged[change_id]
     return found
@@ -73,26 +78,26 @@ def _salvaged(path: Path) -> tuple[list[Name], list[Damaged]]:
 
 def _entries(names: Sequence[Name], journal: str) -> dict[str, AcceptedChange]:
     return {
-        one.change_id: AcceptedChange(
-            change_id=one.change_id,
-            restaurant_id=one.restaurant_id if is_id(one.restaurant_id) else "",
-            subject=one.subject,
-            version=one.version,
-            lane=one.lane,
-            accepted_at=one.accepted_at,
-            trace_id=trace_id_of(one.traceparent),
+        name.change_id: AcceptedChange(
+            change_id=name.change_id,
+            restaurant_id=name.restaurant_id if is_id(name.restaurant_id) else "",
+            subject=name.subject,
+            version=name.version,
+            lane=name.lane,
+            accepted_at=name.accepted_at,
+            trace_id=trace_id_of(name.traceparent),
             seen_in=journal,
         )
-        for one in names
-        if is_id(one.change_id)
+        for name in names
+        if is_id(name.change_id)
     }
 
 
 async def depths(settings: Settings, ops: Postgres) -> Depths:
-    """Raises one of UNAVAILABLE."""
-    found = await queues.look(settings, ops)
+    """Returns the depths of the queues. Raises one of UNAVAILABLE."""
+    found = await queues.queues_report(settings, ops)
     async with ops.connection() as connection:
-        noted = await ledger_store.retry_counts(connection)
+        listed = await ledger_store.retry_counts(connection)
     lanes: dict[str, int] = {}
     unknown: dict[tuple[str, str], int] = {}
     for queue in found.queues:
@@ -105,9 +110,9 @@ async def depths(settings: Settings, ops: Postgres) -> Depths:
         else:
             place = ("retrying" if queue.kind == "retry" else "dead", queue.lane)
             unknown[place] = unknown.get(place, 0) + count
-    for lane, count in noted.items():
+    for lane, count in listed.items():
         unknown["retrying", lane] = max(0, unknown.get(("retrying", lane), 0) - count)
-    return Depths(lanes, unknown, found.away)
+    return Depths(lanes, unknown, found.unavailable)
 
 
 async def heartbeats(ops: Postgres) -> dict[str, LastHeartbeat]:
@@ -122,26 +127,26 @@ async def slugs(ops: Postgres) -> dict[str, str]:
 
 async def synced(ops: Postgres, entries: Sequence[AcceptedChange]) -> set[str]:
     found: set[str] = set()
-    for block in _blocks([one for one in entries if one.restaurant_id]):
+    for block in _blocks([change for change in entries if change.restaurant_id]):
         async with ops.connection() as connection:
-            found |= await ledger_store.synced(connection, [one.key for one in block])
+            found |= await ledger_store.synced(connection, [change.key for change in block])
     return found
 
 
 async def dead(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[str, str]:
-    """Change id -> open, replaying, discarded or edited."""
+    """Returns change id -> open, replaying, discarded or edited, for changes with a dead letter."""
     found: dict[str, str] = {}
     for block in _blocks(entries):
         async with ops.connection() as connection:
-            found |= await ledger_store.dead(connection, [one.change_id for one in block])
+            found |= await ledger_store.dead(connection, [change.change_id for change in block])
     return found
 
 
 async def retrying(ops: Postgres, entries: Sequence[AcceptedChange]) -> set[str]:
     found: set[str] = set()
-    for block in _blocks([one for one in entries if one.restaurant_id]):
+    for block in _blocks([change for change in entries if change.restaurant_id]):
         async with ops.connection() as connection:
-            found |= await ledger_store.retrying(connection, [one.key for one in block])
+            found |= await ledger_store.retrying(connection, [change.key for change in block])
     return found
 
 
@@ -149,12 +154,12 @@ async def successors(ops: Postgres, entries: Sequence[AcceptedChange]) -> dict[s
     if not entries:
         return {}
     async with ops.connection() as connection:
-        return await ledger_store.successors(connection, [one.key for one in entries if one.restaurant_id])
+        return await ledger_store.successors(connection, [change.key for change in entries if change.restaurant_id])
 
 
 async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[AcceptedChange]:
-    """Changes that are pending in the mirror for more than a minute and were accepted at or after `since`; at most the
-    newest thousand of each entity and restaurant. Raises MirrorUnavailable, MirrorInDoubt."""
+    """Returns changes that are pending in the mirror for more than a minute and were accepted at or after `since`; at
+    most the newest thousand per entity and restaurant. Raises MirrorUnavailable, MirrorInDoubt."""
     found: list[AcceptedChange] = []
     newest = now() - _MIN_PENDING_AGE
     for restaurant in await mirror.restaurant_ids():
@@ -186,5 +191,5 @@ async def pending_in_mirror(mirror: Mirror, since: datetime | None) -> list[Acce
 
 
 def _blocks(entries: Sequence[AcceptedChange]) -> Iterator[Sequence[AcceptedChange]]:
-    for start in range(0, len(entries), _BLOCK):
-        yield entries[start : start + _BLOCK]
+    for start in range(0, len(entries), _CHUNK_SIZE):
+        yield entries[start : start + _CHUNK_SIZE]

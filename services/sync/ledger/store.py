@@ -1,6 +1,6 @@
 """Finds changes in PostgreSQL by their ids, for ledger.py.
 
-Reads as the ops role, which sees every tenant. Each call is one statement, so pass at most a few thousand ids.
+Connections have the ops role, which sees every tenant. Each call is one statement, so pass at most a few thousand ids.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from shared.postgres.pool import Connection
 
 _SYNCED = """
 select c.change_id::text from changes c
-join unnest($1::uuid[], $2::uuid[]) as asked (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
-# Dead letters of the mirror writer (without a lane) say nothing about the way to PostgreSQL. A resolved dead letter
-# without a replacement was replayed: then `changes` has it, or the change is lost. A dead letter may lack its
-# restaurant, so the change id alone selects it.
+# Dead letters of the mirror writer have no lane. They are left out, because their changes may be in PostgreSQL. A
+# resolved dead letter without a replacement was replayed; unless `changes` has its change, the change is lost. A dead
+# letter may lack its restaurant, so it is selected only by the change id.
 _DEAD = """
 select distinct on (change_id) change_id::text,
     case when status in ('open', 'replaying', 'discarded') then status else 'edited' end as outcome
@@ -27,7 +27,7 @@ order by change_id, status in ('open', 'replaying') desc, last_failed_at desc
 """
 _RETRYING = """
 select r.change_id::text from retries r
-join unnest($1::uuid[], $2::uuid[]) as asked (restaurant_id, change_id) using (restaurant_id, change_id)
+join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 _RETRY_COUNTS = "select lane, count(*)::int8 from retries group by lane"
 _HEARTBEATS = "select lane, epoch, sent_at from heartbeats"
@@ -52,12 +52,12 @@ class LastHeartbeat(Struct, frozen=True):
 
 
 async def synced(connection: Connection, changes: Sequence[Key]) -> set[str]:
-    """The ids among `changes` that are written."""
+    """Returns the ids of those changes that PostgreSQL has."""
     return {row[0] for row in await connection.fetch(_SYNCED, *_columns(changes))}
 
 
 async def dead(connection: Connection, changes: Sequence[str]) -> dict[str, str]:
-    """Change id -> open, replaying, discarded or edited, for changes with a dead letter."""
+    """Returns change id -> open, replaying, discarded or edited, for changes with a dead letter."""
     return {row[0]: row[1] for row in await connection.fetch(_DEAD, list(changes))}
 
 
@@ -66,7 +66,7 @@ async def retrying(connection: Connection, changes: Sequence[Key]) -> set[str]:
 
 
 async def retry_counts(connection: Connection) -> dict[str, int]:
-    """Lane -> number of changes that wait in its retry queues, according to PostgreSQL."""
+    """Returns lane -> number of changes that wait in its retry queues, according to PostgreSQL."""
     return {row[0]: row[1] for row in await connection.fetch(_RETRY_COUNTS)}
 
 
@@ -75,17 +75,17 @@ async def heartbeats(connection: Connection) -> dict[str, LastHeartbeat]:
 
 
 async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:
-    """Change id -> a written change with it as base."""
+    """Returns change id -> id of a change in PostgreSQL that has this change as its base."""
     return {row[0]: row[1] for row in await connection.fetch(_SUCCESSORS, *_columns(changes))}
 
 
 async def stored_dead_letters(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """Returns the digests of which there is a dead letter, in any status."""
+    """Returns those digests that belong to a stored dead letter, in any status."""
     return {row[0] for row in await connection.fetch(_STORED_DEAD_LETTERS, list(digests))}
 
 
 async def slugs(connection: Connection) -> dict[str, str]:
-    """Restaurant id -> slug."""
+    """Returns restaurant id -> slug."""
     return {row[0]: row[1] for row in await connection.fetch(_RESTAURANTS)}
 
 

@@ -1,6 +1,7 @@
-"""The cleanup deletes expired data: refresh tokens and sessions, the positions of imports that were not resumed for a
-month, dead letters and replays that were closed long ago, and old traces. Orders, changes and open dead letters stay
-for ever. The cleanup is idempotent, and two may run at the same time.
+"""The cleanup deletes expired data: refresh tokens, the progress of imports that were not resumed for 30 days, dead
+letters and replays that were closed longer ago than their retention, and trace files that are older than a week.
+Orders, changes and open dead letters are never deleted. The cleanup is idempotent, and two cleanups may run at the same
+time.
 """
 
 import asyncio
@@ -48,7 +49,7 @@ class Cleanup:
             self.loop.turned()
 
     async def clean(self) -> dict[str, int]:
-        """Deletes expired data and returns how many rows or files of each kind. Raises one of UNAVAILABLE."""
+        """Deletes expired data. Returns kind -> number of deleted rows or files. Raises one of UNAVAILABLE."""
         async with self._postgres.connection() as connection:
             tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS)]
             imports = await connection.execute(_IMPORTS)
@@ -64,7 +65,7 @@ class Cleanup:
         }
 
     def _old_traces(self) -> int:
-        """Deletes trace files of services that are gone; running services rotate theirs."""
+        """Deletes the trace files of services that do not run any more. Running services rotate their own files."""
         removed, before = 0, time.time() - _TRACE_DAYS * 86_400
         folder = self._settings.traces_path
         for path in folder.iterdir() if folder.is_dir() else ():

@@ -1,20 +1,21 @@
-"""Epochs of the pull feed. Its cursor is (xid, seq) in `changes`, which the database counts: a restored database counts
-them again, and an older cursor would skip new changes. Every cursor therefore carries the epoch in which it was given,
-and a cursor of another epoch is answered with a resync.
+"""The epochs of the pull feed. A cursor of the feed is a position (xid, seq) in `changes`. A database that was restored
+from a backup assigns these numbers again, so that an older cursor would skip new changes. Every cursor therefore
+carries its epoch, and the answer to a cursor of another epoch is a resync.
 """
 
 from shared.postgres.pool import Connection
 
-_PRESENT = "select epoch from feed_epochs order by id desc limit 1"
+_CURRENT = "select epoch from feed_epochs order by id desc limit 1"
 _BEGIN = "insert into feed_epochs (why) values ($1) returning epoch"
 
 
-async def present(connection: Connection) -> str:
-    epoch: str = await connection.fetchval(_PRESENT)
+async def current(connection: Connection) -> str:
+    epoch: str = await connection.fetchval(_CURRENT)
     return epoch
 
 
 async def begin(connection: Connection, why: str) -> str:
-    """Begins a new epoch, which makes every older cursor void. `connection`: of the writer role."""
+    """Begins a new epoch, so that all older cursors become invalid. Returns the epoch. `connection`: of the writer
+    role."""
     epoch: str = await connection.fetchval(_BEGIN, why)
     return epoch

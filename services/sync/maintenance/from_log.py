@@ -1,15 +1,15 @@
-"""Replay from the log: writes what the log has and `changes` lacks, after PostgreSQL came back from a backup.
+"""The replay from the log: after PostgreSQL was restored from a backup, it writes the changes that the log has and
+`changes` lacks.
 
-Guarantee: when `run` returns, every change that was in the log when it was called is in `changes`, is a dead letter, or
-was sent to the retry ladder or a dead-letter queue with the broker's confirm. It uses the transaction and the guard of
-the worker: no version goes down, and every fact counts once.
+Guarantee: when `run` returns, every change that was in the log when `run` was called is in `changes`, is a dead letter,
+or was confirmed by the broker in a retry queue or a dead-letter queue. The replay writes by the same transaction and
+guard as the PostgreSQL writer, so no entity returns to an older version, and every fact counts once.
 
-Workers and services may run meanwhile. It may be stopped at any time and repeated. While PostgreSQL or RabbitMQ is
-unavailable, it waits as long as a consumer would hold its messages.
+Workers and services may run during the replay. It may be stopped at any time and repeated. While PostgreSQL or RabbitMQ
+is unavailable, it waits as long as a consumer would hold its messages.
 
-A change with a dead letter is not tried again, whatever an operator decided about it. Cursors of the pull feed are void
-from the first step on (feed_epochs.py). Cursors of the notifier belong to the log, which was not restored: they stay
-valid.
+The replay does not write a change that has a dead letter in any status. Cursors of the pull feed become invalid at its
+first step (feed_epochs.py). Cursors of the notifier stay valid, because they belong to the log, which was not restored.
 """
 
 from collections import Counter
@@ -42,20 +42,20 @@ _CHUNK_SIZE = 500
 
 class LogReplayReport(Struct):
     read: int = 0
-    """Changes in the log; a change that is in it twice counts twice."""
+    """The number of changes in the log. A change that the log has twice counts twice."""
     missing: int = 0
-    """Changes that PostgreSQL did not have."""
+    """The number of changes that PostgreSQL lacked."""
     written: int = 0
     dead: int = 0
-    """Missing changes that have a dead letter. They are not written."""
+    """The number of missing changes that have a dead letter. The replay does not write them."""
     failed: int = 0
-    """Changes that were sent to the retry ladder or a dead-letter queue."""
+    """The number of changes that were sent to the retry ladder or a dead-letter queue."""
     unreadable: int = 0
-    """Events that cannot be read, which the worker has dead-lettered."""
+    """The number of events that cannot be read. The worker has dead-lettered them before."""
     entities: Counter[str] = field(default_factory=Counter)
     """The number of missing changes per entity."""
     first: datetime | None = None
-    """When the first change in the log was accepted. The log has no older changes."""
+    """When the first change in the log was accepted. Older changes cannot be replayed."""
     last: datetime | None = None
     feed_epoch: str | None = None
 
@@ -67,8 +67,7 @@ class _Message(Struct, frozen=True):
 
 class LogReplay:
     def __init__(self, settings: Settings, postgres: Postgres, publisher: Publisher, *, dry_run: bool = False) -> None:
-        """`postgres`: a pool of the writer role. `publisher`: a started publisher of the exchange for changes. A dry
-        run only counts."""
+        """`postgres`: a pool of the writer role. `publisher`: a started publisher. `dry_run`: only count."""
         self._settings = settings
         self._postgres = postgres
         self._dry_run = dry_run
@@ -78,8 +77,8 @@ class LogReplay:
     async def run(
         self, *, since: datetime | None = None, progress: Callable[[LogReplayReport], None] = lambda _: None
     ) -> LogReplayReport:
-        """`since`: a moment before the backup was taken; None is the beginning of the log. Raises HoldExpired when
-        PostgreSQL stays unavailable, or one of UNAVAILABLE."""
+        """Runs the replay. `since`: a moment before the backup was taken; None is the beginning of the log. Raises
+        HoldExpired if PostgreSQL stays unavailable, or one of UNAVAILABLE."""
         report = LogReplayReport()
         if not self._dry_run:
             async with self._postgres.connection() as connection:
@@ -95,7 +94,7 @@ class LogReplay:
         return report
 
     async def _entries(self, since: datetime | None) -> AsyncIterator[list[LogEntry]]:
-        """Yields the entries of the log, up to its present end."""
+        """Yields the entries of the log, up to its current end."""
         reader = LogReader(
             self._settings.rabbitmq_url, name="replay", idle_seconds=self._settings.heartbeat_interval_seconds * 3
         )
@@ -107,8 +106,8 @@ class LogReplay:
 
     async def _write(self, lane: Lane, taken: Sequence[ReceivedChange], report: LogReplayReport) -> None:
         report.read += len(taken)
-        report.first = report.first or taken[0].written.change.time
-        report.last = taken[-1].written.change.time
+        report.first = report.first or taken[0].decoded.change.time
+        report.last = taken[-1].decoded.change.time
         missing = await self._missing(taken, report)
         if self._dry_run or not missing:
             return
@@ -117,28 +116,28 @@ class LogReplay:
         await self._send_on(lane, refused, report)
 
     async def _missing(self, taken: Iterable[ReceivedChange], report: LogReplayReport) -> list[ReceivedChange]:
-        """Returns each change that PostgreSQL lacks once, without changes that have a dead letter."""
-        by_name = {one.name: one for one in taken}
+        """Returns the changes that PostgreSQL lacks, each once, and without those that have a dead letter."""
+        by_name = {received.name: received for received in taken}
         async with self._postgres.connection() as connection:
             synced = await ledger_store.synced(connection, list(by_name))
-            lacking = {name: one for name, one in by_name.items() if name[1] not in synced}
+            lacking = {name: received for name, received in by_name.items() if name[1] not in synced}
             if not lacking:
                 return []
             dead = await ledger_store.dead(connection, [change for _, change in lacking])
         report.missing += len(lacking)
         report.dead += len(dead)
-        report.entities.update(one.written.entity.name for one in lacking.values())
-        return [one for (_, change), one in lacking.items() if change not in dead]
+        report.entities.update(received.decoded.entity.name for received in lacking.values())
+        return [received for (_, change), received in lacking.items() if change not in dead]
 
     async def _send_unreadable(self, lane: Lane, failed: Sequence[FailedChange], report: LogReplayReport) -> None:
-        """Sends unreadable events that have no dead letter to the dead-letter queue: dead letters that were stored
-        after the backup are lost."""
+        """Sends the unreadable events that have no dead letter to the dead-letter queue, because PostgreSQL has lost
+        the dead letters that were stored after the backup."""
         report.unreadable += len(failed)
         queue = dead_queue(lane)
-        digests = {digest(queue, one.body): one for one in failed}
+        digests = {digest(queue, failed_change.body): failed_change for failed_change in failed}
         async with self._postgres.connection() as connection:
             known = await ledger_store.stored_dead_letters(connection, list(digests))
-        lost = [one for key, one in digests.items() if key not in known]
+        lost = [failed_change for key, failed_change in digests.items() if key not in known]
         if lost and not self._dry_run:
             await self._send_on(lane, lost, report)
 
@@ -150,5 +149,6 @@ class LogReplay:
 
 
 def lane_of(entry: LogEntry) -> Lane:
-    """Returns the lane that the routing key names. An entry without one was not made by a request: it is background."""
+    """Returns the lane that the routing key names. An entry without a lane counts as background, because no request
+    made it."""
     return Lane(entry.lane) if entry.lane in set(Lane) else Lane.BACKGROUND

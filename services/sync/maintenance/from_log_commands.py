@@ -18,15 +18,15 @@ from shared.settings import Settings
 @click.command("replay")
 @click.option("--from-log", is_flag=True, required=True, help="write the changes that the log has and PostgreSQL lacks")
 @click.option(
-    "--since", type=Since(), help="a moment before the backup was taken: 2h, 7d, ISO 8601; by default all of the log"
+    "--since", type=Since(), help="a moment before the backup was taken: 2h, 7d, ISO 8601; default: the whole log"
 )
 @click.option("--dry-run", is_flag=True, help="only count what is missing")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def replay_command(from_log: bool, since: datetime | None, dry_run: bool, as_json: bool) -> None:
-    """Write the changes that a PostgreSQL restored from a backup lacks and the log has.
+    """After PostgreSQL was restored from a backup, write the changes that the log has and PostgreSQL lacks.
 
-    The services may run meanwhile, and the command may be stopped and repeated. Exit code 1 when a change could not be
-    written: it is then on the retry ladder or a dead letter."""
+    The services may run during the replay, and the command may be stopped and repeated. The exit code is 1 if a change
+    could not be written and was sent to the retry ladder or the dead-letter queue."""
     report = run(_replay(Settings.load(), since, dry_run, quiet=as_json))
     if as_json:
         click.echo(encode(report).decode())
@@ -57,7 +57,9 @@ async def _replay(settings: Settings, since: datetime | None, dry_run: bool, *, 
                     since=since, progress=show
                 )
             except HoldExpired as error:
-                raise click.ClickException(f"PostgreSQL does not answer; run it again when it does: {error}") from error
+                raise click.ClickException(
+                    f"PostgreSQL does not answer; repeat the command when it answers again: {error}"
+                ) from error
 
 
 def _show(report: LogReplayReport, dry_run: bool) -> None:
@@ -67,11 +69,11 @@ def _show(report: LogReplayReport, dry_run: bool) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in report.entities.most_common())
     click.echo(f"missing: {report.missing}{f' ({kinds})' if kinds else ''}")
     if report.dead:
-        click.echo(f"not written: {report.dead} that have a dead letter")
+        click.echo(f"not written: {report.dead} changes that have a dead letter")
     if dry_run:
         return None
     click.echo(f"written: {report.written}, failed: {report.failed}, unreadable: {report.unreadable}")
-    click.echo(f"cursors of the pull feed: void, epoch {report.feed_epoch}")
+    click.echo(f"older cursors of the pull feed are invalid; the new epoch is {report.feed_epoch}")
     return None
 
 

@@ -1,9 +1,9 @@
-"""Records changes again whose message is lost: a queue was purged, or a journal does not return.
+"""Records lost changes again: changes whose message is lost, because a queue was purged or a journal was lost.
 
-The state of a change that is pending for more than five minutes (`lost_message_seconds`), although every lane was empty
-for that long, becomes a new change. While lanes are behind, or a journal drains after RabbitMQ was unavailable, nothing
-counts as lost. Two instances may do this at the same time: only one of them can claim the next version. A backend that
-is unavailable raises its error, and the next call tries again.
+A change counts as lost if it is pending for more than five minutes (`lost_message_seconds`) although every lane was
+empty for that long. Its state becomes a new change. While a lane has a backlog, or a journal drains after RabbitMQ was
+unavailable, no change counts as lost. Two instances may run at the same time, because only one of them can claim the
+next version. If a backend is unavailable, the call raises its error, and the next call tries again.
 """
 
 import time
@@ -27,7 +27,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _STATES_PER_QUERY = 500
-_MIN_BEHIND_SECONDS = 2.0
+_MIN_HEARTBEAT_AGE_SECONDS = 2.0
 
 
 class LostMessages:
@@ -41,28 +41,29 @@ class LostMessages:
         lanes_emptied: Callable[[], Awaitable[datetime | None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`lanes_emptied`: returns a moment before which every sent message has left its lane, None if it is unknown;
-        by default it is read from the heartbeats in PostgreSQL. `clock`: returns seconds and never goes back."""
+        """`lanes_emptied`: a function that returns a moment such that every message that was sent before it has left
+        its lane, or None if it is unknown; by default it reads the heartbeats in PostgreSQL. `clock`: a monotonic clock
+        in seconds."""
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
-        self._lanes_emptied = lanes_emptied or self._heartbeats
+        self._lanes_emptied = lanes_emptied or self._read_lanes_emptied
         self._clock = clock
         self._searched_at = clock()
         self._empty_since: float | None = None
 
     async def record_when_due(self) -> int:
-        """Call this in every round: it checks whether heartbeats come through every lane, to know since when they do.
-        When they have done so for `lost_message_seconds`, and the last search is as long ago, it calls `record_again`.
-        Returns the number of changes that were recorded again."""
+        """Records lost changes again if every lane has been empty for `lost_message_seconds`, and if the last search is
+        as long ago. Must be called in every round, to know since when the lanes are empty. Returns the number of
+        changes that were recorded again."""
         try:
             emptied = await self._lanes_emptied()
         except UNAVAILABLE:
             self._empty_since = None
             raise
         began = self._clock()
-        if emptied is None or (now() - emptied).total_seconds() > self._behind:
+        if emptied is None or (now() - emptied).total_seconds() > self._max_heartbeat_age:
             self._empty_since = None
             return 0
         if self._empty_since is None:
@@ -73,15 +74,15 @@ class LostMessages:
         return await self.record_again()
 
     @property
-    def _behind(self) -> float:
-        """The greatest age of the last heartbeat of an empty lane, in seconds."""
+    def _max_heartbeat_age(self) -> float:
+        """The maximum age, in seconds, of the last heartbeat of a lane that is empty."""
         return (
-            max(_MIN_BEHIND_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
+            max(_MIN_HEARTBEAT_AGE_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
             + self._settings.reconcile_interval_seconds
         )
 
     async def record_again(self) -> int:
-        """Records lost changes again and returns their number. Failed changes are left to the operators."""
+        """Records lost changes again and returns their number. Operators decide about failed changes."""
         emptied = await self._lanes_emptied()
         if emptied is None:
             return 0
@@ -124,15 +125,15 @@ class LostMessages:
             try:
                 await self._rail.commit(draft)
             except ClaimLost:
-                continue  # another change was made meanwhile, and carries the whole state
+                continue  # another change came first, and it carries the whole state
             except (InvalidInput, OutOfStock) as error:
-                # It would be refused every time: go on with the others.
+                # This change would be refused every time, so continue with the others.
                 log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
                 continue
             recorded += 1
             log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
         return recorded
 
-    async def _heartbeats(self) -> datetime | None:
+    async def _read_lanes_emptied(self) -> datetime | None:
         async with self._postgres.connection() as connection:
             return await lanes_emptied(connection)

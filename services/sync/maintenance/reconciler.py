@@ -1,14 +1,14 @@
-"""The reconciler repairs in the background what no request repairs. Every few seconds, over all tenants, it
+"""The reconciler repairs in the background what no request repairs. Every few seconds, for all tenants, it does this:
 
-- finishes stale claims: records and reveals the same change;
-- repairs the sync states in the mirror (mirror/sync_states.py);
-- records changes again whose message is lost (lost_messages.py);
-- restores payments of a state that a fork superseded (conflicts/forked_payments.py);
-- reports versions without predecessor that are older than ten minutes;
-- removes documents that have left the live window from the mirror, once PostgreSQL has them, and adds new restaurants.
+- It finishes stale claims: it records and reveals the claimed change.
+- It repairs the sync states in the mirror (mirror/sync_states.py).
+- It records lost changes again (lost_messages.py).
+- It restores payments that a fork left out (conflicts/forked_payments.py).
+- It reports versions whose predecessor has been missing for ten minutes.
+- It removes documents that have left the live window from the mirror if PostgreSQL has them, and adds new restaurants.
 
 Every step is idempotent and may run in two instances at the same time. While a backend is unavailable, the steps that
-do not need it go on, and the others are tried again in the next round. Shutdown: at any time.
+do not need it continue, and the other steps are tried again in the next round. Shutdown: it may be stopped at any time.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import Rail
-from shared.restaurants import every_restaurant
+from shared.restaurants import list_restaurants
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -90,7 +90,7 @@ class Reconciler:
             try:
                 await self._rail.finish(left)
             except BrokenContract as error:
-                # Made by a newer release, or broken: leave it to an instance that can read it, and go on.
+                # The change is broken or of a newer release. Leave the claim to an instance that can read it.
                 log.error("claim_not_finished", member=member, reason=error.reason, error=str(error))
                 continue
             finished += 1
@@ -104,14 +104,15 @@ class Reconciler:
             await self.trim()
 
     async def _keep_restaurants(self) -> None:
-        """Adds new restaurants to the mirror, which needs them while PostgreSQL is unavailable."""
+        """Adds new restaurants to the mirror, because services read them there while PostgreSQL is unavailable."""
         async with self._postgres.connection() as connection:
-            restaurants = await every_restaurant(connection)
+            restaurants = await list_restaurants(connection)
         for restaurant in restaurants:
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
 
     async def report_gaps(self) -> int:
-        """Logs version gaps that are older than ten minutes. Younger ones are normal: they close by themselves."""
+        """Logs gaps that are older than ten minutes, and returns their number. Younger gaps are normal, because changes
+        may arrive in any order."""
         async with self._postgres.connection() as connection:
             found = await states.list_gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
         for gap in found:
@@ -125,25 +126,26 @@ class Reconciler:
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 if not entity.window_sql:
-                    continue  # all of them stay
-                stays = 0
-                # Only an import leaves more than one block.
+                    continue  # all documents of this entity stay
+                kept = 0
+                # There is more than one block only after an import.
                 for _ in range(_MAX_TRIM_QUERIES):
-                    looked, left = await self._trim_block(restaurant, entity, before, stays)
-                    trimmed += left
-                    stays += looked - left
-                    if looked < _STATES_PER_QUERY:
+                    read, removed = await self._trim_block(restaurant, entity, before, kept)
+                    trimmed += removed
+                    kept += read - removed
+                    if read < _STATES_PER_QUERY:
                         break
         if trimmed:
             log.info("mirror_trimmed", documents=trimmed)
         return trimmed
 
-    async def _trim_block(self, restaurant: str, entity: Entity, before: datetime, stays: int) -> tuple[int, int]:
-        """Returns (documents read, documents removed). `stays`: how many of the newest to skip, because they stay."""
+    async def _trim_block(self, restaurant: str, entity: Entity, before: datetime, kept: int) -> tuple[int, int]:
+        """Removes documents of one block. Returns (documents read, documents removed). `kept`: the number of documents
+        that earlier blocks kept, which are skipped."""
         ids = await self._mirror.live_ids(
-            restaurant, entity.name, most=before.timestamp(), count=stays + _STATES_PER_QUERY
+            restaurant, entity.name, most=before.timestamp(), count=kept + _STATES_PER_QUERY
         )
-        ids = ids[stays:]
+        ids = ids[kept:]
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
         old = {}
         for id_, document in zip(ids, documents, strict=True):

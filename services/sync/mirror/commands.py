@@ -14,10 +14,10 @@ _MAX_SHOWN = 50
 
 
 @click.command("full-sync")
-@click.option("--verify", is_flag=True, help="only compare; exit code 1 when something differs")
+@click.option("--verify", is_flag=True, help="only compare; the exit code is 1 if something differs")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def full_sync_command(verify: bool, as_json: bool) -> None:
-    """Compare the mirror with PostgreSQL, print what differs, and repair the mirror."""
+    """Compare the mirror with PostgreSQL, print the differences, and repair the mirror."""
     differences: list[Difference] = []
     found = run(_full_sync(Settings.load(), repair=not verify, report=differences.append))
     if as_json:
@@ -32,10 +32,12 @@ def full_sync_command(verify: bool, as_json: bool) -> None:
             ).decode()
         )
     else:
-        for one in differences[:_MAX_SHOWN]:
-            click.echo(f"{one.what:8}  {one.entity} {one.id}  restaurant {one.restaurant_id}")
+        for difference in differences[:_MAX_SHOWN]:
+            click.echo(
+                f"{difference.what:8}  {difference.entity} {difference.id}  restaurant {difference.restaurant_id}"
+            )
         if len(differences) > _MAX_SHOWN:
-            click.echo(f"… and {len(differences) - _MAX_SHOWN} more; --json has all of them")
+            click.echo(f"… and {len(differences) - _MAX_SHOWN} more; --json lists all of them")
         click.echo(
             f"{found.compared} compared: {len(differences)} differ"
             + (f" ({', '.join(f'{n} {what}' for what, n in sorted(found.differences.items()))})" if differences else "")

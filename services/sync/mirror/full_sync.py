@@ -1,10 +1,10 @@
 """The full sync compares the mirror with PostgreSQL, and repairs the mirror.
 
-It compares the live window in PostgreSQL with the documents of the mirror. A pending document is ahead of PostgreSQL
-and correct; every other document must come from the same change. A document that is behind or missing is written under
-the guard. A document of the same change with another state is removed and written again, unless it changes meanwhile. A
-change that was just accepted may be in PostgreSQL before it is revealed, so recent differences are compared once more
-after three seconds.
+It compares the live window in PostgreSQL with the documents of the mirror. A document that is ahead of PostgreSQL is
+pending, which is no difference. Every other document must come from the same change as the row. If a document is behind
+or missing, it is written under the guard. If a document comes from the same change but has another state, it is removed
+and written again, unless it changes meanwhile. A new change may be in PostgreSQL before it is revealed, so recent
+differences are compared once more after three seconds.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from shared.mirror.mirror import Apply, Document, Mirror
 from shared.postgres import states
 from shared.postgres.pool import Postgres
 from shared.postgres.states import StoredState
-from shared.restaurants import every_restaurant
+from shared.restaurants import list_restaurants
 from shared.settings import Settings
 
 _DOCUMENTS_PER_READ = 200
-# Longer than a change takes from accept to reveal.
+# A change takes less time than this from accept to reveal.
 _IN_FLIGHT = timedelta(seconds=3)
 
 
@@ -38,9 +38,11 @@ class Difference(Struct, frozen=True):
 
 
 class Compared(Struct):
+    """The result of a full sync."""
+
     compared: int = 0
     pending: int = 0
-    """Documents ahead of PostgreSQL."""
+    """The number of documents that are ahead of PostgreSQL."""
     differences: Counter[str] = field(default_factory=Counter)
     repaired: int = 0
 
@@ -53,27 +55,28 @@ class FullSync:
         self._mirror = mirror
 
     async def run(self, *, repair: bool, report: Callable[[Difference], None]) -> Compared:
-        """Calls `report` for every difference; with `repair`, also repairs it. Idempotent. Raises MirrorUnavailable,
+        """Calls `report` for every difference, and repairs it if `repair` is set. Idempotent. Raises MirrorUnavailable,
         MirrorInDoubt or one of UNAVAILABLE."""
         found = Compared()
         async with self._postgres.connection() as connection:
-            restaurants = await every_restaurant(connection)
+            restaurants = await list_restaurants(connection)
         if repair:
             for restaurant in restaurants:
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         for entity in registry.ENTITIES.values():
-            known = await self._stored(entity, found, repair=repair, report=report)
+            known = await self._compare_stored(entity, found, repair=repair, report=report)
             for restaurant in restaurants:
-                await self._unknown(entity, restaurant.id, known, found, repair=repair, report=report)
+                await self._report_unknown(entity, restaurant.id, known, found, repair=repair, report=report)
         if repair:
             async with self._postgres.connection() as connection:
                 async for rows in states.holds(connection):
                     await self._mirror.hold(rows)
         return found
 
-    async def _stored(
+    async def _compare_stored(
         self, entity: Entity, found: Compared, *, repair: bool, report: Callable[[Difference], None]
     ) -> set[str]:
+        """Compares the live window in PostgreSQL with the mirror. Returns the ids in this window."""
         known: set[str] = set()
         recent: dict[str, list[str]] = {}
         async with self._postgres.connection() as connection:
@@ -93,7 +96,7 @@ class FullSync:
                         found.compared += 1
                         found.pending += what is None
                         if what:
-                            await self._differs(
+                            await self._report_and_repair(
                                 entity, restaurant, id_, what, stored, found, repair=repair, report=report
                             )
         if recent:
@@ -104,14 +107,14 @@ class FullSync:
         return known
 
     def _difference(self, entity: Entity, stored: StoredState, document: Document | None) -> str | None:
-        """Returns the name of the difference, an empty string if there is none, or None if the mirror is ahead."""
+        """Returns the name of the difference, an empty text if there is none, or None if the mirror is ahead."""
         if document is None:
             state = entity.decode_state(stored.state)
             if entity.live(state):
                 return "missing"
-            # The mirror may lack a deleted dish, and an order may have left the window meanwhile.
-            needed = entity.window_sql and state.updated_at >= now() - self._window
-            return "missing" if needed else ""
+            # The mirror may lack a deleted dish, and an order that has left the live window meanwhile.
+            in_window = entity.window_sql and state.updated_at >= now() - self._window
+            return "missing" if in_window else ""
         if document.head > stored.head:
             return None
         if document.head < stored.head:
@@ -137,9 +140,9 @@ class FullSync:
         what = self._difference(entity, stored, document)
         found.pending += what is None
         if what:
-            await self._differs(entity, restaurant, id_, what, stored, found, repair=repair, report=report)
+            await self._report_and_repair(entity, restaurant, id_, what, stored, found, repair=repair, report=report)
 
-    async def _differs(
+    async def _report_and_repair(
         self,
         entity: Entity,
         restaurant: str,
@@ -156,14 +159,14 @@ class FullSync:
         if not repair:
             return
         if what == "differs":
-            # PostgreSQL has this change, so mark it as synced: `trim` removes only what is not pending.
+            # Mark the document as synced, because `trim` does not remove pending documents.
             await self._mirror.note_sync_states(restaurant, entity.name, [(id_, stored.head)])
             await self._mirror.trim(restaurant, entity.name, {id_: stored.head.change_id})
         state = entity.decode_state(stored.state)
         await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])
         found.repaired += 1
 
-    async def _unknown(
+    async def _report_unknown(
         self,
         entity: Entity,
         restaurant: str,
@@ -173,7 +176,7 @@ class FullSync:
         repair: bool,
         report: Callable[[Difference], None],
     ) -> None:
-        """Reports documents that only the mirror has although they are not pending: their origin is unknown."""
+        """Reports documents that PostgreSQL lacks although they are not pending, so that their origin is unknown."""
         ids = [id_ for id_ in await self._mirror.live_ids(restaurant, entity.name) if id_ not in known]
         for start in range(0, len(ids), _DOCUMENTS_PER_READ):
             chunk = ids[start : start + _DOCUMENTS_PER_READ]

@@ -1,24 +1,24 @@
 """The mirror writer applies every change of the log to the mirror, and decides when the mirror is warm.
 
-Guarantee: every change is applied at least once, under the guard. The offset is stored in the mirror and moves in the
-same script as the data. A mirror that was wiped or came back stale therefore rewinds the writer. If the mirror still
-has an offset, the writer continues there. Without one it loads the live window from PostgreSQL, and then the log since
-PostgreSQL's last heartbeat minus ten minutes.
+Guarantee: every change is applied at least once, under the guard. The mirror stores the offset of the writer, and the
+same script updates the offset and the data. If the mirror was wiped or replaced by an older copy, the writer therefore
+notices it and rewinds. If the mirror still has an offset, the writer continues there. Otherwise it loads the live
+window from PostgreSQL, and then reads the log from ten minutes before PostgreSQL's last heartbeat.
 
 Order: changes are applied in the order of the log.
 
 Warm: a mirror takes claims when the log has been read to its end and `mirror_settle_seconds` have passed since the
-mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A fresh system, where
-nothing can be in flight, does not wait.
+mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A new system does not
+wait, because nothing can be in flight there.
 
-The writer first asks a warm mirror which changes it lacks, because the requests have revealed most of them. A change
-that the mirror has in that version or a later one is neither decoded nor sent. The answer holds only for that mirror:
-when another one has replaced it, the writer rewinds.
+The requests have revealed most changes already. Therefore the writer first asks a warm mirror which changes it lacks. A
+change that the mirror has in the same version or a later one is neither decoded nor sent. The answer is valid only for
+this mirror: if another mirror has replaced it, the writer rewinds.
 
-A change that cannot be applied goes to `sync.mirror.dead.v1`; the writer continues after the confirm. While Redis,
-RabbitMQ or (for a rebuild) PostgreSQL is unavailable, it waits with jittered backoff.
+A change that cannot be applied goes to `sync.mirror.dead.v1`; the writer continues after the confirm. While Redis or
+RabbitMQ is unavailable, or PostgreSQL during a rebuild, the writer waits with jittered backoff.
 
-Shutdown: at any time.
+Shutdown: it may be stopped at any time.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.restaurants import every_restaurant
+from shared.restaurants import list_restaurants
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -74,8 +74,8 @@ _ON_MIRROR = {
 }
 _NO_OFFSET = -1
 _CHANGES_PER_SCRIPT = 250
-# Requests reveal their changes, so a warm mirror can wait a moment for the log: a few messages together cost a fraction
-# of the round trips. After a larger batch the writer does not pause.
+# Requests reveal their changes themselves, so the writer may pause after a small batch. The next batch is then larger,
+# which saves round trips to the mirror.
 _GATHER_SECONDS = 0.02
 _SMALL_BATCH_MESSAGES = 50
 _LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
@@ -83,7 +83,7 @@ _EPOCH = "select epoch from log_epochs order by id desc limit 1"
 
 
 class _Rewind(Exception):
-    """The mirror is not the one that this writer filled, or the log is not the one that it read."""
+    """Another mirror or another log has replaced the one that this writer used."""
 
 
 class StartPoint(Struct):
@@ -91,7 +91,7 @@ class StartPoint(Struct):
     start: Start
     warm: bool
     settled_at: float
-    """The earliest moment at which the mirror may be warm, on the monotonic clock."""
+    """The earliest moment at which the mirror may become warm, on the monotonic clock."""
 
 
 class _Logged(Struct):
@@ -100,7 +100,7 @@ class _Logged(Struct):
     entry: LogEntry
     event: bytes
     outline: Outline | None
-    """None when the change cannot be read."""
+    """None if the change cannot be read."""
 
 
 class MirrorWriter:
@@ -161,16 +161,16 @@ class MirrorWriter:
     async def rebuild(self, found_at: float) -> StartPoint:
         """Fills an empty mirror from PostgreSQL. `found_at`: when it was found cold, on the monotonic clock. Raises
         MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE."""
-        # Prefer the epoch in the log itself: PostgreSQL may have the epoch of a backup.
+        # Prefer the epoch in the log, because a restored PostgreSQL may have an older epoch.
         epoch = await self._reader().first_epoch()
         async with self._postgres.connection() as connection:
             epoch = epoch or await connection.fetchval(_EPOCH)
             heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
             if epoch is None:
-                raise TimeoutError("no log has been made yet: run `ticketrail migrate`")
+                raise TimeoutError("the change log does not exist yet: run `ticketrail migrate`")
             state = LogState(epoch, _NO_OFFSET)
             await self._mirror.begin_log(state)
-            for restaurant in await every_restaurant(connection):
+            for restaurant in await list_restaurants(connection):
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
             loaded = 0
             since = now() - timedelta(days=self._settings.mirror_window_days)
@@ -181,7 +181,7 @@ class MirrorWriter:
             async for rows in states.holds(connection):
                 await self._mirror.hold(rows)
         log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
-        # On a fresh system nothing can be in flight.
+        # In a new system nothing can be in flight.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
         return StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
@@ -197,7 +197,8 @@ class MirrorWriter:
     async def _follow(self, begun: StartPoint) -> None:
         state, self.warm = begun.state, begun.warm
         if not self.warm:
-            # The mark that proves the end of the log must be younger than every change that was in flight.
+            # Start to read after the settle period, so that the mark at the end of the log comes after every change
+            # that was in flight.
             await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
         async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
             async for batch in batches:
@@ -207,41 +208,41 @@ class MirrorWriter:
                 if batch.epoch != state.epoch:
                     await self._mirror.begin_log(LogState(batch.epoch or "", _NO_OFFSET))
                     raise _Rewind(f"the log was created again: epoch {batch.epoch}")
-                noted = LogState(state.epoch, batch.last_offset)
+                next_state = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
-                self._trace(await self.apply_entries(batch.entries, state, noted), began)
-                state = noted
-                await self._notify(batch, state)
+                self._trace(await self.apply_entries(batch.entries, state, next_state), began)
+                state = next_state
+                await self._handle_signals(batch, state)
                 self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
                     await asyncio.sleep(_GATHER_SECONDS)
 
     async def apply_entries(self, entries: Sequence[LogEntry], at: LogState, note: LogState | None) -> list[Outline]:
-        """Applies the changes that the mirror lacks, and then notes `note` in it. The mirror must have applied the log
-        at least to `at`. Returns the outlines of the readable changes."""
+        """Applies the changes that the mirror lacks, and then stores the position `note` in the mirror. The mirror must
+        have applied the log at least to `at`. Returns the outlines of the readable changes."""
         found = await self._split(entries)
-        await self._apply(await self._readable(await self._missing(found)), at, note)
-        return [one.outline for one in found if one.outline is not None]
+        await self._apply(await self._decode(await self._missing(found)), at, note)
+        return [logged.outline for logged in found if logged.outline is not None]
 
     def _trace(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
         oldest = ended / 1e9 - _OVERLAP.total_seconds()
-        for one in outlines:
-            accepted = one.time.timestamp()
-            if accepted > oldest:  # an old change that is read again says nothing about the lag
+        for change in outlines:
+            accepted = change.time.timestamp()
+            if accepted > oldest:  # an old change was read again after a rewind, so it does not show the lag
                 self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
-            if self._tracer.wanted(one.traceparent):
+            if self._tracer.wanted(change.traceparent):
                 self._tracer.add(
-                    one.traceparent,
-                    f"mirror {one.subject.partition('/')[0]}",
+                    change.traceparent,
+                    f"mirror {change.subject.partition('/')[0]}",
                     began,
                     ended,
                     kind=SpanKind.CLIENT,
-                    attributes={**_ON_MIRROR, "ticketrail.change_id": one.id},
+                    attributes={**_ON_MIRROR, "ticketrail.change_id": change.id},
                 )
 
-    async def _notify(self, batch: LogBatch, state: LogState) -> None:
-        """Handles the signals of a batch that is applied: the end of the log, and heartbeats."""
+    async def _handle_signals(self, batch: LogBatch, state: LogState) -> None:
+        """Handles the signals of an applied batch: the end of the log, and heartbeats."""
         if batch.caught_up:
             self._watch.note_log_end()
             self._attempt = 0
@@ -252,39 +253,45 @@ class MirrorWriter:
                 raise _Rewind("the mirror has lost its stamp")
             for lane in Lane:
                 if lane in batch.heartbeats:
-                    self._watch.note_log(lane, batch.heartbeats[lane], now())
+                    self._watch.applied_to_mirror(lane, batch.heartbeats[lane], now())
 
-    async def _apply(self, wanted: list[Apply], at: LogState, note: LogState | None) -> None:
-        """Applies in chunks, because a script blocks Redis for all others while it runs. The offset moves with the last
-        chunk, after the repair of late changes: after an interruption, the writer repeats from the previous offset."""
+    async def _apply(self, states_to_apply: list[Apply], at: LogState, note: LogState | None) -> None:
+        """Applies states in chunks, because Redis serves nobody else while a script runs. The last script also moves
+        the offset to `note`, after the repair of late changes, so that after an interruption the writer repeats from
+        the previous offset."""
         chunks = [
-            wanted[start : start + _CHANGES_PER_SCRIPT] for start in range(0, len(wanted), _CHANGES_PER_SCRIPT)
+            states_to_apply[start : start + _CHANGES_PER_SCRIPT]
+            for start in range(0, len(states_to_apply), _CHANGES_PER_SCRIPT)
         ] or [[]]
-        repairs = any(one.how == "late" for one in wanted)
+        repairs = any(apply.how == "late" for apply in states_to_apply)
         for place, chunk in enumerate(chunks, start=1):
             last = place == len(chunks) and not repairs
-            late = self._mine(await self._mirror.apply(chunk, at=at, note=note if last else None, only_warm=self.warm))
+            late = self._check_mirror(
+                await self._mirror.apply(chunk, at=at, note=note if last else None, only_warm=self.warm)
+            )
             if late:
-                await self._mirror.apply(await self._from_postgres([chunk[one] for one in late]))
+                await self._mirror.apply(await self._from_postgres([chunk[place] for place in late]))
         if repairs and note is not None:
-            self._mine(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
+            self._check_mirror(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
 
-    def _mine(self, late: list[int] | None) -> list[int]:
+    def _check_mirror(self, late: list[int] | None) -> list[int]:
         if late is None:
-            raise _Rewind("the mirror is not the one that was filled")
+            raise _Rewind("another mirror has replaced the one that was filled")
         return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
-        """Replaces late states by states from PostgreSQL, because an old event for a document that the mirror lacks
-        must not restore an old state. Keeps the event if PostgreSQL is behind it."""
+        """Replaces the states of old events by the states in PostgreSQL: if the mirror lacks a document, an old event
+        must not restore an old state. Keeps the state of the event if PostgreSQL is behind it."""
         found = []
         async with self._postgres.connection() as connection:
-            for one in late:
-                stored = await states.find_state(connection, one.entity, one.state.restaurant_id, one.state.id)
-                if stored is None or stored.head < one.head:
-                    found.append(msgspec.structs.replace(one, how="reveal"))
-                elif one.entity.live(one.entity.decode_state(stored.state)):
-                    found.append(_stored(one.entity, stored))
+            for late_apply in late:
+                stored = await states.find_state(
+                    connection, late_apply.entity, late_apply.state.restaurant_id, late_apply.state.id
+                )
+                if stored is None or stored.head < late_apply.head:
+                    found.append(msgspec.structs.replace(late_apply, how="reveal"))
+                elif late_apply.entity.live(late_apply.entity.decode_state(stored.state)):
+                    found.append(_stored(late_apply.entity, stored))
         return found
 
     async def would_apply(self, event: bytes) -> bool:
@@ -297,10 +304,10 @@ class MirrorWriter:
         one of UNAVAILABLE."""
         change = decode_change(event)
         entity, state = registry.read(change)
-        one = Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")
-        if await self._mirror.apply([one]):
-            await self._mirror.apply(await self._from_postgres([one]))
-        # PostgreSQL may have committed it before the mirror had a document whose sync state could change.
+        late_apply = Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")
+        if await self._mirror.apply([late_apply]):
+            await self._mirror.apply(await self._from_postgres([late_apply]))
+        # PostgreSQL may have committed the change while the mirror had no document for it, so set the sync state now.
         async with self._postgres.connection() as connection:
             found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
@@ -316,27 +323,28 @@ class MirrorWriter:
         return found
 
     async def _missing(self, found: list[_Logged]) -> list[_Logged]:
-        """Returns the changes that the mirror lacks, and the unreadable ones. A warm mirror has most changes already,
-        because the requests that made them revealed them."""
+        """Returns the changes that a warm mirror lacks, and those that cannot be read. For a cold mirror, returns
+        all."""
         if not self.warm:
             return found
-        known = [(place, one.outline) for place, one in enumerate(found) if one.outline is not None]
+        known = [(place, change.outline) for place, change in enumerate(found) if change.outline is not None]
         has = {place for place, _ in known}
         for start in range(0, len(known), _CHANGES_PER_SCRIPT):
             chunk = known[start : start + _CHANGES_PER_SCRIPT]
-            has -= {chunk[one][0] for one in await self._mirror.missing([outline for _, outline in chunk])}
-        return [one for place, one in enumerate(found) if place not in has]
+            has -= {chunk[place][0] for place in await self._mirror.missing([outline for _, outline in chunk])}
+        return [change for place, change in enumerate(found) if place not in has]
 
-    async def _readable(self, found: list[_Logged]) -> list[Apply]:
+    async def _decode(self, found: list[_Logged]) -> list[Apply]:
+        """Decodes the changes. Dead-letters those that cannot be read."""
         late_before = self._clock() - _OVERLAP
         readable = []
-        for one in found:
+        for logged in found:
             try:
-                change = decode_change(one.event)
+                change = decode_change(logged.event)
                 entity, state = registry.read(change)
             except BrokenContract as error:
-                await self._dead(one.entry, encode_batch([one.event]), error)
-                one.outline = None
+                await self._dead(logged.entry, encode_batch([logged.event]), error)
+                logged.outline = None
                 continue
             how = "late" if change.time < late_before else "reveal"
             readable.append(Apply(entity, state, change.head, bytes(change.data.after), change.time, how))
@@ -361,10 +369,10 @@ class MirrorWriter:
         series: list[tuple[str, str]] = []
         if gap:
             async with self._postgres.connection() as connection:
-                restaurants = await every_restaurant(connection)
-            series = [(one.id, one.business_day(now()).isoformat()) for one in restaurants]
+                restaurants = await list_restaurants(connection)
+            series = [(restaurant.id, restaurant.business_day(now()).isoformat()) for restaurant in restaurants]
         if not await self._mirror.warm(state, series, gap):
-            raise _Rewind("the mirror is not the one that was filled")
+            raise _Rewind("another mirror has replaced the one that was filled")
         self.warm = True
         log.info("mirror_warm", offset=state.offset, gap=gap)
 

@@ -14,7 +14,7 @@ from shared.http.replies import success
     "/api/sync/status",
     action="sync.read",
     tag="Sync",
-    summary="Show how far every entity has come on its way to PostgreSQL",
+    summary="Count the pending, synced, failed and conflicting entities of a restaurant",
     answer=SyncStatus,
 )
 async def status(request: Call) -> ASGIApp:

@@ -1,8 +1,8 @@
-"""Keeps the sync states in the mirror equal to PostgreSQL.
+"""Repairs the sync states in the mirror, so that they agree with PostgreSQL.
 
-The PostgreSQL writer notifies the mirror as it writes (`mirror_notifier`), best effort. This module repairs what the
-mirror missed or has lost: states that are committed although the mirror calls them pending, changes that have failed,
-and entities with an open conflict. PostgreSQL is the source of all three, and this module writes nothing there.
+The PostgreSQL writer notifies the mirror of each result, best effort (`mirror_notifier`). This module repairs the sync
+states that the mirror missed or has lost: states that are committed although the mirror shows them as pending, changes
+that have failed, and entities with an open conflict. It reads PostgreSQL and writes only the mirror.
 """
 
 import math
@@ -26,7 +26,8 @@ _STATES_PER_QUERY = 500
 
 
 class SyncStates:
-    """Every method raises MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE when a store does not answer."""
+    """Repairs sync states. Every method raises MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE if a store does
+    not answer."""
 
     def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
         """`postgres`: a pool of the writer role."""
@@ -34,10 +35,11 @@ class SyncStates:
         self._postgres = postgres
         self._mirror = mirror
         self.open_conflicts = math.nan
-        """The number of entities with an open conflict, over all restaurants, at the last count; NaN while unknown."""
+        """The number of entities with an open conflict in all restaurants at the last count; NaN while unknown."""
 
     async def sync_pending(self) -> int:
-        """Marks states as synced that the mirror calls pending although PostgreSQL has them. Returns their number."""
+        """Marks the states as synced that the mirror shows as pending although PostgreSQL has them. Returns their
+        number."""
         synced = 0
         before = now() - timedelta(seconds=self._settings.pending_check_after_seconds)
         for restaurant in await self._mirror.restaurant_ids():
@@ -79,16 +81,18 @@ class SyncStates:
             await self._mirror.note_sync_states(restaurant, entity.name, [waiting[change]], failure=encode(failure))
 
     async def note_conflicts(self) -> None:
-        # In this order: a conflict that is closed at the second query was open, or noted, before the first.
+        """Sets and clears the state `conflict` in the mirror, and counts the open conflicts."""
+        # The mirror is read first. Otherwise a conflict that opens between the two reads would be cleared in the
+        # mirror.
         try:
-            noted = await self._mirror.conflicts()
-        finally:  # count them without the mirror too: most conflicts arise while it is lost
-            known = await self._in_conflict()
-        await self._mirror.note_conflicts(sorted(known - noted), sorted(noted - known))
+            in_mirror = await self._mirror.conflicts()
+        finally:  # count conflicts even if the mirror is unavailable, because most of them arise while it is lost
+            in_postgres = await self._open_conflicts()
+        await self._mirror.note_conflicts(sorted(in_postgres - in_mirror), sorted(in_mirror - in_postgres))
 
-    async def _in_conflict(self) -> set[str]:
+    async def _open_conflicts(self) -> set[str]:
         self.open_conflicts = math.nan
         async with self._postgres.connection() as connection:
             found = await states.list_conflicts(connection)
         self.open_conflicts = len(found)
-        return {keys.member(*one) for one in found}
+        return {keys.member(*entity_key) for entity_key in found}

@@ -1,4 +1,4 @@
-"""The sync status of a tenant: how many of its entities are pending, synced, failed or in conflict."""
+"""Computes the sync status of a tenant: the numbers of its pending, synced, failed and conflicting entities."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from shared.settings import Settings
 
 
 class Counts(Struct, frozen=True):
-    """A number is null while the store that knows it is unavailable."""
+    """The number of entities in each sync state. A number is null while the store that has it is unavailable."""
 
     pending: int | None
     synced: int | None
@@ -24,7 +24,7 @@ class Counts(Struct, frozen=True):
 
 
 class SyncStatus(Struct, frozen=True):
-    """The reply of `sync_status`. `unknown`: the stores that are unavailable."""
+    """The sync status of a restaurant. `unknown` lists the stores that are unavailable."""
 
     summary: str
     """The first of unknown, conflict, failed, pending, synced that applies."""
@@ -50,13 +50,13 @@ async def _stored(connection: Connection, entity: Entity, restaurant: str) -> in
 
 
 async def sync_status(settings: Settings, postgres: Postgres, mirror: Mirror, restaurant: str) -> dict[str, Any]:
-    """Returns the counts per entity. A count is null while its store is unavailable, which `unknown` names. A failed
-    change counts as pending too. `warnings`: the numbers above their threshold."""
+    """Returns the sync status as plain values (`SyncStatus`). A failed change also counts as pending. `warnings` lists
+    the numbers above their threshold."""
     tables: dict[str, dict[str, int | None]] = {}
     unknown = []
     try:
         async with postgres.tenant(restaurant) as connection:
-            stored = {name: await _stored(connection, one, restaurant) for name, one in registry.ENTITIES.items()}
+            stored = {name: await _stored(connection, entity, restaurant) for name, entity in registry.ENTITIES.items()}
             conflicts = {row["entity"]: row["open"] for row in await connection.fetch(_CONFLICTS, restaurant)}
     except UNAVAILABLE:
         unknown.append("postgres")

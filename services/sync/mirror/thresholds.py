@@ -1,5 +1,5 @@
-"""Watches how much is pending or failed in each restaurant. Logs a warning and sets a metric when a number exceeds its
-setting, and logs when it is below again.
+"""Watches the numbers of pending and failed changes in each restaurant. If a number exceeds its setting, `Thresholds`
+logs a warning and sets a metric; when the number is below the setting again, it logs that too.
 
 It only reads the mirror, every few seconds. While the mirror is unavailable, its metrics are NaN. It may be stopped at
 any time.
@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 
 class Above(Struct, frozen=True):
+    """A number that is above its threshold."""
+
     state: str
     count: int
     threshold: int
@@ -39,7 +41,7 @@ class Thresholds:
         self.loop = BackgroundLoop("thresholds", self._run)
         self._reported: set[tuple[str, str]] = set()
         self.pending = self.failed = math.nan
-        """Numbers over all restaurants; NaN while unknown."""
+        """The numbers of pending and failed changes in all restaurants; NaN while unknown."""
         self.over: dict[str, float] = {"pending": math.nan, "failed": math.nan}
         """The number of restaurants above each threshold; NaN while unknown."""
 
@@ -52,7 +54,7 @@ class Thresholds:
     async def _run(self) -> None:
         while True:
             try:
-                await self.look()
+                await self.count()
             except (MirrorUnavailable, MirrorInDoubt) as error:
                 self.pending = self.failed = math.nan
                 self.over = {"pending": math.nan, "failed": math.nan}
@@ -60,15 +62,18 @@ class Thresholds:
             self.loop.turned()
             await asyncio.sleep(self._settings.threshold_interval_seconds)
 
-    async def look(self) -> None:
-        """Counts once. Raises MirrorUnavailable, MirrorInDoubt."""
+    async def count(self) -> None:
+        """Counts all restaurants once. Raises MirrorUnavailable, MirrorInDoubt."""
         pending = failed = 0
         above: dict[tuple[str, str], Above] = {}
         for restaurant in await self._mirror.restaurant_ids():
             counts = await asyncio.gather(*(self._mirror.counts(restaurant, name) for name in registry.ENTITIES))
-            waits, broken = sum(one for one, _ in counts), sum(one for _, one in counts)
-            pending, failed = pending + waits, failed + broken
-            above |= {(restaurant, one.state): one for one in warnings(self._settings, waits, broken)}
+            restaurant_pending, restaurant_failed = (sum(numbers) for numbers in zip(*counts, strict=True))
+            pending, failed = pending + restaurant_pending, failed + restaurant_failed
+            above |= {
+                (restaurant, warning.state): warning
+                for warning in warnings(self._settings, restaurant_pending, restaurant_failed)
+            }
         for restaurant, state in sorted(set(above) - self._reported):
             found = above[restaurant, state]
             log.warning(

@@ -1,5 +1,5 @@
-"""Traces of the PostgreSQL writer. A batch has a span that links to its traced changes, and each of these has a span in
-its own trace. A failed change is always traced."""
+"""Adds the spans of the PostgreSQL writer. A batch has one span, which links to its traced changes. Each traced change
+has a span in its own trace. Failed changes are always traced."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from shared.entities.contract import Change
 from shared.messaging import topology
 from shared.observability.tracing import Tracer
 
-# Several statements of one transaction.
+# BATCH stands for the several statements of one transaction.
 _POSTGRES = {"db.system.name": "postgresql", "db.operation.name": "BATCH"}
 
 
-def _names(change: Change) -> dict[str, str]:
-    """Returns the span attributes by which traces are searched, also for a change that never reaches PostgreSQL."""
+def _search_attributes(change: Change) -> dict[str, str]:
+    """Returns the span attributes with which a trace can be found, even if the change never reaches PostgreSQL."""
     return {"ticketrail.change_id": change.id, f"ticketrail.{change.entity}_id": change.entity_id}
 
 
@@ -29,22 +29,29 @@ def trace_batch(
     began: int,
     ended: int,
 ) -> None:
-    """Adds the spans of a batch. `messages`: the number of its messages. `began`, `ended`: when they were taken and
-    when they were committed, in nanoseconds since 1970."""
+    """Adds the spans of a batch. `messages`: the number of its messages. `began` and `ended`: when the messages were
+    taken and when the batch was committed, in nanoseconds since 1970."""
     if not tracer.on:
         return
     traced = [
-        one.written.change
-        for one in written
+        received.decoded.change
+        for received in written
         if tracer.wanted(
-            one.written.change.traceparent, slow_ns=ended - int(one.written.change.time.timestamp() * 1_000_000_000)
+            received.decoded.change.traceparent,
+            slow_ns=ended - int(received.decoded.change.time.timestamp() * 1_000_000_000),
         )
     ]
-    broken = [one for one in failed if one.change is not None and one.change.traceparent]
+    broken = [
+        failed_change
+        for failed_change in failed
+        if failed_change.change is not None and failed_change.change.traceparent
+    ]
     if not traced and not broken:
         return
     queue = topology.lane_queue(batch.lane)
-    links = [change.traceparent for change in traced] + [one.change.traceparent for one in broken if one.change]
+    links = [change.traceparent for change in traced] + [
+        failed_change.change.traceparent for failed_change in broken if failed_change.change
+    ]
     own = tracer.add(
         None,
         f"process {queue}",
@@ -72,26 +79,26 @@ def trace_batch(
             kind=SpanKind.CLIENT,
             attributes={
                 **_POSTGRES,
-                **_names(change),
+                **_search_attributes(change),
                 "messaging.destination.name": queue,
                 "ticketrail.batch.changes": len(batch.changes),
             },
             links=(own,),
         )
-    for one in broken:
-        assert one.change is not None
+    for failed_change in broken:
+        assert failed_change.change is not None
         tracer.add(
-            one.change.traceparent,
-            f"write {one.change.entity}",
+            failed_change.change.traceparent,
+            f"write {failed_change.change.entity}",
             began,
             ended,
             kind=SpanKind.CLIENT,
             attributes={
                 **_POSTGRES,
-                **_names(one.change),
+                **_search_attributes(failed_change.change),
                 "messaging.destination.name": queue,
-                "ticketrail.attempt": one.attempt,
+                "ticketrail.attempt": failed_change.attempt,
             },
-            error=f"{one.failure.reason}: {one.failure.error}",
+            error=f"{failed_change.failure.reason}: {failed_change.failure.error}",
             links=(own,),
         )

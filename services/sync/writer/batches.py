@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from services.sync.failures.classification import Failure, classify
 from services.sync.failures.retry_ladder import FailedChange, single_change_body
-from services.sync.writer.upsert import Written
+from services.sync.writer.upsert import DecodedChange
 from shared.entities import registry
 from shared.entities.contract import Change, Lane, decode_change, now, split_batch
 from shared.entities.signal import HEARTBEAT, Signal, signal_in
@@ -22,11 +22,11 @@ class Message(Protocol):
 
 
 class ReceivedChange(Struct, frozen=True):
-    """One change, with the message that carried it, so that it can be forwarded by itself."""
+    """One change of a message. It keeps the message that carried it, so that a failed change can be forwarded alone."""
 
     event: bytes
     message: Message
-    written: Written
+    decoded: DecodedChange
 
     @property
     def retried(self) -> bool:
@@ -36,11 +36,11 @@ class ReceivedChange(Struct, frozen=True):
     @property
     def name(self) -> tuple[str, str]:
         """(restaurant id, change id)"""
-        return (self.written.change.restaurantid, self.written.change.id)
+        return (self.decoded.change.restaurantid, self.decoded.change.id)
 
     def failed(self, failure: Failure) -> FailedChange:
         return FailedChange(
-            single_change_body(self.event), self.message.headers, failure, now(), self.written.change, self.message
+            single_change_body(self.event), self.message.headers, failure, now(), self.decoded.change, self.message
         )
 
 
@@ -49,16 +49,17 @@ class WriteBatch(Struct):
     changes: list[ReceivedChange]
     heartbeats: list[Signal]
     failed: list[FailedChange]
-    """Changes that cannot be read. They do not delay the rest of their message."""
+    """The changes that cannot be read. The rest of their message is written anyway."""
 
 
 def estimate_changes(body: bytes) -> int:
-    """Estimates the number of changes in a message body without parsing it. Only limits the size of a batch."""
+    """Estimates the number of changes in a message body without parsing it. The estimate only limits the size of a
+    batch."""
     return max(1, body.count(b'"entityversion"'))
 
 
 def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
-    """Never raises: unreadable changes are in `failed`."""
+    """Parses messages. Never raises: unreadable changes are in `failed`."""
     batch = WriteBatch(lane, [], [], [])
     for message in messages:
         try:
@@ -75,7 +76,7 @@ def parse_batch(lane: Lane, messages: Iterable[Message]) -> WriteBatch:
                     continue
                 change = decode_change(event)
                 entity, state = registry.read(change)
-                batch.changes.append(ReceivedChange(event, message, Written(lane, entity, change, state)))
+                batch.changes.append(ReceivedChange(event, message, DecodedChange(lane, entity, change, state)))
             except Exception as error:  # noqa: BLE001  (any error is a failure of this change)
                 batch.failed.append(
                     FailedChange(single_change_body(event), message.headers, classify(error), now(), change, message)

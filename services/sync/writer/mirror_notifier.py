@@ -1,8 +1,8 @@
 """Notifies the mirror of the result of each change: committed in PostgreSQL, or failed.
 
-Best effort, concurrently with the writing: `notify` only enqueues. A notification that the mirror does not accept is
-dropped, and the reconciler repairs the sync states later. The beginning and the end of an outage are logged. At
-shutdown, waiting notifications have one second.
+Notifications are best effort, and the PostgreSQL writer does not wait for them: `notify` only enqueues. If the mirror
+does not accept a notification, it is dropped, and the reconciler repairs the sync states later. The beginning and the
+end of an outage are logged. At shutdown, waiting notifications are sent for at most one second.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 
 from services.sync.failures.classification import describe
-from services.sync.failures.retry_ladder import FailedChange, for_the_mirror
-from services.sync.writer.upsert import Written, highest
+from services.sync.failures.retry_ladder import FailedChange, failure_for_mirror
+from services.sync.writer.upsert import DecodedChange, highest
 from shared.entities import registry
 from shared.entities.contract import Head, Lane
 from shared.lifecycle import BackgroundLoop
@@ -31,7 +31,7 @@ _SHUTDOWN_GRACE_SECONDS = 1.0
 class WriteResult(Struct, frozen=True):
     """The result of writing one batch."""
 
-    committed: Sequence[Written]
+    committed: Sequence[DecodedChange]
     failed: Sequence[FailedChange]
     heartbeats: dict[Lane, datetime]
 
@@ -56,6 +56,7 @@ class MirrorNotifier:
         await self.loop.stop()
 
     def notify(self, result: WriteResult) -> None:
+        """Enqueues a notification, or drops it if too many are waiting."""
         try:
             self._waiting.put_nowait(result)
         except asyncio.QueueFull:
@@ -78,17 +79,23 @@ class MirrorNotifier:
                 self.loop.turned()
 
     async def _send(self, result: WriteResult) -> None:
-        """Sends all calls at once, in one pipeline."""
+        """Sends the notifications of a batch to the mirror, in one pipeline."""
         groups: dict[tuple[str, str], list[tuple[str, Head]]] = {}
-        for entity in {one.entity.name for one in result.committed}:
-            for one in highest(each for each in result.committed if each.entity.name == entity):
-                groups.setdefault((one.key[0], entity), []).append((one.key[1], one.change.head))
+        for entity in {decoded.entity.name for decoded in result.committed}:
+            for decoded in highest(other for other in result.committed if other.entity.name == entity):
+                groups.setdefault((decoded.key[0], entity), []).append((decoded.key[1], decoded.change.head))
         calls = [
             self._mirror.note_sync_states(restaurant, entity, states) for (restaurant, entity), states in groups.items()
         ]
-        for (restaurant, entity, _, _), alike in _by_cause(result.failed).items():
-            states = [(one.change.entity_id, one.change.head) for one in alike if one.change is not None]
-            calls.append(self._mirror.note_sync_states(restaurant, entity, states, failure=for_the_mirror(alike[-1])))
+        for (restaurant, entity, _, _), group in _by_cause(result.failed).items():
+            states = [
+                (failed_change.change.entity_id, failed_change.change.head)
+                for failed_change in group
+                if failed_change.change is not None
+            ]
+            calls.append(
+                self._mirror.note_sync_states(restaurant, entity, states, failure=failure_for_mirror(group[-1]))
+            )
         if result.heartbeats:
             calls.append(self._mirror.note_heartbeats({lane.value: at for lane, at in result.heartbeats.items()}))
         for reply in await asyncio.gather(*calls, return_exceptions=True):
@@ -102,12 +109,12 @@ class MirrorNotifier:
 
 
 def _by_cause(failed: Sequence[FailedChange]) -> dict[tuple[str, str, str, int], list[FailedChange]]:
-    """Groups the failures of one batch by cause. One call per group keeps a burst of failures from loading the
-    mirror."""
+    """Groups the failures of one batch by cause. There is one call per group, so that a burst of failures does not
+    overload the mirror."""
     groups: dict[tuple[str, str, str, int], list[FailedChange]] = {}
-    for one in failed:
-        change = one.change
+    for failed_change in failed:
+        change = failed_change.change
         if change is not None and change.entity in registry.ENTITIES:
-            key = (change.restaurantid, change.entity, one.failure.error, one.attempt)
-            groups.setdefault(key, []).append(one)
+            key = (change.restaurantid, change.entity, failed_change.failure.error, failed_change.attempt)
+            groups.setdefault(key, []).append(failed_change)
     return groups

@@ -3,25 +3,28 @@
     take ─► parse ─┬─► write ──────────────────┬─► acknowledge ─► notify the mirror
                    └─► forward failed changes ─┘
 
-Guarantee: a message is acknowledged only when every change in it is committed, or when the broker has confirmed it in a
-retry queue or a dead-letter queue. If the acknowledgement is lost, the message is delivered again, and writing it again
-is idempotent.
+Guarantee: a message is acknowledged only after each change in it is committed in PostgreSQL, or confirmed by the broker
+in a retry queue or a dead-letter queue. If the acknowledgement is lost, the message is delivered again, and writing it
+again is idempotent.
 
-Order: not kept, and not needed. Several consumers share each lane, and the guard decides which state wins.
+Order: the writer does not keep the order of changes, because the guard decides which state wins. Several consumers
+share each lane.
 
 Failed changes are forwarded concurrently with the writing, and the next batch does not wait for their confirms. A
 message is acknowledged when both have finished with it.
 
-Dead letters take two ways. Up to eight failures of a batch go through the dead-letter queue, from which the collector
-stores them. More of them at once are stored in PostgreSQL directly, in one statement, and use the queue only when that
-fails. One way would be simpler, but a burst of failures must not delay healthy changes. With 10,000 bad changes among
-10,000 good ones, one change per message, the writer commits 660 to 860 good changes per second, and 250 to 280 when all
-dead letters go through the queue. In bad and good changes per second, relative to good ones alone, these are 0.79 to
-0.97 and 0.32; the limit for one way was 0.5. `python -m benchmarks drain` repeats the measurement.
+Dead letters are stored in two ways. If a batch has at most eight failures, its dead letters go through the dead-letter
+queue, and the collector stores them. If it has more, the writer stores them in PostgreSQL itself, in one statement, and
+uses the queue only if that fails. One way would be simpler, but a burst of failures must not delay good changes. With
+10,000 bad changes among 10,000 good ones, one change per message, the writer commits 660 to 860 good changes per
+second. If all dead letters go through the queue, it commits 250 to 280. Counting bad and good changes together, the
+throughput is 0.79 to 0.97 of that with only good changes, or 0.32 if all dead letters go through the queue. The
+decision was to use the queue alone only if it reached 0.5. `python -m benchmarks drain` repeats the measurement.
 
-While PostgreSQL is unavailable, batches are held (`batch_writer`), and the prefetch limits how much waits here. After
-`sink_hold_seconds` the consumers release their messages, and subscribe again when PostgreSQL answers. While RabbitMQ is
-unavailable, connections are renewed (`intake`). The writer never waits for the mirror (`mirror_notifier`).
+While PostgreSQL is unavailable, batches are held (`batch_writer`), and the prefetch limits the number of held messages.
+After `sink_hold_seconds` the consumers release their messages, and subscribe again when PostgreSQL answers. While
+RabbitMQ is unavailable, the consumers reconnect until it answers (`intake`). The writer never waits for the mirror
+(`mirror_notifier`).
 
 Shutdown: deliveries stop, and the taken messages are finished and acknowledged within 10 seconds. A message that cannot
 be finished, for example because PostgreSQL is unavailable, returns to its queue.
@@ -57,13 +60,13 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_MAX_FAILURES_THROUGH_QUEUE = 8  # of one batch
+_MAX_FAILURES_THROUGH_QUEUE = 8  # per batch
 _STORED_TIMEOUT_SECONDS = 0.2
-_SHUTDOWN_GRACE_SECONDS = 6.5  # of the 10 seconds that a stop may take; closing has limits of its own
+_SHUTDOWN_GRACE_SECONDS = 6.5  # a stop may take 10 seconds, and closing the connections needs the rest
 
 
 class Batcher:
-    """One consumer of one lane, with its channel, its batches and its hold."""
+    """One consumer of one lane. It has its own channel, and holds its own batches while PostgreSQL is unavailable."""
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class Batcher:
         self._sending: set[asyncio.Task[None]] = set()
         self._settling = asyncio.Lock()
         self._broken = asyncio.Event()
-        """Set when forwarding failed changes breaks: all messages are returned to the broker and taken again."""
+        """Set if the consumer must return all messages to the broker and start again."""
         self._watch = watch
         self._notifier = notifier
         self.written = 0
@@ -97,7 +100,7 @@ class Batcher:
         self.last_commit_at: datetime | None = None
 
     async def run(self) -> None:
-        """Returns after `intake.end`, when everything that was taken is acknowledged."""
+        """Writes batches until `intake.end` is called. Returns when all messages that were taken are acknowledged."""
         try:
             await self.intake.open()
             while True:
@@ -112,20 +115,19 @@ class Batcher:
                     log.warning("lane_released", lane=self.lane, error=str(error))
                     self._broken.set()
                 except Exception:
-                    # A bug of ours outside the writing of a change. The messages are delivered again; if that does not
-                    # help, the delivery limit moves them to the dead-letter queue.
+                    # This is a bug of ours that no change has caused. The messages are delivered again; if the error
+                    # stays, the delivery limit moves them to the dead-letter queue.
                     log.exception("batch_failed", lane=self.lane)
                     self._broken.set()
                 if self._broken.is_set():
                     await self._restart()
-            await self._all_sent()
+            await self._wait_for_sends()
         finally:
             for task in self._sending:
                 task.cancel()
 
     async def _take(self) -> list[Delivery]:
-        """Like `intake.take`, but returns an empty list when forwarding failed changes breaks during the wait
-        (`_broken` is then set)."""
+        """Takes messages like `intake.take`, but returns an empty list if `_broken` is set during the wait."""
         taking = asyncio.ensure_future(self.intake.take())
         broken = asyncio.ensure_future(self._broken.wait())
         try:
@@ -137,19 +139,19 @@ class Batcher:
 
     async def _restart(self) -> None:
         await self.intake.close()  # the broker delivers all messages again
-        await self._all_sent()
+        await self._wait_for_sends()
         self._open_steps.clear()
         self._broken.clear()
         await self.store.wait_for_an_answer()
         await self.intake.open()
 
-    async def _all_sent(self) -> None:
+    async def _wait_for_sends(self) -> None:
         while self._sending:
             await asyncio.wait(self._sending)
 
-    def _send_on(self, failed: list[FailedChange]) -> "asyncio.Task[None]":
-        """Forwards failed changes in the background. Their messages are acknowledged only after this."""
-        messages: list[Delivery] = list({one.message: None for one in failed})  # type: ignore[misc]
+    def _forward(self, failed: list[FailedChange]) -> "asyncio.Task[None]":
+        """Forwards failed changes in the background. Their messages are acknowledged only after the task has ended."""
+        messages: list[Delivery] = list({failed_change.message: None for failed_change in failed})  # type: ignore[misc]
         self._open_steps.update(messages)
         task = asyncio.create_task(self._send(failed, messages), name=f"failed-{self.lane}")
         self._sending.add(task)
@@ -164,33 +166,37 @@ class Batcher:
             left = await self._store_dead_letters(failed) if len(failed) > _MAX_FAILURES_THROUGH_QUEUE else failed
             if retries := await self._ladder.send(left, self.lane, ours=ours):
                 await self.store.note_retries(retries)
-            await self._done(messages)
+            await self._finish_step(messages)
         except Exception as error:
             log.exception("failed_changes_not_sent", lane=self.lane, changes=len(failed), error=describe(error))
             self._broken.set()
 
     async def _store_dead_letters(self, failed: list[FailedChange]) -> list[FailedChange]:
-        """Stores the dead letters among many failures, like the collector. Returns the failures that must still be
-        sent."""
-        dead = [one for one in failed if self._ladder.is_dead(one, self.lane)]
+        """Stores those failures that are dead letters, as the collector would do. Returns the failures that must still
+        be sent."""
+        dead = [failed_change for failed_change in failed if self._ladder.is_dead(failed_change, self.lane)]
         queue, lane = dead_queue(self.lane), self.lane
         dead_letters = [
             dead_letter
-            for one in dead
-            for dead_letter in parse_dead_letters(queue, lane, one.body, headers_for(one, lane), one.at)
+            for failed_change in dead
+            for dead_letter in parse_dead_letters(
+                queue, lane, failed_change.body, headers_for(failed_change, lane), failed_change.at
+            )
         ]
         new = await self.store.store_dead_letters(dead_letters) if dead_letters else None
         if new is None:
             return failed
-        for reason, count in Counter(one.reason for one in new).items():
+        for reason, count in Counter(dead_letter.reason for dead_letter in new).items():
             self._metrics.dead_letters.inc(reason, count)
-        for (reason, error), count in Counter((one.failure.reason, one.failure.error) for one in dead).items():
+        for (reason, error), count in Counter(
+            (failed_change.failure.reason, failed_change.failure.error) for failed_change in dead
+        ).items():
             self._metrics.dead.inc(reason, count)
             log.warning("changes_failed", queue=queue, reason=reason, error=error, changes=count)
         stored = set(map(id, dead))
-        return [one for one in failed if id(one) not in stored]
+        return [failed_change for failed_change in failed if id(failed_change) not in stored]
 
-    async def _done(self, deliveries: list[Delivery]) -> None:
+    async def _finish_step(self, deliveries: list[Delivery]) -> None:
         """Finishes one step of each message, and acknowledges each message that has no open step left."""
         ready = []
         for delivery in deliveries:
@@ -199,7 +205,8 @@ class Batcher:
                 del self._open_steps[delivery]
                 ready.append(delivery)
         if ready:
-            # One at a time: an acknowledgement may cover all messages before it, which must not be acknowledged again.
+            # Settle one group at a time: an acknowledgement may cover earlier messages, and the broker closes the
+            # channel if one of them is acknowledged again.
             async with self._settling:
                 await self.intake.settle(ready)
 
@@ -207,20 +214,22 @@ class Batcher:
         began = time.time_ns()
         batch = parse_batch(self.lane, taken)
         self._open_steps.update(taken)
-        sending = self._send_on(batch.failed) if batch.failed else None
+        sending = self._forward(batch.failed) if batch.failed else None
         refused = await self.store.write(batch)
         ended = time.time_ns()
         failed = [*batch.failed, *refused]
         if refused:
-            self._send_on(refused)
+            self._forward(refused)
         if sending is not None and len(batch.failed) > _MAX_FAILURES_THROUGH_QUEUE:
-            # They are stored now or soon: one acknowledgement for all of them instead of one each.
+            # Wait until the dead letters are stored, so that one acknowledgement covers all messages of the batch.
             await asyncio.wait({sending}, timeout=_STORED_TIMEOUT_SECONDS)
-        await self._done(taken)
+        await self._finish_step(taken)
 
-        lost = {one.change.id for one in refused if one.change}
-        through = [one for one in batch.changes if one.written.change.id not in lost] if lost else batch.changes
-        committed = [one.written for one in through]
+        lost = {failed_change.change.id for failed_change in refused if failed_change.change}
+        through = (
+            [change for change in batch.changes if change.decoded.change.id not in lost] if lost else batch.changes
+        )
+        committed = [change.decoded for change in through]
         self._measure(batch, ended, (ended - began) / 1e9)
         trace_batch(self._tracer, batch, len(taken), through, failed, began, ended)
         self.written += len(committed)
@@ -228,7 +237,7 @@ class Batcher:
         self.last_batch, self.last_commit_at = len(batch.changes), now()
         heartbeat_at = max((heartbeat.time for heartbeat in batch.heartbeats), default=None)
         if heartbeat_at is not None:
-            self._watch.note(self.lane, heartbeat_at, self.last_commit_at)
+            self._watch.stored(self.lane, heartbeat_at, self.last_commit_at)
         self._notifier.notify(WriteResult(committed, failed, {self.lane: heartbeat_at} if heartbeat_at else {}))
 
     def _measure(self, batch: WriteBatch, ended: int, seconds: float) -> None:
@@ -236,8 +245,8 @@ class Batcher:
             return
         self._metrics.batch.observe(len(batch.changes))
         self._metrics.write_seconds.observe(seconds)
-        for one in batch.changes:
-            self._metrics.lag.observe(max(0.0, ended / 1e9 - one.written.change.time.timestamp()))
+        for change in batch.changes:
+            self._metrics.lag.observe(max(0.0, ended / 1e9 - change.decoded.change.time.timestamp()))
 
 
 class PostgresWriter:
@@ -261,13 +270,13 @@ class PostgresWriter:
             watch.watch_lane(lane, lambda lane=lane: self._idle(lane))  # type: ignore[misc]
 
     async def start(self) -> None:
-        """Returns at once; the consumers subscribe as soon as the broker is there."""
+        """Starts the consumers and returns at once. They subscribe as soon as the broker answers."""
         self._notifier.start()
         for batcher in self._batchers:
             batcher.loop.start()
 
     async def stop(self) -> None:
-        """Takes at most 10 seconds. The writer cannot be started again."""
+        """Stops within 10 seconds. The writer cannot be started again."""
         await asyncio.gather(*(batcher.intake.end() for batcher in self._batchers))
         await asyncio.gather(*(batcher.loop.stop(grace_seconds=_SHUTDOWN_GRACE_SECONDS) for batcher in self._batchers))
         await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._notifier.stop())

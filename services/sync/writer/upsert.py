@@ -1,18 +1,18 @@
-"""Writes batches of changes into PostgreSQL. No other module writes the entities' tables, `changes`, `conflicts` and
-`heartbeats`.
+"""Writes batches of changes into PostgreSQL. No other module writes the tables of entities, `changes` and `heartbeats`,
+and no other module opens conflicts.
 
-Guarantee: `write_batch` is one transaction. The tables end the same for every order of the batches, however often each
-one is written, and for any number of writers at the same time:
+Guarantee: `write_batch` is one transaction. The tables have the same content in the end, in whichever order and however
+often batches are written, and with any number of writers at the same time:
 
     entities' tables  the state with the largest (version, change id) wins, and its children with it
-    facts             every fact that any state has ever carried
+    facts             every fact that a written state has carried
     changes           every change once, verbatim
-    conflicts         every pair of changes that claim one version, or that have one base
+    conflicts         every pair of changes that claim one version or have one base
 
-Order inside the transaction: entities come first. Their row locks serialize two forks that are written at the same
-time, so that the second sees the first when it looks for forks. Tables are always visited in the same order and rows
-are sorted by key, or two writers would deadlock. PostgreSQL refuses two versions of one row in one upsert, so only the
-highest version of a batch is sent.
+Order inside the transaction: entities come first. If two changes of a fork are written at the same time, the row locks
+of the entity serialize them, so that the second one finds the first one when it looks for forks. All writers visit the
+tables in the same order and sort rows by key, because two writers would deadlock otherwise. PostgreSQL refuses two
+versions of one row in one upsert, so only the highest version in a batch is sent.
 
 The statements are built once, from the declarations in `shared/entities`. Values travel as one array per column.
 """
@@ -33,8 +33,8 @@ Key = tuple[str, str]
 """(restaurant id, entity id)"""
 
 
-class Written(Struct, frozen=True):
-    """One validated change to write, with the state after it."""
+class DecodedChange(Struct, frozen=True):
+    """One decoded and validated change to write, with the state after the change."""
 
     lane: Lane
     entity: Entity
@@ -79,7 +79,7 @@ def _statements(entity: Entity) -> _Statements:
         upsert=_insert(entity.table.name, (*owner, *guard), entity.table.columns)
         + f" on conflict (restaurant_id, id) do update set {assignments}"
         " where (excluded.version, excluded.change_id) > (t.version, t.change_id)"
-        # xmax is 0 in a row that was inserted and not updated: such a row has no children yet.
+        # xmax is 0 if the row was inserted and not updated. Such a row has no children yet.
         " returning t.restaurant_id::text, t.id::text, t.xmax = 0 as inserted",
         forget_children=tuple(
             f"delete from {child.name} t using unnest($1::uuid[], $2::uuid[]) as gone (restaurant_id, parent)"  # noqa: S608
@@ -103,28 +103,28 @@ def _statements(entity: Entity) -> _Statements:
 
 _STATEMENTS = {name: _statements(entity) for name, entity in registry.ENTITIES.items()}
 
-_CHANGES: Sequence[tuple[str, str, Callable[[Written], Any]]] = (
-    ("restaurant_id", "uuid", lambda one: one.change.restaurantid),
-    ("change_id", "uuid", lambda one: one.change.id),
-    ("entity", "text", lambda one: one.entity.name),
-    ("entity_id", "uuid", lambda one: one.change.entity_id),
-    ("version", "int4", lambda one: one.change.entityversion),
-    ("base_change_id", "uuid", lambda one: one.change.basechangeid),
-    ("type", "text", lambda one: one.change.type),
-    ("source", "text", lambda one: one.change.source),
-    ("lane", "text", lambda one: one.lane.value),
-    ("accepted_at", "timestamptz", lambda one: one.change.time),
-    ("traceparent", "text", lambda one: one.change.traceparent),
-    ("actor", "text", lambda one: one.change.actor),
-    ("data", "json", lambda one: data_of(one.change)),
+_CHANGES: Sequence[tuple[str, str, Callable[[DecodedChange], Any]]] = (
+    ("restaurant_id", "uuid", lambda decoded: decoded.change.restaurantid),
+    ("change_id", "uuid", lambda decoded: decoded.change.id),
+    ("entity", "text", lambda decoded: decoded.entity.name),
+    ("entity_id", "uuid", lambda decoded: decoded.change.entity_id),
+    ("version", "int4", lambda decoded: decoded.change.entityversion),
+    ("base_change_id", "uuid", lambda decoded: decoded.change.basechangeid),
+    ("type", "text", lambda decoded: decoded.change.type),
+    ("source", "text", lambda decoded: decoded.change.source),
+    ("lane", "text", lambda decoded: decoded.lane.value),
+    ("accepted_at", "timestamptz", lambda decoded: decoded.change.time),
+    ("traceparent", "text", lambda decoded: decoded.change.traceparent),
+    ("actor", "text", lambda decoded: decoded.change.actor),
+    ("data", "json", lambda decoded: data_of(decoded.change)),
 )
 _INSERT_CHANGES = (
     _insert("changes", [(name, type_) for name, type_, _ in _CHANGES], ())
     + " on conflict do nothing returning restaurant_id, change_id"
 )
 
-# Each pair is ordered by its ids, so that it opens one conflict, whichever change comes second. Each half of the union
-# uses an index of its own.
+# The two ids of a pair are sorted, so that a fork opens one conflict, whichever change is written second. Each half of
+# the union uses its own index.
 _INSERT_CONFLICTS = """
 with mine as (
     select c.restaurant_id, c.entity, c.entity_id, c.version, c.change_id, c.base_change_id
@@ -149,55 +149,56 @@ order by 1, 5, 6
 on conflict do nothing
 """
 
-# A heartbeat may overtake an earlier one on another channel: the one with the latest time counts.
+# On another channel a heartbeat may overtake an earlier one, so the heartbeat with the latest time is kept.
 _STORE_HEARTBEATS = """
 insert into heartbeats as t (lane, heartbeat_id, epoch, sent_at)
 select * from unnest($1::text[], $2::uuid[], $3::text[], $4::timestamptz[])
 on conflict (lane) do update
-set heartbeat_id = excluded.heartbeat_id, epoch = excluded.epoch, sent_at = excluded.sent_at, noted_at = now()
+set heartbeat_id = excluded.heartbeat_id, epoch = excluded.epoch, sent_at = excluded.sent_at, stored_at = now()
 where excluded.sent_at > t.sent_at
 """
 
 
 def data_of(change: Change) -> str:
-    """Returns JSON with before and after exactly as received. `decode_change` has checked that they are text."""
+    """Returns `data` as JSON, with `before` and `after` exactly as received. `decode_change` has checked that both are
+    valid UTF-8."""
     return f'{{"before":{bytes(change.data.before).decode()},"after":{bytes(change.data.after).decode()}}}'
 
 
-def highest(written: Iterable[Written]) -> list[Written]:
+def highest(written: Iterable[DecodedChange]) -> list[DecodedChange]:
     """Returns the change with the highest head of each entity, sorted by key."""
-    found: dict[Key, Written] = {}
-    for one in written:
-        known = found.get(one.key)
-        if known is None or one.change.head > known.change.head:
-            found[one.key] = one
+    found: dict[Key, DecodedChange] = {}
+    for decoded in written:
+        known = found.get(decoded.key)
+        if known is None or decoded.change.head > known.change.head:
+            found[decoded.key] = decoded
     return [found[key] for key in sorted(found)]
 
 
 async def write_batch(
     connection: Connection,
-    written: Sequence[Written],
+    written: Sequence[DecodedChange],
     heartbeats: Sequence[Signal] = (),
     *,
     timeout_seconds: float,
     retried: Sequence[tuple[str, str]] = (),
 ) -> Outcome:
-    """Writes everything or nothing. `timeout_seconds`: when the server cancels a statement or stops waiting for a lock.
-    `retried`: the changes that come from the retry ladder, as (restaurant id, change id).
+    """Writes all changes and heartbeats in one transaction. `timeout_seconds`: after this time the server cancels a
+    statement or stops waiting for a lock. `retried`: (restaurant id, change id) of the changes from the retry ladder.
 
-    `timeout_seconds` must be less than the connection's own command timeout. Then a slow statement ends with an error
+    `timeout_seconds` must be less than the command timeout of the connection. Then a slow statement ends with an error
     of the server (QueryCanceledError, LockNotAvailableError), and a command timeout means that the server does not
     answer at all.
     """
     async with connection.transaction():
-        # Without statistics (a young database) the planner would read all of `changes` for every batch.
+        # While a new database has no statistics, the planner would otherwise read all of `changes` for every batch.
         milliseconds = int(timeout_seconds * 1000)
         await connection.execute(
             f"set local statement_timeout = {milliseconds}; set local lock_timeout = {milliseconds * 9 // 10};"
             " set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off"
         )
         for name, entity in registry.ENTITIES.items():
-            if mine := [one for one in written if one.entity.name == name]:
+            if mine := [decoded for decoded in written if decoded.entity.name == name]:
                 await _write_entities(connection, entity, mine)
         new, forks = await _write_changes(connection, written) if written else (0, 0)
         if heartbeats:
@@ -207,26 +208,28 @@ async def write_batch(
     return Outcome(new, forks)
 
 
-async def _write_entities(connection: Connection, entity: Entity, written: Sequence[Written]) -> None:
+async def _write_entities(connection: Connection, entity: Entity, written: Sequence[DecodedChange]) -> None:
     statements = _STATEMENTS[entity.name]
     top = highest(written)
     rows = await connection.fetch(
         statements.upsert,
-        [one.change.restaurantid for one in top],
-        [one.change.entity_id for one in top],
-        [one.change.entityversion for one in top],
-        [one.change.id for one in top],
-        *_arrays(entity.table.columns, [one.state for one in top]),
+        [decoded.change.restaurantid for decoded in top],
+        [decoded.change.entity_id for decoded in top],
+        [decoded.change.entityversion for decoded in top],
+        [decoded.change.id for decoded in top],
+        *_arrays(entity.table.columns, [decoded.state for decoded in top]),
     )
     inserted = {(row[0], row[1]): row[2] for row in rows}
-    applied = [one for one in top if one.key in inserted]
-    updated = [one.key for one in applied if not inserted[one.key]]
+    applied = [decoded for decoded in top if decoded.key in inserted]
+    updated = [decoded.key for decoded in applied if not inserted[decoded.key]]
     for child, forget, insert in zip(
         entity.children, statements.forget_children, statements.insert_children, strict=True
     ):
         if updated:
             await connection.execute(forget, [key[0] for key in updated], [key[1] for key in updated])
-        lines = [(one.key, place, row) for one in applied for place, row in enumerate(child.rows(one.state), 1)]
+        lines = [
+            (decoded.key, place, row) for decoded in applied for place, row in enumerate(child.rows(decoded.state), 1)
+        ]
         if lines:
             await connection.execute(
                 insert,
@@ -236,7 +239,7 @@ async def _write_entities(connection: Connection, entity: Entity, written: Seque
                 *_arrays(child.columns, [row for _, _, row in lines]),
             )
     for fact, insert in zip(entity.facts, statements.insert_facts, strict=True):
-        found = {(*one.key, row.id): row for one in written for row in fact.rows(one.state)}  # type: ignore[attr-defined]
+        found = {(*decoded.key, row.id): row for decoded in written for row in fact.rows(decoded.state)}  # type: ignore[attr-defined]
         if found:
             facts = [
                 (restaurant, id_, parent, found[restaurant, parent, id_]) for restaurant, parent, id_ in sorted(found)
@@ -250,12 +253,12 @@ async def _write_entities(connection: Connection, entity: Entity, written: Seque
             )
 
 
-async def _write_changes(connection: Connection, written: Sequence[Written]) -> tuple[int, int]:
-    ordered = sorted(written, key=lambda one: (one.change.restaurantid, one.change.id))
-    arrays = [[value(one) for one in ordered] for _, _, value in _CHANGES]
+async def _write_changes(connection: Connection, written: Sequence[DecodedChange]) -> tuple[int, int]:
+    ordered = sorted(written, key=lambda decoded: (decoded.change.restaurantid, decoded.change.id))
+    arrays = [[value(decoded) for decoded in ordered] for _, _, value in _CHANGES]
     new = await connection.fetch(_INSERT_CHANGES, *arrays)
     if not new:
-        return 0, 0  # the writer of these changes has looked for forks
+        return 0, 0  # all changes were written before, and that write has looked for forks
     status = await connection.execute(_INSERT_CONFLICTS, [row[0] for row in new], [row[1] for row in new])
     return len(new), int(status.rpartition(" ")[2])
 

@@ -1,16 +1,17 @@
--- The first schema. Run by the owner; roles exist already (shared/postgres/migrate.py makes them).
---   writer  the sync worker: trusted, sees every tenant
---   api     what clients' requests run as: sees the tenant set for its transaction, and nothing without one
---   ops     operators' tools: reads every tenant
--- No foreign keys between entities and no unique labels: a dish may arrive after its order, and what the contract
--- accepts no constraint refuses. Every key begins with restaurant_id, so that no upsert can touch another tenant's row.
+-- The first schema. The owner of the database runs it, after shared/postgres/migrate.py has created the roles:
+--   writer  the sync worker: it is trusted and sees every tenant
+--   api     the requests of clients: it sees the tenant that its transaction has set, and nothing if none is set
+--   ops     the tools of operators: it reads every tenant
+-- There are no foreign keys between entities and no unique labels, because a dish may arrive after its order, and no
+-- constraint may refuse a change that the contract accepts. Every key begins with restaurant_id, so that no upsert can
+-- touch a row of another tenant.
 
--- Identity: plain rows, no events.
+-- Identity. These are plain rows without events.
 create table restaurants (
     id uuid primary key,
     slug text not null unique,
     name text not null,
-    -- What orders take over from here must fit the contract of orders.
+    -- Orders copy the next columns, so their values must obey the contract of orders.
     currency text not null default 'EUR' check (currency ~ '^[A-Z]{3}$'),
     time_zone text not null default 'UTC' check (now() at time zone time_zone is not null),
     cutoff_hour int not null default 4 check (cutoff_hour between 0 and 23),
@@ -32,7 +33,7 @@ create table terminals (
     created_at timestamptz not null default now()
 );
 
--- What happened: append-only. `seq` and `xid` are for feeds, which page below the oldest running transaction.
+-- All changes; the table is append-only. Feeds page by (xid, seq), and only up to the oldest running transaction.
 create table changes (
     restaurant_id uuid not null,
     change_id uuid not null,
@@ -45,7 +46,7 @@ create table changes (
     lane text not null,
     accepted_at timestamptz not null,
     traceparent text,
-    data json not null,  -- json, not jsonb: what a newer producer adds is kept to the letter
+    data json not null,  -- json, not jsonb, keeps the exact text, including the fields that a newer producer adds
     written_at timestamptz not null default now(),
     xid xid8 not null default pg_current_xact_id(),
     seq bigint generated always as identity,
@@ -54,10 +55,10 @@ create table changes (
 create index changes_by_version on changes (restaurant_id, entity, entity_id, version);
 create index changes_by_base on changes (restaurant_id, base_change_id) where base_change_id is not null;
 create index changes_by_seq on changes (xid, seq);
--- Of a few pages for millions of rows: what looks for gaps reads the last hour alone.
+-- The search for gaps reads only the last hour. This index needs a few pages for millions of rows.
 create index changes_by_time on changes using brin (accepted_at);
 
--- A fork: two changes that claim the same version, or that were built on the same change. Both are kept in `changes`.
+-- A fork: two changes that claim the same version, or that have the same base. Both stay in `changes`.
 create table conflicts (
     restaurant_id uuid not null,
     entity text not null,
@@ -70,22 +71,22 @@ create table conflicts (
     primary key (restaurant_id, change_id, other_change_id)
 );
 
--- The last heartbeat that this sink has seen, of every lane; `epoch` is the log's.
+-- The last heartbeat of every lane that PostgreSQL has stored. `epoch` is the epoch of the change log.
 create table heartbeats (
     lane text primary key,
     heartbeat_id uuid not null,
     epoch text not null,
     sent_at timestamptz not null,
-    noted_at timestamptz not null default now()
+    stored_at timestamptz not null default now()
 );
--- Every stream that ever was the log; the newest row is the present one.
+-- Every stream that was the change log at some time. The newest row is the current one.
 create table log_epochs (
     id int generated always as identity primary key,
     epoch text not null unique,
     created_at timestamptz not null default now()
 );
 
--- Tables for readers: the standing state of every entity.
+-- Tables for readers: the current state of every entity.
 create table orders (
     restaurant_id uuid not null,
     id uuid not null,
@@ -174,7 +175,7 @@ create table tables (
     primary key (restaurant_id, id)
 );
 
--- Who may do what. The api role reads; what it writes goes through the rail.
+-- Privileges. The api role only reads these tables, because the services write entities through the rail.
 do $$
 declare
     t text;
@@ -190,13 +191,13 @@ begin
         execute format('grant select, insert, update, delete on %I to ticketrail_writer', t);
     end loop;
 end $$;
--- The log of changes is append-only for everybody.
+-- `changes` is append-only for every role.
 revoke update, delete on changes from ticketrail_writer;
 
 grant select, insert, update on heartbeats to ticketrail_writer;
 grant select on heartbeats, log_epochs to ticketrail_api, ticketrail_ops;
 grant select, insert on log_epochs to ticketrail_writer;
--- What the services must know of a restaurant before they know the caller's tenant; who its people are they need not.
+-- The services read restaurants before they know the tenant of the caller. They do not need users and terminals then.
 grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;
 grant select, insert, update on users, terminals to ticketrail_writer;
 grant insert, update on restaurants to ticketrail_writer;

@@ -1,4 +1,4 @@
--- Menu, tables, bays, jobs, customers and stock; who signs in; who changed what.
+-- The back office: menu, tables, bays, jobs, customers, stock, sign-in, and the actor of each change.
 
 -- Entities.
 alter table orders add customer_id uuid, add external_id text;
@@ -8,21 +8,22 @@ create index orders_of_session on orders (restaurant_id, customer_session_id, cr
     where customer_session_id is not null;
 create index orders_at_table on orders (restaurant_id, table_id, created_at desc, id desc) where table_id is not null;
 create index orders_by_status on orders (restaurant_id, status, created_at desc, id desc) where deleted_at is null;
--- What the mirror is filled with when it was lost: what has changed in the last days, and what is open.
+-- A lost mirror is filled with the orders that changed in the last days and with the open orders.
 create index orders_by_update on orders (updated_at);
 create index orders_open on orders (restaurant_id)
     where status not in ('completed', 'cancelled') and deleted_at is null;
--- Who sits at a table, or is a customer, is in one restaurant: else the planner expects the two hundredth part of them.
+-- A table and a customer belong to one restaurant. Without these statistics the planner does not know that, and expects
+-- too few orders, by a factor of 200.
 create statistics orders_at_table_statistics (dependencies) on restaurant_id, table_id from orders;
 create statistics orders_of_customer_statistics (dependencies) on restaurant_id, customer_id from orders;
--- Days are summed up from the index alone.
+-- The totals of a day are read from this index alone.
 create index orders_by_day on orders (restaurant_id, business_day)
     include (status, total, subtotal, tax_amount, tip_amount, discount_amount, payment_status) where deleted_at is null;
 
--- The id of a payment is the client's: it is unique within its order.
+-- The client chooses the id of a payment, so the id is unique only within its order.
 alter table payments drop constraint payments_pkey, add primary key (restaurant_id, order_id, id);
 drop index payments_of_order;
--- What a fork left out is looked for.
+-- The reconciler searches recent conflicts for payments that a fork left out.
 create index conflicts_by_time on conflicts (opened_at);
 create index payments_newest on payments (restaurant_id, created_at desc, id desc);
 
@@ -146,7 +147,7 @@ create table stock_moves (
     primary key (restaurant_id, inventory_item_id, id)
 );
 
--- Who changed what: read by time, or by entity (changes_by_version).
+-- The history: changes by time, by kind of entity and by actor. The index changes_by_version serves one entity.
 alter table changes add actor text;
 create index changes_newest on changes (restaurant_id, accepted_at desc, change_id desc);
 create index changes_newest_of on changes (restaurant_id, entity, accepted_at desc, change_id desc)
@@ -169,14 +170,14 @@ begin
         execute format('grant select on %I to ticketrail_api, ticketrail_ops', t);
         execute format('grant select, insert, update, delete on %I to ticketrail_writer', t);
     end loop;
-    -- Lists page by the time of creation.
+    -- Lists are paged by the time of creation.
     foreach t in array array['menu_items', 'tables', 'categories', 'brands', 'bays', 'jobs', 'customers',
                              'inventory_items'] loop
         execute format('create index %I on %I (restaurant_id, created_at desc, id desc)', t || '_newest', t);
     end loop;
 end $$;
 
--- Identity: plain rows, no events.
+-- Identity. These are plain rows without events.
 alter table restaurants add email text, add settings jsonb not null default '{}';
 alter table users
     add name text not null default '',
@@ -188,7 +189,8 @@ alter table users drop constraint users_email_key;
 create unique index users_by_email on users (lower(email)) where deleted_at is null;
 create index users_of_restaurant on users (restaurant_id, created_at desc, id desc);
 
--- One family per sign-in; each token of it is used once. Kept as hashes: what leaks from here opens nothing.
+-- Each sign-in begins a family of tokens, and each token is used once. The table holds only hashes, so that a leaked
+-- table gives nobody access.
 create table refresh_tokens (
     token_sha256 bytea primary key,
     family uuid not null,
@@ -202,8 +204,8 @@ create index refresh_tokens_of_family on refresh_tokens (family);
 create index refresh_tokens_of_user on refresh_tokens (user_id);
 create index refresh_tokens_by_expiry on refresh_tokens (expires_at);
 
--- The api role sees the users of its tenant alone. What must be known before the tenant is known, these functions
--- tell, one row at a time.
+-- The api role sees only the users of its tenant. The functions below return one row at a time to a caller whose tenant
+-- is not known yet.
 alter table users enable row level security;
 alter table users force row level security;
 create policy tenant on users for all to ticketrail_api
@@ -212,25 +214,26 @@ create policy tenant on users for all to ticketrail_api
 create policy writer on users for all to ticketrail_writer using (true) with check (true);
 create policy ops on users for select to ticketrail_ops using (true);
 create policy owner on users for all to current_user using (true) with check (true);
--- Not the hashes of the passwords: sign_in_user tells one to who knows its email.
+-- The api role may not select password_hash. sign_in_user returns it for one email at a time.
 grant select (id, restaurant_id, email, name, role, is_active, created_at, updated_at, deleted_at), insert, update
     on users to ticketrail_api;
 grant insert on restaurants to ticketrail_api;
 grant select, delete on refresh_tokens to ticketrail_writer;
 
--- pg_temp comes last: else a temporary table of the caller would stand before ours.
-create function sign_in_user(wanted_email text)
+-- pg_temp comes last in search_path. Otherwise a temporary table of the caller could hide our table.
+create function sign_in_user(given_email text)
 returns table (id text, restaurant_id text, email text, name text, role text, password_hash text)
 language sql stable security definer set search_path = public, pg_temp as $$
     select u.id::text, u.restaurant_id::text, u.email, u.name, u.role, u.password_hash
     from users u
-    where lower(u.email) = lower(wanted_email) and u.deleted_at is null and u.is_active
+    where lower(u.email) = lower(given_email) and u.deleted_at is null and u.is_active
 $$;
 
--- Whatever begins, goes on or ends a session locks its user first: who changes a password, shuts somebody out or meets a
--- stolen token also ends what is being made at that moment.
+-- Each function that begins, rotates or ends a session locks the row of its user first. A password change, the
+-- deactivation of a user and the reuse of a token therefore also end a session that begins at the same moment.
 
--- `known`: the hash that the password fitted. False when it is another by now, or the user is shut out.
+-- `known`: the password hash that the service has verified. Returns false if the hash has changed since, or if the user
+-- is deactivated or deleted.
 create function begin_session(token bytea, of_user uuid, known text, ttl interval) returns boolean
 language plpgsql security definer set search_path = public, pg_temp as $$
 begin
@@ -245,7 +248,7 @@ begin
     return true;
 end $$;
 
--- Rotates a refresh token. `outcome`: rotated, reused (the whole family is revoked by this) or invalid.
+-- Rotates a refresh token. `outcome`: rotated, reused (the call then revokes the whole family) or invalid.
 create function rotate_session(old bytea, new bytea, ttl interval)
 returns table (outcome text, id text, restaurant_id text, email text, name text, role text)
 language plpgsql security definer set search_path = public, pg_temp as $$
@@ -279,7 +282,7 @@ begin
     where family = (select family from refresh_tokens where token_sha256 = token);
 end $$;
 
--- All of a user's: its password was changed, or it was shut out, in the same transaction before.
+-- Ends all sessions of a user. Call it in the transaction that changes the password or deactivates the user.
 create function end_sessions_of(of_user uuid) returns void
 language sql security definer set search_path = public, pg_temp as $$
     update refresh_tokens set revoked_at = now() where user_id = of_user and revoked_at is null
@@ -290,14 +293,14 @@ revoke execute on function sign_in_user(text), begin_session(bytea, uuid, text, 
 grant execute on function sign_in_user(text), begin_session(bytea, uuid, text, interval),
     rotate_session(bytea, bytea, interval), end_session(bytea), end_sessions_of(uuid) to ticketrail_api;
 
--- How far an import has come, by the digest of its source: what was interrupted goes on from there.
+-- The position of each import, by the digest of its source. An interrupted import continues there.
 create table imports (
     source_sha256 text primary key,
     source text not null,
     restaurant_id uuid not null,
     done bigint not null default 0,
     refused bigint not null default 0,
-    -- Of the rows that are done: those of a database may be others at the next run.
+    -- Digest of the rows that are done, because a database can return other rows at the next run.
     passed_sha256 text not null default '',
     finished_at timestamptz,
     started_at timestamptz not null default now(),

@@ -1,13 +1,13 @@
--- What could not be written, in operators' hands: dead letters, their replays, and who did what. And what is on the
--- retry ladder now, so that every change can be accounted for by its id.
+-- Tables for operators: dead letters, their replays, the audit, and the changes on the retry ladder, which the ledger
+-- needs to account for every change by its id.
 
--- A dead letter is stored once: when its message dies again, it has one death more.
+-- A dead letter has one row. If its message dies again, `deaths` increases.
 create table dead_letters (
     id uuid primary key default gen_random_uuid(),
-    digest bytea not null unique,  -- SHA-256 of the queue that it came from and its body
-    queue text not null,           -- the dead queue
-    lane text,                     -- whose queue a replay goes to; none: a letter of the mirror writer
-    restaurant_id uuid,            -- none: it cannot be read
+    digest bytea not null unique,  -- SHA-256 of dead-letter queue and body
+    queue text not null,           -- the dead-letter queue
+    lane text,                     -- the lane that a replay uses; null for a dead letter of the mirror writer
+    restaurant_id uuid,            -- null if the event names no readable restaurant
     change_id uuid,
     entity text,
     entity_id uuid,
@@ -16,23 +16,23 @@ create table dead_letters (
     source text,
     terminal_id text,
     trace_id text,
-    mixed boolean not null default false,  -- it names two restaurants: for operators alone
-    reason text not null,          -- stable, such as contract_broken
-    error text not null,           -- for people
-    place text not null,           -- in our code: module:function
-    fingerprint text not null,     -- of error type and place
-    attempts json not null,        -- [{"at", "reason", "error", "place"}], the first one first
+    mixed boolean not null default false,  -- the event names two restaurants, so only operators may see it
+    reason text not null,          -- the stable name of the cause, such as contract_broken
+    error text not null,           -- error type and message, for people
+    place text not null,           -- where our code failed, as module:function
+    fingerprint text not null,     -- hash of reason, error type and place; groups dead letters
+    attempts json not null,        -- [{"at", "reason", "error", "place"}], oldest first
     deaths int not null default 1,
     first_failed_at timestamptz not null,
     last_failed_at timestamptz not null,
     headers json not null,
-    body bytea not null,           -- as received
+    body bytea not null,           -- the exact bytes that were received
     status text not null default 'open' check (status in ('open', 'replaying', 'resolved', 'discarded')),
-    revision int not null default 1,  -- moves with every act and every death: of two operators the second is told
-    replaced_by uuid,              -- the change that an edit or a discard has made of it
+    revision int not null default 1,  -- every action and every death increments it; an action on an old one is refused
+    replaced_by uuid,              -- the change that an edit or a discard committed in its place
     why text,                      -- the reason of a discard
     kept_at timestamptz not null default now(),
-    closed_at timestamptz          -- since when it is resolved or discarded
+    closed_at timestamptz          -- when it was resolved or discarded
 );
 create index dead_letters_newest on dead_letters (last_failed_at desc, id desc);
 create index dead_letters_open on dead_letters (fingerprint, last_failed_at desc) where status in ('open', 'replaying');
@@ -41,7 +41,7 @@ create index dead_letters_of_change on dead_letters (restaurant_id, change_id);
 create index dead_letters_of_entity on dead_letters (restaurant_id, entity, entity_id);
 create index dead_letters_closed on dead_letters (closed_at) where closed_at is not null;
 
--- An edit: the event as it was made anew, and what differs from the letter.
+-- The edits of dead letters. `event` is the event of the operator, `difference` compares it with the dead letter.
 create table dead_letter_edits (
     id uuid primary key default gen_random_uuid(),
     dead_letter_id uuid not null references dead_letters on delete cascade,
@@ -54,24 +54,24 @@ create table dead_letter_edits (
 );
 create index dead_letter_edits_of_dead_letter on dead_letter_edits (dead_letter_id, at);
 
--- Replays run in the sync worker, a row each, so that they survive it.
+-- Each replay or dry run is a row, so that it survives the sync worker that runs it.
 create table replay_jobs (
     id uuid primary key default gen_random_uuid(),
     kind text not null check (kind in ('replay', 'dry_run')),
     state text not null default 'waiting'
-        check (state in ('waiting', 'running', 'done', 'cancelled', 'stopped')),  -- stopped: by itself
-    wanted json not null,          -- the filter, as it was asked for
+        check (state in ('waiting', 'running', 'done', 'cancelled', 'stopped')),  -- stopped: the job stopped by itself
+    selection json not null,       -- the ids or the filter that selected the dead letters
     actor text not null,
     why text,
     per_second double precision not null default 50,
     canary boolean not null default true,
     total int not null default 0,
-    cancel_asked boolean not null default false,
+    cancel_requested boolean not null default false,
     message text,
     created_at timestamptz not null default now(),
     started_at timestamptz,
-    worker uuid,                   -- which one runs it
-    beat_at timestamptz,           -- of that worker: one that is silent for a while has died
+    worker uuid,                   -- the worker that runs the job
+    heartbeat_at timestamptz,      -- last sign of life of that worker; after a silence another worker takes the job
     finished_at timestamptz
 );
 create index ops_jobs_open on replay_jobs (created_at) where state in ('waiting', 'running');
@@ -79,9 +79,11 @@ create table replay_job_items (
     job_id uuid not null references replay_jobs on delete cascade,
     position int not null,
     dead_letter_id uuid not null references dead_letters on delete cascade,
-    fingerprint text not null,     -- when the job was made
-    outcome text,                  -- none yet; sending, sent, resolved, failed, skipped; of a dry run: would_write, superseded, would_fail
-    again boolean,                 -- it failed of the same as before
+    fingerprint text not null,     -- the fingerprint of the dead letter when the job was made
+    -- null until the job handles the item. A replay: sending, sent, resolved, failed, skipped. A dry run: would_write,
+    -- superseded, would_fail, skipped.
+    outcome text,
+    same_cause boolean,            -- whether it failed again with the same fingerprint; null unless it failed
     detail text,
     at timestamptz,
     primary key (job_id, position)
@@ -89,7 +91,7 @@ create table replay_job_items (
 create index replay_job_items_under_way on replay_job_items (dead_letter_id) where outcome in ('sending', 'sent');
 create index replay_job_items_of_dead_letter on replay_job_items (dead_letter_id);
 
--- What people did: read by operators, and by admins where it is about their restaurant.
+-- The audit of operator actions. Operators read all of it, and admins the part about their own restaurant.
 create table audit (
     id bigint generated always as identity primary key,
     at timestamptz not null default now(),
@@ -105,7 +107,8 @@ create index audit_newest on audit (at desc, id desc);
 create index audit_of_target on audit (target, at desc);
 create index audit_of_restaurant on audit (restaurant_id, at desc);
 
--- What is on the retry ladder: written when the broker has confirmed it there, gone when it is committed or dead.
+-- The changes on the retry ladder. A row is inserted when the broker has confirmed the change in a retry queue, and
+-- deleted when the change is committed or dead.
 create table retries (
     restaurant_id uuid not null,
     change_id uuid not null,
@@ -119,18 +122,18 @@ create table retries (
     primary key (restaurant_id, change_id)
 );
 
--- Which entities stand on one side of a fork that nobody has decided yet.
+-- Finds the entities that have an open conflict.
 create index conflicts_open on conflicts (restaurant_id, entity, entity_id) where resolved_at is null;
 
--- Of the cursors of the pull feed: a database that came back from a backup counts (xid, seq) anew. The newest row is the
--- present one (services/sync/maintenance/feed_epochs.py).
+-- The epochs of the pull feed. A database that was restored from a backup assigns values of (xid, seq) again, so a
+-- restore begins a new epoch (services/sync/maintenance/feed_epochs.py). The newest row is the current one.
 create table feed_epochs (
     id int generated always as identity primary key,
     epoch text not null unique default left(replace(gen_random_uuid()::text, '-', ''), 12),
     why text not null,
     begun_at timestamptz not null default now()
 );
-insert into feed_epochs (why) values ('this schema was made');
+insert into feed_epochs (why) values ('the schema was created');
 grant select on feed_epochs to ticketrail_api, ticketrail_writer, ticketrail_ops;
 grant insert on feed_epochs to ticketrail_writer;
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.mirror.mirror_writer import MirrorWriter
-from services.sync.writer.upsert import Written, write_batch
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import registry
 from shared.entities.contract import Change
 from shared.entities.entity import Entity
@@ -50,7 +50,7 @@ class PostgresTables:
         unique = list({change.id: change for change in changes}.values())
         read = [(change, *registry.read(change)) for change in unique]
         async with self._postgres.connection() as connection:
-            written = [Written(entity.lane, entity, change, state) for change, entity, state in read]
+            written = [DecodedChange(entity.lane, entity, change, state) for change, entity, state in read]
             await write_batch(connection, written, timeout_seconds=5.0)
         for change, entity, _ in read:
             heads = [(change.entity_id, change.head)]
