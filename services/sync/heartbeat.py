@@ -60,17 +60,17 @@ class HeartbeatPath(Struct):
     `float` on the monotonic clock of this process."""
 
     missing_since: float | None = None
-    """When the oldest heartbeat was sent that has not arrived; None if all have arrived."""
+    """The sending time of the oldest heartbeat that has not arrived; None if all have arrived."""
     newest_arrived: datetime | None = None
-    """When the newest heartbeat that has arrived was sent."""
+    """The sending time of the newest heartbeat that has arrived."""
     arrived: float = 0.0
-    """When the newest heartbeat arrived."""
+    """The time at which it arrived."""
     active: float = 0.0
-    """When the last message of any kind arrived."""
+    """The time at which the last message of any kind arrived."""
     newest_stored: datetime | None = None
-    """When the newest heartbeat that the sink has stored was sent."""
+    """The sending time of the newest heartbeat that the sink has stored."""
     stored: float = 0.0
-    """When this process learned that the sink had stored it."""
+    """The time at which this process learned that the sink has stored it."""
     lag: float = 0.0
     """Seconds from sending to storing it."""
 

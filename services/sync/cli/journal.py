@@ -70,7 +70,7 @@ class JournalListing(Struct, frozen=True, kw_only=True):
     held_by: str | None
     """The process that has the journal open; None if no process has it open."""
     file_damaged: str | None
-    """Why SQLite cannot read the file; None if it can. The entries were then salvaged from the file."""
+    """The reason why SQLite cannot read the file, or None. If it cannot, the entries are salvaged from the file."""
     files_aside: list[str]
     count: int
     bytes: int

@@ -99,7 +99,7 @@ async def _migrate(settings: Settings) -> None:
 
 
 async def _declare_topology(broker: AbstractConnection, settings: Settings) -> tuple[bool, str]:
-    """Returns (whether the change log was created, its epoch)."""
+    """Declares the exchange, the queues and the change log. Returns (whether the log was created, its epoch)."""
     await declare.declare(broker, settings)
     database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
     try:

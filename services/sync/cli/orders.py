@@ -54,7 +54,7 @@ class OrderMatch(Struct, frozen=True, kw_only=True):
     business_day: date
     status: str
     total: int
-    """Minor units."""
+    """The total in minor units."""
     currency: str
     created_at: datetime
 

@@ -45,7 +45,7 @@ class ServiceSample(Struct):
         return sum(value for (found, has), value in self.samples.items() if found == name and required <= set(has))
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """Returns value of the label -> sum of the series with this value."""
+        """Returns label value -> sum of the series that have this value."""
         found: dict[str, float] = {}
         for (series, has), value in self.samples.items():
             if series == name and (key := dict(has).get(label)) is not None:

@@ -74,7 +74,7 @@ class FoundTraces(Struct):
     missing: list[str]
     """One sentence for each source that could not be read."""
     dead_letters: list[DeadChange] = []
-    """Oldest failure first."""
+    """The dead letters of the order, oldest failure first."""
 
 
 class SearchFailed(Exception):

@@ -210,8 +210,8 @@ class Replays:
         return True
 
     async def _send(self, job: Running, dead_letters: list[ToReplay]) -> None:
-        """Sends dead letters. The next step sends those that are not marked as sent again. Raises NotSent, InDoubt,
-        MirrorUnavailable, MirrorInDoubt."""
+        """Sends dead letters and marks them as sent. After an error, the next step repeats those that are not marked.
+        Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt."""
         lane_dead_letters = [dead_letter for dead_letter in dead_letters if dead_letter.lane is not None]
         results = await asyncio.gather(
             *(self._publish(dead_letter) for dead_letter in lane_dead_letters), return_exceptions=True

@@ -1,4 +1,4 @@
-"""Stores changes that no retry can write in the table `dead_letters`.
+"""Stores dead letters in the table `dead_letters`.
 
 Guarantee: `keep` stores all dead letters of a call or none, and storing a dead letter twice changes nothing.
 `dead_letters/store.py` reads them.

@@ -1,5 +1,4 @@
-"""The retry ladder sends a change that could not be written to the next retry queue, or to the dead-letter queue of its
-lane.
+"""The retry ladder forwards failed changes: each goes to the next retry queue, or to the dead-letter queue of its lane.
 
 Guarantee: `send` returns only after the broker has confirmed the change, so that the caller may acknowledge the
 original. Until then, it repeats the publish. A change may therefore be enqueued twice (idempotent) but is never lost.

@@ -150,6 +150,6 @@ class ExternalOrderUpserts:
                 stored = await states.find_state(connection, _ENTITY, restaurant, id_)
         except UNAVAILABLE as error:
             if warm and external.created_at is not None and now() - external.created_at < self._window:
-                return None  # so young an order would be in the mirror, so it does not exist
+                return None  # the mirror would have an order of this age, so the order does not exist
             raise Unavailable("the order cannot be read; retry", retry_after=2.0) from error
         return None if stored is None else (stored.head, _ENTITY.decode_state(stored.state))

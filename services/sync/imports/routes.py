@@ -60,7 +60,7 @@ async def sync_order(request: Call) -> ASGIApp:
 
 
 def check_token(given: str | None, expected: str) -> None:
-    """Raises Unauthenticated unless `given` is the token. If `expected` is empty, every request is refused."""
+    """Checks the token of a request. Raises Unauthenticated if it is wrong, and always if `expected` is empty."""
     # Hashes have equal length, so the duration of the comparison does not reveal how much of the token is right.
     given_hash = hashlib.sha256((given or "").encode("latin-1")).digest()
     expected_hash = hashlib.sha256(expected.encode()).digest()

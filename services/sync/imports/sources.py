@@ -136,7 +136,7 @@ class _Cells(Struct):
     error: str = ""
     """Why the record cannot be read; empty if it can."""
     unknown: bool = False
-    """Whether it is unknown to which order the record belongs."""
+    """Whether the order of the record is unknown."""
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ def _item(place: int, cells: dict[str, str]) -> dict[str, Any]:
 
 
 def _json(field: str, text: str) -> Any:
-    """Raises ValueError."""
+    """Decodes a cell that holds JSON. Raises ValueError, which names the field."""
     try:
         return msgspec.json.decode(text.encode())
     except (ValueError, RecursionError) as error:
@@ -250,7 +250,7 @@ def _json(field: str, text: str) -> Any:
 
 
 def _integer(field: str, text: str) -> int:
-    """Raises ValueError."""
+    """Converts a cell to an integer. Raises ValueError, which names the field."""
     try:
         return int(text)
     except ValueError:

@@ -57,7 +57,7 @@ class AcceptedLog:
         self.open: dict[str, AcceptedChange] = {}
         """Change id -> change, for changes that were not found in PostgreSQL."""
         self.next_heartbeat: dict[str, datetime] = {}
-        """Id of an open change -> when the first heartbeat after it in its lane was sent."""
+        """Id of an open change -> sending time of the first heartbeat after it in its lane."""
         self.unreadable = 0
 
     @property
@@ -96,7 +96,7 @@ class AcceptedLog:
                 self.synced[change.restaurant_id] += 1
 
     def has(self, change_id: str) -> bool:
-        """Returns whether the change was in the log."""
+        """Returns whether the log has the change."""
         return _packed(change_id) in self._seen
 
     async def _follow(self) -> None:

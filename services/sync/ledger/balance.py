@@ -75,8 +75,8 @@ class Balance(Count, kw_only=True):
     since: datetime | None
     """The moment from which changes count; None is the beginning of the log."""
     until: datetime | None
-    """When the last heartbeat that came out of every lane was sent; None if a lane had none. Only changes that were
-    accepted before it can be unexplained."""
+    """The sending time of the newest heartbeat that has come out of every lane; None if a lane had no heartbeat. Only
+    changes that were accepted before it can be unexplained."""
     epoch: str | None
     restaurants: list[RestaurantCount]
     missing: list[Missing]

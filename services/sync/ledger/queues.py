@@ -45,8 +45,8 @@ class QueueStatus(Struct, frozen=True, kw_only=True):
     in_per_second: float | None = None
     out_per_second: float | None = None
     oldest_seconds: float | None = None
-    """An upper bound for the age of the oldest message. For a lane, it is the time since the last heartbeat that came
-    out of the lane was sent."""
+    """An upper bound for the age of the oldest message. For a lane, it is the age of the newest heartbeat that came out
+    of the lane."""
 
 
 class QueuesReport(Struct, frozen=True):

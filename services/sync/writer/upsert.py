@@ -1,8 +1,8 @@
 """Writes batches of changes into PostgreSQL. No other module writes the tables of entities, `changes` and `heartbeats`,
 and no other module opens conflicts.
 
-Guarantee: `write_batch` is one transaction. The tables have the same content in the end, in whichever order and however
-often batches are written, and with any number of writers at the same time:
+Guarantee: `write_batch` is one transaction. The final content of the tables does not depend on the order of the
+batches, on repetitions, or on the number of concurrent writers:
 
     entities' tables  the state with the largest (version, change id) wins, and its children with it
     facts             every fact that a written state has carried
