@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 from msgspec import structs
 
@@ -187,6 +188,16 @@ async def test_dish_is_named_by_a_prefix_of_its_id(ops_rig: OperatorRig) -> None
     code, out, err = await ops_rig.cli("dish", await slug_of(ops_rig), dish["id"][:13], "--price", "1234")
     assert code == 0, err
     assert json.loads(out)["price"] == 1234
+
+
+async def test_user_of_a_token_is_named_by_a_prefix_of_its_id(ops_rig: OperatorRig) -> None:
+    async with ops_rig.system.database() as connection:
+        user = str(await connection.fetchval("select id from users where restaurant_id = $1", ops_rig.restaurant_id))
+    code, token, err = await ops_rig.cli("token", "--restaurant", ops_rig.restaurant_id, "--user", user[:13])
+    assert code == 0, err
+    assert jwt.decode(token.strip(), options={"verify_signature": False})["userId"] == user
+    code, _, err = await ops_rig.cli("token", "--restaurant", ops_rig.restaurant_id, "--user", "00000000-0000")
+    assert (code, err) == (1, "Error: no user has an id that begins with 00000000-0000\n")
 
 
 # -- order numbers -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import time
 from functools import partial
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import asyncpg
 import click
@@ -18,12 +18,13 @@ from services.sync.cli.menu import dishes_between, edit_dish
 from services.sync.cli.orders import the_order
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
+from services.sync.cli.user_accounts import users_between
 from services.sync.command_output import console
 from services.sync.command_session import CommandSession, run
 from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
 from services.sync.conflicts import commands as conflict_commands
 from services.sync.dead_letters import commands as dead_letter_commands
-from services.sync.id_argument import RESTAURANT, full_id
+from services.sync.id_argument import RESTAURANT, IdArgument, full_id
 from services.sync.imports import commands as import_commands
 from services.sync.ledger import commands as ledger_commands
 from services.sync.maintenance import commands as maintenance_commands
@@ -150,13 +151,13 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 @main.command("token")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="staff", show_default=True)
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; not for operators")
-@click.option("--user", type=click.UUID, help="id of the user; default: a new id")
+@click.option("--user", type=IdArgument("user", users_between), help="id of the user, or its prefix; default: a new id")
 @click.option("--email", default="")
 @click.option("--session", help="session of the customer")
-def token_command(role: str, restaurant: str | None, user: UUID | None, email: str, session: str | None) -> None:
+def token_command(role: str, restaurant: str | None, user: str | None, email: str, session: str | None) -> None:
     """Print a token that the services accept."""
     settings = Settings.load()
-    identity = Identity(str(user or uuid4()), Role(role), restaurant or "", email, session)
+    identity = Identity(user or str(uuid4()), Role(role), restaurant or "", email, session)
     if identity.role is not Role.OPERATOR and restaurant is None:
         raise click.UsageError("every role except operator needs --restaurant")
     if identity.role is Role.CUSTOMER and not session:

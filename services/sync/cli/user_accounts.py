@@ -3,7 +3,7 @@
 Users are plain rows without events.
 """
 
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 
@@ -20,6 +20,7 @@ _CHANGE = (
     "update users set password_hash = $2, updated_at = now() where lower(email) = lower($1) and deleted_at is null"
     " returning id::text"
 )
+_BETWEEN = "select id::text, email from users where id between $1 and $2 order by id limit $3"
 _SIGN_OUT = "delete from refresh_tokens where user_id = $1"
 
 
@@ -54,3 +55,8 @@ async def set_password(connection: Connection, email: str, password: str) -> Non
         if id_ is None:
             raise NotFound("no such user", field="email")
         await connection.execute(_SIGN_OUT, id_)
+
+
+async def users_between(connection: Connection, first: UUID, last: UUID, limit: int) -> list[tuple[str, str]]:
+    """Returns (id, email) of the users from the first to the last id, in order of id."""
+    return [tuple(row) for row in await connection.fetch(_BETWEEN, first, last, limit)]
