@@ -142,7 +142,7 @@ class LogFollower:
         self._metrics.events.inc(len(events))
         for event in events:
             self._metrics.lag.observe(max(0.0, ended / 1e9 - event.accepted_at))
-            if self._tracer.wanted(event.traceparent):
+            if self._tracer.will_export(event.traceparent):
                 self._tracer.add(
                     event.traceparent,
                     f"push {event.name(of_one_order=False)}",

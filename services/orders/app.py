@@ -109,7 +109,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
             tracer,
             own=settings.instance_number,
             max_bytes=settings.journal_max_bytes,
-            every=settings.orphaned_journal_scan_seconds,
+            interval_seconds=settings.orphaned_journal_scan_seconds,
         ),
         menus,
         reads,

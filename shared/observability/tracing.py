@@ -228,7 +228,7 @@ class Tracer:
                 part_error,
             )
 
-    def wanted(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
+    def will_export(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
         """Returns whether a span of this change will be exported, because its trace is sampled or `slow_ns` (the
         nanoseconds so far) is slow. Call it before you build attributes."""
         if self._processor is None or not traceparent:

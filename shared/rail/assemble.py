@@ -1,4 +1,4 @@
-"""Builds the rail's parts from the settings, in one way for every process that commits changes."""
+"""Builds the parts of the rail from the settings, in the same way for every process that commits changes."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 class RailParts(Struct, frozen=True):
-    """The rail and the parts that it commits through."""
+    """The rail, and the parts through which it commits."""
 
     mirror: Mirror
     publisher: Publisher
@@ -38,7 +38,8 @@ class RailParts(Struct, frozen=True):
         )
 
     async def check_mirror(self) -> None:
-        """Raises MirrorMisconfigured for a server that cannot be a mirror; an unavailable one is only logged."""
+        """Checks the mirror. Raises MirrorMisconfigured for a server that cannot be a mirror. Only logs that the mirror
+        is unavailable."""
         try:
             await self.mirror.check()
         except MirrorMisconfigured:
@@ -65,18 +66,19 @@ def assemble_rail(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> RailParts:
-    """Nothing connects before `publisher.start` and the first call of the mirror.
+    """Returns the parts. Nothing connects before `publisher.start` and the first call of the mirror.
 
-    `mirror`, `publisher`: connections to use instead of new ones.
-    `journal`: takes changes while the broker cannot. Without one, a change that cannot be recorded is refused, and a
-    claim that cannot be finished stays in the mirror for the next round.
-    `publish_interval_ms`: the least time between two publishes of one lane, so that changes share a message."""
+    `mirror`, `publisher`: connections to use instead of new ones. `journal`: takes changes while the broker cannot.
+    Without a journal, a change that cannot be recorded is refused, and a claim that cannot be finished stays in the
+    mirror for the next round. `publish_interval_ms`: the minimum time between two publishes of one lane, so that
+    changes share a message.
+    """
     mirror, publisher = mirror or mirror_of(settings), publisher or publisher_of(settings)
     recorder = Recorder(
         publisher,
         journal,
-        under_way=settings.publish_concurrency,
-        apart_ms=publish_interval_ms,
+        max_publishes=settings.publish_concurrency,
+        publish_interval_ms=publish_interval_ms,
         batch_max_changes=settings.publish_max_changes,
         metrics=metrics,
     )
@@ -101,5 +103,6 @@ def mirror_of(settings: Settings) -> Mirror:
 
 
 def publisher_of(settings: Settings) -> Publisher:
-    """Publishes to `ticketrail.changes`, after it has seen that every queue bound to it exists."""
+    """Returns a publisher to `ticketrail.changes`. It counts as connected only if every queue that is bound to this
+    exchange exists."""
     return Publisher(settings.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=settings.publish_timeout_seconds)

@@ -1,4 +1,5 @@
-"""The commit of a change: claim, record, reveal. The package's docstring has the states and the crash points."""
+"""The commit of a change: claim, record, reveal. The docstring of the package lists the states and the effects of a
+crash in each."""
 
 import asyncio
 import contextlib
@@ -49,8 +50,8 @@ class Committed(Struct, frozen=True):
 
 
 class ClaimLost(TicketrailError):
-    """Another change came first. `head` is None while that change is not committed yet. `state` is None then too, and
-    when the mirror does not have it."""
+    """Another change came first. `head` is None while that change is not committed yet. `state` is None in the same
+    case, and also if the mirror does not have the state."""
 
     status = 409
     code = "version_conflict"
@@ -62,7 +63,7 @@ class ClaimLost(TicketrailError):
 
 
 class OutOfStock(TicketrailError):
-    """`left`: pairs of inventory item id and available amount."""
+    """The stock is not enough. `left`: pairs of inventory item id and available amount."""
 
     status = 409
     code = "out_of_stock"
@@ -73,7 +74,7 @@ class OutOfStock(TicketrailError):
 
 
 class _Doubt(Struct):
-    """The doubts of one commit, kept until it returns."""
+    """The uncertain steps of one commit, kept until it returns."""
 
     claim_sent: bool = False
     """A claim got no reply. It may have been executed, or may be executed when a frozen server continues."""
@@ -95,8 +96,8 @@ class Rail:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`tracer`: adds spans to the traces of other instances' claims that are finished here. `clock` and `sleep`
-        count seconds."""
+        """`tracer`: adds spans to the traces of other instances' changes when this instance finishes their claims.
+        `clock` and `sleep` count seconds."""
         self._mirror = mirror
         self._recorder = recorder
         self._journal = journal
@@ -113,18 +114,19 @@ class Rail:
         self._background: set[asyncio.Task[Any]] = set()
 
     async def commit(self, draft: Draft) -> Committed:
-        """Commits a change, also when the caller is cancelled meanwhile.
+        """Commits a change, even if the caller is cancelled meanwhile.
 
-        Raises InvalidInput (no store could read the state), ClaimLost, OutOfStock, Unavailable (nothing happened), and
-        OutcomeUnknown (the change may appear)."""
+        Raises InvalidInput (no store could read the state), ClaimLost, OutOfStock, Unavailable (nothing happened) and
+        OutcomeUnknown (the change may appear).
+        """
         return await asyncio.shield(self._keep(asyncio.create_task(self._commit(draft), name="commit")))
 
-    async def finish(self, left: Stale) -> None:
+    async def finish(self, stale: Stale) -> None:
         """Records and reveals the change of a stale claim, under its own id. Raises Unavailable, and BrokenContract if
         a newer release made the change."""
-        change = decode_change(left.event)
+        change = decode_change(stale.event)
         entity, state = registry.read(change)
-        change, state = with_number(entity, change, state, left.number)
+        change, state = with_number(entity, change, state, stale.number)
         began = time.time_ns()
         try:
             await self._recorder.record(lane_of(change), encode(change), change.traceparent)
@@ -133,7 +135,7 @@ class Rail:
         await self._reveal(entity, change, state)
         if self._metrics is not None:
             self._metrics.claims_finished.inc()
-        if self._tracer is not None:  # also unsampled: its own request never ended its trace
+        if self._tracer is not None:  # also if it is not sampled, because its request never ended it
             found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
             self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
         log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)
@@ -171,14 +173,15 @@ class Rail:
                 numbering = draft.entity.numbering
                 state = numbering.with_number(draft.state, number) if numbering else draft.state
                 draft.state = state
-                change = change_of(draft)  # an id of its own: a claim in a lost mirror had another number
+                change = change_of(draft)  # with a new id, because a claim in a lost mirror had another number
             durability = await self._record(change, claimed=claimed)
             if doubt.noted:
                 self._without_claim[draft.state.id] = (change.head, state)
         except (ClaimLost, OutOfStock, Unavailable) as error:
             if self._metrics is not None and isinstance(error, ClaimLost):
                 self._metrics.claims_lost.inc()
-            # A creation whose entity exists has its answer. Any other change may still appear after a doubtful claim.
+            # If the entity of a creation exists, the outcome is known. After a claim in doubt, any other change may
+            # still appear.
             exists = draft.base is None and isinstance(error, ClaimLost) and error.head is not None
             if doubt.claim_sent and not exists:
                 raise OutcomeUnknown("the mirror did not answer in time; the change may appear") from error
@@ -187,17 +190,18 @@ class Rail:
             if doubt.noted and self._without_claim.get(draft.state.id) is None:
                 self._without_claim.pop(draft.state.id, None)
         with tracing.span("reveal", kind=SpanKind.CLIENT, attributes=_REVEAL):
-            visible = await self._reveal(draft.entity, change, state, patient=claimed)
+            visible = await self._reveal(draft.entity, change, state, keep_trying=claimed)
         if not visible and not claimed and not self._mirror.down:
-            # Reveals in the background: until the mirror has it, another instance would create a repeat again.
+            # Reveals in the background. Until the mirror has the entity, another instance would create it again for a
+            # repeated request.
             self._keep(asyncio.create_task(self._reveal(draft.entity, change, state), name="reveal"))
         if self._metrics is not None:
             self._metrics.accepted.inc(change.type)
         return Committed(state, change.head, durability, visible)
 
     async def _claim(self, draft: Draft, change: Change, doubt: "_Doubt") -> tuple[str, bool]:
-        """Returns (order number or "", whether a claim is held). Without a warm mirror, a creation is made without a
-        claim and gets a number of this instance's own series."""
+        """Returns (order number or "", whether a claim is held). Without a warm mirror, a creation needs no claim and
+        gets a number from this instance's own series."""
         series = series_of(draft.entity, draft.state)
         floor = self._highest_numbers.of(change.restaurantid, series)
         event, stock = encode(change), stock_text(draft.entity, draft.state)
@@ -226,7 +230,7 @@ class Rail:
                     case Stale():
                         try:
                             await self.finish(reply)
-                        except BrokenContract as error:  # a newer release made it and must finish it
+                        except BrokenContract as error:  # a newer release made the change and must finish it
                             raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
                     case Cold():
                         return await self._unclaimed(draft, series, None, doubt)
@@ -250,14 +254,16 @@ class Rail:
     async def _unclaimed(
         self, draft: Draft, series: str | None, error: Exception | None, doubt: "_Doubt"
     ) -> tuple[str, bool]:
+        """Continues without a claim and returns like `_claim`. Only a creation can do so; raises Unavailable for any
+        other change."""
         if draft.base is not None:
             raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
         if draft.existing is not None:
             if draft.state.id in self._without_claim:
                 await self._raise_created(draft)
-            # Before the first await, so that the second of two concurrent repeats sees it.
+            # This comes before the first await, so that the second of two concurrent repeats sees it.
             self._note_creation(draft.state.id, doubt)
-        # When no store can answer, the creation continues: a repeat has the same id, so there is still one order.
+        # If no store can answer, the creation continues. A repeat has the same id, so there is still only one order.
         with contextlib.suppress(Unavailable):
             if draft.existing and (found := await draft.existing()):
                 raise ClaimLost(*found)
@@ -285,9 +291,9 @@ class Rail:
             log.warning("take_back_failed", change_id=change.id, error=str(error))
             return False
 
-    async def _reveal(self, entity: Entity, change: Change, state: Any, *, patient: bool = True) -> bool:
-        """Returns whether the mirror has the change now. Tries for `reveal_timeout_seconds`, or once if not `patient`.
-        After a failure the mirror writer applies the change from the log."""
+    async def _reveal(self, entity: Entity, change: Change, state: Any, *, keep_trying: bool = True) -> bool:
+        """Returns whether the mirror has the change now. Tries for `reveal_timeout_seconds`, or only once without
+        `keep_trying`. After a failure, the mirror writer applies the change from the log."""
         revealed = Apply(entity, state, change.head, bytes(change.data.after), change.time)
         deadline = self._clock() + self._reveal_seconds
         while True:
@@ -295,7 +301,7 @@ class Rail:
                 await self._mirror.apply([revealed])
                 return True
             except (MirrorUnavailable, MirrorInDoubt) as error:
-                if not patient or self._mirror.down or self._clock() > deadline:
+                if not keep_trying or self._mirror.down or self._clock() > deadline:
                     log.warning("not_revealed", change_id=change.id, error=str(error) or type(error).__name__)
                     return False
             await self._sleep(_RETRY_PAUSE_SECONDS)
@@ -313,7 +319,7 @@ class Rail:
         made = self._without_claim[draft.state.id]
         if made is not None and draft.existing is not None:
             with contextlib.suppress(Unavailable):
-                if found := await draft.existing():  # it may have changed since
+                if found := await draft.existing():  # the entity may have changed since
                     raise ClaimLost(*found)
         raise ClaimLost(*(made or ()))
 

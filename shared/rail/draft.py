@@ -1,4 +1,4 @@
-"""A change before it is committed, and the event that it becomes."""
+"""A change before it is committed, and the event that is made from it."""
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -12,7 +12,7 @@ from shared.entities.entity import Entity
 
 
 class Draft(Struct, kw_only=True):
-    """A requested change: the whole state after it, and the change that it is built on."""
+    """A requested change: the whole state after it, and the head that it is based on."""
 
     entity: Entity
     event: str
@@ -26,20 +26,21 @@ class Draft(Struct, kw_only=True):
     at: datetime
     """When the change was accepted."""
     source: str
-    """The component that makes it, such as `orders` or `sync`."""
+    """The component that makes the change, such as `orders` or `sync`."""
     lane: Lane | None = None
-    """None for the entity's own lane."""
+    """The lane, if it is not the entity's own."""
     actor: str | None = None
-    """Id of the user, or of the guest's session, that asked for it."""
+    """Id of the user or of the guest's session that requested the change."""
     traceparent: str | None = None
-    """Context of the span that makes the change durable. By default a new span of the current trace."""
+    """The context of the span that makes the change durable. The default is a new span of the current trace."""
     existing: Callable[[], Awaitable[tuple[Head, Any] | None]] | None = None
-    """Looks for an earlier creation with the same id, for the time without a warm mirror. Returns its head and state.
-    Raises Unavailable when no store can tell."""
+    """Finds an earlier creation with the same id while there is no warm mirror. Returns its head and state, or None.
+    Raises Unavailable if no store can answer."""
 
 
 def change_of(draft: Draft) -> Change:
-    """The event of a draft. Its id covers type, base and both states, so that the same draft gives the same id."""
+    """Returns the event of a draft. The id covers the type, the base and both states, so that the same draft gives the
+    same id."""
     after = encode(draft.state)
     before = encode(changed_fields(draft.before, draft.state))
     version = draft.base.version + 1 if draft.base else 1

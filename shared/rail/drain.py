@@ -1,7 +1,7 @@
-"""The drainer: publishes the entries of the journal, while new changes are published too.
+"""The drainer: publishes the entries of the journal, also while new changes are published.
 
-An entry leaves the journal only after its publisher confirm. An entry whose publish was in doubt is published again,
-which is harmless. While the broker is unavailable the drainer waits for the connection. It may be stopped at any time.
+An entry leaves the journal only after its publisher confirm. If a publish is in doubt, the entry is published again,
+which is harmless. While the broker is unavailable, the drainer waits for the connection. It may be stopped at any time.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.observability.tracing import Tracer
 from shared.rail.journal import Journal, JournalBroken, JournalEntry
-from shared.rail.record import MAX_BODY, sending, sends
+from shared.rail.record import MAX_MESSAGE_BYTES, send_attributes, send_span_name
 
 log = structlog.get_logger(__name__)
 
 _POLL_INTERVAL_SECONDS = 0.2
-# The longest wait after unconfirmed publishes: each repeat adds a copy to those bound queues that are not full.
+# The maximum pause after publishes without a confirm. Each repeat adds a copy to those bound queues that are not full.
 _MAX_PAUSE_SECONDS = 5.0
 
 
@@ -31,7 +31,7 @@ class Drainer:
         self._tracer = tracer
         self.loop = BackgroundLoop("journal-drain", self._run)
         self.drained = dict.fromkeys(Lane, 0)
-        """Entries of each lane that have left the journal."""
+        """Maps a lane to the number of its entries that have left the journal."""
 
     def start(self) -> None:
         self.loop.start()
@@ -57,23 +57,24 @@ class Drainer:
             await asyncio.sleep(pause)
 
     async def drain_some(self) -> int:
-        """Publishes one message with the oldest entries of each lane. Returns how many entries left the journal. A lane
-        whose queue is full does not stop the others; the first error (NotSent, InDoubt) is raised at the end."""
+        """Publishes one message with the oldest entries of each lane. Returns the number of entries that left the
+        journal. If the queue of a lane is full, the other lanes continue. The first error (NotSent, InDoubt) is raised
+        at the end."""
         drained, failed = 0, None
         for lane in Lane:
-            mine = _one_message(await self._journal.oldest(MAX_BATCH_CHANGES, lane))
-            if not mine:
+            entries = _one_message(await self._journal.oldest(MAX_BATCH_CHANGES, lane))
+            if not entries:
                 continue
             began = time.time_ns()
             try:
-                await self._publisher.publish(lane.value, encode_batch(entry.event for entry in mine))
+                await self._publisher.publish(lane.value, encode_batch(entry.event for entry in entries))
             except (NotSent, InDoubt) as error:
                 failed = failed or error
                 continue
-            self._trace(lane, mine, began)
-            await self._journal.remove(mine)
-            drained += len(mine)
-            self.drained[lane] += len(mine)
+            self._trace(lane, entries, began)
+            await self._journal.remove(entries)
+            drained += len(entries)
+            self.drained[lane] += len(entries)
         if drained:
             log.info("journal_drained", changes=drained, left=self._journal.depth)
         if failed:
@@ -84,14 +85,14 @@ class Drainer:
         if self._tracer is None or not self._tracer.on:
             return
         ended = time.time_ns()
-        attributes = {**sending(lane, len(drained)), "ticketrail.from_journal": True}
+        attributes = {**send_attributes(lane, len(drained)), "ticketrail.from_journal": True}
         for entry in drained:
             context = traceparent_in(entry.event)
-            if self._tracer.wanted(context):
-                # The change carries the context of the span that journaled it.
+            if self._tracer.will_export(context):
+                # The change carries the context of the span that wrote it to the journal.
                 self._tracer.add(
                     context,
-                    sends(lane),
+                    send_span_name(lane),
                     began,
                     ended,
                     kind=SpanKind.CLIENT,
@@ -101,11 +102,11 @@ class Drainer:
 
 
 def _one_message(entries: list[JournalEntry]) -> list[JournalEntry]:
-    """The first entries that fit into one message; only the first if it is larger than a message."""
+    """Returns the first entries that fit into one message, or only the first entry if it is larger than a message."""
     size, count = 0, 0
     for entry in entries:
         size += len(entry.event)
-        if count and size > MAX_BODY:
+        if count and size > MAX_MESSAGE_BYTES:
             break
         count += 1
     return entries[:count]

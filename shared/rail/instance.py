@@ -1,12 +1,12 @@
-"""The number of an instance among its kind. It names files that only one process may write, and a series of order
+"""The number of an instance within its kind. It names files that only one process may write, and a series of order
 numbers.
 
-Replicas that share one environment and one volume cannot be configured with numbers; with `auto` each leases one. A
-lease is an exclusive lock of the kernel (flock) on `<kind>-<number>.lock`, in the folder of the files that the number
-names. It lasts as long as the process, and depends on no clock. A journal that was not drained passes to the next
-holder of its number.
+Replicas that share one environment and one volume cannot have configured numbers. With `auto`, each one leases a
+number. A lease is an exclusive lock of the kernel (flock) on `<kind>-<number>.lock`, in the folder of the files that
+the number names. The lease lasts as long as the process and depends on no clock. A journal that was not drained passes
+to the next holder of its number.
 
-The lock works within one machine. Replicas on several machines have volumes of their own and configured numbers.
+The lock works within one machine. Replicas on several machines have separate volumes and configured numbers.
 """
 
 import fcntl
@@ -24,11 +24,12 @@ _POLL_INTERVAL_SECONDS = 0.1
 
 
 class NumberTaken(Exception):
-    """Another process holds this number, or all numbers are held, or the file system has no locks."""
+    """Another process holds this number, or all numbers are held, or the file system does not support locks."""
 
 
 class Lease:
-    """Holds `number` until `release` or the end of the process. Keep a reference, or Python releases the lease."""
+    """Holds `number` until `release` or the end of the process. Keep a reference; otherwise Python
+    releases the lease."""
 
     def __init__(self, number: int, file: IO[str] | None) -> None:
         """`file`: the locked file; None for a configured number that needs no lock."""
@@ -37,8 +38,9 @@ class Lease:
 
     @classmethod
     def take(cls, folder: Path, kind: str, requested: "int | Literal['auto']", *, within: float = 10.0) -> "Lease":
-        """`auto` takes the lowest free number. A given number is waited for up to `within` seconds, because another
-        instance may be draining its journal (shared/rail/orphaned_journals.py). Raises NumberTaken."""
+        """Takes the lease of a number. With `auto` this is the lowest free number. For a given number it waits up to
+        `within` seconds, because another instance may be draining the journal of this number
+        (shared/rail/orphaned_journals.py). Raises NumberTaken."""
         if requested == "auto":
             for number in range(1, _MAX_NUMBER + 1):
                 if (lease := cls.attempt(folder, kind, number)) is not None:
@@ -56,19 +58,20 @@ class Lease:
 
     @classmethod
     def attempt(cls, folder: Path, kind: str, number: int) -> "Lease | None":
-        """None when another process holds it. Raises NumberTaken when the file system has no locks."""
+        """Returns the lease of a number, or None if another process holds it. Raises NumberTaken if the file system
+        does not support locks."""
         return cls._lock(_path(folder, kind, number), number)
 
     @classmethod
-    def beside(cls, file: Path) -> "Lease | None":
-        """The lease of the instance that a file belongs to, such as `orders-3.sqlite`. None when another process holds
-        it. Raises NumberTaken like `attempt`."""
+    def of_file(cls, file: Path) -> "Lease | None":
+        """Returns the lease of the instance that a file belongs to, such as `orders-3.sqlite`. Returns None if another
+        process holds it. Raises NumberTaken like `attempt`."""
         name, _, number = file.stem.rpartition("-")
         return cls._lock(lock_of(file), int(number) if name and number.isdecimal() else 0)
 
     @classmethod
     def holder(cls, file: Path) -> str | None:
-        """A description of the process that holds the lease of a file; None when it is free."""
+        """Returns a description of the process that holds the lease of a file, or None if the lease is free."""
         try:
             with lock_of(file).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -82,8 +85,8 @@ class Lease:
     def _lock(cls, path: Path, number: int) -> "Lease | None":
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # The file is never removed: the holder of a lock on a removed file would share its number with the next
-            # one.
+            # The file is never removed. Otherwise the holder of a lock on the removed file and the next process would
+            # have the same number.
             file = path.open("a+")
         except OSError as error:
             raise NumberTaken(f"{path}: {error}") from error
@@ -101,7 +104,7 @@ class Lease:
         return cls(number, file)
 
     def release(self) -> None:
-        """May be called twice."""
+        """Releases the lease. May be called twice."""
         if self._file is not None:
             self._file.close()
 
@@ -113,8 +116,8 @@ class Lease:
 
 
 def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
-    """Returns (settings with a number, its lease) for a service whose number names only its trace files. `auto` leases
-    a number in the folder of the traces. Keep the lease as long as traces are written. Raises NumberTaken."""
+    """Returns (settings with a number, its lease) for a service whose number only names its trace files. With `auto` it
+    leases a number in the folder of the traces. Keep the lease as long as traces are written. Raises NumberTaken."""
     if settings.instance == "auto":
         lease = Lease.take(settings.traces_path, kind, "auto")
     else:
@@ -123,7 +126,7 @@ def number_of_traces(settings: Settings, kind: str) -> tuple[Settings, Lease]:
 
 
 def lock_of(file: Path) -> Path:
-    """The lock file of a file that is named after its instance."""
+    """Returns the lock file of a file that is named after its instance."""
     return file.with_suffix(".lock")
 
 

@@ -2,16 +2,16 @@
 
 The file is an SQLite database in WAL mode with `synchronous=FULL`: after `append` returns, its entries survive kill -9
 and power loss. Appends that wait at the same moment share one commit. All access happens in one thread of the journal,
-so that no flush blocks the event loop. One process owns the file, by the lease of its number (instance.py); other
-processes may read it (journal_file.py).
+so that no flush blocks the event loop. One process owns the file through the lease of its number (instance.py). Other
+processes may read the file (journal_file.py).
 
-A refused change is not kept. A full journal refuses before it writes anything: it has a bound, and the disk must keep
-room for draining it. A failed append is removed from the write-ahead log before the next append. If that also fails,
-`append` raises JournalInDoubt.
+A refused change is not kept. A full journal refuses a change before it writes anything. It is full if it has reached
+its bound, or if its disk would have too little space left for draining it. A failed append is removed from the
+write-ahead log before the next append. If that also fails, `append` raises JournalInDoubt.
 
 A damaged file is set aside, and every intact entry moves to a new file (set_aside.py). This happens when the journal
-opens, or later when SQLite reports the damage. A file that cannot be opened is tried again at its next use, at most
-once per `_REOPEN_INTERVAL_SECONDS`.
+opens, or later when SQLite reports the damage. If a file cannot be opened, the next use tries again, at most once per
+`_REOPEN_INTERVAL_SECONDS`.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class JournalBroken(Exception):
-    """The disk or the file cannot take the change; nothing of it is kept."""
+    """The disk or the file cannot take the change, and nothing of it is kept."""
 
 
 class JournalFull(JournalBroken):
@@ -88,9 +88,9 @@ class Journal:
         connect: Callable[[Path], sqlite3.Connection] = connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_bytes`: the bound for all events together. `reserve_bytes`: the space that an append must leave free on
-        the disk. `lease`: the lease of this file, if the caller holds it; otherwise the journal takes it while it is
-        open. `executor`: where all access happens, one call at a time; by default a thread of the journal's own.
+        """`max_bytes`: the maximum size of all events together. `reserve_bytes`: the space that an append must leave
+        free on the disk. `lease`: the lease of this file, if the caller holds it. Otherwise the journal takes the lease
+        while it is open. `executor`: runs all access, one call at a time; by default a thread of this journal.
         `connect`: opens the file. `clock`: returns seconds and never goes back."""
         self._path = path
         self._instance = instance
@@ -125,12 +125,13 @@ class Journal:
         return self._db is not None
 
     async def open(self) -> None:
-        """Raises JournalBroken, also if another process holds the journal. After an error, the next use tries again."""
+        """Opens the file. Raises JournalBroken, also if another process holds the journal. After an error, the next use
+        tries again."""
         self._requested = True
         await self._run(self._open)
 
     async def close(self) -> None:
-        """May be called twice, also on a journal that was never opened."""
+        """Closes the file. May be called twice, also on a journal that was never opened."""
         self._requested = False
         if self._flushing is not None:
             await asyncio.gather(self._flushing, return_exceptions=True)
@@ -138,8 +139,8 @@ class Journal:
             await self._run(self._close)
 
     async def append(self, entries: Sequence[tuple[Lane, bytes]]) -> None:
-        """The entries are durable when this returns. Raises JournalBroken or JournalFull if none of them is kept, and
-        JournalInDoubt if they may be kept."""
+        """Stores the entries, which are durable when this returns. Raises JournalBroken or JournalFull if none of them
+        is kept, and JournalInDoubt if they may be kept."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((entries, done))
         if self._flushing is None or self._flushing.done():
@@ -147,8 +148,8 @@ class Journal:
         await done
 
     async def oldest(self, count: int, lane: Lane | None = None) -> list[JournalEntry]:
-        """Up to `count` entries, oldest first, of one lane or of all lanes. Damaged entries are moved to the table
-        `damaged` and not returned. Raises JournalBroken."""
+        """Returns up to `count` entries, oldest first, of one lane or of all lanes. Moves damaged entries to the table
+        `damaged` instead of returning them. Raises JournalBroken."""
         return await self._run(partial(self._do, lambda: self._oldest(count, lane)))
 
     async def remove(self, entries: Sequence[JournalEntry]) -> None:
@@ -156,8 +157,8 @@ class Journal:
         await self._run(partial(self._do, lambda: self._remove(entries)))
 
     async def next_number(self, restaurant: str, day: str) -> str:
-        """The next order number of a business day, such as `J1-0007`. Each instance has a series of its own, so that no
-        number is given twice. Raises JournalBroken."""
+        """Returns the next order number of a business day, such as `J1-0007`. Each instance has its own series, so that
+        no number is given twice. Raises JournalBroken."""
         async with self._numbering:
             series, last, reserved = self._numbers.get((restaurant, day), ("", 0, 0))
             if last == reserved:
@@ -197,7 +198,8 @@ class Journal:
     # -- in the journal's thread -------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[], T]) -> T:
-        """Does the work with the journal open. If SQLite reports damage, sets the file aside and does it once more."""
+        """Does the work with the journal open. If SQLite reports damage, sets the file aside and does the work once
+        more."""
         if self._db is None:
             if not self._requested:
                 raise JournalBroken(f"journal {self._path} is not open")
@@ -218,7 +220,7 @@ class Journal:
         self._tried_at = self._clock()
         if self._lease is None and self._own_lease is None:
             try:
-                self._own_lease = Lease.beside(self._path)
+                self._own_lease = Lease.of_file(self._path)
             except NumberTaken as error:
                 raise JournalBroken(str(error)) from error
             if self._own_lease is None:
@@ -246,8 +248,9 @@ class Journal:
         return left
 
     def _connect(self, found: Sequence[tuple[str, bytes]]) -> None:
-        """`found`: (lane, event) of the entries that an interrupted append left in the write-ahead log. They are kept,
-        because no client got a refusal of them, and a change that is sent twice is harmless."""
+        """Opens the database. `found`: (lane, event) of the entries that an interrupted append left in the write-ahead
+        log. They are kept, because no client was told that they were refused, and a change that is sent twice is
+        harmless."""
         db = self._connection_to(self._path)
         try:
             self._prepare(db, found)
@@ -366,7 +369,8 @@ class Journal:
         gone = []
         with _transaction(self._writable()) as db:
             for entry in entries:
-                # The sum must match too: if the file was set aside meanwhile, the new file numbers its entries again.
+                # The sum must match too: if the file was set aside meanwhile, the new file has other numbers for its
+                # entries.
                 proof = sum_of(entry.lane, entry.event)
                 if db.execute("delete from entries where seq = ? and sum = ?", (entry.seq, proof)).rowcount:
                     db.execute("delete from names where seq = ?", (entry.seq,))
@@ -400,7 +404,8 @@ def _tidy(db: sqlite3.Connection) -> None:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """A transaction that is rolled back on an SQLite error; if it stayed open, the next one could not begin."""
+    """Begins a transaction and rolls it back on an SQLite error. If it stayed open, the next transaction could not
+    begin."""
     db.execute("begin immediate")
     try:
         yield db

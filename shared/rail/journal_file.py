@@ -29,7 +29,7 @@ from shared.entities.contract import Lane, encode, outline
 PAGE = 4096
 NOT_WHOLE = "not what was written"
 LAYOUT_VERSION = 2
-"""Raise it with every change of the tables."""
+"""Raise this number with every change of the tables."""
 SCHEMA = """
 create table entries (seq integer primary key, sum blob not null, lane text not null, event blob not null);
 create table names (seq integer primary key, sum blob not null, name blob not null);
@@ -53,7 +53,7 @@ class Name(Struct, frozen=True, array_like=True, kw_only=True):
     """The sum of the entry, in hexadecimal."""
     lane: str
     change_id: str = ""
-    """Empty for an event that cannot be read, like all fields below."""
+    """Empty if the event cannot be read. The same holds for all fields below."""
     restaurant_id: str = ""
     subject: str = ""
     version: int = 0
@@ -117,8 +117,8 @@ def read_name(name: bytes | None) -> Name | None:
 
 
 def create(path: Path) -> None:
-    """Creates a complete file or none: the file gets its name after everything is in it. A file that is empty or cut
-    short was therefore damaged later. Raises sqlite3.Error, OSError."""
+    """Creates a complete file or none, because the file gets its name after everything is in it. A file that is empty
+    or cut short was therefore damaged later. Raises sqlite3.Error and OSError."""
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)
     fill(draft, generation=0)
@@ -129,7 +129,7 @@ def create(path: Path) -> None:
 def fill(
     path: Path, *, generation: int, entries: Iterable[tuple[str, bytes]] = (), damaged: Iterable[Damaged] = ()
 ) -> None:
-    """Creates a file of that name, which is durable when this returns. Reads `damaged` after `entries` is exhausted."""
+    """Creates the file, which is durable when this returns. Reads `damaged` after `entries` is exhausted."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         # SQLite's own journal stays in memory, because a crash would leave its file behind. No reader opens this file
         # before it is complete.
@@ -200,8 +200,8 @@ def connect(path: Path, factory: type[sqlite3.Connection] = sqlite3.Connection) 
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """Opens the file for reading, also while its owner has it open. Changes nothing, not even when it is closed. Raises
-    sqlite3.Error."""
+    """Opens the file for reading, also while its owner has it open. Changes nothing, not even when the connection is
+    closed. Raises sqlite3.Error."""
     if path.exists() and path.stat().st_size <= 1:
         # SQLite treats a file of one byte as empty, and removes the write-ahead log of an empty file even on a read.
         # The log may hold all entries that are left.
@@ -217,8 +217,8 @@ def read_text(text: bytes) -> str:
 
 
 def problem_of(path: Path) -> str | None:
-    """Returns the damage of a file, which must not be open, or None if all of it is as it was written. Raises
-    sqlite3.Error and OSError when the file cannot be checked."""
+    """Returns a description of the damage of a file, or None if the whole file is intact. The file must not be open.
+    Raises sqlite3.Error and OSError if the file cannot be checked."""
     with path.open("rb") as file:
         if file.read(len(_HEADER)) != _HEADER:
             return "it does not begin like a journal"
@@ -246,7 +246,7 @@ def problem_of(path: Path) -> str | None:
             db.execute("select max(generation) + 0 from series").fetchone()
             db.execute("select count(*) from damaged").fetchone()
     except sqlite3.Error as error:
-        # Our statements are right: what SQLite does not understand of them is a table that is not as we made it.
+        # Our statements are correct. If SQLite does not understand one of them, a table is not as we made it.
         if is_damage(error) or _code(error) == sqlite3.SQLITE_ERROR:
             return str(error)
         raise
@@ -288,7 +288,8 @@ def contents(path: Path) -> Contents:
 
 
 def list_entries(path: Path) -> tuple[list[Name], list[Damaged]]:
-    """The names of the waiting entries, and the damaged entries, without reading events. Raises sqlite3.Error."""
+    """Returns the names of the waiting entries, and the damaged entries, without reading events.
+    Raises sqlite3.Error."""
     with closing(read_only(path)) as db:
         db.execute("begin")
         if _version(db) == 0:

@@ -1,7 +1,7 @@
-"""Order numbers: how a change gets the number of its series (one series per restaurant and business day).
+"""Order numbers: a change gets the next number of its series. Each restaurant and business day has a series.
 
-`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror
-the journal gives a number of the instance's own series: "J1-0007" (`Journal.next_number`).
+`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror, the
+journal gives a number of the instance's own series: "J1-0007" (`Journal.next_number`).
 """
 
 from typing import Any
@@ -16,31 +16,33 @@ _MAX_SERIES = 10_000
 
 
 class HighestNumbers:
-    """The highest number of each series that this instance was given. Every claim carries it, so that a mirror without
-    its counters does not give the same number again."""
+    """The highest number of each series that this instance has received. Every claim carries this number, so that a
+    mirror that lost its counters does not give it again."""
 
     def __init__(self) -> None:
         self._highest: dict[tuple[str, str], int] = {}
 
     def of(self, restaurant: str, series: str | None) -> int:
-        """0 for a series that is not known here."""
+        """Returns the highest number of a series, or 0 if this instance has received none."""
         return self._highest.get((restaurant, series), 0) if series else 0
 
     def note(self, restaurant: str, series: str | None, number: str) -> None:
         if series:
-            if len(self._highest) > _MAX_SERIES:  # mostly of past business days
+            if len(self._highest) > _MAX_SERIES:  # most belong to past business days
                 self._highest.clear()
             self._highest[restaurant, series] = max(int(number), self.of(restaurant, series))
 
 
 def series_of(entity: Entity, state: Any) -> str | None:
-    """The business day whose series the state needs a number of; None when it has a number or needs none."""
+    """Returns the business day whose series must give the state a number. Returns None if the state has a number or
+    needs none."""
     numbering = entity.numbering
     return numbering.business_day(state) if numbering and not numbering.number(state) else None
 
 
 def with_number(entity: Entity, change: Change, state: Any, number: str) -> tuple[Change, Any]:
-    """Change and state with the number that the claim gave. The change keeps the id that it had before the claim."""
+    """Returns the change and the state with the number that the claim gave. The change keeps the id that it had before
+    the claim."""
     if not number or entity.numbering is None:
         return change, state
     state = entity.numbering.with_number(state, number)
@@ -49,6 +51,6 @@ def with_number(entity: Entity, change: Change, state: Any, number: str) -> tupl
 
 
 def number_in(entity: Entity, encoded: bytes) -> str:
-    """The number in an encoded state; empty for an entity without numbers."""
+    """Returns the number in an encoded state. The number is empty for an entity without numbers."""
     state = entity.decode_state(encoded)
     return entity.numbering.number(state) if entity.numbering else ""

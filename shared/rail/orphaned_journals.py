@@ -1,9 +1,11 @@
-"""Orphaned journals: journals in this instance's folder whose own instance does not run, such as after a scale-down.
+"""Orphaned journals: journals in this instance's folder whose own instance does not run, for example after a
+scale-down.
 
-Their entries were accepted, so they must not wait for their instance. Another instance takes the lease of the number,
-drains the journal into the broker and releases the lease. An entry leaves a journal only after its publisher confirm.
-No lease is held while the broker is unavailable. An orphaned journal never gives an order number. The loop may be
-stopped at any time."""
+Their entries were accepted, so they must not wait until their instance runs again. Another instance takes the lease of
+the number, drains the journal into the broker and releases the lease. An entry leaves a journal only after its
+publisher confirm. No lease is held while the broker is unavailable. An orphaned journal never gives an order number.
+The loop may be stopped at any time.
+"""
 
 import asyncio
 from pathlib import Path
@@ -23,18 +25,24 @@ log = structlog.get_logger(__name__)
 
 class OrphanedJournals:
     def __init__(
-        self, folder: Path, publisher: Publisher, tracer: Tracer | None, *, own: int, max_bytes: int, every: float
+        self,
+        folder: Path,
+        publisher: Publisher,
+        tracer: Tracer | None,
+        *,
+        own: int,
+        max_bytes: int,
+        interval_seconds: float,
     ) -> None:
-        """`own`: the number of this instance. `every`: seconds between looks."""
+        """`own`: the number of this instance. `interval_seconds`: the pause between two scans of the folder."""
         self._folder = folder
         self._publisher = publisher
         self._tracer = tracer
         self._own = own
         self._max_bytes = max_bytes
-        self._every = every
-        self._empty: dict[
-            int, int
-        ] = {}  # number -> state of an empty journal, which is not opened again before it changes
+        self._interval_seconds = interval_seconds
+        self._empty: dict[int, int] = {}
+        """Maps the number of an empty journal to its last write. The journal is not opened again before it changes."""
         self.loop = BackgroundLoop("orphaned-journals", self._run)
 
     def start(self) -> None:
@@ -51,14 +59,15 @@ class OrphanedJournals:
             except (NotSent, InDoubt, JournalBroken, NumberTaken, OSError) as error:
                 log.warning("orphaned_journals_wait", error=str(error) or type(error).__name__)
             self.loop.turned()
-            await asyncio.sleep(self._every)
+            await asyncio.sleep(self._interval_seconds)
 
     async def drain(self) -> int:
-        """Looks at each journal once; returns how many entries left them. Raises NotSent or InDoubt when the broker
-        does not take them, JournalBroken when one cannot be read: the others were tried before it is raised."""
+        """Drains each orphaned journal once. Returns the number of entries that left them. Raises NotSent or InDoubt if
+        the broker does not take entries, and JournalBroken if a journal cannot be read. It tries all journals before it
+        raises."""
         drained, failed = 0, None
         for number, path in (await asyncio.to_thread(journals_in, self._folder)).items():
-            if number == self._own or self._empty.get(number) == await asyncio.to_thread(_changed, path):
+            if number == self._own or self._empty.get(number) == await asyncio.to_thread(_last_written_ns, path):
                 continue
             lease = Lease.attempt(self._folder, "orders", number)
             if lease is None:  # its instance runs
@@ -67,7 +76,7 @@ class OrphanedJournals:
             with lease:
                 try:
                     drained += await self._drain_one(path, lease)
-                    self._empty[number] = await asyncio.to_thread(_changed, path)
+                    self._empty[number] = await asyncio.to_thread(_last_written_ns, path)
                 except (NotSent, InDoubt, JournalBroken) as error:
                     failed = failed or error
         if failed:
@@ -89,6 +98,6 @@ class OrphanedJournals:
         return found
 
 
-def _changed(path: Path) -> int:
-    """When the journal or its write-ahead log was last written, in nanoseconds."""
+def _last_written_ns(path: Path) -> int:
+    """Returns the time when the journal or its write-ahead log was last written, in nanoseconds since 1970."""
     return max((file.stat().st_mtime_ns for file in files_of(path)), default=0)

@@ -1,9 +1,10 @@
-"""Record: makes a change durable, in the broker or in the journal.
+"""Records a change: makes it durable, in the broker or in the journal.
 
-Group commit: changes of a lane that wait at the same moment share one message. At most a few publishes are under way,
-and they begin at least a few milliseconds apart; a single change is published at once. When a publish is in doubt, the
-same events go to the journal, and the change is accepted. Order does not matter, so the journal drains while new
-changes are published."""
+Group commit: changes of a lane that wait at the same moment share one message. Only a few publishes run at the same
+time, and they begin at least a few milliseconds apart. A single change is published at once. If a publish is in doubt,
+the same events go to the journal, and their changes are accepted. The order does not matter, so the journal drains
+while new changes are published.
+"""
 
 import asyncio
 import time
@@ -24,7 +25,7 @@ from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 log = structlog.get_logger(__name__)
 
 # Far below the 16 MiB that RabbitMQ 4 accepts by default. A larger change gets a message of its own.
-MAX_BODY = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Durability(StrEnum):
@@ -46,7 +47,7 @@ class _Waiting(Struct):
     traceparent: str | None
     trace: tracing.Trace | None
     began: int
-    """Nanoseconds since the epoch, so that the trace shows how long the change waited for its message."""
+    """The time when the change began to wait for its message, in nanoseconds since 1970."""
 
 
 class Recorder:
@@ -55,73 +56,73 @@ class Recorder:
         publisher: Publisher,
         journal: Journal | None,
         *,
-        under_way: int,
-        apart_ms: float = 0.0,
+        max_publishes: int,
+        publish_interval_ms: float = 0.0,
         batch_max_changes: int = MAX_BATCH_CHANGES,
         metrics: RailMetrics | None = None,
     ) -> None:
         self._metrics = metrics
         self._publisher = publisher
         self._journal = journal
-        self._max_under_way = under_way
-        self._apart = apart_ms / 1000
-        self._next_at = dict.fromkeys(Lane, 0.0)
+        self._max_publishes = max_publishes
+        self._interval_seconds = publish_interval_ms / 1000
+        self._next_start = dict.fromkeys(Lane, 0.0)
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._draining = False
         self._batch_changes = min(batch_max_changes, MAX_BATCH_CHANGES)
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
-        self._under_way: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
+        self._publishes: dict[Lane, set[asyncio.Task[None]]] = {lane: set() for lane in Lane}
 
     async def record(self, lane: Lane, event: bytes, traceparent: str | None = None) -> Durability:
-        """Returns when the change is durable. Raises Unrecorded. `traceparent`: the event's; spans are noted in the
-        current trace if it is the change's own."""
+        """Records a change, which is durable when this returns. Raises Unrecorded. `traceparent`: the traceparent of
+        the event. If it belongs to the current trace, spans are noted in that trace."""
         trace = tracing.current()
         if trace is not None and (traceparent is None or traceparent[3:35] != trace.trace_id):
             trace = None
         waiting = _Waiting(event, asyncio.get_running_loop().create_future(), traceparent, trace, time.time_ns())
         self._waiting[lane].append(waiting)
-        self._pump(lane)
+        self._start_publishes(lane)
         return await waiting.done
 
     async def drain(self) -> None:
         """Waits until no publish is under way. Call it at shutdown, after the last request."""
         self._draining = True
         for lane in Lane:
-            self._pump(lane)
-        while any(self._waiting.values()) or any(self._under_way.values()):
-            await asyncio.gather(*(task for tasks in self._under_way.values() for task in tasks))
+            self._start_publishes(lane)
+        while any(self._waiting.values()) or any(self._publishes.values()):
+            await asyncio.gather(*(task for tasks in self._publishes.values() for task in tasks))
 
-    def _pump(self, lane: Lane) -> None:
-        while self._waiting[lane] and len(self._under_way[lane]) < self._max_under_way:
-            if self._apart and not self._draining:
+    def _start_publishes(self, lane: Lane) -> None:
+        while self._waiting[lane] and len(self._publishes[lane]) < self._max_publishes:
+            if self._interval_seconds and not self._draining:
                 loop = asyncio.get_running_loop()
                 now = loop.time()
-                if now < self._next_at[lane]:
+                if now < self._next_start[lane]:
                     if lane not in self._timers:
-                        self._timers[lane] = loop.call_at(self._next_at[lane], self._due, lane)
+                        self._timers[lane] = loop.call_at(self._next_start[lane], self._on_timer, lane)
                     return
-                self._next_at[lane] = now + self._apart
+                self._next_start[lane] = now + self._interval_seconds
             task = asyncio.create_task(self._send(lane, self._take(lane)), name=f"record-{lane}")
-            self._under_way[lane].add(task)
+            self._publishes[lane].add(task)
             task.add_done_callback(lambda task: self._sent(lane, task))
 
-    def _due(self, lane: Lane) -> None:
+    def _on_timer(self, lane: Lane) -> None:
         del self._timers[lane]
-        self._pump(lane)
+        self._start_publishes(lane)
 
     def _take(self, lane: Lane) -> list[_Waiting]:
         waiting, size, count = self._waiting[lane], 0, 0
         for change in waiting[: self._batch_changes]:
             size += len(change.event)
-            if count and size > MAX_BODY:
+            if count and size > MAX_MESSAGE_BYTES:
                 break
             count += 1
         self._waiting[lane] = waiting[count:]
         return waiting[:count]
 
     def _sent(self, lane: Lane, task: "asyncio.Task[None]") -> None:
-        self._under_way[lane].discard(task)
-        self._pump(lane)
+        self._publishes[lane].discard(task)
+        self._start_publishes(lane)
 
     async def _send(self, lane: Lane, changes: list[_Waiting]) -> None:
         try:
@@ -130,10 +131,12 @@ class Recorder:
                 self._metrics.per_message.observe(len(changes))
                 self._metrics.durable.inc(durability.value, len(changes))
         except BaseException as error:  # noqa: BLE001  (every waiting caller gets the error)
-            told = error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
+            failure = (
+                error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
+            )
             for change in changes:
                 if not change.done.done():
-                    change.done.set_exception(told)
+                    change.done.set_exception(failure)
             return
         for change in changes:
             if not change.done.done():
@@ -148,11 +151,17 @@ class Recorder:
         except (NotSent, InDoubt) as error:
             reason, sent = error, isinstance(error, InDoubt)
         else:
-            _note(changes, sends(lane), began, sending(lane, len(changes)))
+            _note(changes, send_span_name(lane), began, send_attributes(lane, len(changes)))
             return Durability.BROKER
         if sent:
             log.warning("record_in_doubt", lane=lane, changes=len(events), error=str(reason))
-            _note(changes, sends(lane), began, sending(lane, len(changes)), error=f"{type(reason).__name__}: {reason}")
+            _note(
+                changes,
+                send_span_name(lane),
+                began,
+                send_attributes(lane, len(changes)),
+                error=f"{type(reason).__name__}: {reason}",
+            )
         began = time.time_ns()
         if self._journal is None:
             raise Unrecorded(str(reason), sent=sent) from reason
@@ -166,13 +175,14 @@ class Recorder:
         return Durability.JOURNAL
 
 
-def sends(lane: Lane) -> str:
-    """Name of a span that publishes to a lane."""
+def send_span_name(lane: Lane) -> str:
+    """Returns the name of a span that publishes to a lane."""
     return f"send {CHANGES}:{lane.value}"
 
 
-def sending(lane: Lane, changes: int) -> dict[str, Any]:
-    """Attributes of a span that publishes one message with `changes` changes (OpenTelemetry's conventions)."""
+def send_attributes(lane: Lane, changes: int) -> dict[str, Any]:
+    """Returns the attributes of a span that publishes one message with `changes` changes
+    (OpenTelemetry's conventions)."""
     return {
         "messaging.system": "rabbitmq",
         "messaging.operation.type": "send",
@@ -186,8 +196,8 @@ def sending(lane: Lane, changes: int) -> dict[str, Any]:
 def _note(
     changes: list[_Waiting], name: str, began: int, attributes: dict[str, Any], *, error: str | None = None
 ) -> None:
-    """Notes two spans in each change's own trace: `record` since the change began to wait, and in it the publish or the
-    journal write. The change carries the id of the span that made it durable."""
+    """Notes two spans in the trace of each change. `record` begins when the change begins to wait. Inside it is the
+    publish or the journal write. The change carries the id of the span that made it durable."""
     ended = time.time_ns()
     for change in changes:
         trace = change.trace

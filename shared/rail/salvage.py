@@ -1,13 +1,13 @@
 """Salvages the intact entries of a damaged journal file.
 
-Python's module does not include SQLite's own recovery, and SQLite finds a row of such a file only through intact pages
-above it. This module trusts no structure. It searches every page for byte patterns of an entry's record, and the sum of
-the entry proves that every byte is as it was written. It therefore finds each entry whose own bytes are intact, even if
-the header, the pages above it or the write-ahead log are damaged.
+Python's sqlite3 module does not include SQLite's recovery, and SQLite finds a row only through intact pages above it.
+This module trusts no structure. It searches every page for byte patterns of an entry's record, and the sum of the entry
+proves that every byte is as it was written. It therefore finds each entry whose own bytes are intact, even if the
+header, the pages above it or the write-ahead log are damaged.
 
 It searches all pages of the file, the pages that the write-ahead log has committed, and the rest of that log. The rest
-holds entries that were committed behind a damaged frame, and the entries of an append that a crash interrupted, which
-were never acknowledged. The search may also find entries that were drained before; sending them again does no harm.
+contains entries that were committed behind a damaged frame, and entries of an append that a crash interrupted, which
+were never acknowledged. The search may also find entries that were drained before. Sending them again does no harm.
 """
 
 import mmap
@@ -67,7 +67,7 @@ def read_wal(data: "bytes | mmap.mmap") -> Wal:
         if valid and whole:
             state = _checksum(data[slot : slot + 8] + data[slot + _FRAME.size : slot + _SLOT], order, state)
             if tuple(proof) != state and 0 < (salt - its_salt) & _MASK < _OLDER:
-                # The frame is of an earlier log, which is completely in the file: each log increases the salt.
+                # The frame belongs to an earlier log, which is completely in the file: each log increases the salt.
                 end = slot
                 break
             valid = (its_salt, its_salt_2) == (salt, salt_2) and tuple(proof) == state
@@ -95,7 +95,7 @@ def wal_problem(path: Path) -> tuple[str | None, bool]:
 
 
 class Salvage:
-    """Finds the entries in a file and its write-ahead log, either of which may be missing. The file must not be open in
+    """Finds the entries in a file and its write-ahead log. One of the two may be missing. The file must not be open in
     this process, because closing it here would release the locks of the other user. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
@@ -130,7 +130,8 @@ class Salvage:
         return damaged + [Damaged(lane=name.lane, name=name, why="its bytes are gone") for name in lost.values()]
 
     def _look(self, image: "bytes | mmap.mmap", at: int, pages: "_Pages") -> tuple[str, bytes] | None:
-        """Parses the record at this place, if it is one. Returns an intact entry, and remembers a name."""
+        """Parses the bytes at this place as a record. Returns the entry if they are an intact entry. Remembers the name
+        if they are an intact name."""
         if at < 0 or at + 4 > len(image):
             return None
         if (lane := _LANES.get(image[at + 3])) is not None:
@@ -170,7 +171,7 @@ class _Pages:
         self._last = {**wal.committed, **dict(wal.behind)}
 
     def images(self) -> "Iterator[bytes | mmap.mmap]":
-        # As a whole and not page by page, because a displaced record may lie anywhere.
+        # Yields the file as a whole and not page by page, because a displaced record may lie anywhere.
         yield self._main
         for place in self._wal.committed.values():
             yield self._wal_data[place : place + PAGE]

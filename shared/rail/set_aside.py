@@ -31,13 +31,13 @@ _ASIDE = re.compile(r"\.corrupt-[0-9TZ.]+(-wal)?$")
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Returns the new path of the damaged file. No process may have the file open. Raises sqlite3.Error or OSError, for
-    example if there is no room for the new file; then the old file keeps its name."""
+    """Sets the file aside and returns its new path. No process may have the file open. Raises sqlite3.Error or OSError,
+    for example if there is no space for the new file. The old file then keeps its name."""
     found = Salvage(path)
     generation, earlier = _remembered(path)
     generation = max(generation, len(files_aside(path))) + 1
     rebuilt = _rebuilt(path)
-    # It has another name until it is complete, because `finish_set_aside` uses a .rebuilt file as it is.
+    # The new file has another name until it is complete, because `finish_set_aside` uses a .rebuilt file as it is.
     filling = rebuilt.with_name(f"{rebuilt.name}.filling")
     for one in (rebuilt, filling):
         one.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def finish_set_aside(path: Path) -> None:
-    """Finishes a `set_aside` that a crash interrupted; does nothing if there was none."""
+    """Finishes a `set_aside` that a crash interrupted. Does nothing if there was none."""
     rebuilt = _rebuilt(path)
     if not rebuilt.exists():
         return
@@ -80,32 +80,34 @@ def finish_set_aside(path: Path) -> None:
 
 
 def journals_in(folder: Path) -> dict[int, Path]:
-    """Instance number -> path of its journal, for all journals in a folder.
+    """Returns the paths of all journals in a folder, by instance number.
 
-    A journal also counts if a crash has left only its write-ahead log or its .rebuilt file; `Journal.open` restores it.
-    Raises OSError."""
+    A journal also counts if a crash has left only its write-ahead log or its .rebuilt file, because `Journal.open`
+    restores it. Raises OSError.
+    """
     found = (_JOURNAL.fullmatch(one.name) for one in folder.iterdir())
     numbers = sorted({int(match[1]) for match in found if match})
     return {number: folder / f"orders-{number}.sqlite" for number in numbers}
 
 
 def files_of(path: Path) -> list[Path]:
-    """The existing files that may hold entries of a journal: the file, its write-ahead log and its .rebuilt file."""
+    """Returns the existing files that may contain entries of a journal: the file, its write-ahead log and its .rebuilt
+    file."""
     return [one for one in (path, wal_of(path), _rebuilt(path)) if one.exists()]
 
 
 def readable(path: Path) -> Path:
-    """The file to read entries from, also if no process has opened the journal since a crash."""
+    """Returns the file to read entries from, even if no process has opened the journal since a crash."""
     return _rebuilt(path) if not path.exists() and _rebuilt(path).exists() else path
 
 
 def files_aside(path: Path) -> list[Path]:
-    """The set-aside files of a journal; a write-ahead log is listed only if its file is missing."""
+    """Returns the set-aside files of a journal. A write-ahead log is listed only if its file is missing."""
     return [one for one in _aside_in(path.parent) if one.name.startswith(f"{path.name}.corrupt-")]
 
 
 def count_aside(folder: Path) -> int:
-    """The number of set-aside files of all journals in a folder; 0 if the folder cannot be read."""
+    """Returns the number of set-aside files of all journals in a folder, or 0 if the folder cannot be read."""
     try:
         return len(_aside_in(folder))
     except OSError:
@@ -124,7 +126,8 @@ def _rebuilt(path: Path) -> Path:
 
 
 def _move_aside(path: Path) -> Path:
-    """Renames the file first, because nothing has changed as long as it has its name. Returns the new path."""
+    """Renames the journal and its write-ahead log. The journal is the first, because nothing has changed as long as it
+    has its name. Returns the new path."""
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     aside = path.with_name(f"{path.name}.corrupt-{at}")
     for one, name in ((path, aside), (wal_of(path), wal_of(aside))):
@@ -137,8 +140,8 @@ def _move_aside(path: Path) -> Path:
 
 
 def _remembered(path: Path) -> tuple[int, list[Damaged]]:
-    """Returns (generation of the number series, entries that were damaged before), as far as the old file can be
-    read."""
+    """Returns (generation of the number series, entries that were damaged before), as far as the
+    old file is readable."""
     generation, damaged = 0, list[Damaged]()
     try:
         with closing(read_only(path)) as db:

@@ -449,7 +449,7 @@ async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp
         await journal.append([entry()])
     assert not isinstance(refused.value, JournalInDoubt)
     assert not db.fails_next
-    recorder = Recorder(cast(Publisher, UnavailableBroker()), journal, under_way=1)
+    recorder = Recorder(cast(Publisher, UnavailableBroker()), journal, max_publishes=1)
     db.fails_next = ["commit", "pragma wal_checkpoint"]
     with pytest.raises(Unrecorded) as unrecorded:
         await recorder.record(*entry())

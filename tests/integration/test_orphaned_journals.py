@@ -38,7 +38,7 @@ class Broker:
 
 
 def orphaned_journals_of(folder: Path, broker: Any, *, own: int = 1) -> OrphanedJournals:
-    return OrphanedJournals(folder, broker, None, own=own, max_bytes=1 << 20, every=0.05)
+    return OrphanedJournals(folder, broker, None, own=own, max_bytes=1 << 20, interval_seconds=0.05)
 
 
 @pytest.fixture

@@ -20,15 +20,15 @@ class NotingPublisher:
         self.messages.append(split_batch(body))
 
 
-def recorder(notes: NotingPublisher, apart_ms: float) -> Recorder:
-    return Recorder(cast(Publisher, notes), None, under_way=1, apart_ms=apart_ms)
+def recorder(notes: NotingPublisher, publish_interval_ms: float) -> Recorder:
+    return Recorder(cast(Publisher, notes), None, max_publishes=1, publish_interval_ms=publish_interval_ms)
 
 
 async def test_a_single_change_is_published_at_once_and_close_followers_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes = NotingPublisher()
-    made = recorder(notes, apart_ms=50)
+    made = recorder(notes, publish_interval_ms=50)
     loop = asyncio.get_running_loop()
     at = loop.time()
     with monkeypatch.context() as stopped:
@@ -44,7 +44,7 @@ async def test_a_single_change_is_published_at_once_and_close_followers_together
 
 async def test_lanes_do_not_wait_for_one_another() -> None:
     notes = NotingPublisher()
-    made = recorder(notes, apart_ms=60_000)
+    made = recorder(notes, publish_interval_ms=60_000)
     async with asyncio.timeout(5):
         for lane in Lane:
             await made.record(lane, b"1")
@@ -53,7 +53,7 @@ async def test_lanes_do_not_wait_for_one_another() -> None:
 
 async def test_a_stop_does_not_wait_for_the_next_publish() -> None:
     notes = NotingPublisher()
-    made = recorder(notes, apart_ms=60_000)
+    made = recorder(notes, publish_interval_ms=60_000)
     await made.record(LANE, b"1")
     waiting = asyncio.create_task(made.record(LANE, b"2"))
     await asyncio.sleep(0)

@@ -98,7 +98,7 @@ def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(make
         pass
     tracer.end(trace, "GET /x", error="500")
     assert tracer.add(SAMPLED, "write order", 1, 2, error="bad") is None
-    assert not tracer.wanted(SAMPLED, slow_ns=1 << 62)
+    assert not tracer.will_export(SAMPLED, slow_ns=1 << 62)
     assert (trace.trace_id, trace.noted, trace.traceparent[-2:]) == (TRACE, [], "00")
     assert kept(tracer, tmp_path) == []
     assert not (tmp_path / "traces").exists()
@@ -110,7 +110,7 @@ def test_a_trace_that_is_not_sampled_failed_or_slow_is_dropped(make: MakeTracer,
     with tracing.span("part"):
         pass
     tracer.end(trace, "GET /x")
-    assert not tracer.wanted(UNSAMPLED)
+    assert not tracer.will_export(UNSAMPLED)
     assert kept(tracer, tmp_path) == []
 
 
@@ -137,8 +137,8 @@ def test_a_slow_trace_is_kept_although_it_is_not_sampled(make: MakeTracer, tmp_p
     tracer = make(trace_sample=MIN_SHARE, trace_slow_ms=500)
     tracer.end(old(tracer.begin(UNSAMPLED), 0.4), "quick")
     tracer.end(old(tracer.begin(UNSAMPLED), 0.6), "slow")
-    assert not tracer.wanted(UNSAMPLED, slow_ns=400_000_000)
-    assert tracer.wanted(UNSAMPLED, slow_ns=600_000_000)
+    assert not tracer.will_export(UNSAMPLED, slow_ns=400_000_000)
+    assert tracer.will_export(UNSAMPLED, slow_ns=600_000_000)
     assert [row.name for row in kept(tracer, tmp_path)] == ["slow"]
 
 
@@ -146,10 +146,10 @@ def test_slow_traces_are_limited_per_second_and_the_next_second_takes_new_ones(m
     tracer = make(trace_sample=MIN_SHARE, trace_slow_ms=1, trace_slow_per_second=3)
 
     def keeps_slow_trace() -> bool:
-        return tracer.wanted(UNSAMPLED, slow_ns=1 << 60)
+        return tracer.will_export(UNSAMPLED, slow_ns=1 << 60)
 
     assert sum(keeps_slow_trace() for _ in range(200)) in (3, 6)  # six: a new second began in between
-    assert all(tracer.wanted(SAMPLED) for _ in range(200)), "the limit is for slow traces only"
+    assert all(tracer.will_export(SAMPLED) for _ in range(200)), "the limit is for slow traces only"
     deadline = time.monotonic() + 10
     while not keeps_slow_trace():
         assert time.monotonic() < deadline

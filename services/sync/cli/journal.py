@@ -239,7 +239,7 @@ async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
             "this file was set aside: its intact entries were moved to the file that replaced it"
         )
     try:
-        lease = Lease.beside(path)
+        lease = Lease.of_file(path)
     except NumberTaken as error:
         raise click.ClickException(str(error)) from error
     if lease is None:

@@ -231,7 +231,7 @@ class MirrorWriter:
             accepted = change.time.timestamp()
             if accepted > oldest:  # an old change was read again after a rewind, so it does not show the lag
                 self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
-            if self._tracer.wanted(change.traceparent):
+            if self._tracer.will_export(change.traceparent):
                 self._tracer.add(
                     change.traceparent,
                     f"mirror {change.subject.partition('/')[0]}",

@@ -36,7 +36,7 @@ def trace_batch(
     traced = [
         received.decoded.change
         for received in written
-        if tracer.wanted(
+        if tracer.will_export(
             received.decoded.change.traceparent,
             slow_ns=ended - int(received.decoded.change.time.timestamp() * 1_000_000_000),
         )
