@@ -11,7 +11,7 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-_CANCEL_AGAIN_SECONDS = 0.5
+_CANCEL_INTERVAL_SECONDS = 0.5
 
 
 class BackgroundLoop:
@@ -102,7 +102,7 @@ async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
     for task in left:
         task.cancel()
     while left:
-        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
+        _, left = await asyncio.wait(left, timeout=_CANCEL_INTERVAL_SECONDS)
         for task in left:
             task.cancel()
 

@@ -1,4 +1,4 @@
-"""Declares and describes settings: group, unit, sentence and allowed values.
+"""Declares and describes settings: the group, the unit, a sentence and the allowed values.
 
 `.env.example`, `docs/settings.md` and the message for a wrong value are generated from these descriptions.
 """
@@ -21,7 +21,7 @@ PREFIX = "TICKETRAIL_"
 
 
 class Group(Struct, frozen=True):
-    """Settings that belong together. `about`: a sentence that the documents print below the title."""
+    """Settings that belong together. The documents print the sentence `about` below the title."""
 
     title: str
     about: str
@@ -37,13 +37,13 @@ class Group(Struct, frozen=True):
         secret: bool = False,
         **constraints: Any,
     ) -> Any:
-        """A pydantic field.
+        """Returns a pydantic field.
 
-        sentence      one sentence about what the setting does
-        unit          of a number, in the plural: "seconds", "bytes"
+        sentence      one sentence that describes the setting
+        unit          the unit of a number, in the plural: "seconds", "bytes"
         allowed       overrides the text that `allowed_values` derives from the type
-        default_text  for a default that depends on another setting
-        secret        an error message does not repeat the value
+        default_text  describes a default that depends on another setting
+        secret        True if an error message must not repeat the value
         constraints   further arguments of pydantic's `Field`
         """
         described = Described(self.title, self.about, sentence, unit, allowed, default_text, secret)
@@ -54,7 +54,7 @@ class Group(Struct, frozen=True):
 
 
 class Words(Struct, frozen=True):
-    """Metadata of a type: its allowed values, in words that complete the sentence "it must be …"."""
+    """Metadata of a type: its allowed values in words, which complete the sentence "it must be …"."""
 
     text: str
 
@@ -70,20 +70,20 @@ class Described(Struct, frozen=True):
 
 
 def description_of(field: FieldInfo) -> Described:
-    """Raises KeyError or TypeError for a field that no Group declared."""
+    """Returns the description of a field. Raises KeyError or TypeError for a field that no Group declared."""
     extra: Any = field.json_schema_extra
     described: Described = extra["described"]
     return described
 
 
 def variable(name: str) -> str:
-    """The environment variable of the setting `name`."""
+    """Returns the environment variable of a setting."""
     return PREFIX + name.upper()
 
 
 # -- groups, in the order of the documents -----------------------------------------------------------------------
 
-PROCESS = Group("Process", "What this process is and where it keeps its files.")
+PROCESS = Group("Process", "The role of this process and the place of its files.")
 BACKENDS = Group(
     "Backends",
     "Each role of the database has a URL of its own; `ticketrail migrate` creates the roles and the read-only user "
@@ -91,18 +91,18 @@ BACKENDS = Group(
     "docs/clusters-and-backups.md describes URLs of several hosts.",
 )
 CLIENTS = Group("Backend clients", "Time limits and connections.")
-LISTENING = Group("Listening", "Where the services accept connections.")
+LISTENING = Group("Listening", "The addresses on which the services accept connections.")
 LIMITS = Group("Rate limits", "Token buckets that all instances share. A rate of 0 switches the limit off.")
 SIGN_IN = Group(
     "Tokens and sign-in",
     "Every service needs the same secret, or the public key. With a key pair only the orders service, which signs, "
-    "needs the private key. Outside development weak secrets are refused.",
+    "needs the private key. Outside development, weak secrets are refused.",
 )
-COMMIT = Group("Commit", "How the services claim, record and reveal a change (shared/rail).")
+COMMIT = Group("Commit", "Claiming, recording and revealing a change (shared/rail).")
 TOPOLOGY = Group(
-    "Queues and change log", "Run `ticketrail migrate` after a change: other retry delays are other queues."
+    "Queues and change log", "Run `ticketrail migrate` after a change, because other retry delays need other queues."
 )
-WORKER = Group("Sync worker", "How changes reach PostgreSQL and the mirror.")
+WORKER = Group("Sync worker", "Writing changes to PostgreSQL and the mirror.")
 TRACES = Group("Traces", "See docs/tracing.md.")
 NOTIFIER = Group("Notifier", "Push to terminals and browsers.")
 
@@ -111,8 +111,8 @@ NOTIFIER = Group("Notifier", "Push to terminals and browsers.")
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """The allowed values of a setting, in words that complete the sentence "it must be …", such as "a whole number from
-    1 to 65535"."""
+    """Returns the allowed values of a setting in words that complete the sentence "it must be …", such as "a whole
+    number from 1 to 65535"."""
     return description_of(field).allowed or _words(field.annotation, field.metadata)
 
 
@@ -176,14 +176,16 @@ Urls = Annotated[
     dict[str, str],
     NoDecode,
     BeforeValidator(_from_json),
-    Words('a JSON object such as {"orders": "http://orders:8001"} with orders, sync-worker, sync-api and notifier'),
+    Words(
+        'a JSON object such as {"orders": "http://orders:8001"}, with the keys orders, sync-worker, sync-api, notifier'
+    ),
 ]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 def url_of(*schemes: str, several: bool = False) -> AfterValidator:
-    """A validator that accepts an empty text or a URL with one of these schemes; with `several` also several URLs,
-    separated by commas."""
+    """Returns a validator that accepts an empty text or a URL with one of these schemes. With `several`, it also
+    accepts several URLs separated by commas."""
 
     def check(value: str) -> str:
         for url in host_urls(value) if several and value else [value] if value else []:

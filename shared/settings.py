@@ -39,7 +39,7 @@ from shared.setting_fields import (
 from shared.settings_loading import load
 
 MIN_SECRET_BYTES = 32
-"""An HMAC key of HS256 has at least the length of its hash (RFC 7518, section 3.2)."""
+"""The key of HS256 must be at least as long as its hash (RFC 7518, section 3.2)."""
 
 _USE_RANDOM = "use a random text, such as the output of `openssl rand -hex 32`"
 _URLS_WITH_PASSWORDS = (
@@ -59,7 +59,7 @@ def _default_trace_sample(validated: Mapping[str, Any]) -> float:
 
 
 class Settings(BaseSettings):
-    # `extra`: one `.env` also holds settings of `make run` and docker-compose.yml; `load` refuses unknown names.
+    # `extra`: one `.env` also contains settings of `make run` and docker-compose.yml. `load` refuses unknown names.
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
@@ -67,28 +67,28 @@ class Settings(BaseSettings):
     environment: Literal["development", "production"] = PROCESS.setting(
         "development", "`production` refuses weak secrets and keeps fewer traces."
     )
-    home: Path = PROCESS.setting(Path(".local"), "The directory of journals, traces and everything of `make run`.")
+    home: Path = PROCESS.setting(Path(".local"), "The directory of journals, traces and all data of `make run`.")
     log_level: Literal["debug", "info", "warning", "error"] = PROCESS.setting(
         "info", "Log lines below this level are dropped."
     )
     instance: PositiveInt | Literal["auto"] = PROCESS.setting(
         1,
-        "The number of this instance among those of its service names its journal and its series of order numbers; "
-        "`auto` leases the lowest number that is free in this home, for replicas that share it.",
+        "The number of this instance within its service, which names its journal and its series of order numbers; "
+        "`auto` leases the lowest free number in this home, for replicas that share it.",
     )
     status_urls: Urls = PROCESS.setting(
         {},
-        "Where `ticketrail status` finds the services when they do not share a host.",
+        "The URLs of the services for `ticketrail status`, if they do not share a host.",
     )
 
     rabbitmq_url: BrokerUrls = BACKENDS.setting(
         "amqp://ticketrail:ticketrail@127.0.0.1:56720/",
-        "RabbitMQ; of several URLs, the nodes of one cluster, the first that answers is used.",
+        "RabbitMQ, or the nodes of one cluster; the first node that answers is used.",
         secret=True,
     )
     rabbitmq_management_url: HttpUrl = BACKENDS.setting(
         "http://ticketrail:ticketrail@127.0.0.1:56721",
-        "RabbitMQ's management API, with which `ticketrail migrate` creates the read-only user.",
+        "RabbitMQ's management API, through which `ticketrail migrate` creates the read-only user.",
         secret=True,
     )
     rabbitmq_watcher_url: HttpUrl = BACKENDS.setting(
@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     )
     redis_url: RedisUrls = BACKENDS.setting(
         "redis://127.0.0.1:56379/0",
-        "The mirror; of several URLs, a primary and its replicas, the current primary is used.",
+        "The mirror, or a primary and its replicas; the current primary is used.",
         secret=True,
     )
     database_url: DatabaseUrl = BACKENDS.setting(
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         5.0, "A statement of PostgreSQL, or waiting for a connection, fails after this time.", unit="seconds"
     )
     database_pool_size: PositiveInt = CLIENTS.setting(
-        8, "The most connections that a process opens for a role.", unit="connections"
+        8, "The maximum number of connections that a process opens for a role.", unit="connections"
     )
 
     host: str = LISTENING.setting("127.0.0.1", "The address on which the services listen.", allowed="an address")
@@ -139,25 +139,25 @@ class Settings(BaseSettings):
     worker_port: Port = LISTENING.setting(8004, "The port for health and metrics of the sync worker.")
     trusted_proxies: Networks = LISTENING.setting(
         "",
-        "Services believe X-Forwarded-For only from these peers; empty: from none.",
+        "Services trust X-Forwarded-For only from these peers; if empty, from none.",
     )
     cors_origins: str = LISTENING.setting(
         "",
-        "The origins whose pages may call the APIs; empty: none.",
+        "The origins whose pages may call the APIs; if empty, none may.",
         allowed="origins separated by commas, or *",
     )
 
     restaurant_requests_per_second: NonNegativeFloat = LIMITS.setting(
-        5_000.0, "Requests that a restaurant may send in the long run.", unit="requests per second"
+        5_000.0, "The average rate of requests that a restaurant may send.", unit="requests per second"
     )
     restaurant_burst_requests: PositiveInt = LIMITS.setting(
-        10_000, "Requests that a restaurant may send at once.", unit="requests"
+        10_000, "The number of requests that a restaurant may send at once.", unit="requests"
     )
     address_requests_per_second: NonNegativeFloat = LIMITS.setting(
-        5_000.0, "Requests that a client address may send in the long run.", unit="requests per second"
+        5_000.0, "The average rate of requests that a client address may send.", unit="requests per second"
     )
     address_burst_requests: PositiveInt = LIMITS.setting(
-        10_000, "Requests that a client address may send at once.", unit="requests"
+        10_000, "The number of requests that a client address may send at once.", unit="requests"
     )
 
     jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
@@ -177,7 +177,7 @@ class Settings(BaseSettings):
     )
     jwt_public_key: str = SIGN_IN.setting(
         "",
-        "The key that verifies tokens where no private key is set.",
+        "The key that verifies tokens if no private key is set.",
         allowed="a public key as PEM, or the path of a file with it",
         secret=True,
     )
@@ -198,47 +198,53 @@ class Settings(BaseSettings):
     )
     guest_token_ttl_seconds: PositiveInt = SIGN_IN.setting(4 * 3600, "The lifetime of a guest's token.", unit="seconds")
     sign_in_attempts_per_account: PositiveInt = SIGN_IN.setting(
-        10, "Sign-in attempts for an account within five minutes.", unit="attempts"
+        10, "The maximum number of sign-in attempts for an account within five minutes.", unit="attempts"
     )
     sign_in_attempts_per_address: PositiveInt = SIGN_IN.setting(
-        60, "Sign-in attempts from a client address within five minutes.", unit="attempts"
+        60, "The maximum number of sign-in attempts from a client address within five minutes.", unit="attempts"
     )
     sync_token: str = SIGN_IN.setting(
-        "development-only-sync-token", "What another system sends as x-sync-token to the sync API.", secret=True
+        "development-only-sync-token",
+        "The token that another system sends to the sync API in the header x-sync-token.",
+        secret=True,
     )
 
     publish_timeout_seconds: PositiveFloat = COMMIT.setting(
-        1.5, "Without a publisher confirm after this time a change goes to the journal.", unit="seconds"
+        1.5, "A change goes to the journal if it has no publisher confirm after this time.", unit="seconds"
     )
-    publish_max_changes: PositiveInt = COMMIT.setting(256, "The most changes that share a message.", unit="changes")
+    publish_max_changes: PositiveInt = COMMIT.setting(
+        256, "The maximum number of changes in one message.", unit="changes"
+    )
     publish_concurrency: PositiveInt = COMMIT.setting(
         1,
-        "Publishes of a lane that wait for their confirm at once; fewer make larger messages, which cost less "
-        "(2 cost a fifth of the throughput).",
+        "The maximum number of publishes of a lane that wait for a confirm at the same time; fewer publishes make "
+        "larger messages, which cost less (2 publishes cost a fifth of the throughput).",
         unit="publishes",
     )
     publish_interval_ms: NonNegativeFloat = COMMIT.setting(
         5.0,
-        "The least time between the starts of two publishes of a lane; a change that comes alone does not wait.",
+        "The minimum time between the starts of two publishes of a lane; a single change does not wait.",
         unit="milliseconds",
     )
     claim_stale_seconds: PositiveFloat = COMMIT.setting(
-        2.0, "A claim of this age counts as stale, and the sync worker finishes it.", unit="seconds"
+        2.0, "A claim of this age is stale, and the sync worker finishes it.", unit="seconds"
     )
     claim_timeout_seconds: PositiveFloat = COMMIT.setting(
-        1.0, "A claim that gets no answer is repeated for this long.", unit="seconds"
+        1.0, "A claim that gets no answer is repeated for this time.", unit="seconds"
     )
     reveal_timeout_seconds: PositiveFloat = COMMIT.setting(
-        1.0, "A reply waits at most this long for the mirror; later it says `visible: false`.", unit="seconds"
+        1.0, "A reply waits at most this long for the mirror, and then says `visible: false`.", unit="seconds"
     )
     journal_max_bytes: PositiveInt = COMMIT.setting(
         1 << 30, "A journal of this size refuses further changes with 503.", unit="bytes"
     )
     journal_reserve_bytes: NonNegativeInt = COMMIT.setting(
-        4 << 20, "What the journal leaves free on its disk, because draining it needs room too.", unit="bytes"
+        4 << 20,
+        "The space that the journal leaves free on its disk, because draining it needs space too.",
+        unit="bytes",
     )
     orphaned_journal_scan_seconds: PositiveFloat = COMMIT.setting(
-        5.0, "The interval at which journals whose instance is gone are looked for and drained.", unit="seconds"
+        5.0, "The interval at which an instance searches for orphaned journals and drains them.", unit="seconds"
     )
     mirror_settle_seconds: PositiveFloat = COMMIT.setting(
         3.0,
@@ -248,7 +254,7 @@ class Settings(BaseSettings):
     )
     order_number_gap: PositiveInt = COMMIT.setting(
         100,
-        "Order numbers that are skipped after the mirror lost its data, because they may be in use already.",
+        "The number of order numbers that are skipped after the mirror lost its data, because they may be in use.",
         unit="numbers",
     )
 
@@ -259,12 +265,12 @@ class Settings(BaseSettings):
     )
     change_log_max_age: str = TOPOLOGY.setting(
         "7D",
-        "The change log drops segments of this age.",
+        "The change log deletes segments of this age.",
         allowed="a whole number followed by Y, M, D, h, m or s, such as 7D",
         pattern=r"^[1-9][0-9]*[YMDhms]$",
     )
     change_log_max_bytes: PositiveInt = TOPOLOGY.setting(
-        20_000_000_000, "The change log drops its oldest segments above this size.", unit="bytes"
+        20_000_000_000, "The change log deletes its oldest segments above this size.", unit="bytes"
     )
     change_log_segment_bytes: PositiveInt = TOPOLOGY.setting(
         50_000_000, "The size of a segment of the change log.", unit="bytes"
@@ -275,59 +281,62 @@ class Settings(BaseSettings):
         "The interval of heartbeats through every lane and the change log; three missed ones count as a failure.",
         unit="seconds",
     )
-    lane_consumers: PositiveInt = WORKER.setting(2, "Consumers of each lane.", unit="consumers")
+    lane_consumers: PositiveInt = WORKER.setting(2, "The number of consumers of each lane.", unit="consumers")
     lane_prefetch: PositiveInt = WORKER.setting(
-        200, "Messages that a consumer of a lane may hold without having acknowledged them.", unit="messages"
+        200, "The maximum number of unacknowledged messages of one consumer of a lane.", unit="messages"
     )
     batch_max_changes: PositiveInt = WORKER.setting(
-        500, "The most changes that are written in one transaction.", unit="changes"
+        500, "The maximum number of changes that are written in one transaction.", unit="changes"
     )
     batch_wait_ms: PositiveFloat = WORKER.setting(
         20.0,
-        "How long a batch collects changes after its first one; it adds to the lag of PostgreSQL.",
+        "A batch collects changes for this time after its first change, which adds to the sync lag.",
         unit="milliseconds",
     )
     sink_hold_seconds: PositiveFloat = WORKER.setting(
         300.0,
-        "While PostgreSQL is unavailable, a batch is held this long; then the consumers unsubscribe.",
+        "A batch is held for this time while PostgreSQL is unavailable; then the consumers unsubscribe.",
         unit="seconds",
     )
     mirror_window_days: PositiveInt = WORKER.setting(
-        3, "The mirror keeps closed orders of so many days; older ones are read from PostgreSQL.", unit="days"
+        3, "The mirror keeps closed orders for this many days; older ones are read from PostgreSQL.", unit="days"
     )
     reconcile_interval_seconds: PositiveFloat = WORKER.setting(
-        2.0, "The interval at which stale claims and pending changes are looked for.", unit="seconds"
+        2.0, "The interval at which the reconciler looks for stale claims and pending changes.", unit="seconds"
     )
     lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
-        "How often changes that stay pending behind empty lanes are looked for, and how old they must be.",
+        "The interval at which the reconciler looks for lost messages: changes of at least this age that are pending "
+        "although their lane is empty.",
         unit="seconds",
     )
     cleanup_interval_seconds: PositiveFloat = WORKER.setting(
         3_600.0, "The interval at which expired records are deleted.", unit="seconds"
     )
     dead_letter_retention_days: PositiveInt = WORKER.setting(
-        30, "A dead letter is deleted this long after it was resolved or discarded; open ones stay.", unit="days"
+        30, "A dead letter is deleted this many days after it was resolved or discarded; open ones stay.", unit="days"
     )
     pending_check_after_seconds: PositiveFloat = WORKER.setting(
         10.0,
-        "After this time the reconciler asks PostgreSQL for a change that the mirror shows as pending.",
+        "The reconciler asks PostgreSQL for a change that has been pending in the mirror for this time.",
         unit="seconds",
     )
     pending_warning_changes: PositiveInt = WORKER.setting(
         100,
-        "Above so many pending changes of a restaurant the log, a metric and the sync status warn.",
+        "The log, a metric and the sync status warn if a restaurant has more pending changes than this.",
         unit="changes",
     )
     failed_warning_changes: PositiveInt = WORKER.setting(
-        5, "Above so many failed changes of a restaurant the log, a metric and the sync status warn.", unit="changes"
+        5,
+        "The log, a metric and the sync status warn if a restaurant has more failed changes than this.",
+        unit="changes",
     )
     threshold_interval_seconds: PositiveFloat = WORKER.setting(
-        10.0, "The interval at which both warnings are checked.", unit="seconds"
+        10.0, "The interval at which the sync worker checks both numbers for these warnings.", unit="seconds"
     )
 
     trace_sample: float = TRACES.setting(
-        sentence="The share of traces that is kept besides failed and slow ones; 0 switches tracing off.",
+        sentence="The share of traces that is kept in addition to failed and slow ones; 0 switches tracing off.",
         default_factory=_default_trace_sample,
         default_text="1 in development, 0.1 in production",
         ge=0,
@@ -335,44 +344,49 @@ class Settings(BaseSettings):
     )
     trace_slow_ms: PositiveFloat = TRACES.setting(
         1_000.0,
-        "A request, or the way of a change to PostgreSQL, counts as slow after this time.",
+        "A trace is slow if its request, or the path of its change to PostgreSQL, takes longer than this.",
         unit="milliseconds",
     )
     trace_slow_per_second: PositiveInt = TRACES.setting(
         20,
-        "The most slow traces that a process keeps, because in a backlog everything is slow.",
+        "The maximum number of slow traces that a process keeps, because everything is slow during a backlog.",
         unit="traces per second",
     )
     otlp_endpoint: HttpUrl = TRACES.setting(
         "",
-        "Where spans are sent, by OTLP over HTTP; empty: to files in <home>/traces.",
+        "The URL to which spans are sent by OTLP over HTTP; if empty, they go to files in <home>/traces.",
     )
     trace_query_url: HttpUrl = TRACES.setting(
         "",
-        "Jaeger's query API, which `ticketrail trace` asks; empty: it reads the files.",
+        "The URL of Jaeger's query API for `ticketrail trace`; if empty, the command reads the files.",
     )
     trace_file_bytes: PositiveInt = TRACES.setting(
         20_000_000, "A trace file of this size is closed and the next one begins.", unit="bytes"
     )
-    trace_files: PositiveInt = TRACES.setting(4, "Closed trace files that each process keeps.", unit="files")
+    trace_files: PositiveInt = TRACES.setting(
+        4, "The number of closed trace files that each process keeps.", unit="files"
+    )
 
     replay_window_seconds: PositiveFloat = NOTIFIER.setting(
-        600.0, "How far back a client can resume from its cursor.", unit="seconds"
+        600.0, "The maximum age of a cursor from which a client can resume.", unit="seconds"
     )
     replay_window_changes: PositiveInt = NOTIFIER.setting(
-        50_000, "The most changes that are held for clients that resume.", unit="changes"
+        50_000, "The maximum number of changes that are kept for clients that resume.", unit="changes"
     )
-    replay_window_bytes: PositiveInt = NOTIFIER.setting(256 << 20, "The most memory for these changes.", unit="bytes")
+    replay_window_bytes: PositiveInt = NOTIFIER.setting(
+        256 << 20, "The maximum memory for the changes that are kept for clients that resume.", unit="bytes"
+    )
     client_buffer_events: PositiveInt = NOTIFIER.setting(
         1_000,
-        "Events that may wait for a client; a client that reads too slowly gets a `resync` and is disconnected.",
+        "The maximum number of events that wait for a client; a client that reads too slowly gets a `resync` and is "
+        "disconnected.",
         unit="events",
     )
     client_buffer_bytes: PositiveInt = NOTIFIER.setting(
-        1 << 20, "The most memory for the events that wait for a client.", unit="bytes"
+        1 << 20, "The maximum memory for the events that wait for a client.", unit="bytes"
     )
     client_connections: PositiveInt = NOTIFIER.setting(
-        10_000, "Open connections at once; further ones wait.", unit="connections"
+        10_000, "The maximum number of open connections; further ones wait.", unit="connections"
     )
     push_keepalive_seconds: PositiveFloat = NOTIFIER.setting(
         15.0,
@@ -382,7 +396,8 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """Reads the environment and `.env`. Raises SettingsError, which names settings and allowed values."""
+        """Reads the environment and `.env`. Raises SettingsError, which names the wrong settings and their allowed
+        values."""
         return load(cls)
 
     @model_validator(mode="after")
@@ -405,12 +420,12 @@ class Settings(BaseSettings):
         return self
 
     def numbered(self, instance: int) -> Self:
-        """Returns a copy with the number that this process has leased in place of `auto`."""
+        """Returns a copy with the leased number of this process in place of `auto`."""
         return self.model_copy(update={"instance": instance})
 
     @property
     def instance_number(self) -> int:
-        """The number of this instance. Raises ValueError while it is `auto` and no number was leased."""
+        """The number of this instance. Raises ValueError if it is `auto` and no number was leased yet."""
         if self.instance == "auto":
             raise ValueError(f"{variable('instance')} is auto, and no number was leased yet")
         return self.instance

@@ -32,7 +32,8 @@ LOCAL_RUN_NAMES = frozenset(
         "rabbitmq_dist_port",
     )
 )
-"""Settings of `make run` alone (deploy/local/local_settings.py). Its services inherit them."""
+"""Settings that only `make run` reads (deploy/local/local_settings.py). Its services inherit them
+in their environment."""
 
 OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_BIND": "docker-compose.yml: the address on which the gateway listens",
@@ -58,18 +59,19 @@ OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_FUZZ_COUNTS": "tests: set by `make fuzz` for itself",
     "TICKETRAIL_OUTCOMES": "tests: set by `.ci/run` for its run of pytest",
 }
-"""Names that are not settings of a service but may stand in the same environment or `.env`, and their readers."""
+"""Maps a name that is not a setting of a service, but may be in the same environment or `.env`, to its reader and its
+meaning."""
 
 S = TypeVar("S", bound=BaseSettings)
 
 
 class SettingsError(ValueError):
-    """Settings cannot be used. The message has one line for each wrong setting and repeats no secret."""
+    """The settings cannot be used. The message has one line for each wrong setting and repeats no secret."""
 
 
 def load(kind: type[S]) -> S:
-    """Reads settings of class `kind` from the environment, and the others from `.env` in the working directory. Raises
-    SettingsError."""
+    """Reads settings of class `kind` from the environment, and those that it lacks from `.env` in the working
+    directory. Raises SettingsError."""
     given = _given(kind)
     known = {variable(name) for name in kind.model_fields} | LOCAL_RUN_NAMES | OTHER_NAMES.keys()
     unknown = [_unknown(name, origin, known) for name, (_, origin) in sorted(given.items()) if name not in known]
@@ -84,7 +86,7 @@ def load(kind: type[S]) -> S:
 
 @contextmanager
 def exit_on_bad_settings() -> Iterator[None]:
-    """For the entry point of a process: prints a SettingsError without a traceback and exits with code 1."""
+    """Prints a SettingsError without a traceback and exits with code 1. Use it around the entry point of a process."""
     try:
         yield
     except SettingsError as error:
@@ -92,7 +94,8 @@ def exit_on_bad_settings() -> Iterator[None]:
 
 
 def _given(kind: type[BaseSettings]) -> dict[str, tuple[str, str]]:
-    """Name in upper case -> (text, origin), for every name with our prefix. `origin` is empty for the environment."""
+    """Returns every name with our prefix, in upper case, mapped to (text, origin). `origin` is empty for the
+    environment."""
     path = Path(str(kind.model_config.get("env_file") or ".env"))
     try:
         # The working directory may hold a directory of this name, which pydantic-settings skips.
@@ -113,9 +116,9 @@ def _sentences(kind: type[BaseSettings], error: ValidationError, given: Mapping[
     found: dict[str, str] = {}
     for one in error.errors(include_url=False):
         name = str(one["loc"][0]) if one["loc"] else ""
-        if one["type"] == "default_factory_not_called":  # follows from an error of another setting
+        if one["type"] == "default_factory_not_called":  # another setting has an error that causes this one
             continue
-        # The message of a check across several settings names them itself.
+        # A check across several settings names them in its message.
         found.setdefault(name or str(one["msg"]), _sentence(kind, name, one, given) if name else _message(one))
     return list(found.values())
 

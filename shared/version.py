@@ -2,4 +2,4 @@
 
 VERSION = "0.1.0"
 USER_AGENT = f"ticketrail/{VERSION}"
-"""What our HTTP clients send."""
+"""The User-Agent header of our HTTP clients."""

@@ -195,7 +195,9 @@ def decode_change(event: bytes) -> Change:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BrokenContract("undecodable", str(error)) from error
     if change.specversion != SPECVERSION:
-        raise BrokenContract("unsupported_specversion", f"CloudEvents {change.specversion[:20]!r}, not {SPECVERSION}")
+        raise BrokenContract(
+            "unsupported_specversion", f"the specversion is {change.specversion[:20]!r}, not {SPECVERSION}"
+        )
     if escaped and _NUL_ESCAPE.search(event):
         # PostgreSQL's json type accepts an escaped NUL, but cannot extract the field later.
         raise BrokenContract("contract_broken", "a text contains NUL")

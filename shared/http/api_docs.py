@@ -43,7 +43,7 @@ _START = """SwaggerUIBundle({
   validatorUrl: null,
 });
 """
-# Swagger UI sets inline styles and embeds its icons as data URLs.
+# Swagger UI sets inline styles and embeds its icons as data URLs, so both must be allowed.
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self';"
     " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -69,7 +69,7 @@ def pages(api: Api) -> list[HTTPRouteHandler]:
             return Response(_START.encode(), media_type="text/javascript")
         if name not in SWAGGER_FILES:
             raise NotFoundException("no such file")
-        # Each request reads the file, so that a service does not keep 2 MB in memory that are rarely requested.
+        # Each request reads the file, so that a service does not keep 2 MB of rarely used files in memory.
         content = (_FOLDER / name).read_bytes()
         return Response(content, media_type=SWAGGER_FILES[name], headers={"Cache-Control": "max-age=86400"})
 

@@ -133,7 +133,7 @@ class Authorization:
         if route := scope.get("path_template"):
             attributes["http.route"] = route
             name = f"{name} {route}"
-        if status:  # 0: the caller disconnected before the response
+        if status:  # the status is 0 if the caller disconnected before the response
             attributes["http.response.status_code"] = status
         error = str(status) if status >= 500 else None
         self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)

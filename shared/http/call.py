@@ -1,4 +1,4 @@
-"""The request, in the class that handlers receive."""
+"""The class of the requests that handlers receive."""
 
 import asyncio
 import contextlib

@@ -39,7 +39,7 @@ def _ticketrail_error(request: Request[Any, Any, Any], error: TicketrailError) -
 
 def _count(request: Request[Any, Any, Any], code: str) -> None:
     metrics = request.scope.get(METRICS)
-    if isinstance(metrics, HttpMetrics):  # missing if no route matched, because then the middleware has not run
+    if isinstance(metrics, HttpMetrics):  # the middleware sets it only if a route matched
         metrics.refused(code)
 
 
@@ -51,7 +51,7 @@ def _http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Re
     elif isinstance(error.extra, list):
         details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
     _count(request, codes.get(error.status_code, "http_error"))
-    headers = dict(error.headers or {})  # such as `Allow` of a 405
+    headers = dict(error.headers or {})  # for example `Allow` for status 405
     return _error_reply(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details, headers)
 
 

@@ -238,7 +238,7 @@ def _query_parameters(schema: Mapping[str, Any], components: Mapping[str, Any]) 
         field = dict(field)
         default = field.pop("default", None)
         description = field.pop("description", None)
-        if "anyOf" in field:  # a query parameter is absent instead of null
+        if "anyOf" in field:  # a query parameter is omitted instead of null
             rest = [one for one in field["anyOf"] if one != {"type": "null"}]
             field = {**rest[0]} if len(rest) == 1 else {"anyOf": rest}
             description = description or field.pop("description", None)

@@ -28,7 +28,7 @@ def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: A
     if "allOf" in schema:
         parts = [example_of(part, components, hint, name) for part in schema["allOf"]]
         return {key: value for part in parts for key, value in part.items()}
-    if "anyOf" in schema:  # a value or null
+    if "anyOf" in schema:  # the value may be null
         some = next(part for part in schema["anyOf"] if part != {"type": "null"})
         return None if hint is None else example_of(some, components, hint, name)
     if "const" in schema:

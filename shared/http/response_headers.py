@@ -39,7 +39,8 @@ class ResponseHeaders:
                 if not any(name == b"content-security-policy" for name, _ in message["headers"]):
                     headers.append((b"content-security-policy", _CSP))
                 trace_id = next((value for name, value in added if name == b"x-trace-id"), b"")
-                if not trace_id:  # the authorization middleware has not run: an unknown or open path
+                # The authorization middleware does not run for an unknown or open path.
+                if not trace_id:
                     trace_id = tracing.begun().trace_id.encode()
                     headers.append((b"x-trace-id", trace_id))
                 headers.append((b"x-request-id", request_id or trace_id))

@@ -30,7 +30,8 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
     is left for /health. `kill_after_seconds`: the time from the signal until the worker is killed. Without it, a client
     that does not read would delay the exit.
     """
-    from granian import Granian  # not at the top: tests of an app need no server
+    # Imported here, because tests of an app need no server.
+    from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
 
     Granian(

@@ -172,7 +172,7 @@ class Publisher:
                 continue
             log.warning("publisher_renews_channel")
             await self._open(connection)
-            with contextlib.suppress(TimeoutError):  # meanwhile the publishes on the old channel end
+            with contextlib.suppress(TimeoutError):  # gives the publishes on the old channel time to end
                 await asyncio.wait_for(self._broken.wait(), _RENEW_INTERVAL_SECONDS)
             if not nacking.is_closed:
                 async with asyncio.timeout(5.0):

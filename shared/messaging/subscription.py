@@ -130,7 +130,7 @@ class Subscription:
             reader.cancel()
         if readers:
             _, unfinished = await asyncio.wait(readers, timeout=_CLOSE_TIMEOUT_SECONDS)
-            for reader in unfinished:  # the broker does not answer the cancellation of the consumer
+            for reader in unfinished:  # the broker has not confirmed the cancellation of the consumer
                 reader.cancel()
 
     async def close(self) -> None:

@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 Argument = str | bytes | int | float
 _MAX_PIPELINE_COMMANDS = 512
 _SCRIPT_PARTS = ("stock", "order_number")
-_PROBE_TIMEOUT_SECONDS = 0.1  # a server that is back answers a probe in a few milliseconds
+# A server that is available again answers a probe in a few milliseconds.
+_PROBE_TIMEOUT_SECONDS = 0.1
 
 
 def _with_parts(text: str, texts: dict[str, str]) -> str:
@@ -94,7 +95,8 @@ class MirrorConnection:
         self._task: asyncio.Task[Any] | None = None
         self._failures = 0
         self._closed_until = 0.0
-        self._clock: float | None = None  # seconds by which the server's clock is ahead of our monotonic clock
+        self._clock: float | None = None
+        """The number of seconds by which the server's clock is ahead of our monotonic clock."""
 
     def server_ms(self, within: float) -> int | None:
         """Returns the server's time `within` seconds from now, in Unix milliseconds, or None before the first
@@ -118,7 +120,7 @@ class MirrorConnection:
 
     @property
     def down(self) -> bool:
-        """True when several attempts in a row have failed: waiting a moment will not help."""
+        """True after several failed attempts in a row. A short wait will then not help."""
         return self._failures >= 3
 
     async def call(self, *command: Argument) -> Any:
@@ -264,7 +266,8 @@ class MirrorConnection:
     async def _connect_to_primary(self) -> Any:
         found = await asyncio.gather(*(self._examine(host) for host in self._hosts), return_exceptions=True)
         primaries = [answer for answer in found if not isinstance(answer, BaseException)]
-        best = max(primaries, key=lambda primary: primary[0], default=None)  # of equal ones, the first
+        # `max` returns the first one of several equal primaries.
+        best = max(primaries, key=lambda primary: primary[0], default=None)
         for primary in primaries:
             if primary is not best:
                 await primary[1].disconnect(nowait=True)

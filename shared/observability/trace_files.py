@@ -125,7 +125,7 @@ def read_spans(folder: Path, ids: Sequence[bytes]) -> Iterator[SpanRow]:
         try:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
-            continue  # rotated away a moment ago
+            continue  # the file was rotated a moment ago
         for line in lines:
             if any(text in line for text in ids):
                 try:

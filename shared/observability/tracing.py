@@ -148,8 +148,8 @@ class span:
 
 
 class Tracer:
-    """Samples and exports traces. A process has one tracer. It is made in the process that serves, because its exporter
-    has a thread. `close` flushes it."""
+    """Samples and exports traces. Each process has one tracer. Make it inside the process that serves, because its
+    exporter has a thread. `close` flushes the exporter."""
 
     def __init__(self, service: str, settings: Settings) -> None:
         self._ratio = settings.trace_sample

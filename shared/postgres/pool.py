@@ -93,7 +93,7 @@ class Postgres:
         began = time.monotonic()
         if began < self._closed_until:
             raise PostgresUnavailable("PostgreSQL did not answer a moment ago")
-        if self._failures:  # a probe: other callers fail at once until it returns
+        if self._failures:  # this call is a probe; other callers fail at once until it returns
             self._closed_until = began + 2 * self._timeout
         try:
             pool = await self._ready()
@@ -110,7 +110,7 @@ class Postgres:
             self._failed(error, began)
             raise
         except asyncpg.PostgresError:
-            self._served()  # an error is an answer too
+            self._served()  # the server has answered, although with an error
             raise
         except BaseException:
             # The caller raised an error of its own or was cancelled. That says nothing about the server, so the next

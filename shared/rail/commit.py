@@ -135,7 +135,8 @@ class Rail:
         await self._reveal(entity, change, state)
         if self._metrics is not None:
             self._metrics.claims_finished.inc()
-        if self._tracer is not None:  # also if it is not sampled, because its request never ended it
+        # The span is exported even if the trace is not sampled, because its own request never ended the trace.
+        if self._tracer is not None:
             found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
             self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
         log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)

@@ -19,7 +19,7 @@ from typing import IO, Literal, Self
 
 from shared.settings import Settings
 
-_MAX_NUMBER = 1_000
+_MAX_INSTANCE_NUMBER = 1_000
 _POLL_INTERVAL_SECONDS = 0.1
 
 
@@ -42,10 +42,10 @@ class Lease:
         `within` seconds, because another instance may be draining the journal of this number
         (shared/rail/orphaned_journals.py). Raises NumberTaken."""
         if requested == "auto":
-            for number in range(1, _MAX_NUMBER + 1):
+            for number in range(1, _MAX_INSTANCE_NUMBER + 1):
                 if (lease := cls.attempt(folder, kind, number)) is not None:
                     return lease
-            raise NumberTaken(f"all of the numbers 1 to {_MAX_NUMBER} of {kind!r} in {folder} are taken")
+            raise NumberTaken(f"all of the numbers 1 to {_MAX_INSTANCE_NUMBER} of {kind!r} in {folder} are taken")
         deadline = time.monotonic() + within
         for _ in itertools.count():
             if (lease := cls.attempt(folder, kind, requested)) is not None:
@@ -89,7 +89,7 @@ class Lease:
             # have the same number.
             file = path.open("a+")
         except OSError as error:
-            raise NumberTaken(f"{path}: {error}") from error
+            raise NumberTaken(f"{path} cannot be opened: {error}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -229,7 +229,7 @@ def problem_of(path: Path) -> str | None:
                 return str(found).replace("\n", " ")
             version = _version(db)
             if version == 0 and not db.execute("select 1 from sqlite_master where name = 'names'").fetchone():
-                return None  # of the layout without sums
+                return None  # this is the layout without sums
             if version != LAYOUT_VERSION:
                 return f"it is of version {version}"
             for seq, entry, lane, event in db.execute("select seq, sum, lane, event from entries"):
@@ -302,7 +302,7 @@ def list_entries(path: Path) -> tuple[list[Name], list[Damaged]]:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Converts a file of the layout without sums, in one transaction of its own."""
+    """Converts a file from the layout without sums to the current layout, in one transaction."""
     if _version(db) != 0:
         return
     db.execute("begin immediate")

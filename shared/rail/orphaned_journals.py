@@ -70,7 +70,7 @@ class OrphanedJournals:
             if number == self._own or self._empty.get(number) == await asyncio.to_thread(_last_written_ns, path):
                 continue
             lease = Lease.attempt(self._folder, "orders", number)
-            if lease is None:  # its instance runs
+            if lease is None:  # the instance of the journal runs
                 self._empty.pop(number, None)
                 continue
             with lease:

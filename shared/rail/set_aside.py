@@ -70,7 +70,7 @@ def finish_set_aside(path: Path) -> None:
     if not rebuilt.exists():
         return
     if path.exists():
-        rebuilt.unlink()  # it may be older than the damaged file, so `set_aside` writes it again
+        rebuilt.unlink()  # `set_aside` writes it again, because it may be older than the damaged file
         return
     # Otherwise SQLite would apply the write-ahead log of the old file to the new one.
     if wal_of(path).exists():
