@@ -34,6 +34,8 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
             "database_api_url": servers.postgres.url("ticketrail_api", name),
             "database_ops_url": servers.postgres.url("ticketrail_ops", name),
             "database_timeout_seconds": 2.0,
+            "redis_timeout_seconds": 5.0,
+            "publish_timeout_seconds": 5.0,
             "retry_steps_ms": (50, 100),
             "heartbeat_interval_seconds": 0.2,
             "change_log_segment_bytes": 1_000_000,

@@ -17,13 +17,11 @@ from shared.entities import menu_item
 from shared.entities import order as orders
 from shared.entities.contract import Change, Lane
 from shared.entities.entity import Entity
-from shared.messaging.publisher import Publisher
-from shared.messaging.topology import CHANGES, bound_queues
 from shared.mirror import keys
 from tests.rigs.builders import change, message, payment
 from tests.rigs.forks import fork, wait_stored
 from tests.rigs.http_client import http_client
-from tests.rigs.system import System, eventually
+from tests.rigs.system import System, eventually, publisher_to
 
 ARRIVALS = ["the winner first", "the loser first", "both in one message"]
 
@@ -57,13 +55,9 @@ async def restaurant(system: System) -> RestaurantWithDish:
 
 
 async def publish(system: System, lane: Lane, *bodies: bytes) -> None:
-    publisher = Publisher(system.rabbitmq_url, CHANGES, queues=bound_queues(), timeout=5.0)
-    await publisher.start(wait=10)
-    try:
+    async with publisher_to(system) as publisher:
         for body in bodies:
             await publisher.publish(lane.value, body)
-    finally:
-        await publisher.stop()
 
 
 async def send(system: System, lane: Lane, arrival: str, winner: Change, loser: Change) -> None:

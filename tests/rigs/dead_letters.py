@@ -23,7 +23,7 @@ from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import change, message
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
-from tests.rigs.system import ROOT, System, eventually
+from tests.rigs.system import ROOT, System, eventually, publisher_to
 
 DEAD_LETTERS = "/api/ops/dead-letters"
 JOBS = "/api/ops/jobs"
@@ -215,12 +215,8 @@ class OperatorRig:
 
 @asynccontextmanager
 async def operator_rig(system: System) -> AsyncIterator[OperatorRig]:
-    publisher = Publisher(system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=30.0)
-    await publisher.start(wait=10)
-    try:
+    async with publisher_to(system, timeout_seconds=30.0) as publisher:
         yield OperatorRig(await register_restaurant(system), publisher)
-    finally:
-        await publisher.stop()
 
 
 async def details_of(client: httpx.AsyncClient, dead_letter: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
-from shared.messaging.publisher import Publisher
-from shared.mirror.mirror import Mirror
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
+from shared.rail.assemble import mirror_of, publisher_of
 from shared.settings import Settings
 from tests.rigs.builders import message
 from tests.rigs.system import eventually
@@ -33,8 +32,7 @@ class Rig:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.postgres = Postgres(settings.database_writer_url, settings)
-        self.mirror = Mirror(settings.redis_url, timeout=5.0, stale_seconds=2.0)
-        self.publisher = Publisher(settings.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
+        self.mirror, self.publisher = mirror_of(settings), publisher_of(settings)
         self.watch = HeartbeatMonitor(settings)
         self.heartbeats = HeartbeatSender(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)

@@ -8,12 +8,10 @@ import pytest
 from msgspec import Struct
 
 from shared.entities.contract import Change, Lane
-from shared.messaging import topology
-from shared.messaging.publisher import Publisher
 from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import message
 from tests.rigs.http_client import http_client
-from tests.rigs.system import System
+from tests.rigs.system import System, publisher_to
 
 
 class RestaurantRig(Struct, frozen=True):
@@ -45,12 +43,8 @@ class RestaurantRig(Struct, frozen=True):
 
     async def publish(self, *changes: Change, lane: Lane = Lane.CRITICAL) -> None:
         """Records the changes as another instance would."""
-        publisher = Publisher(self.system.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0)
-        await publisher.start(wait=10)
-        try:
+        async with publisher_to(self.system) as publisher:
             await publisher.publish(lane.value, message(*changes))
-        finally:
-            await publisher.stop()
 
 
 async def register_restaurant(system: System, **fields: Any) -> RestaurantRig:

@@ -19,6 +19,8 @@ import httpx
 from deploy.local.child import Child
 from deploy.local.port_check import find_free
 from shared.messaging.management import ask
+from shared.messaging.publisher import Publisher
+from shared.rail.assemble import publisher_of
 from shared.settings import Settings
 from tests.rigs import zygote
 from tests.rigs.http_client import http_client
@@ -248,3 +250,14 @@ def settings_of(system: System, **fields: Any) -> Settings:
     }
     chosen["retry_steps_ms"] = json.loads(chosen["retry_steps_ms"])
     return Settings(_env_file=None, **{**chosen, **fields})
+
+
+@asynccontextmanager
+async def publisher_to(system: System, *, timeout_seconds: float = 5.0) -> AsyncIterator[Publisher]:
+    """Publishes to the system's broker, as another instance would."""
+    publisher = publisher_of(settings_of(system, publish_timeout_seconds=timeout_seconds))
+    await publisher.start(wait=10)
+    try:
+        yield publisher
+    finally:
+        await publisher.stop()
