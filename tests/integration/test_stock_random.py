@@ -25,7 +25,7 @@ from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.rail.changes import State, draft
 from tests.rigs.rail.clock import Clock
 from tests.rigs.rail.mirror_server import FRESH
-from tests.rigs.rail.sinks import PostgresTables, log_entries, mirror_writer
+from tests.rigs.rail.sinks import PostgresTables, mirror_writer, read_again
 from tests.rigs.servers import Servers
 from tests.rigs.stock import StockRig
 
@@ -77,11 +77,9 @@ class RandomStock(StockRig):
 
     async def read_log(self, changes: Sequence[Change]) -> None:
         """The mirror writer takes the changes in messages."""
-        messages = [
-            builders.message(*changes[start : start + _ONE_MESSAGE]) for start in range(0, len(changes), _ONE_MESSAGE)
-        ]
-        for entry in log_entries(messages):
-            await self.writer.apply_entries([entry], self.state, None)
+        starts = range(0, len(changes), _ONE_MESSAGE)
+        messages = [builders.message(*changes[start : start + _ONE_MESSAGE]) for start in starts]
+        await read_again(self.writer, messages, self.state)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -89,12 +87,8 @@ class RandomStock(StockRig):
         self.clock.move(hours=self.chance.choice((0, 0, 1, 13)), microseconds=self.chance.randrange(3))
         moves: dict[Callable[[], Any], int] = {
             self.place: 6,
-            self.change_items: 5,
-            self.move_on: 6,
-            self.drop_or_restore: 4,
-            self.count_again: 3,
-            self.deliver_goods: 2,
-            self.take_off_or_restore: 1,
+            self.change_order: 15,
+            self.change_item: 6,
             self.fork: 2,
             self.finish_stale: 2,
             self.log_repeats: 3,
@@ -108,72 +102,46 @@ class RandomStock(StockRig):
 
     async def place(self) -> None:
         items, at = self.dishes(), self.clock.now()
-        order = builders.order(
-            restaurant_id=self.restaurant,
-            created_at=at,
-            updated_at=at,
-            items=items,
-            holds=holds(items, self.menu),
-            request_hash=self.chance.choice((None, "ab")),
-        )
+        order = self.order(created_at=at, updated_at=at, request_hash=self.chance.choice((None, "ab")))
         self.orders.append(order.id)
-        await self.attempt(ORDER, order, None)
+        await self.attempt(ORDER, structs.replace(order, items=items, holds=holds(items, self.menu)), None)
 
-    async def change_items(self) -> None:
-        def becomes(order: Order) -> Order | None:
-            if order.deleted_at or order.status not in (OrderStatus.PENDING, OrderStatus.RECEIVED):
-                return None
-            items = self.dishes()
-            return structs.replace(order, items=items, holds=holds(items, self.menu, order.holds, self.clock.now()))
-
-        await self.change(ORDER, self.orders, becomes)
-
-    async def move_on(self) -> None:
-        def becomes(order: Order) -> Order | None:
-            if order.deleted_at or order.status in _FINAL_STATUSES:
-                return None
-            return structs.replace(order, status=self.chance.choice((OrderStatus.RECEIVED, *_FINAL_STATUSES)))
-
-        await self.change(ORDER, self.orders, becomes)
-
-    async def drop_or_restore(self) -> None:
+    async def change_order(self) -> None:
         def becomes(order: Order) -> Order:
-            if order.deleted_at is None:
-                return structs.replace(order, deleted_at=self.clock.now())
-            held = tuple(structs.replace(hold, held_at=self.clock.now()) for hold in order.holds)
-            return structs.replace(order, deleted_at=None, holds=held)
+            at, kind = self.clock.now(), self.chance.choice(("items", "status", "existence"))
+            if order.deleted_at is not None:
+                held = tuple(structs.replace(hold, held_at=at) for hold in order.holds)
+                return structs.replace(order, deleted_at=None, holds=held)
+            if order.status in _FINAL_STATUSES or kind == "existence":
+                return structs.replace(order, deleted_at=at)
+            if kind == "status":
+                return structs.replace(order, status=self.chance.choice((OrderStatus.RECEIVED, *_FINAL_STATUSES)))
+            items = self.dishes()
+            return structs.replace(order, items=items, holds=holds(items, self.menu, order.holds, at))
 
-        await self.change(ORDER, self.orders, becomes)
+        if self.orders:
+            await self.change(ORDER, self.chance.choice(self.orders), becomes)
 
-    async def count_again(self) -> None:
+    async def change_item(self) -> None:
         def becomes(item: InventoryItem) -> InventoryItem:
-            return structs.replace(item, quantity=self.chance.randrange(12), counted_at=self.clock.now())
+            at, kind = self.clock.now(), self.chance.choice(("count", "count", "count", "goods", "goods", "existence"))
+            if kind == "count":
+                return structs.replace(item, quantity=self.chance.randrange(12), counted_at=at)
+            if kind == "goods":
+                return structs.replace(item, quantity=item.quantity + self.chance.randrange(1, 9))
+            return structs.replace(item, deleted_at=None if item.deleted_at else at)
 
-        await self.change(ITEM, self.items, becomes)
-
-    async def deliver_goods(self) -> None:
-        def becomes(item: InventoryItem) -> InventoryItem:
-            return structs.replace(item, quantity=item.quantity + self.chance.randrange(1, 9))
-
-        await self.change(ITEM, self.items, becomes)
-
-    async def take_off_or_restore(self) -> None:
-        def becomes(item: InventoryItem) -> InventoryItem:
-            return structs.replace(item, deleted_at=None if item.deleted_at else self.clock.now())
-
-        await self.change(ITEM, self.items, becomes)
+        await self.change(ITEM, self.chance.choice(self.items), becomes)
 
     async def fork(self) -> None:
         """Records another change of a taken version, as a lost mirror allows."""
-        if changes := [one for one in self.recorded() if one.entity == "order"]:
-            taken = self.chance.choice(changes)
-            state, items = ORDER.decode(taken), self.dishes()
-            held = holds(items, self.menu, state.holds[:1], self.clock.now())
-            other = builders.change(
-                structs.replace(state, items=items, holds=held, updated_at=self.clock.now()),
-                entityversion=taken.entityversion,
-                time=taken.time,
+        if changes := [one for one in self.recorded() if one.entity == ORDER.name]:
+            taken, items, at = self.chance.choice(changes), self.dishes(), self.clock.now()
+            state = ORDER.decode(taken)
+            state = structs.replace(
+                state, items=items, holds=holds(items, self.menu, state.holds[:1], at), updated_at=at
             )
+            other = builders.change(state, entityversion=taken.entityversion, time=taken.time)
             await self.record(other)
             if self.chance.random() < 0.7:
                 await self.read_log([other])
@@ -201,14 +169,11 @@ class RandomStock(StockRig):
 
     # -- a change ----------------------------------------------------------------------------------------------
 
-    async def change(self, entity: Entity, ids: list[str], becomes: Callable[[Any], Any]) -> None:
-        """Attempts to change one of the entities to what `becomes` makes of it, if that is not None."""
-        if not ids:
-            return
-        id_ = self.chance.choice(ids)
+    async def change(self, entity: Entity, id_: str, becomes: Callable[[Any], Any]) -> None:
+        """Attempts to change an entity to what `becomes` makes of it."""
         base = await self.read(id_, entity) or await self.tables.find(entity, self.restaurant, id_)
-        if base and (after := becomes(base[1])) is not None:
-            await self.attempt(entity, structs.replace(after, updated_at=self.clock.now()), base)
+        if base:
+            await self.attempt(entity, structs.replace(becomes(base[1]), updated_at=self.clock.now()), base)
 
     async def attempt(self, entity: Entity, state: Any, base: State | None) -> None:
         attempted = draft(entity, state, base)

@@ -15,6 +15,7 @@ from shared.entities.contract import Change, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import OutcomeUnknown, Unavailable
 from shared.rail.commit import ClaimLost, Committed
+from shared.rail.draft import change_of
 from tests.model.world import GAP, Attempt, World
 from tests.rigs.rail.changes import changes_in
 
@@ -83,11 +84,11 @@ def _may_exist(world: World, attempt: Attempt) -> bool:
     """A creation whose id already has a head is answered with that head, like a repeat: the order exists. After a
     claim in doubt, the head may be its own change, which another process has finished."""
     exists = isinstance(attempt.error, ClaimLost) and attempt.error.head is not None
-    return exists and attempt.draft.base is None and attempt.change_id in world.doubted
+    return exists and attempt.draft.base is None and change_of(attempt.draft).id in world.doubted
 
 
 def _check_forks(world: World, recorded: list[Change]) -> None:
-    claimed_in = world.mirror.claimed_in
+    claimed_in = world.claimed_in
     for change in recorded:
         if not claimed_in[change.id]:
             number = ORDER.decode(change).order_number
@@ -122,7 +123,7 @@ def _check_numbers(world: World, recorded: list[Change]) -> None:
 def _lost_with_a_gap(world: World, number: str, one: Change, other: Change) -> bool:
     """The number gap covers one lost mirror. A number above a gap may be given again if only a journal holds it while
     the next mirror is lost too: no remaining store knows it."""
-    lives, others = world.mirror.claimed_in[one.id], world.mirror.claimed_in[other.id]
+    lives, others = world.claimed_in[one.id], world.claimed_in[other.id]
     if number.startswith("J") or int(number) <= GAP or lives & others:
         return False
     first, later = (one, others) if min(lives) < min(others) else (other, lives)

@@ -29,10 +29,9 @@ from shared.errors import TicketrailError
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.mirror.mirror import Stale
 from shared.rail.draft import Draft
-from shared.rail.drain import Drainer
 from shared.rail.journal import JournalBroken
 from tests.model.laws import ENTITIES, check_always, check_at_the_end, hear
-from tests.model.world import Attempt, Harness, World
+from tests.model.world import Attempt, World
 from tests.rigs import builders
 from tests.rigs.rail.changes import State, changes_in, draft
 from tests.rigs.rail.gate import OUTCOMES
@@ -49,9 +48,10 @@ outcomes = st.lists(st.integers(0, 8), max_size=6)
 
 
 class RailMachine(RuleBasedStateMachine):
-    def __init__(self, harness: Harness) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__()
-        self.world = World(harness)
+        self.world = world
+        world.start_over()
         self.bases: dict[str, list[State]] = {id_: [] for id_ in ENTITIES}
         self.draining: dict[RailRig, asyncio.Task[Any]] = {}
 
@@ -139,22 +139,17 @@ class RailMachine(RuleBasedStateMachine):
                 self.world.run(step.do())
         self.world.crash(step.owner)
 
-    @precondition(lambda self: any(self.world.journal(one).depth for one in self.world.instances))
+    @precondition(lambda self: any(one.journal_depth for one in self.world.instances))
     @rule(at=instances, outcomes=outcomes)
     def drains(self, at: int, outcomes: list[int]) -> None:
         owner = self.world.instances[at]
-        draining = self.draining.get(owner)
-        if self.world.journal(owner).depth and (draining is None or draining.done()):
-            self.draining[owner] = self.drain(owner)
+        if owner.journal_depth and (owner not in self.draining or self.draining[owner].done()):
+            self.draining[owner] = self.world.start(drained(owner))
             self.step(owner, outcomes, True)
-
-    def drain(self, owner: RailRig) -> "asyncio.Task[Any]":
-        assert owner.drainer is not None
-        return self.world.start(drained(owner.drainer))
 
     @rule(at=instances, nth=nths, outcomes=outcomes)
     def reconciles(self, at: int, nth: int, outcomes: list[int]) -> None:
-        left = self.world.run(self.world.left_behind(nth))
+        left = self.world.run(self.world.mark_stale(nth))
         if left is not None:
             owner = self.world.instances[at]
             self.world.start(finished(owner, left))
@@ -182,11 +177,11 @@ class RailMachine(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["copied", "wiped", "wiped", "as it is", "stale", "stale"]))
     def mirror_is_lost(self, how: str) -> None:
         if how == "wiped":
-            self.world.wipe()
+            self.world.lose_mirror()
         elif how == "as it is":
-            self.world.roll_back(self.world.run(self.world.server.copy()))
+            self.world.lose_mirror(self.world.run(self.world.server.copy()))
         elif how == "stale" and self.world.snapshot is not None:
-            self.world.roll_back(self.world.snapshot)
+            self.world.lose_mirror(self.world.snapshot)
         else:
             self.world.take_snapshot()
 
@@ -226,15 +221,15 @@ class RailMachine(RuleBasedStateMachine):
         if not world.warm:
             world.run(world.stamp())
         rounds = 0
-        while world.run(world.stale_claims()):
+        while world.run(world.server.claims()):
             rounds += 1
             assert rounds < 100, "a stale claim cannot be finished"
-            if (left := world.run(world.left_behind(0))) is not None:  # None: the claim needed no finishing and is gone
+            if (left := world.run(world.mark_stale(0))) is not None:  # None: the claim needed no finishing and is gone
                 world.go_on(world.instances[0], world.start(finished(world.instances[0], left)))
         assert not world.run(world.server.call("KEYS", "*claim*")), "law 5: an unfinished claim is left"
         for owner in world.instances:
-            while world.journal(owner).depth:
-                world.go_on(owner, self.drain(owner))
+            while owner.journal_depth:
+                world.go_on(owner, world.start(drained(owner)))
         self.some_arrive([step for step in world.gate.late if step.kind == "publish"])
         self.laws_hold()
         self.deliver_everything_somehow()
@@ -255,9 +250,10 @@ class RailMachine(RuleBasedStateMachine):
             self.world.run(self.world.instances[0].reveal(*changes_in(message)))
 
 
-async def drained(drainer: Drainer) -> None:
+async def drained(owner: RailRig) -> None:
+    assert owner.drainer is not None
     with contextlib.suppress(NotSent, InDoubt, JournalBroken):  # as its loop does: it tries again
-        await drainer.drain_some()
+        await owner.drainer.drain_some()
 
 
 async def finished(owner: RailRig, left: Stale) -> None:
@@ -266,24 +262,24 @@ async def finished(owner: RailRig, left: Stale) -> None:
 
 
 @pytest.fixture
-def harness(servers: Servers) -> Iterator[Harness]:
-    server, loop = servers.extra_redis(), asyncio.new_event_loop()
+def world(servers: Servers) -> Iterator[World]:
+    server = servers.extra_redis()
     logging = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        harness = Harness(loop, server.url, Path(folder))
-        yield harness
-    loop.run_until_complete(harness.close())
-    loop.close()
+        world = World(server.url, Path(folder))
+        yield world
+    world.run(world.server.close())
+    world.loop.close()
     structlog.configure(**logging)
     server.discard()
 
 
 @pytest.mark.timeout(600)  # shrinking a failing example takes minutes
-def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(harness: Harness) -> None:
+def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(world: World) -> None:
     run_state_machine_as_test(
-        lambda: RailMachine(harness),  # type: ignore[arg-type]
+        lambda: RailMachine(world),  # type: ignore[arg-type]
         settings=settings(
             max_examples=700,
             stateful_step_count=30,
@@ -294,7 +290,7 @@ def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(ha
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert_reached(harness.seen)
+    assert_reached(world.seen)
 
 
 def assert_reached(seen: Counter[str]) -> None:

@@ -27,26 +27,38 @@ OUTCOMES = {
     "remove": ("done", "done", "broken"),
     "look": ("done", "done", "done", "no answer"),
 }
+_ERRORS: dict[str, type[Exception]] = {
+    "broken": JournalBroken,
+    "no answer": Unavailable,
+    "not sent": NotSent,
+    "unavailable": MirrorUnavailable,
+}
 _ANSWER_TIMEOUT_SECONDS = 0.6
 """How long a missing answer takes: two of them reach the timeouts of the rail."""
 
 
 @dataclass
 class Step:
-    """One call; `do` makes it."""
+    """One call, which `do` makes."""
 
     kind: str
     owner: Any
-    do: Callable[[], Any]
+    call: Callable[..., Any]
     arguments: tuple[Any, ...]
+    note: Callable[["Step", Any], None]
     reply: "asyncio.Future[Any]"
+
+    async def do(self) -> Any:
+        result = await self.call(*self.arguments)
+        self.note(self, result)
+        return result
 
 
 class Gate:
-    """`seen`: counts the outcomes."""
+    """`seen`: counts the outcomes. `note`: gets every step that was done, and its result."""
 
-    def __init__(self, clock: Clock, seen: Counter[str]) -> None:
-        self._clock, self._seen = clock, seen
+    def __init__(self, clock: Clock, seen: Counter[str], note: Callable[[Step, Any], None]) -> None:
+        self._clock, self._seen, self._note = clock, seen, note
         self.steps: list[Step] = []
         self.late: list[Step] = []
         """Steps whose caller has given up."""
@@ -56,11 +68,13 @@ class Gate:
         """`part` with its calls held for `owner`; what is not in OUTCOMES passes through."""
         return _Gated(self, part, owner)
 
-    async def ask(self, owner: Any, kind: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    async def ask(
+        self, owner: Any, kind: str, call: Callable[..., Any], *arguments: Any, within: float | None = None
+    ) -> Any:
+        """`within` is not passed on, because the server has another clock than the test."""
         if owner in self._dead:
             raise asyncio.CancelledError
-        do = partial(call, *arguments, **named)
-        step = Step(kind, owner, do, arguments, asyncio.get_running_loop().create_future())
+        step = Step(kind, owner, call, arguments, self._note, asyncio.get_running_loop().create_future())
         self.steps.append(step)
         return await step.reply
 
@@ -78,7 +92,8 @@ class Gate:
         elif outcome == "late":
             self.late.append(step)
         self._clock.move(seconds=_ANSWER_TIMEOUT_SECONDS)
-        step.reply.set_exception(_error(step.kind, outcome))
+        no_answer = InDoubt if step.kind == "publish" else MirrorInDoubt
+        step.reply.set_exception(_ERRORS.get(outcome, no_answer)("the test chose it"))
 
     def crash(self, owner: Any) -> None:
         """kill -9: the owner's open steps never happen, and it takes no further ones."""
@@ -93,19 +108,3 @@ class _Gated:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._part, name)
         return partial(self._gate.ask, self._owner, name, found) if name in OUTCOMES else found
-
-
-def _error(kind: str, outcome: str) -> Exception:
-    match kind, outcome:
-        case _, "broken":
-            return JournalBroken("the test broke it")
-        case "look", _:
-            return Unavailable("neither store answers")
-        case "publish", "not sent":
-            return NotSent("no connection")
-        case "publish", _:
-            return InDoubt("no confirm")
-        case _, "unavailable":
-            return MirrorUnavailable("unavailable")
-        case _:
-            return MirrorInDoubt("no answer")

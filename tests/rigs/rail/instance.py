@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec import structs
 
-from shared.entities.contract import Change, encode
+from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import Entity
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging.topology import lane_of
@@ -64,8 +64,15 @@ class RailRig:
             await self.drainer.stop()
         await self._parts.close()
         await self.server.close()
+        await self.close_journal()
+
+    async def close_journal(self) -> None:
         if self.journal:
             await self.journal.close()
+
+    @property
+    def journal_depth(self) -> int:
+        return self.journal.depth if self.journal else 0
 
     # -- drafts ------------------------------------------------------------------------------------------------
 
@@ -115,6 +122,9 @@ class RailRig:
             await self.rail.finish(left)
 
     # -- reading back ------------------------------------------------------------------------------------------
+
+    async def journaled(self) -> list[Change]:
+        return [decode_change(entry.event) for entry in await self.journal.oldest(10_000)] if self.journal else []
 
     async def read(self, id_: str, entity: Entity = ORDER) -> State | None:
         return (await self.read_all([id_], entity)).get(id_)

@@ -11,7 +11,7 @@ FRESH = LogState("test", -1)
 """The log state of a mirror that has read nothing."""
 _FORMER_SERVER = "0" * 40
 
-Copy = list[tuple[bytes, int, bytes]]
+Copy = Sequence[tuple[bytes, int, bytes]]
 """A copy of a mirror: key, time to live in ms, value in the format of Redis's DUMP."""
 
 
@@ -57,6 +57,13 @@ class MirrorServer:
         claim = keys.claim(restaurant, entity, id_)
         if await self.call("HEXISTS", claim, "server"):
             await self.call("HSET", claim, "server", _FORMER_SERVER)
+
+    async def age_claims(self) -> None:
+        """Makes every claim an hour older, so that it is stale."""
+        for member in await self.claims():
+            claim = keys.claim(*member.split("|"))
+            at = int(await self.call("HGET", claim, "at")) - 3_600_000
+            await asyncio.gather(self.call("HSET", claim, "at", at), self.call("ZADD", keys.CLAIMS, at, member))
 
     async def claims(self, restaurant: str = "") -> list[str]:
         """The members of the claims index, stale or not; of one restaurant or of all."""

@@ -3,7 +3,7 @@
 PostgreSQL comes as the real tables, and as a model in a few lines, which is written independently of the code that it
 checks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -35,8 +35,20 @@ def mirror_writer(
     )
 
 
-def log_entries(messages: Iterable[bytes], first: int = 0) -> list[LogEntry]:
-    return [LogEntry(offset, "critical", body) for offset, body in enumerate(messages, first)]
+async def read_log(writer: MirrorWriter, log: Sequence[bytes], state: LogState, count: int) -> LogState:
+    """The mirror writer reads up to `count` messages after `state`, which the mirror has reached. Returns its new
+    state."""
+    for offset, body in enumerate(log[state.offset + 1 :][:count], state.offset + 1):
+        noted = LogState(state.epoch, offset)
+        await writer.apply_entries([LogEntry(offset, "critical", body)], state, noted)
+        state = noted
+    return state
+
+
+async def read_again(writer: MirrorWriter, messages: Iterable[bytes], state: LogState) -> None:
+    """The mirror writer reads messages in any order; its place in the log stays."""
+    for body in messages:
+        await writer.apply_entries([LogEntry(0, "critical", body)], state, None)
 
 
 class PostgresTables:

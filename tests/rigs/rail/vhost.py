@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import aio_pika
 
-from shared.entities.contract import Change, Lane, decode_change
+from shared.entities.contract import Change, Lane
 from shared.messaging import declare, topology
 from shared.rail.journal import Journal
 from shared.settings import Settings
@@ -50,13 +50,9 @@ class VhostRail(RailRig):
         await eventually(take, what=f"{at_least} messages in {queue}", until=lambda n: n >= at_least)
         return messages
 
-    async def journaled(self) -> list[Change]:
-        assert self.journal
-        return [decode_change(entry.event) for entry in await self.journal.oldest(10_000)]
-
 
 class Vhost:
-    """Makes rigs of one restaurant; by default they use the Redis of the run."""
+    """Makes rigs of one restaurant with a warm mirror; by default they use the Redis of the run."""
 
     def __init__(self, servers: Servers, url: str, folder: Path) -> None:
         self._servers, self._url, self._folder = servers, url, folder
@@ -88,6 +84,7 @@ class Vhost:
         rig = VhostRail(number, settings, self._restaurant, journal)
         self.made.append(rig)
         await rig.up(publisher=publisher)
+        await rig.server.warm()
         return rig
 
     @asynccontextmanager
