@@ -7,7 +7,7 @@ from shared.entities import order, registry
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
-_MOST_FREQUENT_ENTITY = order.ENTITY.name
+_FREQUENT_ENTITY = order.ENTITY.name
 """Nearly all changes are changes of orders. The changes of other entities have their own index (changes_newest_of)."""
 
 
@@ -27,8 +27,8 @@ async def changes(
     where = Conditions(restaurant)
     if entity is not None:
         where.add("t.entity = {}", entity)
-        if entity != _MOST_FREQUENT_ENTITY:
-            where.add(f"t.entity <> '{_MOST_FREQUENT_ENTITY}'")
+        if entity != _FREQUENT_ENTITY:
+            where.add(f"t.entity <> '{_FREQUENT_ENTITY}'")
     elif entity_id is not None:
         where.add("t.entity = any({})", list(registry.ENTITIES))  # the index needs its first column
     if entity_id is not None:

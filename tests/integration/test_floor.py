@@ -376,7 +376,7 @@ def test_there_is_a_place_before_the_first_and_after_the_last(ends: list[int]) -
 
 
 async def test_queue_longer_than_a_page_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derived_figures, "_PAGE_SIZE", 3)
+    monkeypatch.setattr(derived_figures, "_PAGE_ENTITIES", 3)
     bay = new_id()
     jobs = [
         BayJob(
