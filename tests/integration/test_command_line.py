@@ -163,7 +163,7 @@ async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(ops_rig: O
 async def test_prefix_without_a_match_is_refused_and_named(ops_rig: OperatorRig, command: str) -> None:
     code, _, err = await ops_rig.dlq(command, "order")
     assert code == 2
-    assert "'order' is neither an id nor the beginning of one" in err
+    assert "'order' is neither an id nor the beginning of an id" in err
     code, _, err = await ops_rig.dlq(command, "00000000-0000")
     assert code == 1
     assert err.startswith("Error: no ") and err.endswith("has an id that begins with 00000000-0000\n")
