@@ -71,7 +71,7 @@ def full_id(text: str, what: str, find: FindIds) -> str:
             f"{text!r} is neither an id nor the beginning of an id, which needs at least {MIN_PREFIX_CHARS} hexadecimal"
             " digits"
         )
-    return the_only_one(text, what, ask(lambda connection: find(connection, *bounds, _MAX_LISTED + 1)))
+    return only_candidate(text, what, ask(lambda connection: find(connection, *bounds, _MAX_LISTED + 1)))
 
 
 def whole_id(text: str) -> str | None:
@@ -92,7 +92,7 @@ def prefix_range(text: str) -> tuple[UUID, UUID] | None:
     return (first, last) if text == digits or str(first).startswith(text) else None
 
 
-def the_only_one(text: str, what: str, candidates: Sequence[Candidate]) -> str:
+def only_candidate(text: str, what: str, candidates: Sequence[Candidate]) -> str:
     """Returns the id of the only candidate. Raises ClickException if there is none, or if there are several, which the
     message lists."""
     if not candidates:

@@ -5,7 +5,7 @@ from uuid import UUID
 import click
 import pytest
 
-from services.sync.id_argument import prefix_range, the_only_one, whole_id
+from services.sync.id_argument import only_candidate, prefix_range, whole_id
 
 FIRST = "7d0c5f1e-4c11-4c0a-9b1d-7f0c3b526f1e"
 SECOND = "7d0c5f1e-9999-4c0a-9b1d-7f0c3b526f1e"
@@ -36,7 +36,7 @@ def test_a_whole_id_is_known_in_every_spelling() -> None:
 
 def test_a_prefix_of_several_ids_is_refused_and_lists_them() -> None:
     with pytest.raises(click.ClickException) as refused:
-        the_only_one("7d0c", "dead letter", [(FIRST, "open, order v3"), (SECOND, "open, table v1")])
+        only_candidate("7d0c", "dead letter", [(FIRST, "open, order v3"), (SECOND, "open, table v1")])
     assert refused.value.message.splitlines() == [
         "more than one dead letter has an id that begins with 7d0c:",
         f"  {FIRST}  open, order v3",
@@ -46,11 +46,11 @@ def test_a_prefix_of_several_ids_is_refused_and_lists_them() -> None:
 
 def test_a_long_list_of_candidates_ends_after_ten() -> None:
     with pytest.raises(click.ClickException) as refused:
-        the_only_one("7d0c", "conflict", [(str(UUID(int=n)), "") for n in range(11)])
+        only_candidate("7d0c", "conflict", [(str(UUID(int=n)), "") for n in range(11)])
     assert len(refused.value.message.splitlines()) == 12
     assert refused.value.message.endswith("… and more")
 
 
 def test_a_prefix_of_no_id_is_refused() -> None:
     with pytest.raises(click.ClickException, match="no conflict has an id that begins with abcd"):
-        the_only_one("abcd", "conflict", [])
+        only_candidate("abcd", "conflict", [])

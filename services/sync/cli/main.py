@@ -15,7 +15,7 @@ from rich.live import Live
 
 from services.sync.cli import journal, orders, status_screen, users, waterfall
 from services.sync.cli.menu import dishes_between, edit_dish
-from services.sync.cli.orders import the_order
+from services.sync.cli.orders import order_id_of
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
 from services.sync.cli.user_accounts import users_between
@@ -223,7 +223,7 @@ def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:
     """Show the trace of each change of ORDER, with the time that it waited in queues.
 
     ORDER is an order number, an id, or the beginning of an id."""
-    order_id = the_order(order, restaurant)
+    order_id = order_id_of(order, restaurant)
     found = run(find_traces(Settings.load(), order_id))
     if not (found.changes or found.dead_letters or found.spans):
         for text in found.missing:

@@ -12,7 +12,7 @@ import click
 from msgspec import Struct
 
 from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
-from services.sync.id_argument import RESTAURANT, prefix_range, the_only_one, whole_id
+from services.sync.id_argument import RESTAURANT, only_candidate, prefix_range, whole_id
 from services.sync.operator_session import ask
 from shared.postgres.pool import Connection
 
@@ -107,7 +107,7 @@ async def find_orders(
     return _matches(await connection.fetch(_BETWEEN, restaurant, limit, *bounds)) if bounds else []
 
 
-def the_order(text: str, restaurant: str | None) -> str:
+def order_id_of(text: str, restaurant: str | None) -> str:
     """Returns the id of the order that `text` names. If several orders of one restaurant have this number, returns the
     newest one and says so on standard error. Raises ClickException if no order matches, or if orders of several
     restaurants match."""
@@ -117,7 +117,7 @@ def the_order(text: str, restaurant: str | None) -> str:
     if not found:
         raise click.ClickException(_unknown(text))
     if found[0].order_number not in _numbers(text):
-        return the_only_one(text, "order", [(match.id, _description(match)) for match in found])
+        return only_candidate(text, "order", [(match.id, _description(match)) for match in found])
     if len({match.restaurant_id for match in found}) > 1:
         lines = "".join(f"\n  {match.id}  {_description(match)}" for match in found)
         raise click.ClickException(f"several restaurants have an order {text}; choose one with --restaurant:{lines}")

@@ -44,7 +44,7 @@ class ServiceSample(Struct):
         required = set(labels.items())
         return sum(value for (found, has), value in self.samples.items() if found == name and required <= set(has))
 
-    def by(self, name: str, label: str) -> dict[str, float]:
+    def sum_by(self, name: str, label: str) -> dict[str, float]:
         """Returns label value -> sum of the series that have this value."""
         found: dict[str, float] = {}
         for (series, has), value in self.samples.items():
@@ -112,8 +112,9 @@ def percentile(before: ServiceSample, after: ServiceSample, name: str, share: fl
     """Returns the upper bound, in seconds, of the histogram bucket that contains this share of the observations between
     the two samples; NaN if there was no observation."""
     grown = {
-        float(bound): after.by(f"{name}_bucket", "le")[bound] - before.by(f"{name}_bucket", "le").get(bound, 0.0)
-        for bound in after.by(f"{name}_bucket", "le")
+        float(bound): after.sum_by(f"{name}_bucket", "le")[bound]
+        - before.sum_by(f"{name}_bucket", "le").get(bound, 0.0)
+        for bound in after.sum_by(f"{name}_bucket", "le")
     }
     total = max(grown.values(), default=0.0)
     if total <= 0:
@@ -148,20 +149,20 @@ def _mean(name: str) -> Callable[[ServiceSample, ServiceSample], float]:
     return mean
 
 
-def _now(name: str, **labels: str) -> Callable[[ServiceSample, ServiceSample], float]:
+def _current(name: str, **labels: str) -> Callable[[ServiceSample, ServiceSample], float]:
     return lambda _, after: after.value(name, **labels)
 
 
 def _split(name: str, label: str) -> Callable[[ServiceSample, ServiceSample], dict[str, float]]:
-    return lambda _, after: after.by(name, label)
+    return lambda _, after: after.sum_by(name, label)
 
 
-def _p(name: str, share: float) -> Callable[[ServiceSample, ServiceSample], float]:
+def _percentile(name: str, share: float) -> Callable[[ServiceSample, ServiceSample], float]:
     return lambda before, after: percentile(before, after, name, share)
 
 
-def _hits(_: ServiceSample, after: ServiceSample) -> float:
-    found = after.by("ticketrail_mirror_reads_total", "result")
+def _hit_share(_: ServiceSample, after: ServiceSample) -> float:
+    found = after.sum_by("ticketrail_mirror_reads_total", "result")
     reads = sum(found.get(result, 0.0) for result in ("hit", "miss", "unavailable"))
     return found.get("hit", 0.0) / reads if reads else math.nan
 
@@ -172,43 +173,43 @@ _FACTS: dict[str, dict[str, Callable[[ServiceSample, ServiceSample], Any]]] = {
         "accepted per second": _rate("ticketrail_accepted_total"),
         "accepted": _split("ticketrail_accepted_total", "event"),
         "refused": _split("ticketrail_refused_total", "code"),
-        "answer p50 seconds": _p("ticketrail_http_answer_seconds", 0.5),
-        "answer p99 seconds": _p("ticketrail_http_answer_seconds", 0.99),
+        "answer p50 seconds": _percentile("ticketrail_http_answer_seconds", 0.5),
+        "answer p99 seconds": _percentile("ticketrail_http_answer_seconds", 0.99),
         "changes per message": _mean("ticketrail_message_changes"),
         "durable": _split("ticketrail_durable_total", "where"),
-        "claims lost": _now("ticketrail_claims_lost_total"),
-        "claims finished": _now("ticketrail_claims_finished_total"),
-        "journal entries": _now("ticketrail_journal_entries"),
-        "mirror hit share": _hits,
-        "mirror repairs": lambda _, after: after.by("ticketrail_mirror_reads_total", "result").get("repair", 0.0),
-        "broker connected": _now("ticketrail_broker_connected"),
-        "mirror available": _now("ticketrail_mirror_available"),
+        "claims lost": _current("ticketrail_claims_lost_total"),
+        "claims finished": _current("ticketrail_claims_finished_total"),
+        "journal entries": _current("ticketrail_journal_entries"),
+        "mirror hit share": _hit_share,
+        "mirror repairs": lambda _, after: after.sum_by("ticketrail_mirror_reads_total", "result").get("repair", 0.0),
+        "broker connected": _current("ticketrail_broker_connected"),
+        "mirror available": _current("ticketrail_mirror_available"),
         **_POOL,
     },
     "sync-worker": {
         "heartbeat lag seconds": _split("ticketrail_heartbeat_lag_seconds", "path"),
-        "PostgreSQL lag p99 seconds": _p("ticketrail_postgres_lag_seconds", 0.99),
-        "mirror lag p99 seconds": _p("ticketrail_mirror_lag_seconds", 0.99),
+        "PostgreSQL lag p99 seconds": _percentile("ticketrail_postgres_lag_seconds", 0.99),
+        "mirror lag p99 seconds": _percentile("ticketrail_mirror_lag_seconds", 0.99),
         "changes per second": lambda before, after: (
             (after.total("ticketrail_batch_changes_sum") - before.total("ticketrail_batch_changes_sum"))
             / max(after.at - before.at, 1e-6)
         ),
         "changes per batch": _mean("ticketrail_batch_changes"),
-        "held messages": _now("ticketrail_held_messages"),
+        "held messages": _current("ticketrail_held_messages"),
         "retries by attempt": _split("ticketrail_retries_total", "attempt"),
         "dead": _split("ticketrail_dead_total", "reason"),
-        "claims finished": _now("ticketrail_claims_finished_total"),
-        "mirror warm": _now("ticketrail_mirror_warm"),
+        "claims finished": _current("ticketrail_claims_finished_total"),
+        "mirror warm": _current("ticketrail_mirror_warm"),
         **_POOL,
     },
-    "sync-api": {"mirror available": _now("ticketrail_mirror_available"), **_POOL},
+    "sync-api": {"mirror available": _current("ticketrail_mirror_available"), **_POOL},
     "notifier": {
-        "subscribers": _now("ticketrail_subscribers"),
+        "subscribers": _current("ticketrail_subscribers"),
         "events per second": _rate("ticketrail_push_events_total"),
-        "push lag p99 seconds": _p("ticketrail_push_lag_seconds", 0.99),
-        "window changes": _now("ticketrail_window_changes"),
-        "slow subscribers": _now("ticketrail_slow_subscribers"),
-        "caught up": _now("ticketrail_caught_up"),
+        "push lag p99 seconds": _percentile("ticketrail_push_lag_seconds", 0.99),
+        "window changes": _current("ticketrail_window_changes"),
+        "slow subscribers": _current("ticketrail_slow_subscribers"),
+        "caught up": _current("ticketrail_caught_up"),
     },
 }
 

@@ -13,7 +13,7 @@ from services.sync.command_output import TableColumn, ago, json_option, print_js
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
 from services.sync.conflicts.store import Fork, Side
-from services.sync.id_argument import RESTAURANT, IdArgument, restaurant_slugs, the_only_one, whole_id
+from services.sync.id_argument import RESTAURANT, IdArgument, only_candidate, restaurant_slugs, whole_id
 from services.sync.operator_session import ROLE, actor, ask, with_rail
 from services.sync.printable import printable
 from shared.postgres.pool import Connection
@@ -111,7 +111,9 @@ def resolve_command(conflict: str, keep: str, why: str, as_json: bool) -> None:
     if whole_id(keep) is None:
         fork = ask(lambda connection: conflict_store.one(connection, conflict))
         sides = ((fork.change_id, ""), (fork.other_change_id, ""))
-        keep = the_only_one(keep, "side of the conflict", [side for side in sides if side[0].startswith(keep.lower())])
+        keep = only_candidate(
+            keep, "side of the conflict", [side for side in sides if side[0].startswith(keep.lower())]
+        )
     done = with_rail(
         lambda *parts: ConflictDecisions(*parts).resolve(conflict, keep=keep, why=why, actor=actor(), role=ROLE)
     )

@@ -214,7 +214,7 @@ def export_command(out: str | None, **filters: Any) -> None:
                     whole = await dead_letter_store.one(connection, dead_letter.id)
                     assert whole is not None
                     plain = msgspec.to_builtins(whole)
-                    _put(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
+                    _write_line(file, encode({**plain, "body": base64.b64encode(whole.body).decode()}) + b"\n")
                     written += 1
                 before = (page[-1].last_failed_at, page[-1].id)
         return written
@@ -239,7 +239,7 @@ def export_command(out: str | None, **filters: Any) -> None:
     click.echo(f"{_count(written)} in {out}")
 
 
-def _put(file: IO[bytes], line: bytes) -> None:
+def _write_line(file: IO[bytes], line: bytes) -> None:
     """Writes one line. Handles errors of the file, because `run` would report them as an unavailable backend."""
     try:
         file.write(line)

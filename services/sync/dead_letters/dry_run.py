@@ -34,7 +34,7 @@ class Readable(Struct, frozen=True):
     state: object
 
 
-def read(body: bytes) -> Readable | None:
+def read_change(body: bytes) -> Readable | None:
     """Returns the change in the body of a dead letter, or None for a signal or an empty batch. Raises BrokenContract.
 
     A dead letter holds one change, or a body that cannot be split."""
@@ -51,7 +51,7 @@ async def forecast(
     """Forecasts a replay without any lasting effect. `timeout_seconds`: see `write_batch`. Raises ForecastUnavailable,
     MirrorUnavailable, MirrorInDoubt."""
     try:
-        found = read(dead_letter.body)
+        found = read_change(dead_letter.body)
     except BrokenContract as error:
         return _would_fail(error)
     if found is None:

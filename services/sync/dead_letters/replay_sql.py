@@ -36,7 +36,7 @@ update replay_jobs set state = $3, message = $4, finished_at = now() where id = 
 returning true
 """
 # The job does not send these dead letters any more, and nothing else would open them again.
-_FREE = """
+_REOPEN_UNCONFIRMED = """
 with freed as (
     update dead_letters l set status = 'open', revision = l.revision + 1
     from replay_job_items p
@@ -54,14 +54,14 @@ select count(*) as dead_letters, count(*) filter (where outcome is not null and 
     count(*) filter (where same_cause) as same_cause
 from replay_job_items where job_id = $1
 """
-_NEXT = """
+_NEXT_ITEMS = """
 select p.position, p.dead_letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text,
     l.status
 from replay_job_items p join dead_letters l on l.id = p.dead_letter_id
 where p.job_id = $1 and (p.outcome is null or p.outcome = 'sending')
 order by p.position limit $2
 """
-_BEGIN = """
+_MARK_SENDING = """
 with mine as (
     update dead_letters l set status = 'replaying', revision = l.revision + 1
     from replay_job_items p
@@ -73,11 +73,11 @@ update replay_job_items set outcome = 'sending', at = now()
 where job_id = $1 and position in (select position from mine)
 returning position
 """
-_SENT = """
+_MARK_SENT = """
 update replay_job_items set outcome = 'sent', at = now()
 where job_id = $1 and position = any($2::int[]) and outcome = 'sending'
 """
-_NOTE = """
+_STORE_OUTCOME = """
 update replay_job_items set outcome = $3, detail = $4, same_cause = $5, at = now()
 where job_id = $1 and position = $2 and (outcome is null or outcome = 'sending' and $3 <> 'skipped')
 """
@@ -126,14 +126,14 @@ update replay_job_items p set outcome = 'failed', same_cause = false, at = now()
     detail = 'it did not come out of its lane, although later messages did'
 from gone where p.dead_letter_id = gone.id and p.outcome = 'sent'
 """
-_FAIL_DIRECTLY = """
+_MARK_FAILED = """
 update dead_letters set status = 'open', revision = revision + 1, deaths = deaths + 1, last_failed_at = now(),
     reason = $2, error = $3, place = $4, fingerprint = $5,
     attempts = (attempts::jsonb || jsonb_build_array(
         jsonb_build_object('at', now(), 'reason', $2::text, 'error', $3::text, 'place', $4::text)))::json
 where id = $1 and status = 'replaying'
 """
-_RESOLVE_DIRECTLY = """
+_MARK_RESOLVED = """
 update dead_letters set status = 'resolved', closed_at = now(), revision = revision + 1
 where id = $1 and status = 'replaying'
 """
@@ -195,7 +195,7 @@ async def end(connection: Connection, job: str, worker: str, state: str, message
     """Ends a job. Dead letters whose publish was not confirmed become open again."""
     async with connection.transaction():
         if await connection.fetchval(_END, job, worker, state, message):
-            await connection.execute(_FREE, job)
+            await connection.execute(_REOPEN_UNCONFIRMED, job)
 
 
 async def progress(connection: Connection, job: str) -> Progress:
@@ -204,22 +204,22 @@ async def progress(connection: Connection, job: str) -> Progress:
     return Progress(**row)
 
 
-async def following(connection: Connection, job: str, limit: int) -> list[ToReplay]:
+async def next_items(connection: Connection, job: str, limit: int) -> list[ToReplay]:
     """Returns the next items that were not sent, in order."""
-    return [ToReplay(**row) for row in await connection.fetch(_NEXT, job, limit)]
+    return [ToReplay(**row) for row in await connection.fetch(_NEXT_ITEMS, job, limit)]
 
 
-async def begin(connection: Connection, job: str, positions: Sequence[int]) -> set[int]:
+async def mark_sending(connection: Connection, job: str, positions: Sequence[int]) -> set[int]:
     """Marks items as sending and their dead letters as replaying. Returns the positions of those that were open."""
-    return {row[0] for row in await connection.fetch(_BEGIN, job, list(positions))}
+    return {row[0] for row in await connection.fetch(_MARK_SENDING, job, list(positions))}
 
 
-async def sent(connection: Connection, job: str, positions: Sequence[int]) -> None:
+async def mark_sent(connection: Connection, job: str, positions: Sequence[int]) -> None:
     """Marks items as sent, after the broker has confirmed them."""
-    await connection.execute(_SENT, job, list(positions))
+    await connection.execute(_MARK_SENT, job, list(positions))
 
 
-async def note(
+async def store_outcome(
     connection: Connection,
     job: str,
     position: int,
@@ -229,7 +229,7 @@ async def note(
     same_cause: bool | None = None,
 ) -> None:
     """Stores the outcome of an item that was not sent."""
-    await connection.execute(_NOTE, job, position, outcome, detail, same_cause)
+    await connection.execute(_STORE_OUTCOME, job, position, outcome, detail, same_cause)
 
 
 async def is_written(connection: Connection, restaurant: str | None, change: str | None) -> bool:
@@ -250,13 +250,13 @@ async def settle(connection: Connection, *, lost_seconds: float) -> None:
         await connection.execute(_LOST, lost_seconds)
 
 
-async def failed(
+async def mark_failed(
     connection: Connection, dead_letter: str, reason: str, error: str, place: str, fingerprint: str
 ) -> None:
     """Marks a dead letter as open, after it failed again without going through a queue."""
-    await connection.execute(_FAIL_DIRECTLY, dead_letter, reason, error, place, fingerprint)
+    await connection.execute(_MARK_FAILED, dead_letter, reason, error, place, fingerprint)
 
 
-async def resolved(connection: Connection, dead_letter: str) -> None:
+async def mark_resolved(connection: Connection, dead_letter: str) -> None:
     """Marks a dead letter as resolved, after it was handled without going through a queue."""
-    await connection.execute(_RESOLVE_DIRECTLY, dead_letter)
+    await connection.execute(_MARK_RESOLVED, dead_letter)

@@ -125,9 +125,9 @@ class Replays:
                 continue
             if job is not None:
                 log.info("replay_job_taken", job=job.id, kind=job.kind, dead_letters=job.total)
-                working = vital_task(self._work(job), name=f"replay-{job.id}")
-                self._jobs.add(working)
-                working.add_done_callback(self._jobs.discard)
+                task = vital_task(self._work(job), name=f"replay-{job.id}")
+                self._jobs.add(task)
+                task.add_done_callback(self._jobs.discard)
             self.loop.turned()
             await asyncio.sleep(self._poll)
 
@@ -157,8 +157,8 @@ class Replays:
                 log.info("replay_job_ended", job=job.id, state=state, message=message)
                 return True
             requested = min(_STEP_SIZE, allowed(job, progress) - progress.started)
-            free = pace.take(requested, time.monotonic())
-            dead_letters = await steps.following(connection, job.id, free) if free else []
+            count = pace.take(requested, time.monotonic())
+            dead_letters = await steps.next_items(connection, job.id, count) if count else []
             if job.kind == "dry_run":
                 for dead_letter in dead_letters:
                     await self._forecast(connection, job, dead_letter)
@@ -176,17 +176,21 @@ class Replays:
             found = await dry_run.forecast(
                 connection, dead_letter, self._mirror_writer, timeout_seconds=self._timeout_seconds
             )
-            await steps.note(connection, job.id, dead_letter.position, found.outcome, found.detail)
+            await steps.store_outcome(connection, job.id, dead_letter.position, found.outcome, found.detail)
         else:
-            await steps.note(connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}")
+            await steps.store_outcome(
+                connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}"
+            )
 
     async def _begin(self, connection: Connection, job: Running, dead_letters: list[ToReplay]) -> list[ToReplay]:
         """Marks the dead letters as replaying and returns those that must be sent."""
-        begun = await steps.begin(connection, job.id, [dead_letter.position for dead_letter in dead_letters])
+        begun = await steps.mark_sending(connection, job.id, [dead_letter.position for dead_letter in dead_letters])
         to_send = []
         for dead_letter in dead_letters:
             if dead_letter.position not in begun:
-                await steps.note(connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}")
+                await steps.store_outcome(
+                    connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}"
+                )
             elif await self._needs_sending(connection, job, dead_letter):
                 to_send.append(dead_letter)
         return to_send
@@ -196,7 +200,7 @@ class Replays:
         False."""
         written = await steps.is_written(connection, dead_letter.restaurant_id, dead_letter.change_id)
         try:
-            found = dry_run.read(dead_letter.body)
+            found = dry_run.read_change(dead_letter.body)
         except BrokenContract as error:
             if not written:
                 return True  # the PostgreSQL writer decides
@@ -223,7 +227,7 @@ class Replays:
         ]
         if positions:
             async with self._postgres.connection() as connection:
-                await steps.sent(connection, job.id, positions)
+                await steps.mark_sent(connection, job.id, positions)
         for dead_letter in dead_letters:
             if dead_letter.lane is None:
                 await self._apply(job, dead_letter)
@@ -243,7 +247,7 @@ class Replays:
     async def _apply(self, job: Running, dead_letter: ToReplay) -> None:
         broken: BrokenContract | None = None
         try:
-            if (found := dry_run.read(dead_letter.body)) is not None:
+            if (found := dry_run.read_change(dead_letter.body)) is not None:
                 await self._mirror_writer.apply_again(found.event)
         except BrokenContract as error:
             broken = error
@@ -257,18 +261,18 @@ class Replays:
         async with (
             connection.transaction()
         ):  # without it, `settle` could run in between and store an outcome without a reason
-            await steps.resolved(connection, dead_letter.dead_letter_id)
-            await steps.note(connection, job.id, dead_letter.position, "resolved", why)
+            await steps.mark_resolved(connection, dead_letter.dead_letter_id)
+            await steps.store_outcome(connection, job.id, dead_letter.position, "resolved", why)
 
     async def _failed(self, connection: Connection, job: Running, dead_letter: ToReplay, error: BrokenContract) -> None:
         failure = classify(error)
         new_fingerprint = fingerprint(failure.reason, failure.error, failure.place)
         async with connection.transaction():
-            await steps.failed(
+            await steps.mark_failed(
                 connection, dead_letter.dead_letter_id, failure.reason, failure.error, failure.place, new_fingerprint
             )
             detail = f"{failure.reason}: {failure.error}"
-            await steps.note(
+            await steps.store_outcome(
                 connection,
                 job.id,
                 dead_letter.position,

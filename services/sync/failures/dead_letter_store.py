@@ -106,8 +106,8 @@ async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) ->
             for dead_letter in dead_letters
             if dead_letter.digest not in new or dead_letter is not first[dead_letter.digest]
         ]
-        news = [dead_letter for dead_letter in fresh if dead_letter.digest in new]
-        news += [
+        new_deaths = [dead_letter for dead_letter in fresh if dead_letter.digest in new]
+        new_deaths += [
             dead_letter
             for dead_letter in sorted(known, key=attrgetter("digest"))
             if await _died_again(connection, dead_letter)
@@ -119,7 +119,7 @@ async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) ->
         ]
         if retried:
             await retry_store.forget(connection, retried)
-    return news
+    return new_deaths
 
 
 async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> bool:

@@ -225,13 +225,15 @@ class Batcher:
             await asyncio.wait({sending}, timeout=_STORED_TIMEOUT_SECONDS)
         await self._finish_step(taken)
 
-        lost = {failed_change.change.id for failed_change in refused if failed_change.change}
-        through = (
-            [change for change in batch.changes if change.decoded.change.id not in lost] if lost else batch.changes
+        refused_ids = {failed_change.change.id for failed_change in refused if failed_change.change}
+        committed_changes = (
+            [change for change in batch.changes if change.decoded.change.id not in refused_ids]
+            if refused_ids
+            else batch.changes
         )
-        committed = [change.decoded for change in through]
+        committed = [change.decoded for change in committed_changes]
         self._measure(batch, ended, (ended - began) / 1e9)
-        trace_batch(self._tracer, batch, len(taken), through, failed, began, ended)
+        trace_batch(self._tracer, batch, len(taken), committed_changes, failed, began, ended)
         self.written += len(committed)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()

@@ -55,7 +55,7 @@ class Outcome(Struct, frozen=True):
 
 class _Statements(Struct, frozen=True):
     upsert: str
-    forget_children: tuple[str, ...]
+    delete_children: tuple[str, ...]
     insert_children: tuple[str, ...]
     insert_facts: tuple[str, ...]
 
@@ -81,7 +81,7 @@ def _statements(entity: Entity) -> _Statements:
         " where (excluded.version, excluded.change_id) > (t.version, t.change_id)"
         # xmax is 0 if the row was inserted and not updated. Such a row has no children yet.
         " returning t.restaurant_id::text, t.id::text, t.xmax = 0 as inserted",
-        forget_children=tuple(
+        delete_children=tuple(
             f"delete from {child.name} t using unnest($1::uuid[], $2::uuid[]) as gone (restaurant_id, parent)"  # noqa: S608
             f" where t.restaurant_id = gone.restaurant_id and t.{child.parent} = gone.parent"
             for child in entity.children
@@ -198,8 +198,8 @@ async def write_batch(
             " set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off"
         )
         for name, entity in registry.ENTITIES.items():
-            if mine := [decoded for decoded in written if decoded.entity.name == name]:
-                await _write_entities(connection, entity, mine)
+            if of_entity := [decoded for decoded in written if decoded.entity.name == name]:
+                await _write_entities(connection, entity, of_entity)
         new, forks = await _write_changes(connection, written) if written else (0, 0)
         if heartbeats:
             await _store_heartbeats(connection, heartbeats)
@@ -210,23 +210,23 @@ async def write_batch(
 
 async def _write_entities(connection: Connection, entity: Entity, written: Sequence[DecodedChange]) -> None:
     statements = _STATEMENTS[entity.name]
-    top = highest(written)
+    highest_changes = highest(written)
     rows = await connection.fetch(
         statements.upsert,
-        [decoded.change.restaurantid for decoded in top],
-        [decoded.change.entity_id for decoded in top],
-        [decoded.change.entityversion for decoded in top],
-        [decoded.change.id for decoded in top],
-        *_arrays(entity.table.columns, [decoded.state for decoded in top]),
+        [decoded.change.restaurantid for decoded in highest_changes],
+        [decoded.change.entity_id for decoded in highest_changes],
+        [decoded.change.entityversion for decoded in highest_changes],
+        [decoded.change.id for decoded in highest_changes],
+        *_arrays(entity.table.columns, [decoded.state for decoded in highest_changes]),
     )
     inserted = {(row[0], row[1]): row[2] for row in rows}
-    applied = [decoded for decoded in top if decoded.key in inserted]
+    applied = [decoded for decoded in highest_changes if decoded.key in inserted]
     updated = [decoded.key for decoded in applied if not inserted[decoded.key]]
-    for child, forget, insert in zip(
-        entity.children, statements.forget_children, statements.insert_children, strict=True
+    for child, delete, insert in zip(
+        entity.children, statements.delete_children, statements.insert_children, strict=True
     ):
         if updated:
-            await connection.execute(forget, [key[0] for key in updated], [key[1] for key in updated])
+            await connection.execute(delete, [key[0] for key in updated], [key[1] for key in updated])
         lines = [
             (decoded.key, place, row) for decoded in applied for place, row in enumerate(child.rows(decoded.state), 1)
         ]
