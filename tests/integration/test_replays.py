@@ -137,7 +137,7 @@ async def test_replay_that_dies_again_is_the_same_dead_letter_and_stops_its_job(
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     assert (job.state, job.outcomes) == ("stopped", {"failed": 1})
-    assert job.message is not None and "with the same cause again" in job.message
+    assert job.message is not None and "again with the same cause" in job.message
     [part] = await outcomes(kept, job)
     assert part.same_cause is True
     assert part.detail is not None and part.detail.startswith("refused_by_postgres: CheckViolationError")
@@ -192,7 +192,7 @@ async def test_change_that_was_written_in_the_meantime_is_not_sent_again(kept: R
     kept.replays.start()
     job = await ended(kept, await ask(kept))
     [part] = await outcomes(kept, job)
-    assert (part.outcome, part.detail) == ("resolved", "it was already written")
+    assert (part.outcome, part.detail) == ("resolved", "the change was already written")
 
 
 async def test_event_with_the_id_of_a_written_change_is_not_mistaken_for_that_change(kept: Rig) -> None:
@@ -415,7 +415,7 @@ async def test_dead_letter_that_is_no_longer_open_is_skipped(make_rig: MakeRig) 
     job = await ended(rig, job)
     assert job.outcomes == {"resolved": 2, "skipped": 1}
     [part] = [one for one in await outcomes(rig, job) if one.outcome == "skipped"]
-    assert part.detail == "it is discarded"
+    assert part.detail == "the dead letter is discarded"
     assert (await dead_letter_of(rig, made[1])).status == "discarded"
 
 
@@ -559,7 +559,7 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(kept: Rig) -> None:
     assert results[superseded.id, "critical"][0] == "superseded"
     assert "the head is version 3" in str(results[superseded.id, "critical"][1])
     assert results[forked.id, "critical"] == ("would_write", "version 4, and opens a conflict")
-    assert results[first.id, "critical"] == ("superseded", "it is already written")
+    assert results[first.id, "critical"] == ("superseded", "the change is already written")
     assert "no_forbidden" in str(results[refused.id, "critical"][1])
     assert "negative_amount" in str([detail for _, detail in results.values()])
     assert str(results[None, "critical"][1]).startswith("undecodable")

@@ -83,7 +83,7 @@ class ConflictDecisions:
         InvalidInput, Conflict (`conflict_resolved`, `changed_since`, `version_conflict`, `out_of_stock`), Unavailable,
         OutcomeUnknown."""
         if not why.strip():
-            raise InvalidInput("must give a reason", field="why")
+            raise InvalidInput("must not be empty", field="why")
         with record_first("the conflict") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 conflict = await conflict_store.take(connection, id_)

@@ -286,7 +286,7 @@ def replay_command(
     itself."""
     query = _query(**filters, ids=dead_letters)
     if query == DeadLetterQuery():
-        raise click.UsageError("name dead letters, or a filter such as --fingerprint or --status open")
+        raise click.UsageError("give DEAD_LETTERS, or a filter such as --fingerprint or --status open")
     plan = ask(lambda connection: replay_jobs.plan(connection, query))
     needs_confirmation = plan.total > 0 and not dry_run and not yes
     if needs_confirmation or not as_json:

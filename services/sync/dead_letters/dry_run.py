@@ -79,7 +79,7 @@ def _would_fail(error: Exception) -> Forecast:
 async def _write(connection: Connection, decoded: DecodedChange, timeout_seconds: float) -> Forecast:
     change = decoded.change
     if await is_written(connection, change.restaurantid, change.id):
-        return Forecast("superseded", "it is already written")
+        return Forecast("superseded", "the change is already written")
     transaction = connection.transaction()
     await transaction.start()
     try:

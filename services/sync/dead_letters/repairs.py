@@ -59,7 +59,7 @@ class DeadLetterRepairs:
         """Discards the dead letter. If the mirror shows its change, a new change restores the state of PostgreSQL, or
         deletes the entity if PostgreSQL has none. Raises what `edit` raises."""
         if not why.strip():
-            raise InvalidInput("must give a reason", field="why")
+            raise InvalidInput("must not be empty", field="why")
         with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
                 dead_letter = await actions.take(connection, id_, revision=revision)

@@ -2,7 +2,7 @@
 
 The API and the command line use this module. `replay_worker.py` runs the jobs, with the statements in `replay_sql.py`.
 
-    waiting -> running -> done | cancelled | stopped (by itself: a dead letter failed with the same cause again)
+    waiting -> running -> done | cancelled | stopped (by itself: a dead letter failed again with the same cause)
 
 A job replays the dead letters that are open and match the query at the moment when the job is made.
 """

@@ -55,7 +55,7 @@ def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str
         if progress.same_cause:
             return (
                 "stopped",
-                f"{progress.same_cause} failed with the same cause again, after {progress.started} of {job.total}",
+                f"{progress.same_cause} failed again with the same cause, after {progress.started} of {job.total}",
             )
         if job.canary and progress.failed and progress.started <= CANARIES[-1]:
             return "stopped", f"{progress.failed} of the first {progress.started} failed again, with another cause"
@@ -179,7 +179,7 @@ class Replays:
             await steps.store_outcome(connection, job.id, dead_letter.position, found.outcome, found.detail)
         else:
             await steps.store_outcome(
-                connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}"
+                connection, job.id, dead_letter.position, "skipped", f"the dead letter is {dead_letter.status}"
             )
 
     async def _begin(self, connection: Connection, job: Running, dead_letters: list[ToReplay]) -> list[ToReplay]:
@@ -189,7 +189,7 @@ class Replays:
         for dead_letter in dead_letters:
             if dead_letter.position not in begun:
                 await steps.store_outcome(
-                    connection, job.id, dead_letter.position, "skipped", f"it is {dead_letter.status}"
+                    connection, job.id, dead_letter.position, "skipped", f"the dead letter is {dead_letter.status}"
                 )
             elif await self._needs_sending(connection, job, dead_letter):
                 to_send.append(dead_letter)
@@ -208,7 +208,7 @@ class Replays:
             await self._failed(connection, job, dead_letter, error)
             return False
         if found is None or (written and dead_letter.lane is not None):
-            why = "the body has no change" if found is None else "it was already written"
+            why = "the body has no change" if found is None else "the change was already written"
             await self._resolved(connection, job, dead_letter, why)
             return False
         return True
