@@ -422,7 +422,7 @@ async def test_drain_is_refused_for_a_running_instance_and_publishes_an_orphaned
     await ledger_rig.journals[0].append([(Lane.NORMAL, encode(dish))])
     code, _, err = await ledger_rig.cli("journal", "drain", "--instance", "1")
     assert code == 1
-    assert "its instance runs" in err
+    assert "the instance of this journal runs" in err
     assert ledger_rig.journals[0].depth == 301
     await ledger_rig.journals[0].close()
     code, out, _ = await ledger_rig.cli("journal", "drain", "--instance", "1")
@@ -446,7 +446,7 @@ async def test_drain_without_a_broker_keeps_all_entries_and_says_so(ledger_rig: 
     ledger_rig.rig.settings = ledger_rig.rig.settings.model_copy(update={"rabbitmq_url": url})
     assert code == 1
     assert "0 changes published (none), 1 left" in out
-    assert "RabbitMQ does not accept them" in err
+    assert "RabbitMQ does not accept the entries" in err
     await ledger_rig.until(journaled=1)
 
 
