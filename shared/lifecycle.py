@@ -1,4 +1,4 @@
-"""The background loops of a process, whose crash ends the process, and its garbage collection."""
+"""Background loops, whose crash ends the process, and the garbage collection of a process."""
 
 import asyncio
 import gc
@@ -27,8 +27,8 @@ class BackgroundLoop:
     | stop                  | the work is cancelled; returns when it has ended, also when the work delays cancellation |
     | stop, grace_seconds=n | the work has n seconds to return by itself before it is cancelled                        |
     | stop without a start  | nothing                                                                                  |
-    | stop twice            | the second call does nothing; at the same time, both return when the work has ended      |
-    | the work raises       | `task_broke` in the log, then SIGTERM to this process: its supervisor starts a new one   |
+    | stop twice            | the second call does nothing; two calls at once both return when the work has ended      |
+    | the work raises       | logs `task_broke`, then sends SIGTERM to this process: its supervisor starts a new one   |
     | the work returns      | the loop is no longer running, and may be started again                                  |
 
     The work calls `turned` when it has finished one round. Tests await `turn_after`, so that they wait for an outcome

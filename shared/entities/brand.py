@@ -1,4 +1,4 @@
-"""A brand that dishes can carry."""
+"""A brand of dishes."""
 
 from shared.entities.menu_group import MenuGroup, menu_group_entity
 

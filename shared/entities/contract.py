@@ -122,8 +122,8 @@ class Change(Struct, frozen=True, kw_only=True):
 
 
 class PartialEvent(Struct):
-    """The attributes of an event that may break the contract. Each one has the JSON value from the event, whatever its
-    type, or None if it is missing. Decoding fails only if the event is not a JSON object."""
+    """The attributes of an event that may break the contract. Each attribute contains the JSON value from the event, of
+    any type, or None if it is missing. Decoding fails only if the event is not a JSON object."""
 
     id: Any = None
     restaurantid: Any = None
@@ -137,8 +137,8 @@ class PartialEvent(Struct):
 
 
 class Outline(Struct, frozen=True):
-    """The attributes that identify a change. Code that only checks whether a store has a change decodes these. Texts
-    are not validated."""
+    """The attributes that identify a change. They are enough to check whether a store has the change. Texts are not
+    validated."""
 
     id: str
     subject: str

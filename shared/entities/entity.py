@@ -20,7 +20,8 @@ _NEGATIVE = "Expected `int` >= 0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Hold = tuple[str, int, datetime]
-"""(inventory item id, quantity, time). A count of the item after this time includes the hold."""
+"""A hold of stock: (inventory item id, quantity, time). A count of the item after this time already
+lacks the quantity."""
 
 
 class OnConflict(StrEnum):
@@ -52,7 +53,7 @@ class _Rows:
 
     @cached_property
     def times(self) -> Sequence[Column]:
-        """The columns of type timestamptz. Every change must have times in range in these columns."""
+        """The columns of type timestamptz. Their times must be in range in every change."""
         return tuple(column for column in self.columns if column.pg_type == "timestamptz")
 
 
@@ -104,8 +105,8 @@ class Entity:
     on_conflict: OnConflict
     table: Table
     live: Callable[[Any], bool]
-    """Returns whether a state belongs to the mirror's live window at any age, such as an open order or a dish on the
-    menu."""
+    """Returns whether a state belongs to the mirror's live window whatever its age, such as an open order or a dish on
+    the menu."""
     window_sql: str = ""
     """The live window as an SQL condition on the table `t`; `$1` is the time when the window begins. An empty text
     means all rows."""

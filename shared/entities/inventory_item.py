@@ -31,7 +31,7 @@ class InventoryItem(Struct, frozen=True, kw_only=True):
     updated_at: Time
     unit: Label = "piece"
     low_at: Count | None = None
-    """The item is reported as low when its available amount is not above this."""
+    """The item is reported as low when its available amount is at most this."""
     moves: tuple[StockMove, ...] = ()
     """The latest moves. The table `stock_moves` has all of them."""
     deleted_at: Time | None = None

@@ -52,7 +52,7 @@ def place_beside(place: str, seconds: int, created: datetime) -> str:
 
 def place_between(low: str, high: str, *, share: str) -> str:
     """Returns a key between two keys, or `low` if both are equal or the gap is exhausted after hundreds of moves.
-    `share`: a UUID, so that jobs that are moved into one gap at the same time get different keys."""
+    `share`: a UUID, which gives different keys to jobs that are moved into one gap at the same time."""
     for digits in range(_DIGITS, _MAX_DIGITS + 1):
         first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
         if last - first >= _MIN_GAP:

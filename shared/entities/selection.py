@@ -7,7 +7,8 @@ from msgspec import Struct, field
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """The filters of a list and one page of it. Entities are sorted by (created_at, id), newest first."""
+    """The filters of a list, and the page of the list to return. Entities are sorted by
+    (created_at, id), newest first."""
 
     equal: dict[str, Any] = field(default_factory=dict)
     """Maps a column to the value that it must have. The column is also a field of the state."""

@@ -1,6 +1,6 @@
 """The documentation page of a service's API, and the files that it loads.
 
-The page is Swagger UI. Its files lie in `shared/http/swagger_ui` with their version, checksums and licences, so that a
+The page is Swagger UI. Its files are in `shared/http/swagger_ui` with their version, checksums and licences, so that a
 browser loads nothing from another host. `make swagger` replaces them with another version.
 """
 

@@ -73,8 +73,8 @@ class TokenBucket:
         return self._take_locally(caller, time.monotonic())
 
     def _spend_taken(self, caller: str) -> tuple[float, int] | None:
-        """Spends a token that this process has already taken. Returns like `take`, or None if the process must ask the
-        mirror."""
+        """Spends a token that this process has already taken. Returns the same as `take`, or None if the process must
+        ask the mirror."""
         taken = self._taken.get(caller)
         if taken is None:
             return None

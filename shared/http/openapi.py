@@ -104,7 +104,7 @@ def operations(handlers: Iterable[HTTPRouteHandler]) -> list[tuple[str, str, Ope
 
 
 class Api(Struct, frozen=True):
-    """The routes of a service and how its document introduces them."""
+    """The routes of a service, and the title and description of its document."""
 
     title: str
     description: str
@@ -158,7 +158,7 @@ def document(api: Api) -> dict[str, Any]:
 
 
 def _entity_of(operation: Operation) -> Any:
-    """Returns a key of what the operation replies with: the name of the entity, or the identity of the type."""
+    """Returns a key that identifies the content of the reply: the name of the entity, or the identity of the type."""
     return operation.answer.entity.name if isinstance(operation.answer, View) else id(operation.answer)
 
 

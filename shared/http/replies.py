@@ -12,7 +12,7 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 class Reply:
     """A complete response, as an ASGI application that sends it. Litestar's own response class looks for cookies,
-    encoders and hooks, which this project does not use. That took a fifth of the time of an order."""
+    encoders and hooks, which this project does not use. This search took a fifth of the time of an order."""
 
     __slots__ = ("_body", "_headers", "_status", "_type")
 

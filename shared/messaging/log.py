@@ -156,7 +156,7 @@ class LogReader:
 
     async def first_epoch(self) -> str | None:
         """Returns the epoch of the first heartbeat, or None if the log has no heartbeat. `migrate` publishes one as the
-        first entry. If retention has removed it, the next heartbeat is at most a few seconds of messages later."""
+        first entry. If retention has removed it, the next heartbeat comes after the messages of a few seconds."""
         async with self._attach("first") as connection:
             while True:
                 for message in await connection.next(_MARK_TIMEOUT_SECONDS):
@@ -185,7 +185,7 @@ class LogReader:
             while True:
                 yield self._batch(messages, connection.mark)
                 # This acknowledgement must come after the `yield`, because its failure would lose the batch. On a
-                # stream it only moves the credit.
+                # stream, it only lets the broker send more messages.
                 await messages[-1].ack(multiple=True)
                 try:
                     messages = await connection.next(self._idle)
@@ -281,9 +281,9 @@ class _LogConnection:
         return mark.id
 
     async def next(self, timeout_seconds: float) -> list[AbstractIncomingMessage]:
-        """Returns at least one message, and further messages that have arrived, up to half of the prefetch. The broker
-        can then send the other half meanwhile. Raises TimeoutError if no message comes in time, and ConnectionError if
-        the connection is lost."""
+        """Returns at least one message, and further messages that have arrived, up to half of the prefetch. Meanwhile
+        the broker can send the other half. Raises TimeoutError if no message comes in time, and ConnectionError if the
+        connection is lost."""
         first = await self._first(timeout_seconds)
         messages: list[AbstractIncomingMessage] = []
         while first is not None:

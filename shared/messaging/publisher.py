@@ -11,8 +11,8 @@ After an InDoubt the publisher drops the connection and makes a new one, with ji
 one timeout, not one per message: until the next connection is ready, every publish raises NotSent at once.
 
 The publisher counts as connected only when the broker has every queue that its messages go to. A broker that has just
-started has its exchanges and quorum queues seconds before its streams. In that time it confirms messages after routing
-them to the existing queues only, so they would be in no log.
+started has its exchanges and quorum queues seconds before its streams. In that time it routes a message only to the
+queues that exist and still confirms it, so the message would be in no log.
 
 After a nack the publisher keeps the connection and renews the channel, at most every two seconds. A channel that was
 opened while a stream had no leader sends nacks forever, even after the stream has a leader.
@@ -101,7 +101,8 @@ class Publisher:
         await self._connected.wait()
 
     async def publish(self, routing_key: str, body: bytes, *, headers: dict[str, int | str] | None = None) -> None:
-        """Publishes to the exchange: persistent, mandatory and confirmed. Raises NotSent and InDoubt."""
+        """Publishes a message to the exchange and waits for the confirm. The message is persistent and mandatory.
+        Raises NotSent and InDoubt."""
         await self._publish(self._exchange, routing_key, body, headers)
 
     async def publish_to_queue(

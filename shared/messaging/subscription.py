@@ -111,8 +111,7 @@ class Subscription:
             raise ConnectionError("the connection was lost as soon as it was open")
 
     async def consumers(self, queue: str) -> int:
-        """Returns the number of consumers of a queue that the broker counts, in all processes. Raises one of
-        BROKEN_LINK."""
+        """Returns how many consumers of a queue the broker counts, over all processes. Raises one of BROKEN_LINK."""
         async with asyncio.timeout(_OPEN_TIMEOUT_SECONDS):
             connection = await self._broker.connect()
             # A channel that has asked before would answer from its cache, so this opens a new one.

@@ -7,8 +7,8 @@ start.
                      └── all but critical ──► changes.reference.log.v1 (stream)
 
 Retries return to the queue of their lane through the default exchange. Through `ticketrail.changes` the stream would receive
-them twice. Dead-lettering is at least once. RabbitMQ guarantees that only with three arguments together: the strategy,
-`reject-publish` and an exchange. If one is missing, dead-lettering is silently at most once.
+them twice. Dead-lettering is at least once. RabbitMQ guarantees that only with three arguments together: the dead-letter
+strategy, `reject-publish` and an exchange. If one is missing, dead-lettering is silently at most once.
 
 The reference log is the change log without orders and payments. Readers that need only menus, tables or customers read this
 log, because orders are the bulk of all changes.

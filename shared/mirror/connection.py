@@ -42,7 +42,7 @@ _PROBE_TIMEOUT_SECONDS = 0.1
 
 
 def _with_parts(text: str, texts: dict[str, str]) -> str:
-    """Returns the script after the parts that its first line names: `-- with stock.lua, order_number.lua`."""
+    """Returns the script, preceded by the parts that its first line names: `-- with stock.lua, order_number.lua`."""
     first = text.partition("\n")[0]
     return "\n".join([*(texts[part] for part in _SCRIPT_PARTS if f"{part}.lua" in first), text])
 
@@ -73,8 +73,8 @@ class MirrorConnection:
         `max_pipeline_commands`: the most commands that are sent before their replies are read."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
-            # If this had a value, redis-py would start a task for every write and a timer for every reply, which takes
-            # a tenth of the time of an order. `_drain` puts one timeout around the whole round trip instead.
+            # With a socket timeout, redis-py would start a task for every write and a timer for every reply, which
+            # takes a tenth of the time of an order. `_drain` puts one timeout around the whole round trip instead.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
             "protocol": 2,
@@ -124,8 +124,8 @@ class MirrorConnection:
         return self._failures >= 3
 
     async def call(self, *command: Argument) -> Any:
-        """Sends one command and returns its reply as bytes, lists and integers. Raises redis-py's ResponseError if the
-        server replies with an error, MirrorUnavailable or MirrorInDoubt."""
+        """Sends one command and returns its reply as bytes, lists and integers. Raises MirrorUnavailable and
+        MirrorInDoubt, and redis-py's ResponseError if the server replies with an error."""
         if not self.available:
             raise MirrorUnavailable("the mirror did not answer a moment ago")
         if self._failures:
@@ -167,7 +167,7 @@ class MirrorConnection:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
-        """Connects. Raises MirrorMisconfigured for a server that is set to evict data, or MirrorUnavailable."""
+        """Connects. Raises MirrorMisconfigured if the server may evict data, and MirrorUnavailable."""
         await self.call("PING")
 
     async def close(self) -> None:

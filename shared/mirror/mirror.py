@@ -80,7 +80,7 @@ class Apply(Struct, frozen=True):
 
 
 class LogState(Struct, frozen=True):
-    """How far the mirror writer has applied the log."""
+    """The position up to which the mirror writer has applied the log."""
 
     epoch: str
     offset: int
@@ -265,8 +265,8 @@ class Mirror:
     async def note_sync_states(
         self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
     ) -> None:
-        """Stores that PostgreSQL has committed these states, given as (entity id, head). With a `failure` (JSON, as in
-        `Document`), stores that writing them to PostgreSQL failed."""
+        """Marks these states, given as (entity id, head), as committed in PostgreSQL. With a `failure` (JSON, as in
+        `Document`), marks them as failed instead."""
         all_keys: list[str] = []
         arguments: list[str | bytes | int | float] = [failure]
         for id_, head in states:

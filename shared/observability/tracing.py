@@ -2,8 +2,8 @@
 
 During the work, only its times are noted, as tuples (`Trace.note`, `span`). At the end of the work the spans are made
 and exported if the trace is sampled, failed or slow. Otherwise the times are dropped. This keeps the accept path cheap,
-and sampling loses no errors. It has a limit: if an unsampled trace becomes slow only in the sync worker, the spans of
-its request are already gone. If that matters, sample everything and let the collector decide about whole traces
+and sampling loses no errors. One limit remains: if an unsampled trace becomes slow only in the sync worker, the spans
+of its request are already gone. If that matters, sample everything and let the collector decide about whole traces
 (docs/tracing.md).
 
     orders    POST /api/orders ─ claim ─ record ─ send ticketrail.changes ─ reveal
@@ -269,8 +269,8 @@ class Tracer:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _chosen(self, trace_id: str) -> bool:
-        """Returns whether a trace is sampled. Decides like TraceIdRatioBased, by the lower half of the trace id, so
-        that every process decides in the same way."""
+        """Returns whether a trace is sampled. Decides like OpenTelemetry's TraceIdRatioBased, by the lower half of the
+        trace id, so that every process decides in the same way."""
         return int(trace_id[16:], 16) < self._below
 
     def _may_keep_slow(self) -> bool:

@@ -74,7 +74,7 @@ class Postgres:
     async def _ready(self) -> "asyncpg.Pool[asyncpg.Record]":
         async with self._opening:
             if self._pool is None:
-                # With min_size 0 this opens no connection: the first caller opens it and gets its errors.
+                # With min_size 0 this opens no connection. The first caller opens one and gets the errors.
                 self._pool = await asyncpg.create_pool(
                     self._url,
                     min_size=0,

@@ -74,7 +74,7 @@ async def find_state(connection: Connection, entity: Entity, restaurant: str, id
 
 
 async def list_states(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
-    """Returns all states that are not deleted; only for entities with few rows, such as menu items."""
+    """Returns all states that are not deleted. Use it only for entities with few rows, such as menu items."""
     rows = await connection.fetch(
         f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
         " where t.restaurant_id = $1 and t.deleted_at is null",

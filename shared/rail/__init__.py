@@ -1,10 +1,10 @@
-"""The commit: how a change becomes durable and visible, once.
+"""The commit makes a change durable and visible, exactly once.
 
     claim   (mirror)   one script takes (entity, next version) and stores the whole event in the claim
     record  (broker)   the event, confirmed by the quorum queue of its lane; else the journal of this instance
     reveal  (mirror)   the state, under the guard (version, change id); the claim is removed
 
-States of a change, and what a crash in each leaves behind:
+The states of a change, and the effect of a crash in each state:
 
 | state     | mirror        | broker or journal | if its owner dies or stalls in this state                        | a reader sees |
 |-----------|---------------|-------------------|------------------------------------------------------------------|---------------|

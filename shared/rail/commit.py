@@ -108,8 +108,8 @@ class Rail:
         self._clock = clock
         self._sleep = sleep
         self._highest_numbers = HighestNumbers()
-        # Recent creations with an idempotency key that this instance made without a claim; None while one is under way.
-        # Until PostgreSQL has such a creation, only this table can recognise a repeat.
+        # Recent creations with an idempotency key that this instance made without a claim. The value is None while the
+        # creation is under way. Until PostgreSQL has the creation, only this table can recognise a repeat.
         self._without_claim: dict[str, tuple[Head, Any] | None] = {}
         self._background: set[asyncio.Task[Any]] = set()
 

@@ -20,11 +20,11 @@ class Draft(Struct, kw_only=True):
     state: Any
     """The Struct of the entity after the change."""
     base: Head | None
-    """None for a creation."""
+    """The head that the change is built on; None for a creation."""
     before: Struct | None
     """The state of the base; None for a creation."""
     at: datetime
-    """When the change was accepted."""
+    """The time when the change was accepted."""
     source: str
     """The component that makes the change, such as `orders` or `sync`."""
     lane: Lane | None = None

@@ -1,5 +1,5 @@
-"""The number of an instance within its kind. It names files that only one process may write, and a series of order
-numbers.
+"""The number of an instance among all instances of its kind, such as `orders`. The number names files that only one
+process may write, and a series of order numbers.
 
 Replicas that share one environment and one volume cannot have configured numbers. With `auto`, each one leases a
 number. A lease is an exclusive lock of the kernel (flock) on `<kind>-<number>.lock`, in the folder of the files that

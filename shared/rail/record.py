@@ -24,7 +24,8 @@ from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 
 log = structlog.get_logger(__name__)
 
-# Far below the 16 MiB that RabbitMQ 4 accepts by default. A larger change gets a message of its own.
+# The maximum size of a message with several changes. It is far below the 16 MiB that RabbitMQ 4 accepts by default. A
+# larger change gets a message of its own.
 MAX_MESSAGE_BYTES = 1 << 20
 
 

@@ -224,7 +224,8 @@ class Tokens:
         if (known := self._verified.identity_of(token)) is not None:
             return known
         try:
-            # The key determines the algorithm. The one in the token is not trusted: an attacker could choose `none`.
+            # The key determines the algorithm. The algorithm in the token is not trusted, because an attacker could
+            # choose `none`.
             kid = jwt.get_unverified_header(token).get("kid", self._key.id)
             key = self._keys.get(str(kid))
             if key is None:

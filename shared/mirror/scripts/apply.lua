@@ -42,12 +42,12 @@ for i = 1, count do
       or (version == head and (change > doc[2] or (change == doc[2] and not doc[3])))
     then
       if cold and tonumber(ARGV[a + 8]) then
-        -- This mirror was filled before and lacks this order. So a mirror was lost, and order numbers with it (see
-        -- warm.lua).
+        -- This mirror was filled before and lacks this order. Therefore an earlier mirror was lost, and its order
+        -- numbers with it (see warm.lua).
         redis.call('HSET', KEYS[1], 'lost', 1)
       end
       -- This write must come first: a full server refuses a script only at its first write, and only if that write may
-      -- grow.
+      -- need more memory.
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
       redis.call('PERSIST', KEYS[k + 1])
       local id = string.match(KEYS[k + 1], '[^:]+$')
