@@ -2,8 +2,8 @@ PYTHON := .venv/bin/python
 UV := $(or $(wildcard .venv/bin/uv),uv)
 SOURCES := services shared clients deploy tests
 ARGS ?=
-# Cleared even if the environment sets it: the tests start services about a hundred times, and Python should compile them
-# only once.
+# Make clears this variable even if the environment sets it, because the tests start services about a hundred times, and
+# Python should compile them only once.
 export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 

@@ -240,7 +240,7 @@ def _sustained_dual_write(rig: BenchmarkRig, dual: DualWrite, script: str, secon
 
 
 def _complete(accepted: int, in_postgres: int, on_screen: int, in_mirror: int, slices: int) -> bool:
-    """Returns whether both stores and the screen have every order, and no more than that.
+    """Returns whether PostgreSQL, the mirror and the screen have the same orders, and all that were accepted.
 
     wrk does not count the replies that it had not read when a slice ended: at most one per connection.
     """

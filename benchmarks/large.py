@@ -35,7 +35,7 @@ from shared.settings import Settings
 QUESTION = "large"
 _CONNECTIONS = 4
 _REQUESTS_PER_SLICE = 1_000
-"""The p99 is the tenth slowest of them."""
+"""The p99 is the latency of the tenth slowest request."""
 _PAGE_ORDERS = 20
 _ORDERS_AFTER_CURSOR = 25
 """Number of orders after the cursor, so that it requests the page before the last."""

@@ -2,7 +2,7 @@
 
 The closed loop (wrk) measures throughput: each connection sends its next request as soon as it has the reply.
 The open loop measures latency: requests are due at constant intervals, and latency counts from the moment a request was
-due. If the server stalls, the requests that wait for it count the stall too.
+due. If the server stalls, the latency of every request that is due meanwhile includes the stall.
 """
 
 import asyncio

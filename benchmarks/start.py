@@ -48,7 +48,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 
 def _ready_after(folder: Path) -> float:
     """Returns the seconds until `make run` reports that it is ready, with its data in `folder`."""
-    names = list(LocalSettings.model_construct().ports)  # without the environment, because only the names are used
+    names = list(LocalSettings.model_construct().ports)  # ignores the environment, because only the names are used
     ports = {name: str(port) for name, port in zip(names, find_free(len(names)), strict=True)}
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")},

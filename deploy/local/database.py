@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import asyncpg
 import psutil
 
-OUTSIDE = Path("/var/lib/ticketrail")  # not /var/tmp: systemd removes files there that were not touched for 30 days
+OUTSIDE = Path("/var/lib/ticketrail")  # systemd removes files below /var/tmp that were not used for 30 days
 
 T = TypeVar("T")
 

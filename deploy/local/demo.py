@@ -178,7 +178,7 @@ async def _events(client: httpx.AsyncClient, notifier_url: str) -> AsyncIterator
 
 
 async def parse_events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
-    """Server-sent events as dicts of their fields, from the lines of an event stream."""
+    """Yields the events of an event stream from its lines, each as a dict of its fields."""
     event: dict[str, str] = {}
     async for line in lines:
         if line:

@@ -37,8 +37,8 @@ class OtherLayout(Exception):
 
 
 def check_home(home: Path) -> None:
-    """Raises OtherLayout if the data does not fit. A home without data fits. It gets the versions of this layout before
-    any data, so that a run which is killed in between leaves a home that fits."""
+    """Checks the data of a home. Raises OtherLayout if it does not fit. A home without data fits, and gets the versions
+    of this layout before any data, so that a run which is killed in between leaves a home that fits."""
     file = home / FILE
     # lexists, because the folder of PostgreSQL may be a link whose target does not exist.
     if not any(os.path.lexists(home / name) for name in _DATA_FOLDERS):
@@ -60,7 +60,7 @@ def check_home(home: Path) -> None:
 
 
 async def check_database(url: str) -> None:
-    """Raises OtherLayout if the database does not fit. An empty database fits."""
+    """Checks the migrations of a database. Raises OtherLayout if they do not fit. An empty database fits."""
     connection = await asyncpg.connect(url, timeout=10)
     try:
         if await connection.fetchval("select to_regclass('migrations')") is None:
@@ -77,7 +77,8 @@ async def check_database(url: str) -> None:
 
 
 def check_queues(management_url: str, amqp_url: str, settings: Settings) -> None:
-    """Raises OtherLayout if the queues do not fit, and OSError. Ignores queues whose names do not begin like ours."""
+    """Checks the queues of a broker. Raises OtherLayout if they do not fit, and OSError. Ignores queues whose names do
+    not begin like ours."""
     found: Any = ask(management_url, "GET", f"/api/queues/{quote(vhost_of(amqp_url), safe='')}?columns=name")
     known = {_without_delay(queue.name) for queue in [*topology.queues(settings), *topology.logs(settings)]}
     for name in sorted(queue["name"] for queue in found or ()):

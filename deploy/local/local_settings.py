@@ -62,7 +62,7 @@ class LocalSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _ports_from_base(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("port_base") == "":  # as in .env.example
+        if values.get("port_base") == "":  # .env.example contains it without a value
             values = {name: value for name, value in values.items() if name != "port_base"}
         try:
             base = int(values.get("port_base") or 0)

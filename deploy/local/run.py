@@ -47,7 +47,7 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:
         # The terminal is gone. The services and servers must still be stopped in order.
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (for the rest of the process)
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (it must stay open until the process ends)
 
 
 class System:

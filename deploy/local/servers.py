@@ -40,7 +40,7 @@ class Server(ABC):
     stop_signal = signal.SIGTERM
 
     def __init__(self, directory: Path, log: Path, ports: Mapping[str, int]) -> None:
-        """`ports` has each port by the name of the setting that moves it."""
+        """Creates no files and starts nothing. `ports` has each port by the name of the setting that moves it."""
         self.directory = directory.absolute()
         self.log = log.absolute()
         self._ports = ports
@@ -94,7 +94,7 @@ class Server(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Creates the files that the server needs. Idempotent, and safe to kill at any point."""
+        """Creates the files that the server needs. It is idempotent, and a kill at any point does no harm."""
 
     @abstractmethod
     def _launch(self) -> None:
@@ -145,7 +145,7 @@ class Redis(Server):
             "maxmemory-policy": "noeviction",
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "save": "",  # no snapshots: the append-only file is enough, and a snapshot can double the memory
+            "save": "",  # disables snapshots: the append-only file is enough, and a snapshot can double the memory
         }
         command = [str(self._program), *(part for name, value in options.items() for part in (f"--{name}", value))]
         self._children = [Child.spawn(command, log=self.log, env=_environment(), cwd=self.directory)]
@@ -202,7 +202,7 @@ class RabbitMQ(Server):
         return {
             **_environment(),
             **home,
-            "HOME": str(directory),  # the folder of the Erlang cookie
+            "HOME": str(directory),  # Erlang looks for its cookie here
             # The data directory is named after the node. The name is stored, so that moving the port keeps the data.
             "RABBITMQ_NODENAME": self._node_name(),
             "RABBITMQ_MNESIA_BASE": str(directory / "data"),
@@ -263,7 +263,7 @@ log.file = false
     def _answers(self) -> bool:
         with socket.create_connection((HOST, self.port), timeout=1) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
-            if connection.recv(1) != b"\x01":  # a method frame, connection.start
+            if connection.recv(1) != b"\x01":  # not a method frame, so not connection.start
                 return False
         try:
             return ask(self.management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None

@@ -161,7 +161,8 @@ class Hub:
             self._ahead.remove(waiter)
 
     def live_subscribers(self) -> dict[str, dict[str, int]]:
-        """The number of live subscribers by tenant and room (`Audience.room`). Expensive: it visits every audience."""
+        """Returns the number of live subscribers by tenant and room (`Audience.room`). It is expensive, because it
+        visits every audience."""
         return {
             tenant: {room: sum(len(one.live) for one in audiences.values()) for room, audiences in rooms.items()}
             for tenant, rooms in self._tenants.items()

@@ -181,7 +181,8 @@ async def stop(parts: OrdersParts) -> None:
 
 async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
     """Returns (ready, details). The service is ready to accept orders when the menus are loaded and the broker or the
-    journal can record changes. Unavailable backends appear only in the details, because any one of them may be missing.
+    journal can record changes. The details name unavailable backends, because orders are accepted without any one of
+    them.
     """
     reader = parts.menus.reader
     heartbeat_at = reader.heartbeat_at

@@ -284,7 +284,7 @@ class CreateInventoryItem(Request):
 
 
 class UpdateInventoryItem(Request):
-    """`quantity` is the amount that was counted now, after all earlier orders took their part."""
+    """`quantity` is the amount that was counted now. Orders that were placed before are already subtracted."""
 
     name: Label | UnsetType = UNSET
     quantity: Count | UnsetType = UNSET

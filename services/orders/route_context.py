@@ -32,7 +32,8 @@ class RouteContext(Struct, frozen=True):
 
 
 def context_of(request: Call) -> RouteContext:
-    """Reads the application's state, because Litestar's dependency injection opens a task group for every request."""
+    """Returns the context from the application's state. Litestar's dependency injection would open a task group for
+    every request."""
     context: RouteContext = request.app.state["context"]
     return context
 
