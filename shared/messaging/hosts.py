@@ -8,6 +8,8 @@ AMQP heartbeats are frequent, because nothing else detects a dead connection whi
 """
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import aio_pika
 import structlog
@@ -22,10 +24,15 @@ _HEARTBEAT_INTERVAL_SECONDS = 10
 """A connection is dropped after three missed heartbeats."""
 
 
+Connect = Callable[..., Coroutine[Any, Any, AbstractConnection]]
+"""Opens a connection to one node, as `aio_pika.connect` does: `connect(url, timeout=seconds)`."""
+
+
 class Hosts:
-    def __init__(self, setting: str) -> None:
+    def __init__(self, setting: str, *, connect: Connect = aio_pika.connect) -> None:
         """`setting`: one URL, or several URLs separated by commas. A `heartbeat` in the query of a
         URL overrides ours."""
+        self._connect = connect
         urls = [URL(url) for url in host_urls(setting)]
         self._urls = [
             url if "heartbeat" in url.query else url.update_query(heartbeat=_HEARTBEAT_INTERVAL_SECONDS) for url in urls
@@ -49,7 +56,7 @@ class Hosts:
         for left in reversed(range(len(self._urls))):
             url = self._urls[self._present]
             try:
-                return await _uncancelled(asyncio.create_task(aio_pika.connect(url, timeout=one), name="connect"))
+                return await _uncancelled(asyncio.create_task(self._connect(url, timeout=one), name="connect"))
             except Exception as error:  # a broken node may cause any error, and the next node may answer
                 self.turn()
                 if not left:

@@ -36,7 +36,7 @@ from aiormq.channel import Channel
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import HEARTBEAT, MARK, Signal, encode_signal, signal_in
-from shared.messaging.hosts import Hosts
+from shared.messaging.hosts import Connect, Hosts
 from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 from shared.messaging.topology import LOG
 
@@ -90,10 +90,20 @@ class _NoSuchOffset(Exception):
 
 
 class LogReader:
-    def __init__(self, url: str, *, name: str, idle_seconds: float, stream: str = LOG, prefetch: int = 1_000) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        idle_seconds: float,
+        stream: str = LOG,
+        prefetch: int = 1_000,
+        connect: Connect = aio_pika.connect,
+    ) -> None:
         """`idle_seconds`: after this time without an entry, the reader checks its connection with a mark; heartbeats
-        come every few seconds. `prefetch`: the maximum number of unacknowledged messages."""
-        self._hosts = Hosts(url)
+        come every few seconds. `prefetch`: the maximum number of unacknowledged messages. `connect`: opens a
+        connection to one node."""
+        self._hosts = Hosts(url, connect=connect)
         self._name = name
         self._stream = stream
         self._idle = idle_seconds

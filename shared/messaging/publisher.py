@@ -32,7 +32,7 @@ from aiormq.exceptions import AMQPException, PublishError
 from shared.backoff import backoff
 from shared.entities.contract import CONTENT_TYPE
 from shared.lifecycle import BackgroundLoop
-from shared.messaging.hosts import Hosts
+from shared.messaging.hosts import Connect, Hosts
 
 log = structlog.get_logger(__name__)
 
@@ -66,9 +66,18 @@ class InDoubt(Exception):
 
 
 class Publisher:
-    def __init__(self, url: str, exchange: str, *, queues: Sequence[str], timeout: float) -> None:
-        """`queues`: all queues that are bound to the exchange. `timeout`: seconds to wait for a confirm."""
-        self._hosts = Hosts(url)
+    def __init__(
+        self,
+        url: str,
+        exchange: str,
+        *,
+        queues: Sequence[str],
+        timeout: float,
+        connect: Connect = aio_pika.connect,
+    ) -> None:
+        """`queues`: all queues that are bound to the exchange. `timeout`: seconds to wait for a confirm. `connect`:
+        opens a connection to one node."""
+        self._hosts = Hosts(url, connect=connect)
         self._exchange_name = exchange
         self._queues = queues
         self._timeout = timeout

@@ -80,7 +80,7 @@ class OrdersRig(Struct):
     async def restart(self, **settings: Any) -> None:
         self.system.start("orders", **settings)
         await self.system.ready("orders")
-        await eventually(self.system._can_price, what="an orders service that knows the menu")
+        await eventually(self.system.can_price, what="an orders service that knows the menu")
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ one broker; tests/faults/test_cluster.py has a real cluster."""
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
+import aio_pika
 import pytest
+from aio_pika.abc import AbstractChannel
 
 from deploy.local.port_check import find_free
 from services.sync.writer.intake import Intake
@@ -16,7 +19,7 @@ from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.subscription import Subscription
-from tests.rigs.builders import change, order
+from tests.rigs.builders import change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Servers
@@ -82,27 +85,44 @@ async def test_publishes_after_a_nack_use_a_new_channel(rig: Rig) -> None:
     async with rig.channel() as channel:
         full = {"x-max-length": 1, "x-overflow": "reject-publish"}
         await channel.declare_queue("full", durable=True, arguments=full)
-    await rig.publisher.publish_to_queue("full", b"[]")
-    nacking = rig.publisher._channel
-    assert nacking is not None
-    with pytest.raises(InDoubt):
-        await rig.publisher.publish_to_queue("full", b"[]")
+    channels: list[AbstractChannel] = []
 
-    async def renewed() -> bool:
-        return rig.publisher._channel not in (None, nacking)
+    class NotingConnection(aio_pika.Connection):
+        def channel(self, *args: Any, **options: Any) -> AbstractChannel:
+            channels.append(super().channel(*args, **options))
+            return channels[-1]
 
-    await eventually(renewed, what="another channel")
-    assert rig.publisher.connected
-    await rig.publish(change(order()))
+    publisher = Publisher(
+        rig.settings.rabbitmq_url,
+        topology.CHANGES,
+        queues=topology.bound_queues(),
+        timeout=5.0,
+        connect=partial(aio_pika.connect, connection_class=NotingConnection),
+    )
+    await publisher.start(wait=10)
+    try:
+        await publisher.publish_to_queue("full", b"[]")
+        [nacking] = channels
+        with pytest.raises(InDoubt):
+            await publisher.publish_to_queue("full", b"[]")
 
-    async def closed() -> bool:
-        return nacking.is_closed
+        async def renewed() -> bool:
+            return len(channels) > 1 and channels[-1].is_initialized
 
-    await eventually(closed, what="the old channel to be closed")
-    await rig.publish(change(order()))
-    with pytest.raises(InDoubt):
-        await rig.publisher.publish_to_queue("nowhere", b"[]")
-    assert rig.publisher.connected, "a return must not close the connection"
+        await eventually(renewed, what="another channel")
+        assert publisher.connected
+        await publisher.publish(Lane.CRITICAL.value, message(change(order())))
+
+        async def closed() -> bool:
+            return nacking.is_closed
+
+        await eventually(closed, what="the old channel to be closed")
+        await publisher.publish(Lane.CRITICAL.value, message(change(order())))
+        with pytest.raises(InDoubt):
+            await publisher.publish_to_queue("nowhere", b"[]")
+        assert publisher.connected, "a return must not close the connection"
+    finally:
+        await publisher.stop()
 
 
 async def test_log_reader_continues_with_the_next_node_and_yields_each_entry_once(

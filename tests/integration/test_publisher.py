@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import aio_pika
 import pytest
+from aio_pika.abc import AbstractConnection
 
 from shared.messaging.management import ask
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
@@ -37,8 +38,8 @@ async def vhost(servers: Servers) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def started(vhost: str, timeout: float) -> AsyncIterator[Publisher]:
-    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=timeout)
+async def started(vhost: str, timeout: float, **options: Any) -> AsyncIterator[Publisher]:
+    publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE], timeout=timeout, **options)
     await publisher.start(wait=60)
     yield publisher
     await publisher.stop()
@@ -172,21 +173,25 @@ async def test_frozen_broker_costs_one_timeout_and_later_publishes_fail_at_once(
     assert set(await queued(vhost, *expected)) == expected
 
 
-async def test_lost_connection_is_noticed_without_a_publish_and_replaced(
-    servers: Servers, publisher: Publisher, vhost: str
-) -> None:
-    connection = publisher._connection
-    assert connection is not None
-    # The broker closes the connection. Its list of connections shows it only after some seconds.
-    await eventually(
-        lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection closed"
-    )
+async def test_lost_connection_is_noticed_without_a_publish_and_replaced(servers: Servers, vhost: str) -> None:
+    connections: list[AbstractConnection] = []
 
-    async def renewed() -> bool:
-        return publisher.connected and publisher._connection is not connection
+    async def connect(*args: Any, **options: Any) -> AbstractConnection:
+        connections.append(await aio_pika.connect(*args, **options))
+        return connections[-1]
 
-    await eventually(renewed, what="another connection")
-    await publisher.publish("key", b"[]")
+    async with started(vhost, TIMEOUT_SECONDS, connect=connect) as publisher:
+        assert publisher.connected
+        # The broker closes the connection. Its list of connections shows it only after some seconds.
+        await eventually(
+            lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection closed"
+        )
+
+        async def renewed() -> bool:
+            return publisher.connected and len(connections) > 1
+
+        await eventually(renewed, what="another connection")
+        await publisher.publish("key", b"[]")
     assert await queued(vhost, b"[]") == [b"[]"]
 
 
@@ -202,20 +207,16 @@ async def test_publisher_reconnects_after_the_broker_was_stopped_and_started(
     assert set(await queued(vhost, b"[before]", b"[after]")) == {b"[before]", b"[after]"}
 
 
-async def test_publisher_retries_after_any_error_of_a_broken_handshake(
-    monkeypatch: pytest.MonkeyPatch, servers: Servers
-) -> None:
+async def test_publisher_retries_after_any_error_of_a_broken_handshake(servers: Servers) -> None:
     """A proxy in front of a starting broker hangs up half way; aio-pika reports that as StopAsyncIteration."""
     errors: list[Exception] = [StopAsyncIteration(), ValueError("half a frame")]
-    connect = aio_pika.connect
 
-    async def broken(*args: Any, **options: Any) -> Any:
+    async def connect(*args: Any, **options: Any) -> AbstractConnection:
         if errors:
             raise errors.pop()
-        return await connect(*args, **options)
+        return await aio_pika.connect(*args, **options)
 
-    monkeypatch.setattr(aio_pika, "connect", broken)
-    publisher = Publisher(servers.rabbitmq.url, CHANGES, queues=[], timeout=1.0)
+    publisher = Publisher(servers.rabbitmq.url, CHANGES, queues=[], timeout=1.0, connect=connect)
     await publisher.start()
     try:
         await asyncio.wait_for(publisher.wait_connected(), 10)

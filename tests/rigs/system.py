@@ -130,9 +130,9 @@ class System:
         if "worker" in self.children and "orders" in self.children:
             await eventually(self.warm, what="a warm mirror", until=lambda state: state == "warm")
         if "orders" in self.children:
-            await eventually(self._can_price, what="an orders service that knows the menu")
+            await eventually(self.can_price, what="an orders service that knows the menu")
 
-    async def _can_price(self) -> bool:
+    async def can_price(self) -> bool:
         """Returns True if the orders service knows the dish. The menu arrives by events. The service checks the
         discount of an order only if it knows the dish."""
         async with self.client() as client:

@@ -1,11 +1,11 @@
 """The log reader on a connection that breaks in ways that no server produces on demand."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from aio_pika.abc import AbstractConnection
 
-from shared.messaging.hosts import Hosts
 from shared.messaging.log import LogReader
 from tests.rigs.system import eventually
 
@@ -24,18 +24,15 @@ class BrokenConnection:
 
 
 @pytest.mark.parametrize("error", [Exception(), ConnectionResetError(), StopAsyncIteration()])
-async def test_a_connection_lost_while_its_channel_opens_is_opened_again(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_connection_lost_while_its_channel_opens_is_opened_again(error: Exception) -> None:
     attempts = 0
 
-    async def connect(_: Hosts) -> BrokenConnection:
+    async def connect(*_: Any, **__: Any) -> AbstractConnection:
         nonlocal attempts
         attempts += 1
-        return BrokenConnection(error)
+        return cast(AbstractConnection, BrokenConnection(error))
 
-    monkeypatch.setattr(Hosts, "connect", connect)
-    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)
+    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0, connect=connect)
     reading = asyncio.create_task(anext(reader.read("first")))
 
     async def tried() -> int:
@@ -50,11 +47,10 @@ async def test_a_connection_lost_while_its_channel_opens_is_opened_again(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_a_bug_is_not_mistaken_for_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def connect(_: Hosts) -> BrokenConnection:
-        return BrokenConnection(KeyError("a bug"))
+async def test_a_bug_is_not_mistaken_for_a_broken_connection() -> None:
+    async def connect(*_: Any, **__: Any) -> AbstractConnection:
+        return cast(AbstractConnection, BrokenConnection(KeyError("a bug")))
 
-    monkeypatch.setattr(Hosts, "connect", connect)
-    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0)
+    reader = LogReader("amqp://nowhere/", name="test", idle_seconds=1.0, connect=connect)
     with pytest.raises(KeyError):
         await anext(reader.read("first"))
