@@ -68,7 +68,11 @@ class OrderAtTable(Struct, frozen=True):
 class DerivedFigures:
     ORDER: ClassVar[Entity] = order.ENTITY
 
-    def __init__(self, reads: EntityReads, postgres: Postgres, mirror: Mirror) -> None:
+    def __init__(
+        self, reads: EntityReads, postgres: Postgres, mirror: Mirror, *, page_entities: int = _PAGE_ENTITIES
+    ) -> None:
+        """`page_entities`: the most entities that one query reads."""
+        self._page_entities = page_entities
         self._reads = reads
         self._postgres = postgres
         self._mirror = mirror
@@ -91,7 +95,7 @@ class DerivedFigures:
         session."""
         ids = tuple(one.id for one in tables)
         own = {"customer_session_id": identity.session_id} if identity.role is Role.CUSTOMER else {}
-        requested = Selection(equal=own, among={"table_id": ids, "status": _OPEN_STATUSES}, limit=_PAGE_ENTITIES)
+        requested = Selection(equal=own, among={"table_id": ids, "status": _OPEN_STATUSES}, limit=self._page_entities)
         page = await self._reads.page(order.ENTITY, restaurant, requested) if ids else None
         found: dict[str | None, list[OrderAtTable]] = {}
         for one in page.found if page is not None else ():
@@ -106,7 +110,7 @@ class DerivedFigures:
         before = None
         while True:
             requested = Selection(
-                equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=_PAGE_ENTITIES
+                equal={"bay_id": bay_id, "stage": JobStage.QUEUED}, before=before, limit=self._page_entities
             )
             page = await self._reads.page(job.ENTITY, restaurant, requested)
             found += [one.decoded() for one in page.found]

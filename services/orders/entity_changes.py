@@ -26,7 +26,8 @@ from shared.rail.draft import Draft
 from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
-_MAX_RETRIES = 3
+MAX_RETRIES = 3
+"""How often a change without a version is tried again after another change came first."""
 _COMMIT_SECONDS = 0.01
 # Changes that add a fact, such as a payment, are retried for longer, because each of many concurrent ones must count.
 # While the broker does not answer, each one waits until the previous one is in the journal.
@@ -177,7 +178,7 @@ class EntityChanges:
             try:
                 return _receipt(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
-                give_up = time.monotonic() > deadline if adds_fact else retries == _MAX_RETRIES
+                give_up = time.monotonic() > deadline if adds_fact else retries == MAX_RETRIES
                 if version is not None or give_up:
                     raise _conflict(lost.head) from lost
             retries += 1

@@ -43,7 +43,16 @@ class _Bucket(Struct):
 class TokenBucket:
     """The buckets of one kind of caller, such as `address`."""
 
-    def __init__(self, mirror: Mirror | None, kind: str, rate: Rate) -> None:
+    def __init__(
+        self,
+        mirror: Mirror | None,
+        kind: str,
+        rate: Rate,
+        *,
+        max_token_age_seconds: float = _MAX_TOKEN_AGE_SECONDS,
+    ) -> None:
+        """`max_token_age_seconds`: after this time the process drops tokens that it took from the mirror."""
+        self._max_token_age_seconds = max_token_age_seconds
         self._mirror = mirror
         self._kind = kind
         self.rate = rate
@@ -79,7 +88,7 @@ class TokenBucket:
         if taken is None:
             return None
         now = time.monotonic()
-        if taken.tokens >= 1 and now - taken.at < _MAX_TOKEN_AGE_SECONDS:
+        if taken.tokens >= 1 and now - taken.at < self._max_token_age_seconds:
             taken.tokens -= 1
             return 0.0, taken.left + int(taken.tokens)
         return (taken.empty_until - now, 0) if now < taken.empty_until else None

@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from services.sync.cli.main import _migrate
+from services.sync.cli.main import migrate_servers
 from shared.settings import Settings
 from tests.rigs.dead_letters import OperatorRig, operator_rig
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -43,7 +43,7 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
         rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))
         made.append((rig, name))
         # The migration gets enough time to connect: some tests give the worker very little.
-        await _migrate(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))
+        await migrate_servers(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))
         await rig.up()
         return rig
 

@@ -1,7 +1,9 @@
 """The dead-letter collector on real servers: each dead letter is in `dead_letters` once, unchanged."""
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -13,6 +15,8 @@ from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.retry_ladder import FailedChange, headers_for
 from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode
 from shared.messaging import topology
+from shared.postgres.pool import Connection, Postgres
+from shared.rail.assemble import publisher_of
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.servers import Servers
@@ -53,9 +57,12 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_of_its_own(kept
     bad = {**BAD, "too_large": too_large()}
     assert len(bad["too_large"]) > MAX_EVENT_BYTES
     good = change(order())
-    kept.publisher._timeout = 30.0  # 10 MB for each of two queues
+    settings = kept.settings.model_copy(update={"publish_timeout_seconds": 30.0})  # 10 MB for each of two queues
+    patient = publisher_of(settings)
+    await patient.start(wait=10)
     for body in bad.values():
-        await kept.publisher.publish(Lane.CRITICAL.value, body)
+        await patient.publish(Lane.CRITICAL.value, body)
+    await patient.stop()
     await kept.publish(good)
     found = {one.reason: one for one in await kept.dead_letters(len(bad))}
     assert set(found) == set(bad)
@@ -317,7 +324,7 @@ async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig
     bad = [poison() for _ in range(100)]
     for one in bad:  # not through the writer, which keeps many dead letters by itself
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
-    second = DeadLetterCollector(rig.settings, rig.postgres, rig.collector._metrics)
+    second = DeadLetterCollector(rig.settings, rig.postgres, rig.counts)
     rig.collector.start()
     second.start()
     dead_letters = await rig.dead_letters(100)
@@ -329,33 +336,61 @@ async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig
 # -- backends unavailable ------------------------------------------------------------------------------------------
 
 
+class PoolOf:
+    """Passes each request for a connection to a pool that the test can replace."""
+
+    def __init__(self, pool: Postgres) -> None:
+        self.pool = pool
+
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
+        return self.pool.connection()
+
+
+@asynccontextmanager
+async def collecting(rig: Rig, pools: PoolOf) -> AsyncIterator[DeadLetterCollector]:
+    collector = DeadLetterCollector(
+        rig.settings,
+        cast(Postgres, pools),
+        rig.counts,
+        check_consumers_delay_seconds=0.3,
+        renew_delay_seconds=3.0,
+    )
+    collector.start()
+    try:
+        yield collector
+    finally:
+        await collector.stop()
+        await pools.pool.close()
+
+
 @pytest.mark.parametrize("way", ["kill", "freeze"])
 async def test_dead_letters_wait_in_the_broker_while_postgres_is_unavailable_and_burn_no_deliveries(
     make_rig: MakeRig, servers: Servers, way: str
 ) -> None:
     rig = await make_rig(database_timeout_seconds=1.0)
-    rig.collector.start()
     dead = topology.dead_queue(Lane.CRITICAL)
-    await rig.publisher.publish_to_queue(dead, message(poison()))
-    await rig.dead_letters(1)
-    await rig.database.close()
-    rig.database = None
-    await asyncio.to_thread(getattr(servers.postgres, way))
-    try:
-        for _ in range(5):
-            await rig.publisher.publish_to_queue(dead, message(poison()))
+    pools = PoolOf(rig.postgres)
+    async with collecting(rig, pools) as collector:
+        await rig.publisher.publish_to_queue(dead, message(poison()))
+        await rig.dead_letters(1)
+        await rig.database.close()
+        rig.database = None
+        await asyncio.to_thread(getattr(servers.postgres, way))
+        try:
+            for _ in range(5):
+                await rig.publisher.publish_to_queue(dead, message(poison()))
 
-        async def detached() -> bool:
-            return not rig.collector.attached and await rig.depth(dead) == 5
+            async def detached() -> bool:
+                return not collector.attached and await rig.depth(dead) == 5
 
-        await eventually(detached, what="the collector detached", within=30)
-        # PostgreSQL may be slow after its return; with a short timeout that would cause a second delivery.
-        rig.postgres._timeout = 15.0
-        await rig.postgres.close()
-    finally:
-        await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
-    rig.database = await asyncpg.connect(rig.settings.database_writer_url)
-    dead_letters = await rig.dead_letters(6, within=30)
+            await eventually(detached, what="the collector detached", within=30)
+            # PostgreSQL may be slow after its return; with a short timeout that would cause a second delivery.
+            patient = rig.settings.model_copy(update={"database_timeout_seconds": 15.0})
+            pools.pool = Postgres(patient.database_writer_url, patient)
+        finally:
+            await asyncio.to_thread(servers.postgres.thaw if way == "freeze" else servers.postgres.start)
+        rig.database = await asyncpg.connect(rig.settings.database_writer_url)
+        dead_letters = await rig.dead_letters(6, within=30)
     assert len(dead_letters) == 6
     assert all(dead_letter.headers.get("x-delivery-count", 0) <= 1 for dead_letter in dead_letters)
 
@@ -388,7 +423,7 @@ async def test_collector_can_be_stopped_at_any_moment(make_rig: MakeRig) -> None
         collector = DeadLetterCollector(
             rig.settings,
             rig.postgres,
-            rig.collector._metrics,
+            rig.counts,
             check_consumers_delay_seconds=0.01,
             renew_delay_seconds=0.2,
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.orders import derived_figures
 from services.orders.derived_figures import DerivedFigures
-from services.orders.entity_reads import FoundState, Page
+from services.orders.entity_reads import EntityReads, FoundState, Page
 from shared.entities import job
 from shared.entities.contract import Head, encode
 from shared.entities.job import BayJob, JobStage, place_at, place_beside, place_between
 from shared.entities.selection import Selection
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
 from shared.security.tokens import Role
 from tests.rigs.builders import CREATED_AT, RESTAURANT, new_id
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
@@ -375,8 +376,7 @@ def test_there_is_a_place_before_the_first_and_after_the_last(ends: list[int]) -
     assert places == sorted(set(places))
 
 
-async def test_queue_longer_than_a_page_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derived_figures, "_PAGE_ENTITIES", 3)
+async def test_queue_longer_than_a_page_is_complete() -> None:
     bay = new_id()
     jobs = [
         BayJob(
@@ -397,5 +397,6 @@ async def test_queue_longer_than_a_page_is_complete(monkeypatch: pytest.MonkeyPa
             found = [FoundState(job.ENTITY, Head(1, new_id()), encode(one), "postgres") for one in newest]
             return Page(found[: selection.limit], len(found) > selection.limit, True)
 
-    queue = await DerivedFigures(Reads(), None, None).queue(RESTAURANT, bay)  # type: ignore[arg-type]
+    figures = DerivedFigures(cast(EntityReads, Reads()), cast(Postgres, None), cast(Mirror, None), page_entities=3)
+    queue = await figures.queue(RESTAURANT, bay)
     assert [one.title for one in queue] == [str(n) for n in range(10)]

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -16,13 +15,11 @@ from msgspec import structs
 
 from services.sync.command_session import CommandSession
 from services.sync.heartbeat import log_path_of
-from services.sync.mirror import full_sync
 from services.sync.mirror.full_sync import Compared, Difference, FullSync
 from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, encode, now
 from shared.mirror import keys
 from shared.mirror.mirror import Apply
-from shared.postgres import states
 from tests.rigs import builders
 from tests.rigs.command_line import ticketrail
 from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
@@ -73,13 +70,12 @@ async def read_from_the_log(restaurant: RestaurantRig) -> None:
     await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
 
 
-async def compare(restaurant: RestaurantRig, *, repair: bool) -> tuple[Compared, dict[str, str]]:
+async def compare(restaurant: RestaurantRig, *, repair: bool, **options: Any) -> tuple[Compared, dict[str, str]]:
     """Returns the result, and {id: kind of difference} of this restaurant only, since other tests use the system."""
     differences: list[Difference] = []
     async with CommandSession(settings_of(restaurant.system)) as session:
-        found = await FullSync(session.settings, session.postgres, session.mirror).run(
-            repair=repair, report=differences.append
-        )
+        comparing = FullSync(session.settings, session.postgres, session.mirror, **options)
+        found = await comparing.run(repair=repair, report=differences.append)
     return found, {one.id: one.what for one in differences if one.restaurant_id == restaurant.id}
 
 
@@ -184,27 +180,8 @@ async def test_pending_states_are_left_alone(restaurant: RestaurantRig, raw: Any
             await session.mirror.trim(restaurant.id, "order", {id_: head.change_id})
 
 
-async def test_order_outside_or_at_the_edge_of_the_window_is_not_missing(restaurant: RestaurantRig) -> None:
-    """The reconciler may trim an order during the comparison."""
-    edge = now() - timedelta(days=3)
-    settings = settings_of(restaurant.system)
-    async with CommandSession(settings) as session:
-        comparing = FullSync(settings, session.postgres, session.mirror)
-        for updated_at, status, what in (
-            (edge - timedelta(seconds=1), "completed", ""),
-            (edge + timedelta(minutes=1), "completed", "missing"),
-            (edge - timedelta(days=9), "ready", "missing"),
-        ):
-            state = builders.order(updated_at=updated_at, status=orders.OrderStatus(status))
-            stored = states.StoredState(Head(1, str(uuid4())), encode(state), updated_at)
-            assert comparing._difference(orders.ENTITY, stored, None) == what
-
-
-async def test_changes_in_progress_are_not_treated_as_differences(
-    restaurant: RestaurantRig, raw: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_changes_in_progress_are_not_treated_as_differences(restaurant: RestaurantRig, raw: Any) -> None:
     """A change may be in PostgreSQL a moment before its reveal, and new orders arrive during the comparison."""
-    monkeypatch.setattr(full_sync, "_IN_FLIGHT", timedelta(minutes=5))  # longer than this test
     (known,) = await place(restaurant)
     await read_from_the_log(restaurant)
     current = await raw.hgetall(doc(restaurant, known))
@@ -223,7 +200,7 @@ async def test_changes_in_progress_are_not_treated_as_differences(
         async with under_way:
             pass
 
-    monkeypatch.setattr(full_sync, "asyncio", SimpleNamespace(sleep=pause))
+    patient: dict[str, Any] = {"in_flight": timedelta(minutes=5), "sleep": pause}  # longer than this test
 
     async def place_orders() -> None:
         async with restaurant.client() as staff:
@@ -236,9 +213,9 @@ async def test_changes_in_progress_are_not_treated_as_differences(
 
     placing = asyncio.create_task(place_orders())
     try:
-        assert (await compare(restaurant, repair=False))[1] == {}
+        assert (await compare(restaurant, repair=False, **patient))[1] == {}
         assert 300.0 in pauses, "the unrevealed change was compared a second time"
-        assert (await compare(restaurant, repair=True))[1] == {}
+        assert (await compare(restaurant, repair=True, **patient))[1] == {}
     finally:
         stop.set()
         await placing

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -12,6 +12,7 @@ import pytest
 from msgspec import structs
 
 from services.orders.derived_figures import DerivedFigures
+from services.orders.entity_reads import EntityReads
 from shared.entities.contract import Change, Lane
 from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.inventory_item import StockMove
@@ -352,7 +353,7 @@ async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_witho
         ("postgresql://nobody@127.0.0.1:1/none", {"available": None, "held": None, "low": None}),
     ):
         postgres = Postgres(url, settings)
-        figures = DerivedFigures(None, postgres, unavailable)  # type: ignore[arg-type]
+        figures = DerivedFigures(cast(EntityReads, None), postgres, unavailable)
         assert await figures.available(restaurant.id, [item]) == [expected]
         await postgres.close()
     await unavailable.close()

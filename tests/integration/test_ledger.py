@@ -4,7 +4,8 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import msgspec
 import pytest
 
 from services.sync.dead_letters import actions
-from services.sync.ledger.balance import PLACES, Balance
+from services.sync.ledger.accepted_log import AcceptedLog
+from services.sync.ledger.balance import PLACES, AcceptedChange, Balance
 from services.sync.ledger.ledger import Ledger, take_balance
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane, encode, now
@@ -26,6 +28,7 @@ from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal
 from shared.rail.set_aside import files_aside
+from shared.settings import Settings
 from tests.rigs import zygote
 from tests.rigs.builders import OTHER_RESTAURANT, change, menu_item, order
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -323,22 +326,28 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
         await eventually(synced, within=120, what="all synced", until=lambda count: count == sent)
 
 
-async def test_next_look_continues_reading_and_asks_for_no_change_twice(
-    ledger_rig: LedgerRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class CountingLog(AcceptedLog):
+    """Notes how many changes each question to PostgreSQL is about."""
+
+    def __init__(self, settings: Settings, ops: Postgres) -> None:
+        super().__init__(settings, ops, None)
+        self.asked: list[int] = []
+
+    async def settle(self, entries: Sequence[AcceptedChange]) -> None:
+        self.asked.append(len(entries))
+        await super().settle(entries)
+
+
+async def test_next_look_continues_reading_and_asks_for_no_change_twice(ledger_rig: LedgerRig) -> None:
     made = [change(order(items=1)) for _ in range(50)]
     await ledger_rig.rig.publish(*made)
     await ledger_rig.until(synced=50)
-    async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
+    settings = ledger_rig.rig.settings
+    log = CountingLog(settings, ledger_rig.ops)
+    async with Ledger(settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS, accepted_log=log) as ledger:
         assert (await ledger.balance()).synced == 50
-        asked: list[int] = []
-        settle = ledger._log.settle
-
-        async def counted(entries: Any) -> None:
-            asked.append(len(entries))
-            await settle(entries)
-
-        monkeypatch.setattr(ledger._log, "settle", counted)
+        assert sum(log.asked) >= 50
+        log.asked.clear()
         await ledger_rig.rig.publish(*made[:5])  # they are counted already
         await ledger_rig.rig.publish(change(order(items=1)))
 
@@ -346,7 +355,7 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(
             return (await ledger.balance()).synced
 
         assert await eventually(synced, what="the next one", until=lambda count: count > 50) == 51
-        assert max(asked) <= 1
+        assert max(log.asked) <= 1
 
 
 async def test_balance_begins_at_the_given_time(ledger_rig: LedgerRig) -> None:
@@ -360,17 +369,12 @@ async def test_balance_begins_at_the_given_time(ledger_rig: LedgerRig) -> None:
     assert "ISO 8601" in err
 
 
-async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexplained(
-    ledger_rig: LedgerRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from services.sync.ledger import sources
-
+async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexplained(ledger_rig: LedgerRig) -> None:
     restaurant = f"{os.urandom(4).hex()}-1111-4111-8111-111111111111"
     state = order(items=1, restaurant_id=restaurant)
-    one = change(state)
+    one = change(state, time=now() - timedelta(minutes=2))  # a younger change may not be in the log yet
     await ledger_rig.rig.mirror.keep_restaurant(restaurant, b"{}")
     await ledger_rig.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
-    monkeypatch.setattr(sources, "_MIN_PENDING_AGE", sources._MIN_PENDING_AGE * 0)
     found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0

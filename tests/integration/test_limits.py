@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from deploy.local.port_check import find_free
 from shared.errors import InvalidInput
-from shared.http import limits
 from shared.http.bodies import MAX_BODY_BYTES, read_body
 from shared.http.cors import cors
 from shared.http.error_replies import EXCEPTION_HANDLERS
@@ -116,8 +115,7 @@ async def test_many_callers_of_a_spent_share_take_one_new_share(
 ) -> None:
     """If each caller took its own share and only the last one was kept, the limit would apply too early."""
     # A share that expires during the calls would be requested again.
-    monkeypatch.setattr(limits, "_FRESH_SECONDS", 60.0)
-    bucket, name = TokenBucket(mirrors[0], "test", Rate(10_000, 5_000.0)), new_name()
+    bucket, name = TokenBucket(mirrors[0], "test", Rate(10_000, 5_000.0), max_token_age_seconds=60.0), new_name()
     taken = await counted(bucket, monkeypatch, mirrors[0])
     waits = await asyncio.gather(*(bucket.take(name) for _ in range(1_000)))
     assert {wait for wait, _ in waits} == {0.0}

@@ -10,7 +10,7 @@ import httpx
 import jwt
 import pytest
 
-from services.orders.entity_changes import _MAX_RETRIES
+from services.orders.entity_changes import MAX_RETRIES
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import RESTAURANT
@@ -121,7 +121,7 @@ async def test_lost_claim_of_an_update_without_a_version_is_retried(system: Syst
         versions = await asyncio.gather(*(change(tip) for tip in range(3)))
         lost = await claims_lost(client) - lost_before
     assert sorted(versions) == [2, 3, 4]
-    assert lost >= (_MAX_RETRIES + 1) * refused, "the service refused before its last retry"
+    assert lost >= (MAX_RETRIES + 1) * refused, "the service refused before its last retry"
 
 
 async def test_status_only_goes_forward(system: System) -> None:

@@ -18,7 +18,7 @@ from shared.entities.order import ENTITY, OrderStatus
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.log import LogReader
-from shared.messaging.publisher import NotSent
+from shared.messaging.publisher import NotSent, Publisher
 from shared.mirror.mirror import Apply
 from tests.rigs.builders import RESTAURANT, change, menu_item, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -378,29 +378,42 @@ async def test_cancelled_job_sends_no_more_and_still_records_the_outcome_of_sent
     assert sorted({dead_letter.status for dead_letter in await rig.dead_letters(20)}) == ["open", "resolved"]
 
 
-async def test_job_cancelled_while_the_broker_is_unavailable_leaves_its_dead_letters_open(
-    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig = await make_rig()
+class InterruptedPublisher(Publisher):
+    """Reaches no queue until the test makes it available."""
+
+    available = False
+
+    async def publish_to_queue(self, *args: Any, **options: Any) -> None:
+        if not self.available:
+            raise NotSent("no connection to the broker")
+        await super().publish_to_queue(*args, **options)
+
+
+async def test_job_cancelled_while_the_broker_is_unavailable_leaves_its_dead_letters_open(make_rig: MakeRig) -> None:
+    rig: Rig = await make_rig()
     await dead_by_hand(rig, 3)
-
-    async def unavailable(*_: Any, **__: Any) -> None:
-        raise NotSent("no connection to the broker")
-
-    monkeypatch.setattr(rig.replays._publisher, "publish_to_queue", unavailable)
-    rig.replays.start()
-    job = await ask(rig)
-    await eventually(
-        lambda: read_job(rig, job), what="all items in progress", until=lambda one: one.outcomes.get("sending") == 3
+    publisher = InterruptedPublisher(
+        rig.settings.rabbitmq_url, topology.CHANGES, queues=topology.bound_queues(), timeout=5.0
     )
-    await cancel(rig, job)
-    job = await ended(rig, job)
-    assert (job.state, job.outcomes) == ("cancelled", {"failed": 3})
-    assert {dead_letter.status for dead_letter in await rig.dead_letters(3)} == {"open"}
-    monkeypatch.undo()
-    await rig.writer.start()
-    again = await ended(rig, await ask(rig))
-    assert (again.state, again.outcomes) == ("done", {"resolved": 3})
+    await publisher.start(wait=10)
+    replays = rig.another_replay_worker(publisher=publisher)
+    replays.start()
+    try:
+        job = await ask(rig)
+        await eventually(
+            lambda: read_job(rig, job), what="all items in progress", until=lambda one: one.outcomes.get("sending") == 3
+        )
+        await cancel(rig, job)
+        job = await ended(rig, job)
+        assert (job.state, job.outcomes) == ("cancelled", {"failed": 3})
+        assert {dead_letter.status for dead_letter in await rig.dead_letters(3)} == {"open"}
+        publisher.available = True
+        await rig.writer.start()
+        again = await ended(rig, await ask(rig))
+        assert (again.state, again.outcomes) == ("done", {"resolved": 3})
+    finally:
+        await replays.stop()
+        await publisher.stop()
 
 
 async def test_dead_letter_that_is_no_longer_open_is_skipped(make_rig: MakeRig) -> None:
@@ -476,7 +489,7 @@ async def test_frozen_worker_leaves_a_job_that_another_worker_took_over(make_rig
     settled = await eventually(
         lambda: read_job(rig, job), what="the canary resolved", until=lambda one: one.outcomes.get("resolved") == 1
     )
-    await eventually(lambda: asyncio.sleep(0, len(rig.replays._jobs)), what="the job left", until=lambda n: n == 0)
+    await eventually(lambda: asyncio.sleep(0, rig.replays.running_jobs), what="the job left", until=lambda n: n == 0)
     assert settled.outcomes == {"resolved": 1, "waiting": 11}
     assert (await read_job(rig, job)).state == "running"
 

@@ -17,6 +17,7 @@ from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
 from shared.messaging import topology
+from shared.messaging.publisher import Publisher
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
@@ -37,16 +38,16 @@ class Rig:
         self.heartbeats = HeartbeatSender(settings, self.postgres, self.publisher, self.watch)
         self.tracer = Tracer("test", settings)
         self.metrics = Metrics()
-        counts = WriterMetrics(self.metrics)
+        self.counts = WriterMetrics(self.metrics)
         self.writer = PostgresWriter(
-            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, counts
+            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, self.counts
         )
         self.mirror_writer = MirrorWriter(
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
         )
         """It is not started: the replay worker uses it to apply single changes."""
         self.collector = DeadLetterCollector(
-            settings, self.postgres, counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
+            settings, self.postgres, self.counts, check_consumers_delay_seconds=0.3, renew_delay_seconds=3.0
         )
         self.replays = self.another_replay_worker()
         self.database: Any = None
@@ -68,10 +69,10 @@ class Rig:
         if self.database is not None:
             await self.database.close()
 
-    def another_replay_worker(self, **settings: Any) -> Replays:
+    def another_replay_worker(self, *, publisher: Publisher | None = None, **settings: Any) -> Replays:
         """Returns another replay worker."""
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
-        return Replays(self.settings, self.postgres, self.mirror_writer, self.publisher, **chosen)
+        return Replays(self.settings, self.postgres, self.mirror_writer, publisher or self.publisher, **chosen)
 
     async def dead_letters(self, count: int, *, within: float = 20.0, **filters: Any) -> list[FullDeadLetter]:
         """Waits until there are `count` dead letters; returns them, oldest first."""

@@ -76,10 +76,12 @@ def main(context: click.Context, requested: str | None) -> None:
 @main.command("migrate")
 def migrate_command() -> None:
     """Create or update the schema in PostgreSQL and the queues in RabbitMQ. The command can be repeated."""
-    run(_migrate(Settings.load()))
+    run(migrate_servers(Settings.load()))
 
 
-async def _migrate(settings: Settings) -> None:
+async def migrate_servers(settings: Settings) -> None:
+    """Creates or updates the schema in PostgreSQL and the queues in RabbitMQ, and prints what it did. It can be
+    repeated."""
     applied = await migrate(settings)
     click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
     created, epoch = await when_ready(

@@ -94,6 +94,11 @@ class Replays:
         self.loop = BackgroundLoop("replays", self._run)
         self._jobs: set[asyncio.Task[None]] = set()
 
+    @property
+    def running_jobs(self) -> int:
+        """The number of jobs that this worker executes now."""
+        return len(self._jobs)
+
     def start(self) -> None:
         self.loop.start()
 

@@ -87,17 +87,19 @@ class Ledger:
         *,
         since: datetime | None = None,
         timeout_seconds: float | None = None,
+        accepted_log: AcceptedLog | None = None,
     ) -> None:
         """`ops`: a pool of the ops role. `since`: the moment from which changes count; None is the beginning of the
         log. `mirror`: if given, the balance also lists changes that only the mirror shows. `timeout_seconds`: how long
         a change is missing before it counts as unexplained; default MISSING_TIMEOUT_SECONDS, or BLIND_TIMEOUT_SECONDS
-        while the management API is unavailable."""
+        while the management API is unavailable. `accepted_log`: reads the change log; by default one of its own, from
+        `since` on."""
         self._settings = settings
         self._ops = ops
         self._mirror = mirror
         self._since = since
         self._timeout_seconds = timeout_seconds
-        self._log = AcceptedLog(settings, ops, since)
+        self._log = accepted_log or AcceptedLog(settings, ops, since)
         self._missing: dict[str, float] = {}
         """Change id of each suspect -> when it was first missing, on the monotonic clock."""
         self._cleared: set[str] = set()

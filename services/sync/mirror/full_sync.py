@@ -9,7 +9,7 @@ differences are compared once more after three seconds.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from msgspec import Struct, field
@@ -47,9 +47,37 @@ class Compared(Struct):
     repaired: int = 0
 
 
+def difference(entity: Entity, stored: StoredState, document: Document | None, *, window: timedelta) -> str | None:
+    """Returns the name of the difference, an empty text if there is none, or None if the mirror is ahead. `window`:
+    the live window."""
+    if document is None:
+        state = entity.decode_state(stored.state)
+        if entity.live(state):
+            return "missing"
+        # The mirror may lack a deleted dish, and an order that has left the live window meanwhile.
+        in_window = entity.window_sql and state.updated_at >= now() - window
+        return "missing" if in_window else ""
+    if document.head > stored.head:
+        return None
+    if document.head < stored.head:
+        return "behind"
+    return "" if entity.decode_state(document.state) == entity.decode_state(stored.state) else "differs"
+
+
 class FullSync:
-    def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
-        """`postgres`: a pool of the writer role."""
+    def __init__(
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        *,
+        in_flight: timedelta = _IN_FLIGHT,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`postgres`: a pool of the writer role. `in_flight`: a difference of a change that was accepted so recently is
+        compared again. `sleep`: waits for seconds before that."""
+        self._in_flight = in_flight
+        self._sleep = sleep
         self._window = timedelta(days=settings.mirror_window_days)
         self._postgres = postgres
         self._mirror = mirror
@@ -89,8 +117,8 @@ class FullSync:
                 for restaurant, rows in by_restaurant.items():
                     _, documents = await self._mirror.read(restaurant, entity.name, [id_ for id_, _ in rows])
                     for (id_, stored), document in zip(rows, documents, strict=True):
-                        what = self._difference(entity, stored, document)
-                        if what and stored.accepted_at > now() - _IN_FLIGHT:
+                        what = difference(entity, stored, document, window=self._window)
+                        if what and stored.accepted_at > now() - self._in_flight:
                             recent.setdefault(restaurant, []).append(id_)
                             continue
                         found.compared += 1
@@ -100,26 +128,11 @@ class FullSync:
                                 entity, restaurant, id_, what, stored, found, repair=repair, report=report
                             )
         if recent:
-            await asyncio.sleep(_IN_FLIGHT.total_seconds())
+            await self._sleep(self._in_flight.total_seconds())
         for restaurant, ids in recent.items():
             for id_ in ids:
                 await self._compare_again(entity, restaurant, id_, found, repair=repair, report=report)
         return known
-
-    def _difference(self, entity: Entity, stored: StoredState, document: Document | None) -> str | None:
-        """Returns the name of the difference, an empty text if there is none, or None if the mirror is ahead."""
-        if document is None:
-            state = entity.decode_state(stored.state)
-            if entity.live(state):
-                return "missing"
-            # The mirror may lack a deleted dish, and an order that has left the live window meanwhile.
-            in_window = entity.window_sql and state.updated_at >= now() - self._window
-            return "missing" if in_window else ""
-        if document.head > stored.head:
-            return None
-        if document.head < stored.head:
-            return "behind"
-        return "" if entity.decode_state(document.state) == entity.decode_state(stored.state) else "differs"
 
     async def _compare_again(
         self,
@@ -137,7 +150,7 @@ class FullSync:
         _, (document,) = await self._mirror.read(restaurant, entity.name, [id_])
         if stored is None:
             return
-        what = self._difference(entity, stored, document)
+        what = difference(entity, stored, document, window=self._window)
         found.pending += what is None
         if what:
             await self._report_and_repair(entity, restaurant, id_, what, stored, found, repair=repair, report=report)
