@@ -116,7 +116,7 @@ class MirrorConnection:
     def connected(self) -> bool:
         """True while there is a connection that the server has not closed."""
         # redis-py has no public property that notices the end of the stream.
-        return self._connection is not None and not self._connection._reader.at_eof()
+        return self._connection is not None and not self._connection._reader.at_eof()  # noqa: SLF001
 
     @property
     def down(self) -> bool:
