@@ -15,6 +15,7 @@ from msgspec import Struct
 from shared.entities.contract import Change, Head, Outline
 from shared.entities.entity import Entity, Hold, micros
 from shared.mirror import keys
+from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
 
 
@@ -28,44 +29,6 @@ class Document(Struct, frozen=True):
     """JSON: {"error", "attempts", "last_attempt"}. Empty if nothing failed."""
     conflict: bool = False
     """True while a conflict of the entity is open."""
-
-
-class Claimed(Struct, frozen=True):
-    """The change holds the claim now. `number` is the order number that the claim gave, or empty."""
-
-    number: str
-
-
-class Cold(Struct, frozen=True):
-    """The mirror takes no claims, because the mirror writer has not filled it since its server started."""
-
-
-class Busy(Struct, frozen=True):
-    """Another change of the entity holds a fresh claim."""
-
-
-class Stale(Struct, frozen=True):
-    """The entity has a stale claim, which is now marked: the caller must finish the change of that claim."""
-
-    change_id: str
-    event: bytes
-    number: str
-
-
-class HeadMoved(Struct, frozen=True):
-    """The change was not built on the head. `state` is None if only PostgreSQL has the state of the head."""
-
-    head: Head
-    state: bytes | None
-
-
-class StockShort(Struct, frozen=True):
-    """The stock is not enough for the change. `left`: (inventory item, amount left) of each item that is short."""
-
-    left: tuple[tuple[str, int], ...]
-
-
-ClaimReply = Claimed | Cold | Busy | Stale | HeadMoved | StockShort
 
 
 class Apply(Struct, frozen=True):

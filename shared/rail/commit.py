@@ -23,8 +23,9 @@ from shared.entities.contract import (
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput, OutcomeUnknown, TicketrailError, Unavailable
 from shared.messaging.topology import lane_of
+from shared.mirror.claim_replies import Busy, Claimed, Cold, HeadMoved, Stale, StockShort
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
-from shared.mirror.mirror import Apply, Busy, Claimed, Cold, HeadMoved, Mirror, Stale, StockShort, stock_text
+from shared.mirror.mirror import Apply, Mirror, stock_text
 from shared.observability import tracing
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer

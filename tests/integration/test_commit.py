@@ -14,7 +14,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.errors import InvalidInput, OutcomeUnknown, Unavailable
 from shared.messaging import topology
 from shared.messaging.publisher import NotSent
-from shared.mirror.mirror import Busy, Claimed
+from shared.mirror.claim_replies import Busy, Claimed
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import JournalBroken, JournalFull

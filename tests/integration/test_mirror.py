@@ -14,7 +14,8 @@ from msgspec import structs
 from shared.entities.contract import Head, Outline, encode, outline
 from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
-from shared.mirror.mirror import Apply, Claimed, Cold, HeadMoved, LogState, Mirror
+from shared.mirror.claim_replies import Claimed, Cold, HeadMoved
+from shared.mirror.mirror import Apply, LogState, Mirror
 from tests.rigs import builders
 from tests.rigs.mirror import answers, head_of, state
 from tests.rigs.servers import Redis, Servers

@@ -12,7 +12,8 @@ from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
-from shared.mirror.mirror import Claimed, StockShort, stock_text
+from shared.mirror.claim_replies import Claimed, StockShort
+from shared.mirror.mirror import stock_text
 from shared.rail.draft import change_of
 from tests.rigs import builders
 from tests.rigs.rail.changes import draft

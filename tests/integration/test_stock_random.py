@@ -18,7 +18,7 @@ from shared.entities.inventory_item import InventoryItem
 from shared.entities.menu_item import Consumption
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order, OrderItem, OrderStatus
-from shared.mirror.mirror import Claimed, HeadMoved, Stale, StockShort
+from shared.mirror.claim_replies import Claimed, HeadMoved, Stale, StockShort
 from shared.postgres import states
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig, Rig

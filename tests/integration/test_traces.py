@@ -18,7 +18,8 @@ from deploy.local.port_check import find_free
 from shared.entities.contract import encode
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging import topology
-from shared.mirror.mirror import Claimed, Mirror
+from shared.mirror.claim_replies import Claimed
+from shared.mirror.mirror import Mirror
 from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
 from shared.version import VERSION

@@ -27,7 +27,7 @@ from msgspec import structs
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import TicketrailError
 from shared.messaging.publisher import InDoubt, NotSent
-from shared.mirror.mirror import Stale
+from shared.mirror.claim_replies import Stale
 from shared.rail.draft import Draft
 from shared.rail.journal import JournalBroken
 from tests.model.laws import ENTITIES, check_always, check_at_the_end, hear

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from shared.entities.contract import Head
 from shared.errors import Unavailable
-from shared.mirror.mirror import Claimed, Stale
+from shared.mirror.claim_replies import Claimed, Stale
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft
 from shared.rail.journal import Journal

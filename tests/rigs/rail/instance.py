@@ -9,7 +9,8 @@ from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import Entity
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging.topology import lane_of
-from shared.mirror.mirror import Claimed, ClaimReply, Mirror, Stale, stock_text
+from shared.mirror.claim_replies import Claimed, ClaimReply, Stale
+from shared.mirror.mirror import Mirror, stock_text
 from shared.rail.assemble import assemble_rail
 from shared.rail.commit import Committed
 from shared.rail.draft import Draft, change_of

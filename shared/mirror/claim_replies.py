@@ -1,0 +1,43 @@
+"""The replies of the mirror to a claim; `ClaimReply` is one of them. `Stale` also answers `Mirror.mark`."""
+
+from msgspec import Struct
+
+from shared.entities.contract import Head
+
+
+class Claimed(Struct, frozen=True):
+    """The change holds the claim now. `number` is the order number that the claim gave, or empty."""
+
+    number: str
+
+
+class Cold(Struct, frozen=True):
+    """The mirror takes no claims, because the mirror writer has not filled it since its server started."""
+
+
+class Busy(Struct, frozen=True):
+    """Another change of the entity holds a fresh claim."""
+
+
+class Stale(Struct, frozen=True):
+    """The entity has a stale claim, which is now marked: the caller must finish the change of that claim."""
+
+    change_id: str
+    event: bytes
+    number: str
+
+
+class HeadMoved(Struct, frozen=True):
+    """The change was not built on the head. `state` is None if only PostgreSQL has the state of the head."""
+
+    head: Head
+    state: bytes | None
+
+
+class StockShort(Struct, frozen=True):
+    """The stock is not enough for the change. `left`: (inventory item, amount left) of each item that is short."""
+
+    left: tuple[tuple[str, int], ...]
+
+
+ClaimReply = Claimed | Cold | Busy | Stale | HeadMoved | StockShort
