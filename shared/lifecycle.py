@@ -1,4 +1,4 @@
-"""Background loops, whose crash ends the process, and the garbage collection of a process."""
+"""Background loops and garbage collection of a process. A loop that crashes ends the process."""
 
 import asyncio
 import gc

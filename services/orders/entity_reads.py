@@ -198,7 +198,7 @@ class EntityReads:
     ) -> Page:
         try:
             most = selection.before[0].timestamp() if selection.before else float("inf")
-            ids = await self._mirror.live_ids(restaurant, entity.name, most=most)
+            ids = await self._mirror.live_ids(restaurant, entity.name, max_score=most)
             _, found = await self._matching(entity, restaurant, ids, selection, state)
         except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("the list cannot be read now", retry_after=2.0) from error

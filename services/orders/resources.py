@@ -204,7 +204,7 @@ def _sort_key(queued: list[BayJob], position: int, state: BayJob) -> str:
     before = queued[: position - 1][-1:]
     after = queued[position - 1 :][:1]
     if before and after:
-        return job.place_between(before[0].place, after[0].place, share=state.id)
+        return job.place_between(before[0].place, after[0].place, tie_breaker=state.id)
     if before or after:
         neighbour, seconds = (before[0], 1) if before else (after[0], -1)
         return job.place_beside(neighbour.place, seconds, state.created_at)

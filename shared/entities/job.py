@@ -50,14 +50,14 @@ def place_beside(place: str, seconds: int, created: datetime) -> str:
     return _fraction(int(place[:_DIGITS].ljust(_DIGITS, "0")) + seconds * 1_000_000, created)
 
 
-def place_between(low: str, high: str, *, share: str) -> str:
+def place_between(low: str, high: str, *, tie_breaker: str) -> str:
     """Returns a key between two keys, or `low` if both are equal or the gap is exhausted after hundreds of moves.
-    `share`: a UUID, which gives different keys to jobs that are moved into one gap at the same time."""
+    `tie_breaker`: a UUID, which gives different keys to jobs that are moved into one gap at the same time."""
     for digits in range(_DIGITS, _MAX_DIGITS + 1):
         first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
         if last - first >= _MIN_GAP:
             step = (last - first) // 4
-            middle = first + step + 2 * step * int(share[:8], 16) // 2**32
+            middle = first + step + 2 * step * int(tie_breaker[:8], 16) // 2**32
             return f"{middle:0{digits}d}".rstrip("0")
     return low
 

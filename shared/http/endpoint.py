@@ -104,7 +104,7 @@ def read_query(request: Any, type_: type[T]) -> T:
         raise InvalidInput(message, field=name) from error
     for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
         value = getattr(found, name)
-        if value is None and sent_as in texts:  # the text is `null`, which would silently remove a filter
+        if value is None and sent_as in texts:  # the text `null` would silently remove a filter
             raise InvalidInput("null is not a value; omit the parameter", field=sent_as)
         # Without a colon it is a number, which msgspec accepts as a time.
         if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):

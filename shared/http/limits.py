@@ -1,10 +1,10 @@
 """Rate limits: a token bucket for each restaurant and each client address, shared by all instances of all services.
 
 The mirror holds the buckets. A process takes up to a hundredth of a bucket at a time (atomically, scripts/bucket.lua)
-and spends these tokens itself, because a round trip for every request would be too expensive. It drops the unspent
-tokens after a second; they are at most a twentieth of what the bucket gains in that time. After it has found a bucket
-empty, it does not ask again until the bucket can have a token. While the mirror is unavailable, each process uses a
-bucket of its own.
+and spends these tokens itself, because a round trip for every request would be too expensive. The process drops its
+unspent tokens after a second. They are at most a twentieth of the tokens that the bucket gains in a second. When a
+bucket is empty, the process does not ask again until the bucket can have a token. While the mirror is unavailable, each
+process uses a bucket of its own.
 """
 
 import asyncio

@@ -63,12 +63,12 @@ def document(settings: Settings) -> dict[str, Any]:
                 HEARTBEAT: _message(
                     HEARTBEAT,
                     "A heartbeat, which proves the path through a lane or into a log every few seconds",
-                    most=1,
+                    max_events=1,
                 ),
                 MARK: _message(
                     MARK,
                     "A mark that a reader publishes to a log, so that it knows when it has read to the end",
-                    most=1,
+                    max_events=1,
                 ),
                 **_failed(),
             },
@@ -104,7 +104,7 @@ def _lanes(entity: str) -> set[Lane]:
     return {one.lane, Lane.BACKGROUND} if one is _ENTITY_WITH_IMPORTS else {one.lane}
 
 
-def _message(type_: str, summary: str, most: int = MAX_BATCH_CHANGES) -> dict[str, Any]:
+def _message(type_: str, summary: str, max_events: int = MAX_BATCH_CHANGES) -> dict[str, Any]:
     return {
         "name": type_,
         "title": type_,
@@ -114,7 +114,7 @@ def _message(type_: str, summary: str, most: int = MAX_BATCH_CHANGES) -> dict[st
             "type": "array",
             "items": {"$ref": f"#/components/schemas/{type_}"},
             "minItems": 1,
-            "maxItems": most,
+            "maxItems": max_events,
         },
     }
 

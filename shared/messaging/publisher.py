@@ -95,8 +95,8 @@ class Publisher:
         return self._exchange is not None
 
     async def start(self, *, wait: float = 0.0) -> None:
-        """Starts to connect and waits up to `wait` seconds for the first connection. Returns even if there is no
-        connection then."""
+        """Starts to connect, and waits at most `wait` seconds for the first connection. Returns with or without a
+        connection."""
         self.loop.start()
         if wait:
             with contextlib.suppress(TimeoutError):  # the caller continues, because the journal takes its changes

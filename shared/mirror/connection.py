@@ -295,8 +295,8 @@ class MirrorConnection:
             await connection.disconnect(nowait=True)
             raise
 
-    def _take(self, most: int | None = None) -> list[_Call]:
-        taken, self._waiting = self._waiting[:most], self._waiting[len(self._waiting[:most]) :]
+    def _take(self, limit: int | None = None) -> list[_Call]:
+        taken, self._waiting = self._waiting[:limit], self._waiting[len(self._waiting[:limit]) :]
         return taken
 
     def _fail(self, calls: list[_Call], error: Exception) -> None:

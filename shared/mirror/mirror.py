@@ -145,11 +145,11 @@ class Mirror:
         )
         return bool(reply)
 
-    async def stale_claims(self, *, most: int = 100) -> list[str]:
-        """Returns up to `most` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
+    async def stale_claims(self, *, limit: int = 100) -> list[str]:
+        """Returns up to `limit` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
         seconds, micros = await self._redis.call("TIME")
         before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
-        found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, most)
+        found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, limit)
         return [member.decode() for member in found]
 
     async def mark(self, member: str) -> Stale | None:
@@ -298,11 +298,13 @@ class Mirror:
         found = await asyncio.gather(*(self._redis.call("HGET", keys.doc(restaurant, entity, id_), "p") for id_ in ids))
         return [None if at is None else int(at) / 1000 for at in found]
 
-    async def live_ids(self, restaurant: str, entity: str, *, most: float = float("inf"), count: int = -1) -> list[str]:
-        """Returns ids in the live window with an index score of at most `most`, newest first. `count`: the maximum
-        number of ids; -1 means all."""
+    async def live_ids(
+        self, restaurant: str, entity: str, *, max_score: float = float("inf"), limit: int = -1
+    ) -> list[str]:
+        """Returns up to `limit` ids in the live window whose index score is at most `max_score`, newest first. A limit
+        of -1 means all."""
         found = await self._redis.call(
-            "ZREVRANGEBYSCORE", keys.live(restaurant, entity), most, "-inf", "LIMIT", 0, count
+            "ZREVRANGEBYSCORE", keys.live(restaurant, entity), max_score, "-inf", "LIMIT", 0, limit
         )
         return [id_.decode() for id_ in found]
 

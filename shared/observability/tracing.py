@@ -229,8 +229,9 @@ class Tracer:
             )
 
     def will_export(self, traceparent: str | None, *, slow_ns: int = 0) -> bool:
-        """Returns whether a span of this change will be exported, because its trace is sampled or `slow_ns` (the
-        nanoseconds so far) is slow. Call it before you build attributes."""
+        """Returns whether a span of this change will be exported: its trace is sampled, or the change has already taken
+        so long that it counts as slow. `slow_ns`: the time so far, in nanoseconds. Call it before you build attributes.
+        """
         if self._processor is None or not traceparent:
             return False
         return traceparent[-1] in "13579bdf" or (slow_ns > self._slow_ns and self._may_keep_slow())

@@ -124,8 +124,8 @@ class Postgres:
         self._failures, self._closed_until, self._answered = 0, 0.0, time.monotonic()
 
     def _failed(self, error: BaseException, began: float) -> None:
-        # A timeout may only mean that all connections of the pool are in use. In that case other callers have got
-        # answers meanwhile.
+        # A timeout may only mean that all connections of the pool are in use. Other callers have then received answers
+        # in the meantime.
         if isinstance(error, TimeoutError) and self._answered > began:
             return
         if isinstance(error, ValueError):  # asyncpg rejected an argument's type and sent nothing to the server

@@ -343,7 +343,7 @@ def test_there_is_always_a_place_between_two_places(moves: list[tuple[int, UUID]
     places = [place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT, CREATED_AT + timedelta(microseconds=1))]
     for position, share in moves:
         gap = position % (len(places) - 1)
-        found = place_between(places[gap], places[gap + 1], share=str(share))
+        found = place_between(places[gap], places[gap + 1], tie_breaker=str(share))
         assert places[gap] < found < places[gap + 1]
         assert not found.endswith("0")
         places.insert(gap + 1, found)
@@ -352,19 +352,19 @@ def test_there_is_always_a_place_between_two_places(moves: list[tuple[int, UUID]
 def test_narrowest_gap_takes_hundreds_of_moves() -> None:
     low, high = place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT, CREATED_AT + timedelta(microseconds=1))
     for _ in range(500):
-        found = place_between(low, high, share=new_id())
+        found = place_between(low, high, tie_breaker=new_id())
         assert low < found < high
         assert len(found) <= 400
         high = found
-    assert place_between(low, low, share=new_id()) == low
+    assert place_between(low, low, tie_breaker=new_id()) == low
 
 
 def test_concurrent_places_in_one_gap_differ() -> None:
     low, high = place_at(CREATED_AT, CREATED_AT), place_at(CREATED_AT + timedelta(seconds=1), CREATED_AT)
-    found = {place_between(low, high, share=new_id()) for _ in range(20)}
+    found = {place_between(low, high, tie_breaker=new_id()) for _ in range(20)}
     assert len(found) == 20
     ordered = sorted(found)
-    assert ordered[0] < place_between(ordered[0], ordered[1], share=new_id()) < ordered[1]
+    assert ordered[0] < place_between(ordered[0], ordered[1], tie_breaker=new_id()) < ordered[1]
 
 
 @given(st.lists(st.sampled_from((-1, 1)), max_size=50))

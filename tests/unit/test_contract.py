@@ -27,7 +27,7 @@ from shared.entities.order import OrderStatus
 from tests.rigs import builders
 
 
-def edited(**attributes: Any) -> bytes:
+def edited_event(**attributes: Any) -> bytes:
     """An order's creation with other attributes on the wire; None removes an attribute."""
     event = json.loads(encode(builders.change(builders.order(items=1))))
     return json.dumps({name: value for name, value in {**event, **attributes}.items() if value is not None}).encode()
@@ -47,7 +47,7 @@ def reason(event: bytes) -> str:
 
 
 def test_a_change_too_large_for_the_broker_is_refused() -> None:
-    assert reason(edited(data={"after": {}, "before": {"x": "y" * MAX_EVENT_BYTES}})) == "too_large"
+    assert reason(edited_event(data={"after": {}, "before": {"x": "y" * MAX_EVENT_BYTES}})) == "too_large"
 
 
 def test_a_change_is_read_back_as_it_was_written() -> None:
@@ -59,7 +59,7 @@ def test_a_change_is_read_back_as_it_was_written() -> None:
 
 
 def test_unknown_attributes_and_fields_of_a_newer_producer_are_ignored() -> None:
-    assert registry.read(decode_change(edited(newattribute="x")))
+    assert registry.read(decode_change(edited_event(newattribute="x")))
     assert registry.read(decode_change(with_state(new_field={"deep": [1]})))
 
 
@@ -70,31 +70,34 @@ def test_unknown_attributes_and_fields_of_a_newer_producer_are_ignored() -> None
         (b"{", "undecodable"),
         (b'"text"', "contract_broken"),
         (b'{"id": "\xff"}', "undecodable"),
-        (edited(type="ticketrail.order.created.v2"), "unsupported_version"),
-        (edited(type="ticketrail.order.exploded.v1"), "unknown_type"),
-        (edited(type="ticketrail.spaceship.created.v1", subject=f"spaceship/{builders.new_id()}"), "unknown_type"),
-        (edited(type="ticketrail.table.created.v1"), "unknown_type"),
-        (edited(type="other.order.created.v1"), "unknown_type"),
-        (edited(type="order"), "unknown_type"),
-        (edited(restaurantid=builders.OTHER_RESTAURANT), "wrong_tenant"),
-        (edited(subject=f"order/{builders.new_id()}"), "contract_broken"),
-        (edited(id="A" * 8 + "-0000-4000-8000-000000000000"), "contract_broken"),
-        (edited(id="not an id"), "contract_broken"),
-        (edited(restaurantid=builders.RESTAURANT.replace("1", "A")), "contract_broken"),
-        (edited(restaurantid=None), "missing_tenant"),
-        (edited(specversion="0.3"), "unsupported_specversion"),
-        (edited(basechangeid="none"), "contract_broken"),
-        (edited(time="2026-03-14T12:00:00"), "contract_broken"),
-        (edited(time="yesterday"), "contract_broken"),
-        (edited(time="9999-12-31T23:59:59Z"), "contract_broken"),
-        (edited(entityversion=0), "contract_broken"),
-        (edited(entityversion=2**31), "contract_broken"),
-        (edited(entityversion="1"), "contract_broken"),
-        (edited(entityversion=None), "contract_broken"),
-        (edited(priority=0), "contract_broken"),
-        (edited(priority=11), "contract_broken"),
-        (edited(data=None), "contract_broken"),
-        (edited(data={"before": {}}), "contract_broken"),
+        (edited_event(type="ticketrail.order.created.v2"), "unsupported_version"),
+        (edited_event(type="ticketrail.order.exploded.v1"), "unknown_type"),
+        (
+            edited_event(type="ticketrail.spaceship.created.v1", subject=f"spaceship/{builders.new_id()}"),
+            "unknown_type",
+        ),
+        (edited_event(type="ticketrail.table.created.v1"), "unknown_type"),
+        (edited_event(type="other.order.created.v1"), "unknown_type"),
+        (edited_event(type="order"), "unknown_type"),
+        (edited_event(restaurantid=builders.OTHER_RESTAURANT), "wrong_tenant"),
+        (edited_event(subject=f"order/{builders.new_id()}"), "contract_broken"),
+        (edited_event(id="A" * 8 + "-0000-4000-8000-000000000000"), "contract_broken"),
+        (edited_event(id="not an id"), "contract_broken"),
+        (edited_event(restaurantid=builders.RESTAURANT.replace("1", "A")), "contract_broken"),
+        (edited_event(restaurantid=None), "missing_tenant"),
+        (edited_event(specversion="0.3"), "unsupported_specversion"),
+        (edited_event(basechangeid="none"), "contract_broken"),
+        (edited_event(time="2026-03-14T12:00:00"), "contract_broken"),
+        (edited_event(time="yesterday"), "contract_broken"),
+        (edited_event(time="9999-12-31T23:59:59Z"), "contract_broken"),
+        (edited_event(entityversion=0), "contract_broken"),
+        (edited_event(entityversion=2**31), "contract_broken"),
+        (edited_event(entityversion="1"), "contract_broken"),
+        (edited_event(entityversion=None), "contract_broken"),
+        (edited_event(priority=0), "contract_broken"),
+        (edited_event(priority=11), "contract_broken"),
+        (edited_event(data=None), "contract_broken"),
+        (edited_event(data={"before": {}}), "contract_broken"),
         (with_state(id=builders.new_id().upper()), "contract_broken"),
         (with_state(notes="nul\0"), "contract_broken"),
         (with_state(order_number="4\0"), "contract_broken"),

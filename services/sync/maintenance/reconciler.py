@@ -143,7 +143,7 @@ class Reconciler:
         """Removes documents of one block. Returns (documents read, documents removed). `kept`: the number of documents
         that earlier blocks kept, which are skipped."""
         ids = await self._mirror.live_ids(
-            restaurant, entity.name, most=before.timestamp(), count=kept + _STATES_PER_QUERY
+            restaurant, entity.name, max_score=before.timestamp(), limit=kept + _STATES_PER_QUERY
         )
         ids = ids[kept:]
         _, documents = await self._mirror.read(restaurant, entity.name, ids)

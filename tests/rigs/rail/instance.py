@@ -111,7 +111,7 @@ class RailRig:
 
     async def stale_claims(self) -> list[str]:
         """The members of this restaurant only, because other tests may use the same Redis."""
-        found = await self.mirror.stale_claims(most=10_000)
+        found = await self.mirror.stale_claims(limit=10_000)
         return [member for member in found if member.startswith(self.restaurant)]
 
     async def mark_stale(self) -> list[Stale]:
