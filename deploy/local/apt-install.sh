@@ -35,7 +35,7 @@ trap restore EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# The marker or the copy comes first, so that a kill between two of these lines does not lose the original.
+# The original policy-rc.d is moved aside first (or its absence is marked), so that a kill at any point does not lose it.
 if [ -e "$policy" ] || [ -L "$policy" ]; then mv "$policy" "$saved"; else : >"$absent"; fi
 printf '#!/bin/sh\nexit 101\n' >"$policy"
 chmod 755 "$policy"

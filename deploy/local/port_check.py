@@ -40,8 +40,8 @@ def is_free(port: int) -> bool:
 
 
 def require_free(port: int, setting: str | None, what: str, *, within: float = 10.0) -> None:
-    """Raises PortTaken at once if a process listens on the port. An outgoing connection can also use the port.
-    In that case, waits up to `within` seconds for the connection to end."""
+    """Raises PortTaken at once if a process listens on the port. If an outgoing connection uses the port,
+    waits up to `within` seconds for the connection to end."""
     deadline = time.monotonic() + within
     while not is_free(port):
         if _listens(port) or time.monotonic() > deadline:

@@ -302,7 +302,7 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
 
 
 def _home_prefix(system: System) -> str:
-    """Returns the variable that a command needs in front of it if the home is not the default."""
+    """Returns the variable with which a command line must begin if the home is not the default."""
     return "" if system.home == ROOT / ".local" else f"TICKETRAIL_HOME='{system.home}' "
 
 

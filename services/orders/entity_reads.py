@@ -82,7 +82,7 @@ def _matches(entity: Entity, document: Document, selection: Selection, state: Sy
 
 class Page(Struct, frozen=True):
     found: list[FoundState]
-    """Newest first."""
+    """The entities of the page, newest first."""
     more: bool
     """Whether there is a next page."""
     complete: bool
