@@ -166,7 +166,8 @@ class LogReader:
 
     async def first_epoch(self) -> str | None:
         """Returns the epoch of the first heartbeat, or None if the log has no heartbeat. `migrate` publishes one as the
-        first entry. If retention has removed it, the next heartbeat comes after the messages of a few seconds."""
+        first entry. If retention has removed it, the first heartbeat is at most a few seconds younger than the first
+        entry."""
         async with self._attach("first") as connection:
             while True:
                 for message in await connection.next(_MARK_TIMEOUT_SECONDS):

@@ -1,4 +1,4 @@
-"""The commit makes a change durable and visible, exactly once.
+"""The commit makes a change durable and visible. The change takes effect once, even if a step is repeated.
 
     claim   (mirror)   one script takes (entity, next version) and stores the whole event in the claim
     record  (broker)   the event, confirmed by the quorum queue of its lane; else the journal of this instance

@@ -38,7 +38,7 @@ _OLDER = 1 << 10
 
 
 class Wal(Struct):
-    """A write-ahead log, parsed without SQLite, which ignores everything after a damaged frame."""
+    """A write-ahead log. It is parsed without SQLite, because SQLite ignores everything after a damaged frame."""
 
     committed: dict[int, int]
     """Page number -> byte offset of its newest committed content in the log."""
