@@ -66,7 +66,7 @@ _FOLLOW_INTERVAL_SECONDS = 0.3
 
 @click.group("dlq")
 def dlq_command() -> None:
-    """Dead letters: list, show, replay, edit, discard and restore them."""
+    """List, show, replay, edit, discard and restore dead letters."""
 
 
 # -- filters -----------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ set outcome = case l.status when 'open' then 'failed' when 'resolved' then 'reso
 from dead_letters l
 where p.outcome in ('sending', 'sent') and l.id = p.dead_letter_id and l.status <> 'replaying'
 """
-# $1 is the longest time that a dead letter needs through its lane and all its retry queues. If a heartbeat that was
-# sent later than that has come out of the lane and the dead letter has not, the dead letter is lost.
+# A dead letter needs at most $1 seconds through its lane and all its retry queues. It is lost if it has no outcome
+# although a heartbeat that was sent more than $1 seconds after it has come out of its lane.
 _LOST = """
 with gone as (
     update dead_letters l set status = 'open', revision = l.revision + 1

@@ -75,7 +75,7 @@ class LostMessages:
 
     @property
     def _max_heartbeat_age(self) -> float:
-        """The maximum age, in seconds, of the last heartbeat of a lane that is empty."""
+        """The age, in seconds, up to which the last heartbeat of a lane shows that the lane is empty."""
         return (
             max(_MIN_HEARTBEAT_AGE_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
             + self._settings.reconcile_interval_seconds

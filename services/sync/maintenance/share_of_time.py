@@ -10,13 +10,13 @@ class ShareOfTime:
     """Runs work at most a tenth of the time: after each run it pauses nine times as long as the run took."""
 
     def __init__(self, work: Callable[[], Awaitable[object]], *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: returns seconds and never goes back."""
+        """`clock`: a monotonic clock in seconds."""
         self._work = work
         self._clock = clock
         self._next_at = float("-inf")
 
     async def run(self) -> None:
-        """Does the work once, or nothing during a pause. A run that raises an error is followed by a pause too."""
+        """Does the work once, unless a pause lasts. A pause also follows a run that raises an error."""
         began = self._clock()
         if began < self._next_at:
             return
