@@ -14,6 +14,7 @@ from services.sync.cli.main import migrate_servers
 from shared.settings import Settings
 from tests.rigs.dead_letters import OperatorRig, operator_rig
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.replays import REFUSE_FORBIDDEN_NOTES
 from tests.rigs.servers import Servers
 from tests.rigs.sign_in import RegisteredRestaurant, guarded, register
 from tests.rigs.system import System
@@ -58,6 +59,14 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
 async def rig(make_rig: MakeRig) -> Rig:
     rig: Rig = await make_rig()
     await rig.writer.start()
+    return rig
+
+
+@pytest.fixture
+async def refusing_rig(rig: Rig) -> Rig:
+    """A writer, a dead-letter collector, and a database that refuses orders with the notes 'forbidden'."""
+    rig.collector.start()
+    await rig.as_owner(REFUSE_FORBIDDEN_NOTES)
     return rig
 
 

@@ -1,13 +1,10 @@
 """A damaged journal: it keeps every intact entry, reports every other one, and continues to work."""
 
 import asyncio
-import hashlib
 import sqlite3
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,23 +13,15 @@ from msgspec import Struct
 from structlog.testing import capture_logs
 
 from shared.entities.contract import Lane, encode
-from shared.messaging.publisher import NotSent, Publisher
 from shared.rail import set_aside
-from shared.rail.journal import Journal, JournalBroken, JournalFull, JournalInDoubt
+from shared.rail.journal import Journal
 from shared.rail.journal_file import contents, flush_folder, name_of, sum_of, sum_of_name
-from shared.rail.record import Recorder, Unrecorded
 from shared.rail.salvage import wal_of
 from shared.rail.set_aside import count_aside, files_aside
-from tests.rigs import builders
 from tests.rigs.journal_connection import JournalConnections
-from tests.rigs.system import ROOT
+from tests.rigs.journals import Entry, entry, journal_of, open_and_close
 
 PAGE_BYTES = 4096
-Entry = tuple[Lane, bytes]
-
-
-def entry(*, items: int = 3, lane: Lane = Lane.CRITICAL) -> Entry:
-    return lane, encode(builders.change(builders.order(items=items)))
 
 
 def varint(value: int) -> bytes:
@@ -52,22 +41,6 @@ def record_of_name(lane: Lane, event: bytes) -> bytes:
     name = encode(name_of(lane, event))
     types = b"\x00\x2c" + varint(12 + 2 * len(name))
     return bytes([len(types) + 1]) + types + sum_of_name(name) + name
-
-
-def journal_of(path: Path, **options: Any) -> Journal:
-    return Journal(path, instance=1, max_bytes=1 << 26, **options)
-
-
-async def opened(path: Path, work: Callable[[Journal], Any] | None = None) -> Journal:
-    """Opens the journal, does the work and closes it; its counters stay readable."""
-    journal = journal_of(path)
-    await journal.open()
-    try:
-        if work is not None:
-            await work(journal)
-    finally:
-        await journal.close()
-    return journal
 
 
 class Image(Struct, frozen=True):
@@ -182,7 +155,7 @@ def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
     for damage in damages:
         main, wal = (damage.apply_to(main), wal) if damage.file == "main" else (main, damage.apply_to(wal))
     path = Image(main, wal, []).write_files(tmp_path)
-    journal = asyncio.run(opened(path))
+    journal = asyncio.run(open_and_close(path))
     found = contents(path)
 
     kept, reported = set(found.entries), {one.name.change_id for one in found.damaged if one.name}
@@ -197,7 +170,7 @@ def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
             assert cut or not named or name_of(lane, event).change_id in reported, "a lost entry was not reported"
             assert cut or journal.damaged or journal.set_aside, "the damage was not reported"
     assert journal.depth == len(found.entries)
-    asyncio.run(opened(path, lambda again: again.append([entry()])))
+    asyncio.run(open_and_close(path, lambda again: again.append([entry()])))
     assert len(contents(path).entries) == journal.depth + 1
 
 
@@ -207,7 +180,7 @@ def test_undamaged_journal_opens_completely_and_silently_after_a_kill(
 ) -> None:
     path = images[which].write_files(tmp_path)
     with capture_logs() as logs:
-        journal = asyncio.run(opened(path))
+        journal = asyncio.run(open_and_close(path))
     assert not logs
     assert (journal.damaged, journal.set_aside) == (0, 0)
     assert contents(path).entries == images[which].waiting
@@ -225,7 +198,7 @@ async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damag
             await journal.append(batch)
             path = Image(*read_files(source), []).write_files(tmp_path / "copy")
             with capture_logs() as logs:
-                again = await opened(path)
+                again = await open_and_close(path)
             assert not logs
             assert again.depth == sum(len(one) for one in made[: n + 1])
         await journal.remove(await journal.oldest(10_000))
@@ -240,7 +213,7 @@ async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damag
 def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_works(tmp_path: Path, main: bytes) -> None:
     path = Image(main, b"", []).write_files(tmp_path)
     with capture_logs() as logs:
-        journal = asyncio.run(opened(path, lambda one: one.append([entry()])))
+        journal = asyncio.run(open_and_close(path, lambda one: one.append([entry()])))
     [logged] = [one for one in logs if one["log_level"] == "error"]
     assert (logged["event"], logged["kept"]) == ("journal_set_aside", 0)
     [aside] = files_aside(path)
@@ -259,7 +232,7 @@ def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
     else:
         with pytest.raises(sqlite3.Error):
             contents(path)  # this read does not change the log
-    journal = asyncio.run(opened(path))
+    journal = asyncio.run(open_and_close(path))
     first, *others = images[1].waiting  # only the file held the first one
     assert set(others) <= set(contents(path).entries)
     assert (journal.set_aside, journal.damaged) == (1, 1)
@@ -274,13 +247,13 @@ def test_numbers_start_a_new_series_when_the_highest_may_be_lost(tmp_path: Path)
         given.append(await journal.next_number("r", "d"))
 
     for _ in range(3):
-        asyncio.run(opened(path, number))
+        asyncio.run(open_and_close(path, number))
         path.write_bytes(b"damaged" + path.read_bytes()[7:])
     assert given == ["J1-0001", "J1.1-0001", "J1.2-0001"]
-    asyncio.run(opened(path, number))
+    asyncio.run(open_and_close(path, number))
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("update numbers set last = 1")
-    asyncio.run(opened(path, number))
+    asyncio.run(open_and_close(path, number))
     assert len(set(given)) == 5
 
 
@@ -319,7 +292,7 @@ async def test_crash_while_a_file_is_set_aside_loses_nothing(
         assert step < 5
     await journal.close()
     monkeypatch.undo()
-    await opened(path)
+    await open_and_close(path)
     assert set(half.waiting) <= set(contents(path).entries)
     assert not path.with_name(f"{path.name}.rebuilt").exists()
 
@@ -345,13 +318,13 @@ async def test_flipped_bit_in_an_event_removes_only_that_entry_and_names_it(tmp_
     assert (journal.depth, journal.bytes, journal.damaged) == (0, 0, 1)
     await journal.close()
     assert contents(path).damaged[0].event == flipped
-    assert (await opened(path)).damaged == 1  # the damage stays reported
+    assert (await open_and_close(path)).damaged == 1  # the damage stays reported
 
 
 async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.sqlite"
     made = [entry() for _ in range(60)]
-    await opened(path, lambda one: one.append(made))
+    await open_and_close(path, lambda one: one.append(made))
     connections = JournalConnections()
     journal = journal_of(path, connect=connections)
     await journal.open()
@@ -373,141 +346,3 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
     await journal.remove(found)  # the entries go, whether or not they were renumbered meanwhile
     assert journal.depth == 1
     await journal.close()
-
-
-# -- disk full -------------------------------------------------------------------------------------------------------
-
-
-async def test_journal_leaves_disk_space_to_drain_it(tmp_path: Path) -> None:
-    path = tmp_path / "orders-1.sqlite"
-    journal = journal_of(path, reserve_bytes=1 << 60)
-    await journal.open()
-    with pytest.raises(JournalFull, match="bytes left"):
-        await journal.append([entry()])
-    await journal.close()
-    journal = journal_of(path, reserve_bytes=1)
-    await journal.open()
-    await journal.append([entry()])
-    assert journal.depth == 1
-    await journal.close()
-
-
-REFUSED = """
-import asyncio, os, resource, sys
-from pathlib import Path
-from shared.entities.contract import Lane
-from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
-
-async def main():
-    path = Path(sys.argv[1])
-    journal = Journal(path, instance=1, max_bytes=1 << 24)
-    await journal.open()
-    for _ in range(40):
-        await journal.append([(Lane.CRITICAL, b"kept" * 1_000)])
-    room = os.path.getsize(f"{path}-wal") + 5 * 4_120 + 1_000
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    try:
-        await journal.append([(Lane.CRITICAL, b"refused %03d" % n * 100) for n in range(60)])
-        print("taken")
-    except JournalBroken as error:
-        print("in doubt" if isinstance(error, JournalInDoubt) else "refused")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    if sys.argv[2] == "go on":
-        await journal.append([(Lane.CRITICAL, b"later")])
-    sys.stdout.flush()
-    os.kill(os.getpid(), 9)
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("then", ["go on", "die"])
-async def test_append_that_the_disk_refused_half_way_does_not_return_after_a_crash(tmp_path: Path, then: str) -> None:
-    path = tmp_path / "orders-1.sqlite"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", REFUSED, str(path), then, stdout=asyncio.subprocess.PIPE, cwd=ROOT
-    )
-    output = (await asyncio.wait_for(process.communicate(), 30))[0].decode()
-    assert output == "refused\n"
-    with capture_logs() as logs:
-        await opened(path)
-    events = [event for _, event in contents(path).entries]
-    assert events == [b"kept" * 1_000] * 40 + ([b"later"] if then == "go on" else [])
-    assert not logs
-
-
-async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp_path: Path) -> None:
-    connections = JournalConnections()
-    journal = journal_of(tmp_path / "orders-1.sqlite", connect=connections)
-    await journal.open()
-    db = connections.newest
-    db.fails_next = ["commit", "pragma wal_checkpoint"]
-    with pytest.raises(JournalInDoubt):
-        await journal.append([entry()])
-    db.fails_next = ["pragma wal_checkpoint"]
-    with pytest.raises(JournalBroken) as refused:  # refused until the journal has cleaned up
-        await journal.append([entry()])
-    assert not isinstance(refused.value, JournalInDoubt)
-    assert not db.fails_next
-    recorder = Recorder(cast(Publisher, UnavailableBroker()), journal, max_publishes=1)
-    db.fails_next = ["commit", "pragma wal_checkpoint"]
-    with pytest.raises(Unrecorded) as unrecorded:
-        await recorder.record(*entry())
-    assert unrecorded.value.sent
-    assert not db.fails_next
-    await journal.append([entry()])
-    assert journal.depth == 1
-    await journal.close()
-
-
-class UnavailableBroker:
-    async def publish(self, *_: Any) -> None:
-        raise NotSent("unavailable")
-
-
-async def test_use_opens_a_journal_that_could_not_be_opened_before(tmp_path: Path) -> None:
-    path, seconds = tmp_path / "orders-1.sqlite", 0.0
-    path.mkdir()
-    journal = journal_of(path, clock=lambda: seconds)
-    with pytest.raises(JournalBroken):
-        await journal.open()
-    path.rmdir()
-    seconds = 0.9
-    with pytest.raises(JournalBroken, match="a moment ago"):
-        await journal.append([entry()])
-    seconds = 1.0
-    await journal.append([entry()])
-    assert (journal.opened, journal.depth) == (True, 1)
-    await journal.close()
-
-
-# -- files of the version without sums -------------------------------------------------------------------------------
-
-
-async def test_journal_without_sums_keeps_its_entries_and_numbers(tmp_path: Path) -> None:
-    path, made = tmp_path / "orders-1.sqlite", [entry() for _ in range(5)]
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute("pragma journal_mode=WAL")
-        db.execute(
-            "create table entries (seq integer primary key autoincrement, lane text not null, event blob not null)"
-        )
-        db.execute(
-            "create table numbers (restaurant text, day text, last integer not null, primary key (restaurant, day))"
-        )
-        db.executemany("insert into entries (lane, event) values (?, ?)", made)
-        db.execute("insert into numbers values ('r', 'd', 40)")
-    assert contents(path).entries == made
-    given: list[str] = []
-
-    async def number(journal: Journal) -> None:
-        given.append(await journal.next_number("r", "d"))
-
-    journal = await opened(path, number)
-    assert (contents(path).entries, journal.depth, journal.set_aside) == (made, 5, 0)
-    assert given == ["J1-0041"]
-
-
-def test_sums_differ_between_lanes_and_contents() -> None:
-    sums = {sum_of(lane, event) for lane in ("critical", "normal") for event in (b"a", b"b")}
-    assert len(sums) == 4
-    assert sum_of("critical", b"a") == hashlib.blake2b(b"critical\0a", digest_size=16).digest()
