@@ -175,7 +175,7 @@ async def test_a_missing_queue_is_refused_at_once_and_an_unavailable_broker_at_t
         await (await connection.channel()).queue_delete(topology.LOG)
 
     await when_ready(system.rabbitmq_url, delete, within=60)
-    hour = 3_600.0  # longer than the test's timeout, so the test fails if the check waits for this deadline
+    hour = 3_600.0  # longer than the timeout of the test, so that the test fails if the check waits for this deadline
     with pytest.raises(declare.TopologyError, match=topology.LOG):
         await declare.check_at_start(settings, within=hour)
     with pytest.raises(declare.TopologyError, match=topology.LOG):

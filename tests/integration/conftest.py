@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests, and the wait for the shared system before each test."""
+"""Fixtures of the integration tests. Before each test they wait until the shared system is ready."""
 
 import asyncio
 import time
@@ -43,7 +43,7 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
         }
         rig = Rig(Settings(_env_file=None, **{**chosen, **overrides}))
         made.append((rig, name))
-        # The migration gets enough time to connect: some tests give the worker very little.
+        # The migration gets enough time to connect, because some tests set a very short timeout for the worker.
         await migrate_servers(rig.settings.model_copy(update={"database_timeout_seconds": 10.0}))
         await rig.up()
         return rig
@@ -72,21 +72,21 @@ async def refusing_rig(rig: Rig) -> Rig:
 
 @pytest.fixture(scope="module")
 async def ops_rig(system: System) -> AsyncIterator[OperatorRig]:
-    """A restaurant whose dead letters operators see."""
+    """A restaurant with dead letters, and its operators."""
     async with operator_rig(system) as ops_rig:
         yield ops_rig
 
 
 @pytest.fixture(scope="module")
 async def nadia(ops_rig: OperatorRig) -> AsyncIterator[httpx.AsyncClient]:
-    """An operator."""
+    """A client with the token of the operator nadia."""
     async with ops_rig.client() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 async def url(system: System) -> AsyncIterator[str]:
-    """URL of an orders instance with small limits on sign-ins."""
+    """Yields the URL of an orders instance with small limits on sign-ins."""
     async with guarded(system) as url:
         yield url
 
@@ -98,7 +98,7 @@ async def registered(system: System, url: str) -> RegisteredRestaurant:
 
 @pytest.fixture
 def marker() -> str:
-    """A unique text by which a test finds its own dead letters."""
+    """A unique text, by which a test finds its own dead letters."""
     return f"m{uuid4().hex}"
 
 
@@ -127,7 +127,7 @@ def the_system_is_ready(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def the_system_is_ready_again(request: pytest.FixtureRequest) -> None:
-    """Waits until the system has recovered. An earlier test may have stopped the shared servers; meanwhile orders go to
-    the journal and other commits are refused, which the next test does not expect."""
+    """Waits until the system has recovered. An earlier test may have stopped the shared servers. Until the system has
+    recovered, orders go to the journal and other commits are refused, which the next test does not expect."""
     if "system" in request.fixturenames:
         _wait_for(request.getfixturevalue("system"))

@@ -1,4 +1,4 @@
-"""The dual write does the work that the accept benchmark says it does."""
+"""The dual write, a peer of the accept benchmark, does the work that the benchmark describes."""
 
 import asyncio
 import json

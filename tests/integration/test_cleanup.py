@@ -43,7 +43,7 @@ async def add_tokens(restaurant: RestaurantRig) -> tuple[set[bytes], set[bytes]]
     cases: list[tuple[timedelta, timedelta | None, bool]] = [
         (-8 * DAY, None, True),
         (30 * DAY, -8 * DAY, True),
-        (-6 * DAY, None, False),  # its reuse must still be noticed
+        (-6 * DAY, None, False),  # kept, so that its reuse is still noticed
         (30 * DAY, -6 * DAY, False),
         (30 * DAY, None, False),
     ]
@@ -110,12 +110,12 @@ def _trace_files(folder: Path) -> tuple[Path, Path]:
 
 
 async def _leave_a_claim(restaurant: RestaurantRig) -> str:
-    """Leaves a stale claim, as an owner does that died before it recorded the order; returns the order's id."""
+    """Leaves a stale claim, like an owner that died before it recorded the order; returns the id of the order."""
     order = builders.order(restaurant_id=restaurant.id, created_at=now(), updated_at=now())
     change = builders.change(order)
     async with CommandSession(settings_of(restaurant.system, claim_stale_seconds=0.001)) as session:
         await session.mirror.claim(orders.ENTITY, change, encode(change), None, None, 0)
-        await asyncio.sleep(2.1)  # the command uses the system's own setting
+        await asyncio.sleep(2.1)  # a claim is stale after the time that the system's settings name
     return order.id
 
 

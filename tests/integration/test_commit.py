@@ -54,7 +54,7 @@ async def test_commit_is_confirmed_and_visible_and_leaves_no_claim(rig: VhostRai
 
 
 async def test_only_one_of_two_claimants_of_a_version_commits(vhost: Vhost) -> None:
-    # However long one of them takes, the other must not treat its claim as stale and finish its change.
+    # The claims must not become stale, so that neither process finishes the change of the other.
     rig, other = [await vhost.instance(stale_seconds=60.0) for _ in range(2)]
     created = await rig.rail.commit(rig.creation())
     outcomes = await asyncio.gather(
@@ -68,7 +68,7 @@ async def test_only_one_of_two_claimants_of_a_version_commits(vhost: Vhost) -> N
     assert sorted(ids(await rig.queued(at_least=2))) == sorted([created.head.change_id, won.head.change_id])
 
 
-async def test_lost_claimant_gets_the_current_head(rig: VhostRail) -> None:
+async def test_claimant_that_lost_gets_the_current_head(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
     won = await rig.rail.commit(rig.update(created, notes="first"))
     with pytest.raises(ClaimLost) as lost:
@@ -117,7 +117,7 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
         await owner.journal.append([(Lane.CRITICAL, encode(left))])
     await stale_claims(rig)
 
-    with pytest.raises(ClaimLost) as lost:  # its base is no longer the head
+    with pytest.raises(ClaimLost) as lost:  # because its base is no longer the head
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.head == left.head
     head, state = await rig.read(created.state.id) or pytest.fail("no document")
@@ -181,7 +181,8 @@ async def test_marked_claim_cannot_be_taken_back(
 
 
 async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Servers, vhost: Vhost) -> None:
-    """The mirror comes back with an older copy. After that copy the claim may have been taken back with a 503."""
+    """The mirror is restored from an older copy. After the copy was made, the claim may have been taken back with a
+    503."""
     redis = await asyncio.to_thread(servers.extra_redis)
     rig = await vhost.instance(redis=redis)
     created = await rig.rail.commit(rig.creation())
@@ -189,9 +190,9 @@ async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Serve
     assert isinstance(reply, Claimed)
     await asyncio.to_thread(redis.stop)
     await asyncio.to_thread(redis.start)
-    await eventually(lambda: reachable(rig), what="the mirror again")
+    await eventually(lambda: reachable(rig), what="a mirror that answers again")
     (member,) = await stale_claims(rig)
-    assert await rig.mirror.take_back(left) is False  # a mark may be lost, and its finisher would go on
+    assert await rig.mirror.take_back(left) is False  # a mark may be lost, and its finisher would then continue
     assert await rig.mirror.mark(member) is None
     assert await rig.server.claims(rig.restaurant) == []
     await rig.server.warm()
@@ -238,7 +239,7 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
 
 
 async def drained(rig: VhostRail) -> None:
-    await eventually(rig.journaled, within=30, what="the journal drained", until=lambda left: not left)
+    await eventually(rig.journaled, within=30, what="an empty journal", until=lambda left: not left)
 
 
 async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: VhostRail) -> None:
@@ -251,10 +252,10 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: Vhost
         async def refused() -> bool:
             return (await rig.rail.commit(rig.creation())).durability is Durability.JOURNAL
 
-        await eventually(refused, what="a nack")  # a quorum queue takes a few beyond its bound
+        await eventually(refused, what="a nack")  # a quorum queue accepts a few messages beyond its bound
         done = await rig.rail.commit(rig.creation())
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
-        assert rig.publisher.connected  # the connection is fine
+        assert rig.publisher.connected  # a nack leaves the connection usable
 
         # Includes earlier changes. A nack may arrive before the other queues have their copy.
         async def taken() -> list[str]:
@@ -292,7 +293,7 @@ async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_re
     assert await rig.server.claims(rig.restaurant) == []
     assert await rig.read(draft.state.id) is None
     await rig.publisher.start(wait=10)
-    done = await rig.rail.commit(draft)  # the same change may be tried again
+    done = await rig.rail.commit(draft)  # the refused change may be tried again
     assert ids(await rig.queued(at_least=1)) == [done.head.change_id]
 
 
@@ -340,7 +341,7 @@ async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_i
         with pytest.raises(Unavailable):
             await brief.rail.commit(rig.update(created, notes="refused"))
     # The server runs the sent script when it wakes. The script claims nothing, because it runs too late.
-    await eventually(lambda: reachable(rig), what="the mirror again")
+    await eventually(lambda: reachable(rig), what="a mirror that answers again")
     assert await rig.server.claims(rig.restaurant) == []
     head, _ = await rig.read(created.state.id) or pytest.fail("no document")
     assert head.version == 1
@@ -359,7 +360,7 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(
     assert [(change.id, ORDER.decode_state(bytes(change.data.after))) for change in message] == [
         (done.head.change_id, done.state)
     ]
-    await eventually(lambda: reachable(rig), what="the mirror again")
+    await eventually(lambda: reachable(rig), what="a mirror that answers again")
     # The sent claim ran too late and left nothing to finish, so there is no second creation.
     assert await rig.server.claims(rig.restaurant) == []
 
@@ -367,7 +368,8 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(
 async def test_creation_whose_claim_may_exist_is_outcome_unknown(
     rig: VhostRail, vhost: Vhost, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The frozen mirror may have run the claim. Without a journal and a number it must not report a failure."""
+    """The frozen mirror may have run the claim. The instance has neither a journal nor a number, and must not report a
+    failure."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")
@@ -431,7 +433,7 @@ async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_sa
 async def test_commit_continues_after_its_caller_is_cancelled(rig: VhostRail) -> None:
     draft = rig.creation()
     caller = asyncio.create_task(rig.rail.commit(draft))
-    await asyncio.sleep(0)  # the commit has started
+    await asyncio.sleep(0)  # so that the commit has started
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -450,7 +452,7 @@ async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(ri
         assert head == max(change.head for change in forked)
 
 
-async def test_busy_version_is_free_after_its_claim_is_taken_back(vhost: Vhost) -> None:
+async def test_version_is_free_after_its_claim_is_taken_back(vhost: Vhost) -> None:
     rig = await vhost.instance(stale_seconds=60.0)
     created = await rig.rail.commit(rig.creation())
     taken, _ = await rig.claim(rig.update(created, notes="one"))
@@ -461,7 +463,7 @@ async def test_busy_version_is_free_after_its_claim_is_taken_back(vhost: Vhost) 
 
 
 async def test_unreadable_state_is_refused_before_it_is_claimed(rig: VhostRail) -> None:
-    """The constructor of a state checks nothing, but every reader must be able to decode an accepted state."""
+    """The constructor of a state checks nothing, so the commit must refuse a state that readers cannot decode."""
     draft = rig.creation(customer_name="x" * 201)
     with pytest.raises(InvalidInput):
         await rig.rail.commit(draft)

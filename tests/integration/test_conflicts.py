@@ -232,7 +232,9 @@ async def test_command_line_lists_shows_and_resolves_conflicts(ops_rig: Operator
     assert code == 0
     assert out.startswith(f"resolved: change {made.loser.id} is kept, enforced by change ")
     await eventually(
-        lambda: order(ops_rig, made.order), what="the loser", until=lambda one: one["notes"] == made.notes(made.loser)
+        lambda: order(ops_rig, made.order),
+        what="the notes of the loser",
+        until=lambda one: one["notes"] == made.notes(made.loser),
     )
     code, out, err = await ops_rig.cli("conflicts", "resolve", id_, "--keep", made.winner.id, "--why", "no")
     assert (code, out, err) == (1, "", "Error: cli/nadia has already decided this conflict\n")

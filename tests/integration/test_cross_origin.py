@@ -77,7 +77,7 @@ async def test_no_other_origin_may_call_without_configured_origins(system: Syste
     assert not [name for name in reply.headers if name.startswith("access-control")]
 
 
-def test_star_allows_every_origin() -> None:
+def test_asterisk_allows_every_origin() -> None:
     found = cors(Settings(_env_file=None, cors_origins="*"))
     assert found is not None
     assert found.is_allow_all_origins

@@ -90,10 +90,10 @@ def test_phone_number_is_stored_in_e164_whatever_its_written_form(text: str, cou
         ("call me", "DE"),
         ("+49", "DE"),
         ("+999 123456789", "DE"),
-        ("555-2671", "US"),  # valid only within its own town
+        ("555-2671", "US"),  # without the area code, so valid only within one town
         ("12", "DE"),
         ("0" * 200, "DE"),
-        ("+49 123456789012345", "DE"),  # possible in Germany, and longer than E.164 allows
+        ("+49 123456789012345", "DE"),  # possible in Germany, but longer than E.164 allows
         ("+1 415 555 2671 2671", "US"),
     ],
 )
@@ -112,7 +112,7 @@ async def test_customers_are_found_by_their_phone_number_in_any_form(restaurant:
             found = expect(await staff.get("/api/customers", params={"phone": text}))
             assert [one["id"] for one in found] == [made_["id"]]
         made(await staff.post("/api/customers", json={"name": "Bea", "phone": "+1 415 555 2671"}))
-        found = expect(await staff.get("/api/customers?phone=+14155552671"))  # the plus sign is not escaped
+        found = expect(await staff.get("/api/customers?phone=+14155552671"))  # with a plus sign that is not escaped
         assert [one["name"] for one in found] == ["Bea"]
         assert expect(await stranger.get("/api/customers", params={"phone": "+49309876543"})) == []
         refused(await staff.get("/api/customers", params={"phone": "no number"}), 422, "invalid_phone", "phone")
@@ -133,7 +133,7 @@ async def test_order_counts_when_it_is_paid_and_without_its_refunds(restaurant: 
     async with restaurant.client() as staff:
         ada, bea = await customer(staff), await customer(staff, name="Bea")
         first = await order(restaurant, staff, ada, 1_250)
-        await order(restaurant, staff, ada, 9_999)  # never paid
+        await order(restaurant, staff, ada, 9_999)  # this order is never paid
         await pay(staff, first, 1_000)
         await synced(staff, first)
         assert await totals(staff, ada) == (0, 0, 0)
@@ -188,7 +188,7 @@ async def test_order_counts_once_however_often_its_events_arrive(restaurant: Res
             for _ in range(3):
                 await restaurant.publish(*reversed(events), *events)
             last = await order(restaurant, staff, ada, 1)
-            await synced(staff, last)  # after them in the lane
+            await synced(staff, last)  # it follows the repeats in the lane
             assert await connection.fetchval("select count(*) from payments where order_id = $1", id_of(paid)) == 3
         assert await totals(staff, ada) == (900, 1, 14)
 
@@ -239,7 +239,7 @@ async def test_concurrent_redemptions_never_exceed_the_points(restaurant: Restau
         assert {reply.json()["error"]["code"] for reply in replies if reply.is_error} == {"not_enough_points"}
         assert await totals(staff, ada) == (5_000, 1, 0)
         done = next(one for one, reply in zip(redeems, replies, strict=True) if reply.is_success)
-        expect(await staff.post(f"{ada}/loyalty", json=done))  # a repeat gets the first reply and no refusal
+        expect(await staff.post(f"{ada}/loyalty", json=done))  # a repeat gets the first reply instead of a refusal
         assert await totals(staff, ada) == (5_000, 1, 0)
         # The payment is refunded after its points were redeemed: the balance is negative, so nothing can be redeemed.
         await pay(staff, paid, -5_000)

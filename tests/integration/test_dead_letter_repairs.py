@@ -107,7 +107,7 @@ async def test_cancelled_replay_leaves_the_remaining_dead_letters_open(
     assert cancelled["cancel_requested"] is True
     job = await ops_rig.ended(cancelled)
     assert job["state"] == "cancelled"
-    assert job["outcomes"]["waiting"] >= 3, "the rate allows one replay in 1,000 seconds"
+    assert job["outcomes"]["waiting"] >= 3, "more replays were sent than one in 1,000 seconds"
     still_open = await ops_rig.dead_letters(job["outcomes"]["waiting"], text=marker, status="open")
     assert {dead_letter["revision"] for dead_letter in still_open} == {1}
     refused(await nadia.post(f"{JOBS}/{job['id']}/cancel"), 409, "job_ended")
@@ -160,7 +160,7 @@ async def test_replay_of_a_filter_without_matches_is_done_at_once_and_says_so(
 
 
 async def contract_breaker(ops_rig: OperatorRig, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes a dead letter of a table without a seat; returns (the dead letter, its event)."""
+    """Makes a dead letter of a table without seats; returns (the dead letter, its event)."""
     body = encode(change(ops_rig.table(label=marker))).replace(b'"seats":4', b'"seats":0')
     await ops_rig.send_to_dead_queue(message(body), reason="contract_broken")
     [dead_letter] = await ops_rig.dead_letters(1, text=marker)
@@ -186,7 +186,7 @@ async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_ev
         table = expect(await staff.get(f"/api/tables/{dead_letter['entity_id']}"))
     assert (table["seats"], table["label"], table["version"]) == (6, marker, 1)
     shown = await details_of(nadia, dead_letter)
-    assert shown["event"] == event, "the dead letter shows the event as received"
+    assert shown["event"] == event, "the dead letter does not show the event as it was received"
     [edit] = shown["edits"]
     assert edit["difference"] == [{"path": "data.after.seats", "before": 0, "after": 6}]
     assert (edit["actor"], edit["why"], edit["change_id"]) == (
@@ -247,7 +247,7 @@ async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
         refused(await nadia.post(f"{path}/discard", json={"revision": 1, **without}), 422, "invalid_input", "why")
     gone = expect(await nadia.post(f"{path}/discard", json={"revision": 1, "why": "a test of the terminal"}))
     assert (gone["status"], gone["why"], gone["revision"]) == ("discarded", "a test of the terminal", 2)
-    assert gone["replaced_by"] is None, "no reader saw the change, so no change replaces it"
+    assert gone["replaced_by"] is None, "no reader has seen the change, so no change replaces it"
     async with ops_rig.client(name="omar") as omar:
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})
@@ -364,7 +364,7 @@ async def test_ledger_adds_up_and_explains_every_change(
         assert one["slug"] == ops_rig.restaurant.slug
         return {place: one[place] for place in PLACES}
 
-    found = await eventually(balance, within=60, what="nothing queued", until=lambda seen: not ours(seen)["queued"])
+    found = await eventually(balance, within=60, what="empty queues", until=lambda seen: not ours(seen)["queued"])
     assert (found["unexplained"], found["missing"]) == (0, [])
     for one in (found, *found["restaurants"]):
         assert one["accepted"] == sum(one[place] for place in PLACES)

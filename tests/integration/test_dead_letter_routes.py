@@ -43,7 +43,7 @@ async def test_each_filter_selects_the_matching_dead_letters(
             for dead_letter in expect(await nadia.get(DEAD_LETTERS, params={"text": marker, **filters}))
         ]
 
-    assert await found() == [three, two, one], "lists the newest failure first"
+    assert await found() == [three, two, one], "the newest failure is not listed first"
     assert await found(queue=topology.dead_queue(Lane.NORMAL)) == [two]
     assert await found(fingerprint=dead_letters[0]["fingerprint"]) == [one]
     assert await found(reason=f"{marker}-2") == [three]
@@ -56,7 +56,7 @@ async def test_each_filter_selects_the_matching_dead_letters(
     assert await found(**{"from": hours[1], "to": hours[1]}) == [two]
     assert await found(status="discarded") == [two]
     assert await found(status="open", entity="table") == []
-    assert await found(text=f"only here {marker}") == [one], "finds text in the body"
+    assert await found(text=f"only here {marker}") == [one], "the text in the body is not found"
 
 
 async def test_pages_contain_each_dead_letter_once_while_new_ones_arrive(
@@ -124,7 +124,7 @@ async def test_groups_show_count_first_and_last_failure_and_trend(
     assert [datetime.fromisoformat(first[name]) for name in ("first_failed_at", "last_failed_at")] == [times[0], at]
     assert (first["sample_id"], first["sample_error"]) == (dead_letters[2]["id"], "KeyError: 2")
     assert len(first["trend"]) == 24
-    assert (sum(first["trend"]), first["trend"][-3]) == (2, 1), "the trend leaves out the failure of 30 hours ago"
+    assert (sum(first["trend"]), first["trend"][-3]) == (2, 1), "the trend counts the failure of 30 hours ago"
     assert (second["count"], second["place"]) == (1, f"{marker}:other")
     assert {one["id"] for one in await ops_rig.dead_letters(3, fingerprint=first["fingerprint"])} == {
         dead_letter["id"] for dead_letter in dead_letters[:3]
@@ -256,7 +256,7 @@ async def test_admins_see_only_the_dead_letters_of_their_restaurant_and_cannot_a
         ]
         assert expect(await admin.get(DEAD_LETTERS, params={"text": marker, "restaurant_id": other})) == []
         assert (await admin.get(f"{DEAD_LETTERS}/{ours['id']}/body")).status_code == 200
-        assert (await details_of(admin, ours))["actions"] == [], "admins do not see the actions of operators"
+        assert (await details_of(admin, ours))["actions"] == [], "admins see the actions of operators"
         for dead_letter in everything:
             if dead_letter["id"] != ours["id"]:
                 for path in ("", "/body"):

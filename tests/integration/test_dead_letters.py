@@ -96,16 +96,16 @@ async def test_good_changes_among_bad_ones_are_all_written(kept: Rig) -> None:
     assert len({one.fingerprint for one in dead_letters}) == 1
     await kept.all_acknowledged()
 
-    async def counted() -> float:  # the metric follows the rows a moment later
+    async def counted() -> float:  # the metric is updated a moment after the rows
         return kept.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}')
 
-    await eventually(counted, what="all counted", until=lambda count: count == 400)
+    await eventually(counted, what="all dead letters in the metric", until=lambda count: count == 400)
 
 
 async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_keep_them_directly(kept: Rig) -> None:
     # The collector tries a single dead letter again without the refused fields; the writer does not do so for many.
     await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
-    good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than the writer sends through the queue
+    good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than the writer keeps directly
     await kept.publish(*bad, good)
     await kept.written(good)
     dead_letters = await kept.dead_letters(9, within=60)
@@ -127,7 +127,7 @@ async def test_many_changes_that_die_on_the_retry_ladder_keep_all_their_attempts
     async def on_ladder() -> int:
         return await kept.count("retries")
 
-    await eventually(on_ladder, what="no retry rows", until=lambda count: count == 0)
+    await eventually(on_ladder, what="an empty table of retries", until=lambda count: count == 0)
     await kept.all_acknowledged()
 
 
@@ -178,7 +178,7 @@ async def test_dead_letter_lists_every_attempt_of_the_retry_ladder(kept: Rig) ->
 
 
 async def fail_forever(rig: Rig) -> None:
-    """Makes each write of an order with the notes 'unlucky' fail with a serialization failure."""
+    """Makes every write of an order with the notes 'unlucky' fail with a serialization failure."""
     await rig.as_owner(
         """
         create function fail() returns trigger language plpgsql as $$
@@ -234,7 +234,7 @@ async def test_batch_over_the_delivery_limit_becomes_one_dead_letter_per_change(
     async with rig.channel() as channel:
         queue = await channel.get_queue(topology.lane_queue(Lane.CRITICAL))
         for _ in range(topology.DELIVERY_LIMIT + 1):
-            taken = await eventually(lambda: queue.get(fail=False), what="delivered again")
+            taken = await eventually(lambda: queue.get(fail=False), what="a repeated delivery")
             await taken.nack(requeue=True)
     rig.collector.start()
     dead_letters = await rig.dead_letters(3)
@@ -258,10 +258,10 @@ async def test_dead_letter_that_is_delivered_twice_counts_one_death(make_rig: Ma
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"the last one")
     rig.collector.start()
 
-    async def counted() -> float:  # follows the row a moment later; the earlier ones are counted by then
+    async def counted() -> float:  # the metric is updated a moment after the row; earlier rows are counted by then
         return rig.counted('ticketrail_dead_letters_kept_total{reason="delivery_limit"}')
 
-    await eventually(counted, what="the last one counted", until=lambda count: count == 1)
+    await eventually(counted, what="the last dead letter in the metric", until=lambda count: count == 1)
     [dead_letter] = await rig.dead_letters(1, reason="negative_amount")
     assert (dead_letter.deaths, dead_letter.revision, len(dead_letter.attempts)) == (1, 1, 1)
     assert rig.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 1
@@ -276,7 +276,7 @@ async def test_change_that_dies_again_is_the_same_dead_letter_and_opens_it_again
     await kept.database.execute(f"update dead_letters set status = $1, closed_at = {closed}", status)
     await kept.publish(broken)
     [dead_letter] = await eventually(
-        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 2
+        lambda: kept.dead_letters(1), what="another death of the change", until=lambda found: found[0].deaths == 2
     )
     assert (dead_letter.id, dead_letter.status, dead_letter.revision, dead_letter.closed_at) == (
         first.id,
@@ -295,14 +295,14 @@ async def test_another_copy_that_dies_during_a_replay_does_not_end_the_replay(ke
     await kept.database.execute("update dead_letters set status = 'replaying'")
     await kept.publish(broken)
     [dead_letter] = await eventually(
-        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 2
+        lambda: kept.dead_letters(1), what="another death of the change", until=lambda found: found[0].deaths == 2
     )
     assert dead_letter.status == "replaying"
     await kept.publisher.publish_to_queue(
         topology.lane_queue(Lane.CRITICAL), message(broken), headers={"ticketrail-replay": first.id}
     )
     [dead_letter] = await eventually(
-        lambda: kept.dead_letters(1), what="died again", until=lambda found: found[0].deaths == 3
+        lambda: kept.dead_letters(1), what="another death of the change", until=lambda found: found[0].deaths == 3
     )
     assert dead_letter.status == "open"
 
@@ -322,7 +322,7 @@ async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(mak
 async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig: MakeRig) -> None:
     rig = await make_rig()
     bad = [poison() for _ in range(100)]
-    for one in bad:  # not through the writer, which keeps many dead letters by itself
+    for one in bad:  # not through the writer, which keeps dead letters directly
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
     second = DeadLetterCollector(rig.settings, rig.postgres, rig.counts)
     rig.collector.start()
@@ -442,7 +442,7 @@ async def test_collector_that_was_never_started_can_be_stopped_twice(make_rig: M
 
 
 async def test_change_on_the_retry_ladder_has_a_retry_row_until_it_is_written(make_rig: MakeRig) -> None:
-    # Slow steps, so that the test sees the retry rows of the first ones.
+    # Slow retry queues, so that the test sees the row of the first attempt.
     rig = await make_rig(retry_steps_ms=(300, 1_000, *[3_000] * 6))
     await fail_forever(rig)
     await rig.writer.start()

@@ -35,7 +35,7 @@ async def printed_json(ops_rig: OperatorRig, *arguments: str, code: int = 0) -> 
 
 
 async def contract_breaker(ops_rig: OperatorRig, marker: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes a dead letter of a table without a seat; returns (the dead letter, its event)."""
+    """Makes a dead letter of a table without seats; returns (the dead letter, its event)."""
     body = message(encode(change(ops_rig.table(label=marker))).replace(b'"seats":4', b'"seats":0'))
     await ops_rig.send_to_dead_queue(body, reason="contract_broken")
     [dead_letter] = await ops_rig.dead_letters(1, text=marker)
@@ -54,7 +54,7 @@ def one_line(err: str) -> str:
 
 async def test_list_and_groups_print_what_the_api_returns(ops_rig: OperatorRig, marker: str) -> None:
     await ops_rig.send_to_dead_queue(change(ops_rig.table(label=marker)), place=marker)
-    # Text from outside is printed as it is: no markup, no emoji codes, no escape sequences for the terminal.
+    # Text from outside is printed literally: it is not read as markup, emoji codes or escape sequences.
     await ops_rig.send_to_dead_queue(
         change(ops_rig.table(label=marker)), place=marker, error="KeyError: [/red] [bold] :boom: \x1b[2J"
     )
@@ -162,8 +162,8 @@ async def test_replay_shows_its_plan_and_asks_before_it_sends_anything(ops_rig: 
     assert "Replay them?" in out
     assert await ops_rig.dead_letters(1, text=marker) == [dead_letter]
     async with ops_rig.client() as client:
-        assert (await details_of(client, dead_letter))["replays"] == [], "no job was created"
-    # A script without --yes is asked too, on stderr, so that stdout stays JSON.
+        assert (await details_of(client, dead_letter))["replays"] == [], "a job was created"
+    # Without --yes a script is asked too, but on stderr, so that stdout stays JSON.
     code, out, err = await ops_rig.dlq_process("replay", dead_letter["id"], "--why", "fixed", "--json", answer="y\n")
     assert code == 0, err
     assert f"1 to {topology.lane_queue(Lane.NORMAL)}" in err
@@ -185,7 +185,7 @@ async def test_replay_of_a_filter_prints_each_outcome_and_exits_with_1_when_one_
     )
     bad = (await ops_rig.dead_letters(2, text=marker))[1]
     code, out, err = await ops_rig.dlq("replay", "--text", marker, "--dry-run")
-    assert (code, err) == (1, ""), "a dry run asks nothing, and one would fail"
+    assert (code, err) == (1, ""), "a dry run asks no question, and one change would fail"
     assert f"{good['id']}  would_write  version 1" in out
     assert f"{bad['id']}  would_fail  contract_broken" in out
     assert "done, 1 would_fail, 1 would_write" in out

@@ -58,7 +58,7 @@ async def send(client: httpx.AsyncClient, sent: dict[str, Any]) -> dict[str, Any
 
 
 async def send_until_taken(client: httpx.AsyncClient, sent: dict[str, Any]) -> dict[str, Any]:
-    """Sends until the reply is not a version conflict, as another system does.
+    """Repeats the request until the reply is no version conflict, as another system does.
 
     On a slow machine, some of many concurrent changes of one order are refused with a version conflict.
     """
@@ -69,7 +69,7 @@ async def send_until_taken(client: httpx.AsyncClient, sent: dict[str, Any]) -> d
     def is_taken(reply: httpx.Response) -> bool:
         return reply.status_code != 409 or reply.json()["error"]["code"] != "version_conflict"
 
-    found: dict[str, Any] = expect(await eventually(taken, what="taken", until=is_taken))
+    found: dict[str, Any] = expect(await eventually(taken, what="an accepted request", until=is_taken))
     return found
 
 
@@ -156,7 +156,7 @@ async def test_each_payment_of_concurrent_updates_counts(restaurant: RestaurantR
     assert {kind for kind, _, _ in changes[1:]} == {"payment_recorded"}
 
 
-async def test_late_older_update_is_ignored_except_for_its_payments(
+async def test_older_update_that_arrives_late_adds_only_its_payments(
     restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
     placed = now() - timedelta(minutes=20)
@@ -182,7 +182,7 @@ async def test_old_orders_go_through_the_background_lane(restaurant: RestaurantR
 async def test_new_tax_rate_does_not_change_existing_orders(
     restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
-    """A second instance applies the update, because the first one caches the old rate."""
+    """A second instance applies the update, because the first instance caches the old tax rate."""
     sent = body(restaurant)
     id_ = (await send(other, sent))["id"]
     async with (
@@ -327,7 +327,7 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
 
 @pytest.fixture
 async def lone(restaurant: RestaurantRig, second: httpx.AsyncClient) -> httpx.AsyncClient:
-    """The second instance, once it has recovered from the cut links of the test before."""
+    """The second instance, after it has recovered from the links that the previous test cut."""
 
     async def taken() -> int:
         return (await second.post("/api/sync/order", json=body(restaurant))).status_code
@@ -383,7 +383,7 @@ async def test_outcome_is_unknown_while_rabbitmq_is_frozen_and_a_repeat_finds_th
     async def taken() -> dict[str, Any]:
         return dict((await lone.post("/api/sync/order", json=sent)).json())
 
-    found = await eventually(taken, what="an answer", until=lambda reply: bool(reply["success"]))
+    found = await eventually(taken, what="a reply", until=lambda reply: bool(reply["success"]))
     assert found["data"]["version"] == 1
     assert len(await stored(restaurant, found["data"]["id"], 1)) == 1
 

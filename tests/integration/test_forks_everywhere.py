@@ -160,7 +160,9 @@ async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_paym
         async def sync_state() -> str:
             return str((await client.get(f"/api/orders/{id_}")).json()["data"]["sync"]["state"])
 
-        await eventually(sync_state, what="settled", until=lambda state: state != "pending")
+        await eventually(
+            sync_state, what="an order without pending or open states", until=lambda state: state != "pending"
+        )
         listed = (await client.get("/api/orders")).json()["data"]
         assert [(one["id"], one["notes"]) for one in listed] == [(id_, expected.notes)]
         # A screen applies the guard, so the order of arrival does not matter.

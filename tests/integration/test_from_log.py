@@ -17,7 +17,7 @@ from tests.rigs.servers import Servers
 
 
 async def forget(rig: Rig, servers: Servers, *changes: Change) -> None:
-    """Deletes the changes and everything that they wrote, as if the backup was older than they are."""
+    """Deletes the changes and everything that they wrote, as a restore of an older backup does."""
     name = rig.settings.database_url.rpartition("/")[2]
     superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
     try:

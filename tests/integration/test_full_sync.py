@@ -1,4 +1,5 @@
-"""`ticketrail full-sync` on a running system: it finds differences of the mirror from PostgreSQL and repairs them."""
+"""`ticketrail full-sync` on a running system: it finds where the mirror differs from PostgreSQL and repairs the
+mirror."""
 
 import asyncio
 import json
@@ -55,11 +56,12 @@ async def synced(restaurant: RestaurantRig, id_: str) -> None:
         async with restaurant.client() as staff:
             return str(expect(await staff.get(f"/api/orders/{id_}"))["sync"]["state"])
 
-    await eventually(look, what="synced", until=lambda found: found == "synced")
+    await eventually(look, what="the state `synced`", until=lambda found: found == "synced")
 
 
 async def read_from_the_log(restaurant: RestaurantRig) -> None:
-    """Waits until the mirror writer has read everything recorded so far, so that it restores nothing removed later."""
+    """Waits until the mirror writer has read every change recorded so far. Otherwise it would restore keys that the
+    test removes later."""
     began, path = time.monotonic(), log_path_of(Lane.CRITICAL)
 
     async def sent() -> float:
@@ -67,7 +69,7 @@ async def read_from_the_log(restaurant: RestaurantRig) -> None:
         heartbeats = (await asyncio.to_thread(restaurant.system.health, "worker"))["heartbeats"]
         return asked - float(heartbeats["age_seconds"][path]) - float(heartbeats["lag_seconds"][path])
 
-    await eventually(sent, what="a heartbeat from the log that was sent later", until=lambda at: at > began)
+    await eventually(sent, what="a later heartbeat from the log", until=lambda at: at > began)
 
 
 async def compare(restaurant: RestaurantRig, *, repair: bool, **options: Any) -> tuple[Compared, dict[str, str]]:
@@ -94,9 +96,9 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(restaurant: RestaurantRig, r
     dish = (await restaurant.dish(name="Gone from the mirror"))["id"]
     before = [await served(restaurant, id_) for id_ in ids]
     found, differing = await compare(restaurant, repair=False)
-    assert differing == {}, "the mirror is complete before the test"
+    assert differing == {}, "the mirror is incomplete before the test"
     assert found.compared > 3
-    # The worker is frozen: their creations may still come from the log.
+    # The worker is frozen, because it may still read the creations from the log.
     async with restaurant.system.frozen("worker"):
         await raw.delete(
             *(doc(restaurant, id_) for id_ in ids[:2]),
@@ -110,7 +112,7 @@ async def test_mirror_that_lost_its_keys_is_rebuilt(restaurant: RestaurantRig, r
             [["missing", "menu_item", dish], *(["missing", "order", id_] for id_ in ids[:2])]
         )
         assert ", 0 repaired" in verified.out
-        assert await raw.exists(doc(restaurant, ids[0])) == 0, "--verify changes nothing"
+        assert await raw.exists(doc(restaurant, ids[0])) == 0, "--verify changed the mirror"
 
         repaired = await ticketrail(restaurant.system, "full-sync", "--json")
         assert repaired.code == 0
@@ -131,7 +133,7 @@ async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaire
     async with restaurant.client() as staff:
         expect(await staff.put(f"/api/orders/{behind}", json={"notes": "new"}))
     await synced(restaurant, behind)
-    # The worker is frozen: the change may still come from the log.
+    # The worker is frozen, because it may still read the change from the log.
     async with restaurant.system.frozen("worker"):
         await raw.delete(doc(restaurant, behind))
         await raw.hset(doc(restaurant, behind), mapping=old)
@@ -175,7 +177,7 @@ async def test_pending_states_are_left_alone(restaurant: RestaurantRig, raw: Any
     async with CommandSession(settings_of(restaurant.system)) as session:
         _, documents = await session.mirror.read(restaurant.id, "order", [known, new.id])
         assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in heads]
-        for id_, head in zip([known, new.id], heads, strict=True):  # for later tests
+        for id_, head in zip([known, new.id], heads, strict=True):  # cleans up for later tests
             await session.mirror.note_sync_states(restaurant.id, "order", [(id_, head)])
             await session.mirror.trim(restaurant.id, "order", {id_: head.change_id})
 
@@ -194,13 +196,13 @@ async def test_changes_in_progress_are_not_treated_as_differences(restaurant: Re
     pauses: list[float] = []
 
     async def pause(seconds: float) -> None:
-        """Runs before the second look: by then every change in progress is revealed."""
+        """Runs before the second comparison. By then every change in progress is revealed."""
         pauses.append(seconds)
         await raw.hset(doc(restaurant, known), mapping=current)
         async with under_way:
             pass
 
-    patient: dict[str, Any] = {"in_flight": timedelta(minutes=5), "sleep": pause}  # longer than this test
+    patient: dict[str, Any] = {"in_flight": timedelta(minutes=5), "sleep": pause}  # longer than this test takes
 
     async def place_orders() -> None:
         async with restaurant.client() as staff:

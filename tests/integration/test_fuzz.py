@@ -1,5 +1,5 @@
-"""A short run of `make fuzz`: schemathesis against the API documents of the running services. Each run uses the same
-examples; the output shows every finding with its request."""
+"""A short run of `make fuzz`: schemathesis tests the running services against their API documents, with the same
+examples in every run. The output shows every finding with its request."""
 
 import json
 from collections.abc import AsyncIterator
@@ -57,7 +57,7 @@ async def test_accepted_changes_are_in_both_stores_and_none_is_dead(fuzzed: Syst
         assert found["compared"] > 50
         return [*found["differences"], *range(found["pending"])]
 
-    # Each look runs a command that takes seconds.
+    # Each call runs a command that takes seconds.
     await eventually(differences, within=120, what="both stores to hold the same", until=lambda found: not found)
     async with await declare.connect(fuzzed.rabbitmq_url) as broker, broker.channel() as channel:
         for name in (topology.MIRROR_DEAD, *map(topology.dead_queue, Lane)):

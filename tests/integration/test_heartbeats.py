@@ -19,12 +19,12 @@ async def stale(rig: Rig) -> list[str]:
 
 
 def lanes_are_fresh(stale: list[str]) -> bool:
-    return stale == LOG_PATHS  # these tests do not read the log
+    return stale == LOG_PATHS  # without the paths into the log, which these tests do not read
 
 
 async def proof(rig: Rig, within: float) -> bool | str:
-    """Returns the result of the proof, or the reason of its refusal. While the machine stalls, a proof may refuse a
-    healthy lane."""
+    """Returns the result of the check of the bindings, or the reason of its refusal. If the machine stalls, the check
+    may refuse a healthy lane."""
     try:
         return await rig.watch.prove(within)
     except TopologyError as refused:
@@ -48,8 +48,8 @@ async def test_heartbeat_goes_through_each_lane_and_is_stored(rig: Rig) -> None:
     async def lags() -> list[float | None]:
         return [rig.watch.lags()[lane] for lane in LANES]
 
-    await eventually(lags, what="lags", until=lambda seen: None not in seen)
-    await eventually(lambda: stale(rig), what="fresh lanes", until=lanes_are_fresh)
+    await eventually(lags, what="the lag of every lane", until=lambda seen: None not in seen)
+    await eventually(lambda: stale(rig), what="fresh heartbeats in every lane", until=lanes_are_fresh)
 
     async def in_mirror() -> set[str]:
         return set(await rig.mirror.heartbeats())
@@ -72,7 +72,7 @@ async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None
     async def ready() -> bool:
         return rig.watch.readiness()[0]
 
-    await eventually(ready, what="ready")
+    await eventually(ready, what="readiness")
     reading.cancel()
 
 
@@ -89,7 +89,7 @@ async def test_missing_binding_of_the_log_is_refused_once_the_log_reader_is_at_t
     await rig.heartbeats.start()
     result = await proof(rig, 1.0)
     assert result is not True
-    assert repr(topology.LOG) not in str(result), "the reader may not have reached the end yet"
+    assert repr(topology.LOG) not in str(result), "the check must not refuse the log before the reader is at its end"
     rig.watch.note_log_end()
     await refusal_of(rig, topology.LOG)
 
@@ -106,6 +106,6 @@ async def test_bindings_are_proved_while_postgres_is_unavailable(rig: Rig, serve
     await asyncio.to_thread(servers.postgres.stop)
     try:
         await eventually(lambda: proof(rig, 2.0), what="no refusal", until=lambda result: result is False)
-        await eventually(lambda: stale(rig), what="fresh lanes", until=lanes_are_fresh)
+        await eventually(lambda: stale(rig), what="fresh heartbeats in every lane", until=lanes_are_fresh)
     finally:
         await asyncio.to_thread(servers.postgres.start)

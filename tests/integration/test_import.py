@@ -130,7 +130,7 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
     ]
     assert [json.loads(line) for line in refused_rows.read_bytes().splitlines()] == refusals
     assert first.code == 1, "rows were refused"
-    assert "━" not in first.err, "no progress bar without a terminal"
+    assert "━" not in first.err, "a progress bar was printed without a terminal"
     await all_there(restaurant, known)
 
     again = await ticketrail(restaurant.system, *arguments)
@@ -260,7 +260,7 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
         assert counts((await import_from(restaurant, url, query=QUERY))[0]) == {
             "read": 4, "skipped": 3, "created": 1, "refused": 1,
         }  # fmt: skip
-        await add(known[3], -1)  # sorts first, so a run that skips the first four rows would miss it
+        await add(known[3], -1)  # it sorts first, so a run that skips the first four rows would miss it
         assert counts((await import_from(restaurant, url, query=QUERY))[0]) == {
             "read": 5, "created": 1, "unchanged": 3, "refused": 1,
         }  # fmt: skip
@@ -289,23 +289,23 @@ async def test_killed_import_continues_where_it_stopped(restaurant: RestaurantRi
     lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
     source = jsonl(tmp_path / "orders.jsonl", lines)
     command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", restaurant.id]
-    # The import reaches the broker through this process, so it cannot finish while this process is stalled.
+    # The import reaches the broker through a proxy in this process. So it cannot finish while this process stalls.
     async with link_to(restaurant.system.rabbitmq_url) as broker:
         env = {**restaurant.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url}
         process = await asyncio.create_subprocess_exec(
             *command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        await eventually(lambda: done(restaurant.system, source), what="some rows done")
+        await eventually(lambda: done(restaurant.system, source), what="some imported rows")
         process.kill()
         await process.wait()
     so_far = await done(restaurant.system, source)
-    assert 0 < so_far < len(lines), "it was killed in the middle"
+    assert 0 < so_far < len(lines), "the import was not killed in the middle"
 
     ended = await ticketrail(restaurant.system, *command[3:], "--json")
     printed = ended.printed
     assert printed["skipped"] == so_far
     assert printed["created"] + printed["unchanged"] == len(lines) - so_far
-    assert [one["line"] for one in printed["refusals"]] == [1], "the rows that the killed run refused are reported too"
+    assert [one["line"] for one in printed["refusals"]] == [1], "the rows that the killed run refused are not reported"
     assert ended.code == 1
     await all_there(restaurant, known)
 
@@ -327,11 +327,11 @@ async def test_import_waits_while_a_backend_is_unavailable_and_continues_after_i
         }
         urls: dict[str, Any] = {name: link.url for name, link in links.values()}
         running = asyncio.create_task(import_from(restaurant, source, **urls))
-        await eventually(lambda: done(restaurant.system, source), what="some rows done")
+        await eventually(lambda: done(restaurant.system, source), what="some imported rows")
         link = links[unavailable][1]
         await link.cut()
         before = await _stable_value(lambda: done(restaurant.system, source))
-        assert not running.done(), "the import waits"
+        assert not running.done(), "the import ended instead of waiting"
         await link.restore()
         report, why = await running
     assert 0 < before < len(known)
@@ -362,7 +362,7 @@ async def test_import_shows_a_progress_bar_on_a_terminal(restaurant: RestaurantR
         try:
             while piece := os.read(ours, 65_536):
                 shown += piece
-        except OSError:  # the other end is closed
+        except OSError:  # because the other end is closed
             pass
         return shown
 

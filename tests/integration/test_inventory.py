@@ -58,7 +58,7 @@ async def place(client: httpx.AsyncClient, *items: tuple[str, int]) -> str:
 
 async def left(client: httpx.AsyncClient, item: str) -> int:
     found = expect(await client.get(item))
-    if found["available"] != found["quantity"] - found["held"]:  # must hold at every moment
+    if found["available"] != found["quantity"] - found["held"]:  # this must hold at every moment
         pytest.fail(str(found))
     return int(found["available"])
 
@@ -86,7 +86,7 @@ async def stored(restaurant: RestaurantRig, item: str) -> int:
 
 
 async def repeat(restaurant: RestaurantRig, changes: Sequence[Change]) -> None:
-    """Publishes the events again, several times in another order; returns when both writers have consumed them."""
+    """Publishes the events again several times, in other orders; returns when both writers have consumed them."""
     for _ in range(3):
         await restaurant.publish(*reversed(changes), *changes)
     async with restaurant.client() as staff:
@@ -232,7 +232,7 @@ async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(restaur
         before, deleted = await place(staff, (pizza, 4)), await place(staff, (pizza, 2))
         expect(await staff.delete(deleted))
         renamed = expect(await staff.put(dough, json={"name": "Fresh dough", "low_at": 2}))
-        assert (renamed["available"], renamed["held"]) == (6, 4)  # no recount
+        assert (renamed["available"], renamed["held"]) == (6, 4)  # this is no recount
         counted = expect(await staff.put(dough, json={"quantity": 3}))
         assert (counted["available"], counted["held"]) == (3, 0)
         refused(await staff.put(before, json=of((pizza, 8))), 409, "out_of_stock")
@@ -242,7 +242,8 @@ async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(restaur
         assert await left(staff, dough) == 0
         expect(await staff.put(before, json={"status": "cancelled"}))
         assert await left(staff, dough) == 1
-        assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3  # a recount with the same number
+        # a recount, although the number is the same
+        assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3
     assert await stored(restaurant, dough) == 3
 
 
@@ -302,7 +303,7 @@ async def test_low_stock_is_marked(restaurant: RestaurantRig) -> None:
         assert not (await low())[id_of(dough)]
         await place(staff, (pizza, 2))
         assert (await low())[id_of(dough)]
-        assert not (await low())[id_of(salt)]  # it has no `low_at`
+        assert not (await low())[id_of(salt)]  # because it has no `low_at`
         assert not expect(await staff.post(f"{dough}/moves", json={"quantity": 1}))["low"]
         refused(await staff.put(dough, json={"low_at": -1}), 422, "invalid_input", "low_at")
 

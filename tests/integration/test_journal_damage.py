@@ -175,7 +175,7 @@ def test_damaged_journal_keeps_intact_entries_and_reports_all_others(
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_undamaged_journal_opens_completely_and_silently_after_a_kill(
+def test_undamaged_journal_opens_completely_after_a_kill_and_logs_nothing(
     images: list[Image], tmp_path: Path, which: int
 ) -> None:
     path = images[which].write_files(tmp_path)
@@ -231,9 +231,9 @@ def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
         path.unlink()
     else:
         with pytest.raises(sqlite3.Error):
-            contents(path)  # this read does not change the log
+            contents(path)  # reading does not change the write-ahead log
     journal = asyncio.run(open_and_close(path))
-    first, *others = images[1].waiting  # only the file held the first one
+    first, *others = images[1].waiting  # only the main file had the first entry
     assert set(others) <= set(contents(path).entries)
     assert (journal.set_aside, journal.damaged) == (1, 1)
     assert [one.name for one in contents(path).damaged] == [name_of(*first)]
@@ -261,7 +261,7 @@ def test_numbers_start_a_new_series_when_the_highest_may_be_lost(tmp_path: Path)
 async def test_crash_while_a_file_is_set_aside_loses_nothing(
     images: list[Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """The crash comes at one of the renames, or before the first one."""
+    """The crash happens at one of the renames or before the first one."""
     half = images[2]
     path = Image(b"harmed" + half.main[6:], half.wal, []).write_files(tmp_path)
 
@@ -318,7 +318,7 @@ async def test_flipped_bit_in_an_event_removes_only_that_entry_and_names_it(tmp_
     assert (journal.depth, journal.bytes, journal.damaged) == (0, 0, 1)
     await journal.close()
     assert contents(path).damaged[0].event == flipped
-    assert (await open_and_close(path)).damaged == 1  # the damage stays reported
+    assert (await open_and_close(path)).damaged == 1  # the damage is still reported after a restart
 
 
 async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_path: Path) -> None:
@@ -343,6 +343,6 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
         name_of(*one).change_id for one in made if one not in [(each.lane, each.event) for each in found]
     }
     await journal.append([entry()])
-    await journal.remove(found)  # the entries go, whether or not they were renumbered meanwhile
+    await journal.remove(found)  # removes the entries even if they were renumbered meanwhile
     assert journal.depth == 1
     await journal.close()

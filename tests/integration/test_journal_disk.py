@@ -17,7 +17,7 @@ from tests.rigs.journals import entry, journal_of, open_and_close
 from tests.rigs.system import ROOT
 
 
-async def test_journal_leaves_disk_space_to_drain_it(tmp_path: Path) -> None:
+async def test_journal_reserves_the_disk_space_that_draining_needs(tmp_path: Path) -> None:
     path = tmp_path / "orders-1.sqlite"
     journal = journal_of(path, reserve_bytes=1 << 60)
     await journal.open()
@@ -61,7 +61,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("then", ["go on", "die"])
-async def test_append_that_the_disk_refused_half_way_does_not_return_after_a_crash(tmp_path: Path, then: str) -> None:
+async def test_append_that_the_disk_refused_does_not_reappear_after_a_crash(tmp_path: Path, then: str) -> None:
     path = tmp_path / "orders-1.sqlite"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", REFUSED, str(path), then, stdout=asyncio.subprocess.PIPE, cwd=ROOT
@@ -75,7 +75,7 @@ async def test_append_that_the_disk_refused_half_way_does_not_return_after_a_cra
     assert not logs
 
 
-async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp_path: Path) -> None:
+async def test_append_that_may_be_on_disk_is_in_doubt_and_counts_as_sent(tmp_path: Path) -> None:
     connections = JournalConnections()
     journal = journal_of(tmp_path / "orders-1.sqlite", connect=connections)
     await journal.open()
@@ -84,7 +84,7 @@ async def test_append_that_may_have_been_kept_is_in_doubt_and_counts_as_sent(tmp
     with pytest.raises(JournalInDoubt):
         await journal.append([entry()])
     db.fails_next = ["pragma wal_checkpoint"]
-    with pytest.raises(JournalBroken) as refused:  # refused until the journal has cleaned up
+    with pytest.raises(JournalBroken) as refused:  # it refuses entries until it has cleaned up
         await journal.append([entry()])
     assert not isinstance(refused.value, JournalInDoubt)
     assert not db.fails_next
@@ -104,7 +104,7 @@ class UnavailableBroker:
         raise NotSent("unavailable")
 
 
-async def test_use_opens_a_journal_that_could_not_be_opened_before(tmp_path: Path) -> None:
+async def test_append_opens_a_journal_that_could_not_be_opened_before(tmp_path: Path) -> None:
     path, seconds = tmp_path / "orders-1.sqlite", 0.0
     path.mkdir()
     journal = journal_of(path, clock=lambda: seconds)

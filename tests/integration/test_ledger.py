@@ -104,7 +104,7 @@ async def make_ledger_rig(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[An
     made: list[LedgerRig] = []
 
     async def make(**settings: Any) -> LedgerRig:
-        # By default without the management API, because its figures are seconds old.
+        # By default without the management API, because its figures are several seconds old.
         urls = {"rabbitmq_management_url": "", "rabbitmq_watcher_url": ""}
         ledger_rig = LedgerRig(await make_rig(home=tmp_path, **{**urls, **settings}))
         made.append(ledger_rig)
@@ -136,7 +136,7 @@ async def test_written_changes_count_once_as_synced_for_each_restaurant(ledger_r
     mine = [change(order(items=1)) for _ in range(5)]
     other = change(menu_item(restaurant_id=OTHER_RESTAURANT))
     await ledger_rig.rig.publish(*mine)
-    await ledger_rig.rig.publish(mine[0], mine[1])  # a second copy, as after a publish in doubt
+    await ledger_rig.rig.publish(mine[0], mine[1])  # a second copy of two changes, as after a publish in doubt
     await ledger_rig.rig.publish(other, lane=Lane.NORMAL)
     balance = await ledger_rig.until(synced=6)
     counts = {one.restaurant_id: (one.accepted, one.synced) for one in balance.restaurants}
@@ -170,7 +170,7 @@ async def test_change_on_the_retry_ladder_is_retrying(make_ledger_rig: Any) -> N
     await ledger_rig.rig.publish(fine)
     await ledger_rig.until(synced=1, retrying=1)
     # Without a row in `retries`, the ledger counts the messages in the retry queue.
-    await eventually(lambda: ledger_rig.rig.count("retries"), what="noted", until=lambda count: count == 1)
+    await eventually(lambda: ledger_rig.rig.count("retries"), what="the retry row", until=lambda count: count == 1)
     await ledger_rig.rig.database.execute("delete from retries")
     await ledger_rig.until(synced=1, retrying=1)
 
@@ -220,7 +220,7 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
     }
     ledger_rig: LedgerRig = await make_ledger_rig(**(urls if management else {}))
 
-    async def unavailable() -> list[str]:  # a management API that answers late counts as unavailable
+    async def unavailable() -> list[str]:  # a management API that answers too late counts as unavailable
         return (await ledger_rig.balance()).unavailable
 
     await eventually(
@@ -282,7 +282,7 @@ async def test_missing_and_damaged_journal_entries_are_named(ledger_rig: LedgerR
     assert f"change {lost.id}" in out
     with sqlite3.connect(path) as db:
         db.execute("update entries set event = replace(event, 'Masala', 'Masalo') where seq = 2")
-    assert len(await ledger_rig.journals[0].oldest(10)) == 1  # reading finds the damage
+    assert len(await ledger_rig.journals[0].oldest(10)) == 1  # the journal notices the damage when it reads the entry
     balance = await ledger_rig.until(journaled=1, unexplained=2)
     assert {one.change_id for one in balance.missing} == {lost.id, flipped.id}
 
@@ -348,13 +348,13 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(ledger_r
         assert (await ledger.balance()).synced == 50
         assert sum(log.asked) >= 50
         log.asked.clear()
-        await ledger_rig.rig.publish(*made[:5])  # they are counted already
+        await ledger_rig.rig.publish(*made[:5])  # because they are counted already
         await ledger_rig.rig.publish(change(order(items=1)))
 
         async def synced() -> int:
             return (await ledger.balance()).synced
 
-        assert await eventually(synced, what="the next one", until=lambda count: count > 50) == 51
+        assert await eventually(synced, what="the next change in the balance", until=lambda count: count > 50) == 51
         assert max(log.asked) <= 1
 
 

@@ -1,4 +1,4 @@
-"""What all entities share: lists, soft delete and restore, repeats and the audit; also the summary of days."""
+"""Features that all entities share: lists, soft delete and restore, repeats and the audit. Also the summary by day."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime
@@ -164,7 +164,8 @@ async def test_change_without_effect_creates_no_version(
 ) -> None:
     body = body_of(resource, bay)
     if resource.entity.name == "inventory_item":
-        body = {name: value for name, value in body.items() if name != "quantity"}  # a count is always a change
+        # a count of the stock is always a change
+        body = {name: value for name, value in body.items() if name != "quantity"}
     async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))
         same = await admin.put(f"{resource.path}/{one['id']}", json=body)
@@ -188,10 +189,10 @@ async def test_pages_list_every_entity_once_newest_first(
         async def states() -> set[str]:
             return {one["sync"]["state"] for one in expect(await admin.get(path, params={"created_from": since}))}
 
-        for _ in range(2):  # first while they are pending, then from PostgreSQL
+        for _ in range(2):  # first while the entities are pending, then from PostgreSQL
             for limit in (1, 2, 5, 6):
                 assert await ids(admin, path, created_from=since, limit=limit) == newest
-            await eventually(states, what="synced", until=lambda seen: seen == {"synced"})
+            await eventually(states, what="the state `synced`", until=lambda seen: seen == {"synced"})
         first = await admin.get(path, params={"limit": 2, "created_from": since})
         cursor = first.json()["pagination"]["next_cursor"]
         # Entities that are created, changed or deleted between two pages do not shift the pages.
@@ -217,7 +218,7 @@ async def test_fields_select_what_is_returned(restaurant: RestaurantRig, bay: st
         requested = [field, "version", *resource.derived_types]
         listed = expect(await admin.get(resource.path, params={"fields": ", ".join(requested), "limit": 1}))
         assert listed == [{"id": one["id"], **{name: one[name] for name in requested}}]
-        # The names are checked even if the list is empty.
+        # The names of the fields are checked even if the list is empty.
         assert expect(await admin.get(resource.path, params={"fields": ",".join(requested), **nothing})) == []
         for query in ({}, nothing):
             reply = await admin.get(resource.path, params={"fields": f"id,{field},secret", **query})
@@ -242,7 +243,7 @@ async def test_orders_are_filtered_and_shown_as_requested(restaurant: Restaurant
         refused(await staff.get("/api/orders", params={"include_deleted": "true"}), 403, "forbidden", "include_deleted")
         listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))  # type: ignore[dict-item]
         assert listed[0] == {"id": newest[0], "total": 1_000, "payment_status": "pending"}
-        # No client may request the field that only idempotency needs.
+        # No client may request the request hash, which only serves idempotency.
         refused(await staff.get("/api/orders", params={"fields": "request_hash"}), 422, "invalid_input", "fields")
 
 
@@ -447,7 +448,7 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
 
 @pytest.fixture(scope="module")
 async def blind(system: System, restaurant: RestaurantRig) -> AsyncIterator[str]:
-    """URL of a second instance of the orders service that cannot reach PostgreSQL."""
+    """Yields the URL of a second orders instance that cannot reach PostgreSQL."""
     port, unused_port = find_free(2)
     system.start(
         "orders",
@@ -482,7 +483,7 @@ async def test_lists_without_postgres_come_from_the_mirror_and_are_marked_incomp
         async def synced() -> bool:
             return bool(expect(await staff.get(f"/api/orders/{placed}"))["sync"]["state"] == "synced")
 
-        await eventually(synced, what="synced")
+        await eventually(synced, what="the state `synced`")
     headers = {"Authorization": f"Bearer {restaurant.token}"}
     async with http_client(base_url=blind, headers=headers, timeout=10.0) as admin:
         for resource in RESOURCES:

@@ -139,7 +139,7 @@ async def test_entries_come_in_order_without_the_signals_between_them(broker: Br
 
 async def test_caught_up_comes_with_or_after_the_last_entry_that_was_in_the_log(broker: Broker) -> None:
     async with reading(broker.url) as other:
-        await other.until(lambda: bool(other.batches))  # its mark is not the mark of the second reader
+        await other.until(lambda: bool(other.batches))  # the second reader must not take this mark for its own
     await broker.publish(*numbered(0, 2_000), to_log_alone=True)
     async with reading(broker.url, prefetch=50) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
@@ -165,7 +165,7 @@ async def test_start_at_a_time_misses_nothing_younger_and_knows_the_epoch_at_onc
     await broker.publish(*numbered(0, 5))
     async with reading(broker.url, now() + timedelta(seconds=60)) as read:
         await read.until(lambda: bool(read.batches))
-        # No heartbeat is that young, so the epoch comes from the first heartbeat in the log.
+        # No heartbeat is younger than the start, so the epoch comes from the first heartbeat in the log.
         assert read.batches[0].epoch == EPOCH
         await broker.publish(b"[5]")
         await read.until(lambda: read.bodies[-1:] == [b"[5]"])
@@ -183,7 +183,7 @@ async def test_start_at_next_reads_only_later_entries(broker: Broker) -> None:
 
 
 class Proxy:
-    """A proxy between a reader and the broker that can cut the connection at any byte."""
+    """A proxy between a reader and the broker. It can cut the connection after any byte."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -235,7 +235,9 @@ async def test_cut_connections_lose_and_repeat_nothing(broker: Broker) -> None:
         await read.until(lambda: len(read.bodies) >= total, within=60)
         assert read.bodies == numbered(0, total)
         assert not any(batch.restarted for batch in read.batches)
-        assert proxy.accepted >= 2 * cuts, "each cut needs one connection to verify the log and one to read it"
+        assert proxy.accepted >= 2 * cuts, (
+            "after each cut, the reader needs one connection to verify the log and one to read it"
+        )
 
 
 async def test_recreated_stream_is_read_from_its_first_entry_and_reported_as_restarted(broker: Broker) -> None:
@@ -295,8 +297,8 @@ async def test_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) ->
 async def test_idle_reader_checks_its_connection_and_stays_connected(broker: Broker) -> None:
     async with reading(broker.url, idle=0.3) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
-        await read.until(lambda: len(read.batches) >= 5)  # its own marks, after three idle periods
-        assert sum(batch.caught_up for batch in read.batches) == 1, "the reader attached again"
+        await read.until(lambda: len(read.batches) >= 5)  # three marks of its own, one for each idle period
+        assert sum(batch.caught_up for batch in read.batches) == 1, "the reader connected again"
         await broker.publish(b"[0]")
         await read.until(lambda: read.bodies == [b"[0]"])
 

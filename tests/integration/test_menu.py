@@ -266,7 +266,7 @@ async def test_dishes_made_unavailable_in_one_call_cannot_be_ordered_from_then_o
 
 @pytest.fixture
 async def without_broker(system: System) -> AsyncIterator[str]:
-    """URL of a second instance of the orders service that cannot reach RabbitMQ, so it reads no log."""
+    """Yields the URL of a second orders instance that cannot reach RabbitMQ and therefore reads no log."""
     port, unused_port = find_free(2)
     system.urls["mute"] = f"http://127.0.0.1:{port}"
     system.start(
@@ -320,7 +320,7 @@ async def test_concurrent_changes_of_availability_and_price_keep_both(restaurant
 
             expect(await eventually(send, what=str(fields), until=lambda reply: reply.status_code != 409))
 
-        # A caller that loses several times in a row is refused and retries.
+        # A request that loses its claim several times in a row is refused, and the caller retries.
         taken_off, *_ = await asyncio.gather(
             eventually(take_off, what="an unavailable dish", until=lambda outcome: outcome != "version_conflict"),
             change(price=1_500),

@@ -119,7 +119,7 @@ async def test_callers_that_wait_for_a_connection_are_counted(system: System) ->
 async def test_status_shows_every_service_and_names_the_unavailable_one(system: System) -> None:
     async def status() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await system.cli("status", "--json"))
-        assert found.pop("system") == "the backends that the environment names"  # all others are services
+        assert found.pop("system") == "the backends that the environment names"  # every other line names a service
         return found
 
     def all_ready(found: dict[str, Any]) -> bool:
@@ -130,8 +130,8 @@ async def test_status_shows_every_service_and_names_the_unavailable_one(system: 
             and found["sync-worker"].get("mirror warm") == 1
         )
 
-    # Asked again and again: a worker is not ready if its last heartbeat is three seconds old, and `status` ignores
-    # an answer that takes two seconds.
+    # Repeats the command: a worker is not ready if its last heartbeat is three seconds old, and `status` ignores a
+    # reply that takes two seconds.
     await eventually(status, what="every service ready", until=all_ready)
     env = dict(system.env)
     try:

@@ -135,7 +135,7 @@ async def test_data_of_this_layout_is_accepted_and_parts_of_another_layout_are_n
             await asyncio.to_thread(layout.check_queues, broker.management_url, empty.rabbitmq_url, settings)
         except layout.OtherLayout as error:
             return str(error)
-        return ""  # the management API lags a moment behind
+        return ""  # the management API shows a new queue a moment later
 
     assert "sync.postgres.older.v0" in await eventually(named)
 

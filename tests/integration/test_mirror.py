@@ -49,7 +49,7 @@ async def test_states_in_any_order_and_repetition_end_the_same_in_lua(
     arrivals = arrivals + [arrivals[n % len(arrivals)] for n in more]
     states = [state(version, change, id_=id_, restaurant=restaurant) for version, change in arrivals]
     for start in range(0, len(states), split):
-        await mirror.apply(states[start : start + split])  # one batch may hold several states of one order
+        await mirror.apply(states[start : start + split])  # a batch may hold several states of one order
     version, change = max(arrivals)
     _, (found,) = await mirror.read(restaurant, "order", [id_])
     assert found is not None
@@ -105,7 +105,7 @@ async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror
     assert at is not None
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
     note = LogState(at.epoch, at.offset + 1)
-    await redis.command("DEL", keys.WARM)  # like a promoted replica: it has the log state and no stamp
+    await redis.command("DEL", keys.WARM)  # as a promoted replica does, it has the log state but no stamp
     assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
     assert await mirror.log_state() == at
     assert await mirror.apply([one], at=at, note=note) == []
@@ -131,7 +131,7 @@ async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     assert await mirror.log_state() == LogState("epoch", 8, lost=True)
 
 
-async def test_sync_of_an_older_version_leaves_the_newer_head_pending(mirror: Mirror) -> None:
+async def test_commit_of_an_older_version_in_postgres_leaves_the_newer_head_pending(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     first, second = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
 
@@ -174,7 +174,7 @@ async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
     epoch = builders.new_id()
     await mirror.begin_log(LogState(epoch, 0))
     assert not await mirror.is_warm()
-    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # another log state than the one that was filled
+    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # the log state has changed since the mirror was filled
     assert await mirror.warm(LogState(epoch, 0), [(restaurant, DAY)], gap)
     assert await mirror.is_warm()
 
@@ -190,7 +190,7 @@ async def test_only_a_warm_mirror_takes_claims_and_a_restart_makes_it_cold(mirro
     assert await claimed(mirror, restaurant) == Claimed("0001")
     await asyncio.to_thread(redis.stop)
     await asyncio.to_thread(redis.start)
-    await eventually(lambda: answers(mirror), what="the server again")
+    await eventually(lambda: answers(mirror), what="a server that answers again")
     assert await claimed(mirror, restaurant) == Cold()
     await warmed(mirror, restaurant, gap=100)
     assert await claimed(mirror, restaurant) == Claimed("0102")
@@ -210,7 +210,8 @@ async def test_numbers_that_were_seen_or_are_below_the_floor_are_not_given(mirro
 
 
 async def test_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
-    """The contract allows 40 digits. As a counter they would stop order numbers, and no mirror would become warm."""
+    """The contract allows numbers of 40 digits. Such a number as a counter would stop the series, and no mirror would
+    become warm."""
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)
     await mirror.apply([state(1, id_=builders.new_id(), restaurant=restaurant, order_number="9" * 40)])
@@ -246,7 +247,7 @@ async def test_log_state_only_moves_forward_when_two_writers_write_it(mirror: Mi
     assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 9)) == []
     assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 7)) == []
     assert await mirror.log_state() == LogState(epoch, 9)
-    await mirror.begin_log(LogState(epoch, -1))  # the other writer found the same log, so it does not start over
+    await mirror.begin_log(LogState(epoch, -1))  # the other writer finds the same log, so it does not start again
     assert await mirror.log_state() == LogState(epoch, 9)
 
 

@@ -21,7 +21,7 @@ from tests.rigs.system import eventually
 
 BREAKER_OPEN = "the mirror did not answer a moment ago"
 TIMEOUT_SECONDS = 5.0
-SHORT_TIMEOUT_SECONDS = 0.3  # for a server that is frozen
+SHORT_TIMEOUT_SECONDS = 0.3  # for tests that freeze the server
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ async def test_server_error_reaches_only_its_own_caller(link: MirrorConnection) 
 
 @pytest.fixture
 async def impatient(redis: Redis) -> AsyncIterator[MirrorConnection]:
-    """A connection that does not wait long for a frozen server."""
+    """A connection with a short timeout, for tests that freeze the server."""
     impatient = MirrorConnection(redis.url, timeout=SHORT_TIMEOUT_SECONDS)
     yield impatient
     await impatient.close()
@@ -90,12 +90,12 @@ async def test_frozen_server_is_in_doubt_once_then_unavailable_at_once_until_a_p
         refusals = set()
 
         async def down() -> bool:
-            with pytest.raises(MirrorUnavailable) as refused:  # probes fail too
+            with pytest.raises(MirrorUnavailable) as refused:  # probes fail as well
                 await impatient.call("PING")
             refusals.add(str(refused.value))
             return impatient.down and BREAKER_OPEN in refusals
 
-        await eventually(down, what="several failed attempts in a row, and calls refused without an attempt")
+        await eventually(down, what="several failed attempts and calls that were refused without one")
     finally:
         await asyncio.to_thread(redis.thaw)
     await eventually(lambda: answers(impatient), what="a successful probe")
@@ -169,7 +169,7 @@ def test_reset_connection_answers_every_caller_under_uvloop() -> None:
     async def reset_at_once() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             sent = writer.get_extra_info("socket")
-            writer.write(b"+OK\r\n" * 8)  # answers to the first commands of the client
+            writer.write(b"+OK\r\n" * 8)  # replies to the first commands of the client
             await reader.read(1)
             sent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
@@ -204,29 +204,27 @@ async def test_only_one_of_many_calls_probes_a_silent_server_and_none_waits_for_
         tried = proxy.accepted
         calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
         done, waiting = await asyncio.wait(calls, timeout=10.0)
-        assert not waiting, "the probe itself takes twenty seconds"
+        assert not waiting, "calls waited for the probe, which takes twenty seconds"
         assert {type(call.exception()) for call in done} == {MirrorUnavailable}
 
         async def arrived() -> bool:
             return proxy.accepted > tried
 
-        await eventually(arrived, what="the probe at the server: the calls wait for it only a moment")
+        await eventually(arrived, what="the probe at the server")
         _, second = await asyncio.open_connection("127.0.0.1", proxy.port)
 
         async def second_accepted() -> bool:
             return proxy.accepted >= tried + 2
 
-        await eventually(
-            second_accepted, what="the second connection: connections are accepted in the order in which they are made"
-        )
-        assert proxy.accepted == tried + 2, "the probe and the second connection"
+        await eventually(second_accepted, what="the second connection")
+        assert proxy.accepted == tried + 2, "more connections than the probe and the second one"
         second.transport.abort()
         proxy.set(Mode.FORWARD)
 
         async def back() -> bool:
             return await answers(link)
 
-        await eventually(back, what="an answer")
+        await eventually(back, what="a reply")
         assert await asyncio.gather(*(link.call("PING") for _ in range(50))) == [b"PONG"] * 50
     finally:
         await link.close()

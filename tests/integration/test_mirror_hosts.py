@@ -13,7 +13,7 @@ from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
 TIMEOUT_SECONDS = 5.0
-SHORT_TIMEOUT_SECONDS = 0.5  # for a server that is frozen
+SHORT_TIMEOUT_SECONDS = 0.5  # for tests that freeze the server
 
 
 @pytest.fixture(scope="module")

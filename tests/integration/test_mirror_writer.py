@@ -78,7 +78,7 @@ async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
     await made.writer.stop()
 
 
-async def test_unrevealed_change_comes_from_the_log(mirrored: MirrorRig) -> None:
+async def test_change_that_was_not_revealed_is_applied_from_the_log(mirrored: MirrorRig) -> None:
     made = change(order(items=2))
     await mirrored.rig.publish(made)
     await mirrored.shown(made)

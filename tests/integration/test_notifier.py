@@ -165,7 +165,7 @@ async def test_cursor_is_valid_after_a_restart_and_on_a_second_instance(rig: Not
     async with first.screen() as screen:
         await rig.send(message(*changes[:4]), message(*changes[4:8]))
         seen = await screen.first(8)
-    cursor = seen[2].id  # in the middle of a message
+    cursor = seen[2].id  # a cursor inside a message
     await asyncio.to_thread(first.child.terminate, 10)
     second, third = await asyncio.gather(rig.notifier(), rig.notifier(instance=2))
     for notifier in (second, third):
@@ -197,7 +197,7 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: Notifier
     await rig.publish_each(change(order()))
     async with notifier.screen() as screen:
         start = screen.events[0].id
-    # There must be more events than one step of a replay holds, or the switch to live would not be tested.
+    # More events than one step of a replay contains, so that the switch to live events is tested.
     changes = [change(order(items=1)) for _ in range(3_000)]
     saying = asyncio.create_task(rig.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
 
@@ -234,7 +234,7 @@ async def test_cursor_beyond_the_log_gets_a_resync(rig: NotifierRig) -> None:
         assert (await screen.first(1))[0].data["reason"] == "other_epoch"
 
 
-async def test_cursor_ahead_of_this_instance_waits_for_it(rig: NotifierRig) -> None:
+async def test_cursor_ahead_of_an_instance_waits_until_the_instance_reaches_it(rig: NotifierRig) -> None:
     notifier = await rig.notifier()
     async with notifier.screen() as screen, rig.publishing() as publish:
         await publish(message(change(order())))
@@ -246,7 +246,7 @@ async def test_cursor_ahead_of_this_instance_waits_for_it(rig: NotifierRig) -> N
             await publish(message(change(order())), message(last := change(order())))
             seen = await coming
             if "resync" not in seen:
-                break  # otherwise the machine may have stalled for the two seconds that the notifier waits
+                break  # otherwise the machine may have stalled for two seconds, as long as the notifier waits
     assert seen == ["connected", last.entity_id]
 
 
@@ -321,14 +321,15 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rig: NotifierRig) 
         await rig.publish_each(good[2])
         assert [event.data["orderID"] for event in await screen.first(3)] == [one.entity_id for one in good]
         assert len(screen.events) == 4
-        assert screen.events[2].id.endswith("-2"), "a poison change still has its place in the message"
+        assert screen.events[2].id.endswith("-2"), "a poison change must keep its position in the message"
 
 
 async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_continue(rig: NotifierRig) -> None:
     notifier = await rig.notifier(client_buffer_events=30)
     async with notifier.screen() as quick:
         sent = 0
-        for _ in range(3):  # a machine that stalls for two seconds cuts the client, although it would read in time
+        # on a machine that stalls for two seconds, the notifier cuts the client, although it would have read in time
+        for _ in range(3):
             async with silent_client(notifier) as reader:
                 sent += await flood(rig, notifier)
                 if received := await read_to_end(reader):
@@ -396,7 +397,7 @@ async def test_notifier_is_not_ready_before_its_window_is_filled(rig: NotifierRi
     await asyncio.to_thread(servers.rabbitmq.freeze)
     try:
         notifier = await rig.notifier(wait=False)
-        status, details = await eventually(notifier.health, what="an answer")
+        status, details = await eventually(notifier.health, what="a reply")
         assert (status, details["caught_up"], details["broker"]) == (503, False, False)
         answer = await notifier.get()
         assert answer.status_code == 503
@@ -433,7 +434,7 @@ async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rig:
         await rig.heartbeat()
         return (await notifier.health())[1]
 
-    # One look after the other, because each heartbeat is fresh for two seconds.
+    # Repeats, because each heartbeat is fresh for only two seconds.
     await eventually(after_a_heartbeat, what="a fresh heartbeat", until=lambda seen: seen["heartbeats"] == "fresh")
 
 

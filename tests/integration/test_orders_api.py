@@ -42,7 +42,7 @@ async def test_order_goes_from_the_request_to_postgres(system: System) -> None:
         async def sync_state() -> str:
             return str((await client.get(f"/api/orders/{placed['id']}")).json()["data"]["sync"]["state"])
 
-        await eventually(sync_state, what="synced", until=lambda state: state == "synced")
+        await eventually(sync_state, what="the state `synced`", until=lambda state: state == "synced")
     async with system.database() as connection:
         row = await connection.fetchrow("select version, total, status from orders where id = $1", placed["id"])
         items = await connection.fetch("select name, quantity from order_items where order_id = $1", placed["id"])
@@ -121,7 +121,7 @@ async def test_lost_claim_of_an_update_without_a_version_is_retried(system: Syst
         versions = await asyncio.gather(*(change(tip) for tip in range(3)))
         lost = await claims_lost(client) - lost_before
     assert sorted(versions) == [2, 3, 4]
-    assert lost >= (MAX_RETRIES + 1) * refused, "the service refused before its last retry"
+    assert lost >= (MAX_RETRIES + 1) * refused, "the service refused the request before its last retry"
 
 
 async def test_status_only_goes_forward(system: System) -> None:
@@ -350,7 +350,7 @@ async def test_changed_price_counts_without_a_restart(system: System) -> None:
         async def code() -> str:
             return str((await client.post("/api/orders", json=body)).json().get("error", {}).get("code"))
 
-        await eventually(code, what="unavailable", until=lambda seen: seen == "menu_item_unavailable")
+        await eventually(code, what="a dish that cannot be ordered", until=lambda seen: seen == "menu_item_unavailable")
         await system.cli("dish", system.restaurant_id, dish, "--available", "--price", str(before))
 
 
@@ -364,8 +364,8 @@ async def test_order_that_left_the_mirror_is_read_from_postgres_and_repaired(sys
         async def synced() -> bool:
             return bool((await client.get(url)).json()["data"]["sync"]["state"] == "synced")
 
-        await eventually(synced, what="synced")
-        # The worker is frozen: it may not have read the order yet, and would write it to the mirror again.
+        await eventually(synced, what="the state `synced`")
+        # The worker is frozen, because it may not have read the order yet and would write it to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(f"{{{system.restaurant_id}}}:order:{placed['id']}")
             reply = await client.get(url)
@@ -377,7 +377,7 @@ async def test_order_that_left_the_mirror_is_read_from_postgres_and_repaired(sys
             async def served_by() -> str:
                 return (await client.get(url)).headers["x-served-by"]
 
-            await eventually(served_by, what="repaired", until=lambda by: by == "mirror")
+            await eventually(served_by, what="the order from the mirror again", until=lambda by: by == "mirror")
 
 
 async def test_sync_status_counts_pending_changes(system: System) -> None:
@@ -388,7 +388,7 @@ async def test_sync_status_counts_pending_changes(system: System) -> None:
             found: dict[str, Any] = (await sync.get("/api/sync/status")).json()["data"]
             return found
 
-        found = await eventually(status, until=lambda seen: seen["totals"]["pending"] == 0, what="nothing pending")
+        found = await eventually(status, until=lambda seen: seen["totals"]["pending"] == 0, what="no pending change")
         assert found["tables"]["order"]["synced"] >= 1
         assert found["totals"]["conflict"] == 0
 
@@ -402,7 +402,7 @@ async def test_repeat_finds_its_order_after_the_order_left_the_mirror(system: Sy
         async def synced() -> bool:
             return bool((await client.get(url)).json()["data"]["sync"]["state"] == "synced")
 
-        await eventually(synced, what="synced")
+        await eventually(synced, what="the state `synced`")
         mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
         _, (document,) = await mirror.read(system.restaurant_id, "order", [placed["id"]])
         assert document is not None
@@ -415,7 +415,7 @@ async def test_repeat_finds_its_order_after_the_order_left_the_mirror(system: Sy
 
 
 async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) -> None:
-    """A mirror that was restored from a dump shows an old state as pending, although PostgreSQL has a newer one."""
+    """A mirror that was restored from a dump shows an old state as pending although PostgreSQL has a newer one."""
     import redis.asyncio
 
     async with system.client() as client, redis.asyncio.from_url(system.redis.url) as raw:
@@ -429,7 +429,7 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
             return (await system.stored_orders()).get(placed["id"], 0)
 
         await eventually(stored, what="version 2", until=lambda version: version == 2)
-        # The worker is frozen: it would see the missing stamp and make the mirror warm again.
+        # The worker is frozen, because it would notice the missing stamp and make the mirror warm again.
         async with system.frozen("worker"):
             stamp = await raw.getdel("ticketrail:warm")
             try:

@@ -44,7 +44,7 @@ def orphaned_journals_of(folder: Path, broker: Any, *, own: int = 1) -> Orphaned
 @pytest.fixture
 def leave(tmp_path: Path) -> Callable[..., Awaitable[list[bytes]]]:
     async def leave(number: int, count: int) -> list[bytes]:
-        """Leaves the journal of an instance that wrote `count` changes and ended."""
+        """Leaves the journal of an instance that wrote `count` changes and then ended."""
         events = [encode(builders.change(builders.order(items=0))) for _ in range(count)]
         journal = Journal(tmp_path / f"orders-{number}.sqlite", instance=number, max_bytes=1 << 20)
         await journal.open()
@@ -147,7 +147,7 @@ async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacemen
     journal = Journal(living / "orders-2.sqlite", instance=2, max_bytes=1 << 20)
     await journal.open()
     await journal.append([(Lane.CRITICAL, event) for event in events])
-    if ending == "-wal":  # the log as it is while the instance runs
+    if ending == "-wal":  # the write-ahead log as it is while the instance runs
         log = (living / "orders-2.sqlite-wal").read_bytes()
         await journal.close()
         (tmp_path / "orders-2.sqlite-wal").write_bytes(log)

@@ -32,7 +32,7 @@ async def restaurant(system: System) -> RestaurantRig:
 
 
 async def place(restaurant: RestaurantRig, client: httpx.AsyncClient, price: int = 1_000, **fields: Any) -> str:
-    """An order that costs `price`; returns its path."""
+    """Places an order that costs `price`; returns its path."""
     dish = (await restaurant.dish(price=price))["id"]
     body = {"items": [{"menu_item_id": dish, "quantity": 1}], **fields}
     return f"/api/orders/{made(await client.post('/api/orders', json=body))['id']}"
@@ -74,7 +74,7 @@ async def test_payments_determine_the_payment_status(restaurant: RestaurantRig) 
         for amount, status in (
             (599, "partially_paid"),
             (1, "paid"),
-            (500, "paid"),  # more than it costs
+            (500, "paid"),  # more than the order costs
             (-500, "paid"),
             (-1, "partially_paid"),
             (-999, "refunded"),
@@ -129,7 +129,7 @@ async def test_order_with_nothing_to_pay_is_paid(restaurant: RestaurantRig) -> N
         ((100, -100), 100, "refunded"),
         ((100, -100), 0, "refunded"),
         ((100, -100, 40), 100, "partially_paid"),
-        ((100, -60, -60), 100, "refunded"),  # two refunds that a fork let through
+        ((100, -60, -60), 100, "refunded"),  # two refunds that a fork allowed
     ],
 )
 def test_payment_status_is_derived_from_payments_and_total(amounts: Sequence[int], total: int, status: str) -> None:
@@ -347,7 +347,7 @@ async def test_list_filters_by_time_method_and_order(system: System) -> None:
         async def amounts(**query: str) -> list[int]:
             return [one["amount"] for one in await pages(staff, limit=1, **query)]
 
-        for _ in range(2):  # while some payments are pending, and when none is
+        for _ in range(2):  # while some payments are pending, and again when none is
             assert await amounts(method="cash") == [1]
             assert await amounts(order_id=one.rpartition("/")[2]) == [3, 1]
             assert await amounts(**{"from": third}) == [-2, 3]
@@ -415,7 +415,7 @@ async def test_payments_in_both_states_of_a_fork_count(restaurant: RestaurantRig
         async with restaurant.system.database() as connection:
             conflicts = await connection.fetch("select resolved_at from conflicts where entity_id = $1", id_)
         assert [one["resolved_at"] for one in conflicts] == [None]
-        # The whole sum can be refunded, and no more.
+        # The whole sum can be refunded, but no more.
         reply = await staff.post(f"{order}/payments", json={"amount": -1_001, "method": "card"})
         refused(reply, 409, "refund_above_paid", "amount")
         assert (await pay(staff, order, -1_000))["payment_status"] == "refunded"

@@ -224,7 +224,7 @@ def _by_index(plans: list[Plan]) -> None:
     for plan in plans:
         for scan in plan.scans:
             assert "Seq Scan" not in scan["Node Type"], plan.text
-        assert "JIT" not in plan.text, plan.text  # the compilation takes longer than the query
+        assert "JIT" not in plan.text, plan.text  # compiling the plan would take longer than the query
 
 
 async def test_summary_is_read_from_the_index_only(database: Database) -> None:
@@ -280,7 +280,7 @@ async def test_holds_before_the_recount_are_not_read(database: Database, mode: s
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, mode: str) -> None:
-    # Four days ago, because the last two days of the history have only creations.
+    # Four days ago, because the history of the last two days has only creations.
     until = 4 * 24 * 60
 
     async def work() -> None:

@@ -76,7 +76,7 @@ async def test_one_call_in_many_waits_for_an_unavailable_server(impatient: Postg
 
     await eventually(probed, what="another probe", until=lambda seen: seen > accepted)
     proxy.set(Mode.FORWARD)
-    await eventually(lambda: answers(impatient), what="an answer")
+    await eventually(lambda: answers(impatient), what="a reply")
     assert impatient.available
 
 
@@ -109,7 +109,7 @@ async def test_one_of_many_concurrent_calls_probes(servers: Servers, proxy: Prox
         _, second = await asyncio.open_connection("127.0.0.1", proxy.port)
         # The server accepts connections in the order in which they are made, so earlier ones are counted by now.
         await eventually(arrived, what="the second connection", until=lambda count: count >= before + 2)
-        assert proxy.accepted == before + 2, "the probe and the second connection"
+        assert proxy.accepted == before + 2, "more connections than the probe and the second one"
         second.transport.abort()
         proxy.set(Mode.REFUSE)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)

@@ -39,7 +39,7 @@ async def test_change_reaches_its_table_its_items_and_the_table_of_changes(rig: 
 
 
 async def test_messages_that_wait_before_the_start_are_all_written(make_rig: MakeRig) -> None:
-    """FastStream would drop a message, unsettled, that arrives before it marks its subscriber as running."""
+    """With a handler, FastStream would drop a message that arrives before it marks its subscriber as running."""
     rig = await make_rig(lane_prefetch=500)
     made = [change(order(items=1)) for _ in range(400)]
     await asyncio.gather(*(rig.publish(one) for one in made))
@@ -194,14 +194,14 @@ async def fail_transiently(rig: Rig, times: int) -> None:
 
 
 async def test_transient_failure_is_retried_alone_through_the_retry_ladder_and_succeeds(rig: Rig) -> None:
-    await fail_transiently(rig, 3)  # in its batch, alone, and once more from the first retry queue
+    await fail_transiently(rig, 3)  # the write fails in its batch, alone, and once more from the first retry queue
     made = [change(order(items=1)) for _ in range(10)]
     unlucky = change(order(notes="unlucky"))
     await rig.publish(*made, unlucky)
     await rig.written(*made, unlucky)
     await rig.all_acknowledged()
     assert await rig.database.fetchval("select last_value from failures") == 4
-    assert rig.writer.state()["failed"] == 2  # one change burned two attempts
+    assert rig.writer.state()["failed"] == 2  # one change has burned two attempts
     assert [rig.counted(f'ticketrail_retries_total{{attempt="{attempt}"}}') for attempt in (1, 2, 3)] == [1, 1, 0]
     assert rig.counted("ticketrail_batch_changes_sum") >= 11
     assert rig.counted("ticketrail_postgres_lag_seconds_count") >= 11
@@ -228,7 +228,7 @@ async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_s
     await rig.publish(unlucky)
     [dead] = await rig.dead()
     assert dead.body == message(unlucky)
-    assert dead.headers["ticketrail-attempt"] == 3  # the first attempt, and one from each retry queue
+    assert dead.headers["ticketrail-attempt"] == 3  # the first attempt and one from each retry queue
     assert "try again" in str(dead.headers["ticketrail-error"])
     assert str(dead.headers["ticketrail-first-failed-at"]) < str(dead.headers["ticketrail-failed-at"])
     # Only the queue's own header is allowed: a copied x-death could lose a message at its next expiry.
@@ -350,17 +350,17 @@ async def test_long_outage_releases_the_messages_and_consumes_them_again(make_ri
         await rig.publish(*made)
         lane = topology.lane_queue(Lane.CRITICAL)
         # The messages are ready in the queue again, and no consumer holds them.
-        await eventually(lambda: rig.depth(lane), what="back in the queue", within=30)
+        await eventually(lambda: rig.depth(lane), what="the messages back in the queue", within=30)
 
         async def consumers() -> int:
             return int(rig.writer.state()["consumers"]["critical"])
 
-        await eventually(consumers, what="unsubscribed", within=30, until=lambda n: n < 2)
+        await eventually(consumers, what="a queue without consumers", within=30, until=lambda n: n < 2)
     finally:
         await asyncio.to_thread(servers.postgres.start)
     rig.database = await asyncpg.connect(rig.settings.database_writer_url)
     await rig.written(*made, within=90)
-    await eventually(consumers, what="subscribed again", until=lambda n: n == 2)
+    await eventually(consumers, what="a queue with consumers again", until=lambda n: n == 2)
     assert rig.writer.state()["failed"] == 0
 
 
@@ -385,7 +385,7 @@ async def test_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers:
     await eventually(published, what="a confirm of the broker that has started again")
     await rig.written(*made, within=90)
     await rig.drained()
-    await rig.publish(made[0])  # shows that acknowledgements work on the new channel
+    await rig.publish(made[0])  # so acknowledgements work on the new channel
     await rig.all_acknowledged()
 
 
@@ -396,7 +396,8 @@ async def test_stop_finishes_messages_that_were_taken(rig: Rig) -> None:
     await rig.writer.stop()
     written = await rig.count("changes")
 
-    async def left() -> int:  # unsettled messages return to the queue a moment after the channel closes
+    # messages without an acknowledgement return to the queue a moment after the channel closes
+    async def left() -> int:
         return await rig.depth(topology.lane_queue(Lane.CRITICAL))
 
     await eventually(

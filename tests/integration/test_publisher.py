@@ -20,7 +20,7 @@ from tests.rigs.system import eventually
 
 EXCHANGE, QUEUE = "exchange", "queue"
 TIMEOUT_SECONDS = 10.0
-SHORT_TIMEOUT_SECONDS = 0.6  # for a broker that is frozen
+SHORT_TIMEOUT_SECONDS = 0.6  # for tests that freeze the broker
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ async def test_frozen_broker_costs_one_timeout_and_later_publishes_fail_at_once(
     finally:
         await asyncio.to_thread(servers.rabbitmq.thaw)
     await eventually(lambda: confirmed(impatient, b"[after]"), what="a confirm")
-    expected = {b"[0]", b"[1]", b"[2]", b"[after]"}  # the messages in doubt did arrive
+    expected = {b"[0]", b"[1]", b"[2]", b"[after]"}  # the messages in doubt have arrived
     assert set(await queued(vhost, *expected)) == expected
 
 
@@ -208,7 +208,8 @@ async def test_publisher_reconnects_after_the_broker_was_stopped_and_started(
 
 
 async def test_publisher_retries_after_any_error_of_a_broken_handshake(servers: Servers) -> None:
-    """A proxy in front of a starting broker hangs up half way; aio-pika reports that as StopAsyncIteration."""
+    """A proxy in front of a starting broker closes the connection during the handshake. aio-pika then raises
+    StopAsyncIteration."""
     errors: list[Exception] = [StopAsyncIteration(), ValueError("half a frame")]
 
     async def connect(*args: Any, **options: Any) -> AbstractConnection:

@@ -69,8 +69,10 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
 
     behind = await place(restaurant, 3, dish)
     async with reconciler_of(patient) as reconciler:
-        await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # much longer than the threshold
-        assert await reconciler.lost_messages.record_again() == 0, "the lanes were not empty since then"
+        await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)  # so that the orders are much older than the threshold
+        assert await reconciler.lost_messages.record_again() == 0, (
+            "the orders were recorded again, although the lanes were not empty"
+        )
     patient.start("worker")
     await patient.ready("worker")
     await eventually(
@@ -88,7 +90,7 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
     await eventually(
         lambda: versions(restaurant, lost),
         within=30,
-        what="recorded again",
+        what="the orders as new versions",
         until=lambda found: found == [[3], [2], [2]],
     )
     async with restaurant.client() as staff:
@@ -98,7 +100,9 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
                 found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
                 return found
 
-            found = await eventually(seen, what="synced", until=lambda found: found["sync"]["state"] == "synced")
+            found = await eventually(
+                seen, what="the state `synced`", until=lambda found: found["sync"]["state"] == "synced"
+            )
             assert found["version"] == version
     async with patient.database() as connection:
         rows = await connection.fetch("select source, actor, lane from changes where entity_id = any($1::uuid[])", lost)
@@ -182,7 +186,9 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
         assert await versions(restaurant, [old]) == [[]]
         clock += 1.0
         assert await lost_messages.record_when_due() > 0
-    await eventually(lambda: versions(restaurant, [old]), what="recorded again", until=lambda found: found == [[2]])
+    await eventually(
+        lambda: versions(restaurant, [old]), what="the orders as new versions", until=lambda found: found == [[2]]
+    )
 
 
 async def test_lanes_are_empty_only_after_a_heartbeat_came_through_each(system: System) -> None:
@@ -208,7 +214,9 @@ async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(syst
         await session.mirror.note_sync_states(restaurant.id, "order", [(failed, document.head)], failure=failure)
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.lost_messages.record_again() == 2
-    await eventually(lambda: versions(restaurant, lost), what="recorded again", until=lambda found: found == [[2], [2]])
+    await eventually(
+        lambda: versions(restaurant, lost), what="the orders as new versions", until=lambda found: found == [[2], [2]]
+    )
     assert await versions(restaurant, [failed, young, broken]) == [[], [], []]
 
 

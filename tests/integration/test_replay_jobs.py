@@ -28,10 +28,14 @@ async def test_canary_waits_for_one_then_for_ten_then_sends_the_rest(make_rig: M
     job = await create_job(rig, canary=True)
     lane = topology.lane_queue(Lane.CRITICAL)
     for waiting, of_one in ((1, {"sent": 1, "waiting": 29}), (10, {"resolved": 1, "sent": 10, "waiting": 19})):
-        await eventually(lambda: rig.depth(lane), what="canaries", until=lambda n, waiting=waiting: n == waiting)  # type: ignore[misc]
+        await eventually(
+            lambda: rig.depth(lane),
+            what="canaries in the lane",
+            until=lambda n, waiting=waiting: n == waiting,  # type: ignore[misc]
+        )
         seen = await eventually(
             lambda: read_job(rig, job),
-            what="the outcomes noted",
+            what="the outcomes of the canaries",
             until=lambda one, of_one=of_one: one.outcomes == of_one,  # type: ignore[misc]
         )
         assert seen.state == "running"
@@ -40,7 +44,7 @@ async def test_canary_waits_for_one_then_for_ten_then_sends_the_rest(make_rig: M
         for _ in range(3):
             seen = await eventually(
                 lambda: read_job(rig, job),
-                what="a beat",
+                what="a heartbeat of the job",
                 until=lambda one, beats=beats: one.heartbeat_at != beats,  # type: ignore[misc]
             )
             beats = seen.heartbeat_at
@@ -83,12 +87,16 @@ async def test_canary_that_dies_again_holds_back_the_others(refusing_rig: Rig) -
 async def test_first_death_of_the_same_cause_stops_a_job_without_canary(refusing_rig: Rig) -> None:
     await make_refused(refusing_rig, 60)
     refusing_rig.replays.start()
-    # Slow enough that the first death is known before the last dead letter is sent.
+    # A slow rate, so that the first death is known before the last dead letter is sent.
     job = await wait_ended(refusing_rig, await create_job(refusing_rig, per_second=5.0))
     assert job.state == "stopped"
     assert 0 < 60 - job.outcomes["waiting"] < 60
     # The outcome of sent items is recorded also after the job has ended.
-    await eventually(lambda: read_job(refusing_rig, job), what="settled", until=lambda one: "sent" not in one.outcomes)
+    await eventually(
+        lambda: read_job(refusing_rig, job),
+        what="an order without pending or open states",
+        until=lambda one: "sent" not in one.outcomes,
+    )
     assert {dead_letter.status for dead_letter in await refusing_rig.dead_letters(60)} == {"open"}
 
 

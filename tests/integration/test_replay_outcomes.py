@@ -51,7 +51,7 @@ async def reveal_and_kill(rig: Rig) -> list[Change]:
         _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
         return found is not None and bool(found.failure)
 
-    await eventually(failed, what="failed in the mirror")
+    await eventually(failed, what="the failure in the mirror")
     return [made]
 
 
@@ -80,7 +80,7 @@ async def test_replay_that_dies_again_is_the_same_dead_letter_and_stops_its_job(
     dead_letter = await read_dead_letter(refusing_rig, made)
     assert (dead_letter.status, dead_letter.deaths, len(dead_letter.attempts)) == ("open", 2, 2)
     assert dead_letter.headers["ticketrail-replay"] == dead_letter.id
-    assert dead_letter.headers["ticketrail-attempt"] == 1, "the replay starts at the first attempt"
+    assert dead_letter.headers["ticketrail-attempt"] == 1, "the replay must start at the first attempt"
 
 
 async def test_replay_that_dies_of_another_cause_does_not_stop_the_others(refusing_rig: Rig) -> None:
@@ -123,7 +123,7 @@ async def test_job_waits_for_a_replay_on_the_retry_ladder(refusing_rig: Rig) -> 
 async def test_change_that_was_written_in_the_meantime_is_not_sent_again(refusing_rig: Rig) -> None:
     [made] = await make_refused(refusing_rig, 1)
     await refusing_rig.as_owner(ALLOW_FORBIDDEN_NOTES)
-    await refusing_rig.publish(made)  # another copy, for example from a journal
+    await refusing_rig.publish(made)  # PostgreSQL has written another copy, for example from a journal
     await refusing_rig.written(made)
     refusing_rig.replays.start()
     job = await wait_ended(refusing_rig, await create_job(refusing_rig))
@@ -179,7 +179,9 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
     job = await wait_ended(rig, await create_job(rig))
     assert job.outcomes == {"resolved": 2}
     _, found = await rig.mirror.read(RESTAURANT, "order", [lost.entity_id, late.entity_id])
-    assert [one is not None and one.pending for one in found] == [True, False], "PostgreSQL has the second one"
+    assert [one is not None and one.pending for one in found] == [True, False], (
+        "only the first order is pending, because PostgreSQL has the second one"
+    )
     assert {dead_letter.status for dead_letter in await rig.dead_letters(2)} == {"resolved"}
 
     await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(broken))
@@ -193,7 +195,7 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
             deaths,
             deaths,
         )
-    assert job.state == "stopped", "the second death has the same cause"
+    assert job.state == "stopped", "the second death has the same cause, which stops the job"
 
 
 async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: MakeRig) -> None:
@@ -202,7 +204,7 @@ async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: Ma
     replays = rig.another_replay_worker(slack_seconds=0.2)
     replays.start()
     job = await create_job(rig)
-    await eventually(lambda: read_job(rig, job), what="sent", until=lambda one: one.outcomes == {"sent": 1})
+    await eventually(lambda: read_job(rig, job), what="a sent item", until=lambda one: one.outcomes == {"sent": 1})
     async with rig.channel() as channel:
         await (await channel.get_queue(topology.lane_queue(Lane.CRITICAL))).purge()
     await rig.writer.start()

@@ -40,7 +40,7 @@ async def test_job_of_a_dead_worker_is_taken_over_and_its_unfinished_items_are_s
     rig = await make_rig()
     made = await make_dead_letters(rig, 5)
     job = await create_job(rig)
-    # The state a minute after kill -9: one item was about to be sent, and it is in doubt.
+    # The state a minute after a kill -9: the worker was about to send one item, which is in doubt.
     await rig.database.execute(
         "update replay_jobs set state = 'running', worker = gen_random_uuid(),"
         " heartbeat_at = now() - interval '1 minute'"
@@ -89,7 +89,7 @@ async def test_two_workers_share_the_jobs_and_run_each_once(refusing_rig: Rig) -
         assert (await wait_ended(refusing_rig, job)).outcomes == {"resolved": 1}
     await second.stop()
     assert {dead_letter.revision for dead_letter in await refusing_rig.dead_letters(20)} == {3}, (
-        "each is replayed once and resolved once"
+        "a dead letter was replayed or resolved twice"
     )
 
 

@@ -37,7 +37,7 @@ async def test_body_over_a_megabyte_is_refused(system: System, service: str, pat
             assert reply.json()["error"]["details"]["field"] == "body"
 
 
-def test_endlessly_nested_body_is_refused() -> None:
+def test_too_deeply_nested_body_is_refused() -> None:
     class Tolerant(Struct):
         name: str = ""
 

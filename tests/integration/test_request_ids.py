@@ -9,7 +9,7 @@ from tests.rigs.system import System
 
 
 async def raw(url: str, *lines: bytes, path: bytes = b"/health/live") -> bytes:
-    """Sends a request that no client library would send; returns the head of the reply."""
+    """Sends a raw request, which no client library would send; returns the head of the reply."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"\r\n".join([b"GET " + path + b" HTTP/1.1", b"Host: x", b"Connection: close", *lines, b"", b""]))
@@ -44,7 +44,7 @@ async def test_request_id_is_returned(system: System, asked: str) -> None:
 async def test_unsafe_request_id_is_not_returned(system: System, asked: bytes) -> None:
     head = await raw(system.urls["orders"], b"X-Request-Id: " + asked)
     if b"\x01" in asked:
-        assert b" 400 " in head.split(b"\r\n")[0]  # the server itself refuses such a header
+        assert b" 400 " in head.split(b"\r\n")[0]  # the HTTP server refuses such a header itself
         return
     (own,) = header_in(head, b"x-trace-id")
     assert header_in(head, b"x-request-id") == [own]

@@ -41,7 +41,7 @@ OPEN_TO_ALL = {
     ("orders", "POST", "/api/auth/refresh"),
     ("orders", "POST", "/api/auth/logout"),
     ("orders", "POST", "/api/auth/table-session"),
-    ("sync", "POST", "/api/sync/order"),  # checks its own secret
+    ("sync", "POST", "/api/sync/order"),  # this route checks a secret of its own
 }
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _CONCURRENCY = 8
@@ -67,7 +67,7 @@ ROUTES = [
     for service, handlers in HANDLERS.items()
     for method, path, operation in operations(handlers)
 ]
-# Readers come before writers, so that they do not see what the writers create.
+# Routes that read come before routes that write, so that they do not see new entities.
 ROUTES.sort(key=lambda route: (["GET", "POST", "PUT", "DELETE"].index(route.method), route.path))
 GUARDED = [route for route in ROUTES if route.operation.action != PUBLIC]
 
@@ -79,9 +79,9 @@ class OurRestaurant(Struct, frozen=True):
     ids: dict[str, str]
     """Parameter of a path -> id."""
     shown: str
-    """A text in everything that guests may see: the menu and the tables."""
+    """A text that appears in everything that guests may see: the menu and the tables."""
     hidden: str
-    """A text in everything else."""
+    """A text that appears in everything else."""
 
     def path(self, route: Route) -> str:
         """Fills in the parameters. A new parameter raises a KeyError: add an entity to `ids` for it."""
@@ -106,7 +106,8 @@ class OurRestaurant(Struct, frozen=True):
         return found
 
     def leaks(self, text: str, *, path: str, guest: bool = False) -> list[str]:
-        """Returns our secrets that a reply contains; ids that the caller named in the path are allowed."""
+        """Returns the texts of our restaurant that a reply reveals. Ids that the caller named in the path do not
+        count."""
         public = ("menu_item_id", "category_id", "brand_id", "table_id") if guest else ()
         secret = [id_ for name, id_ in self.ids.items() if name not in public and id_ not in path]
         secret += [self.hidden] if guest else [self.hidden, self.shown, self.restaurant.id, self.restaurant.slug]
@@ -189,7 +190,8 @@ class Answer(Struct, frozen=True):
 async def walk(
     ours: OurRestaurant, routes: list[Route], authorization: str | None, *, ordered: bool = True
 ) -> list[Answer]:
-    """Calls the routes: GET routes concurrently, others one by one if `ordered`. Reads only the start of a stream."""
+    """Calls the routes: GET routes concurrently, and the others one after the other if `ordered`. Of a stream it reads
+    only the beginning."""
     headers = {} if authorization is None else {"Authorization": authorization}
     async with http_client(headers=headers, timeout=20.0) as client:
         gate = asyncio.Semaphore(_CONCURRENCY)
@@ -245,7 +247,7 @@ def test_every_route_has_an_action(service: Any, tmp_path: Path, monkeypatch: py
         operation = handler.opt.get("operation")
         assert operation is not None, f"{path} is not declared by `endpoint`"
         assert operation.action in ACTIONS
-        # The tests below call it too.
+        # Every route is in the list that the tests below call.
         assert {(method, one) for method in handler.http_methods for one in handler.paths} <= declared
 
 

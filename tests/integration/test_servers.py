@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 
 from tests.rigs.servers import Servers
 
-SHORT_TIMEOUT_SECONDS = 1.5  # until a client gives up on a frozen server
+SHORT_TIMEOUT_SECONDS = 1.5  # the time after which a client gives up on a frozen server
 
 
 def connect_redis(url: str) -> redis.asyncio.Redis:
@@ -56,8 +56,8 @@ async def take(url: str, queue: str) -> bytes:
 
 async def test_killed_rabbitmq_keeps_its_confirmed_messages(servers: Servers, vhost: str) -> None:
     await publish(vhost, "kept", b"an order")
-    # RabbitMQ writes the list of its quorum queues every 500 ms and does not show when. A queue that was declared
-    # right before a kill -9 comes back unusable. Messages have no such gap, as the second one shows.
+    # RabbitMQ writes the list of its quorum queues every 500 ms. A queue that was declared right before a kill -9 is
+    # unusable after the restart. Messages are never lost that way, as the second one shows.
     await asyncio.sleep(6)
     await publish(vhost, "kept", b"another order")
     await asyncio.to_thread(servers.rabbitmq.kill)
@@ -85,7 +85,7 @@ async def test_frozen_rabbitmq_confirms_nothing_until_it_is_thawed(servers: Serv
                 await channel.default_exchange.publish(aio_pika.Message(b"late"), "slow", timeout=SHORT_TIMEOUT_SECONDS)
         finally:
             await asyncio.to_thread(servers.rabbitmq.thaw)
-        # The message in the socket of the frozen server arrives after all: a timeout means "in doubt".
+        # The frozen server handles the message in its socket later, so a timeout means "in doubt".
         message = await queue.get(timeout=10, fail=False)
         while message is None:
             message = await queue.get(timeout=10, fail=False)

@@ -275,7 +275,7 @@ async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, reg
     user, other = await registered.user(email=f"kim-{new_email()}"), await registered.user()
     guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(ATTEMPTS_PER_ACCOUNT)]
     assert {reply.status_code for reply in guesses} == {401}
-    # The right password is refused too.
+    # Even the right password is refused.
     for email in (user["email"], user["email"].upper()):
         reply = await sign_in(url, email)
         assert expect(reply, 429)["code"] == "rate_limited"
@@ -305,7 +305,7 @@ async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
 
 
 async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered: RegisteredRestaurant) -> None:
-    """Any registered admin could test for emails of other accounts by trying to take them."""
+    """Otherwise any admin could find out emails of other accounts by trying to use them."""
     user = await registered.user()
     async with client(url, registered.session["access_token"], address=next(addresses)) as admin:
         asked = [
@@ -326,7 +326,7 @@ async def test_overlong_password_is_not_hashed(url: str, registered: RegisteredR
 
 
 async def test_long_password_counts_to_its_last_character(url: str, registered: RegisteredRestaurant) -> None:
-    """The hash must not stop at 72 bytes or at a NUL."""
+    """The hash must cover more than the first 72 bytes and the characters after a NUL."""
     password = "\0" + "🍕" * 199
     user = await registered.user(password=password)
     expect(await sign_in(url, user["email"], password))

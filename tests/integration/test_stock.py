@@ -176,7 +176,7 @@ async def test_claim_that_loses_to_a_fork_holds_nothing(rig: StockRig) -> None:
     yours = structs.replace(yours, id=f"ffffffff{yours.id[8:]}")
     await rig.reveal(yours)
     assert await rig.left(dough) == 8
-    await rig.reveal(mine)  # its owner reveals it anyway
+    await rig.reveal(mine)  # the owner of the lost claim still reveals it
     assert await rig.left(dough) == 8
 
 
@@ -243,5 +243,5 @@ async def test_order_without_stock_costs_no_additional_redis_commands(rig: Stock
     before = await calls()
     await rig.put(ORDER, rig.order())
     used = await calls() - before
-    assert (used["evalsha"], used["hmget"]) == (2, 4)  # the document and the claim, once in `claim` and once in `apply`
+    assert (used["evalsha"], used["hmget"]) == (2, 4)  # each script call reads the document and the claim once
     assert not {"hget", "hgetall", "hdel", "hincrby"} & used.keys()

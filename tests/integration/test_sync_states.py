@@ -51,7 +51,7 @@ async def place(restaurant: RestaurantRig, client: httpx.AsyncClient, **fields: 
     async def placed() -> httpx.Response:
         return await client.post("/api/orders", json=body)
 
-    reply = await eventually(placed, what="a known dish", until=lambda reply: reply.status_code == 201)
+    reply = await eventually(placed, what="an accepted order", until=lambda reply: reply.status_code == 201)
     return str(made(reply)["id"])
 
 
@@ -96,8 +96,10 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
         async with system.frozen("worker"):
             again = expect(await staff.post(f"/api/orders/{bad}/sync"))
             assert (again["version"], again["sync"]["state"], again["notes"]) == (2, "pending", notes)
-            assert await sync_of(staff, bad) == {"state": "pending"}, "the failure belongs to the previous version"
-        await becomes(staff, bad, "failed")  # PostgreSQL still refuses it
+            assert await sync_of(staff, bad) == {"state": "pending"}, (
+                "the new version shows the failure of the previous one"
+            )
+        await becomes(staff, bad, "failed")  # because PostgreSQL still refuses it
     assert expect(await staff.post(f"/api/orders/{bad}/sync"))["version"] == 3
     await becomes(staff, bad, "synced")
     assert await listed(staff, "failed") == []
@@ -177,7 +179,7 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
         assert await listed(staff, "conflict") == [id_]
         assert await listed(staff, "synced") == [other]
 
-        # The worker is frozen: it may not have read both sides yet, and would write one to the mirror again.
+        # The worker is frozen, because it may not have read both sides yet and would write one to the mirror again.
         async with system.frozen("worker"), redis.asyncio.from_url(system.redis.url) as mirror:
             await mirror.delete(keys.doc(restaurant.id, "order", id_))
             from_postgres = await staff.get(f"/api/orders/{id_}")
@@ -187,7 +189,7 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
             async def served_by() -> str:
                 return (await staff.get(f"/api/orders/{id_}")).headers["x-served-by"]
 
-            await eventually(served_by, what="repaired", until=lambda by: by == "mirror")
+            await eventually(served_by, what="the order from the mirror again", until=lambda by: by == "mirror")
 
         await connection.execute("update conflicts set resolved_at = now() where entity_id = $1", id_)
     await becomes(staff, id_, "synced")

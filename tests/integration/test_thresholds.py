@@ -23,7 +23,7 @@ FAILURE = encode({"error": "boom", "attempts": 1, "last_attempt": now()})
 
 @pytest.fixture
 async def rig(make_rig: MakeRig, servers: Servers) -> AsyncIterator[Rig]:
-    """A rig with its own Redis, because all restaurants in it count."""
+    """A rig with its own Redis, because the check counts all restaurants in it."""
     own = await asyncio.to_thread(servers.extra_redis)
     try:
         yield await make_rig(redis_url=own.url)
@@ -54,7 +54,7 @@ async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_i
     watched = Thresholds(
         rig.settings.model_copy(update={"pending_warning_changes": 2, "failed_warning_changes": 1}), rig.mirror
     )
-    assert math.isnan(watched.pending), "no look has happened yet"
+    assert math.isnan(watched.pending), "the thresholds were not checked yet"
     mine = await reveal(rig, 3)
     await reveal(rig, 2, OTHER_RESTAURANT)
     await fail(rig, mine[:2])

@@ -133,7 +133,7 @@ async def test_each_process_has_its_own_bucket_while_redis_is_unavailable(server
                 return True
             return False
 
-        await eventually(unavailable, what="Redis unavailable")
+        await eventually(unavailable, what="an open breaker")
         fresh = [TokenBucket(mirror, "test", rate) for _ in range(2)]
         assert [await taken(bucket) for bucket in fresh] == [5, 5]
         await asyncio.to_thread(redis.start)
@@ -141,7 +141,7 @@ async def test_each_process_has_its_own_bucket_while_redis_is_unavailable(server
         async def back() -> bool:
             return not await unavailable()
 
-        await eventually(back, what="Redis back")
+        await eventually(back, what="a closed breaker")
         # Both use one bucket again, which is empty, or full if the server lost it.
         assert await taken(one) + await taken(other) in (0, 5)
     finally:

@@ -65,7 +65,8 @@ create trigger fail before insert or update on orders for each row execute funct
 
 @pytest.fixture(scope="module")
 async def traced(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that keeps only traces that the caller samples or that fail: chance samples none, and none is slow."""
+    """A system that keeps only traces that the caller samples or that fail. It samples none by chance and treats none
+    as slow."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     system = System(
         servers,
@@ -254,7 +255,7 @@ async def test_trace_command_shows_the_trace_of_each_change_of_an_order(traced: 
 
 
 async def test_unknown_order_is_an_error(traced: System) -> None:
-    async with traced.client() as client:  # this trace names the id but belongs to no order
+    async with traced.client() as client:  # this trace names the id although no order has it
         unknown = str(uuid4())
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
@@ -275,7 +276,7 @@ async def test_unsampled_traces_without_errors_are_not_written(traced: System) -
         # A 404 is a reply and not an error.
         assert (await client.get(f"/api/orders/{uuid4()}", headers=silent.headers)).status_code == 404
     await place(traced, loud)
-    await spans_of(traced, loud.trace, *PLACED)  # earlier traces would be written by now
+    await spans_of(traced, loud.trace, *PLACED)  # the traces of the earlier requests would be written by now
     assert written(traced, silent.trace) == []
     assert "not sampled" in await traced.cli("trace", id_)
 
@@ -381,7 +382,7 @@ async def test_finished_claim_shows_in_the_trace_of_its_change(traced: System) -
     order = builders.order(items=1, order_number="", restaurant_id=traced.restaurant_id)
     left = builders.change(order, traceparent=caller.headers["traceparent"])
     mirror = Mirror(traced.redis.url, timeout=5.0, stale_seconds=2.0)
-    try:  # then its owner dies
+    try:  # the owner of the claim dies here
         reply = await mirror.claim(ORDER, left, encode(left), None, order.business_day.isoformat(), 0)
     finally:
         await mirror.close()

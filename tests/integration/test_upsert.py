@@ -184,7 +184,7 @@ async def test_two_changes_with_one_base_are_a_fork_at_any_version(database: Dat
     ours = change(order(id=base.entity_id, notes="ours"), base=base)
     jumped = change(order(id=base.entity_id, notes="jumped"), base=base, entityversion=7)
     await write(database, base, jumped)
-    assert await conflicts(database) == []  # a version gap alone is allowed
+    assert await conflicts(database) == []  # a gap in the versions alone is no fork
     await write(database, ours)
     assert await conflicts(database) == [(7, *pair(ours, jumped))]
 
@@ -270,7 +270,7 @@ MONEY = st.one_of(st.integers(0, 10**12), st.just(10**12))
 ZONES = st.integers(-14 * 60 + 1, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 EDGES = st.sampled_from(
     [
-        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),  # before the year 1 in UTC
+        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),  # this moment is before the year 1 in UTC
         datetime.max.replace(tzinfo=timezone(timedelta(hours=-12))),
         datetime(1970, 1, 1, tzinfo=UTC),
         datetime(2199, 12, 31, 23, 59, 59, 999_999, tzinfo=timezone(timedelta(hours=-12))),
@@ -371,7 +371,7 @@ async def test_postgres_stores_and_returns_every_value_that_the_contract_accepts
         accepted = decode_change(event)
         batch = written(accepted)
     except BrokenContract:
-        return  # the decoder refused it, so PostgreSQL does not get it
+        return  # the decoder refuses this text, so PostgreSQL never gets it
     await empty(owner)
     await write_batch(database, batch, timeout_seconds=5.0)
     row = await database.fetchrow(
@@ -386,7 +386,7 @@ async def test_postgres_stores_and_returns_every_value_that_the_contract_accepts
 
 
 def _json(value: Any, *, ascii_only: bool) -> bytes:
-    """Encodes with escapes, as some producers do, or without."""
+    """Encodes as JSON, with escapes as some producers do, or without."""
     return json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
 
 

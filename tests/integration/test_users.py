@@ -173,7 +173,7 @@ async def test_admin_cannot_grant_more_access_than_its_own(
 async def test_database_itself_keeps_users_of_tenants_apart(
     system: System, url: str, registered: RegisteredRestaurant
 ) -> None:
-    """The database refuses these statements even if the API has a hole."""
+    """The database refuses these statements even if the API has a bug."""
     other = await register(system, url)
     add = "insert into users (id, restaurant_id, email, role) values (gen_random_uuid(), '{}', 'x' || random(), '{}')"
     async with system.database("ticketrail_api") as connection:
@@ -194,7 +194,7 @@ async def test_database_itself_keeps_users_of_tenants_apart(
         async with connection.transaction():
             await connection.execute("select set_config('app.tenant', $1, true)", registered.id)
             assert await connection.execute("update users set name = '' where id = $1", other.admin_id) == "UPDATE 0"
-        # A function that runs as the owner must not use a table of the caller.
+        # A function that runs with the rights of the owner must not use a table that the caller made.
         await connection.execute(
             "create temporary table users (id uuid, restaurant_id uuid, email text, name text, role text,"
             " password_hash text, is_active boolean, deleted_at timestamptz)"

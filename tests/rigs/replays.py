@@ -53,7 +53,7 @@ async def read_job(rig: Rig, job: ReplayJob) -> ReplayJob:
 
 async def wait_ended(rig: Rig, job: ReplayJob, *, within: float = 30.0) -> ReplayJob:
     return await eventually(
-        lambda: read_job(rig, job), what="the job's end", within=within, until=lambda one: one.ended
+        lambda: read_job(rig, job), what="the end of the job", within=within, until=lambda one: one.ended
     )
 
 

@@ -1,4 +1,4 @@
-"""How missing changes are classified, and how a balance adds up."""
+"""How the ledger classifies missing changes, and how a balance adds up."""
 
 from collections import Counter
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""A class name means one thing in the whole product."""
+"""Each class name is used once in the whole product."""
 
 import ast
 from collections import defaultdict

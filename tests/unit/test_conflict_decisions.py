@@ -1,4 +1,4 @@
-"""The state of an entity after an operator has decided a conflict."""
+"""The state of an entity after an operator has resolved a conflict."""
 
 from typing import Any
 

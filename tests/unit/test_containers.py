@@ -46,7 +46,7 @@ def test_a_service_waits_for_the_migration_and_runs_without_privileges(name: str
     assert service["command"] == [name]
     port = {"orders": "orders", "sync-worker": "worker", "sync-api": "sync", "notifier": "notifier"}[name]
     assert service["healthcheck"]["test"][-1] == str(Settings.model_fields[f"{port}_port"].default)
-    assert "ports" not in service, "clients connect through the gateway"
+    assert "ports" not in service, "the service has a public port, but clients connect through the gateway"
 
 
 def test_only_the_gateway_has_a_public_port_and_other_ports_are_local() -> None:
@@ -201,7 +201,9 @@ def test_generated_secrets_are_strong_different_and_readable_only_by_their_owner
     assert set(made) == set(SECRETS)
     assert len(set(made.values())) == len(made)
     assert not [name for name, value in made.items() if weakness(value)]
-    assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), "they are used in URLs"
+    assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), (
+        "the secret has a character that is not allowed in URLs"
+    )
     assert (tmp_path / "env").stat().st_mode & 0o777 == 0o600
 
 

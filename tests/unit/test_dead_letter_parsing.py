@@ -65,7 +65,7 @@ def test_the_digest_depends_on_the_message_and_its_queue() -> None:
     one = message(change(order()))
     assert dead_letter(one).digest == dead_letter(one, failed_headers(one)).digest
     assert dead_letter(one).digest == dead_letter(b"[ " + one[1:-1] + b" ]").digest, (
-        "a replay comes back without spaces"
+        "the digest must not depend on spaces, which a replay removes"
     )
     [elsewhere] = parse_dead_letters("sync.mirror.dead.v1", None, one, {}, NOW)
     assert elsewhere.digest != dead_letter(one).digest

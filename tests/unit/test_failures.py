@@ -30,7 +30,7 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
     ("error", "kind", "reason"),
     [
         (ConnectionRefusedError("refused"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
-        # a command timeout: PostgreSQL did not even answer with an error
+        # a timeout of the client: PostgreSQL has not answered at all
         (TimeoutError(), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.CannotConnectNowError("starting up"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.AdminShutdownError("going down"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
@@ -101,7 +101,7 @@ def test_a_fingerprint_depends_on_error_type_and_place_but_not_on_the_message() 
         fingerprint("too_large", "BrokenContract: x", "a:b"),
     }
     assert len(several) == 6
-    # The formula is public, so that others can compute it: reason, type of error, place.
+    # The formula is documented, so that other programs can compute it: reason, type of error, place.
     expected = hashlib.sha256(b"transient|SerializationError|a:b").hexdigest()[:12]
     assert fingerprint("transient", "SerializationError: x", "a:b") == expected
     assert (

@@ -183,7 +183,7 @@ def test_the_window_drops_events_by_age_and_by_size() -> None:
     publish(large, event(1), event(2), event(3))
     assert len(large.window) == 2 and large.window.holds_all_after(Position(1, 0))
     publish(large, event(4, change_id="c1.0"))
-    assert large.window.after("a", Position(3, 0), 9), "a change that left the window may be pushed again"
+    assert large.window.after("a", Position(3, 0), 9), "a change that left the window was not pushed again"
 
 
 def test_only_a_slow_subscriber_gets_a_resync_and_is_disconnected() -> None:
@@ -328,7 +328,7 @@ def test_each_client_receives_its_events_once_and_in_order_or_a_resync(
     offset = 0
     for step, tenant, number in steps:
         if step == "publish":
-            offset += 2  # a hole at every second offset
+            offset += 2  # every second offset is missing
             batch = [event(offset, place, tenant=tenant) for place in range(number)]
             log += batch
             publish(rail, *batch)
@@ -343,7 +343,7 @@ def test_each_client_receives_its_events_once_and_in_order_or_a_resync(
         if not resyncs:
             assert client.got == expected
         else:
-            # No event is missing before the first resync, and none from the last resync until now.
+            # No event is missing before the first resync or after the last one.
             before, behind = client.got[: resyncs[0]], client.got[resyncs[-1] + 1 :]
             assert before == expected[: len(before)]
             assert behind == expected[len(expected) - len(behind) :]

@@ -1,4 +1,4 @@
-"""Ids on the command line: which texts begin an id, and what several ids with one beginning lead to."""
+"""Ids on the command line: the prefixes that are accepted, and the error for a prefix of several ids."""
 
 from uuid import UUID
 
@@ -12,7 +12,7 @@ SECOND = "7d0c5f1e-9999-4c0a-9b1d-7f0c3b526f1e"
 
 
 @pytest.mark.parametrize("text", ["7d0c", "7D0C5F1E", "7d0c5f1e-", "7d0c5f1e-4c11-4c", "7d0c5f1e4c11", FIRST])
-def test_the_beginning_of_an_id_covers_exactly_the_ids_that_begin_so(text: str) -> None:
+def test_a_prefix_matches_exactly_the_ids_that_begin_with_it(text: str) -> None:
     bounds = prefix_range(text)
     assert bounds is not None
     first, last = bounds
@@ -25,7 +25,7 @@ def test_the_beginning_of_an_id_covers_exactly_the_ids_that_begin_so(text: str) 
 @pytest.mark.parametrize(
     "text", ["", "7d0", "7d0c-5f1e", "order", "7d0c5f1e--4c11", "7d0c5f1e_4c11", FIRST + "0", "-7d0c"]
 )
-def test_what_cannot_begin_an_id_is_refused(text: str) -> None:
+def test_a_text_that_cannot_begin_an_id_is_refused(text: str) -> None:
     assert prefix_range(text) is None
 
 

@@ -236,5 +236,5 @@ def test_whole_numbers_of_a_query_become_integers_whatever_their_type() -> None:
     assert [json_value(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
     assert all(type(json_value(cell)) is int for cell in (Decimal("980.00"), 980.0))
     assert json_value(Decimal("9.80")) == 9.8
-    assert json_value(Decimal("NaN")) == "NaN", "as JSON it would be null, and the field would count as left out"
+    assert json_value(Decimal("NaN")) == "NaN", "NaN would become null in JSON, and the field would count as missing"
     assert json_value(float("inf")) == "inf"

@@ -1,4 +1,4 @@
-"""The contract of background loops, line by line of the table in shared/lifecycle.py."""
+"""The contract of background loops: each line of the table in shared/lifecycle.py."""
 
 import asyncio
 import signal

@@ -16,7 +16,7 @@ Start = Callable[..., LocalSystem]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Makes a system as `make run` does. `stopped`: its run has ended."""
+    """Returns a function that makes a system as `make run` does. With `stopped`, its run has ended."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with ExitStack() as held:
 

@@ -1,4 +1,4 @@
-"""When the recorder publishes: a single change at once, close ones together. The publisher is a fake."""
+"""The recorder publishes a single change at once, and changes that follow closely together. The publisher is a fake."""
 
 import asyncio
 from typing import cast

@@ -15,7 +15,7 @@ from aiormq.exceptions import (
 from shared.messaging.declare import TopologyError
 from shared.messaging.recovery import BrokerNotReady, until_ready
 
-HOUR = 3_600.0  # longer than the test's timeout, so a test fails if it waits for this deadline
+HOUR = 3_600.0  # longer than the timeout of a test, so that a test which waits for this deadline fails
 
 
 def http(code: int) -> HTTPError:

@@ -58,7 +58,7 @@ async def test_a_requested_restart_is_immediate_and_does_not_count_as_a_crash(tm
     messages: list[str] = []
     service = Service("one", ["-c", "import time; time.sleep(600)"], env={}, cwd=tmp_path, log=tmp_path / "log")
     started = asyncio.Event()
-    hour = 3_600.0  # longer than the test's timeout, so the test fails if it waits for the pause
+    hour = 3_600.0  # longer than the timeout of the test, so that the test fails if it waits for the pause
     supervisor = Supervisor([service], say=messages.append, on_restart=started.set, first_pause_seconds=hour)
     await supervisor.start()
     first = supervisor.pids["one"]

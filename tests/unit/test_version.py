@@ -1,4 +1,4 @@
-"""shared/version.py is the only place with the version; everything else reads it."""
+"""The version is written only in shared/version.py; everything else reads it from there."""
 
 import threading
 import tomllib
@@ -41,7 +41,7 @@ def test_our_http_client_sends_product_and_version() -> None:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Prints nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.handle_request)

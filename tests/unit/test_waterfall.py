@@ -101,7 +101,9 @@ def test_a_message_that_did_not_wait_has_no_row_of_waiting() -> None:
     lines = lines_of([span("send", 0, 2), span("mirror order", 2.05, 3, parent="send")], TRACE)
     assert outline(lines) == [(0, "send"), (1, "mirror order")]
     early = lines_of([span("send", 0, 2), span("write order", 1, 3, parent="send")], TRACE)
-    assert outline(early) == [(0, "send"), (1, "write order")], "received before the publisher confirm came back"
+    assert outline(early) == [(0, "send"), (1, "write order")], (
+        "the message was received before the publisher confirm, so it did not wait"
+    )
 
 
 def test_a_span_without_its_parent_is_at_the_top_level() -> None:
@@ -181,7 +183,7 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     hostile = dead_change("three", TRACE)
     hostile.error = "\x1b[2J gone"
     screen.print(render(ORDER, FoundTraces([], [], [], [hostile]), screen.width))
-    assert "\x1b" not in screen.file.getvalue(), "text of a stranger controls the terminal"  # type: ignore[attr-defined]
+    assert "\x1b" not in screen.file.getvalue(), "text from outside controls the terminal"  # type: ignore[attr-defined]
     made = as_json(ORDER, found)
     assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]
     assert made["elsewhere"] == []

@@ -1,4 +1,4 @@
-"""Programs that are forked run as `python -m` runs them."""
+"""Forked programs behave like programs that `python -m` starts."""
 
 import os
 import signal
