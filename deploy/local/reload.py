@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from pathlib import Path
 
 _POLL_INTERVAL_SECONDS = 0.5
@@ -13,7 +13,7 @@ _SUFFIXES = {".py", ".lua", ".sql"}
 
 async def watch(
     root: Path, folders: Iterable[str], *, interval: float = _POLL_INTERVAL_SECONDS
-) -> AsyncIterator[list[Path]]:
+) -> AsyncGenerator[list[Path], None]:
     """Yields the files, relative to `root`, that were changed, created or removed.
 
     It waits until a poll finds no further change, because an editor or `git` writes files one after another.

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -92,10 +94,10 @@ async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path
                 (copy / ".local/demo.json").write_text(json.dumps(demo))
             case "run until":
                 await eventually(
-                    lambda block=block: shell(block, copy),  # type: ignore[misc]
+                    partial(shell, block, copy),
                     within=60,
                     what=block,
-                    until=lambda seen, t=target: t in seen,  # type: ignore[misc]
+                    until=methodcaller("__contains__", target),
                 )
             case _:
                 pytest.fail(f"the tutorial has an unknown instruction {order!r}")

@@ -47,7 +47,8 @@ async def add_tokens(restaurant: RestaurantRig) -> tuple[set[bytes], set[bytes]]
         (30 * DAY, -6 * DAY, False),
         (30 * DAY, None, False),
     ]
-    removed, kept = set(), set()  # type: ignore[var-annotated]
+    removed: set[bytes] = set()
+    kept: set[bytes] = set()
     async with restaurant.system.database("ticketrail_owner") as connection:
         for expires, revoked, expired in cases:
             token = uuid4().bytes

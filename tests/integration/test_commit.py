@@ -18,7 +18,7 @@ from shared.mirror.claim_replies import Busy, Claimed
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import JournalBroken, JournalFull
-from shared.rail.record import Durability
+from shared.rail.record import Durability, Unrecorded
 from tests.rigs import builders
 from tests.rigs.rail.vhost import LANE, Vhost, VhostRail, ids, open_vhost
 from tests.rigs.servers import Servers
@@ -226,7 +226,8 @@ async def test_publish_without_an_answer_is_journaled_and_arrives_twice_as_one_c
             await brief.publisher.publish(Lane.CRITICAL, b"[]")
         second = await brief.rail.commit(rig.creation())
         assert second.durability is Durability.JOURNAL
-    brief.drainer.start()  # type: ignore[union-attr]
+    assert brief.drainer
+    brief.drainer.start()
     await drained(brief)
     found: Counter[str] = Counter()
 
@@ -245,8 +246,8 @@ async def drained(rig: VhostRail) -> None:
 async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: VhostRail) -> None:
     async with await aio_pika.connect(rig.url) as connection:
         channel = await connection.channel()
-        arguments = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
-        full = await channel.declare_queue("full", durable=True, arguments=arguments)  # type: ignore[arg-type]
+        arguments: dict[str, Any] = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
+        full = await channel.declare_queue("full", durable=True, arguments=arguments)
         await full.bind(await channel.get_exchange(topology.CHANGES), Lane.CRITICAL.value)
 
         async def refused() -> bool:
@@ -266,7 +267,8 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: Vhost
 
         await eventually(taken, what="the copy of the lane", until=has_change)
         await channel.queue_delete("full")
-    rig.drainer.start()  # type: ignore[union-attr]
+    assert rig.drainer
+    rig.drainer.start()
     await drained(rig)
     await eventually(taken, what="the change from the journal", until=has_change)
 
@@ -289,7 +291,9 @@ async def test_commit_without_broker_and_with_full_journal_is_unavailable_and_re
     draft = rig.creation()
     with pytest.raises(Unavailable) as refused:
         await rig.rail.commit(draft)
-    assert isinstance(refused.value.__cause__.__cause__, JournalFull)  # type: ignore[union-attr]
+    unrecorded = refused.value.__cause__
+    assert isinstance(unrecorded, Unrecorded)
+    assert isinstance(unrecorded.__cause__, JournalFull)
     assert await rig.server.claims(rig.restaurant) == []
     assert await rig.read(draft.state.id) is None
     await rig.publisher.start(wait=10)

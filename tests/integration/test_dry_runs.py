@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from services.sync.dead_letters import store as dead_letter_store
-from shared.entities.contract import Lane
+from shared.entities.contract import Change, Lane
 from shared.entities.order import OrderStatus
 from shared.messaging import topology
 from tests.rigs.builders import change, menu_item, message, order
@@ -27,8 +27,9 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(refusing_rig: Rig) -
     forked = change(order(id=first.entity_id, items=5, notes="fork"), entityversion=4, basechangeid=first.id)
     broken = msgspec.json.encode(change(menu_item())).replace(b'"price":', b'"price":-')
     changes = {"would_write": would_write, "refused": refused, "superseded": superseded, "fork": forked}
-    for one in (*changes.values(), broken, first):
-        await refusing_rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))  # type: ignore[arg-type]
+    bodies: list[Change | bytes] = [*changes.values(), broken, first]
+    for one in bodies:
+        await refusing_rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
     await refusing_rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(would_write))
     await refusing_rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"garbage")
     await refusing_rig.dead_letters(8)

@@ -186,10 +186,10 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(l
     assert (await ledger_rig.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
     async with ledger_rig.ops.connection() as connection, connection.transaction():
         one, two, _ = dead_letters
-        by = {"why": "a test", "actor": "a tester", "role": "operator"}
+        by: dict[str, Any] = {"why": "a test", "actor": "a tester", "role": "operator"}
         await actions.discard(connection, one.id, revision=one.revision, **by)
-        edit = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
-        await actions.replace(connection, two.id, revision=two.revision, **edit, **by)  # type: ignore[arg-type]
+        edit: dict[str, Any] = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
+        await actions.replace(connection, two.id, revision=two.revision, **edit, **by)
     balance = await ledger_rig.until(synced=1, dead=3)
     assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 

@@ -233,7 +233,7 @@ async def test_orders_are_filtered_and_shown_as_requested(restaurant: Restaurant
             made(await staff.post("/api/orders", json=body, headers={"Idempotency-Key": new_id()})) for _ in "abc"
         ]
         newest = [one["id"] for one in reversed(orders)]
-        at_table = {"table_id": body["table_id"]}
+        at_table: dict[str, Any] = {"table_id": body["table_id"]}
         assert await ids(staff, "/api/orders", limit=2, **at_table) == newest
         expect(await staff.delete(f"/api/orders/{newest[1]}"))
         expect(await staff.put(f"/api/orders/{newest[0]}", json={"status": "received"}))
@@ -241,7 +241,7 @@ async def test_orders_are_filtered_and_shown_as_requested(restaurant: Restaurant
         assert await ids(staff, "/api/orders", status="received", **at_table) == [newest[0]]
         assert await ids(admin, "/api/orders", include_deleted="true", **at_table) == newest
         refused(await staff.get("/api/orders", params={"include_deleted": "true"}), 403, "forbidden", "include_deleted")
-        listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))  # type: ignore[dict-item]
+        listed = expect(await staff.get("/api/orders", params={"fields": "total,payment_status", **at_table}))
         assert listed[0] == {"id": newest[0], "total": 1_000, "payment_status": "pending"}
         # No client may request the request hash, which only serves idempotency.
         refused(await staff.get("/api/orders", params={"fields": "request_hash"}), 422, "invalid_input", "fields")
@@ -428,11 +428,11 @@ async def test_summary_adds_up_each_business_day(system: System) -> None:
         dish = (await restaurant.dish(price=700))["id"]
         placed = made(await staff.post("/api/orders", json={"items": [{"menu_item_id": dish, "quantity": 1}]}))
 
-        async def today() -> Any:
-            return expect(await staff.get("/api/orders/summary"))["days"]
+        async def today() -> list[dict[str, Any]]:
+            return list(expect(await staff.get("/api/orders/summary"))["days"])
 
-        days = await eventually(today, what="the day of today", until=lambda seen: bool(seen))
-        assert (days[-1]["business_day"], days[-1]["total"]) == (placed["business_day"], 700)  # type: ignore[call-overload]
+        until_today = await eventually(today, what="the day of today", until=lambda seen: bool(seen))
+        assert (until_today[-1]["business_day"], until_today[-1]["total"]) == (placed["business_day"], 700)
         for query, field in (
             ({"from": "2026-13-01"}, "from"),
             ({"to": "yesterday"}, "to"),

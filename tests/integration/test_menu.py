@@ -66,9 +66,10 @@ async def test_dish_keeps_all_its_fields(restaurant: RestaurantRig) -> None:
             ("giant", 900, False),
         ]
         assert (extras["min_choices"], extras["max_choices"]) == (0, 2)
-        for query in ({"category": fields["category"]}, {"brand": fields["brand"]}):
-            assert [one["id"] for one in expect(await guest.get("/api/menu", params=query))] == [dish["id"]]  # type: ignore[arg-type]
-            nothing = await guest.get("/api/menu", params={**query, "is_available": "true"})  # type: ignore[dict-item]
+        queries: list[dict[str, Any]] = [{"category": fields["category"]}, {"brand": fields["brand"]}]
+        for query in queries:
+            assert [one["id"] for one in expect(await guest.get("/api/menu", params=query))] == [dish["id"]]
+            nothing = await guest.get("/api/menu", params={**query, "is_available": "true"})
             assert expect(nothing) == []
 
     async def stored() -> Any:

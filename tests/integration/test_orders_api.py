@@ -422,7 +422,7 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
         table = str(uuid4())
         placed = await place(client, system.order_body(table_id=table))
         name = f"{{{system.restaurant_id}}}:order:{placed['id']}"
-        old = await raw.hgetall(name)
+        old: Any = await raw.hgetall(name)
         await client.put(f"/api/orders/{placed['id']}", json={"notes": "new"})
 
         async def stored() -> int:
@@ -433,7 +433,7 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
         async with system.frozen("worker"):
             stamp = await raw.getdel("ticketrail:warm")
             try:
-                await raw.hset(name, mapping=old)  # type: ignore[arg-type]
+                await raw.hset(name, mapping=old)
                 await raw.zadd(f"{{{system.restaurant_id}}}:pending:order", {placed["id"]: 1.0})
                 page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
             finally:

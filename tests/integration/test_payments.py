@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -11,13 +11,16 @@ import pytest
 
 from deploy.local.port_check import find_free
 from services.orders.entity_changes import EntityChanges
-from services.orders.entity_reads import FoundState
+from services.orders.entity_reads import EntityReads, FoundState
+from services.orders.menu import Menus
 from services.orders.order_commands import OrderCommands
 from services.orders.requests import RecordPayment
 from shared.entities.contract import Head, encode, now
 from shared.entities.order import ENTITY, Order, Payment, payment_status
+from shared.rail import commit
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft
+from shared.rail.record import Durability
 from shared.security.tokens import Identity, Role
 from tests.rigs import builders
 from tests.rigs.builders import new_id, payment
@@ -206,9 +209,10 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
             if len(others) < 10:
                 others.append(payment())
                 raise ClaimLost
-            return Committed(draft.state, Head(len(others) + 2, new_id()), "broker", True)  # type: ignore[arg-type]
+            return Committed(draft.state, Head(len(others) + 2, new_id()), Durability.BROKER, True)
 
-    commands = OrderCommands(EntityChanges(Rail(), Reads()), None)  # type: ignore[arg-type]
+    changes = EntityChanges(cast(commit.Rail, Rail()), cast(EntityReads, Reads()))
+    commands = OrderCommands(changes, cast(Menus, None))
     identity = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
     done, made = await commands.pay(identity, new_id(), RecordPayment(amount=7, method="cash"))
     assert done.state.payments == (*others, made)

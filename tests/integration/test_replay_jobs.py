@@ -1,5 +1,8 @@
 """Replay jobs on real servers: the canary, the rate, and cancelled jobs."""
 
+import operator
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,26 +31,22 @@ async def test_canary_waits_for_one_then_for_ten_then_sends_the_rest(make_rig: M
     job = await create_job(rig, canary=True)
     lane = topology.lane_queue(Lane.CRITICAL)
     for waiting, of_one in ((1, {"sent": 1, "waiting": 29}), (10, {"resolved": 1, "sent": 10, "waiting": 19})):
-        await eventually(
-            lambda: rig.depth(lane),
-            what="canaries in the lane",
-            until=lambda n, waiting=waiting: n == waiting,  # type: ignore[misc]
-        )
-        seen = await eventually(
-            lambda: read_job(rig, job),
-            what="the outcomes of the canaries",
-            until=lambda one, of_one=of_one: one.outcomes == of_one,  # type: ignore[misc]
-        )
+        await eventually(lambda: rig.depth(lane), what="canaries in the lane", until=partial(operator.eq, waiting))
+
+        async def outcomes() -> dict[str, int]:
+            return (await read_job(rig, job)).outcomes
+
+        await eventually(outcomes, what="the outcomes of the canaries", until=partial(operator.eq, of_one))
+        seen = await read_job(rig, job)
         assert seen.state == "running"
         # The worker sends nothing more in three rounds, because the canaries are still in the lane.
-        beats = seen.heartbeat_at
+        last = seen.heartbeat_at
+
+        async def heartbeat() -> datetime | None:
+            return (await read_job(rig, job)).heartbeat_at
+
         for _ in range(3):
-            seen = await eventually(
-                lambda: read_job(rig, job),
-                what="a heartbeat of the job",
-                until=lambda one, beats=beats: one.heartbeat_at != beats,  # type: ignore[misc]
-            )
-            beats = seen.heartbeat_at
+            last = await eventually(heartbeat, what="a heartbeat of the job", until=partial(operator.ne, last))
         assert await rig.depth(lane) == waiting
         await take_by_hand(rig, made, waiting)
     await rig.writer.start()

@@ -171,7 +171,9 @@ async def ours(system: System) -> OurRestaurant:
         await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
     async with restaurant.system.database() as connection:
         ids["dead_letter_id"] = await connection.fetchval(_LETTER, restaurant.id, hidden)
-        ids["conflict_id"], ids["change_id"] = await connection.fetchrow(_CONFLICT, restaurant.id, ids["order_id"])  # type: ignore[misc]
+        conflict = await connection.fetchrow(_CONFLICT, restaurant.id, ids["order_id"])
+        assert conflict is not None
+        ids["conflict_id"], ids["change_id"] = conflict
         ids["replay_id"] = await connection.fetchval(_REPLAY, hidden)
     return OurRestaurant(restaurant, ids, shown, hidden)
 

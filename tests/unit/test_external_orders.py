@@ -122,25 +122,25 @@ def test_payments_of_an_older_update_that_arrives_late_are_kept() -> None:
     before = known(
         created_at=CREATED_AT, updated_at=CREATED_AT + 2 * MINUTE, status="ready", payments=[paid("b", 1000)]
     )
-    late = {"created_at": CREATED_AT, "updated_at": CREATED_AT + MINUTE, "payments": [paid("a", 1097)]}
-    made = after(before, status="preparing", **late)  # type: ignore[arg-type]
+    late: dict[str, Any] = {"created_at": CREATED_AT, "updated_at": CREATED_AT + MINUTE, "payments": [paid("a", 1097)]}
+    made = after(before, status="preparing", **late)
     assert made is not None
     assert (made.status, made.updated_at) == (OrderStatus.READY, before.updated_at)
     assert sorted(one.amount for one in made.payments) == [1000, 1097]
     assert made.payment_status is PaymentStatus.PAID
-    assert after(made, status="preparing", **late) is None  # type: ignore[arg-type]
+    assert after(made, status="preparing", **late) is None
 
 
 def test_updates_give_the_same_order_in_any_sequence() -> None:
     """Also if the last update looks like the first one."""
-    updates = [
+    updates: list[dict[str, Any]] = [
         {"created_at": CREATED_AT, "updated_at": CREATED_AT + place * MINUTE, "status": status}
         for place, status in enumerate(("ready", "preparing", "ready"))
     ]
     for first, second, third in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
         head = known(**updates[first])
         for place in (second, third):
-            head = after(head, **updates[place]) or head  # type: ignore[arg-type]
+            head = after(head, **updates[place]) or head
         assert (head.status, head.updated_at) == (OrderStatus.READY, CREATED_AT + 2 * MINUTE)
 
 

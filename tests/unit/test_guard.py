@@ -1,6 +1,7 @@
 """The guard: between two states of an entity the larger (version, change id) wins, in any order of arrival."""
 
 import functools
+from random import Random
 from uuid import UUID
 
 import hypothesis.strategies as st
@@ -19,9 +20,9 @@ def applied(arrivals: list[Head]) -> Head:
 
 
 @given(st.lists(heads, min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_any_order_and_repetition_of_changes_gives_the_same_state(arrivals: list[Head], random: object) -> None:
-    again = arrivals + random.choices(arrivals, k=len(arrivals))  # type: ignore[attr-defined]
-    random.shuffle(again)  # type: ignore[attr-defined]
+def test_any_order_and_repetition_of_changes_gives_the_same_state(arrivals: list[Head], random: Random) -> None:
+    again = arrivals + random.choices(arrivals, k=len(arrivals))
+    random.shuffle(again)
     assert (
         applied(again) == applied(arrivals) == max(arrivals, key=lambda one: (one.version, UUID(one.change_id).bytes))
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ FORM = Form(
 
 
 def event(offset: int, place: int = 0, **fields: object) -> PushEvent:
-    defaults: dict[str, object] = {
+    values: dict[str, Any] = {
         "change_id": f"c{offset}.{place}",
         "tenant": "a",
         "order_id": "o",
@@ -30,8 +31,9 @@ def event(offset: int, place: int = 0, **fields: object) -> PushEvent:
         "kind": PushKind.STATUS_UPDATE,
         "_name": "status_update",
         "_rest": b"x" * 100,
+        **fields,
     }
-    return PushEvent(position=Position(offset, place), **{**defaults, **fields})  # type: ignore[arg-type]
+    return PushEvent(position=Position(offset, place), **values)
 
 
 def hub(

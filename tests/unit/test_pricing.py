@@ -9,7 +9,7 @@ import pytest
 
 from services.orders.pricing import holds, priced_items, tax, totals
 from services.orders.requests import RequestedCustomization, RequestedItem
-from shared.entities.menu_item import Consumption, CustomizationGroup, Option
+from shared.entities.menu_item import Consumption, CustomizationGroup, MenuItem, Option
 from shared.entities.order import StockHold
 from shared.errors import InvalidInput
 from tests.rigs.builders import CREATED_AT, item, menu_item, new_id
@@ -18,7 +18,8 @@ DISH = menu_item(name="Dosa", price=933)
 
 
 def requested(**fields: object) -> RequestedItem:
-    return RequestedItem(**{"menu_item_id": UUID(DISH.id), "quantity": 3, **fields})  # type: ignore[arg-type]
+    values: dict[str, Any] = {"menu_item_id": UUID(DISH.id), "quantity": 3, **fields}
+    return RequestedItem(**values)
 
 
 def test_names_and_prices_come_from_the_menu() -> None:
@@ -92,11 +93,11 @@ def test_added_stock_is_held_from_then_on_and_the_latest_hold_is_released_first(
         (None, "unknown_menu_item"),
     ],
 )
-def test_an_unavailable_dish_is_refused_by_its_index(dish: object, code: str) -> None:
-    other = RequestedItem(menu_item_id=UUID(dish.id if dish else new_id()), quantity=1)  # type: ignore[attr-defined]
-    menu = {DISH.id: DISH, **({dish.id: dish} if dish else {})}  # type: ignore[attr-defined]
+def test_an_unavailable_dish_is_refused_by_its_index(dish: MenuItem | None, code: str) -> None:
+    other = RequestedItem(menu_item_id=UUID(dish.id if dish else new_id()), quantity=1)
+    menu = {DISH.id: DISH, **({dish.id: dish} if dish else {})}
     with pytest.raises(InvalidInput) as refused:
-        priced_items([requested(), other], menu)  # type: ignore[arg-type]
+        priced_items([requested(), other], menu)
     assert refused.value.error_code == code
     assert refused.value.details["field"] == "items[1].menu_item_id"
 

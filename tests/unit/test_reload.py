@@ -33,7 +33,7 @@ async def test_changed_new_and_removed_source_files_are_reported_and_other_files
     folder.mkdir()
     (folder / "kept.py").write_text("1")
     (folder / "gone.lua").write_text("1")
-    async with aclosing(reload.watch(tmp_path, ["services"], interval=0.05)) as changes:  # type: ignore[type-var]
+    async with aclosing(reload.watch(tmp_path, ["services"], interval=0.05)) as changes:
         next_ = asyncio.ensure_future(anext(changes))
         seen: set[Path] = set()
         expected = {Path("services/kept.py"), Path("services/new.sql"), Path("services/gone.lua")}

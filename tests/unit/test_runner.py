@@ -97,7 +97,12 @@ def test_a_port_used_by_an_outgoing_connection_is_awaited(taken: int) -> None:
         assert not is_free(port)
         with pytest.raises(PortTaken):
             require_free(port, None, "x", within=0.2)
-        timer = threading.Timer(0.3, lambda: (peer.close(), client.close()))  # type: ignore[func-returns-value]
+
+        def close_both() -> None:
+            peer.close()
+            client.close()
+
+        timer = threading.Timer(0.3, close_both)
         timer.start()
         require_free(port, None, "x")
         timer.join()

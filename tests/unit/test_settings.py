@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from deploy import settings_docs
 from deploy.local.local_settings import LocalSettings
 from services.sync.cli.main import main
-from shared.setting_fields import description_of, variable
+from shared.setting_fields import allowed_values, description_of, variable
 from shared.settings import Settings
 from shared.settings_loading import LOCAL_RUN_NAMES, OTHER_NAMES, SettingsError
 from tests.rigs.system import ROOT
@@ -248,5 +248,5 @@ def test_every_setting_has_a_group_a_sentence_and_the_unit_of_its_name() -> None
         assert re.fullmatch(r"\S.*\.", described.sentence), name
         for ending, unit in units.items():
             assert (described.unit == unit) == name.endswith(ending), name
-        if "number" in settings_docs.allowed_values(field) and name not in ("instance", "trace_sample"):  # type: ignore[attr-defined]
+        if "number" in allowed_values(field) and name not in ("instance", "trace_sample"):
             assert described.unit or name.endswith("_port") or name in ("port_base", "change_log_max_age"), name

@@ -58,7 +58,8 @@ def tokens(algorithm: str = "HS256", **chosen: str) -> Tokens:
 
 
 def settings(algorithm: str = "HS256", **chosen: str) -> Settings:
-    return Settings(_env_file=None, jwt_algorithm=algorithm, **chosen)  # type: ignore[arg-type]
+    values: dict[str, Any] = {"jwt_algorithm": algorithm, **chosen}
+    return Settings(_env_file=None, **values)
 
 
 def bearer(token: str) -> str:

@@ -173,9 +173,10 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     found = FoundTraces(
         [], WHOLE, [], [dead_change("one", TRACE), dead_change("two", "2bf7651916cd43dd8448eb211c80319c")]
     )
-    screen = Console(file=StringIO(), width=180)
+    output = StringIO()
+    screen = Console(file=output, width=180)
     screen.print(render(ORDER, found, screen.width))
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    text = output.getvalue()
     assert text.count("dead, open") == 2
     assert text.count("POST /api/orders") == 1
     assert text.index("ticketrail dlq show one") < text.index("POST /api/orders") < text.index("dlq show two")
@@ -183,7 +184,7 @@ def test_a_dead_letter_is_shown_once_with_or_without_its_spans() -> None:
     hostile = dead_change("three", TRACE)
     hostile.error = "\x1b[2J gone"
     screen.print(render(ORDER, FoundTraces([], [], [], [hostile]), screen.width))
-    assert "\x1b" not in screen.file.getvalue(), "text from outside controls the terminal"  # type: ignore[attr-defined]
+    assert "\x1b" not in output.getvalue(), "text from outside controls the terminal"
     made = as_json(ORDER, found)
     assert [(one["id"], len(one["spans"])) for one in made["dead_letters"]] == [("one", 7), ("two", 0)]
     assert made["elsewhere"] == []

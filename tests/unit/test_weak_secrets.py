@@ -26,11 +26,8 @@ URLS = {
 
 def production(**changed: str) -> Settings:
     strong: dict[str, Any] = {name: url.format(STRONG) for name, url in URLS.items()}
-    return Settings(
-        _env_file=None,
-        environment="production",
-        **{**strong, "jwt_secret": STRONG, "sync_token": STRONG, **changed},  # type: ignore[arg-type]
-    )
+    strong |= {"jwt_secret": STRONG, "sync_token": STRONG, **changed}
+    return Settings(_env_file=None, environment="production", **strong)
 
 
 @pytest.fixture(autouse=True)
