@@ -127,7 +127,7 @@ async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
 
     reading = asyncio.create_task(read())
     try:
-        await asyncio.wait_for(events.get(), 60)  # connected
+        await asyncio.wait_for(events.get(), 60)  # the event `connected`
         yield events
     finally:
         reading.cancel()

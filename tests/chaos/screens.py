@@ -53,7 +53,7 @@ class Screens:
 
     def take(self, restaurant: str, event: dict[str, Any]) -> None:
         """Records one event that the screen of `restaurant` received."""
-        if "changeId" not in event:  # connected, or resync
+        if "changeId" not in event:  # the event `connected` or a resync
             self.resyncs += event.get("reason") is not None
             if event.get("restaurantId", restaurant) != restaurant:
                 self.wrong.append(f"the screen of {restaurant} was connected as {event['restaurantId']}")

@@ -26,7 +26,7 @@ from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(600)
 
-MESSAGES = 300  # in every queue, and with them in the streams
+MESSAGES = 300  # messages in each queue; through the lanes they reach the streams too
 
 
 class OwnBroker(Servers):
@@ -96,7 +96,8 @@ async def read_log(url: str) -> int:
 
 
 async def first_connection(url: str) -> None:
-    """Returns within milliseconds of the moment at which the broker listens. Queues recover in the next 0.3 s."""
+    """Waits until the broker accepts a connection. Its queues recover in the next 0.3 s, so callers must continue at
+    once."""
     async with asyncio.timeout(120):
         while True:
             try:

@@ -88,7 +88,7 @@ async def dual(servers: Servers, tmp_path: Path) -> AsyncIterator[DualWriteUnder
             return (await client.get(f"{found.url}/health/ready")).status_code
 
     try:
-        await eventually(ready, what="the dual write to be ready", until=lambda status: status == 200)
+        await eventually(ready, what="a dual write that is ready", until=lambda status: status == 200)
         yield found
     finally:
         await asyncio.to_thread(child.terminate, 10)

@@ -116,7 +116,7 @@ async def test_publishes_after_a_nack_use_a_new_channel(rig: Rig) -> None:
         async def closed() -> bool:
             return nacking.is_closed
 
-        await eventually(closed, what="the old channel to be closed")
+        await eventually(closed, what="the end of the old channel")
         await publisher.publish(Lane.CRITICAL.value, message(change(order())))
         with pytest.raises(InDoubt):
             await publisher.publish_to_queue("nowhere", b"[]")

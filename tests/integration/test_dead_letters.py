@@ -57,7 +57,8 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_of_its_own(kept
     bad = {**BAD, "too_large": too_large()}
     assert len(bad["too_large"]) > MAX_EVENT_BYTES
     good = change(order())
-    settings = kept.settings.model_copy(update={"publish_timeout_seconds": 30.0})  # 10 MB for each of two queues
+    # a message of 10 MB goes to two queues, which takes longer
+    settings = kept.settings.model_copy(update={"publish_timeout_seconds": 30.0})
     patient = publisher_of(settings)
     await patient.start(wait=10)
     for body in bad.values():

@@ -41,7 +41,7 @@ async def test_heartbeat_goes_through_each_lane_and_is_stored(rig: Rig) -> None:
     async def stored() -> set[str]:
         return {row["lane"] for row in await rig.database.fetch("select lane from heartbeats")}
 
-    await eventually(stored, what="stored heartbeats", until=lambda seen: seen == set(LANES))
+    await eventually(stored, what="heartbeats in PostgreSQL", until=lambda seen: seen == set(LANES))
     epoch = await rig.database.fetchval("select epoch from log_epochs")
     assert await rig.database.fetchval("select bool_and(epoch = $1) from heartbeats", epoch)
 

@@ -64,7 +64,7 @@ async def left(client: httpx.AsyncClient, item: str) -> int:
 
 
 async def stored(restaurant: RestaurantRig, item: str) -> int:
-    """Returns the available amount according to PostgreSQL, once it has all changes."""
+    """Waits until PostgreSQL has all changes; returns the available amount in PostgreSQL."""
     async with restaurant.system.database() as connection:
 
         async def pending() -> int:

@@ -120,7 +120,7 @@ async def test_every_entity_can_be_deleted_and_restored(
                 )
 
         row = await eventually(
-            stored, what="deleted in PostgreSQL", until=lambda found: found and found["version"] == 3
+            stored, what="the deleted state in PostgreSQL", until=lambda found: found and found["version"] == 3
         )
         assert row["deleted_at"] == datetime.fromisoformat(removed["deleted_at"])
         assert one["id"] not in await ids(staff, path)
@@ -135,7 +135,7 @@ async def test_every_entity_can_be_deleted_and_restored(
         assert (await ids(staff, path))[0] == one["id"]
         refused(await admin.post(f"{url}/restore"), 409, "not_deleted")
         refused(await admin.post(f"{path}/{uuid4()}/restore"), 404, "not_found")
-        await eventually(stored, what="restored in PostgreSQL", until=lambda found: tuple(found) == (4, None))
+        await eventually(stored, what="the restored state in PostgreSQL", until=lambda found: tuple(found) == (4, None))
 
 
 @EVERY

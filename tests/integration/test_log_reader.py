@@ -309,7 +309,7 @@ async def test_frozen_broker_is_noticed_and_nothing_is_lost_when_it_thaws(broker
         await read.until(lambda: len(read.bodies) == 10)
         await asyncio.to_thread(broker.servers.rabbitmq.freeze)
         try:
-            await eventually(read.is_cut_off, what="the frozen broker to be noticed")
+            await eventually(read.is_cut_off, what="a reader that noticed the frozen broker")
         finally:
             await asyncio.to_thread(broker.servers.rabbitmq.thaw)
         await broker.publish(*numbered(10, 20))

@@ -116,7 +116,7 @@ async def test_role_that_bypasses_row_level_security_is_refused(empty: System) -
 
 async def test_data_of_this_layout_is_accepted_and_parts_of_another_layout_are_named(empty: System) -> None:
     settings, broker = settings_of(empty), empty.servers.rabbitmq
-    await layout.check_database(settings.database_url)  # empty
+    await layout.check_database(settings.database_url)  # an empty database fits
     await empty.cli("migrate")
     other_steps = settings.model_copy(update={"retry_steps_ms": (77,)})
     await layout.check_database(settings.database_url)

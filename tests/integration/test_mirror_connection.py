@@ -200,7 +200,7 @@ async def test_only_one_of_many_calls_probes_a_silent_server_and_none_waits_for_
         async def half_open() -> bool:
             return link.available
 
-        await eventually(half_open, what="the breaker to allow a probe")
+        await eventually(half_open, what="a breaker that allows a probe")
         tried = proxy.accepted
         calls = [asyncio.create_task(link.call("PING")) for _ in range(50)]
         done, waiting = await asyncio.wait(calls, timeout=10.0)

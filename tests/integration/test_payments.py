@@ -412,7 +412,9 @@ async def test_payments_in_both_states_of_a_fork_count(restaurant: RestaurantRig
             async with restaurant.system.database() as connection:
                 return await connection.fetchrow("select version, payment_status from orders where id = $1", id_)
 
-        await eventually(row_of_order, what="paid in PostgreSQL", until=lambda found: tuple(found) == (3, "paid"))
+        await eventually(
+            row_of_order, what="the paid state in PostgreSQL", until=lambda found: tuple(found) == (3, "paid")
+        )
         assert sorted(await stored_payments(restaurant, order)) == [400, 600]
         listed = expect(await staff.get("/api/payments", params={"order_id": id_}))
         assert sorted(one["amount"] for one in listed) == [400, 600]

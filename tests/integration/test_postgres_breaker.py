@@ -90,7 +90,7 @@ async def test_one_of_many_concurrent_calls_probes(servers: Servers, proxy: Prox
         async def half_open() -> bool:
             return postgres.available
 
-        await eventually(half_open, what="the breaker to allow a probe")
+        await eventually(half_open, what="a breaker that allows a probe")
         before = proxy.accepted
         calls = [asyncio.create_task(ask(postgres)) for _ in range(50)]
 

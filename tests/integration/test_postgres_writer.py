@@ -253,7 +253,7 @@ async def test_write_in_postgres_marks_the_order_synced_in_the_mirror(rig: Rig) 
         _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
         return found is not None and not found.pending
 
-    await eventually(synced, what="synced in the mirror")
+    await eventually(synced, what="the state `synced` in the mirror")
 
 
 async def test_change_behind_a_lock_is_retried_while_others_are_written(make_rig: MakeRig) -> None:

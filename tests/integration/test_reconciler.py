@@ -30,8 +30,8 @@ LOST_MESSAGE_SECONDS = 1.0
 
 @pytest.fixture(scope="module")
 async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that records lost changes again after a second. It has one consumer for each lane: with two, a heartbeat
-    could overtake orders that the other consumer is slow to commit, and a second passes soon."""
+    """A system that records lost changes again after a second. It has one consumer for each lane. With two
+    consumers, a heartbeat could overtake orders that the other consumer commits only after that second."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
     settings = {"lost_message_seconds": LOST_MESSAGE_SECONDS, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
     system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, **settings)

@@ -1,4 +1,4 @@
-"""Replays on real servers: the way of a replayed change, and the outcome of each dead letter."""
+"""Replays on real servers: the queue that a replayed change goes through, and the outcome of each dead letter."""
 
 import msgspec
 
@@ -38,7 +38,7 @@ async def test_written_replay_resolves_its_dead_letter_and_the_mirror_shows_sync
         _, [found] = await refusing_rig.mirror.read(RESTAURANT, "order", [made.entity_id])
         return found is not None and not found.pending and not found.failure
 
-    await eventually(synced, what="synced in the mirror")
+    await eventually(synced, what="the state `synced` in the mirror")
 
 
 async def reveal_and_kill(rig: Rig) -> list[Change]:

@@ -1,4 +1,4 @@
-"""Replay workers on real servers: a job survives the worker that stops, dies or freezes."""
+"""Replay workers on real servers: a job continues when its worker stops, dies or freezes."""
 
 import asyncio
 
@@ -73,7 +73,9 @@ async def test_frozen_worker_leaves_a_job_that_another_worker_took_over(make_rig
     settled = await eventually(
         lambda: read_job(rig, job), what="the canary resolved", until=lambda one: one.outcomes.get("resolved") == 1
     )
-    await eventually(lambda: asyncio.sleep(0, rig.replays.running_jobs), what="the job left", until=lambda n: n == 0)
+    await eventually(
+        lambda: asyncio.sleep(0, rig.replays.running_jobs), what="a worker without the job", until=lambda n: n == 0
+    )
     assert settled.outcomes == {"resolved": 1, "waiting": 11}
     assert (await read_job(rig, job)).state == "running"
 

@@ -51,7 +51,7 @@ async def test_body_that_no_handler_reads_is_limited_too(system: System) -> None
     async with system.client() as client:
         reply = await client.request("DELETE", f"/api/orders/{uuid4()}", content=b" " * (MAX_BODY_BYTES + 1))
         assert reply.status_code == 413
-        # The service continues.
+        # The service still answers other requests.
         assert (await client.get("/api/orders?limit=1")).status_code == 200
 
 

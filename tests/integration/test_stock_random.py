@@ -264,4 +264,4 @@ async def test_random_operations_leave_the_same_holds_in_mirror_and_postgres(
             await stock.down()
         seen += stock.seen
     missed = {"short", "dies", "taken back", "not revealed", "left the mirror", "wipe", "fork"} - seen.keys()
-    assert not missed, f"never reached: {missed}"
+    assert not missed, f"no random step led to: {missed}"

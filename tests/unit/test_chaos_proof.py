@@ -34,7 +34,7 @@ CONTENTS = StoreContents(
     changes=CHANGES,
     payments=Counter({"payment-1": 1}),
     conflicts=set(),
-    logged=[*CHANGES, CHANGED],  # at least once
+    logged=[*CHANGES, CHANGED],  # the log may have a change more than once
     mirror={"order-1": MirroredOrder(3, "change-3", "second", ("payment-1",))},
 )
 

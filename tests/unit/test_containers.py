@@ -114,7 +114,8 @@ def test_replicas_lease_their_numbers() -> None:
         assert "container_name" not in SERVICES[name]
 
 
-# The gateway
+# -- the gateway
+# --------------------------------------------------------------------------------------------------------
 
 GATEWAY = (ROOT / "deploy/gateway/nginx.conf").read_text()
 
@@ -187,7 +188,8 @@ def test_metrics_are_not_reachable_through_the_gateway() -> None:
     assert dict(_locations())["/"].strip() == "return 404;"
 
 
-# Secrets
+# -- secrets
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _make(file: Path) -> dict[str, str]:
@@ -217,7 +219,8 @@ def test_secrets_that_are_set_are_kept(tmp_path: Path) -> None:
     assert _make(file) == first
 
 
-# Observation
+# -- observation
+# --------------------------------------------------------------------------------------------------------
 
 OBSERVE = ROOT / "deploy/observe"
 
@@ -277,7 +280,8 @@ def test_grafana_data_sources_have_the_ids_that_dashboards_use() -> None:
     assert [source["uid"] for source in sources["datasources"]] == ["prometheus", "jaeger"]
 
 
-# The image
+# -- the image
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_image_runs_every_command_and_loads_no_external_syntax() -> None:

@@ -34,9 +34,9 @@ def test_items_cannot_change_once_the_kitchen_has_begun() -> None:
 @pytest.mark.parametrize(
     ("at", "expected"),
     [
-        (datetime(2026, 7, 2, 1, 59, tzinfo=UTC), date(2026, 7, 1)),  # 03:59 in Berlin
-        (datetime(2026, 7, 2, 2, 0, tzinfo=UTC), date(2026, 7, 2)),  # 04:00
-        (datetime(2026, 1, 2, 2, 59, tzinfo=UTC), date(2026, 1, 1)),  # winter time
+        (datetime(2026, 7, 2, 1, 59, tzinfo=UTC), date(2026, 7, 1)),  # 03:59 in Berlin: before the cutoff hour
+        (datetime(2026, 7, 2, 2, 0, tzinfo=UTC), date(2026, 7, 2)),  # 04:00 in Berlin: the cutoff hour
+        (datetime(2026, 1, 2, 2, 59, tzinfo=UTC), date(2026, 1, 1)),  # 03:59 in Berlin in winter
         (datetime(2026, 1, 2, 3, 0, tzinfo=UTC), date(2026, 1, 2)),
     ],
 )

@@ -50,13 +50,14 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., L
             monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.chdir(tmp_path)  # no .env
+        monkeypatch.chdir(tmp_path)  # a folder without a .env file
         return LocalSettings()
 
     return load
 
 
-# Ports
+# -- ports
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_taken_port_is_reported_with_its_number_and_its_setting(
@@ -122,7 +123,8 @@ def test_free_ports_are_distinct_and_below_the_range_of_outgoing_connections(tak
     assert not is_free(taken)
 
 
-# Environment
+# -- environment
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_services_use_the_private_servers_whatever_the_environment_says(
@@ -169,7 +171,8 @@ def test_a_secret_that_was_set_is_kept(settings: Callable[..., LocalSettings], t
     assert not (tmp_path / "secret").exists()
 
 
-# Supervision
+# -- supervision
+# --------------------------------------------------------------------------------------------------------
 
 
 class Messages(list[str]):
@@ -350,7 +353,8 @@ async def test_stop_without_start_and_a_second_stop_do_nothing(supervise: Callab
     await once.stop()
 
 
-# Children
+# -- children
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_child_ends_with_its_killed_runner_even_if_a_finished_thread_started_it(tmp_path: Path) -> None:
@@ -420,7 +424,8 @@ def test_leftovers_of_a_killed_run_are_ended_but_a_reused_pid_is_not(tmp_path: P
             process.wait()
 
 
-# One run per home, and its output
+# -- one run per home, and its output
+# -----------------------------------------------------------------------------------
 
 
 def test_a_second_run_on_the_same_home_gets_no_lock(tmp_path: Path) -> None:

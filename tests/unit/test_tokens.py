@@ -189,7 +189,7 @@ def test_a_token_changed_after_signing_is_refused(algorithm: str) -> None:
 
 
 def outside_development(**chosen: str) -> Settings:
-    """Settings of production, made without the checks of other settings: only the keys are tested here."""
+    """Returns settings of production with their checks left out, because these tests only check the keys."""
     return settings(**{"jwt_secret": SECRET, **chosen}).model_copy(update={"environment": "production"})
 
 
