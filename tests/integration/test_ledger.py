@@ -19,10 +19,8 @@ from services.sync.ledger.balance import PLACES, AcceptedChange, Balance
 from services.sync.ledger.ledger import Ledger, take_balance
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane, encode, now
-from shared.entities.order import ENTITY as ORDER
 from shared.errors import Unavailable
 from shared.messaging import topology
-from shared.mirror.mirror import Apply
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
@@ -32,6 +30,7 @@ from shared.settings import Settings
 from tests.rigs import zygote
 from tests.rigs.builders import OTHER_RESTAURANT, change, menu_item, order
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -374,7 +373,7 @@ async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexp
     state = order(items=1, restaurant_id=restaurant)
     one = change(state, time=now() - timedelta(minutes=2))  # a younger change may not be in the log yet
     await ledger_rig.rig.mirror.keep_restaurant(restaurant, b"{}")
-    await ledger_rig.rig.mirror.apply([Apply(ORDER, state, one.head, bytes(one.data.after), one.time)])
+    await ledger_rig.rig.mirror.apply([applied(one)])
     found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0

@@ -18,6 +18,7 @@ from shared.mirror.claim_replies import Claimed, Cold, HeadMoved
 from shared.mirror.mirror import Apply, LogState, Mirror
 from tests.rigs import builders
 from tests.rigs.mirror import answers, head_of, state
+from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
@@ -88,12 +89,11 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
     found = outline(encode(change))
     assert found is not None
     assert await mirror.missing([found]) == [0]
-    reveal = Apply(ORDER, placed, change.head, bytes(change.data.after), change.time, "stored")
-    await mirror.apply([reveal])
+    await mirror.apply([applied(change, "stored")])
     assert await mirror.missing([found]) == []
     await mirror.trim(restaurant, "order", {placed.id: change.id})
     assert await mirror.missing([found]) == [0], "the mirror remembers only its version"
-    await mirror.apply([reveal])
+    await mirror.apply([applied(change, "stored")])
     await redis.command("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
     assert await mirror.missing([found]) == [0], "apply removes a claim whose version is taken"
 
@@ -161,12 +161,7 @@ async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mi
     quick, slow = changes
     another = Head(1, builders.new_id())  # the other side of a fork
     await mirror.note_sync_states(restaurant, "order", [(placed[0].id, quick.head), (placed[1].id, another)])
-    await mirror.apply(
-        [
-            Apply(ORDER, order, change.head, bytes(change.data.after), change.time)
-            for order, change in zip(placed, changes, strict=True)
-        ]
-    )
+    await mirror.apply([applied(change) for change in changes])
     assert await mirror.pending_ids(restaurant, "order") == [slow.entity_id]
 
 
@@ -270,13 +265,12 @@ async def test_keyed_creation_outside_the_window_is_remembered_without_its_state
     await warmed(mirror, restaurant)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32)
     change = builders.change(placed)
-    stored = Apply(ORDER, placed, change.head, bytes(change.data.after), change.time, "stored")
-    await mirror.apply([stored])
+    await mirror.apply([applied(change, "stored")])
     assert await mirror.trim(restaurant, "order", {placed.id: change.id}) == 1
     assert await head_of(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
     assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.head, None)
-    await mirror.apply([stored])  # a read brings it back
+    await mirror.apply([applied(change, "stored")])  # a read brings it back
     assert await head_of(mirror, restaurant, placed.id) == change.head
 
 

@@ -7,13 +7,13 @@ import pytest
 
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.entities.contract import Change, Outline, encode
-from shared.entities.order import ENTITY
 from shared.messaging import topology
 from shared.mirror import keys
 from shared.mirror.mirror import Apply, Document
 from shared.observability.metrics import Metrics, WriterMetrics
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
@@ -51,8 +51,7 @@ class MirrorRig:
 
     async def reveal(self, made: Change) -> None:
         """Writes the state to the mirror as a commit does."""
-        state = ENTITY.decode(made)
-        await self.mirror.apply([Apply(ENTITY, state, made.head, bytes(made.data.after), made.time)])
+        await self.mirror.apply([applied(made)])
 
     def watch_applied(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Returns a list that receives the change id of each state that is sent to the mirror from now on."""

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from shared.entities.contract import Change, Lane, encode
-from shared.entities.order import ENTITY, OrderStatus
+from shared.entities.order import OrderStatus
 from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent
-from shared.mirror.mirror import Apply
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -218,7 +218,7 @@ async def test_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) 
 
 async def reveal(rig: Rig, made: Change) -> None:
     """Writes the state to the mirror as a commit does, so that it is pending."""
-    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.head, bytes(made.data.after), made.time)])
+    await rig.mirror.apply([applied(made)])
 
 
 async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_shows_why(rig: Rig) -> None:

@@ -3,13 +3,12 @@
 import msgspec
 
 from shared.entities.contract import Change, Lane, now
-from shared.entities.order import ENTITY
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.log import LogReader
-from shared.mirror.mirror import Apply
 from tests.rigs.builders import RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.rail.changes import applied
 from tests.rigs.replays import (
     ALLOW_FORBIDDEN_NOTES,
     create_job,
@@ -43,7 +42,7 @@ async def test_written_replay_resolves_its_dead_letter_and_the_mirror_shows_sync
 
 async def reveal_and_kill(rig: Rig) -> list[Change]:
     made = change(order(items=1, notes="forbidden"))
-    await rig.mirror.apply([Apply(ENTITY, ENTITY.decode(made), made.head, bytes(made.data.after), made.time)])
+    await rig.mirror.apply([applied(made)])
     await rig.publish(made)
     await rig.dead_letters(1)
 

@@ -11,11 +11,10 @@ from structlog.testing import capture_logs
 from services.sync.mirror.sync_status import sync_status
 from services.sync.mirror.thresholds import Thresholds
 from shared.entities.contract import Change, encode, now
-from shared.entities.order import ENTITY
-from shared.mirror.mirror import Apply
 from shared.postgres.pool import Postgres
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, order
 from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Servers
 
 FAILURE = encode({"error": "boom", "attempts": 1, "last_attempt": now()})
@@ -33,9 +32,7 @@ async def rig(make_rig: MakeRig, servers: Servers) -> AsyncIterator[Rig]:
 
 async def reveal(rig: Rig, count: int, restaurant: str = RESTAURANT) -> list[Change]:
     made = [change(order(restaurant_id=restaurant)) for _ in range(count)]
-    await rig.mirror.apply(
-        [Apply(ENTITY, ENTITY.decode(one), one.head, bytes(one.data.after), one.time) for one in made]
-    )
+    await rig.mirror.apply([applied(one) for one in made])
     for id_ in {RESTAURANT, OTHER_RESTAURANT}:
         await rig.mirror.keep_restaurant(id_, b"{}")
     return made
