@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 import structlog
 from msgspec import Struct
 
@@ -48,7 +47,7 @@ _MIN_FRESH_SECONDS = 2.0
 _LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 
-async def lanes_emptied(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> datetime | None:
+async def lanes_emptied(connection: Connection) -> datetime | None:
     """Returns a moment such that every message that was sent before it has left its lane. Returns None if a lane has no
     heartbeat yet."""
     found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])

@@ -74,7 +74,7 @@ async def migrate(settings: Settings) -> list[str]:
         await connection.close()
 
 
-async def current_epoch(connection: "asyncpg.Connection[asyncpg.Record] | Connection") -> str | None:
+async def current_epoch(connection: Connection) -> str | None:
     """Returns the epoch of the current change log, or None before the first one."""
     epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
     return epoch

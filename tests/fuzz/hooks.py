@@ -29,7 +29,7 @@ _counts: Counter[str] = Counter()
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # type: ignore[type-arg]
+def before_call(context: schemathesis.HookContext, case: "schemathesis.Case[Any]", kwargs: dict[str, Any]) -> None:
     path = case.path_parameters or {}
     if path.get("user_id") == _entities["admin_id"]:
         path["user_id"] = _changed["user_id"][0]
@@ -70,10 +70,10 @@ def _with_known_ids(body: Any) -> Any:
     return found
 
 
-def _replace_used_values(case: schemathesis.Case) -> None:  # type: ignore[type-arg]
+def _replace_used_values(case: "schemathesis.Case[Any]") -> None:
     """Replaces values that may be used only once and were used before. Keeps a few of them, because a repeat is a case
     worth testing."""
-    headers = case.headers or {}  # type: ignore[var-annotated]
+    headers: Any = case.headers or {}
     if _is_repeated(headers.get("Idempotency-Key")):
         headers["Idempotency-Key"] = uuid4().hex
     if isinstance(case.body, dict) and case.path in ("/api/auth/register-restaurant", "/api/users"):
@@ -90,7 +90,9 @@ def _is_repeated(value: Any) -> bool:
 
 
 @schemathesis.hook
-def after_call(context: schemathesis.HookContext, case: schemathesis.Case, response: schemathesis.Response) -> None:  # type: ignore[type-arg]
+def after_call(
+    context: schemathesis.HookContext, case: "schemathesis.Case[Any]", response: schemathesis.Response
+) -> None:
     _counts[f"{case.operation.label} {response.status_code}"] += 1
 
 

@@ -121,7 +121,8 @@ def _ready(system: System) -> tuple[bool, Any]:
 @pytest.fixture(autouse=True, scope="module")
 def the_system_is_ready(request: pytest.FixtureRequest) -> None:
     """Waits before the module's own fixtures start; see `the_system_is_ready_again`."""
-    if any("system" in one.fixturenames for one in request.session.items if one.path == request.path):  # type: ignore[attr-defined]
+    tests = [one for one in request.session.items if isinstance(one, pytest.Function)]
+    if any("system" in one.fixturenames for one in tests if one.path == request.path):
         _wait_for(request.getfixturevalue("system"))
 
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import secrets
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -13,6 +13,7 @@ import pytest
 
 from services.orders import sign_in as signing_in
 from services.orders.accounts import Accounts
+from services.orders.entity_reads import EntityReads
 from services.orders.sign_in import SignIn
 from shared.errors import Unauthenticated
 from shared.mirror.mirror import Mirror
@@ -251,7 +252,7 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
     mirror = Mirror(system.redis.url, timeout=2.0, stale_seconds=2.0)
     tokens = Tokens(secrets.token_urlsafe(40), ttl_seconds=60)
     try:
-        signs = SignIn(Accounts(postgres), None, tokens, mirror, settings)  # type: ignore[arg-type]
+        signs = SignIn(Accounts(postgres), cast(EntityReads, None), tokens, mirror, settings)
         for email, password in (
             (user["email"], PASSWORD),
             (user["email"], "a wrong one that is long"),

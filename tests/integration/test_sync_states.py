@@ -167,9 +167,11 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
     other, id_ = await place(restaurant, staff), await place(restaurant, staff)
     await becomes(staff, id_, "synced")
     async with system.database() as connection:
-        base, state = await connection.fetchrow(  # type: ignore[misc]
+        created = await connection.fetchrow(
             "select change_id::text, (data->'after')::text from changes where entity_id = $1", id_
         )
+        assert created is not None
+        base, state = created
         before = orders.ENTITY.decode_state(state.encode())
         for notes in ("one side", "the other"):
             after = structs.replace(before, notes=notes)

@@ -18,7 +18,7 @@ async def of_two_tenants(system: System) -> None:
     states = [order(restaurant_id=tenant, payments=(payment(),)) for tenant in (RESTAURANT, OTHER_RESTAURANT)]
     async with system.database("ticketrail_writer") as connection:
         await write_batch(
-            connection,  # type: ignore[arg-type]  # a plain connection instead of one of a pool
+            connection,
             [DecodedChange(Lane.CRITICAL, orders.ENTITY, change(state), state) for state in states],
             timeout_seconds=5.0,
         )

@@ -34,14 +34,14 @@ async def create_job(rig: Rig, kind: str = "replay", **settings: Any) -> ReplayJ
     chosen: dict[str, Any] = {"per_second": 10_000.0, "canary": False, **settings}
     query = chosen.pop("query", DeadLetterQuery())
     ops = await asyncpg.connect(rig.settings.database_ops_url)
-    job = await replay_jobs.make(ops, query, kind=kind, actor="nadia", role="operator", **chosen)  # type: ignore[arg-type]
+    job = await replay_jobs.make(ops, query, kind=kind, actor="nadia", role="operator", **chosen)
     await ops.close()
     return job
 
 
 async def cancel_job(rig: Rig, job: ReplayJob) -> None:
     ops = await asyncpg.connect(rig.settings.database_ops_url)
-    await replay_jobs.cancel(ops, job.id, actor="nadia", role="operator")  # type: ignore[arg-type]
+    await replay_jobs.cancel(ops, job.id, actor="nadia", role="operator")
     await ops.close()
 
 
