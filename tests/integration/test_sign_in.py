@@ -327,7 +327,7 @@ async def test_overlong_password_is_not_hashed(url: str, registered: RegisteredR
 
 
 async def test_long_password_counts_to_its_last_character(url: str, registered: RegisteredRestaurant) -> None:
-    """The hash must cover more than the first 72 bytes and the characters after a NUL."""
+    """The hash must cover the whole password: also what follows the first 72 bytes or a NUL."""
     password = "\0" + "🍕" * 199
     user = await registered.user(password=password)
     expect(await sign_in(url, user["email"], password))

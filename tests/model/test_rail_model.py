@@ -294,7 +294,7 @@ def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(wo
 
 
 def assert_reached(seen: Counter[str]) -> None:
-    """A model that no longer reaches the dangerous outcomes would check nothing."""
+    """Asserts that the run reached every dangerous outcome, because a model that does not reach them checks nothing."""
     required = {f"{kind}: {outcome}" for kind, outcomes in OUTCOMES.items() for outcome in outcomes}
     required |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
     required |= {"commit: ClaimLost", "commit: Unavailable", "commit: OutcomeUnknown", "crash", "fork"}

@@ -58,9 +58,11 @@ def test_every_command_that_a_document_names_exists(page: Path) -> None:
     )
     for name, sub in found:
         command = main.get_command(click.Context(main), name)
-        assert command is not None, f"ticketrail {name}"
+        assert command is not None, f"the command `ticketrail {name}` does not exist"
         if isinstance(command, click.Group) and sub:
-            assert command.get_command(click.Context(command), sub) is not None, f"ticketrail {name} {sub}"
+            assert command.get_command(click.Context(command), sub) is not None, (
+                f"the command `ticketrail {name} {sub}` does not exist"
+            )
 
 
 def test_the_index_of_decisions_has_every_record_under_its_title() -> None:

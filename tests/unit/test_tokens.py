@@ -36,7 +36,7 @@ SECRET, OTHER_SECRET = (secrets.token_urlsafe(40) for _ in range(2))
 
 
 def pems(key: Any) -> tuple[str, str]:
-    """(private, public)"""
+    """Returns the PEM texts of the private and the public key."""
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return private.decode(), public.decode()
