@@ -49,19 +49,15 @@ def assemble(settings: Settings) -> NotifierParts:
     tracer = Tracer("notifier", settings)
     metrics = Metrics()
     parts = NotifierParts(settings, hub, LogFollower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
-    metrics.watch("ticketrail_subscribers", "Open push streams", lambda: len(hub))
-    metrics.watch(
-        "ticketrail_window_changes", "Changes in the window, from which clients can resume", lambda: len(hub.window)
-    )
+    metrics.watch("ticketrail_subscribers", lambda: len(hub))
+    metrics.watch("ticketrail_window_changes", lambda: len(hub.window))
     metrics.watch(
         "ticketrail_slow_subscribers",
-        "Slow clients that were disconnected since the start",
         lambda: hub.slow_count,
     )
-    metrics.watch("ticketrail_caught_up", "1 if the log is read to its end", lambda: parts.follower.caught_up)
+    metrics.watch("ticketrail_caught_up", lambda: parts.follower.caught_up)
     metrics.watch(
         "ticketrail_heartbeat_age_seconds",
-        "Seconds since the last heartbeat was sent",
         lambda: parts.follower.heartbeat_age,
     )
     return parts

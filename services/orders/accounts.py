@@ -1,7 +1,8 @@
 """Users and restaurants in PostgreSQL, as plain rows. The API uses these tables only here.
 
 The api role sees only the users of the current tenant. Before the tenant is known, functions of the database look up
-one row at a time: the user of an email, or the session of a refresh token."""
+one row at a time: the user of an email, or the session of a refresh token. The functions for sessions (begin, rotate,
+refuse a used refresh token) are in shared/postgres/migrations/0002_back_office.sql."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from shared.entities.contract import encode
 from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.restaurants import Restaurant, find_restaurant, find_restaurant_by_slug
+from shared.security.emails import plain_email
 
 _FIELDS = "id::text, restaurant_id::text, email, name, role, is_active, created_at, updated_at, deleted_at"
 _INSERT_RESTAURANT = (
@@ -28,13 +30,6 @@ _INSERT_USER = (
 )
 _BEGIN_SESSION = "select begin_session($1, $2, $3, $4)"
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
-
-
-def plain_email(email: str) -> str:
-    """Returns the form in which an email is stored, counted and searched: lower case, as Python makes it. PostgreSQL's
-    `lower` maps more spellings to one account than Python (İ becomes i), and each spelling would have its own attempts.
-    """
-    return email.lower()
 
 
 class User(Struct, frozen=True, kw_only=True):

@@ -122,23 +122,20 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
 
 def _watch(parts: OrdersParts) -> None:
     watch = parts.metrics.watch
-    watch("ticketrail_journal_entries", "Changes that wait in the journal", lambda: parts.journal.depth)
-    watch("ticketrail_journal_bytes", "Bytes of the changes that wait in the journal", lambda: parts.journal.bytes)
-    watch("ticketrail_journal_open", "0 while the journal cannot be used", lambda: parts.journal.opened)
+    watch("ticketrail_journal_entries", lambda: parts.journal.depth)
+    watch("ticketrail_journal_bytes", lambda: parts.journal.bytes)
+    watch("ticketrail_journal_open", lambda: parts.journal.opened)
     watch(
         "ticketrail_journal_damaged",
-        "Damaged entries of the journal, which are not sent",
         lambda: parts.journal.damaged,
     )
     watch(
         "ticketrail_journal_files_aside",
-        "Set-aside files of all journals in the folder, which an operator must look at",
         lambda: count_aside(parts.settings.journal_folder),
     )
     parts.rail_parts.watch(parts.metrics)
     watch(
         "ticketrail_heartbeat_age_seconds",
-        "Seconds since the last heartbeat in the log was sent",
         lambda: _heartbeat_age(parts),
     )
     watch_pool(parts.metrics, parts.postgres)

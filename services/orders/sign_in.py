@@ -15,13 +15,14 @@ from zoneinfo import available_timezones
 
 from msgspec import Struct
 
-from services.orders.accounts import Accounts, User, plain_email
+from services.orders.accounts import Accounts, User
 from services.orders.entity_reads import EntityReads
 from shared.entities import table
 from shared.errors import InvalidInput, NotFound, TooManyRequests, Unauthenticated
 from shared.http.limits import Rate, TokenBucket, counted_as
 from shared.mirror.mirror import Mirror
 from shared.restaurants import Restaurant
+from shared.security.emails import plain_email
 from shared.security.passwords import fits, hash_password
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings

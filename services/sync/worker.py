@@ -92,46 +92,39 @@ def _watch(parts: WorkerParts) -> None:
     watch, heartbeats = parts.metrics.watch, parts.watch
     parts.metrics.watch_each(
         "ticketrail_heartbeat_age_seconds",
-        "Seconds since the sink of this path last stored a heartbeat",
         "path",
         {path: lambda path=path: seconds(heartbeats.ages(), path) for path in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     parts.metrics.watch_each(
         "ticketrail_heartbeat_lag_seconds",
-        "Seconds from sending to storing the last heartbeat of this path",
         "path",
         {path: lambda path=path: seconds(heartbeats.lags(), path) for path in HEARTBEAT_PATHS},  # type: ignore[misc]
     )
     watch(
         "ticketrail_held_messages",
-        "Messages that were taken from the lanes and are not acknowledged",
         lambda: parts.postgres_writer.held,
     )
     watch(
         "ticketrail_holding",
-        "1 while PostgreSQL is unavailable and batches are held",
         lambda: parts.postgres_writer.holding,
     )
     parts.rail_parts.watch(parts.metrics)
     watch(
         "ticketrail_dead_letters_open",
-        "Dead letters that are open or replaying",
         lambda: parts.collector.open_dead_letters,
     )
     watch(
         "ticketrail_conflicts_open",
-        "Entities with an open conflict",
         lambda: parts.reconciler.states.open_conflicts,
     )
-    watch("ticketrail_pending", "Changes that are not in PostgreSQL yet", lambda: parts.thresholds.pending)
-    watch("ticketrail_failed", "Pending changes that have failed", lambda: parts.thresholds.failed)
+    watch("ticketrail_pending", lambda: parts.thresholds.pending)
+    watch("ticketrail_failed", lambda: parts.thresholds.failed)
     parts.metrics.watch_each(
         "ticketrail_restaurants_above_threshold",
-        "Restaurants with more pending or failed changes than the settings allow",
         "state",
         {name: lambda name=name: parts.thresholds.over[name] for name in ("pending", "failed")},  # type: ignore[misc]
     )
-    watch("ticketrail_mirror_warm", "1 while the mirror takes claims", lambda: parts.mirror_writer.warm)
+    watch("ticketrail_mirror_warm", lambda: parts.mirror_writer.warm)
     watch_pool(parts.metrics, parts.postgres)
 
 

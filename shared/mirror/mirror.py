@@ -342,7 +342,7 @@ class Mirror:
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
         """Sets the holds of orders, given as (restaurant, order, holds). Skips orders in the live window."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
-        await self._redis.script("stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
+        await self._redis.script("fill_stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
 
     async def take_tokens(self, caller: str, capacity: int, rate: float, requested: int) -> tuple[int, int, float]:
         """Takes up to `requested` tokens from the bucket of a caller. The bucket gains `rate` tokens per second.

@@ -1,7 +1,7 @@
 """The metrics that Prometheus reads from `/metrics`, with one registry per process. docs/metrics.md explains each one.
 
-This module names the counters and histograms. A gauge that shows one part of a service is named where that part is
-wired: in the service's `app.py` or `worker.py`, and for the rail in `shared/rail/assemble.py`.
+This module names every metric. A gauge shows a value of one part of a service, so the service's `app.py` or `worker.py`
+connects it to that part; its name and its text stand in `GAUGES`.
 
 The number of label values is bounded. Routes are counted by their templates, and codes and reasons come from a closed
 list or have a cap. No label is an id or a tenant. Each scrape reads the depths, ages and connections (`watch`). All
@@ -19,6 +19,41 @@ _DURATION_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 _LAG_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 _SIZE_BUCKETS_CHANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _MAX_LABEL_VALUES = 64
+
+
+GAUGES = {
+    # every service
+    "ticketrail_broker_connected": "1 while the publisher is connected",
+    "ticketrail_mirror_available": "0 while the mirror's breaker is open",
+    "ticketrail_postgres_connections": (
+        "Connections of the pool (in use, idle, maximum) and callers that wait for a connection"
+    ),
+    "ticketrail_heartbeat_age_seconds": (
+        "Seconds since the last heartbeat in the log was sent; in the worker by path, since its sink stored one"
+    ),
+    # orders
+    "ticketrail_journal_entries": "Changes that wait in the journal",
+    "ticketrail_journal_bytes": "Bytes of the changes that wait in the journal",
+    "ticketrail_journal_open": "0 while the journal cannot be used",
+    "ticketrail_journal_damaged": "Damaged entries of the journal, which are not sent",
+    "ticketrail_journal_files_aside": "Set-aside files of all journals in the folder, which an operator must look at",
+    # the worker
+    "ticketrail_heartbeat_lag_seconds": "Seconds from sending to storing the last heartbeat of this path",
+    "ticketrail_held_messages": "Messages that were taken from the lanes and are not acknowledged",
+    "ticketrail_holding": "1 while PostgreSQL is unavailable and batches are held",
+    "ticketrail_mirror_warm": "1 while the mirror takes claims",
+    "ticketrail_dead_letters_open": "Dead letters that are open or replaying",
+    "ticketrail_conflicts_open": "Entities with an open conflict",
+    "ticketrail_pending": "Changes that are not in PostgreSQL yet",
+    "ticketrail_failed": "Pending changes that have failed",
+    "ticketrail_restaurants_above_threshold": "Restaurants with more pending or failed changes than the settings allow",
+    # the notifier
+    "ticketrail_subscribers": "Open push streams",
+    "ticketrail_window_changes": "Changes in the window, from which clients can resume",
+    "ticketrail_slow_subscribers": "Slow clients that were disconnected since the start",
+    "ticketrail_caught_up": "1 if the log is read to its end",
+}
+"""Name of each gauge -> its text in `/metrics`."""
 
 
 class _Bounded:
@@ -49,13 +84,15 @@ class Metrics:
         """Returns all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
-    def watch(self, name: str, documentation: str, look: Callable[[], float]) -> None:
-        """Adds a gauge that is read at each scrape. `look` must not block; it returns NaN for an unknown value."""
-        Gauge(name, documentation, registry=self.registry).set_function(look)
+    def watch(self, name: str, look: Callable[[], float]) -> None:
+        """Connects a gauge of `GAUGES`, which is read at each scrape. `look` must not block; it returns NaN for an
+        unknown value."""
+        Gauge(name, GAUGES[name], registry=self.registry).set_function(look)
 
-    def watch_each(self, name: str, documentation: str, label: str, looks: Mapping[str, Callable[[], float]]) -> None:
-        """Adds a gauge with one label. `looks`: maps each value of the label to a function like `look` of `watch`."""
-        gauge = Gauge(name, documentation, [label], registry=self.registry)
+    def watch_each(self, name: str, label: str, looks: Mapping[str, Callable[[], float]]) -> None:
+        """Connects a gauge of `GAUGES` with one label. `looks`: maps each value of the label to a function like `look`
+        of `watch`."""
+        gauge = Gauge(name, GAUGES[name], [label], registry=self.registry)
         for value, look in looks.items():
             gauge.labels(value).set_function(look)
 
@@ -75,7 +112,6 @@ def watch_pool(metrics: Metrics, postgres: Postgres) -> None:
     """Adds gauges of the connections to PostgreSQL."""
     metrics.watch_each(
         "ticketrail_postgres_connections",
-        "Connections of the pool (in use, idle, maximum) and callers that wait for a connection",
         "state",
         {
             "in_use": lambda: postgres.connections[0],

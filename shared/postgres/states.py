@@ -7,7 +7,7 @@ of its transaction.
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -116,26 +116,6 @@ async def list_conflicts(connection: Connection) -> list[tuple[str, str, str]]:
         "select distinct restaurant_id::text, entity, entity_id::text from conflicts where resolved_at is null"
     )
     return [(row[0], row[1], row[2]) for row in rows]
-
-
-_GAPS = """
-select c.restaurant_id::text, c.entity, c.entity_id::text, c.version
-from changes c
-where c.accepted_at between now() - make_interval(mins => $2) and now() - make_interval(mins => $1)
-  and c.version > 1
-  and not exists (
-    select from changes p
-    where p.restaurant_id = c.restaurant_id and p.entity = c.entity and p.entity_id = c.entity_id
-      and p.version = c.version - 1
-  )
-limit 100
-"""
-
-
-async def list_gaps(connection: Connection, *, older_minutes: int, younger_minutes: int) -> list[dict[str, Any]]:
-    """Returns up to 100 changes in this range of ages (in minutes) whose previous version is missing, because it is
-    late or lost."""
-    return [dict(row) for row in await connection.fetch(_GAPS, older_minutes, younger_minutes)]
 
 
 async def list_page(

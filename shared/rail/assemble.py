@@ -30,12 +30,8 @@ class RailParts(Struct, frozen=True):
     rail: Rail
 
     def watch(self, metrics: Metrics) -> None:
-        metrics.watch(
-            "ticketrail_broker_connected", "1 while the publisher is connected", lambda: self.publisher.connected
-        )
-        metrics.watch(
-            "ticketrail_mirror_available", "0 while the mirror's breaker is open", lambda: self.mirror.available
-        )
+        metrics.watch("ticketrail_broker_connected", lambda: self.publisher.connected)
+        metrics.watch("ticketrail_mirror_available", lambda: self.mirror.available)
 
     async def check_mirror(self) -> None:
         """Checks the mirror. Raises MirrorMisconfigured for a server that cannot be a mirror. Only logs that the mirror

@@ -17,7 +17,6 @@ from shared.entities.contract import (
     BrokenContract,
     Change,
     Head,
-    decode_change,
     encode,
 )
 from shared.entities.entity import Entity
@@ -29,6 +28,7 @@ from shared.mirror.mirror import Apply, Mirror, stock_text
 from shared.observability import tracing
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
+from shared.rail.claim_finisher import ClaimFinisher
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.order_numbers import HighestNumbers, number_in, series_of, with_number
@@ -104,10 +104,10 @@ class Rail:
         self._journal = journal
         self._claim_seconds = claim_timeout_seconds
         self._reveal_seconds = reveal_timeout_seconds
-        self._tracer = tracer
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
+        self.claim_finisher = ClaimFinisher(mirror, recorder, self._reveal, tracer=tracer, metrics=metrics)
         self._highest_numbers = HighestNumbers()
         # Recent creations with an idempotency key that this instance made without a claim. The value is None while the
         # creation is under way. Until PostgreSQL has the creation, only this table can recognise a repeat.
@@ -121,26 +121,6 @@ class Rail:
         OutcomeUnknown (the change may appear).
         """
         return await asyncio.shield(self._keep(asyncio.create_task(self._commit(draft), name="commit")))
-
-    async def finish(self, stale: Stale) -> None:
-        """Records and reveals the change of a stale claim, under its own id. Raises Unavailable, and BrokenContract if
-        a newer release made the change."""
-        change = decode_change(stale.event)
-        entity, state = registry.read(change)
-        change, state = with_number(entity, change, state, stale.number)
-        began = time.time_ns()
-        try:
-            await self._recorder.record(lane_of(change), encode(change), change.traceparent)
-        except Unrecorded as error:
-            raise Unavailable("an earlier change cannot be finished now", retry_after=2.0) from error
-        await self._reveal(entity, change, state)
-        if self._metrics is not None:
-            self._metrics.claims_finished.inc()
-        # The span is exported even if the trace is not sampled, because its own request never ended the trace.
-        if self._tracer is not None:
-            found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
-            self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
-        log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)
 
     async def drain(self) -> None:
         """Waits for the commits that are under way. Call it at shutdown, after the last request."""
@@ -231,7 +211,7 @@ class Rail:
                         return number_in(draft.entity, encoded), True  # another instance finished our claim
                     case Stale():
                         try:
-                            await self.finish(reply)
+                            await self.claim_finisher.finish(reply)
                         except BrokenContract as error:  # a newer release made the change and must finish it
                             raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
                     case Cold():

@@ -43,7 +43,7 @@ from shared.rail.journal_file import (
     upgrade,
     whole,
 )
-from shared.rail.salvage import Salvage, wal_of, wal_problem
+from shared.rail.journal_salvage import Salvage, wal_of, wal_problem
 from shared.rail.set_aside import files_aside, finish_set_aside, set_aside
 
 log = structlog.get_logger(__name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from shared.rail.journal_file import Damaged, damaged_in, fill, flush_folder, read_only
-from shared.rail.salvage import Salvage, wal_of
+from shared.rail.journal_salvage import Salvage, wal_of
 
 log = structlog.get_logger(__name__)
 

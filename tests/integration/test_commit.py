@@ -327,7 +327,7 @@ async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_ke
     await stale_claims(rig)  # the next writer or the claim finisher finishes it
     (left,) = await rig.mark_stale()
     await asyncio.wait_for(rig.publisher.wait_connected(), 60)
-    await rig.rail.finish(left)
+    await rig.rail.claim_finisher.finish(left)
     assert set(ids(await rig.queued(at_least=2))) == {left.change_id}
 
 

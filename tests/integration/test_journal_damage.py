@@ -16,7 +16,7 @@ from shared.entities.contract import Lane, encode
 from shared.rail import set_aside
 from shared.rail.journal import Journal
 from shared.rail.journal_file import contents, flush_folder, name_of, sum_of, sum_of_name
-from shared.rail.salvage import wal_of
+from shared.rail.journal_salvage import wal_of
 from shared.rail.set_aside import count_aside, files_aside
 from tests.rigs.journal_connection import JournalConnections
 from tests.rigs.journals import Entry, entry, journal_of, open_and_close

@@ -19,6 +19,7 @@ from benchmarks.history import DAYS, History, fill
 from services.orders import audit
 from services.orders.derived_figures import DerivedFigures
 from services.orders.entity_reads import EntityReads
+from services.sync.maintenance.version_gaps import list_gaps
 from services.sync.mirror.sync_status import sync_status
 from services.sync.writer.upsert import write_batch
 from shared.entities import customer, menu_item, order
@@ -285,7 +286,7 @@ async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, 
 
     async def work() -> None:
         async with database.writer.connection() as connection:
-            assert await states.list_gaps(connection, older_minutes=until, younger_minutes=until + 60) == []
+            assert await list_gaps(connection, older_minutes=until, younger_minutes=until + 60) == []
 
     (plan,) = await database.plans(work, mode)
     _by_index([plan])

@@ -162,7 +162,7 @@ class RandomStock(StockRig):
         """Empties the mirror, claims included. The mirror writer fills it from PostgreSQL, then from the log."""
         await self.write()
         await self.empty_mirror()
-        self.state = (await self.writer.rebuild(time.monotonic())).state
+        self.state = (await self.writer.warm_up.fill(time.monotonic())).state
         await self.read_log(self.shuffled())
         await self.server.warm(self.state)
         await self.assert_stock_matches_heads()
@@ -185,7 +185,7 @@ class RandomStock(StockRig):
                     assert left == tuple([(item, max(0, await self.left(item))) for item, _ in left])
                 return
             case Stale():
-                await self.rail.finish(reply)
+                await self.rail.claim_finisher.finish(reply)
                 return
             case HeadMoved():
                 return

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from services.sync.maintenance.version_gaps import list_gaps
 from services.sync.writer.upsert import DecodedChange, Outcome, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
 from shared.entities.order import Customization, Order, OrderStatus, PaymentStatus
 from shared.entities.table import DiningTable
-from shared.postgres import states
 from shared.postgres.migrate import migrate
 from shared.settings import Settings
 from tests.rigs.builders import CREATED_AT, RESTAURANT, change, item, menu_item, order, payment
@@ -396,7 +396,7 @@ async def test_version_without_its_predecessor_is_a_gap_after_ten_minutes(databa
     third = change(order(id=first.entity_id, notes="3"), base=second, time=now() - timedelta(minutes=20))
     young = change(order(), entityversion=2, time=now() - timedelta(minutes=5))
     await write(database, first, third, young)
-    found = await states.list_gaps(database, older_minutes=10, younger_minutes=70)
+    found = await list_gaps(database, older_minutes=10, younger_minutes=70)
     assert [(gap["entity_id"], gap["version"]) for gap in found] == [(first.entity_id, 3)]
     await write(database, second)
-    assert await states.list_gaps(database, older_minutes=10, younger_minutes=70) == []
+    assert await list_gaps(database, older_minutes=10, younger_minutes=70) == []

@@ -258,7 +258,7 @@ async def drained(owner: RailRig) -> None:
 
 async def finished(owner: RailRig, left: Stale) -> None:
     with contextlib.suppress(TicketrailError):  # as the reconciler does: it tries again at its next round
-        await owner.rail.finish(left)
+        await owner.rail.claim_finisher.finish(left)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from shared.rail.drain import Drainer
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.journal_file import Contents, Damaged, Name, contents, name_of
-from shared.rail.salvage import Salvage
+from shared.rail.journal_salvage import Salvage
 from shared.rail.set_aside import files_aside, files_of, readable
 from shared.settings import Settings
 

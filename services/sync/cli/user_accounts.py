@@ -9,6 +9,7 @@ import asyncpg
 
 from shared.errors import Conflict, NotFound
 from shared.postgres.pool import Connection
+from shared.security.emails import plain_email
 from shared.security.passwords import hash_password
 from shared.security.tokens import Role
 
@@ -40,7 +41,9 @@ async def add_user(
     Raises Conflict if the email is taken, and NotFound if the restaurant does not exist."""
     id_ = id_ or str(uuid4())
     try:
-        await connection.execute(_INSERT, id_, restaurant, email, name, role.value, hash_password(password))
+        await connection.execute(
+            _INSERT, id_, restaurant, plain_email(email), name, role.value, hash_password(password)
+        )
     except asyncpg.UniqueViolationError as error:
         raise Conflict("this email is taken", code="email_taken", field="email") from error
     except asyncpg.ForeignKeyViolationError as error:
@@ -51,7 +54,7 @@ async def add_user(
 async def set_password(connection: Connection, email: str, password: str) -> None:
     """Sets the password and ends all sessions of the user. Raises NotFound."""
     async with connection.transaction():
-        id_ = await connection.fetchval(_CHANGE, email, hash_password(password))
+        id_ = await connection.fetchval(_CHANGE, plain_email(email), hash_password(password))
         if id_ is None:
             raise NotFound("no such user", field="email")
         await connection.execute(_SIGN_OUT, id_)

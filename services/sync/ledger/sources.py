@@ -19,7 +19,7 @@ from shared.mirror.mirror import Mirror
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import Postgres
 from shared.rail.journal_file import Damaged, Name, list_entries, name_of
-from shared.rail.salvage import Salvage
+from shared.rail.journal_salvage import Salvage
 from shared.rail.set_aside import journals_in, readable
 from shared.settings import Settings
 

@@ -6,7 +6,6 @@ import click
 
 from services.sync.command_session import CommandSession, run
 from services.sync.maintenance.cleanup import Cleanup
-from services.sync.maintenance.reconciler import Reconciler
 from shared.settings import Settings
 
 
@@ -20,9 +19,8 @@ def cleanup_command(as_json: bool) -> None:
 
 async def _cleanup(settings: Settings) -> dict[str, int]:
     async with CommandSession(settings) as session:
-        reconciler = Reconciler(settings, session.postgres, session.mirror, session.rail)
         removed = await Cleanup(settings, session.postgres).clean()
-        return {**removed, "claims": await reconciler.finish_claims()}
+        return {**removed, "claims": await session.rail.claim_finisher.finish_all()}
 
 
 COMMANDS = (cleanup_command,)

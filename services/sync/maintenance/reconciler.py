@@ -1,10 +1,10 @@
 """The reconciler repairs in the background what no request repairs. Every few seconds, for all tenants, it does this:
 
-- It finishes stale claims: it records and reveals the claimed change.
+- It finishes stale claims: it records and reveals the claimed change (shared/rail/claim_finisher.py).
 - It repairs the sync states in the mirror (mirror/sync_states.py).
 - It records lost changes again (lost_messages.py).
 - It restores payments that a fork left out (conflicts/forked_payments.py).
-- It reports versions whose predecessor has been missing for ten minutes.
+- It reports versions whose predecessor has been missing for ten minutes (version_gaps.py).
 - It removes documents that have left the live window from the mirror if PostgreSQL has them, and adds new restaurants.
 
 Every step is idempotent and may run in two instances at the same time. While a backend is unavailable, the steps that
@@ -20,15 +20,15 @@ import structlog
 from services.sync.conflicts.forked_payments import ForkedPayments
 from services.sync.maintenance.lost_messages import LostMessages
 from services.sync.maintenance.share_of_time import ShareOfTime
+from services.sync.maintenance.version_gaps import report_gaps
 from services.sync.mirror.sync_states import SyncStates
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, encode, now
+from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.errors import TicketrailError
 from shared.lifecycle import BackgroundLoop
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
-from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import Rail
 from shared.restaurants import list_restaurants
@@ -38,7 +38,6 @@ log = structlog.get_logger(__name__)
 
 _TRIM_INTERVAL_SECONDS = 60.0
 _STATES_PER_QUERY = 500
-_GAP_MINUTES = 10
 _MAX_TRIM_QUERIES = 20
 
 
@@ -66,7 +65,7 @@ class Reconciler:
     async def _run(self) -> None:
         while True:
             for name, work in (
-                ("finish_claims", self.finish_claims),
+                ("finish_claims", self._rail.claim_finisher.finish_all),
                 ("sync_pending", self._sync_pending.run),
                 ("note_conflicts", self.states.note_conflicts),
                 ("restore_payments", self._forked_payments.restore),
@@ -80,27 +79,11 @@ class Reconciler:
             self.loop.turned()
             await asyncio.sleep(self._settings.reconcile_interval_seconds)
 
-    async def finish_claims(self) -> int:
-        """Finishes stale claims. Returns their number."""
-        finished = 0
-        for member in await self._mirror.stale_claims():
-            left = await self._mirror.mark(member)
-            if left is None:
-                continue
-            try:
-                await self._rail.finish(left)
-            except BrokenContract as error:
-                # The change is broken or of a newer release. Leave the claim to an instance that can read it.
-                log.error("claim_not_finished", member=member, reason=error.reason, error=str(error))
-                continue
-            finished += 1
-        return finished
-
     async def _trim_at_times(self) -> None:
         if time.monotonic() - self._trimmed_at >= _TRIM_INTERVAL_SECONDS:
             self._trimmed_at = time.monotonic()
             await self._keep_restaurants()
-            await self.report_gaps()
+            await report_gaps(self._postgres)
             await self.trim()
 
     async def _keep_restaurants(self) -> None:
@@ -109,15 +92,6 @@ class Reconciler:
             restaurants = await list_restaurants(connection)
         for restaurant in restaurants:
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
-
-    async def report_gaps(self) -> int:
-        """Logs gaps that are older than ten minutes, and returns their number. Younger gaps are normal, because changes
-        may arrive in any order."""
-        async with self._postgres.connection() as connection:
-            found = await states.list_gaps(connection, older_minutes=_GAP_MINUTES, younger_minutes=_GAP_MINUTES + 60)
-        for gap in found:
-            log.error("version_gap", **gap)
-        return len(found)
 
     async def trim(self) -> int:
         """Removes documents that have left the live window. Returns their number."""

@@ -26,7 +26,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import msgspec
 import structlog
@@ -36,6 +36,15 @@ from opentelemetry.trace import SpanKind
 from services.sync.failures.classification import classify
 from services.sync.failures.retry_ladder import FailedChange, headers_for, publish_timeout_seconds
 from services.sync.heartbeat import HeartbeatMonitor
+from services.sync.mirror.warm_up import (
+    NO_OFFSET,
+    OVERLAP,
+    STATES_PER_SCRIPT,
+    Rewind,
+    StartPoint,
+    WarmUp,
+    stored_state,
+)
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import (
@@ -43,15 +52,13 @@ from shared.entities.contract import (
     Lane,
     Outline,
     decode_change,
-    encode,
     encode_batch,
     now,
     outline,
     split_batch,
 )
-from shared.entities.entity import Entity
 from shared.lifecycle import BackgroundLoop
-from shared.messaging.log import LogBatch, LogEntry, LogReader, Start
+from shared.messaging.log import LogBatch, LogEntry, LogReader
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
@@ -60,38 +67,20 @@ from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.restaurants import list_restaurants
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_OVERLAP = timedelta(minutes=10)
 _ON_MIRROR = {
     "db.system.name": "redis",
     "db.operation.name": "EVALSHA",
     "db.stored_procedure.name": "apply",
     "messaging.destination.name": LOG,
 }
-_NO_OFFSET = -1
-_CHANGES_PER_SCRIPT = 250
 # Requests reveal their changes themselves, so the writer may pause after a small batch. The next batch is then larger,
 # which saves round trips to the mirror.
 _GATHER_SECONDS = 0.02
 _SMALL_BATCH_MESSAGES = 50
-_LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
-_EPOCH = "select epoch from log_epochs order by id desc limit 1"
-
-
-class _Rewind(Exception):
-    """Another mirror or another log has replaced the one that this writer used."""
-
-
-class StartPoint(Struct):
-    state: LogState
-    start: Start
-    warm: bool
-    settled_at: float
-    """The earliest moment at which the mirror may become warm, on the monotonic clock."""
 
 
 class _Logged(Struct):
@@ -125,6 +114,7 @@ class MirrorWriter:
         self._mirror = mirror
         self._publisher = publisher
         self._watch = watch
+        self.warm_up = WarmUp(settings, postgres, mirror, self._reader)
         self.loop = BackgroundLoop("mirror-writer", self._run)
         self._attempt = 0
         self.warm = False
@@ -138,52 +128,14 @@ class MirrorWriter:
     async def _run(self) -> None:
         while True:
             try:
-                await self._follow(await self._begin())
-            except _Rewind as rewind:
+                await self._follow(await self.warm_up.begin())
+            except Rewind as rewind:
                 log.warning("mirror_rewind", reason=str(rewind))
             except (MirrorUnavailable, MirrorInDoubt, *UNAVAILABLE, *BROKEN_LINK) as error:
                 log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
             self.warm = False
             self._attempt += 1
             await asyncio.sleep(backoff(self._attempt))
-
-    # -- where to begin ----------------------------------------------------------------------------------------
-
-    async def _begin(self) -> StartPoint:
-        found_at = time.monotonic()
-        state = await self._mirror.log_state()
-        if state is not None and state.offset != _NO_OFFSET:
-            warm = await self._mirror.is_warm()
-            log.info("mirror_resumes", offset=state.offset, warm=warm)
-            return StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
-        return await self.rebuild(found_at)
-
-    async def rebuild(self, found_at: float) -> StartPoint:
-        """Fills an empty mirror from PostgreSQL. `found_at`: when it was found cold, on the monotonic clock. Raises
-        MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE."""
-        # Prefer the epoch in the log, because a restored PostgreSQL may have an older epoch.
-        epoch = await self._reader().first_epoch()
-        async with self._postgres.connection() as connection:
-            epoch = epoch or await connection.fetchval(_EPOCH)
-            heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
-            if epoch is None:
-                raise TimeoutError("the change log does not exist yet: run `ticketrail migrate`")
-            state = LogState(epoch, _NO_OFFSET)
-            await self._mirror.begin_log(state)
-            for restaurant in await list_restaurants(connection):
-                await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
-            loaded = 0
-            since = now() - timedelta(days=self._settings.mirror_window_days)
-            for entity in registry.ENTITIES.values():
-                async for block in states.live_window(connection, entity, since):
-                    loaded += len(block)
-                    await self._apply([_stored(entity, stored) for stored in block], state, None)
-            async for rows in states.holds(connection):
-                await self._mirror.hold(rows)
-        log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
-        # In a new system nothing can be in flight.
-        settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
-        return StartPoint(state, heartbeat_at - _OVERLAP if heartbeat_at else "first", False, settled_at)
 
     def _reader(self) -> LogReader:
         return LogReader(
@@ -206,8 +158,8 @@ class MirrorWriter:
                     if lane in batch.heartbeats:
                         self._watch.arrived_in_log(lane, batch.heartbeats[lane])
                 if batch.epoch != state.epoch:
-                    await self._mirror.begin_log(LogState(batch.epoch or "", _NO_OFFSET))
-                    raise _Rewind(f"the log was created again: epoch {batch.epoch}")
+                    await self._mirror.begin_log(LogState(batch.epoch or "", NO_OFFSET))
+                    raise Rewind(f"the log was created again: epoch {batch.epoch}")
                 next_state = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
                 self._trace(await self.apply_entries(batch.entries, state, next_state), began)
@@ -226,7 +178,7 @@ class MirrorWriter:
 
     def _trace(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
-        oldest = ended / 1e9 - _OVERLAP.total_seconds()
+        oldest = ended / 1e9 - OVERLAP.total_seconds()
         for change in outlines:
             accepted = change.time.timestamp()
             if accepted > oldest:  # an old change was read again after a rewind, so it does not show the lag
@@ -247,10 +199,11 @@ class MirrorWriter:
             self._watch.note_log_end()
             self._attempt = 0
             if not self.warm:
-                await self._stamp(state)
+                await self.warm_up.stamp(state)
+                self.warm = True
         if batch.heartbeats:
             if self.warm and not await self._mirror.is_warm():
-                raise _Rewind("the mirror has lost its stamp")
+                raise Rewind("the mirror has lost its stamp")
             for lane in Lane:
                 if lane in batch.heartbeats:
                     self._watch.applied_to_mirror(lane, batch.heartbeats[lane], now())
@@ -260,8 +213,8 @@ class MirrorWriter:
         the offset to `note`, after the repair of late changes, so that after an interruption the writer repeats from
         the previous offset."""
         chunks = [
-            states_to_apply[start : start + _CHANGES_PER_SCRIPT]
-            for start in range(0, len(states_to_apply), _CHANGES_PER_SCRIPT)
+            states_to_apply[start : start + STATES_PER_SCRIPT]
+            for start in range(0, len(states_to_apply), STATES_PER_SCRIPT)
         ] or [[]]
         repairs = any(apply.how == "late" for apply in states_to_apply)
         for place, chunk in enumerate(chunks, start=1):
@@ -276,7 +229,7 @@ class MirrorWriter:
 
     def _check_mirror(self, late: list[int] | None) -> list[int]:
         if late is None:
-            raise _Rewind("another mirror has replaced the one that was filled")
+            raise Rewind("another mirror has replaced the one that was filled")
         return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
@@ -291,7 +244,7 @@ class MirrorWriter:
                 if stored is None or stored.head < late_apply.head:
                     found.append(msgspec.structs.replace(late_apply, how="reveal"))
                 elif late_apply.entity.live(late_apply.entity.decode_state(stored.state)):
-                    found.append(_stored(late_apply.entity, stored))
+                    found.append(stored_state(late_apply.entity, stored))
         return found
 
     async def would_apply(self, event: bytes) -> bool:
@@ -329,14 +282,14 @@ class MirrorWriter:
             return found
         known = [(place, change.outline) for place, change in enumerate(found) if change.outline is not None]
         has = {place for place, _ in known}
-        for start in range(0, len(known), _CHANGES_PER_SCRIPT):
-            chunk = known[start : start + _CHANGES_PER_SCRIPT]
+        for start in range(0, len(known), STATES_PER_SCRIPT):
+            chunk = known[start : start + STATES_PER_SCRIPT]
             has -= {chunk[place][0] for place in await self._mirror.missing([outline for _, outline in chunk])}
         return [change for place, change in enumerate(found) if place not in has]
 
     async def _decode(self, found: list[_Logged]) -> list[Apply]:
         """Decodes the changes. Dead-letters those that cannot be read."""
-        late_before = self._clock() - _OVERLAP
+        late_before = self._clock() - OVERLAP
         readable = []
         for logged in found:
             try:
@@ -362,20 +315,3 @@ class MirrorWriter:
             except (NotSent, InDoubt) as unavailable:
                 log.warning("mirror_dead_letter_waits", error=str(unavailable))
                 await asyncio.sleep(random.uniform(0.2, 0.5))  # noqa: S311  (jitter)
-
-    async def _stamp(self, state: LogState) -> None:
-        present = await self._mirror.log_state()
-        gap = self._settings.order_number_gap if present is not None and present.lost else 0
-        series: list[tuple[str, str]] = []
-        if gap:
-            async with self._postgres.connection() as connection:
-                restaurants = await list_restaurants(connection)
-            series = [(restaurant.id, restaurant.business_day(now()).isoformat()) for restaurant in restaurants]
-        if not await self._mirror.warm(state, series, gap):
-            raise _Rewind("another mirror has replaced the one that was filled")
-        self.warm = True
-        log.info("mirror_warm", offset=state.offset, gap=gap)
-
-
-def _stored(entity: Entity, stored: states.StoredState) -> Apply:
-    return Apply(entity, entity.decode_state(stored.state), stored.head, stored.state, stored.accepted_at, "stored")

@@ -120,7 +120,7 @@ class RailRig:
 
     async def finish_stale(self) -> None:
         for left in await self.mark_stale():
-            await self.rail.finish(left)
+            await self.rail.claim_finisher.finish(left)
 
     # -- reading back ------------------------------------------------------------------------------------------
 

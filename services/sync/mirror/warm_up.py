@@ -1,0 +1,115 @@
+"""Fills a cold mirror from PostgreSQL, finds where the mirror writer begins to read the log, and makes the mirror warm.
+
+The module mirror_writer.py says when a mirror is warm, and what happens when another mirror replaces it.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import structlog
+from msgspec import Struct
+
+from shared.entities import registry
+from shared.entities.contract import encode, now
+from shared.entities.entity import Entity
+from shared.messaging.log import LogReader, Start
+from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.postgres import states
+from shared.postgres.pool import Postgres
+from shared.restaurants import list_restaurants
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+OVERLAP = timedelta(minutes=10)
+"""How far before PostgreSQL's last heartbeat the log is read. Older changes are late."""
+NO_OFFSET = -1
+STATES_PER_SCRIPT = 250
+"""Redis serves nobody else while a script runs, so a script applies at most this many states."""
+_LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
+_EPOCH = "select epoch from log_epochs order by id desc limit 1"
+
+
+class Rewind(Exception):
+    """Another mirror or another log has replaced the one that the mirror writer used."""
+
+
+class StartPoint(Struct):
+    state: LogState
+    start: Start
+    warm: bool
+    settled_at: float
+    """The earliest moment at which the mirror may become warm, on the monotonic clock."""
+
+
+class WarmUp:
+    def __init__(
+        self, settings: Settings, postgres: Postgres, mirror: Mirror, new_reader: Callable[[], LogReader]
+    ) -> None:
+        self._settings = settings
+        self._postgres = postgres
+        self._mirror = mirror
+        self._new_reader = new_reader
+
+    async def begin(self) -> StartPoint:
+        """Returns where the writer begins: at the offset in the mirror, or after `fill`. Raises like `fill`."""
+        found_at = time.monotonic()
+        state = await self._mirror.log_state()
+        if state is not None and state.offset != NO_OFFSET:
+            warm = await self._mirror.is_warm()
+            log.info("mirror_resumes", offset=state.offset, warm=warm)
+            return StartPoint(state, state.offset, warm, found_at + self._settings.mirror_settle_seconds)
+        return await self.fill(found_at)
+
+    async def fill(self, found_at: float) -> StartPoint:
+        """Fills an empty mirror from PostgreSQL. `found_at`: when it was found cold, on the monotonic clock. Raises
+        Rewind, MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE."""
+        # Prefer the epoch in the log, because a restored PostgreSQL may have an older epoch.
+        epoch = await self._new_reader().first_epoch()
+        async with self._postgres.connection() as connection:
+            epoch = epoch or await connection.fetchval(_EPOCH)
+            heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
+            if epoch is None:
+                raise TimeoutError("the change log does not exist yet: run `ticketrail migrate`")
+            state = LogState(epoch, NO_OFFSET)
+            await self._mirror.begin_log(state)
+            for restaurant in await list_restaurants(connection):
+                await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+            loaded = 0
+            since = now() - timedelta(days=self._settings.mirror_window_days)
+            for entity in registry.ENTITIES.values():
+                async for block in states.live_window(connection, entity, since):
+                    loaded += len(block)
+                    for start in range(0, len(block), STATES_PER_SCRIPT):
+                        chunk = block[start : start + STATES_PER_SCRIPT]
+                        if (
+                            await self._mirror.apply([stored_state(entity, stored) for stored in chunk], at=state)
+                            is None
+                        ):
+                            raise Rewind("another mirror has replaced the one that is being filled")
+            async for rows in states.holds(connection):
+                await self._mirror.hold(rows)
+        log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
+        # In a new system nothing can be in flight.
+        settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
+        return StartPoint(state, heartbeat_at - OVERLAP if heartbeat_at else "first", False, settled_at)
+
+    async def stamp(self, state: LogState) -> None:
+        """Makes the mirror warm, after the log has been read to `state`. Skips order numbers if the mirror was lost.
+        Raises Rewind if it is another mirror than the one that was filled."""
+        present = await self._mirror.log_state()
+        gap = self._settings.order_number_gap if present is not None and present.lost else 0
+        series: list[tuple[str, str]] = []
+        if gap:
+            async with self._postgres.connection() as connection:
+                restaurants = await list_restaurants(connection)
+            series = [(restaurant.id, restaurant.business_day(now()).isoformat()) for restaurant in restaurants]
+        if not await self._mirror.warm(state, series, gap):
+            raise Rewind("another mirror has replaced the one that was filled")
+        log.info("mirror_warm", offset=state.offset, gap=gap)
+
+
+def stored_state(entity: Entity, stored: states.StoredState) -> Apply:
+    """Returns a state of PostgreSQL as it is applied to the mirror."""
+    return Apply(entity, entity.decode_state(stored.state), stored.head, stored.state, stored.accepted_at, "stored")

@@ -1,0 +1,7 @@
+"""The form in which an email is stored, counted and searched."""
+
+
+def plain_email(email: str) -> str:
+    """Returns the email in lower case, as Python makes it. PostgreSQL's `lower` maps more spellings to one account than
+    Python (İ becomes i), and each spelling would have its own attempts."""
+    return email.lower()
