@@ -32,7 +32,6 @@ def tracked() -> list[str]:
 def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str]) -> None:
     # Only code spans refer to files of the repository; code blocks are commands for the reader's terminal.
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    text = text.partition("\n## Names in the code\n")[0]  # the glossary's list of renames
     for span in _SPAN.findall(text):
         found = _FILE.fullmatch(span)
         if found is None or found[1] in _ELSEWHERE:
@@ -46,7 +45,7 @@ def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str])
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_setting_that_a_document_names_is_in_the_list_of_settings(page: Path) -> None:
     known = set(re.findall(r"TICKETRAIL_[A-Z_]+", (ROOT / "docs/settings.md").read_text()))
-    named = set(re.findall(r"TICKETRAIL_[A-Z_]+\b(?!\*)", page.read_text().partition("\n## Names in the code\n")[0]))
+    named = set(re.findall(r"TICKETRAIL_[A-Z_]+\b(?!\*)", page.read_text()))
     assert named <= known, named - known
 
 
