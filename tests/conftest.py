@@ -18,7 +18,7 @@ settings.load_profile("ticketrail")
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     """RabbitMQ, PostgreSQL and Redis, started once for the whole run. Their data is removed at its end."""
-    zygote.warm_up()  # imports while the servers start
+    zygote.warm_up()  # the zygote imports while the servers start
     servers = prepare_servers()
     try:
         servers.start_all()

@@ -20,7 +20,7 @@ class Outcomes:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._passed: set[str] = set()
-        self._failed: dict[str, None] = {}  # a dict, because it keeps the order in which they failed
+        self._failed: dict[str, None] = {}  # a dict keeps the order in which the tests failed
         self._broken: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

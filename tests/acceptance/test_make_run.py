@@ -96,7 +96,8 @@ async def command(env: dict[str, str], *arguments: str, **settings: str) -> tupl
     """Runs `ticketrail …` with only these settings. Returns (exit code, stdout, stderr)."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.sync.cli", *arguments),
-        cwd=env["TMPDIR"],  # so that the command does not read the .env of this checkout
+        # The command must not read the .env of this checkout.
+        cwd=env["TMPDIR"],
         env={name: value for name, value in env.items() if not name.startswith("TICKETRAIL_")} | settings,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -167,7 +168,8 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # its process group can be ended as a whole
+        # The group of the shell and its children can then be ended as a whole.
+        start_new_session=True,
         limit=1 << 20,
     )
     assert process.stdout is not None
@@ -214,7 +216,7 @@ async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[
                 return status == 200 and run.demo["pids"]["orders"] != killed
 
             await eventually(restarted, what="a new orders process that is ready")
-            await run.stop()  # while an event stream is open
+            await run.stop()  # an event stream is still open
 
         run = Run(tmp_path / "home", env)
         await run.ready(2)

@@ -107,12 +107,14 @@ async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_l
 ) -> None:
     rabbitmq = rig.system.servers.rabbitmq
 
+    # The journal takes an order whose confirm is later than the timeout. The test starts with a batch without one.
     for _ in range(20):
         if {one["durability"] for one in await rig.place(10)} == {"broker"}:
-            break  # otherwise a confirm took longer than the timeout
+            break
     else:
         pytest.fail("the broker confirms no batch of orders in time")
-    await rig.drained()  # so that the depth counts only the orders of this test
+    # The depth must count only the orders that follow.
+    await rig.drained()
     unconfirmed_publishes = rig.unconfirmed_publishes()
     stop, start_again = (rabbitmq.kill, rabbitmq.start) if how == "kill" else (rabbitmq.freeze, rabbitmq.thaw)
     await asyncio.to_thread(stop)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @asynccontextmanager
 async def postgres_behind(outage: Outage) -> AsyncIterator[None]:
-    """Freezes PostgreSQL for the block: changes that are accepted meanwhile are only in the lanes and the change
+    """Freezes PostgreSQL for the block: changes that are accepted in the block are only in the lanes and the change
     log."""
     await asyncio.to_thread(outage.servers.postgres.freeze)
     try:

@@ -1,5 +1,6 @@
 """PostgreSQL is restored under load from a backup that lacks the last minute. `ticketrail replay --from-log` writes the
-missing changes. Readers see no version go down for longer than a moment. Cursors of the pull feed become void."""
+missing changes. Readers see no version go down for longer than a moment. Older cursors of the pull feed become
+invalid."""
 
 import asyncio
 import json

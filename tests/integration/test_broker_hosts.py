@@ -120,7 +120,7 @@ async def test_publishes_after_a_nack_use_a_new_channel(rig: Rig) -> None:
         await publisher.publish(Lane.CRITICAL.value, message(change(order())))
         with pytest.raises(InDoubt):
             await publisher.publish_to_queue("nowhere", b"[]")
-        assert publisher.connected, "a return must not close the connection"
+        assert publisher.connected, "a returned message closed the connection"
     finally:
         await publisher.stop()
 

@@ -43,7 +43,7 @@ async def add_tokens(restaurant: RestaurantRig) -> tuple[set[bytes], set[bytes]]
     cases: list[tuple[timedelta, timedelta | None, bool]] = [
         (-8 * DAY, None, True),
         (30 * DAY, -8 * DAY, True),
-        (-6 * DAY, None, False),  # kept, so that its reuse is still noticed
+        (-6 * DAY, None, False),  # a token that expired six days ago is kept, so that its reuse is noticed
         (30 * DAY, -6 * DAY, False),
         (30 * DAY, None, False),
     ]

@@ -117,7 +117,8 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
         await owner.journal.append([(Lane.CRITICAL, encode(left))])
     await stale_claims(rig)
 
-    with pytest.raises(ClaimLost) as lost:  # because its base is no longer the head
+    # The claim is lost, because its base is no longer the head.
+    with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.head == left.head
     head, state = await rig.read(created.state.id) or pytest.fail("no document")
@@ -192,7 +193,8 @@ async def test_claim_of_a_lost_mirror_is_dropped_and_not_finished(servers: Serve
     await asyncio.to_thread(redis.start)
     await eventually(lambda: reachable(rig), what="a mirror that answers again")
     (member,) = await stale_claims(rig)
-    assert await rig.mirror.take_back(left) is False  # a mark may be lost, and its finisher would then continue
+    # The claim is not taken back: a claim finisher whose mark the restore lost would continue with it.
+    assert await rig.mirror.take_back(left) is False
     assert await rig.mirror.mark(member) is None
     assert await rig.server.claims(rig.restaurant) == []
     await rig.server.warm()
@@ -258,7 +260,7 @@ async def test_nack_of_one_full_queue_sends_the_change_to_the_journal(rig: Vhost
         assert (done.durability, done.visible) == (Durability.JOURNAL, True)
         assert rig.publisher.connected  # a nack leaves the connection usable
 
-        # Includes earlier changes. A nack may arrive before the other queues have their copy.
+        # The queue still has earlier changes. A nack may arrive before the other queues have their copy.
         async def taken() -> list[str]:
             return ids(await rig.queued())
 
@@ -324,7 +326,7 @@ async def test_unconfirmed_publish_with_broken_journal_is_outcome_unknown_and_ke
         monkeypatch.setattr(brief.journal, "append", broken)
         with pytest.raises(OutcomeUnknown):
             await brief.rail.commit(rig.creation())
-    await stale_claims(rig)  # the next writer or the claim finisher finishes it
+    await stale_claims(rig)  # the next writer or the claim finisher finishes the claim
     (left,) = await rig.mark_stale()
     await asyncio.wait_for(rig.publisher.wait_connected(), 60)
     await rig.rail.claim_finisher.finish(left)
@@ -437,7 +439,8 @@ async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_sa
 async def test_commit_continues_after_its_caller_is_cancelled(rig: VhostRail) -> None:
     draft = rig.creation()
     caller = asyncio.create_task(rig.rail.commit(draft))
-    await asyncio.sleep(0)  # so that the commit has started
+    # Lets the commit start.
+    await asyncio.sleep(0)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller

@@ -85,12 +85,12 @@ def test_phone_number_is_stored_in_e164_whatever_its_written_form(text: str, cou
 @pytest.mark.parametrize(
     ("text", "country"),
     [
-        ("030 123456", None),  # no country is known
+        ("030 123456", None),  # a national number needs a country
         ("", "DE"),
         ("call me", "DE"),
         ("+49", "DE"),
         ("+999 123456789", "DE"),
-        ("555-2671", "US"),  # without the area code, so valid only within one town
+        ("555-2671", "US"),  # valid only within one town, because the area code is missing
         ("12", "DE"),
         ("0" * 200, "DE"),
         ("+49 123456789012345", "DE"),  # possible in Germany, but longer than E.164 allows
@@ -149,7 +149,8 @@ async def test_order_counts_when_it_is_paid_and_without_its_refunds(restaurant: 
         assert await totals(staff, bea) == (0, 0, 0)
         found = expect(await staff.get("/api/customers?limit=200&fields=total_spent,visits"))
         assert {one["id"]: one["total_spent"] for one in found}[id_of(ada)] == 1_250
-        expect(await staff.put(first, json={"customer_id": id_of(bea)}))  # the order was Bea's
+        # The order was placed for the wrong customer: it is Bea's.
+        expect(await staff.put(first, json={"customer_id": id_of(bea)}))
         await totals_become(staff, ada, 0, 0, 0)
         await totals_become(staff, bea, 1_250, 1, 12)
 
@@ -188,7 +189,8 @@ async def test_order_counts_once_however_often_its_events_arrive(restaurant: Res
             for _ in range(3):
                 await restaurant.publish(*reversed(events), *events)
             last = await order(restaurant, staff, ada, 1)
-            await synced(staff, last)  # it follows the repeats in the lane
+            # The order is behind the repeats in the lane: when it is synced, they are written.
+            await synced(staff, last)
             assert await connection.fetchval("select count(*) from payments where order_id = $1", id_of(paid)) == 3
         assert await totals(staff, ada) == (900, 1, 14)
 
@@ -204,7 +206,8 @@ async def test_moves_of_points_count_once_and_are_visible_at_once(restaurant: Re
         replies = await asyncio.gather(*moves)
         assert Counter(reply.status_code for reply in replies) == {200: 30}
         assert sum("idempotency-replayed" in reply.headers for reply in replies) == 15
-        assert await totals(staff, ada) == (0, 0, 45)  # visible at once, possibly before PostgreSQL has them
+        # The points are visible at once, even if PostgreSQL does not have them yet.
+        assert await totals(staff, ada) == (0, 0, 45)
         found = expect(await staff.post(f"{ada}/loyalty", json={"points": -5, "reason": "coffee"}))
         assert found["loyalty_points"] == 40
         again = {"points": 4, "id": ids[0], "reason": "quiz"}

@@ -247,7 +247,7 @@ async def test_discard_and_restore_are_audited_and_an_old_revision_is_refused(
         refused(await nadia.post(f"{path}/discard", json={"revision": 1, **without}), 422, "invalid_input", "why")
     gone = expect(await nadia.post(f"{path}/discard", json={"revision": 1, "why": "a test of the terminal"}))
     assert (gone["status"], gone["why"], gone["revision"]) == ("discarded", "a test of the terminal", 2)
-    assert gone["replaced_by"] is None, "no reader has seen the change, so no change replaces it"
+    assert gone["replaced_by"] is None, "a change that no reader has seen was replaced"
     async with ops_rig.client(name="omar") as omar:
         for act in ("edit", "discard"):
             body = {"revision": 1, "why": "me too"} | ({"event": with_seats(event, 2)} if act == "edit" else {})

@@ -220,7 +220,8 @@ async def test_each_kind_of_bad_input_is_a_group_and_good_changes_are_still_writ
         for _ in range(2):
             await ops_rig.publisher.publish(Lane.CRITICAL.value, body_of())
     await ops_rig.publisher.publish(Lane.CRITICAL.value, message(good))
-    # The queue leaves out the dead letters of the mirror writer. A body that is too large is not searched for text.
+    # The filter `queue` leaves out the dead letters of the mirror writer. A text search does not read bodies that are
+    # too large.
     queue = topology.dead_queue(Lane.CRITICAL)
     selections = ({"text": marker}, {"reason": "too_large", "restaurant_id": ops_rig.restaurant_id})
     groups: list[dict[str, Any]] = []
@@ -241,7 +242,7 @@ async def test_admins_see_only_the_dead_letters_of_their_restaurant_and_cannot_a
     [ours] = await ops_rig.make_dead_letters(marker)
     other = str(uuid4())
     await ops_rig.send_to_dead_queue(change(ops_rig.table(restaurant_id=other, label=marker)))
-    # It names two restaurants, so neither may see it: it has content of the other.
+    # This dead letter names two restaurants. Neither may see it, because it has content of the other.
     await ops_rig.send_to_dead_queue(
         change(ops_rig.table(restaurant_id=other, label=marker), restaurantid=ops_rig.restaurant_id)
     )

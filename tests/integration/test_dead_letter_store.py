@@ -112,7 +112,7 @@ async def test_each_filter_selects_the_matching_dead_letters(store: Rig) -> None
     assert await found(store, statuses=("open", "discarded")) == mine | other
     assert await found(store, text="9 OF 8") == other
     assert await found(store, text="100% _Özgür") == mine, (
-        "finds text in the body, with the wildcards of `like` taken literally"
+        "the text in the body is not found, or a wildcard of `like` matched other text"
     )
     assert await found(store, text="100%Ö") == set()
     assert await found(store, text=str(ours.entity_id)) == mine
@@ -266,7 +266,7 @@ async def test_job_covers_the_dead_letters_that_were_open_at_its_creation(store:
     assert [part.position for part in parts] == [1, 2]
     whole = [await dead_letter_store.one(ops, part.dead_letter_id) for part in parts]
     assert [one.change_id for one in whole if one] == [older.change_id, newer.change_id], (
-        "the job takes the oldest first"
+        "the job did not take the oldest first"
     )
     [(known, part)] = await replay_jobs.of_dead_letter(ops, parts[1].dead_letter_id)
     assert (known.id, part.position) == (job.id, 2)

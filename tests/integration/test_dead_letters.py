@@ -104,9 +104,10 @@ async def test_good_changes_among_bad_ones_are_all_written(kept: Rig) -> None:
 
 
 async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_keep_them_directly(kept: Rig) -> None:
-    # The collector tries a single dead letter again without the refused fields; the writer does not do so for many.
+    # The collector tries a single dead letter again without the refused fields. The writer does not try again when
+    # there are many.
     await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
-    good, bad = change(menu_item()), [poison() for _ in range(9)]  # more than the writer keeps directly
+    good, bad = change(menu_item()), [poison() for _ in range(9)]  # the writer keeps fewer directly
     await kept.publish(*bad, good)
     await kept.written(good)
     dead_letters = await kept.dead_letters(9, within=60)
@@ -323,7 +324,8 @@ async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(mak
 async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig: MakeRig) -> None:
     rig = await make_rig()
     bad = [poison() for _ in range(100)]
-    for one in bad:  # not through the writer, which keeps dead letters directly
+    # Sends them to the dead-letter queue, because the writer would store them directly.
+    for one in bad:
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
     second = DeadLetterCollector(rig.settings, rig.postgres, rig.counts)
     rig.collector.start()
@@ -461,13 +463,13 @@ async def test_change_on_the_retry_ladder_has_a_retry_row_until_it_is_written(ma
     await eventually(row, what="the second attempt", until=lambda found: found and found["attempt"] >= 2)
     await rig.as_owner("drop trigger fail on orders")
     await rig.written(unlucky)
-    assert await row() is None, "the transaction that commits the change removes the row"
+    assert await row() is None, "the row stayed after the change was committed"
 
 
 async def test_retry_row_is_removed_when_the_dead_letter_is_kept(kept: Rig) -> None:
     await fail_forever(kept)
     made = change(order(notes="unlucky"))
-    # Noted by the test, because the writer may note the last retry after the dead letter is kept.
+    # The test notes the retry, because the writer may note the last one after the dead letter is kept.
     await retry_store.note(kept.database, [retry_of(made, attempt=2)])
     assert await kept.count("retries") == 1
     failure = Failure(FailureKind.TRANSIENT, "transient", "?")

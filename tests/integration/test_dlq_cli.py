@@ -185,7 +185,7 @@ async def test_replay_of_a_filter_prints_each_outcome_and_exits_with_1_when_one_
     )
     bad = (await ops_rig.dead_letters(2, text=marker))[1]
     code, out, err = await ops_rig.dlq("replay", "--text", marker, "--dry-run")
-    assert (code, err) == (1, ""), "a dry run asks no question, and one change would fail"
+    assert (code, err) == (1, ""), "the dry run asked a question, or did not report the one failure"
     assert f"{good['id']}  would_write  version 1" in out
     assert f"{bad['id']}  would_fail  contract_broken" in out
     assert "done, 1 would_fail, 1 would_write" in out

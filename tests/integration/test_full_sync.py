@@ -177,7 +177,8 @@ async def test_pending_states_are_left_alone(restaurant: RestaurantRig, raw: Any
     async with CommandSession(settings_of(restaurant.system)) as session:
         _, documents = await session.mirror.read(restaurant.id, "order", [known, new.id])
         assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in heads]
-        for id_, head in zip([known, new.id], heads, strict=True):  # cleans up for later tests
+        # Later tests must not find these pending states.
+        for id_, head in zip([known, new.id], heads, strict=True):
             await session.mirror.note_sync_states(restaurant.id, "order", [(id_, head)])
             await session.mirror.trim(restaurant.id, "order", {id_: head.change_id})
 
@@ -216,7 +217,7 @@ async def test_changes_in_progress_are_not_treated_as_differences(restaurant: Re
     placing = asyncio.create_task(place_orders())
     try:
         assert (await compare(restaurant, repair=False, **patient))[1] == {}
-        assert 300.0 in pauses, "the unrevealed change was compared a second time"
+        assert 300.0 in pauses, "the unrevealed change was not compared a second time"
         assert (await compare(restaurant, repair=True, **patient))[1] == {}
     finally:
         stop.set()

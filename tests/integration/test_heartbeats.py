@@ -19,7 +19,8 @@ async def stale(rig: Rig) -> list[str]:
 
 
 def lanes_are_fresh(stale: list[str]) -> bool:
-    return stale == LOG_PATHS  # without the paths into the log, which these tests do not read
+    # The paths into the log stay stale, because these tests do not read the log.
+    return stale == LOG_PATHS
 
 
 async def proof(rig: Rig, within: float) -> bool | str:
@@ -89,7 +90,7 @@ async def test_missing_binding_of_the_log_is_refused_once_the_log_reader_is_at_t
     await rig.heartbeats.start()
     result = await proof(rig, 1.0)
     assert result is not True
-    assert repr(topology.LOG) not in str(result), "the check must not refuse the log before the reader is at its end"
+    assert repr(topology.LOG) not in str(result), "the check refused the log before the reader was at its end"
     rig.watch.note_log_end()
     await refusal_of(rig, topology.LOG)
 

@@ -129,7 +129,7 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
         (252, "a?b"),
     ]
     assert [json.loads(line) for line in refused_rows.read_bytes().splitlines()] == refusals
-    assert first.code == 1, "rows were refused"
+    assert first.code == 1, "the exit code does not show that rows were refused"
     assert "━" not in first.err, "a progress bar was printed without a terminal"
     await all_there(restaurant, known)
 
@@ -362,7 +362,7 @@ async def test_import_shows_a_progress_bar_on_a_terminal(restaurant: RestaurantR
         try:
             while piece := os.read(ours, 65_536):
                 shown += piece
-        except OSError:  # because the other end is closed
+        except OSError:  # the other end is closed
             pass
         return shown
 

@@ -58,7 +58,8 @@ async def place(client: httpx.AsyncClient, *items: tuple[str, int]) -> str:
 
 async def left(client: httpx.AsyncClient, item: str) -> int:
     found = expect(await client.get(item))
-    if found["available"] != found["quantity"] - found["held"]:  # this must hold at every moment
+    # The three figures must agree at every moment.
+    if found["available"] != found["quantity"] - found["held"]:
         pytest.fail(str(found))
     return int(found["available"])
 
@@ -232,7 +233,8 @@ async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(restaur
         before, deleted = await place(staff, (pizza, 4)), await place(staff, (pizza, 2))
         expect(await staff.delete(deleted))
         renamed = expect(await staff.put(dough, json={"name": "Fresh dough", "low_at": 2}))
-        assert (renamed["available"], renamed["held"]) == (6, 4)  # this is no recount
+        # Renaming the item does not count as a recount.
+        assert (renamed["available"], renamed["held"]) == (6, 4)
         counted = expect(await staff.put(dough, json={"quantity": 3}))
         assert (counted["available"], counted["held"]) == (3, 0)
         refused(await staff.put(before, json=of((pizza, 8))), 409, "out_of_stock")
@@ -303,7 +305,8 @@ async def test_low_stock_is_marked(restaurant: RestaurantRig) -> None:
         assert not (await low())[id_of(dough)]
         await place(staff, (pizza, 2))
         assert (await low())[id_of(dough)]
-        assert not (await low())[id_of(salt)]  # because it has no `low_at`
+        # Salt has no `low_at`, so it is never low.
+        assert not (await low())[id_of(salt)]
         assert not expect(await staff.post(f"{dough}/moves", json={"quantity": 1}))["low"]
         refused(await staff.put(dough, json={"low_at": -1}), 422, "invalid_input", "low_at")
 

@@ -188,7 +188,7 @@ async def test_journal_takes_changes_again_after_a_disk_error(make: Callable[...
     await append(journal, b"second")
     assert await contents(journal) == [b"first", b"second"]
     assert journal.depth == 2
-    assert len(connections.opened) == 1, "the file is not damaged"
+    assert len(connections.opened) == 1, "the journal opened its file again, although the file is not damaged"
 
 
 # -- the drainer, with a fake publisher ------------------------------------------------------------------------

@@ -328,7 +328,8 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
     connections = JournalConnections()
     journal = journal_of(path, connect=connections)
     await journal.open()
-    connections.newest.execute("pragma shrink_memory")  # so that the damaged page is read from the disk
+    # SQLite must read the damaged page from the disk, not from its cache.
+    connections.newest.execute("pragma shrink_memory")
     page = read_files(path)[0].index(made[30][1][:200]) // PAGE_BYTES
     damage = (
         "import sys; f = open(sys.argv[1], 'r+b'); f.seek(int(sys.argv[2]) * 4096); f.write(bytes(4096)); f.close()"
@@ -343,6 +344,7 @@ async def test_damaged_page_of_an_open_journal_makes_it_set_the_file_aside(tmp_p
         name_of(*one).change_id for one in made if one not in [(each.lane, each.event) for each in found]
     }
     await journal.append([entry()])
-    await journal.remove(found)  # removes the entries even if they were renumbered meanwhile
+    # The salvage may have renumbered the entries since they were read. The journal still removes them.
+    await journal.remove(found)
     assert journal.depth == 1
     await journal.close()

@@ -84,7 +84,7 @@ async def test_append_that_may_be_on_disk_is_in_doubt_and_counts_as_sent(tmp_pat
     with pytest.raises(JournalInDoubt):
         await journal.append([entry()])
     db.fails_next = ["pragma wal_checkpoint"]
-    with pytest.raises(JournalBroken) as refused:  # it refuses entries until it has cleaned up
+    with pytest.raises(JournalBroken) as refused:  # the journal refuses entries until it has cleaned up
         await journal.append([entry()])
     assert not isinstance(refused.value, JournalInDoubt)
     assert not db.fails_next

@@ -47,18 +47,20 @@ class LedgerRig:
         self.journals: list[Journal] = []
 
     async def balance(self, **options: Any) -> Balance:
-        """Takes a balance; fails when it does not add up or an unexplained change has no name."""
+        """Takes a balance; fails if it does not add up or does not list every unexplained change that it counts."""
         found = await take_balance(self.rig.settings, self.ops, **{"timeout_seconds": TIMEOUT_SECONDS, **options})
         wrong = [
             name
             for name in ("accepted", *PLACES)
             if getattr(found, name) != sum(getattr(one, name) for one in found.restaurants)
         ]
-        # Every balance must add up. `pytest.fail`, because `until` retries after an AssertionError.
+        # Every balance must add up. This calls `pytest.fail`, because `until` retries after an AssertionError.
         if wrong or found.accepted != sum(getattr(found, place) for place in PLACES):
-            pytest.fail(f"does not add up: {wrong} {found}")
+            pytest.fail(f"the balance does not add up: {wrong} {found}")
         if found.unexplained != len(found.missing):
-            pytest.fail(f"unexplained changes without a name: {found}")
+            pytest.fail(
+                f"the ledger counts {found.unexplained} unexplained changes and lists {len(found.missing)}: {found}"
+            )
         return found
 
     async def until(self, **expected: int) -> Balance:
@@ -103,7 +105,7 @@ async def make_ledger_rig(make_rig: MakeRig, tmp_path: Path) -> AsyncIterator[An
     made: list[LedgerRig] = []
 
     async def make(**settings: Any) -> LedgerRig:
-        # By default without the management API, because its figures are several seconds old.
+        # By default the ledger does not use the management API, because its figures are several seconds old.
         urls = {"rabbitmq_management_url": "", "rabbitmq_watcher_url": ""}
         ledger_rig = LedgerRig(await make_rig(home=tmp_path, **{**urls, **settings}))
         made.append(ledger_rig)
@@ -178,7 +180,9 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(l
     dead = [encode(traced()).replace(b'"total":', b'"total":-') for _ in range(3)]
     await ledger_rig.rig.publish(*dead, change(order(items=1)), b'{"id": "no change at all"}')
     balance = await ledger_rig.until(synced=1, dead=3)
-    assert balance.dead_outcomes == {"in_queue": 3}, "no collector has read the dead-letter queue yet"
+    assert balance.dead_outcomes == {"in_queue": 3}, (
+        "dead letters that no collector has read are not counted in their queue"
+    )
     assert balance.unreadable == 1
     ledger_rig.rig.collector.start()
     dead_letters = [one for one in await ledger_rig.rig.dead_letters(4) if one.change_id]
@@ -347,7 +351,8 @@ async def test_next_look_continues_reading_and_asks_for_no_change_twice(ledger_r
         assert (await ledger.balance()).synced == 50
         assert sum(log.asked) >= 50
         log.asked.clear()
-        await ledger_rig.rig.publish(*made[:5])  # because they are counted already
+        # These five changes are counted already, so a second copy changes nothing.
+        await ledger_rig.rig.publish(*made[:5])
         await ledger_rig.rig.publish(change(order(items=1)))
 
         async def synced() -> int:

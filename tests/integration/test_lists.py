@@ -189,7 +189,8 @@ async def test_pages_list_every_entity_once_newest_first(
         async def states() -> set[str]:
             return {one["sync"]["state"] for one in expect(await admin.get(path, params={"created_from": since}))}
 
-        for _ in range(2):  # first while the entities are pending, then from PostgreSQL
+        # The first round reads while the entities are pending, the second one when PostgreSQL has them.
+        for _ in range(2):
             for limit in (1, 2, 5, 6):
                 assert await ids(admin, path, created_from=since, limit=limit) == newest
             await eventually(states, what="the state `synced`", until=lambda seen: seen == {"synced"})

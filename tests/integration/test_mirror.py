@@ -92,10 +92,12 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
     await mirror.apply([applied(change, "stored")])
     assert await mirror.missing([found]) == []
     await mirror.trim(restaurant, "order", {placed.id: change.id})
-    assert await mirror.missing([found]) == [0], "the mirror remembers only its version"
+    assert await mirror.missing([found]) == [0], (
+        "a trimmed order counts as present, although the mirror keeps only its version"
+    )
     await mirror.apply([applied(change, "stored")])
     await redis.command("HSET", keys.claim(restaurant, "order", placed.id), "v", 1)
-    assert await mirror.missing([found]) == [0], "apply removes a claim whose version is taken"
+    assert await mirror.missing([found]) == [0], "the claim stayed although its version is taken"
 
 
 async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror, redis: Redis) -> None:
@@ -105,7 +107,8 @@ async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror
     assert at is not None
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
     note = LogState(at.epoch, at.offset + 1)
-    await redis.command("DEL", keys.WARM)  # as a promoted replica does, it has the log state but no stamp
+    # Like a promoted replica, the mirror now has the log state but no stamp.
+    await redis.command("DEL", keys.WARM)
     assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
     assert await mirror.log_state() == at
     assert await mirror.apply([one], at=at, note=note) == []
@@ -257,7 +260,7 @@ async def test_numbered_orders_from_the_log_mark_a_cold_mirror_as_lost(mirror: M
     again = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0002")
     await mirror.apply([again], at=LogState(epoch, 1), note=LogState(epoch, 2))
     found = await mirror.log_state()
-    assert found is not None and not found.lost, "a warm mirror that gets an order has lost nothing"
+    assert found is not None and not found.lost, "a warm mirror counts an order as lost"
 
 
 async def test_keyed_creation_outside_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:
@@ -270,7 +273,8 @@ async def test_keyed_creation_outside_the_window_is_remembered_without_its_state
     assert await head_of(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
     assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.head, None)
-    await mirror.apply([applied(change, "stored")])  # a read brings it back
+    # A read of the order brings it back.
+    await mirror.apply([applied(change, "stored")])
     assert await head_of(mirror, restaurant, placed.id) == change.head
 
 

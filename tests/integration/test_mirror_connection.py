@@ -217,7 +217,7 @@ async def test_only_one_of_many_calls_probes_a_silent_server_and_none_waits_for_
             return proxy.accepted >= tried + 2
 
         await eventually(second_accepted, what="the second connection")
-        assert proxy.accepted == tried + 2, "more connections than the probe and the second one"
+        assert proxy.accepted == tried + 2, "a call opened a connection besides the probe and the test's own"
         second.transport.abort()
         proxy.set(Mode.FORWARD)
 

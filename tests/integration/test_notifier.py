@@ -245,8 +245,10 @@ async def test_cursor_ahead_of_an_instance_waits_until_the_instance_reaches_it(r
             await asyncio.wait_for(asked.wait(), 60)
             await publish(message(change(order())), message(last := change(order())))
             seen = await coming
+            # A resync may only mean that the machine stalled for two seconds, the time that the notifier waits. Then
+            # the test tries again.
             if "resync" not in seen:
-                break  # otherwise the machine may have stalled for two seconds, as long as the notifier waits
+                break
     assert seen == ["connected", last.entity_id]
 
 
@@ -321,14 +323,14 @@ async def test_poison_in_the_log_is_skipped_and_stops_nothing(rig: NotifierRig) 
         await rig.publish_each(good[2])
         assert [event.data["orderID"] for event in await screen.first(3)] == [one.entity_id for one in good]
         assert len(screen.events) == 4
-        assert screen.events[2].id.endswith("-2"), "a poison change must keep its position in the message"
+        assert screen.events[2].id.endswith("-2"), "the poison change lost its position in the message"
 
 
 async def test_slow_client_gets_a_resync_and_is_disconnected_while_others_continue(rig: NotifierRig) -> None:
     notifier = await rig.notifier(client_buffer_events=30)
     async with notifier.screen() as quick:
         sent = 0
-        # on a machine that stalls for two seconds, the notifier cuts the client, although it would have read in time
+        # If the machine stalls for two seconds, the notifier cuts a client that would have read in time.
         for _ in range(3):
             async with silent_client(notifier) as reader:
                 sent += await flood(rig, notifier)
@@ -434,7 +436,7 @@ async def test_notifier_without_heartbeats_pushes_and_reports_them_as_stale(rig:
         await rig.heartbeat()
         return (await notifier.health())[1]
 
-    # Repeats, because each heartbeat is fresh for only two seconds.
+    # The test sends a heartbeat before each look, because a heartbeat is fresh for only two seconds.
     await eventually(after_a_heartbeat, what="a fresh heartbeat", until=lambda seen: seen["heartbeats"] == "fresh")
 
 

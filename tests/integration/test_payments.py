@@ -351,7 +351,8 @@ async def test_list_filters_by_time_method_and_order(system: System) -> None:
         async def amounts(**query: str) -> list[int]:
             return [one["amount"] for one in await pages(staff, limit=1, **query)]
 
-        for _ in range(2):  # while some payments are pending, and again when none is
+        # The first round reads while some payments are pending, the second one when none is.
+        for _ in range(2):
             assert await amounts(method="cash") == [1]
             assert await amounts(order_id=one.rpartition("/")[2]) == [3, 1]
             assert await amounts(**{"from": third}) == [-2, 3]

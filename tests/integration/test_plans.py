@@ -48,12 +48,12 @@ class Case(Struct, frozen=True):
     rows: int
     """The most rows that may be read, of all big tables together."""
     not_when: str = ""
-    """One of MODES that is not tested. `for all values`: that plan reads more, and PostgreSQL must not choose it.
-    `at first`: the planner knows how few rows there are, and reads them all."""
+    """One of MODES that is not tested. The plan `for all values` reads more, and PostgreSQL must not choose it. In mode
+    `at first` the planner knows how few rows there are, and reads them all."""
 
 
 def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
-    """`fields`: fields of a Selection, or functions that take the database and return them."""
+    """Lists orders. `fields` are fields of a Selection, or functions that take the database and return the value."""
 
     async def page(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}

@@ -109,7 +109,7 @@ async def test_one_of_many_concurrent_calls_probes(servers: Servers, proxy: Prox
         _, second = await asyncio.open_connection("127.0.0.1", proxy.port)
         # The server accepts connections in the order in which they are made, so earlier ones are counted by now.
         await eventually(arrived, what="the second connection", until=lambda count: count >= before + 2)
-        assert proxy.accepted == before + 2, "more connections than the probe and the second one"
+        assert proxy.accepted == before + 2, "a call opened a connection besides the probe and the test's own"
         second.transport.abort()
         proxy.set(Mode.REFUSE)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -125,7 +125,7 @@ async def test_busy_pool_and_refused_statements_do_not_open_the_breaker(servers:
 
         outcomes = await asyncio.gather(*(hold() for _ in range(100)), return_exceptions=True)
         assert any(isinstance(one, TimeoutError) for one in outcomes), (
-            "there must be more calls than the pool serves within its timeout"
+            "no call waited for its timeout, so the pool was not busy"
         )
         assert postgres.available
         with pytest.raises(asyncpg.PostgresError):

@@ -265,7 +265,8 @@ async def test_change_behind_a_lock_is_retried_while_others_are_written(make_rig
     locker = await asyncpg.connect(rig.settings.database_url)
     holding = locker.transaction()
     await holding.start()
-    await locker.execute("lock table menu_items in access exclusive mode")  # as another transaction could
+    # Another transaction could hold this lock.
+    await locker.execute("lock table menu_items in access exclusive mode")
     stuck = change(menu_item())
     others = [change(order(items=1)) for _ in range(5)]
     await rig.publish(*others[:2], stuck, *others[2:])
@@ -375,7 +376,7 @@ async def test_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers:
     await asyncio.to_thread(servers.rabbitmq.start)
 
     async def published() -> bool:
-        """Publishes, and may publish twice, which changes nothing."""
+        """Publishes. A second copy after a publish in doubt changes nothing."""
         try:
             await rig.publish(*made[25:])
         except (NotSent, InDoubt):
@@ -385,7 +386,8 @@ async def test_lost_connection_is_renewed_and_nothing_is_lost(rig: Rig, servers:
     await eventually(published, what="a confirm of the broker that has started again")
     await rig.written(*made, within=90)
     await rig.drained()
-    await rig.publish(made[0])  # so acknowledgements work on the new channel
+    # Acknowledgements must work on the new channel.
+    await rig.publish(made[0])
     await rig.all_acknowledged()
 
 
@@ -396,7 +398,7 @@ async def test_stop_finishes_messages_that_were_taken(rig: Rig) -> None:
     await rig.writer.stop()
     written = await rig.count("changes")
 
-    # messages without an acknowledgement return to the queue a moment after the channel closes
+    # Messages without an acknowledgement return to the queue a moment after the channel closes.
     async def left() -> int:
         return await rig.depth(topology.lane_queue(Lane.CRITICAL))
 

@@ -79,7 +79,7 @@ async def test_replay_that_dies_again_is_the_same_dead_letter_and_stops_its_job(
     dead_letter = await read_dead_letter(refusing_rig, made)
     assert (dead_letter.status, dead_letter.deaths, len(dead_letter.attempts)) == ("open", 2, 2)
     assert dead_letter.headers["ticketrail-replay"] == dead_letter.id
-    assert dead_letter.headers["ticketrail-attempt"] == 1, "the replay must start at the first attempt"
+    assert dead_letter.headers["ticketrail-attempt"] == 1, "the replay did not start at the first attempt"
 
 
 async def test_replay_that_dies_of_another_cause_does_not_stop_the_others(refusing_rig: Rig) -> None:
@@ -179,7 +179,7 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
     assert job.outcomes == {"resolved": 2}
     _, found = await rig.mirror.read(RESTAURANT, "order", [lost.entity_id, late.entity_id])
     assert [one is not None and one.pending for one in found] == [True, False], (
-        "only the first order is pending, because PostgreSQL has the second one"
+        "the wrong orders are pending: PostgreSQL has the second one"
     )
     assert {dead_letter.status for dead_letter in await rig.dead_letters(2)} == {"resolved"}
 
@@ -194,7 +194,7 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
             deaths,
             deaths,
         )
-    assert job.state == "stopped", "the second death has the same cause, which stops the job"
+    assert job.state == "stopped", "the job did not stop at a second death with the same cause"
 
 
 async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: MakeRig) -> None:

@@ -398,7 +398,8 @@ async def test_entities_of_another_restaurant_are_unknown_in_requests(ours: OurR
             f"/api/menu?category={ours.shown}",
         ):
             assert expect(await admin.get(query)) == [], query
-        # An order may name an unknown table. It belongs to their restaurant, and our table shows no new order.
+        # An order may name a table that its restaurant does not know. The other restaurant's order stays in that
+        # restaurant, and our table does not show it.
         body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], "table_id": ids["table_id"]}
         placed = made(await admin.post("/api/orders", json=body))["id"]
     async with ours.restaurant.client() as staff:

@@ -306,7 +306,7 @@ async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
 
 
 async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered: RegisteredRestaurant) -> None:
-    """Otherwise any admin could find out emails of other accounts by trying to use them."""
+    """Without the limit, an admin could find out the emails of other accounts by trying to use them."""
     user = await registered.user()
     async with client(url, registered.session["access_token"], address=next(addresses)) as admin:
         asked = [
@@ -315,7 +315,7 @@ async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered
         ]
         body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
         made = await admin.post("/api/users", json=body)
-        # A change that reveals nothing is not limited.
+        # A change whose reply cannot show that an email is taken is not limited.
         expect(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
     assert [reply.status_code for reply in asked] == [409] * ATTEMPTS_PER_ADDRESS + [429]
     assert made.status_code == 429

@@ -99,7 +99,7 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
             assert await sync_of(staff, bad) == {"state": "pending"}, (
                 "the new version shows the failure of the previous one"
             )
-        await becomes(staff, bad, "failed")  # because PostgreSQL still refuses it
+        await becomes(staff, bad, "failed")  # PostgreSQL still refuses the order
     assert expect(await staff.post(f"/api/orders/{bad}/sync"))["version"] == 3
     await becomes(staff, bad, "synced")
     assert await listed(staff, "failed") == []

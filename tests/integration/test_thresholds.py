@@ -51,7 +51,7 @@ async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_i
     watched = Thresholds(
         rig.settings.model_copy(update={"pending_warning_changes": 2, "failed_warning_changes": 1}), rig.mirror
     )
-    assert math.isnan(watched.pending), "the thresholds were not checked yet"
+    assert math.isnan(watched.pending), "a count is shown before the first check"
     mine = await reveal(rig, 3)
     await reveal(rig, 2, OTHER_RESTAURANT)
     await fail(rig, mine[:2])

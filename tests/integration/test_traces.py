@@ -146,7 +146,7 @@ async def test_order_has_one_trace_from_the_request_to_the_push(traced: System) 
     id_ = await place(traced, caller)
     spans = await spans_of(traced, caller.trace, *PLACED)
     assert {name: span.service.removeprefix("ticketrail-") for name, span in spans.items()} == PLACED
-    assert len(written(traced, caller.trace)) == len(PLACED), "each span must occur once"
+    assert len(written(traced, caller.trace)) == len(PLACED), "a span is missing or occurs twice"
     root, record, send = spans["POST /api/orders"], spans["record"], spans[SEND]
     parents = {name: span.parent_id for name, span in spans.items()}
     assert parents == {
@@ -202,7 +202,7 @@ async def test_changes_in_one_message_keep_their_traces_and_the_batch_links_to_e
             spans[SEND].span_id
         }
     batches = {(batch.trace_id, batch.span_id) for spans in together for batch in links_to(traced, spans[SEND])}
-    assert len(batches) == 1, "changes of one message must be written in one batch"
+    assert len(batches) == 1, "the changes of one message were written in several batches"
 
 
 async def test_push_event_carries_the_trace_id(traced: System) -> None:
@@ -255,7 +255,8 @@ async def test_trace_command_shows_the_trace_of_each_change_of_an_order(traced: 
 
 
 async def test_unknown_order_is_an_error(traced: System) -> None:
-    async with traced.client() as client:  # this trace names the id although no order has it
+    # The trace of this request names an id that no order has.
+    async with traced.client() as client:
         unknown = str(uuid4())
         caller = Caller()
         assert (await client.get(f"/api/orders/{unknown}", headers=caller.headers)).status_code == 404
@@ -491,5 +492,5 @@ async def test_disabled_tracing_writes_nothing_and_errors_still_carry_a_trace_id
     await stored(traced, id_)
     async with traced.database() as connection:
         kept = await connection.fetchval("select traceparent from changes where entity_id = $1", id_)
-    assert trace_id_of(kept) == caller.trace, "the change keeps the trace id"
+    assert trace_id_of(kept) == caller.trace, "the change lost its trace id"
     assert kept is not None and kept[36:52] != caller.span

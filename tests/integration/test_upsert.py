@@ -270,7 +270,7 @@ MONEY = st.one_of(st.integers(0, 10**12), st.just(10**12))
 ZONES = st.integers(-14 * 60 + 1, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 EDGES = st.sampled_from(
     [
-        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),  # this moment is before the year 1 in UTC
+        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),  # in UTC this moment is before the year 1
         datetime.max.replace(tzinfo=timezone(timedelta(hours=-12))),
         datetime(1970, 1, 1, tzinfo=UTC),
         datetime(2199, 12, 31, 23, 59, 59, 999_999, tzinfo=timezone(timedelta(hours=-12))),

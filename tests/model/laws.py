@@ -1,12 +1,14 @@
 """Promises 1 to 5 of the design as laws about a world.
 
 law 1  a commit that returned is in the broker's log or in a journal
-law 2  after it, a reader of that mirror sees it, unless it said `visible: false` or that mirror was lost
+law 2  a reader of the mirror then sees its change, unless the commit said `visible: false` or the mirror was lost
 law 3  no reader ever sees a commit that raised ClaimLost or Unavailable, also not after all claims are finished
 law 4  in one life of a mirror a version is recorded by one change; a fork needs a lost mirror (or a creation made
        without one) whose change was not in the log when the next mirror became warm. No number is given twice
 law 5  whatever the order and repetition, PostgreSQL and the mirror end with the same states, made of exactly the
        recorded changes; one change id has one content
+
+A life of a mirror ends when the mirror is lost.
 """
 
 from itertools import groupby, permutations
@@ -36,7 +38,7 @@ def check_always(world: World) -> None:
             )
     for id_, head in world.shown.items():
         assert id_ in documents, f"law 2: {id_} was acknowledged as visible and is not there"
-        assert documents[id_][0] >= head, f"law 2: {id_} was shown at {head}, is at {documents[id_][0]}"
+        assert documents[id_][0] >= head, f"law 2: {id_} was shown at {head} and is at {documents[id_][0]}"
     absent = _absent(world)
     for _, order in documents.values():
         assert order.notes not in absent, f"law 3: {order.notes} was refused and a reader sees it"
@@ -82,7 +84,7 @@ def _absent(world: World) -> set[str]:
 
 def _may_exist(world: World, attempt: Attempt) -> bool:
     """A creation whose id already has a head is answered with that head, like a repeat: the order exists. After a
-    claim in doubt, the head may be its own change, which another process has finished."""
+    claim in doubt, the head may be the change of this very attempt, which another process has finished."""
     exists = isinstance(attempt.error, ClaimLost) and attempt.error.head is not None
     return exists and attempt.draft.base is None and change_of(attempt.draft).id in world.doubted
 
@@ -99,10 +101,10 @@ def _check_forks(world: World, recorded: list[Change]) -> None:
         world.seen["fork"] += len(forked) > 1
         for one, other in permutations(forked, 2):
             lives, others = claimed_in[one.id], claimed_in[other.id]
-            assert not lives & others, f"law 4: {id_} version {version} twice in life {lives & others}"
+            assert not lives & others, f"law 4: {id_} version {version} was claimed twice in life {lives & others}"
             for life in others:
                 known = world.in_log_when_warm.get(life, set())
-                assert one.id not in known, f"law 4: {id_} version {version} given again in life {life}"
+                assert one.id not in known, f"law 4: {id_} version {version} was given again in life {life}"
 
 
 def _version_of(change: Change) -> tuple[str, int]:
@@ -117,7 +119,7 @@ def _check_numbers(world: World, recorded: list[Change]) -> None:
         if change.basechangeid is None:
             other = given.setdefault(number, change)
             twice = other.entity_id != change.entity_id and not _lost_with_a_gap(world, number, change, other)
-            assert not twice, f"law 4: number {number} twice"
+            assert not twice, f"law 4: number {number} was given twice"
 
 
 def _lost_with_a_gap(world: World, number: str, one: Change, other: Change) -> bool:

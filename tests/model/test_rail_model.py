@@ -90,8 +90,8 @@ class RailMachine(RuleBasedStateMachine):
 
     @rule(at=instances, kind=kinds, id_=entities, journal=st.sampled_from(["done", "broken"]), outcomes=outcomes)
     def commits_without_a_broker(self, at: int, kind: str, id_: str, journal: str, outcomes: list[int]) -> None:
-        """To the journal; without that to where the claim is taken back, and on from there. A replica of the mirror
-        may stay behind at that point."""
+        """The draft goes to the journal. Without a journal its claim is taken back, and the test continues there. A
+        replica of the mirror may stay behind at that point."""
         if attempt := self.begin(at, kind, id_):
             happens = {"claim": "done", "look": "done", "publish": "not sent", "append": journal, "apply": "done"}
             while mine := self.world.gate.of(attempt.owner):
@@ -224,7 +224,8 @@ class RailMachine(RuleBasedStateMachine):
         while world.run(world.server.claims()):
             rounds += 1
             assert rounds < 100, "a stale claim cannot be finished"
-            if (left := world.run(world.mark_stale(0))) is not None:  # None: the claim needed no finishing and is gone
+            # The result is None if the claim needed no finishing and is gone.
+            if (left := world.run(world.mark_stale(0))) is not None:
                 world.go_on(world.instances[0], world.start(finished(world.instances[0], left)))
         assert not world.run(world.server.call("KEYS", "*claim*")), "law 5: an unfinished claim is left"
         for owner in world.instances:
@@ -252,12 +253,14 @@ class RailMachine(RuleBasedStateMachine):
 
 async def drained(owner: RailRig) -> None:
     assert owner.drainer is not None
-    with contextlib.suppress(NotSent, InDoubt, JournalBroken):  # as its loop does: it tries again
+    # Like the loop of the drainer, the model tries again after an error.
+    with contextlib.suppress(NotSent, InDoubt, JournalBroken):
         await owner.drainer.drain_some()
 
 
 async def finished(owner: RailRig, left: Stale) -> None:
-    with contextlib.suppress(TicketrailError):  # as the reconciler does: it tries again at its next round
+    # Like the reconciler, the model tries again in its next round.
+    with contextlib.suppress(TicketrailError):
         await owner.rail.claim_finisher.finish(left)
 
 

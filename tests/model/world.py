@@ -72,7 +72,7 @@ class Attempt:
 
     @property
     def refused(self) -> bool:
-        """Whether its change must not appear."""
+        """True if no reader may see the change of this attempt."""
         return isinstance(self.error, (ClaimLost, Unavailable))
 
     @property
@@ -81,7 +81,7 @@ class Attempt:
 
 
 class World:
-    """One for a run; `start_over` before each example."""
+    """The world of one run. Call `start_over` before each example."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self._folder = folder
@@ -147,7 +147,7 @@ class World:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def happen(self, step: Step, outcome: str = "done", *, patient: bool = True) -> None:
-        """If it is not `patient`, a claim meets only stale claims."""
+        """Lets a step happen with this outcome. Without `patient`, all claims are stale when the next claim happens."""
         if step.kind == "claim":
             if not patient:
                 self.run(self.server.age_claims())
@@ -156,12 +156,13 @@ class World:
         self.run(self.gate.happen(step, outcome))
 
     def _note(self, step: Step, result: Any) -> None:
-        """Notes what a call did, also if its caller never hears of it."""
+        """Notes the effect of a call, also if its caller never gets the reply."""
         if step.kind == "claim":
             self.seen[f"claim: {type(result).__name__}"] += 1
             if isinstance(result, Claimed):
                 self.claimed_in[step.arguments[1].id].add(self.life)
-        elif step.kind == "take_back" and result:  # its version is free again in this life of the mirror
+        elif step.kind == "take_back" and result:
+            # The version of the claim is free again until the mirror is lost.
             self.claimed_in[step.arguments[0].id].discard(self.life)
 
     def commit(self, owner: RailRig, draft: Draft) -> Attempt:
@@ -176,7 +177,7 @@ class World:
             self.happen(mine[0])
 
     def crash(self, owner: RailRig) -> None:
-        """kill -9; data on disk stays."""
+        """Acts like kill -9: the data on disk stays, and a new process of the instance starts."""
         self.gate.crash(owner)
         for attempt in self.attempts:
             attempt.crashed |= attempt.owner is owner and not attempt.task.done()
@@ -198,7 +199,7 @@ class World:
     # -- the mirror and its writer -----------------------------------------------------------------------------
 
     def lose_mirror(self, copy: Copy = ()) -> None:
-        """The mirror comes back with an older copy, or empty."""
+        """Loses the mirror, which comes back with an older copy, or empty."""
         self.run(self.server.roll_back(copy))
         self.life += 1
         self.warm = False
@@ -210,7 +211,7 @@ class World:
         self.snapshot = self.run(self.server.copy())
 
     async def follow(self, count: int) -> None:
-        """The mirror writer: reads on from the mirror's offset; fills an empty mirror from PostgreSQL and the log."""
+        """Reads on from the mirror's offset, as the mirror writer does; fills an empty mirror from PostgreSQL first."""
         state = await self.mirror.log_state() or await self.postgres.fill(self.mirror)
         await read_log(self._writer, self.broker.log, state, count)
 

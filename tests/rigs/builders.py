@@ -33,7 +33,7 @@ def payment(**fields: Any) -> Payment:
 
 
 def order(*, items: int | tuple[OrderItem, ...] = 3, **fields: Any) -> Order:
-    """`items`: the number of items, or the items themselves."""
+    """Returns a valid order. `items` is the number of items, or the items themselves."""
     chosen = tuple(item() for _ in range(items)) if isinstance(items, int) else items
     subtotal = sum(one.line_total for one in chosen)
     tax = (subtotal * 500 + 5_000) // 10_000

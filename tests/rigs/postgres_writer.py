@@ -144,7 +144,8 @@ class Rig:
         return sum(self.writer.state()["held_messages"].values())
 
     async def depth(self, queue: str) -> int:
-        async with self.channel() as channel:  # a new channel, because a robust or used one answers from its cache
+        # The channel is new, because a robust or used one answers from its cache.
+        async with self.channel() as channel:
             return (await channel.declare_queue(queue, passive=True)).declaration_result.message_count or 0
 
     async def dead(self, lane: Lane = Lane.CRITICAL, *, count: int = 1) -> list[AbstractIncomingMessage]:

@@ -19,7 +19,7 @@ class Mode(StrEnum):
 
 class Proxy:
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        """`port` and `host` of the server behind the proxy."""
+        """`port` and `host` are those of the server behind the proxy."""
         self._host, self._port = host, port
         self._mode = Mode.FORWARD
         self._changed = asyncio.Event()
@@ -40,7 +40,8 @@ class Proxy:
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
-        self.set(Mode.REFUSE)  # ends every connection; asyncio's server would report a task that is cancelled
+        # This closes every connection, which ends its task. asyncio's server would report a cancelled task.
+        self.set(Mode.REFUSE)
         await asyncio.gather(*self._links, return_exceptions=True)
 
     def set(self, mode: Mode, *, delay: float = 0.0) -> None:

@@ -81,7 +81,8 @@ class ExplainedPostgres(Postgres):
             try:
                 yield connection
             finally:
-                await asyncio.sleep(0)  # gives the listener the last messages of the server
+                # The listener gets the last messages of the server in this turn of the event loop.
+                await asyncio.sleep(0)
                 connection.remove_log_listener(self._note)
 
     def _note(self, _: Any, message: Any) -> None:
@@ -143,7 +144,7 @@ async def filled_database(servers: Servers, history: History) -> AsyncIterator[D
     async with empty_database(servers) as (name, superuser_url, settings):
         superuser = await asyncpg.connect(superuser_url)
         for table in BIG:
-            # Autovacuum is off while the tables fill: a page that it reads meanwhile would stay unmarked as
+            # Autovacuum is off while the tables fill: a page that it reads at that time would stay unmarked as
             # all-visible.
             await superuser.execute(f"alter table {table} set (autovacuum_enabled = off)")
         restaurants = await fill(superuser_url, history)

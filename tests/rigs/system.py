@@ -54,7 +54,8 @@ async def eventually(
     not look like a defect."""
     deadline = time.monotonic() + within
     while True:
-        late = time.monotonic() > deadline  # computed before the call, so that the last call starts after the deadline
+        # The time is read before the call, so that the last call starts after the deadline.
+        late = time.monotonic() > deadline
         seen: object
         try:
             found = seen = await look()
@@ -97,12 +98,13 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
-            "sign_in_attempts_per_address": 100_000,  # because all tests have one address
+            # All tests come from one address, so the limit must not apply.
+            "sign_in_attempts_per_address": 100_000,
             "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "mirror_settle_seconds": 1.0,
             "change_log_segment_bytes": 1_000_000,
-            "trace_sample": 0.1,  # as in production: keeping every trace would slow load tests
+            "trace_sample": 0.1,  # the default of production; keeping every trace would slow load tests
             **settings,
         }
         self.env = {

@@ -104,7 +104,8 @@ class ForkedProcess:
     def _read_returncode(self, timeout: float | None) -> int | None:
         if self._returncode is None and select.select([self._connection], [], [], timeout)[0]:
             reply = self._replies.readline()
-            self._returncode = int(reply) if reply else -signal.SIGTERM  # the zygote has ended, and the program with it
+            # Without a reply the zygote has ended, so the kernel has sent SIGTERM to the program.
+            self._returncode = int(reply) if reply else -signal.SIGTERM
             self._replies.close()
             self._connection.close()
         return self._returncode
@@ -186,7 +187,8 @@ def _serve(path: str) -> _Program:
         connection, _ = listener.accept()
         length, fds, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, 2)
         request = json.loads(_receive(connection, int.from_bytes(length, "big")))
-        pid = os.fork()  # in the main thread, because the death signal is sent when the forking thread ends
+        # The main thread forks, because the kernel sends the death signal when the forking thread ends.
+        pid = os.fork()
         if pid:
             for fd in fds:
                 os.close(fd)

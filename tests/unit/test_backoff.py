@@ -11,4 +11,4 @@ from shared.backoff import backoff
 def test_a_wait_doubles_up_to_two_seconds_after_any_number_of_failures(failures: int, seconds: float) -> None:
     waits = [backoff(failures) for _ in range(200)]
     assert all(seconds / 2 <= wait <= seconds for wait in waits)
-    assert len(set(waits)) > 100, "clients that lost a backend at the same moment would come back together"
+    assert len(set(waits)) > 100, "the waits are too alike: clients would retry at the same moment"

@@ -29,7 +29,7 @@ def verdicts(
     missing_for: float = 10.0,
     cleared: bool = True,
 ) -> tuple[list[str], int]:
-    """The place of each suspect, and how many could not be classified yet."""
+    """Returns the place of each suspect, and the number of suspects that could not be classified yet."""
     placement = Placement(suspects=suspects)
     ids = [one.change_id for one in suspects]
     unclassified = classify_missing(

@@ -45,7 +45,7 @@ def test_an_unreadable_change_fails_alone() -> None:
         (b"no batch", "undecodable"),
     ]
     assert {one.failure.kind for one in batch.failed} == {FailureKind.POISON}
-    assert batch.failed[0].change is not None  # the mirror needs it to show the failure
+    assert batch.failed[0].change is not None  # the mirror needs the change to show the failure
 
 
 def test_a_heartbeat_counts_only_in_its_own_lane() -> None:
@@ -83,7 +83,8 @@ def test_acknowledgements_cover_exactly_the_settled_messages_in_any_order(count:
         multiple, single = tags.settle(batch)
         settled |= set(batch)
         if multiple is not None:
-            assert multiple in outstanding  # otherwise the broker closes the channel
+            # The broker closes the channel if it does not know the tag.
+            assert multiple in outstanding
             outstanding = {tag for tag in outstanding if tag > multiple}
         for tag in single:
             assert tag in outstanding

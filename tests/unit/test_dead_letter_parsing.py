@@ -65,7 +65,7 @@ def test_the_digest_depends_on_the_message_and_its_queue() -> None:
     one = message(change(order()))
     assert dead_letter(one).digest == dead_letter(one, failed_headers(one)).digest
     assert dead_letter(one).digest == dead_letter(b"[ " + one[1:-1] + b" ]").digest, (
-        "the digest must not depend on spaces, which a replay removes"
+        "the digest depends on spaces, which a replay removes"
     )
     [elsewhere] = parse_dead_letters("sync.mirror.dead.v1", None, one, {}, NOW)
     assert elsewhere.digest != dead_letter(one).digest
@@ -112,9 +112,11 @@ def test_a_dead_letter_that_names_two_restaurants_is_marked() -> None:
     theirs = change(order(restaurant_id=OTHER_RESTAURANT), restaurantid=RESTAURANT)
     assert dead_letter(message(theirs)).mixed
     negative = encode(theirs).replace(b'"total":', b'"total":-')
-    assert dead_letter(b"[" + negative + b"]").mixed, "also when another error is found first"
+    assert dead_letter(b"[" + negative + b"]").mixed, "the mark is missing if another error is found first"
     ours = change(order())
-    assert dead_letter(encode([{"restaurantid": RESTAURANT, "data": {"after": 7}}])).mixed, "its restaurant is unknown"
+    assert dead_letter(encode([{"restaurantid": RESTAURANT, "data": {"after": 7}}])).mixed, (
+        "the mark is missing if the restaurant of the content is unknown"
+    )
     assert not dead_letter(encode([{"restaurantid": RESTAURANT}])).mixed
     assert not dead_letter(message(ours)).mixed
 

@@ -132,7 +132,7 @@ def test_payments_of_an_older_update_that_arrives_late_are_kept() -> None:
 
 
 def test_updates_give_the_same_order_in_any_sequence() -> None:
-    """Also if the last update looks like the first one."""
+    """This also holds if the last update looks like the first one."""
     updates: list[dict[str, Any]] = [
         {"created_at": CREATED_AT, "updated_at": CREATED_AT + place * MINUTE, "status": status}
         for place, status in enumerate(("ready", "preparing", "ready"))

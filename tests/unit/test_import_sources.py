@@ -23,12 +23,12 @@ async def read(path: Path, content: bytes | str, restaurant: str | None = RESTAU
     path.write_bytes(content.encode() if isinstance(content, str) else content)  # noqa: ASYNC240  (a small file)
     source = source_of(str(path), None)
     found = [row async for row in rows(source, restaurant)]
-    assert count(source) == len(found), "the progress bar counts the rows that are read"
+    assert count(source) == len(found), "the progress bar does not count the rows that are read"
     return found
 
 
 def results(found: list[ImportRow]) -> list[tuple[int, str]]:
-    """For each row its line, and the name of the order or the error."""
+    """Returns the line of each row with the name of its order or its error."""
     return [(row.line, row.error if row.order is None else row.order.name) for row in found]
 
 
@@ -236,5 +236,7 @@ def test_whole_numbers_of_a_query_become_integers_whatever_their_type() -> None:
     assert [json_value(cell) for cell in (Decimal("980.00"), 980.0, 980, Decimal("1E+3"))] == [980, 980, 980, 1000]
     assert all(type(json_value(cell)) is int for cell in (Decimal("980.00"), 980.0))
     assert json_value(Decimal("9.80")) == 9.8
-    assert json_value(Decimal("NaN")) == "NaN", "NaN would become null in JSON, and the field would count as missing"
+    assert json_value(Decimal("NaN")) == "NaN", (
+        "NaN is not kept as text: JSON makes it null, and the field counts as missing"
+    )
     assert json_value(float("inf")) == "inf"

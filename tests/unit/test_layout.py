@@ -16,7 +16,7 @@ from deploy.local.local_settings import ROOT
 from shared.mirror import keys
 from shared.rail import journal_file
 
-# The digest of each layout. A test compares, so that nobody changes a store and forgets its version.
+# The digest of each layout. A test compares it, so that a changed layout cannot keep its version.
 MIRROR_DIGESTS = {1: "41ce8e8d1973"}
 JOURNAL_DIGESTS = {2: "0dbb7102afe5"}
 
@@ -87,7 +87,7 @@ def _compare(name: str, version: int, digests: dict[int, str], content: str) -> 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A tree with what `make clean` runs."""
+    """A tree with the files that `make clean` needs."""
     for folder in ("deploy", "shared"):
         shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "checkout/.local").mkdir()

@@ -40,7 +40,8 @@ async def test_changed_new_and_removed_source_files_are_reported_and_other_files
         turn = 0
         async with asyncio.timeout(60):
             while not seen >= expected:
-                turn += 1  # repeated, because the watcher may look only after the first change
+                # The watcher may look only after the first change, so the test changes the files again.
+                turn += 1
                 (folder / "kept.py").write_text("1" * turn)
                 (folder / "note.txt").write_text("1" * turn)
                 for name in ("new.sql", "gone.lua"):

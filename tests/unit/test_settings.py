@@ -35,7 +35,7 @@ Load = Callable[..., Settings]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Load:
-    """Settings of this environment and this `.env` and nothing else."""
+    """Returns a function that loads settings from the given variables and `.env` text only."""
     for name in [name for name in os.environ if name.startswith("TICKETRAIL_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -229,7 +229,7 @@ def test_every_trace_is_kept_in_development_and_a_tenth_in_production(load: Load
 
 @pytest.mark.parametrize("path", [".env.example", "docs/settings.md"])
 def test_the_documents_are_what_make_settings_writes(path: str) -> None:
-    assert (ROOT / path).read_text() == settings_docs.documents()[path], f"`make settings` writes {path}"
+    assert (ROOT / path).read_text() == settings_docs.documents()[path], f"{path} is out of date: run `make settings`"
 
 
 def test_the_example_lists_every_setting_with_its_default(load: Load) -> None:

@@ -30,7 +30,8 @@ async def test_long_work_is_followed_by_a_longer_pause() -> None:
     for _ in range(3):
         await share.run()
     assert work.runs == 1
-    work.at += 4.4  # of a pause nine times as long as the work
+    # The pause is nine times as long as the work, so 4.4 s is not its end.
+    work.at += 4.4
     await share.run()
     assert work.runs == 1
     work.at += 0.2
@@ -38,7 +39,7 @@ async def test_long_work_is_followed_by_a_longer_pause() -> None:
     await share.run()
     work.at += 0.01
     await share.run()
-    assert work.runs == 3, "short work is repeated in the next round"
+    assert work.runs == 3, "short work was not repeated in the next round"
 
 
 async def test_failed_work_is_followed_by_a_pause_too() -> None:

@@ -210,7 +210,7 @@ def test_a_weak_previous_secret_is_refused_outside_development(before: str) -> N
 
 
 def test_a_path_without_a_file_is_not_used_as_a_secret() -> None:
-    """An attacker could guess it."""
+    """An attacker could guess the path."""
     for path in ("/run/secrets/ticketrail-before.pem", "keys/before.key", "before.pub"):
         with pytest.raises(BadKey, match="TICKETRAIL_JWT_PREVIOUS_KEY holds the path of a file that does not exist"):
             Tokens.of(settings(jwt_previous_key=path))

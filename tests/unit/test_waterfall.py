@@ -102,7 +102,7 @@ def test_a_message_that_did_not_wait_has_no_row_of_waiting() -> None:
     assert outline(lines) == [(0, "send"), (1, "mirror order")]
     early = lines_of([span("send", 0, 2), span("write order", 1, 3, parent="send")], TRACE)
     assert outline(early) == [(0, "send"), (1, "write order")], (
-        "the message was received before the publisher confirm, so it did not wait"
+        "a wait is shown although the message was received before the publisher confirm"
     )
 
 

@@ -5,7 +5,7 @@ changes.py        drafts, and changes as states for the mirror
 broker.py         RabbitMQ as a list of messages, for tests that need no broker
 vhost.py          rigs that share a real vhost; reads back what they published
 mirror_server.py  one Redis: warm, cold, wiped, copied, rolled back
-sinks.py          the mirror writer and the PostgreSQL writer, which take what the test delivers
+sinks.py          the mirror writer and the PostgreSQL writer, which take the changes that the test delivers
 gate.py           holds every call of a rail until the test chooses its outcome: done, lost, late or refused
 clock.py          a clock that only the test moves
 """

@@ -39,7 +39,7 @@ _ANSWER_TIMEOUT_SECONDS = 0.6
 
 @dataclass
 class Step:
-    """One call, which `do` makes."""
+    """One held call; `do` makes it."""
 
     kind: str
     owner: Any
@@ -55,7 +55,7 @@ class Step:
 
 
 class Gate:
-    """`seen`: counts the outcomes. `note`: gets every step that was done, and its result."""
+    """`seen` counts the outcomes. `note` is called with every step that was done, and its result."""
 
     def __init__(self, clock: Clock, seen: Counter[str], note: Callable[[Step, Any], None]) -> None:
         self._clock, self._seen, self._note = clock, seen, note
@@ -65,7 +65,7 @@ class Gate:
         self._dead: set[Any] = set()
 
     def before(self, part: Any, owner: Any) -> Any:
-        """`part` with its calls held for `owner`; what is not in OUTCOMES passes through."""
+        """Returns `part` with its calls held for `owner`. Calls that OUTCOMES does not name pass through."""
         return _Gated(self, part, owner)
 
     async def ask(
@@ -96,7 +96,7 @@ class Gate:
         step.reply.set_exception(_ERRORS.get(outcome, no_answer)("the test chose it"))
 
     def crash(self, owner: Any) -> None:
-        """kill -9: the owner's open steps never happen, and it takes no further ones."""
+        """Acts like kill -9: the owner's open steps never happen, and the owner takes no further steps."""
         self._dead.add(owner)
         self.steps = [step for step in self.steps if step.owner is not owner]
 

@@ -26,8 +26,9 @@ from tests.rigs.rail.mirror_server import MirrorServer
 
 
 class RailRig:
-    """`mirror`, `broker`: used instead of connections of its own. `gate`: holds the calls of the rail and the drainer
-    to the given mirror, broker and journal, but not those of the test. `rail_options`: passed on to `assemble_rail`."""
+    """The rail uses `mirror` and `broker` instead of connections of its own. `gate` holds the calls of the rail and the
+    drainer to the given mirror, broker and journal, but not those of the test. `rail_options` are passed on to
+    `assemble_rail`."""
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ class MirrorServer:
         return [(key, max(life, 0), value) for key, life, value in zip(every, lives, values, strict=True)]
 
     async def roll_back(self, copy: Copy) -> None:
-        """A failover to a replica that lagged: older data, with the stamps of the former server."""
+        """Acts like a failover to a replica that lagged: the data is older and has the stamps of the former server."""
         await self.wipe()
         await asyncio.gather(*(self.call("RESTORE", key, life, value) for key, life, value in copy))
         if await self.call("EXISTS", keys.WARM):
@@ -53,7 +53,7 @@ class MirrorServer:
             await self.claimed_by_former_server(*member.split("|"))
 
     async def claimed_by_former_server(self, restaurant: str, entity: str, id_: str) -> None:
-        """Makes a claim look as if it came from a copy of a lost mirror."""
+        """Makes a claim look as if a lost mirror had taken it and this mirror were a copy."""
         claim = keys.claim(restaurant, entity, id_)
         if await self.call("HEXISTS", claim, "server"):
             await self.call("HSET", claim, "server", _FORMER_SERVER)

@@ -1,7 +1,7 @@
-"""What consumes changes: the mirror writer and the PostgreSQL writer, which take what the test delivers.
+"""The consumers of changes: the mirror writer and the PostgreSQL writer. They take the changes that a test delivers.
 
-PostgreSQL comes as the real tables, and as a model in a few lines, which is written independently of the code that it
-checks."""
+A test uses the real tables of PostgreSQL, or a model of a few lines. The model is written independently of the code
+that it checks."""
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -27,7 +27,7 @@ from tests.rigs.rail.mirror_server import FRESH
 def mirror_writer(
     settings: Settings, mirror: Mirror, *, postgres: Postgres | None = None, clock: Callable[[], datetime]
 ) -> MirrorWriter:
-    """Not started. Without `postgres` it takes no late changes and cannot rebuild a mirror."""
+    """Returns a mirror writer, not started. Without `postgres` it takes no late changes and cannot rebuild a mirror."""
     nothing: Any = None
     watch, tracer = HeartbeatMonitor(settings), Tracer("test", settings)
     return MirrorWriter(
@@ -52,7 +52,7 @@ async def read_again(writer: MirrorWriter, messages: Iterable[bytes], state: Log
 
 
 class PostgresTables:
-    """The tables of one restaurant. `mirror`: is notified of what they hold."""
+    """The tables of one restaurant. After each write, `mirror` is notified of the written changes."""
 
     def __init__(self, postgres: Postgres, mirror: Mirror) -> None:
         self._postgres, self._mirror = postgres, mirror

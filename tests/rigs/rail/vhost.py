@@ -29,7 +29,7 @@ _STALE_SECONDS = 0.15
 
 
 class VhostRail(RailRig):
-    """`number`: of the instance, which names its series of order numbers."""
+    """`number` is the number of the instance, which also names its series of order numbers."""
 
     def __init__(self, number: int, settings: Settings, restaurant: str, journal: Journal | None) -> None:
         super().__init__(settings, MirrorServer(settings.redis_url), restaurant=restaurant, journal=journal)
@@ -68,7 +68,8 @@ class Vhost:
         timeout_seconds: float = _TIMEOUT_SECONDS,
         stale_seconds: float = _STALE_SECONDS,
     ) -> VhostRail:
-        """`publisher`: whether it connects to the broker now. `journal_bytes`: 0 for no journal."""
+        """Makes an instance, which connects to the broker now if `publisher` is true. `journal_bytes` is the size limit
+        of its journal; 0 means no journal."""
         number = len(self.made) + 1
         timeouts: dict[str, Any] = {f"{name}_timeout_seconds": timeout_seconds for name in _TIMEOUTS}
         settings = Settings(

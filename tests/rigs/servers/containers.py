@@ -58,7 +58,8 @@ class Container:
             if container.status != "running" or time.monotonic() > deadline:
                 log = container.logs(tail=15).decode(errors="replace")
                 raise RuntimeError(f"{self.definition.image} ({container.status}) does not answer:\n{log}")
-            time.sleep(0.1)  # pause between two attempts, because no event signals readiness
+            # No event signals readiness, so the loop pauses and tries again.
+            time.sleep(0.1)
 
     def stop(self) -> None:
         if self._made and self._container.status in ("running", "paused"):
