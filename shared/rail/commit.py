@@ -31,7 +31,7 @@ from shared.observability.tracing import Tracer
 from shared.rail.claim_finisher import ClaimFinisher
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import Journal, JournalBroken
-from shared.rail.order_numbers import HighestNumbers, number_in, series_of, with_number
+from shared.rail.order_numbers import HighestNumbers, InstanceNumbers, number_in, series_of, with_number
 from shared.rail.record import Durability, Recorder, Unrecorded
 
 log = structlog.get_logger(__name__)
@@ -101,7 +101,7 @@ class Rail:
         `clock` and `sleep` count seconds."""
         self._mirror = mirror
         self._recorder = recorder
-        self._journal = journal
+        self._instance_numbers = InstanceNumbers(journal) if journal is not None else None
         self._claim_seconds = claim_timeout_seconds
         self._reveal_seconds = reveal_timeout_seconds
         self._metrics = metrics
@@ -251,10 +251,10 @@ class Rail:
                 raise ClaimLost(*found)
         if series is None:
             return "", False
-        if self._journal is None:
+        if self._instance_numbers is None:
             raise Unavailable("no order number is available without the mirror or a journal") from error
         try:
-            return await self._journal.next_number(draft.state.restaurant_id, series), False
+            return await self._instance_numbers.next(draft.state.restaurant_id, series), False
         except JournalBroken as broken:
             raise Unavailable("no order number is available without the mirror or the journal") from broken
 

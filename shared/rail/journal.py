@@ -50,9 +50,8 @@ log = structlog.get_logger(__name__)
 
 # Order numbers are reserved in blocks, so that many numbers need one flush. After a crash the unused numbers of a block
 # are never given.
-_NUMBER_BLOCK_SIZE = 20
+NUMBER_BLOCK_SIZE = 20
 _REOPEN_INTERVAL_SECONDS = 1.0
-_MAX_CACHED_NUMBER_SERIES = 10_000
 
 T = TypeVar("T")
 
@@ -109,8 +108,6 @@ class Journal:
         """True while the write-ahead log may hold a failed append."""
         self._waiting: list[tuple[Sequence[tuple[Lane, bytes]], asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
-        self._numbers: dict[tuple[str, str], tuple[str, int, int]] = {}
-        self._numbering = asyncio.Lock()
         self._generation = 0
         self._next = 1
         self.depth = 0
@@ -156,18 +153,10 @@ class Journal:
         """Removes entries that the broker has confirmed. Raises JournalBroken."""
         await self._run(partial(self._do, lambda: self._remove(entries)))
 
-    async def next_number(self, restaurant: str, day: str) -> str:
-        """Returns the next order number of a business day, such as `J1-0007`. Each instance has its own series, so that
-        no number is given twice. Raises JournalBroken."""
-        async with self._numbering:
-            series, last, reserved = self._numbers.get((restaurant, day), ("", 0, 0))
-            if last == reserved:
-                series, reserved = await self._run(partial(self._do, lambda: self._reserve(restaurant, day)))
-                last = reserved - _NUMBER_BLOCK_SIZE
-                if len(self._numbers) > _MAX_CACHED_NUMBER_SERIES:  # most belong to past business days
-                    self._numbers.clear()
-            self._numbers[restaurant, day] = (series, last + 1, reserved)
-        return f"{series}-{last + 1:04d}"
+    async def reserve_numbers(self, restaurant: str, day: str) -> tuple[str, int]:
+        """Reserves the next `NUMBER_BLOCK_SIZE` numbers of this instance's series for a business day. Returns (series,
+        highest number of the block). Raises JournalBroken."""
+        return await self._run(partial(self._do, lambda: self._reserve(restaurant, day)))
 
     # -- in the event loop -------------------------------------------------------------------------------------
 
@@ -390,7 +379,7 @@ class Journal:
                 db.execute("delete from numbers")
                 log.error("journal_numbers_damaged", journal=str(self._path), series=self._generation)
                 last = 0
-            last += _NUMBER_BLOCK_SIZE
+            last += NUMBER_BLOCK_SIZE
             values = (restaurant, day, last, sum_of_number(restaurant, day, last))
             db.execute("insert or replace into numbers values (?, ?, ?, ?)", values)
         return f"J{self._instance}.{self._generation}" if self._generation else f"J{self._instance}", last

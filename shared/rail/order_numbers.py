@@ -1,9 +1,10 @@
 """Order numbers: a change gets the next number of its series. Each restaurant and business day has a series.
 
-`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror, the
-journal gives a number of the instance's own series: "J1-0007" (`Journal.next_number`).
+`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror,
+`InstanceNumbers` gives a number of the instance's own series: "J1-0007".
 """
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -11,8 +12,32 @@ from msgspec import Raw
 
 from shared.entities.contract import Change, ChangeData, encode
 from shared.entities.entity import Entity
+from shared.rail.journal import NUMBER_BLOCK_SIZE, Journal
 
 _MAX_SERIES = 10_000
+
+
+class InstanceNumbers:
+    """Order numbers of this instance's own series, for creations without a claim. The journal reserves them on disk in
+    blocks, so that no number is given twice, even after a crash."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._given: dict[tuple[str, str], tuple[str, int, int]] = {}  # series, last given and last reserved number
+        self._lock = asyncio.Lock()
+
+    async def next(self, restaurant: str, day: str) -> str:
+        """Returns the next number of a business day, such as `J1-0007`. Raises JournalBroken."""
+        async with self._lock:
+            series, last, reserved = self._given.get((restaurant, day), ("", 0, 0))
+            if last == reserved:
+                series, reserved = await self._journal.reserve_numbers(restaurant, day)
+                last = reserved - NUMBER_BLOCK_SIZE
+                if len(self._given) > _MAX_SERIES:
+                    # Most series belong to past business days. A series that is used again gets a new block.
+                    self._given.clear()
+            self._given[restaurant, day] = (series, last + 1, reserved)
+        return f"{series}-{last + 1:04d}"
 
 
 class HighestNumbers:

@@ -382,7 +382,7 @@ async def test_creation_whose_claim_may_exist_is_outcome_unknown(
 
     async with vhost.frozen(servers.redis) as brief:
         monkeypatch.setattr(brief.journal, "append", broken)
-        monkeypatch.setattr(brief.journal, "next_number", broken)
+        monkeypatch.setattr(brief.journal, "reserve_numbers", broken)
         with pytest.raises(OutcomeUnknown):
             await brief.rail.commit(rig.creation())
 

@@ -13,6 +13,7 @@ from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken, JournalFull
+from shared.rail.order_numbers import InstanceNumbers
 from tests.rigs import builders
 from tests.rigs.journal_connection import JournalConnections
 from tests.rigs.system import ROOT
@@ -23,6 +24,7 @@ import asyncio, sys
 from pathlib import Path
 from shared.entities.contract import Lane
 from shared.rail.journal import Journal
+from shared.rail.order_numbers import InstanceNumbers
 
 async def one(journal, n):
     await journal.append([(Lane.CRITICAL, b"entry %d" % n)])
@@ -31,9 +33,10 @@ async def one(journal, n):
 async def main():
     journal = Journal(Path(sys.argv[1]), instance=1, max_bytes=1 << 24)
     await journal.open()
+    numbers = InstanceNumbers(journal)
     for start in range(0, 10**9, 10):
         await asyncio.gather(*(one(journal, n) for n in range(start, start + 10)))
-        print("number", await journal.next_number("r", "d"), flush=True)
+        print("number", await numbers.next("r", "d"), flush=True)
 
 asyncio.run(main())
 """
@@ -83,7 +86,7 @@ async def test_acknowledged_entries_survive_a_kill_9(make: Callable[..., Any], t
     assert journal.depth == len(await contents(journal))
     numbers = {line.removeprefix("number ") for line in lines if line.startswith("number")}
     assert len(numbers) > 15
-    assert await journal.next_number("r", "d") not in numbers
+    assert await InstanceNumbers(journal).next("r", "d") not in numbers
 
 
 async def test_second_process_is_refused_while_the_first_one_runs(make: Callable[..., Any], tmp_path: Path) -> None:
@@ -138,12 +141,13 @@ async def test_numbers_never_repeat_after_a_reopen_and_count_per_day_and_restaur
     given: list[str] = []
     for _ in range(3):
         journal = await make()
-        given += await asyncio.gather(*(journal.next_number("r", "monday") for _ in range(45)))
+        numbers = InstanceNumbers(journal)
+        given += await asyncio.gather(*(numbers.next("r", "monday") for _ in range(45)))
         await journal.close()
     assert len(set(given)) == len(given) == 135
     assert given[:2] == ["J1-0001", "J1-0002"]
-    journal = await make()
-    assert await journal.next_number("r", "tuesday") == await journal.next_number("s", "monday") == "J1-0001"
+    numbers = InstanceNumbers(await make())
+    assert await numbers.next("r", "tuesday") == await numbers.next("s", "monday") == "J1-0001"
 
 
 async def test_appends_that_wait_at_the_same_moment_share_a_transaction(make: Callable[..., Any]) -> None:
@@ -166,7 +170,7 @@ async def test_closed_or_unopened_journal_is_broken_and_may_be_closed_twice(
     await journal.close()
     await journal.close()
     with pytest.raises(JournalBroken):
-        await journal.next_number("r", "d")
+        await InstanceNumbers(journal).next("r", "d")
 
 
 @pytest.mark.parametrize("failing", ["insert", "delete", "commit"])

@@ -17,6 +17,7 @@ from shared.rail import set_aside
 from shared.rail.journal import Journal
 from shared.rail.journal_file import contents, flush_folder, name_of, sum_of, sum_of_name
 from shared.rail.journal_salvage import wal_of
+from shared.rail.order_numbers import InstanceNumbers
 from shared.rail.set_aside import count_aside, files_aside
 from tests.rigs.journal_connection import JournalConnections
 from tests.rigs.journals import Entry, entry, journal_of, open_and_close
@@ -244,7 +245,7 @@ def test_numbers_start_a_new_series_when_the_highest_may_be_lost(tmp_path: Path)
     given: list[str] = []
 
     async def number(journal: Journal) -> None:
-        given.append(await journal.next_number("r", "d"))
+        given.append(await InstanceNumbers(journal).next("r", "d"))
 
     for _ in range(3):
         asyncio.run(open_and_close(path, number))

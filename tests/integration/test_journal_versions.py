@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared.rail.journal import Journal
 from shared.rail.journal_file import contents, sum_of
+from shared.rail.order_numbers import InstanceNumbers
 from tests.rigs.journals import entry, open_and_close
 
 
@@ -26,7 +27,7 @@ async def test_journal_without_sums_keeps_its_entries_and_numbers(tmp_path: Path
     given: list[str] = []
 
     async def number(journal: Journal) -> None:
-        given.append(await journal.next_number("r", "d"))
+        given.append(await InstanceNumbers(journal).next("r", "d"))
 
     journal = await open_and_close(path, number)
     assert (contents(path).entries, journal.depth, journal.set_aside) == (made, 5, 0)

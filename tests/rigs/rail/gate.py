@@ -23,7 +23,7 @@ OUTCOMES = {
     "take_back": ("done", "done", "done", "done, unheard", "never", "late", "unavailable"),
     "publish": ("done", "done", "done", "not sent", "not sent", "done, unheard", "late", "never"),
     "append": ("done", "done", "done", "broken", "broken"),
-    "next_number": ("done", "done", "done", "broken"),
+    "reserve_numbers": ("done", "done", "done", "broken"),
     "remove": ("done", "done", "broken"),
     "look": ("done", "done", "done", "no answer"),
 }
