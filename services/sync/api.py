@@ -1,5 +1,6 @@
 """Assembles the sync API, which terminals, other systems and operators call."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,11 +33,40 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _HEARTBEATS = "select lane, sent_at from heartbeats"
+_PROBE_TIMEOUT_SECONDS = 1.0
+
+
+class HeartbeatProbe:
+    """Reads the heartbeats for `/health/ready`.
+
+    Supervisors give up a probe after a few seconds, and a frozen PostgreSQL takes longer to fail. So a probe waits for
+    a second at most. The query goes on, and later probes wait for the same one.
+    """
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._postgres = postgres
+        self._query: asyncio.Task[list[Any]] | None = None
+
+    async def read(self) -> list[Any]:
+        """Returns the rows (lane, sent_at). Raises one of UNAVAILABLE."""
+        if self._query is None or self._query.done():
+            self._query = asyncio.create_task(self._fetch(), name="read heartbeats")
+            # A query that fails when no probe waits for it has been reported as a timeout.
+            self._query.add_done_callback(lambda query: query.cancelled() or query.exception())
+        done, _ = await asyncio.wait([self._query], timeout=_PROBE_TIMEOUT_SECONDS)
+        if not done:
+            raise TimeoutError(f"PostgreSQL did not answer within {_PROBE_TIMEOUT_SECONDS:.0f} s")
+        return self._query.result()
+
+    async def _fetch(self) -> list[Any]:
+        async with self._postgres.connection() as connection:
+            return list(await connection.fetch(_HEARTBEATS))
 
 
 class SyncApiParts(Struct, frozen=True):
     settings: Settings
     postgres: Postgres
+    heartbeats: HeartbeatProbe
     rail_parts: RailParts
     context: SyncContext
     imports: ImportContext
@@ -59,8 +89,7 @@ async def readiness(parts: SyncApiParts) -> tuple[bool, dict[str, Any]]:
     ages of the heartbeats in PostgreSQL show the sync lag."""
     details: dict[str, Any] = {"broker": parts.rail_parts.publisher.connected}
     try:
-        async with parts.postgres.connection() as connection:
-            heartbeats = await connection.fetch(_HEARTBEATS)
+        heartbeats = await parts.heartbeats.read()
         ages = {row["lane"]: round((now() - row["sent_at"]).total_seconds(), 3) for row in heartbeats}
         limit = max(2.0, parts.settings.heartbeat_interval_seconds * 3)
         details["heartbeat_age_seconds"] = ages
@@ -86,7 +115,7 @@ def assemble(settings: Settings) -> SyncApiParts:
     upserts = ExternalOrderUpserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
     context = SyncContext.of(settings, postgres, mirror, rail)
     imports = ImportContext(settings.sync_token, upserts)
-    return SyncApiParts(settings, postgres, rail_parts, context, imports, tracer, metrics)
+    return SyncApiParts(settings, postgres, HeartbeatProbe(postgres), rail_parts, context, imports, tracer, metrics)
 
 
 def create(settings: Settings | None = None) -> ResponseHeaders:

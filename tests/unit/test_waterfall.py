@@ -45,8 +45,8 @@ def change(**fields: Any) -> TracedChange:
     return TracedChange(**{**chosen, **fields})
 
 
-def shown(*changes: TracedChange, spans: list[SpanRow], missing: list[str] | None = None) -> str:
-    screen = Console(file=StringIO(), width=180)
+def shown(*changes: TracedChange, spans: list[SpanRow], missing: list[str] | None = None, width: int = 180) -> str:
+    screen = Console(file=StringIO(), width=width)
     screen.print(render(ORDER, FoundTraces(list(changes), spans, missing or []), screen.width))
     assert isinstance(screen.file, StringIO)
     return screen.file.getvalue()
@@ -297,3 +297,17 @@ async def test_a_jaeger_that_answers_garbage_is_named_and_hides_no_other_problem
 async def test_an_unavailable_jaeger_is_named() -> None:
     url = f"http://127.0.0.1:{find_free(1)[0]}"
     assert f"{url} does not answer" in (await find_traces(without_postgres(url), ORDER)).missing[1]
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 100, 180])
+def test_names_and_times_are_whole_at_every_width(width: int) -> None:
+    spans = [
+        span("POST /api/orders", 0, 16_390.1),
+        span("send order.created", 1, 12_345.6, parent="POST /api/orders"),
+        span("write order", 12_350, 16_361.7, parent="send order.created", service="ticketrail-sync-worker"),
+    ]
+    rows = shown(change(), spans=spans, width=width).splitlines()
+    for text in ("POST /api/orders", "16390.1", "send order.created", "12344.6", "write order", "12350.0", "4011.7"):
+        assert any(text in row for row in rows), (text, rows)
+    assert any("took ms" in row for row in rows)
+    assert all(len(row) <= width for row in rows[3:])

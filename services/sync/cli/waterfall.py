@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import Struct, to_builtins
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,11 @@ from services.sync.printable import printable
 from shared.observability.trace_files import SpanRow
 
 _MIN_WAIT_NS = 100_000  # shorter waits are noise
+_HEADINGS = ("what", "where", "at ms", "took ms")
+_GAP = 2  # columns between two columns of the table
+_MAX_BAR_CHARS = 60
+_MIN_BAR_CHARS = 8
+_MIN_NOTE_CHARS = 12
 _CONSUMED = ("write ", "mirror ", "push ")
 
 
@@ -173,29 +179,40 @@ def _unsampled(change: TracedChange) -> str:
 
 
 def _table(lines: Sequence[Line], width: int) -> Table:
+    """Draws the lines in `width` columns. Names and times are never cut: first the bar gives way, then the notes."""
     began = min(line.start_ns for line in lines)
     whole = max(max(line.end_ns for line in lines) - began, 1)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
-    table.add_column("what", no_wrap=True)
-    table.add_column("where", no_wrap=True)
-    table.add_column("at ms", justify="right")
-    table.add_column("took ms", justify="right")
-    bar = max(12, min(60, width - 105))
-    table.add_column("", width=bar, no_wrap=True)
-    table.add_column("", style="dim")
-    for line in lines:
-        left = min(int((line.start_ns - began) / whole * bar), bar - 1)
-        long = max(1, round((line.end_ns - line.start_ns) / whole * bar))
-        style = "red" if line.error else "yellow" if line.waits else "green"
-        table.add_row(
-            Text("  " * line.depth + line.name, style="yellow" if line.waits else ""),
+    texts = [
+        (
+            "  " * line.depth + line.name,
             line.where,
             f"{(line.start_ns - began) / 1e6:.1f}",
             f"{(line.end_ns - line.start_ns) / 1e6:.1f}",
-            Text(
-                " " * min(left, bar - 1) + ("░" if line.waits else "█") * min(long, bar - min(left, bar - 1)),
-                style=style,
-            ),
-            Text(", ".join(filter(None, (line.error, line.note))), style="red" if line.error else ""),
         )
+        for line in lines
+    ]
+    notes = [", ".join(filter(None, (line.error, line.note))) for line in lines]
+    used = sum(max(cell_len(text) for text in column) + _GAP for column in zip(_HEADINGS, *texts, strict=True))
+    noted = max(map(cell_len, notes))
+    bar = min(_MAX_BAR_CHARS, width - used - noted - _GAP)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=True, header_style="dim")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right" if heading.endswith("ms") else "left", no_wrap=True)
+    if bar >= _MIN_BAR_CHARS:
+        table.add_column("", width=bar, no_wrap=True)
+    if width - used >= _MIN_NOTE_CHARS:
+        table.add_column("", style="dim")
+    for line, cells, note in zip(lines, texts, notes, strict=True):
+        left = min(int((line.start_ns - began) / whole * bar), bar - 1)
+        long = max(1, round((line.end_ns - line.start_ns) / whole * bar))
+        drawn = " " * left + ("░" if line.waits else "█") * min(long, bar - left)
+        row: list[RenderableType] = [
+            Text(cells[0], style="yellow" if line.waits else ""),
+            *cells[1:],
+            Text(drawn, style="red" if line.error else "yellow" if line.waits else "green"),
+            Text(note, style="red" if line.error else ""),
+        ]
+        if bar < _MIN_BAR_CHARS:
+            del row[-2]
+        table.add_row(*row[: len(table.columns)])
     return table
