@@ -55,6 +55,6 @@ class Outcomes:
 
 def pytest_configure(config: pytest.Config) -> None:
     file = os.environ.get(FILE_VARIABLE)
-    # not in a worker of pytest-xdist: the controller gets the reports of all workers
+    # A worker of pytest-xdist needs no plugin, because the controller gets the reports of all workers.
     if file and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(Path(file)))

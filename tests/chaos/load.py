@@ -27,7 +27,7 @@ class Acknowledged(Struct, frozen=True):
     kind: str
     """created, changed or paid"""
     version: int
-    """0 for a creation or a payment, because a repeat of it is answered with the head version."""
+    """The version in the reply; 0 for a creation or a payment, as a repeat of it is answered with the head version."""
     mark: str
 
 
@@ -53,11 +53,11 @@ class Load:
         self._tasks: list[asyncio.Task[None]] = []
         self.acknowledged: list[Acknowledged] = []
         self.refused: dict[str, str] = {}
-        """The mark of each write whose last reply was 4xx or 503 -> that reply."""
+        """Mark of a write whose last reply was 4xx or 503 -> that reply."""
         self.unknown: set[str] = set()
         self.answers: Counter[str] = Counter()
         self._durability: dict[str, str] = {}
-        """Order -> the visibility and durability that the reply to its creation named."""
+        """Order -> the visibility and durability in the reply to its creation."""
         self.wrong: list[str] = []
         """Replies that no fault justifies."""
 

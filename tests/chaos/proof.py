@@ -51,7 +51,8 @@ async def prove(rig: ChaosRig, load: Load, screens: Screens | None = None) -> Pr
 def check_answers(
     acknowledged: Iterable[Acknowledged], refused: Mapping[str, str], unknown: Iterable[str], contents: StoreContents
 ) -> Proof:
-    """Compares the replies with the stores; pure. `refused` has the reply to each mark; `unknown` has marks."""
+    """Compares the replies with the stores; pure. `refused`: mark of a refused write -> its
+    reply. `unknown`: marks of the writes without a reply."""
     proof = Proof(unexplained=contents.unexplained)
     stores = _StoreIndex(contents)
     for one in acknowledged:

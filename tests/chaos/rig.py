@@ -47,7 +47,7 @@ class ChaosRig:
         self.disk: Path | None = None
         """The file system of the journals; None if this user may not mount one."""
 
-    # -- life --------------------------------------------------------------------------------------------------
+    # -- start and stop ----------------------------------------------------------------------------------------
 
     async def up(self) -> None:
         ports = {

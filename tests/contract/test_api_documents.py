@@ -242,7 +242,7 @@ def test_the_frozen_sample_of_an_event_fits_the_document(type_: str) -> None:
     event = json.loads(path_of(type_, revisions(entity.name)).read_bytes())
     payload = ASYNCAPI["components"]["messages"][type_]["payload"]
     assert _errors(ASYNCAPI, payload, [event]) == []
-    # Another event, a broken state and more changes than fit into one message do not.
+    # Another event, a broken state and more changes than fit into one message do not fit the document.
     assert _errors(ASYNCAPI, payload, [{**event, "type": "ticketrail.other.created.v1"}])
     assert _errors(ASYNCAPI, payload, [{**event, "data": {"after": {**event["data"]["after"], "id": 7}}}])
     assert _errors(ASYNCAPI, payload, [event] * 257)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(150)
 PUBLISH_TIMEOUT_SECONDS = 1.0
 """The time that a frozen broker costs once. It is below two seconds, within which the journal must take over."""
 CLIENT_TIMEOUT_SECONDS = 10.0
-"""Longer than a busy machine stalls."""
+"""The time that a client waits for a reply. It is longer than a busy machine stalls."""
 # PATIENT has long timeouts for the mirror, which no test here stops.
 SETTINGS = {**PATIENT, "publish_timeout_seconds": PUBLISH_TIMEOUT_SECONDS}
 
@@ -35,7 +35,7 @@ class OrdersRig(Struct):
     clients: list[httpx.AsyncClient]
     home: Path
     since: datetime
-    """Orders that were accepted earlier belong to other tests, even if PostgreSQL stores them only now."""
+    """The start of the test. Earlier orders belong to other tests, even if PostgreSQL stores them only now."""
     placed: list[str] = []
 
     async def place(self, count: int = 1) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""A RabbitMQ that has just started answers before its queues and streams are back. It is not ready, not broken."""
+"""A RabbitMQ that has just started answers before its queues and streams are back. Such a broker is
+not ready yet, but it is not broken."""
 
 import asyncio
 import shutil
@@ -26,7 +27,7 @@ from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(600)
 
-MESSAGES = 300  # messages in each queue; through the lanes they reach the streams too
+MESSAGES = 300  # in each queue; the messages of the lanes reach the streams too
 
 
 class OwnBroker(Servers):
@@ -131,15 +132,15 @@ async def first_stream_on_disk(folder: Path) -> None:
         files = folder.rglob("coordination/*/names.dets")
         return any(b"rabbit_stream_coordinator" in file.read_bytes() for file in files)
 
-    await eventually(lambda: asyncio.to_thread(written), what="the stream coordinator is on disk")
+    await eventually(lambda: asyncio.to_thread(written), what="the stream coordinator on disk")
 
 
 def migrate(environment: dict[str, str]) -> Result:
-    """`ticketrail migrate` in this process: a new one would take longer to start than the broker to recover."""
+    """Runs `ticketrail migrate` in this process, because a new process starts more slowly than the broker recovers."""
     return CliRunner().invoke(main, ["migrate"], env=environment)
 
 
-# Not every restart shows an unrecovered queue: two are a smoke test, twelve show several.
+# Not every restart shows a queue that has not recovered. Two restarts may show none; twelve show several.
 @pytest.mark.parametrize("restarts", [2, pytest.param(12, marks=pytest.mark.slow)])
 async def test_migrate_start_checks_and_readers_wait_for_a_recovering_broker(system: System, restarts: int) -> None:
     await system.cli("migrate")

@@ -121,7 +121,7 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="next"))
     assert lost.value.head == left.head
-    head, state = await rig.read(created.state.id) or pytest.fail("no document")
+    head, state = await rig.read(created.state.id) or pytest.fail("the mirror lacks the order")
     assert (head, state.notes) == (left.head, "left behind")
     next_one = await rig.rail.commit(rig.update(Committed(state, head, Durability.BROKER, True), notes="next"))
     assert next_one.head.version == 3
@@ -138,7 +138,7 @@ async def test_finished_creation_keeps_the_number_of_its_claim(rig: VhostRail) -
     assert reply == Claimed("0001")
     await stale_claims(rig)
     await rig.finish_stale()
-    head, order = await rig.read(left.entity_id) or pytest.fail("no document")
+    head, order = await rig.read(left.entity_id) or pytest.fail("the mirror lacks the order")
     assert (head, order.order_number) == (left.head, "0001")
     (message,) = await rig.queued(at_least=1)
     assert [bytes(change.data.after) for change in message] == [encode(order)]
@@ -349,7 +349,7 @@ async def test_claim_on_a_frozen_mirror_is_outcome_unknown_and_an_open_breaker_i
     # The server runs the sent script when it wakes. The script claims nothing, because it runs too late.
     await eventually(lambda: reachable(rig), what="a mirror that answers again")
     assert await rig.server.claims(rig.restaurant) == []
-    head, _ = await rig.read(created.state.id) or pytest.fail("no document")
+    head, _ = await rig.read(created.state.id) or pytest.fail("the mirror lacks the order")
     assert head.version == 1
     again = await rig.rail.commit(draft)
     assert again.head.version == 2
@@ -455,7 +455,7 @@ async def test_fork_after_a_lost_mirror_ends_the_same_in_any_order_of_arrival(ri
     for order in (forked, forked[::-1], forked + forked):
         for change in order:
             await rig.reveal(change)
-        head, _ = await rig.read(created.state.id) or pytest.fail("no document")
+        head, _ = await rig.read(created.state.id) or pytest.fail("the mirror lacks the order")
         assert head == max(change.head for change in forked)
 
 

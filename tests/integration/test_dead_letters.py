@@ -57,7 +57,7 @@ async def test_each_kind_of_bad_input_is_kept_with_a_fingerprint_of_its_own(kept
     bad = {**BAD, "too_large": too_large()}
     assert len(bad["too_large"]) > MAX_EVENT_BYTES
     good = change(order())
-    # a message of 10 MB goes to two queues, which takes longer
+    # A message of 10 MB goes to two queues, so its confirm takes longer.
     settings = kept.settings.model_copy(update={"publish_timeout_seconds": 30.0})
     patient = publisher_of(settings)
     await patient.start(wait=10)
@@ -107,7 +107,8 @@ async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_ke
     # The collector tries a single dead letter again without the refused fields. The writer does not try again when
     # there are many.
     await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
-    good, bad = change(menu_item()), [poison() for _ in range(9)]  # the writer keeps fewer directly
+    # The writer stores them directly, because more than eight changes of the batch failed.
+    good, bad = change(menu_item()), [poison() for _ in range(9)]
     await kept.publish(*bad, good)
     await kept.written(good)
     dead_letters = await kept.dead_letters(9, within=60)
@@ -316,7 +317,7 @@ async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(mak
     for at in ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"):
         headers: dict[str, int | str] = {"ticketrail-reason": "negative_amount", "ticketrail-failed-at": at}
         await rig.publisher.publish_to_queue(topology.MIRROR_DEAD, broken, headers=headers)
-    await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="drained", until=lambda n: n == 0)
+    await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="an empty dead-letter queue", until=lambda n: n == 0)
     [dead_letter] = await rig.dead_letters(1)
     assert (dead_letter.lane, dead_letter.deaths, dead_letter.revision) == (None, 1, 1)
 
@@ -324,7 +325,7 @@ async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(mak
 async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig: MakeRig) -> None:
     rig = await make_rig()
     bad = [poison() for _ in range(100)]
-    # Sends them to the dead-letter queue, because the writer would store them directly.
+    # Sends them to the dead-letter queue, because the writer would store many directly.
     for one in bad:
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
     second = DeadLetterCollector(rig.settings, rig.postgres, rig.counts)

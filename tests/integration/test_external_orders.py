@@ -318,7 +318,7 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
         async def ready() -> int:
             return (await client.get("/health/ready")).status_code
 
-        await eventually(ready, what="the second instance", until=lambda status: status == 200)
+        await eventually(ready, what="a second instance that is ready", until=lambda status: status == 200)
         try:
             yield client
         finally:
@@ -332,7 +332,7 @@ async def lone(restaurant: RestaurantRig, second: httpx.AsyncClient) -> httpx.As
     async def taken() -> int:
         return (await second.post("/api/sync/order", json=body(restaurant))).status_code
 
-    await eventually(taken, what="the second instance takes orders", until=lambda status: status == 200)
+    await eventually(taken, what="a second instance that takes orders", until=lambda status: status == 200)
     return second
 
 
@@ -348,7 +348,7 @@ async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
         async def connected() -> int:
             return (await lone.post("/api/sync/order", json=body(restaurant))).status_code
 
-        await eventually(connected, what="503 after the cut", until=lambda status: status == 503)
+        await eventually(connected, what="the status 503 after the cut", until=lambda status: status == 503)
         for sent in (new, {**known, "notes": "x"}):
             reply = await lone.post("/api/sync/order", json=sent)
             refused(reply, 503, "unavailable")
@@ -363,7 +363,7 @@ async def test_order_is_refused_and_absent_while_rabbitmq_is_unavailable(
     async def taken() -> dict[str, Any]:
         return dict((await lone.post("/api/sync/order", json=new)).json())
 
-    found = await eventually(taken, what="the order accepted", until=lambda reply: bool(reply["success"]))
+    found = await eventually(taken, what="an accepted order", until=lambda reply: bool(reply["success"]))
     # The first request after the link is restored may have been recorded without a reply; a repeat is then unchanged.
     assert found["data"]["outcome"] in ("created", "unchanged")
     assert await stored(restaurant, id_, 1) == [("created", "critical", "sync")]

@@ -27,7 +27,7 @@ ARRIVALS = ["the winner first", "the loser first", "both in one message"]
 
 
 class RestaurantWithDish(Struct):
-    """A restaurant of its own."""
+    """A restaurant for one test, with one dish."""
 
     id: str
     token: str

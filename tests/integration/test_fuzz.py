@@ -58,7 +58,7 @@ async def test_accepted_changes_are_in_both_stores_and_none_is_dead(fuzzed: Syst
         return [*found["differences"], *range(found["pending"])]
 
     # Each call runs a command that takes seconds.
-    await eventually(differences, within=120, what="both stores to hold the same", until=lambda found: not found)
+    await eventually(differences, within=120, what="the same content in both stores", until=lambda found: not found)
     async with await declare.connect(fuzzed.rabbitmq_url) as broker, broker.channel() as channel:
         for name in (topology.MIRROR_DEAD, *map(topology.dead_queue, Lane)):
             queue = await channel.declare_queue(name, passive=True)

@@ -73,7 +73,7 @@ async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None
     async def ready() -> bool:
         return rig.watch.readiness()[0]
 
-    await eventually(ready, what="readiness")
+    await eventually(ready, what="a worker that is ready")
     reading.cancel()
 
 

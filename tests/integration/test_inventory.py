@@ -244,7 +244,7 @@ async def test_recount_sets_the_current_stock_and_later_orders_reduce_it(restaur
         assert await left(staff, dough) == 0
         expect(await staff.put(before, json={"status": "cancelled"}))
         assert await left(staff, dough) == 1
-        # a recount, although the number is the same
+        # This is a recount, although the number is the same.
         assert expect(await staff.put(dough, json={"quantity": 3}))["available"] == 3
     assert await stored(restaurant, dough) == 3
 

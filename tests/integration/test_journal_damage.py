@@ -63,7 +63,8 @@ class Image(Struct, frozen=True):
 
 
 async def build(path: Path, *, killed: bool, checkpointed: int = 0) -> Image:
-    """`killed`: leaves the files as kill -9 does, with a write-ahead log; earlier batches are in the main file."""
+    """Writes a journal. If `killed`, its files are as kill -9 leaves them: the main file has the first batches, and a
+    write-ahead log has those after number `checkpointed`."""
     connections = JournalConnections()
     journal = journal_of(path, connect=connections)
     await journal.open()

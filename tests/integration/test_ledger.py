@@ -326,7 +326,7 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
         await asyncio.gather(*loads)
 
         assert sent > 100
-        await eventually(synced, within=120, what="all synced", until=lambda count: count == sent)
+        await eventually(synced, within=120, what="all changes synced", until=lambda count: count == sent)
 
 
 class CountingLog(AcceptedLog):

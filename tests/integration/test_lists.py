@@ -164,7 +164,7 @@ async def test_change_without_effect_creates_no_version(
 ) -> None:
     body = body_of(resource, bay)
     if resource.entity.name == "inventory_item":
-        # a count of the stock is always a change
+        # A count of the stock is always a change, so the body leaves the quantity out.
         body = {name: value for name, value in body.items() if name != "quantity"}
     async with restaurant.client(Role.ADMIN) as admin:
         one = made(await admin.post(resource.path, json=body_of(resource, bay)))

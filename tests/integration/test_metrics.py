@@ -130,13 +130,15 @@ async def test_status_shows_every_service_and_names_the_unavailable_one(system: 
             and found["sync-worker"].get("mirror warm") == 1
         )
 
-    # Repeats the command: a worker is not ready if its last heartbeat is three seconds old, and `status` ignores a
-    # reply that takes two seconds.
+    # The test repeats the command: a worker is not ready if its last heartbeat is three seconds old, and `status`
+    # ignores a reply that takes two seconds.
     await eventually(status, what="every service ready", until=all_ready)
     env = dict(system.env)
     try:
         system.env["TICKETRAIL_NOTIFIER_PORT"] = "1"
-        found = await eventually(status, what="orders", until=lambda seen: seen["orders"]["state"] == "ready")
+        found = await eventually(
+            status, what="an orders service that is ready", until=lambda seen: seen["orders"]["state"] == "ready"
+        )
     finally:
         system.env = env
     assert found["notifier"]["state"] == "unavailable"

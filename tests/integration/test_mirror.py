@@ -208,7 +208,7 @@ async def test_numbers_that_were_seen_or_are_below_the_floor_are_not_given(mirro
 
 
 async def test_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
-    """The contract allows numbers of 40 digits. Such a number as a counter would stop the series, and no mirror would
+    """The contract allows numbers of 40 digits. A counter at such a number would stop the series, and no mirror would
     become warm."""
     restaurant = builders.new_id()
     await warmed(mirror, restaurant)

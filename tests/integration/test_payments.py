@@ -89,7 +89,9 @@ async def test_payments_determine_the_payment_status(restaurant: RestaurantRig) 
             assert await state(staff, order) == (status, expected)
 
         await eventually(
-            lambda: stored_payments(restaurant, order), what="all in PostgreSQL", until=lambda found: found == expected
+            lambda: stored_payments(restaurant, order),
+            what="exactly the payments in PostgreSQL",
+            until=lambda found: found == expected,
         )
         async with restaurant.system.database() as connection:
             stored = await connection.fetchval("select payment_status from orders where id = $1", first["id"])

@@ -184,7 +184,7 @@ async def test_lost_connection_is_noticed_without_a_publish_and_replaced(servers
         assert publisher.connected
         # The broker closes the connection. Its list of connections shows it only after some seconds.
         await eventually(
-            lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection closed"
+            lambda: asyncio.to_thread(close_connections, servers, vhost), within=30, what="a connection to close"
         )
 
         async def renewed() -> bool:

@@ -109,7 +109,9 @@ async def test_cancelled_job_sends_no_more_and_still_records_the_outcome_of_sent
     job = await wait_ended(rig, job)
     assert (job.state, job.outcomes) == ("cancelled", {"sent": 1, "waiting": 19})
     await rig.writer.start()
-    job = await eventually(lambda: read_job(rig, job), what="resolved", until=lambda one: "resolved" in one.outcomes)
+    job = await eventually(
+        lambda: read_job(rig, job), what="a resolved dead letter", until=lambda one: "resolved" in one.outcomes
+    )
     assert job.outcomes == {"resolved": 1, "waiting": 19}
     assert sorted({dead_letter.status for dead_letter in await rig.dead_letters(20)}) == ["open", "resolved"]
 

@@ -71,7 +71,7 @@ async def test_frozen_worker_leaves_a_job_that_another_worker_took_over(make_rig
     )
     await rig.writer.start()
     settled = await eventually(
-        lambda: read_job(rig, job), what="the canary resolved", until=lambda one: one.outcomes.get("resolved") == 1
+        lambda: read_job(rig, job), what="a resolved canary", until=lambda one: one.outcomes.get("resolved") == 1
     )
     await eventually(
         lambda: asyncio.sleep(0, rig.replays.running_jobs), what="a worker without the job", until=lambda n: n == 0

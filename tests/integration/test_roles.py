@@ -168,7 +168,7 @@ async def ours(system: System) -> OurRestaurant:
             return int(expect(await watcher.get("/api/sync/status"))["totals"]["pending"])
 
         # Both stores must have the data, so that the tests cover both.
-        await eventually(pending, what="all of it in PostgreSQL", until=lambda count: count == 0)
+        await eventually(pending, what="all data in PostgreSQL", until=lambda count: count == 0)
     async with restaurant.system.database() as connection:
         ids["dead_letter_id"] = await connection.fetchval(_LETTER, restaurant.id, hidden)
         conflict = await connection.fetchrow(_CONFLICT, restaurant.id, ids["order_id"])

@@ -359,7 +359,7 @@ async def test_new_password_ends_a_session_during_its_refresh(
                 admin.put(f"/api/users/{user['id']}", json={"password": "another one that is good"})
             )
             await eventually(
-                lambda: waited_for(system, thief.get_server_pid()), what="the change waits for the refresh"
+                lambda: waited_for(system, thief.get_server_pid()), what="a change that waits for the refresh"
             )
         expect(await changing)
     expect(await refresh(url, new), 401)
@@ -374,7 +374,9 @@ async def test_reused_token_ends_a_session_during_its_refresh(
         async with thief.transaction():
             await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(second), digest(third))
             reusing = asyncio.create_task(refresh(url, first))
-            await eventually(lambda: waited_for(system, thief.get_server_pid()), what="the reuse waits for the refresh")
+            await eventually(
+                lambda: waited_for(system, thief.get_server_pid()), what="a reuse that waits for the refresh"
+            )
         assert expect(await reusing, 401)["code"] == "refresh_token_reused"
     expect(await refresh(url, third), 401)
 

@@ -170,7 +170,7 @@ class RandomStock(StockRig):
     # -- a change ----------------------------------------------------------------------------------------------
 
     async def change(self, entity: Entity, id_: str, becomes: Callable[[Any], Any]) -> None:
-        """Attempts to change an entity to what `becomes` makes of it."""
+        """Attempts to change an entity to the state that `becomes` returns."""
         base = await self.read(id_, entity) or await self.tables.find(entity, self.restaurant, id_)
         if base:
             await self.attempt(entity, structs.replace(becomes(base[1]), updated_at=self.clock.now()), base)

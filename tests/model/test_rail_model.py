@@ -188,7 +188,8 @@ class RailMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.warm)
     @rule(leave=st.sampled_from([False, False, True]))
     def mirror_becomes_warm(self, leave: bool) -> None:
-        """After the settle period. Steps under way have ended, except those of owners that stall."""
+        """The settle period is over, so steps under way have ended. With `leave`, the owners stall and their steps are
+        open."""
         if not leave:
             self.everything_ends()
         self.world.run(self.world.stamp())

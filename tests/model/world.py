@@ -105,7 +105,7 @@ class World:
         self.in_log_when_warm: dict[int, set[str]] = {}
         """Life of the mirror -> the changes in the log when it became warm."""
         self.shown: dict[str, Head] = {}
-        """Entity -> the largest head that a commit called visible in this life."""
+        """Entity -> the largest head that a commit called visible since the mirror was last lost."""
         self.snapshot: Copy | None = None
         self.run(self.server.wipe())
         for old in self._folder.iterdir():

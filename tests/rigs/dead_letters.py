@@ -117,7 +117,7 @@ class OperatorRig:
     @asynccontextmanager
     async def refused_orders(self, notes: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Makes PostgreSQL refuse orders with these notes until the yielded function is called or the block ends."""
-        # `not valid`, so that PostgreSQL does not check the rows that are already in the table.
+        # With `not valid`, PostgreSQL does not check the rows that are already in the table.
         refuse = f"add constraint {notes} check (notes is distinct from '{notes}') not valid"
 
         async def alter(how: str) -> None:

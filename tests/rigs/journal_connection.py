@@ -11,7 +11,7 @@ class FaultyConnection(sqlite3.Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.fails_next: list[str] = []
-        """How the statements begin that fail next, in this order. Other statements in between succeed."""
+        """The beginnings of the statements that fail next, in this order. All other statements succeed."""
         self.commits = 0
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:

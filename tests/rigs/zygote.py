@@ -136,7 +136,7 @@ class _Zygote:
             except OSError as error:  # the zygote listens only after its imports
                 connection.close()
                 if self._child.wait(0.02) is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"no zygote: {error}\n{self._child.tail(30)}") from error
+                    raise RuntimeError(f"the zygote does not answer: {error}\n{self._child.tail(30)}") from error
             else:
                 return connection
 
@@ -219,7 +219,7 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        # the test has ended and does not wait
+        # The pipe is broken if the test has ended and does not wait.
         with running.pop(pid) as connection, contextlib.suppress(BrokenPipeError):
             connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
@@ -229,7 +229,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     while len(received) < size:
         piece = connection.recv(size - len(received))
         if not piece:
-            raise ConnectionError("a request ended before its end")
+            raise ConnectionError("a request is shorter than its stated length")
         received += piece
     return received
 

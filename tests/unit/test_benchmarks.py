@@ -116,7 +116,7 @@ async def test_benchmarks_run_without_rate_limits(rig: BenchmarkRig, monkeypatch
 
 
 def test_services_under_load_keep_a_tenth_of_their_traces(rig: BenchmarkRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the default in development, which would distort the measurement
+    # The default in development would distort the measurement.
     assert Settings.model_construct().trace_sample == 1
     monkeypatch.setenv("TICKETRAIL_TRACE_SAMPLE", rig.environment()["TICKETRAIL_TRACE_SAMPLE"])
     assert Settings(_env_file=None).trace_sample == 0.1

@@ -30,7 +30,7 @@ def tracked() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_document_names_exists(page: Path, tracked: list[str]) -> None:
-    # Only code spans refer to files of the repository; code blocks are commands for the reader's terminal.
+    # Only code spans refer to files of the repository. Code blocks have commands for the reader's terminal.
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for span in _SPAN.findall(text):
         found = _FILE.fullmatch(span)
@@ -51,7 +51,7 @@ def test_every_setting_that_a_document_names_is_in_the_list_of_settings(page: Pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_that_a_document_names_exists(page: Path) -> None:
-    # In a code block at the beginning of a command, in the text as a code span.
+    # The pattern finds commands at the beginning of a line in a code block, and in code spans of the text.
     found = re.findall(
         r"(?:^\$ |^|`|\$\(|bin/)ticketrail ([a-z][\w-]*)(?: ([a-z][\w-]*))?", page.read_text(), re.MULTILINE
     )

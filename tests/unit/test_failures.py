@@ -31,7 +31,7 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
     ("error", "kind", "reason"),
     [
         (ConnectionRefusedError("refused"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
-        # a timeout of the client: PostgreSQL has not answered at all
+        # This is a timeout of the client: PostgreSQL has not answered at all.
         (TimeoutError(), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.CannotConnectNowError("starting up"), FailureKind.UNAVAILABLE, "postgres_unavailable"),
         (asyncpg.AdminShutdownError("going down"), FailureKind.UNAVAILABLE, "postgres_unavailable"),

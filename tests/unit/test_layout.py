@@ -82,7 +82,7 @@ def _compare(name: str, version: int, digests: dict[int, str], content: str) -> 
     assert digests[version] == digest, f"the layout has changed: raise {name}, and add {digest!r} for it"
 
 
-# `make clean` and `make reset` find the same home.
+# `make clean` must find the same home as `make reset`.
 
 
 @pytest.fixture

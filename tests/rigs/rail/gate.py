@@ -34,7 +34,7 @@ _ERRORS: dict[str, type[Exception]] = {
     "unavailable": MirrorUnavailable,
 }
 _ANSWER_TIMEOUT_SECONDS = 0.6
-"""How long a missing answer takes: two of them reach the timeouts of the rail."""
+"""The time that a missing answer takes. Two missing answers reach the timeouts of the rail."""
 
 
 @dataclass

@@ -152,5 +152,5 @@ def prepare_servers() -> Servers:
     way = os.environ.get("TICKETRAIL_TEST_SERVERS") or ("containers" if containers.engine_answers() else "processes")
     ways = {"containers": containers.prepare, "processes": processes.prepare}
     if way not in ways:
-        raise ValueError(f"TICKETRAIL_TEST_SERVERS={way}: it is containers or processes")
+        raise ValueError(f"TICKETRAIL_TEST_SERVERS must be containers or processes, not {way}")
     return ways[way]()
