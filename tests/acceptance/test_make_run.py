@@ -246,6 +246,7 @@ async def test_make_run_serves_until_it_is_stopped_and_keeps_its_data(env: dict[
             await asyncio.to_thread(run.process.wait, 60)
 
 
+@pytest.mark.slow  # it runs `make run` twice
 async def test_two_systems_run_side_by_side_and_the_command_line_uses_the_chosen_one(
     env: dict[str, str], tmp_path: Path
 ) -> None:

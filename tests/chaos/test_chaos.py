@@ -64,6 +64,7 @@ async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> 
     assert proof.pushed > 0
 
 
+@pytest.mark.slow  # it is a second run of the chaos load
 async def test_the_proof_names_the_changes_that_a_worker_loses_by_acknowledging_too_early(
     rig: ChaosRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,10 @@ async def assert_read_and_listed(outage: Outage, expected: dict[str, Any]) -> No
     await eventually(listed, what="the order in the list", until=lambda seen: expected["id"] in seen)
 
 
-@pytest.mark.parametrize("what", ROWS)
+# Each row has the same steps. The servers, which hold the data, run in `make test`.
+@pytest.mark.parametrize(
+    "what", ["PostgreSQL", "RabbitMQ", *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS if "the " in name)]
+)
 async def test_promises_hold_while_a_backend_is_unavailable_and_nothing_is_missing_afterwards(
     outage: Outage, what: str
 ) -> None:

@@ -15,6 +15,7 @@ from tests.rigs.system import System, eventually
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow  # it starts three instances of each service
 async def test_one_of_three_instances_of_a_service_can_be_killed_or_stopped_under_load(outage: Outage) -> None:
     added = [
         ("second-worker", 2), ("second-sync", 2), ("second-notifier", 2),

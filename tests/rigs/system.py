@@ -46,6 +46,11 @@ PATIENT = {
 T = TypeVar("T")
 
 
+# A short wait ends without delay. A long one asks less often, because every look costs the servers time too.
+_FIRST_LOOK_PAUSE_SECONDS = 0.01
+_MAX_LOOK_PAUSE_SECONDS = 0.1
+
+
 async def eventually(
     look: Callable[[], Awaitable[T]], *, within: float = 60.0, what: str = "", until: Callable[[T], bool] = bool
 ) -> T:
@@ -53,6 +58,7 @@ async def eventually(
     AssertionError with the last result. The time is far more than a good run needs, because a machine that stalls must
     not look like a defect."""
     deadline = time.monotonic() + within
+    pause = _FIRST_LOOK_PAUSE_SECONDS
     while True:
         # The time is read before the call, so that the last call starts after the deadline.
         late = time.monotonic() > deadline
@@ -65,7 +71,8 @@ async def eventually(
             seen = error
         if late:
             raise AssertionError(f"not within {within} s: {what or look}; last seen: {seen!r}")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.3, _MAX_LOOK_PAUSE_SECONDS)
 
 
 class System:
