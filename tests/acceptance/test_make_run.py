@@ -182,7 +182,7 @@ async def calls_of(page: str, *places: int, run: Run) -> str:
                     break
     finally:
         with contextlib.suppress(ProcessLookupError):
-            # SIGTERM, because background processes of a shell script ignore SIGINT.
+            # The signal is SIGTERM, because background processes of a shell script ignore SIGINT.
             os.killpg(process.pid, signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
     return printed.decode()

@@ -52,7 +52,7 @@ def check_answers(
     acknowledged: Iterable[Acknowledged], refused: Mapping[str, str], unknown: Iterable[str], contents: StoreContents
 ) -> Proof:
     """Compares the replies with the stores; pure. `refused`: mark of a refused write -> its
-    reply. `unknown`: marks of the writes without a reply."""
+    reply. `unknown`: marks of the writes whose outcome is unknown."""
     proof = Proof(unexplained=contents.unexplained)
     stores = _StoreIndex(contents)
     for one in acknowledged:

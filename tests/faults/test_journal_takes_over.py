@@ -107,7 +107,8 @@ async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_l
 ) -> None:
     rabbitmq = rig.system.servers.rabbitmq
 
-    # The journal takes an order whose confirm is later than the timeout. The test starts with a batch without one.
+    # On a busy machine the journal takes an order whose confirm comes too late. The fault must follow a batch that the
+    # broker confirmed in time.
     for _ in range(20):
         if {one["durability"] for one in await rig.place(10)} == {"broker"}:
             break

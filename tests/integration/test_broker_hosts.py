@@ -162,7 +162,7 @@ async def test_lane_consumers_continue_with_the_next_node(
     make_rig: MakeRig, servers: Servers, nodes: list[Proxy], mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig: Rig = await make_rig()
-    # Only a heartbeat notices a silently lost connection. A too frequent one closes healthy connections.
+    # Only a heartbeat notices that a connection was lost silently. Heartbeats that are too frequent close healthy ones.
     query = "?heartbeat=3" if mode is Mode.LOSE else ""
     url = through(rig.settings.rabbitmq_url, servers, *(node.port for node in nodes), query=query)
     second: Rig = Rig(rig.settings.model_copy(update={"rabbitmq_url": url}))

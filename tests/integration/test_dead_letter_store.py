@@ -1,4 +1,4 @@
-"""How operators read dead letters and act on them: pages, groups, tenants, revisions, audit, retention."""
+"""Operators read dead letters and act on them: pages, groups, tenants, revisions, audit, retention."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta

@@ -446,7 +446,7 @@ async def test_collector_that_was_never_started_can_be_stopped_twice(make_rig: M
 
 
 async def test_change_on_the_retry_ladder_has_a_retry_row_until_it_is_written(make_rig: MakeRig) -> None:
-    # Slow retry queues, so that the test sees the row of the first attempt.
+    # The retry queues are slow, so that the test sees the row of the first attempt.
     rig = await make_rig(retry_steps_ms=(300, 1_000, *[3_000] * 6))
     await fail_forever(rig)
     await rig.writer.start()

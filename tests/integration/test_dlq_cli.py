@@ -163,7 +163,7 @@ async def test_replay_shows_its_plan_and_asks_before_it_sends_anything(ops_rig: 
     assert await ops_rig.dead_letters(1, text=marker) == [dead_letter]
     async with ops_rig.client() as client:
         assert (await details_of(client, dead_letter))["replays"] == [], "a job was created"
-    # Without --yes a script is asked too, but on stderr, so that stdout stays JSON.
+    # Without --yes the command asks a script too, but on stderr, so that stdout stays JSON.
     code, out, err = await ops_rig.dlq_process("replay", dead_letter["id"], "--why", "fixed", "--json", answer="y\n")
     assert code == 0, err
     assert f"1 to {topology.lane_queue(Lane.NORMAL)}" in err

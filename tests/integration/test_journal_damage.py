@@ -233,7 +233,7 @@ def test_entries_of_the_log_are_kept_when_the_file_is_empty_or_missing(
         path.unlink()
     else:
         with pytest.raises(sqlite3.Error):
-            contents(path)  # reading does not change the write-ahead log
+            contents(path)  # this read fails and leaves the write-ahead log unchanged
     journal = asyncio.run(open_and_close(path))
     first, *others = images[1].waiting  # only the main file had the first entry
     assert set(others) <= set(contents(path).entries)

@@ -144,7 +144,8 @@ async def test_entries_come_in_order_without_the_signals_between_them(broker: Br
 
 async def test_caught_up_comes_with_or_after_the_last_entry_that_was_in_the_log(broker: Broker) -> None:
     async with reading(broker.url) as other:
-        await other.until(lambda: bool(other.batches))  # the second reader must not take this mark for its own
+        # This reader writes a mark. The second reader must not take the mark for its own.
+        await other.until(lambda: bool(other.batches))
     await broker.publish(*numbered(0, 2_000), to_log_alone=True)
     async with reading(broker.url, prefetch=50) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)

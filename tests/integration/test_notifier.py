@@ -197,7 +197,7 @@ async def test_replay_continues_live_without_a_gap_or_a_repetition(rig: Notifier
     await rig.publish_each(change(order()))
     async with notifier.screen() as screen:
         start = screen.events[0].id
-    # More events than one step of a replay contains, so that the switch to live events is tested.
+    # The replay takes more than one step, so that the test reaches the switch to live events.
     changes = [change(order(items=1)) for _ in range(3_000)]
     saying = asyncio.create_task(rig.send(*(message(*changes[at : at + 3]) for at in range(0, 3_000, 3))))
 

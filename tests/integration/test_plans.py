@@ -281,7 +281,7 @@ async def test_holds_before_the_recount_are_not_read(database: Database, mode: s
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, mode: str) -> None:
-    # Four days ago, because the history of the last two days has only creations.
+    # The hour lies four days back, because the history of the last two days has only creations.
     until = 4 * 24 * 60
 
     async def work() -> None:

@@ -174,7 +174,7 @@ async def test_change_that_postgres_refuses_is_poison_and_the_rest_of_its_batch_
 
 async def fail_transiently(rig: Rig, times: int) -> None:
     """Makes the write of an order with notes 'unlucky' fail `times` times with a serialization failure. A sequence
-    counts, because it survives the rollback."""
+    counts the failures, because it survives the rollback."""
     await rig.as_owner(
         f"""
         create sequence failures;

@@ -58,7 +58,7 @@ async def impatient(vhost: str) -> AsyncIterator[Publisher]:
 
 
 async def test_nothing_is_sent_to_a_broker_without_one_of_the_queues(vhost: str) -> None:
-    # The broker would confirm anyway, because it does not route to a queue that does not exist.
+    # The broker would confirm the messages, because it routes them to the queues that exist.
     publisher = Publisher(vhost, EXCHANGE, queues=[QUEUE, "log"], timeout=TIMEOUT_SECONDS)
     await publisher.start(wait=1)
     try:

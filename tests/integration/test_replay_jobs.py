@@ -86,7 +86,7 @@ async def test_canary_that_dies_again_holds_back_the_others(refusing_rig: Rig) -
 async def test_first_death_of_the_same_cause_stops_a_job_without_canary(refusing_rig: Rig) -> None:
     await make_refused(refusing_rig, 60)
     refusing_rig.replays.start()
-    # A slow rate, so that the first death is known before the last dead letter is sent.
+    # The rate is low, so that the first death is known before the last dead letter is sent.
     job = await wait_ended(refusing_rig, await create_job(refusing_rig, per_second=5.0))
     assert job.state == "stopped"
     assert 0 < 60 - job.outcomes["waiting"] < 60

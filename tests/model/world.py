@@ -147,7 +147,7 @@ class World:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def happen(self, step: Step, outcome: str = "done", *, patient: bool = True) -> None:
-        """Lets a step happen with this outcome. Without `patient`, all claims are stale when the next claim happens."""
+        """Lets a step happen with this outcome. Without `patient`, a claim first makes all other claims stale."""
         if step.kind == "claim":
             if not patient:
                 self.run(self.server.age_claims())

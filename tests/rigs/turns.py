@@ -16,6 +16,6 @@ async def next_turn(loop: BackgroundLoop) -> None:
 
 async def whole_turn(loop: BackgroundLoop) -> None:
     """Waits for the end of a round that started after this call. Such a round has seen everything that the test did
-    before."""
+    before the call."""
     async with asyncio.timeout(_DEADLINE_SECONDS):
         await loop.turn_after(loop.turns + 1)

@@ -1,4 +1,4 @@
-"""How the ledger classifies missing changes, and how a balance adds up."""
+"""The ledger classifies missing changes, and its balance adds up."""
 
 from collections import Counter
 from datetime import timedelta

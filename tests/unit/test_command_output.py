@@ -1,4 +1,4 @@
-"""Tables of the command line: what is left out and cut where a terminal is narrow."""
+"""Tables of the command line: a narrow terminal leaves out columns and cuts texts."""
 
 from services.sync.command_output import TableColumn, layout
 

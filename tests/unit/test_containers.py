@@ -257,7 +257,7 @@ def _expressions() -> list[str]:
 
 
 def test_alerts_and_dashboards_name_only_metrics_and_labels_that_exist() -> None:
-    # An integration test compares this table with what the services export.
+    # An integration test compares this table with the metrics that the services export.
     rows = re.findall(r"^\| (`ticketrail.*?) \| (.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     labels: dict[str, set[str]] = {}
     for names, told in rows:

@@ -1,4 +1,4 @@
-"""How a failure is classified, and which queue its change goes to."""
+"""The classification of failures, and the queue that each failed change goes to."""
 
 import hashlib
 from collections.abc import Mapping

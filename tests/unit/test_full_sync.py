@@ -1,4 +1,4 @@
-"""How the full sync names the difference between a state in PostgreSQL and a document of the mirror."""
+"""The full sync names the difference between a state in PostgreSQL and a document of the mirror."""
 
 from datetime import timedelta
 from uuid import UUID

@@ -10,7 +10,7 @@ from hypothesis import given
 from shared.entities.contract import Head
 from shared.entities.registry import ENTITIES
 
-# Few versions and few ids, so that equal versions and repeated changes are frequent.
+# There are few versions and few ids, so that equal versions and repeated changes are frequent.
 change_ids = st.sampled_from([str(UUID(int=n << 96)) for n in (1, 2, 9, 10, 15, 16, 2**32 - 1)])
 heads = st.builds(Head, st.integers(1, 4), change_ids)
 

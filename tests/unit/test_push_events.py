@@ -1,4 +1,4 @@
-"""How a change becomes a push event, and which subscribers receive it."""
+"""A change becomes a push event, which the interested subscribers receive."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""How settings are read, and the error of a process that cannot use them."""
+"""Settings are read, and a process that cannot use them ends with an error."""
 
 import os
 import re
@@ -27,7 +27,7 @@ ENTRY_POINTS = {
     "ticketrail": ["services.sync.cli", "asyncapi"],
     "make run": ["deploy.local.run"],
 }
-# Misspelt on purpose, for tests of the error.
+# These names are misspelt on purpose, for tests of the error.
 _MISSPELT = {"TICKETRAIL_TRACE_SAMPEL", "TICKETRAIL_ORDER_PORT", "TICKETRAIL_EXTRA", "TICKETRAIL_NO_SUCH_SETTING"}
 
 Load = Callable[..., Settings]

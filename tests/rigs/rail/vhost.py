@@ -1,4 +1,4 @@
-"""Rails that share a vhost of a real RabbitMQ; reads back what they published."""
+"""Rails that share a vhost of a real RabbitMQ, and functions that read back their messages."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,7 +21,7 @@ from tests.rigs.servers import RabbitMQ, Redis, Servers
 from tests.rigs.system import eventually
 
 LANE = topology.lane_queue(Lane.CRITICAL)
-# Long, because a machine that stalls for a moment must not look like an unavailable server.
+# The timeout is long, because a machine that stalls for a moment must not look like an unavailable server.
 _TIMEOUT_SECONDS = 5.0
 _FROZEN_TIMEOUT_SECONDS = 0.5
 _TIMEOUTS = ("redis", "publish", "claim", "reveal")
