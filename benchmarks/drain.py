@@ -50,7 +50,10 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
     good_rates, mixed_rates = zip(
         *((_ours(rig, mixed, 1), _ours(rig, mixed, 1, bad=True)) for _ in rounds), strict=True
     )
-    note = f"ours: {many} changes once; FastStream: {fewer} three times; unnest: {many // 5} three times"
+    note = (
+        f"changes drained: ours {many:,} (1 run), FastStream {fewer:,} ({len(plain)} runs), "
+        f"unnest {many // 5:,} ({len(unnest)} runs)"
+    )
     return [
         compared(QUESTION, "one change per message", "throughput", "changes/s", [single], "plain FastStream", plain,
                  at_least=4.0, note=note),

@@ -184,5 +184,5 @@ def _folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"ticketrail-systems-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise NoSystem(f"{folder} belongs to another user: remove it")
+        raise NoSystem(f"{folder} must be a directory of this user: remove it")
     return folder

@@ -306,8 +306,8 @@ class Settings(BaseSettings):
     )
     lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
-        "The interval at which the reconciler looks for lost messages: changes of at least this age that are pending "
-        "although their lane is empty.",
+        "The reconciler records a change again when the change has been pending, and every lane empty, for this time; "
+        "the reconciler looks for such changes at the same interval.",
         unit="seconds",
     )
     cleanup_interval_seconds: PositiveFloat = WORKER.setting(

@@ -73,7 +73,7 @@ async def check_database(url: str) -> None:
         if name not in ours:
             raise OtherLayout(f"this version has no migration {name}")
         if ours[name] != digest:
-            raise OtherLayout(f"migration {name} was applied with another content")
+            raise OtherLayout(f"migration {name} differs from the file that was applied")
 
 
 def check_queues(management_url: str, amqp_url: str, settings: Settings) -> None:

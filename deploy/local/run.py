@@ -277,7 +277,7 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs, *, relo
 async def _start_and_show(system: System, began: float) -> None:
     await system.start()
     if system.demo is None:
-        raise AssertionError("started without a demo restaurant")
+        raise AssertionError("the system was started without a demo restaurant")
     order_id, hops = await demo.send_order(system.demo, system.env["TICKETRAIL_DATABASE_WRITER_URL"])
     show(system, order_id, hops, time.monotonic() - began)
 

@@ -124,12 +124,12 @@ class Supervisor:
             if not in_time:
                 self._say(f"{program.name} did not end in time and was killed")
         await asyncio.gather(*self._watchers)
-        # A program may have restarted during the first stop.
+        # A program that was restarting during the first stop is stopped now.
         await asyncio.gather(*(self._blocking(program.stop) for program in self.programs))
 
     async def _watch(self, program: Program) -> None:
         pause, restart_requested = self._first_pause_seconds, self._restart_requested[program.name]
-        while not self._stopping.is_set():  # `stop` also ends a program that restarts meanwhile
+        while not self._stopping.is_set():
             started = time.monotonic()
             code = await self._blocking(program.wait)
             if self._stopping.is_set():

@@ -16,7 +16,7 @@ class Interest(Struct, frozen=True):
     kinds: int = EVERY_KIND
     order_id: str | None = None
     session_id: str | None = None
-    """Set for customers, who see only the orders of their own session."""
+    """The session of a customer, who sees only the orders of that session; None for everybody else."""
 
     def wants(self, event: PushEvent) -> bool:
         """Returns whether a subscriber gets this event of its tenant. The hub separates tenants first."""

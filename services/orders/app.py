@@ -155,9 +155,8 @@ async def start(parts: OrdersParts) -> None:
         log.error("starting_without_journal", error=str(error))
     await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
-    await parts.rail_parts.publisher.start(
-        wait=3.0 if broker else 0.0
-    )  # an unavailable broker delays the start once, not twice
+    # If the check has already waited for an unavailable broker, the publisher does not wait again.
+    await parts.rail_parts.publisher.start(wait=3.0 if broker else 0.0)
     parts.drainer.start()
     parts.orphaned_journals.start()
     parts.menus.start()
@@ -178,9 +177,8 @@ async def stop(parts: OrdersParts) -> None:
 
 async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
     """Returns (ready, details). The service is ready to accept orders when the menus are loaded and the broker or the
-    journal can record changes. The details name unavailable backends, because orders are accepted without any one of
-    them.
-    """
+    journal can record changes. The details name unavailable backends, because the service stays ready when one of
+    them is missing."""
     reader = parts.menus.reader
     heartbeat_at = reader.heartbeat_at
     age = None if heartbeat_at is None else round((now() - heartbeat_at).total_seconds(), 3)

@@ -156,7 +156,9 @@ class DerivedFigures:
             async with self._postgres.tenant(restaurant) as connection:
                 row = await connection.fetchrow(sql, restaurant, parent, id_)
         except UNAVAILABLE as error:
-            raise Unavailable("it cannot be checked now whether this id was used", retry_after=2.0) from error
+            raise Unavailable(
+                "the database is unavailable, so this id cannot be checked; retry", retry_after=2.0
+            ) from error
         return None if row is None else type_(**row)
 
     async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:

@@ -102,7 +102,9 @@ class EntityChanges:
                 return _receipt(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
                 if lost.head is not None and lost.state is None:
-                    raise Unavailable("it was created before and cannot be read now", retry_after=2.0) from lost
+                    raise Unavailable(
+                        f"the {entity.name} was created by an earlier request and cannot be read now", retry_after=2.0
+                    ) from lost
                 if lost.head is not None:
                     return _replay(entity, lost.head, lost.state, same)
                 if time.monotonic() > deadline:

@@ -122,7 +122,7 @@ class EntityReads:
         only a warm mirror knows whether there is a head, and which."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if not warm:
-            raise Unavailable("changes wait until the mirror is warm", retry_after=2.0)
+            raise Unavailable("nothing can be changed until the mirror is warm; retry", retry_after=2.0)
         if document is not None:
             return FoundState(entity, document.head, document.state, "mirror", document)
         try:

@@ -112,7 +112,7 @@ def _check_dish(fields: Fields) -> Fields:
             raise InvalidInput("two options have the same name", field=f"{field_name}.options")
     needed = [str(one.inventory_item_id) for one in fields.get("consumes") or ()]
     if len(set(needed)) < len(needed):
-        raise InvalidInput("names one inventory item twice", field="consumes")
+        raise InvalidInput("must not name an inventory item twice", field="consumes")
     return fields
 
 

@@ -28,9 +28,9 @@ class OperatorAction(Struct, frozen=True, kw_only=True):
     role: str
     restaurant_id: str | None
     action: str
-    """For example dead_letter.discard."""
+    """The action, for example `dead_letter.discard`."""
     target: str
-    """For example dead_letter/<id>."""
+    """What the action changed, for example `dead_letter/<id>`."""
     why: str | None
     details: dict[str, Any]
 

@@ -56,7 +56,8 @@ class Call(Request[Identity, Any, Any]):
 
 async def discard_body(receive: Receive) -> None:
     """Reads the rest of a body without keeping it: at most 16 MB, for at most two seconds. If the server closed the
-    connection while the client still sends, the connection would be reset and the client would never see the reply."""
+    connection while the client was still sending, the connection would be reset and the client would never see the
+    reply."""
     left = _MAX_DISCARDED_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_TIMEOUT_SECONDS):

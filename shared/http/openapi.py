@@ -42,7 +42,7 @@ _ERROR_EXAMPLES: dict[int, tuple[str, str, dict[str, Any]]] = {
     422: ("invalid_input", "Expected `int` >= 1", {"field": "items[0].quantity"}),
     429: ("rate_limited", "too many requests from this restaurant", {"limit": 10_000}),
     500: ("internal", "something went wrong on our side", {}),
-    503: ("unavailable", "changes wait until the mirror is warm", {}),
+    503: ("unavailable", "nothing can be changed until the mirror is warm; retry", {}),
     504: ("outcome_unknown", "the change was sent and not confirmed; it may appear", {}),
 }
 # Names from RFC 9110. Before version 3.13, Python has older names for these statuses.

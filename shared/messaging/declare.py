@@ -56,7 +56,8 @@ async def _has_older_arguments(connection: AbstractConnection, queue: QueueSpec)
             continue
         await channel.close()
         return arguments is queue.older
-    return False  # no release declared its arguments, so `_declare` raises TopologyError
+    # No release declared the queue with these arguments. `_declare` therefore raises TopologyError.
+    return False
 
 
 async def _declare(channel: AbstractChannel, queue: QueueSpec) -> None:
@@ -83,7 +84,8 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
                     queue=queue.name,
                     has=queue.older,
                     expected=queue.arguments,
-                    hint="the queue works; for the new arguments drain it, delete it and migrate again",
+                    hint="the queue works with its old arguments. To get the new ones, drain it, delete it and run "
+                    "`ticketrail migrate`",
                 )
                 continue
             await _declare(channel, queue)

@@ -302,7 +302,7 @@ class _LogConnection:
             if self._arrived.empty() or len(messages) * 2 >= self._prefetch:
                 return messages
             first = self._arrived.get_nowait()
-        self._arrived.put_nowait(None)  # so that the next call raises the error
+        self._arrived.put_nowait(None)  # the end stays in the queue, so the next call raises the error
         if messages:
             return messages
         raise ConnectionError("the broker closed the channel")

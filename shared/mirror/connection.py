@@ -73,8 +73,9 @@ class MirrorConnection:
         `max_pipeline_commands`: the most commands that are sent before their replies are read."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
-            # With a socket timeout, redis-py would start a task for every write and a timer for every reply, which
-            # takes a tenth of the time of an order. `_drain` puts one timeout around the whole round trip instead.
+            # With a socket timeout, redis-py would start a task for every write and a timer for every reply. Together
+            # they would take a tenth of the time of an order. `_drain` puts one timeout around the whole round trip
+            # instead.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
             "protocol": 2,
@@ -194,7 +195,7 @@ class MirrorConnection:
                 return
             calls = self._take(self._max_pipeline_commands)
             try:
-                # The timeout is that of one reply, plus a little for each call that is answered before the last one.
+                # The time limit is the timeout of one call, plus 1/64 of it for each call in the pipeline.
                 async with asyncio.timeout(self._timeout * (1 + len(calls) / 64)):
                     await self._round_trip(calls)
                 self._failures = 0

@@ -62,7 +62,8 @@ async def migrate(settings: Settings) -> list[str]:
             if name in done:
                 if done[name] != digest:
                     raise MigrationError(
-                        f"{name} has changed since it was applied: restore it and add a new migration instead"
+                        f"{name} has changed since it was applied: undo the edit and put the change into a new"
+                        " migration"
                     )
                 continue
             async with connection.transaction():

@@ -72,7 +72,7 @@ class ClaimFinisher:
         try:
             await self._recorder.record(lane_of(change), encode(change), change.traceparent)
         except Unrecorded as error:
-            raise Unavailable("an earlier change cannot be finished now", retry_after=2.0) from error
+            raise Unavailable("an earlier change of this entity is not finished yet; retry", retry_after=2.0) from error
         await self._reveal(entity, change, state)
         if self._metrics is not None:
             self._metrics.claims_finished.inc()

@@ -70,7 +70,7 @@ class OutOfStock(TicketrailError):
     code = "out_of_stock"
 
     def __init__(self, left: tuple[tuple[str, int], ...]) -> None:
-        super().__init__("there is not enough left")
+        super().__init__("the stock is not enough")
         self.left = left
 
 
@@ -155,7 +155,8 @@ class Rail:
                 numbering = draft.entity.numbering
                 state = numbering.with_number(draft.state, number) if numbering else draft.state
                 draft.state = state
-                change = change_of(draft)  # with a new id, because a claim in a lost mirror had another number
+                # The change gets a new id, because its number differs from that of a claim in a lost mirror.
+                change = change_of(draft)
             durability = await self._record(change, claimed=claimed)
             if doubt.noted:
                 self._without_claim[draft.state.id] = (change.head, state)
@@ -212,8 +213,11 @@ class Rail:
                     case Stale():
                         try:
                             await self.claim_finisher.finish(reply)
-                        except BrokenContract as error:  # a newer release made the change and must finish it
-                            raise Unavailable("an earlier change cannot be finished here", retry_after=2.0) from error
+                        except BrokenContract as error:
+                            raise Unavailable(
+                                "an earlier change of this entity is from a newer release, which must finish it; retry",
+                                retry_after=2.0,
+                            ) from error
                     case Cold():
                         return await self._unclaimed(draft, series, None, doubt)
                     case HeadMoved(head, None):
@@ -239,7 +243,7 @@ class Rail:
         """Continues without a claim and returns like `_claim`. Only a creation can do so; raises Unavailable for any
         other change."""
         if draft.base is not None:
-            raise Unavailable("changes wait until the mirror is warm", retry_after=2.0) from error
+            raise Unavailable("nothing can be changed until the mirror is warm; retry", retry_after=2.0) from error
         if draft.existing is not None:
             if draft.state.id in self._without_claim:
                 await self._raise_created(draft)

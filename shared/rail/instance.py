@@ -54,7 +54,8 @@ class Lease:
                 break
             time.sleep(_POLL_INTERVAL_SECONDS)
         path = _path(folder, kind, requested)
-        raise NumberTaken(f"number {requested} of {kind!r} is held by {path.read_text().strip() or 'another'}: {path}")
+        owner = path.read_text().strip() or "another process"
+        raise NumberTaken(f"number {requested} of {kind!r} is held by {owner}: {path}")
 
     @classmethod
     def attempt(cls, folder: Path, kind: str, number: int) -> "Lease | None":

@@ -53,7 +53,7 @@ class Name(Struct, frozen=True, array_like=True, kw_only=True):
     """The sum of the entry, in hexadecimal."""
     lane: str
     change_id: str = ""
-    """Empty if the event cannot be read. The same holds for all fields below."""
+    """The id of the change. If the event cannot be read, this field and all fields below have their defaults."""
     restaurant_id: str = ""
     subject: str = ""
     version: int = 0
@@ -221,7 +221,7 @@ def problem_of(path: Path) -> str | None:
     Raises sqlite3.Error and OSError if the file cannot be checked."""
     with path.open("rb") as file:
         if file.read(len(_HEADER)) != _HEADER:
-            return "it does not begin like a journal"
+            return "the file does not begin like a journal"
     try:
         with closing(read_only(path)) as db:
             found = db.execute("pragma integrity_check(1)").fetchone()[0]
@@ -229,9 +229,9 @@ def problem_of(path: Path) -> str | None:
                 return str(found).replace("\n", " ")
             version = _version(db)
             if version == 0 and not db.execute("select 1 from sqlite_master where name = 'names'").fetchone():
-                return None  # this is the layout without sums
+                return None  # such a file has the layout without sums
             if version != LAYOUT_VERSION:
-                return f"it is of version {version}"
+                return f"the file has layout version {version}"
             for seq, entry, lane, event in db.execute("select seq, sum, lane, event from entries"):
                 if not whole(entry, lane, event):
                     return f"entry {seq} is not what was written"

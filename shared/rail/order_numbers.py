@@ -53,7 +53,9 @@ class HighestNumbers:
 
     def note(self, restaurant: str, series: str | None, number: str) -> None:
         if series:
-            if len(self._highest) > _MAX_SERIES:  # most belong to past business days
+            if len(self._highest) > _MAX_SERIES:
+                # Most series belong to past business days. Today's are forgotten too: a mirror that then loses its
+                # counters still skips `order_number_gap` numbers (services/sync/mirror/warm_up.py).
                 self._highest.clear()
             self._highest[restaurant, series] = max(int(number), self.of(restaurant, series))
 

@@ -262,7 +262,8 @@ async def test_discard_and_restore_report_the_new_status_and_are_audited(ops_rig
     assert (gone["id"], gone["status"], gone["why"]) == (dead_letter["id"], "discarded", "a test of the terminal")
     code, _, err = await ops_rig.dlq("discard", dead_letter["id"], "--why", "again")
     assert (code, one_line(err)) == (1, "Error: this dead letter is discarded")
-    assert await run_ok(ops_rig, "restore", dead_letter["id"], "--why", "it was none") == "open again\n"
+    restored = await run_ok(ops_rig, "restore", dead_letter["id"], "--why", "it was none")
+    assert restored == "the dead letter is open again\n"
     assert await run_ok(ops_rig, "discard", dead_letter["id"], "--why", "it was one") == "discarded\n"
     assert (await printed_json(ops_rig, "restore", dead_letter["id"]))["status"] == "open"
     async with ops_rig.client() as client:

@@ -112,8 +112,8 @@ async def _declare_topology(broker: AbstractConnection, settings: Settings) -> t
         created = not await declare.log_exists(broker)
         epoch = await current_epoch(database)
         if not created:
-            # Readers identify the log by the epoch in its heartbeats. A new or restored database may not have that
-            # epoch.
+            # Readers identify the log by the epoch in its heartbeats. A new or restored database may lack that epoch,
+            # so the first heartbeat in the log decides.
             carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
             if carried is not None and carried != epoch:
                 epoch = carried
@@ -155,7 +155,7 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; not for operators")
 @click.option("--user", type=IdArgument("user", users_between), help="id of the user, or its prefix; default: a new id")
 @click.option("--email", default="")
-@click.option("--session", help="session of the customer")
+@click.option("--session", help="id of the customer's session")
 def token_command(role: str, restaurant: str | None, user: str | None, email: str, session: str | None) -> None:
     """Print a token that the services accept."""
     settings = Settings.load()
@@ -171,9 +171,9 @@ def token_command(role: str, restaurant: str | None, user: str | None, email: st
 @click.argument("restaurant", type=RESTAURANT)
 @click.argument("dish")
 @click.option("--price", type=click.IntRange(0, 10**12), help="minor units")
-@click.option("--available/--unavailable", default=None, help="whether it can be ordered")
+@click.option("--available/--unavailable", default=None, help="whether guests can order the dish")
 def dish_command(restaurant: str, dish: str, price: int | None, available: bool | None) -> None:
-    """Change a dish: its price, or whether it can be ordered.
+    """Change a dish: its price, or whether guests can order it.
 
     RESTAURANT is an id, the beginning of an id, or a slug; DISH is an id or the beginning of one."""
     if price is None and available is None:

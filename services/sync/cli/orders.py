@@ -96,7 +96,7 @@ async def find_orders(
 ) -> list[OrderMatch]:
     """Returns the orders that match, newest first. `order`: a number, an id or the beginning of an id; None for all
     orders. A text that is both a number and the beginning of an id counts as a number. `restaurant`: an id, or None for
-    all restaurants. `connection`: of the ops role."""
+    all restaurants. `connection`: a connection of the ops role."""
     if order is None:
         return _matches(await connection.fetch(_NEWEST, restaurant, limit))
     if (whole := whole_id(order)) is None:

@@ -82,8 +82,8 @@ def _id(*names: str) -> str:
 
 class Seeder:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres`: a pool of the writer role. `secret`: the source of the demo terminal's key and of the demo users'
-        password, so that both are the same at every seeding."""
+        """`postgres`: a pool of the writer role. The demo terminal's key and the demo users' password are derived from
+        `secret`, so every seeding gives the same ones."""
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail

@@ -35,8 +35,8 @@ async def add_user(
     name: str = "",
     id_: str | None = None,
 ) -> str:
-    """Adds a user and returns its id. `connection`: of the writer role. `id_`: the id of the user; default: a new id.
-    If a user with this id exists, its password stays.
+    """Adds a user and returns its id. `connection`: a connection of the writer role. `id_`: the id of the user; by
+    default a new id. If a user with this id exists, its password stays.
 
     Raises Conflict if the email is taken, and NotFound if the restaurant does not exist."""
     id_ = id_ or str(uuid4())

@@ -104,7 +104,7 @@ def _value(leaf: dict[str, Any], side: str) -> str:
 @conflicts_command.command("resolve")
 @click.argument("conflict", type=_CONFLICT)
 @click.option("--keep", required=True, help="the change to keep: the id of one of the two, or its beginning")
-@click.option("--why", required=True, help="kept in the audit")
+@click.option("--why", required=True, help="the reason; it is kept in the audit")
 @json_option
 def resolve_command(conflict: str, keep: str, why: str, as_json: bool) -> None:
     """Decide which of the two changes to keep. Later changes stay, and payments of both sides count."""

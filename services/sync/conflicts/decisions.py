@@ -135,7 +135,8 @@ def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped
             after[name] = kept_value
     if strict and changed_since:
         raise Conflict(
-            f"{', '.join(changed_since)} changed after the fork: change the entity by hand, then keep the winner",
+            f"these fields have changed since the fork: {', '.join(changed_since)}. Set them in the ordinary way, then"
+            " keep the winner",
             code="changed_since",
             fields=changed_since,
         )

@@ -97,7 +97,7 @@ class DeadLetterCollector:
                 continue
             except PostgresNotReady as error:
                 log.warning("dead_letters_wait_for_postgres", error=str(error))
-                attempt = 0  # this is no failure of the broker
+                attempt = 0  # the broker did not fail, so its backoff starts again
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 attempt += 1
                 self._hosts.turn()

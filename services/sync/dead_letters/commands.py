@@ -258,15 +258,17 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
 @click.argument("dead_letters", type=_DEAD_LETTER, nargs=-1)
 @_filters
 @click.option(
-    "--dry-run", is_flag=True, help="write each in a transaction that is rolled back, and show what would happen"
+    "--dry-run", is_flag=True, help="write each dead letter in a transaction that is rolled back, and show the result"
 )
 @click.option("--yes", is_flag=True, help="do not ask for confirmation")
 @click.option("--detach", is_flag=True, help="do not wait until the job ends")
-@click.option("--canary/--no-canary", default=True, show_default=True, help="send 1, then 10, then the rest")
+@click.option(
+    "--canary/--no-canary", default=True, show_default=True, help="send one dead letter, then ten, then the rest"
+)
 @click.option(
     "--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="dead letters per second"
 )
-@click.option("--why", help="kept in the audit")
+@click.option("--why", help="the reason; it is kept in the audit")
 @json_option
 def replay_command(
     dead_letters: Sequence[str],
@@ -290,7 +292,7 @@ def replay_command(
     plan = ask(lambda connection: replay_jobs.plan(connection, query))
     needs_confirmation = plan.total > 0 and not dry_run and not yes
     if needs_confirmation or not as_json:
-        # With --json only the script reads standard output, so the plan goes to standard error before the question.
+        # With --json a script reads standard output, so the plan and the question go to standard error.
         where = "".join(f"\n  {n:6} to {queue}" for queue, n in plan.queues.items())
         click.echo(f"{_count(plan.total, 'open ')}{where}", err=as_json)
     for id_ in plan.absent:
@@ -366,7 +368,7 @@ def _current(dead_letter: str) -> FullDeadLetter:
     type=click.Path(exists=True, dir_okay=False),
     help="JSON file; default: $EDITOR opens",
 )
-@click.option("--why", help="kept in the audit")
+@click.option("--why", help="the reason; it is kept in the audit")
 @json_option
 def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: bool) -> None:
     """Repair a dead letter. The event that you give becomes a new change at head version + 1.
@@ -400,7 +402,7 @@ def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: 
 
 @dlq_command.command("discard")
 @click.argument("dead_letter", type=_DEAD_LETTER)
-@click.option("--why", required=True, help="kept in the audit")
+@click.option("--why", required=True, help="the reason; it is kept in the audit")
 @json_option
 def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
     """Discard a dead letter; it can be restored within the retention.
@@ -419,7 +421,7 @@ def discard_command(dead_letter: str, why: str, as_json: bool) -> None:
 
 @dlq_command.command("restore")
 @click.argument("dead_letter", type=_DEAD_LETTER)
-@click.option("--why", help="kept in the audit")
+@click.option("--why", help="the reason; it is kept in the audit")
 @json_option
 def restore_command(dead_letter: str, why: str | None, as_json: bool) -> None:
     """Open a discarded dead letter again."""
@@ -430,7 +432,7 @@ def restore_command(dead_letter: str, why: str | None, as_json: bool) -> None:
             dead_letter, revision=seen.revision, why=why, actor=actor(), role=ROLE
         )
     )
-    print_json(done) if as_json else click.echo("open again")
+    print_json(done) if as_json else click.echo("the dead letter is open again")
 
 
 COMMANDS = (dlq_command,)

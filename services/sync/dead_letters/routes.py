@@ -234,8 +234,8 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Repair a dead letter: commit an edited event at head version + 1",
-    description="The event is checked against the contract. Restaurant and subject must stay. The dead letter stays as"
-    " it was received, and the edit is stored with the difference.",
+    description="The event is checked against the contract. Restaurant and subject must stay. The dead letter keeps the"
+    " event as it was received. The edit is stored beside it, with the fields in which the two differ.",
     body=EditDeadLetter,
     answer=DeadLetter,
     errors=(404, 409, 504),

@@ -35,8 +35,8 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     """SHA-256 of dead-letter queue and body. It identifies the dead letter through all of its deaths."""
     queue: str
     lane: str | None
-    """None for a dead letter of the mirror writer. After a rewind the mirror writer reads the change again, which does
-    not count as a death."""
+    """The lane of the dead-letter queue; None for the queue of the mirror writer. After a rewind the mirror writer
+    reads a change again, so a second arrival in its queue does not count as a death."""
     restaurant_id: str | None
     change_id: str | None
     entity: str | None

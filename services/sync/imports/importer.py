@@ -120,7 +120,8 @@ class Importer:
         async with contextlib.aclosing(rows(source, restaurant)) as found:
             async for row in found:
                 report.read += 1
-                if source.kind == "postgres":  # for a file, `source.digest` covers the rows
+                # `source.digest` covers the rows of a file, but only the text of a query.
+                if source.kind == "postgres":
                     passed.update(row.digest)
                 if report.read <= begun.done:
                     report.skipped += 1

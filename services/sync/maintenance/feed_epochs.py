@@ -15,7 +15,7 @@ async def current(connection: Connection) -> str:
 
 
 async def begin(connection: Connection, why: str) -> str:
-    """Begins a new epoch, so that all older cursors become invalid. Returns the epoch. `connection`: of the writer
-    role."""
+    """Begins a new epoch, so that all older cursors become invalid. Returns the epoch. `connection`: a
+    connection of the writer role."""
     epoch: str = await connection.fetchval(_BEGIN, why)
     return epoch

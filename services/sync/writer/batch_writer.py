@@ -120,7 +120,8 @@ class BatchWriter:
     async def _write_one_by_one(self, batch: WriteBatch) -> list[FailedChange]:
         failed: list[FailedChange] = []
         timed_out: list[tuple[ReceivedChange, Failure]] = []
-        committed = False  # after a commit, the server does not count as slow
+        # True once a change was committed. A timeout then does not mean that the server is slow.
+        committed = False
         waiting = deque(batch.changes)
         while waiting:
             change = waiting.popleft()

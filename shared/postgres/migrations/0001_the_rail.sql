@@ -2,9 +2,9 @@
 --   writer  the sync worker: it is trusted and sees every tenant
 --   api     the requests of clients: it sees the tenant that its transaction has set, and nothing if none is set
 --   ops     the tools of operators: it reads every tenant
--- There are no foreign keys between entities and no unique labels, because a dish may arrive after its order, and no
--- constraint may refuse a change that the contract accepts. Every key begins with restaurant_id, so that no upsert can
--- touch a row of another tenant.
+-- There are no foreign keys between entities, because a dish may arrive after its order. Labels are not unique, because
+-- no constraint may refuse a change that the contract accepts. Every key begins with restaurant_id, so that no upsert
+-- can touch a row of another tenant.
 
 -- Identity. These are plain rows without events.
 create table restaurants (
