@@ -159,7 +159,7 @@ def _cpu(slices: list[AcceptSlice]) -> str:
 class SustainedRun(Struct):
     slices: list[LoadResult]
     complete_and_stable: bool
-    """Whether every accepted order reached all stores and the screen, and no queue grew."""
+    """True if every accepted order reached all stores and the screen, and no queue grew."""
     note: str
 
 

@@ -55,9 +55,9 @@ class ReadCase(Struct, frozen=True):
     path: Paths
     """Returns the path of a request, from the database and the number of the request."""
     has_target: bool = True
-    """Whether the p99 has a target."""
+    """True if the p99 has a target."""
     once: bool = False
-    """Whether each path is read only once, because a read puts the order into the mirror."""
+    """True if each path is read only once, because a read puts the order into the mirror."""
 
 
 class FilledDatabase(Struct):

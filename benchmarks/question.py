@@ -15,7 +15,7 @@ class BenchmarkPlan(Struct, frozen=True):
     """Length of one slice of load."""
     sustained_seconds: float = 60.0
     quick: bool = False
-    """Whether the run only shows that everything works. Its figures then mean nothing."""
+    """True for a short run, which only shows that everything works. Its figures mean nothing."""
 
 
 class ResultRow(Struct):
@@ -24,14 +24,14 @@ class ResultRow(Struct):
     metric: str
     unit: str
     ours: float | None = None
-    """None if the case did not run."""
+    """Our figure; None if the case did not run."""
     peer: str = ""
     theirs: float | None = None
-    """None if there is no peer, or if it did not run."""
+    """The peer's figure; None if there is no peer, or if the peer did not run."""
     ratio: float | None = None
     target: str = ""
     met: bool | None = None
-    """None if there is no target, or if the peer did not run."""
+    """True if the target was met; None if there is no target, or if the peer did not run."""
     samples_ours: list[float | None] = []
     samples_theirs: list[float | None] = []
     note: str = ""

@@ -35,7 +35,7 @@ BACKENDS = tuple(
         "DATABASE_OPS_URL",
     )
 )
-"""If the environment has one of these variables, it determines the system. Containers set them."""
+"""The variables that choose the system if the environment has one of them, as in a container."""
 
 
 class NoSystem(Exception):

@@ -263,7 +263,7 @@ log.file = false
     def _answers(self) -> bool:
         with socket.create_connection((HOST, self.port), timeout=1) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
-            if connection.recv(1) != b"\x01":  # not a method frame, so not connection.start
+            if connection.recv(1) != b"\x01":  # 1 is the type of a method frame, such as connection.start
                 return False
         try:
             return ask(self.management_url, "GET", "/api/health/checks/virtual-hosts", timeout=2) is not None

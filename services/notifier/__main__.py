@@ -14,5 +14,5 @@ if __name__ == "__main__":
         host=settings.host,
         port=settings.notifier_port,
         connections=settings.client_connections,
-        kill_after_seconds=4,  # by then only the streams of clients that do not read are still open
+        kill_after_seconds=4,  # after four seconds, only streams of clients that do not read are still open
     )

@@ -56,12 +56,12 @@ class LogFollower:
 
     @property
     def caught_up(self) -> bool:
-        """Whether the window is filled and the log is read to its end."""
+        """True if the window is filled and the log is read to its end."""
         return self._reader.caught_up and self._hub.window.epoch is not None
 
     @property
     def serving(self) -> bool:
-        """Whether the window has been filled once. The broker may have become unavailable since then."""
+        """True if the window has been filled once. The broker may have become unavailable since then."""
         return self._filled and self._hub.window.epoch is not None
 
     def start(self) -> None:

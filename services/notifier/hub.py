@@ -52,7 +52,7 @@ class Subscriber:
         self.position = position
         """The cursor up to which the subscriber has resumed, or None if it is live."""
         self.ended = False
-        """Whether the hub has stopped adding to the buffer. The transport may still take from it."""
+        """True if the hub has stopped adding to the buffer. The transport may still take from the buffer."""
         self.task: asyncio.Task[Any] | None = None
         """The task that writes to the client. The hub cancels it if the client does not read its last bytes."""
         self._chunks: list[bytes] = []

@@ -48,7 +48,7 @@ class Rotated(Struct, frozen=True):
     outcome: str
     """`rotated`, `reused` or `invalid`."""
     user: User | None
-    """None unless the token was rotated."""
+    """The user of the session; None if the token was not rotated."""
 
 
 class Accounts:

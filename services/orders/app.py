@@ -201,8 +201,8 @@ async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
 
 def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings_of_service("orders", settings)
-    # The process that holds the number also owns its journal. It releases the number after it has closed the journal;
-    # the kernel does so if the process dies.
+    # The process that holds the number also owns its journal. It releases the number after it has closed the
+    # journal. If the process dies, the kernel releases the number.
     lease = Lease.take(settings.journal_folder, "orders", settings.instance)
     settings = settings.numbered(lease.number)
     parts = assemble(settings, lease)

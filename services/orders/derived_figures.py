@@ -44,8 +44,8 @@ from (
 ) paid
 group by customer_id
 """
-# Excludes the moves that the caller already knows from the states of the customers. PostgreSQL may not have the latest
-# yet.
+# Leaves out the moves that the states of the customers contain. The caller adds those itself, because PostgreSQL may
+# lack the latest ones.
 _POINTS = """
 select m.customer_id::text, sum(m.points)::int8 as points
 from loyalty_moves m

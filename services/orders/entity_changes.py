@@ -27,7 +27,7 @@ from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
 MAX_RETRIES = 3
-"""How often a change without a version is tried again after another change came first."""
+"""The number of times that a change without a version is tried again after another change came first."""
 _COMMIT_SECONDS = 0.01
 # Changes that add a fact, such as a payment, are retried for longer, because each of many concurrent ones must count.
 # While the broker does not answer, each one waits until the previous one is in the journal.
@@ -46,7 +46,7 @@ class Receipt(Struct, frozen=True):
     state: Any
     head: Head
     durability: Durability | None
-    """None if nothing was recorded, because the request was a repeat or changed nothing."""
+    """How the change was recorded; None for a request that recorded nothing, such as a repeat."""
     visible: bool = True
     replayed: bool = False
 

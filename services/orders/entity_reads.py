@@ -51,7 +51,7 @@ class FoundState(Struct, frozen=True):
     document: Document | None = None
     """The mirror's document, which has the sync state. None if the state comes from PostgreSQL."""
     conflict: bool = False
-    """Whether PostgreSQL has an open conflict of the entity. For a state from the mirror, `document` has this."""
+    """True if PostgreSQL has an open conflict of the entity. For a state from the mirror, `document.conflict` counts."""
 
     @property
     def sync_state(self) -> SyncState:
@@ -84,9 +84,9 @@ class Page(Struct, frozen=True):
     found: list[FoundState]
     """The entities of the page, newest first."""
     more: bool
-    """Whether there is a next page."""
+    """True if there is a next page."""
     complete: bool
-    """False if PostgreSQL is unavailable, so that the page has only entities of the mirror's live window."""
+    """False if PostgreSQL was unavailable. The page then has only entities of the mirror's live window."""
 
 
 class EntityReads:

@@ -220,7 +220,7 @@ def _with_e164_phone(fields: Fields, context: Context) -> Fields:
     return fields
 
 
-_MAX_E164_CHARS = 16  # this includes the plus
+_MAX_E164_CHARS = 16  # the plus and at most 15 digits
 
 
 def e164(text: str, country: str | None) -> str:

@@ -26,8 +26,8 @@ class TableColumn(Struct, frozen=True):
     kind: Literal["id", "fixed", "text"] = "fixed"
     """`id` and `fixed` columns are shown whole. A `text` column is cut with an ellipsis if the table is too wide."""
     optional: int = 0
-    """If the table is too wide, columns above 0 are left out, the highest number first. A column with 0 always
-    stays."""
+    """The order in which columns are left out of a table that is too wide: the highest number first. A column with 0
+    always stays."""
     right: bool = False
 
 

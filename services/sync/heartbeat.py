@@ -71,7 +71,7 @@ class HeartbeatPath(Struct):
     stored: float = 0.0
     """The time at which this process learned that the sink has stored it."""
     lag: float = 0.0
-    """Seconds from sending to storing it."""
+    """The seconds from the sending of that heartbeat until the sink had stored it."""
 
 
 class HeartbeatMonitor:

@@ -47,7 +47,7 @@ class SyncState(StrEnum):
     PENDING = "pending"
     SYNCED = "synced"
     FAILED = "failed"
-    """Still pending; the last attempt to write it failed."""
+    """The head is pending, and the last attempt to write it failed."""
     CONFLICT = "conflict"
     """The entity has a fork that an operator must decide."""
 

@@ -68,7 +68,7 @@ class LogBatch:
 
     entries: list[LogEntry]
     epoch: str | None
-    """None only if this log has never had a heartbeat."""
+    """The epoch of the log; None only if the log has never had a heartbeat."""
     heartbeats: dict[str, datetime]
     """Maps a lane to the time when its heartbeat in this batch was sent."""
     caught_up: bool
@@ -302,7 +302,7 @@ class _LogConnection:
             if self._arrived.empty() or len(messages) * 2 >= self._prefetch:
                 return messages
             first = self._arrived.get_nowait()
-        self._arrived.put_nowait(None)  # the end stays in the queue, so the next call raises the error
+        self._arrived.put_nowait(None)  # keeps the end in the queue, so that the next call raises the error
         if messages:
             return messages
         raise ConnectionError("the broker closed the channel")

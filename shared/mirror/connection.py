@@ -7,7 +7,7 @@ warm hosts the one that has applied the most of the log.
 A call raises
 
     MirrorUnavailable  nothing was done: no connection, the breaker is open, or the server takes no writes
-    MirrorInDoubt      the command got no reply: the server may have executed it, or may do so when it wakes
+    MirrorInDoubt      the command got no reply: the server may have executed it, or may execute it when it wakes
 
 After a failure the breaker opens for a growing, jittered time, in which every call raises MirrorUnavailable at once.
 The first call after that time starts a probe and waits for it for at most `_PROBE_TIMEOUT_SECONDS`. The other calls

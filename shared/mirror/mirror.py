@@ -26,7 +26,7 @@ class Document(Struct, frozen=True):
     state: bytes
     pending: bool = False
     failure: bytes = b""
-    """JSON: {"error", "attempts", "last_attempt"}. Empty if nothing failed."""
+    """The last failure as JSON: {"error", "attempts", "last_attempt"}. Empty if no write failed."""
     conflict: bool = False
     """True while a conflict of the entity is open."""
 

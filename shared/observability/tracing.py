@@ -53,10 +53,10 @@ class Trace:
     def __init__(self, trace_id: str, parent: str | None, *, sampled: bool, kept: bool) -> None:
         self.trace_id = trace_id
         self.parent = parent
-        """The span id of the caller. None if the trace begins here."""
+        """The span id of the caller; None if the trace begins in this process."""
         self.sampled = sampled
         self.kept = kept
-        """False if tracing is off. Then `note` does nothing."""
+        """False if tracing is off, so that `note` does nothing."""
         self.span_id = new_span_id()
         self.started = time.time_ns()
         self.attributes: dict[str, Any] = {}

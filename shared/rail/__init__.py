@@ -29,7 +29,7 @@ Rules: a claim does not expire, and no other change takes its version while it e
 owner and its successor could both record that version. A marked claim cannot be taken back. After the first byte was
 sent, the commit only goes forward. Every step may be repeated, because the change id identifies the change.
 
-A claim is valid only for the life of its Redis process. A claim that a restart or a failover brings back is removed: its
+A claim is valid only as long as its Redis process runs. A claim that a restart or a failover brings back is removed: its
 owner may have taken it back and replied 503 after that copy was made. If the owner is alive, it continues without the
 claim.
 

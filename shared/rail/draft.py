@@ -28,7 +28,7 @@ class Draft(Struct, kw_only=True):
     source: str
     """The component that makes the change, such as `orders` or `sync`."""
     lane: Lane | None = None
-    """The lane, if it is not the entity's own."""
+    """The lane of the change; None for the lane of its entity."""
     actor: str | None = None
     """Id of the user or of the guest's session that requested the change."""
     traceparent: str | None = None

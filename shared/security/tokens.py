@@ -69,7 +69,7 @@ class Key(Struct, frozen=True):
     algorithm: str
     verifying: Any
     signing: Any = None
-    """None for a public key, which can only verify."""
+    """The private key; None if only the public key is known, which can only verify."""
 
 
 def secret_key(secret: str) -> Key:

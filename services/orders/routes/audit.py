@@ -40,7 +40,7 @@ class AuditedChange(Struct, frozen=True):
     accepted_at: datetime
     actor: str | None
     changed: dict[str, Any]
-    """{"before", "after"} of each changed field, by name. Empty for a creation."""
+    """Name of each changed field -> {"before", "after"}. Empty for a creation."""
 
 
 @endpoint(

@@ -94,7 +94,7 @@ class ReplayPlan(Struct, frozen=True, kw_only=True):
 class ReplayJob(Struct, frozen=True, kw_only=True):
     id: str
     kind: str
-    """replay or dry_run"""
+    """`replay` or `dry_run`."""
     state: str
     selection: dict[str, Any]
     actor: str
@@ -107,7 +107,7 @@ class ReplayJob(Struct, frozen=True, kw_only=True):
     `skipped`; a dry run has `waiting`, `would_write`, `superseded` and `would_fail`."""
     cancel_requested: bool
     message: str | None
-    """Why the job ended, as a sentence for people."""
+    """The reason why the job ended, as a sentence for people; None before the end."""
     created_at: datetime
     started_at: datetime | None
     heartbeat_at: datetime | None
@@ -123,7 +123,7 @@ class ReplayItem(Struct, frozen=True, kw_only=True):
     dead_letter_id: str
     outcome: str | None
     same_cause: bool | None
-    """Whether it failed again with the same fingerprint; None unless it failed."""
+    """True if the dead letter failed again with the same fingerprint; None if it did not fail."""
     detail: str | None
     at: datetime | None
 

@@ -68,7 +68,7 @@ class Failure(Struct, frozen=True):
     place: str = UNKNOWN_PLACE
     """The function in our code where the change failed, as `module:function`."""
     timed_out: bool = False
-    """Whether the server cancelled the statement or stopped waiting for a lock. If no other change succeeds either, the
+    """True if the server cancelled the statement or stopped waiting for a lock. If no other change succeeds either, the
     cause is a slow server and not this change."""
 
 

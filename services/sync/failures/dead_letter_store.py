@@ -47,13 +47,13 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     terminal_id: str | None
     trace_id: str | None
     mixed: bool = False
-    """Whether the dead letter names two restaurants. Neither of them may see the part of the other."""
+    """True if the dead letter names two restaurants. Neither restaurant may see it, because it has content of both."""
     reason: str
     error: str
     place: str
     fingerprint: str
     attempts: tuple[Attempt, ...]
-    """At least one attempt, oldest first."""
+    """The failed attempts, at least one, oldest first."""
     headers: dict[str, Any]
     body: bytes
     replay_of: str | None = None

@@ -67,7 +67,7 @@ class FailedChange(Struct, frozen=True):
     failure: Failure
     at: datetime
     change: Change | None = None
-    """None if the change cannot be read."""
+    """The decoded change; None for an unreadable one."""
     message: object = None
     """The message that carried the change. It is acknowledged when the change is committed or confirmed elsewhere."""
 

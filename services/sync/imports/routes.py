@@ -23,7 +23,7 @@ class ImportContext(Struct, frozen=True):
 
 class ImportedOrder(Struct, frozen=True):
     outcome: str
-    """created, updated or unchanged"""
+    """`created`, `updated` or `unchanged`."""
     id: str
     order_number: str
     version: int

@@ -58,7 +58,7 @@ class _Order(ExternalOrder, kw_only=True):
 class ImportSource(Struct, frozen=True):
     name: str
     kind: str
-    """jsonl, csv or postgres"""
+    """`jsonl`, `csv` or `postgres`."""
     query: str = _QUERY
 
     @property
@@ -134,9 +134,9 @@ class _Cells(Struct):
     line: int
     cells: dict[str, str]
     error: str = ""
-    """Why the record cannot be read; empty if it can."""
+    """The reason why the record cannot be read; empty for a readable record."""
     unknown: bool = False
-    """Whether the order of the record is unknown."""
+    """True if it is unknown to which order the record belongs."""
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ class AcceptedChange(Struct, frozen=True, kw_only=True):
     accepted_at: datetime | None
     trace_id: str | None
     seen_in: str
-    """Where the ledger has found the change: `log`, `mirror`, or the name of a journal."""
+    """The place where the ledger found the change: `log`, `mirror`, or the name of a journal."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -96,7 +96,7 @@ class Balance(Count, kw_only=True):
     unavailable: list[str]
     """The sources that were unavailable: management, rabbitmq, postgres, mirror, or the name of a journal."""
     restarted: bool
-    """Whether the log was created again while it was read. Then only the changes in the new log are counted."""
+    """True if the log was created again during the balance. The counts then cover only the changes in the new log."""
 
 
 class Placement(Struct):

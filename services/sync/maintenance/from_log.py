@@ -55,7 +55,7 @@ class LogReplayReport(Struct):
     entities: Counter[str] = field(default_factory=Counter)
     """The number of missing changes per entity."""
     first: datetime | None = None
-    """When the first change in the log was accepted. Older changes cannot be replayed."""
+    """The time when the first change in the log was accepted. The log cannot replay older changes."""
     last: datetime | None = None
     feed_epoch: str | None = None
 

@@ -89,7 +89,7 @@ class _Logged(Struct):
     entry: LogEntry
     event: bytes
     outline: Outline | None
-    """None if the change cannot be read."""
+    """The attributes that identify the change; None for an unreadable change."""
 
 
 class MirrorWriter:

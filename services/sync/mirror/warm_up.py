@@ -23,7 +23,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 OVERLAP = timedelta(minutes=10)
-"""How far before PostgreSQL's last heartbeat the log is read. Older changes are late."""
+"""The mirror writer begins this long before PostgreSQL's last heartbeat in the log. Older changes are late."""
 NO_OFFSET = -1
 STATES_PER_SCRIPT = 250
 """Redis serves nobody else while a script runs, so a script applies at most this many states."""

@@ -30,7 +30,7 @@ class ReceivedChange(Struct, frozen=True):
 
     @property
     def retried(self) -> bool:
-        """Whether the change has been on the retry ladder."""
+        """True if the change comes from the retry ladder."""
         return topology.ATTEMPT in self.message.headers
 
     @property

@@ -91,7 +91,7 @@ class Batcher:
         self._sending: set[asyncio.Task[None]] = set()
         self._settling = asyncio.Lock()
         self._broken = asyncio.Event()
-        """Set if the consumer must return all messages to the broker and start again."""
+        """An event that is set when the consumer must return all messages to the broker and start again."""
         self._watch = watch
         self._notifier = notifier
         self.written = 0
