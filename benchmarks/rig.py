@@ -137,7 +137,7 @@ class BenchmarkRig:
             "database_ops_url": self.database_url("ops"),
             "jwt_secret": SECRET,
             "heartbeat_interval_seconds": 1.0,
-            "trace_sample": 0.1,  # the share of production; a development system keeps every trace, which costs CPU time
+            "trace_sample": 0.1,  # the share in production; in development every trace is kept, which costs CPU time
             **WITHOUT_RATE_LIMITS,
             **settings,
         }

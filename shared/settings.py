@@ -83,42 +83,42 @@ class Settings(BaseSettings):
 
     rabbitmq_url: BrokerUrls = BACKENDS.setting(
         "amqp://ticketrail:ticketrail@127.0.0.1:56720/",
-        "RabbitMQ, or the nodes of one cluster; the first node that answers is used.",
+        "The URL of RabbitMQ, or of each node of one cluster; the first node that answers is used.",
         secret=True,
     )
     rabbitmq_management_url: HttpUrl = BACKENDS.setting(
         "http://ticketrail:ticketrail@127.0.0.1:56721",
-        "RabbitMQ's management API, through which `ticketrail migrate` creates the read-only user.",
+        "The URL of RabbitMQ's management API, through which `ticketrail migrate` creates the read-only user.",
         secret=True,
     )
     rabbitmq_watcher_url: HttpUrl = BACKENDS.setting(
         "http://ticketrail_watcher:ticketrail@127.0.0.1:56721",
-        "RabbitMQ's management API as a user that can only look at queues.",
+        "The URL of RabbitMQ's management API, with a user that can only look at queues.",
         secret=True,
     )
     redis_url: RedisUrls = BACKENDS.setting(
         "redis://127.0.0.1:56379/0",
-        "The mirror, or a primary and its replicas; the current primary is used.",
+        "The URL of the mirror, or of a primary and its replicas; the current primary is used.",
         secret=True,
     )
     database_url: DatabaseUrl = BACKENDS.setting(
         "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail",
-        "PostgreSQL as the owner of the schema, for `ticketrail migrate`.",
+        "The URL of PostgreSQL with the owner of the schema, for `ticketrail migrate`.",
         secret=True,
     )
     database_writer_url: DatabaseUrl = BACKENDS.setting(
         "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail",
-        "PostgreSQL as the role of the sync worker.",
+        "The URL of PostgreSQL with the role of the sync worker.",
         secret=True,
     )
     database_api_url: DatabaseUrl = BACKENDS.setting(
         "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail",
-        "PostgreSQL as the role that answers clients, which sees one restaurant at a time.",
+        "The URL of PostgreSQL with the role that answers clients, which sees one restaurant at a time.",
         secret=True,
     )
     database_ops_url: DatabaseUrl = BACKENDS.setting(
         "postgresql://ticketrail_ops:ticketrail@127.0.0.1:54320/ticketrail",
-        "PostgreSQL as the role of operators, who see every restaurant.",
+        "The URL of PostgreSQL with the role of operators, who see every restaurant.",
         secret=True,
     )
 

@@ -49,14 +49,14 @@ def check_home(home: Path) -> None:
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
-        raise OtherLayout(f"it has no {FILE}") from None
+        raise OtherLayout(f"{FILE} is missing") from None
     except ValueError as error:
-        raise OtherLayout(f"its {FILE} is not JSON: {error}") from error
+        raise OtherLayout(f"{FILE} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise OtherLayout(f"its {FILE} is not a JSON object")
+        raise OtherLayout(f"{FILE} is not a JSON object")
     for store, version in _VERSIONS.items():
         if found.get(store) != version:
-            raise OtherLayout(f"its {store} has version {found.get(store)}, and this version needs {version}")
+            raise OtherLayout(f"the {store} has layout {found.get(store)}, and this version needs layout {version}")
 
 
 async def check_database(url: str) -> None:

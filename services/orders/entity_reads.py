@@ -51,7 +51,7 @@ class FoundState(Struct, frozen=True):
     document: Document | None = None
     """The mirror's document, which has the sync state. None if the state comes from PostgreSQL."""
     conflict: bool = False
-    """True if PostgreSQL has an open conflict of the entity. For a state from the mirror, `document.conflict` counts."""
+    """True if PostgreSQL has an open conflict of the entity. For a state from the mirror, see `document.conflict`."""
 
     @property
     def sync_state(self) -> SyncState:

@@ -130,7 +130,7 @@ class Publisher:
         timeout: float | None = None,
     ) -> None:
         if exchange is None:
-            raise NotSent("no connection to the broker")
+            raise NotSent("there is no connection to the broker")
         message = aio_pika.Message(
             body,
             content_type=CONTENT_TYPE,
@@ -145,12 +145,12 @@ class Publisher:
             # the message.
             if exchange in (self._exchange, self._default) and not isinstance(error, PublishError):
                 self._nacked.set()
-            raise InDoubt(f"not confirmed: {type(error).__name__}") from error
+            raise InDoubt(f"the message was not confirmed: {type(error).__name__}") from error
         except Exception as error:
             # The error is one of BROKEN_LINK, or the bare Exception of a channel that was closed during the call.
             if exchange in (self._exchange, self._default):
                 self._give_up()
-            raise InDoubt(f"no confirm: {type(error).__name__}: {error}") from error
+            raise InDoubt(f"the message got no confirm: {type(error).__name__}: {error}") from error
 
     def _give_up(self) -> None:
         self._exchange = self._default = None

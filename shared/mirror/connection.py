@@ -206,7 +206,7 @@ class MirrorConnection:
                 self._fail(self._take(), MirrorUnavailable(str(error)))
                 return
             except asyncio.CancelledError:
-                self._fail(calls, MirrorInDoubt("closed"))
+                self._fail(calls, MirrorInDoubt("the connection was closed"))
                 raise
 
     async def _round_trip(self, calls: list[_Call]) -> None:

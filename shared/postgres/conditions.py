@@ -1,9 +1,9 @@
 """The conditions of a query that lists rows of one restaurant, with their values.
 
-A page should be read from an index, in the order of the index, up to its limit. The planner reads in this way only if it expects
-more rows than the limit. After five runs of a statement PostgreSQL may use a generic plan, which does not know the
-values. Therefore a query contains only the conditions that the caller asked for and never `$2 is null or …`, and
-`between` compares times as rows.
+A page should be read from an index, in the order of the index, up to its limit. The planner reads in this way only if
+it expects more rows than the limit. After five runs of a statement PostgreSQL may use a generic plan, which does not
+know the values. Therefore a query contains only the conditions that the caller asked for and never `$2 is null or …`,
+and `between` compares times as rows.
 """
 
 from datetime import datetime

@@ -27,7 +27,7 @@ from msgspec import Struct
 from shared.entities.contract import Lane, encode, outline
 
 PAGE = 4096
-NOT_WHOLE = "not what was written"
+NOT_WHOLE = "the bytes differ from what was written"
 LAYOUT_VERSION = 2
 """Raise this number with every change of the tables."""
 SCHEMA = """
@@ -234,15 +234,15 @@ def problem_of(path: Path) -> str | None:
                 return f"the file has layout version {version}"
             for seq, entry, lane, event in db.execute("select seq, sum, lane, event from entries"):
                 if not whole(entry, lane, event):
-                    return f"entry {seq} is not what was written"
+                    return f"entry {seq} differs from what was written"
             for seq, entry, name in db.execute("select seq, sum, name from names"):
                 if not isinstance(name, bytes) or sum_of_name(name) != entry:
-                    return f"name {seq} is not what was written"
+                    return f"name {seq} differs from what was written"
             if db.execute(_WITHOUT_ENTRY).fetchone():
-                return "an entry is gone"
+                return "the entry of a name is missing"
             for restaurant, day, last, entry in db.execute("select restaurant, day, last, sum from numbers"):
                 if sum_of_number(restaurant, day, last) != entry:
-                    return f"the numbers of {day} are not what was written"
+                    return f"the numbers of {day} differ from what was written"
             db.execute("select max(generation) + 0 from series").fetchone()
             db.execute("select count(*) from damaged").fetchone()
     except sqlite3.Error as error:
@@ -283,7 +283,7 @@ def contents(path: Path) -> Contents:
             else:
                 damaged.append(broken(db, seq, lane, event))
         for (name,) in db.execute(_WITHOUT_ENTRY):
-            damaged.append(Damaged(name=read_name(name), why="its entry is gone"))
+            damaged.append(Damaged(name=read_name(name), why="the entry is missing"))
         return Contents(entries=entries, damaged=damaged)
 
 
@@ -297,7 +297,7 @@ def list_entries(path: Path) -> tuple[list[Name], list[Damaged]]:
         waiting = [read_name(name) for (name,) in db.execute(_WITH_ENTRY)]
         nameless = [name_of(lane, event) for lane, event in db.execute(_WITHOUT_NAME)]
         damaged = list(damaged_in(db))
-        damaged += [Damaged(name=read_name(name), why="its entry is gone") for (name,) in db.execute(_WITHOUT_ENTRY)]
+        damaged += [Damaged(name=read_name(name), why="the entry is missing") for (name,) in db.execute(_WITHOUT_ENTRY)]
         return [one for one in waiting if one is not None] + nameless, damaged
 
 

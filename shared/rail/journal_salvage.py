@@ -127,7 +127,9 @@ class Salvage:
             if proof not in self._whole:
                 name = lost.pop(proof.hex(), None) or name_of(lane, event)
                 damaged.append(Damaged(lane=lane, event=event, name=name, why=NOT_WHOLE))
-        return damaged + [Damaged(lane=name.lane, name=name, why="its bytes are gone") for name in lost.values()]
+        return damaged + [
+            Damaged(lane=name.lane, name=name, why="the bytes of the entry are lost") for name in lost.values()
+        ]
 
     def _look(self, image: "bytes | mmap.mmap", at: int, pages: "_Pages") -> tuple[str, bytes] | None:
         """Parses the bytes at this place as a record. Returns the entry if they are an intact entry. Remembers the name

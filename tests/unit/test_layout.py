@@ -32,7 +32,7 @@ def test_home_without_data_fits_and_keeps_fitting_once_it_has_data(tmp_path: Pat
 @pytest.mark.parametrize("store", ["redis", "journal", "postgres", "rabbitmq"])
 def test_data_without_a_layout_is_of_another_version(tmp_path: Path, store: str) -> None:
     (tmp_path / store).mkdir()
-    with pytest.raises(layout.OtherLayout, match=r"no layout\.json"):
+    with pytest.raises(layout.OtherLayout, match=r"layout\.json is missing"):
         layout.check_home(tmp_path)
 
 

@@ -296,7 +296,7 @@ async def test_a_jaeger_that_answers_garbage_is_named_and_hides_no_other_problem
 
 async def test_an_unavailable_jaeger_is_named() -> None:
     url = f"http://127.0.0.1:{find_free(1)[0]}"
-    assert f"{url} does not answer" in (await find_traces(without_postgres(url), ORDER)).missing[1]
+    assert f"{url} gave no traces" in (await find_traces(without_postgres(url), ORDER)).missing[1]
 
 
 @pytest.mark.parametrize("width", [60, 70, 80, 100, 180])

@@ -91,7 +91,7 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
         if item.quantity + move.quantity < 0:
             raise Conflict(
-                f"only {item.quantity} in stock", code="below_zero", field="quantity", quantity=item.quantity
+                f"the stock is only {item.quantity}", code="below_zero", field="quantity", quantity=item.quantity
             )
         moves = (*item.moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)

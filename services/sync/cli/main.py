@@ -170,7 +170,7 @@ def token_command(role: str, restaurant: str | None, user: str | None, email: st
 @main.command("dish")
 @click.argument("restaurant", type=RESTAURANT)
 @click.argument("dish")
-@click.option("--price", type=click.IntRange(0, 10**12), help="minor units")
+@click.option("--price", type=click.IntRange(0, 10**12), help="the price in minor units")
 @click.option("--available/--unavailable", default=None, help="whether guests can order the dish")
 def dish_command(restaurant: str, dish: str, price: int | None, available: bool | None) -> None:
     """Change a dish: its price, or whether guests can order it.
@@ -219,7 +219,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 
 @main.command("trace")
 @click.argument("order")
-@click.option("--restaurant", type=RESTAURANT, help="if ORDER is a number: id, prefix of an id, or slug")
+@click.option("--restaurant", type=RESTAURANT, help="the restaurant if ORDER is a number: id, prefix of an id, or slug")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:
     """Show the trace of each change of ORDER, with the time that it waited in queues.

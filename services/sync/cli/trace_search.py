@@ -102,12 +102,12 @@ async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
         try:
             spans = await asyncio.to_thread(_from_jaeger, settings.trace_query_url.rstrip("/"), ids, order_id)
         except (OSError, SearchFailed) as error:
-            missing.append(f"{settings.trace_query_url} does not answer: {error}")
+            missing.append(f"{settings.trace_query_url} gave no traces: {error}")
             spans = []
     else:
         spans = await asyncio.to_thread(_from_files, settings, ids, order_id)
         if not spans and not settings.traces_path.exists():
-            missing.append(f"no trace files in {settings.traces_path}")
+            missing.append(f"the folder {settings.traces_path} of the trace files does not exist")
     return FoundTraces(changes, spans, missing, dead_letters)
 
 
@@ -145,10 +145,10 @@ def _ask(url: str) -> list[dict[str, Any]]:
             return []
         raise
     except ValueError as error:
-        raise SearchFailed(f"not JSON: {error}") from error
+        raise SearchFailed(f"the answer is not JSON: {error}") from error
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
-        raise SearchFailed("not an answer of Jaeger's query API")
+        raise SearchFailed("the answer is not one of Jaeger's query API")
     return data
 
 

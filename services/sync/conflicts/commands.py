@@ -36,7 +36,7 @@ def conflicts_command() -> None:
 
 @conflicts_command.command("list")
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug")
-@click.option("--entity", help="such as order")
+@click.option("--entity", help="the entity, such as order")
 @click.option("--all", "everything", is_flag=True, help="include decided conflicts")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option

@@ -75,12 +75,12 @@ def dlq_command() -> None:
 def _filters(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--queue", help="the dead-letter queue"),
-        click.option("--fingerprint", help="from `dlq groups`"),
-        click.option("--reason", help="such as contract_broken"),
-        click.option("--entity", help="such as order"),
+        click.option("--fingerprint", help="the fingerprint, as `dlq groups` shows it"),
+        click.option("--reason", help="the reason, such as contract_broken"),
+        click.option("--entity", help="the entity, such as order"),
         click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug"),
         click.option("--status", type=click.Choice(dead_letter_store.STATUSES), multiple=True),
-        click.option("--since", type=click.FloatRange(0), help="failed within this many hours"),
+        click.option("--since", type=click.FloatRange(0), help="only dead letters that failed within this many hours"),
         click.option("--text", help="a text in the error, the place or the body"),
     )
     for option in reversed(options):
@@ -266,7 +266,11 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
     "--canary/--no-canary", default=True, show_default=True, help="send one dead letter, then ten, then the rest"
 )
 @click.option(
-    "--rate", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True, help="dead letters per second"
+    "--rate",
+    type=click.FloatRange(0.1, 10_000),
+    default=50.0,
+    show_default=True,
+    help="the maximum number of dead letters per second",
 )
 @click.option("--why", help="the reason; it is kept in the audit")
 @json_option
@@ -366,7 +370,7 @@ def _current(dead_letter: str) -> FullDeadLetter:
 @click.option(
     "--event",
     type=click.Path(exists=True, dir_okay=False),
-    help="JSON file; default: $EDITOR opens",
+    help="a JSON file with the event; by default $EDITOR opens the event",
 )
 @click.option("--why", help="the reason; it is kept in the audit")
 @json_option
@@ -385,7 +389,7 @@ def edit_command(dead_letter: str, event: str | None, why: str | None, as_json: 
     try:
         edited = json.loads(text)
     except ValueError as error:
-        raise click.ClickException(f"not JSON: {error}") from error
+        raise click.ClickException(f"the event is not JSON: {error}") from error
     if not isinstance(edited, dict):
         raise click.ClickException("the event must be a JSON object")
     if not as_json and original is not None:

@@ -144,7 +144,7 @@ async def plan(connection: Connection, query: DeadLetterQuery) -> ReplayPlan:
     if query.ids and not named:
         if not await connection.fetchval(_ANY, list(query.ids)):
             raise NotFound("no such dead letter")
-        raise Conflict("none of these dead letters is open and matches", code="dead_letter_not_open")
+        raise Conflict("none of these dead letters is open and matches the filter", code="dead_letter_not_open")
     absent = tuple(id_ for id_ in dict.fromkeys(query.ids) if id_ not in named)
     return ReplayPlan(total=sum(queues.values()), queues=queues, fingerprints=fingerprints, absent=absent)
 

@@ -70,7 +70,9 @@ class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
 
     ids: Annotated[list[UUID], Meta(max_length=_MAX_IDS)] = []
     dry_run: bool = False
-    canary: Annotated[bool, Meta(description="sends 1, then 10, then the rest, and stops if one fails again")] = True
+    canary: Annotated[
+        bool, Meta(description="send one dead letter, then ten, then the rest; stop if one of them fails again")
+    ] = True
     per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
     why: Why | None = None
 

@@ -20,7 +20,9 @@ _MAX_LISTED = 50
 
 @click.command("import")
 @click.argument("source")
-@click.option("--restaurant", type=RESTAURANT, help="for rows without restaurant_id: id, prefix of an id, or slug")
+@click.option(
+    "--restaurant", type=RESTAURANT, help="the restaurant of rows without restaurant_id: id, prefix of an id, or slug"
+)
 @click.option("--query", help="SQL for a postgres:// source; one column per field, items as JSON")
 @click.option("--refused", type=click.File("wb", lazy=False), help="file for refused rows, one JSON object per line")
 @click.option("--again", is_flag=True, help="start from the first row, even if an earlier run imported it")

@@ -31,11 +31,21 @@ _EXIT_UNAVAILABLE = 2
 
 
 @click.command("ledger")
-@click.option("--since", type=Since(), default="1h", show_default=True, help="90s, 15m, 2h, 7d, or a time in ISO 8601")
+@click.option(
+    "--since",
+    type=Since(),
+    default="1h",
+    show_default=True,
+    help="the moment to count from: 90s, 15m, 2h, 7d, or a time in ISO 8601",
+)
 @click.option("--all", "everything", is_flag=True, help="count from the beginning of the change log")
 @click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option(
-    "--interval", type=click.FloatRange(0.2, 3_600), default=2.0, show_default=True, help="seconds, for --watch"
+    "--interval",
+    type=click.FloatRange(0.2, 3_600),
+    default=2.0,
+    show_default=True,
+    help="seconds between two balances, for --watch",
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object; with --watch one per line")
 @click.option("--timeout", type=click.FloatRange(0), help="seconds after which a missing change is unexplained")

@@ -117,7 +117,7 @@ class Ledger:
         try:
             return await self._balance()
         except UNAVAILABLE as error:
-            raise Unavailable("the ledger needs PostgreSQL", retry_after=2.0) from error
+            raise Unavailable("the ledger needs PostgreSQL, which is unavailable", retry_after=2.0) from error
 
     async def _balance(self) -> Balance:
         # The places are read in the order in which a change passes them, so that a change that moves meanwhile is found

@@ -8,4 +8,4 @@ from shared.entities.contract import Time
 
 
 class LedgerQuery(Struct, forbid_unknown_fields=True, kw_only=True):
-    since: Annotated[Time, Meta(description="default: one hour ago")] | None = None
+    since: Annotated[Time, Meta(description="the moment to count from; by default one hour ago")] | None = None
