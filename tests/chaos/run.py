@@ -26,7 +26,7 @@ async def run(rig: ChaosRig, seed: int, faults: Sequence[Fault], seconds: float,
 
     async def cause(fault: Fault) -> None:
         await asyncio.sleep(max(0.0, began + fault.starts_at - time.monotonic()))
-        # One fault at a time per target: a server that is killed during its start looks like one that cannot start.
+        # A target has one fault at a time: a server that is killed during its start looks like one that cannot start.
         async with locks[fault.target]:
             print(fault, flush=True)
             faulty.add(fault.target)
@@ -60,7 +60,7 @@ async def run(rig: ChaosRig, seed: int, faults: Sequence[Fault], seconds: float,
         supervising.cancel()
         await screens.stop()
     with contextlib.suppress(asyncio.CancelledError):
-        await supervising  # raises the error with which it ended, if any
+        await supervising  # raises the error of the supervision, if there is one
     proof.seconds_until_idle = round(seconds_until_idle, 1)
     proof.wrong += [not_idle] if not_idle else []
     print(f"replies: {', '.join(f'{count} {what}' for what, count in sorted(load.answers.items()))}")

@@ -70,7 +70,7 @@ async def test_the_proof_names_the_changes_that_a_worker_loses_by_acknowledging_
 ) -> None:
     await rig.system.stop("worker")
     monkeypatch.setitem(SERVICES, "worker", ["tests.chaos.broken_worker"])
-    # A long timeout: the worker must still wait for the lock when it is killed.
+    # The timeout is long, because the worker must still wait for the lock when it is killed.
     rig.system.env |= {"TICKETRAIL_DATABASE_TIMEOUT_SECONDS": "60"}
     rig.system.start("worker")
     await rig.system.ready("worker")

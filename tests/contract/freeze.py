@@ -1,4 +1,4 @@
-"""The change in each frozen sample, with every field filled. Run as a program, it writes missing samples."""
+"""The change in each frozen sample, with every field filled. As a program, this module writes missing samples."""
 
 from datetime import UTC, date, datetime
 from pathlib import Path

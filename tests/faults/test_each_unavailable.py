@@ -128,7 +128,7 @@ async def assert_read_and_listed(outage: Outage, expected: dict[str, Any]) -> No
     await eventually(listed, what="the order in the list", until=lambda seen: expected["id"] in seen)
 
 
-# Each row has the same steps. The servers, which hold the data, run in `make test`.
+# Each row has the same steps. `make test` runs the rows of the servers, because the servers have the data.
 @pytest.mark.parametrize(
     "what", ["PostgreSQL", "RabbitMQ", *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS if "the " in name)]
 )

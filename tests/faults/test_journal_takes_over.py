@@ -176,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False)
     if mounted.returncode:
-        # Only root may mount one. The test above covers a full journal by a setting instead.
+        # Only root may mount a file system. The test above covers a full journal by a setting instead.
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -109,7 +109,8 @@ async def first_connection(url: str) -> None:
 
 
 async def unrecovered_answers(url: str) -> int:
-    """Asks for the log until the broker has recovered it. Returns how often it was "home node ... is down"."""
+    """Asks for the log until the broker has recovered it. Returns how often the answer was "home node
+    ... is down"."""
     found = 0
     async with asyncio.timeout(60):
         while True:
@@ -125,7 +126,7 @@ async def unrecovered_answers(url: str) -> int:
 async def first_stream_on_disk(folder: Path) -> None:
     """Waits until the node has written the name of its stream coordinator, within a second of the first stream.
 
-    A RabbitMQ that is killed before that forgets the coordinator, and its streams stay down (docs/operations.md).
+    If RabbitMQ is killed earlier, it forgets the coordinator, and its streams stay down (docs/operations.md).
     """
 
     def written() -> bool:

@@ -1,5 +1,5 @@
-"""`make fuzz`: tests the document of every service with every role, on its own servers, with `--examples` for each
-operation. Prints every finding with its request. The exit code is 1 if there is any finding."""
+"""`make fuzz`: tests the document of every service with every role, on its own servers, with this number of
+`--examples` for each operation. Prints every finding with its request. The exit code is 1 if there is any finding."""
 
 import argparse
 import asyncio

@@ -137,7 +137,7 @@ async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
     made = change(ops_rig.table(label=marker), source="terminal/T-7", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
     broken = encode(made).replace(b'"seats":4', b'"seats":0')
     await ops_rig.publisher.publish(Lane.NORMAL.value, message(broken))
-    # The mirror writer has read it too and makes a dead letter of its own.
+    # The mirror writer reads the broken message too and makes a dead letter of its own.
     [listed] = await ops_rig.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
     shown = await details_of(nadia, listed)
     dead_letter = shown["dead_letter"]

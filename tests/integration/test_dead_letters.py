@@ -169,7 +169,7 @@ async def test_dead_letter_lists_every_attempt_of_the_retry_ladder(kept: Rig) ->
     unlucky = change(order(notes="unlucky"))
     await kept.publish(unlucky)
     [dead_letter] = await kept.dead_letters(1)
-    # The first attempt, and one from each of the two retry queues.
+    # The attempts are the first one and one from each of the two retry queues.
     assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
     assert all("try again" in one.error and "write" in one.place for one in dead_letter.attempts)
     assert (

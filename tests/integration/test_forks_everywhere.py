@@ -88,7 +88,7 @@ async def both_are_kept(system: System, winner: Change, loser: Change) -> None:
 
 
 async def winner_is_the_head(system: System, entity: Entity, winner: Change) -> None:
-    """Waits until both stores have the winner as head, or the change on top of it with the loser's payment."""
+    """Waits until both stores have the winner as head, or the next change, which brings back the loser's payment."""
     async with (
         system.database() as connection,
         redis.asyncio.from_url(system.redis.url, decode_responses=True) as mirror,

@@ -140,7 +140,7 @@ async def test_old_different_and_unknown_states_are_reported_by_kind_and_repaire
         for id_ in (differs, pending_too):
             state = json.loads(await raw.hget(doc(restaurant, id_), "d"))
             await raw.hset(doc(restaurant, id_), "d", json.dumps({**state, "total": 1}))
-        # The mirror marks it as pending by mistake: PostgreSQL has this very change.
+        # The mirror marks the order as pending by mistake: PostgreSQL has this very change.
         await raw.zadd(keys.pending(restaurant.id, "order"), {pending_too: 1.0})
         unknown = builders.order(restaurant_id=restaurant.id, created_at=now(), updated_at=now())
         await put(restaurant, unknown, "stored")

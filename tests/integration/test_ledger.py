@@ -254,7 +254,7 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
     printed = msgspec.json.decode(out)
     assert (code, printed["accepted"], printed["synced"], printed["unexplained"]) == (1, 3, 1, 2)
     assert {one["trace_id"] for one in printed["missing"]} == {TRACE}
-    # A later change was built on a lost one, so its content is not lost: the ledger names this successor.
+    # A later change was built on a lost change and has its content, so the ledger names this successor.
     await ledger_rig.rig.publish(change(order(items=1, id=lost[0].entity_id), base=lost[0]))
     balance = await ledger_rig.until(synced=2, unexplained=2)
     assert sum(one.successor is not None for one in balance.missing) == 1
@@ -296,7 +296,7 @@ async def test_missing_and_damaged_journal_entries_are_named(ledger_rig: LedgerR
 async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end(
     make_ledger_rig: Any,
 ) -> None:
-    # A long timeout: while a batch of one consumer is delayed, another consumer passes the heartbeats behind it.
+    # The timeout is long: while a batch of one consumer is delayed, another consumer passes the heartbeats behind it.
     ledger_rig: LedgerRig = await make_ledger_rig(database_timeout_seconds=15.0)
     stop = asyncio.Event()
     sent = 0

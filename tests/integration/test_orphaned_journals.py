@@ -148,7 +148,7 @@ async def test_journal_without_its_file_is_found_by_its_log_or_by_its_replacemen
     await journal.open()
     await journal.append([(Lane.CRITICAL, event) for event in events])
     if ending == "-wal":
-        # The close removes the write-ahead log, so the test reads it before.
+        # The close removes the write-ahead log, so the test reads it first.
         log = (living / "orders-2.sqlite-wal").read_bytes()
         await journal.close()
         (tmp_path / "orders-2.sqlite-wal").write_bytes(log)

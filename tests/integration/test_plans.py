@@ -217,7 +217,7 @@ async def test_request_uses_an_index_and_reads_little_more_than_it_returns(
     plans = await database.plans(lambda: case.work(database), mode)
     _by_index(plans)
     assert sum(plan.read() for plan in plans) <= case.rows, [plan.text for plan in plans]
-    # At most four pages of an index and one page of its table for each row.
+    # A plan reads at most four pages of an index and one page of its table for each row.
     assert sum(plan.pages for plan in plans) <= 5 * case.rows + 40, [plan.text for plan in plans]
 
 

@@ -146,8 +146,8 @@ class Load:
     async def nothing_is_dead(self) -> None:
         """Asserts that no dead letter exists and that no change ever went to a retry queue."""
         async with self._system.database() as connection:
-            letters = await connection.fetch("select reason, error from dead_letters")
-        assert not letters, letters[:3]
+            dead_letters = await connection.fetch("select reason, error from dead_letters")
+        assert not dead_letters, dead_letters[:3]
         broker = await aio_pika.connect(self._system.rabbitmq_url)
         async with broker:
             channel = await broker.channel()

@@ -73,7 +73,7 @@ def test_the_digest_depends_on_the_message_and_its_queue() -> None:
 
 
 def by_broker(reason: str = "delivery_limit") -> dict[str, Any]:
-    when = datetime(2026, 3, 14, 12, 0)  # without a time zone, as the client delivers it
+    when = datetime(2026, 3, 14, 12, 0)  # the client delivers times without a time zone
     return {
         "x-death": [{"count": 1, "reason": reason, "queue": "sync.postgres.critical.v1", "time": when}],
         "x-delivery-count": 101,

@@ -51,7 +51,7 @@ class Broker:
         TimeoutError(),
         EOFError(),
         StopAsyncIteration(),
-        Exception(),  # aiormq raises it in callers whose channel is closed while they wait
+        Exception(),  # aiormq raises this error in callers whose channel is closed while they wait
         http(503),
         http(404),
     ],

@@ -376,7 +376,7 @@ def test_a_child_ends_with_its_killed_runner_even_if_a_finished_thread_started_i
     assert process.stdout
     try:
         pid = int(process.stdout.readline())
-        # The thread that started the child has ended. If that kills the child, it does so within moments.
+        # The thread that started the child has ended. If its end kills the child, the kill comes within moments.
         with pytest.raises(psutil.TimeoutExpired):
             psutil.Process(pid).wait(0.5)
     finally:

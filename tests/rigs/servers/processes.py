@@ -19,7 +19,7 @@ class LocalProcess:
         self.thaw = server.thaw
 
     def discard(self) -> None:
-        # A graceful stop of RabbitMQ would take seconds. PostgreSQL needs one, or its shared memory stays allocated.
+        # PostgreSQL needs a graceful stop, or its shared memory stays allocated. RabbitMQ would take seconds for one.
         if isinstance(self.server, servers.PostgreSQL):
             self.server.stop()
         else:
