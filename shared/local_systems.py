@@ -35,11 +35,15 @@ BACKENDS = tuple(
         "DATABASE_OPS_URL",
     )
 )
-"""The variables that choose the system if the environment has one of them, as in a container."""
+"""The variables that choose the system if the environment or `.env` has one of them, as in a container."""
+_ALWAYS_WRITTEN = frozenset({HOME, *BACKENDS, f"{PREFIX}JWT_SECRET", f"{PREFIX}SYNC_TOKEN", f"{PREFIX}WORKER_PORT"})
+"""The variables that every `system.env` has. The last of them is close to the end of the file, so a file that lost its
+end lacks it."""
 
 
 class NoSystem(Exception):
-    """No system was found, or several were found. The message lists them and says how to choose one."""
+    """No system was found, several were found, or the settings of the chosen one cannot be used. The message is one
+    sentence that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,23 @@ def write_environment(home: Path, environment: Mapping[str, str]) -> None:
 
 
 def read_environment(home: Path) -> dict[str, str] | None:
-    """Returns the settings in `system.env` of a home, or None if the file cannot be read, for example before the first
-    `make run`."""
+    """Returns the settings in `system.env` of a home, or None if there is no such file, for example before the first
+    `make run`. Raises NoSystem if the file is incomplete or cannot be read, because a command with only a part of the
+    settings could connect to another system."""
+    file = home / ENV_FILE
     try:
-        text = (home / ENV_FILE).read_text()
-    except OSError:
+        text = file.read_text()
+        words = shlex.split(text, comments=True)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    words = shlex.split(text, comments=True)
-    return {name: value for name, given, value in (word.partition("=") for word in words) if given}
+    except OSError as error:
+        raise NoSystem(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError:  # it is not UTF-8, or a quotation does not end
+        text, words = "", []
+    found = {name: value for name, given, value in (word.partition("=") for word in words) if given}
+    if not text.endswith("\n") or "\0" in text or not found.keys() >= _ALWAYS_WRITTEN:
+        raise NoSystem(f"{file} is damaged; start `make run` again")
+    return found
 
 
 def list_system(system: LocalSystem) -> Path:
@@ -122,25 +135,28 @@ def running_systems() -> list[LocalSystem]:
 
 
 def choose_system(
-    requested: str | None, environment: Mapping[str, str], *, checkout: Path, configured_home: Path | None
+    requested: str | None, environment: Mapping[str, str], *, env_file: Mapping[str, str], checkout: Path
 ) -> Chosen:
     """Returns the system that a command of `checkout` talks to. The first item of this list that is given decides:
 
     1  `requested`, a path or a name
-    2  a URL of a backend in the environment
-    3  TICKETRAIL_HOME in the environment, then `configured_home` (from `.env`)
+    2  a URL of a backend in the environment or in `.env`, whose content is `env_file`
+    3  TICKETRAIL_HOME in the environment, or else in `.env`; a relative path starts at the working directory
     4  the running system of this checkout, or else the only running one
     5  the last system of this checkout, or the default settings if there was none
 
-    Raises NoSystem if several systems run, or if no system is called `requested`.
+    Raises NoSystem if several systems run, if there is no system that `requested` or TICKETRAIL_HOME names, or if the
+    settings of the system cannot be read. A command never connects to another system than the one that was named.
     """
     if requested is not None:
         return _of(_find_requested(requested, checkout), overrides=True)
-    if set(BACKENDS) & environment.keys():
-        return Chosen("the backends that the environment names", {})
-    home = Path(environment[HOME]) if environment.get(HOME) else configured_home
-    if home is not None:
-        return _of(LocalSystem((checkout / home).absolute(), checkout))
+    sources = ((environment, "the environment"), (env_file, ".env"))
+    for given, source in sources:
+        if set(BACKENDS) & given.keys():
+            return Chosen(f"the backends that {source} names", {})
+    for given, source in sources:
+        if home := given.get(HOME):
+            return _of_home(LocalSystem(Path(home).absolute(), checkout), source)
     running = running_systems()
     here = [system for system in running if system.checkout == checkout] or running
     if len(here) > 1:
@@ -158,20 +174,35 @@ def _of(system: LocalSystem, *, overrides: bool = False) -> Chosen:
     return Chosen(f"{system.name}, in {system.home}, {state}", written, overrides)
 
 
+def _of_home(system: LocalSystem, source: str) -> Chosen:
+    chosen = _of(system)
+    if not chosen.environment:
+        raise NoSystem(
+            f"{HOME} in {source} is {system.home}, where `make run` has not started a system; "
+            + _known(running_systems())
+        )
+    return chosen
+
+
 def _find_requested(requested: str, checkout: Path) -> LocalSystem:
-    for home in (Path(requested), Path(requested) / ".local"):
-        if (home / ENV_FILE).exists():
-            return LocalSystem(home.absolute(), checkout)
+    if requested:  # an empty path would be the working directory
+        for home in (Path(requested), Path(requested) / ".local"):
+            if (home / ENV_FILE).exists():
+                return LocalSystem(home.absolute(), checkout)
     running = running_systems()
     named = [system for system in running if system.name == requested]
     if not named:
-        known = f"running systems: {_listed(running)}" if running else "no system runs"
         raise NoSystem(
-            f"--system {requested}: it is neither a directory of `make run` nor the name of a running system; {known}"
+            f"--system {requested or repr(requested)}: it is neither a directory of `make run` nor the name of a "
+            f"running system; {_known(running)}"
         )
     if len(named) > 1:
         raise NoSystem(f"--system {requested}: {_listed(named)} have this name; choose one by its directory")
     return named[0]
+
+
+def _known(running: Sequence[LocalSystem]) -> str:
+    return f"running systems: {_listed(running)}" if running else "no system runs"
 
 
 def _listed(systems: Sequence[LocalSystem]) -> str:

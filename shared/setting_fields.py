@@ -5,6 +5,7 @@
 
 import json
 from ipaddress import ip_network
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
@@ -181,6 +182,16 @@ Urls = Annotated[
     ),
 ]
 Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+def _is_not_blank(value: Any) -> Any:
+    # An empty path is the working directory, where `make reset` would remove files.
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("it is empty")
+    return value
+
+
+Directory = Annotated[Path, BeforeValidator(_is_not_blank), Words("the path of a directory")]
 
 
 def url_of(*schemes: str, several: bool = False) -> AfterValidator:

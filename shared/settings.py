@@ -28,6 +28,7 @@ from shared.setting_fields import (
     WORKER,
     BrokerUrls,
     DatabaseUrl,
+    Directory,
     HttpUrl,
     Networks,
     Port,
@@ -67,7 +68,11 @@ class Settings(BaseSettings):
     environment: Literal["development", "production"] = PROCESS.setting(
         "development", "`production` refuses weak secrets and keeps fewer traces."
     )
-    home: Path = PROCESS.setting(Path(".local"), "The directory of journals, traces and all data of `make run`.")
+    home: Directory = PROCESS.setting(
+        Path(".local"),
+        "The directory of journals, traces and all data of `make run`; a relative path starts at the working "
+        "directory, where `.env` is too.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = PROCESS.setting(
         "info", "Log lines below this level are dropped."
     )

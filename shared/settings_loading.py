@@ -93,18 +93,27 @@ def exit_on_bad_settings() -> Iterator[None]:
         sys.exit("\n".join(f"ticketrail: {line}" for line in str(error).splitlines()))
 
 
-def _given(kind: type[BaseSettings]) -> dict[str, tuple[str, str]]:
-    """Returns every name with our prefix, in upper case, mapped to (text, origin). `origin` is empty for the
-    environment."""
-    path = Path(str(kind.model_config.get("env_file") or ".env"))
+def read_env_file(kind: type[BaseSettings]) -> dict[str, str]:
+    """Returns every name with our prefix in `.env`, in upper case, mapped to its text. Raises SettingsError."""
+    path = _env_file(kind)
     try:
         # The working directory may hold a directory of this name, which pydantic-settings skips.
         in_file = dotenv_values(path) if path.is_file() else {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
-    given = {name.upper(): (text or "", f" (in {path})") for name, text in in_file.items()}
-    given |= {name.upper(): (text, "") for name, text in os.environ.items()}
-    return {name: found for name, found in given.items() if name.startswith(PREFIX)}
+    return {name.upper(): text or "" for name, text in in_file.items() if name.upper().startswith(PREFIX)}
+
+
+def _given(kind: type[BaseSettings]) -> dict[str, tuple[str, str]]:
+    """Returns every name with our prefix, in upper case, mapped to (text, origin). `origin` is empty for the
+    environment."""
+    given = {name: (text, f" (in {_env_file(kind)})") for name, text in read_env_file(kind).items()}
+    given |= {name.upper(): (text, "") for name, text in os.environ.items() if name.upper().startswith(PREFIX)}
+    return given
+
+
+def _env_file(kind: type[BaseSettings]) -> Path:
+    return Path(str(kind.model_config.get("env_file") or ".env"))
 
 
 def _unknown(name: str, origin: str, known: set[str]) -> str:

@@ -73,8 +73,8 @@ class LocalSettings(Settings):
 
     @property
     def home_path(self) -> Path:
-        """The absolute path of the home."""
-        return self.home if self.home.is_absolute() else ROOT / self.home
+        """The absolute path of the home. Without TICKETRAIL_HOME it is in this checkout."""
+        return self.home.absolute() if "home" in self.model_fields_set else ROOT / self.home
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:

@@ -1,12 +1,18 @@
-"""`make reset`: removes the data, secrets and logs of a home. Refuses while the system runs."""
+"""`make reset`: removes the data, secrets and logs of a home. Refuses while the system runs.
+
+`make clean` runs it with `--before-clean`, which refuses while any system of this checkout runs, because `make clean`
+also removes the `.venv` of that system.
+"""
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.local import database
-from deploy.local.local_settings import LocalSettings
+from deploy.local.local_settings import ROOT, LocalSettings
 from deploy.local.run import lock, say
+from shared.local_systems import NoSystem, running_systems
 from shared.settings_loading import exit_on_bad_settings
 
 _CREATED_BY_RUN = (
@@ -38,9 +44,18 @@ def reset(home: Path) -> bool:
     return True
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     with exit_on_bad_settings():
         home = LocalSettings.load().home_path
+    if "--before-clean" in arguments:
+        try:
+            running = [str(system.home) for system in running_systems() if system.checkout == ROOT]
+        except NoSystem as error:
+            say(f"ticketrail: {error}")
+            return 1
+        if running:
+            say(f"ticketrail: make run is still running on {' and '.join(running)}; stop it first")
+            return 1
     if not reset(home):
         say(f"ticketrail: make run is still running on {home}; stop it first")
         return 1
@@ -49,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -29,8 +30,9 @@ from deploy.local.packages import PackagesMissing, Programs, ensure
 from deploy.local.port_check import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
-from shared.local_systems import LOCK_FILE, LocalSystem, list_system, write_environment
+from shared.local_systems import BACKENDS, LOCK_FILE, LocalSystem, list_system, write_environment
 from shared.messaging.recovery import until_ready
+from shared.setting_fields import variable
 from shared.settings_loading import exit_on_bad_settings
 
 READY_TIMEOUT_SECONDS = 60.0
@@ -296,14 +298,17 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
     for description, line in system.demo.curl_lines(order_id):
         say(f"\n# {description}\n{line}")
-    say(f"\n# show where the time of this order went\n{_home_prefix(system)}.venv/bin/ticketrail trace {order_id}")
+    command = f".venv/bin/ticketrail {system_option(system.home, system.settings)}trace {order_id}"
+    say(f"\n# show where the time of this order went\n{command}")
     file = system.home / "demo.json"
     say(f"\nReady after {seconds:.1f} s. Scripts find all of this in {file}. Ctrl-C stops the system.")
 
 
-def _home_prefix(system: System) -> str:
-    """Returns the variable with which a command line must begin if the home is not the default."""
-    return "" if system.home == ROOT / ".local" else f"TICKETRAIL_HOME='{system.home}' "
+def system_option(home: Path, settings: LocalSettings) -> str:
+    """Returns the option without which a command would not find this system: the home is not the default, or the
+    environment or `.env` names other backends."""
+    others = {variable(name) for name in settings.model_fields_set} & set(BACKENDS)
+    return f"--system {shlex.quote(str(home))} " if others or home != ROOT / ".local" else ""
 
 
 def write_private(path: Path, text: str) -> None:
@@ -329,6 +334,14 @@ def lock(home: Path) -> IO[str] | None:
     return None
 
 
+def create_home(home: Path) -> None:
+    """Creates the directory. Writes a `.gitignore` into an empty one, so that `git add .` does not add its secrets. The
+    checkout ignores its `.local` already."""
+    home.mkdir(parents=True, exist_ok=True)
+    if home != ROOT / ".local" and not any(home.iterdir()):
+        (home / ".gitignore").write_text("*\n")
+
+
 def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
     """Raises PortTaken if a port is in use or if two settings name the same port."""
     seen: dict[int, str] = {}
@@ -344,7 +357,7 @@ def main(arguments: Sequence[str]) -> int:
     with exit_on_bad_settings():
         settings = LocalSettings.load()
     home = settings.home_path
-    home.mkdir(parents=True, exist_ok=True)
+    create_home(home)
     lock_file = lock(home)
     if lock_file is None:
         say(

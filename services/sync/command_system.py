@@ -7,6 +7,7 @@ import click
 
 from shared.local_systems import CHECKOUT, Chosen, NoSystem, choose_system
 from shared.settings import Settings
+from shared.settings_loading import read_env_file
 
 ASKS_FOR_HELP = "ticketrail.asks_for_help"
 """The key in the context's `meta` that is true if the command only prints its help."""
@@ -16,13 +17,12 @@ _COMMANDS_WITHOUT_SYSTEM = ("asyncapi",)
 def follow_system(context: click.Context, requested: str | None) -> None:
     """Adds the settings of the chosen system to the environment until the command ends. `requested`: the value of
     `--system`. If it is given, the settings of that system override the environment; otherwise variables that are
-    already set stay."""
+    already set stay. The settings of a system always override `.env`."""
     if context.invoked_subcommand in _COMMANDS_WITHOUT_SYSTEM or context.meta.get(ASKS_FOR_HELP):
         return
-    settings = Settings.load()
-    configured = settings.home if "home" in settings.model_fields_set else None
+    Settings.load()  # reports a wrong setting before the choice of a system depends on it
     try:
-        chosen = choose_system(requested, os.environ, checkout=CHECKOUT, configured_home=configured)
+        chosen = choose_system(requested, os.environ, env_file=read_env_file(Settings), checkout=CHECKOUT)
     except NoSystem as error:
         raise click.ClickException(str(error)) from error
     context.obj = chosen

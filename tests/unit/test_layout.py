@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from deploy.local import layout, reset, run
 from deploy.local.local_settings import ROOT
+from shared.local_systems import LocalSystem, list_system
 from shared.mirror import keys
 from shared.rail import journal_file
 
@@ -137,6 +139,38 @@ def test_clean_removes_nothing_while_the_system_of_a_moved_home_runs(checkout: P
     assert str(home) in done.stdout + done.stderr
     assert (home / "redis").exists()
     assert (checkout / ".local").exists()
+    assert (checkout / ".venv").exists()
+
+
+def test_clean_removes_nothing_while_another_system_of_the_checkout_runs(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = checkout.parent / "second"
+    monkeypatch.setattr(tempfile, "tempdir", str(checkout.parent))
+    (checkout / ".local/redis").mkdir()
+    home.mkdir()
+    list_system(LocalSystem(home, checkout))
+    held = run.lock(home)
+    assert held
+    with held:
+        done = clean(checkout, TMPDIR=str(checkout.parent))
+    assert done.returncode == 1
+    assert done.stdout + done.stderr == f"ticketrail: make run is still running on {home}; stop it first\n"
+    assert (checkout / ".local/redis").exists()
+    assert (checkout / ".venv").exists()
+    assert clean(checkout, TMPDIR=str(checkout.parent)).returncode == 0
+
+
+@pytest.mark.parametrize("by", ["environment", ".env"])
+def test_clean_with_an_empty_home_removes_nothing(checkout: Path, by: str) -> None:
+    (checkout / "secret").touch()
+    if by == ".env":
+        (checkout / ".env").write_text("TICKETRAIL_HOME=\n")
+    done = clean(checkout, **({"TICKETRAIL_HOME": ""} if by == "environment" else {}))
+    assert done.returncode == 1
+    assert "TICKETRAIL_HOME" in done.stderr
+    assert "\n" not in done.stderr.strip()
+    assert (checkout / "secret").exists()
     assert (checkout / ".venv").exists()
 
 

@@ -152,6 +152,28 @@ def test_services_use_the_private_servers_whatever_the_environment_says(
     assert env["TICKETRAIL_WORKER_PORT"] == "20005"
 
 
+def test_the_printed_command_names_the_system_if_it_would_not_find_it_otherwise(
+    settings: Callable[..., LocalSettings],
+) -> None:
+    assert run.system_option(ROOT / ".local", settings()) == ""
+    assert run.system_option(Path("/a b"), settings()) == "--system '/a b' "
+    backends = settings(TICKETRAIL_REDIS_URL="redis://elsewhere:6379/0")
+    assert run.system_option(ROOT / ".local", backends) == f"--system {ROOT}/.local "
+
+
+def test_git_ignores_a_new_home_and_a_directory_with_files_gets_no_gitignore(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/letters.txt").touch()
+    for name in ("new/home", "empty", "used"):
+        run.create_home(tmp_path / name)
+        (tmp_path / name / "secret").touch()
+    status = ["git", "-C", str(tmp_path), "status", "--porcelain", "--untracked-files=all"]
+    shown = subprocess.run(status, check=True, capture_output=True, text=True).stdout
+    assert shown.splitlines() == ["?? used/letters.txt", "?? used/secret"]
+
+
 def test_secrets_are_created_once_per_home_and_only_their_owner_can_read_them(
     settings: Callable[..., LocalSettings], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Load:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
+        ("HOME", "", "the path of a directory"),
         ("ORDERS_PORT", "eighty", "a whole number from 1 to 65535"),
         ("ORDERS_PORT", "70000", "a whole number from 1 to 65535"),
         ("ENVIRONMENT", "prod", "development or production"),
