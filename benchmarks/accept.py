@@ -32,7 +32,7 @@ QUESTION = "accept"
 _DUAL, _DIRECT, _EXPRESS = DualWrite.label, "Litestar + PostgreSQL", "Express + pg"
 _CONNECTIONS = 64
 _SETTLE_TIMEOUT_SECONDS = 20.0
-"""Time limit for the three stores of the dual write to agree after the load."""
+"""The time limit for the three stores of the dual write to agree after the load."""
 
 
 class AcceptSlice(Struct):
@@ -68,7 +68,7 @@ def burst(
     express: RunningProgram | None,
     missing: str,
 ) -> list[ResultRow]:
-    """Measures bursts against each peer. `missing` says why `express` is None."""
+    """Measures bursts against each peer. `missing`: the reason why `express` is None."""
     many, hot = posts(rig.restaurants), posts(rig.restaurants[:1])
     brokers = {"rabbitmq": rig.rabbitmq.pid, "redis": rig.redis.pid}
     with rig.rail() as (orders, worker):
@@ -164,7 +164,8 @@ class SustainedRun(Struct):
 
 
 def sustained(rig: BenchmarkRig, plan: BenchmarkPlan, dual: DualWrite, direct: RunningProgram) -> list[ResultRow]:
-    """Measures the rail with everything running. Each peer runs for a third of that time before and again after it."""
+    """Measures the rail with everything running. Each peer runs twice for a third of
+    that time: before the rail and after it."""
     script = posts(rig.restaurants)
     third = plan.sustained_seconds / 3
     duals = [_sustained_dual_write(rig, dual, script, third)]

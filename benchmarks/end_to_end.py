@@ -26,7 +26,7 @@ _ORDERS_PER_SECOND = (100, 500)
 _CONFIRMS = 200
 _CONFIRM_TIMEOUT_SECONDS = 5.0
 _PUSH_TIMEOUT_SECONDS = 20.0
-"""Time limit for every accepted order to reach the screens."""
+"""The time limit for every accepted order to reach the screens."""
 _ORDER_BYTES = 1_700
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
 
@@ -60,7 +60,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 async def _measure(
     rig: BenchmarkRig, plan: BenchmarkPlan, orders: RunningProgram, notifier: RunningProgram
 ) -> dict[int, list[EndToEndSlice]]:
-    """Returns the slices of each rate."""
+    """Returns the measured slices of each rate."""
     pushed: dict[str, float] = {}
     screens = [asyncio.create_task(_screen(notifier.url, one.token, pushed)) for one in rig.restaurants]
     confirms = _ConfirmProbe(rig)

@@ -37,7 +37,7 @@ _TAX_BASIS_POINTS = 700
 _OPEN_ORDERS = 5
 _STOCK_COUNTED_DAYS = 30
 _WRITE_TIMEOUT_SECONDS = 30.0
-"""Time limit for writing one restaurant's menu, tables, customers and stock."""
+"""The time limit for writing one restaurant's menu, tables, customers and stock."""
 _CHANGES = (
     "restaurant_id", "change_id", "entity", "entity_id", "version", "base_change_id", "type", "source", "lane",
     "accepted_at", "traceparent", "actor", "data",

@@ -31,10 +31,10 @@ _ORDERING_RESTAURANTS = 4
 _CONNECTIONS = 8
 _MAX_ROUNDS = 3
 _MAX_LOAD_SECONDS = 1.0
-"""Maximum length of one load during an import. The benchmark reads the progress of the import after each load."""
+"""The maximum length of one load during an import. The benchmark reads the progress of the import after each load."""
 _POLL_INTERVAL_SECONDS = 0.003
 _TIMEOUT_SECONDS = 60.0
-"""Time limit for the import to start, and for all new orders to reach PostgreSQL."""
+"""The time limit for the import to start, and for all new orders to reach PostgreSQL."""
 _SELECT_PRESENT = (
     "select o.id::text from unnest($1::uuid[]) as r (restaurant_id) cross join unnest($2::uuid[]) as i (id)"
     " join orders o using (restaurant_id, id)"

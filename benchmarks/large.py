@@ -44,7 +44,7 @@ _OLD_ORDERS = 80
 _CONTENT_LENGTH = re.compile(rb"(?i)content-length: (\d+)")
 _MAX_P99_RATIO = 2.0
 _MAX_CHECKPOINT_SECONDS = 60.0
-"""Maximum wait for the checkpoint after the databases are filled."""
+"""The maximum wait for the checkpoint after the databases are filled."""
 _LIVE_WINDOW = timedelta(days=3)
 
 Paths = Callable[["FilledDatabase", int], str]

@@ -43,10 +43,10 @@ _EVENT_PATTERN = b'"customer_name":"Ada"'
 """Bytes that every event contains exactly once."""
 _CONNECT_TIMEOUT_SECONDS = 10.0
 _GREETING_SECONDS = 0.5
-"""Wait before the first event, so that the greetings of the server have arrived."""
+"""The wait before the first event, so that the greetings of the server have arrived."""
 _DELIVERIES_TIMEOUT_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
-"""Wait between the last connection and the measurement of memory."""
+"""The wait between the last connection and the measurement of memory."""
 _OPEN_FILES = 16_384
 _NCHAN_MODULE = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 

@@ -18,7 +18,7 @@ _DISHES = 12
 _TAX_BASIS_POINTS = 700
 _TOKEN_TTL_SECONDS = 24 * 3600
 _MENU_TIMEOUT_SECONDS = 5.0
-"""Time limit for writing the menu of one restaurant."""
+"""The time limit for writing the menu of one restaurant."""
 _INSERT = (
     "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
     " values ($1, $2, $3, 'EUR', 'Europe/Berlin', 4, $4)"

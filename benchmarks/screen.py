@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 _WRITE_INTERVAL_SECONDS = 0.2
 _CONNECT_SECONDS = 1.0
-"""Time for the streams to begin before FILE appears."""
+"""The time for the streams to begin before FILE appears."""
 _CREATED = re.compile(rb'event: order_created\ndata: [^\n]*?"orderID":"([0-9a-f-]{36})"')
 
 

@@ -4,7 +4,7 @@
 #   apt-install.sh PACKAGE...
 #
 # It needs root, or a sudo that asks for no password. Otherwise it prints the packages and the command, and exits with 1.
-# It restores the machine's own policy-rc.d in any case; if it is killed, its next run does.
+# It restores the machine's own policy-rc.d in any case. If it is killed, its next run restores the file.
 set -eu
 
 if ! command -v apt-get >/dev/null 2>&1; then

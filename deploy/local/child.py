@@ -135,8 +135,8 @@ class Child:
         return tail(self.log, lines)
 
     def _kill_group(self) -> None:
-        """Kills workers that outlive the program. They have another parent by then, but are still in its group. Does so
-        only once, because another process group may get the number later."""
+        """Kills workers that outlive the program. They have another parent by then, but are still in its group. The
+        signal is sent only once, because another process group may get the number later."""
         if self._group_gone:
             return
         self._group_gone = True

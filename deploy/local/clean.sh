@@ -2,7 +2,7 @@
 # `make clean`: removes the data of `make run`, then .local, .venv and the caches. Refuses while a system of this
 # checkout runs.
 #
-# It runs `make reset` for the data, because that finds the home as `make run` does: by TICKETRAIL_HOME in the environment or
+# It runs `make reset` for the data, because `make reset` finds the home as `make run` does: by TICKETRAIL_HOME in the environment or
 # in .env. In a home outside .local, `make reset` removes only what `make run` created.
 set -eu
 cd "$(dirname "$0")/../.."

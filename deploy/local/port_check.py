@@ -30,7 +30,7 @@ class PortTaken(Exception):
 
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # Servers set this option too. With it, connections that linger after a close (TIME_WAIT) do not count.
+        # Servers set this option too. It ignores connections that linger after a close (TIME_WAIT).
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

@@ -210,7 +210,7 @@ class RabbitMQ(Server):
             "RABBITMQ_SCHEMA_DIR": str(directory / "schema"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(directory / "schema"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
-            # Without these, the node would read the files of the machine in /etc/rabbitmq.
+            # The next four settings keep the node from reading the files of the machine in /etc/rabbitmq.
             "RABBITMQ_CONFIG_FILES": str(directory / "conf.d"),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
@@ -222,7 +222,7 @@ class RabbitMQ(Server):
             "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
             # The node must not start a port mapper (ours already runs) and must not be reachable from other machines.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
-            # With this, the start script turns into the server instead of waiting for it, so signals reach the server.
+            # This setting makes the start script become the server instead of its parent, so that signals reach the server.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
 

@@ -38,5 +38,5 @@ def parse_cursor(text: str, *, field: str) -> Cursor:
     whether a client can still resume from it."""
     found = _CURSOR.fullmatch(text)
     if found is None:
-        raise InvalidInput("not a cursor; send the id of a received event", field=field)
+        raise InvalidInput("the cursor is not valid; send the id of a received event", field=field)
     return Cursor(found[1], Position(int(found[2]), int(found[3])))

@@ -1,4 +1,4 @@
-"""Users and restaurants in PostgreSQL, as plain rows. The API uses these tables only here.
+"""Users and restaurants in PostgreSQL, as plain rows. No other module of the API uses these tables.
 
 The api role sees only the users of the current tenant. Before the tenant is known, functions of the database look up
 one row at a time: the user of an email, or the session of a refresh token. The functions for sessions (begin, rotate,

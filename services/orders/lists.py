@@ -21,8 +21,8 @@ _COMMON_PARAMETERS = frozenset(ListQuery.__struct_fields__)
 
 
 def selection(query: ListQuery, identity: Identity, **equal: Any) -> Selection:
-    """Returns the selection of a query. Parameters that ListQuery does not have are filters: the column of that name
-    must be equal. `equal` has further filters. Raises Forbidden, InvalidInput."""
+    """Returns the selection of a query. A parameter that ListQuery does not have is a filter: the column of that name
+    must have the parameter's value. `equal`: further filters. Raises Forbidden, InvalidInput."""
     if query.include_deleted and not allowed("deleted.read", identity.role):
         raise Forbidden("only admins may list deleted entities", field="include_deleted")
     for name in query.__struct_fields__:

@@ -37,7 +37,7 @@ class RequestedItem(Struct, forbid_unknown_fields=True, frozen=True):
     customizations: Annotated[list[RequestedCustomization], Meta(max_length=50)] = []
 
 
-# In minor units. The limit is far above any tip, and low enough that every sum stays within the contract.
+# An amount in minor units. The limit is far above any tip, and low enough that every sum stays within the contract.
 Charge = Annotated[int, Meta(ge=0, le=10**11)]
 Items = Annotated[list[RequestedItem], Meta(min_length=1, max_length=1_000)]
 

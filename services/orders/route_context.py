@@ -1,4 +1,4 @@
-"""Holds what the routes need to serve a request, and builds the replies that several routes share."""
+"""Holds the objects that the routes need, and builds the replies that several routes share."""
 
 from typing import Any
 

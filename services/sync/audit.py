@@ -30,7 +30,7 @@ class OperatorAction(Struct, frozen=True, kw_only=True):
     action: str
     """The action, for example `dead_letter.discard`."""
     target: str
-    """What the action changed, for example `dead_letter/<id>`."""
+    """The thing that the action changed, for example `dead_letter/<id>`."""
     why: str | None
     details: dict[str, Any]
 

@@ -46,13 +46,14 @@ def place_at(at: datetime, created: datetime) -> str:
 
 
 def place_beside(place: str, seconds: int, created: datetime) -> str:
-    """Returns a key `seconds` after `place` (before it if negative). Other keys fit between the two later."""
+    """Returns a key `seconds` after `place` (before it if negative). Other keys still fit between the two."""
     return _fraction(int(place[:_DIGITS].ljust(_DIGITS, "0")) + seconds * 1_000_000, created)
 
 
 def place_between(low: str, high: str, *, tie_breaker: str) -> str:
-    """Returns a key between two keys, or `low` if both are equal or the gap is exhausted after hundreds of moves.
-    `tie_breaker`: a UUID, which gives different keys to jobs that are moved into one gap at the same time."""
+    """Returns a key between `low` and `high`. Returns `low` if no key fits between them, because they are equal or
+    hundreds of moves have exhausted the gap. `tie_breaker`: a UUID, which gives different keys to jobs that are moved
+    into one gap at the same time."""
     for digits in range(_DIGITS, _MAX_DIGITS + 1):
         first, last = (int(text[:digits].ljust(digits, "0")) for text in (low, high))
         if last - first >= _MIN_GAP:

@@ -36,7 +36,7 @@ def read_cursor(text: str) -> tuple[datetime, str]:
         at, _, id_ = raw.partition(" ")
         return _aware(at), str(UUID(id_))
     except (binascii.Error, ValueError, TypeError) as error:
-        raise InvalidInput("not a cursor of this API", field="cursor", code="invalid_cursor") from error
+        raise InvalidInput("the cursor is not one of this API", field="cursor", code="invalid_cursor") from error
 
 
 def _aware(text: str) -> datetime:

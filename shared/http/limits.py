@@ -68,7 +68,7 @@ class TokenBucket:
         if (spent := self._spend_taken(caller)) is not None:
             return spent
         if self._mirror is not None and self._mirror.available:
-            # Only one round trip per caller at a time. Otherwise several would each take a share, and all but one share
+            # A caller has only one round trip at a time. Several would each take a share, and all but one share
             # would be lost.
             lock = self._asking.setdefault(caller, asyncio.Lock())
             async with lock:

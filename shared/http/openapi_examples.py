@@ -20,8 +20,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def example_of(schema: Mapping[str, Any], components: Mapping[str, Any], hint: Any = None, name: str = "text") -> Any:
-    """Returns an example of a schema. `schema`: as msgspec makes it. `hint`: an example of something similar. `name`:
-    the name of the field."""
+    """Returns an example of a schema. `schema`: a JSON schema of msgspec. `hint`: an example of something similar.
+    `name`: the name of the field."""
     default = schema.get("default")
     while "$ref" in schema:
         schema = components[schema["$ref"].rpartition("/")[2]]

@@ -10,8 +10,8 @@ from shared.version import USER_AGENT
 
 
 def ask(base_url: str, method: str, path: str, body: object = None, timeout: float = 10.0) -> object:
-    """Calls the API once. Returns the JSON of the reply, or None if the reply is empty. `timeout`: in seconds. Raises
-    urllib.error.HTTPError and OSError."""
+    """Calls the API once. Returns the JSON of the reply, or None if the reply is empty. `timeout`: the seconds to wait.
+    Raises urllib.error.HTTPError and OSError."""
     scheme, _, rest = base_url.partition("://")
     credentials, _, address = rest.rpartition("@")
     request = urllib.request.Request(  # noqa: S310  (the URL is a setting)

@@ -117,8 +117,8 @@ class Publisher:
     async def publish_to_queue(
         self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None, timeout: float | None = None
     ) -> None:
-        """Publishes to one queue, through the default exchange. `timeout`: in seconds; pass it for a large message.
-        Raises NotSent and InDoubt."""
+        """Publishes to one queue, through the default exchange. `timeout`: the seconds to wait for the confirm; pass it
+        for a large message. Raises NotSent and InDoubt."""
         await self._publish(self._default, queue, body, headers, timeout)
 
     async def _publish(

@@ -69,8 +69,8 @@ class _Call:
 
 class MirrorConnection:
     def __init__(self, url: str, *, timeout: float, max_pipeline_commands: int = _MAX_PIPELINE_COMMANDS) -> None:
-        """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: in seconds.
-        `max_pipeline_commands`: the most commands that are sent before their replies are read."""
+        """`url`: the URL of one host, or the URLs of several hosts separated by commas. `timeout`: the seconds that a
+        call may take. `max_pipeline_commands`: the most commands that are sent before their replies are read."""
         self._hosts = [dict(parse_url(one)) for one in host_urls(url)]
         self._options = {
             # With a socket timeout, redis-py would start a task for every write and a timer for every reply. Together

@@ -332,8 +332,8 @@ class Mirror:
     # -- stock and limits --------------------------------------------------------------------------------------
 
     async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """Returns (count, amount that orders hold) of each inventory item. It is None for an item that the mirror does
-        not count, and for every item if the mirror is cold."""
+        """Returns (count, amount that orders hold) of each inventory item. The pair is None for an item that the mirror
+        does not count, and for every item if the mirror is cold."""
         warm, *found = await asyncio.gather(
             self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
         )

@@ -95,8 +95,9 @@ def wal_problem(path: Path) -> tuple[str | None, bool]:
 
 
 class Salvage:
-    """Finds the entries in a file and its write-ahead log. One of the two may be missing. The file must not be open in
-    this process, because closing it here would release the locks of the other user. Raises OSError."""
+    """Finds the entries in a file and its write-ahead log. One of the two may be missing. The file must not be open
+    elsewhere in this process, because the kernel releases all locks of a process when it closes the file once. Raises
+    OSError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

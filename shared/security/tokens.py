@@ -43,7 +43,7 @@ class Identity(Struct, frozen=True):
     restaurant_id: str = ""
     email: str = ""
     session_id: str | None = None
-    """Only for customers, who create and see only the orders of this session."""
+    """The session of a customer, who creates and sees only the orders of this session; None for other roles."""
 
     @property
     def tenant(self) -> str:

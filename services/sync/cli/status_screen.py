@@ -31,7 +31,7 @@ class ServiceSample(Struct):
     url: str
     at: float
     state: str
-    """ready, not ready, or unavailable"""
+    """`ready`, `not ready` or `unavailable`."""
     health: dict[str, Any]
     samples: Samples
 

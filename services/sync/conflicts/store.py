@@ -47,8 +47,8 @@ where id = $1 returning {_COLUMNS}
 
 
 class Fork(Struct, frozen=True, kw_only=True):
-    """A conflict: two accepted changes of one entity, of which an operator keeps one. Open while `resolved_at` is
-    None."""
+    """A conflict: two accepted changes of one entity, of which an operator keeps one. The conflict is open
+    while `resolved_at` is None."""
 
     id: str
     restaurant_id: str

@@ -78,8 +78,8 @@ class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
 
 
 class EditDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The repair of a dead letter. `event` has restaurantid and subject as in the dead letter, type, and data.after
-    with the whole state."""
+    """The repair of a dead letter. `event` has a `type`, the `restaurantid` and `subject` of the dead letter, and the
+    whole state in `data.after`."""
 
     revision: Annotated[int, Meta(ge=1, description="the revision of the dead letter when you read it")]
     event: dict[str, Any]

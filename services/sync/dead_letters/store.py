@@ -114,7 +114,7 @@ class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     """`failed_from` and `failed_to` limit the time of the last failure."""
     statuses: tuple[str, ...] = ()
     text: str | None = None
-    """A text to search. In the error, the place and the ids the case does not matter; in the body it must match."""
+    """The text to search for. The search ignores case in the error, the place and the ids, but not in the body."""
 
 
 Cursor = tuple[datetime, str]

@@ -33,8 +33,8 @@ class FailureKind(StrEnum):
     POISON = "poison"
 
 
-# By class or code of SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html). A code overrides its
-# class.
+# The kind of each class or code of SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html). A code
+# overrides its class.
 _BY_SQLSTATE = {
     "08": FailureKind.UNAVAILABLE,  # connection
     "22": FailureKind.POISON,  # data

@@ -74,8 +74,8 @@ class FullSync:
         in_flight: timedelta = _IN_FLIGHT,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`postgres`: a pool of the writer role. `in_flight`: a difference of a change that was accepted so recently is
-        compared again. `sleep`: waits for seconds before that."""
+        """`postgres`: a pool of the writer role. `in_flight`: a difference is compared again if its change was accepted
+        less than this time ago. `sleep`: waits for a number of seconds before that."""
         self._in_flight = in_flight
         self._sleep = sleep
         self._window = timedelta(days=settings.mirror_window_days)

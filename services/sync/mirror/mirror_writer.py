@@ -105,7 +105,7 @@ class MirrorWriter:
         *,
         clock: Callable[[], datetime] = now,
     ) -> None:
-        """`clock`: decides which changes are late."""
+        """`clock`: returns the present time, from which the age of a change counts."""
         self._clock = clock
         self._tracer = tracer
         self._metrics = metrics

@@ -19,7 +19,7 @@ create table dead_letters (
     mixed boolean not null default false,  -- the event names two restaurants, so only operators may see it
     reason text not null,          -- the stable name of the cause, such as contract_broken
     error text not null,           -- error type and message, for people
-    place text not null,           -- where our code failed, as module:function
+    place text not null,           -- the function where our code failed, as module:function
     fingerprint text not null,     -- hash of reason, error type and place; groups dead letters
     attempts json not null,        -- [{"at", "reason", "error", "place"}], oldest first
     deaths int not null default 1,
@@ -28,11 +28,11 @@ create table dead_letters (
     headers json not null,
     body bytea not null,           -- the exact bytes that were received
     status text not null default 'open' check (status in ('open', 'replaying', 'resolved', 'discarded')),
-    revision int not null default 1,  -- every action and every death increments it; an action on an old one is refused
-    replaced_by uuid,              -- the change that an edit or a discard committed in its place
+    revision int not null default 1,  -- every action and every death increments it; an action that names an older one is refused
+    replaced_by uuid,              -- the change that an edit or a discard committed in place of the dead letter
     why text,                      -- the reason of a discard
     kept_at timestamptz not null default now(),
-    closed_at timestamptz          -- when it was resolved or discarded
+    closed_at timestamptz          -- the time when the dead letter was resolved or discarded
 );
 create index dead_letters_newest on dead_letters (last_failed_at desc, id desc);
 create index dead_letters_open on dead_letters (fingerprint, last_failed_at desc) where status in ('open', 'replaying');
@@ -71,7 +71,7 @@ create table replay_jobs (
     created_at timestamptz not null default now(),
     started_at timestamptz,
     worker uuid,                   -- the worker that runs the job
-    heartbeat_at timestamptz,      -- last sign of life of that worker; after a silence another worker takes the job
+    heartbeat_at timestamptz,      -- when that worker last renewed its claim; after a silence another worker takes the job
     finished_at timestamptz
 );
 create index ops_jobs_open on replay_jobs (created_at) where state in ('waiting', 'running');
@@ -83,7 +83,7 @@ create table replay_job_items (
     -- null until the job handles the item. A replay: sending, sent, resolved, failed, skipped. A dry run: would_write,
     -- superseded, would_fail, skipped.
     outcome text,
-    same_cause boolean,            -- whether it failed again with the same fingerprint; null unless it failed
+    same_cause boolean,            -- true if the dead letter failed again with the same fingerprint; null if it did not fail
     detail text,
     at timestamptz,
     primary key (job_id, position)
@@ -98,8 +98,8 @@ create table audit (
     actor text not null,
     role text not null,
     restaurant_id uuid,
-    action text not null,          -- such as dead_letter.discard
-    target text not null,          -- such as dead_letter/<id>
+    action text not null,          -- the action, such as dead_letter.discard
+    target text not null,          -- what the action changed, such as dead_letter/<id>
     why text,
     details json not null default '{}'
 );
