@@ -222,7 +222,7 @@ class RabbitMQ(Server):
             "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
             # The node must not start a port mapper (ours already runs) and must not be reachable from other machines.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
-            # This setting makes the start script become the server instead of its parent, so that signals reach the server.
+            # This setting makes the start script become the server, not its parent, so that signals reach the server.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
 

@@ -228,8 +228,8 @@ async def test_edit_takes_an_event_from_a_file_and_shows_the_differences(
     dead_letter, event = await contract_breaker(ops_rig, marker)
     path = tmp_path / "event.json"
     for content, error in (
-        (b"{", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"{", "the event is not JSON"),
+        (b"\xff\xfe", "the event is not JSON"),
         (b"[]", "the event must be a JSON object"),
         (json.dumps(event).encode(), "event.data.after.seats: data.after: Expected `int` >= 1"),
         (
