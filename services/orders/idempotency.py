@@ -1,4 +1,5 @@
-"""Recognises repeated requests, so that a repeat creates no second order, payment or stock move.
+"""Recognises repeated requests by their `Idempotency-Key`, so that a repeat creates no second entity. A payment and a
+stock move have ids of their own, which `order_commands.py` and `routes/back_office.py` compare.
 
 The id of a new entity is derived from the caller's key, so a repeat has the same id. The mirror then refuses the second
 claim, or PostgreSQL already has the entity. `check_replay` decides whether the request is a repeat, or another request

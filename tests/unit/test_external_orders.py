@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
+from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of_external, merged, new_order, order_id
 from shared.entities.contract import Lane
 from shared.entities.order import Order, OrderStatus, PaymentStatus
 from shared.errors import Conflict, InvalidInput, TicketrailError
@@ -238,4 +238,4 @@ def test_recent_orders_use_the_critical_lane_and_history_the_background_lane(
 ) -> None:
     update = sent(**fields)
     head = None if before is None else order(created_at=before, updated_at=before)
-    assert lane_of(update, head, new_order(update, SHOP, NOW), NOW) is lane
+    assert lane_of_external(update, head, new_order(update, SHOP, NOW), NOW) is lane

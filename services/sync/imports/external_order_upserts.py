@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of, merged, new_order, order_id
+from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of_external, merged, new_order, order_id
 from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, now
 from shared.entities.order import Order
@@ -96,7 +96,7 @@ class ExternalOrderUpserts:
                 before=before,
                 at=at,
                 source=self._source,
-                lane=lane or lane_of(external, before, state, at),
+                lane=lane or lane_of_external(external, before, state, at),
                 existing=lambda state=state: self._head(state, external),  # type: ignore[misc]
             )
             try:

@@ -221,7 +221,7 @@ def event_of(before: Order | None, after: Order) -> str:
     return "payment_recorded" if after.payments != before.payments and after == paid else "updated"
 
 
-def lane_of(external: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
+def lane_of_external(external: ExternalOrder, before: Order | None, after: Order, at: datetime) -> Lane:
     """Returns the critical lane for an order of the last day, because people wait for it, and the background lane for
     an older order. An order without any time goes to the background lane only if its status is final."""
     known = None if before is None else before.updated_at

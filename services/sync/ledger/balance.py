@@ -1,4 +1,5 @@
-"""The figures of a balance, and the rules that give each change its place. Pure; see ledger.py."""
+"""The figures of a balance, and the rule for changes that no store has. Pure. `Ledger` in ledger.py reads the stores
+and gives each change its place."""
 
 import re
 from collections import Counter

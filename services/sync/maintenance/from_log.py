@@ -85,7 +85,7 @@ class LogReplay:
                 report.feed_epoch = await feed_epochs.begin(connection, "replayed from the log")
         async for entries in self._entries(since):
             for lane in Lane:
-                found = parse_batch(lane, [_Message(entry.body) for entry in entries if lane_of(entry) is lane])
+                found = parse_batch(lane, [_Message(entry.body) for entry in entries if lane_of_entry(entry) is lane])
                 for start in range(0, len(found.changes), _CHUNK_SIZE):
                     await self._write(lane, found.changes[start : start + _CHUNK_SIZE], report)
                     progress(report)
@@ -148,7 +148,7 @@ class LogReplay:
                 await self._store.note_retries(retries)
 
 
-def lane_of(entry: LogEntry) -> Lane:
+def lane_of_entry(entry: LogEntry) -> Lane:
     """Returns the lane that the routing key names. An entry without a lane counts as background, because no request
     made it."""
     return Lane(entry.lane) if entry.lane in set(Lane) else Lane.BACKGROUND
