@@ -4,7 +4,8 @@
 """
 
 import json
-from ipaddress import ip_network
+import re
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,6 +20,9 @@ from pydantic_settings import NoDecode
 from shared.host_urls import host_urls
 
 PREFIX = "TICKETRAIL_"
+MIN_PORT_BASE, MAX_PORT_BASE = 1023, 65_525
+MIN_SECRET_BYTES = 32
+"""The key of HS256 must be at least as long as its hash (RFC 7518, section 3.2)."""
 
 
 class Group(Struct, frozen=True):
@@ -106,6 +110,10 @@ TOPOLOGY = Group(
 WORKER = Group("Sync worker", "Writing changes to PostgreSQL and the mirror.")
 TRACES = Group("Traces", "See docs/tracing.md.")
 NOTIFIER = Group("Notifier", "Push to terminals and browsers.")
+SERVERS = Group(
+    "Servers of `make run`",
+    "Ports of the private servers that `make run` starts. Other processes only check the base.",
+)
 
 
 # -- allowed values ----------------------------------------------------------------------------------------------
@@ -182,6 +190,11 @@ Urls = Annotated[
     ),
 ]
 Port = Annotated[int, Field(ge=1, le=65_535)]
+PortBase = Annotated[
+    Annotated[int, Field(ge=MIN_PORT_BASE, le=MAX_PORT_BASE)] | None,
+    BeforeValidator(lambda value: None if value == "" else value),  # .env.example contains it without a value
+]
+NonEmpty = Annotated[str, MinLen(1), Words("a text of at least one character")]
 
 
 def _is_not_blank(value: Any) -> Any:
@@ -191,7 +204,11 @@ def _is_not_blank(value: Any) -> Any:
     return value
 
 
-Directory = Annotated[Path, BeforeValidator(_is_not_blank), Words("the path of a directory")]
+Directory = Annotated[
+    Path,
+    BeforeValidator(_is_not_blank),
+    Words("the path of a directory that this process can write, or can create"),
+]
 
 
 def url_of(*schemes: str, several: bool = False) -> AfterValidator:
@@ -211,6 +228,19 @@ def url_of(*schemes: str, several: bool = False) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _is_long_enough(value: str) -> str:
+    if len(value.encode()) < MIN_SECRET_BYTES:
+        raise ValueError(f"it is shorter than {MIN_SECRET_BYTES} bytes")
+    return value
+
+
+Secret = Annotated[
+    str,
+    AfterValidator(_is_long_enough),
+    Words(f"a text of at least {MIN_SECRET_BYTES} bytes, such as the output of `openssl rand -hex 32`"),
+]
+
+
 def _are_networks(value: str) -> str:
     for network in value.split(","):
         if network.strip():
@@ -218,6 +248,29 @@ def _are_networks(value: str) -> str:
     return value
 
 
+def _is_address(value: str) -> str:
+    if ip_address(value).version == 6 and "%" in value:  # Python accepts a zone, the server does not
+        raise ValueError("it has a zone")
+    return value
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s:][^/?#@\s]*")
+
+
+def _are_origins(value: str) -> str:
+    for origin in filter(None, map(str.strip, value.split(","))):
+        # A browser sends the scheme, the host and the port, so an origin with more never matches.
+        if origin != "*" and (not _ORIGIN.fullmatch(origin) or urlsplit(origin).port == 0):
+            raise ValueError("it is not an origin")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_is_address), Words("an IP address, such as 127.0.0.1 or ::1")]
+Origins = Annotated[
+    str,
+    AfterValidator(_are_origins),
+    Words("empty, * or origins separated by commas, such as https://pos.example,https://menu.example:8443"),
+]
 Networks = Annotated[
     str, AfterValidator(_are_networks), Words("addresses or networks separated by commas, such as 10.0.0.2,10.1.0.0/16")
 ]

@@ -22,25 +22,28 @@ from shared.setting_fields import (
     NOTIFIER,
     PREFIX,
     PROCESS,
+    SERVERS,
     SIGN_IN,
     TOPOLOGY,
     TRACES,
     WORKER,
+    Address,
     BrokerUrls,
     DatabaseUrl,
     Directory,
     HttpUrl,
     Networks,
+    NonEmpty,
+    Origins,
     Port,
+    PortBase,
     RedisUrls,
+    Secret,
     Steps,
     Urls,
     variable,
 )
 from shared.settings_loading import load
-
-MIN_SECRET_BYTES = 32
-"""The key of HS256 must be at least as long as its hash (RFC 7518, section 3.2)."""
 
 _USE_RANDOM = "use a random text, such as the output of `openssl rand -hex 32`"
 _URLS_WITH_PASSWORDS = (
@@ -87,42 +90,42 @@ class Settings(BaseSettings):
     )
 
     rabbitmq_url: BrokerUrls = BACKENDS.setting(
-        "amqp://ticketrail:ticketrail@127.0.0.1:56720/",
+        "amqp://ticketrail:ticketrail@127.0.0.1:17672/",
         "The URL of RabbitMQ, or of each node of one cluster; the first node that answers is used.",
         secret=True,
     )
     rabbitmq_management_url: HttpUrl = BACKENDS.setting(
-        "http://ticketrail:ticketrail@127.0.0.1:56721",
+        "http://ticketrail:ticketrail@127.0.0.1:17673",
         "The URL of RabbitMQ's management API, through which `ticketrail migrate` creates the read-only user.",
         secret=True,
     )
     rabbitmq_watcher_url: HttpUrl = BACKENDS.setting(
-        "http://ticketrail_watcher:ticketrail@127.0.0.1:56721",
+        "http://ticketrail_watcher:ticketrail@127.0.0.1:17673",
         "The URL of RabbitMQ's management API, with a user that can only look at queues.",
         secret=True,
     )
     redis_url: RedisUrls = BACKENDS.setting(
-        "redis://127.0.0.1:56379/0",
+        "redis://127.0.0.1:17379/0",
         "The URL of the mirror, or of a primary and its replicas; the current primary is used.",
         secret=True,
     )
     database_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_owner:ticketrail@127.0.0.1:54320/ticketrail",
+        "postgresql://ticketrail_owner:ticketrail@127.0.0.1:17432/ticketrail",
         "The URL of PostgreSQL with the owner of the schema, for `ticketrail migrate`.",
         secret=True,
     )
     database_writer_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_writer:ticketrail@127.0.0.1:54320/ticketrail",
+        "postgresql://ticketrail_writer:ticketrail@127.0.0.1:17432/ticketrail",
         "The URL of PostgreSQL with the role of the sync worker.",
         secret=True,
     )
     database_api_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_api:ticketrail@127.0.0.1:54320/ticketrail",
+        "postgresql://ticketrail_api:ticketrail@127.0.0.1:17432/ticketrail",
         "The URL of PostgreSQL with the role that answers clients, which sees one restaurant at a time.",
         secret=True,
     )
     database_ops_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_ops:ticketrail@127.0.0.1:54320/ticketrail",
+        "postgresql://ticketrail_ops:ticketrail@127.0.0.1:17432/ticketrail",
         "The URL of PostgreSQL with the role of operators, who see every restaurant.",
         secret=True,
     )
@@ -137,7 +140,7 @@ class Settings(BaseSettings):
         8, "The maximum number of connections that a process opens for a role.", unit="connections"
     )
 
-    host: str = LISTENING.setting("127.0.0.1", "The address on which the services listen.", allowed="an address")
+    host: Address = LISTENING.setting("127.0.0.1", "The address on which the services listen.")
     orders_port: Port = LISTENING.setting(8001, "The port of the orders API.")
     sync_port: Port = LISTENING.setting(8002, "The port of the sync API.")
     notifier_port: Port = LISTENING.setting(8003, "The port of the notifier.")
@@ -146,11 +149,7 @@ class Settings(BaseSettings):
         "",
         "Services trust X-Forwarded-For only from these peers; if empty, from none.",
     )
-    cors_origins: str = LISTENING.setting(
-        "",
-        "The origins whose pages may call the APIs; if empty, none may.",
-        allowed="origins separated by commas, or *",
-    )
+    cors_origins: Origins = LISTENING.setting("", "The origins whose pages may call the APIs; if empty, none may.")
 
     restaurant_requests_per_second: NonNegativeFloat = LIMITS.setting(
         5_000.0, "The average rate of requests that a restaurant may send.", unit="requests per second"
@@ -168,28 +167,27 @@ class Settings(BaseSettings):
     jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
         "HS256", "HS256 signs with the secret, RS256 and EdDSA with the private key."
     )
-    jwt_secret: str = SIGN_IN.setting(
+    jwt_secret: Secret = SIGN_IN.setting(
         "development-only-secret-change-me-please",
         "The secret of HS256.",
-        allowed=f"a text of at least {MIN_SECRET_BYTES} bytes",
         secret=True,
     )
     jwt_private_key: str = SIGN_IN.setting(
         "",
         "The key that signs with RS256 or EdDSA.",
-        allowed="a private key as PEM, or the path of a file with it",
+        allowed="empty or a private key as PEM, or the path of a file with it",
         secret=True,
     )
     jwt_public_key: str = SIGN_IN.setting(
         "",
         "The key that verifies tokens if no private key is set.",
-        allowed="a public key as PEM, or the path of a file with it",
+        allowed="empty or a public key as PEM, or the path of a file with it",
         secret=True,
     )
     jwt_previous_key: str = SIGN_IN.setting(
         "",
         "The secret or public key that signed before a rotation; its tokens stay valid until they expire.",
-        allowed="a secret, a key as PEM, or the path of a file with a key",
+        allowed="empty, a secret, a key as PEM, or the path of a file with a key",
         secret=True,
     )
     cli_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
@@ -208,7 +206,7 @@ class Settings(BaseSettings):
     sign_in_attempts_per_address: PositiveInt = SIGN_IN.setting(
         60, "The maximum number of sign-in attempts from a client address within five minutes.", unit="attempts"
     )
-    sync_token: str = SIGN_IN.setting(
+    sync_token: NonEmpty = SIGN_IN.setting(
         "development-only-sync-token",
         "The token that another system sends to the sync API in the header x-sync-token.",
         secret=True,
@@ -399,6 +397,14 @@ class Settings(BaseSettings):
         unit="seconds",
     )
 
+    port_base: PortBase = SERVERS.setting(
+        None,
+        "Moves every port of a system: orders listens one above the base, and sync, notifier, worker, PostgreSQL, "
+        "Redis, RabbitMQ, its management API, epmd and Erlang distribution follow. The setting of one port overrides "
+        "it. A base below 32000 is best, because Linux uses the ports from 32768 on for outgoing connections.",
+        default_text="the ports below",
+    )
+
     @classmethod
     def load(cls) -> Self:
         """Reads the environment and `.env`. Raises SettingsError, which names the wrong settings and their allowed
@@ -408,12 +414,6 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _no_weak_secrets(self) -> Self:
         """Refuses weak secrets in production. An empty URL has no secret, because the service does not use it."""
-        if (
-            self.environment != "development"
-            and self.jwt_algorithm == "HS256"
-            and len(self.jwt_secret.encode()) < MIN_SECRET_BYTES
-        ):
-            raise ValueError(f"{variable('jwt_secret')} is shorter than {MIN_SECRET_BYTES} bytes; {_USE_RANDOM}")
         if self.environment == "production":
             for name in ("jwt_secret", "sync_token") if self.jwt_algorithm == "HS256" else ("sync_token",):
                 if wrong := weakness(getattr(self, name)):

@@ -23,7 +23,6 @@ _MAX_SHOWN_CHARACTERS = 80
 LOCAL_RUN_NAMES = frozenset(
     variable(name)
     for name in (
-        "port_base",
         "postgres_port",
         "rabbitmq_port",
         "rabbitmq_management_port",

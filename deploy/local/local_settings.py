@@ -15,15 +15,10 @@ from typing import Any
 from pydantic import model_validator
 
 from deploy.local.servers import PASSWORD
-from shared.setting_fields import Group, Port
+from shared.setting_fields import MAX_PORT_BASE, MIN_PORT_BASE, SERVERS, Port
 from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-
-_SERVERS = Group(
-    "Servers of `make run`", "Ports of the private servers that `make run` starts. Nothing else reads them."
-)
-
 
 _PORTS_FROM_BASE = (
     "orders_port",
@@ -41,35 +36,31 @@ _PORTS_FROM_BASE = (
 
 
 class LocalSettings(Settings):
-    """The settings of the services and of the private servers."""
+    """The settings of the services and of the private servers.
 
-    port_base: int | None = _SERVERS.setting(
-        None,
-        "Moves every port of a system: orders listens one above the base, and sync, notifier, worker, PostgreSQL, "
-        "Redis, RabbitMQ, its management API, epmd and Erlang distribution follow. The setting of one port overrides "
-        "it.",
-        default_text="the ports below",
-        ge=1023,
-        le=65_525,
-    )
-    postgres_port: Port = _SERVERS.setting(54320, "The port of PostgreSQL.")
-    rabbitmq_port: Port = _SERVERS.setting(56720, "The port of RabbitMQ.")
-    rabbitmq_management_port: Port = _SERVERS.setting(56721, "The port of RabbitMQ's management API.")
-    redis_port: Port = _SERVERS.setting(56379, "The port of Redis.")
-    epmd_port: Port = _SERVERS.setting(56722, "The port of RabbitMQ's Erlang port mapper.")
-    rabbitmq_dist_port: Port = _SERVERS.setting(56723, "The port of RabbitMQ's Erlang distribution.")
+    The default ports are below those that Linux uses for outgoing connections (32768 and up). A connection of another
+    program could otherwise hold one of them when `make run` starts.
+    """
+
+    postgres_port: Port = SERVERS.setting(17432, "The port of PostgreSQL.")
+    rabbitmq_port: Port = SERVERS.setting(17672, "The port of RabbitMQ.")
+    rabbitmq_management_port: Port = SERVERS.setting(17673, "The port of RabbitMQ's management API.")
+    redis_port: Port = SERVERS.setting(17379, "The port of Redis.")
+    epmd_port: Port = SERVERS.setting(17674, "The port of RabbitMQ's Erlang port mapper.")
+    rabbitmq_dist_port: Port = SERVERS.setting(17675, "The port of RabbitMQ's Erlang distribution.")
 
     @model_validator(mode="before")
     @classmethod
     def _ports_from_base(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("port_base") == "":  # .env.example contains it without a value
+        if values.get("port_base") == "":  # it counts as unset, so that system.env does not contain it
             values = {name: value for name, value in values.items() if name != "port_base"}
         try:
             base = int(values.get("port_base") or 0)
         except ValueError:
-            return values  # the check of the field reports this value
-        derived = {name: base + position for position, name in enumerate(_PORTS_FROM_BASE, 1)} if base else {}
-        return derived | values
+            return values
+        if not MIN_PORT_BASE <= base <= MAX_PORT_BASE:
+            return values  # unset, or wrong: then the check of the field reports the base alone
+        return {name: base + position for position, name in enumerate(_PORTS_FROM_BASE, 1)} | values
 
     @property
     def home_path(self) -> Path:

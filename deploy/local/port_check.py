@@ -21,11 +21,7 @@ FIRST_PORT, LAST_PORT = 20_000, 32_000
 
 
 class PortTaken(Exception):
-    def __init__(self, port: int, setting: str | None, what: str) -> None:
-        move = f", or move it with {setting}, or all ports with TICKETRAIL_PORT_BASE" if setting else ""
-        super().__init__(f"port {port} ({what}) is in use: stop the process that listens there{move}")
-        self.port = port
-        self.setting = setting
+    """A process or a connection has the port, or two settings name it. The message says what to do."""
 
 
 def is_free(port: int) -> bool:
@@ -45,7 +41,11 @@ def require_free(port: int, setting: str | None, what: str, *, within: float = 1
     deadline = time.monotonic() + within
     while not is_free(port):
         if _listens(port) or time.monotonic() > deadline:
-            raise PortTaken(port, setting, what)
+            move = f", or move the port with {setting}, or all ports with TICKETRAIL_PORT_BASE" if setting else ""
+            raise PortTaken(
+                f"port {port} ({what}) is in use: a process listens there, or an outgoing connection has this port. "
+                f"`ss -tanp 'sport = :{port}'` shows which one. Stop its process{move}"
+            )
         time.sleep(0.1)
 
 

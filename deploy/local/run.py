@@ -30,8 +30,10 @@ from deploy.local.packages import PackagesMissing, Programs, ensure
 from deploy.local.port_check import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
+from shared.home import require_home
 from shared.local_systems import BACKENDS, LOCK_FILE, LocalSystem, list_system, write_environment
 from shared.messaging.recovery import until_ready
+from shared.security.tokens import Tokens
 from shared.setting_fields import variable
 from shared.settings_loading import exit_on_bad_settings
 
@@ -347,7 +349,10 @@ def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
     seen: dict[int, str] = {}
     for setting, (port, what) in ports.items():
         if port in seen:
-            raise PortTaken(port, setting, f"{what}, and {seen[port]}")
+            raise PortTaken(
+                f"port {port} is set for two servers, {seen[port]} and {what}: move one of them with {setting}, or all "
+                "ports with TICKETRAIL_PORT_BASE"
+            )
         seen[port] = what
         require_free(port, setting, what)
 
@@ -356,7 +361,10 @@ def main(arguments: Sequence[str]) -> int:
     reloads = "--reload" in arguments
     with exit_on_bad_settings():
         settings = LocalSettings.load()
-    home = settings.home_path
+        # The services check this too, but only after the servers have started.
+        Tokens.of(settings).require_signing()
+        home = settings.home_path
+        require_home(settings, home)
     create_home(home)
     lock_file = lock(home)
     if lock_file is None:

@@ -1,5 +1,6 @@
 """`python -m services.notifier`"""
 
+from shared.home import require_home_of_traces
 from shared.http.server import serve
 from shared.security.tokens import Tokens
 from shared.settings import Settings
@@ -9,6 +10,7 @@ if __name__ == "__main__":
     with exit_on_bad_settings():
         settings = Settings.load()
         Tokens.of(settings)
+        require_home_of_traces(settings)
     serve(
         "services.notifier.app:create",
         host=settings.host,

@@ -1,5 +1,6 @@
 """`python -m services.orders`"""
 
+from shared.home import require_home
 from shared.http.server import serve
 from shared.security.tokens import Tokens
 from shared.settings import Settings
@@ -9,4 +10,5 @@ if __name__ == "__main__":
     with exit_on_bad_settings():
         settings = Settings.load()
         Tokens.of(settings).require_signing()
+        require_home(settings, settings.journal_folder)
     serve("services.orders.app:create", host=settings.host, port=settings.orders_port)

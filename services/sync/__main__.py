@@ -2,6 +2,7 @@
 
 import sys
 
+from shared.home import require_home_of_traces
 from shared.http.server import serve
 from shared.security.tokens import Tokens
 from shared.settings import Settings
@@ -12,6 +13,7 @@ if __name__ == "__main__":
         settings = Settings.load()
         if sys.argv[1:] == ["api"]:
             Tokens.of(settings)
+        require_home_of_traces(settings)
     match sys.argv[1:]:
         case ["worker"]:
             serve("services.sync.worker:create", host=settings.host, port=settings.worker_port)

@@ -21,8 +21,8 @@ from msgspec import Struct
 from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
 from shared.security.weak_secrets import weakness
-from shared.setting_fields import variable
-from shared.settings import MIN_SECRET_BYTES, Settings
+from shared.setting_fields import MIN_SECRET_BYTES, allowed_values, variable
+from shared.settings import Settings
 from shared.settings_loading import SettingsError
 
 MIN_RSA_BITS = 2048
@@ -106,6 +106,10 @@ def _any_key(text: str) -> Key:
         if text.endswith((".pem", ".key", ".pub")):  # a path that is used as a secret is easy to guess
             raise BadKey("the path of a file that does not exist")
         return secret_key(text)
+    return _pair_of_any_algorithm(text)
+
+
+def _pair_of_any_algorithm(text: str) -> Key:
     try:
         return key_pair("EdDSA", text)
     except BadKey:
@@ -117,6 +121,20 @@ def _key_in(setting: str, text: str, algorithm: str) -> Key:
         return key_pair(algorithm, text)
     except BadKey as error:
         raise BadKey(f"{variable(setting)} holds {error}") from error
+
+
+def _check_key_in(setting: str, text: str) -> None:
+    """Checks a key that the algorithm may not use, because a wrong one would show only after a change of the algorithm.
+    Raises BadKey."""
+    if not text:
+        return
+    try:
+        _pair_of_any_algorithm(text)
+    except BadKey:
+        raise BadKey(
+            f"{variable(setting)} has a value that is not allowed: "
+            f"it must be {allowed_values(Settings.model_fields[setting])}"
+        ) from None
 
 
 def _is_file(text: str) -> bool:
@@ -179,6 +197,8 @@ class Tokens:
             key = _key_in("jwt_public_key", settings.jwt_public_key, algorithm)
         else:
             raise BadKey(f"TICKETRAIL_JWT_PRIVATE_KEY or TICKETRAIL_JWT_PUBLIC_KEY is needed for {algorithm}")
+        for setting in ("jwt_private_key", "jwt_public_key"):
+            _check_key_in(setting, getattr(settings, setting))
         try:
             previous = _any_key(before) if before else None
         except BadKey as error:

@@ -115,6 +115,21 @@ def test_two_settings_with_the_same_port_are_reported() -> None:
         run.require_ports({"FIRST": (port, "one"), "SECOND": (port, "two")})
 
 
+def test_a_taken_port_is_reported_with_the_command_that_shows_its_process(taken: int) -> None:
+    with pytest.raises(PortTaken, match=rf"outgoing connection has this port.*`ss -tanp 'sport = :{taken}'`"):
+        require_free(taken, "TICKETRAIL_REDIS_PORT", "Redis")
+
+
+@pytest.mark.parametrize("wrong", [{"TICKETRAIL_JWT_PUBLIC_KEY": "/no/key.pem"}, {"TICKETRAIL_JWT_ALGORITHM": "RS256"}])
+def test_keys_that_a_service_refuses_are_refused_before_anything_starts(
+    wrong: dict[str, str], settings: Callable[..., LocalSettings], tmp_path: Path
+) -> None:
+    settings(**wrong, TICKETRAIL_HOME=str(tmp_path / "home"))
+    with pytest.raises(SystemExit, match="TICKETRAIL_JWT_"):
+        run.main([])
+    assert not (tmp_path / "home").exists()
+
+
 def test_free_ports_are_distinct_and_below_the_range_of_outgoing_connections(taken: int) -> None:
     ports = find_free(20)
     assert len(set(ports)) == 20

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from deploy import settings_docs
 from deploy.local.local_settings import LocalSettings
 from services.sync.cli.main import main
+from shared.home import require_home
 from shared.setting_fields import allowed_values, description_of, variable
 from shared.settings import Settings
 from shared.settings_loading import LOCAL_RUN_NAMES, OTHER_NAMES, SettingsError
@@ -68,6 +69,21 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Load:
         ("RETRY_STEPS_MS", "1000,2000", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
         ("RETRY_STEPS_MS", "[1000, -1]", "a JSON list of whole numbers above 0, such as [1000, 10000]"),
         ("STATUS_URLS", "http://orders:8001", "a JSON object such as"),
+        ("HOST", "bad host", "an IP address"),
+        ("HOST", "999.1.1.1", "an IP address"),
+        ("HOST", "localhost", "an IP address"),
+        ("HOST", "fe80::1%eth0", "an IP address"),
+        ("HOST", "", "an IP address"),
+        ("CORS_ORIGINS", "foo", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://pos.example,pos.example", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://pos.example/", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://bad host", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://u:p@pos.example", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://:8443", "empty, * or origins separated by commas"),
+        ("CORS_ORIGINS", "https://pos.example:port", "empty, * or origins separated by commas"),
+        ("PORT_BASE", "99999", "a whole number from 1023 to 65525"),
+        ("PORT_BASE", "-5", "a whole number from 1023 to 65525"),
+        ("PORT_BASE", "many", "a whole number from 1023 to 65525"),
         ("TRUSTED_PROXIES", "nginx", "addresses or networks separated by commas"),
         ("CHANGE_LOG_MAX_AGE", "7 days", "a whole number followed by Y, M, D, h, m or s, such as 7D"),
         ("OTLP_ENDPOINT", "collector:4318", "empty or a URL of http:// or https:// with a host"),
@@ -104,6 +120,8 @@ def test_each_wrong_value_has_a_sentence_of_its_own(load: Load) -> None:
         ("REDIS_URL", "redis://:hunter2@/0"),
         ("DATABASE_OPS_URL", "mysql://u:hunter2@db/x"),
         ("RABBITMQ_WATCHER_URL", "watcher:hunter2@mq:15672"),
+        ("JWT_SECRET", "hunter2"),
+        ("SYNC_TOKEN", ""),
     ],
 )
 def test_a_wrong_value_of_a_secret_setting_is_not_repeated(load: Load, name: str, value: str) -> None:
@@ -121,6 +139,25 @@ def test_every_setting_that_can_hold_a_password_or_key_counts_as_secret() -> Non
         for name in LocalSettings.model_fields
         if re.search(r"(secret|token|_key)$|^(database|redis|rabbitmq)_.*url$", name)
     }
+
+
+def test_a_wrong_port_base_is_refused_by_make_run_in_the_same_single_sentence(load: Load) -> None:
+    for base in ("99999", "-5", "0", "80", "many"):
+        with pytest.raises(SettingsError) as by_service:
+            load(TICKETRAIL_PORT_BASE=base)
+        with pytest.raises(SettingsError) as by_run, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TICKETRAIL_PORT_BASE", base)
+            LocalSettings.load()
+        assert str(by_run.value) == str(by_service.value)
+        assert str(by_run.value).startswith(f"TICKETRAIL_PORT_BASE is '{base}'")
+        assert "\n" not in str(by_run.value)
+
+
+def test_addresses_and_origins_are_accepted(load: Load) -> None:
+    for host in ("0.0.0.0", "::1", "192.168.1.7"):
+        assert load(TICKETRAIL_HOST=host).host == host
+    for origins in ("", "*", "https://pos.example", "http://localhost:3000, https://*.pos.example", "http://[::1]:80"):
+        assert load(TICKETRAIL_CORS_ORIGINS=origins).cors_origins == origins
 
 
 def test_urls_of_several_hosts_and_empty_urls_are_accepted(load: Load) -> None:
@@ -154,6 +191,24 @@ def test_names_of_make_run_compose_and_tests_are_accepted(load: Load) -> None:
     assert {variable(name) for name in LocalSettings.model_fields.keys() - Settings.model_fields} == LOCAL_RUN_NAMES
 
 
+def test_the_ports_of_make_run_are_below_the_range_of_outgoing_connections_and_not_the_usual_ones() -> None:
+    ports = {port for port, _ in LocalSettings(_env_file=None).ports.values()}
+    assert len(ports) == 10
+    assert max(ports) < 32_768
+    assert not ports & {4369, 5432, 5672, 6379, 15672, 25672}
+
+
+def test_the_default_urls_name_the_ports_of_make_run() -> None:
+    local = LocalSettings(_env_file=None)
+    ports = {f":{local.postgres_port}/", f":{local.redis_port}/", f":{local.rabbitmq_port}/"}
+    urls = [local.database_url, local.database_writer_url, local.database_api_url, local.database_ops_url]
+    assert {
+        found for url in [*urls, local.redis_url, local.rabbitmq_url] for found in re.findall(r":\d+/", url)
+    } == ports
+    for url in (local.rabbitmq_management_url, local.rabbitmq_watcher_url):
+        assert url.endswith(f":{local.rabbitmq_management_port}")
+
+
 def test_every_name_in_the_repository_is_known() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     known = {variable(name) for name in LocalSettings.model_fields} | OTHER_NAMES.keys() | _MISSPELT
@@ -174,7 +229,11 @@ def test_every_name_in_the_repository_is_known() -> None:
 
 @pytest.mark.parametrize("source", ["environment", "file"])
 def test_every_entry_point_ends_with_one_sentence_for_a_wrong_setting(tmp_path: Path, source: str) -> None:
-    cases = {"TICKETRAIL_SYNC_PORT": "is 'x'.*, which is not allowed", "TICKETRAIL_EXTRA": "nearest one is TICKETRAIL_"}
+    cases = {
+        "TICKETRAIL_SYNC_PORT": "is 'x'.*, which is not allowed",
+        "TICKETRAIL_PORT_BASE": "is 'x'.*, which is not allowed",
+        "TICKETRAIL_EXTRA": "nearest one is TICKETRAIL_",
+    }
     plain = {name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")}
     for name, said in cases.items():
         folder = tmp_path / name
@@ -195,6 +254,38 @@ def test_every_entry_point_ends_with_one_sentence_for_a_wrong_setting(tmp_path: 
                 process.kill()
             assert process.returncode == 1, (entry, told)
             assert re.fullmatch(rf"(ticketrail|Error): {name}\b.*{said}.*\n", told), (entry, told)
+
+
+@pytest.mark.parametrize("entry", ["orders", "sync-worker", "sync-api", "notifier", "make run"])
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_an_unusable_home_is_refused_in_one_sentence(tmp_path: Path, entry: str, below: str) -> None:
+    (tmp_path / "file").touch()
+    home = f"{tmp_path}/file{below}"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")}
+    # With `auto` a service leases its number in the home, so it cannot start without one.
+    env = {**plain, "PYTHONPATH": str(ROOT), "TICKETRAIL_HOME": home, "TICKETRAIL_INSTANCE": "auto"}
+    ended = subprocess.run(
+        [sys.executable, "-m", *ENTRY_POINTS[entry]],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said
+    assert said.startswith(
+        f"ticketrail: TICKETRAIL_HOME is {home!r}, which is not allowed: it must be the path of a directory "
+    )
+    assert said.count("\n") == 1, said
+
+
+def test_a_home_that_only_lacks_its_folders_gets_them(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, home=tmp_path / "new")
+    require_home(settings, settings.journal_folder)
+    require_home(settings, settings.journal_folder)
+    assert settings.journal_folder.is_dir()
 
 
 def test_a_command_reports_a_wrong_setting_but_help_and_version_need_none(
