@@ -1,6 +1,7 @@
 """How many orders per second does one server process accept, and how long does a client wait?
 
-The load is a closed loop over 64 connections to one orders process. 10 % of the traces are kept, without rate limits.
+The load is a closed loop over 64 connections to one orders process. 10 % of the traces are kept, and there are no rate
+limits.
 
     burst      the sync worker is frozen, so only the accept path is measured. The orders go to 50 restaurants in turn,
                then to one hot restaurant

@@ -97,13 +97,13 @@ class Child:
         if self.returncode is not None:
             self._kill_group()
             return True
+        # The tree is listed now, because the descendants get another parent when the program ends.
         tree = self._tree()
         self.thaw()  # a frozen process does not react to the signal
         self._process.send_signal(request)
         ended = self.wait(within) is not None
         if not ended:
             self.kill()
-        # When the program ends, its helpers get another parent, so they were listed before.
         for process in tree:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(tree, timeout=5)

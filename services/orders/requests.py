@@ -284,7 +284,8 @@ class CreateInventoryItem(Request):
 
 
 class UpdateInventoryItem(Request):
-    """`quantity` is the amount that was counted now. Orders that were placed before are already subtracted."""
+    """`quantity` is the amount that was counted now. Orders that were placed before the count are already
+    subtracted."""
 
     name: Label | UnsetType = UNSET
     quantity: Count | UnsetType = UNSET

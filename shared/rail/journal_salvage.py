@@ -22,8 +22,9 @@ from msgspec import Struct
 from shared.entities.contract import Lane
 from shared.rail.journal_file import NOT_WHOLE, PAGE, Damaged, Name, name_of, read_name, sum_of, sum_of_name
 
-# https://www.sqlite.org/fileformat2.html: a record is the length of its header, a type for each column (0: the row id
-# stands for it; 0x2c: a blob of 16 bytes, the sum; odd: a text; even: a blob), then the values.
+# A record is the length of its header, a type for each column, and then the values. Our types are 0 (the row id stands
+# for the column), 0x2c (a blob of 16 bytes, the sum), odd numbers (a text) and even numbers (a blob). See
+# https://www.sqlite.org/fileformat2.html.
 _RECORD = re.compile(rb"\x00\x2c")
 _LANES = {13 + 2 * len(lane): lane.value for lane in Lane}
 _MAX_EVENT_BYTES = 32 << 20

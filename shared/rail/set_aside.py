@@ -65,7 +65,7 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def finish_set_aside(path: Path) -> None:
-    """Finishes a `set_aside` that a crash interrupted. Does nothing if there was none."""
+    """Finishes a `set_aside` that a crash interrupted. Does nothing if there is no interrupted one."""
     rebuilt = _rebuilt(path)
     if not rebuilt.exists():
         return
