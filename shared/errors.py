@@ -14,6 +14,11 @@ TicketrailError
 from typing import Any, ClassVar
 
 
+def described(error: BaseException) -> str:
+    """Returns type and text of an error, or only the type if there is no text. A timeout has none."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 class TicketrailError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"

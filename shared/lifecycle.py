@@ -9,6 +9,8 @@ from typing import Any
 
 import structlog
 
+from shared.errors import described
+
 log = structlog.get_logger(__name__)
 
 _CANCEL_INTERVAL_SECONDS = 0.5
@@ -123,5 +125,5 @@ def freeze_memory(*, collect_rarely: bool = True) -> None:
 
 def _end_process(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("task_broke", task=task.get_name(), error=f"{type(error).__name__}: {error}", exc_info=error)
+        log.critical("task_broke", task=task.get_name(), error=described(error), exc_info=error)
         os.kill(os.getpid(), signal.SIGTERM)

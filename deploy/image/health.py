@@ -13,7 +13,7 @@ def main(port: int) -> int:
         print(reply.status, reply.read(2000).decode(errors="replace"))
         return 0 if reply.status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
-        print(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         return 1
 
 

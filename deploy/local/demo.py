@@ -16,6 +16,8 @@ from typing import Any
 import asyncpg
 import httpx
 
+from shared.errors import described
+
 HOP_TIMEOUT_SECONDS = 20.0  # on an idle machine each hop takes milliseconds
 
 
@@ -94,7 +96,7 @@ async def send_order(demo: Demo, database_url: str) -> tuple[str, list[Hop]]:
         try:
             return await _watch(demo, client, events, database)
         except httpx.HTTPError as error:
-            raise DemoFailed(f"a request failed: {type(error).__name__}: {error}") from error
+            raise DemoFailed(f"a request failed: {described(error)}") from error
         finally:
             await database.close(timeout=5)
 

@@ -11,7 +11,7 @@ import click
 import structlog
 
 from services.sync.command_system import system_label
-from shared.errors import TicketrailError
+from shared.errors import TicketrailError, described
 from shared.messaging import declare
 from shared.messaging.publisher import BROKEN_LINK
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
@@ -44,7 +44,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         raise click.ClickException(str(error)) from error
     except (MirrorUnavailable, MirrorInDoubt, *BROKEN_LINK, *UNAVAILABLE, asyncpg.PostgresError) as error:
         raise click.ClickException(
-            f"a backend does not answer: {type(error).__name__}: {error}; the command uses {system_label()}"
+            f"a backend does not answer: {described(error)}; the command uses {system_label()}"
         ) from error
 
 

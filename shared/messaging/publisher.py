@@ -31,6 +31,7 @@ from aiormq.exceptions import AMQPException, PublishError
 
 from shared.backoff import backoff
 from shared.entities.contract import CONTENT_TYPE
+from shared.errors import described
 from shared.lifecycle import BackgroundLoop
 from shared.messaging.hosts import Connect, Hosts
 
@@ -150,7 +151,7 @@ class Publisher:
             # The error is one of BROKEN_LINK, or the bare Exception of a channel that was closed during the call.
             if exchange in (self._exchange, self._default):
                 self._give_up()
-            raise InDoubt(f"the message got no confirm: {type(error).__name__}: {error}") from error
+            raise InDoubt(f"the message got no confirm: {described(error)}") from error
 
     def _give_up(self) -> None:
         self._exchange = self._default = None

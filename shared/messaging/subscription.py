@@ -23,6 +23,7 @@ from aiormq.abc import AbstractChannel
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
+from shared.errors import described
 from shared.messaging.publisher import BROKEN_LINK
 
 log = structlog.get_logger(__name__)
@@ -157,7 +158,7 @@ class Subscription:
             async for message in subscriber:
                 self._on_message(Delivery(queue, message))
         except Exception as error:  # noqa: BLE001  (a broken peer may cause any error; the owner connects again)
-            log.warning("subscription_broke", queue=queue, error=f"{type(error).__name__}: {error}")
+            log.warning("subscription_broke", queue=queue, error=described(error))
         self._lost()
 
     def _lost(self) -> None:
@@ -174,4 +175,4 @@ class Subscription:
             async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                 await self._broker.stop()
         except BROKEN_LINK as error:
-            log.debug("subscription_close", error=f"{type(error).__name__}: {error}")
+            log.debug("subscription_close", error=described(error))

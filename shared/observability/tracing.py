@@ -29,6 +29,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from shared.errors import described
 from shared.observability.trace_files import FileExporter
 from shared.settings import Settings
 from shared.version import VERSION
@@ -141,7 +142,7 @@ class span:
 
     def __exit__(self, type_: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._trace is not None:
-            text = None if error is None else f"{type(error).__name__}: {error}"
+            text = None if error is None else described(error)
             self._trace.note(
                 self._name, self._began, time.time_ns(), kind=self._kind, attributes=self._attributes, error=text
             )

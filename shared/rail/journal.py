@@ -29,6 +29,7 @@ import structlog
 from msgspec import Struct
 
 from shared.entities.contract import Lane
+from shared.errors import described
 from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal_file import (
     broken,
@@ -167,9 +168,7 @@ class Journal:
                 entries = [entry for entries, _ in waiting for entry in entries]
                 await self._run(partial(self._do, partial(self._append, entries)))
             except Exception as error:  # noqa: BLE001  (every waiting caller gets the error, whatever it is)
-                broken = (
-                    error if isinstance(error, JournalBroken) else JournalInDoubt(f"{type(error).__name__}: {error}")
-                )
+                broken = error if isinstance(error, JournalBroken) else JournalInDoubt(described(error))
                 for _, done in waiting:
                     if not done.done():
                         done.set_exception(broken)

@@ -16,6 +16,7 @@ from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
 from shared.entities.contract import MAX_BATCH_CHANGES, Lane, encode_batch
+from shared.errors import described
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
 from shared.observability import tracing
@@ -132,9 +133,7 @@ class Recorder:
                 self._metrics.per_message.observe(len(changes))
                 self._metrics.durable.inc(durability.value, len(changes))
         except BaseException as error:  # noqa: BLE001  (every waiting caller gets the error)
-            failure = (
-                error if isinstance(error, Unrecorded) else Unrecorded(f"{type(error).__name__}: {error}", sent=True)
-            )
+            failure = error if isinstance(error, Unrecorded) else Unrecorded(described(error), sent=True)
             for change in changes:
                 if not change.done.done():
                     change.done.set_exception(failure)
@@ -161,7 +160,7 @@ class Recorder:
                 send_span_name(lane),
                 began,
                 send_attributes(lane, len(changes)),
-                error=f"{type(reason).__name__}: {reason}",
+                error=described(reason),
             )
         began = time.time_ns()
         if self._journal is None:
@@ -170,7 +169,7 @@ class Recorder:
             await self._journal.append([(lane, event) for event in events])
         except JournalBroken as error:
             log.error("journal_failed", changes=len(events), error=str(error))
-            _note(changes, "journal", began, {}, error=f"{type(error).__name__}: {error}")
+            _note(changes, "journal", began, {}, error=described(error))
             raise Unrecorded(str(error), sent=sent or isinstance(error, JournalInDoubt)) from error
         _note(changes, "journal", began, {"ticketrail.message.changes": len(changes)})
         return Durability.JOURNAL

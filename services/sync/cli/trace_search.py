@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from shared.errors import described
 from shared.observability.trace_files import SpanRow, read_spans
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import UNAVAILABLE, Postgres
@@ -102,7 +103,7 @@ async def find_traces(settings: Settings, order_id: str) -> FoundTraces:
         try:
             spans = await asyncio.to_thread(_from_jaeger, settings.trace_query_url.rstrip("/"), ids, order_id)
         except (OSError, SearchFailed) as error:
-            missing.append(f"{settings.trace_query_url} gave no traces: {error}")
+            missing.append(f"{settings.trace_query_url} gave no traces: {described(error)}")
             spans = []
     else:
         spans = await asyncio.to_thread(_from_files, settings, ids, order_id)

@@ -19,6 +19,7 @@ import asyncpg
 from msgspec import Struct
 
 from shared.entities.contract import BrokenContract
+from shared.errors import described
 from shared.postgres.pool import UNAVAILABLE
 
 UNKNOWN_PLACE = "unknown"
@@ -110,7 +111,7 @@ def fingerprint(reason: str, error: str, place: str) -> str:
 
 def describe(error: Exception) -> str:
     """Returns error type and message as text that is short enough for a header."""
-    return clip(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _MAX_ERROR_CHARS)
+    return clip(described(error), _MAX_ERROR_CHARS)
 
 
 def clip(text: str, max_chars: int) -> str:
