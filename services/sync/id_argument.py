@@ -51,7 +51,9 @@ class RestaurantArgument(IdArgument):
         super().__init__("restaurant", _restaurants_between)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value)
+        text = str(value).strip()
+        if not text:
+            self.fail("it is empty; give an id, the beginning of an id, or a slug", param, ctx)
         if whole_id(text) is None and not (ctx is not None and ctx.resilient_parsing):
             found = ask(lambda connection: connection.fetchval(_BY_SLUG, text))
             if found is not None:
@@ -61,15 +63,17 @@ class RestaurantArgument(IdArgument):
         return super().convert(value, param, ctx)
 
 
-def full_id(text: str, what: str, find: FindIds) -> str:
-    """Returns the id that equals `text` or begins with it. Raises BadParameter if no id can begin with `text`, and
+def full_id(text: str, what: str, find: FindIds, *, argument: str | None = None) -> str:
+    """Returns the id that equals `text` or begins with it. `argument`: the name of the argument for the error, if click
+    does not convert this argument itself. Raises BadParameter if no id can begin with `text`, and
     ClickException if no id or several ids begin with it."""
     if (whole := whole_id(text)) is not None:
         return whole
     if (bounds := prefix_range(text)) is None:
         raise click.BadParameter(
             f"{text!r} is neither an id nor the beginning of an id, which needs at least {MIN_PREFIX_CHARS} hexadecimal"
-            " digits"
+            " digits",
+            param_hint=f"'{argument}'" if argument else None,
         )
     return only_candidate(text, what, ask(lambda connection: find(connection, *bounds, _MAX_LISTED + 1)))
 

@@ -74,6 +74,8 @@ async def test_list_and_groups_print_what_the_api_returns(ops_rig: OperatorRig, 
     text = await run_ok(ops_rig, "groups", "--text", marker)
     for group in groups:
         assert group["fingerprint"] in text
+    assert text.splitlines()[-1] == ("1 group" if len(groups) == 1 else f"{len(groups)} groups")
+    assert (await run_ok(ops_rig, "groups", "--text", f"not {marker}")).splitlines()[-1] == "0 groups"
     assert marker in text
 
 
@@ -93,7 +95,7 @@ async def test_each_option_filters_the_list(ops_rig: OperatorRig, marker: str, n
         "entity": "table",
         "restaurant": ops_rig.restaurant_id,
         "status": "open",
-        "since": "24",
+        "since": "24h",
     }[narrow]
     assert await printed_json(ops_rig, "list", "--text", marker, f"--{narrow}", value) == [expected]
 

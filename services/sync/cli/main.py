@@ -19,6 +19,7 @@ from services.sync.cli.orders import order_id_of
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
 from services.sync.cli.user_accounts import users_between
+from services.sync.command_options import Number, OrderName, WholeNumber
 from services.sync.command_output import console
 from services.sync.command_session import CommandSession, run
 from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
@@ -170,7 +171,7 @@ def token_command(role: str, restaurant: str | None, user: str | None, email: st
 @main.command("dish")
 @click.argument("restaurant", type=RESTAURANT)
 @click.argument("dish")
-@click.option("--price", type=click.IntRange(0, 10**12), help="the price in minor units")
+@click.option("--price", type=WholeNumber(0, 10**12), help="the price in minor units")
 @click.option("--available/--unavailable", default=None, help="whether guests can order the dish")
 def dish_command(restaurant: str, dish: str, price: int | None, available: bool | None) -> None:
     """Change a dish: its price, or whether guests can order it.
@@ -178,7 +179,7 @@ def dish_command(restaurant: str, dish: str, price: int | None, available: bool 
     RESTAURANT is an id, the beginning of an id, or a slug; DISH is an id or the beginning of one."""
     if price is None and available is None:
         raise click.UsageError("give --price, --available or --unavailable")
-    dish_id = full_id(dish, "dish", partial(dishes_between, restaurant))
+    dish_id = full_id(dish, "dish", partial(dishes_between, restaurant), argument="DISH")
     changed = run(_edit_dish(Settings.load(), restaurant, dish_id, price, available))
     click.echo(encode(changed).decode())
 
@@ -192,7 +193,7 @@ async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int 
 
 @main.command("status")
 @click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
-@click.option("--interval", type=click.FloatRange(0.2, 60), default=2.0, show_default=True, help="seconds")
+@click.option("--interval", type=Number(0.2, 60), default=2.0, show_default=True, help="seconds")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def status_command(watch: bool, interval: float, as_json: bool) -> None:
     """Show the state of every service: rates, lags, depths, retries, connections."""
@@ -218,7 +219,7 @@ def status_command(watch: bool, interval: float, as_json: bool) -> None:
 
 
 @main.command("trace")
-@click.argument("order")
+@click.argument("order", type=OrderName())
 @click.option("--restaurant", type=RESTAURANT, help="the restaurant if ORDER is a number: id, prefix of an id, or slug")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
 def trace_command(order: str, restaurant: str | None, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from uuid import UUID
 import click
 from msgspec import Struct
 
+from services.sync.command_options import OrderName, WholeNumber
 from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.id_argument import RESTAURANT, only_candidate, prefix_range, whole_id
 from services.sync.operator_session import ask
@@ -60,9 +61,9 @@ class OrderMatch(Struct, frozen=True, kw_only=True):
 
 
 @click.command("orders")
-@click.argument("order", required=False)
+@click.argument("order", required=False, type=OrderName())
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@click.option("--limit", type=WholeNumber(1, 10_000), default=20, show_default=True)
 @json_option
 def orders_command(order: str | None, restaurant: str | None, limit: int, as_json: bool) -> None:
     """List the newest orders, or those that ORDER names: a number, an id, or the beginning of an id."""

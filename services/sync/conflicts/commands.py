@@ -9,6 +9,7 @@ from typing import Any
 import click
 import msgspec
 
+from services.sync.command_options import WholeNumber
 from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.decisions import ConflictDecisions, ShownFork, show
@@ -38,7 +39,7 @@ def conflicts_command() -> None:
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug")
 @click.option("--entity", help="the entity, such as order")
 @click.option("--all", "everything", is_flag=True, help="include decided conflicts")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--limit", type=WholeNumber(1, 10_000), default=50, show_default=True)
 @json_option
 def list_command(restaurant: str | None, entity: str | None, everything: bool, limit: int, as_json: bool) -> None:
     """List conflicts, newest first."""

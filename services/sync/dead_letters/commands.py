@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from services.sync.command_options import Number, Since, WholeNumber
 from services.sync.command_output import TableColumn, ago, json_option, print_json, print_table
 from services.sync.command_session import connected, run
 from services.sync.dead_letters import replay_jobs
@@ -80,7 +81,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--entity", help="the entity, such as order"),
         click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug"),
         click.option("--status", type=click.Choice(dead_letter_store.STATUSES), multiple=True),
-        click.option("--since", type=click.FloatRange(0), help="only dead letters that failed within this many hours"),
+        click.option("--since", type=Since(), help="only failures since then: 90s, 15m, 2h, 7d, ISO 8601"),
         click.option("--text", help="a text in the error, the place or the body"),
     )
     for option in reversed(options):
@@ -88,11 +89,10 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _query(status: Sequence[str], since: float | None, ids: Sequence[str] = (), **filters: Any) -> DeadLetterQuery:
+def _query(status: Sequence[str], since: datetime | None, ids: Sequence[str] = (), **filters: Any) -> DeadLetterQuery:
     """Builds a query with the filter of the API. Unlike the API, the command line accepts several statuses."""
-    failed_from = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     filters["restaurant_id"] = filters.pop("restaurant")
-    query = DeadLetterFilter(from_=failed_from, **filters).query(tuple(ids))
+    query = DeadLetterFilter(from_=since, **filters).query(tuple(ids))
     return structs.replace(query, statuses=tuple(status))
 
 
@@ -105,7 +105,7 @@ def _count(n: int, kind: str = "") -> str:
 
 @dlq_command.command("list")
 @_filters
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--limit", type=WholeNumber(1, 10_000), default=50, show_default=True)
 @json_option
 def list_command(limit: int, as_json: bool, **filters: Any) -> None:
     """List dead letters, newest failure first."""
@@ -159,6 +159,7 @@ def groups_command(as_json: bool, **filters: Any) -> None:
         for group in found
     ]
     print_table(_GROUP_COLUMNS, rows)
+    click.echo(f"{len(found)} group{'' if len(found) == 1 else 's'}")
 
 
 def _sparkline(group: DeadLetterGroup) -> str:
@@ -267,7 +268,7 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0.1, 10_000),
+    type=Number(0.1, 10_000),
     default=50.0,
     show_default=True,
     help="the maximum number of dead letters per second",

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.sync.command_options import Since
+from services.sync.command_options import Number, Since
 from services.sync.command_output import console
 from services.sync.command_session import run
 from services.sync.ledger.balance import Balance, Count, Missing
@@ -42,13 +42,13 @@ _EXIT_UNAVAILABLE = 2
 @click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.2, 3_600),
+    type=Number(0.2, 3_600),
     default=2.0,
     show_default=True,
     help="seconds between two balances, for --watch",
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object; with --watch one per line")
-@click.option("--timeout", type=click.FloatRange(0), help="seconds after which a missing change is unexplained")
+@click.option("--timeout", type=Number(0, 31_536_000), help="seconds after which a missing change is unexplained")
 def ledger_command(
     since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, timeout: float | None
 ) -> None:
