@@ -90,6 +90,17 @@ def journals_in(folder: Path) -> dict[int, Path]:
     return {number: folder / f"orders-{number}.sqlite" for number in numbers}
 
 
+def is_journal_name(name: str) -> bool:
+    """Returns whether a journal may have this file name: `orders-<number>.sqlite`."""
+    return (match := _JOURNAL.fullmatch(name)) is not None and match[2] is None
+
+
+def journal_set_aside(name: str) -> str | None:
+    """Returns the name of the journal whose set-aside file has this name, or None if it is not a set-aside file."""
+    found = _ASIDE.search(name)
+    return name[: found.start()] if found and is_journal_name(name[: found.start()]) else None
+
+
 def files_of(path: Path) -> list[Path]:
     """Returns the existing files that may contain entries of a journal: the file, its write-ahead log and its .rebuilt
     file."""

@@ -478,3 +478,17 @@ async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the
     [aside] = files_aside(path)
     assert aside.read_bytes() == bytes(data)
     assert (await ledger_rig.cli("journal", "drain", str(aside)))[0] == 1
+
+
+async def test_drain_exits_with_1_if_it_sets_a_file_aside_although_every_entry_is_published(
+    ledger_rig: LedgerRig,
+) -> None:
+    path = await ledger_rig.journal(traced())
+    await ledger_rig.journals[0].close()
+    path.write_bytes(b"destroyed header" + path.read_bytes()[16:])
+    code, out, err = await ledger_rig.cli("journal", "drain", str(path))
+    assert (code, len(files_aside(path))) == (1, 1)
+    assert "1 changes published" in out
+    assert "the file was damaged and set aside" in err
+    assert "damaged entries" not in err
+    assert (await ledger_rig.cli("journal", "drain", str(path)))[0] == 0

@@ -14,6 +14,7 @@ import click
 from msgspec import Struct
 from rich.text import Text
 
+from services.sync.command_options import WholeNumber
 from services.sync.command_output import TableColumn, console, print_table
 from services.sync.command_session import run
 from shared.entities.contract import Lane, encode, now
@@ -25,7 +26,7 @@ from shared.rail.instance import Lease, NumberTaken
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.journal_file import Contents, Damaged, Name, contents, name_of
 from shared.rail.journal_salvage import Salvage
-from shared.rail.set_aside import files_aside, files_of, readable
+from shared.rail.set_aside import files_aside, files_of, is_journal_name, journal_set_aside, readable
 from shared.settings import Settings
 
 _MAX_LISTED = 50
@@ -82,7 +83,7 @@ class JournalListing(Struct, frozen=True, kw_only=True):
 
 def _one_journal(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")(command)
-    command = click.option("--instance", type=click.IntRange(1), help="number of the instance on this host")(command)
+    command = click.option("--instance", type=WholeNumber(1), help="number of the instance on this host")(command)
     return click.argument("path", required=False, type=click.Path(dir_okay=False, path_type=Path))(command)
 
 
@@ -93,9 +94,7 @@ def journal_command() -> None:
 
 @journal_command.command("show")
 @_one_journal
-@click.option(
-    "--limit", type=click.IntRange(0), default=_MAX_LISTED, show_default=True, help="number of entries; 0: all"
-)
+@click.option("--limit", type=WholeNumber(0), default=_MAX_LISTED, show_default=True, help="number of entries; 0: all")
 def show_command(path: Path | None, instance: int | None, as_json: bool, limit: int) -> None:
     """Show the entries, oldest first. The command changes nothing, and works while the instance runs.
 
@@ -115,8 +114,14 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
     """Publish all entries, and remove each one after RabbitMQ has confirmed it. The command is refused while the
     instance runs, because a running instance drains its journal itself.
 
-    The exit code is 1 if entries are left, or if damaged entries were not published."""
-    done = run(_drain(Settings.load(), _path_of(path, instance)))
+    The exit code is 1 if entries are left, if damaged entries were not published, or if the file was damaged and set
+    aside."""
+    chosen = _path_of(path, instance)
+    if journal_set_aside(chosen.name):
+        raise click.ClickException(
+            "this file was set aside: its intact entries were moved to the file that replaced it"
+        )
+    done = run(_drain(Settings.load(), chosen))
     if as_json:
         click.echo(encode(done).decode())
     else:
@@ -128,7 +133,7 @@ def drain_command(path: Path | None, instance: int | None, as_json: bool) -> Non
             click.echo(f"{done['damaged']} damaged entries were not published; `journal show` names them", err=True)
         if done["error"]:
             click.echo(f"stopped: {done['error']}", err=True)
-    if done["left"] or done["damaged"]:
+    if done["left"] or done["damaged"] or done["aside"]:
         sys.exit(1)
 
 
@@ -136,6 +141,12 @@ def _path_of(path: Path | None, instance: int | None) -> Path:
     if (path is None) is (instance is None):
         raise click.UsageError("give either PATH or --instance")
     chosen = path or Settings.load().numbered(instance or 0).journal_path
+    # A file that does not begin like a journal counts as a damaged journal, and `drain` replaces it. Only its name can
+    # show that it is a journal. This check comes before anything is opened or locked.
+    if not is_journal_name(chosen.name) and not journal_set_aside(chosen.name):
+        raise click.ClickException(
+            f"{chosen} is not a journal: the file of a journal has a name such as orders-2.sqlite"
+        )
     if not files_of(chosen):
         raise click.ClickException(f"no journal: {chosen}")
     return chosen
@@ -234,10 +245,6 @@ def _damaged(text: str) -> Text:
 
 
 async def _drain(settings: Settings, path: Path) -> dict[str, Any]:
-    if ".corrupt-" in path.name:
-        raise click.ClickException(
-            "this file was set aside: its intact entries were moved to the file that replaced it"
-        )
     try:
         lease = Lease.of_file(path)
     except NumberTaken as error:
