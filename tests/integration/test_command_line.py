@@ -13,7 +13,7 @@ from shared.entities.contract import Lane, encode
 from shared.rail.journal import Journal
 from shared.settings import Settings
 from tests.rigs.builders import change, message, order, payment
-from tests.rigs.command_line import in_terminal
+from tests.rigs.command_line import in_terminal, ticketrail
 from tests.rigs.dead_letters import OperatorRig
 from tests.rigs.forks import wait_stored
 from tests.rigs.restaurant import RestaurantRig, expect, register_restaurant
@@ -129,6 +129,16 @@ async def test_journal_keeps_its_ids_whole_in_a_narrow_terminal(
     assert waiting.id in out and waiting.subject in out
 
 
+# -- the demo restaurant -------------------------------------------------------------------------------------------
+
+
+async def test_a_second_seeding_creates_nothing_and_says_so(ops_rig: OperatorRig) -> None:
+    first = await ticketrail(ops_rig.system, "seed")
+    again = await ticketrail(ops_rig.system, "seed")
+    assert (first.code, again.code) == (0, 0), first.err + again.err
+    assert again.out.startswith("demo-bistro: 0 created; it has ")
+
+
 # -- prefixes ------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +239,7 @@ async def test_order_number_of_several_restaurants_is_refused_and_lists_the_orde
     theirs = await earlier_order(ops_rig, number, await register_restaurant(ops_rig.system))
     code, out, err = await ops_rig.cli("trace", number)
     assert (code, out) == (1, "")
-    assert err.startswith(f"Error: more than one restaurant has an order {number}; choose by --restaurant:\n")
+    assert err.startswith(f"Error: several restaurants have an order {number}; choose one with --restaurant:\n")
     assert ours in err and theirs in err
     assert [
         match["id"] for match in await printed_json(ops_rig, "orders", number, "--restaurant", ops_rig.restaurant_id)

@@ -1,4 +1,4 @@
-"""Creates the demo restaurant: a menu, tables and one user for each role. A second seeding changes nothing.
+"""Creates the demo restaurant: a menu, tables and one user for each role. A second seeding adds no change to the log.
 
 Users are plain rows in PostgreSQL. Dishes and tables are committed as changes through the rail. All ids are derived
 from names, so that a second seeding finds the entities of the first one.
@@ -174,8 +174,19 @@ class Seeder:
             session_id="demo-session" if role is Role.CUSTOMER else None,
         )
 
+    async def _exists(self, entity: Entity, state: Any) -> bool:
+        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # PostgreSQL answers too
+            _, (document,) = await self._mirror.read(state.restaurant_id, entity.name, [state.id])
+            if document is not None:
+                return True
+        async with self._postgres.connection() as connection:
+            return await states.find_state(connection, entity, state.restaurant_id, state.id) is not None
+
     async def _create(self, entity: Entity, state: Any) -> bool:
         """Creates the entity. Returns False if the entity exists already, in any version."""
+        # The commit would accept the same creation again as a repeat of the first one, and publish it again.
+        if await self._exists(entity, state):
+            return False
 
         async def existing() -> tuple[Head, Any] | None:
             async with self._postgres.connection() as connection:
