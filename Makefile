@@ -89,5 +89,5 @@ secrets: ## write strong secrets for docker-compose.yml into .env; keep values t
 clean: ## remove .local with all its data, .venv and the caches; `make run` must not be running
 	@sh deploy/local/clean.sh
 
-bootstrap:
+bootstrap: ## create or update .venv from requirements.lock; most targets do this first
 	@sh deploy/local/bootstrap.sh

@@ -4,6 +4,7 @@
 also removes the `.venv` of that system.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from deploy.local import database
 from deploy.local.local_settings import ROOT, LocalSettings
-from deploy.local.run import lock, say
+from deploy.local.run import lock_after_stop, say
 from shared.local_systems import NoSystem, running_systems
 from shared.settings_loading import exit_on_bad_settings
 
@@ -21,14 +22,19 @@ _CREATED_BY_RUN = (
 )  # fmt: skip
 
 
+def has_data(home: Path) -> bool:
+    # lexists, because the folder of PostgreSQL may be a link whose target does not exist.
+    return any(os.path.lexists(home / name) for name in _CREATED_BY_RUN)
+
+
 def reset(home: Path) -> bool:
     """Removes only the files that `make run` creates, because TICKETRAIL_HOME may be wrong.
 
-    Returns False if the system is running.
+    Returns False if the system is running. Waits for a system that is stopping.
     """
     if not home.is_dir():
         return True
-    lock_file = lock(home)
+    lock_file = lock_after_stop(home)
     if lock_file is None:
         return False
     with lock_file:
@@ -56,10 +62,11 @@ def main(arguments: Sequence[str]) -> int:
         if running:
             say(f"ticketrail: make run is still running on {' and '.join(running)}; stop it first")
             return 1
+    found = has_data(home)
     if not reset(home):
         say(f"ticketrail: make run is still running on {home}; stop it first")
         return 1
-    say(f"ticketrail: removed the data in {home}")
+    say(f"ticketrail: removed the data in {home}" if found else f"ticketrail: there is no data in {home}")
     return 0
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ from deploy.local.packages import PackagesMissing, Programs, ensure
 from deploy.local.port_check import PortTaken, require_free
 from deploy.local.servers import PostgreSQL, RabbitMQ, Redis, ServerFailed
 from deploy.local.supervisor import Service, Supervisor
+from shared.errors import described
 from shared.home import require_home
 from shared.local_systems import BACKENDS, LOCK_FILE, LocalSystem, list_system, write_environment
 from shared.messaging.recovery import until_ready
@@ -39,7 +40,10 @@ from shared.settings_loading import exit_on_bad_settings
 
 READY_TIMEOUT_SECONDS = 60.0
 MAX_RESTARTS_BEFORE_READY = 3
+HEADLINE = "One order through the whole system, in milliseconds since it was sent:"
 _HEALTH_INTERVAL_SECONDS = 0.05
+_MAX_STOP_SECONDS = 20.0  # a run stops within 15 s
+_STOPPING = "stopping\n"
 
 
 class StartFailed(Exception):
@@ -265,9 +269,10 @@ async def serve(settings: LocalSettings, home: Path, programs: Programs, *, relo
         say(f"ticketrail: {error}")
         return 1
     except Exception as error:  # noqa: BLE001  (report any error, stop everything and exit with 1)
-        say(f"ticketrail: {type(error).__name__}: {error}")
+        say(f"ticketrail: {described(error)}")
         return 1
     finally:
+        note_stopping(home)
         say("stopping")
         began = time.monotonic()
         tasks = [task for task in (start, stop, reloading) if task]
@@ -289,7 +294,7 @@ async def _start_and_show(system: System, began: float) -> None:
 def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float) -> None:
     if system.demo is None:
         return
-    say("\nOne order through the whole system, in milliseconds since it was sent:")
+    say(f"\n{HEADLINE}")
     for hop in hops:
         say(f"  {hop.milliseconds:8.1f} ms  {hop.name:<9} {hop.detail}")
     say("\nURLs:")
@@ -331,6 +336,7 @@ def lock(home: Path) -> IO[str] | None:
         except BlockingIOError:
             time.sleep(0.1)  # a command that checks whether the system runs holds the lock for a moment
         else:
+            file.truncate(0)  # an earlier run may have noted that it was stopping
             return file
     file.close()
     return None
@@ -342,6 +348,29 @@ def create_home(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     if home != ROOT / ".local" and not any(home.iterdir()):
         (home / ".gitignore").write_text("*\n")
+
+
+def lock_after_stop(home: Path, within: float = _MAX_STOP_SECONDS) -> IO[str] | None:
+    """Takes the lock like `lock`. If another run has it and is stopping, waits up to `within` seconds for its end. Does
+    not wait for a run that is not stopping."""
+    deadline, said = time.monotonic() + within, False
+    while (file := lock(home)) is None and _is_stopping(home) and time.monotonic() < deadline:
+        if not said:
+            say("ticketrail: waiting for an earlier run to stop")
+            said = True
+    return file
+
+
+def note_stopping(home: Path) -> None:
+    """Writes into the lock file that its holder is stopping. This does not touch the lock."""
+    with suppress(OSError):  # the system must stop, whatever the disk does
+        (home / LOCK_FILE).write_text(_STOPPING)
+
+
+def _is_stopping(home: Path) -> bool:
+    with suppress(OSError):
+        return (home / LOCK_FILE).read_text() == _STOPPING
+    return False
 
 
 def require_ports(ports: Mapping[str, tuple[int, str]]) -> None:
@@ -366,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
         home = settings.home_path
         require_home(settings, home)
     create_home(home)
-    lock_file = lock(home)
+    lock_file = lock_after_stop(home)
     if lock_file is None:
         say(
             f"ticketrail: make run is already running on {home}; stop it first, or set TICKETRAIL_HOME to another "

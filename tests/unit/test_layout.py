@@ -64,6 +64,23 @@ def test_reset_removes_the_layout_with_the_data(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_reset_of_a_home_without_data_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exists: bool
+) -> None:
+    home = tmp_path / "home"
+    if exists:
+        home.mkdir()
+    monkeypatch.setenv("TICKETRAIL_HOME", str(home))
+    assert reset.main([]) == 0
+    assert capsys.readouterr().out == f"ticketrail: there is no data in {home}\n"
+    assert home.exists() is exists
+    home.mkdir(exist_ok=True)
+    (home / "redis").mkdir()
+    assert reset.main([]) == 0
+    assert capsys.readouterr().out == f"ticketrail: removed the data in {home}\n"
+
+
 def test_changed_mirror_keys_get_a_new_layout_version() -> None:
     names = [value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str)]
     functions = [function for _, function in inspect.getmembers(keys, inspect.isfunction)]

@@ -475,6 +475,36 @@ def test_a_second_run_on_the_same_home_gets_no_lock(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_run_waits_for_an_earlier_run_that_is_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = run.lock(tmp_path)
+    assert held
+    run.note_stopping(tmp_path)
+    assert run.lock(tmp_path) is None, "the note has released the lock"
+    end = threading.Timer(0.5, held.close)
+    end.start()
+    again = run.lock_after_stop(tmp_path)
+    end.join()
+    assert again
+    assert capsys.readouterr().out == "ticketrail: waiting for an earlier run to stop\n"
+    # The note is gone: the new run is not stopping.
+    assert run.lock_after_stop(tmp_path) is None
+    assert capsys.readouterr().out == ""
+    again.close()
+
+
+def test_a_run_does_not_wait_for_ever_for_an_earlier_run(tmp_path: Path) -> None:
+    held = run.lock(tmp_path)
+    assert held
+    run.note_stopping(tmp_path)
+    assert run.lock_after_stop(tmp_path, within=0.1) is None
+    held.close()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_documents_show_the_headline_that_a_run_prints(page: str) -> None:
+    assert f"```\n{run.HEADLINE}\n" in (ROOT / page).read_text()
+
+
 def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
     shown = demo.Demo(
         orders_url="http://127.0.0.1:1",
