@@ -11,7 +11,7 @@ from tests.rigs.system import eventually
 
 
 class BrokenConnection:
-    """A connection that is lost while a channel is being opened; `error` is what aiormq raises then."""
+    """A connection that is lost while a channel is being opened; aiormq then raises `error`."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error

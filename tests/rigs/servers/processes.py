@@ -19,7 +19,7 @@ class LocalProcess:
         self.thaw = server.thaw
 
     def discard(self) -> None:
-        # PostgreSQL needs a graceful stop, or its shared memory stays allocated. RabbitMQ would take seconds for one.
+        # Without a graceful stop, the shared memory of PostgreSQL stays allocated. A kill ends other servers faster.
         if isinstance(self.server, servers.PostgreSQL):
             self.server.stop()
         else:
