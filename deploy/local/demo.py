@@ -1,7 +1,7 @@
 """Sends one order through the whole system and measures each hop: accepted, readable, pushed, stored, synced.
 
-`send_order` raises DemoFailed if a hop misses its deadline, so that `make run` does not report a system as ready that
-starts but does not work.
+`send_order` raises DemoFailed if a hop misses its deadline, so that `make run` does not report that a system is
+ready although it does not work.
 """
 
 import asyncio

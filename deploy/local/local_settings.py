@@ -69,7 +69,7 @@ class LocalSettings(Settings):
 
     @property
     def ports(self) -> dict[str, tuple[int, str]]:
-        """The port of each setting, with the name of the server that listens there."""
+        """Maps each setting of a port to (the port, the name of the server that listens on it)."""
         return {
             "TICKETRAIL_ORDERS_PORT": (self.orders_port, "orders"),
             "TICKETRAIL_SYNC_PORT": (self.sync_port, "sync API"),

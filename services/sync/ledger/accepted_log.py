@@ -76,7 +76,7 @@ class AcceptedLog:
             await asyncio.gather(task, return_exceptions=True)
 
     async def read_to_the_end(self) -> None:
-        """Waits until everything is read that was in the log at the start. Raises Unavailable."""
+        """Waits until everything that was in the log at the start is read. Raises Unavailable."""
         while not self._caught_up:
             if self._task is None or self._task.done():
                 raise Unavailable("the change log is not being read")
