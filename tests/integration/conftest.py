@@ -29,6 +29,9 @@ async def make_rig(servers: Servers) -> AsyncIterator[MakeRig]:
         await asyncio.to_thread(servers.postgres.make_database, name)
         chosen: dict[str, Any] = {
             "rabbitmq_url": await asyncio.to_thread(servers.rabbitmq.make_vhost, name),
+            # The defaults are those of `make run`. A rig uses no management API, and must not wait for that one.
+            "rabbitmq_management_url": "",
+            "rabbitmq_watcher_url": "",
             "redis_url": servers.redis.url,
             "database_url": servers.postgres.url("ticketrail_owner", name),
             "database_writer_url": servers.postgres.url("ticketrail_writer", name),
