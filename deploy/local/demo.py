@@ -22,7 +22,7 @@ HOP_TIMEOUT_SECONDS = 20.0  # on an idle machine each hop takes milliseconds
 
 
 class DemoFailed(Exception):
-    """An order did not arrive everywhere. The message names the hop."""
+    """The demo order failed at some hop, or its event stream did. The message says what happened."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Creates a home for a RabbitMQ node with only the plugins that it uses, as links to the installed files.
 
 A starting node searches the folders of all installed plugins for each of its thousand modules. Without the folders of
-disabled plugins, the start takes only 0.6 (3.10) or 0.7 (4.0) of the time.
+disabled plugins, RabbitMQ 3.10 starts in 60 % of the time, and RabbitMQ 4.0 in 70 %.
 """
 
 import re

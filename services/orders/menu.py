@@ -2,7 +2,7 @@
 
 A menu is loaded from PostgreSQL and the mirror, or from the one that answers. The guard decides which state of a dish
 is newer. The reference log keeps the menu up to date. While all backends are unavailable, orders are priced from the
-last known menu. The menu of a new restaurant is loaded with its first order.
+last known menu. The menu of a restaurant that is created after the start is loaded by the first request that needs it.
 """
 
 import asyncio

@@ -42,5 +42,5 @@ def read_cursor(text: str) -> tuple[datetime, str]:
 def _aware(text: str) -> datetime:
     at = msgspec.convert(text, datetime, strict=False)
     if at.tzinfo is None or not in_range(at):
-        raise ValueError("not a time with a zone between 1970 and 2200")
+        raise ValueError("not a time between 1970 and 2200 with a zone")
     return at

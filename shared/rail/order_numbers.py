@@ -1,7 +1,7 @@
 """Order numbers: a change gets the next number of its series. Each restaurant and business day has a series.
 
-`order_number.lua`, a part of the claim script, increments the series in the mirror: "0042". Without a warm mirror,
-`InstanceNumbers` gives a number of the instance's own series: "J1-0007".
+`order_number.lua`, a part of the claim script, takes the next number of the series from a counter in the mirror, such
+as "0042". Without a warm mirror, `InstanceNumbers` gives a number of the instance's own series: "J1-0007".
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """Records a change: makes it durable, in the broker or in the journal.
 
 Group commit: changes of a lane that wait at the same moment share one message. Only a few publishes run at the same
-time, and they begin at least a few milliseconds apart. A single change is published at once. If a publish is in doubt,
-the same events go to the journal, and their changes are accepted. The order does not matter, so the journal drains
-while new changes are published.
+time, and they begin at least a few milliseconds apart. A change whose lane is idle is published at once. If a publish
+is in doubt, the same events go to the journal, and their changes are accepted. The order does not matter, so the
+journal drains while new changes are published.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The form in which an email is stored, counted and searched."""
+"""The form in which an email is stored and looked up, and under which its sign-in attempts are counted."""
 
 
 def plain_email(email: str) -> str:

@@ -107,7 +107,8 @@ async def test_many_bad_changes_go_to_the_dead_queue_when_postgres_refuses_to_ke
     # The collector tries a single dead letter again without the refused fields. The writer does not try again when
     # there are many.
     await kept.as_owner("alter table dead_letters add check (type is distinct from 'ticketrail.order.created.v1')")
-    # The writer stores them directly, because more than eight changes of the batch failed.
+    # More than eight changes of the batch fail, so the writer tries to store their dead letters itself. PostgreSQL
+    # refuses, and the dead letters go through the queue.
     good, bad = change(menu_item()), [poison() for _ in range(9)]
     await kept.publish(*bad, good)
     await kept.written(good)

@@ -39,7 +39,8 @@ async def test_change_reaches_its_table_its_items_and_the_table_of_changes(rig: 
 
 
 async def test_messages_that_wait_before_the_start_are_all_written(make_rig: MakeRig) -> None:
-    """With a handler, FastStream would drop a message that arrives before it marks its subscriber as running."""
+    """The writer reads by iterator. A handler of FastStream would drop messages that arrive before FastStream marks the
+    subscriber as running."""
     rig = await make_rig(lane_prefetch=500)
     made = [change(order(items=1)) for _ in range(400)]
     await asyncio.gather(*(rig.publish(one) for one in made))

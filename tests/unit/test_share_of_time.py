@@ -1,4 +1,4 @@
-"""Repeated work takes only a share of the time."""
+"""Work under `ShareOfTime` runs for at most a tenth of the time."""
 
 import pytest
 

@@ -1,9 +1,9 @@
 """Server-sent events: `GET /api/v1/sync/events`.
 
 The first event is `connected`, keep-alives are comments, and the id of an event is its cursor. The stream is raw ASGI
-below Litestar's route, without a generator, task group, timer or second task per client: a future of
-the server shows that the client has disconnected. Everything that waits for a client goes out in one write. If a client
-does not read, its buffer fills up and the hub disconnects it.
+below Litestar's route, without a generator, task group or timer per client. It needs no second task to notice a
+disconnect, because Granian's `receive` returns a future (`_DisconnectWatch`). Everything that waits for a client goes
+out in one write. If a client does not read, its buffer fills up and the hub disconnects it.
 
 The stream ends when the client disconnects, when the hub ends it, and at shutdown. The client's reconnect
 (`Last-Event-ID`) then resumes on any instance.

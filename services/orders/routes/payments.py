@@ -156,7 +156,7 @@ async def summary(request: Call) -> ASGIApp:
     end = query.to or today
     start = query.from_ or end - timedelta(days=29)
     if not 0 <= (end - start).days < _MAX_DAYS:
-        raise InvalidInput(f"must cover 1 to {_MAX_DAYS} days, not {(end - start).days + 1}", field="from")
+        raise InvalidInput(f"must be at most {_MAX_DAYS - 1} days before `to`, and not after it", field="from")
     try:
         async with context.postgres.tenant(tenant) as connection:
             days = [Day(**row) for row in await money.days(connection, tenant, start, end)]

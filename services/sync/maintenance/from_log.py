@@ -78,7 +78,8 @@ class LogReplay:
         self, *, since: datetime | None = None, progress: Callable[[LogReplayReport], None] = lambda _: None
     ) -> LogReplayReport:
         """Runs the replay. `since`: a moment before the backup was taken; None is the beginning of the log. Raises
-        HoldExpired if PostgreSQL stays unavailable, or one of UNAVAILABLE."""
+        HoldExpired if PostgreSQL stays unavailable during a write, and one of UNAVAILABLE if it is unavailable during
+        a query."""
         report = LogReplayReport()
         if not self._dry_run:
             async with self._postgres.connection() as connection:
