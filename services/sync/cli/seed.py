@@ -96,9 +96,8 @@ class Seeder:
         restaurant, terminal = _RESTAURANT, _id("terminal")
         async with self._postgres.connection() as connection:
             await self._insert_accounts(connection, restaurant, terminal)
-        with contextlib.suppress(
-            MirrorUnavailable, MirrorInDoubt
-        ):  # the mirror writer adds the restaurant the next time that it fills the mirror
+        # If this fails, the mirror writer adds the restaurant the next time that it fills the mirror.
+        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
         at = datetime(2026, 1, 1, tzinfo=UTC)
         dishes = [

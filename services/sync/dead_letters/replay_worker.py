@@ -263,9 +263,8 @@ class Replays:
                 await self._resolved(connection, job, dead_letter, "applied to the mirror")
 
     async def _resolved(self, connection: Connection, job: Running, dead_letter: ToReplay, why: str) -> None:
-        async with (
-            connection.transaction()
-        ):  # without it, `settle` could run in between and store an outcome without a reason
+        # Without the transaction, `settle` could run in between and store an outcome without a reason.
+        async with connection.transaction():
             await steps.mark_resolved(connection, dead_letter.dead_letter_id)
             await steps.store_outcome(connection, job.id, dead_letter.position, "resolved", why)
 
