@@ -101,7 +101,8 @@ async def rig(victim: System, tmp_path: Path) -> AsyncIterator[OrdersRig]:
             await client.aclose()
 
 
-@pytest.mark.parametrize("how", ["kill", "freeze"])
+# In `make test`, test_each_unavailable.py freezes RabbitMQ.
+@pytest.mark.parametrize("how", ["kill", pytest.param("freeze", marks=pytest.mark.slow)])
 async def test_the_journal_takes_every_order_while_rabbitmq_is_unavailable_and_loses_none(
     rig: OrdersRig, how: str
 ) -> None:
