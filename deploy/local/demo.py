@@ -112,7 +112,7 @@ async def _watch(
     def hop(name: str, detail: str) -> Hop:
         return Hop(name, (time.perf_counter() - began) * 1000, detail)
 
-    # The caller marks this trace as sampled, so the service keeps it whatever share of traces it keeps.
+    # The flag 01 marks the trace as sampled, so the service keeps this trace at every sampling rate except 0.
     traced = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
     reply = await client.post(f"{demo.orders_url}/api/orders", json=demo.order, headers=traced)
     accepted = hop("accepted", f"{reply.status_code}, order {_number(reply)}")

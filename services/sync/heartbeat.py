@@ -2,12 +2,13 @@
 broken.
 
 `HeartbeatSender` sends a heartbeat through every lane every few seconds; each heartbeat reaches the log too.
-`HeartbeatMonitor` records two events. If a heartbeat arrives at a consumer, the binding of its lane exists. If a sink
-stores a heartbeat (PostgreSQL commits it, or the mirror writer applies it), the sink has everything that was sent
-before it.
+`HeartbeatMonitor` records when a heartbeat arrives at a consumer, which proves the binding of its lane, and when a sink
+stores it (PostgreSQL commits it, or the mirror writer applies it), which proves that the sink has everything that was
+sent before it.
 
-Backend unavailable: nothing here waits for PostgreSQL. While PostgreSQL is unavailable, the sender uses the last known
-epoch of the log. Until it knows an epoch, it sends nothing. A heartbeat that RabbitMQ does not confirm is dropped.
+Backend unavailable: the sender waits for PostgreSQL only until it knows the epoch of the log, and sends nothing before
+that. Afterwards it uses the last known epoch while PostgreSQL is unavailable. A heartbeat that RabbitMQ does not
+confirm is dropped.
 
 Shutdown: it may be stopped at any time, because nothing has to be finished.
 """

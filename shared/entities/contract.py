@@ -77,8 +77,8 @@ class BrokenContract(ValueError):
 
 
 class Head(Struct, frozen=True, order=True):
-    """The version and change id of a state. They are the guard: of two states of one entity, the one with the larger
-    (version, change id) wins, in every store."""
+    """The version and change id of a state, which the guard compares: of two states of one entity, the one with the
+    larger (version, change id) wins, in every store."""
 
     version: int
     change_id: str

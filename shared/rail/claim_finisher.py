@@ -76,7 +76,8 @@ class ClaimFinisher:
         await self._reveal(entity, change, state)
         if self._metrics is not None:
             self._metrics.claims_finished.inc()
-        # The span is exported even if the trace is not sampled, because its own request never ended the trace.
+        # This span is exported even if the trace is not sampled. The request that made the claim never ended its trace,
+        # so this span may be the only one that shows what happened to the change.
         if self._tracer is not None:
             found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
             self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)

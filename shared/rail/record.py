@@ -36,7 +36,8 @@ class Durability(StrEnum):
 
 
 class Unrecorded(Exception):
-    """Neither the broker nor the journal took the change. `sent`: the broker may have it nevertheless."""
+    """The broker did not confirm the change, and the journal did not store it. `sent`: the change was sent, so the
+    broker may have it."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)

@@ -89,7 +89,7 @@ def key_pair(algorithm: str, text: str) -> Key:
         public = signing.public_key() if signing else serialization.load_pem_public_key(pem)
         jwt.get_algorithm_by_name(algorithm).prepare_key(public)
     except OSError as error:
-        # The error's text contains the path, which must not be printed: it may be a key that lacks its first line.
+        # The error's text contains `text`, which must not be printed: a key without its first line is taken for a path.
         raise BadKey(f"no file with a key for {algorithm}: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm, jwt.InvalidKeyError) as error:
         raise BadKey(f"no key for {algorithm}: {error}") from error

@@ -127,7 +127,7 @@ async def test_many_changes_that_die_on_the_retry_ladder_keep_all_their_attempts
         assert (dead_letter.reason, dead_letter.deaths) == ("transient", 1)
         assert [one.reason for one in dead_letter.attempts] == ["transient"] * 3
 
-    # The last retry may be noted after the dead letter is kept; the sweep then removes it.
+    # The row of the last retry may be inserted after the dead letter is stored. retry_store.sweep then removes the row.
     async def on_ladder() -> int:
         return await kept.count("retries")
 

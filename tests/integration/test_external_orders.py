@@ -182,7 +182,7 @@ async def test_old_orders_go_through_the_background_lane(restaurant: RestaurantR
 async def test_new_tax_rate_does_not_change_existing_orders(
     restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
-    """A second instance applies the update, because the first instance caches the old tax rate."""
+    """The update goes through a command session, because the running service still caches the old tax rate."""
     sent = body(restaurant)
     id_ = (await send(other, sent))["id"]
     async with (

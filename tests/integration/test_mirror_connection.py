@@ -46,8 +46,8 @@ async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
 
 @asynccontextmanager
 async def configured(redis: Redis, setting: str, value: str | int) -> AsyncIterator[None]:
-    """Changes a setting of the server for the block. Uses its own client, which waits for the server: a setting that
-    stayed changed would fail every later test."""
+    """Changes a setting of the server for the block and restores it. Uses a client without a timeout, because a restore
+    that fails would leave the setting changed for every later test."""
     async with from_url(redis.url) as client:
         before = (await client.config_get(setting))[setting]
         assert before is not None

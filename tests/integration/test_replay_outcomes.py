@@ -86,7 +86,7 @@ async def test_replay_that_dies_of_another_cause_does_not_stop_the_others(refusi
     made = await make_refused(refusing_rig, 3)
     await refusing_rig.as_owner(ALLOW_FORBIDDEN_NOTES)
     await refusing_rig.as_owner(f"alter table orders add constraint other check (id <> '{made[0].entity_id}')")
-    # The new failure has another fingerprint, as if a release had failed at another place before.
+    # Changes the stored fingerprints, so that the new failure has another one, as after a release that moved the code.
     await refusing_rig.database.execute("update dead_letters set fingerprint = 'another'")
     refusing_rig.replays.start()
     job = await wait_ended(refusing_rig, await create_job(refusing_rig))

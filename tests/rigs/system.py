@@ -36,7 +36,7 @@ SERVICES = {
 # Settings for tests that stop no server. With the default settings, a machine that stalls for a second leads to another
 # outcome that is correct but not expected, such as a 504 or an order number of the instance's own series.
 PATIENT = {
-    "heartbeat_interval_seconds": 1.0,  # log readers reconnect after three intervals without a heartbeat
+    "heartbeat_interval_seconds": 1.0,  # a log reader tests its connection after three intervals without a message
     "redis_timeout_seconds": 3.0,
     "claim_timeout_seconds": 5.0,
     "reveal_timeout_seconds": 5.0,

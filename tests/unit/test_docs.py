@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 _SPAN = re.compile(r"`([^`\n]+)`")
 _FILE = re.compile(r"([\w./-]*\w\.(?:py|lua|sql|sh|conf|yaml|yml))(?:::(\w+))?(?:\[.*\])?")
-# Files of an operator or of a configuration, which are not in the repository.
+# Files on an operator's machine, which the documents name and the repository does not have.
 _ELSEWHERE = {"nginx.conf"}
 
 

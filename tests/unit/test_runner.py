@@ -219,7 +219,7 @@ class Messages(list[str]):
 
 @pytest.fixture
 async def supervise(tmp_path: Path) -> AsyncIterator[Callable[..., Supervisor]]:
-    """Makes supervisors of Python snippets, by name, and stops them at the end."""
+    """Yields a function that makes a supervisor of Python snippets (service name=code), and stops all supervisors."""
     made: list[Supervisor] = []
 
     def make(

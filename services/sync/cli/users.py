@@ -1,5 +1,4 @@
-"""`ticketrail user`: adds users and sets passwords. It adds users whom no admin can add through the API, above all
-operators."""
+"""`ticketrail user`: adds users of every role and sets passwords. No admin can add operators through the API."""
 
 import sys
 

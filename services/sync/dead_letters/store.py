@@ -99,7 +99,7 @@ class DeadLetterGroup(Struct, frozen=True, kw_only=True):
 
 
 class DeadLetterQuery(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Selects dead letters. A field that is not set selects all. Ids must be UUIDs as text."""
+    """Selects dead letters. A field that is not set does not limit the selection. Ids must be UUIDs as text."""
 
     ids: tuple[str, ...] = ()
     queue: str | None = None

@@ -33,8 +33,8 @@ async def list_gaps(connection: Connection, *, older_minutes: int, younger_minut
 
 
 async def report_gaps(postgres: Postgres) -> int:
-    """Logs gaps that are older than ten minutes, and returns their number. Younger gaps are normal, because changes
-    may arrive in any order."""
+    """Logs up to 100 gaps that are between 10 and 70 minutes old, and returns how many it logged. Younger gaps are
+    normal, because changes may arrive in any order. Older gaps were logged while they were younger."""
     async with postgres.connection() as connection:
         found = await list_gaps(connection, older_minutes=_MIN_AGE_MINUTES, younger_minutes=_MAX_AGE_MINUTES)
     for gap in found:

@@ -13,7 +13,8 @@
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[2] ~= '' then
   local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-  -- The mirror may be ahead of the caller: another mirror writer was faster, and applying a change twice is idempotent.
+  -- The mirror may be ahead of the caller, if another mirror writer was faster. That is harmless, because applying a change
+  -- is idempotent.
   if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
     return {'rewind'}
   end

@@ -25,8 +25,8 @@ local doc = redis.call('HMGET', KEYS[1], 'v', 'c', 'd')
 local version = tonumber(doc[1]) or 0
 local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'server')
 if claim[1] and claim[6] ~= server then
-  -- The claim comes from a mirror that was lost. It may have been taken back after this copy was made, so its change
-  -- must not be finished.
+  -- Another Redis process stored this claim, and this process may have loaded it from an old copy on disk. The owner may
+  -- have taken the claim back after that copy was made, so its change must not be finished.
   give_back(KEYS[1], redis.call('HGET', KEYS[2], 'h'))
   redis.call('DEL', KEYS[2])
   redis.call('ZREM', KEYS[3], ARGV[8])

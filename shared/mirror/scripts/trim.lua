@@ -1,5 +1,5 @@
--- trim: removes docs from the live window, unless they have changed since the caller looked at them. If an order was
--- created with an Idempotency-Key, its version and change id stay for 30 days without the state, so that a repeated request
+-- trim: removes docs from the live window, unless they are pending or have changed since the caller looked at them. If an
+-- order was created with an Idempotency-Key, its version and change id stay for 30 days without the state, so that a repeated request
 -- does not create it again.
 -- KEYS  1 live  2 pending  then docs    ARGV  change ids that the caller saw
 -- Replies the number of removed docs.
