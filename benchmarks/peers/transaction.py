@@ -200,7 +200,8 @@ async def ready() -> ASGIApp:
 
 
 def application(place: Any, *, name: str, resources: Resources | None = None) -> Litestar:
-    """Creates an app with the route handler `place`. `resources` opens what it needs besides the PostgreSQL pool."""
+    """Creates an app with the route handler `place`. `resources` opens its connections other than
+    the PostgreSQL pool."""
     config = json.loads(Path(os.environ["BENCH_RESTAURANTS"]).read_text())
     state = State({"books": {one["id"]: _book(one) for one in config["restaurants"]}})
     tracer = Tracer(name, Settings.model_construct(trace_sample=0))

@@ -24,7 +24,7 @@ Fields = dict[str, Any]
 
 
 class Context(Struct, frozen=True):
-    """The data that the rules of an entity get besides the fields and the state."""
+    """The data that the rules of an entity get in addition to the fields and the state."""
 
     restaurant: Restaurant
     at: datetime

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
-from deploy.local.port_check import find_free
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import RestaurantRig, made
 from tests.rigs.system import System
@@ -39,22 +38,12 @@ def headers_of(token: str | None = None, *, address: str | None = None) -> dict[
 @asynccontextmanager
 async def limited_orders(system: System) -> AsyncIterator[str]:
     """Starts an orders instance with small limits that accepts pages of other origins; yields its URL."""
-    name, port = "limited", find_free(1)[0]
-    system.urls[name] = f"http://127.0.0.1:{port}"
-    system.start(
-        "orders",
-        alias=name,
-        instance="auto",
-        orders_port=port,
-        trusted_proxies="127.0.0.1",
+    async with system.another_orders(
+        "limited",
         restaurant_burst_requests=BURST_REQUESTS,
         restaurant_requests_per_second=0.1,
         address_burst_requests=ADDRESS_BURST_REQUESTS,
         address_requests_per_second=0.1,
         cors_origins=f"{ORIGIN}, https://other.example",
-    )
-    try:
-        await system.ready(name)
-        yield system.urls[name]
-    finally:
-        await system.stop(name)
+    ) as url:
+        yield url

@@ -9,7 +9,6 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
-from deploy.local.port_check import find_free
 from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 
@@ -64,23 +63,13 @@ def new_email() -> str:
 @asynccontextmanager
 async def guarded(system: System) -> AsyncIterator[str]:
     """Starts an orders instance that allows few attempts and trusts a proxy; yields its URL."""
-    name, port = "guarded", find_free(1)[0]
-    system.urls[name] = f"http://127.0.0.1:{port}"
-    system.start(
-        "orders",
-        alias=name,
-        instance="auto",
-        orders_port=port,
-        trusted_proxies="127.0.0.1",
+    async with system.another_orders(
+        "guarded",
         sign_in_attempts_per_account=ATTEMPTS_PER_ACCOUNT,
         sign_in_attempts_per_address=ATTEMPTS_PER_ADDRESS,
         guest_token_ttl_seconds=GUEST_TOKEN_TTL_SECONDS,
-    )
-    try:
-        await system.ready(name)
-        yield system.urls[name]
-    finally:
-        await system.stop(name)
+    ) as url:
+        yield url
 
 
 def registration(**fields: Any) -> dict[str, Any]:

@@ -157,6 +157,19 @@ class System:
         log = self.directory / f"{alias or name}.log"
         self.children[alias or name] = zygote.spawn(SERVICES[name], log=log, env=env, cwd=self.root)
 
+    @asynccontextmanager
+    async def another_orders(self, alias: str, **settings: object) -> AsyncIterator[str]:
+        """Starts another orders instance with `settings`, which trusts a local proxy, for the block; yields its URL."""
+        (port,) = find_free(1)
+        self.urls[alias] = f"http://127.0.0.1:{port}"
+        proxies = {"trusted_proxies": "127.0.0.1"}
+        self.start("orders", alias=alias, instance="auto", orders_port=port, **{**proxies, **settings})
+        try:
+            await self.ready(alias)
+            yield self.urls[alias]
+        finally:
+            await self.stop(alias)
+
     async def ready(self, name: str, *, within: float = 120.0) -> None:
         async def look() -> int:
             async with http_client() as client:

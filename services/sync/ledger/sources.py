@@ -1,4 +1,4 @@
-"""Reads the sources of the ledger besides the change log: PostgreSQL, the queues, the journals on this host, the
+"""Reads the sources of the ledger other than the change log: PostgreSQL, the queues, the journals on this host, the
 mirror."""
 
 import sqlite3

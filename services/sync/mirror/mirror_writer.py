@@ -209,7 +209,7 @@ class MirrorWriter:
                     self._watch.applied_to_mirror(lane, batch.heartbeats[lane], now())
 
     async def _apply(self, states_to_apply: list[Apply], at: LogState, note: LogState | None) -> None:
-        """Applies states in chunks, because Redis serves nobody else while a script runs. The last script also moves
+        """Applies states in chunks, because Redis runs no other command while a script runs. The last script also moves
         the offset to `note`, after the repair of late changes, so that after an interruption the writer repeats from
         the previous offset."""
         chunks = [

@@ -26,7 +26,7 @@ OVERLAP = timedelta(minutes=10)
 """The mirror writer begins this long before PostgreSQL's last heartbeat in the log. Older changes are late."""
 NO_OFFSET = -1
 STATES_PER_SCRIPT = 250
-"""Redis serves nobody else while a script runs, so a script applies at most this many states."""
+"""The maximum number of states in one script: Redis runs no other command while a script runs."""
 _LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
 _EPOCH = "select epoch from log_epochs order by id desc limit 1"
 
