@@ -1,8 +1,9 @@
 """`python -m benchmarks [QUESTION …] [--rounds 5] [--quick]`: measures the rail against its peers.
 
-Prints a table after each question and writes results.json, the plots and the table of docs/benchmarks.md. A run
-replaces only the rows of the questions that it asks. A program that is not installed is reported in its row. A question
-that fails is reported too, the others still run, and the command ends with status 1.
+After each question, it prints a table and writes results.json, the plots and the table of docs/benchmarks.md. A run
+that is stopped keeps the answers that it has. A run replaces only the rows of the questions that it asks. A program
+that is not installed is reported in its row. A question that fails is reported too, the others still run, and the
+command ends with status 1.
 """
 
 import argparse
@@ -52,11 +53,11 @@ def main() -> int:
             answers = answer(name, rig, plan, failed)
             rows += answers
             console.print(terminal_table(name, answers, time.monotonic() - question_began))
+            if not arguments.quick:
+                write(rows, console)
     finally:
         rig.stop()
     console.print(f"{time.monotonic() - began:.0f} s in total; targets missed: {sum(row.met is False for row in rows)}")
-    if not arguments.quick:
-        write(rows, console)
     if failed:
         console.print(f"[red]failed: {', '.join(failed)}[/]")
     return 1 if failed else 0
