@@ -52,7 +52,7 @@ api: bootstrap ## write the documents of the APIs and events in docs/api from th
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
 	$(PYTHON) -m deploy.settings_docs
 
-bench: bootstrap ## measure against peers, 14 minutes on a quiet machine; ARGS="accept push" selects
+bench: bootstrap ## measure against peers, more than 20 minutes on a quiet machine; ARGS="accept push" selects
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	$(PYTHON) -m benchmarks $(ARGS)
 
