@@ -173,6 +173,7 @@ class EntityChanges:
                 state=after,
                 base=found.head,
                 before=before,
+                base_raw=found.state,
                 at=at,
                 source="orders",
                 actor=actor_of(identity),

@@ -3,25 +3,43 @@
 The stores are generic: the PostgreSQL writer and the mirror writer read only these declarations.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from shared.entities.contract import BrokenContract, Change, Lane, in_range
+from shared.entities.contract import BrokenContract, Change, Lane, encode, in_range
+from shared.entities.overlay import overlay, with_field
 
 # The text of msgspec's error for a negative amount.
 _NEGATIVE = "Expected `int` >= 0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+VERSION_FIELD = "schema_version"
+"""The field that names the major version of an encoded state. Version 1 has no such field."""
+_VERSION_FIELD = f'"{VERSION_FIELD}"'.encode()
+_TYPE_VERSION = re.compile(r"\.v([1-9][0-9]{0,3})$(?!\n)")
+
+Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+"""Converts a state, as plain JSON values, from one major version to the next. Must keep the fields that it does not
+know. Pure."""
+
 Hold = tuple[str, int, datetime]
 """A hold of stock: (inventory item id, quantity, time). A count of the item after this time already
 lacks the quantity."""
+
+
+class _Versioned(Struct, frozen=True):
+    schema_version: Annotated[int, Meta(ge=1)] = 1
+
+
+_versions = msgspec.json.Decoder(_Versioned)
 
 
 class OnConflict(StrEnum):
@@ -94,6 +112,8 @@ class Numbering:
     business_day: Callable[[Any], str]
     number: Callable[[Any], str]
     with_number: Callable[[Any, str], Any]
+    field: str
+    """The name of the number in an encoded state, which is the same in every major version."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +139,65 @@ class Entity:
     """Returns the stock that a state holds."""
     stock: Callable[[Any], tuple[int, datetime] | None] | None = None
     """Returns (quantity, time of the count) of an inventory item, or None if the item is deleted."""
+    upcasts: Sequence[Upcast] = ()
+    """The upcasts from version 1 to 2, from 2 to 3 and so on. This release reads one major version more than there are
+    upcasts."""
+    writes: int = 1
+    """The major version that this release writes. A version is read in one release and written in the next."""
 
-    def type(self, event: str) -> str:
-        """Returns the type of an event on the wire: `created` -> `ticketrail.order.created.v1`."""
+    @property
+    def reads(self) -> int:
+        """The newest major version that this release reads; `state` has its shape."""
+        return 1 + len(self.upcasts)
+
+    def type(self, event: str, version: int | None = None) -> str:
+        """Returns the type of an event on the wire: `created` -> `ticketrail.order.created.v1`. `version`: the major
+        version; by default the one that this release writes."""
         if event not in self.events:
             raise ValueError(f"{self.name} has no event {event!r}")
-        return f"ticketrail.{self.name}.{event}.v1"
+        return f"ticketrail.{self.name}.{event}.v{version or self.writes}"
+
+    def encode_state(self, state: Struct, base: bytes | None = None) -> tuple[int, bytes]:
+        """Returns (major version, encoded state). `base`: the encoded state that `state` was made from. Its fields that
+        this release does not know are kept, and so is its major version if that is newer than the one that this release
+        writes. Raises BrokenContract if `base` is newer than this release."""
+        version = max(self.writes, 1 if base is None else version_of(base))
+        encoded = encode(state) if base is None else overlay(self.upcast(base), state)
+        if version_of(encoded) != version:
+            encoded = with_field(encoded, VERSION_FIELD, None if version == 1 else encode(version))
+        return version, encoded
+
+    def upcast(self, encoded: bytes) -> bytes:
+        """Returns an encoded state in the newest major version that this release reads. Raises BrokenContract if the
+        state is of a newer one."""
+        version = version_of(encoded)
+        if version == self.reads:
+            return encoded
+        if version > self.reads:
+            raise BrokenContract(
+                "unsupported_version", f"the {self.name} has version {version}, but this release reads {self.reads}"
+            )
+        try:
+            state: dict[str, Any] = msgspec.json.decode(encoded)
+            for upcast in self.upcasts[version - 1 :]:
+                state = upcast(state)
+            return encode({**state, VERSION_FIELD: self.reads})
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # the state is not checked yet
+            raise BrokenContract("contract_broken", f"data.after is no state of version {version}: {error}") from error
 
     def decode_state(self, encoded: bytes) -> Any:
-        """Decodes a state from the mirror or PostgreSQL, which was validated before it was stored."""
-        return msgspec.json.decode(encoded, type=self.state)
+        """Decodes a state from the mirror or PostgreSQL, which was validated before it was stored. Raises
+        BrokenContract if a newer release wrote it in a major version that this release does not read."""
+        return msgspec.json.decode(self.upcast(encoded), type=self.state)
 
     def decode(self, change: Change) -> Any:
         """Returns the validated state after a change. Raises BrokenContract, also if the state names another tenant or
         entity."""
+        after = bytes(change.data.after)
+        if version_of(after) != type_version(change.type):
+            raise BrokenContract("contract_broken", f"data.after has not the version of the type {change.type!r}")
         try:
-            state = msgspec.json.decode(change.data.after, type=self.state)
+            state = msgspec.json.decode(self.upcast(after), type=self.state)
         except msgspec.ValidationError as error:
             reason = "negative_amount" if _NEGATIVE in str(error) else "contract_broken"
             raise BrokenContract(reason, f"data.after: {error}") from error
@@ -156,6 +219,24 @@ class Entity:
 def micros(at: datetime) -> int:
     """Returns the exact microseconds since 1970, so that all stores order two times in the same way."""
     return (at - _EPOCH) // timedelta(microseconds=1)
+
+
+def version_of(encoded: bytes) -> int:
+    """Returns the major version of an encoded state. Raises BrokenContract."""
+    if _VERSION_FIELD not in encoded:
+        return 1
+    try:
+        return _versions.decode(encoded).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BrokenContract("contract_broken", f"data.after: {error}") from error
+
+
+def type_version(type_: str) -> int:
+    """Returns the major version in a type: `ticketrail.order.created.v2` -> 2. Raises BrokenContract."""
+    found = _TYPE_VERSION.search(type_)
+    if found is None:
+        raise BrokenContract("unknown_type", f"type {type_!r} has no version such as v1")
+    return int(found[1])
 
 
 def _check_time(table: str, column: Column, row: Any) -> None:

@@ -228,5 +228,6 @@ ENTITY = Entity(
         business_day=lambda order: order.business_day.isoformat(),
         number=lambda order: order.order_number,
         with_number=lambda order, number: msgspec.structs.replace(order, order_number=number),
+        field="order_number",
     ),
 )

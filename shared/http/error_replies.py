@@ -8,7 +8,8 @@ from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
 
-from shared.errors import TicketrailError
+from shared.entities.contract import BrokenContract
+from shared.errors import TicketrailError, Unavailable
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.observability import tracing
 from shared.observability.metrics import HttpMetrics
@@ -55,6 +56,13 @@ def _http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Re
     return _error_reply(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details, headers)
 
 
+def _newer_release(request: Request[Any, Any, Any], error: BrokenContract) -> Response[bytes]:
+    """A stored state of a major version that this release does not read. An instance of the newer release reads it."""
+    if error.reason != "unsupported_version":
+        return _unexpected_error(request, error)
+    return _ticketrail_error(request, Unavailable(f"{error}; retry", retry_after=2.0, code=error.reason))
+
+
 def _unexpected_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     log.error("unexpected_error", path=request.url.path, method=request.method, exc_info=error)
     _count(request, "internal")
@@ -64,5 +72,6 @@ def _unexpected_error(request: Request[Any, Any, Any], error: Exception) -> Resp
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     TicketrailError: _ticketrail_error,
     HTTPException: _http_exception,
+    BrokenContract: _newer_release,
     Exception: _unexpected_error,
 }

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import structlog
 
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, decode_change, encode
+from shared.entities.contract import BrokenContract, Change, decode_change
 from shared.entities.entity import Entity
 from shared.errors import Unavailable
 from shared.messaging.topology import lane_of
@@ -18,7 +18,7 @@ from shared.mirror.claim_replies import Stale
 from shared.mirror.mirror import Mirror
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
-from shared.rail.order_numbers import with_number
+from shared.rail.order_numbers import with_number_in_event
 from shared.rail.record import Recorder, Unrecorded
 
 log = structlog.get_logger(__name__)
@@ -65,12 +65,13 @@ class ClaimFinisher:
     async def finish(self, stale: Stale) -> None:
         """Records and reveals the change of a stale claim, under its own id. Raises Unavailable, and BrokenContract if
         a newer release made the change."""
-        change = decode_change(stale.event)
+        entity, _ = registry.read(decode_change(stale.event))
+        event = with_number_in_event(entity, stale.event, stale.number)
+        change = decode_change(event)
         entity, state = registry.read(change)
-        change, state = with_number(entity, change, state, stale.number)
         began = time.time_ns()
         try:
-            await self._recorder.record(lane_of(change), encode(change), change.traceparent)
+            await self._recorder.record(lane_of(change), event, change.traceparent)
         except Unrecorded as error:
             raise Unavailable("an earlier change of this entity is not finished yet; retry", retry_after=2.0) from error
         await self._reveal(entity, change, state)

@@ -9,6 +9,7 @@ from msgspec import Raw, Struct
 from shared.entities.change_id import change_id
 from shared.entities.contract import Change, ChangeData, Head, Lane, changed_fields, encode
 from shared.entities.entity import Entity
+from shared.entities.overlay import old_values
 
 
 class Draft(Struct, kw_only=True):
@@ -23,6 +24,10 @@ class Draft(Struct, kw_only=True):
     """The head that the change is built on; None for a creation."""
     before: Struct | None
     """The state of the base; None for a creation."""
+    base_raw: bytes | None = None
+    """The encoded state of the base. Its fields that this release does not know are kept in the new state."""
+    made_from: bytes | None = None
+    """The encoded state that `state` was made from, if that is not the base. Its unknown fields are kept instead."""
     at: datetime
     """The time when the change was accepted."""
     source: str
@@ -41,11 +46,12 @@ class Draft(Struct, kw_only=True):
 def change_of(draft: Draft) -> Change:
     """Returns the event of a draft. The id covers the type, the base and both states, so that the same draft gives the
     same id."""
-    after = encode(draft.state)
-    before = encode(changed_fields(draft.before, draft.state))
+    schema, after = draft.entity.encode_state(draft.state, draft.made_from or draft.base_raw)
+    changed = changed_fields(draft.before, draft.state)
+    before = encode(changed) if draft.base_raw is None else old_values(draft.base_raw, changed, draft.state, after)
     version = draft.base.version + 1 if draft.base else 1
     base = draft.base.change_id if draft.base else None
-    type_ = draft.entity.type(draft.event)
+    type_ = draft.entity.type(draft.event, schema)
     return Change(
         id=change_id(draft.state.id, version, b"\0".join((type_.encode(), (base or "").encode(), before, after))),
         source=draft.source,

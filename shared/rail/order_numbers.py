@@ -12,6 +12,7 @@ from msgspec import Raw
 
 from shared.entities.contract import Change, ChangeData, encode
 from shared.entities.entity import Entity
+from shared.entities.overlay import field_of, with_field
 from shared.rail.journal import NUMBER_BLOCK_SIZE, Journal
 
 _MAX_SERIES = 10_000
@@ -69,12 +70,22 @@ def series_of(entity: Entity, state: Any) -> str | None:
 
 def with_number(entity: Entity, change: Change, state: Any, number: str) -> tuple[Change, Any]:
     """Returns the change and the state with the number that the claim gave. The change keeps the id that it had before
-    the claim."""
+    the claim. Its encoding equals that of `with_number_in_event`."""
     if not number or entity.numbering is None:
         return change, state
-    state = entity.numbering.with_number(state, number)
-    data = ChangeData(after=Raw(encode(state)), before=change.data.before)
-    return msgspec.structs.replace(change, data=data), state
+    after = with_field(bytes(change.data.after), entity.numbering.field, encode(number))
+    data = ChangeData(after=Raw(after), before=change.data.before)
+    return msgspec.structs.replace(change, data=data), entity.numbering.with_number(state, number)
+
+
+def with_number_in_event(entity: Entity, event: bytes, number: str) -> bytes:
+    """Returns an encoded change with the number that its claim gave. Everything else is kept as it is: a change id has
+    one content, whichever release finishes the claim."""
+    if not number or entity.numbering is None:
+        return event
+    data = field_of(event, "data")
+    after = with_field(field_of(data, "after"), entity.numbering.field, encode(number))
+    return with_field(event, "data", with_field(data, "after", after))
 
 
 def number_in(entity: Entity, encoded: bytes) -> str:

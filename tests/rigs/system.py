@@ -128,9 +128,12 @@ class System:
     # --------------------------------------------------------------------------------------------------
 
     async def up(self, *names: str) -> None:
-        """Migrates, starts the services (all by default) and seeds. Waits until all services are ready and the mirror
-        is warm."""
+        """Migrates and calls `start_and_seed`."""
         await self.cli("migrate")
+        await self.start_and_seed(*names)
+
+    async def start_and_seed(self, *names: str) -> None:
+        """Starts the services (all by default) and seeds. Waits until all services are ready and the mirror is warm."""
         for name in names or SERVICES:
             self.start(name)
         for name in names or SERVICES:

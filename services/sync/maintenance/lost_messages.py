@@ -118,6 +118,7 @@ class LostMessages:
                 state=state,
                 base=document.head,
                 before=state,
+                base_raw=document.state,
                 at=now(),
                 source="sync",
                 actor="reconciler",

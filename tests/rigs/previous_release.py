@@ -1,0 +1,34 @@
+"""The tree of the previous release, whose services run beside those of this tree.
+
+The tree comes from git, so no old code lies in the repository. After a release, set `PREVIOUS_RELEASE` to its tag.
+"""
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PREVIOUS_RELEASE = "HEAD"
+"""A tag. Before the first release, a commit that has the same keys, tables and queues as this tree."""
+
+
+def previous_release(folder: Path) -> Path:
+    """Writes the tree of the previous release into `folder` and returns it. Skips the test, with the reason, in a tree
+    without that history, such as an archive of the sources or a shallow clone."""
+    try:
+        top, commit = _git("rev-parse", "--show-toplevel", "--verify", f"{PREVIOUS_RELEASE}^{{commit}}").splitlines()
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        pytest.skip(f"no history with the previous release {PREVIOUS_RELEASE}, which a full clone has: {error}")
+    if Path(top) != ROOT:
+        pytest.skip(f"{ROOT} is no clone: its files lie in the repository {top}")
+    with tempfile.TemporaryFile() as archive:
+        subprocess.run(["git", "archive", "--format=tar", commit], cwd=ROOT, stdout=archive, check=True)
+        archive.seek(0)
+        subprocess.run(["tar", "-x", "-C", folder], stdin=archive, check=True)
+    return folder
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True, text=True).stdout
