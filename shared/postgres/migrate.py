@@ -44,6 +44,29 @@ async def _make_role(connection: "asyncpg.Connection[asyncpg.Record]", url: str)
     await connection.execute(f'grant connect on database {database} to "{name}"')
 
 
+# The policies of `changes` name the roles of the services, so the owner sees no row while they are forced.
+_FORGET_XIDS = """
+alter table changes no force row level security;
+update changes set xid = '0';
+alter table changes force row level security;
+delete from checkpoints;
+"""
+
+
+async def _adopt(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Notes the server that gives the xids. If the database was restored from a dump of another server, sets the xids
+    of its changes to 0: the feed must show these changes before every new one."""
+    system = (await connection.fetchval("select feed_timeline()")).partition("-")[0]
+    async with connection.transaction():
+        known = await connection.fetchval("select system_identifier from database_server for update")
+        if known is None:
+            await connection.execute("insert into database_server (system_identifier) values ($1)", system)
+        elif system and known != system:
+            if known:
+                await connection.execute(_FORGET_XIDS)
+            await connection.execute("update database_server set system_identifier = $1", system)
+
+
 async def migrate(settings: Settings) -> list[str]:
     """Creates the roles, applies the missing files and returns their names. Raises MigrationError."""
     connection = await asyncpg.connect(settings.database_url, timeout=settings.database_timeout_seconds)
@@ -70,6 +93,7 @@ async def migrate(settings: Settings) -> list[str]:
                 await connection.execute(sql)
                 await connection.execute("insert into migrations (name, sha256) values ($1, $2)", name, digest)
             applied.append(name)
+        await _adopt(connection)
         return applied
     finally:
         await connection.close()

@@ -8,8 +8,8 @@ guard as the PostgreSQL writer, so no entity returns to an older version, and ev
 Workers and services may run during the replay. It may be stopped at any time and repeated. While PostgreSQL or RabbitMQ
 is unavailable, it waits as long as a consumer would hold its messages.
 
-The replay does not write a change that has a dead letter in any status. Cursors of the pull feed become invalid at its
-first step (feed_epochs.py). Cursors of the notifier stay valid, because they belong to the log, which was not restored.
+The replay does not write a change that has a dead letter in any status. Cursors of the notifier stay valid, because
+they belong to the log, which was not restored.
 """
 
 from collections import Counter
@@ -24,7 +24,6 @@ from msgspec import Struct, field
 from services.sync.failures.parsing import digest
 from services.sync.failures.retry_ladder import FailedChange, RetryLadder
 from services.sync.ledger import store as ledger_store
-from services.sync.maintenance import feed_epochs
 from services.sync.writer.batch_writer import BatchWriter
 from services.sync.writer.batches import ReceivedChange, WriteBatch, parse_batch
 from shared.entities.contract import Lane
@@ -57,7 +56,6 @@ class LogReplayReport(Struct):
     first: datetime | None = None
     """The time when the first change in the log was accepted. The log cannot replay older changes."""
     last: datetime | None = None
-    feed_epoch: str | None = None
 
 
 class _Message(Struct, frozen=True):
@@ -81,9 +79,6 @@ class LogReplay:
         HoldExpired if PostgreSQL stays unavailable during a write, and one of UNAVAILABLE if it is unavailable during
         a query."""
         report = LogReplayReport()
-        if not self._dry_run:
-            async with self._postgres.connection() as connection:
-                report.feed_epoch = await feed_epochs.begin(connection, "replayed from the log")
         async for entries in self._entries(since):
             for lane in Lane:
                 found = parse_batch(lane, [_Message(entry.body) for entry in entries if lane_of_entry(entry) is lane])

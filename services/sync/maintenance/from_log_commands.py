@@ -73,7 +73,6 @@ def _show(report: LogReplayReport, dry_run: bool) -> None:
     if dry_run:
         return None
     click.echo(f"written: {report.written}, failed: {report.failed}, unreadable: {report.unreadable}")
-    click.echo(f"older cursors of the pull feed are invalid; the new epoch is {report.feed_epoch}")
     return None
 
 

@@ -32,8 +32,16 @@ create table dead_letters (
     replaced_by uuid,              -- the change that an edit or a discard committed in place of the dead letter
     why text,                      -- the reason of a discard
     kept_at timestamptz not null default now(),
-    closed_at timestamptz          -- the time when the dead letter was resolved or discarded
+    closed_at timestamptz,         -- the time when the dead letter was resolved or discarded
+    xid xid8 not null default pg_current_xact_id()  -- the transaction that wrote the row last
 );
+create index dead_letters_by_xid on dead_letters (xid);
+create function note_xid() returns trigger language plpgsql as $$
+begin
+    new.xid := pg_current_xact_id();
+    return new;
+end $$;
+create trigger dead_letter_written before update on dead_letters for each row execute function note_xid();
 create index dead_letters_newest on dead_letters (last_failed_at desc, id desc);
 create index dead_letters_open on dead_letters (fingerprint, last_failed_at desc) where status in ('open', 'replaying');
 create index dead_letters_of_restaurant on dead_letters (restaurant_id, last_failed_at desc, id desc);
@@ -119,23 +127,13 @@ create table retries (
     reason text not null,
     error text not null,
     failed_at timestamptz not null,
+    xid xid8 not null default pg_current_xact_id(),  -- the transaction that wrote the row last
     primary key (restaurant_id, change_id)
 );
+create trigger retry_written before update on retries for each row execute function note_xid();
 
 -- Finds the entities that have an open conflict.
 create index conflicts_open on conflicts (restaurant_id, entity, entity_id) where resolved_at is null;
-
--- The epochs of the pull feed. A database that was restored from a backup assigns values of (xid, seq) again, so a
--- restore begins a new epoch (services/sync/maintenance/feed_epochs.py). The newest row is the current one.
-create table feed_epochs (
-    id int generated always as identity primary key,
-    epoch text not null unique default left(replace(gen_random_uuid()::text, '-', ''), 12),
-    why text not null,
-    begun_at timestamptz not null default now()
-);
-insert into feed_epochs (why) values ('the schema was created');
-grant select on feed_epochs to ticketrail_api, ticketrail_writer, ticketrail_ops;
-grant insert on feed_epochs to ticketrail_writer;
 
 do $$
 declare
