@@ -305,7 +305,7 @@ class Settings(BaseSettings):
         3, "The mirror keeps closed orders for this many days; older ones are read from PostgreSQL.", unit="days"
     )
     reconcile_interval_seconds: PositiveFloat = WORKER.setting(
-        2.0, "The interval at which the reconciler looks for stale claims and pending changes.", unit="seconds"
+        2.0, "The interval at which the reconciler looks for stale claims and open conflicts.", unit="seconds"
     )
     lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
@@ -318,11 +318,6 @@ class Settings(BaseSettings):
     )
     dead_letter_retention_days: PositiveInt = WORKER.setting(
         30, "A dead letter is deleted this many days after it was resolved or discarded; open ones stay.", unit="days"
-    )
-    pending_check_after_seconds: PositiveFloat = WORKER.setting(
-        10.0,
-        "The reconciler asks PostgreSQL for a change that has been pending in the mirror for this time.",
-        unit="seconds",
     )
     pending_warning_changes: PositiveInt = WORKER.setting(
         100,

@@ -1,5 +1,5 @@
-"""Assembles the sync worker: the PostgreSQL writer, the mirror writer, the dead-letter collector, replays, heartbeats,
-the reconciler, thresholds, the cleanup, and a health endpoint.
+"""Assembles the sync worker: the PostgreSQL writer, the mirror writer, the feed loop, the dead-letter collector,
+replays, heartbeats, the reconciler, thresholds, the cleanup, and a health endpoint.
 
 The worker can start while PostgreSQL, Redis or RabbitMQ is unavailable, and waits for them. It refuses to start if the
 broker answers and lacks a queue or a binding. At a stop, consumers unsubscribe and finish their messages before the
@@ -20,6 +20,7 @@ from services.sync.dead_letters.replay_worker import Replays
 from services.sync.heartbeat import HEARTBEAT_PATHS, HeartbeatMonitor, HeartbeatSender
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler
+from services.sync.mirror.feed_loop import FeedLoop
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.mirror.thresholds import Thresholds
 from services.sync.writer.postgres_writer import PostgresWriter
@@ -46,6 +47,7 @@ class WorkerParts(Struct, frozen=True):
     heartbeats: HeartbeatSender
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
+    feed_loop: FeedLoop
     reconciler: Reconciler
     collector: DeadLetterCollector
     replays: Replays
@@ -65,6 +67,7 @@ def assemble(settings: Settings) -> WorkerParts:
     rail_parts = assemble_rail(settings, tracer=tracer, metrics=RailMetrics(metrics))
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     watch = HeartbeatMonitor(settings)
+    feed_loop = FeedLoop(settings, postgres, mirror)
     mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
     return WorkerParts(
         settings,
@@ -72,8 +75,9 @@ def assemble(settings: Settings) -> WorkerParts:
         rail_parts,
         watch,
         HeartbeatSender(settings, postgres, publisher, watch),
-        PostgresWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics),
+        PostgresWriter(settings, postgres, publisher, watch, tracer, writer_metrics, committed=feed_loop.wake),
         mirror_writer,
+        feed_loop,
         Reconciler(settings, postgres, mirror, rail),
         DeadLetterCollector(settings, postgres, writer_metrics),
         Replays(settings, postgres, mirror_writer, publisher),
@@ -115,7 +119,7 @@ def _watch(parts: WorkerParts) -> None:
     )
     watch(
         "ticketrail_conflicts_open",
-        lambda: parts.reconciler.states.open_conflicts,
+        lambda: parts.reconciler.open_conflicts.number,
     )
     watch("ticketrail_pending", lambda: parts.thresholds.pending)
     watch("ticketrail_failed", lambda: parts.thresholds.failed)
@@ -125,6 +129,7 @@ def _watch(parts: WorkerParts) -> None:
         {name: lambda name=name: parts.thresholds.over[name] for name in ("pending", "failed")},  # type: ignore[misc]
     )
     watch("ticketrail_mirror_warm", lambda: parts.mirror_writer.warm)
+    watch("ticketrail_feed_stalled_seconds", lambda: parts.feed_loop.stalled_seconds)
     watch_pool(parts.metrics, parts.postgres)
 
 
@@ -138,6 +143,7 @@ async def start(parts: WorkerParts) -> None:
     await parts.postgres_writer.start()
     parts.collector.start()
     parts.mirror_writer.start()
+    parts.feed_loop.start()
     await parts.heartbeats.start()
     await parts.watch.prove(max(_MIN_PROOF_SECONDS, 3 * parts.settings.heartbeat_interval_seconds))
     parts.reconciler.start()
@@ -156,6 +162,7 @@ async def stop(parts: WorkerParts) -> None:
     await parts.postgres_writer.stop()
     await parts.collector.stop()
     await parts.mirror_writer.stop()
+    await parts.feed_loop.stop()
     await parts.rail_parts.close()
     await parts.postgres.close()
     parts.tracer.close()
@@ -170,6 +177,7 @@ async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bo
         "heartbeats": heartbeats,
         "postgres_writer": parts.postgres_writer.state(),
         "mirror": "warm" if parts.mirror_writer.warm else "cold",
+        "feed": parts.feed_loop.state(),
     }
 
 

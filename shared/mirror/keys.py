@@ -12,24 +12,24 @@
     ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
     ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log;
                                             lost: set if an earlier mirror was lost (see LogState)
-    ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
-    ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
+    ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed
+    (shared/postgres/feed.py) ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim
+    (ms) ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<caller>       hash   t tokens, at (ms): a token bucket of the rate limits
-    ticketrail:heartbeats            hash   lane -> time at which PostgreSQL stored its last heartbeat (ISO 8601)
 
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"
+FEED = "ticketrail:feed"
 CLAIMS = "ticketrail:claims"
 CONFLICTS = "ticketrail:conflicts"
 RESTAURANTS = "ticketrail:restaurants"
-HEARTBEATS = "ticketrail:heartbeats"
 
 
 def doc(restaurant: str, entity: str, id_: str) -> str:

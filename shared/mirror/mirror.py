@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from shared.entities.contract import Change, Head, Outline
@@ -17,6 +16,7 @@ from shared.entities.entity import Entity, Hold, micros
 from shared.mirror import keys
 from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
+from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
 
 class Document(Struct, frozen=True):
@@ -225,22 +225,57 @@ class Mirror:
             arguments += [one.entityversion, one.id]
         return [place - 1 for place in await self._redis.script("missing", all_keys, arguments)]
 
-    async def note_sync_states(
-        self, restaurant: str, entity: str, states: Sequence[tuple[str, Head]], *, failure: bytes = b""
-    ) -> None:
-        """Marks these states, given as (entity id, head), as committed in PostgreSQL. With a `failure` (JSON, as in
-        `Document`), marks them as failed instead."""
-        all_keys: list[str] = []
-        arguments: list[str | bytes | int | float] = [failure]
-        for id_, head in states:
+    async def settle(
+        self,
+        entities: Sequence[StoredHead],
+        *,
+        at: int | None = None,
+        note: FeedNote | None = None,
+        mark: bool = False,
+    ) -> list[int] | None:
+        """Marks states as synced that PostgreSQL has, and returns the indexes of the entities that the mirror lacks or
+        has in an older state.
+
+        `at`: settle only in a mirror whose feed position has reached this xid; for another mirror the reply is None.
+        `note`: set the feed position of the mirror in the same step, unless indexes are returned. `mark`: mark states
+        as pending that are above the state in PostgreSQL."""
+        all_keys: list[str] = [keys.FEED]
+        arguments: list[str | bytes | int | float] = [
+            "" if at is None else at,
+            "" if note is None else note.position,
+            "" if note is None else note.xid,
+            int(note is not None and note.again),
+            int(mark),
+        ]
+        for one in entities:
             all_keys += [
-                keys.doc(restaurant, entity, id_),
-                keys.pending(restaurant, entity),
-                keys.failed(restaurant, entity),
-                keys.claim(restaurant, entity, id_),
+                keys.doc(one.restaurant_id, one.entity, one.id),
+                keys.pending(one.restaurant_id, one.entity),
+                keys.failed(one.restaurant_id, one.entity),
+                keys.live(one.restaurant_id, one.entity),
             ]
-            arguments += [head.version, head.change_id]
-        await self._redis.script("sync_state", all_keys, arguments)
+            arguments += [0, ""] if one.head is None else [one.head.version, one.head.change_id]
+        reply = await self._redis.script("settle", all_keys, arguments)
+        return None if reply[0] == b"rewind" else [int(place) - 1 for place in reply[1:]]
+
+    async def feed_position(self) -> str | None:
+        """Returns the feed position of the mirror, or None if it has none, because it is not filled."""
+        found = await self._redis.call("HGET", keys.FEED, "position")
+        return None if found is None else found.decode()
+
+    async def note_failures(self, failures: Sequence[FailedState]) -> list[int]:
+        """Stores the failures of pending states. Returns the indexes of those that the mirror does not have."""
+        all_keys: list[str] = []
+        arguments: list[str | bytes | int | float] = []
+        for one in failures:
+            all_keys += [
+                keys.doc(one.restaurant_id, one.entity, one.id),
+                keys.pending(one.restaurant_id, one.entity),
+                keys.failed(one.restaurant_id, one.entity),
+            ]
+            arguments += [one.change_id, one.failure]
+        reply = await self._redis.script("note_failures", all_keys, arguments) if failures else []
+        return [int(place) - 1 for place in reply]
 
     async def read(self, restaurant: str, entity: str, ids: Sequence[str]) -> tuple[bool, list[Document | None]]:
         """Returns (whether the mirror is warm, documents in the order of the ids). If the mirror is cold, an entity
@@ -388,19 +423,6 @@ class Mirror:
         """
         counters = [keys.number(restaurant, day) for restaurant, day in series]
         return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
-
-    async def note_heartbeats(self, heartbeats: dict[str, datetime]) -> None:
-        """Stores the times at which PostgreSQL stored the last heartbeat of each lane."""
-        pairs = [part for lane, at in heartbeats.items() for part in (lane, at.isoformat())]
-        await self._redis.call("HSET", keys.HEARTBEATS, *pairs)
-
-    async def heartbeats(self) -> dict[str, datetime]:
-        """Returns the times at which PostgreSQL stored the last heartbeat of each lane."""
-        reply = await self._redis.call("HGETALL", keys.HEARTBEATS)
-        return {
-            reply[i].decode(): msgspec.convert(reply[i + 1].decode(), datetime, strict=False)
-            for i in range(0, len(reply), 2)
-        }
 
 
 def _hold_text(holds: Sequence[Hold]) -> str:

@@ -73,6 +73,20 @@ async def find_state(connection: Connection, entity: Entity, restaurant: str, id
     return _stored(row) if row else None
 
 
+async def find_states(connection: Connection, entity: Entity, ids: Sequence[tuple[str, str]]) -> list[StoredState]:
+    """Returns the current states of entities, given as (restaurant, id), over all tenants. Leaves out those that
+    PostgreSQL does not have."""
+    rows = await connection.fetch(
+        f"select {_columns(entity)} from unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, id)"  # noqa: S608
+        f" cross join lateral (select * from {entity.table.name}"
+        " where restaurant_id = wanted.restaurant_id and id = wanted.id offset 0) t"
+        f" {_LATERAL}",
+        [restaurant for restaurant, _ in ids],
+        [id_ for _, id_ in ids],
+    )
+    return [_stored(row) for row in rows]
+
+
 async def list_states(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
     """Returns all states that are not deleted. Use it only for entities with few rows, such as menu items."""
     rows = await connection.fetch(

@@ -21,6 +21,7 @@ from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, encode, now
 from shared.mirror import keys
 from shared.mirror.mirror import Apply
+from shared.mirror.stored_heads import StoredHead
 from tests.rigs import builders
 from tests.rigs.command_line import ticketrail
 from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
@@ -94,6 +95,12 @@ async def served(restaurant: RestaurantRig, id_: str) -> dict[str, Any]:
 async def test_mirror_that_lost_its_keys_is_rebuilt(restaurant: RestaurantRig, raw: Any) -> None:
     ids = await place(restaurant, 3)
     dish = (await restaurant.dish(name="Gone from the mirror"))["id"]
+
+    async def stored() -> bool:
+        async with restaurant.system.database() as connection:
+            return bool(await connection.fetchval("select count(*) from menu_items where id = $1", dish))
+
+    await eventually(stored, what="the dish in PostgreSQL")
     before = [await served(restaurant, id_) for id_ in ids]
     found, differing = await compare(restaurant, repair=False)
     assert differing == {}, "the mirror is incomplete before the test"
@@ -179,7 +186,7 @@ async def test_pending_states_are_left_alone(restaurant: RestaurantRig, raw: Any
         assert [one and (one.head, one.pending) for one in documents] == [(one, True) for one in heads]
         # Later tests must not find these pending states.
         for id_, head in zip([known, new.id], heads, strict=True):
-            await session.mirror.note_sync_states(restaurant.id, "order", [(id_, head)])
+            await session.mirror.settle([StoredHead(restaurant.id, "order", id_, head)])
             await session.mirror.trim(restaurant.id, "order", {id_: head.change_id})
 
 

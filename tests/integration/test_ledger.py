@@ -95,7 +95,7 @@ class LedgerRig:
     def another_writer(self) -> PostgresWriter:
         rig = self.rig
         rig.writer = PostgresWriter(
-            *(rig.settings, rig.postgres, rig.mirror, rig.publisher, rig.watch, rig.tracer, WriterMetrics(Metrics()))
+            *(rig.settings, rig.postgres, rig.publisher, rig.watch, rig.tracer, WriterMetrics(Metrics()))
         )
         return rig.writer
 

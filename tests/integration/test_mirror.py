@@ -16,6 +16,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
 from shared.mirror.claim_replies import Claimed, Cold, HeadMoved
 from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 from tests.rigs import builders
 from tests.rigs.mirror import answers, head_of, state
 from tests.rigs.rail.changes import applied
@@ -134,24 +135,61 @@ async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     assert await mirror.log_state() == LogState("epoch", 8, lost=True)
 
 
-async def test_commit_of_an_older_version_in_postgres_leaves_the_newer_head_pending(mirror: Mirror) -> None:
+def standing(restaurant: str, one: Apply) -> StoredHead:
+    return StoredHead(restaurant, "order", one.state.id, one.head)
+
+
+async def pending(mirror: Mirror, restaurant: str) -> list[str]:
+    return await mirror.pending_ids(restaurant, "order")
+
+
+async def test_state_is_synced_once_postgres_has_it_and_a_later_head_stays_pending(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
-    first, second = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
-
-    async def pending() -> bool:
-        _, (document,) = await mirror.read(restaurant, "order", [id_])
-        assert document is not None
-        return document.pending
-
+    first, second = (state(version, version, id_=id_, restaurant=restaurant) for version in (1, 2))
     await mirror.apply([first, second])
-    await mirror.note_sync_states(restaurant, "order", [(id_, first.head)], failure=b'{"error": "old"}')
-    await mirror.note_sync_states(restaurant, "order", [(id_, first.head)])
-    assert await pending()
-    await mirror.note_sync_states(restaurant, "order", [(id_, second.head)], failure=b'{"error": "x"}')
+    failures = [FailedState(restaurant, "order", id_, one.head.change_id, b'{"error": "x"}') for one in (first, second)]
+    assert await mirror.note_failures(failures[:1]) == [0]
+    assert await mirror.settle([standing(restaurant, first)]) == []
+    assert await pending(mirror, restaurant) == [id_]
+    assert await mirror.note_failures(failures[1:]) == []
     assert await mirror.counts(restaurant, "order") == (1, 1)
-    await mirror.note_sync_states(restaurant, "order", [(id_, second.head)])
-    assert not await pending()
+    assert await mirror.settle([standing(restaurant, second)]) == []
     assert await mirror.counts(restaurant, "order") == (0, 0)
+
+
+async def test_older_and_missing_states_are_reported_and_the_position_waits_for_them(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    behind, missing, there = (state(2, id_=builders.new_id(), restaurant=restaurant) for _ in range(3))
+    older = state(1, id_=behind.state.id, restaurant=restaurant)
+    await mirror.apply([older, there])
+    entities = [standing(restaurant, one) for one in (there, behind, missing)]
+    xid = 1 << 40
+    note = FeedNote(xid, f"first {restaurant}")
+    assert await mirror.settle(entities, note=note) == [1, 2]
+    assert await mirror.feed_position() != note.position
+    assert set(await pending(mirror, restaurant)) == {behind.state.id}
+    await mirror.apply([structs.replace(behind, how="stored"), structs.replace(missing, how="stored")])
+    assert await mirror.settle(entities, note=note) == []
+    assert await mirror.feed_position() == note.position
+    assert await pending(mirror, restaurant) == []
+
+    assert await mirror.settle(entities, at=xid + 1) is None, "another mirror was settled"
+    await mirror.settle([], note=FeedNote(xid - 1, "back"))
+    assert await mirror.feed_position() == note.position
+    await mirror.settle([], note=FeedNote(0, "again", again=True))
+    assert await mirror.feed_position() == "again"
+
+
+async def test_state_that_postgres_lacks_becomes_pending_only_on_request(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    ahead, lost = (state(2, id_=builders.new_id(), restaurant=restaurant, how="stored") for _ in range(2))
+    await mirror.apply([ahead, lost])
+    known = StoredHead(restaurant, "order", ahead.state.id, Head(1, ahead.head.change_id))
+    entities = [known, StoredHead(restaurant, "order", lost.state.id, None)]
+    assert await mirror.settle(entities) == []
+    assert await pending(mirror, restaurant) == []
+    assert await mirror.settle(entities, mark=True) == []
+    assert set(await pending(mirror, restaurant)) == {ahead.state.id, lost.state.id}
 
 
 async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mirror) -> None:
@@ -162,8 +200,7 @@ async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mi
     for change in changes:
         assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY, 0), Claimed)
     quick, slow = changes
-    another = Head(1, builders.new_id())  # the other side of a fork
-    await mirror.note_sync_states(restaurant, "order", [(placed[0].id, quick.head), (placed[1].id, another)])
+    await mirror.apply([applied(quick, "stored")])
     await mirror.apply([applied(change) for change in changes])
     assert await mirror.pending_ids(restaurant, "order") == [slow.entity_id]
 

@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 import asyncpg
-import msgspec
 import pytest
 
 from shared.entities.contract import Change, Lane, encode
@@ -13,7 +12,6 @@ from shared.messaging import topology
 from shared.messaging.publisher import InDoubt, NotSent
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order, payment
 from tests.rigs.postgres_writer import MakeRig, Rig
-from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -217,15 +215,9 @@ async def test_failure_that_passes_at_the_second_try_burns_no_attempt(rig: Rig) 
     assert rig.writer.state()["failed"] == 0
 
 
-async def reveal(rig: Rig, made: Change) -> None:
-    """Writes the state to the mirror as a commit does, so that it is pending."""
-    await rig.mirror.apply([applied(made)])
-
-
-async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_shows_why(rig: Rig) -> None:
+async def test_change_at_the_end_of_the_ladder_is_dead_lettered(rig: Rig) -> None:
     await fail_transiently(rig, 100)
     unlucky = change(order(notes="unlucky"))
-    await reveal(rig, unlucky)
     await rig.publish(unlucky)
     [dead] = await rig.dead()
     assert dead.body == message(unlucky)
@@ -234,27 +226,6 @@ async def test_change_at_the_end_of_the_ladder_is_dead_lettered_and_the_mirror_s
     assert str(dead.headers["ticketrail-first-failed-at"]) < str(dead.headers["ticketrail-failed-at"])
     # Only the queue's own header is allowed: a copied x-death could lose a message at its next expiry.
     assert {name for name in dead.headers if name.startswith("x-")} <= {"x-delivery-count"}
-
-    async def failure() -> dict[str, Any]:
-        _, [found] = await rig.mirror.read(RESTAURANT, "order", [unlucky.entity_id])
-        return msgspec.json.decode(found.failure) if found and found.failure else {}
-
-    seen = await eventually(failure, what="the failure in the mirror", until=lambda seen: seen.get("attempts") == 3)
-    assert "try again" in seen["error"]
-
-
-async def test_write_in_postgres_marks_the_order_synced_in_the_mirror(rig: Rig) -> None:
-    made = change(order())
-    await reveal(rig, made)
-    _, [before] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
-    assert before is not None and before.pending
-    await rig.publish(made)
-
-    async def synced() -> bool:
-        _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
-        return found is not None and not found.pending
-
-    await eventually(synced, what="the state `synced` in the mirror")
 
 
 async def test_change_behind_a_lock_is_retried_while_others_are_written(make_rig: MakeRig) -> None:

@@ -15,12 +15,15 @@ from services.sync.command_session import CommandSession
 from services.sync.heartbeat import lanes_emptied
 from services.sync.maintenance.lost_messages import LostMessages
 from services.sync.maintenance.reconciler import Reconciler
+from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, encode, now
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
 from shared.mirror.mirror import Apply
+from shared.mirror.stored_heads import FailedState
 from tests.rigs import builders
+from tests.rigs.rail.changes import applied
 from tests.rigs.restaurant import RestaurantRig, expect, made, register_restaurant
 from tests.rigs.servers import Servers
 from tests.rigs.system import System, eventually, settings_of
@@ -214,7 +217,8 @@ async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(syst
         _, (document,) = await session.mirror.read(restaurant.id, "order", [failed])
         assert document is not None
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
-        await session.mirror.note_sync_states(restaurant.id, "order", [(failed, document.head)], failure=failure)
+        noted = FailedState(restaurant.id, "order", failed, document.head.change_id, failure)
+        assert await session.mirror.note_failures([noted]) == []
     async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
         assert await reconciler.lost_messages.record_again() == 2
     await eventually(
@@ -236,8 +240,13 @@ async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(sys
         builders.order(**fields, created_at=at - timedelta(seconds=number), status=orders.OrderStatus.COMPLETED)
         for number in range(3)
     ]
-    await put(restaurant, stay + go, at, "stored")
+    await put(restaurant, stay, at, "stored")
     async with CommandSession(settings_of(system)) as session:
+        written = [builders.change(order) for order in go]
+        decoded = [DecodedChange(Lane.CRITICAL, orders.ENTITY, one, orders.ENTITY.decode(one)) for one in written]
+        async with session.postgres.connection() as connection:
+            await write_batch(connection, decoded, timeout_seconds=5.0)
+        await session.mirror.apply([applied(one, "stored") for one in written])
         reconciler = Reconciler(session.settings, session.postgres, session.mirror, session.rail)
         assert await reconciler.trim() >= len(go)
         live = set(await session.mirror.live_ids(restaurant.id, "order"))

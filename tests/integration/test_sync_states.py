@@ -111,19 +111,6 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
     refused(await staff.post(f"/api/orders/{uuid4()}/sync"), 404, "not_found")
 
 
-async def test_failure_returns_to_a_mirror_that_lost_it(
-    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
-) -> None:
-    notes = f"refused {uuid4()}"
-    async with refusing(system, notes):
-        bad = await place(restaurant, staff, notes=notes)
-        known = await becomes(staff, bad, "failed")
-        async with redis.asyncio.from_url(system.redis.url) as mirror:
-            assert await mirror.delete(keys.failed(restaurant.id, "order")) == 1
-        # The reconciler checks after ten seconds, then pauses nine times as long as a pass over all restaurants takes.
-        assert await becomes(staff, bad, "failed", within=120.0) == known
-
-
 async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
     system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
 ) -> None:

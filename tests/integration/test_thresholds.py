@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from services.sync.mirror.sync_status import sync_status
 from services.sync.mirror.thresholds import Thresholds
 from shared.entities.contract import Change, encode, now
+from shared.mirror.stored_heads import FailedState, StoredHead
 from shared.postgres.pool import Postgres
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, order
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -39,12 +40,13 @@ async def reveal(rig: Rig, count: int, restaurant: str = RESTAURANT) -> list[Cha
 
 
 async def fail(rig: Rig, changes: list[Change]) -> None:
-    states = [(one.entity_id, one.head) for one in changes]
-    await rig.mirror.note_sync_states(RESTAURANT, "order", states, failure=FAILURE)
+    await rig.mirror.note_failures(
+        [FailedState(RESTAURANT, "order", one.entity_id, one.id, FAILURE) for one in changes]
+    )
 
 
 async def settle(rig: Rig, changes: list[Change]) -> None:
-    await rig.mirror.note_sync_states(RESTAURANT, "order", [(one.entity_id, one.head) for one in changes])
+    await rig.mirror.settle([StoredHead(RESTAURANT, "order", one.entity_id, one.head) for one in changes])
 
 
 async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_it_ends(rig: Rig) -> None:

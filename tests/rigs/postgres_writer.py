@@ -13,6 +13,7 @@ from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.dead_letters.replay_worker import Replays
 from services.sync.dead_letters.store import DeadLetter, DeadLetterQuery, FullDeadLetter
 from services.sync.heartbeat import HeartbeatMonitor, HeartbeatSender
+from services.sync.mirror.feed_loop import FeedLoop
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane
@@ -39,8 +40,9 @@ class Rig:
         self.tracer = Tracer("test", settings)
         self.metrics = Metrics()
         self.counts = WriterMetrics(self.metrics)
+        self.feed_loop = FeedLoop(settings, self.postgres, self.mirror)
         self.writer = PostgresWriter(
-            settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, self.counts
+            settings, self.postgres, self.publisher, self.watch, self.tracer, self.counts, committed=self.feed_loop.wake
         )
         self.mirror_writer = MirrorWriter(
             settings, self.postgres, self.mirror, self.publisher, self.watch, self.tracer, WriterMetrics(Metrics())
@@ -60,6 +62,7 @@ class Rig:
 
     async def down(self) -> None:
         await self.replays.stop()
+        await self.feed_loop.stop()
         await self.heartbeats.stop()
         await self.writer.stop()
         await self.collector.stop()

@@ -15,7 +15,6 @@ from services.sync.failures.retry_ladder import (
     FailedChange,
     attempts_in,
     destination,
-    failure_for_mirror,
     headers_for,
 )
 from shared.entities import registry
@@ -204,11 +203,3 @@ def test_a_body_without_a_readable_change_still_gets_headers() -> None:
         )
         assert headers["ticketrail-reason"] == "undecodable"
         assert "ticketrail-change-id" not in headers
-
-
-def test_the_mirror_gets_the_error_the_number_of_attempts_and_the_time() -> None:
-    assert msgspec.json.decode(failure_for_mirror(failed({topology.ATTEMPT: 1}))) == {
-        "error": "SerializationError: try again",
-        "attempts": 2,
-        "last_attempt": "2026-03-14T12:30:00Z",
-    }

@@ -3,11 +3,12 @@
 The sources are the tables `retries` and `dead_letters`. The connection may have any role that can read both.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime
 
 from msgspec import Struct
 
+from shared.postgres.feed import Snapshot
 from shared.postgres.pool import Connection
 
 _FAILED = """
@@ -19,6 +20,33 @@ join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) usin
 where l.lane is not null and l.status in ('open', 'replaying')
 order by failed_at
 """
+
+
+# What another snapshot did not show: transactions that ran then, and those that began later.
+_NEWLY_VISIBLE = "{}xid = any($1::text[]::xid8[]) or {}xid >= $2::text::xid8"
+_NEW = f"""
+select restaurant_id::text, entity, entity_id::text, change_id::text, error, attempt as attempts, failed_at
+from retries where {_NEWLY_VISIBLE.format("", "")}
+union all
+select l.restaurant_id::text, l.entity, l.entity_id::text, l.change_id::text, l.error, json_array_length(l.attempts),
+    l.last_failed_at
+from dead_letters l
+where ({_NEWLY_VISIBLE.format("l.", "l.")}) and l.lane is not null and l.status in ('open', 'replaying')
+    and l.restaurant_id is not null and l.entity is not null and l.entity_id is not null and l.change_id is not null
+order by failed_at
+"""  # noqa: S608  (the condition above)
+_ROWS_PER_BLOCK = 500
+_EVERYTHING = Snapshot(0, 0, ())
+
+
+class NewFailure(Struct, frozen=True):
+    """A failure that another snapshot did not show."""
+
+    restaurant_id: str
+    entity: str
+    entity_id: str
+    change_id: str
+    last: "LastFailure"
 
 
 class LastFailure(Struct, frozen=True):
@@ -36,3 +64,13 @@ async def last_failures(connection: Connection, changes: Sequence[tuple[str, str
     restaurants, ids = [restaurant for restaurant, _ in changes], [change for _, change in changes]
     rows = await connection.fetch(_FAILED, restaurants, ids)
     return {row["change_id"]: LastFailure(row["error"], row["attempts"], row["failed_at"]) for row in rows}
+
+
+async def new_failures(connection: Connection, seen: Snapshot | None) -> AsyncGenerator[list[NewFailure], None]:
+    """Yields the last failures that became visible after the snapshot `seen`, or all of them, in blocks. A change may
+    occur twice; its later failure comes later."""
+    seen = seen or _EVERYTHING
+    async with connection.transaction(readonly=True):
+        cursor = await connection.cursor(_NEW, [str(xid) for xid in seen.running], str(seen.xmax))
+        while rows := await cursor.fetch(_ROWS_PER_BLOCK):
+            yield [NewFailure(row[0], row[1], row[2], row[3], LastFailure(row[4], row[5], row[6])) for row in rows]

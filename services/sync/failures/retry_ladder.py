@@ -147,11 +147,6 @@ def _attempts(failed: FailedChange) -> list[Attempt]:
     return bounded([*attempts_in(failed.headers), this], _MAX_ATTEMPTS)
 
 
-def failure_for_mirror(failed: FailedChange) -> bytes:
-    """Returns the failure in the format of the mirror: JSON {"error", "attempts", "last_attempt"}."""
-    return encode({"error": failed.failure.error, "attempts": failed.attempt, "last_attempt": failed.at})
-
-
 def publish_timeout_seconds(size: int) -> float:
     """Returns the timeout of a publish of `size` bytes. It grows with the size, so that a slow broker does not look
     like an unavailable one."""

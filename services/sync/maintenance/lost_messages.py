@@ -12,12 +12,14 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from services.sync.failures.last_failures import last_failures
 from services.sync.heartbeat import lanes_emptied
 from shared.entities import registry
-from shared.entities.contract import now
+from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
 from shared.mirror.mirror import Mirror
+from shared.mirror.stored_heads import FailedState, StoredHead
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import ClaimLost, OutOfStock, Rail
@@ -102,12 +104,22 @@ class LostMessages:
         old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is not None and at <= before]
         if not old:
             return 0
+        _, documents = await self._mirror.read(restaurant, entity.name, old)
         async with self._postgres.connection() as connection:
             head = await states.heads(connection, entity, restaurant, old)
-        _, documents = await self._mirror.read(restaurant, entity.name, old)
+            changes = [(restaurant, document.head.change_id) for document in documents if document is not None]
+            failures = await last_failures(connection, changes)
+        await self._mirror.settle([StoredHead(restaurant, entity.name, id_, one) for id_, one in head.items()])
+        await self._mirror.note_failures(
+            [
+                FailedState(restaurant, entity.name, id_, change, encode(failures[change]))
+                for id_, document in zip(old, documents, strict=True)
+                if document is not None and (change := document.head.change_id) in failures
+            ]
+        )
         recorded = 0
         for id_, document in zip(old, documents, strict=True):
-            if document is None or not document.pending or document.failure:
+            if document is None or not document.pending or document.failure or document.head.change_id in failures:
                 continue
             if id_ in head and head[id_] >= document.head:
                 continue

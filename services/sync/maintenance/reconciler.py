@@ -1,11 +1,12 @@
 """The reconciler repairs in the background what no request repairs. Every few seconds, for all tenants, it does this:
 
 - It finishes stale claims: it records and reveals the claimed change (shared/rail/claim_finisher.py).
-- It repairs the sync states in the mirror (mirror/sync_states.py).
+- It sets the sync state `conflict` in the mirror (mirror/open_conflicts.py).
 - It records lost changes again (lost_messages.py).
 - It restores payments that a fork left out (conflicts/forked_payments.py).
 - It reports versions whose predecessor has been missing for ten minutes (version_gaps.py).
-- It removes documents that have left the live window from the mirror if PostgreSQL has them, and adds new restaurants.
+- It removes documents that have left the live window from the mirror, after it has asked PostgreSQL for each of them,
+  and adds new restaurants.
 
 Every step is idempotent and may run in two instances at the same time. While a backend is unavailable, the steps that
 do not need it continue, and the other steps are tried again in the next round. Shutdown: it may be stopped at any time.
@@ -19,16 +20,17 @@ import structlog
 
 from services.sync.conflicts.forked_payments import ForkedPayments
 from services.sync.maintenance.lost_messages import LostMessages
-from services.sync.maintenance.share_of_time import ShareOfTime
 from services.sync.maintenance.version_gaps import report_gaps
-from services.sync.mirror.sync_states import SyncStates
+from services.sync.mirror.open_conflicts import OpenConflicts
 from shared.entities import registry
-from shared.entities.contract import encode, now
+from shared.entities.contract import Head, encode, now
 from shared.entities.entity import Entity
 from shared.errors import TicketrailError
 from shared.lifecycle import BackgroundLoop
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
+from shared.mirror.stored_heads import StoredHead
+from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import Rail
 from shared.restaurants import list_restaurants
@@ -48,12 +50,9 @@ class Reconciler:
         self._mirror = mirror
         self._rail = rail
         self._forked_payments = ForkedPayments(postgres, mirror, rail)
-        self.states = SyncStates(settings, postgres, mirror)
+        self.open_conflicts = OpenConflicts(postgres, mirror)
         self.lost_messages = LostMessages(settings, postgres, mirror, rail)
         self.loop = BackgroundLoop("reconciler", self._run)
-        # While PostgreSQL is behind by tens of thousands of changes, looking each of them up repeatedly would slow down
-        # the writer.
-        self._sync_pending = ShareOfTime(self.states.sync_pending)
         self._trimmed_at = 0.0
 
     def start(self) -> None:
@@ -66,8 +65,7 @@ class Reconciler:
         while True:
             for name, work in (
                 ("finish_claims", self._rail.claim_finisher.finish_all),
-                ("sync_pending", self._sync_pending.run),
-                ("note_conflicts", self.states.note_conflicts),
+                ("note_conflicts", self.open_conflicts.note),
                 ("restore_payments", self._forked_payments.restore),
                 ("record_lost_messages", self.lost_messages.record_when_due),
                 ("trim", self._trim_at_times),
@@ -121,12 +119,25 @@ class Reconciler:
         )
         ids = ids[kept:]
         _, documents = await self._mirror.read(restaurant, entity.name, ids)
-        old = {}
+        old: dict[str, Head | None] = {}
         for id_, document in zip(ids, documents, strict=True):
             if document is None:
-                old[id_] = ""
+                old[id_] = None
             elif not document.pending:
                 state = entity.decode_state(document.state)
                 if not entity.live(state) and state.updated_at < before:
-                    old[id_] = document.head.change_id
-        return len(ids), await self._mirror.trim(restaurant, entity.name, old) if old else 0
+                    old[id_] = document.head
+        return len(ids), await self._trim_synced(restaurant, entity, old) if old else 0
+
+    async def _trim_synced(self, restaurant: str, entity: Entity, old: dict[str, Head | None]) -> int:
+        """Removes the documents that PostgreSQL has now, in this state or a later one. It may have lost a commit since
+        the document became synced (a failover without the last commits): such a document becomes pending again."""
+        async with self._postgres.connection() as connection:
+            heads = await states.heads(connection, entity, restaurant, list(old))
+        kept = {id_ for id_, head in old.items() if head is not None and (id_ not in heads or heads[id_] < head)}
+        if kept:
+            log.error("synced_state_is_not_in_postgres", entity=entity.name, restaurant_id=restaurant, ids=sorted(kept))
+            entities = [StoredHead(restaurant, entity.name, id_, heads.get(id_)) for id_ in sorted(kept)]
+            await self._mirror.settle(entities, mark=True)
+        seen = {id_: "" if head is None else head.change_id for id_, head in old.items() if id_ not in kept}
+        return await self._mirror.trim(restaurant, entity.name, seen) if seen else 0

@@ -19,6 +19,7 @@ from shared.entities import registry
 from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.mirror.mirror import Apply, Document, Mirror
+from shared.mirror.stored_heads import StoredHead
 from shared.postgres import states
 from shared.postgres.pool import Postgres
 from shared.postgres.states import StoredState
@@ -176,7 +177,7 @@ class FullSync:
             return
         if what == "differs":
             # Mark the document as synced, because `trim` does not remove pending documents.
-            await self._mirror.note_sync_states(restaurant, entity.name, [(id_, stored.head)])
+            await self._mirror.settle([StoredHead(restaurant, entity.name, id_, stored.head)])
             await self._mirror.trim(restaurant, entity.name, {id_: stored.head.change_id})
         state = entity.decode_state(stored.state)
         await self._mirror.apply([Apply(entity, state, stored.head, stored.state, stored.accepted_at, "stored")])

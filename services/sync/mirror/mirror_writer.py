@@ -63,6 +63,7 @@ from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
@@ -264,7 +265,8 @@ class MirrorWriter:
         async with self._postgres.connection() as connection:
             found = await states.heads(connection, entity, change.restaurantid, [change.entity_id])
         if found:
-            await self._mirror.note_sync_states(change.restaurantid, entity.name, list(found.items()))
+            standing = [StoredHead(change.restaurantid, entity.name, id_, head) for id_, head in found.items()]
+            await self._mirror.settle(standing)
 
     async def _split(self, entries: Sequence[LogEntry]) -> list[_Logged]:
         found = []

@@ -15,7 +15,9 @@ from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.messaging.log import LogReader, Start
 from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.mirror.stored_heads import FeedNote
 from shared.postgres import states
+from shared.postgres.feed import find_end
 from shared.postgres.pool import Postgres
 from shared.restaurants import list_restaurants
 from shared.settings import Settings
@@ -76,6 +78,8 @@ class WarmUp:
             await self._mirror.begin_log(state)
             for restaurant in await list_restaurants(connection):
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
+            # The feed loop goes on from here. Everything before it is among the states that are loaded below.
+            end = await find_end(connection)
             loaded = 0
             since = now() - timedelta(days=self._settings.mirror_window_days)
             for entity in registry.ENTITIES.values():
@@ -90,6 +94,7 @@ class WarmUp:
                             raise Rewind("another mirror has replaced the one that is being filled")
             async for rows in states.holds(connection):
                 await self._mirror.hold(rows)
+        await self._mirror.settle([], note=FeedNote(end.xid, end.encode(), again=True))
         log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
         # In a new system nothing can be in flight.
         settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at

@@ -1,6 +1,6 @@
 """The PostgreSQL writer: writes the changes that wait in the lanes into the tables, in batches.
 
-    take ─► parse ─┬─► write ──────────────────┬─► acknowledge ─► notify the mirror
+    take ─► parse ─┬─► write ──────────────────┬─► acknowledge ─► wake the feed loop
                    └─► forward failed changes ─┘
 
 Guarantee: a message is acknowledged only after each change in it is committed in PostgreSQL, or confirmed by the broker
@@ -23,8 +23,8 @@ decision was to use the queue alone only if it reached 0.5. `python -m benchmark
 
 While PostgreSQL is unavailable, batches are held (`batch_writer`), and the prefetch limits the number of held messages.
 After `sink_hold_seconds` the consumers release their messages, and subscribe again when PostgreSQL answers. While
-RabbitMQ is unavailable, the consumers reconnect until it answers (`intake`). The writer never waits for the mirror
-(`mirror_notifier`).
+RabbitMQ is unavailable, the consumers reconnect until it answers (`intake`). The writer knows no mirror: the feed loop
+(mirror/feed_loop.py) tells the mirror what is committed and what failed.
 
 Shutdown: deliveries stop, and the taken messages are finished and acknowledged within 10 seconds. A message that cannot
 be finished, for example because PostgreSQL is unavailable, returns to its queue.
@@ -33,6 +33,7 @@ be finished, for example because PostgreSQL is unavailable, returns to its queue
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -46,13 +47,11 @@ from services.sync.writer.batch_spans import trace_batch
 from services.sync.writer.batch_writer import BatchWriter, HoldExpired
 from services.sync.writer.batches import WriteBatch, parse_batch
 from services.sync.writer.intake import Intake
-from services.sync.writer.mirror_notifier import MirrorNotifier, WriteResult
 from shared.entities.contract import Lane, now
 from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import Publisher
 from shared.messaging.subscription import Delivery
 from shared.messaging.topology import dead_queue
-from shared.mirror.mirror import Mirror
 from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
@@ -75,7 +74,7 @@ class Batcher:
         postgres: Postgres,
         publisher: Publisher,
         watch: HeartbeatMonitor,
-        notifier: MirrorNotifier,
+        committed: Callable[[], None],
         tracer: Tracer,
         metrics: WriterMetrics,
     ) -> None:
@@ -93,7 +92,7 @@ class Batcher:
         self._broken = asyncio.Event()
         """An event that is set when the consumer must return all messages to the broker and start again."""
         self._watch = watch
-        self._notifier = notifier
+        self._committed = committed
         self.written = 0
         self.failed = 0
         self.last_batch = 0
@@ -231,16 +230,15 @@ class Batcher:
             if refused_ids
             else batch.changes
         )
-        committed = [change.decoded for change in committed_changes]
         self._measure(batch, ended, (ended - began) / 1e9)
         trace_batch(self._tracer, batch, len(taken), committed_changes, failed, began, ended)
-        self.written += len(committed)
+        self.written += len(committed_changes)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()
         heartbeat_at = max((heartbeat.time for heartbeat in batch.heartbeats), default=None)
         if heartbeat_at is not None:
             self._watch.stored(self.lane, heartbeat_at, self.last_commit_at)
-        self._notifier.notify(WriteResult(committed, failed, {self.lane: heartbeat_at} if heartbeat_at else {}))
+        self._committed()
 
     def _measure(self, batch: WriteBatch, ended: int, seconds: float) -> None:
         if not batch.changes:
@@ -256,15 +254,16 @@ class PostgresWriter:
         self,
         settings: Settings,
         postgres: Postgres,
-        mirror: Mirror,
         publisher: Publisher,
         watch: HeartbeatMonitor,
         tracer: Tracer,
         metrics: WriterMetrics,
+        *,
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._notifier = MirrorNotifier(mirror)
+        """`committed`: called after each batch, when its changes are committed or forwarded."""
         self._batchers = [
-            Batcher(settings, lane, postgres, publisher, watch, self._notifier, tracer, metrics)
+            Batcher(settings, lane, postgres, publisher, watch, committed, tracer, metrics)
             for lane in Lane
             for _ in range(settings.lane_consumers)
         ]
@@ -273,7 +272,6 @@ class PostgresWriter:
 
     async def start(self) -> None:
         """Starts the consumers and returns at once. They subscribe as soon as the broker answers."""
-        self._notifier.start()
         for batcher in self._batchers:
             batcher.loop.start()
 
@@ -281,7 +279,7 @@ class PostgresWriter:
         """Stops within 10 seconds. The writer cannot be started again."""
         await asyncio.gather(*(batcher.intake.end() for batcher in self._batchers))
         await asyncio.gather(*(batcher.loop.stop(grace_seconds=_SHUTDOWN_GRACE_SECONDS) for batcher in self._batchers))
-        await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers), self._notifier.stop())
+        await asyncio.gather(*(batcher.intake.close() for batcher in self._batchers))
 
     @property
     def held(self) -> int:

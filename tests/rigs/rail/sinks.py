@@ -15,6 +15,7 @@ from shared.entities.contract import Change
 from shared.entities.entity import Entity
 from shared.messaging.log import LogEntry
 from shared.mirror.mirror import LogState, Mirror
+from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
@@ -52,7 +53,7 @@ async def read_again(writer: MirrorWriter, messages: Iterable[bytes], state: Log
 
 
 class PostgresTables:
-    """The tables of one restaurant. After each write, `mirror` is notified of the written changes."""
+    """The tables of one restaurant. After each write, the states of the written changes are settled in `mirror`."""
 
     def __init__(self, postgres: Postgres, mirror: Mirror) -> None:
         self._postgres, self._mirror = postgres, mirror
@@ -65,8 +66,8 @@ class PostgresTables:
             written = [DecodedChange(entity.lane, entity, change, state) for change, entity, state in read]
             await write_batch(connection, written, timeout_seconds=5.0)
         for change, entity, _ in read:
-            heads = [(change.entity_id, change.head)]
-            await self._mirror.note_sync_states(change.restaurantid, entity.name, heads)
+            standing = StoredHead(change.restaurantid, entity.name, change.entity_id, change.head)
+            await self._mirror.settle([standing])
 
     async def find(self, entity: Entity, restaurant: str, id_: str) -> State | None:
         async with self._postgres.connection() as connection:
